@@ -532,8 +532,12 @@ def test_an_adapter_for_each_row() -> None:
 
 def test_losses_of_each_label() -> None:
     model, inputs = shaken(tiny_model().double(), ["q_proj"]), batch(0, "scattered")
-    losses, counts = lean.label_losses(model, inputs, chunk=4)
+    losses, counts, right = lean.label_losses(model, inputs, chunk=4, accuracy=True)
     torch.testing.assert_close(losses.sum() / counts.sum(), full_loss(model, inputs), rtol=1e-12, atol=0)
+    assert right.sum() == token_loss(model, inputs, accuracy=True).correct
+    wanted = inputs["labels"][:, 1:] != -100
+    likely = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1].argmax(-1)
+    assert torch.equal(right, (likely == inputs["labels"][:, 1:])[wanted])
     head = shaken(tiny_model(tie_word_embeddings=False), ["q_proj"])
     head.lm_head.weight.requires_grad_(True)
     with pytest.raises(NotImplementedError, match="a head that trains"):

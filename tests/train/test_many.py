@@ -529,12 +529,12 @@ def test_a_loss_of_the_labels_is_each_runs_own_and_reads_no_other():
     runs, batches = veneer.train_many(base, configs), {name: tokens(causal=True) for name in configs}
     for names in (("head", "plain"), ("alone",)):
         told = runs.label_losses({name: batches[name] for name in names})
-        assert not any(one.requires_grad for one in told.values())
+        assert not any(one.losses.requires_grad for one in told.values())
         losses = runs.backward({name: batches[name] for name in names}, {name: loss(name) for name in names})
         for name in names:
             expected = alone[name].step(batches[name])
             assert abs(losses[name] - expected) < 1e-10
-            assert abs((told[name].exp() * weights[name]).sum() - expected) < 1e-10
+            assert abs((told[name].losses.exp() * weights[name]).sum() - expected) < 1e-10
             assert_same_gradients(runs[name], alone[name].handle)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,12 @@ from veneer.adapter_files.folder import read
 from veneer.errors import ConfigError, OutputExistsError, TargetError, TrainingError, VeneerError
 from veneer.train import checkpoint
 from veneer.train.config import load_config
+from veneer.train.evaluate import evaluate
 from veneer.train.run import fit
+from veneer.train.sweep import cohort, held_out, run
+from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.held_out import evaluate_runs
+from veneer.train.sweep.record import FINISHED, Candidate, State
 from veneer.train.sweep.run import sweep
 from veneer.train.sweep.search import Search
 from veneer.train.sweep.settings import make_sweep
@@ -196,6 +202,7 @@ def test_a_candidate_without_its_targets_is_named_before_any_step(make: Make) ->
         ({"pruner": "NoPruner"}, {}, "pruner 'NoPruner'.*MedianPruner"),
         ({"pruner": {"name": "MedianPruner", "nothing": 1}}, {}, "pruner 'MedianPruner', and .*nothing"),
         ({}, {"optimiser": "galore_adamw"}, "candidate c1: .*galore"),
+        ({"rungs": [2, 90]}, {"max_steps": 8}, "rung 90 in a run of 8 steps"),
     ],
 )  # fmt: skip
 def test_what_a_sweep_has_no_place_for(make: Make, section: Any, changes: Any, message: str) -> None:
@@ -217,6 +224,7 @@ def test_what_a_sweep_has_no_place_for(make: Make, section: Any, changes: Any, m
         ({"axes": {"rank": {"low": 1, "high": 2}}}, "no `candidates:`"),
         ({"axes": {"rank": {"low": 1, "high": 2}}, "sampler": "grid"}, "sampler grid and axis 'rank', a range"),
         ({"axes": {"rank": [1]}, "sampler": "grid", "candidates": 3}, "sampler grid and candidates: 3"),
+        ({"axes": {"rank": [1, 2]}, "candidates": 3}, "candidates: 3, and 2 combinations"),
         ({"axes": {"rank": [1]}, "pruner": "MedianPruner", "rungs": [2]}, "pruner and rungs"),
         ({"axes": {"rank": [1]}, "rungs": [-2]}, "rungs"),
         ({"axes": {"rank": [1]}, "rung": [2]}, "unknown field 'rung' .nearest: 'rungs'"),
@@ -271,7 +279,7 @@ def test_optunas_pruner_ends_candidates(make: Make) -> None:
 def test_a_task_of_one_pass_is_its_run_alone(make: Make, name: str, tmp_path: Path) -> None:
     config, axes = make("sweep", max_steps=4, **rows_of(name, tmp_path)), {"rank": [2, 3]}
     found = sweep(config, make_sweep({"axes": axes, "rungs": []}), quiet=True)
-    alone = fit(load_config(found.best / "train.yaml"), quiet=True)
+    alone = fit(load_config(Path(found.facts["folder"]) / "train.yaml"), quiet=True)
     best = candidates(found)[found.facts["best"]]
     assert best["losses"] == pytest.approx(alone.losses, rel=1e-4)
     assert best["loss"] == pytest.approx(alone.eval_losses[-1][1], rel=1e-4)
@@ -284,6 +292,130 @@ def rows_of(task: str, folder: Path) -> dict[str, Any]:
     if task == "reward":
         rows = [{"prompt": f"{i}", "chosen": " yes", "rejected": " no"} for i in range(20)]
     return {"task": task, "data": str(write_rows(folder / f"{task}.jsonl", rows))}
+
+
+def test_a_candidate_that_cannot_begin_later_ends_none_of_the_others(make: Make) -> None:
+    """Each alone: the second one's optimiser is refused when the first has been trained."""
+    axes = {"optimiser": ["adamw_torch", "galore_adamw", "sgd"]}
+    found = ran(make, "sweep", axes, {"at_once": 1}, keep_going=True, max_steps=2)
+    assert [one["status"] for one in found.facts["candidates"]] == ["finished", "failed", "finished"]
+    assert "galore" in candidates(found)["c2"]["note"]
+    with pytest.raises(TargetError, match=r"The sweep cannot begin(.|\n)*galore"):
+        ran(make, "none", {"optimiser": ["galore_adamw"]}, keep_going=True)
+    assert not make("none").output.exists()
+
+
+def test_a_sweep_may_be_told_later_to_keep_going(make: Make) -> None:
+    with pytest.raises(ZeroDivisionError):
+        ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, save_every=1, shown=crash_at((0, 2)))
+    seen = []
+    options: Any = {"max_steps": 4, "save_every": 1, "shown": lambda state, steps: seen.append(state.step)}
+    ran(make, "sweep", GRID, {"rungs": []}, keep_going=True, **options)
+    assert seen == [2, 3, 4]
+
+
+def test_what_it_took_is_of_the_whole_sweep(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attaching too: a sweep of many short cohorts does little else."""
+
+    class Slow(Cohort):
+        def __init__(self, *args: Any) -> None:
+            time.sleep(1)
+            super().__init__(*args)
+
+    monkeypatch.setattr(run, "Cohort", Slow)
+    began = time.perf_counter()
+    found = ran(make, "sweep", {"rank": [1, 2]}, {"at_once": 1, "rungs": []}, max_steps=1)
+    assert 2 < found.facts["seconds"] <= time.perf_counter() - began
+
+
+def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of before that stays would be taken for one of this sweep."""
+    ran(make, "sweep", {"rank": [1, 2]}, {"rungs": []}, max_steps=1)
+    checkpoint.path_of(make("sweep").output, 900).mkdir()
+
+    def refused(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    seen = []
+    options: Any = {"max_steps": 1, "shown": lambda state, steps: seen.append(state.step)}
+    with pytest.raises(PermissionError):
+        ran(make, "sweep", {"rank": [1, 2]}, {"rungs": []}, overwrite=True, **options)
+    assert not seen
+
+
+def test_rungs_are_evaluations_enough_until_the_last(make: Make) -> None:
+    """And what a run alone draws at its own evaluations is drawn: its dropout is the same."""
+    found = ran(make, "sweep", {"learning_rate": [1e-3, 5e-3, 1e-5]}, {"rungs": [3, 5]}, max_steps=10, eval_every=None)
+    evaluated = [[step for step, _ in one["evaluations"]] for one in found.facts["candidates"]]
+    assert sorted(evaluated) == [[3], [3], [3, 5, 6, 8, 10]]
+    alone = fit(load_config(found.best / "train.yaml"), quiet=True)
+    assert [step for step, _ in alone.eval_losses] == [2, 4, 6, 8, 10]
+    assert candidates(found)[found.facts["best"]]["losses"] == pytest.approx(alone.losses, rel=2e-4)
+
+
+def test_candidates_that_are_attached_alike_are_checked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr(cohort, "check", lambda model, example, name: checked.append(name))
+    axes = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3], "data_seed": [0, 1]}
+    ran(make, "sweep", axes, {"rungs": []}, max_steps=1, check=True)
+    assert checked == ["c1", "c5"]
+
+
+def test_candidates_share_the_passes_of_an_evaluation(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget of tokens, and each with the loss that it has alone."""
+    passes: list[tuple[int, ...]] = []
+
+    def evaluated(runs: Any, tasks: Any, rows: Any) -> Any:
+        def seen(module: Any, args: Any, kwargs: Any) -> None:
+            passes.append(tuple(kwargs["input_ids"].shape))
+
+        hook = runs.model.model.register_forward_pre_hook(seen, with_kwargs=True)
+        found = evaluate_runs(runs, tasks, rows)
+        hook.remove()
+        for name in tasks:
+            with runs[name].use():
+                told = evaluate(runs.model, rows, batch_size=3)
+            assert found[name]["loss"] == pytest.approx(told.loss, rel=1e-5)
+            assert found[name]["accuracy"] == pytest.approx(told.accuracy)
+        assert runs.model.training
+        return found
+
+    monkeypatch.setattr(cohort, "evaluate_runs", evaluated)
+    axes = {"rank": [2, 4, 6], "variant": ["lora", "dora"]}
+    for tokens in (10_000, 300, 20):
+        monkeypatch.setattr(held_out, "TOKENS", tokens)
+        passes.clear()
+        ran(make, f"sweep-{tokens}", axes, {"rungs": []}, max_steps=1, eval_fraction=0.3)
+        assert max(rows * width for rows, width in passes) <= tokens
+        assert sum(rows for rows, _ in passes) >= 6 * 12, "each row of each candidate"
+        assert (len(passes) <= 2) == (tokens == 10_000), "one, and the trial of the rows"
+
+
+def test_who_goes_on_is_the_share_of_those_that_were_there() -> None:
+    search = Search(make_sweep({"axes": {"rank": [1, 2]}, "rungs": [1], "keep": 0.55}), 10)
+    for count, left in ((100, 55), (99, 55), (3, 2)):
+        assert len(search.judge(1, {f"c{number}": float(number) for number in range(count)})) == count - left
+
+
+def test_drawn_from_lists_none_is_drawn_twice() -> None:
+    axes = {"rank": [2, 4, 8], "learning_rate": [1e-3, 5e-3], "targets": ["attention", ["q_proj"]]}
+    asked = Search(make_sweep({"axes": axes, "candidates": 11, "seed": 3}), 10).ask(11)
+    assert len({json.dumps(one) for one in asked.values()}) == 11
+    assert {*asked["c01"]} == {*axes}
+
+
+def test_the_spread_is_that_of_seeds() -> None:
+    """Not of one candidate that a sampler drew again."""
+    state = State()
+    for number, seed in enumerate((0, 0, 1)):
+        one = Candidate(f"c{number}", 0, {"rank": 2, "seed": seed}, FINISHED)
+        one.evaluations = [(1, {"loss": 1.0 + seed})]
+        state.candidates.append(one)
+    assert [one["candidates"] for one in state.spread()] == [["c0", "c2"]]
+    state.candidates.pop()
+    assert state.spread() == []
 
 
 @pytest.mark.slow

@@ -37,16 +37,16 @@ def newest(output: Path) -> tuple[Path, int] | None:
 
 def clear(output: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
-    _remove(*(output / name for name in (ADAPTER, LOG, METRICS, "runs")), *output.glob("checkpoint-*"))
-    _remove(output / RUN)  # last: without it, what is left would not count as a run's
+    remove(*(output / name for name in (ADAPTER, LOG, METRICS, "runs")), *output.glob("checkpoint-*"))
+    remove(output / RUN)  # last: without it, what is left would not count as a run's
 
 
 def sweep(output: Path) -> None:
     """Remove what a killed process left half-written."""
-    _remove(*output.glob(".*.tmp"), *output.glob(".*.replaced"))
+    remove(*output.glob(".*.tmp"), *output.glob(".*.replaced"))
 
 
-def _remove(*paths: Path) -> None:
+def remove(*paths: Path) -> None:
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -28,6 +28,7 @@ class ChunkedCrossEntropy:
         self.total = like.new_zeros((), dtype=at_least_float32(like.dtype))
         self.correct = like.new_zeros((), dtype=torch.long)
         self.told: list[Tensor] = []
+        self.right: list[Tensor] = []  # of each label, as `accuracy` asks for
         self.rows: list[Tensor] = []
         self.gradients: dict[Tensor, Tensor] = {}  # by the head's own parameters
         # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
@@ -43,7 +44,9 @@ class ChunkedCrossEntropy:
         shares = self.shares[: len(wide)]
         chosen, told = _shares(wide, answers, shares)
         if self.accuracy:
-            self.correct += (shares.argmax(dim=-1, keepdim=True) == answers).sum()
+            right = (shares.argmax(dim=-1, keepdim=True) == answers).squeeze(1)
+            self.correct += right.sum()
+            self.right.append(right)
         self.total -= told.sum()
         self.told.append(told)
         if not logits.requires_grad:

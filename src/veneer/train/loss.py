@@ -42,7 +42,7 @@ from veneer.kernels import fused
 from veneer.train.chunked_cross_entropy import ChunkedCrossEntropy, leaf_of
 from veneer.train.tokens import IGNORED
 
-__all__ = ["TokenLoss", "causal_loss", "label_losses", "log_probabilities", "token_loss"]
+__all__ = ["LabelLosses", "TokenLoss", "causal_loss", "label_losses", "log_probabilities", "token_loss"]
 
 #: Rows of logits at a time. Fewer read the head's weight more often, more fall out of the caches.
 CHUNK = 256
@@ -64,6 +64,15 @@ class TokenLoss(NamedTuple):
     items: Tensor
     correct: Tensor
     extra: Tensor | None
+
+
+class LabelLosses(NamedTuple):
+    """`losses`: -log p of each label, [n], row after row; `counts`: how many labels each row has, [b]; `right`: which
+    of them are the most likely token, [n] (None unless asked for)."""
+
+    losses: Tensor
+    counts: Tensor
+    right: Tensor | None
 
 
 def token_loss(
@@ -114,29 +123,33 @@ def causal_loss(
     return loss if result.extra is None else loss + result.extra.to(loss.device)
 
 
-def label_losses(model: nn.Module, inputs: Mapping[str, Any], *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """(-log p of each label, [n], row after row; how many each row has, [b]): `token_loss` before it is summed, for
-    rows that differ in what they weigh. It can be differentiated once.
+def label_losses(
+    model: nn.Module, inputs: Mapping[str, Any], *, accuracy: bool = False, chunk: int = CHUNK
+) -> LabelLosses:
+    """`token_loss` before it is summed, for rows that differ in what they weigh. It can be differentiated once.
 
     Raises:
-        ConfigError: the model adds a loss over all rows, the balance of its experts.
+        ConfigError: the model adds a loss over all rows, the balance of its experts, which gradients would lack.
     """
     labels: Tensor = inputs["labels"]
     rest = {"use_cache": False, **{name: value for name, value in inputs.items() if name != "labels"}}
-    if getattr(getattr(unwrap(model), "config", None), "output_router_logits", False):
+    balanced = getattr(getattr(unwrap(model), "config", None), "output_router_logits", False)
+    if balanced and torch.is_grad_enabled():
         found = "output_router_logits=True, for a loss of the balance of experts over all rows"
         raise ConfigError(found, "losses of each row", "set it to False, or train the adapters one by one")
     target = labels[:, 1:]
     wanted, path = target != IGNORED, _body(model)
-    outputs = None
+    counts, outputs = wanted.sum(1), None
     whole = torch.is_grad_enabled() and path is not None and _changes_head(model, path)  # whose gradient is asked for
     if path is not None and wanted.any() and not whole:
-        rows, sums, outputs, _ = _chunks(model, path, rest, labels, False, chunk, None)
+        rows, sums, outputs, _ = _chunks(model, path, rest, labels, accuracy, chunk, None)
         if rows is not None and sums is not None:
-            return sums.label_losses(rows), wanted.sum(1)
+            return LabelLosses(sums.label_losses(rows), counts, torch.cat(sums.right) if accuracy else None)
     logits = (model(**rest) if outputs is None else outputs).logits[:, :-1][wanted]
     wide = logits.to(at_least_float32(logits.dtype))
-    return functional.cross_entropy(wide, target[wanted].to(wide.device), reduction="none"), wanted.sum(1)
+    answers = target[wanted].to(wide.device)
+    losses = functional.cross_entropy(wide, answers, reduction="none")
+    return LabelLosses(losses, counts, wide.argmax(dim=-1) == answers if accuracy else None)
 
 
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Any], temperature: float = 1.0) -> Tensor:

@@ -192,7 +192,7 @@ class Trainer:
         told = self.runs.label_losses(simple) if simple else {}
         for one in passes:
             if one.run in told:
-                self._of_labels(one, rows[one.run], told[one.run])
+                self._of_labels(one, rows[one.run], told[one.run].losses)
                 continue
             ids = batches[one.run][0]["input_ids"]
             with torch.no_grad(), self.runs[one.run].use():

@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from veneer.attach.state import ActiveAdapter
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError, SelectionError, TargetError, VeneerError, raise_all
 from veneer.handle import Handle, attach, load
-from veneer.train.loss import causal_loss, label_losses
+from veneer.train.loss import LabelLosses, causal_loss, label_losses
 from veneer.train.many.shared_batch import Batch, join, read, split, try_rows
 from veneer.train.many.streams import OwnDropout, Stream, dropouts, generators, same, states
 
@@ -257,13 +258,16 @@ class Runs(Mapping[str, Handle]):
 
     def _own(self, group: Mapping[str, Batch], losses: Mapping[str, Any]) -> dict[str, Tensor]:
         """Each run's loss of its rows of the output."""
+        outputs = self._outputs(group)
+        return self._each({name: (losses[name], (outputs[name], batch.target)) for name, batch in group.items()})
+
+    def _outputs(self, group: Mapping[str, Batch]) -> dict[str, Any]:
+        """Each run's rows of the output."""
         self._try_rows(group)
         args, kwargs = join(list(group.values()))
         output = self.model(*args, **kwargs)
         sizes = [batch.rows for batch in group.values()]
-        outputs = [output] if len(group) == 1 else split(output, sizes)
-        pairs = zip(group.items(), outputs, strict=True)
-        return self._each({name: (losses[name], (own, batch.target)) for (name, batch), own in pairs})
+        return dict(zip(group, [output] if len(group) == 1 else split(output, sizes), strict=True))
 
     def _causal(self, group: Mapping[str, Batch], losses: Mapping[str, Any]) -> dict[str, Tensor]:
         """Each run's loss of its labels."""
@@ -273,16 +277,19 @@ class Runs(Mapping[str, Handle]):
                 return {name: causal_loss(self.model, {**_named(name, batch), "labels": batch.target})}
         told = self._told(group)
         own = {name: losses[name] if isinstance(losses[name], LabelLoss) else _MEAN for name in group}
-        return self._each({name: (own[name].function, (told[name],)) for name in group})
+        return self._each({name: (own[name].function, (told[name].losses,)) for name in group})
 
-    def _told(self, group: Mapping[str, Batch]) -> dict[str, Tensor]:
+    def _told(self, group: Mapping[str, Batch], accuracy: bool = False) -> dict[str, LabelLosses]:
         """−log p of each run's labels."""
         self._try_rows(group)
         _, inputs = join([batch._replace(kwargs=_named(name, batch)) for name, batch in group.items()])
         labels = torch.cat([batch.target for batch in group.values()])
-        told, counts = label_losses(self.model, {**inputs, "labels": labels})
-        by_run = counts.split([batch.rows for batch in group.values()])
-        return dict(zip(group, told.split([int(own.sum()) for own in by_run]), strict=True))
+        told = label_losses(self.model, {**inputs, "labels": labels}, accuracy=accuracy)
+        counts = told.counts.split([batch.rows for batch in group.values()])
+        sizes = [int(own.sum()) for own in counts]
+        right = [None] * len(sizes) if told.right is None else told.right.split(sizes)
+        own = zip(told.losses.split(sizes), counts, right, strict=True)
+        return {name: LabelLosses(*parts) for name, parts in zip(group, own, strict=True)}
 
     def _each(self, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Tensor]:
         """The losses that these calls make, by run; with ``keep_going`` of those that make one."""
@@ -303,8 +310,8 @@ class Runs(Mapping[str, Handle]):
             found[name] = value
         return found
 
-    def label_losses(self, batches: Mapping[str, Any]) -> dict[str, Tensor]:
-        """−log p of each label of some runs' batches, [n], row after row; without gradients.
+    def label_losses(self, batches: Mapping[str, Any], *, accuracy: bool = False) -> dict[str, LabelLosses]:
+        """What `veneer.train.loss.label_losses` says of some runs' batches, in shared forwards without gradients.
 
         Args:
             batches: by run, as ``backward`` takes them of a causal language model.
@@ -312,23 +319,34 @@ class Runs(Mapping[str, Handle]):
         Raises:
             DataError: a batch that is none. SelectionError: the model mixes rows.
         """
+        return self._forward(batches, partial(self._told, accuracy=accuracy))
+
+    def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model makes of some runs' batches, each its own rows, in shared forwards without gradients. Takes
+        and raises what ``label_losses`` does, of any model."""
+        return self._forward(batches, self._outputs)
+
+    def _forward(
+        self, batches: Mapping[str, Any], call: Callable[[dict[str, Batch]], Mapping[str, Any]]
+    ) -> dict[str, Any]:
         groups: dict[Any, dict[str, Batch]] = {}
         for name, batch in batches.items():
             own = read(name, batch, self._defaults)
             groups.setdefault(own.like, {})[name] = own
-        told: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         for group in groups.values():
             chosen, dropout = self._chosen(group)
             with torch.no_grad(), context.changed(selection={**context.current.selection, **chosen}), dropout:
-                told |= self._told(group)
-        return {name: told[name] for name in batches}
+                found |= call(group)
+        return {name: found[name] for name in batches}
 
     def _try_rows(self, group: Mapping[str, Batch]) -> None:
         """Once for batches of this structure."""
         first = next(iter(group.values()))
         key = len(first.args), *first.kwargs
         if len(group) > 1 and key not in self._tried:
-            try_rows(self.model, need_adapters(self.model, walk=False).uid, list(group.values()))
+            some = list(group.values())[:2]  # another run's rows beside those of the first
+            try_rows(self.model, need_adapters(self.model, walk=False).uid, some)
             self._tried.add(key)
 
 

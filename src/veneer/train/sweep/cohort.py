@@ -11,7 +11,7 @@ they begin, for an epoch or an evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,13 +25,14 @@ from veneer.attach.check import check
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
 from veneer.train.arguments import arguments_of
-from veneer.train.evaluate import evaluate, evaluate_task, to
+from veneer.train.evaluate import to
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
 from veneer.train.prepare import Prepared
 from veneer.train.run import lora_of
 from veneer.train.start_data import start_data
+from veneer.train.sweep.held_out import Answered, evaluate_runs
 from veneer.train.tasks import Task
 
 #: of a candidate's own state in a checkpoint: optimiser, schedule, random numbers
@@ -41,11 +42,11 @@ STATE = "state.pt"
 class _Member:
     """One candidate: all that is its own but the adapter."""
 
-    def __init__(self, task: Task, handle: Any, prepared: Prepared, folder: Path) -> None:
+    def __init__(self, task: Task, handle: Any, prepared: Prepared, folder: Path, decays: Mapping[int, bool]) -> None:
         self.task, self.handle, self.prepared = task, handle, prepared
         arguments = arguments_of(task.config, folder, prepared)
         self.parameters = handle.parameters()
-        self.optimizer = _optimizer(arguments, handle.model, self.parameters)
+        self.optimizer = _optimizer(arguments, handle.model, self.parameters, decays)
         self.scheduler = get_scheduler(
             arguments.lr_scheduler_type, optimizer=self.optimizer,
             num_warmup_steps=arguments.get_warmup_steps(prepared.steps), num_training_steps=prepared.steps,
@@ -70,8 +71,9 @@ class _Member:
 
 
 class Cohort:
-    """``model``: the base; ``tasks``: of each candidate, by name, with its own configuration. ``failed``: why some
-    could not begin, or went on no longer."""
+    """``model``: the base; ``tasks``: of each candidate, by name, with its own configuration; ``found``: the folder of
+    a checkpoint to go on from. ``failed``: why some could not begin, or went on no longer. Raises for all that cannot
+    begin, unless it is to keep going without them."""
 
     def __init__(
         self, model: nn.Module, tasks: Mapping[str, Task], prepared: Prepared, output: Path, found: Path | None,
@@ -81,42 +83,48 @@ class Cohort:
         self.runs, self.failed = Runs(model), dict[str, str]()
         self.members: dict[str, _Member] = {}
         self._rows: dict[int, Iterator[list[list[int]]]] = {}
-        self._batches: dict[int, list[Any]] = {}
-        problems = []
+        self._checked: list[Any] = []
         try:
-            for name, task in tasks.items():
-                try:
-                    self._add(name, task, output, found)
-                except VeneerError as error:
-                    self.failed[name] = str(error)
-                    problems.append(f"candidate {name}: {error}")
-            if not (keep_going and self.members):
+            self._each(tasks, lambda name: self._attach(name, tasks[name], found))
+            decays = _decays(model)
+            self._each(self.runs, lambda name: self._start(name, tasks[name], output, found, decays))
+            if not keep_going:
+                problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
                 raise_all(TargetError, "The sweep cannot begin", problems)
         except BaseException:
             self.close()
             raise
 
-    def _add(self, name: str, task: Task, output: Path, found: Path | None) -> None:
+    def _each(self, names: Iterable[str], do: Callable[[str], None]) -> None:
+        """`do` for each candidate; who raises has failed, and is no run any longer."""
+        for name in [*names]:
+            try:
+                do(name)
+            except VeneerError as error:
+                self.failed[name] = str(error)
+                if name in self.runs:
+                    self.runs.remove(name)
+
+    def _attach(self, name: str, task: Task, found: Path | None) -> None:
         config = task.config
         if found is not None:
-            handle = self.runs.add(name, found / name / checkpoint.ADAPTER, seed=config.seed)
+            self.runs.add(name, found / name / checkpoint.ADAPTER, seed=config.seed)
+            return
+        more, lora = start_data(task, self.prepared.train, self.model), lora_of(config, self.model, {})
+        self.runs.add(name, lora, seed=config.seed, **more)
+        if config.check and lora not in self._checked:  # of those that are attached alike, one proves it for all
+            check(self.model, task.example(self.prepared, self.model.device), name)
+            self._checked.append(lora)
+
+    def _start(self, name: str, task: Task, output: Path, found: Path | None, decays: Mapping[int, bool]) -> None:
+        member = _Member(task, self.runs[name], self.prepared, output, decays)
+        if found is not None:
+            state = torch.load(found / name / STATE, weights_only=True)
+            member.optimizer.load_state_dict(state["optimizer"])
+            member.scheduler.load_state_dict(state["scheduler"])
+            self.runs.stream(name).own = state["random"]
         else:
-            more = start_data(task, self.prepared.train, self.model)
-            handle = self.runs.add(name, lora_of(config, self.model, {}), seed=config.seed, **more)
-        try:
-            if config.check and found is None:
-                check(self.model, task.example(self.prepared, self.model.device), name)
-            member = _Member(task, handle, self.prepared, output)
-            if found is not None:
-                state = torch.load(found / name / STATE, weights_only=True)
-                member.optimizer.load_state_dict(state["optimizer"])
-                member.scheduler.load_state_dict(state["scheduler"])
-                self.runs.stream(name).own = state["random"]
-            else:
-                self.runs.restart(name, config.seed)  # as a trainer does once the adapter is attached
-        except BaseException:
-            self.runs.remove(name)
-            raise
+            self.runs.restart(name, task.config.seed)  # as a trainer does once the adapter is attached
         self.members[name] = member
 
     def begin(self, step: int) -> None:
@@ -147,7 +155,7 @@ class Cohort:
     def step(self) -> dict[str, float]:
         """One step of all; the loss of each. Who has none that is finite is in `failed`, and no member any longer."""
         if self._step % self.steps_an_epoch == 0:
-            self._draw(self.members)
+            self.draw()
         passes = {order: self._collated(next(rows)) for order, rows in self._rows.items()}
         losses = dict.fromkeys(self.members, 0.0)
         totals = {order: max(sum(items for _, items in own), 1) for order, own in passes.items()}
@@ -181,26 +189,14 @@ class Cohort:
             return causal_loss
         return {name: partial(_mean_loss, member.task) for name, member in self.members.items()}
 
-    def evaluate(self, drawn: bool) -> dict[str, dict[str, float]]:
-        """The loss and the measures of each on the rows held out. `drawn`: whether a run alone evaluates here too."""
-        if drawn:
-            self._draw(self.members)
-        found = {}
-        for name, member in self.members.items():
-            with self.runs[name].use():
-                found[name] = self._evaluated(member)
-        return found
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """The loss and the measures of each on the rows held out."""
+        tasks = {name: member.task for name, member in self.members.items()}
+        return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
-    def _evaluated(self, member: _Member) -> dict[str, float]:
-        task, rows, size = member.task, self.prepared.evaluation, member.task.config.batch_size
-        if task.name == "sft":
-            told = evaluate(self.model, rows, batch_size=size)
-            return {"loss": told.loss, "accuracy": told.accuracy}
-        found = evaluate_task(task, self.model, rows, batch_size=size)
-        return {name: value for name, value in found.items() if name != "items"}
-
-    def _draw(self, names: Mapping[str, Any]) -> None:
-        for name in names:
+    def draw(self) -> None:
+        """What torch's loaders draw of each run's numbers when an epoch or an evaluation of a run alone begins."""
+        for name in self.members:
             with self.runs.stream(name):
                 torch.empty((), dtype=torch.int64).random_()
 
@@ -229,28 +225,25 @@ class Cohort:
         self.members.clear()
 
 
-class _Answered:
-    """Stands for the model in a task's loss, whose only pass has been made."""
-
-    def __init__(self, output: Any) -> None:
-        self.output, self.training = output, True
-
-    def __call__(self, **_: Any) -> Any:
-        return self.output
-
-
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    found = task.loss(_Answered(output), batch)
+    found = task.loss(Answered(output, training=True), batch)
     return found.total / max(found.items, 1)
 
 
-def _optimizer(arguments: Any, model: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _decays(model: Any) -> dict[int, bool]:
+    """By the id of each parameter that trains, in the order of their names, whether its weights decay."""
+    decayed = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
+    return {id(one): name in decayed for name, one in model.named_parameters() if one.requires_grad}
+
+
+def _optimizer(
+    arguments: Any, model: Any, parameters: list[nn.Parameter], decays: Mapping[int, bool]
+) -> torch.optim.Optimizer:
     """What transformers' trainer makes of these arguments, over one candidate's parameters."""
-    own, decayed = {id(one) for one in parameters}, {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
-    named = [(name, one) for name, one in model.named_parameters() if id(one) in own]
+    own = {id(one): one for one in parameters}
     groups = [
-        {"params": [one for name, one in named if (name in decayed) is decays], "weight_decay": decay}
-        for decays, decay in ((True, arguments.weight_decay), (False, 0.0))
+        {"params": [own[key] for key, decay in decays.items() if key in own and decay is which], "weight_decay": rate}
+        for which, rate in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)

@@ -80,7 +80,11 @@ class State:
     def spread(self) -> list[dict[str, Any]]:
         """Settings of which several candidates ran to their end, with other seeds: their losses."""
         groups: dict[str, list[Candidate]] = {}
+        seen: list[dict[str, Any]] = []  # a sampler may draw one again
         for one in self.finished():
+            if one.changes in seen:
+                continue
+            seen.append(one.changes)
             settings = {name: value for name, value in one.changes.items() if name not in CHANCE}
             groups.setdefault(json.dumps(settings), []).append(one)
         return [

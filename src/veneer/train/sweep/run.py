@@ -91,6 +91,7 @@ def sweep(
 
 class _Work:
     def __init__(self, config: TrainConfig, settings: Sweep, keep_going: bool, console: Console, shown: Shown) -> None:
+        self.clocks = time.perf_counter(), time.process_time()
         self.config, self.settings, self.keep_going = _comparable(config), settings, keep_going
         self.console, self.shown, self.output = console, shown, config.output.expanduser()
         resume = self._unfinished()
@@ -102,13 +103,14 @@ class _Work:
         self.evaluated, self.saved = int(arguments.eval_steps or 1), int(arguments.save_steps)
         self.found = self._checkpoint() if resume else None
         self.state = State() if self.found is None else State.read(self.found / STATE)
+        self.before = self.state.seconds, self.state.cpu_seconds
         self.tasks: dict[str, Task] = {}
         self.model: Any = None
 
     # ------------------------------------------------------------------------------------------ the output folder
 
     def _about(self) -> dict[str, Any]:
-        return {"sweep": self.settings.content(), "keep_going": self.keep_going}
+        return {"sweep": self.settings.content()}
 
     def _unfinished(self) -> bool:
         """Whether the output holds a sweep to go on with. Raises where it holds what is not to be replaced."""
@@ -152,10 +154,8 @@ class _Work:
     def _open(self) -> None:
         """Make the output folder ready: only now, so that a sweep that cannot begin leaves nothing behind."""
         if self.found is None:
-            for path in (self.output / BEST, *self.output.glob("checkpoint-*")):
-                shutil.rmtree(path, ignore_errors=True)
-            for name in (REPORT, RESULT):
-                (self.output / name).unlink(missing_ok=True)
+            checkpoint.remove(*(self.output / name for name in (BEST, REPORT, RESULT)))
+            checkpoint.remove(*self.output.glob("checkpoint-*"))
         self.output.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(self.output)
         self._status("running")
@@ -266,13 +266,14 @@ class _Work:
                 own[name].status, own[name].note = FAILED, cohort.failed[name]
             else:
                 own[name].status, own[name].parameters = RUNNING, cohort.runs[name].summary().trainable
+        if all(one.status == FAILED for one in self.state.candidates):
+            raise_all(TargetError, "The sweep cannot begin", [f"candidate {n}: {one.note}" for n, one in own.items()])
         cohort.begin(self.state.step)
         return cohort
 
     def _train(self, cohort: Cohort, stopped: Callable[[], bool]) -> bool:
         """To the end of a cohort. False: it was stopped, with a checkpoint."""
         state = self.state
-        self.clocks = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
         while state.step < self.steps and cohort.members:
             losses = cohort.step()
             state.step += 1
@@ -292,13 +293,18 @@ class _Work:
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """At the steps of a run alone, and at rungs; who is judged too weak ends."""
+        """At rungs, and as a run alone does: without `eval_every`, once the last rung is passed. Who is judged too weak
+        ends."""
         state, step = self.state, self.state.step
         own = step % self.evaluated == 0 or step == self.steps
+        if own:
+            cohort.draw()
+        if self.config.eval_every is None and step < max(self.search.rungs, default=0):
+            own = False  # the rungs are evaluations enough
         if not cohort.members or not (own or step in self.search.rungs):
             return
         losses = {}
-        for name, measured in cohort.evaluate(drawn=own).items():
+        for name, measured in cohort.evaluate().items():
             if not math.isfinite(measured["loss"]):
                 cohort.failed[name] = f"the loss on the rows held out is {measured['loss']} at step {step}"
                 cohort.remove(name)
@@ -310,9 +316,14 @@ class _Work:
                 state[name].status = ENDED
                 cohort.remove(name)
 
+    def _clock(self) -> None:
+        """Note what the sweep has taken."""
+        self.state.seconds = self.before[0] + time.perf_counter() - self.clocks[0]
+        self.state.cpu_seconds = self.before[1] + time.process_time() - self.clocks[1]
+
     def _save(self, cohort: Cohort) -> None:
         state = self.state
-        state.seconds, state.cpu_seconds = time.perf_counter() - self.clocks[0], time.process_time() - self.clocks[1]
+        self._clock()
         number = state.cohort * self.steps + state.step
 
         def fill(folder: Path) -> None:
@@ -383,6 +394,7 @@ class _Work:
             notes = "; ".join(f"{one.name}: {one.note}" for one in self.state.candidates if one.note)
             do = "lower the learning rates, or train in fp32 (--precision fp32)"
             raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", do)
+        self._clock()
         result = self._result(interrupted=False)
         write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
         write_whole(self.output / REPORT, page(result.facts))

@@ -10,7 +10,6 @@ record says, and is where it was. So nothing of a sampler's or pruner's own is k
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ class Search:
         self.study, self.trials = _study(settings, self.sampled), dict[str, Any]()
         lists = [values for values in settings.axes.values() if isinstance(values, list)]
         self.count = settings.candidates or math.prod(map(len, lists))
-        self._listed = self._grid() if settings.chosen == "grid" else self._drawn()
+        self._listed = self._drawn() if settings.ranges else self._grid()
         self._asked = 0
 
     def ask(self, count: int) -> dict[str, dict[str, Any]]:
@@ -59,7 +58,7 @@ class Search:
         if step not in self.rungs:
             return set()
         ordered = sorted(losses, key=losses.__getitem__)  # of equal ones, the earlier stays
-        return {*ordered[math.ceil(len(ordered) * self.settings.keep) :]}
+        return {*ordered[math.ceil(round(len(ordered) * self.settings.keep, 6)) :]}
 
     def tell(self, name: str, loss: float | None, ended: bool) -> None:
         """That a candidate is through, with its last loss; `ended`: early; None: it failed."""
@@ -70,9 +69,17 @@ class Search:
         self.study.tell(self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state)
 
     def _grid(self) -> Iterator[dict[str, Any]]:
+        """Every combination in order, or as many as are asked for, none twice."""
         axes: Any = self.settings.axes
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, values, strict=True))
+        numbers = range(math.prod(map(len, axes.values())))
+        if self.settings.chosen == "random":
+            numbers = random.Random(self.settings.seed).sample(numbers, self.count)
+        for number in numbers:
+            found = {}
+            for name, values in reversed(axes.items()):
+                number, place = divmod(number, len(values))
+                found[name] = values[place]
+            yield {name: found[name] for name in axes}
 
     def _drawn(self) -> Iterator[dict[str, Any]]:
         source = random.Random(self.settings.seed)

@@ -70,7 +70,7 @@ class Sweep(BaseModel):
                 raise ValueError(f"axis {name!r}{nearest(name, AXES)}; expected {listing(AXES, len(AXES))}")
             if isinstance(values, list) and not values:
                 raise ValueError(f"axis {name!r} without values; expected some")
-        ranges = [name for name, values in self.axes.items() if isinstance(values, Range)]
+        ranges, combinations = self.ranges, math.prod(len(one) for one in self.axes.values() if isinstance(one, list))
         for what in (self.sampler, self.pruner):
             if isinstance(what, dict) and not isinstance(what.get("name"), str):
                 raise ValueError(f"{what}; expected a name, and options of Optuna's")
@@ -79,6 +79,9 @@ class Sweep(BaseModel):
             raise ValueError(f"sampler grid and {what}; expected lists of values alone, all of which are tried")
         if self.chosen != "grid" and self.candidates is None:
             raise ValueError("no `candidates:`; expected how many to draw, since not every combination is tried")
+        if self.chosen == "random" and not ranges and (self.candidates or 0) > combinations:
+            found = f"candidates: {self.candidates}, and {combinations} combinations of the axes' values"
+            raise ValueError(f"{found}; expected no more, since each is tried once")
         if self.pruner is not None and self.rungs is not None:
             raise ValueError("pruner and rungs; expected one of them")
         if any(rung <= 0 for rung in self.rungs or ()):
@@ -88,12 +91,19 @@ class Sweep(BaseModel):
     @property
     def chosen(self) -> str:
         """The sampler: without one, the grid of all combinations, unless there is a range or `candidates`."""
-        ranges = any(isinstance(values, Range) for values in self.axes.values())
         given = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
-        return given or ("random" if ranges or self.candidates else "grid")
+        return given or ("random" if self.ranges or self.candidates else "grid")
+
+    @property
+    def ranges(self) -> list[str]:
+        """The axes that are no lists."""
+        return [name for name, values in self.axes.items() if isinstance(values, Range)]
 
     def rung_steps(self, steps: int) -> list[int]:
-        """The steps after which the weaker candidates end."""
+        """The steps after which the weaker candidates end. `ConfigError`: one that the run does not have."""
+        if beyond := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
+            found, do = f"rung {beyond[0]:g} in a run of {steps} steps", "name an earlier step, or a share such as 0.3"
+            raise ConfigError(found, f"less than {steps}", do)
         given = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
         found = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in given}
         return sorted(step for step in found if step < steps)
