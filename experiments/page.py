@@ -14,7 +14,7 @@ HEAD = """# What papers claim, tried here
 
 Each line is a claim of a paper about LoRA, tried with Veneer at a size that two cores can do; a page each has tables,
 seeds, spread and cost. What did not hold here stands here as well. A small model and a short run say little of a large
-one: the configurations of full size are in [experiments/full](../../experiments/full).
+one: the configurations of full size are in `experiments/full/`, and the pages name them.
 
 ```console
 make paper                                  # everything again: hours
