@@ -12,7 +12,10 @@ import importlib
 from experiments.experiment import Experiment
 
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
-NAMES: tuple[str, ...] = ("counts",)
+NAMES: tuple[str, ...] = (
+    "counts",
+    "subspaces",
+)
 
 
 def find(name: str) -> Experiment:

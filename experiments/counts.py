@@ -220,7 +220,7 @@ def counted(source: str, runs: Sequence[Run]) -> Claim:
     ]
     wrong = [f"{name}: {told} M, is {number:,}" for name, number, told in pairs if not is_printed(number, told)]
     said = f"{len(pairs) - len(wrong)} of {len(pairs)}" + ("; a misprint there: " + "; ".join(wrong) if wrong else "")
-    return Claim("the numbers that LoRA trains", f"{HU}, {source}", said, not wrong)
+    return Claim("LoRA trains as many numbers as are printed", f"{HU}, {source}", said, not wrong)
 
 
 def large(run: Run) -> list[Claim]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from experiments import NAMES, find
-from experiments.experiment import Claim, Experiment, Run, mean, table
+from experiments.experiment import Claim, Experiment, Run, table
 from experiments.run import RESULTS
 
 VERDICTS = {True: "held", False: "did not hold", None: "cannot be told here"}
@@ -55,10 +55,10 @@ def pages() -> dict[str, str]:
 def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]) -> str:
     runs: list[Run] = result["runs"]
     said = [(claim.what, claim.source, claim.found, VERDICTS[claim.held]) for claim in claims]
-    cost = f"{len(runs)} runs, {mean(runs, 'cpu') * len(runs) / 60:.0f} minutes of CPU time in all, a thread each"
+    cost = f"{len(runs)} runs, {sum(run['cpu'] for run in runs) / 60:.1f} minutes of CPU time in all, a thread each"
     parts = [
         f"# {experiment.title}", experiment.about.strip(), experiment.tables(runs).strip(),
-        *(f"![{Path(file).stem}]({file})" for file in drawings),
+        *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
         "## Claims", table(("claim", "source", "found here", ""), said, numbers=False),
         f"`python -m experiments {name}`: {cost}. {result['machine']}, torch {result['versions']['torch']}.",
     ]  # fmt: skip
