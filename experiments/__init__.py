@@ -14,6 +14,7 @@ from experiments.experiment import Experiment
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
 NAMES: tuple[str, ...] = (
     "counts",
+    "latency",
     "subspaces",
 )
 

@@ -53,9 +53,8 @@ def heat_maps(
             up = ABOVE + SIDE - (row + 1) * high
             for column, number in enumerate(own):
                 place = f'x="{left + BESIDE + column * wide:.1f}" y="{up:.1f}" width="{wide:.2f}" height="{high:.2f}"'
-                said = f"{value} = {number:.2f} at {y} = {ticks[row]}, {x} = {ticks[column]}"
                 shade = max(0.0, min(1.0, number))
-                parts.append(f'<rect {place} fill-opacity="{shade:.2f}"><title>{escape(said)}</title></rect>')
+                parts.append(f'<rect {place} fill-opacity="{shade:.2f}"/>')
             if rows <= 8 or row % 3 == 0 or row == rows - 1:
                 parts.append(
                     f'<text x="{left + BESIDE - 6}" y="{up + high / 2 + 4:.1f}" text-anchor="end">{ticks[row]}</text>'
