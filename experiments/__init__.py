@@ -16,6 +16,8 @@ NAMES: tuple[str, ...] = (
     "methods",
     "digits",
     "which",
+    "rates",
+    "variants",
 )
 
 
