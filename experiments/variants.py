@@ -26,8 +26,8 @@ once the rate of each is tuned.
 
 {STEPS} steps of 32 rows, rank {RANK} on all linear layers, each variant with its own default alpha; LoRA+ trains B at
 16 times the rate of A. Of {len(RATES)} rates, each twice the one before, the one with the least mean loss on the rows
-aside over three seeds; what is said of quality was measured on the others. Decided before the runs: a variant counts as equal
-if its share of images that are right is within {WITHIN} of plain LoRA's."""
+aside over three seeds; what is said of quality was measured on the others. Decided before the runs: a variant counts as
+equal if its share of images that are right is within {WITHIN} of that of plain LoRA."""
 
 
 def run(cell: Cell) -> dict[str, Any]:

@@ -40,9 +40,9 @@ trained on 700 of them upright and then adapted to others that are turned by a q
 The head is frozen.
 
 Each setting is a `veneer sweep`, whose candidates share the base: of four rates with one seed (of a fifth, where the
-highest was the best), judged by 200 rows that no run trains on; then of five seeds at the best of these rates. 120 steps
-of 32 rows, AdamW without weight decay, a rate that rises over a tenth of the steps and then falls to 0, alpha 32. The
-comparisons were decided before the runs: means over seeds of the images that are right."""
+highest was the best), judged by 200 rows that no run trains on; then of five seeds at the best of these rates. 120
+steps of 32 rows, AdamW without weight decay, a rate that rises over a tenth of the steps and then falls to 0, alpha 32.
+The comparisons were decided before the runs: means over seeds of the images that are right."""
 
 
 def run(cell: Cell) -> dict[str, Any]:
