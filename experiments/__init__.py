@@ -13,9 +13,14 @@ from experiments.experiment import Experiment
 
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
 NAMES: tuple[str, ...] = (
-    "counts",
-    "latency",
+    "methods",
+    "digits",
+    "which",
     "subspaces",
+    "latency",
+    "counts",
+    "rates",
+    "variants",
 )
 
 

@@ -32,7 +32,7 @@ def train(
     clipped to a norm of 1. `groups`: AdamW's, where parameters have rates of their own. The mean loss of the last tenth
     of the steps."""
     trained = list(parameters)
-    optimizer = torch.optim.AdamW(groups or trained, rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or trained, rate, weight_decay=0.0, fused=True)
     rise = max(1, round(warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
@@ -87,8 +87,9 @@ def add_bottlenecks(model: nn.Module, inner: int, after: str = "output.dense") -
     attention and behind the feed-forward part of a block of BERT."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path.endswith(after):
-            module.bottleneck = Bottleneck(module.out_features, inner)
-            module.register_forward_hook(lambda module, inputs, output: module.bottleneck(output))
+            own = Bottleneck(module.out_features, inner)
+            module.add_module("bottleneck", own)
+            module.register_forward_hook(lambda module, inputs, output, own=own: own(output))
 
 
 def begin(
