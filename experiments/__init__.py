@@ -12,7 +12,7 @@ import importlib
 from experiments.experiment import Experiment
 
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = ("phonemes",)
 
 
 def find(name: str) -> Experiment:
