@@ -12,7 +12,11 @@ import importlib
 from experiments.experiment import Experiment
 
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
-NAMES: tuple[str, ...] = ("phonemes",)
+NAMES: tuple[str, ...] = (
+    "phonemes",
+    "repair",
+    "rounding",
+)
 
 
 def find(name: str) -> Experiment:

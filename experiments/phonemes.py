@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments import smollm2
 from experiments.experiment import Cell, Claim, Experiment, Run, mean, spread, table
+from experiments.run import ROOT
 
 BAR, COST = 0.17, 336
+#: where adapters of the recorded size lie
+KEPT = ROOT / "build" / "paper-adapters"
 RECIPE: dict[str, Any] = {
     "rank": 8, "alpha": 16, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 0.05, "batch_size": 8,
     "max_steps": 400,
@@ -35,18 +40,32 @@ def cells(smoke: bool) -> list[Cell]:
     return [{"seed": seed, "recipe": RECIPE} for seed in range(3)]
 
 
-def run(cell: Cell) -> dict[str, Any]:
+def trained(cell: Cell, folder: Path, base: str) -> Any:
+    """The run of `veneer train`: its `Result`. Its adapter is kept, for the experiments that begin with it."""
     from demo.pronounce import write_rows
 
     from veneer.train.config import make_config
     from veneer.train.run import fit
 
+    settings = {"base": base, "data": str(write_rows(folder / "train.jsonl", smollm2.words(cell)[0]))}
+    settings |= {"attention": "eager", "seed": cell["seed"], "save_every": cell["recipe"]["max_steps"]}
+    result = fit(make_config({**settings, "output": folder / "run", **cell["recipe"]}), quiet=True)
+    if not cell.get("smoke"):
+        shutil.copytree(result.adapter, KEPT / f"phonemes-{cell['seed']}", dirs_exist_ok=True)
+    return result
+
+
+def adapter(cell: Cell, folder: Path, base: str) -> Path:
+    """The adapter that the run of this cell kept, or one that is trained now."""
+    kept = KEPT / f"phonemes-{cell['seed']}"
+    return kept if kept.exists() and not cell.get("smoke") else trained(cell, folder, base).adapter
+
+
+def run(cell: Cell) -> dict[str, Any]:
     with smollm2.place(cell) as (folder, base):
-        learnt, choosing, judging = smollm2.words(cell)
-        settings = {"base": base, "data": str(write_rows(folder / "train.jsonl", learnt)), "output": folder / "run"}
-        settings |= {"attention": "eager", "seed": cell["seed"], "save_every": cell["recipe"]["max_steps"]}
+        _, choosing, judging = smollm2.words(cell)
         began = time.process_time()
-        result = fit(make_config({**settings, **cell["recipe"]}), quiet=True)
+        result = trained(cell, folder, base)
         spent = time.process_time() - began
         score = smollm2.spoken(result.model, result.tokenizer, judging)
         chosen = smollm2.spoken(result.model, result.tokenizer, choosing)
