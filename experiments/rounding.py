@@ -33,9 +33,9 @@ def cells(smoke: bool) -> list[Cell]:
 def run(cell: Cell) -> dict[str, Any]:
     import copy
 
-    import torch
     from demo.pronounce import write_rows
 
+    import veneer
     from veneer.train.config import make_config
     from veneer.train.run import fit
 
@@ -48,21 +48,19 @@ def run(cell: Cell) -> dict[str, Any]:
         result = fit(make_config(settings), quiet=True)
         held = smollm2.examples(judging[:100], result.tokenizer, folder)
 
-        def exact(model: Any) -> float:
-            return smollm2.loss(copy.deepcopy(model).float(), held)
+        def exact(adapter: str | None) -> float:
+            copied = copy.deepcopy(result.model).float()
+            with veneer.use(copied, adapter):
+                return smollm2.loss(copied, held)
 
-        import veneer
-
-        with veneer.use(result.model, None):
-            found: dict[str, Any] = {"base": exact(result.model)}
-        found["adapter"] = exact(result.model)
+        name = result.handle.name
+        found: dict[str, Any] = {"base": exact(None), "adapter": exact(name)}
         for way in WAYS:
             report = result.handle.merge(rounding=way)
-            found[way] = exact(result.model)
+            found[way] = smollm2.loss(copy.deepcopy(result.model).float(), held)
             found[f"{way} kept"] = statistics.median(layer.retention for layer in report.layers)
             found["size"] = statistics.median(layer.change for layer in report.layers)
             result.handle.unmerge()
-    assert result.model.dtype == torch.bfloat16
     return found
 
 
