@@ -16,6 +16,8 @@ NAMES: tuple[str, ...] = (
     "phonemes",
     "repair",
     "rounding",
+    "recipe",
+    "rank_for_rl",
 )
 
 
