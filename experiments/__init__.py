@@ -15,6 +15,7 @@ from experiments.experiment import Experiment
 NAMES: tuple[str, ...] = (
     "phonemes",
     "repair",
+    "forgetting",
     "rounding",
     "recipe",
     "rank_for_rl",

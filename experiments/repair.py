@@ -14,10 +14,19 @@ from experiments.experiment import Cell, Claim, Experiment, Run, table
 PAPER = "[Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228)"
 #: (cosine below which a direction is an intruder, what is left of its singular value)
 REPAIRS = ((0.5, 0.5), (0.5, 0.0), (0.7, 0.5), (0.9, 0.5))
+#: the run whose adapter is repaired
+ADAPTER: Cell = {
+    "seed": 0,
+    "recipe": {
+        "rank": 8, "alpha": 16, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 0.05, "batch_size": 8,
+        "max_steps": 400,
+    },
+}  # fmt: skip
 EVENLY = (0.95, 0.9, 0.75, 0.5, 0.25)
 ABOUT = """
-The adapter is that of [letters to phonemes](phonemes.md), seed 0: SmolLM2-135M, rank 8 on all linear layers. Forgetting
-is the rise of the loss on general text, which is three kinds of 768 tokens each: Python's language reference
+The adapter has learnt [letters to phonemes](phonemes.md) with `veneer train`: SmolLM2-135M, rank 8 and alpha 16 on all
+linear layers, 400 steps of 8 words at a peak rate of 3e-3, seed 0; its phoneme error rate is 0.20. Forgetting is the
+rise of the loss on general text, which is three kinds of 1,536 tokens each: Python's language reference
 (`pydoc_data.topics`), licence texts of installed packages, and scikit-learn's descriptions of its data sets. The task's
 loss is that of the phonemes of 100 words that did not train.
 
@@ -32,7 +41,7 @@ the task's loss rises by at most 2 %.
 
 
 def cells(smoke: bool) -> list[Cell]:
-    return [phonemes.cells(smoke)[0]]
+    return phonemes.cells(True)[:1] if smoke else [ADAPTER]
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def _below(one: Any, threshold: float) -> Any:
     """What was found of a weight, with the directions below the threshold alone."""
     import torch
 
-    near, parts = torch.tensor(one.cosines).split(len(one.cosines) // len(one.found)), []
+    near, parts = torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.found)), []
     for cosines, triples in zip(near, one.found, strict=True):
         # `found` has those below 1 alone; a cosine of 1 is no intruder at any threshold
         parts.append(triples.at(cosines[cosines < 1.0] < threshold))
