@@ -102,5 +102,5 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     title="The rank that reinforcement learning needs", about=ABOUT, cells=cells, run=run, tables=tables,
-    claims=claims, data=smollm2.lacking,
+    claims=claims, full=("rank-for-rl.yaml",), data=smollm2.lacking,
 )  # fmt: skip

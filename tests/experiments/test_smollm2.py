@@ -63,3 +63,11 @@ def test_words_that_choose_a_recipe_do_not_judge_it_nor_train():
     assert not spelt[0] & spelt[1]
     assert not spelt[0] & spelt[2]
     assert not spelt[1] & spelt[2]
+
+
+def test_a_reward_of_full_size_reads_the_last_number():
+    from experiments.full.rewards import last_number
+
+    written = ["So 3 + 4 = 7.", [{"role": "assistant", "content": "It is 1,234"}], "nothing", "7 or 8"]
+    right = ["… #### 7", "#### 1234", "#### 7", "#### 7"]
+    assert last_number(written, answer=right) == [1.0, 1.0, 0.0, 0.0]
