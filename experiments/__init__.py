@@ -15,12 +15,18 @@ from experiments.experiment import Experiment
 NAMES: tuple[str, ...] = (
     "methods",
     "digits",
+    "phonemes",
     "which",
     "subspaces",
     "latency",
     "counts",
     "rates",
     "variants",
+    "forgetting",
+    "repair",
+    "rounding",
+    "rank_for_rl",
+    "recipe",
 )
 
 

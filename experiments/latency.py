@@ -129,7 +129,7 @@ def tables(runs: Sequence[Run]) -> str:
         ]
         times = ("the base, CPU ms", *(f"{group[0]['ms']:.1f}" for group in shapes.values()))
         head = ("", *(f"{batch} × {length}" for batch, length in shapes))
-        parts.append(f"## {BASES[name]}\n\n{table(head, [times, *cells])}")
+        parts.append(f"### {BASES[name]}\n\n{table(head, [times, *cells])}")
     told = f"Rows × tokens; median and quartiles of {runs[0]['rounds']} rounds, as ratios to the base."
     return "\n\n".join([*parts, told])
 

@@ -31,25 +31,29 @@ def recorded() -> dict[str, dict]:
 
 def pages() -> dict[str, str]:
     """Texts by their place below docs/: `paper/README.md`, `paper/NAME.md`, `paper/NAME-PLOT.svg`."""
-    found, rows = {}, []
-    if not NAMES:
-        return found
-    for name, result in recorded().items():
-        experiment, runs = find(name), result["runs"]
+    results, found, rows, waiting = recorded(), {}, [], []
+    for name in NAMES:
+        experiment = find(name)
+        where = f"[{experiment.title}]({name}.md)"
+        if name not in results:
+            found[f"paper/{name}.md"] = "\n\n".join([*beginning(experiment), f"Not recorded yet: {command(name)}.\n"])
+            waiting.append(where)
+            continue
+        result, runs = results[name], results[name]["runs"]
         claims = experiment.claims(runs)
         drawings = {f"{name}-{plot}.svg": text for plot, text in experiment.plots(runs).items()}
         found |= {f"paper/{file}": text for file, text in drawings.items()}
         found[f"paper/{name}.md"] = page(name, experiment, result, claims, [*drawings])
-        rows += [(f"[{experiment.title}]({name}.md)", claim) for claim in claims]
+        rows += [(where, claim) for claim in claims]
     told = [claim.held for _, claim in rows]
-    count = ", ".join(f"{told.count(held)} {said}" for held, said in VERDICTS.items())
+    count = f"Of {len(rows)} claims: " + ", ".join(f"{told.count(held)} {said}" for held, said in VERDICTS.items())
+    count += f". Not recorded yet: {', '.join(waiting)}." if waiting else "."
     summary = table(
         ("experiment", "claim", "source", "found here", ""),
         [(where, claim.what, claim.source, claim.found, VERDICTS[claim.held]) for where, claim in rows],
         numbers=False,
     )
-    found["paper/README.md"] = f"{HEAD}\nOf {len(rows)} claims: {count}.\n\n{summary}\n"
-    return found
+    return {**found, "paper/README.md": f"{HEAD}\n{count}\n\n{summary}\n"}
 
 
 def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]) -> str:
@@ -57,12 +61,19 @@ def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], d
     said = [(claim.what, claim.source, claim.found, VERDICTS[claim.held]) for claim in claims]
     cost = f"{len(runs)} runs, {sum(run['cpu'] for run in runs) / 60:.1f} minutes of CPU time in all, a thread each"
     parts = [
-        f"# {experiment.title}", experiment.about.strip(), experiment.tables(runs).strip(),
-        *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
+        *beginning(experiment),
         "## Claims", table(("claim", "source", "found here", ""), said, numbers=False),
-        f"`python -m experiments {name}`: {cost}. {result['machine']}, torch {result['versions']['torch']}.",
+        "## Measured", experiment.tables(runs).strip(),
+        *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
+        f"{command(name)}: {cost}. {result['machine']}, torch {result['versions']['torch']}.",
     ]  # fmt: skip
-    if experiment.full:
-        links = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
-        parts.append(f"At full size: {links}.")
     return "\n\n".join(parts) + "\n"
+
+
+def beginning(experiment: Experiment) -> list[str]:
+    files = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
+    return [f"# {experiment.title}", experiment.about.strip(), *([f"At full size: {files}."] if files else [])]
+
+
+def command(name: str) -> str:
+    return f"`python -m experiments {name}`"
