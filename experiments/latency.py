@@ -124,7 +124,7 @@ def tables(runs: Sequence[Run]) -> str:
     for (name,), rows in grouped(runs[0]["rows"], "base").items():
         shapes = grouped(rows, "batch", "length")
         cells = [
-            (variant, *(f"{own['ratio']:.2f} ({own['low']:.2f}–{own['high']:.2f})" for own in group))
+            (variant, *(f"{own['ratio']:.2f} ({own['low']:.2f}…{own['high']:.2f})" for own in group))
             for (variant,), group in grouped(rows, "variant").items()
         ]
         times = ("the base, CPU ms", *(f"{group[0]['ms']:.1f}" for group in shapes.values()))

@@ -212,8 +212,9 @@ def tables(runs: Sequence[Run]) -> str:
         f"{run['steps']} steps of {run['rows']} rows. {told(run)}",
         f"### Subspaces\n\nMean of φ over {run['pairs']['q ranks']['layers']} layers.",
         table(("runs", "of", "φ(1, 1)", "φ(4, 4)", "φ(8, 8)", "φ of all"), similar),
-        "### Amplification\n\nTable 7, as means over the layers: ‖UᵀWV‖ with U and V of ΔW, of W, and of chance.",
-        table(("", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "of chance", "amplification"), amplification),
+        "### Amplification\n\nTable 7, as means over the layers: ‖UᵀWV‖ with U and V of ΔW, of W, and of chance; "
+        "the factor is ‖ΔW‖ by the first of these.",
+        table(("", "‖W‖", "‖ΔW‖", "of ΔW", "of W", "of chance", "factor"), amplification),
     ]
     return "\n\n".join(parts)
 
