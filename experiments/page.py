@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 from experiments import NAMES, find
-from experiments.experiment import Claim, Experiment, Run, mean, table
+from experiments.experiment import Claim, Experiment, Run, table
 from experiments.run import RESULTS
 
 VERDICTS = {True: "held", False: "did not hold", None: "cannot be told here"}
 HEAD = """# What papers claim, tried here
 
-Each line is a claim of a paper about LoRA, tried with Veneer at a size that two cores can do; a page each has tables,
-seeds, spread and cost. What did not hold here stands here as well. A small model and a short run say little of a large
-one: the configurations of full size are in [experiments/full](../../experiments/full).
+Claims of papers about LoRA, tried with Veneer at a size that two cores can do; a page each has tables, seeds, spread
+and cost. What did not hold here stands here as well. A small model and a short run say little of a large one: the
+configurations of full size are in `experiments/full/`, and the pages name them.
 
 ```console
-make paper                                  # everything again: hours
-python -m experiments NAME                  # one of them; --smoke: seconds, does it run
+make paper                       # everything again: hours
+python -m experiments NAME       # one of them
 ```
 """
 
@@ -31,38 +31,48 @@ def recorded() -> dict[str, dict]:
 
 def pages() -> dict[str, str]:
     """Texts by their place below docs/: `paper/README.md`, `paper/NAME.md`, `paper/NAME-PLOT.svg`."""
-    found, rows = {}, []
-    if not NAMES:
-        return found
-    for name, result in recorded().items():
-        experiment, runs = find(name), result["runs"]
-        claims = experiment.claims(runs)
-        drawings = {f"{name}-{plot}.svg": text for plot, text in experiment.plots(runs).items()}
+    results, found, every, sections, waiting = recorded(), {}, [], [], []
+    for name in NAMES:
+        experiment = find(name)
+        where = f"[{experiment.title}]({name}.md)"
+        if name not in results:
+            found[f"paper/{name}.md"] = "\n\n".join([*beginning(experiment), f"Not recorded yet: {command(name)}.\n"])
+            waiting.append(where)
+            continue
+        claims = experiment.claims(results[name]["runs"])
+        drawings = {f"{name}-{plot}.svg": text for plot, text in experiment.plots(results[name]["runs"]).items()}
         found |= {f"paper/{file}": text for file, text in drawings.items()}
-        found[f"paper/{name}.md"] = page(name, experiment, result, claims, [*drawings])
-        rows += [(f"[{experiment.title}]({name}.md)", claim) for claim in claims]
-    told = [claim.held for _, claim in rows]
-    count = ", ".join(f"{told.count(held)} {said}" for held, said in VERDICTS.items())
-    summary = table(
-        ("experiment", "claim", "source", "found here", ""),
-        [(where, claim.what, claim.source, claim.found, VERDICTS[claim.held]) for where, claim in rows],
-        numbers=False,
-    )
-    found["paper/README.md"] = f"{HEAD}\nOf {len(rows)} claims: {count}.\n\n{summary}\n"
-    return found
+        found[f"paper/{name}.md"] = page(name, experiment, results[name], claims, [*drawings])
+        sections.append(f"## {where}\n\n{told(claims)}")
+        every += [claim.held for claim in claims]
+    count = f"Of {len(every)} claims: " + ", ".join(f"{every.count(held)} {said}" for held, said in VERDICTS.items())
+    count += f". Not recorded yet: {', '.join(waiting)}." if waiting else "."
+    return {**found, "paper/README.md": "\n\n".join([HEAD.rstrip(), count, *sections]) + "\n"}
 
 
 def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]) -> str:
     runs: list[Run] = result["runs"]
-    said = [(claim.what, claim.source, claim.found, VERDICTS[claim.held]) for claim in claims]
-    cost = f"{len(runs)} runs, {mean(runs, 'cpu') * len(runs) / 60:.0f} minutes of CPU time in all, a thread each"
+    spent = (
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {sum(run['cpu'] for run in runs) / 60:.1f} minutes of CPU time"
+    )
     parts = [
-        f"# {experiment.title}", experiment.about.strip(), experiment.tables(runs).strip(),
-        *(f"![{Path(file).stem}]({file})" for file in drawings),
-        "## Claims", table(("claim", "source", "found here", ""), said, numbers=False),
-        f"`python -m experiments {name}`: {cost}. {result['machine']}, torch {result['versions']['torch']}.",
+        *beginning(experiment), "## Claims", told(claims), "## Measured", experiment.tables(runs).strip(),
+        *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
+        f"{command(name)}: {spent}, a thread each. {result['machine']}, torch {result['versions']['torch']}.",
     ]  # fmt: skip
-    if experiment.full:
-        links = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
-        parts.append(f"At full size: {links}.")
     return "\n\n".join(parts) + "\n"
+
+
+def told(claims: list[Claim]) -> str:
+    """The table of some claims: first what came of them, as a phone has no room to the right."""
+    rows = [(VERDICTS[claim.held], f"{claim.what} ({claim.source})", claim.found) for claim in claims]
+    return table(("", "claim", "found here"), rows, numbers=False)
+
+
+def beginning(experiment: Experiment) -> list[str]:
+    files = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
+    return [f"# {experiment.title}", experiment.about.strip(), *([f"At full size: {files}."] if files else [])]
+
+
+def command(name: str) -> str:
+    return f"`python -m experiments {name}`"

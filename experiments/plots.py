@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +13,8 @@ from veneer.tools.report.charts import lines as chart
 #: a colour a line, which shows on white and on black
 INKS = ("#c8691f", "#3d86b8", "#2f9a55", "#cf4a4e", "#857d70", "#8a63b0", "#b08a1f", "#2d9a96")
 ROW = 18
+#: of a panel of a heat map, and the room above and beside it
+SIDE, ABOVE, BESIDE = 200, 44, 40
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
@@ -33,8 +35,51 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
         "polyline, path { fill: none; stroke-width: 1.75; } circle { fill: currentColor; stroke: none; } "
         f"line {{ stroke-width: 1.75; }} line.axis {{ stroke-width: 1; }} {inks}"
     )
-    label = escape(f"{y} by {x}: {', '.join(series)}", quote=True)
+    return _drawing(WIDTH, height, f"{y} by {x}: {', '.join(series)}", style, parts)
+
+
+def heat_maps(
+    panels: Mapping[str, Sequence[Sequence[float]]], *, ticks: Sequence[int], x: str, y: str, value: str
+) -> str:
+    """Grids of numbers in [0, 1] side by side, the first row at the bottom; the darker, the nearer to 1. `ticks`: what
+    rows and columns stand for, as many as the longer has. `value`: what a number is."""
+    parts, left = [], 0
+    for title, grid in panels.items():
+        rows, columns = len(grid), len(grid[0])
+        wide, high = SIDE / columns, SIDE / rows
+        parts.append(f'<text x="{left + BESIDE}" y="16">{escape(title)}</text>')
+        parts.append(f'<text x="{left + 4}" y="{ABOVE - 8}">{escape(y)}</text>')
+        for row, own in enumerate(grid):
+            up = ABOVE + SIDE - (row + 1) * high
+            for column, number in enumerate(own):
+                place = f'x="{left + BESIDE + column * wide:.1f}" y="{up:.1f}" width="{wide:.2f}" height="{high:.2f}"'
+                shade = max(0.0, min(1.0, number))
+                parts.append(f'<rect {place} fill-opacity="{shade:.2f}"/>')
+            if rows <= 8 or row % 3 == 0 or row == rows - 1:
+                parts.append(
+                    f'<text x="{left + BESIDE - 6}" y="{up + high / 2 + 4:.1f}" text-anchor="end">{ticks[row]}</text>'
+                )
+        for column in range(columns):
+            if columns <= 8 or column % 3 == 0 or column == columns - 1:
+                middle = left + BESIDE + (column + 0.5) * wide
+                parts.append(
+                    f'<text x="{middle:.1f}" y="{ABOVE + SIDE + 16}" text-anchor="middle">{ticks[column]}</text>'
+                )
+        parts.append(
+            f'<rect class="frame" x="{left + BESIDE}" y="{ABOVE}" width="{SIDE}" height="{SIDE}"/>'
+            f'<text x="{left + BESIDE + SIDE / 2}" y="{ABOVE + SIDE + 34}" text-anchor="middle">{escape(x)}</text>'
+        )
+        left += BESIDE + SIDE + 20
+    height = ABOVE + SIDE + 44
+    style = (
+        "text { font: 12px system-ui, sans-serif; fill: #8a8479; } "
+        f"rect {{ fill: {INKS[0]}; }} rect.frame {{ fill: none; stroke: #8a847955; }}"
+    )
+    return _drawing(left, height, f"{value} by {y} and {x}: {', '.join(panels)}", style, parts)
+
+
+def _drawing(width: float, height: float, label: str, style: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        f'role="img" aria-label="{label}"><style>{style}</style>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(label, quote=True)}"><style>{style}</style>{"".join(parts)}</svg>\n'
     )

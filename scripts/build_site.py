@@ -30,7 +30,7 @@ BESIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "RELEAS
 
 def collect(pages: Path) -> None:
     """Every page and what pages link to, as it lies in the repository; then what is generated."""
-    for name in ("docs", "examples"):
+    for name in ("docs", "examples", "experiments/full", "experiments/shapes"):
         shutil.copytree(ROOT / name, pages / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in BESIDE:
         shutil.copy(ROOT / name, pages / name)

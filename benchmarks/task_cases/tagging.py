@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # experiments/
+
+from experiments.snips import read, span_f1
 
 from task_cases.case import BASE, MINILM, Case, adapted, link_base, plain_trainer, rows_of, rows_to
 
@@ -17,27 +19,8 @@ def needs_snips(options: argparse.Namespace) -> str | None:
 
 
 def write_snips(folder: Path, options: argparse.Namespace) -> None:
-    """Words with B-, I- and O labels; test sentences that training has seen are left out."""
     link_base(folder, MINILM)
-    for part, pattern in (("train", "train_*_full.json"), ("test", "validate_*.json")):
-        rows = []
-        for file in sorted(Path(options.snips).glob(pattern)):
-            try:
-                document = json.loads(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                document = json.loads(file.read_text(encoding="latin-1"))
-            for example in itertools.chain(*document.values()):
-                words, labels = [], []
-                for piece in example["data"]:
-                    own = piece["text"].split()
-                    slot = piece.get("entity")
-                    words += own
-                    labels += [f"{'I' if i else 'B'}-{slot}" if slot else "O" for i in range(len(own))]
-                if words:
-                    rows.append({"words": words, "labels": labels})
-        if part == "test":
-            seen = {tuple(row["words"]) for row in rows_of(folder / "train.jsonl")}
-            rows = [row for row in rows if tuple(row["words"]) not in seen]
+    for part, rows in read(Path(options.snips)).items():
         rows_to(folder / f"{part}.jsonl", rows)
 
 
@@ -64,23 +47,11 @@ def train_tagging(folder: Path, arguments: dict[str, Any], dtype: str, callbacks
     return model, tokenizer
 
 
-def spans(labels: Sequence[str]) -> set[tuple[int, int, str]]:
-    """(start, end, slot) of the spans; an I- that continues nothing begins one."""
-    found, start = set(), 0
-    for i, (label, before) in enumerate(zip([*labels, "O"], ["O", *labels], strict=True)):
-        continues = label.startswith("I-") and before != "O" and before[2:] == label[2:]
-        if before != "O" and not continues:
-            found.add((start, i, before[2:]))
-        if label != "O" and not continues:
-            start = i
-    return found
-
-
 def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
     import torch
 
     names = model.config.id2label
-    right = told = true = 0
+    pairs: list[tuple[list[str], list[str]]] = []
     rows = rows_of(folder / "test.jsonl")
     for start in range(0, len(rows), 32):
         part = rows[start : start + 32]
@@ -92,9 +63,8 @@ def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
         for i, row in enumerate(part):
             at = batch.word_ids(i)
             own = [names[best[i][at.index(word)]] for word in range(len(row["words"]))]
-            one, other = spans(own), spans(row["labels"])
-            right, told, true = right + len(one & other), told + len(one), true + len(other)
-    return 2 * right / max(told + true, 1)
+            pairs.append((own, row["labels"]))
+    return span_f1(pairs)
 
 
 TAGGING = Case(write_snips, train_tagging, judge_tagging, 120, 32, 1e-3, {"task": "classify"}, needs_snips)

@@ -1,0 +1,17 @@
+"""What `rank-for-rl.yaml` judges answers by."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """1 where the last number of what was written is the one behind GSM8K's ####."""
+    texts = [written if isinstance(written, str) else written[-1]["content"] for written in completions]
+    return [float(_last(text) == _last(right)) for text, right in zip(texts, answer, strict=True)]
+
+
+def _last(text: str) -> str | None:
+    found = re.findall(r"-?\d[\d,]*\.?\d*", text)
+    return found[-1].replace(",", "").rstrip(".") if found else None
