@@ -106,14 +106,17 @@ def _rate(runs: Sequence[Run]) -> float:
 
 
 def tables(runs: Sequence[Run]) -> str:
+    recorded = judged(runs)
     rows = [
         (
             name, f"{mean(own, 'numbers'):,.0f}", spread(own, "f1"), len(own), f"{own[0]['rate']:g}",
             f"{mean(own, 'cpu'):.0f} s",
         )
-        for name, own in judged(runs).items()
+        for name, own in recorded.items()
     ]  # fmt: skip
     quality = table(("method", "trainable, without the head", "span F1", "seeds", "rate", "CPU time a run"), rows)
+    if missing := [name for name in METHODS if name not in recorded]:
+        quality += f"\n\nNot recorded yet: {', '.join(missing)}."
 
     def aside(steps: int, seed: int) -> dict[str, str]:
         found = grouped((run for run in runs if run["steps"] == steps and run["seed"] == seed), "method")
