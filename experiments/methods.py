@@ -66,6 +66,7 @@ FIRST = ("head only", ALL, QV, FULL)
 #: the rates of whole runs with seed 0; the first is the one that was best on the rows aside
 LONG: dict[str, tuple[float, ...]] = {
     "head only": (3e-2, 1e-2), ALL: (3e-3, 1e-3), QV: (3e-3, 1e-2), FULL: (3e-4, 1e-3),
+    "biases": (1e-2, 3e-2), "adapter layers": (3e-3, 1e-2),
 }  # fmt: skip
 
 
@@ -105,14 +106,17 @@ def _rate(runs: Sequence[Run]) -> float:
 
 
 def tables(runs: Sequence[Run]) -> str:
+    recorded = judged(runs)
     rows = [
         (
             name, f"{mean(own, 'numbers'):,.0f}", spread(own, "f1"), len(own), f"{own[0]['rate']:g}",
             f"{mean(own, 'cpu'):.0f} s",
         )
-        for name, own in judged(runs).items()
+        for name, own in recorded.items()
     ]  # fmt: skip
     quality = table(("method", "trainable, without the head", "span F1", "seeds", "rate", "CPU time a run"), rows)
+    if missing := [name for name in METHODS if name not in recorded]:
+        quality += f"\n\nNot recorded yet: {', '.join(missing)}."
 
     def aside(steps: int, seed: int) -> dict[str, str]:
         found = grouped((run for run in runs if run["steps"] == steps and run["seed"] == seed), "method")
