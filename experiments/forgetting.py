@@ -13,7 +13,7 @@ SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.2 
 RATES = {"lora": (1e-3, 3e-3), "full": (1e-4, 3e-4)}
 ABOUT = """
 Biderman et al. 2024 find that LoRA learns less and forgets less than full fine-tuning; whether it forgets less at the
-same gain is their section 4.3. Here SmolLM2-135M learns letters → phonemes (the task of [this page](phonemes.md)), by
+same gain is their section 4.3. Here SmolLM2-135M learns letters → phonemes (the task of `make demo`), by
 LoRA of rank 8 and alpha 16 on all linear layers, its base in bfloat16, and by full fine-tuning, float32 weights under
 autocast to bfloat16. The same loop, rows, order and steps for both: 60 steps of 8 words, AdamW, linear warm-up and
 decay, two rates each, ten times lower for full fine-tuning. The loss on 100 held-out words and that on general text
