@@ -156,7 +156,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     return found + [
         beside(name, -0.005, f"LoRA is no worse than {name} {words}", tables)
         for name, words in more.items()
-        if name in best
+        if len(own.get(name, ())) == seeds  # as many as of the others
     ]
 
 
