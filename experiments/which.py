@@ -69,7 +69,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
-        settings = [("query", 2, 1e-3), ("all linear layers", 1, 1e-3)]
+        settings = [("all linear layers", 1, 1e-3)]
         return [{"judged": "test", "settings": settings, "seeds": [0], "steps": 2, "smoke": True}]
     own = [*dict.fromkeys(SETTINGS)]
     tried = {"judged": "aside", "settings": [(*one, None) for one in own], "seeds": [100]}
