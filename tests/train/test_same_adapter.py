@@ -31,9 +31,9 @@ def examples(rows: Path) -> tokens.Examples:
     return tokens.tokenise(data.read(rows), tiny_tokenizer(), max_length=64)
 
 
-def order(rows: Path) -> list[list[int]]:
+def order(rows: Path, grouped: bool = True) -> list[list[int]]:
     """The batches of the first epoch, as our trainer draws them."""
-    indices = list(EpochSampler(examples(rows).lengths, BATCH, seed=0))
+    indices = list(EpochSampler(examples(rows).lengths, BATCH, seed=0, grouped=grouped))
     return [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
 
 
@@ -43,12 +43,12 @@ def attach(base: Path) -> Any:
     return veneer.attach(model, veneer.LoraConfig(rank=4))
 
 
-def plain_loop(base: Path, rows: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_loop(base: Path, rows: Path, grouped: bool = True) -> tuple[list[float], dict[str, torch.Tensor]]:
     handle = attach(base)
     optimiser = torch.optim.AdamW(handle.parameters(), lr=RATE, weight_decay=0.0)
     found, losses = examples(rows), []
     handle.model.train()
-    for batch in order(rows):
+    for batch in order(rows, grouped):
         loss = causal_loss(handle.model, collate(found, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(handle.parameters(), 1.0)
@@ -96,6 +96,18 @@ def test_three_ways_one_adapter(base: Path, rows: Path, make: Callable[..., Any]
             torch.testing.assert_close(theirs[name], tensor, rtol=2e-4, atol=2e-5)
     moved = [float(tensor.abs().max()) for name, tensor in ours.items() if name.endswith("B")]
     assert min(moved) > 1e-3, "every B has left zero"
+
+
+def test_rows_by_chance_are_those_of_a_plain_loop(base: Path, rows: Path, make: Callable[..., Any]) -> None:
+    run = fit(
+        make("run", data=str(rows), max_steps=STEPS, batch_size=BATCH, learning_rate=RATE, schedule="constant",
+             warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch", group_by_length=False),
+        quiet=True,
+    )  # fmt: skip
+    losses, _ = plain_loop(base, rows, grouped=False)
+    assert losses == pytest.approx(run.losses, rel=2e-4)
+    assert sorted(row for batch in order(rows, False) for row in batch) == [*range(len(examples(rows)))]
+    assert order(rows, False) != order(rows)
 
 
 def test_a_run_learns_and_its_evaluation_is_a_mean_over_tokens(make: Callable[..., Any]) -> None:

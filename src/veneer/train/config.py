@@ -121,6 +121,9 @@ class TrainConfig(BaseModel):
     max_steps: int | None = _optimiser(None, "Stop after this many steps instead.", ge=1)
     batch_size: int = _optimiser(8, "Examples in one forward pass.", ge=1)
     grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
+    group_by_length: bool = _optimiser(
+        True, "Rows of like length share a batch: less padding; off: rows by chance, which teaches more in a step."
+    )
     optimiser: str = _optimiser(
         "adamw_torch_fused", "Any optimiser that transformers knows: adamw, paged_adamw_8bit, lion_8bit, …"
     )

@@ -23,13 +23,13 @@ SPARE = "veneer_spare"
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on (seed, epoch) alone; neighbours are of similar length. transformers
-    sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in falling order of
-    length; here the batches are shuffled after that, all but the first, which holds the longest example and so shows at
-    once whether memory suffices. `batch`: the examples of a step."""
+    """Every index once, in an order that depends on (seed, epoch) alone; neighbours, if `grouped`, are of like length.
+    transformers sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in
+    falling order of length; here the batches are shuffled after that, all but the first, which holds the longest
+    example and so shows at once whether memory suffices. `batch`: the examples of a step."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    def __init__(self, lengths: list[int], batch: int, seed: int, grouped: bool = True) -> None:
+        self.lengths, self.batch, self.seed, self.grouped, self.epoch = lengths, batch, seed, grouped, 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -40,6 +40,8 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        if not self.grouped:
+            return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
         first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
         last = batches.pop() if batches and len(indices) % self.batch else []  # short: it would shift all the others

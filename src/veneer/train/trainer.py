@@ -66,7 +66,7 @@ class TrainsAdapter(Trainer):
         lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.shares
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return EpochSampler(lengths, batch, seed)
+        return EpochSampler(lengths, batch, seed, self.args.train_sampling_strategy == "group_by_length")
 
     @functools.cached_property
     def _flops_per_entry(self) -> int:

@@ -138,7 +138,7 @@ class Cohort:
         """The rows of each step: of each of its passes. The same of all candidates that have this order."""
         config = next(iter(self.members.values())).task.config
         lengths = self.prepared.train.lengths
-        sampler = EpochSampler([*lengths], config.batch_size * config.grad_accum, order)
+        sampler = EpochSampler([*lengths], config.batch_size * config.grad_accum, order, config.group_by_length)
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)
             rows = [*sampler]
