@@ -111,7 +111,7 @@ def _peer(base: str, start: Path, rows: Path, output: Path, seed: int, steps: in
 
     arguments = SFTConfig(
         output_dir=str(output), learning_rate=RATE, per_device_train_batch_size=BATCH, max_steps=steps, seed=seed,
-        report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, activation_checkpointing=False,
         lr_scheduler_type="cosine", warmup_steps=0.05, save_strategy="no", logging_steps=1,
     )  # fmt: skip
     trainer = SFTTrainer(
@@ -123,6 +123,7 @@ def _peer(base: str, start: Path, rows: Path, output: Path, seed: int, steps: in
 
 
 def _own(base: str, start: Path, rows: Path, output: Path, seed: int, steps: int, listen: Any) -> tuple[Any, Any]:
+    from veneer import UnverifiedAdapter
     from veneer.train.config import make_config
     from veneer.train.run import fit
 
@@ -131,7 +132,9 @@ def _own(base: str, start: Path, rows: Path, output: Path, seed: int, steps: int
         "schedule": "cosine", "warmup": 0.05, "batch_size": BATCH, "max_steps": steps, "save_every": steps,
         "attention": "eager", "seed": seed, "precision": "fp32",
     }  # fmt: skip
-    result = fit(make_config(settings), quiet=True, callbacks=[listen])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnverifiedAdapter)  # the start is a folder of PEFT's, made here
+        result = fit(make_config(settings), quiet=True, callbacks=[listen])
     return result.model, result.tokenizer
 
 

@@ -86,7 +86,7 @@ def recorded(base, tmp_path_factory) -> Iterator[Callable[..., Path]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_memory, time_to_target, tasks, merge, mixed, sweep):
-            patch.setattr(module, "child", lambda script, *arguments, module=module: module.main(arguments))
+            patch.setattr(module, "child", lambda script, *arguments, module=module, **_: module.main(arguments))
         patch.setattr(answers, "SMOLLM", str(base))
         patch.setattr(import_time, "run", lambda name: 1.0)
         patch.setattr(pronounce, "words", functools.cache(pronounce.words))

@@ -49,7 +49,6 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         learning_rate=config.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
         warmup_steps=config.warmup,

@@ -135,7 +135,7 @@ def fit(
         base_name=config.base,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    trainer.processes, trainer.stop = processes, stop
+    trainer.processes, trainer.stop, trainer.group_by_length = processes, stop, config.group_by_length
     if processes.share:
         set_seed(config.seed + processes.share)  # other rows, other dropout
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)

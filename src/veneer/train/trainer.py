@@ -51,12 +51,13 @@ def seen_as_adapted(model: Any) -> Iterator[None]:
 
 class TrainsAdapter(Trainer):
     """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints, and the
-    sums over several processes. `processes` and `stop` are set by who runs it."""
+    sums over several processes. `processes`, `stop` and `group_by_length` are set by who runs it."""
 
     adapter: Any
     base_name: str
     processes = Processes()
     stop: StopOnSignal | None = None
+    group_by_length = True
     _eval_total: torch.Tensor | None = None  # sums over the evaluation so far: loss, items, measures
     measures: tuple[str, ...] = ("accuracy",)
     provenance: dict[str, Any] = {}  # what a checkpoint's adapter says of its run beside the step
@@ -66,7 +67,7 @@ class TrainsAdapter(Trainer):
         lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.shares
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return EpochSampler(lengths, batch, seed, self.args.train_sampling_strategy == "group_by_length")
+        return EpochSampler(lengths, batch, seed, self.group_by_length)
 
     @functools.cached_property
     def _flops_per_entry(self) -> int:
