@@ -292,6 +292,7 @@ def page() -> str:
         for group in _groups(result["cases"]):
             lines += _case_tables(name, group)
         lines += _merged_adapters(result.get("adapters", []))
+        lines += _memory_at_once(result["memory"]) if name == "many" else []
         if result.get("grids"):
             lines += ["Quantised weights, from which ΔW starts; the time is the whole merge's.", ""]
             lines += [_made(result["grids_made"]), ""]
@@ -413,6 +414,19 @@ def _memory(case: Mapping[str, Any]) -> list[str]:
         for name, row in case["rows"].items()
     ]
     return [f"{said(case['setting'])}; ratios to the floor.", "", *table(["", *titles.values()], rows)]
+
+
+def _memory_at_once(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of adapters trained at once: what a step holds at most, above what the process had before."""
+    if not cases:
+        return []
+    sides = list(cases[0]["rows"])
+    rows = [
+        [f"{case['adapters']} × {case['tokens']} tokens, {case['layers']} layers, {SHORT[case['dtype']]}",
+         *(f"{case['rows'][side]['mib']:,} MiB, {case['rows'][side]['ratio']:.3f}" for side in sides)]
+        for case in cases
+    ]  # fmt: skip
+    return ["Memory of a step, and its ratio to the first column.", "", *table(["", *sides], rows)]
 
 
 def _files(case: Mapping[str, Any]) -> list[str]:
