@@ -12,7 +12,8 @@ difference between a run's losses in the one and in the other, over all its step
     python benchmarks/clients.py --tiny --runs 1         a toy: does it run
 
 Predicted, from benchmarks/many.py's 0.45 for 8 × 16 and 0.6 to 0.7 for 8 × 64, and optimiser steps, JSON and the disk
-shared by nothing but the waiting for them: 16 tokens 0.55 in both dtypes; 64 tokens 0.75 in float32, 0.65 in bfloat16. Wanted
+shared by nothing but the waiting for them: 16 tokens 0.55 in both dtypes; 64 tokens 0.75 in float32, 0.65 in bfloat16.
+Wanted
 at small batches: 0.6. What came out: 0.54 and 0.46 at 16 tokens, 0.72 and 0.65 at 64.
 """
 
