@@ -8,7 +8,7 @@ Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,43 @@ class Direct:
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
+    def frozen(self, module: nn.Module) -> tuple[Any, Any]:
+        """The layer's weight [out, in] and its bias, if it has one."""
+        own = module._parameters
+        weight: Any = own[self.weight]
+        return weight.mT if self.flipped else weight, None if self.bias is None else own[self.bias]
+
     def reads(self, module: nn.Module) -> tuple[Any, ...]:
-        """What the layer's output depends on besides x, to be compared: identities and versions."""
+        """What the layer's output depends on besides x, to be compared."""
         factors, own = self.change._parameters, module._parameters
         tensors = (own[self.weight], own[self.bias] if self.bias else None, factors["A"], factors["B"])
-        return self.drops, self.change.scale, *((id(one), one._version) for one in tensors if one is not None)
+        return self.drops, self.change.scale, *identities(tensors)
+
+
+def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
+    """Of each tensor, what changes where another takes its place or its numbers change."""
+    return ((id(one), one._version) for one in tensors if one is not None)
+
+
+class Waiting(threading.local):
+    """What the call of one layer has made for others that read the same x; in each thread, of one x at a time: what an
+    exception has left there goes with the next one."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, int, dict[Any, Any]] = None, 0, {}
+
+    def put(self, x: Tensor, made: dict[Any, Any]) -> None:
+        self._of = x, x._version, made
+
+    def take(self, x: Tensor, key: Any) -> Any:
+        """What was made for ``key`` of this x, as it is; None if nothing was. It is given once."""
+        known, version, made = self._of
+        if known is not x or version != x._version or key not in made:
+            return None
+        found = made.pop(key)
+        if not made:
+            self._of = None, 0, {}
+        return found
 
 
 def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
@@ -69,9 +101,9 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | 
     weights, biases, A, B = [], [], [], []
     here = x.is_cpu
     for module, known in members:
-        weight: Any = module._parameters[known.weight]
-        weights.append(weight.mT if known.flipped else weight)
-        biases.append(None if known.bias is None else module._parameters[known.bias])
+        weight, bias = known.frozen(module)
+        weights.append(weight)
+        biases.append(bias)
         factors = known.change._parameters if here else known.change.adapter_parameters
         A.append(factors["A"])
         B.append(factors["B"])
@@ -97,8 +129,7 @@ class Together:
     seen again in such a graph: the draw is one for all, and checkpointing must meet the same draw without a graph.
 
     ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output is still that of
-    its layer is seen when it is taken: by the identities and versions of all that it was computed from. A thread keeps
-    the outputs of one set of layers: what an exception has left there goes with the next one.
+    its layer is seen when it is taken: by the identities and versions of all that it was computed from.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
@@ -112,11 +143,9 @@ class Together:
 
     def output(self, module: nn.Module, part: Any, x: Tensor) -> Tensor:
         """The output of ``module``, whose part this is, of x [*, in] to which this applies."""
-        shared_input, version, ready = getattr(_THREAD, "ready", (None, 0, {}))
-        if shared_input is x and version == x._version and id(part) in ready:
-            y, read = ready.pop(id(part))
-            if not ready:
-                del _THREAD.ready
+        ready = _READY.take(x, id(part))
+        if ready is not None:
+            y, read = ready
             if read == part.direct.reads(module) and (x.is_cpu or y.dtype == device.dtype_of(x)):
                 return y
         known = part.direct
@@ -127,8 +156,7 @@ class Together:
         y, *rest = outputs([(module, known), *others], x)
         if rest:
             parts = {id(own.direct): id(own) for _, own in self.members}
-            ready = {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)}
-            _THREAD.ready = x, x._version, ready
+            _READY.put(x, {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)})
         return y
 
     def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
@@ -152,4 +180,4 @@ def seed_of(module: nn.Module, part: Any, x: Tensor) -> int:
     return new_seed() if part.together is None or x.is_inference() else part.together.seed(module, part, x)
 
 
-_THREAD = threading.local()
+_READY, _THREAD = Waiting(), threading.local()

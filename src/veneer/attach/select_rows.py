@@ -11,7 +11,6 @@ is dear, for plain changes, which are two products of all rows there (``kernels/
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -25,7 +24,7 @@ from torch.utils import _pytree as pytree
 from veneer import context
 from veneer.attach.adapted_module import method_of, own_class, walk
 from veneer.attach.blend import same_weights
-from veneer.attach.fused_linear import seed_of
+from veneer.attach.fused_linear import Waiting, identities, seed_of
 from veneer.attach.layer_adapter import LayerAdapter, with_update
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import STATE, ActiveAdapter, ModelAdapters
@@ -37,7 +36,7 @@ from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
 #: outputs of layers that wait for their calls
-_THREAD = threading.local()
+_READY = Waiting()
 #: tensors, and what holds none
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
@@ -275,32 +274,22 @@ class _ByRows:
         spans = self._of_tokens(module, x)
         if spans is None:
             return None
-        y = self._waiting(module, x, spans)
-        if y is not None:
-            return y
+        ready = _READY.take(x, self)
+        if ready is not None and ready[1:] == (spans, self._reads(module)):
+            return ready[0]
         layers: list[tuple[Any, _ByRows]] = [(module, self)]
         if self.others and torch.is_grad_enabled() and x.grad_fn is not None and alike(spans):
             for other, own in self.others:
                 if own.known.fits(other, x) and own._of_tokens(other, x) == spans:
                     layers.append((other, own))
         A, B = zip(*(own._factors() for _, own in layers), strict=True)
-        weights, biases = zip(*(own._frozen(other) for other, own in layers), strict=True)
+        weights, biases = zip(*(own.known.frozen(other) for other, own in layers), strict=True)
         if len(layers) == 1:
             return linear(x, weights[0], biases[0], spans, A[0], B[0])
         y, *rest = linears(x, weights, biases, spans, A, B)
-        ready = {own: (y, spans, own._reads(other)) for (other, own), y in zip(layers[1:], rest, strict=True)}
-        _THREAD.waiting = x, x._version, ready
+        made = zip(layers[1:], rest, strict=True)
+        _READY.put(x, {own: (y, spans, own._reads(other)) for (other, own), y in made})
         return y
-
-    def _waiting(self, module: Any, x: Tensor, spans: tuple[Span, ...]) -> Tensor | None:
-        """The output that the call of another layer on this x has made; None if there is none, or of other numbers."""
-        shared_input, version, ready = getattr(_THREAD, "waiting", (None, 0, {}))
-        if shared_input is not x or version != x._version or self not in ready:
-            return None
-        y, known, read = ready.pop(self)
-        if not ready:
-            del _THREAD.waiting
-        return y if known == spans and read == self._reads(module) else None
 
     def _of_tokens(self, module: Any, x: Any) -> tuple[Span, ...] | None:
         """The spans of the changes in x [N, *, in]; None where ``_plain`` is not for the call."""
@@ -322,18 +311,10 @@ class _ByRows:
             self._spans = now, tuple(spans)
         return self._spans[1]
 
-    def _reads(self, module: Any) -> list[int]:
-        """What the output depends on besides x and the spans, to be compared: identities and versions."""
-        own, (A, B) = module._parameters, self._factors()
-        tensors = [own[self.known.weight], *A, *B]
-        if self.known.bias is not None and own[self.known.bias] is not None:
-            tensors.append(own[self.known.bias])
-        return [*map(id, tensors), *(one._version for one in tensors)]
-
-    def _frozen(self, module: Any) -> tuple[Tensor, Tensor | None]:
-        own, known = module._parameters, self.known
-        weight = own[known.weight]
-        return weight.mT if known.flipped else weight, None if known.bias is None else own[known.bias]
+    def _reads(self, module: Any) -> list[tuple[int, int]]:
+        """What the output depends on besides x and the spans, to be compared."""
+        own, known, (A, B) = module._parameters, self.known, self._factors()
+        return [*identities((own[known.weight], None if known.bias is None else own[known.bias], *A, *B))]
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
         factors = [change._parameters for change in self.changes]
