@@ -131,7 +131,7 @@ class Training:
 
     def charge(self, owner: str, tokens: int) -> None:
         """Count tokens of an owner's quota, whenever the disk has time."""
-        self.disk.submit(self.store.count_tokens, owner, tokens)
+        self.disk.submit(self.store.count_tokens, owner, tokens).add_done_callback(partial(_charged, owner, tokens))
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
@@ -184,6 +184,11 @@ class Training:
             found.setdefault(row["run"], []).append(Place(row["run"], row["kind"], row["name"]))
         old = [place for own in found.values() for place in own[UNNAMED:]]
         return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
+
+
+def _charged(owner: str, tokens: int, done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        log.error("%d tokens of %s were not counted", tokens, owner, exc_info=error)
 
 
 def _left(session: str, done: Future[None]) -> None:

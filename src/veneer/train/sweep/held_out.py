@@ -7,7 +7,9 @@ rounding. Memory is that of `TOKENS` tokens without gradients, however many cand
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from veneer.train.evaluate import to
 from veneer.train.many import Runs
@@ -51,10 +53,10 @@ def _told(runs: Runs, tasks: Mapping[str, Task], batch: Any) -> dict[str, tuple[
     """By run, how many items the batch has and the sums over them."""
     if next(iter(tasks.values())).name == "sft":
         told = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
-        return {
-            name: (len(own.losses), {"loss": own.losses.sum(), "accuracy": 0 if own.right is None else own.right.sum()})
-            for name, own in told.items()
-        }
+        found: dict[str, Any] = {}
+        for name, (losses, _, right) in told.items():
+            found[name] = len(losses), {"loss": losses.sum(), "accuracy": cast(Tensor, right).sum()}
+        return found
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})
     found = {name: task.loss(Answered(outputs[name], training=False), batch) for name, task in tasks.items()}
     return {name: (own.items, {"loss": own.total, **own.sums}) for name, own in found.items()}
