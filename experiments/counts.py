@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 import veneer
-from experiments.experiment import Cell, Claim, Experiment, Run, table
+from experiments.experiment import HU, Cell, Claim, Experiment, Run, table
 from veneer.models.meta import countable_model
 from veneer.train.plan import memory
 from veneer.train.plan.training import Planner
 from veneer.train.plan.training import Run as Step
 
-HU = "[Hu et al. 2021](https://arxiv.org/abs/2106.09685)"
 SHAPES = Path(__file__).resolve().parent / "shapes"
 NAMES = {
     "roberta-base": "RoBERTa base", "roberta-large": "RoBERTa large", "deberta-v2-xxlarge": "DeBERTa XXL",

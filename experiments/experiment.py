@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+#: whose claims several experiments try
+HU = "[Hu et al. 2021](https://arxiv.org/abs/2106.09685)"
+REGRET = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/)"
 #: what one run is told, all of it, as JSON: {"method": "lora", "rank": 8, "seed": 0, "steps": 300}
 Cell = dict[str, Any]
 #: a cell and what its run measured; "cpu": seconds of its process

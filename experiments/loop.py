@@ -18,6 +18,16 @@ import veneer
 METHODS = ("full", "head", "bias", "adapters", "lora")
 
 
+def rise_and_fall(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.1
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The rate rises over the first `warmup` of the steps and then falls to 0, both linearly."""
+    rise = max(1, round(warmup * steps))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+
+
 def train(
     parameters: Iterable[nn.Parameter],
     batches: Iterable[Any],
@@ -28,15 +38,11 @@ def train(
     warmup: float = 0.1,
     groups: Sequence[dict[str, Any]] | None = None,
 ) -> float:
-    """AdamW, the rate rising over the first `warmup` of the steps and then falling to 0, both linearly; gradients
-    clipped to a norm of 1. `groups`: AdamW's, where parameters have rates of their own. The mean loss of the last tenth
-    of the steps."""
+    """AdamW, the rate as in `rise_and_fall`, gradients clipped to a norm of 1. `groups`: AdamW's, where parameters have
+    rates of their own. The mean loss of the last tenth of the steps."""
     trained = list(parameters)
     optimizer = torch.optim.AdamW(groups or trained, rate, weight_decay=0.0, fused=True)
-    rise = max(1, round(warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-    )
+    schedule = rise_and_fall(optimizer, steps, warmup)
     last = []
     for step, batch in enumerate(itertools.islice(batches, steps)):
         found = loss(batch)

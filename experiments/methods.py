@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.experiment import Cell, Claim, Experiment, Run, grouped, mean, spread, table
+from experiments.experiment import HU, Cell, Claim, Experiment, Run, grouped, mean, spread, table
 from experiments.plots import lines
 from experiments.snips import lacking, tagging
 
@@ -31,7 +31,6 @@ of 1e-3 for all: head alone 0.659, query and value 0.776, all linear layers 0.87
 STEPS, SHORT, BATCH, SEEDS = 300, 60, 32, range(5)
 INNER = 16
 FULL, ALL, QV = "full fine-tuning", "LoRA, all linear layers", "LoRA, query and value"
-HU = "[Hu et al. 2021](https://arxiv.org/abs/2106.09685)"
 BAR = "decided before the runs"
 #: by what one is called here: what `experiments.loop` calls it, LoRA's targets, and the rates that are tried
 METHODS: dict[str, tuple[str, Any, tuple[float, ...]]] = {

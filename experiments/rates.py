@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.experiment import Cell, Claim, Experiment, Run, grouped, mean, spread, table
+import veneer
+from experiments.experiment import REGRET, Cell, Claim, Experiment, Run, grouped, mean, spread, table
 from experiments.plots import lines
 from experiments.turned import ABOUT as TASK
-from experiments.turned import lacking, tuned
+from experiments.turned import base, by_rate, lacking, tried, tuned
 
 ROWS, SEEDS, RANKS, BATCHES = 3840, [0, 1, 2], (1, 4, 16, 64), (8, 32, 128)
 #: each twice the one before
 RATES = {"full": [2.5e-4 * 2**i for i in range(5)], "lora": [5e-4 * 2**i for i in range(6)]}
-REGRET = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/)"
 ABOUT = f"""Schulman et al. 2025 ([LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)) find that the best rate
 of LoRA is about ten times that of full fine-tuning, and fifteen times in a run of few steps; that with a scale of
 alpha / r it hardly depends on the rank; and that LoRA loses more than full fine-tuning does where batches are large.
@@ -30,22 +30,12 @@ for large batches if its loss from batches of 8 to 128 rises by more than that o
 
 def run(cell: Cell) -> dict[str, Any]:
     """All rates and seeds of one method."""
-    import veneer
-    from experiments.turned import base, fitted
 
-    model, lora = base(cell["smoke"]), None
+    batch, lora = cell["batch"], None
     if cell["method"] == "lora":
         lora = veneer.LoraConfig(rank=cell["rank"], alpha=32)
-    return {
-        "found": [
-            fitted(
-                model, cell["method"], rate=rate, seed=seed, steps=cell["rows"] // cell["batch"], batch=cell["batch"],
-                lora=lora, smoke=cell["smoke"],
-            )
-            for rate in cell["rates"]
-            for seed in cell["seeds"]
-        ]
-    }  # fmt: skip
+    steps = cell["rows"] // batch
+    return {"found": tried(cell, base(cell["smoke"]), cell["method"], steps, batch=batch, lora=lora)}
 
 
 def cells(smoke: bool) -> list[Cell]:
@@ -111,10 +101,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 
 def plots(runs: Sequence[Run]) -> dict[str, str]:
     most = [run for run in runs if run["batch"] == runs[0]["batch"]]
-    series = {
-        name_of(run): [(math.log10(rate), mean(own, "loss")) for (rate,), own in grouped(run["found"], "rate").items()]
-        for run in most
-    }
+    series = {name_of(run): by_rate(run["found"], "loss") for run in most}
     return {"loss": lines(series, x="log10 of the rate", y="loss", top=3.0)}
 
 

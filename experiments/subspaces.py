@@ -18,12 +18,12 @@ from torch.nn.functional import cross_entropy
 
 import veneer
 from experiments import snips
-from experiments.experiment import Cell, Claim, Experiment, Run, table
+from experiments.experiment import HU, Cell, Claim, Experiment, Run, table
+from experiments.loop import rise_and_fall
 from experiments.plots import heat_maps, lines
 from veneer.adapter_files import read
 from veneer.tools.intruders import leading_triples
 
-HU = "[Hu et al. 2021](https://arxiv.org/abs/2106.09685)"
 #: where q and v are, by the ends of their paths
 ENDS = {"q": "self.query", "v": "self.value"}
 #: the ranks that are compared, and that whose run is made twice
@@ -172,13 +172,10 @@ def averages(layers: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def train_all(runs: Any, batches: Mapping[str, Iterator[Any]], *, steps: int, rate: float) -> dict[str, list[float]]:
-    """AdamW, the rate rising for a tenth of the steps and falling to 0; the mean losses of the first and of the last
-    tenth."""
+    """AdamW, the rate as in `rise_and_fall`; the mean losses of the first and of the last tenth of the steps."""
     optimizer = torch.optim.AdamW([p for handle in runs.values() for p in handle.parameters()], rate, weight_decay=0.0)
     part = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / part, (steps - step) / max(1, steps - part))
-    )
+    schedule = rise_and_fall(optimizer, steps)
     told: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(steps):
         found = runs.backward({name: next(own) for name, own in batches.items()}, loss_of)

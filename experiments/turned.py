@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import veneer
 import veneer.optim
-from experiments.experiment import Run, grouped, mean
+from experiments.experiment import Cell, Run, grouped, mean
 from experiments.loop import batches_of, begin, train, trained
 
 WIDTH, INNER, LAYERS, HEADS = 64, 192, 4, 4
@@ -157,6 +158,20 @@ def fitted(
     numbers = sum(parameter.numel() for parameter in own)
     about = {"rate": rate, "seed": seed, "numbers": numbers}
     return {**about, "aside_loss": judge(model, aside)["loss"], **judge(model, test)}
+
+
+def tried(cell: Cell, model: Any, method: str, steps: int, **settings: Any) -> list[dict[str, Any]]:
+    """`fitted` at all rates and seeds of a cell."""
+    rates_seeds = itertools.product(cell["rates"], cell["seeds"])
+    return [
+        fitted(model, method, rate=rate, seed=seed, steps=steps, smoke=cell["smoke"], **settings)
+        for rate, seed in rates_seeds
+    ]
+
+
+def by_rate(runs: Sequence[Run], key: str) -> list[tuple[float, float]]:
+    """Points of a drawing: log10 of each rate, and the mean of what was measured there."""
+    return [(math.log10(rate), mean(own, key)) for (rate,), own in grouped(runs, "rate").items()]
 
 
 def tuned(runs: Sequence[Run]) -> list[Run]:

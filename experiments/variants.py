@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.experiment import Cell, Claim, Experiment, Run, grouped, mean, spread, table
+import veneer
+from experiments.experiment import Cell, Claim, Experiment, Run, mean, spread, table
 from experiments.plots import lines
 from experiments.turned import ABOUT as TASK
-from experiments.turned import lacking, tuned
+from experiments.turned import base, by_rate, lacking, tried, tuned
 
 STEPS, RANK, SEEDS, RATES = 120, 4, [0, 1, 2], [5e-4 * 2**i for i in range(5)]
 #: what the page calls it, and the variant of the config
@@ -32,21 +32,9 @@ equal if its share of images that are right is within {WITHIN} of that of plain 
 
 def run(cell: Cell) -> dict[str, Any]:
     """All rates and seeds of one variant."""
-    import veneer
-    from experiments.turned import base, fitted
-
-    model, name = base(cell["smoke"]), cell["variant"]
-    lora = veneer.LoraConfig(rank=RANK, variant=NAMES[name])
-    return {
-        "found": [
-            fitted(
-                model, "lora", rate=rate, seed=seed, steps=cell["steps"], lora=lora, plus=name == "LoRA+",
-                smoke=cell["smoke"],
-            )
-            for rate in cell["rates"]
-            for seed in cell["seeds"]
-        ]
-    }  # fmt: skip
+    lora = veneer.LoraConfig(rank=RANK, variant=NAMES[cell["variant"]])
+    plus = cell["variant"] == "LoRA+"
+    return {"found": tried(cell, base(cell["smoke"]), "lora", cell["steps"], lora=lora, plus=plus)}
 
 
 def cells(smoke: bool) -> list[Cell]:
@@ -87,12 +75,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 
 
 def plots(runs: Sequence[Run]) -> dict[str, str]:
-    series = {
-        run["variant"]: [
-            (math.log10(rate), mean(own, "right")) for (rate,), own in grouped(run["found"], "rate").items()
-        ]
-        for run in runs
-    }
+    series = {run["variant"]: by_rate(run["found"], "right") for run in runs}
     return {"right": lines(series, x="log10 of the rate", y="right")}
 
 

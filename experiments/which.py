@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.experiment import Cell, Claim, Experiment, Run, grouped, mean, spread, table
+from experiments.experiment import HU, REGRET, Cell, Claim, Experiment, Run, grouped, mean, spread, table
 from experiments.plots import lines
 from experiments.turned import lacking
 
-HU = "[Hu et al. 2021](https://arxiv.org/abs/2106.09685)"
-REGRET = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/)"
 STEPS, SEEDS = 120, [0, 1, 2, 3, 4]
 TRIED = [1e-3, 2e-3, 4e-3, 8e-3]
 WEIGHTS: dict[str, str | list[str]] = {
