@@ -61,6 +61,16 @@ def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
     assert re.findall(r'text-anchor="end">([^<]*)<', text)[-5:] == ["1.19", "1.22", "1.25", "1.28", "1.31"]
 
 
+def test_large_numbers_are_written_out() -> None:
+    found = facts()
+    for one in found["candidates"]:
+        one["parameters"] *= 1000
+    text = page(found)
+    assert ">1,000</text>" in text
+    assert "e+" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    assert "`" not in text
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_stands_alone(browser, tmp_path, width: int, scheme: str) -> None:

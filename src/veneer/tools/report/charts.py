@@ -81,10 +81,15 @@ def _axes(
     ticks = _whole_ticks(*xs) if whole else [xs[0] + (xs[1] - xs[0]) * share for share in (0, 0.25, 0.5, 0.75, 1)]
     for value in ticks:
         at = LEFT + across(value) * (WIDTH - LEFT - EDGE)
-        drawn.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:.3g}</text>')
+        drawn.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_tick(value)}</text>')
     drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
     drawn.append(f'<text x="4" y="14">{escape(y)}</text>')
     return "".join(drawn)
+
+
+def _tick(value: float) -> str:
+    """Three digits, or all of a larger number: without an exponent, which is wider than the number."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:

@@ -36,7 +36,7 @@ def page(facts: Facts) -> str:
     name = Path(facts["adapter"]).name
     footer = (
         f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the factors; "
-        "`veneer inspect --json` has the same numbers."
+        "<code>veneer inspect --json</code> has the same numbers."
     )
     return document(f"A look inside {name}", lead, _cards(facts), sections, footer)
 

@@ -31,7 +31,7 @@ def page(facts: Facts) -> str:
     lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
     sections = [_winner(facts), _curves(candidates), _quality(candidates), _spread(facts), _all(candidates, sweep)]
     parts = "".join(f"<section>{part}</section>" for part in sections if part)
-    footer = f"{escape(facts['output'])}. `sweep.json` has the same numbers."
+    footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(f"Sweep of {len(candidates)} candidates", lead, _cards(facts, candidates), parts, footer)
 
 
