@@ -4,6 +4,7 @@ interleaved rounds. Adapters of rank 8 on all linear layers; each step has a for
     apart           N steps of adapters of their own, T tokens each, as a loop with `causal_loss` does them (the floor)
     at once         one `Runs.backward` of all, and one AdamW over the parameters of all
     frozen          the base alone on the rows of all at once, without adapters: what no step at once can be below
+    peft, apart     the N steps with PEFT, as its users do them; "at once, of peft's" is the ratio to these
 
     python benchmarks/many.py                         8 × 16, 8 × 64, 8 × 256 and 32 × 16 tokens, 4 layers; memory
     python benchmarks/many.py --dtype float32 --sizes 8x64 --layers 30
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 import veneer
-from candidates import ALPHA, DTYPES, llama, make, options, sharing, with_products
+from candidates import ALPHA, DTYPES, Candidate, llama, make, options, sharing, step, with_products
 from plan_errors import GIVES_BACK, give_back
 from report import child, measure, show, write
 from train_memory import resident, status
@@ -60,23 +61,22 @@ def config() -> veneer.LoraConfig:
 
 def case(dtype: str, layers: int, count: int, tokens: int, runs: int, tiny: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    base: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
+    plain: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
+    base = sharing(plain)
     with_products(base)
     names = [f"run-{number}" for number in range(count)]
     batches = {name: torch.randint(0, base.config.vocab_size, (1, tokens)) for name in names}
     batches = {name: {"input_ids": ids, "labels": ids} for name, ids in batches.items()}
 
-    alone = []
-    for name in names:
-        model = sharing(base)
-        parameters = veneer.attach(model, config()).parameters()
-        alone.append((model, torch.optim.AdamW(parameters, lr=1e-4, fused=True), batches[name]))
+    def each(kind: str) -> list[tuple[Candidate, Any, dict[str, Any]]]:
+        made = [make(kind, sharing(plain if kind == "peft" else base), "llama", RANK) for _ in names]
+        return [(own, own.optimizer(), batches[name]) for own, name in zip(made, names, strict=True)]
 
-    def apart() -> None:
-        for model, optimizer, batch in alone:
-            causal_loss(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    alone, theirs = each("veneer"), each("peft")
+
+    def apart(steps: list[tuple[Candidate, Any, dict[str, Any]]]) -> None:
+        for own in steps:
+            step(*own)
 
     together = veneer.train_many(sharing(base), {name: config() for name in names})
     everything = [parameter for run in together.values() for parameter in run.parameters()]
@@ -90,12 +90,14 @@ def case(dtype: str, layers: int, count: int, tokens: int, runs: int, tiny: bool
     frozen = make("floor", sharing(base), "llama", RANK).model
     joined = {key: torch.cat([batch[key] for batch in batches.values()]) for key in ("input_ids", "labels")}
     calls = {
-        "apart": lambda: timed(apart),
+        "apart": lambda: timed(lambda: apart(alone)),
         "at once": lambda: timed(at_once),
         "frozen": lambda: timed(lambda: causal_loss(frozen, joined).backward()),
+        "peft, apart": lambda: timed(lambda: apart(theirs)),
     }
     setting = {"dtype": dtype, "layers": layers, "adapters": count, "tokens": tokens}
-    return measure(calls, floor="apart", runs=runs, **setting)
+    pairs = {"at once, of peft's": ("at once", "peft, apart")}
+    return measure(calls, floor="apart", runs=runs, pairs=pairs, **setting)
 
 
 class Trained:

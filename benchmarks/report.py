@@ -49,16 +49,24 @@ def rounds(candidates: Mapping[str, Callable[[], float]], *, runs: int, warmup: 
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], float]], *, floor: str, runs: int, warmup: int = 1, **setting: Any
+    candidates: Mapping[str, Callable[[], float]],
+    *,
+    floor: str,
+    runs: int,
+    warmup: int = 1,
+    pairs: Mapping[str, tuple[str, str]] | None = None,
+    **setting: Any,
 ) -> dict[str, Any]:
-    """A case: every candidate's cost / floor's cost, round by round. `setting` says what the case was."""
+    """A case: every candidate's cost / floor's cost, round by round; and by the name of a row the first of two
+    candidates over the second (`pairs`). `setting` says what the case was."""
     costs = rounds(candidates, runs=runs, warmup=warmup)
+    ratios = {name: (name, floor) for name in costs} | dict(pairs or {})
     rows = {
         name: {
-            **spread(value / base for value, base in zip(values, costs[floor], strict=True)),
-            "seconds": statistics.median(values),
+            **spread(value / base for value, base in zip(costs[one], costs[other], strict=True)),
+            "seconds": statistics.median(costs[one]),
         }
-        for name, values in costs.items()
+        for name, (one, other) in ratios.items()
     }
     return {"setting": setting, "floor": floor, "runs": runs, "rows": rows}
 

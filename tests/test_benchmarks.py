@@ -360,7 +360,7 @@ def test_many(recorded):
     cases = written(recorded(many), "many")["cases"]
     assert [case["setting"]["dtype"] for case in cases] == ["float32", "bfloat16"]
     for case in cases:
-        assert list(case["rows"]) == ["apart", "at once", "frozen"]
+        assert list(case["rows"]) == ["apart", "at once", "frozen", "peft, apart", "at once, of peft's"]
         for row in case["rows"].values():
             check(row)
 

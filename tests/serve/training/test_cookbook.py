@@ -162,15 +162,16 @@ def test_recipes_on_smollm2(tmp_path):
 
 
 def test_a_reward_rises_on_smollm2_over_three_seeds(tmp_path):
+    """An answer that begins with a vowel: words of their own and a start of its own for each."""
     recipes = []
-    for number, letter in enumerate("tli"):
-        asked = [{"question": one.spelling, "answer": letter} for one in pronounce.words()[0][20 * number :][:20]]
+    for number in range(3):
+        asked = [{"question": one.spelling, "answer": "aeiou"} for one in pronounce.words()[0][20 * number :][:20]]
         recipes.append(
-            recipe("policy", f"rl-{letter}", asked, batch_size=1, group_size=8, learning_rate=1e-3, max_tokens=2,
-                   max_steps=7)
+            recipe("policy", f"rl-{number}", asked, batch_size=1, group_size=8, learning_rate=1e-3, max_tokens=2,
+                   max_steps=10)
         )  # fmt: skip
-    run(SMOLLM2, tmp_path, recipes, length=512, precision="bf16")
-    for letter in "tli":
-        rewards = logged(tmp_path, f"rl-{letter}", "reward/total")
-        print(letter, rewards)
-        assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
+    seeds = run(SMOLLM2, tmp_path, recipes, length=512, precision="bf16")
+    assert len({*seeds.values()}) == 3
+    rewards = [logged(tmp_path, name, "reward/total") for name in seeds]
+    print(rewards)
+    assert all(np.mean(own[-3:]) > np.mean(own[:3]) + 0.2 for own in rewards)
