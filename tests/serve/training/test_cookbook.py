@@ -168,7 +168,7 @@ def test_a_reward_rises_on_smollm2_over_three_seeds(tmp_path):
         asked = [{"question": one.spelling, "answer": "aeiou"} for one in pronounce.words()[0][20 * number :][:20]]
         recipes.append(
             recipe("policy", f"rl-{number}", asked, batch_size=1, group_size=8, learning_rate=1e-3, max_tokens=2,
-                   max_steps=10)
+                   max_steps=14)
         )  # fmt: skip
     seeds = run(SMOLLM2, tmp_path, recipes, length=512, precision="bf16")
     assert len({*seeds.values()}) == 3
