@@ -127,7 +127,9 @@ def estimate_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled:
 
 
 def _about(parts: Mapping[str, int]) -> str:
-    return f"about {size(sum(parts.values()))} ({', '.join(f'{name} {size(parts[name])}' for name in parts)})"
+    """Without what is nothing, as gradients are that come where activations go."""
+    told = ", ".join(f"{name} {size(number)}" for name, number in parts.items() if number)
+    return f"about {size(sum(parts.values()))} ({told})"
 
 
 def _at_least(parts: Mapping[str, int], error: ConfigError) -> str:
