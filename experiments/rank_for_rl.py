@@ -12,8 +12,10 @@ from experiments import small, smollm2
 from experiments.experiment import Cell, Claim, Experiment, Run, grouped, table
 
 REWARD = Path(__file__).resolve().parent.parent / "examples" / "rewards.py"
-RANKS, RATES = (1, 8, 32), (3e-4, 1e-3)
-ABOUT = """
+RANKS, RATES, STEPS, WORDS = (1, 8, 32), (1e-3, 3e-3), 80, 32
+#: a gain of reward that is no chance
+LEAST = 0.01
+ABOUT = f"""
 "LoRA Without Regret" (Schulman et al. 2025) finds that for policy gradients rank 1 does as well as full fine-tuning, as
 an episode tells about one bit. Here it is rank 1 beside higher ranks, with `veneer train`, task grpo (Shao et al. 2024,
 [arXiv:2402.03300](https://arxiv.org/abs/2402.03300)): letters → phonemes by reward alone, which is how much of an
@@ -21,17 +23,23 @@ answer is the dictionary's (`examples/rewards.py:close`, 0 to 1). SmolLM2 is too
 a small Llama of ours (0.45 million numbers, float32) that was trained from nothing on the words to train on, for 100
 steps of 64 of them: it knows what an answer is, and has much to learn.
 
-All runs: adapters on all linear layers, alpha 16 (so that the scale is 16 / rank), 40 steps of 8 answers to 8 words,
-cosine after 5 % of warm-up. The rate of each rank is the better one of two, by the reward over 300 held-out words that
-do not judge; the table is of 500 others, answered greedily. Decided before the run: it holds if rank 1 gains at least
-90 % of the best rank's gain over the base.
+All runs: adapters on all linear layers, alpha 16 (so that the scale is 16 / rank), {STEPS} steps of 8 answers to
+{WORDS} words, cosine after 5 % of warm-up. The rate of each rank is the better one of two, by the reward over 300
+held-out words that do not judge; the table is of 500 others, answered by chance as in training (temperature 1), since
+that is what policy gradients raise. Decided before the run: it holds if rank 1 gains at least 90 % of the best rank's
+gain over the base; if none gains {LEAST}, nothing can be told.
+
+A first run, of 40 steps of 8 words at 3e-4 and 1e-3, judged greedily, was of no use: no rank gained (-0.003 to -0.005).
+With rank 8 and a seed of its own, 60 steps of 8 words then gained 0.015 by chance at 1e-3, 0.005 at 5e-3, and 80 steps
+of 32 words 0.045 at 2e-3; steps, words and rates are from these.
 """
 
 
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
-        return [{"smoke": True, "rank": 1, "rate": 1e-2, "seeds": 1, "steps": 2}]
-    return [{"rank": rank, "rate": rate, "seeds": 2, "steps": 40} for rank in RANKS for rate in RATES]
+        return [{"smoke": True, "rank": 1, "rate": 1e-2, "seeds": 1, "steps": 2, "words": 8}]
+    settings = {"seeds": 2, "steps": STEPS, "words": WORDS}
+    return [{"rank": rank, "rate": rate, **settings} for rank in RANKS for rate in RATES]
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def run(cell: Cell) -> dict[str, Any]:
         rows.write_text("\n".join(lines) + "\n")
         settings = {"task": "grpo", "base": base, "data": str(rows), "reward": [f"{REWARD}:close"], "answers": 8}
         settings |= {"answer_tokens": 12, "rank": cell["rank"], "alpha": 16}
-        settings |= {"learning_rate": cell["rate"], "schedule": "cosine", "warmup": 0.05, "batch_size": 8}
+        settings |= {"learning_rate": cell["rate"], "schedule": "cosine", "warmup": 0.05, "batch_size": cell["words"]}
         settings |= {"max_steps": cell["steps"], "save_every": cell["steps"], "precision": "fp32"}
         plain = models.load_base(base, precision="fp32")
         found["base"] = _reward(plain.model, plain.tokenizer, judging)
@@ -65,7 +73,8 @@ def _reward(model: Any, tokenizer: Any, words: Sequence[Any]) -> float:
 
     from veneer.train.generate import generate
 
-    answers = generate(model, tokenizer, [word.prompt for word in words], max_new_tokens=12, batch_size=100)
+    prompts = [word.prompt for word in words]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=100, temperature=1.0, seed=0)
     return statistics.mean(close(answers, [word.completion for word in words]))
 
 
@@ -96,7 +105,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     least, most = gains[min(gains)], max(gains.values())
     found = ", ".join(f"rank {rank}: {gain:+.3f}" for rank, gain in gains.items())
     source = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora)"
-    held = most > 0 and least >= 0.9 * most
+    held = least >= 0.9 * most if most >= LEAST else None
     return [Claim("rank 1 suffices for reinforcement learning", source, f"gain of reward over the base: {found}", held)]
 
 
