@@ -62,7 +62,7 @@ def config() -> veneer.LoraConfig:
 def case(dtype: str, layers: int, count: int, tokens: int, runs: int, tiny: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     plain: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
-    base = sharing(plain)
+    base: Any = sharing(plain)
     with_products(base)
     names = [f"run-{number}" for number in range(count)]
     batches = {name: torch.randint(0, base.config.vocab_size, (1, tokens)) for name in names}
