@@ -81,7 +81,9 @@ def _axes(
     ticks = _whole_ticks(*xs) if whole else [xs[0] + (xs[1] - xs[0]) * share for share in (0, 0.25, 0.5, 0.75, 1)]
     for value in ticks:
         at = LEFT + across(value) * (WIDTH - LEFT - EDGE)
-        drawn.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{_tick(value)}</text>')
+        anchor = "middle" if at < WIDTH - 3 * EDGE else "end"  # within the drawing
+        x_at = at if anchor == "middle" else WIDTH
+        drawn.append(f'<text x="{x_at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_tick(value)}</text>')
     drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
     drawn.append(f'<text x="4" y="14">{escape(y)}</text>')
     return "".join(drawn)
