@@ -351,8 +351,10 @@ def _case_tables(name: str, cases: list[Mapping[str, Any]]) -> list[str]:
         return _roundings(cases)
     if name.startswith("quantized"):
         return [line for case in cases for line in _quantised(case)]
-    if name in ("merge", "serve", "serve_cold", "serve_vanish"):
-        form = {"merge": _files, "serve": _served, "serve_cold": _cold, "serve_vanish": _vanished}[name]
+    if name in ("merge", "serve", "serve_cold", "serve_vanish", "sweep"):
+        form = {"merge": _files, "sweep": _swept, "serve": _served, "serve_cold": _cold, "serve_vanish": _vanished}[
+            name
+        ]
         return [line for case in cases for line in form(case)]
     shared, differ = _shared(cases)
     floor, runs = cases[0]["floor"], cases[0]["runs"]
@@ -395,6 +397,15 @@ def _tasks(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         "the bar",
     ]
     return [f"Rank {cases[0]['setting']['rank']}.", "", *table(head, rows)]
+
+
+def _swept(case: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, row in case["rows"].items():
+        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        rows.append([name, ratio(row), f"{row['seconds']:,.0f}", losses, "yes" if row["as good"] else "no"])
+    head = ["", f"CPU time over the {case['floor']}'s", "s", "the winner's loss, a seed each", "as good in all"]
+    return [f"{said(case['setting'])}.", "", *table(head, rows)]
 
 
 def _quantised(case: Mapping[str, Any]) -> list[str]:

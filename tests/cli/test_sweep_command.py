@@ -39,7 +39,6 @@ def test_a_sweep_and_its_winner_trained_again(veneer: Case, file: Any, tmp_path:
     assert "Sweep    4 candidates (grid), 4 at once; the weaker end after steps 1" in found.err
     assert "Memory   about " in found.err
     assert "activations" in found.err
-    assert ", means " in found.err  # of the weights, which a rung judges by
     assert "step     1/4  2 of 4 go on; best c" in found.err
     again = tmp_path / "out" / "best" / "train.yaml"
     assert f"veneer train {again}" in found.err

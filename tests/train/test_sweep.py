@@ -136,7 +136,7 @@ def test_the_weaker_end_at_rungs_and_free_their_share(make: Make) -> None:
     assert found.facts["rungs"] == [2, 4]
     assert [len(names) for names in seen] == [8, 4, 4, 2, 2, 2, 2, 2]
     for number in (0, 1, 2):
-        at = {name: dict(one["measured"])[(2, 4, 8)[number]] for name, one in candidates(found).items()
+        at = {name: dict(one["evaluations"])[(2, 4, 8)[number]]["loss"] for name, one in candidates(found).items()
               if len(one["losses"]) >= (2, 4, 8)[number]}  # fmt: skip
         better = sorted(at, key=at.__getitem__)
         assert {*seen[(1, 3, 7)[number]]} == {*better[: (4, 2, 2)[number]]}
@@ -348,61 +348,11 @@ def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.Mon
 def test_rungs_and_the_end_are_evaluations_enough(make: Make) -> None:
     """And what a run alone draws at its own evaluations is drawn: its dropout is the same."""
     found = ran(make, "sweep", {"learning_rate": [1e-3, 5e-3, 1e-5]}, {"rungs": [3, 5]}, max_steps=10, eval_every=None)
-    evaluated = [[step for step, _ in one["measured"]] for one in found.facts["candidates"]]
+    evaluated = [[step for step, _ in one["evaluations"]] for one in found.facts["candidates"]]
     assert sorted(evaluated) == [[3], [3], [3, 5, 10]]
     alone = fit(load_config(found.best / "train.yaml"), quiet=True)
     assert [step for step, _ in alone.eval_losses] == [2, 4, 6, 8, 10]
     assert candidates(found)[found.facts["best"]]["losses"] == pytest.approx(alone.losses, rel=2e-4)
-
-
-def test_a_rung_judges_by_the_mean_of_the_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the latter half of the steps, from the rung before on: looked at where the loss is taken. What trains after
-    it is what was there before."""
-    after: dict[str, list[list[torch.Tensor]]] = {}
-    looked: list[dict[str, list[torch.Tensor]]] = []
-
-    def weights(self: Cohort) -> dict[str, list[torch.Tensor]]:
-        return {name: [one.detach().clone() for one in own.parameters] for name, own in self.members.items()}
-
-    def noted(self: Cohort, step: Any = Cohort.step) -> Any:
-        losses = step(self)
-        for name, own in weights(self).items():
-            after.setdefault(name, []).append(own)
-        return losses
-
-    def seen(self: Cohort, evaluate: Any = Cohort.evaluate) -> Any:
-        looked.append(weights(self))
-        return evaluate(self)
-
-    def kept(self: Cohort, judge: Any = Cohort.judge) -> Any:
-        before = weights(self)
-        losses = judge(self)
-        for name, own in weights(self).items():
-            assert all(torch.equal(one, other) for one, other in zip(own, before[name], strict=True))
-        return losses
-
-    for name, patch in (("step", noted), ("evaluate", seen), ("judge", kept)):
-        monkeypatch.setattr(Cohort, name, patch)
-    axes = {"learning_rate": [1e-2, 3e-2, 5e-3]}
-    found = ran(make, "sweep", axes, {"rungs": [2, 6], "keep": 0.6}, max_steps=8, eval_every=None, train_also=["norm"])
-    assert [len(names) for names in looked] == [3, 2, 2]
-    for own, (first, last) in zip(looked, ((2, 2), (4, 6), (8, 8)), strict=True):
-        for name, parameters in own.items():
-            for place, parameter in enumerate(parameters):
-                steps = [taken[place].double() for taken in after[name][first - 1 : last]]
-                torch.testing.assert_close(parameter.double(), torch.stack(steps).mean(0), rtol=1e-6, atol=1e-8)
-    told = candidates(found)[found.facts["best"]]
-    assert [step for step, _ in told["judged"]] == [2, 6]
-    assert [step for step, _ in told["evaluations"]] == [8]
-
-
-def test_a_rung_judges_by_the_last_weights_if_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Cohort, "judge")
-    axes, section = {"learning_rate": [1e-3, 5e-3, 1e-5]}, {"rungs": [3], "judged_by": "last"}
-    found = ran(make, "sweep", axes, section, max_steps=5, eval_every=None)
-    steps = [[step for step, _ in one["evaluations"]] for one in found.facts["candidates"]]
-    assert sorted(steps) == [[3], [3], [3, 5]]
-    assert not any(one["judged"] for one in found.facts["candidates"])
 
 
 def test_candidates_that_are_attached_alike_are_checked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

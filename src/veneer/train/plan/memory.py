@@ -118,14 +118,12 @@ def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
     return f"{text}, and activations of {size(elsewhere)} in main memory" if config.offload_activations else text
 
 
-def estimate_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int, means: bool = False) -> str:
-    """The same of runs that are trained at once, with so many tokens each. ``means``: of the weights of each, in
-    float32, are kept."""
-    kept = {"means": sum(4 * one.numel() for run in runs.values() for one in run.parameters)} if means else {}
+def estimate_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int) -> str:
+    """The same of runs that are trained at once, with so many tokens each."""
     try:
-        return _about(predict_at_once(model, runs, tokens, labelled) | kept)
+        return _about(predict_at_once(model, runs, tokens, labelled))
     except ConfigError as error:
-        return _at_least(_of_runs(model, runs, None) | kept, error)
+        return _at_least(_of_runs(model, runs, None), error)
 
 
 def _about(parts: Mapping[str, int]) -> str:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 
 from veneer.attach.check import check
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
 from veneer.train.arguments import arguments_of
@@ -47,8 +46,6 @@ class _Member:
         self.task, self.handle, self.prepared = task, handle, prepared
         arguments = arguments_of(task.config, folder, prepared)
         self.parameters = handle.parameters()
-        #: the mean of the weights after so many steps
-        self.mean, self.meant = list[Tensor](), 0
         self.optimizer = _optimizer(arguments, handle.model, self.parameters, decays)
         self.scheduler = get_scheduler(
             arguments.lr_scheduler_type, optimizer=self.optimizer,
@@ -71,15 +68,6 @@ class _Member:
             self.scheduler.step()
         self.optimizer.zero_grad()
         return finite
-
-    def take(self) -> None:
-        """The weights of now into their mean, in float32 at least."""
-        self.meant += 1
-        if not self.mean:
-            self.mean = [one.detach().to(at_least_float32(one.dtype), copy=True) for one in self.parameters]
-        else:
-            for mean, one in zip(self.mean, self.parameters, strict=True):
-                mean.lerp_(one.detach().to(mean.dtype), 1 / self.meant)
 
 
 class Cohort:
@@ -134,7 +122,6 @@ class Cohort:
             state = torch.load(found / name / STATE, weights_only=True)
             member.optimizer.load_state_dict(state["optimizer"])
             member.scheduler.load_state_dict(state["scheduler"])
-            member.mean, member.meant = state["mean"], state["meant"]
             self.runs.stream(name).own = state["random"]
         else:
             self.runs.restart(name, task.config.seed)  # as a trainer does once the adapter is attached
@@ -207,21 +194,6 @@ class Cohort:
         tasks = {name: member.task for name, member in self.members.items()}
         return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
-    def judge(self) -> dict[str, float]:
-        """The loss of the mean of each one's weights on the rows held out; the next mean begins anew.
-
-        That of the last weights misleads: at a rate that has yet to fall it says how far they jump about a place, and
-        their mean says where that is (Izmailov et al. 2018, arXiv:1803.05407; Hägele et al. 2024, arXiv:2405.18392)."""
-        own = {name: [one.detach().clone() for one in member.parameters] for name, member in self.members.items()}
-        try:
-            for member in self.members.values():
-                _write(member.mean, member.parameters)
-                member.mean, member.meant = [], 0
-            return {name: measured["loss"] for name, measured in self.evaluate().items()}
-        finally:
-            for name, member in self.members.items():
-                _write(own[name], member.parameters)
-
     def draw(self) -> None:
         """What torch's loaders draw of each run's numbers when an epoch or an evaluation of a run alone begins."""
         for name in self.members:
@@ -243,7 +215,7 @@ class Cohort:
             self.runs[name].save(folder / name / checkpoint.ADAPTER, base_name=config.base, provenance=about(name))
             state = {
                 "optimizer": member.optimizer.state_dict(), "scheduler": member.scheduler.state_dict(),
-                "random": self.runs.stream(name).own, "mean": member.mean, "meant": member.meant,
+                "random": self.runs.stream(name).own,
             }  # fmt: skip
             torch.save(state, folder / name / STATE)
 
@@ -251,12 +223,6 @@ class Cohort:
         for name in [*self.runs]:
             self.runs.remove(name)
         self.members.clear()
-
-
-@torch.no_grad()
-def _write(numbers: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    for one, parameter in zip(numbers, parameters, strict=True):
-        parameter.copy_(one)
 
 
 def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:

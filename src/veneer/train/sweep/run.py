@@ -279,9 +279,6 @@ class _Work:
             state.step += 1
             for name, loss in losses.items():
                 state[name].losses.append(loss)
-            if self.search.meant(state.step):
-                for member in cohort.members.values():
-                    member.take()
             self._evaluate(cohort)
             for name, note in cohort.failed.items():
                 if state[name].status == RUNNING:
@@ -299,33 +296,25 @@ class _Work:
         """At rungs, and as a run alone does: with rungs and without `eval_every`, at the end. Who is judged too weak
         ends."""
         state, step = self.state, self.state.step
-        own, rung = step % self.evaluated == 0 or step == self.steps, step in self.search.rungs
+        own = step % self.evaluated == 0 or step == self.steps
         if own:
             cohort.draw()
         if self.config.eval_every is None and self.search.rungs and step < self.steps:
             own = False  # the rungs are evaluations enough
-        losses: dict[str, float] = {}
-        if cohort.members and (own or (rung and self.settings.judged_by == "last")):
-            measured = cohort.evaluate()
-            for name in self._finite(cohort, {name: told["loss"] for name, told in measured.items()}):
-                state[name].evaluations.append((step, measured[name]))
-                losses[name] = measured[name]["loss"]
-        if cohort.members and rung and self.settings.judged_by == "mean":
-            losses = self._finite(cohort, cohort.judge())
-            for name, loss in losses.items():
-                state[name].judged.append((step, loss))
-        if losses and step < self.steps:
+        if not cohort.members or not (own or step in self.search.rungs):
+            return
+        losses = {}
+        for name, measured in cohort.evaluate().items():
+            if not math.isfinite(measured["loss"]):
+                cohort.failed[name] = f"the loss on the rows held out is {measured['loss']} at step {step}"
+                cohort.remove(name)
+                continue
+            state[name].evaluations.append((step, measured))
+            losses[name] = measured["loss"]
+        if step < self.steps:
             for name in self.search.judge(step, losses):
                 state[name].status = ENDED
                 cohort.remove(name)
-
-    def _finite(self, cohort: Cohort, losses: dict[str, float]) -> dict[str, float]:
-        """The losses that are numbers. Whose is none has failed."""
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                cohort.failed[name] = f"the loss on the rows held out is {loss} at step {self.state.step}"
-                cohort.remove(name)
-        return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
     def _clock(self) -> None:
         """Note what the sweep has taken."""
@@ -435,8 +424,7 @@ class _Work:
             runs = {
                 name: memory.Run(one.task.config, one.parameters, one.order) for name, one in cohort.members.items()
             }
-            means = bool(self.search.rungs) and self.settings.judged_by == "mean"
-            told = memory.estimate_at_once(self.model, runs, *self.task.largest(rows), means=means)
+            told = memory.estimate_at_once(self.model, runs, *self.task.largest(rows))
             say(self.console, f"Memory   {told}")
 
 

@@ -48,13 +48,6 @@ class Search:
             found[name] = self._suggested(self.trials[name]) if self.sampled else next(self._listed)
         return found
 
-    def meant(self, step: int) -> bool:
-        """Whether the weights after `step` go into the mean that the next rung judges by: those of the latter half of
-        the steps up to it, from the rung before on."""
-        rung = min((rung for rung in self.rungs if rung >= step), default=0)
-        before = max((other for other in self.rungs if other < rung), default=0)
-        return self.settings.judged_by == "mean" and step > max(before, rung // 2) and rung > 0
-
     def judge(self, step: int, losses: Mapping[str, float]) -> set[str]:
         """Who of those that were evaluated after `step` ends here; never the best one."""
         best = min(losses, key=losses.__getitem__, default=None)

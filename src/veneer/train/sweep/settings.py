@@ -3,15 +3,13 @@
 axes       what is tried: a list of values, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or a sampler of Optuna's by its name
 rungs      where the weaker candidates end, or `pruner`: one of Optuna's by its name
-judged_by  whose loss is compared at a rung: that of the mean of a candidate's weights over the latter half of the steps
-           so far, or of the last ones
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -62,7 +60,6 @@ class Sweep(BaseModel):
     pruner: str | dict[str, Any] | None = None
     rungs: list[float] | None = None
     keep: float = Field(KEEP, gt=0, lt=1)
-    judged_by: Literal["mean", "last"] = "mean"
     at_once: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
 
