@@ -174,8 +174,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
         ),
         Claim(
             "At and beyond its capacity LoRA meets no floor: more steps teach it more", REGRET,
-            "; ".join(f"{name}: {before:.3f}, after twice the steps {after:.3f}" for name, (before, after) in longer),
-            all(after - before >= MORE * (1 - before) for _, (before, after) in longer) if pairs else None,
+            "; ".join(f"{name}: {before:.3f}, after twice the steps {after:.3f}" for name, (before, after) in longer)
+            or "none was tried for longer",
+            all(after - before >= MORE * (1 - before) for _, (before, after) in longer) if longer else None,
         ),
     ]  # fmt: skip
 
