@@ -121,17 +121,22 @@ def name_of(run: Run) -> str:
     return f"LoRA, rank {run['rank']}" if run["rank"] else "full fine-tuning"
 
 
+def rate_of(run: Run) -> str:
+    return f"{run['rate']:g}{' *' * (run['rate'] in (min(run['rates']), max(run['rates'])))}"
+
+
 def tables(runs: Sequence[Run]) -> str:
     found = [
         (
             name_of(run), f"{run['rows']:,}", f"{bits_of(run):,.0f}", f"{run['numbers']:,}",
-            f"{run['numbers'] / bits_of(run):.3g}", f"{run['rate']:g}", spread(run["judged"], "share"),
+            f"{run['numbers'] / bits_of(run):.3g}", rate_of(run), spread(run["judged"], "share"),
             f"{mean(run['judged'], 'share') * bits_of(run) / run['numbers']:.2f}", f"{run['cpu']:.0f} s",
         )
         for run in runs
     ]  # fmt: skip
     head = ("method", "rows", "bits", "numbers", "numbers / bits", "best rate", "remembered", "bits a number", "CPU")
     seeds = f"Mean ± deviation over {len(runs[0]['judged'])} seeds. The CPU time is of all rates and seeds."
+    seeds += " A rate with a * is the lowest or the highest that was tried: there may be a better one beyond."
     longer = [
         (name_of(run), f"{run['rows']:,}", spread(run["judged"], "share"), spread(run["longer"], "share"))
         for run in runs
