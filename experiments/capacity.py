@@ -189,9 +189,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 def plots(runs: Sequence[Run]) -> dict[str, str]:
     series: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
-        point = (math.log2(bits_of(run)), mean(run["judged"], "share"))
+        point = (math.log2(run["rows"]), mean(run["judged"], "share"))
         series.setdefault(name_of(run), []).append(point)
-    return {"share": lines(series, x="log2 of the bits to be learnt", y="share of them remembered", top=1.0)}
+    return {"share": lines(series, x=f"log2 of the rows, each of {BITS:.0f} bits", y="share remembered", top=1.0)}
 
 
 EXPERIMENT = Experiment(
