@@ -22,6 +22,7 @@ NAMES: tuple[str, ...] = (
     "counts",
     "rates",
     "variants",
+    "capacity",
     "forgetting",
     "repair",
     "rounding",
