@@ -227,6 +227,7 @@ def test_what_a_sweep_has_no_place_for(make: Make, section: Any, changes: Any, m
         ({"axes": {"rank": [1, 2]}, "candidates": 3}, "candidates: 3, and 2 combinations"),
         ({"axes": {"rank": [1]}, "pruner": "MedianPruner", "rungs": [2]}, "pruner and rungs"),
         ({"axes": {"rank": [1]}, "rungs": [-2]}, "rungs"),
+        ({"axes": {"dropout": [0.0, 0.1]}, "judged_by": "training"}, "judged_by training and axis 'dropout'"),
         ({"axes": {"rank": [1]}, "rung": [2]}, "unknown field 'rung' .nearest: 'rungs'"),
     ],
 )  # fmt: skip
@@ -353,6 +354,37 @@ def test_rungs_and_the_end_are_evaluations_enough(make: Make) -> None:
     alone = fit(load_config(found.best / "train.yaml"), quiet=True)
     assert [step for step, _ in alone.eval_losses] == [2, 4, 6, 8, 10]
     assert candidates(found)[found.facts["best"]]["losses"] == pytest.approx(alone.losses, rel=2e-4)
+
+
+def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the mean loss of the latter half of the steps up to it, and nobody is evaluated for it."""
+    evaluated: list[int] = []
+    evaluate = Cohort.evaluate
+
+    def counted(self: Cohort) -> Any:
+        evaluated.append(len(self.members))
+        return evaluate(self)
+
+    monkeypatch.setattr(Cohort, "evaluate", counted)
+    section = {"rungs": [2, 6], "keep": 0.6, "judged_by": "training"}
+    axes = {"learning_rate": [1e-2, 3e-2, 5e-3, 1e-5]}
+    found = ran(make, "sweep", axes, section, max_steps=8, eval_every=None)
+    assert evaluated == [2]
+    told = candidates(found)
+    for step, first, left in ((2, 1, 3), (6, 3, 2)):
+        losses = {name: sum(one["losses"][first:step]) / (step - first) for name, one in told.items()
+                  if len(one["losses"]) >= step}  # fmt: skip
+        assert {name: dict(one["judged"])[step] for name, one in told.items() if name in losses} == pytest.approx(
+            losses
+        )
+        better = sorted(losses, key=losses.__getitem__)[:left]
+        assert {*better} == {name for name, one in told.items() if len(one["losses"]) > step}
+    assert [step for step, _ in told[found.facts["best"]]["evaluations"]] == [8]
+    ended = next(one for one in told.values() if one["status"] == "ended")
+    assert ended["loss"] == ended["judged"][-1][1]
+    with pytest.raises(ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"):
+        ran(make, "later", axes, {"rungs": [40], "judged_by": "training"}, epochs=9)
+    assert not (found.output.parent / "later").exists()
 
 
 def test_candidates_that_are_attached_alike_are_checked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def facts() -> dict:
     config = {"base": "tiny", "data": "rows.jsonl", "output": "out/again", "rank": 2}
     return {
         "base": "<i>tiny", "data": "rows.jsonl", "task": "sft", "item": "token", "output": "out", "steps": 9,
-        "sweep": {"axes": {"rank": [2, 4, 8], "targets": [], "seed": [0, 1]}}, "sampler": "grid", "rungs": [3],
+        "sweep": {"axes": {"rank": [2, 4, 8], "targets": [], "seed": [0, 1]}, "judged_by": "held_out"},
+        "sampler": "grid", "rungs": [3],
         "folder": "out/best", "command": ["veneer", "train", "out/best/train.yaml"], "config": config,
         **State(0, 9, 61.0, 122.0, "c00", candidates).facts(),
     }  # fmt: skip
@@ -54,7 +55,7 @@ def test_its_numbers_are_those_of_the_facts() -> None:
 def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
     found = copy.deepcopy(facts())
     found["candidates"], found["spread"] = found["candidates"][:1], []
-    found["candidates"][0]["evaluations"] = [(9, {"loss": 1.25})]
+    found["candidates"][0]["measured"] = [(9, 1.25)]
     text = page(found)
     assert "Spread over seeds" not in text
     assert "nan" not in text

@@ -27,7 +27,9 @@ def page(facts: Facts) -> str:
     lead = f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried: {', '.join(sweep['axes'])}"
     lead += f" ({facts['sampler']}). "
     if facts["rungs"]:
-        lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}. "
+        lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
+        mean = ", judged by their mean loss in training over the latter half of the steps up to there"
+        lead += f"{mean if sweep['judged_by'] == 'training' else ''}. "
     lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
     sections = [_winner(facts), _curves(candidates), _quality(candidates), _spread(facts), _all(candidates, sweep)]
     parts = "".join(f"<section>{part}</section>" for part in sections if part)
@@ -64,8 +66,8 @@ def _named(one: Facts) -> str:
 
 
 def _curves(candidates: Sequence[Facts]) -> str:
-    measured = [one for one in candidates if one["evaluations"]]
-    held = [[(step, told["loss"]) for step, told in one["evaluations"]] for one in measured]
+    measured = [one for one in candidates if one["measured"]]
+    held = [one["measured"] for one in measured]
     trained = [_smoothed(one["losses"]) for one in measured]
     top = _ceiling(held)
     charts = []

@@ -19,7 +19,8 @@ WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "e
 @dataclass
 class Candidate:
     """`changes`: of the run's configuration. `losses[i]`: of step i + 1; `evaluations`: of (step, what was measured on
-    the rows held out, the loss among it). `note`: why it failed. `parameters`: how many it trains."""
+    the rows held out, the loss among it); `judged`: of (step, the mean loss in training), at rungs that judge by that.
+    `note`: why it failed. `parameters`: how many it trains."""
 
     name: str
     cohort: int
@@ -29,11 +30,17 @@ class Candidate:
     parameters: int = 0
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    judged: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[tuple[int, float]]:
+        """(step, the loss on the rows held out), in order: at rungs that by which it was judged, be it in training."""
+        return sorted(({step: told["loss"] for step, told in self.evaluations} | dict(self.judged)).items())
 
     @property
     def loss(self) -> float | None:
-        """The last one on the rows held out."""
-        return self.evaluations[-1][1]["loss"] if self.evaluations else None
+        """The last one that was measured."""
+        return self.measured[-1][1] if self.measured else None
 
 
 @dataclass
@@ -62,14 +69,15 @@ class State:
         candidates = [Candidate(**one) for one in found.pop("candidates")]
         for one in candidates:
             one.evaluations = [(step, measured) for step, measured in one.evaluations]
+            one.judged = [(step, loss) for step, loss in one.judged]
         return cls(**found, candidates=candidates)
 
     def judged(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, the loss of each that was evaluated there), in order."""
+        """(step, the loss of each that was evaluated or judged there), in order."""
         found: dict[int, dict[str, float]] = {}
         for one in self.of(cohort):
-            for step, measured in one.evaluations:
-                found.setdefault(step, {})[one.name] = measured["loss"]
+            for step, loss in one.measured:
+                found.setdefault(step, {})[one.name] = loss
         yield from sorted(found.items())
 
     def finished(self) -> list[Candidate]:
@@ -100,7 +108,7 @@ class State:
         """As JSON values."""
         return {
             "best": self.best, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "spread": self.spread(),
-            "candidates": [{**asdict(one), "loss": one.loss} for one in self.candidates],
+            "candidates": [{**asdict(one), "loss": one.loss, "measured": one.measured} for one in self.candidates],
         }  # fmt: skip
 
 

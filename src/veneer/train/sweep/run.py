@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
@@ -100,12 +101,22 @@ class _Work:
         self.prepared = self.task.prepare()
         arguments = arguments_of(self.config, self.output, self.prepared)
         self.search, self.steps = Search(settings, self.prepared.steps), self.prepared.steps
+        self._must_be_new()
         self.evaluated, self.saved = int(arguments.eval_steps or 1), int(arguments.save_steps)
         self.found = self._checkpoint() if resume else None
         self.state = State() if self.found is None else State.read(self.found / STATE)
         self.before = self.state.seconds, self.state.cpu_seconds
         self.tasks: dict[str, Task] = {}
         self.model: Any = None
+
+    def _must_be_new(self) -> None:
+        """Raise `ConfigError` where a loss in training would tell of rows that were learnt before."""
+        config, rows = self.config, len(self.prepared.train)
+        epoch = math.ceil(math.ceil(rows / config.batch_size) / config.grad_accum)
+        last = max(self.search.rungs, default=0)
+        if self.settings.judged_by == "training" and last > epoch:
+            found = f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which rows come again"
+            raise ConfigError(found, "rungs within the first epoch", "name earlier ones, or set judged_by: held_out")
 
     # ------------------------------------------------------------------------------------------ the output folder
 
@@ -296,21 +307,26 @@ class _Work:
         """At rungs, and as a run alone does: with rungs and without `eval_every`, at the end. Who is judged too weak
         ends."""
         state, step = self.state, self.state.step
-        own = step % self.evaluated == 0 or step == self.steps
+        own, rung = step % self.evaluated == 0 or step == self.steps, step in self.search.rungs
         if own:
             cohort.draw()
         if self.config.eval_every is None and self.search.rungs and step < self.steps:
             own = False  # the rungs are evaluations enough
-        if not cohort.members or not (own or step in self.search.rungs):
+        free = rung and self.settings.judged_by == "training"
+        if not cohort.members or not (own or rung):
             return
         losses = {}
-        for name, measured in cohort.evaluate().items():
+        for name, measured in cohort.evaluate().items() if own or not free else ():
             if not math.isfinite(measured["loss"]):
                 cohort.failed[name] = f"the loss on the rows held out is {measured['loss']} at step {step}"
                 cohort.remove(name)
                 continue
             state[name].evaluations.append((step, measured))
             losses[name] = measured["loss"]
+        if free:
+            losses = {name: mean(state[name].losses[step // 2 :]) for name in cohort.members}
+            for name, loss in losses.items():
+                state[name].judged.append((step, loss))
         if step < self.steps:
             for name in self.search.judge(step, losses):
                 state[name].status = ENDED

@@ -3,13 +3,15 @@
 axes       what is tried: a list of values, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or a sampler of Optuna's by its name
 rungs      where the weaker candidates end, or `pruner`: one of Optuna's by its name
+judged_by  which loss is compared at a rung: that on the rows held out, or the mean one in training over the latter half
+           of the steps so far, which costs nothing
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,6 +62,7 @@ class Sweep(BaseModel):
     pruner: str | dict[str, Any] | None = None
     rungs: list[float] | None = None
     keep: float = Field(KEEP, gt=0, lt=1)
+    judged_by: Literal["held_out", "training"] = "held_out"
     at_once: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
 
@@ -84,6 +87,9 @@ class Sweep(BaseModel):
             raise ValueError(f"{found}; expected no more, since each is tried once")
         if self.pruner is not None and self.rungs is not None:
             raise ValueError("pruner and rungs; expected one of them")
+        if self.judged_by == "training" and "dropout" in self.axes:
+            found = "judged_by training and axis 'dropout', which raises the loss in training of those that have more"
+            raise ValueError(f"{found}; expected judged_by held_out")
         if any(rung <= 0 for rung in self.rungs or ()):
             raise ValueError(f"rungs {self.rungs}; expected steps, or shares of a run")
         return self

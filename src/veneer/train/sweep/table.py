@@ -41,7 +41,7 @@ class Progress:
                 self._running = True
             self.live.update(table(state, steps), refresh=True)
             return
-        now = [one for one in own if one.evaluations and one.evaluations[-1][0] == state.step]
+        now = [one for one in own if one.measured and one.measured[-1][0] == state.step]
         if now:
             best = min(now, key=_loss)
             left = sum(one.status in (RUNNING, FINISHED) for one in own)
