@@ -62,6 +62,16 @@ def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
     assert re.findall(r'text-anchor="end">([^<]*)<', text)[-5:] == ["1.19", "1.22", "1.25", "1.28", "1.31"]
 
 
+def test_what_was_judged_in_training_is_no_curve_of_the_rows_held_out() -> None:
+    found = facts()
+    for one in found["candidates"]:
+        one["evaluations"] = one["evaluations"][-1:] if one["status"] == FINISHED else []
+        one["judged"] = [(3, 2.5)] * bool(one["measured"])
+    assert page(found).count("loss on the rows held out</text>") == 0
+    assert page(found).count("loss in training</text>") == 1
+    assert page(facts()).count("loss on the rows held out</text>") == 1
+
+
 def test_large_numbers_are_written_out() -> None:
     found = facts()
     for one in found["candidates"]:

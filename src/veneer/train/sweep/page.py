@@ -28,7 +28,7 @@ def page(facts: Facts) -> str:
     lead += f" ({facts['sampler']}). "
     if facts["rungs"]:
         lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
-        mean = ", judged by their mean loss in training over the latter half of the steps up to there"
+        mean = ", judged by their mean loss in training over the latter half of the steps up to there, which is their last loss here"
         lead += f"{mean if sweep['judged_by'] == 'training' else ''}. "
     lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
     sections = [_winner(facts), _curves(candidates), _quality(candidates), _spread(facts), _all(candidates, sweep)]
@@ -67,14 +67,17 @@ def _named(one: Facts) -> str:
 
 def _curves(candidates: Sequence[Facts]) -> str:
     measured = [one for one in candidates if one["measured"]]
-    held = [one["measured"] for one in measured]
+    held = [[(step, told["loss"]) for step, told in one["evaluations"]] for one in measured]
     trained = [_smoothed(one["losses"]) for one in measured]
-    top = _ceiling(held)
-    charts = []
+    top, charts = _ceiling([one["measured"] for one in measured]), []
     for y, curves in (("loss on the rows held out", held), ("loss in training", trained)):
-        curves = [[(x, min(value, top)) for x, value in own] for own in curves]
-        series = {_named(one): own for one, own in zip(measured[:COLOURS], curves, strict=False)}
-        charts.append(f"<figure>{lines(series, x='step', y=y, bottom=None, faint=curves[COLOURS:])}</figure>")
+        named = [(one, own) for one, own in zip(measured, curves, strict=True) if own]
+        if max((len(own) for _, own in named), default=0) < 2 and curves is held:
+            continue  # measured at the end alone: no curve
+        named = [(one, [(x, min(value, top)) for x, value in own]) for one, own in named]
+        series = {_named(one): own for one, own in named[:COLOURS]}
+        faint = [own for _, own in named[COLOURS:]]
+        charts.append(f"<figure>{lines(series, x='step', y=y, bottom=None, faint=faint)}</figure>")
     more = f" The best {COLOURS} have colours." if len(measured) > COLOURS else ""
     return f'<h2>Curves</h2><p>Cut at {top:.3g}.{more}</p><div class="pair">{"".join(charts)}</div>'
 
