@@ -95,7 +95,7 @@ def _tick(value: float) -> str:
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:
-    step = max(1, math.ceil((high - low) / 8))
+    step = max(1, math.ceil((high - low) / (8 if high < 1000 else 4)))  # long numbers are wide
     return [low + step * number for number in range(int((high - low) // step) + 1)]
 
 
