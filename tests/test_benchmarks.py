@@ -238,7 +238,7 @@ def test_sweep(recorded):
         assert row["losses"] == [round(result["sweeps"][name][0]["loss"], 4)]
         assert len(result["sweeps"][name][0]["losses"]) == 16
     assert case["rows"][sweep.GRID]["steps"] == 16 * 9
-    assert case["rows"][sweep.HALVING]["steps"] == 16 + 6 * 2 + 2 * 6
+    assert case["rows"][sweep.HALVING]["steps"] == 16 + 7 * 2 + 3 * 6
     assert case["rows"][sweep.GRID]["as good"] is True
 
 
