@@ -454,12 +454,12 @@ def test_the_pages_show_every_result(recorded, tmp_path, monkeypatch):
     for name in shown:
         assert f"## {name}\n" in page
     says = [name for name in shown if "\nPredicted" in str(sys.modules[bench_page.PROGRAMS[name]].__doc__)]
-    assert len(says) == 16
+    assert len(says) == 18
     assert page.count("> Predicted") == len(says)
     assert "| veneer, dropout |" in page
     assert "| **Veneer**, dropout 0.05 |" in page
-    assert "| | Veneer | PEFT |" in readme
-    assert re.search(r"^\| a training step of \d+ layers, fp32 \|", readme, re.MULTILINE)
+    assert "| | Veneer, fp32 | PEFT, fp32 | Veneer, bf16 | PEFT, bf16 |" in readme
+    assert re.search(r"^\| a training step of \d+ layers \|", readme, re.MULTILINE)
     for text in (page, readme):
         lines = text.splitlines()
         heads = [number for number, line in enumerate(lines) if line.startswith("|---")]
