@@ -44,9 +44,8 @@ def cells(smoke: bool) -> list[Cell]:
     if smoke:
         few = {"rates": [1e-3], "seeds": [0], "steps": 2, "smoke": True}
         return [{"variant": name, **few} for name in ("LoRA", "PiSSA", "LoRA+")]
-    rates = {"LoRA+": PLUS}
     shared = {"seeds": SEEDS, "steps": STEPS, "smoke": False}
-    return [{"variant": name, "rates": rates.get(name, RATES), **shared} for name in NAMES]
+    return [{"variant": name, "rates": PLUS if name == "LoRA+" else RATES, **shared} for name in NAMES]
 
 
 def tables(runs: Sequence[Run]) -> str:

@@ -228,6 +228,8 @@ def test_what_a_sweep_has_no_place_for(make: Make, section: Any, changes: Any, m
         ({"axes": {"rank": [1]}, "pruner": "MedianPruner", "rungs": [2]}, "pruner and rungs"),
         ({"axes": {"rank": [1]}, "rungs": [-2]}, "rungs"),
         ({"axes": {"dropout": [0.0, 0.1]}, "judged_by": "training"}, "judged_by training and axis 'dropout'"),
+        ({"axes": {"rank": [1]}, "judged_by": "training", "pruner": "MedianPruner"}, "judged_by training and no rungs"),
+        ({"axes": {"rank": [1]}, "judged_by": "training", "rungs": []}, "judged_by training and no rungs"),
         ({"axes": {"rank": [1]}, "rung": [2]}, "unknown field 'rung' .nearest: 'rungs'"),
     ],
 )  # fmt: skip

@@ -63,14 +63,17 @@ def prepare(
     examples = {name: encode(part) for name, part in parts.items()}
     sets = {name: part.dataset() if dataset is None else dataset(part, length) for name, part in examples.items()}
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(len(sets["train"]) / (config.batch_size * world))
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.grad_accum))
+    steps = config.max_steps or math.ceil(config.epochs * steps_an_epoch(config, len(sets["train"]), world))
     hashes = {name: part.sha256 for name, part in parts.items()}
     prompt = prompt_of([rows.rows[i] for i in examples["train"].index])
     return Prepared(
         examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), length, steps, hashes, rows.unused,
         prompt,
     )  # fmt: skip
+
+
+def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
+    return math.ceil(math.ceil(rows / (config.batch_size * processes)) / config.grad_accum)
 
 
 def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:

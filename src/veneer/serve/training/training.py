@@ -131,7 +131,9 @@ class Training:
 
     def charge(self, owner: str, tokens: int) -> None:
         """Count tokens of an owner's quota, whenever the disk has time."""
-        self.disk.submit(self.store.count_tokens, owner, tokens).add_done_callback(partial(_charged, owner, tokens))
+        self.disk.submit(self.store.count_tokens, owner, tokens).add_done_callback(
+            partial(_logged, f"{tokens} tokens of {owner} were not counted")
+        )
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
@@ -158,7 +160,7 @@ class Training:
                 if line.current is None and not line.waiting:
                     self.worker.let_go(line)
 
-        self.worker.do(go).add_done_callback(partial(_left, session))
+        self.worker.do(go).add_done_callback(partial(_logged, f"the runs of session {session} are still in memory"))
 
     def _look(self) -> None:
         while not self._stop.wait(LOOK):
@@ -186,14 +188,9 @@ class Training:
         return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
 
 
-def _charged(owner: str, tokens: int, done: Future[None]) -> None:
+def _logged(failure: str, done: Future[None]) -> None:
     if (error := done.exception()) is not None:
-        log.error("%d tokens of %s were not counted", tokens, owner, exc_info=error)
-
-
-def _left(session: str, done: Future[None]) -> None:
-    if (error := done.exception()) is not None:
-        log.error("the runs of session %s are still in memory", session, exc_info=error)
+        log.error(failure, exc_info=error)
 
 
 def open_training(

@@ -29,7 +29,7 @@ from veneer.train.evaluate import to
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
-from veneer.train.prepare import Prepared
+from veneer.train.prepare import Prepared, steps_an_epoch
 from veneer.train.run import lora_of
 from veneer.train.start_data import start_data
 from veneer.train.sweep.held_out import Answered, evaluate_runs
@@ -148,9 +148,7 @@ class Cohort:
 
     @property
     def steps_an_epoch(self) -> int:
-        config = next(iter(self.members.values())).task.config
-        passes = math.ceil(len(self.prepared.train) / config.batch_size)
-        return math.ceil(passes / config.grad_accum)
+        return steps_an_epoch(next(iter(self.members.values())).task.config, len(self.prepared.train))
 
     def step(self) -> dict[str, float]:
         """One step of all; the loss of each. Who has none that is finite is in `failed`, and no member any longer."""

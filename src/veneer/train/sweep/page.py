@@ -28,9 +28,10 @@ def page(facts: Facts) -> str:
     lead += f" ({facts['sampler']}). "
     if facts["rungs"]:
         lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
-        mean = ", judged by their mean loss in training over the latter half of the steps up to there"
-        mean += ", which is their last loss here"
-        lead += f"{mean if sweep['judged_by'] == 'training' else ''}. "
+        if sweep["judged_by"] == "training":
+            lead += ", judged by their mean loss in training over the latter half of the steps up to there"
+            lead += ", which is their last loss here"
+        lead += ". "
     lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
     sections = [_winner(facts), _curves(candidates), _quality(candidates), _spread(facts), _all(candidates, sweep)]
     parts = "".join(f"<section>{part}</section>" for part in sections if part)

@@ -40,6 +40,7 @@ from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import StopOnSignal, duration, say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig, make_config, task_names
 from veneer.train.plan import memory
+from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
 from veneer.train.run import lora_of, provenance_of, write_status
 from veneer.train.sweep.cohort import Cohort
@@ -101,7 +102,7 @@ class _Work:
         self.prepared = self.task.prepare()
         arguments = arguments_of(self.config, self.output, self.prepared)
         self.search, self.steps = Search(settings, self.prepared.steps), self.prepared.steps
-        self._must_be_new()
+        self._must_see_new_rows()
         self.evaluated, self.saved = int(arguments.eval_steps or 1), int(arguments.save_steps)
         self.found = self._checkpoint() if resume else None
         self.state = State() if self.found is None else State.read(self.found / STATE)
@@ -109,10 +110,9 @@ class _Work:
         self.tasks: dict[str, Task] = {}
         self.model: Any = None
 
-    def _must_be_new(self) -> None:
+    def _must_see_new_rows(self) -> None:
         """Raise `ConfigError` where a loss in training would tell of rows that were learnt before."""
-        config, rows = self.config, len(self.prepared.train)
-        epoch = math.ceil(math.ceil(rows / config.batch_size) / config.grad_accum)
+        epoch = steps_an_epoch(self.config, len(self.prepared.train))
         last = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last > epoch:
             found = f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which rows come again"

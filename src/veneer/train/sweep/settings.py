@@ -87,6 +87,8 @@ class Sweep(BaseModel):
             raise ValueError(f"{found}; expected no more, since each is tried once")
         if self.pruner is not None and self.rungs is not None:
             raise ValueError("pruner and rungs; expected one of them")
+        if self.judged_by == "training" and (self.pruner is not None or self.rungs == []):
+            raise ValueError("judged_by training and no rungs, where alone it counts; expected rungs, or held_out")
         if self.judged_by == "training" and "dropout" in self.axes:
             found = "judged_by training and axis 'dropout', which raises the loss in training of those that have more"
             raise ValueError(f"{found}; expected judged_by held_out")

@@ -46,7 +46,8 @@ class Progress:
             best = min(now, key=_loss)
             left = sum(one.status in (RUNNING, FINISHED) for one in own)
             text = f"step {state.step:>5}/{steps}  {left} of {len(own)} go on; best {best.name} ({words(best.changes)})"
-            say(self.console, f"{text}, evaluation {_loss(best):.4f}")
+            told = "mean loss in training" if best.judged and best.judged[-1][0] == state.step else "evaluation"
+            say(self.console, f"{text}, {told} {_loss(best):.4f}")
 
 
 def _loss(one: Candidate) -> float:
@@ -62,7 +63,7 @@ def table(state: State, steps: int) -> Table:
         made.add_column(head, justify="right" if head in ("step", "loss", "held out") else "left", overflow="fold")
     for one in ordered[:ROWS]:
         last = f"{one.losses[-1]:.4f}" if one.losses else ""
-        held = "" if one.loss is None else f"{one.loss:.4f}"
+        held = f"{one.evaluations[-1][1]['loss']:.4f}" if one.evaluations else ""
         style = "" if one.status in (RUNNING, FINISHED) else "dim"
         made.add_row(one.name, words(one.changes), f"{len(one.losses)}/{steps}", last, held, one.status, style=style)
     if len(ordered) > ROWS:
