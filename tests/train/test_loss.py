@@ -561,6 +561,18 @@ def test_a_hook_on_a_trained_number_runs_once() -> None:
     torch.testing.assert_close(parameter.grad, 3 * wanted, rtol=1e-9, atol=1e-14)
 
 
+def test_a_hook_inside_of_the_body_is_no_reason_to_run_in_full() -> None:
+    """Unless the head reads the number too, by a weight that is tied."""
+    model, tied = adapted(["q_proj"]), shaken(tiny_model(tie_word_embeddings=True), ["embed_tokens"])
+    for one in (model, tied):
+        parameters_of(one)[-1].register_hook(lambda gradient: gradient)
+    assert is_cut(model)
+    assert not is_cut(tied)
+    plain = tiny_model(tie_word_embeddings=True)
+    plain.lm_head.weight.register_hook(lambda gradient: gradient)
+    assert not is_cut(plain)
+
+
 def test_a_hook_on_the_model_sees_one_call() -> None:
     model, inputs = adapted(["q_proj", "lm_head"]), batch(0, "nothing")
     shapes = []

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import layer_states, own_class, state_of
+from veneer.attach.adapted_module import own_class
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
@@ -406,23 +406,35 @@ def _body(model: nn.Module) -> ModulePath | None:
     found = [(path, late) for path, late in submodule_calls(own) if _is_model(model, path)]
     if len(found) != 1 or found[0][1]:
         return None
-    body = ".".join(found[0][0]) + "."
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and not name.startswith(body):
-            return None  # a head that is spread, whose forward gathers it
-        if parameter.requires_grad and parameter._backward_hooks:
-            return None  # a hook would see the gradient of each chunk
+    path = found[0][0]
+    if _sees_chunks(model, path):
+        return None
     attached = adapters_of(model)
     if attached is not None:
         chosen = context.current.selection.get(attached.uid, attached.default)
-        if chosen.name is None and chosen.parts and _changes_outside(model, found[0][0], chosen.parts):
+        if chosen.name is None and chosen.parts and _changes_outside(model, path, chosen.parts):
             return None  # an adapter for each row of the batch, which the head would no longer know
-    return found[0][0]
+    return path
+
+
+def _sees_chunks(model: nn.Module, path: ModulePath) -> bool:
+    """Whether what is outside the body would do something a chunk that it should do once a batch: gather a head that
+    is spread, or call a hook on the gradient of a parameter."""
+    outside = list(_outside(model, path))
+    values = [value for module in outside for value in module._parameters.values() if value is not None]
+    if any(isinstance(value, DTensor) for value in values):
+        inside = {id(value) for value in model.get_submodule(".".join(path)).parameters()}
+        if any(isinstance(value, DTensor) and id(value) not in inside for value in values):
+            return True
+    # a walk through the whole model in each step would cost as much as a layer; yet an adapted head may read the
+    # change of a weight that it shares with the body, which lies there
+    adapted = any(isinstance(module, LayerState) for module in outside)
+    return any(value.requires_grad and value._backward_hooks for value in (model.parameters() if adapted else values))
 
 
 def _changes_outside(model: nn.Module, path: ModulePath, parts: Mapping[Any, Any]) -> bool:
     """Whether an adapter does something in a model besides its body."""
-    outside = [one.key for one in _states_outside(model, path)]
+    outside = [one.key for one in _outside(model, path) if isinstance(one, LayerState)]
     keys = {key[0] if isinstance(key, tuple) else key for key in parts} if outside else set()
     return any(key in keys for key in outside)
 
@@ -434,17 +446,16 @@ def _changes_head(model: nn.Module, path: ModulePath) -> bool:
     return chosen is not None and bool(chosen.parts) and _changes_outside(model, path, chosen.parts or {})
 
 
-def _states_outside(module: nn.Module, path: ModulePath) -> Iterator[LayerState]:
-    """The layer states of a module and of what is below it, but for the module at the end of a path."""
+def _outside(module: nn.Module, path: ModulePath) -> Iterator[nn.Module]:
+    """A module and those below it, but for the one at the end of a path and those below that."""
     if not path:
         return
-    if (own := state_of(module)) is not None:
-        yield own
+    yield module
     for name, child in module._modules.items():
         if name == path[0]:
-            yield from _states_outside(child, path[1:])  # pyright: ignore[reportArgumentType]
-        elif child is not None and not isinstance(child, LayerState):
-            yield from (one for _, _, one in layer_states(child))
+            yield from _outside(child, path[1:])  # pyright: ignore[reportArgumentType]
+        elif child is not None:
+            yield from child.modules()
 
 
 def _is_model(model: nn.Module, path: ModulePath) -> bool:
