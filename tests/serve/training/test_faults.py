@@ -4,6 +4,7 @@ way."""
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from tests.serve.training.test_service import TEXT, opened, texts, trained_run
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
-from tests.support.training_client import Client, Failed, datum
+from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.errors import DataError
 from veneer.serve.access import Key, Keyring, hash_of
@@ -25,7 +26,9 @@ from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
 from veneer.serve.training.samples import Samples
+from veneer.serve.training.trainer import Trainer
 from veneer.serve.training.wire import MESSAGES, read_pass
+from veneer.serve.training.worker import PASS, Worker
 
 
 def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, tmp_path, monkeypatch):
@@ -82,6 +85,53 @@ def test_a_run_that_cannot_come_back_can_be_unloaded(base, tmp_path, monkeypatch
         with pytest.raises(Failed, match="cannot be read"):
             run.step()
         assert client.result(client.post("unload_model", model_id=run.id))["model_id"] == run.id
+
+
+class Death(BaseException):
+    """The end of the process."""
+
+
+def test_a_request_that_ends_the_process_again_and_again_is_given_up(base, tmp_path, monkeypatch):
+    with opened(base, tmp_path) as (url, _):
+        good, bad = (trained_run(Client(url)) for _ in range(2))
+        expected = good.pass_(texts(0), backward=False).loss
+    asked, deaths, real = {good: texts(0), bad: texts(0, count=5)}, 0, Trainer.compute
+
+    def compute(self, passes):
+        if any(len(one.data) == 5 for one in passes):
+            raise Death
+        return real(self, passes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compute", compute)
+        patch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
+        patch.setattr(Worker, "close", lambda worker: None)  # a process that is gone writes nothing
+        while deaths < 9:
+            service = open_service(base, None, train=str(tmp_path))
+            worker = service.training.worker
+            if not deaths:
+                for run, data in asked.items():
+                    body = run.body(data, "cross_entropy").SerializeToString()
+                    worker.accept(run.id, run.next(), PASS, body)
+            try:
+                while worker._active():
+                    worker.turn()
+                answers = {run: service.training.store.request(run.id, run.number)["answer"] for run in asked}
+                break
+            except Death:
+                deaths += 1
+            finally:
+                service.close()
+    assert deaths == 1 + 3  # of both at first, then of the bad one alone
+    message = MESSAGES["ForwardBackwardOutput"].FromString(answers[good])
+    assert {one.key: one.value for one in message.metrics}["loss:sum"] == pytest.approx(expected, rel=1e-6)
+    told = json.loads(answers[bad])
+    assert told["category"] == "user"
+    assert "ended 3 times" in told["error"]
+    with opened(base, tmp_path) as (url, _):
+        again = Client(url)
+        again.session = bad.client.session
+        assert Run(again, bad.id, bad.number).pass_(texts(0)).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch):

@@ -41,6 +41,8 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS requests (
     run TEXT, seq INTEGER, kind TEXT, body BLOB, done INTEGER DEFAULT 0, binary INTEGER DEFAULT 0, answer BLOB,
     PRIMARY KEY (run, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS begun (
+    run TEXT, seq INTEGER, times INTEGER, PRIMARY KEY (run, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
     run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
     public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, PRIMARY KEY (run, kind, name));
@@ -196,10 +198,20 @@ class Store:
 
     def answer(self, run: str, seq: int, done: int, binary: bool, answer: bytes) -> None:
         """``done``: 1 for what counts, 2 for what failed and changed nothing."""
-        self._do(
-            "UPDATE requests SET done = ?, binary = ?, answer = ? WHERE run = ? AND seq = ?",
-            done, int(binary), answer, run, seq,
-        )  # fmt: skip
+        with self._writing() as base:
+            values = "done = ?, binary = ?, answer = ?"
+            base.execute(
+                f"UPDATE requests SET {values} WHERE run = ? AND seq = ?", (done, int(binary), answer, run, seq)
+            )
+            base.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
+
+    def begin(self, run: str, seq: int) -> int:
+        """Write down that a request is about to be done, alone; how often that was written until it had an answer."""
+        query = "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
+        with self._writing() as base:
+            base.execute(query, (run, seq))
+            found = base.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
+            return found.fetchone()["times"]
 
     def requests_after(self, run: str, seq: int) -> list[sqlite3.Row]:
         return self._all("SELECT * FROM requests WHERE run = ? AND seq > ? ORDER BY seq", run, seq)

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ LINGER, MOST_LINGER = 0.25, 0.05
 PAUSE = 1.0
 #: requests of one run that wait, and their bytes
 MOST_WAITING, MOST_BYTES = 1024, 64 * 2**20
+#: deaths of the process while it did one request alone, after which that is not tried again
+DEATHS = 3
 PASS, REFUSED = "pass", "refused"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
@@ -121,6 +123,8 @@ class Worker:
             for row in store.requests_after(run, line.next - 1):
                 if not row["done"]:
                     self._queue(line, Asked(row["seq"], row["kind"], row["body"]))
+        #: runs whose first request may be what ended the server before
+        self._suspects = [line for line in self.lines.values() if line.head is not None]
         self._thread = threading.Thread(target=self._loop, name="veneer-training", daemon=True)
 
     def start(self) -> None:
@@ -225,6 +229,9 @@ class Worker:
                 done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
+        if self._suspects:
+            self._alone(self._suspects.pop())
+            return
         with self._wake:
             active = self._active()
         for line in active:
@@ -232,11 +239,29 @@ class Worker:
             if asked is not None and asked.kind != PASS:
                 self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
         self._end_passes()
-        self._admit()
+        self._admit(active)
         self._linger()
         passes = self._in_turn()
         if passes:
             self._compute(passes)
+
+    def _alone(self, line: Line) -> None:
+        """Do the first request of a run that waited when the server began, apart from those of others: what ends the
+        process again and again is known then, and given up."""
+        asked = line.head
+        if asked is None:
+            return
+        if self.store.begin(line.run, asked.seq) > DEATHS:
+            log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
+            found = f"a request during which the server's process ended {DEATHS} times"
+            told = sentence(found, "one for which it has the memory", "ask for fewer or shorter rows at a time")
+            asked = asked._replace(kind=REFUSED, body=json.dumps({"error": told}).encode())
+        if asked.kind != PASS:
+            self._answer(line, asked, lambda: self._operate(line, asked))
+            return
+        self._admit([line])
+        while line.current is not None:
+            self._compute([line.current])
 
     def _operate(self, line: Line, asked: Asked) -> Answer:
         given = json.loads(asked.body)
@@ -283,11 +308,9 @@ class Worker:
         if promise is not None:
             promise.set_result(answer)
 
-    def _admit(self) -> None:
+    def _admit(self, lines: Iterable[Line]) -> None:
         """Passes at the heads of lines begin."""
-        with self._wake:
-            active = self._active()
-        for line in active:
+        for line in lines:
             asked = line.head
             if asked is None or asked.kind != PASS or not self._room(line):
                 continue
@@ -327,7 +350,7 @@ class Worker:
             for line in self._active():
                 if (asked := line.head) is not None and asked.kind != PASS:
                     self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
-            self._admit()
+            self._admit(self._active())
 
     def _in_turn(self) -> list[Pass]:
         """The passes that run, those of the owner that was served least first."""
