@@ -189,6 +189,27 @@ def test_overwrite_resumes_what_can_be_resumed(make: Make, whole: Any) -> None:
     assert counter.steps == len(whole.losses)
 
 
+def test_a_kill_while_a_run_is_removed_leaves_none(make: Make, whole: Any, monkeypatch: Any) -> None:
+    """Neither a finished one that lacks its adapter, nor an unfinished one with half of a checkpoint."""
+
+    def dies(*paths: Path) -> None:
+        for path in paths:
+            for file in [*path.rglob("*.safetensors")]:
+                file.unlink()
+        raise ZeroDivisionError
+
+    fit(make("finished", epochs=1), quiet=True)
+    with pytest.raises(ZeroDivisionError):
+        fit(make("unfinished", rank=2), callbacks=[Crash(12)], quiet=True)
+    for name in ("finished", "unfinished"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(checkpoint, "remove", dies)
+            fit(make(name, overwrite=True), quiet=True)
+        with pytest.raises(ConfigError, match="no run in"):
+            fit(make(name, resume=True), quiet=True)
+        same(fit(make(name), quiet=True), whole)
+
+
 def test_a_finished_run_is_not_overwritten_unasked(make: Make) -> None:
     first = fit(make("run", epochs=1), quiet=True)
     with pytest.raises(OutputExistsError, match="finished run"):

@@ -255,6 +255,22 @@ def test_another_sweep_is_not_resumed_and_none_is_replaced_unasked(make: Make) -
     assert again.facts["candidates"] == first.facts["candidates"]
 
 
+def test_a_kill_while_a_sweep_is_removed_leaves_none(make: Make, monkeypatch: Any) -> None:
+    first = ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, save_every=2)
+
+    def dies(*paths: Path) -> None:
+        shutil.rmtree(paths[0])
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoint, "remove", dies)
+        ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, overwrite=True)
+    assert not (first.output / "best").exists()
+    again = ran(make, "sweep", GRID, {"rungs": []}, max_steps=4)
+    assert again.facts["candidates"] == first.facts["candidates"]
+    assert again.best is not None and again.best.is_dir()
+
+
 def test_drawn_candidates_are_within_their_ranges_and_the_same_each_time() -> None:
     axes = {"rank": {"low": 2, "high": 9}, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "seed": [1, 2]}
     settings = make_sweep({"axes": axes, "candidates": 40})

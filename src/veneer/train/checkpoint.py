@@ -1,7 +1,7 @@
 """What a run leaves in its output folder.
 
 output/
-  run.json                 status (running, interrupted, finished), configuration, hashes of the data
+  run.json                 status (running, interrupted, finished, cleared), configuration, hashes of the data
   log.jsonl                one line a step, one an evaluation; grows, and is cut back to the step that a run resumes at
   checkpoint-120/          complete by construction: its name is given last, when all of it is on the disk
     adapter/  optimizer.pt  scheduler.pt  trainer_state.json
@@ -23,6 +23,7 @@ from veneer.fileio.atomic import disk_errors, new_folder, write_whole
 from veneer.train.processes import Processes
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
+CLEARED = "cleared"
 
 
 def path_of(output: str | Path, step: int) -> Path:
@@ -35,10 +36,19 @@ def newest(output: Path) -> tuple[Path, int] | None:
     return max(found, key=lambda pair: pair[1], default=None)
 
 
-def clear(output: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else."""
-    remove(*(output / name for name in (ADAPTER, LOG, METRICS, "runs")), *output.glob("checkpoint-*"))
-    remove(output / RUN)  # last: without it, what is left would not count as a run's
+def record(output: Path) -> dict[str, Any] | None:
+    """What ``run.json`` says; None where there is none, or the rest was being removed when its process died."""
+    found = read_json(output / RUN)
+    return None if found is None or found["status"] == CLEARED else found
+
+
+def clear(output: Path, *names: str) -> None:
+    """Remove what an earlier run wrote under these names, its checkpoints and its record, which says so first: what a
+    kill leaves of a run that is being removed is none to go on with, nor one to keep."""
+    if (found := read_json(output / RUN)) is not None:
+        write_json(output / RUN, {**found, "status": CLEARED})
+    remove(*(output / name for name in names), *output.glob("checkpoint-*"))
+    remove(output / RUN)
 
 
 def sweep(output: Path) -> None:

@@ -207,7 +207,7 @@ def _size(loaded: tuple[Base, Any, Any]) -> str:
 def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:
     """Make the output folder ready; what its log ends with."""
     if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
-        checkpoint.clear(output)
+        checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(output)
     write_status(output, "running", config, prepared)
@@ -219,8 +219,8 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
     if output.is_file():
         raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
-    run = checkpoint.read_json(output / checkpoint.RUN)
-    if run is None and output.is_dir() and any(output.iterdir()):
+    run = checkpoint.record(output)
+    if not (output / checkpoint.RUN).exists() and output.is_dir() and any(output.iterdir()):
         do = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(f"{output} is not empty and holds no Veneer run", "a new folder", do)
     if run is None and config.resume:

@@ -130,7 +130,7 @@ class _Work:
         taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
         if taken and (run is None or "sweep" not in run):
             raise OutputExistsError(f"{output}, which holds no sweep", "a new folder", "choose another output")
-        if run is None:
+        if run is None or run["status"] == checkpoint.CLEARED:
             if config.resume:
                 raise ConfigError(f"no sweep in {output}", "one to resume", "leave out --resume, or check the path")
             return False
@@ -165,8 +165,7 @@ class _Work:
     def _open(self) -> None:
         """Make the output folder ready: only now, so that a sweep that cannot begin leaves nothing behind."""
         if self.found is None:
-            checkpoint.remove(*(self.output / name for name in (BEST, REPORT, RESULT)))
-            checkpoint.remove(*self.output.glob("checkpoint-*"))
+            checkpoint.clear(self.output, BEST, REPORT, RESULT)
         self.output.mkdir(parents=True, exist_ok=True)
         checkpoint.sweep(self.output)
         self._status("running")
