@@ -78,7 +78,13 @@ class Program:
 @functools.cache
 def _server(imported: tuple[str, ...]) -> subprocess.Popen[str]:
     server = subprocess.Popen([sys.executable, __file__, *imported], stdin=subprocess.PIPE, text=True)
-    atexit.register(server.kill)
+
+    @atexit.register
+    def end() -> None:
+        server.kill()
+        with server:  # waits for it
+            pass
+
     return server
 
 
