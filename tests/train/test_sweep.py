@@ -268,7 +268,8 @@ def test_a_kill_while_a_sweep_is_removed_leaves_none(make: Make, monkeypatch: An
     assert not (first.output / "best").exists()
     again = ran(make, "sweep", GRID, {"rungs": []}, max_steps=4)
     assert again.facts["candidates"] == first.facts["candidates"]
-    assert again.best is not None and again.best.is_dir()
+    assert again.best is not None
+    assert again.best.is_dir()
 
 
 def test_drawn_candidates_are_within_their_ranges_and_the_same_each_time() -> None:
