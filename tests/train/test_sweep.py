@@ -3,6 +3,7 @@ the better candidates go on."""
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.support.forked import Program
 from tests.support.launched import ended, start
@@ -33,6 +35,7 @@ from veneer.train.sweep.record import FINISHED, Candidate, State
 from veneer.train.sweep.run import sweep
 from veneer.train.sweep.search import Search
 from veneer.train.sweep.settings import make_sweep
+from veneer.train.sweep.table import Progress
 
 Make = Callable[..., Any]
 GRID = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3]}
@@ -387,8 +390,14 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
     monkeypatch.setattr(Cohort, "evaluate", counted)
     section = {"rungs": [2, 6], "keep": 0.6, "judged_by": "training"}
     axes = {"learning_rate": [1e-2, 3e-2, 5e-3, 1e-5]}
-    found = ran(make, "sweep", axes, section, max_steps=8, eval_every=None)
+    shown = Progress(Console(file=io.StringIO(), width=200))
+    found = ran(make, "sweep", axes, section, max_steps=8, eval_every=None, shown=shown)
     assert evaluated == [2]
+    lines = shown.console.file.getvalue().splitlines()
+    kinds = ["mean loss in training", "mean loss in training", "evaluation"]
+    assert [(line.split()[1], kind in line) for line, kind in zip(lines, kinds, strict=True)] == [
+        (f"{step}/8", True) for step in (2, 6, 8)
+    ]
     told = candidates(found)
     for step, first, left in ((2, 1, 3), (6, 3, 2)):
         losses = {name: sum(one["losses"][first:step]) / (step - first) for name, one in told.items()
