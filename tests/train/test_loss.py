@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.forked import LARGE, Program
 from tests.support.tiny import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -599,20 +601,30 @@ def test_a_compiled_model_is_run_whole() -> None:
     assert not is_cut(model)
 
 
-def test_distributed_data_parallel_sees_each_call(tmp_path: Any) -> None:
-    import torch.distributed as dist
+DISTRIBUTED = """
+import os
+import torch
+import torch.distributed as dist
+from tests.train.test_loss import batch, causal_loss, full_loss, is_cut, made, parameters_of, shaken
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model, inputs = shaken(made("mixtral-balance"), ["*q_proj", "lm_head"]), batch(0, "scattered")
-        wanted = torch.autograd.grad(full_loss(model, inputs), parameters_of(model))
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        assert not is_cut(wrapped)
-        causal_loss(wrapped, inputs).backward()
-    finally:
-        dist.destroy_process_group()
-    for parameter, gradient in zip(parameters_of(model), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-14)
+dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0, world_size=1)
+model, inputs = shaken(made("mixtral-balance"), ["*q_proj", "lm_head"]), batch(0, "scattered")
+wanted = torch.autograd.grad(full_loss(model, inputs), parameters_of(model))
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+assert not is_cut(wrapped)
+causal_loss(wrapped, inputs).backward()
+for parameter, gradient in zip(parameters_of(model), wanted, strict=True):
+    torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-14)
+print("equal", flush=True)
+os._exit(0)  # gloo's group may wait for ever for its threads when it is taken down
+"""
+
+
+def test_distributed_data_parallel_sees_each_call(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{DISTRIBUTED}"
+    program = Program(code, *LARGE, folder=tmp_path)
+    assert program.wait() == 0, program.said
+    assert program.said.strip().endswith("equal")
 
 
 def test_a_forward_that_was_replaced_is_called() -> None:
