@@ -260,7 +260,7 @@ class Worker:
             self._answer(line, asked, lambda: self._operate(line, asked))
             return
         self._admit([line])
-        while line.current is not None:
+        while line.current is not None and not self._closing:
             self._compute([line.current])
 
     def _operate(self, line: Line, asked: Asked) -> Answer:
