@@ -287,7 +287,7 @@ class Packed:
         found: Any = _Rows.apply(x.flatten(0, 1), self.back, self.place.flatten(), self.spare)
         return found[None]
 
-    def seen(self, mask: Tensor) -> Tensor:
+    def seen(self, mask: Any) -> Tensor:
         """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
         return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[:, None]
 
