@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import veneer
-from experiments import forgetting, repair, smollm2
+from experiments import forgetting, phonemes, repair, smollm2
 from veneer.adapter_files.folder import read
 from veneer.tools.compose.base_weights import BaseWeights
 from veneer.tools.intruders import find_intruders
@@ -63,6 +63,14 @@ def test_words_that_choose_a_recipe_do_not_judge_it_nor_train():
     assert not spelt[0] & spelt[1]
     assert not spelt[0] & spelt[2]
     assert not spelt[1] & spelt[2]
+
+
+def test_an_adapter_is_kept_under_its_whole_recipe():
+    one = {"seed": 0, "recipe": {"rank": 8, "learning_rate": 4e-3}}
+    same = {"recipe": {"learning_rate": 4e-3, "rank": 8}, "seed": 0, "smoke": False}
+    others = ({**one, "seed": 1}, {"seed": 0, "recipe": {**one["recipe"], "learning_rate": 3e-3}})
+    assert phonemes.kept_at(same) == phonemes.kept_at(one)
+    assert len({phonemes.kept_at(cell) for cell in (one, *others)}) == 3
 
 
 def test_a_reward_of_full_size_reads_the_last_number():

@@ -57,9 +57,12 @@ def test_f1_counts_whole_spans():
 
 def test_a_rate_is_chosen_by_the_rows_aside():
     runs = [
-        {"method": "head only", "judged": "test", "seed": seed, "rate": rate, "aside": aside, "f1": 1 - aside}
-        for seed, rate, aside in ((0, 0.1, 0.5), (0, 0.2, 0.7), (1, 0.2, 0.1))
-    ]
-    assert [run["seed"] for run in judged(runs)["head only"]] == [0, 1]
+        {"method": "head only", "judged": "test", "seed": seed, "rate": rate, "aside": aside, "steps": steps}
+        for seed, rate, aside, steps in (
+            (0, 0.1, 0.5, 300), (0, 0.2, 0.7, 300), (1, 0.2, 0.1, 300), (0, 0.1, 0.9, 600), (0, 0.2, 0.8, 600),
+        )
+    ]  # fmt: skip
+    assert [(run["seed"], run["rate"]) for run in judged(runs)["head only"]] == [(0, 0.2), (1, 0.2)]
+    assert [run["aside"] for run in judged(runs, 600)["head only"]] == [0.9]
     found = [{"rate": rate, "aside_loss": loss} for rate, loss in ((1, 2.0), (1, 2.2), (2, 1.0), (2, 3.0), (4, 9.0))]
     assert {run["rate"] for run in tuned(found)} == {2}

@@ -9,6 +9,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.toys import error
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from veneer import models
@@ -98,13 +99,14 @@ def near(one, other):
     return error(one, other) < 1e-10 or (one - other).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("length", [attention.VECTOR - 12, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_the_dtypes_that_models_have(dtype):
+def test_in_the_dtypes_that_models_have(dtype, length):
     """Errors against float64, next to those of torch's fused kernel."""
     torch.manual_seed(0)
-    exact = [torch.randn(2, heads, 200, 16, dtype=torch.float64) for heads in (6, 2, 2)]
+    exact = [torch.randn(2, heads, length, 16, dtype=torch.float64) for heads in (6, 2, 2)]
     exact = [one.to(dtype).double().requires_grad_() for one in exact]
-    weight = torch.randn(2, 6, 200, 16).to(dtype)
+    weight = torch.randn(2, 6, length, 16).to(dtype)
 
     def values(run, inputs):
         y = run(*inputs)
@@ -264,6 +266,50 @@ def test_packed_rows_do_not_see_each_other(monkeypatch):
     packed = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False).logits
     apart = torch.cat([model(ids[:, :3]).logits, model(ids[:, 3:]).logits], dim=1)
     assert error(packed, apart) < 1e-11
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_rows_whose_lengths_are_known_are_taken_apart(name, pays, monkeypatch):
+    """Rows of 1 to 5 tokens, some longer than qwen3's window; what trl's collator says of them."""
+    torch.manual_seed(0)
+    model, lengths, calls = MODELS[name]().double().eval(), (4, 1, 4, 4, 3, 5), []
+    embedded = torch.randn(1, sum(lengths), 16, dtype=torch.float64)
+    weight = torch.randn(1, sum(lengths), 40, dtype=torch.float64)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = torch.tensor([0, 4, 5, 9, 13, 16, 21], dtype=torch.int32)
+    rows = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 5, "max_length_k": 5}
+
+    def values(run):
+        x = embedded.clone().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # whose gradient has a gradient
+            y = run(x)
+        (first,) = torch.autograd.grad((y * weight).sum(), x, create_graph=True)
+        return y, first, *torch.autograd.grad(first.square().sum(), x)
+
+    wanted = values(
+        lambda x: torch.cat([model(inputs_embeds=one, use_cache=False).logits for one in x.split(lengths, 1)], 1)
+    )
+    packed = attention.is_packed
+    monkeypatch.setattr(attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1])
+    monkeypatch.setattr(attention, "pays", lambda query, key, causal: pays)
+    models.use_products(model)
+    found = values(lambda x: model(inputs_embeds=x, position_ids=positions, use_cache=False, **rows).logits)
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other) < 1e-10
+    assert calls == [True, False] * 2  # the rows themselves are none that are packed
+
+
+def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
+    query, mask = torch.empty(1, 2, 12, 4), torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    starts = torch.tensor([0, 6, 12])
+    assert attention.is_packed(query, query, mask, starts, 6)
+    assert not attention.is_packed(query, query, mask, torch.tensor([0, 3, 12]), 9)
+    for others in ((mask, None, None), (None, starts, 6), (mask.float(), starts, 6), (mask[:, :, 1:], starts, 6)):
+        assert not attention.is_packed(query, query, *others)
+    assert not attention.is_packed(query.to("meta"), query.to("meta"), mask, starts, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not attention.is_packed(query, query, mask, starts, 6)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
 #: Rows of a query head that it takes at a time: in float32 where a key-value head serves several, and else; and scores
 #: for each of torch's threads.
 PIECES, SCORES = (32, 64), 1 << 19
+#: Keys from which on torch's softmax of 16 bits takes several at a time, and is the faster one.
+VECTOR = 32
 #: Rows that see the same keys, where scores are kept.
 PIECE = 128
 
@@ -232,7 +234,10 @@ def products(
 
 
 def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
-    chances = torch.softmax(scores, dim=-1)
+    if scores.element_size() == 2 and scores.shape[-1] < VECTOR:
+        chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    else:
+        chances = torch.softmax(scores, dim=-1)
     return (F.dropout(chances, dropout) if dropout else chances) @ values
 
 
@@ -248,3 +253,56 @@ def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
     # finite: a row that sees nothing, such as one of padding, stays a number
     lowest = torch.finfo(query.dtype).min
     return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) -> bool:
+    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart: whether there are fewer
+    scores then, with each row filled up to the longest."""
+    if not isinstance(starts, Tensor) or longest is None or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return False
+    length = query.shape[2]
+    if query.device.type != "cpu" or not _eager(query, key) or mask.shape != (1, 1, length, length):
+        return False
+    return query.shape[0] == 1 and key.shape[2] == length and 2 * (len(starts) - 1) * longest**2 <= length**2
+
+
+class Packed:
+    """Rows in one: row i is the tokens from ``starts[i]`` to ``starts[i + 1]``, at most ``longest``.
+
+    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row filled up on the right with its last token.
+    [n, longest, h, d] -> ``together`` -> [1, s, h, d]."""
+
+    def __init__(self, starts: Tensor, longest: int) -> None:
+        first, lengths = starts[:-1, None].long(), starts.diff()[:, None]
+        column = torch.arange(longest)
+        self.real = column < lengths  # [n, longest]
+        self.place = first + torch.minimum(column, lengths - 1)  # in the one row
+        self.back, self.spare = self.real.flatten().nonzero()[:, 0], (~self.real).flatten().nonzero()[:, 0]
+
+    def apart(self, x: Tensor) -> Tensor:
+        found: Any = _Rows.apply(x.transpose(1, 2)[0], self.place.flatten(), self.back, None)
+        return found.unflatten(0, self.place.shape).transpose(1, 2)
+
+    def together(self, x: Tensor) -> Tensor:
+        found: Any = _Rows.apply(x.flatten(0, 1), self.back, self.place.flatten(), self.spare)
+        return found[None]
+
+    def seen(self, mask: Any) -> Tensor:
+        """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
+        return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[:, None]
+
+
+class _Rows(torch.autograd.Function):
+    """x[chosen]. The gradient of x is that of the rows ``back``, without a sum: a row that is there twice has none but
+    in one place; and 0 in the rows ``spare``, which nobody chose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chosen: Tensor, back: Tensor, spare: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, spare)
+        return x.index_select(0, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        back, spare = ctx.saved_tensors
+        found = gradient.index_select(0, back)
+        return found if spare is None else found.index_fill(0, spare, 0), None, None, None

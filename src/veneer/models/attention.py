@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
+#: what a model is told of the rows that were packed into one: where each begins, and the longest
+LENGTHS = ("cu_seq_lens_q", "max_length_q")
 #: the name under which transformers knows Veneer's attention
 PRODUCTS = "veneer_products"
 
@@ -53,8 +55,14 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
         scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Any, None]:  # fmt: skip
-        heads_alike = attention_mask is None or attention_mask.shape[1] == 1
-        if query.shape[2] > 1 and heads_alike and kwargs.get("position_bias") is None:
+        starts, longest = (kwargs.pop(name, None) for name in LENGTHS)
+        alike = kwargs.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
+        if alike and attention.is_packed(query, key, attention_mask, starts, longest):
+            rows = attention.Packed(starts, longest)
+            query, key, value = (rows.apart(one) for one in (query, key, value))
+            options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+            return rows.together(attend(module, query, key, value, rows.seen(attention_mask), **options)[0]), None
+        if query.shape[2] > 1 and alike:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             alone = causal and attention_mask is None
             if attention.pays(query, key, alone and not dropout):
