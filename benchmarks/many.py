@@ -16,12 +16,15 @@ gradients and AdamW's states of the seven others, counted; and what `veneer swee
 
 Predicted, as products of 16 tokens reach half of a processor's speed and those of 64 nearly all of it: 8 × 64 0.60 in
 bfloat16 and 0.72 in float32, 8 × 16 0.45, 32 × 16 0.35, 8 × 256 0.9. Wanted: 0.55 and 0.65, 0.42, 0.30, 1.0. What came
-out: in bfloat16 8 × 16 (0.36) is there, 32 × 16 (0.31) just not, 8 × 64 (0.60) is not. In float32 none but 8 × 256: the
-base alone is at 0.71 of eight steps at 8 × 64 and at 0.35 at 32 × 16, above what is wanted, so that no step at once can
-be there: a product of 64 tokens runs at 94 GFLOP/s, one of 512 at 102, and nine tenths of the base are products. Of
-PEFT's steps it is 0.33 to 0.90; of steps of 16 tokens PEFT's are 3 to 9 % cheaper than a single one of ours, whose loss
-takes 1 to 2 ms more a call. PEFT's models in the same rounds cost the others up to 8 % (8 × 16 in float32 without them:
-0.47, the base alone 0.38). Memory: 1.05 was wanted, 1.04 and 1.01 came out.
+out: in bfloat16 8 × 16 (0.34) and 32 × 16 (0.28) are there, 8 × 64 (0.56) is not. In float32 none but 8 × 256 (0.95): 8
+× 16 is at 0.46, and the base alone is at 0.67 of eight steps at 8 × 64 and at 0.34 at 32 × 16, above what is wanted, so
+that no step at once can be there: a product of 64 tokens runs at 95 GFLOP/s, one of 512 at 100, and nine tenths of the
+base are products. Of PEFT's steps it is 0.33 to 0.91. The run before, with PEFT's models in the same rounds, had 0.60
+at 8 × 64 and 0.31 at 32 × 16 in bfloat16, where eight steps apart took 462 ms in place of 531. Of 8 × 64 in bfloat16
+the base is five sixths; the rest is half the adapters' products, and half joining and casting their factors, AdamW and
+Python. Factors that lie in one tensor from the start would save 5 % of a step of 8 × 16 in float32 and 14 % of one of
+32 × 16 in bfloat16 (tried by hand, of 10 layers), but have to be laid anew for each choice of adapters that shares a
+batch. Memory: 1.05 was wanted, 1.04 and 1.01 came out.
 """
 
 from __future__ import annotations
