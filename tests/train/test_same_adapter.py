@@ -133,3 +133,8 @@ def test_packing_keeps_examples_apart(base: Path, rows: Path) -> None:
     assert sum(float(result.total.detach()) for result in results) == pytest.approx(
         float(whole.total.detach()), rel=1e-4
     )
+
+
+def test_a_packed_run_says_what_a_step_has(make: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    fit(make("run", packing=True, max_length=64, batch_size=2, max_steps=1, eval_every=None))
+    assert "Steps    1 of 2 packed rows, of at most 64 tokens\n" in capsys.readouterr().err

@@ -321,7 +321,8 @@ def describe(
         say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
     own = config.batch_size * config.grad_accum
     split = f", {own} in each of {processes.count} processes" if processes.count > 1 else ""
-    say(console, f"Steps    {prepared.steps:,} of {own * processes.shares} examples{split}")
+    rows = f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
+    say(console, f"Steps    {prepared.steps:,} of {own * processes.shares} {rows}{split}")
     if config.parallel != "ddp" and processes.count == 1:
         say(
             console,
