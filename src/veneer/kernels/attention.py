@@ -256,8 +256,8 @@ def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
 
 
 def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) -> bool:
-    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart: whether there are fewer
-    scores then, with each row filled up to the longest."""
+    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart: whether there are at
+    most half as many scores then, with each row filled up to the longest."""
     if not isinstance(starts, Tensor) or longest is None or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return False
     length = query.shape[2]
@@ -277,32 +277,14 @@ class Packed:
         column = torch.arange(longest)
         self.real = column < lengths  # [n, longest]
         self.place = first + torch.minimum(column, lengths - 1)  # in the one row
-        self.back, self.spare = self.real.flatten().nonzero()[:, 0], (~self.real).flatten().nonzero()[:, 0]
+        self.back = self.real.flatten().nonzero()[:, 0]
 
     def apart(self, x: Tensor) -> Tensor:
-        found: Any = _Rows.apply(x.transpose(1, 2)[0], self.place.flatten(), self.back, None)
-        return found.unflatten(0, self.place.shape).transpose(1, 2)
+        return x.transpose(1, 2)[0].index_select(0, self.place.flatten()).unflatten(0, self.place.shape).transpose(1, 2)
 
     def together(self, x: Tensor) -> Tensor:
-        found: Any = _Rows.apply(x.flatten(0, 1), self.back, self.place.flatten(), self.spare)
-        return found[None]
+        return x.flatten(0, 1).index_select(0, self.back)[None]
 
     def seen(self, mask: Any) -> Tensor:
         """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
         return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[:, None]
-
-
-class _Rows(torch.autograd.Function):
-    """x[chosen]. The gradient of x is that of the rows ``back``, without a sum: a row that is there twice has none but
-    in one place; and 0 in the rows ``spare``, which nobody chose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, chosen: Tensor, back: Tensor, spare: Tensor | None) -> Tensor:
-        ctx.save_for_backward(back, spare)
-        return x.index_select(0, chosen)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back, spare = ctx.saved_tensors
-        found = gradient.index_select(0, back)
-        return found if spare is None else found.index_fill(0, spare, 0), None, None, None

@@ -43,12 +43,11 @@ def record(output: Path) -> dict[str, Any] | None:
 
 
 def clear(output: Path, *names: str) -> None:
-    """Remove what an earlier run wrote under these names, its checkpoints and its record, which says so first: what a
-    kill leaves of a run that is being removed is none to go on with, nor one to keep."""
+    """Remove what an earlier run wrote under these names, and its checkpoints. Its record says so first, and stays
+    until another takes its place: what a kill leaves of a run that is being removed is none to go on with."""
     if (found := read_json(output / RUN)) is not None:
         write_json(output / RUN, {**found, "status": CLEARED})
     remove(*(output / name for name in names), *output.glob("checkpoint-*"))
-    remove(output / RUN)
 
 
 def sweep(output: Path) -> None:

@@ -427,7 +427,8 @@ def _sees_chunks(model: nn.Module, path: ModulePath) -> bool:
         if any(isinstance(value, DTensor) and id(value) not in inside for value in values):
             return True
     # a walk through the whole model in each step would cost as much as a layer; yet an adapted head may read the
-    # change of a weight that it shares with the body, which lies there
+    # change of a weight that it shares with the body, which lies there. Not seen: a forward that reads a weight of the
+    # body by its path, as none of transformers' does
     adapted = any(isinstance(module, LayerState) for module in outside)
     return any(value.requires_grad and value._backward_hooks for value in (model.parameters() if adapted else values))
 

@@ -91,11 +91,38 @@ class Death(BaseException):
     """The end of the process."""
 
 
+def ends_again_and_again(base, folder, monkeypatch, asked):
+    """(how often the process died, what each of these passes came to) of servers that are started until one lasts."""
+    deaths = 0
+    monkeypatch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
+    monkeypatch.setattr(Worker, "close", lambda worker: None)  # a process that is gone writes nothing
+    while deaths < 9:
+        service = open_service(base, None, train=str(folder))
+        worker = service.training.worker
+        if not deaths:
+            for run, data in asked.items():
+                worker.accept(run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString())
+        try:
+            while worker._active():
+                worker.turn()
+            return deaths, [service.training.store.request(run.id, run.number)["answer"] for run in asked]
+        except Death:
+            deaths += 1
+        finally:
+            service.close()
+    raise AssertionError("it died at each start")
+
+
+def loss_of(answer):
+    message = MESSAGES["ForwardBackwardOutput"].FromString(answer)
+    return {one.key: one.value for one in message.metrics}["loss:sum"]
+
+
 def test_a_request_that_ends_the_process_again_and_again_is_given_up(base, tmp_path, monkeypatch):
     with opened(base, tmp_path) as (url, _):
         good, bad = (trained_run(Client(url)) for _ in range(2))
         expected = good.pass_(texts(0), backward=False).loss
-    asked, deaths, real = {good: texts(0), bad: texts(0, count=5)}, 0, Trainer.compute
+    real = Trainer.compute
 
     def compute(self, passes):
         if any(len(one.data) == 5 for one in passes):
@@ -104,34 +131,58 @@ def test_a_request_that_ends_the_process_again_and_again_is_given_up(base, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compute", compute)
-        patch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
-        patch.setattr(Worker, "close", lambda worker: None)  # a process that is gone writes nothing
-        while deaths < 9:
-            service = open_service(base, None, train=str(tmp_path))
-            worker = service.training.worker
-            if not deaths:
-                for run, data in asked.items():
-                    body = run.body(data, "cross_entropy").SerializeToString()
-                    worker.accept(run.id, run.next(), PASS, body)
-            try:
-                while worker._active():
-                    worker.turn()
-                answers = {run: service.training.store.request(run.id, run.number)["answer"] for run in asked}
-                break
-            except Death:
-                deaths += 1
-            finally:
-                service.close()
+        deaths, answers = ends_again_and_again(base, tmp_path, patch, {good: texts(0), bad: texts(0, count=5)})
     assert deaths == 1 + 3  # of both at first, then of the bad one alone
-    message = MESSAGES["ForwardBackwardOutput"].FromString(answers[good])
-    assert {one.key: one.value for one in message.metrics}["loss:sum"] == pytest.approx(expected, rel=1e-6)
-    told = json.loads(answers[bad])
+    assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)
+    told = json.loads(answers[1])
     assert told["category"] == "user"
     assert "ended 3 times" in told["error"]
     with opened(base, tmp_path) as (url, _):
         again = Client(url)
         again.session = bad.client.session
         assert Run(again, bad.id, bad.number).pass_(texts(0)).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_it(base, tmp_path, monkeypatch):
+    with opened(base, tmp_path) as (url, _):
+        run = trained_run(Client(url))
+        expected = run.pass_(texts(0), backward=False).loss
+    real, ends = Worker.ensure, iter(range(6))
+
+    def ensure(self, line):
+        if next(ends, None) is not None:
+            raise Death
+        real(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "ensure", ensure)
+        deaths, answers = ends_again_and_again(base, tmp_path, patch, {run: texts(0)})
+    assert deaths == 6
+    assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, monkeypatch):
+    with opened(base, tmp_path) as (url, _):
+        run = trained_run(Client(url))
+        expected = run.pass_(texts(0), backward=False).loss
+    monkeypatch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
+
+    def closing(worker):
+        worker._closing = True  # as another thread says it, after the first of many batches
+        return 0
+
+    for number in range(6):
+        service = open_service(base, None, train=str(tmp_path))
+        worker = service.training.worker
+        if not number:
+            worker.accept(run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString())
+        if number < 5:
+            monkeypatch.setattr(worker.trainer, "compute", lambda passes, worker=worker: closing(worker))
+        while worker._active() and not worker._closing:
+            worker.turn()
+        answer = service.training.store.request(run.id, run.number)["answer"]
+        service.close()
+    assert loss_of(answer) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch):

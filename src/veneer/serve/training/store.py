@@ -213,6 +213,10 @@ class Store:
             found = base.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
             return found.fetchone()["times"]
 
+    def spare(self, run: str, seq: int) -> None:
+        """Take back that a request was begun: it was left, and the process lives."""
+        self._do("UPDATE begun SET times = times - 1 WHERE run = ? AND seq = ?", run, seq)
+
     def requests_after(self, run: str, seq: int) -> list[sqlite3.Row]:
         return self._all("SELECT * FROM requests WHERE run = ? AND seq > ? ORDER BY seq", run, seq)
 

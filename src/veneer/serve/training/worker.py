@@ -44,6 +44,8 @@ DEATHS = 3
 PASS, REFUSED = "pass", "refused"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
+#: what is done without the run in memory
+UNMADE = ("load", "create", "unload")
 
 
 class Answer(NamedTuple):
@@ -219,27 +221,29 @@ class Worker:
                 time.sleep(PAUSE)
 
     def _active(self) -> list[Line]:
-        return [line for line in self.lines.values() if line.current is not None or line.head is not None]
+        with self._wake:
+            return [line for line in self.lines.values() if line.current is not None or line.head is not None]
 
-    def turn(self) -> None:
-        """Other work, operations at the heads of lines, then one batch."""
+    def _do_others(self) -> None:
         while self._others:
             work, done = self._others.popleft()
             try:
                 done.set_result(work())
             except Exception as error:
                 done.set_exception(error)
+
+    def turn(self) -> None:
+        """Other work, operations at the heads of lines, then one batch."""
+        self._do_others()
         if self._suspects:
             self._alone(self._suspects.pop())
             return
-        with self._wake:
-            active = self._active()
-        for line in active:
+        for line in self._active():
             asked = line.head
             if asked is not None and asked.kind != PASS:
                 self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
         self._end_passes()
-        self._admit(active)
+        self._admit(self._active())
         self._linger()
         passes = self._in_turn()
         if passes:
@@ -251,6 +255,8 @@ class Worker:
         asked = line.head
         if asked is None:
             return
+        if asked.kind not in UNMADE:  # to have the run back takes longer than most requests, and is no fault of theirs
+            self.ensure(line)
         if self.store.begin(line.run, asked.seq) > DEATHS:
             log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
             found = f"a request during which the server's process ended {DEATHS} times"
@@ -262,13 +268,16 @@ class Worker:
         self._admit([line])
         while line.current is not None and not self._closing:
             self._compute([line.current])
+            self._do_others()
+        if line.current is not None:  # told to close, which is no death
+            self.store.spare(line.run, asked.seq)
 
     def _operate(self, line: Line, asked: Asked) -> Answer:
         given = json.loads(asked.body)
         if asked.kind == REFUSED:
             raise DataError(given["error"])
         self._curve(line)
-        if asked.kind not in ("load", "create", "unload"):
+        if asked.kind not in UNMADE:
             self.ensure(line)
         line.used = time.monotonic()
         return Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
