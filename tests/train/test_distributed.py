@@ -164,7 +164,7 @@ def test_what_is_refused_is_refused_once(make: Make, tmp_path: Path, finished: t
 @pytest.mark.slow
 def test_no_rehearsal_in_several_processes(make: Make, tmp_path: Path) -> None:
     said = ended(train(make("run"), tmp_path, 2, "--dry-run"), 2)
-    assert said.count("run it without torchrun") == 1
+    assert said.count("run it without a launcher") == 1
 
 
 #: one process alone meets an error
@@ -215,7 +215,8 @@ def test_an_error_of_one_process_ends_all(make: Make, tmp_path: Path, where: str
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_any_number_goes_on(make: Make, tmp_path: Path) -> None:
-    config, whole = make("run", **CHANGES, save_every=1000), make("whole", **CHANGES)
+    changes = {**CHANGES, "max_steps": 12}  # Adam's steps let a rounding grow: to 2e-4 of a loss by step 20
+    config, whole = make("run", **changes, save_every=1000), make("whole", **changes)
     stop = "import os, signal\nfrom transformers import TrainerCallback\n"
     stop += "import veneer.train.callbacks as watch\nbegins = watch.StopOnNan.on_log\n"
     stop += "def on_log(self, args, state, *rest, **kwargs):\n"
