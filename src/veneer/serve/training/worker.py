@@ -233,7 +233,7 @@ class Worker:
                 done.set_exception(error)
 
     def turn(self) -> None:
-        """Other work, operations at the heads of lines, then one batch."""
+        """Other work; then what may have ended the server before, or operations at the heads of lines and one batch."""
         self._do_others()
         if self._suspects:
             self._alone(self._suspects.pop())
@@ -377,7 +377,7 @@ class Worker:
         tokens = self.trainer.compute(passes)
         ended = time.monotonic()
         self._last = ended - began
-        by_name = {line.name: line for line in self.lines.values()}
+        by_name = {line.name: line for line in list(self.lines.values())}  # clients may add some
         shared = [one for one in passes if len(one.left) != len(before[id(one)]) or one.error]
         self.batch = Batch(tuple(by_name[one.run].run for one in shared), ended)
         for one in shared:
@@ -421,7 +421,7 @@ class Worker:
 
     def _room(self, line: Line) -> bool:
         """Whether a run is in memory or there is room for it."""
-        held = [one for one in self.lines.values() if one.name in self.trainer.runs]
+        held = [one for one in list(self.lines.values()) if one.name in self.trainer.runs]
         return line in held or len(held) < self.resident or any(one.current is None for one in held)
 
     def ensure(self, line: Line) -> None:
@@ -463,7 +463,7 @@ class Worker:
     def make_room(self) -> None:
         """Let runs go until one more may come. ``BankFullError``: all of them are in use."""
         while True:
-            held = [one for one in self.lines.values() if one.name in self.trainer.runs]
+            held = [one for one in list(self.lines.values()) if one.name in self.trainer.runs]
             if len(held) < self.resident:
                 return
             idle = [one for one in held if one.current is None]
