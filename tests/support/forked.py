@@ -81,9 +81,8 @@ def _server(imported: tuple[str, ...]) -> subprocess.Popen[str]:
 
     @atexit.register
     def end() -> None:
-        server.kill()
-        with server:  # waits for it
-            pass
+        with server:  # whose end waits for it
+            server.kill()
 
     return server
 

@@ -36,12 +36,6 @@ def newest(output: Path) -> tuple[Path, int] | None:
     return max(found, key=lambda pair: pair[1], default=None)
 
 
-def record(output: Path) -> dict[str, Any] | None:
-    """What ``run.json`` says; None where there is none, or the rest was being removed when its process died."""
-    found = read_json(output / RUN)
-    return None if found is None or found["status"] == CLEARED else found
-
-
 def clear(output: Path, *names: str) -> None:
     """Remove what an earlier run wrote under these names, and its checkpoints. Its record says so first, and stays
     until another takes its place: what a kill leaves of a run that is being removed is none to go on with."""

@@ -219,13 +219,15 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
     if output.is_file():
         raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
-    run = checkpoint.record(output)
-    if not (output / checkpoint.RUN).exists() and output.is_dir() and any(output.iterdir()):
+    run = checkpoint.read_json(output / checkpoint.RUN)
+    if run is None and output.is_dir() and any(output.iterdir()):
         do = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(f"{output} is not empty and holds no Veneer run", "a new folder", do)
-    if run is None and config.resume:
-        raise ConfigError(f"no run in {output}", "one to resume", "leave out --resume, or check the path")
-    if run is None or (run["status"] == "finished" and config.overwrite):
+    if run is None or run["status"] == checkpoint.CLEARED:
+        if config.resume:
+            raise ConfigError(f"no run in {output}", "one to resume", "leave out --resume, or check the path")
+        return False
+    if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
