@@ -64,5 +64,8 @@ def test_a_rate_is_chosen_by_the_rows_aside():
     ]  # fmt: skip
     assert [(run["seed"], run["rate"]) for run in judged(runs)["head only"]] == [(0, 0.2), (1, 0.2)]
     assert [run["aside"] for run in judged(runs, 600)["head only"]] == [0.9]
+    apart = [{**runs[0], "head": 0.3, "aside": 0.95}]
+    assert judged(runs + apart) == judged(runs)
+    assert judged(runs + apart, apart=True) == {"head only": apart}
     found = [{"rate": rate, "aside_loss": loss} for rate, loss in ((1, 2.0), (1, 2.2), (2, 1.0), (2, 3.0), (4, 9.0))]
     assert {run["rate"] for run in tuned(found)} == {2}
