@@ -58,9 +58,9 @@ Those gradients are largest in the value layers of the first two blocks. So whol
 0.399 with updates of orthogonal factors (Muon) in place of Adam's. With the embeddings of the 66 tokens that occur
 trained too: 0.362 with all blocks (305 steps, 363 s), 0.380 without the two value layers, 0.409 without the first six
 blocks, 0.371 at 1.4e-3, and 0.376 in 400 steps of 12 words. A run without the first blocks is ahead at its hundredth
-step and behind at its end. The best of these, 0.362, was then run by `veneer train`, in 300 steps, and judged: 0.195, in
-345 s on a quiet machine. It is no better than the recipe above, whose run stays the recorded one: what recipes differ
-by is less than what the order of rows does.
+step and behind at its end. The best of these, 0.362, was then run by `veneer train`, in 300 steps, and judged: 0.195,
+in 345 s on a quiet machine. It is no better than the recipe above, whose run stays the recorded one: what recipes
+differ by is less than what the order of rows does.
 
 Recorded before was the recipe of `make demo`, but for its order of rows: 230 steps of 24 padded words by chance at
 4e-3, alpha 16, cosine, with 0.174 over the words that judge, one seed, in 425 s, and 0.168 over 300 that had chosen it.
