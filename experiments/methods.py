@@ -58,7 +58,7 @@ all linear layers 0.877, full fine-tuning 0.884."""
 STEPS, SHORT, LONGER, SMOKE, BATCH, SEEDS = 300, 60, 600, 3, 32, range(5)
 INNER = 16
 FULL, ALL, QV = "full fine-tuning", "LoRA, all linear layers", "LoRA, query and value"
-BAR = "decided before the runs"
+BAR, TABLES = "decided before the runs", f"{HU}, tables 2 to 4"
 #: by what one is called here: what `experiments.loop` calls it, LoRA's targets, and the rates that are tried
 METHODS: dict[str, tuple[str, Any, tuple[float, ...]]] = {
     FULL: ("full", None, (1e-4, 3e-4, 1e-3)),
@@ -80,23 +80,21 @@ def run(cell: Cell) -> dict[str, Any]:
     torch.manual_seed(cell["seed"])
     model = task.model().train()
     method, targets, _ = METHODS[cell["method"]]
-    rank, alpha = cell.get("rank", 8), cell.get("alpha", 16)
     lora = None
     if targets is not None:
+        rank, alpha = cell.get("rank", 8), cell.get("alpha", 16)
         lora = veneer.LoraConfig(rank=rank, alpha=alpha, targets=targets, train_also="classifier")
     numbers = begin(model, method, head=("classifier",), lora=lora, inner=INNER)
     order = batches_of(len(task.train), BATCH, cell["seed"], [len(row.ids) for row in task.train])
-    groups = None
-    if "head" in cell:
-        head, rest = [], []
-        for path, own in model.named_parameters():
-            if own.requires_grad:
-                (head if path.startswith("classifier.") else rest).append(own)
-        groups = [{"params": rest, "lr": cell["rate"]}, {"params": head, "lr": cell["head"]}]
+    every, head = trained(model), trained(model.classifier)
+    ids = {id(own) for own in head}
+    groups = [
+        {"params": [own for own in every if id(own) not in ids], "lr": cell["rate"]},
+        {"params": head, "lr": cell.get("head", cell["rate"])},
+    ]
     loss = train(
-        trained(model), order, lambda rows: task.loss(model, rows), steps=cell["steps"], rate=cell["rate"],
-        groups=groups,
-    )  # fmt: skip
+        every, order, lambda rows: task.loss(model, rows), steps=cell["steps"], rate=cell["rate"], groups=groups
+    )
     found = {"numbers": numbers, "loss": loss, "aside": task.f1(model.eval(), task.aside)}
     return {**found, "f1": task.f1(model, task.test)} if cell["judged"] == "test" else found
 
@@ -116,16 +114,23 @@ APART: dict[str, dict[str, Any]] = {
 }
 
 
+def _cell(
+    method: str, own: Mapping[str, Any], steps: int, seed: int, judged: str = "test", smoke: bool = False
+) -> Cell:
+    """`own`: its rates, and LoRA's rank and alpha."""
+    return {"method": method, **own, "steps": steps, "seed": seed, "judged": judged, "smoke": smoke}
+
+
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
-        shared = {"steps": SMOKE, "seed": 0, "judged": "test", "smoke": True}
-        apart = [{"method": name, **own, "rank": 4, **shared} for name, own in APART.items()]
-        return [{"method": name, "rate": 1e-2, **shared} for name in METHODS] + apart
+        apart = {ALL: {**APART[ALL], "rank": 4}, FULL: APART[FULL]}  # the tiny model has no room for more
+        own = [*((name, {"rate": 1e-2}) for name in METHODS), *apart.items()]
+        return [_cell(name, one, SMOKE, 0, smoke=True) for name, one in own]
 
     def whole(names: Sequence[str], rates: Mapping[str, tuple[float, ...]], steps: int) -> list[Cell]:
         """All rates with seed 0, the first one with the others."""
         return [
-            {"method": name, "rate": rate, "steps": steps, "seed": seed, "judged": "test", "smoke": False}
+            _cell(name, {"rate": rate}, steps, seed)
             for seed in SEEDS
             for name in names
             for rate in (rates[name] if seed == 0 else rates[name][:1])
@@ -134,18 +139,13 @@ def cells(smoke: bool) -> list[Cell]:
     found: list[Cell] = []
     for names in (FIRST, [name for name in METHODS if name not in FIRST]):  # what is judged most, first
         found += [
-            {"method": name, "rate": rate, "steps": SHORT, "seed": 100, "judged": "aside", "smoke": False}
-            for name in names
-            for rate in METHODS[name][2]
+            _cell(name, {"rate": rate}, SHORT, 100, judged="aside") for name in names for rate in METHODS[name][2]
         ]
         found += whole(names, LONG, STEPS)
-    apart = [
-        {"method": name, **own, "steps": steps, "seed": seed, "judged": "test", "smoke": False}
-        for steps in (STEPS, LONGER)
-        for seed in SEEDS
-        for name, own in APART.items()
+    found += whole((ALL, FULL), TWICE, LONGER)
+    return found + [
+        _cell(name, own, steps, seed) for steps in (STEPS, LONGER) for seed in SEEDS for name, own in APART.items()
     ]
-    return found + whole((ALL, FULL), TWICE, LONGER) + apart
 
 
 def judged(runs: Sequence[Run], steps: int = STEPS, apart: bool = False) -> dict[str, list[Run]]:
@@ -181,24 +181,16 @@ def tables(runs: Sequence[Run]) -> str:
         )
         for name, own in shown
     ]  # fmt: skip
-    head = (
-        "method",
-        "trainable, without the head",
-        "steps",
-        "span F1",
-        "seeds",
-        "rate",
-        "the head's",
-        "CPU time a run",
-    )
-    quality = table(head, rows)
+    columns = (
+        "method", "trainable, without the head", "steps", "span F1", "seeds", "rate", "the head's", "CPU time a run",
+    )  # fmt: skip
+    quality = table(columns, rows)
     if missing := [name for name in METHODS if name not in recorded]:
         quality += f"\n\nNot recorded yet: {', '.join(missing)}."
 
     def aside(steps: int, seed: int) -> dict[str, str]:
-        found = grouped(
-            (run for run in runs if run["steps"] == steps and run["seed"] == seed and "head" not in run), "method"
-        )
+        own = (run for run in runs if run["steps"] == steps and run["seed"] == seed and "head" not in run)
+        found = grouped(own, "method")
         return {
             name: ", ".join(f"{run['rate']:g}: {run['aside']:.3f}" for run in own) for (name,), own in found.items()
         }
@@ -216,7 +208,6 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     best = {name: mean(found, "f1") for name, found in own.items()}
     every = best[ALL]
     seeds = min(len(own[name]) for name in FIRST)
-    tables = f"{HU}, tables 2 to 4"
 
     def beside(other: str, by: float, what: str, source: str = BAR) -> Claim:
         return Claim(what, source, f"{every:.3f} beside {best[other]:.3f}", _if(every >= best[other] + by, seeds))
@@ -235,7 +226,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     ]  # fmt: skip
     more = {"biases": "alone", "adapter layers": "of half its numbers"}
     return found + [
-        beside(name, -0.005, f"LoRA is no worse than {name} {words}", tables)
+        beside(name, -0.005, f"LoRA is no worse than {name} {words}", TABLES)
         for name, words in more.items()
         if len(own.get(name, ())) == seeds  # as many as of the others
     ]
@@ -257,7 +248,7 @@ def _equal(what: str, own: Mapping[str, Sequence[Run]]) -> Claim:
     lacks = [{"f1": other[run["seed"]] - run["f1"]} for run in own[ALL] if run["seed"] in other]
     found = f"{every:.4f} beside {full:.4f}, {spread(lacks, 'f1', 4)} apart"
     seeds = min(len(own[name]) for name in (ALL, FULL))
-    return Claim(what, f"{HU}, tables 2 to 4", found, _if(every >= full - 0.01, seeds))
+    return Claim(what, TABLES, found, _if(every >= full - 0.01, seeds))
 
 
 def _if(held: bool, seeds: int) -> bool | None:

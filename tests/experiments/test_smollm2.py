@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from demo import pronounce
 
 import veneer
 from experiments import forgetting, phonemes, repair, smollm2
@@ -63,6 +64,12 @@ def test_words_that_choose_a_recipe_do_not_judge_it_nor_train():
     assert not spelt[0] & spelt[1]
     assert not spelt[0] & spelt[2]
     assert not spelt[1] & spelt[2]
+
+
+def test_words_that_are_aside_are_no_others():
+    learnt, held = pronounce.words()
+    aside = pronounce.listed(*phonemes.ASIDE)
+    assert len({word.spelling for word in [*learnt, *held, *aside]}) == 20_000 + 1_000 + 1_000
 
 
 def test_an_adapter_is_kept_under_its_whole_recipe():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from experiments.methods import judged
+from experiments.methods import ALL, FULL, _equal, judged
 from experiments.snips import lacking, read, span_f1, spans
 from experiments.turned import tuned
 
@@ -69,3 +69,15 @@ def test_a_rate_is_chosen_by_the_rows_aside():
     assert judged(runs + apart, apart=True) == {"head only": apart}
     found = [{"rate": rate, "aside_loss": loss} for rate, loss in ((1, 2.0), (1, 2.2), (2, 1.0), (2, 3.0), (4, 9.0))]
     assert {run["rate"] for run in tuned(found)} == {2}
+
+
+@pytest.mark.parametrize(("full", "held"), [(0.889, True), (0.911, False)])
+def test_equal_is_told_by_the_mean_and_the_spread_of_the_distance(full, held):
+    own = {
+        ALL: [{"seed": seed, "f1": f1} for seed, f1 in enumerate((0.86, 0.90, 0.88, 0.90, 0.86))],
+        FULL: [{"seed": seed, "f1": full} for seed in range(5)],
+    }
+    claim = _equal("as good", own)
+    assert claim.held is held
+    assert f"{full - 0.88:.4f} ± 0.0200 apart" in claim.found
+    assert _equal("as good", {**own, FULL: own[FULL][:4]}).held is None  # not all seeds yet
