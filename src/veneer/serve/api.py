@@ -47,7 +47,7 @@ def create(service: Service, *routers: Any) -> FastAPI:
     if service.training is not None:
         from veneer.serve.training import live, rest, routes  # protobuf: not where nothing trains
 
-        routers = (routes.router, rest.router, live.router, *routers)
+        routers = (routes.router, routes.numbered, rest.router, live.router, *routers)
     for other in routers:
         app.include_router(other)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -101,9 +101,13 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handle(_Strict(request.scope, request.receive))
+            return await self.respond(handle, _Strict(request.scope, request.receive))
 
         return strict
+
+    async def respond(self, handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+        """The answer of this route, where ``handle`` gives it or raises."""
+        return await handle(request)
 
 
 # What is not async, FastAPI runs in a thread of its own: a hop for each of these, for each request.

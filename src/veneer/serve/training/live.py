@@ -22,7 +22,8 @@ from veneer.errors import SelectionError
 from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Asker, Route
-from veneer.serve.training.routes import On, checkpoint_of, run_of, within
+from veneer.serve.training.accept import run_of, within
+from veneer.serve.training.routes import On, checkpoint_of
 from veneer.serve.training.store import KINDS, Place
 from veneer.serve.training.training import NOW, Training
 

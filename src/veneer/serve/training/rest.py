@@ -24,8 +24,9 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route
 from veneer.serve.training import bodies
+from veneer.serve.training.accept import no_such, owned, run_of, within
 from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
-from veneer.serve.training.routes import On, checkpoint_of, no_such, owned, run_of, sampler_of, session_of, within
+from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
 from veneer.serve.training.store import KINDS, Place
 from veneer.serve.training.trainer import ADAPTER
 from veneer.serve.training.training import FILES, Training

@@ -8,7 +8,7 @@ POST client/config  client/dynamic_config  telemetry
      create_sampling_session  join_sampling_session  asample  cancel_future  retrieve_future
 
 A request of a run is numbered by its client (``seq_id``) and computed in that order; what is wrong with one is its
-promise's failure, so that no number is left out.
+promise's failure, so that no number is left out (accept.py).
 """
 
 from __future__ import annotations
@@ -16,23 +16,31 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from veneer.errors import DataError, sentence
+from veneer.errors import DataError
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
+from veneer.serve.training.accept import (
+    NumberedRoute,
+    accept_request,
+    no_such,
+    owned,
+    queue_request,
+    run_of,
+    within,
+)
 from veneer.serve.training.operations import lora_config
 from veneer.serve.training.store import Place, place_of
 from veneer.serve.training.training import Training
-from veneer.serve.training.wire import read_address
-from veneer.serve.training.worker import PASS, REFUSED, Answer
+from veneer.serve.training.wire import read_header
+from veneer.serve.training.worker import PASS, Answer
 
 #: seconds for which a client that asks for an answer is kept waiting
 POLL = 25.0
@@ -45,6 +53,8 @@ SETTINGS = {
 }  # fmt: skip
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
+#: of requests that a run numbers
+numbered = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
 async def _training(service: Serving) -> Training:
@@ -54,27 +64,10 @@ async def _training(service: Serving) -> Training:
 On = Annotated[Training, Depends(_training)]
 
 
-def no_such(what: str, id: str) -> Refusal:
-    """One answer to what is not there and to what is another key's."""
-    message = sentence(f"{what} {id[:200]!r}", "one of yours that is there", "list yours")
-    return Refusal(404, message, code="not_found")
-
-
-def owned(key: Key, row: Any) -> bool:
-    return row is not None and row["owner"] == key.owner
-
-
 def session_of(training: Training, key: Key, id: str) -> Any:
     row = training.store.session(id)
     if not owned(key, row):
         raise no_such("the session", id)
-    return row
-
-
-def run_of(training: Training, key: Key, id: str) -> Any:
-    row = training.store.run(id)
-    if not owned(key, row):
-        raise no_such("the training run", id)
     return row
 
 
@@ -107,28 +100,6 @@ def _of_base(training: Training, name: str | None) -> None:
 def _adam(family: bodies.OptimizerFamily | None) -> None:
     if family is not None and family.type != "adamw":
         raise Refusal(400, f"the optimizer {family.type!r}", "adamw, which this server has", "leave it out")
-
-
-def _over(training: Training, key: Key, what: str) -> str | None:
-    """Why a key may not have more of ``what``: its quota is used up."""
-    limit = getattr(key, what)
-    if limit is None:
-        return None
-    count = {"runs": training.store.runs_of, "bytes": training.store.bytes_of, "tokens": training.store.tokens_of}
-    used = count[what](key.owner)
-    if used < limit:
-        return None
-    do = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}[what]
-    return sentence(f"{used:,} {what} of key {key.name!r}", f"fewer than {limit:,}", f"{do}, or ask for more")
-
-
-def within(training: Training, key: Key, what: str) -> None:
-    if (problem := _over(training, key, what)) is not None:
-        raise Refusal(403, problem, code="quota")
-
-
-#: what a request of a run takes of a quota
-_TAKES = {PASS: "tokens", "save": "bytes", "external": "bytes", "sampler": "bytes"}
 
 
 @router.get("/healthz")
@@ -190,31 +161,6 @@ async def finish(session: str, body: bodies.Finish, training: On, key: Asker) ->
 # ---------------------------------------------------------------------------------------------- training
 
 
-def _promised(run: str, seq: int) -> dict[str, str]:
-    return {"request_id": f"{run}:{seq}", "model_id": run}
-
-
-async def _accept(training: Training, run: str, seq: int | None, kind: str, given: Mapping[str, Any] | bytes) -> Any:
-    body = given if isinstance(given, bytes) else json.dumps(given).encode()
-    number = await training.written(training.worker.accept, run, seq, kind, body)
-    return _promised(run, number)
-
-
-async def _of_run(
-    training: Training, key: Key, run: str, seq: int | None, kind: str, given: Mapping[str, Any] | bytes
-) -> Any:
-    """A request of a run, queued in its order."""
-    row = run_of(training, key, run)
-    training.seen(row["session"])
-    if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
-        found = f"the run {run}, which was unloaded or did not begin"
-        raise Refusal(410, found, "one that goes on", "create one, perhaps from a checkpoint")
-    problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
-    if problem is not None:
-        kind, given = REFUSED, {"error": problem}
-    return await _accept(training, run, seq, kind, given)
-
-
 def _new_run(training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any) -> str:
     run = f"{session}:train:{number}"
     if training.store.run(run) is None:
@@ -243,10 +189,10 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, config, seed, body.user_metadata
     )
-    return await _accept(training, run, 0, "create", {})
+    return await accept_request(training, run, 0, "create", {})
 
 
-@router.post("/load_weights")
+@numbered.post("/load_weights")
 async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
@@ -254,18 +200,15 @@ async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
     if body.session_id is None or body.model_seq_id is None:
         if body.model_id is None:
             raise Refusal(400, "no run to load into", "model_id, or session_id and model_seq_id", "name one")
-        try:
-            checkpoint_of(training, key, body.path)
-        except Refusal as error:
-            return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": str(error)})
-        return await _of_run(training, key, body.model_id, body.seq_id, "load", given)
+        checkpoint_of(training, key, body.path)
+        return await queue_request(training, key, body.model_id, body.seq_id, "load", given)
     _active(training, key, body.session_id)
     _begins(training, key, f"{body.session_id}:train:{body.model_seq_id}")
     _, found = checkpoint_of(training, key, body.path)
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata
     )
-    return await _accept(training, run, 0, "load", given)
+    return await accept_request(training, run, 0, "load", given)
 
 
 @router.post("/get_info")
@@ -281,7 +224,7 @@ async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, 
 
 @router.post("/unload_model")
 async def unload_model(body: bodies.OfModel, training: On, key: Asker) -> Any:
-    return await _of_run(training, key, body.model_id, None, "unload", {})
+    return await queue_request(training, key, body.model_id, None, "unload", {})
 
 
 @router.post("/forward_backward")
@@ -290,45 +233,44 @@ async def forward_backward(request: Request, training: On, key: Asker) -> Any:
         raise Refusal(415, "a body that is packed", "one that is not, as client/config says", "send it as it is")
     body = await request.body()
     try:
-        run, seq = read_address(body)
+        header = read_header(body)
     except DataError as error:
         raise Refusal(400, str(error)) from error
-    if seq < 0:
-        raise Refusal(400, f"seq_id {seq}", "0 or more", "number the requests")
-    return await _of_run(training, key, run, seq or None, PASS, body)
+    if header.seq < 0:
+        raise Refusal(400, f"seq_id {header.seq}", "0 or more", "number the requests")
+    return await queue_request(training, key, header.run, header.seq or None, PASS, body, header)
 
 
-@router.post("/optim_step")
+@numbered.post("/optim_step")
 async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
     if body.optimizer_params is not None or body.adam_params is None:
-        error = sentence("parameters of another optimizer", "adam_params", "use AdamParams")
-        return await _of_run(training, key, body.model_id, body.seq_id, REFUSED, {"error": error})
+        raise Refusal(400, "parameters of another optimizer", "adam_params", "use AdamParams")
     given = body.adam_params
     adam = {"rate": given.learning_rate, "beta1": given.beta1, "beta2": given.beta2, "eps": given.eps}
     adam |= {"decay": given.weight_decay, "clip": max(given.grad_clip_norm, 0.0)}
-    return await _of_run(training, key, body.model_id, body.seq_id, "step", adam)
+    return await queue_request(training, key, body.model_id, body.seq_id, "step", adam)
 
 
-@router.post("/save_weights")
+@numbered.post("/save_weights")
 async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
     given = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
-    return await _of_run(training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path})
+    return await queue_request(training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path})
 
 
-@router.post("/save_weights_external")
+@numbered.post("/save_weights_external")
 async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> Any:
     given = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
-    return await _of_run(training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path})
+    return await queue_request(training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path})
 
 
-@router.post("/save_weights_for_sampler")
+@numbered.post("/save_weights_for_sampler")
 async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker) -> Any:
     row = run_of(training, key, body.model_id)
     given = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
     given |= {"name": body.path, "session": row["session"]}
     if body.path is None and body.sampling_session_seq_id is not None:
         given["sampler"] = f"{row['session']}:sample:{body.sampling_session_seq_id}"
-    return await _of_run(training, key, body.model_id, body.seq_id, "sampler", given)
+    return await queue_request(training, key, body.model_id, body.seq_id, "sampler", given)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -197,13 +197,29 @@ class Store:
         return self._one("SELECT * FROM requests WHERE run = ? AND seq = ?", run, seq)
 
     def answer(self, run: str, seq: int, done: int, binary: bool, answer: bytes) -> None:
-        """``done``: 1 for what counts, 2 for what failed and changed nothing."""
+        """``done``: 1 for what counts, 2 for what failed and changed nothing, 3 for what failed and would have changed
+        the next step."""
         with self._writing() as base:
             values = "done = ?, binary = ?, answer = ?"
             base.execute(
                 f"UPDATE requests SET {values} WHERE run = ? AND seq = ?", (done, int(binary), answer, run, seq)
             )
             base.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
+
+    def failures(self, run: str) -> dict[str, float]:
+        """What a run's next step lacks, as metrics: passes that failed, and numbers that did not come."""
+        last = "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
+        rows = self._all(
+            "SELECT kind = 'missing' AS missing, COUNT(*) AS count, MAX(seq) AS last FROM requests"
+            f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last}), -1) GROUP BY 1", run,
+        )  # fmt: skip
+        metrics: dict[str, float] = {}
+        for row in rows:
+            name = "missing_requests" if row["missing"] else "failed_passes"
+            metrics[f"{name}:sum"] = row["count"]
+            if row["missing"]:
+                metrics[f"{name}:max"] = row["last"]
+        return metrics
 
     def begin(self, run: str, seq: int) -> int:
         """Write down that a request is about to be done, alone; how often that was written until it had an answer."""

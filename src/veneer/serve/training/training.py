@@ -8,6 +8,7 @@ come back: all that it was promised is on the disk.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import sqlite3
@@ -21,7 +22,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.curve import Curve, read_curve
@@ -29,12 +30,14 @@ from veneer.serve.training.operations import Operations, register, tied
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Place, Store, place_of
 from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
-from veneer.serve.training.worker import Worker
+from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
 
 #: seconds after which a silent client is gone, and between two looks
 VANISHED, LOOK = 120.0, 10.0
+#: seconds for which a run waits for a number while later ones are there: the SDK sends a request again for five minutes
+OVERDUE = 330.0
 #: unnamed weights of a run that stay whether they are used or not, and seconds after their last use that others do
 UNNAMED, UNUSED = 8, 3600.0
 #: seconds that an address of a file is good for
@@ -77,6 +80,7 @@ class Training:
         self.curves = lru_cache(CURVES)(partial(read_curve, self.store))
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
+        self._gaps: dict[str, tuple[int, float]] = {}  # by run: the number that is missing, and since when
         self._files: dict[str, tuple[Path, float]] = {}
         self._lock = threading.Lock()  # of these
         self._stop = threading.Event()
@@ -170,8 +174,10 @@ class Training:
                 log.exception("a look at the sessions failed")
 
     def sweep(self) -> None:
-        """Free what vanished clients hold; delete what has expired, and weights without a name that nobody uses."""
+        """Free what vanished clients hold; go on where numbers do not come; delete what has expired, and weights
+        without a name that nobody uses."""
         now = time.monotonic()
+        self._fill_gaps(now)
         for session in [one for one, when in self._seen.items() if now - when > VANISHED]:
             del self._seen[session]
             self.samples.leave_soon(session)
@@ -179,6 +185,25 @@ class Training:
         for place in [*self.store.expired(), *self._unused(now)]:
             self.operations.delete(place)
             self._used.pop(place.path, None)
+
+    def _fill_gaps(self, now: float) -> None:
+        """Answer numbers that did not come for too long, as errors that say so: those after them go on."""
+        gaps: dict[str, tuple[int, float]] = {}
+        for line in list(self.worker.lines.values()):
+            first, after = line.next, min(list(line.waiting), default=0)
+            if after <= first:
+                continue
+            gaps[line.run] = self._gaps.get(line.run, (first, now))
+            if gaps[line.run][0] != first:
+                gaps[line.run] = first, now
+            if now - gaps[line.run][1] < OVERDUE:
+                continue
+            log.warning("%s: requests %d to %d did not come: it goes on without them", line.run, first, after - 1)
+            for number in range(first, after):
+                found, expected = f"no request {number} for {OVERDUE:g} s, though later ones came", "each number once"
+                error = sentence(found, expected, "send it again, with the next number")
+                self.worker.accept(line.run, number, MISSING, json.dumps({"error": error}).encode())
+        self._gaps = gaps
 
     def _unused(self, now: float) -> list[Place]:
         found: dict[str, list[Place]] = {}

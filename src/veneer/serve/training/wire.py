@@ -7,6 +7,7 @@ are on the wire; fields that are not used here (images, audio, provenance) are p
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,6 +91,19 @@ def _declared() -> dict[str, Any]:
 MESSAGES = _declared()
 
 
+class Answer(NamedTuple):
+    """What a promise comes to: JSON, or protobuf (``binary``)."""
+
+    body: bytes
+    binary: bool = False
+
+
+def failure(error: BaseException, own: bool = False) -> Answer:
+    """The client's own error; ``own``: it is a bug of the server's."""
+    text = f"{type(error).__name__}: {error}" if own else str(error)
+    return Answer(json.dumps({"error": text, "category": "server" if own else "user"}).encode())
+
+
 class PassRequest(NamedTuple):
     """A forward of a run, and a backward if it is asked for. ``problem``: why its data cannot be read."""
 
@@ -101,10 +115,25 @@ class PassRequest(NamedTuple):
     backward: bool
 
 
-def read_address(body: bytes) -> tuple[str, int]:
-    """The run and the number of a request. ``DataError``: this is no such message."""
+class PassHeader(NamedTuple):
+    """What a pass is of, before its data are looked at. ``tokens``: of its inputs."""
+
+    run: str
+    seq: int
+    backward: bool
+    tokens: int
+
+
+def read_header(body: bytes) -> PassHeader:
+    """``DataError``: this is no such message."""
     message = _parsed(body)
-    return message.model_id, message.seq_id
+    chunks = (chunk for datum in message.data for chunk in datum.model_input)
+    tokens = sum(len(chunk.encoded_text.tokens) // 4 for chunk in chunks)
+    return PassHeader(message.model_id, message.seq_id, not message.forward_only, tokens)
+
+
+def has_backward(body: bytes) -> bool:
+    return not _parsed(body).forward_only
 
 
 def read_pass(body: bytes) -> PassRequest:

@@ -27,7 +27,7 @@ from veneer.serve.training.curve import LOSS, Curve, Rate, read_curve, state_fol
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
 from veneer.serve.training.trainer import Adam, Pass, Trainer
-from veneer.serve.training.wire import pass_output, read_pass
+from veneer.serve.training.wire import Answer, failure, has_backward, pass_output, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -42,23 +42,12 @@ MOST_WAITING, MOST_BYTES = 1024, 64 * 2**20
 #: deaths of the process while it did one request alone, after which that is not tried again
 DEATHS = 3
 PASS, REFUSED = "pass", "refused"
+#: what is refused and concerns the next step: a pass with a backward, and a number that did not come
+REFUSED_PASS, MISSING = "refused_pass", "missing"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
 #: what is done without the run in memory
 UNMADE = ("load", "create", "unload")
-
-
-class Answer(NamedTuple):
-    """What a promise comes to: JSON, or protobuf (``binary``)."""
-
-    body: bytes
-    binary: bool = False
-
-
-def failure(error: BaseException, own: bool = False) -> Answer:
-    """The client's own error; ``own``: it is a bug of the server's."""
-    text = f"{type(error).__name__}: {error}" if own else str(error)
-    return Answer(json.dumps({"error": text, "category": "server" if own else "user"}).encode())
 
 
 class Batch(NamedTuple):
@@ -98,6 +87,11 @@ class Line:
     @property
     def head(self) -> Asked | None:
         return self.waiting.get(self.next) if self.current is None else None
+
+
+def _concerns_step(asked: Asked) -> bool:
+    """Whether the next step is not what its client meant when this request fails."""
+    return asked.kind in (REFUSED_PASS, MISSING) or (asked.kind == PASS and has_backward(asked.body))
 
 
 #: an operation on a run: (line, what was asked) -> what its promise comes to
@@ -151,16 +145,17 @@ class Worker:
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
         """Write a request down, and queue it; its number. The same number again is the same request. ``Busy``: too much
-        of its run waits."""
+        of its run waits, or too many numbers are missing before it; the one whose turn it is always has room."""
         with self._wake:
             line = self._line(run)
             number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
             new = number >= line.next and number not in line.waiting
             held = sum(len(one.body) for one in line.waiting.values())
-            if new and (len(line.waiting) >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)):
-                found = f"{len(line.waiting)} requests of a run that wait, with {held:,} bytes"
-                expected = f"at most {MOST_WAITING}, with {MOST_BYTES:,} bytes"
-                raise Busy(sentence(found, expected, "wait for some of them"), 1.0)
+            full = number - line.next >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)
+            if new and number > line.next and full:
+                found = f"request {number} of a run whose next is {line.next}, with {held:,} bytes that wait"
+                expected = f"less than {MOST_WAITING} ahead, with {MOST_BYTES:,} bytes"
+                raise Busy(sentence(found, expected, "wait for those before it"), 1.0)
         if new and self.store.add_request(run, number, kind, body):
             with self._wake:
                 self._queue(line, Asked(number, kind, body))
@@ -261,7 +256,8 @@ class Worker:
             log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
             found = f"a request during which the server's process ended {DEATHS} times"
             told = sentence(found, "one for which it has the memory", "ask for fewer or shorter rows at a time")
-            asked = asked._replace(kind=REFUSED, body=json.dumps({"error": told}).encode())
+            kind = REFUSED_PASS if _concerns_step(asked) else REFUSED
+            asked = asked._replace(kind=kind, body=json.dumps({"error": told}).encode())
         if asked.kind != PASS:
             self._answer(line, asked, lambda: self._operate(line, asked))
             return
@@ -274,7 +270,7 @@ class Worker:
 
     def _operate(self, line: Line, asked: Asked) -> Answer:
         given = json.loads(asked.body)
-        if asked.kind == REFUSED:
+        if asked.kind in (REFUSED, REFUSED_PASS, MISSING):
             raise DataError(given["error"])
         self._curve(line)
         if asked.kind not in UNMADE:
@@ -304,6 +300,8 @@ class Worker:
             self._write_state(line)  # what was loaded may be deleted
 
     def _finalize(self, line: Line, seq: int, answer: Answer, done: int) -> None:
+        if done == 2 and _concerns_step(line.waiting[seq]):
+            done = 3
         try:
             self.store.answer(line.run, seq, done, answer.binary, answer.body)
         except Exception:  # what is in memory is ahead of the disk: it is done again, from there
@@ -415,7 +413,7 @@ class Worker:
             self.store.count_tokens(line.owner, tokens)
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"metrics": self.trainer.step(line.name, Adam(**given))}
+        return {"metrics": {**self.trainer.step(line.name, Adam(**given)), **self.store.failures(line.run)}}
 
     # runs in memory
 

@@ -1,0 +1,139 @@
+"""Requests of a run are queued by their numbers, and a refused one is the answer to its number.
+
+    body → valid, within the quota → the run's queue
+         → refused                 → the run's queue, as a request that fails with the words of the refusal
+
+A client numbers the requests of a run, and they are computed in that order: a number that is left out stops all later
+ones. So a refusal of a request whose run and number can be read takes that number. A refusal of anything else, and of
+what the client may repeat (a full queue, a disk without room), is an answer of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from veneer.errors import sentence
+from veneer.serve import refusal
+from veneer.serve.access import Key
+from veneer.serve.refusal import Refusal
+from veneer.serve.service import Route
+from veneer.serve.training.training import Training
+from veneer.serve.training.wire import PassHeader
+from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
+
+#: what a request of a run takes of a quota
+_TAKES = {PASS: "tokens", "save": "bytes", "external": "bytes", "sampler": "bytes"}
+#: refusals that say what is wrong with a request: it would be refused again
+FINAL = (400, 403, 404, 409, 413, 415, 422)
+
+
+def no_such(what: str, id: str) -> Refusal:
+    """One answer to what is not there and to what is another key's."""
+    message = sentence(f"{what} {id[:200]!r}", "one of yours that is there", "list yours")
+    return Refusal(404, message, code="not_found")
+
+
+def owned(key: Key, row: Any) -> bool:
+    return row is not None and row["owner"] == key.owner
+
+
+def run_of(training: Training, key: Key, id: str) -> Any:
+    row = training.store.run(id)
+    if not owned(key, row):
+        raise no_such("the training run", id)
+    return row
+
+
+def _over(training: Training, key: Key, what: str) -> str | None:
+    """Why a key may not have more of ``what``: its quota is used up."""
+    limit = getattr(key, what)
+    if limit is None:
+        return None
+    count = {"runs": training.store.runs_of, "bytes": training.store.bytes_of, "tokens": training.store.tokens_of}
+    used = count[what](key.owner)
+    if used < limit:
+        return None
+    do = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}[what]
+    return sentence(f"{used:,} {what} of key {key.name!r}", f"fewer than {limit:,}", f"{do}, or ask for more")
+
+
+def within(training: Training, key: Key, what: str) -> None:
+    if (problem := _over(training, key, what)) is not None:
+        raise Refusal(403, problem, code="quota")
+
+
+async def accept_request(
+    training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
+) -> dict[str, str]:
+    """The promise of a request, which is on the disk."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    number = await training.written(training.worker.accept, run, seq, kind, content)
+    return {"request_id": f"{run}:{number}", "model_id": run}
+
+
+async def queue_request(
+    training: Training,
+    key: Key,
+    run: str,
+    seq: int | None,
+    kind: str,
+    body: Mapping[str, Any] | bytes,
+    header: PassHeader | None = None,
+) -> dict[str, str]:
+    """The promise of a request of a run that a key has; ``header``: of a pass. ``Refusal``: there is no such run, or it
+    takes no more."""
+    row = run_of(training, key, run)
+    training.seen(row["session"])
+    if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
+        found = f"the run {run}, which was unloaded or did not begin"
+        raise Refusal(410, found, "one that goes on", "create one, perhaps from a checkpoint")
+    problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
+    if problem is not None:
+        kind, body = REFUSED_PASS if header is not None and header.backward else REFUSED, {"error": problem}
+    return await accept_request(training, run, seq, kind, body)
+
+
+class NumberedRoute(Route):
+    """A route of requests in JSON that a run numbers."""
+
+    async def respond(self, handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+        try:
+            return await handle(request)
+        except (RequestValidationError, HTTPException, Refusal) as error:
+            refused, address = _refusal_of(error), _read_address(await request.body())
+            training: Training = request.app.state.service.training
+            key: Key | None = request.state.key
+            if refused.status not in FINAL or address is None or key is None:
+                raise
+            run, number = address
+            row = training.store.run(run)
+            if row is None or not owned(key, row) or row["unloaded"]:
+                raise
+            return JSONResponse(await queue_request(training, key, run, number, REFUSED, {"error": str(refused)}))
+
+
+def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, HTTPException):
+        return Refusal(error.status_code, str(error.detail))
+    return refusal.of_body(error.errors(), error.body)
+
+
+def _read_address(body: bytes) -> tuple[str, int] | None:
+    """The run and the number of a request, also of one whose other fields are no JSON; None if it has none."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    run, number = (fields.get("model_id"), fields.get("seq_id")) if isinstance(fields, dict) else (None, None)
+    if not isinstance(run, str) or not isinstance(number, int) or isinstance(number, bool):
+        return None
+    return (run, number) if 0 < number < 2**31 else None  # 0 is how it began
