@@ -18,7 +18,7 @@ from tests.support.training_client import Client, Run, datum
 
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training.worker import Batch
+from veneer.serve.training.curve import Batch
 
 expect = sync_api.expect
 expect.set_options(timeout=4_000)

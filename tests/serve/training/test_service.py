@@ -746,7 +746,7 @@ def test_keys_see_their_own(base, tmp_path):
 
 
 def test_quotas_of_a_key(base, tmp_path):
-    limits: Any = {"runs": 2, "bytes": 10_000, "tokens": 60}
+    limits: Any = {"runs": 2, "bytes": 50_000, "tokens": 60}
     ring = Keyring((Key("a", hash_of("vnr-a"), **limits), Key("b", hash_of("vnr-b"))))
     with opened(base, tmp_path, keys=ring) as (url, _):
         client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b").run()

@@ -24,12 +24,13 @@ from veneer.serve import refusal
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Route
+from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.training import Training
 from veneer.serve.training.wire import PassHeader
 from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 
-#: what a request of a run takes of a quota
-_TAKES = {PASS: "tokens", "save": "bytes", "external": "bytes", "sampler": "bytes"}
+#: requests that write checkpoints
+SAVES = ("save", "external", "sampler")
 #: refusals that say what is wrong with a request: it would be refused again
 FINAL = (400, 403, 404, 409, 413, 415, 422)
 
@@ -51,21 +52,10 @@ def run_of(training: Training, key: Key, id: str) -> Any:
     return row
 
 
-def _over(training: Training, key: Key, what: str) -> str | None:
-    """Why a key may not have more of ``what``: its quota is used up."""
-    limit = getattr(key, what)
-    if limit is None:
-        return None
-    count = {"runs": training.store.runs_of, "bytes": training.store.bytes_of, "tokens": training.store.tokens_of}
-    used = count[what](key.owner)
-    if used < limit:
-        return None
-    do = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on tomorrow (UTC)"}[what]
-    return sentence(f"{used:,} {what} of key {key.name!r}", f"fewer than {limit:,}", f"{do}, or ask for more")
-
-
-def within(training: Training, key: Key, what: str) -> None:
-    if (problem := _over(training, key, what)) is not None:
+def within(training: Training, key: Key, resource: str, amount: int = 1) -> None:
+    """``Refusal``: so much more of "runs", "bytes" or "tokens" is past the key's quota."""
+    problem = over_quota(training.store, key.owner, resource, getattr(key, resource), amount)
+    if problem is not None:
         raise Refusal(403, problem, code="quota")
 
 
@@ -73,8 +63,14 @@ async def accept_request(
     training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
 ) -> dict[str, str]:
     """The promise of a request, which is on the disk."""
+    return await training.written(_promise, training, run, seq, kind, body)
+
+
+def _promise(
+    training: Training, run: str, seq: int | None, kind: str, body: Mapping[str, Any] | bytes
+) -> dict[str, str]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    number = await training.written(training.worker.accept, run, seq, kind, content)
+    number = training.worker.accept(run, seq, kind, content)
     return {"request_id": f"{run}:{number}", "model_id": run}
 
 
@@ -94,10 +90,24 @@ async def queue_request(
     if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
         found = f"the run {run}, which was unloaded or did not begin"
         raise Refusal(410, found, "one that goes on", "create one, perhaps from a checkpoint")
-    problem = _over(training, key, _TAKES[kind]) if kind in _TAKES else None
+    if kind in SAVES and key.bytes is not None and not isinstance(body, bytes):
+        body = {**body, "most_bytes": key.bytes}  # its size is known when it is written
+    if header is None or not key.owner:
+        return await accept_request(training, run, seq, kind, body)
+    return await training.written(_accept_pass, training, key, header, body)
+
+
+def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) -> dict[str, str]:
+    """The promise of a pass whose tokens count from now on; of one that would be past the quota, a failure."""
+    if header.seq and training.worker.promise(header.run, header.seq) is not None:  # it is sent again
+        return _promise(training, header.run, header.seq, PASS, body)
+    problem = over_quota(training.store, key.owner, "tokens", key.tokens, header.tokens)
     if problem is not None:
-        kind, body = REFUSED_PASS if header is not None and header.backward else REFUSED, {"error": problem}
-    return await accept_request(training, run, seq, kind, body)
+        kind = REFUSED_PASS if header.backward else REFUSED
+        return _promise(training, header.run, header.seq or None, kind, {"error": problem})
+    promised = _promise(training, header.run, header.seq or None, PASS, body)
+    training.store.count_tokens(key.owner, header.tokens)
+    return promised
 
 
 class NumberedRoute(Route):

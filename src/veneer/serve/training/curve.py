@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from veneer.fileio.atomic import write_whole
 from veneer.serve.training.losses import LOSSES, Datum
@@ -112,6 +112,13 @@ def read_curve(store: Store, run: str, state: int) -> Curve:
         if asked["done"] == 1:
             curve.add(asked["kind"], asked["body"], asked["answer"])
     return curve
+
+
+class Batch(NamedTuple):
+    """The runs of a batch, and when it ended."""
+
+    runs: tuple[str, ...]
+    ended: float
 
 
 @dataclass(eq=False)

@@ -6,14 +6,19 @@ The worker's thread calls them, each with the run's line and what was asked. Wha
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError, SelectionError
-from veneer.serve.training.store import NAME, Place, Store, place_of
+from veneer.fileio.atomic import new_folder
+from veneer.serve.training.quotas import over_quota
+from veneer.serve.training.store import NAME, Place, Store, folder_bytes, place_of
 from veneer.serve.training.trainer import ADAPTER, Trainer
 from veneer.serve.training.worker import Line, Worker
 
@@ -65,21 +70,24 @@ class Operations:
 
     def save(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         place = self._new(line, "weights", given)
-        self.trainer.save(line.name, self.store.files_of(place), self.base, {"run": line.run, "request": line.next})
-        self._added(line, place, given)
+        if not self._is_saved(line, place):
+            check, provenance = partial(self._check_bytes, line, place, given), {"run": line.run, "request": line.next}
+            self.trainer.save(line.name, self.store.files_of(place), self.base, provenance, check)
+            self._added(line, place, given)
         return {"path": place.path, "type": "save_weights"}
 
     def external(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         place = self._new(line, "external_weights", given)
-        self._publish(line, place)
-        self._added(line, place, given)
+        if not self._is_saved(line, place):
+            self._publish(line, place, given)
+            self._added(line, place, given)
         return {"path": place.path, "type": "save_weights_external"}
 
     def sampler(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         hidden = given.get("sampler")  # a sampling session of its own, whose weights have no name
         name = given["name"] if hidden is None else "inflight" if given["kind"] == "inflight" else f"of-{line.next}"
         place = self._new(line, "sampler_weights", {**given, "name": name, "overwrite": True})
-        self._publish(line, place)
+        self._publish(line, place, given)
         self.bank.put(place.path, self.store.files_of(place) / ADAPTER, line.name)
         self._added(line, place, given, hidden=hidden is not None)
         if hidden is None:
@@ -103,22 +111,37 @@ class Operations:
         if given.get("age_encryption_recipients"):
             raise DataError("recipients to encrypt for", "none", "encrypt what was downloaded")
         place = Place(line.run, kind, name)
-        if not given.get("overwrite") and self.store.checkpoint(place) is not None:
+        there = self.store.checkpoint(place) is not None and not self._is_saved(line, place)
+        if there and not given.get("overwrite"):
             raise DataError(f"{place.path}, which exists", "a new name", "choose another, or say overwrite=True")
         return place
 
-    def _publish(self, line: Line, place: Place) -> None:
-        self.trainer.export(
-            line.name, self.store.files_of(place) / ADAPTER, self.base, {"run": line.run, "request": line.next}
-        )
+    def _is_saved(self, line: Line, place: Place) -> bool:
+        """Whether this very request saved it before: the server ended, or its disk was full, before the answer."""
+        row = self.store.checkpoint(place)
+        return row is not None and row["request"] == line.next
+
+    def _publish(self, line: Line, place: Place, given: Mapping[str, Any]) -> None:
+        provenance = {"run": line.run, "request": line.next}
+        with new_folder(self.store.files_of(place), overwrite=True) as folder:
+            self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
+            self._check_bytes(line, place, given, folder)
+
+    def _check_bytes(self, line: Line, place: Place, given: Mapping[str, Any], folder: Path) -> None:
+        """``DataError``: a checkpoint that is written to a folder is more than its key may have."""
+        limit, size = given.get("most_bytes"), folder_bytes(folder)
+        if (problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=place)) is not None:
+            raise DataError(problem)
 
     def _added(self, line: Line, place: Place, given: Mapping[str, Any], hidden: bool = False) -> None:
         row = self.store.run(line.run)
         assert row is not None
         self.store.add_checkpoint(
             place, line.owner, row["config"], metadata=given.get("user_metadata"), seconds=given.get("ttl_seconds"),
-            hidden=hidden,
+            hidden=hidden, request=line.next,
         )  # fmt: skip
+
+    # as all changes of checkpoints, these are the worker's thread's
 
     def delete(self, place: Place) -> None:
         """A checkpoint, and the samples that could be drawn from it."""
@@ -127,12 +150,16 @@ class Operations:
         self.store.delete_checkpoint(place)
 
     def copy(self, source: Place, target: Place) -> None:
-        """A checkpoint under another run."""
-        found, files = self.store.checkpoint(source), self.store.files_of(target)
-        assert found is not None
-        files.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(files, ignore_errors=True)  # what a disk that was full left of it
-        shutil.copytree(self.store.files_of(source), files)
+        """The files of a checkpoint under another run. No file of one is ever changed, so they are shared."""
+        with new_folder(self.store.files_of(target), overwrite=True) as folder:
+            shutil.copytree(self.store.files_of(source), folder, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links
+        shutil.copy2(source, target)
 
 
 def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:

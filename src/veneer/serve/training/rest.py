@@ -15,6 +15,7 @@ import datetime
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -103,9 +104,9 @@ def _own(training: Training, key: Key, run: str, kind: str, name: str) -> tuple[
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
-def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
+async def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
     place, _ = _own(training, key, run, kind, name)
-    training.operations.delete(place)
+    await training.changed(partial(training.operations.delete, place))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
@@ -168,19 +169,21 @@ def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any
 @router.post("/copy_weights")
 async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> dict[str, str]:
     """A checkpoint of one's own, of one that may be read, under a run that is not trained."""
-    source, row = checkpoint_of(training, key, body.source_path)
-    within(training, key, "bytes")
+    checkpoint_of(training, key, body.source_path)
     _stay(body.ttl_seconds)
     session = body.session_id
     if session is None:
         session = await training.written(training.store.new_session, key.owner, None, "a copy")
     session_of(training, key, session)
     run = f"{session}:train:{body.model_seq_id or 0}"
-    place, before = Place(run, source.kind, source.name), training.store.run(run)
-    if before is not None and not (training.store.copied(run) and before["config"] == row["config"]):
-        raise Refusal(409, f"the training run {run}, which exists", "a new one", "choose another model_seq_id")
 
     def copy() -> str:
+        source, row = checkpoint_of(training, key, body.source_path)
+        place, before = Place(run, source.kind, source.name), training.store.run(run)
+        if before is not None and not (training.store.copied(run) and before["config"] == row["config"]):
+            raise Refusal(409, f"the training run {run}, which exists", "a new one", "choose another model_seq_id")
+        if before is None or training.store.checkpoint(place) is None:
+            within(training, key, "bytes", row["bytes"])
         if training.store.run(run) is None:
             training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
             training.store.unload(run)
@@ -190,7 +193,7 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
         training.store.add_checkpoint(place, key.owner, row["config"], seconds=body.ttl_seconds)
         return place.path
 
-    return {"tinker_path": await training.written(copy)}
+    return {"tinker_path": await training.changed(copy)}
 
 
 # ---------------------------------------------------------------------------------------------- sessions

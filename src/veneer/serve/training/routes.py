@@ -162,18 +162,14 @@ async def finish(session: str, body: bodies.Finish, training: On, key: Asker) ->
 
 
 def _new_run(training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any) -> str:
+    """A run that may begin, unless it is asked for again."""
     run = f"{session}:train:{number}"
-    if training.store.run(run) is None:
-        training.store.new_run(run, session, key.owner, config, seed, metadata)
-    return run
-
-
-def _begins(training: Training, key: Key, run: str) -> None:
-    """Whether a run may begin, unless it is asked for again."""
+    if training.store.copied(run):
+        raise Refusal(409, f"{run}, which is a copy of a checkpoint", "a new run", "choose another model_seq_id")
     if training.store.run(run) is None:
         within(training, key, "runs")
-    elif training.store.copied(run):
-        raise Refusal(409, f"{run}, which is a copy of a checkpoint", "a new run", "choose another model_seq_id")
+        training.store.new_run(run, session, key.owner, config, seed, metadata)
+    return run
 
 
 @router.post("/create_model")
@@ -181,7 +177,6 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
-    _begins(training, key, f"{body.session_id}:train:{body.model_seq_id}")
     asked = body.lora_config or bodies.Lora(rank=32)
     parts = {"attention": asked.train_attn, "mlp": asked.train_mlp, "head": asked.train_unembed}
     config = lora_config(training.model, asked.rank, **parts).to_dict()
@@ -203,7 +198,6 @@ async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
         checkpoint_of(training, key, body.path)
         return await queue_request(training, key, body.model_id, body.seq_id, "load", given)
     _active(training, key, body.session_id)
-    _begins(training, key, f"{body.session_id}:train:{body.model_seq_id}")
     _, found = checkpoint_of(training, key, body.path)
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata

@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS begun (
     run TEXT, seq INTEGER, times INTEGER, PRIMARY KEY (run, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
     run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
-    public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, PRIMARY KEY (run, kind, name));
+    public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, request INTEGER, PRIMARY KEY (run, kind, name));
 CREATE TABLE IF NOT EXISTS tokens (owner TEXT, day INTEGER, count INTEGER, PRIMARY KEY (owner, day)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samplers (
     id TEXT PRIMARY KEY, session TEXT, owner TEXT, path TEXT, clients INTEGER DEFAULT 0);
@@ -91,6 +91,9 @@ class Store:
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = FULL")
             self._base.executescript(_TABLES)
+            columns = [row["name"] for row in self._base.execute("PRAGMA table_info(checkpoints)")]
+            if "request" not in columns:  # of an earlier release
+                self._base.execute("ALTER TABLE checkpoints ADD COLUMN request INTEGER")
         except sqlite3.DatabaseError as error:
             self.close()
             found = f"{folder}, whose {INDEX} cannot be read ({error})"
@@ -257,14 +260,15 @@ class Store:
 
     def add_checkpoint(
         self, place: Place, owner: str, config: str, *, metadata: Any = None, seconds: float | None = None,
-        hidden: bool = False,
+        hidden: bool = False, request: int | None = None,
     ) -> None:  # fmt: skip
+        """``request``: the number of the one that saves it."""
         now = time.time()
-        size = sum(file.stat().st_size for file in self.files_of(place).rglob("*") if file.is_file())
+        size = folder_bytes(self.files_of(place))
         expires = None if seconds is None else now + seconds
-        columns = "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config)"
-        values = (*place, owner, now, size, _text(metadata), expires, int(hidden), config)
-        self._do(f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        columns = "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
+        values = (*place, owner, now, size, _text(metadata), expires, int(hidden), config, request)
+        self._do(f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def checkpoint(self, place: Place) -> sqlite3.Row | None:
         found = self._one("SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
@@ -291,8 +295,10 @@ class Store:
         """Weights of samplers without a name, the newest first."""
         return self._all("SELECT * FROM checkpoints WHERE hidden ORDER BY created DESC")
 
-    def bytes_of(self, owner: str) -> int:
-        row = self._one("SELECT SUM(bytes) AS size FROM checkpoints WHERE owner = ?", owner)
+    def bytes_of(self, owner: str, but: Place | None = None) -> int:
+        """Bytes of an owner's checkpoints, without those of one."""
+        query = "SELECT SUM(bytes) AS size FROM checkpoints WHERE owner = ? AND (run, kind, name) IS NOT (?, ?, ?)"
+        row = self._one(query, owner, *(but or ("", "", "")))
         return 0 if row is None else row["size"] or 0
 
     def folder_of(self, run: str) -> Path:
@@ -336,6 +342,10 @@ class Store:
         with self._writing() as base:
             base.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
             return base.execute("SELECT clients FROM samplers WHERE id = ?", (sampler,)).fetchone()["clients"]
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _today() -> int:

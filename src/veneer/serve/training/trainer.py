@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -270,8 +270,15 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return {"unclipped_grad_l2:mean": norm}
 
-    def save(self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None) -> None:
-        """The adapter and its optimiser, as one folder, over what is there."""
+    def save(
+        self,
+        run: str,
+        folder: Path,
+        base: str | None,
+        provenance: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """The adapter and its optimiser, as one folder, over what is there, unless ``check`` raises for it."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         state = self._optimizers[run].state_dict()["state"]
         tensors = {
@@ -282,6 +289,7 @@ class Trainer:
         with new_folder(folder, overwrite=True) as made:
             self.runs[run].save(made / ADAPTER, base_name=base, provenance=provenance)
             save_file(tensors, made / OPTIMIZER)
+            check(made)
 
     def load(self, run: str, folder: Path, *, optimizer: bool) -> None:
         """A run from a saved one, in place of what it was. ``AdapterError``: there is none; the run is as it was."""

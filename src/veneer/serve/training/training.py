@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -100,10 +100,18 @@ class Training:
         self.disk.shutdown()
         self.store.close()
 
-    async def written(self, work: Any, *args: Any) -> Any:
+    async def written(self, work: Callable[..., Any], *args: Any) -> Any:
         """What writes to the index, done by its thread. ``Refusal``: it cannot be written now."""
+        return await self._on_disk(asyncio.get_running_loop().run_in_executor(self.disk, work, *args))
+
+    async def changed(self, work: Callable[[], Any]) -> Any:
+        """What changes checkpoints, done by the training thread as all such changes are: a row and its files are of one
+        save, copy or deletion. ``Refusal``: it cannot be written now."""
+        return await self._on_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
+
+    async def _on_disk(self, work: Awaitable[Any]) -> Any:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+            return await work
         except (sqlite3.Error, OSError) as error:
             found = f"a folder that cannot be written ({error})"
             raise Refusal(
@@ -182,7 +190,11 @@ class Training:
             del self._seen[session]
             self.samples.leave_soon(session)
             self.leave(session)
-        for place in [*self.store.expired(), *self._unused(now)]:
+        self.worker.do(self._delete_old).add_done_callback(partial(_logged, "old checkpoints are still there"))
+
+    def _delete_old(self) -> None:
+        """The training thread's: what has expired by then, and was not saved anew."""
+        for place in [*self.store.expired(), *self._unused(time.monotonic())]:
             self.operations.delete(place)
             self._used.pop(place.path, None)
 

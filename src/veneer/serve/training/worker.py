@@ -23,11 +23,11 @@ from veneer.config import LoraConfig
 from veneer.errors import BankFullError, DataError, VeneerError, sentence
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
-from veneer.serve.training.curve import LOSS, Curve, Rate, read_curve, state_folder
+from veneer.serve.training.curve import LOSS, Batch, Curve, Rate, read_curve, state_folder
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
 from veneer.serve.training.trainer import Adam, Pass, Trainer
-from veneer.serve.training.wire import Answer, failure, has_backward, pass_output, read_pass
+from veneer.serve.training.wire import Answer, failure, has_backward, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -48,13 +48,6 @@ REFUSED_PASS, MISSING = "refused_pass", "missing"
 REPLAYED = (PASS, "step", "load")
 #: what is done without the run in memory
 UNMADE = ("load", "create", "unload")
-
-
-class Batch(NamedTuple):
-    """The runs of a batch, and when it ended."""
-
-    runs: tuple[str, ...]
-    ended: float
 
 
 class Asked(NamedTuple):
@@ -180,8 +173,13 @@ class Worker:
         done: Future[Any] = Future()
         done.set_running_or_notify_cancel()
         with self._wake:
-            self._others.append((work, done))
-            self._wake.notify_all()
+            if self._closing:
+                done.set_exception(
+                    Busy(sentence("a server that is shutting down", "one that trains", "try later"), 5.0)
+                )
+            else:
+                self._others.append((work, done))
+                self._wake.notify_all()
         return done
 
     def line(self, run: str) -> Line:
@@ -208,12 +206,13 @@ class Worker:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._others or self._active())
                 if self._closing:
-                    return
+                    break
             try:
                 self.turn()
             except Exception:
                 log.exception("a turn of the training thread failed")
                 time.sleep(PAUSE)
+        self._do_others()  # somebody waits for each
 
     def _active(self) -> list[Line]:
         with self._wake:
@@ -256,8 +255,8 @@ class Worker:
             log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
             found = f"a request during which the server's process ended {DEATHS} times"
             told = sentence(found, "one for which it has the memory", "ask for fewer or shorter rows at a time")
-            kind = REFUSED_PASS if _concerns_step(asked) else REFUSED
-            asked = asked._replace(kind=kind, body=json.dumps({"error": told}).encode())
+            body, kind = json.dumps({"error": told}).encode(), REFUSED_PASS if _concerns_step(asked) else REFUSED
+            asked = asked._replace(kind=kind, body=body)
         if asked.kind != PASS:
             self._answer(line, asked, lambda: self._operate(line, asked))
             return
@@ -329,6 +328,8 @@ class Worker:
                 if own:
                     log.exception("%s: request %d failed", line.run, asked.seq)
                 self._finalize(line, asked.seq, failure(error, own), 2)
+                if line.owner:  # whose key paid for it
+                    self.store.count_tokens(line.owner, -read_header(asked.body).tokens)
                 continue
             line.current, line.used = made, time.monotonic()
             self._shares.enter(line.owner)
@@ -405,12 +406,9 @@ class Worker:
             self._ended = dict(list(self._ended.items())[-128:])
         line.current = None
         self._finalize(line, seq, answer, done)
-        tokens = sum(len(datum.tokens) for datum in one.data)
         if done == 1 and one.backward:
             self._curve(line).passed(one.total, one.loss, one.data)
-            self.tokens += tokens
-        if line.owner:  # whose key may limit it
-            self.store.count_tokens(line.owner, tokens)
+            self.tokens += sum(len(datum.tokens) for datum in one.data)
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"metrics": {**self.trainer.step(line.name, Adam(**given)), **self.store.failures(line.run)}}
@@ -430,9 +428,8 @@ class Worker:
                 self._write_state(line)
             return
         self.make_room()
-        row = self.store.run(line.run)
+        row, began = self.store.run(line.run), time.monotonic()
         assert row is not None
-        began = time.monotonic()
         if row["state"] >= 0:
             self.trainer.load(line.name, state_folder(self.store, line.run, row["state"]), optimizer=True)
         else:

@@ -1,0 +1,105 @@
+"""What a key may use is held against what a request takes, not against what was used before it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tests.serve.training.test_service import TEXT, opened
+from tests.support.api_server import listening, until
+from tests.support.service import open_service
+from tests.support.training_client import Client, Failed, Run, datum
+
+from veneer.serve.access import Key, Keyring, hash_of
+
+
+def limited(**limits):
+    return Keyring((Key("a", hash_of("vnr-a"), **limits),))
+
+
+def saved(run, kind, name):
+    route = {"weights": "save_weights", "external": "save_weights_external", "sampler": "save_weights_for_sampler"}
+    fields = {"sampling_session_seq_id": 0} if name is None else {"path": name}
+    return run.client.result(run.ask(route[kind], **fields))
+
+
+def used(client):
+    return sum(one["size_bytes"] for one in client.get("checkpoints")["checkpoints"])
+
+
+@pytest.mark.parametrize(("kind", "name"), [("weights", "s"), ("external", "s"), ("sampler", "s"), ("sampler", None)])
+def test_no_checkpoint_goes_past_the_bytes_of_its_key(base, tmp_path, kind, name):
+    with opened(base, tmp_path / "size") as (url, _):
+        client = Client(url)
+        saved(client.run(), kind, "s")
+        size = used(client)
+    with opened(base, tmp_path / "runs", keys=limited(bytes=size - 100)) as (url, _):
+        client = Client(url, "tml-vnr-a")
+        run = client.run()
+        with pytest.raises(Failed, match="bytes of key 'a'"):
+            saved(run, kind, name)
+        assert client.get("checkpoints")["checkpoints"] == []
+        assert list((tmp_path / "runs" / "runs").rglob("*.safetensors")) == []  # and nothing is left of it
+
+
+def test_a_checkpoint_may_take_the_room_of_the_one_that_it_replaces(base, tmp_path):
+    with opened(base, tmp_path / "size") as (url, _):
+        client = Client(url)
+        client.run().save("a")
+        size = used(client)
+    with opened(base, tmp_path / "runs", keys=limited(bytes=size + 500)) as (url, _):
+        client = Client(url, "tml-vnr-a")
+        run = client.run()
+        path = run.save("a")
+        assert run.save("a", overwrite=True) == path
+        with pytest.raises(Failed, match="bytes of key 'a'"):
+            run.save("b")
+        copied = client.send("copy_weights", source_path=path)
+        assert copied.status_code == 403
+        assert "bytes of key 'a'" in copied.json()["error"]["message"]
+        assert used(client) <= size + 500
+
+
+def test_no_pass_goes_past_the_tokens_of_its_key(base, tmp_path):
+    with opened(base, tmp_path, keys=limited(tokens=40)) as (url, _):
+        client = Client(url, "tml-vnr-a")
+        run = client.run()
+        with pytest.raises(Failed, match="0 tokens of key 'a' and 44 more"):
+            run.pass_([datum(TEXT)] * 4)
+        bad = {"tokens": [1, 999], "target_tokens": [1, 2]}
+        with pytest.raises(Failed, match="token 999"):
+            run.pass_([bad])  # which takes nothing, in the end
+        asked = [run.ask_pass([datum(TEXT)]) for _ in range(4)]  # at once
+        assert run.passed(asked[0]).loss > 0
+        message = run.body([datum(TEXT)], "cross_entropy")
+        message.seq_id = run.number - 3
+        assert run.send(message.SerializeToString()) == asked[0]  # sent again, which takes nothing
+        assert all(run.passed(promised).loss > 0 for promised in asked[:3])
+        with pytest.raises(Failed, match="33 tokens of key 'a' and 11 more"):
+            run.passed(asked[3])
+        assert run.pass_([datum(TEXT[:8])], backward=False).loss > 0  # what is left
+        assert run.step()["metrics"]["failed_passes:sum"] == 3
+
+
+def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
+    service = open_service(base, None, train=str(tmp_path), keys=limited(runs=2))
+    disk = service.training.disk
+    with listening(service) as (url, _):
+        client = Client(url, "tml-vnr-a")
+
+        def begin(number):
+            body = {"session_id": client.session, "model_seq_id": number, "base_model": "tiny"}
+            return client.send("create_model", **body, lora_config={"rank": 2}).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            held = threading.Event()
+            disk.submit(held.wait)  # nobody's run is written down before all have asked
+            pending = pool.map(begin, range(8))
+            until(lambda: disk._work_queue.qsize() == 8)
+            held.set()
+            answers = list(pending)
+        assert sorted(answers) == [200, 200, *[403] * 6]
+        assert begin(answers.index(200)) == 200  # asked for again
+        assert len(client.get("training_runs")["training_runs"]) == 2
+        assert Run(client, f"{client.session}:train:{answers.index(200)}").pass_([datum(TEXT)]).loss > 0
