@@ -36,6 +36,17 @@ def test_keygen(veneer, tmp_path):
     assert read_keys(tmp_path / "keys.toml").find(f"Bearer {sent}") == key
     assert sent not in run.out
     assert veneer("keygen", "not a name").code == 2
+    (tmp_path / "trains.toml").write_text(veneer("keygen", "bob", "--train").out)
+    (bob,) = read_keys(tmp_path / "trains.toml").keys
+    assert (key.train, bob.train) == (False, True)
+
+
+def test_a_server_that_trains_has_a_key_that_may(veneer, tmp_path):
+    (tmp_path / "keys.toml").write_text(veneer("keygen", "alice").out)
+    run = veneer("serve", "nothing", "--train", str(tmp_path / "runs"), "--keys", str(tmp_path / "keys.toml"))
+    assert run.code != 0
+    assert "train = true" in run.err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

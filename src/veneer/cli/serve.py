@@ -90,6 +90,9 @@ def serve_command(
         _not_for_vllm({**own, "replicas": replicas, "train": train})
         _become_vllm(settings, name, host, port, keys)
     ring = Keyring() if keys is None else read_keys(keys)
+    if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
+        found = f"--train with {keys}, of whose keys none may train"
+        raise ConfigError(found, "train = true in an entry", "add it to the keys that may, or leave out --train")
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
@@ -235,6 +238,9 @@ def keygen_command(
     ] = None,
     base: Annotated[bool, Option(help="Whether it may use the base without an adapter.")] = True,
     admin: Annotated[bool, Option("--admin", help="It may load and unload adapters and read metrics.")] = False,
+    train: Annotated[
+        bool, Option("--train", help="It may train where the server does, which gives it the base too.")
+    ] = False,
 ) -> None:
     """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a hash, to stdout.
 
@@ -242,10 +248,11 @@ def keygen_command(
     Examples:
       veneer keygen alice --adapter 'french-*' --no-base >> keys.toml
       veneer keygen operator --adapter '*' --admin >> keys.toml
+      veneer keygen bob --train >> keys.toml
     """
     from veneer.cli.console import err
     from veneer.serve.access import generate
 
-    key, entry = generate(name, adapters=adapter or (), base=base, admin=admin)
+    key, entry = generate(name, adapters=adapter or (), base=base, admin=admin, train=train)
     echo(entry)
     err.print(f"The key of {name}, which is shown this once: {key}", soft_wrap=True)

@@ -6,6 +6,8 @@
     adapters = ["french-*", "chat"]   patterns of names; none by default
     base = true                       the base without an adapter; true by default
     admin = false                     load and unload adapters, metrics; false by default
+    train = false                     train and sample with the tinker SDK, where the server trains: this gives the
+                                      base too, as which an untrained run answers; false by default
     runs = 10                         of a server that trains: adapters in training, bytes of checkpoints, tokens a
     bytes = 1000000000                day (UTC) that are trained on or sampled; no limit by default
     tokens = 1000000
@@ -34,7 +36,7 @@ PREFIX = "vnr-"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 QUOTAS = ("runs", "bytes", "tokens")
-FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", *QUOTAS)).keys()
+FIELDS = dict.fromkeys(("name", "sha256", "adapters", "base", "admin", "train", *QUOTAS)).keys()
 #: bytes of a key file, and characters of a key that is sent
 MAX_FILE, MAX_KEY = 4 * 2**20, 512
 
@@ -51,6 +53,7 @@ class Key:
     runs: int | None = None
     bytes: int | None = None
     tokens: int | None = None
+    train: bool = False
 
     @property
     def owner(self) -> str:
@@ -67,7 +70,7 @@ class Key:
 
 
 #: who asks a server without keys
-ANYONE = Key("anyone", "", ("*",), base=True, admin=True)
+ANYONE = Key("anyone", "", ("*",), base=True, admin=True, train=True)
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,18 @@ def _wrong(entry: Any) -> Iterable[str]:
         limit = entry.get(field, 0)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             yield sentence(f"{field} {limit!r}", "a number, 0 or more", "write one, or leave it out for no limit")
-    for field in ("base", "admin"):
+    for field in ("base", "admin", "train"):
         if not isinstance(entry.get(field, False), bool):
             yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")
 
 
-def generate(name: str, *, adapters: Iterable[str] = (), base: bool = True, admin: bool = False) -> tuple[str, str]:
+def generate(
+    name: str, *, adapters: Iterable[str] = (), base: bool = True, admin: bool = False, train: bool = False
+) -> tuple[str, str]:
     """A new key, and its entry for the file. ``ConfigError``: a name or a pattern that the file could not hold."""
     key = PREFIX + secrets.token_urlsafe(32)
     entry = {"name": name, "sha256": hash_of(key), "adapters": list(adapters), "base": base, "admin": admin}
+    entry |= {"train": True} if train else {}
     raise_all(ConfigError, "No key was made", list(_wrong(entry)))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]
     return key, "\n".join(["[[keys]]", *lines, ""])

@@ -59,7 +59,7 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, 
 
 
 def test_a_run_that_did_not_begin_takes_nothing_of_a_quota(base, tmp_path):
-    ring = Keyring((Key("a", hash_of("vnr-a"), runs=1),))
+    ring = Keyring((Key("a", hash_of("vnr-a"), runs=1, train=True),))
     with opened(base, tmp_path, keys=ring) as (url, _):
         client = Client(url, "tml-vnr-a")
         with pytest.raises(Failed, match="rank"):

@@ -229,7 +229,7 @@ def test_names_that_mean_nothing(it, model, status):
 
 
 def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
-    keys = (Key("a", hash_of("vnr-a")), Key("b", hash_of("vnr-b"), tokens=60))
+    keys = (Key("a", hash_of("vnr-a"), train=True), Key("b", hash_of("vnr-b"), tokens=60, train=True))
     service = open_service(base, None, train=str(tmp_path), keys=Keyring(keys))
     with listening(service) as (url, _):
         own, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")

@@ -15,7 +15,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 
 
 def limited(**limits):
-    return Keyring((Key("a", hash_of("vnr-a"), **limits),))
+    return Keyring((Key("a", hash_of("vnr-a"), train=True, **limits),))
 
 
 def saved(run, kind, name):

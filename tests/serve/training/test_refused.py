@@ -63,7 +63,7 @@ def test_a_refusal_is_the_answer_to_its_number(client, name):
 
 
 def test_what_has_no_number_of_the_keys_own_run_is_refused_as_it_is(base, tmp_path):
-    ring = Keyring(tuple(Key(name, hash_of(f"vnr-{name}")) for name in "ab"))
+    ring = Keyring(tuple(Key(name, hash_of(f"vnr-{name}"), train=True) for name in "ab"))
     with opened(base, tmp_path, keys=ring) as (url, _):
         client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run = client.run()

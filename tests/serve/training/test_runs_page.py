@@ -226,7 +226,11 @@ def test_by_keyboard_alone(show, it):
 
 
 def test_each_key_sees_its_own(show, base, tmp_path):
-    keys = (Key("a", hash_of("vnr-a"), base=False), Key("b", hash_of("vnr-b")), Key("c", hash_of("vnr-c"), base=False))
+    keys = (
+        Key("a", hash_of("vnr-a"), base=False, train=True),
+        Key("b", hash_of("vnr-b"), train=True),
+        Key("c", hash_of("vnr-c"), base=False, train=True),
+    )
     service = open_service(base, None, train=str(tmp_path), keys=Keyring(keys))
     with listening(service, 1.0, files.router) as (url, _):
         runs = {key: named(Client(url, f"tml-vnr-{key}"), 0, f"of-{key}") for key in "ab"}

@@ -717,7 +717,7 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
 
 
 def test_keys_see_their_own(base, tmp_path):
-    ring = Keyring(tuple(Key(name, hash_of(f"vnr-{name}"), base=name != "b") for name in "ab"))
+    ring = Keyring(tuple(Key(name, hash_of(f"vnr-{name}"), base=name != "b", train=True) for name in "ab"))
     with opened(base, tmp_path, keys=ring) as (url, _):
         a, b = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run = a.run()
@@ -747,7 +747,7 @@ def test_keys_see_their_own(base, tmp_path):
 
 def test_quotas_of_a_key(base, tmp_path):
     limits: Any = {"runs": 2, "bytes": 50_000, "tokens": 60}
-    ring = Keyring((Key("a", hash_of("vnr-a"), **limits), Key("b", hash_of("vnr-b"))))
+    ring = Keyring((Key("a", hash_of("vnr-a"), train=True, **limits), Key("b", hash_of("vnr-b"), train=True)))
     with opened(base, tmp_path, keys=ring) as (url, _):
         client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b").run()
         run = client.run(0)

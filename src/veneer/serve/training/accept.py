@@ -120,7 +120,7 @@ class NumberedRoute(Route):
             refused, address = _refusal_of(error), _read_address(await request.body())
             training: Training = request.app.state.service.training
             key: Key | None = request.state.key
-            if refused.status not in FINAL or address is None or key is None:
+            if refused.status not in FINAL or address is None or key is None or not key.train:
                 raise
             run, number = address
             row = training.store.run(run)

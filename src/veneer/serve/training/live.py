@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from veneer.errors import SelectionError
 from veneer.serve.access import Key
 from veneer.serve.metrics import Metrics
+from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
 from veneer.serve.training.accept import run_of, within
 from veneer.serve.training.routes import On, checkpoint_of
@@ -100,6 +101,8 @@ def _metadata(text: str | None) -> dict[str, str]:
 async def requested_run(training: Training, key: Key, model: str) -> dict[str, float]:
     """The adapter that a model's name tinker://… means. ``Refusal``: there is none that the key may read, or it has no
     tokens left today."""
+    if not key.train:
+        raise no_such_model(model)
     run, _, last = model.removeprefix("tinker://").rpartition("/")
     if last == NOW and run:
         id = run_of(training, key, run)["id"]

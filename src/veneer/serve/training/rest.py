@@ -23,7 +23,7 @@ from fastapi.responses import FileResponse
 
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.service import Asker, Route
+from veneer.serve.service import Asker, Route, Serving
 from veneer.serve.training import bodies
 from veneer.serve.training.accept import no_such, owned, run_of, within
 from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
@@ -147,8 +147,9 @@ def external_urls(run: str, kind: str, name: str, request: Request, training: On
 
 
 @router.get("/files/{token}/{name:path}")
-def file(token: str, name: str, training: On) -> Response:
-    found = training.file(token, name)
+def file(token: str, name: str, service: Serving) -> Response:
+    """The address is the secret: it needs no key."""
+    found = service.training.file(token, name)
     if found is None:
         raise Refusal(404, "an address that is not known, or not any more", "one of the last hour", "ask for a new one")
     return FileResponse(found, media_type="application/octet-stream")

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from veneer.errors import DataError
+from veneer.errors import DataError, sentence
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Asker, Route, Serving
@@ -57,7 +57,11 @@ router = APIRouter(prefix="/api/v1", route_class=Route)
 numbered = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
-async def _training(service: Serving) -> Training:
+async def _training(service: Serving, key: Asker) -> Training:
+    """``Refusal``: the key may not train. An untrained run answers as the base does, which is a permission too."""
+    if not key.train:
+        message = sentence(f"key {key.name!r}, which may not train", "one with train = true", "ask for another")
+        raise Refusal(403, message, code="training_only")
     return service.training
 
 
