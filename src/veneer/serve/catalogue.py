@@ -128,6 +128,10 @@ class Catalogue:
         """Whether a name is registered; looks at no disk."""
         return name in self._paths
 
+    def folder_of(self, name: str) -> Path | None:
+        """Where a registered adapter is; looks at no disk."""
+        return self._paths.get(name)
+
     def root(self, name: str) -> str:
         """What to send as ``lora_path`` for this adapter: its path in the folder, or its name in the library."""
         if self._mirror is not None:

@@ -29,7 +29,7 @@ REFUSED = {
     "a long name of samples": ("save_weights_for_sampler", {"path": "x" * 300}, "path"),
     "no name": ("save_weights_external", {}, "path"),
     "a long path": ("load_weights", {"path": "x" * 513, "optimizer": False}, "path"),
-    "a path that is none": ("load_weights", {"path": "x", "optimizer": False}, "the path"),
+    "a path that is none": ("load_weights", {"path": "x", "optimizer": False}, "the adapter 'x'"),
     "a checkpoint that is none": ("load_weights", {"path": "tinker://a/weights/b", "optimizer": False}, "a/weights"),
     "another base": ("load_weights", {"path": "x", "optimizer": False, "base_model": "other"}, "base model"),
     "another optimizer": (

@@ -26,6 +26,32 @@ pytestmark = [
 ]
 
 
+DOWNLOAD = """
+import os, sys
+os.environ["TINKER_TELEMETRY"], os.environ["TINKER_API_KEY"] = "0", "tml-any"
+import tinker
+from tinker_cookbook import weights
+service = tinker.ServiceClient(base_url=sys.argv[1])
+client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+weights.download(tinker_path=client.save_state("s").result().path, output_dir=sys.argv[2], base_url=sys.argv[1])
+"""
+
+
+def test_the_cookbook_downloads_a_checkpoint(it, base, tmp_path):
+    """Through an archive that the server encrypts for it."""
+    pytest.importorskip("pyrage")
+    python, folder = os.environ["TINKER"], tmp_path / "adapter"
+    if subprocess.run([python, "-c", "import tinker_cookbook"], capture_output=True, check=False).returncode:
+        pytest.skip("TINKER names a Python without tinker-cookbook")
+    environment = {**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, "-c", DOWNLOAD, it.url, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert verify(folder, base).ok
+
+
 def test_every_method_of_its_clients_that_concerns_text(it, base, tmp_path):
     script = Path(__file__).with_name("tinker_client.py")
     environment = {**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

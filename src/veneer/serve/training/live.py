@@ -60,10 +60,11 @@ def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
     line = training.worker.lines.get(row["id"])
     curve = training.curves(row["id"], row["state"]) if line is None or line.curve is None else line.curve
     losses, config = curve.shown(), json.loads(row["config"])
-    rows = training.store.checkpoints(None, row["id"])
+    rows, targets = training.store.checkpoints(None, row["id"]), config["targets"]
     return {
         "id": row["id"], "name": _name(training, row), "metadata": _metadata(row["metadata"]),
-        "rank": config["rank"], "targets": config["targets"], "created": row["created"], "used": row["used"],
+        "rank": config["rank"], "targets": [targets] if isinstance(targets, str) else targets,
+        "created": row["created"], "used": row["used"],
         "steps": curve.steps, "tokens": curve.tokens, "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
         "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
         "in_memory": f"run{row['number']}" in held, "waiting": 0 if line is None else len(line.waiting),

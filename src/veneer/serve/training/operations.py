@@ -17,6 +17,7 @@ from typing import Any
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError, SelectionError
 from veneer.fileio.atomic import new_folder
+from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.store import NAME, Place, Store, folder_bytes, place_of
 from veneer.serve.training.trainer import ADAPTER, Trainer
@@ -51,22 +52,39 @@ class Operations:
         return {"model_id": line.run, "type": "create_model"}
 
     def load(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        place = place_of(given["path"])
-        found = self.store.checkpoint(place)
-        if found is None or place.kind != "weights":
-            expected = "a checkpoint of save_state, which is there"
-            raise DataError(f"{place.path}", expected, "list the run's checkpoints")
+        path, folder, config = self._source(given)
         row = self.store.run(line.run)
         assert row is not None
-        if line.next and json.loads(found["config"]) != json.loads(row["config"]):
-            what = f"{place.path}, of rank {json.loads(found['config'])['rank']}"
-            expected = f"one of a run like this, of rank {json.loads(row['config'])['rank']} and the same targets"
-            raise DataError(what, expected, "create a training client from that state")
+        before = json.loads(row["config"])
+        if line.next and config != before:
+            expected = f"one of a run like this, of rank {before['rank']} and the same targets"
+            found = f"{path}, of rank {config['rank']}"
+            raise DataError(found, expected, "create a training client from that state")
         if line.name not in self.trainer.runs:
             self.worker.make_room()
-        self.trainer.load(line.name, self.store.files_of(place), optimizer=given["optimizer"])
-        self.store.configured(line.run, json.loads(found["config"]))
-        return {"path": place.path, "model_id": line.run, "type": "load_weights"}
+        adapter = "" if "folder" in given else ADAPTER
+        self.trainer.load(line.name, folder, optimizer=given["optimizer"], adapter=adapter)
+        self.store.configured(line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config)
+        return {"path": path, "model_id": line.run, "type": "load_weights"}
+
+    def _source(self, given: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
+        """(path, folder, config) of what is loaded: a checkpoint, or an adapter of the server's folder or library.
+        ``DataError``: it is not there, is encrypted, or lacks the optimiser that is asked for."""
+        path = given["path"]
+        if "folder" in given:
+            holds, folder, config = False, Path(given["folder"]), given["config"]
+        else:
+            place = place_of(path)
+            row = self.store.checkpoint(place)
+            if row is None:
+                raise DataError(f"{path}, which is not there", "a checkpoint that is", "list the run's checkpoints")
+            holds, folder, config = place.kind == "weights", self.store.files_of(place), json.loads(row["config"])
+            if any((folder / ADAPTER).glob(f"*{SUFFIX}")):
+                raise DataError(f"{path}, which is encrypted", "weights that are not", "load what they were saved from")
+        if given["optimizer"] and not holds:
+            found, do = f"{path}, which holds no optimizer", "load the weights alone: create_training_client_from_state"
+            raise DataError(found, "a checkpoint of save_state", do)
+        return path, folder, config
 
     def save(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         place = self._new(line, "weights", given)
@@ -108,8 +126,6 @@ class Operations:
             raise DataError(f"the name {name[:200]!r}", expected, "choose another")
         if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
             raise DataError(f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it")
-        if given.get("age_encryption_recipients"):
-            raise DataError("recipients to encrypt for", "none", "encrypt what was downloaded")
         place = Place(line.run, kind, name)
         there = self.store.checkpoint(place) is not None and not self._is_saved(line, place)
         if there and not given.get("overwrite"):
@@ -123,8 +139,11 @@ class Operations:
 
     def _publish(self, line: Line, place: Place, given: Mapping[str, Any]) -> None:
         provenance = {"run": line.run, "request": line.next}
+        recipients = read_recipients(given.get("age_encryption_recipients") or ())
         with new_folder(self.store.files_of(place), overwrite=True) as folder:
             self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
+            if recipients:
+                encrypt_files(folder / ADAPTER, recipients)
             self._check_bytes(line, place, given, folder)
 
     def _check_bytes(self, line: Line, place: Place, given: Mapping[str, Any], folder: Path) -> None:

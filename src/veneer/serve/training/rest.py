@@ -159,11 +159,12 @@ def file(token: str, name: str, service: Serving) -> Response:
 def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any]:
     _, row = checkpoint_of(training, key, body.tinker_path)
     config = json.loads(row["config"])
-    targets = config["targets"]
+    targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
+    linear = bool({"all", "all-linear"}.intersection(targets))  # of an adapter that was not begun here
     return {
         "base_model": training.base, "optimizer_config": {"type": "adamw"}, "is_lora": True,
-        "lora_rank": config["rank"], "train_attn": "attention" in targets, "train_mlp": "mlp" in targets,
-        "train_unembed": bool(set(targets) - {"attention", "mlp"}),
+        "lora_rank": config["rank"], "train_attn": linear or "attention" in targets,
+        "train_mlp": linear or "mlp" in targets, "train_unembed": bool({*targets} - {"attention", "mlp", "all-linear"}),
     }  # fmt: skip
 
 

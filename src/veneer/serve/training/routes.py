@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from veneer.adapter_files.folder import read
 from veneer.errors import DataError, sentence
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
@@ -191,20 +192,35 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     return await accept_request(training, run, 0, "create", {})
 
 
+async def _adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
+    """Where an adapter is that the server serves, and its config. ``Refusal``: the key may not use it, or there is
+    none; ``AdapterError``: it is damaged."""
+    await asyncio.to_thread(service.catalogue.refresh)
+    folder = service.catalogue.folder_of(name) if key.sees(name) else None
+    if folder is None:
+        raise no_such("the adapter", name)
+    config = (await asyncio.to_thread(read, folder)).config.to_dict()
+    return {"folder": str(folder), "config": config}
+
+
 @numbered.post("/load_weights")
-async def load_weights(body: bodies.Load, training: On, key: Asker) -> Any:
+async def load_weights(body: bodies.Load, training: On, service: Serving, key: Asker) -> Any:
+    """From a checkpoint, or from an adapter of the server's folder or library, by its name."""
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
-    given = {"path": body.path, "optimizer": body.optimizer}
+    given: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
+    if not body.path.startswith("tinker://"):
+        given |= await _adapter(service, key, body.path)
     if body.session_id is None or body.model_seq_id is None:
         if body.model_id is None:
             raise Refusal(400, "no run to load into", "model_id, or session_id and model_seq_id", "name one")
-        checkpoint_of(training, key, body.path)
+        if "folder" not in given:
+            checkpoint_of(training, key, body.path)
         return await queue_request(training, key, body.model_id, body.seq_id, "load", given)
     _active(training, key, body.session_id)
-    _, found = checkpoint_of(training, key, body.path)
+    config = given.get("config") or json.loads(checkpoint_of(training, key, body.path)[1]["config"])
     run = await training.written(
-        _new_run, training, key, body.session_id, body.model_seq_id, json.loads(found["config"]), 0, body.user_metadata
+        _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
     return await accept_request(training, run, 0, "load", given)
 

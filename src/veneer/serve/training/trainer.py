@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from veneer.attach.lookup import need_adapters
 from veneer.config import LoraConfig
 from veneer.errors import DataError, TrainingError
 from veneer.fileio.atomic import new_folder
@@ -291,16 +292,18 @@ class Trainer:
             save_file(tensors, made / OPTIMIZER)
             check(made)
 
-    def load(self, run: str, folder: Path, *, optimizer: bool) -> None:
-        """A run from a saved one, in place of what it was. ``AdapterError``: there is none; the run is as it was."""
+    def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
+        """A run from a saved one, in place of what it was; ``adapter``: where in the folder its adapter is.
+        ``AdapterError``: there is none; the run is as it was."""
         with self._turn:
             if run in self.runs:  # tried beside it first
-                self.runs.add(f"{run}-new", folder / ADAPTER)
+                self.runs.add(f"{run}-new", folder / adapter)
                 self.runs.remove(f"{run}-new")
             state = load_file(folder / OPTIMIZER) if optimizer else {}
             if run in self.runs:
                 self.runs.remove(run)
-            handle = self.runs.add(run, folder / ADAPTER)
+            handle = self.runs.add(run, folder / adapter)
+        _widen(handle)
         self._adopt(run, handle)
         if state:
             own = self._optimizers[run]
@@ -317,6 +320,17 @@ class Trainer:
         """A block in which the model answers as samples would be drawn, for a row of each of these."""
         with self._turn, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
+
+
+def _widen(handle: Handle) -> None:
+    """Let an adapter that was saved in 16 bits train in float32: a step of usual size is lost in their rounding."""
+    if handle.config.dtype not in ("bfloat16", "float16"):
+        return
+    for parameter in handle.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    configs = need_adapters(handle.model, handle.name).configs
+    configs[handle.name] = replace(handle.config, dtype="float32")
 
 
 def _by_place(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[int, dict[str, Tensor]]:

@@ -1,0 +1,40 @@
+"""Archives for a reader: each file encrypted to public keys, in the format of age (age-encryption.org)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import DataError
+
+SUFFIX = ".age"
+
+
+def read_recipients(texts: Sequence[str]) -> list[Any]:
+    """Public keys. ``DataError``: a text is none, or the library of the cipher is not installed."""
+    if not texts:
+        return []
+    try:
+        import pyrage  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        found = "age_encryption_recipients on a server without pyrage"
+        raise DataError(found, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded") from error
+    recipients = []
+    for text in texts:
+        kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
+        try:
+            recipients.append(kind.Recipient.from_str(text))
+        except pyrage.RecipientError as error:
+            expected = "a public key of age or SSH (age1…, ssh-ed25519 …, ssh-rsa …)"
+            raise DataError(f"the recipient {text[:80]!r} ({error})", expected, "check it") from error
+    return recipients
+
+
+def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
+    """Put encrypted files in the place of those of a folder."""
+    import pyrage  # pyright: ignore[reportMissingImports]
+
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
+        file.unlink()
