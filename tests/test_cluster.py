@@ -17,7 +17,7 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
-from veneer.cli import app
+from veneer.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "examples" / "cluster"

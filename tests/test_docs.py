@@ -21,7 +21,7 @@ from tests.test_tutorials import PAGES as TUTORIALS
 from typer.testing import CliRunner
 
 import veneer
-from veneer.cli import app
+from veneer.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 #: the README first: commands of later pages go on from what its commands wrote

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veneer import adapter_files, errors, optim
     from veneer.adapter_files import UnverifiedAdapter, save
-    from veneer.adapter_files.save_pretrained import LoadedElsewhere
+    from veneer.adapter_files.save_load import LoadedElsewhere
     from veneer.attach.check import check
     from veneer.attach.fresh_weights import FreshWeights
     from veneer.attach.install import detach
@@ -43,7 +43,7 @@ _LAZY = {
     "ExtractReport": "veneer.tools.extract",
     "FreshWeights": "veneer.attach.fresh_weights",
     "Handle": "veneer.handle",
-    "LoadedElsewhere": "veneer.adapter_files.save_pretrained",
+    "LoadedElsewhere": "veneer.adapter_files.save_load",
     "LoraConfig": "veneer.config",
     "MergeReport": "veneer.attach.merge_report",
     "NotQuantized": "veneer.attach.qconfig",

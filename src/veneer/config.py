@@ -13,15 +13,29 @@ The defaults are those that current results support:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest, raise_all, sentence
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 BIASES = ("none", "targets", "all")
+#: the fields of PEFT's LoraConfig that have another name here
+PEFT_FIELDS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "rank_pattern": "ranks",
+    "alpha_pattern": "alphas",
+    "layers_to_transform": "layers",
+    "modules_to_save": "train_also",
+    "trainable_token_indices": "trainable_tokens",
+    "bias": "bias",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,14 @@ class LoraConfig:
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     variant: str = "lora"
     dtype: str | None = None
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
+            """Refuse PEFT's names by Veneer's; other unknown names are left to the error of ``__init__``."""
+            if fields.keys() & PEFT_FIELDS.keys() - {"bias"}:
+                raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to share, and plain JSON.
@@ -161,14 +183,22 @@ class LoraConfig:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
         """The config of ``to_dict``; an unknown field is a ConfigError that names the nearest known one."""
-        known = LoraConfig.__dataclass_fields__
-        problems = [
-            sentence(f"field {name!r}{nearest(name, known)}", f"one of {', '.join(known)}", "correct or remove it")
-            for name in fields
-            if name not in known
-        ]
-        raise_all(ConfigError, "This LoraConfig cannot be used", problems)
+        raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
         return LoraConfig(**fields)
+
+
+def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
+    """A problem for each name that is no field, which says what PEFT's name for one is called here."""
+    known = LoraConfig.__dataclass_fields__
+    for name in fields:
+        if name in known:
+            continue
+        if name in PEFT_FIELDS:
+            yield sentence(f"{name!r}, a field of PEFT's LoraConfig", f"{PEFT_FIELDS[name]!r}", "use that name")
+        else:
+            yield sentence(
+                f"field {name!r}{nearest(name, known)}", f"one of {', '.join(known)}", "correct or remove it"
+            )
 
 
 def _whole(name: str, value: object):

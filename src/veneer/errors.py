@@ -11,6 +11,7 @@
     ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
+    ├── MethodError        AttributeError   a method of another library, asked of what Veneer attached or returned
     ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
     ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     ├── ExtractError       ValueError       two models whose difference no adapter can be
@@ -24,12 +25,14 @@ found, what was expected and what to do; a function that finds several problems 
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AdapterError", "BankFullError", "BaseMismatchError", "CheckError", "CheckpointError", "ConfigError", "DataError",
-    "ExtractError", "LibraryError", "MergeError", "OutputExistsError", "RemoteError", "SelectionError", "TargetError",
-    "TrainingError", "VeneerError",
+    "ExtractError", "LibraryError", "MergeError", "MethodError", "OutputExistsError", "RemoteError", "SelectionError",
+    "TargetError", "TrainingError", "VeneerError",
 ]  # fmt: skip
 
 
@@ -85,6 +88,10 @@ class CheckpointError(VeneerError, ValueError):
     """The files of a model that are missing, damaged or not understood."""
 
 
+class MethodError(VeneerError, AttributeError):
+    """A method of another library that a handle, or a model with adapters, does not have."""
+
+
 class LibraryError(VeneerError, LookupError):
     """A name that a library of adapters lacks or cannot take, or an index of one that is damaged."""
 
@@ -123,6 +130,15 @@ def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> N
         lines = [f"  {number}. {problem}" for number, problem in enumerate(problems[:MOST], 1)]
         lines += [f"  … and {len(problems) - MOST} more"] if len(problems) > MOST else []
         raise error("\n".join([f"{what}: {len(problems)} problems", *lines]))
+
+
+def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
+    """Warn at the line that called into these packages, however deep the call is within them. Each such line then
+    warns once; at a line of a library, the first caller alone would be warned in the life of a process."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from veneer.attach.adapted_module import weight_of
 from veneer.attach.change import Change
 from veneer.attach.data_init import Loss, gather
 from veneer.attach.fresh_weights import fresh, warn_fresh
+from veneer.attach.from_peft import METHODS
 from veneer.attach.install import detach, install
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, parameter_path, unwrap
@@ -24,6 +25,7 @@ from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
 from veneer.attach.targets import Names
 from veneer.config import LoraConfig
+from veneer.errors import MethodError
 
 
 def _cover(model: nn.Module) -> None:
@@ -116,6 +118,19 @@ class Handle:
 
     model: nn.Module
     name: str
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The error for what a handle does not have: PEFT's methods, and those of the model."""
+            do = METHODS.get(name)
+            if name == "save_pretrained":
+                do = "handle.save(folder), or model.save_pretrained(folder), which writes the adapter too"
+            elif do is None and not name.startswith("_") and hasattr(self.__dict__.get("model"), name):
+                do = f"handle.model.{name}: the model is what runs and trains"
+            if do is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise MethodError(f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do)
 
     @property
     def config(self) -> LoraConfig:

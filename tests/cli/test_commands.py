@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,27 @@ def test_help_loads_no_library_of_the_commands() -> None:
     )
     for arguments in ("'--help'", "'train', '--help'", "'merge', '--help'"):
         assert printed(code.format(arguments=arguments)).rstrip().endswith("\nset()"), arguments
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("typer", ["--help"], "cli"),
+        ("rich", ["inspect", "nothing"], "cli"),
+        ("yaml", ["train", "run.yaml"], "cli"),
+        ("transformers", ["train", "--base", "b", "--data", "d", "--output", "o"], "train"),
+        ("uvicorn", ["serve", "b"], "serve"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line_that_names_what_to_install(
+    missing: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    code = f"import sys; sys.modules[{missing!r}] = None; from veneer.cli import run; sys.exit(run({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    expected = f"Found: no Python package {missing!r}. Expected: veneer[{extra}]. Do: pip install 'veneer[{extra}]'.\n"
+    assert done.stderr == f"Error: {expected}"
 
 
 def test_the_tensorboard_tracker(veneer: Case, base: Path, tmp_path: Path) -> None:

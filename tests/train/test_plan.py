@@ -482,7 +482,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def said(*arguments: Any) -> Any:
-    from veneer.cli import app
+    from veneer.cli.commands import app
 
     done = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
     if done.exception is not None and not isinstance(done.exception, SystemExit):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -316,10 +317,24 @@ def assemble(
     return AdapterFiles(path, config, peft_config, record, low, full, by_weight, held, tokens)
 
 
+def _how_to_fetch(path: str) -> str:
+    """What to do about a path that is no folder: it may be a remote place, or an adapter's id on the hub."""
+    if url := re.fullmatch(r"https?:/huggingface\.co/([^/]+/[^/]+).*", path):
+        path = url[1]
+    if remote := re.fullmatch(r"(\w+):/(\w.*)", path):  # a Path has one of two slashes
+        place = f"{remote[1]}://{remote[2]}"
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        place = f"hf://{path}"
+    else:
+        return "check the path"
+    how = f"fetch it with veneer.store.remote.pull({place!r}), which returns a folder"
+    return how if remote or url else f"check the path; if that is an id on the Hugging Face hub, {how}"
+
+
 def missing(path: Path) -> list[str]:
     """What keeps a folder from being read at all: files that are not there, are no files, or are pickles."""
     if not path.is_dir():
-        return [sentence(f"no folder {path}", "an adapter folder", "check the path")]
+        return [sentence(f"no folder {path}", "an adapter folder", _how_to_fetch(str(path)))]
     problems = [*pickled(path), *misplaced(path, FILES)]
     lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
     if lacking and not problems:

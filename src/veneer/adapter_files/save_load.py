@@ -29,10 +29,16 @@ from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
 from veneer.attach.weight_tying import untie as untie_weights
 from veneer.distributed import meet, reshard, whole_values
-from veneer.errors import AdapterError, listing
+from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
+from veneer.formats import peft
 from veneer.models.quantize import quantization_in, sources_of
 from veneer.variants import VARIANTS, InitContext
+
+
+class LoadedElsewhere(UserWarning):
+    """An adapter folder was written that other readers, PEFT or ``from_pretrained``, cannot load, or not whole; the
+    text says why, and what can."""
 
 
 @torch.no_grad()
@@ -75,11 +81,16 @@ def save(
 
     Warns:
         FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
+        LoadedElsewhere: PEFT has the variant (DoRA), but not for one of these layers, and cannot read the folder.
     """
     path = Path(path)
 
     def put(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
+        reason = peft.not_for_peft(content["peft_config"])
+        if reason and VARIANTS[content["config"].variant].peft_keys:  # a variant of PEFT's own, which it has not here
+            text = f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the adapter"
+            warn_caller(text, LoadedElsewhere, within=("veneer", "torch"))
 
     save_by(put, model, path, name, base_name, fingerprints, alone)
     return path

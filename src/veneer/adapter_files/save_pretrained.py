@@ -25,7 +25,7 @@ from veneer import context
 from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import base_name_of, save_by
+from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, save_by
 from veneer.attach.adapted_module import layer_states, own_class, with_values
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -41,10 +41,6 @@ from veneer.formats import peft
 SAVE = "save_pretrained"
 #: what a folder that holds a whole model has, of transformers or of a library like it
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
-
-
-class LoadedElsewhere(UserWarning):
-    """What ``save_pretrained`` wrote ``from_pretrained`` cannot load, or not whole; the text says why, and what can."""
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from veneer.attach import refusals, token_targets
 from veneer.attach import targets as targeting
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.fresh_weights import fresh
+from veneer.attach.from_peft import translate_config
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
@@ -24,7 +25,7 @@ from veneer.attach.targets import WORDS, Names, ParamRef, listed
 from veneer.attach.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, TargetError, nearest, raise_all, sentence
+from veneer.errors import ConfigError, TargetError, listing, nearest, raise_all, sentence
 from veneer.layers import Dims, Layer, kind_of
 from veneer.variants import VARIANTS
 
@@ -84,8 +85,7 @@ class Plans:
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     """What ``config`` means for ``model``. Nothing is changed. ``TargetError``: with every problem."""
     if not isinstance(config, LoraConfig):
-        do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
-        raise ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
+        raise _not_a_config(config)
     problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
@@ -108,6 +108,18 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     if callable(config.targets):
         config = replace(config, targets=tuple(dict.fromkeys(path for path, _ in targets)))
     return Plans(config, tuple(low), full, frozenset(planner.also), full_readers(names, full))
+
+
+def _not_a_config(config: Any) -> ConfigError:
+    if not hasattr(config, "peft_type"):
+        do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
+        return ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
+    found, expected = f"a {type(config).__name__} of PEFT for a config", "a veneer.LoraConfig"
+    if config.peft_type != "LORA":
+        return ConfigError(found, expected, "docs/from-peft.md names what Veneer has for PEFT's other tuners")
+    call, left_out = translate_config(config)
+    more = f"; docs/from-peft.md has {listing(left_out)}" if left_out else ""
+    return ConfigError(found, expected, f"use {call}{more}")
 
 
 class _Planner:

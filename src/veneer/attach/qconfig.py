@@ -8,10 +8,9 @@ from one would lose its adapters with everything else.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from veneer.errors import sentence
+from veneer.errors import sentence, warn_caller
 
 
 class NotQuantized(UserWarning):
@@ -36,7 +35,8 @@ class Qconfig:
             module.__dict__["qconfig"] = value
         found = "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the exact class"
         do = "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a plain model"
-        warnings.warn(sentence(found, "plain layers to quantise", do), NotQuantized, stacklevel=3)
+        text = sentence(found, "plain layers to quantise", do)
+        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))  # torch's own wrapper
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__["qconfig"]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import own_class, walk, weight_of
+from veneer.attach.from_peft import peft_problem
 from veneer.attach.lookup import adapters_of, parameter_path, strangers
 from veneer.attach.state import STATE, LayerState
 from veneer.attach.targets import Names, ParamRef
@@ -174,6 +175,8 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     if attached and name in attached.configs:
         found = f"adapter name {name!r}, which is taken"
         yield sentence(found, "a new name", "choose another, or detach that one first")
+    if problem := peft_problem(model):
+        yield problem
     if problem := _misread(model):
         yield problem
     if problem := strangers(model):

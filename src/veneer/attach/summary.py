@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import adapters, changes, only_name, unwrap
+from veneer.attach.lookup import adapters, changes, need_adapters, only_name, unwrap
+from veneer.attach.targets import Names, left_out_of_word
 from veneer.bases import storage_of
 from veneer.kernels import cost_model
 
@@ -26,13 +27,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """``trainable`` numbers of an adapter against the ``total`` of the base."""
+    """``trainable`` numbers of an adapter against the ``total`` of the base. ``left_out``: the layers with matrices
+    that targets="all-linear" does not mean, by type, or an empty text."""
 
     adapter: str
     rows: tuple[Row, ...]
     trainable: int
     total: int
     bytes: int
+    left_out: str = ""
 
     @property
     def percent(self) -> float:
@@ -46,7 +49,10 @@ class Summary:
         ]
         share = f"{self.percent:.3f} % of the base's {self.total:,}"
         total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
-        return "\n".join([f"adapter {self.adapter!r}", *lines, total])
+        lines = [f"adapter {self.adapter!r}", *lines, total]
+        if self.left_out:
+            lines.append(f'  "all-linear" leaves out {self.left_out}: name them in targets, or use targets="all"')
+        return "\n".join(lines)
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
@@ -72,7 +78,8 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         count("trained in full", part.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
     total = sum(_numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split("."))
-    return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows))
+    left_out = left_out_of_word(Names(model), need_adapters(model, name).configs[name])
+    return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows), left_out)
 
 
 def _numbers(weight: nn.Parameter) -> int:

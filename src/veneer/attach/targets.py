@@ -7,6 +7,7 @@ module that is reachable under several names counts once, under its first name, 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,13 +16,21 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from veneer.attach.adapted_module import walk
+from veneer.attach.adapted_module import own_class, walk
 from veneer.bases import hidden, is_opaque, unreadable
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
 from veneer.layers import kind_of
+from veneer.layers._base import GENERAL
+from veneer.layers.parameter import squeezed
 
-WORDS = ("all-linear", "attention", "mlp", "all")
+_MEANING = {
+    "all-linear": "the linear layers outside of an output head",
+    "attention": "the linear layers of attention",
+    "mlp": "the linear layers of repeated blocks outside of attention",
+    "all": "every layer that can be attached to",
+}
+WORDS = tuple(_MEANING)
 
 #: (path of a module, name of one of its parameters)
 ParamRef = tuple[str, str]
@@ -87,8 +96,11 @@ class Names:
                 yield name
 
     def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
-        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``."""
+        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``; of a
+        regular expression that would match some of these, what it is to begin with."""
         attachable = [name for name, module in self.modules.items() if kind_of(module)] if among is None else [*among]
+        if count := _count_of_regex(pattern, attachable):
+            return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
         return nearest(pattern, [*(name.rpartition(".")[2] for name in attachable), *attachable])
 
     def leaves(self) -> str:
@@ -103,6 +115,15 @@ def own_parameters(module: nn.Module) -> list[str]:
     lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
     own = [name for name, p in module._parameters.items() if p is not None and not hidden(module, name)]
     return [*own, *lists, *(["weight"] if "weight" not in own and is_opaque(module) else ())]
+
+
+def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
+    """How many paths a pattern would match as the regular expression that it was not marked as."""
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return 0
+    return sum(expression.fullmatch(path) is not None for path in paths)
 
 
 def path_test(pattern: str) -> Callable[[str], bool]:
@@ -228,6 +249,10 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             said = [said for path in found if (said := unreadable(names.modules[path]))]
             what, do = (f"{what}, {said[0][0]}", f"{said[0][1]}, or leave them out") if said else (what, do)
             problems.append(sentence(what, "modules or parameters", do))
+        elif not refs and pattern in WORDS:
+            what = f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but {_types(names)}"
+            do = f'use targets="all", or name layers such as {names.leaves()}'
+            problems.append(sentence(what, "at least one such layer", do))
         elif not refs:
             what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
             expected = f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}"
@@ -236,6 +261,41 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
     order = {path: number for number, path in enumerate(names.modules)}
     rank = {ref: number for path in names.modules for number, ref in enumerate(names.refs(path)) if ref[0] == path}
     return sorted(chosen, key=lambda ref: (order[ref[0]], rank.get(ref, len(rank)), ref[1]))
+
+
+def _types(names: Names) -> str:
+    """The layers that can be attached to, by type: "2 Conv2d, 1 BatchNorm2d"."""
+    counts = Counter(own_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path))
+    return listing(f"{count} {name}" for name, count in counts.most_common())
+
+
+def left_out_of_word(names: Names, config: LoraConfig) -> str:
+    """The layers that hold matrices and that "all-linear" does not mean, by type, where nothing else names or excludes
+    them: stacks of experts, convolutions, recurrent layers. An embedding or a table of positions is none of these."""
+    if callable(config.targets) or [*listed(config.targets)] != ["all-linear"]:
+        return ""
+    linear, excluded_refs = {*_word(names, "all-linear")}, excluded(names, config, [])
+    head = _output_head(names)
+    also = {path for pattern in config.train_also for path in names.matching(pattern)}
+    blocks = {_block(path) for path in names.modules} - {None}
+    kept = blocks if config.layers is None else {index % len(blocks) for index in config.layers if blocks}
+    counts: Counter[str] = Counter()
+    for path, module in names.modules.items():
+        kind: Any = kind_of(module)
+        if kind is None or kind.linear or path in linear or path in also or module is head:
+            continue
+        if config.layers is not None and _block(path) not in kept:
+            continue
+        matrices = [name for name in kind.weights(module) if (path, name) not in excluded_refs]
+        counts[own_class(module).__name__] += any(_is_operator(kind, module, name) for name in matrices)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)
+
+
+def _is_operator(kind: Any, module: nn.Module, name: str) -> bool:
+    """Whether inputs are multiplied by a weight: of a module without a kind of its own, by a stack of matrices."""
+    if kind.name != GENERAL:
+        return kind.drops_input
+    return len(squeezed(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _word(names: Names, word: str) -> list[str]:

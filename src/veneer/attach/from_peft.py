@@ -1,0 +1,128 @@
+"""What PEFT's names mean here: answers to a user of PEFT who meets an attached model.
+
+    answer_methods(model)     model.merge_and_unload() and the like raise an error that names Veneer's function
+    peft_problem(model)       why a model that PEFT has adapted cannot be attached to
+    translate_config(config)  a config of PEFT, as the LoraConfig of Veneer that means the same
+
+An attached model stays its own class, so that it has none of the methods of a ``PeftModel``, and those that
+transformers and diffusers mix into every model would look for adapters of PEFT. So the object itself gets an attribute
+that raises (``method_overrides.py``). Rejected: ``__getattr__`` of a subclass, as every parameter and child of a module
+is found through it; and doing what PEFT does, as PEFT's methods change what later calls compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import nn
+
+from veneer.attach.adapted_module import own_class, walk
+from veneer.attach.method_overrides import put
+from veneer.config import PEFT_FIELDS
+from veneer.errors import MethodError, sentence
+
+_MERGE = "handle.merge(), then handle.detach(keep_merged=True): the model itself is then the plain one"
+_USE = "call the model inside `with veneer.use(model, name):`, or name None for the base"
+#: a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same is done here
+METHODS = {
+    "merge_and_unload": _MERGE,
+    "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
+    "unmerge_adapter": "handle.unmerge(), or veneer.unmerge(model)",
+    "fuse_lora": "handle.merge(), or veneer.merge(model, name)",
+    "unfuse_lora": "handle.unmerge(), or veneer.unmerge(model)",
+    "unload": "veneer.detach(model): the model itself is then as it was before",
+    "get_base_model": "use the model itself, which stays what it was; veneer.detach(model) removes the adapters",
+    "set_adapter": _USE,
+    "set_adapters": _USE,
+    "disable_adapter": _USE,
+    "disable_adapters": _USE,
+    "enable_adapters": _USE,
+    "disable_adapter_layers": _USE,
+    "enable_adapter_layers": _USE,
+    "active_adapters": _USE,
+    "add_adapter": "veneer.attach(model, veneer.LoraConfig(…), name)",
+    "load_adapter": "veneer.load(model, folder, name=name)",
+    "load_lora_adapter": "veneer.load(model, folder, name=name)",
+    "delete_adapter": "veneer.detach(model, name)",
+    "delete_adapters": "veneer.detach(model, name)",
+    "add_weighted_adapter": "veneer.compose(folders, out, weights=…), or `with veneer.use(model, {name: weight, …}):`",
+    "get_adapter_state_dict": "handle.named_parameters(), or handle.save(folder)",
+    "save_lora_adapter": "handle.save(folder)",
+    "print_trainable_parameters": "print(handle.summary())",
+    "get_nb_trainable_parameters": "handle.summary(), which has trainable and total",
+}
+_MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
+
+
+def answer_methods(model: nn.Module) -> None:
+    """Let the methods of ``METHODS`` raise, called on this model. A class's own method of such a name stays, unless it
+    is that of a mixin which looks for adapters of PEFT."""
+    cls = own_class(model)
+    for name in METHODS:
+        method = getattr(cls, name, None)
+        if name not in model.__dict__ and (method is None or getattr(method, "__module__", "").startswith(_MIXINS)):
+            put(model, name, partial(_refuse, name))
+
+
+def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    found = f"{name}(), a method of PEFT's models, called on a {own_class(model).__name__} with adapters of Veneer"
+    raise MethodError(found, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name])
+
+
+def peft_problem(model: nn.Module) -> str | None:
+    """Why a model into which PEFT has put adapters cannot be attached to, or None."""
+    wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
+    tuned = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if wrapper is not None and isinstance(model, wrapper):
+        found = f"a {type(model).__name__}"
+    elif tuned is not None and (path := next((at for at, module in walk(model) if isinstance(module, tuned)), None)):
+        found = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
+    else:
+        return None
+    do = (
+        "pass what its unload() returns (or merge_and_unload(), which leaves the change in the weights); to go on from "
+    )
+    return sentence(
+        found, "the base model", f"{do}PEFT's adapter, save it with save_pretrained first and veneer.load the folder"
+    )
+
+
+def translate_config(config: Any) -> tuple[str, list[str]]:
+    """(the call that makes the same LoraConfig, the fields that it leaves out) for a config object of PEFT."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in fields}
+    written = {ours: values[theirs] for theirs, ours in PEFT_FIELDS.items() if values.get(theirs)}
+    if "targets" in written:
+        written["targets"] = _targets(written["targets"], values.get("target_parameters") or ())
+    for patterns in written.keys() & {"ranks", "alphas"}:
+        written[patterns] = {_pattern(key): value for key, value in written[patterns].items()}
+    written["bias"] = {"lora_only": "targets", "all": "all"}.get(written.get("bias", ""))
+    flags = "_".join(name for name in ("dora", "rslora") if values.get(f"use_{name}"))
+    start = values.get("init_lora_weights")
+    written["variant"] = flags or (start.partition("_niter")[0] if isinstance(start, str) else None)
+    said = ", ".join(f"{name}={value!r}" for name, value in written.items() if value)
+    known = {*PEFT_FIELDS, "target_parameters", "use_dora", "use_rslora", "init_lora_weights"}
+    known |= {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    left_out = [name for name, value in values.items() if name not in known and value != _default(fields[name])]
+    return f"veneer.LoraConfig({said})", left_out
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return made() if made is not dataclasses.MISSING else field.default
+
+
+def _targets(targets: str | Iterable[str], parameters: Iterable[str]) -> Any:
+    if isinstance(targets, str):
+        return targets if targets == "all-linear" else f"re:{targets}"
+    return [*sorted(targets), *parameters]
+
+
+def _pattern(key: str) -> str:
+    """A key of ``rank_pattern``: PEFT takes each for a regular expression that may begin at any dot."""
+    return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?{key}"
