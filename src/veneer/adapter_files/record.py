@@ -2,9 +2,10 @@
 
     veneer.json, and the same in the header of adapter_model.safetensors:
     format      of the record
-    base        name, architecture, the fingerprint of each tensor (``base_proof.py``): those that the adapter changes
-                apart from the rest, of which folders of an earlier Veneer say nothing; quantized: how it was packed
-                as the adapter was trained, and whether the fingerprints are of what it was packed from
+    base        name, architecture, the labels of a classifier, the fingerprint of each tensor (``base_proof.py``):
+                those that the adapter changes apart from the rest, of which folders of an earlier Veneer say nothing;
+                quantized: how it was packed as the adapter was trained, and whether the fingerprints are of what it
+                was packed from
     changes     rank, alpha and rows of each changed weight; the tokens that are trained, and of how many rows
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
@@ -133,6 +134,16 @@ def must_belong(checks: Mapping[str, bool], path: Path) -> None:
         if changed == [PARAMETERS]:
             found = f"{path / PARAMETERS}, which changed after it was written"
         raise AdapterError(found, "the files as they were saved", "get another copy of the folder")
+
+
+def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The labels of the classifier that a record is of, in the order of its outputs; None: it is of none, or an earlier
+    Veneer wrote it and no run of ``veneer train`` says them either."""
+    task = record.get("provenance", {}).get("task")
+    for labels in (record.get("base", {}).get("labels"), task.get("labels") if isinstance(task, dict) else None):
+        if isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels):
+            return tuple(labels)
+    return None
 
 
 def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:

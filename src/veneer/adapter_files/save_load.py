@@ -139,6 +139,15 @@ def base_name_of(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or None
 
 
+def labels_of(model: nn.Module) -> list[str] | None:
+    """The labels of a classifier of transformers, in the order of its outputs; None of any other model, whose config
+    has two as well."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or not own_class(model).__name__.endswith("Classification"):
+        return None
+    return [str(names[number]) for number in sorted(names)]
+
+
 def _content(
     model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
@@ -160,6 +169,7 @@ def _content(
         "base": {
             "name": base_name,
             "architecture": own_class(model).__name__,
+            **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, weights, fingerprints),
         },

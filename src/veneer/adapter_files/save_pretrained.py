@@ -25,15 +25,16 @@ from veneer import context
 from veneer.adapter_files import model_card
 from veneer.adapter_files.folder import FILES, write
 from veneer.adapter_files.match_model import LoadPlan, match
-from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, save_by
+from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
 from veneer.attach.adapted_module import layer_states, own_class, with_values
 from veneer.attach.change import Change
+from veneer.attach.fresh_weights import fresh
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, parameter_path, selected_name, unwrap
 from veneer.attach.merge import must_stand
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.state import STATE, ModelAdapters
-from veneer.attach.targets import ParamRef
+from veneer.attach.targets import Names, ParamRef
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, OutputExistsError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
@@ -164,11 +165,20 @@ def _tell(model: nn.Module, folder: Path) -> None:
         f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
         "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
         "set model.config._name_or_path before saving": hasattr(model, "config") and base_name_of(model) is None,
+        f"from_pretrained makes a head of 2 labels on a base without one: pass num_labels={_labels_to_pass(model)} to "
+        "it, or load the base so and then the adapter with veneer.load": _labels_to_pass(model) is not None,
         f"{peft.CONFIG} names no base, as this adapter is one of merged weights: merge there first too, or save the "
         "merged model and name its folder with veneer.save(…, base_name=…)": need_adapters(model).merged is not None,
     }
     for text in (text for text, applies in texts.items() if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
+
+
+def _labels_to_pass(model: nn.Module) -> int | None:
+    """How many labels ``from_pretrained`` must be told of: those of a head that the base's files, and so its
+    configuration, lack; None where it is right without."""
+    labels = labels_of(model)
+    return None if labels is None or len(labels) == 2 or not fresh(Names(model)) else len(labels)
 
 
 def _state(options: Mapping[str, Any]) -> dict[str, Any]:

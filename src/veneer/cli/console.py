@@ -136,6 +136,7 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     in the files, or no safetensors, only the model itself can tell."""
     from veneer import models
     from veneer.adapter_files.folder import read
+    from veneer.adapter_files.record import labels_in
     from veneer.fileio.untrusted import read_json
     from veneer.models.named_weights import of_folder
 
@@ -143,7 +144,8 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     folder = models.folder_of(base)
     if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
-    structure = models.meta_model(folder, read(adapter).metadata.get("base", {}).get("architecture"))
+    record = read(adapter).metadata
+    structure = models.meta_model(folder, record.get("base", {}).get("architecture"), labels_in(record))
     values = of_folder(structure, folder).values
     return {"base": lambda path: values[path].read(None), "model": structure}
 

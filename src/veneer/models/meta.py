@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,12 +36,15 @@ class Place(NamedTuple):
     within: tuple[slice, ...] = ()
 
 
-def meta_model(folder: str | Path, architecture: str | None = None) -> PreTrainedModel:
+def meta_model(
+    folder: str | Path, architecture: str | None = None, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
     """The model of a folder in all but its weights: every module, name, shape and tie, with zeros that take no memory.
 
     Args:
         architecture: a class of transformers; None, or one that transformers does not have, takes the class that the
             folder's config names.
+        labels: of a classifier, for a head of so many outputs; None takes those of the folder's config.
 
     Raises:
         ConfigError: no configuration of a model that transformers knows.
@@ -60,6 +63,9 @@ def meta_model(folder: str | Path, architecture: str | None = None) -> PreTraine
             found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
             raise ConfigError(found, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: number for number, label in enumerate(labels)}
         with torch.device("meta"):
             model = class_(config)
     return filled(model.eval())

@@ -2,7 +2,8 @@
 
 Left out are the weights in other formats, which would be those of the base, and folders that hold such or are hidden
 (what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another,
-and one that names the size of a vocabulary where that grew. The tokenizer is then the adapter's, if it has one.
+one that names the size of a vocabulary where that grew, and that of a classifier where the adapters say its labels. The
+tokenizer is then the adapter's, if it has one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from veneer.adapter_files.folder import TOKENIZER
 from veneer.models.safetensors_dir import Checkpoint
+from veneer.tools.merge_checkpoint.head import Head
 
 RECORD, CONFIG = "veneer_merge.json", "config.json"
 #: files that hold the same weights again for others
@@ -43,11 +45,17 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 @dataclass(frozen=True)
 class Changes:
     """What differs from the base's files: the dtype (None: it stays), the number of rows of the vocabulary (None: as it
-    is), and a folder with the tokenizer that knows tokens which were added (None: the base's)."""
+    is), a folder with the tokenizer that knows tokens which were added (None: the base's), and the head of a classifier
+    (None: the adapters say nothing of one)."""
 
     dtype: torch.dtype | None = None
     vocabulary: int | None = None
     tokenizer: Path | None = None
+    head: Head | None = None
+
+    @property
+    def of_config(self) -> bool:
+        return (self.dtype, self.vocabulary, self.head) != (None, None, None)
 
 
 def put(checkpoint: Checkpoint, changes: Changes, target: Path) -> list[str]:
@@ -55,7 +63,7 @@ def put(checkpoint: Checkpoint, changes: Changes, target: Path) -> list[str]:
     files, left_out = _sources(checkpoint, changes)
     for file, source in files.items():
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if file == Path(CONFIG) and (changes.dtype is not None or changes.vocabulary is not None):
+        if file == Path(CONFIG) and changes.of_config:
             (target / file).write_bytes(_expected(source, changes, file))
         else:
             shutil.copyfile(source, target / file)
@@ -83,13 +91,17 @@ def _sources(checkpoint: Checkpoint, changes: Changes) -> tuple[dict[Path, Path]
 
 def _expected(source: Path, changes: Changes, file: Path) -> bytes:
     content = source.read_bytes()
-    if file != Path(CONFIG) or (changes.dtype is None and changes.vocabulary is None):
+    if file != Path(CONFIG) or not changes.of_config:
         return content
     said = json.loads(content)
     if changes.dtype is not None:
         said = _retyped(said, str(changes.dtype).removeprefix("torch."))
     if changes.vocabulary is not None:
         said = _resized(said, changes.vocabulary)
+    if changes.head is not None:
+        said = _with_labels(said, changes.head)
+        if said == json.loads(content):
+            return content
     return (json.dumps(said, indent=2) + "\n").encode()
 
 
@@ -98,6 +110,16 @@ def _resized(said: dict[str, Any], rows: int) -> dict[str, Any]:
     if "vocab_size" in said or not isinstance(said.get("text_config"), dict):
         return {**said, "vocab_size": rows}
     return {**said, "text_config": {**said["text_config"], "vocab_size": rows}}
+
+
+def _with_labels(said: dict[str, Any], head: Head) -> dict[str, Any]:
+    """A configuration of a model of this class, with these labels: the base's own where it has as many."""
+    names = said.get("id2label") or {}
+    if [str(names.get(str(number))) for number in range(len(names))] != [*head.labels]:
+        names = {str(number): label for number, label in enumerate(head.labels)}
+        said = {**said, "id2label": names, "label2id": {label: number for number, label in enumerate(head.labels)}}
+        said.pop("num_labels", None)
+    return {**said, "architectures": [head.architecture]}
 
 
 def _retyped(said: Any, dtype: str) -> Any:

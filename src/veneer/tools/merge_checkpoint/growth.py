@@ -49,7 +49,8 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
 
 @dataclass(frozen=True)
 class GrownCheckpoint(Checkpoint):
-    """A checkpoint of which some tensors have more rows than their files hold: ``grown``, how many these do."""
+    """A checkpoint of which some tensors have more rows than their files hold: ``grown``, how many these do, which are
+    none of a tensor that the files lack."""
 
     grown: Mapping[str, int]
 
@@ -58,7 +59,8 @@ class GrownCheckpoint(Checkpoint):
             return super().read(name, rows)
         there, shape = self.grown[name], self.shape(name)
         value = torch.zeros(shape, dtype=self.dtype(name))
-        value[:there] = Checkpoint.read(self.as_it_is(name), name)
+        if there:  # none of a tensor that the files lack
+            value[:there] = Checkpoint.read(self.as_it_is(name), name)
         return value if rows is None else value[rows]
 
     def as_it_is(self, name: str) -> Checkpoint:

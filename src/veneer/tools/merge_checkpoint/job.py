@@ -28,6 +28,7 @@ from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import Changes
 from veneer.tools.merge_checkpoint.growth import grown
+from veneer.tools.merge_checkpoint.head import with_added
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
 from veneer.tools.merge_checkpoint.merge_plan import Adapter, MergePlan, TensorEdit, apply, recipe_for, replaced
 
@@ -54,7 +55,8 @@ class MergeJob:
     @property
     def aux_changes(self) -> Changes:
         """How the files beside the weights differ from the base's."""
-        return Changes(self.dtype, max(self.merge_plan.sizes.values(), default=None), self.tokenizer)
+        rows = max(self.merge_plan.sizes.values(), default=None)
+        return Changes(self.dtype, rows, self.tokenizer, self.merge_plan.head)
 
     def target(self, name: str) -> torch.dtype:
         own = self.checkpoint.dtype(name)
@@ -92,7 +94,7 @@ class MergeJob:
         """(the bytes before the first tensor, where each tensor begins) of a file of the result."""
         header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
         starts = dict(zip(names, accumulate(map(self.written, names), initial=0), strict=False))
-        same = not self.merge_plan.sizes.keys() & header.tensors.keys()
+        same = not (self.merge_plan.sizes.keys() | self.merge_plan.added.keys()) & header.tensors.keys()
         if same and all(self.target(name) == self.checkpoint.dtype(name) for name in names):
             with (self.checkpoint.folder / file).open("rb") as stream:
                 head = stream.read(header.data_start)
@@ -150,7 +152,7 @@ def planned(
     drawn = linear_stub_model(checkpoint, saved_adapters) if model is None and verify_base and by_prints else None
     merge_plan = recipe_for(folder, given, model if drawn is None else drawn)
     merge_plan = replace(merge_plan, by_prints=drawn is not None)
-    checkpoint = grown(checkpoint, merge_plan.sizes)
+    checkpoint = with_added(grown(checkpoint, merge_plan.sizes), merge_plan.added)
     return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base, tokenizer)
 
 

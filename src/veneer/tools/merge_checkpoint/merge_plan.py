@@ -41,6 +41,7 @@ from veneer.models.meta import without_meta
 from veneer.models.named_weights import sliced
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 from veneer.tools.merge_checkpoint.growth import grow_model, grown
+from veneer.tools.merge_checkpoint.head import Head, model_with_head, with_added
 
 #: an adapter folder and how much of it is merged
 Adapter = tuple[Path, float]
@@ -72,6 +73,9 @@ class MergePlan:
     notes: tuple[str, ...]  # what a person should know
     #: how many rows tensors of a vocabulary that grows will have, by their names
     sizes: Mapping[str, int] = field(default_factory=dict)
+    #: the shapes of tensors that the files lack and adapters train in full, and the head that these are
+    added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    head: Head | None = None
     by_prints: bool = False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
 
 
@@ -110,10 +114,7 @@ def answer(questions: Any, answers: Any) -> None:
 
 def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
     saved_adapters = [read(path) for path, _ in adapters]
-    if model is None:
-        whole = models.meta_model(folder, saved_adapters[0].metadata.get("base", {}).get("architecture"))
-    else:
-        whole = without_meta(model)
+    whole, head = model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
     checkpoint = open_checkpoint(folder)
     places = models.map_checkpoint_names(whole, checkpoint.where)
     own, sizes = model is None or whole is not model, {}
@@ -132,7 +133,7 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
             notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
             found = _read_off(whole, attached, saved_adapters, places, checkpoint, notes)
-            return replace(found, sizes=sizes)
+            return replace(found, sizes=sizes, head=head)
         finally:
             for name in attached:
                 detach(whole, name)
@@ -163,6 +164,9 @@ def _read_off(
         for place in own:
             path = names[id(_at(model, place.path))]  # ties go by their first name
             of.setdefault(path, {}).setdefault(tensor, place)
+    added = {path: tuple(work.shape) for path, work in works.items() if not of[path] and _is_of_head(path, work)}
+    of |= {path: {path: models.Place(path)} for path in added}
+    checkpoint = with_added(checkpoint, added)
     problems = [problem for path, work in works.items() for problem in _unplaced(path, work, of[path], checkpoint)]
     raise_all(CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems)
     placed: dict[str, list[TensorEdit]] = {}
@@ -177,8 +181,24 @@ def _read_off(
         {tensor: tuple(own) for tensor, own in placed.items()},
         {path: _whole(of[path]) for path in works if any(place.index for place in of[path].values())},
         {path: (_whole(of[path]), works[path].shape, said) for path, said in fingerprints.items()},
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*notes, *_notes_of_added(model, added, of)])),
+        added=added,
     )
+
+
+def _is_of_head(path: str, work: TensorEdit) -> bool:
+    """Whether a parameter may be one that a base without this head lacks: trained in full, outside of the blocks."""
+    in_full = not work.changes and work.full[0][1].is_floating_point()
+    return in_full and not any(part.isdigit() for part in path.split("."))
+
+
+def _notes_of_added(model: nn.Module, added: Mapping[str, Any], of: Mapping[str, Any]) -> Iterator[str]:
+    if added:
+        yield f"The base has no {listing(added, 4)}: added from the adapter."
+        ids = {id(_at(model, path)) for path in of if of[path]}
+        lacking = [path for path, own in model.named_parameters() if id(own) not in ids]
+        if lacking:
+            yield f"Neither the base nor the adapter has {listing(lacking, 4)}: loading the result starts it anew."
 
 
 def _at(model: nn.Module, path: str) -> Tensor:

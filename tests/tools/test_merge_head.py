@@ -1,0 +1,102 @@
+"""`veneer merge` of classifiers: the head that the adapter trained, its labels, and what transformers makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.support.toys import randomise
+from transformers import AutoModelForSequenceClassification
+
+import veneer
+from veneer.adapter_files import save_load
+from veneer.errors import MergeError
+from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+IDS = torch.arange(8)[None]
+
+
+def write_base(folder: Path, kind: str) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES)
+    if kind == "encoder":
+        transformers.BertModel(config).save_pretrained(folder)
+    elif kind == "shards":
+        transformers.BertForMaskedLM(config).save_pretrained(folder, max_shard_size="4KB")
+    else:
+        config.id2label, config.label2id = {0: "x", 1: "y", 2: "z"}, {"x": 0, "y": 1, "z": 2}
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, labels: list[str], folder: Path, **provenance: Any) -> Any:
+    names = dict(enumerate(labels))
+    model: Any = AutoModelForSequenceClassification.from_pretrained(base, id2label=names)
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    randomise(handle)
+    handle.save(folder, provenance=provenance)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [("encoder", ["a", "b"]), ("encoder", ["low", "mid", "high"]), ("shards", [*"abcde"]), ("head", ["x", "y", "z"])],
+)
+def test_the_merged_classifier_is_the_adapted_one(kind: str, labels: list[str], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", kind)
+    model = trained(base, labels, tmp_path / "adapter")
+    done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "merged")
+    assert prove(base, [tmp_path / "adapter"], tmp_path / "merged") > 10
+    assert any("classifier.weight" in note for note in done.notes) == (kind != "head")
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    assert [merged.config.id2label[number] for number in range(len(labels))] == labels
+    assert merged.config.label2id == {label: number for number, label in enumerate(labels)}
+    assert merged.config.architectures == ["BertForSequenceClassification"]
+
+
+def test_a_record_without_labels_is_known_by_the_size_of_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", "encoder")
+    monkeypatch.setattr(save_load, "labels_of", lambda model: None)  # as an earlier Veneer wrote it
+    model = trained(base, ["a", "b", "c"], tmp_path / "adapter")
+    assert "labels" not in json.loads((tmp_path / "adapter" / "veneer.json").read_text())["base"]
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "merged")
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    trained(base, ["a", "b", "c"], tmp_path / "run", task={"name": "classify", "labels": ["p", "q", "r"]})
+    merge_checkpoint(base, [tmp_path / "run"], tmp_path / "named")
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["id2label"]["2"] == "r"
+
+
+def test_heads_of_different_labels_are_not_merged_into_one(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "encoder")
+    trained(base, ["a", "b", "c"], tmp_path / "one")
+    trained(base, ["a", "b", "d"], tmp_path / "other")
+    with pytest.raises(MergeError, match=r"a, b, c.*a, b, d"):
+        merge_checkpoint(base, [(tmp_path / "one", 0.5), (tmp_path / "other", 0.5)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_save_pretrained_says_what_from_pretrained_must_be_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "encoder")
+    model = trained(base, ["a", "b", "c"], tmp_path / "adapter")
+    with pytest.warns(veneer.LoadedElsewhere, match="num_labels=3"):
+        model.save_pretrained(tmp_path / "saved")
+    again: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", num_labels=3)
+    assert torch.allclose(logits(again), logits(model), atol=1e-5)
