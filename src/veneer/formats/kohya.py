@@ -13,11 +13,16 @@ mean exactly one of them. Rejected: tables of known names, as other converters h
 be lost or, worse, mean another layer. LoHa and LoKr are read as the one product that they amount to (see
 ``variants/loha.py`` and ``lokr.py``). Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
 
+**DiT models.** sd-scripts trains Flux and SD3 under the block names of the models as first published, whose q, k and v
+are one weight. ComfyUI also reads OneTrainer's names of the two, ``lora_transformer_<path in diffusers>``, and these
+are written. Of PixArt and all other transformers it reads diffusers' own format alone, so they are refused here.
+
 Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run on the files.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,6 +61,17 @@ _KNOWN = _LORA | _HADA | _LOKR | {"alpha", "dora_scale", "lora_mid.weight"}
 _TUCKER = {"hada_t1", "hada_t2", "lokr_t1", "lokr_t2"}
 #: block names of the models as first published, under which kohya trains SDXL and Flux
 _ORIGINAL = ("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks")
+
+
+#: the paths of SD3 and Flux that ComfyUI knows by diffusers' names
+_MMDIT = re.compile(
+    r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+    r"(attn2?\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|norm1?(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2)"
+    r"|proj_mlp|proj_out)|context_embedder|x_embedder|pos_embed\.proj|proj_out|norm_out\.linear"
+    r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
+)
+#: of these, what diffusers reads of Flux
+_FLUX_KNOWN = re.compile(r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*")
 
 
 def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
@@ -212,9 +228,13 @@ def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     raise_all(AdapterError, "kohya's format cannot hold this adapter", refusals(adapter))
     where = written(adapter.changes, options.part, "kohya")
+    if strange := _outside_of_mmdit(where, base):
+        found = f"a transformer with {listing(strange, 3)}, which is neither SD3 nor Flux"
+        expected = "a model of which ComfyUI or sd-scripts reads kohya's names"
+        raise AdapterError(found, expected, 'convert to "diffusers", whose names ComfyUI reads too')
     encoders = "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
     prefixes = {names[0]: prefix for prefix, names in PREFIXES.items()}
-    prefixes |= {"transformer": "lora_unet", "text_encoder": encoders}
+    prefixes |= {"text_encoder": encoders}
     named = {weight: (part, path_before(part, module)) for weight, (part, module) in where.items()}
     flat = {weight: f"{prefixes[part]}_{module.replace('.', '_')}" for weight, (part, module) in named.items()}
     twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
@@ -231,7 +251,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    for loss in _lost_in_diffusers(adapter.changes, where):
+    for loss in _lost_in_diffusers(adapter.changes, where, base):
         reader = f"diffusers (as of {DIFFUSERS_KNOWN})"
         found = f"a kohya file of which {reader} leaves out {loss}, so that its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
@@ -240,9 +260,28 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+def _outside_of_mmdit(where: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
+    """The modules of a transformer, of the changed ones and of the base's own, that neither SD3 nor Flux has."""
+    changed = {module: weight for weight, (part, module) in where.items() if part == "transformer"}
+    if not changed:
+        return []
+    start = next(weight.removesuffix(f"{module}.weight") for module, weight in changed.items())
+    matrices = (name for name, shape in base.shapes.items() if name.startswith(start) and len(shape) > 1)
+    modules = {name.removeprefix(start).removesuffix(".weight") for name in matrices if name.endswith(".weight")}
+    return sorted(module for module in modules | changed.keys() if not _MMDIT.fullmatch(module))
+
+
+def _lost_in_diffusers(
+    changes: Sequence[LowRankChange], where: Mapping[str, tuple[str, str]], base: BaseFacts
+) -> Iterator[str]:
     """What diffusers drops of a kohya file that its pipelines load, as its converter is written. It gives the attention
     of a model the alpha that most layers have there, and knows that of a text encoder by an out-projection."""
+    transformer = [module for part, module in where.values() if part == "transformer"]
+    if any("single_transformer_blocks." in name for name in (*base.shapes, *where)):
+        if unread := [module for module in transformer if not _FLUX_KNOWN.fullmatch(module)]:
+            yield f"or refuses, or takes for others, {len(unread)} layers of Flux outside of attention"
+    elif transformer:
+        yield "the transformer (it reads such names of Flux alone)"
     if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
     alphas: dict[str, set[float]] = {}
@@ -250,7 +289,7 @@ def _lost_in_diffusers(changes: Sequence[LowRankChange], where: Mapping[str, tup
         alphas.setdefault(where[change.weight][0], set()).add(alpha_of(change.layer))
     projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
     attention = {(part, module) for part, module in where.values() if f".{module}".endswith(projections)}
-    if any(len(alphas[part]) > 1 for part, _ in attention):
+    if any(len(alphas[part]) > 1 for part, _ in attention if part != "transformer"):
         yield "the alphas of attention's projections, which are not those of all layers here"
     encoders = {part for part, _ in attention if part.startswith("text_encoder")}
     if encoders - {part for part, module in attention if module.endswith(".out_proj")}:

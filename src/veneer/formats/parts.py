@@ -2,7 +2,7 @@
 
     part              paths, and diffusers     kohya
     unet              unet.<path>              lora_unet_<path with _ for .>
-    transformer       transformer.<path>       lora_unet_… (and lora_transformer_…)
+    transformer       transformer.<path>       lora_transformer_… (and lora_unet_…)
     text_encoder      text_encoder.<path>      lora_te_…, lora_te1_… where there are two
     text_encoder_2    text_encoder_2.<path>    lora_te2_…
     model             <path>                   lycoris_…
