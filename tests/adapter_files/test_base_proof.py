@@ -20,6 +20,7 @@ from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
 from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import Names
+from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
 
@@ -516,3 +517,53 @@ def test_the_unused_pooler_of_a_base_model_binds_nobody(checkpoint, tmp_path):
 def test_a_model_that_no_checkpoint_marked_is_not_spoken_of(tmp_path):
     saved(net(), tmp_path / "a")  # warnings are errors here
     saved(copy.deepcopy(net()), tmp_path / "b")
+
+
+# ---------------------------------------------------------------------------------------------- packed by a call
+
+
+def packed_model(nested: bool = True) -> nn.Module:
+    """Two 4-bit layers, the same bits at each call."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = [bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=nested) for _ in range(2)]
+    return nn.Sequential(*layers).to("cpu").eval()
+
+
+def repack(model: nn.Module) -> nn.Module:
+    """What a call on a processor with AVX512-BF16 does to each 4-bit weight, on any processor."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    for module in model:
+        weight: Any = module.weight
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    return model
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("trained_on", ["fresh", "called"])
+def test_a_4bit_base_that_was_called_and_a_fresh_one_are_one_base(
+    trained_on: str, nested: bool, tmp_path: Path
+) -> None:
+    fresh, called = packed_model(nested), repack(packed_model(nested))
+    first, second = (fresh, called) if trained_on == "fresh" else (called, fresh)
+    veneer.attach(first, veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
+    veneer.load(second, tmp_path / "a")
+    other = packed_model(nested)
+    with torch.no_grad():
+        other[1].weight.data[0] ^= 255
+    with pytest.raises(BaseMismatchError, match=r"1 of 1 other tensors \(1\.weight\)") as raised:
+        veneer.load(other, tmp_path / "a")
+    assert "AVX512" not in str(raised.value)
+
+
+def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_explained_on_a_called_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # as an earlier Veneer took its fingerprints
+        patch.setattr(BASES["bitsandbytes_4bit"].__class__, "settled", lambda self, weight, stored: stored)
+        veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
+    base_proof.forget()
+    veneer.load(packed_model(), tmp_path / "a")
+    with pytest.raises(BaseMismatchError, match=r"AVX512-BF16 has rounded.*load the base anew"):
+        veneer.load(repack(packed_model()), tmp_path / "a")

@@ -80,9 +80,14 @@ class Content:
     stored: Mapping[str, Tensor]
     anchor: Any
 
-    def dense(self) -> Tensor:
+    def dense(self, as_loaded: bool = False) -> Tensor:
+        """The weight as its storage settles it, or ``as_loaded``, which is what an earlier Veneer took prints of."""
         with torch.no_grad():
-            dense = self.anchor if self.storage is None else self.storage.decode(self.weight, self.stored)
+            if self.storage is None:
+                dense = self.anchor
+            else:
+                stored = self.stored if as_loaded else self.storage.settled(self.weight, self.stored)
+                dense = self.storage.decode(self.weight, stored)
         whole = getattr(dense, "full_tensor", None)  # of a weight that is spread over processes
         return dense if whole is None else whole()
 
@@ -106,30 +111,52 @@ def base_tensors(names: Names) -> list[BaseTensor]:
     return found
 
 
-#: {kind: (stamp, fingerprint)} by the identity of the tensor
+#: {(kind, as it was loaded): (stamp, fingerprint)} by the identity of the tensor
 _KNOWN: Any = WeakIdKeyDictionary()
 #: threads that hash take turns, so that none computes what another is about to know
 _HASHING = threading.RLock()
 
 
 def fingerprints_of(
-    tensors: Sequence[BaseTensor], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = XXH3
+    tensors: Sequence[BaseTensor],
+    bits: Mapping[int, Mapping[str, Tensor]] | None = None,
+    kind: str = XXH3,
+    as_loaded: bool = False,
 ) -> list[str]:
     """The fingerprint of each tensor, computed for those alone that changed since they were last asked for. ``bits``:
     what merged weights held before, by identity (``merge.kept_bits``). ``kind``: XXH3, or SHA256 to compare with a
-    record that has fingerprints of that kind."""
+    record that has fingerprints of that kind. ``as_loaded``: as ``Content.dense`` has it."""
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
         found: list[str] = []
         for content, stamp in zip(contents, stamps, strict=True):
-            then, value = _KNOWN.get(content.anchor, {}).get(kind, (None, ""))
+            then, value = _KNOWN.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
             if stamp is None or then != stamp:
-                value = fingerprint(content.dense(), kind)
+                value = fingerprint(content.dense(as_loaded), kind)
                 if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
-                    _KNOWN.setdefault(content.anchor, {})[kind] = stamp, value
+                    _KNOWN.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
             found.append(value)
         return found
+
+
+def settling(tensors: Sequence[BaseTensor]) -> list[BaseTensor]:
+    """Those that are packed in a way which a call may change for good."""
+    return [one for one in tensors if one.storage is not None and type(one.storage).settled is not Storage.settled]
+
+
+def earlier_fingerprints(tensors: Sequence[BaseTensor], kind: str = XXH3) -> dict[str, str]:
+    """By name, the fingerprints that an earlier Veneer took of packed weights which a call may change: as loaded."""
+    packed = settling(tensors)
+    fingerprints = zip(packed, fingerprints_of(packed, kind=kind, as_loaded=True), strict=True)
+    return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
+
+
+def has_settled(tensor: BaseTensor) -> bool:
+    """Whether a call has changed it so already: nobody can tell how it was loaded."""
+    with _HASHING, _prepared([tensor]):
+        content = tensor.content({})
+        return torch.equal(content.dense(), content.dense(as_loaded=True))
 
 
 def fingerprint_beside(

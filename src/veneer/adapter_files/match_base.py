@@ -8,7 +8,14 @@ from pathlib import Path
 
 from torch import nn
 
-from veneer.adapter_files.base_proof import base_tensors, fingerprint_beside, fingerprints_of
+from veneer.adapter_files.base_proof import (
+    base_tensors,
+    earlier_fingerprints,
+    fingerprint_beside,
+    fingerprints_of,
+    has_settled,
+    settling,
+)
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
@@ -42,9 +49,13 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     sources = sources_of(names.model)  # a weight that was quantised as it was loaded goes by that of the file, too
     own = {name: (found, sources.get(found)) for name, found in fingerprints.items()}
     different = [name for name, expected in recorded.items() if expected not in own.get(name, (expected,))]
+    packed = [one for one in base_tensors(names) if one.known and not {*different}.isdisjoint(one.names)]
+    earlier = earlier_fingerprints(packed, kind)
+    different = [name for name in different if earlier.get(name) != recorded[name]]
     different += [at for at, expected in tokens.items() if not _has_other_rows(names, saved, at, expected)]
     if different:
-        raise BaseMismatchError(_another_base(saved, different))
+        settled = any(has_settled(one) for one in settling(packed) if not {*different}.isdisjoint(one.names))
+        raise BaseMismatchError(_another_base(saved, different, settled))
     lacking = [name for name in recorded if name not in fingerprints]
     told = {*recorded, *tokens, *record.get("fresh", ())}
     own = {f"{peft.unnested(path)[0]}.{name}".lstrip(".") for path, full in saved.full.items() for name in full}
@@ -91,7 +102,8 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
         )
 
 
-def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:
+def _another_base(saved: AdapterFiles, different: Sequence[str], settled: bool) -> str:
+    """The text of the error. ``settled``: packed weights among these are no longer as they were loaded."""
     record, parts = saved.metadata["base"], []
     for key, what in (("weights", "adapted layers"), ("rest", "other tensors")):
         names = [name for name in different if name in record.get(key, {})]
@@ -102,6 +114,9 @@ def _another_base(saved: AdapterFiles, different: Sequence[str]) -> str:
     if (quantised := record.get("quantized")) and not quantised.get("original"):
         expected += f", quantised by {quantised.get('by')} ({quantised.get('as', 'as its config says')})"
         do += "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
+    if settled:
+        found += ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as bitsandbytes does"
+        do = f"load the base anew and the adapter before the first call (earlier records know such weights so), or {do}"
     lost = [name for name in record.get("fresh", ()) if name in different]
     if lost:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))

@@ -89,6 +89,11 @@ class Storage(ABC):
         """Bring a module's weight into the form that the other methods read; its meaning stays. Done when it is
         attached to and after every ``write``; doing it again does nothing."""
 
+    def settled(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The stored tensors as the library itself may leave them in a call, where it changes them for good: the same
+        before that call and after it. A fingerprint is of these."""
+        return stored
+
     def release(self, module: Any) -> None:  # noqa: B027
         """Undo what ``prepare`` set on the module, when it is detached."""
 

@@ -20,7 +20,8 @@ With ``compress_statistics`` the scales are stored in 8 bits themselves, in bloc
 
 On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place, which rounds the
 scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any more (bitsandbytes 0.50).
-``prepare`` undoes the layout and keeps the module from it.
+``prepare`` undoes the layout and keeps the module from it. The fingerprint of a weight is that of its rounded scales
+(``settled``), which a base that ran once and a fresh one have in common.
 
 **Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW: under
 the old scale those numbers that did not change stay. Under these scales each number goes to the nearest, or to one of
@@ -149,6 +150,10 @@ class Bitsandbytes4bit(GridStorage):
         if state.nested:
             found |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
         return found
+
+    def settled(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the scales that the layout of AVX512-BF16 has, on whatever device the weight lies."""
+        return {"packed": stored["packed"], "absmax": _scales(stored).bfloat16().float()}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         state, packed = weight.quant_state, stored["packed"].view(-1, 1)

@@ -113,7 +113,8 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
             continue
         module: Any = names.modules[entry.ref[0]]
         storage.prepare(module)
-        found[fingerprint(storage.dense(weight))] = fingerprint_of(value.shape, value.parts())
+        settled = storage.decode(weight, storage.settled(weight, storage.stored(weight)))
+        found[fingerprint(settled)] = fingerprint_of(value.shape, value.parts())
         storage.release(module)
     setattr(model, _SOURCES, found)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
-from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
+from veneer.adapter_files.base_proof import base_tensors, earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter, otherwise, ref_at
@@ -35,7 +35,7 @@ from veneer.attach.targets import Names
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist, new_file
-from veneer.fileio.hashing import kind_in
+from veneer.fileio.hashing import kind_in, prints_in
 from veneer.fileio.untrusted import Header, read_header, read_json
 from veneer.formats import (
     FORMATS,
@@ -330,6 +330,8 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
     known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
     other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
     other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
+    earlier = earlier_fingerprints(tensors, kind_in(said)) if other else {}
+    other = [name for name in other if earlier.get(name) != prints_in(said).get(name, "")]
     if other:
         found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
         raise BaseMismatchError(found, "its own base", "give that one, or pass verify_base=False")
