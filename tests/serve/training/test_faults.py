@@ -28,7 +28,7 @@ from veneer.serve.training.bodies import Sample
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.trainer import Trainer
 from veneer.serve.training.wire import MESSAGES, read_pass
-from veneer.serve.training.worker import PASS, Line, Worker
+from veneer.serve.training.worker import PASS, Worker
 
 
 def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def ends_again_and_again(base, folder, monkeypatch, asked):
             for run, data in asked.items():
                 worker.accept(run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString())
         try:
-            while worker._active():
+            while worker.queue.active():
                 worker.turn()
             return deaths, [service.training.store.request(run.id, run.number)["answer"] for run in asked]
         except Death:
@@ -178,35 +178,11 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
             worker.accept(run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString())
         if number < 5:
             monkeypatch.setattr(worker.trainer, "compute", lambda passes, worker=worker: closing(worker))
-        while worker._active() and not worker._closing:
+        while worker.queue.active() and not worker._closing:
             worker.turn()
         answer = service.training.store.request(run.id, run.number)["answer"]
         service.close()
     assert loss_of(answer) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_run_that_comes_while_room_is_made_fails_nobody(it, client, monkeypatch):
-    run, worker = trained_run(client), it.training.worker
-    coming = iter(range(9))
-
-    class Joined(dict):
-        def __contains__(self, name):  # as another thread may add a line just then
-            number = next(coming, None)
-            if number is not None:
-                worker.lines[f"late-{number}"] = Line(f"late-{number}", f"late-{number}", "", 0, -1)
-            return False
-
-    def look():
-        with monkeypatch.context() as patch:
-            patch.setattr(worker.trainer, "runs", Joined())
-            worker.make_room()
-            return worker._room(worker.lines[run.id])
-
-    try:
-        assert worker.do(look).result(timeout=20)
-    finally:
-        for name in [one for one in worker.lines if one.startswith("late-")]:
-            del worker.lines[name]
 
 
 def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from tests.support.training_client import Client, Failed, datum
 import veneer
 from veneer.adapter_files.verify import verify
 from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.training import lines as lines_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import Store
 
@@ -690,7 +691,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
 
 
 def test_a_run_has_so_many_waiting(client, monkeypatch):
-    monkeypatch.setattr(worker_, "MOST_WAITING", 3)
+    monkeypatch.setattr(lines_, "MOST_WAITING", 3)
     run = client.run()
     bodies = [{"model_id": run.id, "seq_id": 2 + number, "adam_params": {}} for number in range(4)]
     assert [client.send("optim_step", **body).status_code for body in bodies] == [200, 200, 429, 429]

@@ -12,9 +12,9 @@ from tests.support.tiny import tiny_model
 
 import veneer
 from veneer.adapter_files.verify import verify
-from veneer.errors import DataError, TargetError, TrainingError
+from veneer.errors import AdapterError, DataError, TargetError, TrainingError
 from veneer.serve.training.losses import LOSSES, Datum, checked, checked_settings
-from veneer.serve.training.trainer import Adam, Pass, Trainer
+from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
 
 CONFIGS = {
     "a": veneer.LoraConfig(rank=4),
@@ -319,3 +319,76 @@ def test_bad_settings_are_named(trainer):
     with pytest.raises(TargetError):
         trainer.begin("d", veneer.LoraConfig(rank=64), 0)
     assert list(trainer.runs) == ["a", "b", "c"]
+
+
+# ---------------------------------------------------------------------------------------------- numbers too large
+
+
+def weighted(draw, weight):
+    one = datum(draw, "cross_entropy", size=9)
+    return Datum(one.tokens, one.targets, {"weights": torch.full((9,), weight)})
+
+
+def test_a_sum_of_gradients_that_is_too_large_fails_the_pass_that_made_it(trainer):
+    """Each of the two alone is within bounds."""
+    draw = random.Random(11)
+    one = weighted(draw, 1.0)
+    run_all(trainer, [Pass("a", [one], "cross_entropy")])
+    largest = max(float(parameter.grad.abs().max()) for parameter in trainer._parameters("a"))
+    for parameter in trainer._parameters("a"):
+        parameter.grad *= 8e17 / largest
+    kept = [parameter.grad.clone() for parameter in trainer._parameters("a")]
+    wide = Datum(one.tokens, one.targets, {"weights": torch.full((9,), 8e17 / largest)})
+    passed = Pass("a", [wide], "cross_entropy")
+    run_all(trainer, [passed])
+    assert isinstance(passed.error, TrainingError)
+    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(trainer._parameters("a"), kept, strict=True))
+    for parameter in trainer._parameters("a"):
+        parameter.grad = None
+    run_all(trainer, [again := Pass("a", [wide], "cross_entropy")])
+    assert again.error is None
+
+
+def test_a_gradient_whose_square_overflows_fails_its_pass(trainer):
+    """AdamW's second moment would be infinite from then on, and each later step of that weight nothing."""
+    draw = random.Random(12)
+    one = Pass("a", [weighted(draw, 1e24)], "cross_entropy")
+    run_all(trainer, [one])
+    assert isinstance(one.error, TrainingError)
+    assert "1e+18" in str(one.error)
+    assert not trainer.pending("a")
+
+
+def test_the_norm_of_a_gradient_is_right_where_float32_would_overflow(trainer):
+    parameters = trainer._parameters("a")
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 9e17)
+    count = sum(parameter.numel() for parameter in parameters)
+    before = [parameter.detach().clone() for parameter in parameters]
+    told = trainer.step("a", Adam(0.01, clip=1.0))
+    assert told["unclipped_grad_l2:mean"] == pytest.approx(9e17 * count**0.5, rel=1e-6)
+    moved = [float((own.detach() - old).abs().max()) for own, old in zip(parameters, before, strict=True)]
+    assert moved == pytest.approx([0.01] * len(moved), rel=1e-3)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_a_state_of_an_optimiser_that_is_not_finite_is_not_loaded(trainer, tmp_path, key):
+    draw = random.Random(13)
+    run_all(trainer, [Pass("a", [datum(draw, "cross_entropy")], "cross_entropy")])
+    trainer.step("a", Adam())
+    next(iter(trainer._optimizers["a"].state.values()))[key].fill_(torch.inf)
+    trainer.save("a", tmp_path / "state", None)
+    weights = [parameter.detach().clone() for parameter in trainer._parameters("b")]
+    with pytest.raises(AdapterError, match="not finite"):
+        trainer.load("b", tmp_path / "state", optimizer=True)
+    assert all(torch.equal(one, other) for one, other in zip(weights, trainer._parameters("b"), strict=True))
+
+
+def test_a_step_beyond_what_a_folder_can_hold_is_the_runs_end(trainer):
+    draw = random.Random(14)
+    wild = Adam(10.0, beta2=0.0, eps=1e-20)
+    run_all(trainer, [Pass("a", [datum(draw, "cross_entropy")], "cross_entropy")])
+    trainer.step("a", wild)
+    run_all(trainer, [Pass("a", [datum(draw, "cross_entropy")], "cross_entropy")])
+    with pytest.raises(DivergenceError, match="load a checkpoint"):
+        trainer.step("a", wild)

@@ -27,6 +27,7 @@ from veneer.serve.training.accept import run_of, within
 from veneer.serve.training.routes import On, checkpoint_of
 from veneer.serve.training.store import KINDS, Place
 from veneer.serve.training.training import NOW, Training
+from veneer.serve.training.worker import PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -58,7 +59,9 @@ def _batch(training: Training, key: Key) -> dict[str, Any] | None:
 
 def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
     line = training.worker.lines.get(row["id"])
-    curve = training.curves(row["id"], row["state"]) if line is None or line.curve is None else line.curve
+    curve = None if line is None else line.curve
+    if curve is None:
+        curve = training.curves(row["id"], row["state"], training.store.next_seq(row["id"]))
     losses, config = curve.shown(), json.loads(row["config"])
     rows, targets = training.store.checkpoints(None, row["id"]), config["targets"]
     return {
@@ -68,8 +71,8 @@ def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
         "steps": curve.steps, "tokens": curve.tokens, "losses": [(step, float(f"{loss:.5g}")) for step, loss in losses],
         "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
         "in_memory": f"run{row['number']}" in held, "waiting": 0 if line is None else len(line.waiting),
-        "unloaded": bool(row["unloaded"]), "checkpoints_count": len(rows),
-        "checkpoints": [_checkpoint(one) for one in rows[:MOST_CHECKPOINTS]],
+        "unloaded": bool(row["unloaded"]), "failed": training.store.failure_of(row["id"]),
+        "checkpoints_count": len(rows), "checkpoints": [_checkpoint(one) for one in rows[:MOST_CHECKPOINTS]],
     }  # fmt: skip
 
 
@@ -108,7 +111,7 @@ async def requested_run(training: Training, key: Key, model: str) -> dict[str, f
     if last == NOW and run:
         id = run_of(training, key, run)["id"]
         within(training, key, "tokens")
-        published = training.worker.do(partial(publish, training, id))
+        published = training.worker.do(partial(publish, training, id), id)
         name = await asyncio.shield(asyncio.wrap_future(published))
         await training.written(training.keep, name)
     else:
@@ -120,20 +123,23 @@ async def requested_run(training: Training, key: Key, model: str) -> dict[str, f
 
 def publish(training: Training, run: str) -> str:
     """Let the bank have a run as it is now, by the name that is returned; the training thread's. Whether it is in
-    memory stays as it was. ``BankFullError``: all runs in memory are computed now. ``SelectionError``: it is a copy, or
-    has not begun."""
+    memory stays as it was. ``SelectionError``: it is a copy, or has not begun. ``TrainingError``: it has failed."""
     worker, bank, name = training.worker, training.bank, f"tinker://{run}/{NOW}"
-    line = worker.line(run)
+    line = worker.queue.line(run)
     if not line.next:
         raise SelectionError(f"{name}, a run without requests", "one that trains", "name one of its checkpoints")
-    if name in bank and line.published == line.next:
+    if name in bank and worker.published.get(run) == line.next:
+        worker.queue.drop(line)
         return name
     held = line.name in worker.trainer.runs
     worker.ensure(line)
     folder = training.folder_of(name)
     worker.trainer.export(line.name, folder, training.base, {"run": run, "request": line.next})
     bank.put(name, folder, line.name)
-    line.published = line.next
+    worker.published.pop(run, None)
+    worker.published[run] = line.next
+    if len(worker.published) > PUBLISHED:
+        del worker.published[next(iter(worker.published))]
     if not held:
         worker.let_go(line)
     return name

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -351,8 +350,8 @@ def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | 
     row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
     if row is None:
         return training.samples.find(id, key.owner)
-    found: Future[Answer] | None = training.worker.promise(run, int(number)) if owned(key, row) else None
-    return None if found is None else asyncio.wrap_future(found)
+    found = training.worker.promise(run, int(number)) if owned(key, row) else None
+    return None if found is None else found.awaitable()
 
 
 @router.post("/retrieve_future")

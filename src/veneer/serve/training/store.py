@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS requests (
     PRIMARY KEY (run, seq)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS begun (
     run TEXT, seq INTEGER, times INTEGER, PRIMARY KEY (run, seq)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failed_runs (run TEXT PRIMARY KEY, reason TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
     run TEXT, kind TEXT, name TEXT, owner TEXT, created REAL, bytes INTEGER, metadata TEXT, expires REAL,
     public INTEGER DEFAULT 0, hidden INTEGER DEFAULT 0, config TEXT, request INTEGER, PRIMARY KEY (run, kind, name));
@@ -177,6 +178,18 @@ class Store:
 
     def unload(self, id: str) -> None:
         self._do("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
+
+    def fail(self, run: str, reason: str) -> None:
+        """Write down why a run takes nothing any more but a checkpoint to load."""
+        self._do("INSERT OR REPLACE INTO failed_runs VALUES (?, ?)", run, reason)
+
+    def failure_of(self, run: str) -> str | None:
+        row = self._one("SELECT reason FROM failed_runs WHERE run = ?", run)
+        return None if row is None else row["reason"]
+
+    def recover(self, run: str) -> None:
+        """A checkpoint was loaded into a run that had failed."""
+        self._do("DELETE FROM failed_runs WHERE run = ?", run)
 
     def copied(self, id: str) -> bool:
         """Whether it never was a run: what a copied checkpoint is under."""

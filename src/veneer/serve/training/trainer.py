@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.attach.lookup import need_adapters
+from veneer import precision
+from veneer.adapter_files.folder import LARGEST
+from veneer.attach.lookup import changes, need_adapters
 from veneer.config import LoraConfig
 from veneer.errors import DataError, TrainingError
 from veneer.fileio.atomic import new_folder
+from veneer.formats._base import read_tensors
 from veneer.handle import Handle
 from veneer.serve.scheduler import fit_budget
 from veneer.serve.training.losses import LOSSES, Datum
@@ -37,6 +40,12 @@ TOKENS, DEVICE_TOKENS = 512, 8192
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
 #: learning rates, and what a step may take of a weight by decay: beyond, numbers overflow sooner or later
 MOST_RATE, LEAST_EPS = 10.0, 1e-20
+#: of a gradient's numbers: AdamW keeps their squares, which float32 holds up to 3e38
+MOST_GRADIENT = 1e18
+
+
+class DivergenceError(TrainingError):
+    """A step after which a run is no adapter any more: its numbers are of no use, and it can only be loaded anew."""
 
 
 class Turn:
@@ -51,6 +60,15 @@ class Turn:
 
     def __exit__(self, *_: object) -> None:
         self._now.release()
+
+
+@dataclass(frozen=True)
+class Product:
+    """Which of a run's parameters are the two factors of a change, by their indices, and the change's scale."""
+
+    A: int
+    B: int
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.tokens = TOKENS if self.device.type == "cpu" else DEVICE_TOKENS
         self._optimizers: dict[str, torch.optim.AdamW] = {}
+        self._products: dict[str, list[Product]] = {}
 
     def begin(self, run: str, config: LoraConfig, seed: int) -> None:
         """``TargetError``: the config does not fit the base."""
@@ -118,13 +137,20 @@ class Trainer:
             self._adopt(run, self.runs.add(run, config, seed=seed))
 
     def _adopt(self, run: str, handle: Handle) -> None:
-        self._optimizers[run] = torch.optim.AdamW(handle.parameters(), foreach=True)
+        parameters = handle.parameters()
+        indices = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._products[run] = []
+        for *_, change in changes(self.model, run):
+            A, B = (indices.get(id(change.adapter_parameters.get(name))) for name in "AB")
+            if A is not None and B is not None:
+                self._products[run].append(Product(A, B, change.scale))
+        self._optimizers[run] = torch.optim.AdamW(parameters, foreach=True)
 
     def end(self, run: str) -> None:
         """Let go of a run's numbers."""
         with self._turn:
             self.runs.remove(run)
-        del self._optimizers[run]
+        del self._optimizers[run], self._products[run]
 
     def pending(self, run: str) -> bool:
         """Whether a run has gradients that no step has used."""
@@ -241,26 +267,37 @@ class Trainer:
         return total
 
     def _finish(self, one: Pass) -> None:
-        """The gradients of a pass join those from before it, or are dropped."""
+        """The gradients of a pass join those from before it; one that fails, or whose sum with these is out of bounds,
+        leaves them as they were."""
         if one.before is None:
             return
         parameters = self._parameters(one.run)
-        if one.error is None and not _finite(parameter.grad for parameter in parameters):
-            one.error = TrainingError("a gradient that is no finite number", "finite ones", "look at the data")
-        for parameter, before in zip(parameters, one.before, strict=True):
-            if one.error is not None or parameter.grad is None:
+        if one.error is None:
+            for parameter, before in zip(parameters, one.before, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = before
+                elif before is not None:
+                    parameter.grad += before
+            largest = _largest([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if not largest <= MOST_GRADIENT:  # NaN is not, either
+                found, do = f"a gradient of up to {largest:.3g}", "look at the data and their weights"
+                one.error = TrainingError(found, f"numbers of at most {MOST_GRADIENT:g}", do)
+        if one.error is not None:
+            for parameter, before in zip(parameters, one.before, strict=True):
                 parameter.grad = before
-            elif before is not None:
-                parameter.grad += before
         one.before = None
 
     def step(self, run: str, adam: Adam) -> dict[str, float]:
-        """A step of AdamW along the gradients of the passes since the last one. ``DataError``: settings that would not
-        end in numbers; nothing has changed."""
+        """A step of AdamW along the gradients of the passes since the last one.
+
+        Raises:
+            DataError: settings that would not end in numbers; nothing has changed.
+            DivergenceError: the step made numbers that no adapter folder can hold. The run is of no use any more.
+        """
         adam.check()
         optimizer, parameters = self._optimizers[run], self._parameters(run)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = math.hypot(*_norms(gradients))
         if adam.clip and norm > adam.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, adam.clip, torch.tensor(norm))
         optimizer.param_groups[0].update(
@@ -269,7 +306,20 @@ class Trainer:
         with self._turn:  # what is sampled from is a copy, but the base of a call is common
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self._check_bounds(run)
         return {"unclipped_grad_l2:mean": norm}
+
+    def _check_bounds(self, run: str) -> None:
+        """``DivergenceError``: a run's numbers are such as ``adapter_files.folder`` neither writes nor reads."""
+        norms = _norms(self._parameters(run))
+        sizes = [abs(pair.scale) * norms[pair.A] * norms[pair.B] for pair in self._products[run]]
+        # no number is larger than the norm of its tensor, so that few runs are looked at number by number
+        largest = 0.0 if all(norm <= LARGEST for norm in norms) else _largest(self._parameters(run))
+        worst = next((size for size in (*sizes, largest) if not size <= LARGEST), None)  # NaN is not, either
+        if worst is not None:
+            found = f"a run that diverged: a step made numbers of up to {worst:.3g}"
+            do = "load a checkpoint into it and go on with a smaller learning rate, or begin a new run"
+            raise DivergenceError(found, f"weights, and changes of weights, of at most {LARGEST:g}", do)
 
     def save(
         self,
@@ -299,7 +349,7 @@ class Trainer:
             if run in self.runs:  # tried beside it first
                 self.runs.add(f"{run}-new", folder / adapter)
                 self.runs.remove(f"{run}-new")
-            state = load_file(folder / OPTIMIZER) if optimizer else {}
+            state = read_tensors(folder / OPTIMIZER)[0] if optimizer else {}
             if run in self.runs:
                 self.runs.remove(run)
             handle = self.runs.add(run, folder / adapter)
@@ -343,6 +393,20 @@ def _by_place(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[int, 
     return state
 
 
-def _finite(tensors: Iterator[Tensor | None]) -> bool:
-    found = [tensor for tensor in tensors if tensor is not None]
-    return not found or bool(torch.isfinite(torch.nn.utils.get_total_norm(found, torch.inf)))
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """The norm of each tensor, in float64 where the device has that: float32 cannot hold the squares of large ones."""
+    if not tensors:
+        return []
+    device = tensors[0].device  # a base may be spread over several
+    wide = torch.float64 if precision.has_float64(device) else torch.float32
+    with torch.no_grad():
+        norms = torch._foreach_norm(list(tensors), 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack([norm.to(device) for norm in norms]).tolist()
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest number by size; NaN where one is."""
+    if not tensors:
+        return 0.0
+    with torch.no_grad():
+        return float(torch.nn.utils.get_total_norm(tensors, torch.inf))

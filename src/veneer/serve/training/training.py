@@ -17,12 +17,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, sentence
+from veneer.errors import ConfigError, SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.curve import Curve, read_curve
@@ -65,7 +66,7 @@ class Training:
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
     disk: ThreadPoolExecutor = field(init=False)  # for what writes: the event loop waits for no disk
-    curves: Callable[[str, int], Curve] = field(init=False)  # of runs at rest: (run, state) -> curve
+    curves: Callable[[str, int, int], Curve] = field(init=False)  # of runs at rest: (run, state, next request)
 
     def __post_init__(self) -> None:
         self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
@@ -77,7 +78,7 @@ class Training:
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
         self.disk = ThreadPoolExecutor(1, "veneer-journal")
-        self.curves = lru_cache(CURVES)(partial(read_curve, self.store))
+        self.curves = lru_cache(CURVES)(lambda run, state, following: read_curve(self.store, run, state))
         self._seen: dict[str, float] = {}
         self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
         self._gaps: dict[str, tuple[int, float]] = {}  # by run: the number that is missing, and since when
@@ -96,6 +97,8 @@ class Training:
 
     def close(self) -> None:
         self._stop.set()
+        if self._watch.is_alive():
+            self._watch.join()
         self.worker.close()
         self.disk.shutdown()
         self.store.close()
@@ -119,7 +122,8 @@ class Training:
             ) from error
 
     def seen(self, session: str) -> None:
-        self._seen[session] = time.monotonic()
+        with self._lock:
+            self._seen[session] = time.monotonic()
 
     def used(self, path: str) -> str:
         """The bank's name for samples of a checkpoint."""
@@ -129,12 +133,18 @@ class Training:
     def keep(self, name: str) -> None:
         """It is used now. Of what the bank holds beside runs, the least used one goes from memory; it is read again for
         whoever waits for it."""
-        self._used[name] = time.monotonic()
-        self._used.move_to_end(name)
-        while len(self._used) > self.resident:
-            old, _ = self._used.popitem(last=False)
-            if old in self.bank:
-                self.bank.register(old, self.folder_of(old), replace=True)
+        with self._lock:
+            self._used[name] = time.monotonic()
+            self._used.move_to_end(name)
+            excess = [self._used.popitem(last=False)[0] for _ in range(len(self._used) - self.resident)]
+        for old in excess:
+            try:
+                if old in self.bank:
+                    self.bank.register(old, self.folder_of(old), replace=True)
+            except (VeneerError, OSError):  # the one who uses ``name`` has nothing to do with it
+                log.exception("the samples of %s cannot be read again", old)
+                with suppress(SelectionError):  # it was deleted
+                    self.bank.remove(old)
 
     def folder_of(self, name: str) -> Path:
         """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a run as it is now."""
@@ -167,9 +177,9 @@ class Training:
         runs = {row["id"] for row in self.store.runs(None, session)}
 
         def go() -> None:
-            for run in runs & self.worker.lines.keys():
-                line = self.worker.lines[run]
-                if line.current is None and not line.waiting:
+            for run in runs:
+                line = self.worker.lines.get(run)
+                if line is not None and line.current is None and not line.waiting:
                     self.worker.let_go(line)
 
         self.worker.do(go).add_done_callback(partial(_logged, f"the runs of session {session} are still in memory"))
@@ -186,8 +196,11 @@ class Training:
         without a name that nobody uses."""
         now = time.monotonic()
         self._fill_gaps(now)
-        for session in [one for one, when in self._seen.items() if now - when > VANISHED]:
-            del self._seen[session]
+        with self._lock:  # clients are seen meanwhile
+            vanished = [session for session, when in self._seen.items() if now - when > VANISHED]
+            for session in vanished:
+                del self._seen[session]
+        for session in vanished:
             self.samples.leave_soon(session)
             self.leave(session)
         self.worker.do(self._delete_old).add_done_callback(partial(_logged, "old checkpoints are still there"))
@@ -195,8 +208,13 @@ class Training:
     def _delete_old(self) -> None:
         """The training thread's: what has expired by then, and was not saved anew."""
         for place in [*self.store.expired(), *self._unused(time.monotonic())]:
-            self.operations.delete(place)
-            self._used.pop(place.path, None)
+            try:
+                self.operations.delete(place)
+            except (VeneerError, OSError, sqlite3.Error):  # of one; the others are deleted
+                log.exception("%s could not be deleted", place.path)
+            else:
+                with self._lock:
+                    self._used.pop(place.path, None)
 
     def _fill_gaps(self, now: float) -> None:
         """Answer numbers that did not come for too long, as errors that say so: those after them go on."""
@@ -222,7 +240,8 @@ class Training:
         for row in self.store.unnamed():  # the newest first
             found.setdefault(row["run"], []).append(Place(row["run"], row["kind"], row["name"]))
         old = [place for own in found.values() for place in own[UNNAMED:]]
-        return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
+        with self._lock:
+            return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
 
 
 def _logged(failure: str, done: Future[None]) -> None:

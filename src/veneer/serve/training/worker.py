@@ -4,29 +4,35 @@
 
 A run is in memory while it is used; of more than ``resident`` the one that was used longest ago writes its state and
 goes. It comes back from that state and the requests after it, which is also how a server that was killed goes on.
+A request that needs room waits at the head of its run's line while all runs in memory are computed.
+
+What fails of a run is that run's: a state that cannot be written now is computed again from its requests, and a run
+whose numbers no state can hold is marked as failed. It takes nothing any more but a checkpoint to load.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+import sqlite3
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from veneer.config import LoraConfig
-from veneer.errors import BankFullError, DataError, VeneerError, sentence
+from veneer.errors import AdapterError, BankFullError, DataError, TrainingError, VeneerError, sentence
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
-from veneer.serve.training.curve import LOSS, Batch, Curve, Rate, read_curve, state_folder
+from veneer.serve.training.curve import LOSS, Batch, Curve, read_curve, state_folder
+from veneer.serve.training.lines import Asked, Line, Promise, Queue
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
-from veneer.serve.training.trainer import Adam, Pass, Trainer
+from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.wire import Answer, failure, has_backward, pass_output, read_header, read_pass
 
 log = logging.getLogger("veneer.serve.training")
@@ -35,10 +41,8 @@ log = logging.getLogger("veneer.serve.training")
 STATE_AFTER = 30.0
 #: how long a batch waits for runs that were in the last one: a part of its time, at most so many seconds
 LINGER, MOST_LINGER = 0.25, 0.05
-#: seconds after a failure of the thread itself, such as a full disk
+#: seconds after a failure of the thread itself, such as a full disk, and after one to write a run's answer
 PAUSE = 1.0
-#: requests of one run that wait, and their bytes
-MOST_WAITING, MOST_BYTES = 1024, 64 * 2**20
 #: deaths of the process while it did one request alone, after which that is not tried again
 DEATHS = 3
 PASS, REFUSED = "pass", "refused"
@@ -46,40 +50,11 @@ PASS, REFUSED = "pass", "refused"
 REFUSED_PASS, MISSING = "refused_pass", "missing"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
-#: what is done without the run in memory
-UNMADE = ("load", "create", "unload")
-
-
-class Asked(NamedTuple):
-    """A request of a run."""
-
-    seq: int
-    kind: str
-    body: bytes
-
-
-@dataclass(eq=False)
-class Line:
-    """A run's requests. ``next``: the number of the one whose turn it is. ``spent``: seconds of computing since its
-    state was written. ``curve``: of its losses, once one is added to it. ``published``: the number before which samples
-    of it as it is now were drawn."""
-
-    run: str
-    name: str  # of the run's adapter on the model
-    owner: str
-    next: int
-    state: int
-    waiting: dict[int, Asked] = field(default_factory=dict)
-    current: Pass | None = None
-    spent: float = 0.0
-    used: float = 0.0
-    curve: Curve | None = None
-    rate: Rate = field(default_factory=Rate)
-    published: int = -1
-
-    @property
-    def head(self) -> Asked | None:
-        return self.waiting.get(self.next) if self.current is None else None
+#: what is done without the run in memory, and what of it needs no room there
+ROOMLESS = ("unload", REFUSED, REFUSED_PASS, MISSING)
+UNMADE = ("load", "create", *ROOMLESS)
+#: runs of which it is known when they were last published as they were then
+PUBLISHED = 512
 
 
 def _concerns_step(asked: Asked) -> bool:
@@ -99,19 +74,15 @@ class Worker:
         self.trainer, self.store, self.resident = trainer, store, resident
         self.length, self.vocabulary = length, vocabulary
         self.operations: dict[str, Operation] = {"step": self._step}
-        self.lines: dict[str, Line] = {}
-        self.promises: dict[tuple[str, int], Future[Answer]] = {}
+        self.queue = Queue(store, trainer.runs)
+        self.lines = self.queue.lines
+        self.published: dict[str, int] = {}  # the next request of a run, as samples of it as it is now were drawn
         self.steps = self.tokens = 0  # that were made, and trained on, by this server
         self.batch: Batch | None = None  # the last one
-        self._wake = threading.Condition()
-        self._others: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = self.queue.wake
+        self._others: deque[tuple[Callable[[], Any], Future[Any], str | None]] = deque()
         self._shares, self._ended, self._last = Shares(), dict[str, float](), 0.0
         self._closing = False
-        for run in store.waiting_runs():
-            line = self._line(run)
-            for row in store.requests_after(run, line.next - 1):
-                if not row["done"]:
-                    self._queue(line, Asked(row["seq"], row["kind"], row["body"]))
         #: runs whose first request may be what ended the server before
         self._suspects = [line for line in self.lines.values() if line.head is not None]
         self._thread = threading.Thread(target=self._loop, name="veneer-training", daemon=True)
@@ -126,9 +97,8 @@ class Worker:
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        for line in self.lines.values():
-            if line.name in self.trainer.runs:
-                self._write_state(line)
+        for line in self._held():
+            self._write_state(line)
 
     @property
     def ready(self) -> bool:
@@ -137,74 +107,32 @@ class Worker:
     # any thread
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
-        """Write a request down, and queue it; its number. The same number again is the same request. ``Busy``: too much
-        of its run waits, or too many numbers are missing before it; the one whose turn it is always has room."""
-        with self._wake:
-            line = self._line(run)
-            number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
-            new = number >= line.next and number not in line.waiting
-            held = sum(len(one.body) for one in line.waiting.values())
-            full = number - line.next >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)
-            if new and number > line.next and full:
-                found = f"request {number} of a run whose next is {line.next}, with {held:,} bytes that wait"
-                expected = f"less than {MOST_WAITING} ahead, with {MOST_BYTES:,} bytes"
-                raise Busy(sentence(found, expected, "wait for those before it"), 1.0)
-        if new and self.store.add_request(run, number, kind, body):
-            with self._wake:
-                self._queue(line, Asked(number, kind, body))
-                self._wake.notify_all()
-        return number
+        """See ``Queue.accept``."""
+        return self.queue.accept(run, seq, kind, body)
 
-    def promise(self, run: str, seq: int) -> Future[Answer] | None:
-        """The answer to a request; None for one that is not known, or long gone."""
-        with self._wake:
-            found = self.promises.get((run, seq))
-        if found is not None:
-            return found
-        row = self.store.request(run, seq)
-        if row is None or not row["done"]:
-            return None
-        done: Future[Answer] = Future()
-        done.set_result(Answer(row["answer"], bool(row["binary"])))
-        return done
+    def promise(self, run: str, seq: int) -> Promise | None:
+        """See ``Queue.promise``."""
+        return self.queue.promise(run, seq)
 
-    def do(self, work: Callable[[], Any]) -> Future[Any]:
-        """Let the thread do something between two batches."""
+    def do(self, work: Callable[[], Any], run: str | None = None) -> Future[Any]:
+        """Let the thread do something between two batches; for ``run``, when that is in memory or has room there."""
         done: Future[Any] = Future()
         done.set_running_or_notify_cancel()
         with self._wake:
             if self._closing:
-                done.set_exception(
-                    Busy(sentence("a server that is shutting down", "one that trains", "try later"), 5.0)
-                )
+                done.set_exception(_closing())
             else:
-                self._others.append((work, done))
+                self._others.append((work, done, run))
                 self._wake.notify_all()
         return done
-
-    def line(self, run: str) -> Line:
-        with self._wake:
-            return self._line(run)
-
-    def _line(self, run: str) -> Line:
-        if run not in self.lines:
-            row = self.store.run(run)
-            assert row is not None
-            name, first = f"run{row['number']}", self.store.next_seq(run)
-            self.lines[run] = Line(run, name, row["owner"], first, row["state"])
-        return self.lines[run]
-
-    def _queue(self, line: Line, asked: Asked) -> None:
-        line.waiting[asked.seq] = asked
-        self.promises[line.run, asked.seq] = promise = Future()
-        promise.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
 
     # the worker's thread
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._others or self._active())
+                while not (self._closing or self._others or self.queue.active()):
+                    self._wake.wait(PAUSE if self.queue.busy else None)  # those that are busy had a failure
                 if self._closing:
                     break
             try:
@@ -213,14 +141,26 @@ class Worker:
                 log.exception("a turn of the training thread failed")
                 time.sleep(PAUSE)
         self._do_others()  # somebody waits for each
+        for _, done, _ in self._others:  # also where there is no room
+            done.set_exception(_closing())
 
-    def _active(self) -> list[Line]:
-        with self._wake:
-            return [line for line in self.lines.values() if line.current is not None or line.head is not None]
+    def _each(self, lines: Iterable[Line], work: Callable[[Line], Any]) -> None:
+        """Do something for each of some lines. What fails of one, such as to write its answer down, is tried again
+        after a while, and leaves the others alone."""
+        for line in lines:
+            try:
+                work(line)
+            except Exception:
+                log.exception("%s: a request could not be answered", line.run)
+                line.again = time.monotonic() + PAUSE
 
     def _do_others(self) -> None:
-        while self._others:
-            work, done = self._others.popleft()
+        self.queue.drop_idle()
+        for _ in range(len(self._others)):
+            work, done, run = self._others.popleft()
+            if run is not None and not self._room(self.queue.line(run)):
+                self._others.append((work, done, run))
+                continue
             try:
                 done.set_result(work())
             except Exception as error:
@@ -232,12 +172,9 @@ class Worker:
         if self._suspects:
             self._alone(self._suspects.pop())
             return
-        for line in self._active():
-            asked = line.head
-            if asked is not None and asked.kind != PASS:
-                self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
+        self._do_operations()
         self._end_passes()
-        self._admit(self._active())
+        self._admit()
         self._linger()
         passes = self._in_turn()
         if passes:
@@ -250,7 +187,10 @@ class Worker:
         if asked is None:
             return
         if asked.kind not in UNMADE:  # to have the run back takes longer than most requests, and is no fault of theirs
-            self.ensure(line)
+            try:
+                self.ensure(line)
+            except Exception:
+                return  # it fails again, and is answered, in its turn among the others
         if self.store.begin(line.run, asked.seq) > DEATHS:
             log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
             found = f"a request during which the server's process ended {DEATHS} times"
@@ -260,7 +200,7 @@ class Worker:
         if asked.kind != PASS:
             self._answer(line, asked, lambda: self._operate(line, asked))
             return
-        self._admit([line])
+        self._begin(line)
         while line.current is not None and not self._closing:
             self._compute([line.current])
             self._do_others()
@@ -275,19 +215,28 @@ class Worker:
         if asked.kind not in UNMADE:
             self.ensure(line)
         line.used = time.monotonic()
-        return Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
+        answer = Answer(json.dumps(self.operations[asked.kind](line, given)).encode())
+        if asked.kind == "load" and line.failed is not None:
+            self.store.recover(line.run)
+            line.failed = None
+        return answer
 
     def _answer(self, line: Line, asked: Asked, work: Callable[[], Answer]) -> None:
         """Do what is asked, write the answer down, and go on to the next."""
         done = 1
         try:
             answer = work()
+        except DivergenceError as error:
+            self._fail(line, str(error))
+            answer, done = failure(error), 2
         except (VeneerError, ArithmeticError, MemoryError) as error:
             log.info("%s: request %d failed: %s", line.run, asked.seq, error)
             answer, done = failure(error), 2
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
+            if asked.kind in REPLAYED and line.name in self.trainer.runs:  # in memory it may be done in part
+                self.trainer.end(line.name)
         if done == 2 and asked.seq == 0:
             self.store.unload(line.run)  # it did not begin
         self._finalize(line, asked.seq, answer, done)
@@ -307,32 +256,41 @@ class Worker:
             if line.name in self.trainer.runs:
                 self.trainer.end(line.name)
             raise
-        with self._wake:
-            line.waiting.pop(seq, None)
-            line.next = seq + 1
-            promise = self.promises.pop((line.run, seq), None)
-        if promise is not None:
-            promise.set_result(answer)
+        self.queue.answer(line, seq, answer)
 
-    def _admit(self, lines: Iterable[Line]) -> None:
-        """Passes at the heads of lines begin."""
-        for line in lines:
+    def _do_operations(self) -> None:
+        """Operations at the heads of lines: of runs in memory first, which leave no gradient that waits for a step if
+        they make room for others, then of those that have waited longest for it."""
+
+        def operate(line: Line) -> None:
             asked = line.head
-            if asked is None or asked.kind != PASS or not self._room(line):
-                continue
-            try:
-                made = self._made(line, asked.body)
-                self.ensure(line)
-            except Exception as error:
-                own = not isinstance(error, VeneerError)
-                if own:
-                    log.exception("%s: request %d failed", line.run, asked.seq)
-                self._finalize(line, asked.seq, failure(error, own), 2)
-                if line.owner:  # whose key paid for it
-                    self.store.count_tokens(line.owner, -read_header(asked.body).tokens)
-                continue
-            line.current, line.used = made, time.monotonic()
-            self._shares.enter(line.owner)
+            if asked is not None and asked.kind != PASS and self._has_room(line, asked.kind):
+                self._answer(line, asked, lambda: self._operate(line, asked))
+
+        lines = sorted(self.queue.active(), key=lambda line: line.since or math.inf)
+        self._each(sorted(lines, key=lambda line: line.name not in self.trainer.runs), operate)
+
+    def _admit(self) -> None:
+        """Passes at the heads of lines begin: first those that have waited longest for room."""
+        self._each(sorted(self.queue.active(), key=lambda line: line.since or math.inf), self._begin)
+
+    def _begin(self, line: Line) -> None:
+        asked = line.head
+        if asked is None or asked.kind != PASS or not self._has_room(line, PASS):
+            return
+        try:
+            made = self._made(line, asked.body)
+            self.ensure(line)
+        except Exception as error:
+            own = not isinstance(error, VeneerError)
+            if own:
+                log.exception("%s: request %d failed", line.run, asked.seq)
+            self._finalize(line, asked.seq, failure(error, own), 2)
+            if line.owner:  # whose key paid for it
+                self.store.count_tokens(line.owner, -read_header(asked.body).tokens)
+            return
+        line.current, line.used = made, time.monotonic()
+        self._shares.enter(line.owner)
 
     def _made(self, line: Line, body: bytes) -> Pass:
         asked = read_pass(body)
@@ -343,27 +301,24 @@ class Worker:
     def _linger(self) -> None:
         """Wait a little for runs that shared the last batch: else who comes a moment later is alone, for ever."""
         with self._wake:
-            fresh = [line for line in self._active() if line.current]
+            fresh = [line for line in self.queue.active() if line.current]
             if not fresh or any(len(line.current.left) < len(line.current.data) for line in fresh if line.current):
                 return
         deadline = time.monotonic() + min(MOST_LINGER, LINGER * self._last)
         while (left := deadline - time.monotonic()) > 0:
             with self._wake:
-                here = {line.run for line in self._active()}
+                here = {line.run for line in self.queue.active()}
                 since = time.monotonic() - 2 * self._last - MOST_LINGER
                 late = {run for run, when in self._ended.items() if when > since}
                 if self._closing or not late - here:
                     break
                 self._wake.wait(left)
-            for line in self._active():
-                if (asked := line.head) is not None and asked.kind != PASS:
-                    self._answer(line, asked, lambda line=line, asked=asked: self._operate(line, asked))
-            self._admit(self._active())
+            self._do_operations()
+            self._admit()
 
     def _in_turn(self) -> list[Pass]:
         """The passes that run, those of the owner that was served least first."""
-        with self._wake:
-            passes = [line.current for line in self.lines.values() if line.current is not None]
+        passes = [line.current for line in self.queue.active() if line.current is not None]
         if not passes:
             return []
         first = self._shares.least({one.owner for one in passes})
@@ -376,11 +331,10 @@ class Worker:
         tokens = self.trainer.compute(passes)
         ended = time.monotonic()
         self._last = ended - began
-        by_name = {line.name: line for line in list(self.lines.values())}  # clients may add some
         shared = [one for one in passes if len(one.left) != len(before[id(one)]) or one.error]
-        self.batch = Batch(tuple(by_name[one.run].run for one in shared), ended)
+        self.batch = Batch(tuple(self.queue.named[one.run].run for one in shared), ended)
         for one in shared:
-            line = by_name[one.run]
+            line = self.queue.named[one.run]
             rows = set(before[id(one)]) - set(one.left)
             line.rate.add(began, ended, sum(len(one.data[row].tokens) for row in rows))
             line.spent += self._last / len(shared)
@@ -389,9 +343,12 @@ class Worker:
 
     def _end_passes(self) -> None:
         """Of those that are computed: also of one that could not be ended with its batch, as the disk failed."""
-        for line in list(self.lines.values()):
+
+        def end(line: Line) -> None:
             if line.current is not None and line.current.over:
                 self._end(line, line.current)
+
+        self._each(self.queue.active(), end)
 
     def _end(self, line: Line, one: Pass) -> None:
         seq = line.next
@@ -415,17 +372,32 @@ class Worker:
 
     # runs in memory
 
+    def _held(self) -> list[Line]:
+        """The lines of runs in memory."""
+        return [line for line in map(self.queue.named.get, self.trainer.runs) if line is not None]
+
     def _room(self, line: Line) -> bool:
         """Whether a run is in memory or there is room for it."""
-        held = [one for one in list(self.lines.values()) if one.name in self.trainer.runs]
+        held = self._held()
         return line in held or len(held) < self.resident or any(one.current is None for one in held)
 
+    def _has_room(self, line: Line, kind: str) -> bool:
+        """Whether a request of a run can be done now: it needs no room in memory, or there is some."""
+        needs = kind not in ROOMLESS and (line.failed is None or kind == "load")
+        if needs and not self._room(line):
+            line.since = line.since or time.monotonic()
+            return False
+        line.since = None
+        return True
+
     def ensure(self, line: Line) -> None:
-        """Have a run in memory, as it is after all its requests that are done."""
+        """Have a run in memory, as it is after all its requests that are done. ``TrainingError``: it has failed."""
         self._curve(line)
+        if line.name in self.trainer.runs and line.spent > STATE_AFTER:
+            self._write_state(line)
+        if line.failed is not None:
+            raise TrainingError(line.failed)
         if line.name in self.trainer.runs:
-            if line.spent > STATE_AFTER:
-                self._write_state(line)
             return
         self.make_room()
         row, began = self.store.run(line.run), time.monotonic()
@@ -438,6 +410,9 @@ class Worker:
             for asked in self.store.requests_after(line.run, row["state"]):
                 if asked["done"] == 1 and asked["kind"] in REPLAYED and asked["seq"] < line.next:
                     self._replay(line, asked["kind"], asked["body"])
+        except DivergenceError as error:  # what an earlier release acknowledged
+            self._fail(line, str(error))
+            raise
         except BaseException:  # it would go on from a part of what was acknowledged
             if line.name in self.trainer.runs:
                 self.trainer.end(line.name)
@@ -458,7 +433,7 @@ class Worker:
     def make_room(self) -> None:
         """Let runs go until one more may come. ``BankFullError``: all of them are in use."""
         while True:
-            held = [one for one in list(self.lines.values()) if one.name in self.trainer.runs]
+            held = self._held()
             if len(held) < self.resident:
                 return
             idle = [one for one in held if one.current is None]
@@ -471,12 +446,38 @@ class Worker:
         """Keep a run on the disk alone."""
         if line.name in self.trainer.runs:
             self._write_state(line)
+        if line.name in self.trainer.runs:  # it has not failed
             self.trainer.end(line.name)
+        self.queue.drop(line)
+
+    def _fail(self, line: Line, reason: str) -> None:
+        """A run is of no use any more: its memory is free, its requests stay on the disk, and its owner is told by each
+        answer until a checkpoint is loaded into it."""
+        if line.name in self.trainer.runs:
+            self.trainer.end(line.name)
+        if line.failed is not None:
+            return
+        line.failed = reason
+        log.warning("%s has failed: %s", line.run, reason)
+        try:
+            self.store.fail(line.run, reason)
+        except (sqlite3.Error, OSError):  # the next server finds out by itself
+            log.exception("%s: that it has failed could not be written", line.run)
 
     def _write_state(self, line: Line) -> None:
-        """Unless there is none newer, or gradients wait for a step: they are computed again."""
-        if line.next - 1 > line.state and not self.trainer.pending(line.name):
+        """Unless there is none newer, or gradients wait for a step: they are computed again. So is all that a disk does
+        not take now. Numbers that no folder may hold are the run's failure."""
+        if line.next - 1 <= line.state or self.trainer.pending(line.name):
+            return
+        try:
             self.state(line)
+        except AdapterError:
+            log.exception("%s: its state cannot be written", line.run)
+            found, do = "a run whose numbers cannot be kept", "load a checkpoint into it, or begin a new run"
+            self._fail(line, sentence(found, "numbers that an adapter folder can hold", do))
+        except Exception:
+            log.exception("%s: its state could not be written; its requests are kept until it can", line.run)
+            line.spent = 0.0  # it is tried again after as much computing
 
     def state(self, line: Line, seq: int | None = None) -> None:
         """Write a run's state, as it is after its request ``seq`` (None: the last one that is done)."""
@@ -493,3 +494,7 @@ class Worker:
         if line.curve is None:
             line.curve = read_curve(self.store, line.run, line.state)
         return line.curve
+
+
+def _closing() -> Busy:
+    return Busy(sentence("a server that is shutting down", "one that trains", "try later"), 5.0)
