@@ -143,27 +143,20 @@ class Bank:
     def put(self, name: str, path: str | Path, adapter: str) -> None:
         """Let ``name`` mean the adapter folder ``path`` (in place of what has the name already), whose numbers are now
         those of the model's own adapter ``adapter``: they are copied from it. The folder is read when they have been
-        evicted, or where the adapter is not low rank everywhere.
+        evicted, where leases hold the memory now (this waits for nobody), and where the adapter is not low rank
+        everywhere.
 
         Raises:
-            SelectionError, AdapterError, BankFullError: the bank is as it was.
+            SelectionError, AdapterError: the bank is as it was.
         """
-        path = Path(path)
-        raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
-        resident = resident_of(self.model, path, adapter, dtype=self.dtype)
-        if resident is None:
-            self.add(path, name, replace=name in self)
-            return
-        with self._loading, self._changed:
-            self._open()
-            self._room(resident.nbytes, ())
-            old, new = self._entries.get(name), Entry(name, path)
-            self._clock += 1
-            new.used = self._clock
-            self._keep(new, resident)
-            self._entries[name] = new
-            if old is not None and not old.users:
-                self._drop(old)
+        resident = resident_of(self.model, Path(path), adapter, dtype=self.dtype)
+        with self._changed:
+            self.register(name, path, replace=True)
+            if resident is not None and self._evict(resident.nbytes):
+                entry = self._entries[name]
+                self._clock += 1
+                entry.used = self._clock
+                self._keep(entry, resident)
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
         """Load an adapter beside the one of its name, and then let the name mean the new one."""
@@ -395,12 +388,12 @@ class Bank:
                 self.model, entry.path, dtype=self.dtype, verify_base=self.verify_base,
                 cache=self._cache, recipes=self._recipes,
             )  # fmt: skip
-            self._room(resident.nbytes, wanted)
+            with self._changed:
+                self._room(resident.nbytes, wanted)
+                self._keep(entry, resident)
         except BaseException:
             self._tell("fail", entry.name, time.monotonic() - start)
             raise
-        with self._changed:
-            self._keep(entry, resident)
         self._tell("load", entry.name, time.monotonic() - start)
 
     def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
@@ -410,19 +403,22 @@ class Bank:
         self._bytes += resident.nbytes
         self._alive.add(resident.uid)
 
+    def _evict(self, count: int) -> bool:
+        """Evict what is not used until ``count`` bytes fit; whether they do."""
+        while self.capacity is not None and self._bytes + count > self.capacity:
+            idle = [e for e in self._entries.values() if e.resident is not None and not e.users and not e.pinned]
+            if not idle:
+                return False
+            oldest = min(idle, key=lambda entry: entry.used)
+            self._drop(oldest)
+            self._tell("evict", oldest.name)
+        return True
+
     def _room(self, count: int, wanted: Sequence[Entry]) -> None:
-        """Evict until ``count`` bytes fit."""
-        if self.capacity is None:
-            return
+        """Evict until ``count`` bytes fit, and wait for those that have leases."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
-            while self._bytes + count > self.capacity:
-                idle = [e for e in self._entries.values() if e.resident is not None and not e.users and not e.pinned]
-                if idle:
-                    oldest = min(idle, key=lambda entry: entry.used)
-                    self._drop(oldest)
-                    self._tell("evict", oldest.name)
-                    continue
+            while self.capacity is not None and not self._evict(count):
                 kept = {id(e): e.resident.nbytes for e in (*self._entries.values(), *wanted)
                         if e.resident is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
                 waits = sum(kept.values()) + count <= self.capacity

@@ -258,13 +258,13 @@ def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_pat
     one = Pass("c", [datum(draw, "cross_entropy", size=12)], "cross_entropy", backward=False)
     run_all(trainer, [one])
     ids = one.data[0].tokens
-    with trainer.sampled(["of-c"]) as model:
+    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
         logprobs = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
     torch.testing.assert_close(logprobs, one.logprobs[0], atol=1e-4, rtol=0)
     for _ in range(2):
         run_all(trainer, [Pass("c", one.data, "cross_entropy")])
         trainer.step("c", Adam(0.1))
-    with trainer.sampled(["of-c"]) as model:
+    with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
         again = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
     torch.testing.assert_close(again, logprobs)
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +177,26 @@ class Samples:
         wanted = asked.prompt_logprobs or asked.topk_prompt_logprobs or asked.target_prompt_logprobs
         if not (wanted or asked.prompt_alt_tokens_k):
             return {}
-        if name is not None:  # it is read beside what trains
-            await asyncio.shield(asyncio.wrap_future(self._bank.prefetch(name)))
-        return await asyncio.shield(asyncio.wrap_future(self._worker.do(scorer(self._worker, name, prompt, asked))))
+        if name is None:
+            return await self._scored(None, prompt, asked)
+        leasing = self._bank.acquire({name: 1.0})  # before the turn at the model: see the order of locks
+        try:
+            lease = await asyncio.shield(asyncio.wrap_future(leasing))
+        except asyncio.CancelledError:
+            leasing.add_done_callback(_release)
+            raise
+        return await self._scored(lease, prompt, asked)
+
+    async def _scored(self, lease: Any, prompt: tuple[int, ...], asked: Sample) -> dict[str, Any]:
+        scored = self._worker.do(scorer(self._worker, lease, prompt, asked))
+        if lease is not None:
+            scored.add_done_callback(lambda _: lease.release())
+        return await asyncio.shield(asyncio.wrap_future(scored))
+
+
+def _release(leasing: Future[Any]) -> None:
+    if leasing.exception() is None:
+        leasing.result().release()
 
 
 def check_prompt(asked: Sample, size: int) -> None:
@@ -216,12 +234,12 @@ def _sampling(asked: Sample, number: int, most: int) -> Sampling:
     )  # fmt: skip
 
 
-def scorer(worker: Worker, name: str | None, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
-    """What the training thread does for a prompt."""
+def scorer(worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
+    """What the training thread does for a prompt. ``lease``: on the adapter; None for the base."""
 
     def work() -> dict[str, Any]:
         ids = torch.tensor([prompt], device=worker.trainer.device)
-        with worker.trainer.sampled([name]) as model:
+        with worker.trainer.sampled([lease]) as model:
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [n - 1, v]: of tokens 1 to n - 1
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return _scored(wide, ids[0, 1:], asked)

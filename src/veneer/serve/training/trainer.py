@@ -52,7 +52,8 @@ class Turn:
     """A lock that whoever waits has next: it goes back and forth between two threads, however often one asks."""
 
     def __init__(self) -> None:
-        self._next, self._now = threading.Lock(), threading.Lock()
+        self._next = threading.Lock()
+        self._now = threading.Lock()
 
     def __enter__(self) -> None:
         with self._next:
@@ -367,7 +368,8 @@ class Trainer:
 
     @contextmanager
     def sampled(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
-        """A block in which the model answers as samples would be drawn, for a row of each of these."""
+        """A block in which the model answers as samples would be drawn, for a row of each of these leases of the bank;
+        None is the base. To load an adapter here would keep the turn from those who hold the memory for it."""
         with self._turn, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
