@@ -11,20 +11,25 @@ requests after it, from which it is computed again: see docs/decisions/128.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import shutil
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, listing
+
+log = logging.getLogger("veneer.serve.training")
 
 INDEX, FORMAT = "index.sqlite", 1
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -74,8 +79,9 @@ def place_of(path: str) -> Place:
 
 
 class Store:
-    """The index. Any thread may call it; each call is one transaction, on the disk when it returns. ``ConfigError``:
-    another server has the folder, or it holds something else."""
+    """The index. Any thread may call it; each call is one transaction, on the disk when it returns. Reads have
+    connections of their own, so that none waits for a writer's disk. ``ConfigError``: another server has the folder, or
+    it holds something else."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
@@ -86,8 +92,9 @@ class Store:
         except Timeout as error:
             raise ConfigError(f"{folder}, which another server has", "a folder of its own", "stop that one") from error
         self._lock = threading.RLock()
-        self._base = sqlite3.connect(self.folder / INDEX, check_same_thread=False, isolation_level=None)
-        self._base.row_factory = sqlite3.Row
+        self._readers: deque[sqlite3.Connection] = deque()  # that no thread uses now
+        self._closed = False
+        self._base = self._connect()
         try:
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = FULL")
@@ -100,18 +107,43 @@ class Store:
             found = f"{folder}, whose {INDEX} cannot be read ({error})"
             raise ConfigError(found, "what a server wrote", "restore it, or give another folder") from error
 
+    def _connect(self) -> sqlite3.Connection:
+        made = sqlite3.connect(self.folder / INDEX, check_same_thread=False, isolation_level=None)
+        made.row_factory = sqlite3.Row
+        return made
+
     def close(self) -> None:
-        self._base.close()
+        self._closed = True
+        self._close_readers()
+        with self._lock:  # what is written now is written whole
+            self._base.close()
         self._file_lock.release()
 
+    def _close_readers(self) -> None:
+        with suppress(IndexError):  # another thread closes the rest
+            while True:
+                self._readers.pop().close()
+
     def of_base(self, name: str, mark: str) -> None:
-        """``ConfigError``: the folder's runs were trained on another base."""
+        """``ConfigError``: the folder's runs were trained on another base, or written in another format."""
+        versions = {"format": str(FORMAT), "veneer": version("veneer"), "torch": version("torch")}
         with self._writing() as base:
             found = {row["name"]: row["value"] for row in base.execute("SELECT * FROM facts")}
+            if found and found.get("format") != versions["format"]:
+                by = f"veneer {found.get('veneer', 'of an unknown version')}"
+                what = f"{self.folder}, of format {found.get('format')!r}, as {by} writes it"
+                raise ConfigError(what, f"format {FORMAT}", "serve it with that version, or give another folder")
             if found and found.get("mark") != mark:
                 what = f"{self.folder}, whose runs are of {found.get('base')}"
                 raise ConfigError(what, f"runs of this base, {name}", "serve that base, or give another folder")
-            facts = {"base": name, "mark": mark, "format": str(FORMAT)}
+            changed = [f"{key} {found[key]} (now {versions[key]})" for key in versions
+                       if found.get(key, versions[key]) != versions[key]]  # fmt: skip
+            if changed:
+                log.warning(
+                    "%s was written with %s: what its requests are computed to again may differ in roundings",
+                    self.folder, listing(changed),
+                )  # fmt: skip
+            facts = {"base": name, "mark": mark, **versions}
             base.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
     @contextmanager
@@ -126,8 +158,18 @@ class Store:
             self._base.execute("COMMIT")
 
     def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._base.execute(query, values).fetchall()
+        if self._closed:
+            raise sqlite3.ProgrammingError("Cannot read a closed index.")
+        try:
+            reader = self._readers.pop()
+        except IndexError:  # all of them are used by other threads
+            reader = self._connect()
+        try:
+            return reader.execute(query, values).fetchall()
+        finally:
+            self._readers.append(reader)
+            if self._closed:
+                self._close_readers()
 
     def _one(self, query: str, *values: Any) -> sqlite3.Row | None:
         return next(iter(self._all(query, *values)), None)

@@ -1,0 +1,122 @@
+"""The index: who waits for whom, and what another version has written."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.serve.training.store import INDEX, Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path)
+    store.of_base("tiny", "mark")
+    yield store
+    store.close()
+
+
+def reads(store, session, run):
+    """What the event loop asks while a client's request is written."""
+    return [
+        store.session(session)["id"], store.run(run)["id"], store.request(run, 0)["done"], store.next_seq(run),
+        store.runs_of(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
+    ]  # fmt: skip
+
+
+def test_a_read_waits_for_no_writer(store):
+    session = store.new_session("", None, None)
+    run = store.new_run("r", session, "", {}, 0, None)["id"]
+    store.add_request(run, 0, "create", b"{}")
+    expected = [session, run, 0, 0, 1, 0, 0, None]
+    assert reads(store, session, run) == expected
+    written, go = threading.Event(), threading.Event()
+
+    def write():
+        with store._writing() as connection:
+            connection.execute("UPDATE requests SET done = 1")
+            written.set()
+            assert go.wait(20)  # as while a disk is slow
+
+    with ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(write)
+        assert written.wait(20)
+        try:
+            assert pool.submit(reads, store, session, run).result(timeout=5) == expected
+        finally:
+            go.set()
+        writing.result()
+    assert store.request(run, 0)["done"] == 1  # what a call has written, the next one reads
+
+
+def test_threads_that_read_at_once_each_have_a_connection(store):
+    store.new_session("", None, None)
+    barrier = threading.Barrier(8)
+
+    def read(_):
+        barrier.wait(20)
+        return [len(store.sessions(None)) for _ in range(50)]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(8))) == [[1] * 50] * 8
+    assert len(store._readers) <= 8
+    store.close()
+    assert not store._readers
+    with pytest.raises(sqlite3.ProgrammingError):
+        store.sessions(None)
+
+
+def change_fact(folder, name, value):
+    with sqlite3.connect(folder / INDEX) as connection:
+        if value is None:
+            connection.execute("DELETE FROM facts WHERE name = ?", (name,))
+        else:
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+    connection.close()
+
+
+@pytest.mark.parametrize("value", ["2", "0", None])
+def test_a_folder_of_another_format_is_refused_with_the_version_that_wrote_it(store, tmp_path, value):
+    store.close()
+    change_fact(tmp_path, "format", value)
+    change_fact(tmp_path, "veneer", "9.9")
+    again = Store(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=r"veneer 9\.9.*Expected: format 1"):
+            again.of_base("tiny", "mark")
+    finally:
+        again.close()
+    change_fact(tmp_path, "format", "1")  # nothing else has changed
+    again = Store(tmp_path)
+    again.of_base("tiny", "mark")
+    again.close()
+
+
+@pytest.mark.parametrize(("name", "told"), [("torch", True), ("veneer", True), (None, False)])
+def test_a_folder_of_other_versions_of_the_libraries_says_so(store, tmp_path, caplog, name, told):
+    store.close()
+    if name is not None:
+        change_fact(tmp_path, name, "0.0.1")
+    caplog.set_level(logging.WARNING, "veneer.serve.training")
+    for expected in (told, False):  # once: from now on it is this version's
+        again = Store(tmp_path)
+        again.of_base("tiny", "mark")
+        again.close()
+        words = [record.getMessage() for record in caplog.records]
+        assert [f"{name} 0.0.1" in text for text in words] == [True] * expected
+        caplog.clear()
+
+
+def test_a_folder_of_an_earlier_release_without_versions_is_read(store, tmp_path, caplog):
+    store.close()
+    for name in ("veneer", "torch"):
+        change_fact(tmp_path, name, None)
+    again = Store(tmp_path)
+    again.of_base("tiny", "mark")
+    again.close()
+    assert not caplog.records
