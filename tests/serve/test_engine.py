@@ -654,3 +654,22 @@ def test_a_step_is_taken_within_the_turn(opened):
         time.sleep(0.1)
         assert not client.pieces
     assert client.wait().tokens
+
+
+def test_an_engine_that_closes_tells_those_that_run_on_slots_that_have_grown(opened):
+    engine = opened(rows=4)
+    running = [Client(engine, replace(asked(ask, 100), sampling=replace(asked(ask, 100).sampling, ignore_eos=True)))
+               for ask in prompts(3, 4)]  # fmt: skip
+    pieces = threading.Event()
+    real = engine._decode
+
+    def decode(states):
+        logits = real(states)
+        if all(state.length > 40 for state in states):
+            pieces.set()
+        return logits
+
+    engine._decode = decode
+    assert pieces.wait(60)
+    engine.close()
+    assert {client.wait().finish for client in running} == {"cancelled"}

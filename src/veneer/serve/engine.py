@@ -321,6 +321,7 @@ class Engine:
             self._poke()  # what it held may be what another waits for
         self._tell("finished", state.request.blend, finish, time.monotonic() - state.submitted)
 
+    @torch.inference_mode()  # in which the slots that these leave were made, or grew
     def _abandon(self, finish: Finish) -> None:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
