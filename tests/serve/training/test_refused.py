@@ -13,8 +13,8 @@ from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.training import lines as lines_
 from veneer.serve.training import training as training_
-from veneer.serve.training import worker as worker_
 
 STEP, SAVE = "optim_step", "save_weights"
 #: (route, body, words of the refusal); a text is sent as it is
@@ -110,7 +110,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
     bodies = [run.body(texts(number), "cross_entropy") for number in range(3)]
     for number, body in enumerate(bodies, 1):
         body.seq_id = number
-    monkeypatch.setattr(worker_, "MOST_BYTES", len(bodies[1].SerializeToString()))
+    monkeypatch.setattr(lines_, "MOST_BYTES", len(bodies[1].SerializeToString()))
     last = run.send(bodies[1].SerializeToString())
     headers = {"content-type": "application/x-protobuf"}
     sent = lambda body: client.http.post("/forward_backward", content=body.SerializeToString(), headers=headers)  # noqa: E731
