@@ -17,6 +17,7 @@ meta device that their config means (``models.meta_model``); of files without su
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -36,7 +37,7 @@ from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
-from veneer.fileio.untrusted import misplaced, read_json, what_it_is
+from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
 from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
@@ -229,6 +230,9 @@ class _Checks:
             runs = file.suffix.lower() in _CODE or head.startswith((b"#!", b"\x7fELF", b"MZ"))
             if known and "pickle" in known:
                 self.add("warning", "files", f"{file.name} is {known}; Veneer does not open it")
+            elif code := _code_named_in(file):
+                found = f"{file.name} names code that is to run when it is loaded ({listing(code, 3)})"
+                self.add("warning", "files", f"{found}; an adapter needs none, and Veneer runs none")
             elif runs or os.access(file, os.X_OK):
                 self.add("warning", "files", f"{file.name} is a program; an adapter needs none, and Veneer runs none")
 
@@ -367,6 +371,23 @@ class _Checks:
                 found = f"values of their own for {listing(own)} of {listing(names)}, one weight of the base"
                 text = "they load as PEFT computes them, each place with its own. Before a merge,"
                 self.add("warning", "base", f"{found}: {text} {UNTIE}")
+
+
+def _code_named_in(file: Path) -> list[str]:
+    """The classes of code beside a model that a config of transformers names (``auto_map``), or none."""
+    if not file.name.endswith("config.json"):
+        return []
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_JSON)
+    if b'"auto_map"' not in raw:
+        return []
+    try:  # not ``read_json``: a tokenizer's longest row is a number of 31 digits
+        classes = json.loads(raw)["auto_map"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ["auto_map"]
+    names = classes.values() if isinstance(classes, dict) else [classes]
+    flat = (name for value in names for name in (value if isinstance(value, list) else [value]))
+    return sorted({str(name)[:100] for name in flat if name is not None})
 
 
 def _outliers(products: Mapping[str, LowRank], norms: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:

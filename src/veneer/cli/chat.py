@@ -30,6 +30,7 @@ from veneer.cli.options import (
     Seed,
     Temperature,
     TopP,
+    TrustRemoteCode,
     Verify,
 )
 from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, nearest
@@ -64,6 +65,7 @@ def chat_command(
     device_map: DeviceMap = None,
     attention: Attention = "auto",
     verify: Verify = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a base and its adapters. /help lists what can be done on the way: other adapters, blends, side by side.
 
@@ -81,7 +83,7 @@ def chat_command(
     places = _named(adapter or [])
     loaded, _ = open_base_and_adapters(
         base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention,
+        attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     talk = Conversation(loaded.model, loaded.tokenizer, tuple(places), sampling)

@@ -77,12 +77,13 @@ def open_base_and_adapter(base: str, adapter: str | None, verify: bool = True, *
 
 
 def open_base_and_adapters(
-    base: str, adapters: Mapping[str, str], verify: bool = True, **loading: Any
+    base: str, adapters: Mapping[str, str], verify: bool = True, trusted: bool = False, **loading: Any
 ) -> tuple[Base, dict[str, Any]]:
-    """The same for several adapters, by name."""
+    """The same for several adapters, by name. ``trusted``: code beside the base may run."""
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
+    from veneer.models.remote_code import trust_remote_code
     from veneer.store.library import resolve
 
     setup_logging()
@@ -90,8 +91,9 @@ def open_base_and_adapters(
     for folder in folders.values():
         veneer.adapter_files.read(folder)
     tokenizer = _tokenizer_of_all(folders)
-    must_be_causal(base)
-    loaded = load_base(base, **loading)
+    with trust_remote_code(base if trusted else None):
+        must_be_causal(base)
+        loaded = load_base(base, **loading)
     names = folders.items()
     handles = {
         name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names

@@ -16,6 +16,7 @@ from veneer.cli.options import (
     DeviceMap,
     Precision,
     Quantize,
+    TrustRemoteCode,
     Verify,
 )
 
@@ -56,6 +57,7 @@ def eval_command(
     text_column: Annotated[str | None, Option(help="Column with plain text.")] = None,
     split: Annotated[str, Option(help="Which split of a hub data set.")] = "train",
     verify: Verify = True,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on data: loss, perplexity, tokens right, and with --exact completions exactly right.
@@ -69,6 +71,7 @@ def eval_command(
     """
     from veneer.cli.console import setup_logging
     from veneer.errors import ConfigError
+    from veneer.models import remote_code
 
     if only_adapter and adapter is None:
         raise ConfigError("Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's folder.")
@@ -90,11 +93,13 @@ def eval_command(
         expected = "--columns to name its columns" if record["name"] != "sft" else "another task"
         raise ConfigError(f"{given[0]} for task {record['name']}", expected, f"leave {given[0]} out, or name a --task")
     if record["name"] != "sft":
-        _measure_task(asked, record, {**options, "columns": columns, "reward": reward})
+        with remote_code.trust_remote_code(base if trust_remote_code else None):
+            _measure_task(asked, record, {**options, "columns": columns, "reward": reward})
         return
     named = (messages_column, prompt_column, completion_column, text_column)
     how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
-    _measure(asked, {**options, **how})
+    with remote_code.trust_remote_code(base if trust_remote_code else None):
+        _measure(asked, {**options, **how})
 
 
 class _Asked(NamedTuple):

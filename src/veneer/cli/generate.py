@@ -21,6 +21,7 @@ from veneer.cli.options import (
     Seed,
     Temperature,
     TopP,
+    TrustRemoteCode,
     Verify,
 )
 
@@ -46,6 +47,7 @@ def generate_command(
     device_map: DeviceMap = None,
     attention: Attention = "auto",
     verify: Verify = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write text. With an adapter, its text; with --both, the base's beside it.
 
@@ -71,7 +73,7 @@ def generate_command(
         raise DataError("Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one.")
     loaded, handle = open_base_and_adapter(
         base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention,
+        attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
     first = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts

@@ -28,6 +28,13 @@ DeviceMap = Annotated[
 Attention = Annotated[
     str, Option("--attention", "--attn", help="Attention code: auto, products, eager, sdpa, flash_attention_2, …")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    Option(
+        "--trust-remote-code",
+        help="Run code that lies beside the base, if transformers lacks its class. Never an adapter's.",
+    ),
+]
 MaxNewTokens = Annotated[int, Option(help="Longest answer in tokens.", min=1)]
 Temperature = Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)]
 TopP = Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]

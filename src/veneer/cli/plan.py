@@ -129,10 +129,12 @@ def _model(settings: Any) -> Any:
 
     import veneer
     from veneer.models.meta import countable_model
+    from veneer.models.remote_code import trust_remote_code
     from veneer.variants import VARIANTS
 
     dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
-    model = countable_model(settings.base, dtype)
+    with trust_remote_code(settings.base if settings.trust_remote_code else None):
+        model = countable_model(settings.base, dtype)
     variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"  # their shapes are the same
     config = veneer.LoraConfig(
         rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option, echo
 
-from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize
+from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize, TrustRemoteCode
 from veneer.serve.settings import Settings, given, settings_of
 
 OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
@@ -52,6 +52,7 @@ def serve_command(
     device: Device = None,
     device_map: DeviceMap = None,
     attention: Attention = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
     replicas: Annotated[
         str | None, Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed.")
@@ -85,9 +86,10 @@ def serve_command(
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
         timeout=timeout, precision=precision, **own, train=_kept(train, replicas), runs=runs,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if engine == "vllm":
-        _not_for_vllm({**own, "replicas": replicas, "train": train})
+        _not_for_vllm({**own, "replicas": replicas, "train": train, "trust_remote_code": trust_remote_code or None})
         _become_vllm(settings, name, host, port, keys)
     ring = Keyring() if keys is None else read_keys(keys)
     if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):

@@ -21,9 +21,11 @@ from veneer.models.load import (
 from veneer.models.locate import folder_of
 from veneer.models.messages import quiet
 from veneer.models.meta import Place, filled, map_checkpoint_names, meta_model
+from veneer.models.remote_code import trust_remote_code
 
 __all__ = [
     "Base", "Encoder", "Place", "Precision", "cache_dir", "context_length", "filled", "folder_of", "is_causal",
     "load_base", "load_encoder", "load_head", "load_tokenizer", "map_checkpoint_names", "meta_model", "must_be_causal",
-    "pick_dtype", "quiet", "save_plain", "stored_dtype", "use_products",
+    "pick_dtype", "quiet", "save_plain", "stored_dtype", "trust_remote_code",
+    "use_products",
 ]  # fmt: skip

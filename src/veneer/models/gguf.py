@@ -20,6 +20,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.fileio.atomic import new_folder
 from veneer.models.messages import first_line, log, quiet
+from veneer.models.remote_code import code_options
 
 
 def cache_dir() -> Path:
@@ -56,8 +57,8 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
 
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        marked = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        marked = AutoModelForCausalLM.from_pretrained(**place, **code_options(), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place, **code_options())
     except OSError:
         raise
     except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file

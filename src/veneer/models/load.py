@@ -19,7 +19,7 @@ from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
 from veneer.models.locate import config_of, find_base, folder_of
-from veneer.models.messages import first_line, loading, quiet
+from veneer.models.messages import first_line, loading, needs_its_code, quiet
 from veneer.models.quantize import (
     Quantize,
     keep_packed,
@@ -28,6 +28,7 @@ from veneer.models.quantize import (
     note_sources,
     quantizer,
 )  # fmt: skip
+from veneer.models.remote_code import code_options, hub_kernel, refuse_hub_kernel, without_hub_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +153,8 @@ def meta_base(source: str | Path, *, precision: Precision = "auto", device: str 
     config, (dtype, _) = config_of(name), type_and_device(precision, device)
     with loading(name), torch.device("meta"):
         own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
-        return AutoModelForCausalLM.from_config(config, dtype=own).eval()
+        config = without_hub_kernel(config)
+        return AutoModelForCausalLM.from_config(config, dtype=own, **code_options(name)).eval()
 
 
 def _files_at(place: str) -> Path:
@@ -170,9 +172,15 @@ def _model(
     import torch
     import transformers
 
-    options: dict[str, Any] = {"dtype": dtype, **fields}
+    options: dict[str, Any] = {"dtype": dtype, **code_options(name), **fields}
     if attention not in ("auto", "products"):
         options["attn_implementation"] = attention
+    else:
+        refuse_hub_kernel(config_of(name), name)
+    if spread is None and hub_kernel(config := config_of(name, **fields)) not in (None, attention):
+        # the field `_attn_implementation` of a config.json outweighs the argument
+        options = {key: value for key, value in options.items() if key not in fields}
+        options["config"] = without_hub_kernel(config)
     if quantize is not None:
         config = config_of(name)
         if getattr(config, "quantization_config", None) is not None:
@@ -191,8 +199,9 @@ def _model(
                 return load_shares(folder_of(name), auto, spread, torch.device(device), fields, **options)
             return getattr(transformers, auto).from_pretrained(place, **options)
         except ImportError as error:
-            found = f"{name} with {', '.join(key for key in options if key != 'dtype') or 'its own code'}: "
-            raise ConfigError(f"{found}{first_line(error)}", "an installed package", "install it") from error
+            chosen = [key for key in options if key not in ("dtype", "trust_remote_code")]
+            found = f"{name} with {', '.join(chosen) or 'its own code'}: {first_line(error)}"
+            raise ConfigError(found, "an installed package", "install it") from error
 
 
 def _must_be_known(attention: str) -> None:
@@ -287,9 +296,9 @@ def tokenizer_at(place: str, name: str) -> Any:
 
     with loading(name):
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, **code_options(name))
         except Exception as error:
-            if not Path(place).is_dir():
+            if not Path(place).is_dir() or needs_its_code(error):
                 raise
             found = f"no usable tokenizer in {name} ({first_line(error)})"
             do = "save the tokenizer into the same folder"

@@ -17,6 +17,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.models.gguf import converted_gguf
 from veneer.models.messages import explained, loading, log
+from veneer.models.remote_code import code_options
 
 #: weights in other formats than safetensors, for other libraries
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*", "onnx/*")
@@ -37,12 +38,13 @@ def folder_of(source: str | Path) -> Path:
         raise explained(str(source), error) from error
 
 
-def config_of(source: str | Path) -> Any:
+def config_of(source: str | Path, **fields: Any) -> Any:
+    """The config of a base, as transformers reads it, with ``fields`` in place of its own."""
     from transformers import AutoConfig
 
     place = find_base(str(source))
     with loading(str(source)):
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, **code_options(source), **fields)
 
 
 def find_base(name: str) -> str:

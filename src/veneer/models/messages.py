@@ -29,6 +29,10 @@ def explained(name: str, error: Exception) -> Exception:
     """A readable error for what transformers raises when it cannot load; an unknown one is passed on as it is."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
+    if needs_its_code(error):
+        found = f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
+        do = "use another; if it is a base, and you have read that code and trust it, pass --trust-remote-code"
+        return ConfigError(found, "a class that transformers has; Veneer runs nobody else's code", do)
     if not Path(name).expanduser().exists() and not name.startswith("package:"):
         found = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
         expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
@@ -39,6 +43,11 @@ def explained(name: str, error: Exception) -> Exception:
         expected = "a complete causal language model that this transformers version knows"
         return ConfigError(found, expected, "check that the files are complete, or upgrade transformers")
     return error
+
+
+def needs_its_code(error: Exception) -> bool:
+    """Whether transformers refused, as it was told to, to run code that lies beside a model."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 def first_line(error: Exception) -> str:

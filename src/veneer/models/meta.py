@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from veneer.errors import ConfigError
 from veneer.models.locate import config_of
 from veneer.models.messages import first_line, loading
+from veneer.models.remote_code import code_options, without_hub_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def meta_model(
     import transformers
 
     with loading(str(folder)):
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(str(folder), **code_options())
         named = [architecture, *(getattr(config, "architectures", None) or ())]
         known = (getattr(transformers, name, None) for name in named if name)
         # a name may come from a file, and transformers has other classes than models too
@@ -67,7 +68,7 @@ def meta_model(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: number for number, label in enumerate(labels)}
         with torch.device("meta"):
-            model = class_(config)
+            model = class_(without_hub_kernel(config))
     return filled(model.eval())
 
 
@@ -93,8 +94,12 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
         config = copy.deepcopy(source)
     config.__dict__.pop("quantization_config", None)
     with loading(config.model_type), torch.device("meta"):
-        own = dtype or config.dtype or torch.bfloat16
-        return count_attention(transformers.AutoModelForCausalLM.from_config(config, dtype=own)).train()
+        own, options = (
+            dtype or config.dtype or torch.bfloat16,
+            code_options(source if isinstance(source, str | Path) else None),
+        )
+        model = transformers.AutoModelForCausalLM.from_config(without_hub_kernel(config), dtype=own, **options)
+        return count_attention(model).train()
 
 
 def count_attention(model: Any) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from veneer.distributed import is_sharded
 from veneer.errors import CheckpointError, ConfigError, listing
 from veneer.models.named_weights import Value, in_checkpoint
+from veneer.models.remote_code import without_hub_kernel
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
 
@@ -75,18 +76,18 @@ def without_weights(checkpoint: Checkpoint, auto: str, fields: Mapping[str, Any]
     initialises them where not."""
     import transformers
 
-    folder = checkpoint.folder
-    config = transformers.AutoConfig.from_pretrained(folder, **fields)
+    folder, code = checkpoint.folder, {"trust_remote_code": options.pop("trust_remote_code", False)}
+    config = transformers.AutoConfig.from_pretrained(folder, **code, **fields)
     if getattr(config, "quantization_config", None) is not None:
         raise WholeOnlyError(f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it")
     own = _dtype(checkpoint, config) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        shell = getattr(transformers, auto).from_config(config, dtype=own)
+        shell = getattr(transformers, auto).from_config(without_hub_kernel(config), dtype=own, **code)
     shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.where}
-    model = type(shell).from_pretrained(None, config=shell.config, state_dict=shapes, dtype=own, **options)
+    model = type(shell).from_pretrained(None, config=shell.config, state_dict=shapes, dtype=own, **code, **options)
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **code)
     return model
 
 

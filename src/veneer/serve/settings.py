@@ -33,6 +33,7 @@ class Settings:
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
+    trust_remote_code: bool = False  # code beside the base may run
     train: str | None = None  # the folder of what clients train
     runs: int = 50  # of these in memory
 

@@ -9,6 +9,7 @@ from typing import Any
 from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError, listing
+from veneer.models.remote_code import with_trust_of_config
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
@@ -26,6 +27,7 @@ def prepare_process() -> None:
     sys.setswitchinterval(1e-4)
 
 
+@with_trust_of_config
 def start(settings: Settings, keys: Keyring) -> Service:
     """Load the base and start what answers. ``Service.close`` ends it."""
     causal = models.is_causal(settings.base)

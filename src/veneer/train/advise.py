@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.errors import ConfigError
+from veneer.models.remote_code import with_trust_of_config
 from veneer.train.config import TrainConfig, make_config
 from veneer.train.prepare import Prepared
 from veneer.train.tasks import TASKS
@@ -44,6 +45,7 @@ class Advice(NamedTuple):
     source: str
 
 
+@with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """What to start from on the data and base of `config`; and its data, read. No weights are. Raises as `fit`."""
     if config.task != "sft":

@@ -67,6 +67,9 @@ class TrainConfig(BaseModel):
     )
     output: Path = _run(..., "Folder for the adapter, the checkpoints and the log.")
 
+    trust_remote_code: bool = _data(
+        False, "Run code that lies beside the base, for a class that transformers lacks. Never an adapter's."
+    )
     eval_data: str | None = _data(None, "Data to evaluate on, in the same form as the training data.")
     eval_fraction: float = _data(0.0, "Without eval_data: hold out this share of the data.", ge=0, lt=1)
     eval_seed: int | None = _data(None, "Seed that chooses the rows of eval_fraction (default: seed).", ge=0)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from veneer.models.load import best_device, meta_base
 from veneer.models.locate import config_of
+from veneer.models.remote_code import with_trust_of_config
 from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
@@ -31,6 +32,7 @@ TIMED = 0.3
 SHOWN = 1000
 
 
+@with_trust_of_config
 def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     """Print what the run would do, how much memory and at least how much time it takes, and its first example.
 

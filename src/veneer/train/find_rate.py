@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from veneer.errors import ConfigError, TrainingError
+from veneer.models.remote_code import with_trust_of_config
 from veneer.train import vocabulary
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
@@ -108,6 +109,7 @@ class _Sweep(TrainerCallback):
         return RateSweep(tuple(self.rates[: len(self.losses)]), tuple(self.losses))
 
 
+@with_trust_of_config
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
     """Sweep the rates on the data of ``config``, one step each. The output folder is not looked at.
 

@@ -35,6 +35,7 @@ from veneer.errors import AdapterError, ConfigError, OutputExistsError, Training
 from veneer.fileio.hashing import hash_json
 from veneer.handle import attach, load
 from veneer.models.load import Base
+from veneer.models.remote_code import with_trust_of_config
 from veneer.train import callbacks as watch
 from veneer.train import checkpoint, sharding, vocabulary
 from veneer.train.arguments import arguments_of
@@ -77,6 +78,7 @@ class Result:
     prompt: str | list[Any] | None = None
 
 
+@with_trust_of_config
 def fit(
     config: TrainConfig,
     *,

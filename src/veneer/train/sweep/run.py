@@ -35,6 +35,7 @@ from veneer.attach.summary import size
 from veneer.attach.targets import Names
 from veneer.errors import ConfigError, OutputExistsError, TargetError, TrainingError, VeneerError, raise_all
 from veneer.fileio.atomic import new_folder, write_whole
+from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import StopOnSignal, duration, say
@@ -65,6 +66,7 @@ class SweepResult:
     facts: dict[str, Any]
 
 
+@with_trust_of_config
 def sweep(
     config: TrainConfig,
     settings: Sweep,

@@ -27,6 +27,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError, DataError, listing
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
+from veneer.models.remote_code import code_options
 from veneer.train import data
 from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
 from veneer.train.tasks._media import folder_of_images, image_of
@@ -85,7 +86,7 @@ class Classify(Task):
         from transformers import AutoImageProcessor
 
         with loading(self.config.base):
-            return AutoImageProcessor.from_pretrained(find_base(self.config.base))
+            return AutoImageProcessor.from_pretrained(find_base(self.config.base), **code_options(self.config.base))
 
     def encode(self, records: data.Records) -> Rows:
         column = "labels" if self.kind == "words" else "label"

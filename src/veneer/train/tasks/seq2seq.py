@@ -22,6 +22,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError, DataError
 from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
+from veneer.models.remote_code import code_options
 from veneer.train import data, prepare
 from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
 from veneer.train.tasks._media import sound_of
@@ -47,7 +48,9 @@ class Seq2seq(Task):
             from transformers import AutoFeatureExtractor
 
             with loading(self.config.base):
-                self.features = AutoFeatureExtractor.from_pretrained(find_base(self.config.base))
+                self.features = AutoFeatureExtractor.from_pretrained(
+                    find_base(self.config.base), **code_options(self.config.base)
+                )
         return self.processor
 
     def max_length(self) -> int:
