@@ -10,8 +10,23 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer.cli import COMMANDS, FILES
+from veneer.errors import ConfigError
 
 HELP = {"help_option_names": ["-h", "--help"]}
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer, which of a flag that is given twice would take the last value without a word."""
+        _, _, order = self.make_parser(ctx).parse_args(args=[*args])
+        single = [
+            option.opts[0] for option in order
+            if option.param_type_name == "option" and not (option.multiple or option.is_eager)
+        ]  # fmt: skip
+        if repeated := [flag for flag in dict.fromkeys(single) if single.count(flag) > 1]:
+            found = ", ".join(f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}" for flag in repeated)
+            raise ConfigError(found, "one value of each", "leave out all but one")
+        return super().parse_args(ctx, args)
 
 
 class _Lazy(TyperGroup):
@@ -28,7 +43,7 @@ class _Lazy(TyperGroup):
             return name, stub, rest
         module = import_module(f"veneer.cli.{FILES.get(name, name)}")
         single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        single.command(name, context_settings=HELP)(getattr(module, f"{name}_command"))
+        single.command(name, cls=_Command, context_settings=HELP)(getattr(module, f"{name}_command"))
         return name, typer.main.get_command(single), rest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from typer import Argument, Option
@@ -18,13 +19,15 @@ from veneer.cli.options import (
     Quantize,
     TrustRemoteCode,
     Verify,
+    joined,
 )
 
 Task = Annotated[str | None, Option(help="Measure as this task does (default: the adapter's own, else sft).")]
 TaskColumns = Annotated[
-    str | None, Option("--columns", help="Columns by their part in a task other than sft: label=intent,text=query.")
+    list[str] | None,
+    Option("--columns", help="Columns by their part in a task other than sft: label=intent,text=query."),
 ]
-Reward = Annotated[str | None, Option(help="Task grpo: reward functions, FILE.py:NAME, with commas between.")]
+Reward = Annotated[list[str] | None, Option(help="Task grpo: reward functions, FILE.py:NAME, with commas between.")]
 Exact = Annotated[int, Option(help="Also write the first so many completions, and count those exactly right.", min=0)]
 MaxLength = Annotated[
     int | None, Option(help="Longest example in tokens (default: the model's context, at most 2048).", min=2)
@@ -92,14 +95,15 @@ def eval_command(
     if given := [flag for flag, value in foreign.items() if value]:
         expected = "--columns to name its columns" if record["name"] != "sft" else "another task"
         raise ConfigError(f"{given[0]} for task {record['name']}", expected, f"leave {given[0]} out, or name a --task")
-    if record["name"] != "sft":
-        with remote_code.trust_remote_code(base if trust_remote_code else None):
-            _measure_task(asked, record, {**options, "columns": columns, "reward": reward})
-        return
-    named = (messages_column, prompt_column, completion_column, text_column)
-    how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
+    if record["name"] == "sft":
+        named = (messages_column, prompt_column, completion_column, text_column)
+        how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
+        measure = partial(_measure, asked, {**options, **how})
+    else:
+        how = {"columns": ",".join(columns or ()) or None, "reward": joined(reward)}
+        measure = partial(_measure_task, asked, record, {**options, **how})
     with remote_code.trust_remote_code(base if trust_remote_code else None):
-        _measure(asked, {**options, **how})
+        measure()
 
 
 class _Asked(NamedTuple):

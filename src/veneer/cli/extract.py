@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson, BaseModel, Overwrite
+from veneer.cli.options import AsJson, BaseModel, Overwrite, listed
 
 
 def extract_command(
@@ -16,15 +16,17 @@ def extract_command(
     output: Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")],
     rank: Annotated[int | None, Option(help="Rank of every product.")] = None,
     energy: Annotated[float | None, Option(help="Or the share of each change to keep, such as 0.95.")] = None,
-    targets: Annotated[str, Option(help="Which weights get a product: words or patterns, comma separated.")] = "all",
-    exclude: Annotated[str, Option(help="What is left out, however it changed; comma separated.")] = "",
+    targets: Annotated[
+        list[str] | None, Option(help="Which weights get a product: words or patterns, comma separated (default: all).")
+    ] = None,
+    exclude: Annotated[list[str] | None, Option(help="What is left out, however it changed; comma separated.")] = None,
     keep: Annotated[
-        str,
+        list[str] | None,
         Option(
             help="What is written whole: auto (changed norms, biases and the like), none, lossy (also weights that "
-            "keep too little), or patterns beside them; comma separated."
+            "keep too little), or patterns beside them; comma separated (default: auto)."
         ),
-    ] = "auto",
+    ] = None,
     least: Annotated[float, Option(help="The share of its change below which a weight is lossy.")] = 0.5,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -50,8 +52,9 @@ def extract_command(
             status.update(f"{done} of {total}  {layer.path}  {layer.kept:.2%} at rank {layer.rank}")
 
         report = veneer.extract(
-            base, tuned, output, rank=rank, energy=energy, targets=_listed(targets), exclude=_listed(exclude),
-            keep=_listed(keep), least=least, base_name=base, overwrite=overwrite, progress=progress,
+            base, tuned, output, rank=rank, energy=energy, targets=_listed(targets or ["all"]),
+            exclude=_listed(exclude or []), keep=_listed(keep or ["auto"]), least=least, base_name=base,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         echo_json(report.to_dict())
@@ -64,5 +67,5 @@ def extract_command(
     out.print(str(report), soft_wrap=True)
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _listed(values: list[str]) -> list[str]:
+    return [part for text in values for part in listed(text)]

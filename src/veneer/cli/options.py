@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,19 @@ ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://
 MANY = "may be given several times"
 #: longest answer of `veneer generate`, unless it is told
 NEW_TOKENS = 128
+
+
+def joined(values: Sequence[str] | None) -> str | list[str] | None:
+    """A flag that takes several values between commas and may be given several times: all that it was given. One text
+    is left as it is, and a regular expression (re:) may hold commas of its own."""
+    if not values or len(values) == 1:
+        return values[0] if values else None
+    return [part for text in values for part in ([text] if text.startswith("re:") else listed(text))]
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
 
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]
 Adapter = Annotated[str, Argument(help=ADAPTER_HELP)]

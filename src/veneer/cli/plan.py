@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson
+from veneer.cli.options import AsJson, joined
 from veneer.errors import ConfigError
 
 GIB = 2**30
@@ -22,7 +22,7 @@ def plan_command(
     ] = None,
     rank: Annotated[int | None, Option(help="Rank r of the adapter (default: 16).")] = None,
     targets: Annotated[
-        str | None, Option("--targets", "--target", help="Layers to adapt (default: all-linear).")
+        list[str] | None, Option("--targets", "--target", help="Layers to adapt (default: all-linear).")
     ] = None,
     variant: Annotated[str | None, Option(help="Adapter variant (default: lora).")] = None,
     length: Annotated[
@@ -114,7 +114,9 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Any:
     from veneer.train.config import make_config, read_yaml
 
     fields = {} if config is None else read_yaml(config)
-    fields |= {name: value for name, value in given.items() if value is not None}
+    fields |= {
+        name: value for name, value in {**given, "targets": joined(given["targets"])}.items() if value is not None
+    }
     if "base" not in fields:
         raise ConfigError("no base", "a YAML file that names one, or --base", "give one of them")
     settings = make_config({"data": "", "output": "", **fields}, "the arguments" if config is None else str(config))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from typer import Argument, Exit, Option
 
-from veneer.cli.options import NEW_TOKENS
+from veneer.cli.options import NEW_TOKENS, joined
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
 from veneer.train.processes import finished_before, join, leave
@@ -77,7 +77,7 @@ def train_command(
 
     def read() -> TrainConfig:
         _agree(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
-        return load_config(config, **flags)
+        return load_config(config, **{name: _value(name, value) for name, value in flags.items()})
 
     settings = processes.each(read, _content, "settings")
 
@@ -207,14 +207,30 @@ def _find_rate(settings: TrainConfig) -> None:
     for line in found.lines():
         say(out, line)
     say(out, f"suggested: --learning-rate {rate:g}")
-    given = [word for word in sys.argv[1:] if word != "--find-rate"]
+    given = _without("--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"])
     say(err, f"\nNext:\n  {shlex.join(['veneer', *given, '--learning-rate', f'{rate:g}'])}")
 
 
+def _without(flag: str, words: list[str]) -> list[str]:
+    """A command line without a flag and its value."""
+    kept = [word for word in words if not word.startswith(f"{flag}=")]
+    return [word for at, word in enumerate(kept) if word != flag and (at == 0 or kept[at - 1] != flag)]
+
+
+def _value(name: str, value: Any) -> Any:
+    """What `TrainConfig` reads of a flag: lists and tables are written with commas, or as the flag several times."""
+    if not isinstance(value, list):
+        return value
+    return ",".join(value) or None if name == "columns" else joined(value)
+
+
 def _flag_type(annotation: Any) -> Any:
-    """The type that a flag parses to: lists and tables are written with commas, and `TrainConfig` splits them."""
+    """The type that a flag parses to."""
     arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
-    arms = [str if get_origin(arm) in (list, dict) else arm for arm in arms if arm is not NoneType]
+    arms = [arm for arm in arms if arm is not NoneType]
+    if any(get_origin(arm) is list for arm in arms) or get_origin(arms[0]) is dict:
+        return list[str] | None
+    arms = [str if get_origin(arm) is dict else arm for arm in arms]
     return (str if str in arms else arms[0]) | None
 
 

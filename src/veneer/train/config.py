@@ -184,6 +184,9 @@ class TrainConfig(BaseModel):
         pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
         if not all(part and column for part, _, column in pairs):
             raise ValueError("expected PART=COLUMN, several of them with commas between")
+        names = [part for part, _, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice!r} twice; expected one column for each part")
         return {part: column for part, _, column in pairs}
 
     @field_validator(
