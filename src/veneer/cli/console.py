@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,15 @@ def open_base_and_adapters(
         name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names
     }
     return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
+
+
+def must_be_adapters(folders: Iterable[str | Path]) -> None:
+    """Refuse folders that hold no adapter, before a base is converted or read for them."""
+    from veneer.adapter_files.folder import missing
+    from veneer.errors import AdapterError, raise_all
+
+    for folder in folders:
+        raise_all(AdapterError, f"{folder} cannot be read", missing(Path(folder)))
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:

@@ -141,6 +141,7 @@ def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
         raise ConfigError(found, "the adapter that holds the head", "name its folder with --adapter")
     folder = None if asked.adapter is None else resolve(asked.adapter)
     own = None if folder is None else tokenizer_beside(folder)
+    task.read_data()
     task.open()
     task.processor = task.processor if own is None else own
     rows = task.prepare().train

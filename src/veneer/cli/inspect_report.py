@@ -41,6 +41,7 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
     from veneer.store.library import resolve
     from veneer.tools.report import examine
     from veneer.tools.report.page import page
+    from veneer.train.data import read as read_rows
 
     measures = {name: source for name in ("data", "general") if (source := getattr(asked, name)) is not None}
     if asked.report.suffix.lower() not in (".html", ".htm") or not asked.report.parent.is_dir():
@@ -49,8 +50,9 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
     if measures and asked.base is None:
         raise ConfigError(f"--{next(iter(measures))} without --base", "the model to measure", "add --base MODEL")
     other = None if asked.other is None else read(resolve(asked.other))
+    rows = {name: read_rows(source) for name, source in measures.items()}
     files = {} if asked.base is None else base_files(asked.base, saved.path)
-    examples = {} if asked.base is None else _examples(asked.base, saved.path, measures)
+    examples = {} if asked.base is None else _examples(asked.base, saved.path, rows)
     with err.status("Looking …") as status:
         report = examine(
             saved, **files, base_name=asked.base, other=other, count=asked.intruders,
@@ -64,14 +66,12 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
     return facts
 
 
-def _examples(base: str, adapter: Path, measures: dict[str, str]) -> dict[str, Any]:
+def _examples(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
     """The rows of each source as token ids. The ends of rows that are longer than the model reads are left out."""
     from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
-    from veneer.train.data import read
     from veneer.train.tokens import tokenise
 
-    rows = {name: read(source) for name, source in measures.items()}
     length = min(context_length(base) or 2048, 2048)
     tokenizer = tokenizer_for(base, str(adapter)) if rows else None
     return {

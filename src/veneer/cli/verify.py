@@ -32,10 +32,11 @@ def verify_command(
     from veneer.models.safetensors_dir import ENDING
     from veneer.store.library import resolve
 
-    folder = None if base is None else Path(base).expanduser()
+    adapter_folder = resolve(adapter)
+    folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
     if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):  # which need no config
         folder = folder_of(base)
-    report = verify(resolve(adapter), folder)
+    report = verify(adapter_folder, folder)
     if as_json:
         echo_json(report.to_dict())
     else:

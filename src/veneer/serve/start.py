@@ -8,15 +8,16 @@ from typing import Any
 
 from veneer import models
 from veneer.bank import Bank
-from veneer.errors import ConfigError, listing
+from veneer.errors import ConfigError, listing, nearest
 from veneer.models.remote_code import with_trust_of_config
 from veneer.serve.access import Keyring
-from veneer.serve.catalogue import Catalogue
+from veneer.serve.catalogue import Catalogue, folders
 from veneer.serve.embed import Embedder
 from veneer.serve.engine import Engine
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
 from veneer.serve.settings import Settings, given
+from veneer.store.remote import is_remote
 
 
 def prepare_process() -> None:
@@ -30,6 +31,7 @@ def prepare_process() -> None:
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring) -> Service:
     """Load the base and start what answers. ``Service.close`` ends it."""
+    _must_be_there(settings)
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -71,6 +73,16 @@ def start(settings: Settings, keys: Keyring) -> Service:
             service.close()
             raise
     return service
+
+
+def _must_be_there(settings: Settings) -> None:
+    """Judge the adapters before the base is converted or loaded; of a remote place, that takes a download."""
+    if settings.adapters is not None and is_remote(settings.adapters):
+        return
+    known = {} if settings.adapters is None else folders(settings.adapters)
+    if unknown := [name for name in settings.pin if name not in known]:
+        found = f"pin {unknown[0]!r}{nearest(unknown[0], known)}, and no adapter of that name"
+        raise ConfigError(found, f"one of {listing(known, 8)}" if known else "an adapter", "check --pin and --adapters")
 
 
 def _training(settings: Settings, service: Service, model: Any, turn: Any) -> Any:

@@ -52,6 +52,7 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
         found = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(found, "task sft", "start from the defaults, and try a few rates with `veneer sweep`")
     task = TASKS["sft"](config)
+    task.read_data()
     task.open()
     prepared = task.prepare()
     learnt, numbers, width, kind = prepared.train.trained_tokens, *_base(config)

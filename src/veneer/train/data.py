@@ -25,6 +25,8 @@ from veneer.models.messages import first_line, quiet
 log = logging.getLogger("veneer.data")
 
 Kind = Literal["messages", "prompt", "text", "columns"]
+#: the folder of the data that the examples name, which a program writes
+DEMO = ".demo"
 #: the column with the tools that a chat may call
 TOOLS = "tools"
 #: columns that hold what a classifier (or a preference) should learn
@@ -74,9 +76,8 @@ def read(source: str | Path, columns: Columns | None = None, *, split: str = "tr
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
     """([(place, row)], hash of the bytes) of a source as it lies; at least one row, each an object. Raises as `read`,
     but for columns."""
-    path = Path(source).expanduser()
-    if path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~")):
-        raw, digest = _read_file(path)
+    if is_local(source):
+        raw, digest = _read_file(Path(source).expanduser())
     else:
         raw, digest = _read_hub(str(source), split)
     if not raw:
@@ -91,6 +92,12 @@ def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, 
                 'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
             )
     return raw, digest
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether a source is a file or a folder here, or would be one; otherwise it is a data set of the hub."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~"))
 
 
 def by_part(
@@ -125,9 +132,8 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
     if not path.exists():
         where = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
         near = nearest(path.name, [file.name for file in folder.glob("*")])
-        raise DataError(
-            f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: check the path."
-        )
+        do = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
+        raise DataError(f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: {do}.")
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
         raise DataError(

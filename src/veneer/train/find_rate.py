@@ -121,6 +121,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         raise ConfigError(found, "a task whose loss falls as it learns", do)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
+    task.read_data()
     ids = vocabulary.learn(config, task.open())
     prepared = task.prepare()
     with tempfile.TemporaryDirectory() as folder:

@@ -179,6 +179,7 @@ def _task(config: TrainConfig, processes: Processes) -> Task:
 
 
 def _data(task: Task) -> tuple[tuple[int, ...], Prepared]:
+    task.read_data()
     ids, prepared = vocabulary.learn(task.config, task.open()), task.prepare()
     if task.further is not None:
         prepared = replace(prepared, hashes={**prepared.hashes, "adapter": task.further.hash})

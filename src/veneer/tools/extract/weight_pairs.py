@@ -131,6 +131,8 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     """Open two models; of a folder no number is read. ``ConfigError``, ``CheckpointError``: a folder that is no model.
     ``ExtractError``: a state dict as the base without ``model``; adapters on the tuned model that are not merged."""
     name = None
+    if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
+        models.folder_of(tuned)  # before the base: a path that is wrong is told before anything is converted
     if isinstance(base, nn.Module):
         structure = unwrap(base)
         old = of_module(structure, "the base")

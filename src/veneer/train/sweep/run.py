@@ -100,6 +100,7 @@ class _Work:
         self.console, self.shown, self.output = console, shown, config.output.expanduser()
         resume = self._unfinished()
         self.task: Task = TASKS[config.task](self.config)
+        self.task.read_data()
         self.task.open()
         self.prepared = self.task.prepare()
         arguments = arguments_of(self.config, self.output, self.prepared)

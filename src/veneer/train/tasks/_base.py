@@ -1,5 +1,6 @@
 """What a task is: which columns it reads, how a row becomes tensors, which model it trains, its loss and measures.
 
+    read_data  the rows, which need no base
     open     the processor (a tokenizer, an image processor), after the base's config has been looked at
     prepare  rows → Prepared
     shown    a row → what of it is read and learnt, for people
@@ -129,10 +130,24 @@ class Task(ABC):
         #: what an adapter's record says of the task that made it: `settings` of that run
         self.known: Mapping[str, Any] = known or {}
         self.processor: Any = None
+        self._records: dict[tuple[str, str], data.Records] = {}
 
     def refers(self) -> bool:
         """Whether the loss measures from a `reference`."""
         return False
+
+    def read_data(self) -> None:
+        """Read what lies in files, before the base is looked at, whose conversion may take a minute. A data set of the
+        hub is asked for later, since a base is the quicker to find."""
+        config = self.config
+        for source, split in ((config.data, config.split), (config.eval_data, "train")):
+            if source is not None and data.is_local(source):
+                self._records[source, split] = self.read(source, split)
+
+    def records(self, source: str, split: str) -> data.Records:
+        """What ``read_data`` has read, which is then no longer kept, or what ``read`` reads now."""
+        rows = self._records.pop((source, split), None)
+        return self.read(source, split) if rows is None else rows
 
     def open(self) -> Any:
         """Look at the base's config, and return its processor. Reads no weights."""
@@ -152,7 +167,7 @@ class Task(ABC):
         return {"name": self.name, **told, **self.settings()}
 
     def prepare(self) -> Prepared:
-        return prepare.prepare(self.config, self.read, self.encode, self.max_length())
+        return prepare.prepare(self.config, self.records, self.encode, self.max_length())
 
     def max_length(self) -> int:
         return prepare.max_length(self.config)

@@ -75,8 +75,6 @@ class Classify(Task):
             wanted = "`text` and `label`, `words` and `labels`, or `image` and `label`"
             raise DataError(found, self.kind or wanted, "name them, for instance --columns text=sentence,label=intent")
         self.kind = kinds[0]
-        if self.processor is None:
-            self.processor = self._processor()
         parts = ("words", "labels") if self.kind == "words" else (self.kind, "label")
         return data.by_part(raw, source, digest, parts, ("text_pair",) if self.kind == "text" else (), renamed)
 
@@ -89,6 +87,8 @@ class Classify(Task):
             return AutoImageProcessor.from_pretrained(find_base(self.config.base), **code_options(self.config.base))
 
     def encode(self, records: data.Records) -> Rows:
+        if self.processor is None:
+            self.processor = self._processor()
         column = "labels" if self.kind == "words" else "label"
         places = [f"{records.source}, {place}" for place in records.places]
         named = [

@@ -56,6 +56,7 @@ class Grpo(Causal):
 
     def read(self, source: str, split: str) -> data.Records:
         """All columns: those besides the prompt are the reward functions'."""
+        _ = self.functions  # a file that is wrong is told before the base is looked at
         raw, digest = data.raw_rows(source, split)
         records = data.by_part(raw, source, digest, self.parts, self.optional, self.config.columns)
         column = self.config.columns.get("prompt", "prompt")
@@ -70,7 +71,6 @@ class Grpo(Causal):
         if limit < 1:
             found = f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens in all"
             raise ConfigError(found, "room for a prompt", "lower answer_tokens, or raise max_length")
-        _ = self.functions  # a file that is wrong is told before the weights are read
         rows = []
         for row, place in zip(records.rows, records.places, strict=True):
             prompt = data.shaped({"prompt": row["prompt"]}, f"{records.source}, {place}")["prompt"]

@@ -34,6 +34,12 @@ class Seq2seq(Task):
     auto, item = "AutoModelForSeq2SeqLM", "token"
     one_pass = True
 
+    def read_data(self) -> None:
+        """Which columns are read hangs on the base, so that the files are looked at without them."""
+        for source in filter(None, (self.config.data, self.config.eval_data)):
+            if data.is_local(source):
+                data.raw_rows(source)
+
     def open(self) -> Any:
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):

@@ -24,7 +24,7 @@ class Sft(Task):
 
     def prepare(self) -> Prepared:
         dataset = (lambda part, length: prepare.pack(part.dataset(), length)) if self.config.packing else None
-        return prepare.prepare(self.config, self.read, self.encode, self.max_length(), dataset)
+        return prepare.prepare(self.config, self.records, self.encode, self.max_length(), dataset)
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
