@@ -260,3 +260,35 @@ GREETING = [{"role": "user", "content": "Hi"}]
 )
 def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(rows: list[dict[str, Any]], expected: Any) -> None:
     assert prompt_of(rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"},
+         "alpaca, whose `input` belongs.*--prompt-column instruction --completion-column output would leave"),
+        ({"instruction": "a", "output": "c"}, "alpaca: --prompt-column instruction --completion-column output"),
+        ({"instruction": "a", "context": "", "response": "c", "category": "d"}, "dolly, whose `context` belongs"),
+        ({"conversation": [{"from": "human", "value": "a"}]}, "--messages-column conversation"),
+        ({"id": 1, "talk": [{"role": "user", "content": "a"}]}, "--messages-column talk"),
+        ({"id": 1, "question": "a", "answer": "b"}, "--prompt-column question --completion-column answer.*check"),
+        ({"id": 1, "prompt": "a", "response": "b"}, "--prompt-column prompt --completion-column response"),
+        ({"id": 1, "Question": "a", "note": "b"}, "not clear which of 'id', 'note' is the completion"),
+        ({"left": "a", "right": "b"}, "not clear which of 'left', 'right' is the prompt and which the completion"),
+        ({"story": "a"}, "--text-column story"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "--prompt-column question --completion-column chosen"),
+    ],
+)  # fmt: skip
+def test_the_advice_knows_usual_columns_and_says_what_is_unsure(tmp_path, row, words):
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=f"(?s){words}") as caught:
+        data.read(path)
+    assert "--completion-column input" not in str(caught.value)
+
+
+def test_the_advice_of_other_tasks_names_no_column_at_random(tmp_path):
+    raw = [("line 1", {"id": 1, "sentence": "a", "intent": "b"})]
+    with pytest.raises(DataError, match="--columns text=sentence,label=intent"):
+        data.by_part(raw, "rows.jsonl", "", ("text", "label"))
+    with pytest.raises(DataError, match="--columns chosen=COLUMN,rejected=COLUMN"):
+        data.by_part(raw, "rows.jsonl", "", ("chosen", "rejected"))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from veneer.errors import DataError, listing, nearest
 from veneer.models.messages import first_line, quiet
+from veneer.train.column_names import advice, likely
 
 log = logging.getLogger("veneer.data")
 
@@ -116,7 +117,9 @@ def by_part(
     if lacking := [column for column in picked.values() if column not in names]:
         parts = [part for part, column in picked.items() if column in lacking]
         found = f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has {_list(names)}"
-        do = f"rename it, or name the one that plays this part: --columns {parts[0]}={names[0]}"
+        free = [name for name in names if name not in picked.values()]
+        pairs = [f"{part}={likely(part, free) or 'COLUMN'}" for part in parts]
+        do = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
         raise DataError(found, f"the columns {_list(picked.values())}", do)
     for place, row in raw:
         if lost := [column for column in picked.values() if row.get(column) is None]:
@@ -306,14 +309,11 @@ def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: s
         for name in names
         if (match := difflib.get_close_matches(name.lower(), wanted, 1, 0.6)) and name not in wanted
     ]
-    two = (*names, "PROMPT", "COMPLETION") if len(names) < 2 else names
     raise DataError(
         f"{source} has the columns {_list(names)}.\n"
         "Expected `messages` (a chat), or `prompt` and `completion`, or `text`."
         f"{' ' + '; '.join(near) + '.' if near else ''}\n"
-        "Do: rename the columns, or name them: "
-        f"--prompt-column {columns.prompt or two[0]} --completion-column {columns.completion or two[1]} "
-        "(or --text-column, --messages-column)."
+        f"Do: {advice(names, first, columns.prompt, columns.completion)}"
     )
 
 
@@ -326,7 +326,8 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
     Whoever names the columns to read has said what the others are worth."""
     if {"chosen", "rejected"} <= {*names}:
         alone = "--messages-column chosen" if isinstance(first["chosen"], list) else "--text-column chosen"
-        alone = "--prompt-column prompt --completion-column chosen" if "prompt" in names else alone
+        asked = likely("prompt", names)
+        alone = alone if asked is None else f"--prompt-column {asked} --completion-column chosen"
         raise DataError(
             f"{source} holds preferences: the columns {_list(names)}.\n"
             "Expected examples to imitate, as the task is sft.\n"
