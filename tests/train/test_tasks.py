@@ -3,12 +3,14 @@ what is wrong with its rows before it reads weights."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tests.support.forked import printed
 from tests.support.runs import Crash, same
 from tests.support.tasks import CASES, config_of
@@ -251,6 +253,20 @@ def test_a_reward_function_that_is_wrong(spec: str, message: str, folder: Path, 
     with pytest.raises((ConfigError, DataError), match=message):
         rows = task.prepare().train.rows[:8]
         task.rewards(rows, [[5, 6]] * 8)
+
+
+@pytest.mark.parametrize("varies", [True, False])
+def test_rewards_that_do_not_vary_are_told_at_the_first_step(varies: bool, folder: Path, tmp_path: Path) -> None:
+    given = "range(len(completions))" if varies else "[0.5] * len(completions)"
+    (tmp_path / "judge.py").write_text(f"def judge(completions): return {given}\n")
+    config = config_of("grpo", folder, f"spread {varies}", reward=[f"{tmp_path}/judge.py:judge"], max_steps=2)
+    shown = io.StringIO()
+    result = fit(config, console=Console(file=shown, width=200))
+    assert ("taught nothing" in shown.getvalue()) is not varies
+    first = next(line for line in shown.getvalue().splitlines() if "1/2" in line)
+    spread = logged(result, "reward_spread")
+    assert all((value > 0) is varies for value in spread)
+    assert f"reward {logged(result, 'reward')[0]:.3f} ± {spread[0]:.3f}" in first
 
 
 def test_an_image_of_each_form(tmp_path: Path) -> None:

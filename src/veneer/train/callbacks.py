@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from veneer.train.tasks import Task
 
 
+#: what is said where the first step of a run has nothing to learn from
+ALIKE = (
+    "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step taught nothing. If "
+    "later steps show ± 0.000 too, nothing is trained: see what the reward function gets and gives, raise the "
+    "temperature, or draw more answers."
+)
+
+
 class LossLog(TrainerCallback):
     """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch, tokens, seconds.
     `seconds` and `tokens` go on from `before`, the last line of the run that is resumed."""
@@ -130,7 +138,9 @@ class ProgressBar(TrainerCallback):
         if "loss" not in logs:
             return
         self.recent.append((now, int(logs.get("num_tokens", 0)), step))
-        text = f"loss {logs['loss']:.4f}{self._speed(state.max_steps)}"
+        text = f"loss {logs['loss']:.4f}{_reward(logs)}{self._speed(state.max_steps)}"
+        if step == self.start + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(1.0, abs(logs.get("reward", 0.0))):
+            say(self.console, ALIKE.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
         elif step in (self.start + 1, state.max_steps) or now - self.printed > 10:
@@ -149,6 +159,13 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _reward(logs: dict[str, Any]) -> str:
+    """The mean reward of a step and its spread among the answers to one prompt, where there are rewards."""
+    if "reward_spread" not in logs:
+        return ""
+    return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"
 
 
 def say(console: Console, text: str) -> None:

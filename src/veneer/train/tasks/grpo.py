@@ -10,7 +10,8 @@ d = log π₀ - log π, and π₀ the base with no adapter selected; with β = 0
 
 A reward is FILE.py:NAME of a function as trl calls it: f(prompts=…, completions=…, **columns) → a number for each; the
 prompts and completions are texts, or lists of messages where the prompts are chats. An evaluation takes the likeliest
-answer to each prompt; its loss is -reward.
+answer to each prompt; its loss is -reward. A step tells the mean reward and `reward_spread`, the mean over the prompts
+of the standard deviation of their answers' rewards: where that is 0, A is 0 and nothing is learnt.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from veneer.train.tokens import IGNORED
 
 @register
 class Grpo(Causal):
-    parts, measures, item = ("prompt",), ("reward", "answer_length"), "answer"
+    parts, measures, item = ("prompt",), ("reward", "reward_spread", "answer_length"), "answer"
 
     def refers(self) -> bool:
         return bool(self.config.beta)
@@ -118,6 +119,8 @@ class Grpo(Causal):
         sums = {"reward": rewards.sum(), "answer_length": torch.tensor(float(sum(map(len, answers))))}
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
+        spread = rewards.view(-1, each).std(1)  # of the answers to one prompt: without it there is nothing to learn
+        sums["reward_spread"] = spread.sum() * each
         prompts = [row["ids"] for row in rows]
         pairs = [([*ids, *new], [*[IGNORED] * len(ids), *new]) for ids, new in zip(prompts, answers, strict=True)]
         inputs = {name: value.to(device) for name, value in self.batch(pairs).items()}
