@@ -30,6 +30,7 @@ from veneer.train.evaluate import evaluate
 from veneer.train.run import fit
 from veneer.train.sweep import cohort, held_out, run
 from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.conclusions import edges
 from veneer.train.sweep.held_out import evaluate_runs
 from veneer.train.sweep.record import FINISHED, Candidate, State
 from veneer.train.sweep.run import sweep
@@ -349,6 +350,41 @@ def test_what_it_took_is_of_the_whole_sweep(make: Make, monkeypatch: pytest.Monk
     began = time.perf_counter()
     found = ran(make, "sweep", {"rank": [1, 2]}, {"at_once": 1, "rungs": []}, max_steps=1)
     assert 2 < found.facts["seconds"] <= time.perf_counter() - began
+
+
+def test_the_report_says_where_the_winner_lies_and_how_far_it_goes_alone(make: Make, tmp_path: Path) -> None:
+    found = ran(make, "sweep", {"learning_rate": [1e-5, 5e-3]}, {"rungs": []}, max_steps=4).facts
+    (edge,) = found["edges"]
+    assert (edge["axis"], edge["value"], edge["side"]) == ("learning_rate", 5e-3, "highest")
+    alone = found["alone"]
+    assert alone["steps"] == 4
+    assert 0 <= alone["largest"] < 1e-4
+    losses = next(one["losses"] for one in found["candidates"] if one["name"] == found["best"])
+    again = fit(load_config(tmp_path / "sweep" / "best" / "train.yaml", output=tmp_path / "again"), quiet=True)
+    apart = [abs(one - other) for one, other in zip(again.losses, losses, strict=True)]
+    assert alone["largest"] == max(apart)
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "learning_rate 0.005 lies at the highest end of what was tried" in page
+    assert "the same losses but for rounding" not in page
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "lying"),
+    [
+        ({"rank": [2, 4, 8]}, {"rank": 4}, []),
+        ({"rank": [2, 4, 8]}, {"rank": 8}, [("rank", "highest")]),
+        ({"rank": [1, 4]}, {"rank": 1}, []),  # there is no lower one
+        ({"dropout": [0.0, 0.1]}, {"dropout": 0.0}, []),
+        ({"seed": [0, 1], "targets": ["mlp", "attention"]}, {"seed": 1, "targets": "mlp"}, []),
+        ({"learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, {"learning_rate": 1e-3}, []),
+        ({"learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, {"learning_rate": 2e-5},
+         [("learning_rate", "lowest")]),
+        ({"alpha": {"low": 1.0, "high": 11.0}}, {"alpha": 10.5}, [("alpha", "highest")]),
+    ],
+)  # fmt: skip
+def test_an_edge_is_an_end_beyond_which_there_is_more(axes: Any, changes: Any, lying: Any) -> None:
+    settings = make_sweep({"axes": axes, "candidates": None if "low" not in str(axes) else 4})
+    assert [(edge["axis"], edge["side"]) for edge in edges(settings.axes, changes)] == lying
 
 
 def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

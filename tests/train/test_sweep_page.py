@@ -29,6 +29,8 @@ def facts() -> dict:
         "base": "<i>tiny", "data": "rows.jsonl", "task": "sft", "item": "token", "output": "out", "steps": 9,
         "sweep": {"axes": {"rank": [2, 4, 8], "targets": [], "seed": [0, 1]}, "judged_by": "held_out"},
         "sampler": "grid", "rungs": [3],
+        "edges": [{"axis": "rank", "value": 2, "side": "lowest", "tried": [2, 8]}],
+        "alone": {"steps": 9, "largest": 2e-6, "step": 7, "last": 1e-6},
         "folder": "out/best", "command": ["veneer", "train", "out/best/train.yaml"], "config": config,
         **State(0, 9, 61.0, 122.0, "c00", candidates).facts(),
     }  # fmt: skip
@@ -47,6 +49,8 @@ def test_its_numbers_are_those_of_the_facts() -> None:
     assert "6</b><span>ran to the end, 6 ended, 1 failed" in text
     assert "2 min 2 s</b><span>of CPU time, in 1 min 1 s" in text
     assert "veneer train out/best/train.yaml" in text
+    assert "rank 2 lies at the lowest end of what was tried (2 to 8)" in text
+    assert "for 9 steps, its losses differ from those of the sweep by at most 2.0e-06 (step 7)" in text
     assert "the loss is nan at step &lt;2&gt;" in text
     assert "<i>" not in text
     assert "<b>q_proj" not in text

@@ -13,6 +13,7 @@ import yaml
 from veneer.tools.report.charts import COLOURS, Points, lines, table
 from veneer.tools.report.page import document
 from veneer.train.callbacks import duration
+from veneer.train.sweep.conclusions import alone_words, edge_words
 from veneer.train.sweep.record import ENDED, FAILED, FINISHED, words
 
 Facts = Mapping[str, Any]
@@ -57,8 +58,10 @@ def _winner(facts: Facts) -> str:
     best = next(one for one in facts["candidates"] if one["name"] == facts["best"])
     text = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
     return (
-        f"<h2>The winner: {escape(words(best['changes']))}</h2><p>Its adapter is in {escape(facts['folder'])}. Trained "
-        f"again alone, it has the same losses but for rounding:</p><pre>{escape(shlex.join(facts['command']))}</pre>"
+        f"<h2>The winner: {escape(words(best['changes']))}</h2><p>Its adapter is in {escape(facts['folder'])}.</p>"
+        f"{''.join(f'<p><b>{escape(edge_words(edge))}</b></p>' for edge in facts['edges'])}"
+        f"<p>{escape(alone_words(facts['alone']))} This trains it alone:</p>"
+        f"<pre>{escape(shlex.join(facts['command']))}</pre>"
         f"<details><summary>Its configuration</summary><pre>{escape(text)}</pre></details>"
     )
 

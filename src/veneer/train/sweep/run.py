@@ -45,6 +45,7 @@ from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
 from veneer.train.run import lora_of, provenance_of, write_status
 from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.conclusions import alone_words, edge_words, edges, measure_alone
 from veneer.train.sweep.page import page
 from veneer.train.sweep.record import ENDED, FAILED, FINISHED, RUNNING, WAITING, Candidate, State, words
 from veneer.train.sweep.search import Search
@@ -112,6 +113,7 @@ class _Work:
         self.before = self.state.seconds, self.state.cpu_seconds
         self.tasks: dict[str, Task] = {}
         self.model: Any = None
+        self.about_best: dict[str, Any] = {}
 
     def _must_see_new_rows(self) -> None:
         """Raise `ConfigError` where a loss in training would tell of rows that were learnt before."""
@@ -400,7 +402,7 @@ class _Work:
             "sampler": self.settings.chosen, "rungs": self.search.rungs,
             "folder": None if best is None else str(self.output / BEST),
             "command": None if best is None else ["veneer", "train", str(self.output / BEST / TRAIN)],
-            "config": None if best is None else _given(self.alone(best)), **found,
+            "config": None if best is None else _given(self.alone(best)), **self.about_best, **found,
         }  # fmt: skip
 
     def _result(self, interrupted: bool) -> SweepResult:
@@ -412,6 +414,12 @@ class _Work:
             notes = "; ".join(f"{one.name}: {one.note}" for one in self.state.candidates if one.note)
             do = "lower the learning rates, or train in fp32 (--precision fp32)"
             raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", do)
+        best = self.state[self.state.best]
+        self.model = None  # which the run alone loads again
+        self.about_best = {
+            "edges": edges(self.settings.axes, best.changes),
+            "alone": measure_alone(self.alone(best), best.losses),
+        }
         self._clock()
         result = self._result(interrupted=False)
         write_whole(self.output / RESULT, json.dumps(result.facts, indent=2) + "\n")
@@ -419,9 +427,11 @@ class _Work:
         self._status("finished")
         for path in self.output.glob("checkpoint-*"):
             shutil.rmtree(path)
-        best = self.state[self.state.best]
         say(self.console, f"Done     in {duration(self.state.seconds)}: {best.name} ({words(best.changes)})")
         say(self.console, f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers")
+        for edge in self.about_best["edges"]:
+            say(self.console, f"Edge     {edge_words(edge)}")
+        say(self.console, f"Alone    {alone_words(self.about_best['alone'])}")
         say(self.console, f"Adapter  {self.output / BEST / checkpoint.ADAPTER}")
         say(self.console, f"Report   {self.output / REPORT}")
         return result
