@@ -16,9 +16,9 @@ from tests.support.tiny import write_tiny
 
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.targets import Names
+from veneer.errors import ConfigError
 from veneer.models import load_head
 from veneer.models.safetensors_dir import Checkpoint
-from veneer.models.shares import WholeOnlyError
 from veneer.train.sharding import shard
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification",
@@ -125,5 +125,5 @@ def test_what_cannot_be_read_by_rows_is_told(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WholeOnlyError, match=r"pytorch_model\.bin, which are pickles"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin alone: pickles"):
         shared(tmp_path, "AutoModelForCausalLM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,11 +10,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.support.launched import ended, reach, steps, train
 from tests.support.runs import Crash, same, same_folders
@@ -272,3 +275,22 @@ def test_ctrl_c_on_the_command_line(make: Make, tmp_path: Path) -> None:
     assert "To go on:  veneer train" in process.said
     assert "Traceback" not in process.said
     assert checkpoint.newest(config.output) is not None
+
+
+def test_a_resume_says_which_versions_differ(make: Make) -> None:
+    """A library that rounds otherwise gives other losses than a run that was not interrupted."""
+    said = []
+    for recorded in ({}, {"torch": "2.0.0", "veneer": "0.0.1"}):
+        with pytest.raises(ZeroDivisionError):
+            fit(make("run", save_every=2, overwrite=True, resume=False), callbacks=[Crash(5)], quiet=True)
+        record = checkpoint.read_json(make("run").output / checkpoint.RUN)
+        assert {"veneer", "torch", "transformers"} <= record["versions"].keys()
+        checkpoint.write_json(
+            make("run").output / checkpoint.RUN, {**record, "versions": {**record["versions"], **recorded}}
+        )
+        shown = io.StringIO()
+        fit(make("run", save_every=2), console=Console(file=shown, width=200))
+        said.append(shown.getvalue())
+    assert all("Resuming from step 4" in text for text in said)
+    assert "Versions" not in said[0]
+    assert f"veneer 0.0.1, now {version('veneer')}; torch 2.0.0, now {version('torch')}" in said[1]

@@ -22,27 +22,29 @@ from veneer.errors import AdapterError
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 TEXT, ARRAY = 8, 9
 #: pairs, tensors and values of arrays, all together: each costs the gguf package some objects
-MAX_COUNT = 1_000_000
+MAX_COUNT = 100_000
+#: the same of a model, whose vocabulary is there as several arrays
+MAX_MODEL_COUNT = 2_000_000
 MAX_AXES = 4
 
 
-def check(path: Path) -> None:
+def check(path: Path, most: int = MAX_COUNT) -> None:
     """Go through everything in front of the numbers. ``AdapterError``: the file is cut short, or claims what its size
-    does not allow."""
+    does not allow. ``most``: pairs, tensors and values of arrays."""
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check(data)
+            _check(data, most)
     except (ValueError, struct.error) as error:  # of an empty file too
         why = "it ends within its header" if isinstance(error, struct.error) else str(error)
         found = f"{path}, which cannot be read as GGUF ({why})"
         raise AdapterError(found, "a whole GGUF file", "get the file again") from error
 
 
-def _check(data: mmap.mmap) -> None:
+def _check(data: mmap.mmap, most: int) -> None:
     version, tensors, pairs = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise ValueError(f"version {version}, of which 2 and 3 are known, of little-endian files")
-    at, left = 24, _spent(MAX_COUNT, pairs + tensors, data)
+    at, left = 24, _spent(most, pairs + tensors, data)
     for _ in range(pairs):
         at = _text(data, at)
         (kind,) = struct.unpack_from("<I", data, at)
@@ -60,7 +62,7 @@ def _check(data: mmap.mmap) -> None:
 
 def _spent(left: int, count: int, data: mmap.mmap) -> int:
     if count > min(left, len(data)):
-        raise ValueError(f"it claims {count:,} values in {len(data):,} bytes, of {MAX_COUNT:,} at most")
+        raise ValueError(f"it claims {count:,} values in {len(data):,} bytes, of {left:,} that may be left")
     return left - count
 
 

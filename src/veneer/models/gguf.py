@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import AdapterError, ConfigError
 from veneer.fileio.atomic import new_folder
+from veneer.formats import gguf_claims
 from veneer.models.messages import first_line, log, quiet
 from veneer.models.remote_code import code_options
 
@@ -42,6 +43,10 @@ def converted_gguf(file: Path) -> Path:
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # transformers' bar: nothing of it in a log file
+    try:
+        gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
+    except AdapterError as error:
+        raise ConfigError(str(error)) from error
     with quiet(), contextlib.redirect_stderr(shown):
         model, tokenizer = _read_gguf(file)
     with new_folder(target, overwrite=True) as folder, quiet():

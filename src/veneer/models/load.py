@@ -52,6 +52,9 @@ Spread = Callable[[Any], None]
 #: what transformers takes as a device map, beside a device and a dict
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
+#: files of weights that torch.save writes
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
 
 class Base(NamedTuple):
     """A loaded base. `name` is what the user wrote, which goes into an adapter's metadata."""
@@ -190,6 +193,7 @@ def _model(
         options |= {"quantization_config": quantizer(quantize, own), "device_map": {"": _exact(device)}}
     if device_map is not None:
         options["device_map"] = device_map
+    _must_not_be_pickles(place, name)
     with loading(name):
         try:
             if spread is not None:
@@ -202,6 +206,19 @@ def _model(
             chosen = [key for key in options if key not in ("dtype", "trust_remote_code")]
             found = f"{name} with {', '.join(chosen) or 'its own code'}: {first_line(error)}"
             raise ConfigError(found, "an installed package", "install it") from error
+
+
+def _must_not_be_pickles(place: str, name: str) -> None:
+    """Refuse a folder whose weights lie in pickles alone."""
+    folder = Path(place)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
+        if pickles:
+            found = (
+                f"{name}, whose weights are in {listing(pickles, 3)} alone: pickles, which run code when they are read"
+            )
+            do = "get the model as safetensors, or, if you trust its author, load it and save it anew with transformers"
+            raise ConfigError(found, "weights as safetensors", do)
 
 
 def _must_be_known(attention: str) -> None:

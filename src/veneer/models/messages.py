@@ -38,7 +38,7 @@ def explained(name: str, error: Exception) -> Exception:
         expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
         do = "check the spelling and the network; for a private model log in with `hf auth login`"
         return ConfigError(found, f"{expected}from here", do)
-    if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
+    if isinstance(error, (OSError, ValueError, KeyError, RecursionError)) or type(error).__name__ == "SafetensorError":
         found = f"the model in {name} cannot be loaded ({first_line(error)})"
         expected = "a complete causal language model that this transformers version knows"
         return ConfigError(found, expected, "check that the files are complete, or upgrade transformers")

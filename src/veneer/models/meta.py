@@ -136,7 +136,7 @@ def _config_at(source: str) -> Any:
         return config_of(source)
     try:
         fields = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found = f"no configuration in {source} ({first_line(error)})"
         raise ConfigError(found, "a config.json of transformers", "check the path and the file") from error
     if not isinstance(fields, dict):

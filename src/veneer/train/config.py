@@ -290,6 +290,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         message = f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo: fix it."
         raise ConfigError(message) from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it") from error
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise ConfigError(
+            f"{path}, with a value that cannot be read ({error})"[:300], "lines such as `rank: 16`", "fix it"
+        ) from error
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.\nDo: check its permissions.") from error
     document = {} if document is None else document

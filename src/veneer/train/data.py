@@ -89,7 +89,7 @@ def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, 
     for place, row in raw:
         if not isinstance(row, dict):
             raise DataError(
-                f"{source}, {place} is a JSON {_name(row)}: {_snippet(json.dumps(row))}\n"
+                f"{source}, {place} is a JSON {_name(row)}: {_snippet(_written(row))}\n"
                 'Expected an object, such as {"text": "..."}.\nDo: fix or remove that line.'
             )
     return raw, digest
@@ -173,7 +173,7 @@ def _txt(path: Path) -> Iterator[tuple[str, Any]]:
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for place, line in _lines(path):
         try:
-            yield place, json.loads(line)
+            yield place, _parsed(line, f"{path}, {place}")
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, {place} is not JSON: {error.msg} at column {error.colno}: {_snippet(line)}\n"
@@ -182,9 +182,22 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
+def _parsed(text: str, place: str) -> Any:
+    """A JSON value. Raises `DataError` for what Python's reader gives up at, besides what is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise DataError(f"{place}, which is nested too deep", "rows of text", "fix or remove it") from error
+    except ValueError as error:
+        found = f"{place}, with a number that cannot be read ({first_line(error)})"
+        raise DataError(found, "numbers of a usual size", "fix or remove it, or write it as text") from error
+
+
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = _parsed(path.read_text(encoding="utf-8"), str(path))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}.\n"
@@ -206,6 +219,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             names = next(reader, [])
+            _must_differ(names, path)
             for row in filter(None, reader):
                 if len(row) != len(names):
                     found = f"{path}, line {reader.line_num} has {len(row)} fields; expected {len(names)}"
@@ -226,7 +240,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{path} is not a readable Parquet file: {first_line(error)}\nDo: write the file again."
         ) from error
+    _must_differ(table.column_names, path)
     return ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
+
+
+def _must_differ(names: Sequence[str], path: Path) -> None:
+    """Refuse two columns of one name, of which a row would keep the last."""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        found = f"{path} has the column {twice[0]!r} {names.count(twice[0])} times"
+        raise DataError(found, "columns of different names", "rename or remove one of them")
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -367,7 +389,7 @@ def _value(value: Any, part: str, column: str, where: str) -> Any:
         return [_message(message, where) for message in value]
     expected = {"messages": "a list of messages", "text": "text"}.get(part, "text or a list of messages")
     raise DataError(
-        f"{where}: the column {column!r} holds a {_name(value)}: {_snippet(json.dumps(value, default=str))}\n"
+        f"{where}: the column {column!r} holds a {_name(value)}: {_snippet(_written(value))}\n"
         f"Expected {expected}.\nDo: fix or remove that row."
     )
 
@@ -394,7 +416,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         case {"role": str(), "content": str()}:
             return message
     raise DataError(
-        f"{where} holds a message that is not one: {_snippet(json.dumps(message, default=str))}\n"
+        f"{where} holds a message that is not one: {_snippet(_written(message))}\n"
         'Expected {"role": "user" | "assistant" | "system" | "tool", "content": "text"}, where the content may be a '
         'list of {"type": "text", "text": "..."}, and an assistant\'s may stand beside "tool_calls".\n'
         "Do: fix or remove that row."
@@ -410,11 +432,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments") if isinstance(function, dict) else None
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise DataError(
-            f"{where} holds a tool call that is not one: {_snippet(json.dumps(call, default=str))}\n"
+            f"{where} holds a tool call that is not one: {_snippet(_written(call))}\n"
             'Expected {"type": "function", "function": {"name": "...", "arguments": {...}}}.\n'
             "Do: fix or remove that row."
         )
@@ -430,11 +452,11 @@ def _tools(value: Any, where: str) -> list[Any]:
     """The tools of a row: a list of JSON schemas, or that list as JSON text, as a table's column must hold it."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         tools = None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
-    found = f"{where} holds {TOOLS} that are none: {_snippet(json.dumps(value, default=str))}"
+    found = f"{where} holds {TOOLS} that are none: {_snippet(_written(value))}"
     raise DataError(found, "a list of JSON schemas of functions", "fix it, or remove that row")
 
 
@@ -445,6 +467,13 @@ def _list(names: Iterable[str]) -> str:
 def _name(value: Any) -> str:
     names = {"str": "text", "NoneType": "null", "dict": "object", "float": "number", "int": "number"}
     return names.get(type(value).__name__, type(value).__name__)
+
+
+def _written(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return f"a {_name(value)} that is nested too deep to be shown"
 
 
 def _snippet(text: str) -> str:

@@ -255,6 +255,7 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
         if (newest := checkpoint.newest(output)) is None:
             return None
         say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
+        tell_versions(checkpoint.read_json(output / checkpoint.RUN), console)
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
@@ -266,13 +267,25 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
 
 def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
     about = {"status": status, "config": config.content(), "data": prepared.hashes, "steps": prepared.steps}
-    checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": _versions()})
+    checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": versions()})
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    named = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+def versions() -> dict[str, str]:
+    named = {name: version(name) for name in ("veneer", "torch", "transformers", "trl", "accelerate")}
     return {**named, "python": platform.python_version()}
+
+
+def tell_versions(run: Mapping[str, Any], console: Console) -> None:
+    """Say which libraries a run goes on with, where they are not those that it began with."""
+    before, now = run.get("versions", {}), versions()
+    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        say(
+            console,
+            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those of a run that",
+        )
+        say(console, "         was not interrupted. Install the versions of before to go on exactly.")
 
 
 def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], found: Found = None) -> Any:
@@ -446,7 +459,7 @@ def provenance_of(
         "data": prepared.hashes,
         "base_dtype": str(model.dtype).removeprefix("torch."),
         "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},
-        "versions": _versions(),
+        "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -43,7 +43,7 @@ from veneer.train.config import FREE_ON_RESUME, TrainConfig, make_config, task_n
 from veneer.train.plan import memory
 from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
-from veneer.train.run import lora_of, provenance_of, write_status
+from veneer.train.run import lora_of, provenance_of, tell_versions, versions, write_status
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import alone_words, edge_words, edges, measure_alone
 from veneer.train.sweep.page import page
@@ -165,7 +165,7 @@ class _Work:
 
     def _status(self, status: str) -> None:
         about = {"status": status, "config": self.config.content(), "data": self.prepared.hashes, "steps": self.steps}
-        checkpoint.write_json(self.output / checkpoint.RUN, {**about, **self._about()})
+        checkpoint.write_json(self.output / checkpoint.RUN, {**about, "versions": versions(), **self._about()})
 
     def _open(self) -> None:
         """Make the output folder ready: only now, so that a sweep that cannot begin leaves nothing behind."""
@@ -248,6 +248,7 @@ class _Work:
         if self.found is not None:
             self._replay()
             say(self.console, f"Resuming from {self.found}.")
+            tell_versions(checkpoint.read_json(self.output / checkpoint.RUN), self.console)
         else:
             self._add(self._ask())
         found, ready = self.found, False
