@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option, echo
 
 from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize, TrustRemoteCode
 from veneer.serve.settings import Settings, given, settings_of
+
+if TYPE_CHECKING:
+    from veneer.serve.access import Keyring
 
 OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 
@@ -74,7 +77,6 @@ def serve_command(
     """
     from veneer.cli.console import setup_logging
     from veneer.errors import ConfigError
-    from veneer.serve.access import Keyring, read_keys
     from veneer.serve.guard import LOOPBACK
     from veneer.serve.listen import bind, is_loopback
 
@@ -91,10 +93,7 @@ def serve_command(
     if engine == "vllm":
         _not_for_vllm({**own, "replicas": replicas, "train": train, "trust_remote_code": trust_remote_code or None})
         _become_vllm(settings, name, host, port, keys)
-    ring = Keyring() if keys is None else read_keys(keys)
-    if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
-        found = f"--train with {keys}, of whose keys none may train"
-        raise ConfigError(found, "train = true in an entry", "add it to the keys that may, or leave out --train")
+    ring = _ring(keys, train)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
@@ -102,6 +101,17 @@ def serve_command(
             _alone(settings, ring, hosts, listening, host, port, grace)
             return
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
+
+
+def _ring(keys: Path | None, train: Path | None) -> Keyring:
+    from veneer.errors import ConfigError
+    from veneer.serve.access import Keyring, read_keys
+
+    ring = Keyring() if keys is None else read_keys(keys)
+    if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
+        found = f"--train with {keys}, of whose keys none may train"
+        raise ConfigError(found, "train = true in an entry", "add it to the keys that may, or leave out --train")
+    return ring
 
 
 def _kept(train: Path | None, replicas: str | None) -> str | None:

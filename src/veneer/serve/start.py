@@ -81,7 +81,7 @@ def _must_be_there(settings: Settings) -> None:
         return
     known = {} if settings.adapters is None else folders(settings.adapters)
     if unknown := [name for name in settings.pin if name not in known]:
-        found = f"pin {unknown[0]!r}{nearest(unknown[0], known)}, and no adapter of that name"
+        found = f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], known)}"
         raise ConfigError(found, f"one of {listing(known, 8)}" if known else "an adapter", "check --pin and --adapters")
 
 
