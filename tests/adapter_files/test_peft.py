@@ -447,6 +447,9 @@ def test_magnitudes_of_a_tie_that_differ_are_refused(tmp_path):
         "base_model.model.lm_head.lora_magnitude_vector": torch.ones(17),
     }
     save_file(tensors, file)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["target_modules"] += ["lm_head"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"different changes for 'model\.embed_tokens'"):
         veneer.load(TinyLM(True), tmp_path / "adapter")
 

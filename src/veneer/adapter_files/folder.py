@@ -19,9 +19,10 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentenc
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
-from veneer.formats import peft, peft_tokens
+from veneer.formats import peft, peft_targets, peft_tokens
 from veneer.formats.peft_tuners import Weights, check_config, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
@@ -68,7 +69,8 @@ class AdapterFiles:
     ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
     by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight, ``tokens`` rows
     of embeddings that are trained in full, by the path of the module. ``tuner``: of a folder of another tuner of PEFT
-    than LoRA, which is here as the folder that Veneer would have written of it.
+    than LoRA, which is here as the folder that Veneer would have written of it. ``left_out``: the modules with tensors
+    in the file that the config of another library leaves out (``formats/peft_targets.py``).
     """
 
     path: Path
@@ -80,6 +82,7 @@ class AdapterFiles:
     adapter_parameters: Mapping[str, Mapping[str, Tensor]]
     tuner: TunerFolder | None = None
     tokens: Mapping[str, peft_tokens.TokenRows] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def no_tokens(self, what: str) -> None:
         """AdapterError for trained tokens, which ``what`` has no place for."""
@@ -267,6 +270,9 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     Raises:
         AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
             the folder.
+
+    Warns:
+        TensorsLeftOut: tensors of modules that the config of another library leaves out, which PEFT passes over.
     """
     path = Path(path)
     raise_all(AdapterError, f"{path} cannot be read", missing(path))
@@ -278,10 +284,28 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
         raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
         parameters = read_parameters(path, record)
         must_belong(altered(path, record, peft_config, tensors, parameters), path)
-    peft_config, tensors = peft_tokens.as_lora(peft_config, tensors)
-    check_config(peft_config, record is not None, weights is not None)
-    raise_all(AdapterError, f"{path} cannot be used", list(odd_numbers({**tensors, **parameters}, "get another copy")))
-    return assemble(path, peft_config, record, tensors, parameters, weights)
+    lora, every_tensor = peft_tokens.as_lora(peft_config, tensors)
+    check_config(lora, record is not None, weights is not None)
+    odd = list(odd_numbers({**every_tensor, **parameters}, "get another copy"))
+    raise_all(AdapterError, f"{path} cannot be used", odd)
+    if record is not None:
+        return assemble(path, lora, record, every_tensor, parameters, weights)
+    lora, tensors, left_out = applied(peft_config, tensors)
+    if left_out:
+        warnings.warn(f"{path} holds {peft_targets.describe(left_out)}.", peft_targets.TensorsLeftOut, stacklevel=2)
+    return replace(assemble(path, lora, record, tensors, parameters, weights), left_out=left_out)
+
+
+def applied(
+    peft_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
+    """(the config as LoRA's, the tensors that it means, the modules that it leaves out) of another library's folder, of
+    which ``check_config`` found the config right."""
+    pairs = (suffix for kind in LAYERS for suffix in kind.file_keys)
+    extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
+    suffixes = dict.fromkeys((*pairs, *extras, peft.LORA_BIAS))
+    tensors, left_out = peft_targets.applied(peft_config, tensors, suffixes)
+    return *peft_tokens.as_lora(peft_config, tensors), left_out
 
 
 def assemble(

@@ -39,6 +39,7 @@ from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, s
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
 from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
 from veneer.formats import peft, peft_tokens
+from veneer.formats.peft_targets import describe
 from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
 from veneer.models.meta import meta_model
@@ -174,6 +175,7 @@ class _Checks:
         elif not (path / RECORD).exists() and not ours:
             text = "written by another library: nothing tells whether it was altered, or for which base"
             self.add("warning", "record", text)
+        source = config, tensors
         if config is not None:
             config, tensors = peft_tokens.as_lora(config, tensors)
         if (said := config) is not None:  # and if each of its fields is one that can be honoured
@@ -181,6 +183,13 @@ class _Checks:
         self.numbers({**tensors, **(parameters or {})})
         if config is None or parameters is None or (record is None and ours):
             return
+        if record is None:
+            meant = self.tried("layers", folder.applied, *source)
+            if meant is None:
+                return
+            config, tensors, left_out = meant
+            if left_out:
+                self.add("warning", "config", describe(left_out))
         tuned = tuner_of(config) if record is None else None
         shapes = None if self.weights is None or tuned is None else self.weights.facts
         saved = self.tried("layers", folder.assemble, path, config, record, tensors, parameters, shapes)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from veneer.errors import listing
-from veneer.formats import peft
+from veneer.formats import peft, peft_targets
 
 __all__ = ["problems"]
 
@@ -51,6 +51,7 @@ def problems(
     names, (rank, limit) = list(names), (largest_rank(config), RANKS[-1] if max_rank is None else max_rank)
     saved, bias = config.get("modules_to_save"), config.get("bias") or "none"
     dora = config.get("use_dora") or any(name.rpartition(".")[2] == peft.MAGNITUDE for name in names)
+    left_out = _left_out(config, names)
     deep = {name.removeprefix(peft.PREFIX) for name, shape in (shapes or {}).items() if len(shape) > 2}
     checks = [
         (config.get("peft_type") != "LORA", f"its peft_type is {config.get('peft_type')!r}"),
@@ -60,6 +61,7 @@ def problems(
         (saved, f"it trains modules in full ({listing(saved or (), 3)})"),
         (bias != "none", f"it trains biases (bias={bias!r})"),
         *((True, reason) for reason in (*_scales(config, names), *_names(names))),
+        (left_out, f"its config leaves out {listing(left_out, 2)}, of which vLLM applies the tensors"),
         (deep, f"it changes convolutions ({listing(sorted(deep), 2)})"),
     ]
     return [reason for wrong, reason in checks if wrong]
@@ -68,6 +70,13 @@ def problems(
 def largest_rank(config: Mapping[str, Any]) -> int:
     """The rank that a server must have room for: that of the layer with the most."""
     return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
+def _left_out(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The modules with tensors that the config leaves out."""
+    ends = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+    lora = config.get("peft_type") == "LORA"
+    return sorted(peft_targets.left_out(config, dict.fromkeys(names), ends)) if lora else []
 
 
 def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
