@@ -41,7 +41,7 @@ from veneer.fileio.atomic import new_folder
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
 from veneer.formats import peft, peft_targets, peft_tokens
-from veneer.formats.peft_tuners import Weights, check_config, tuner_of
+from veneer.formats.peft_tuners import Weights, check_config, check_tensors, tuner_of
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.models.load import tokenizer_at
@@ -300,7 +300,8 @@ def applied(
     peft_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
     """(the config as LoRA's, the tensors that it means, the modules that it leaves out) of another library's folder, of
-    which ``check_config`` found the config right."""
+    which ``check_config`` found the config right. ``AdapterError``: tensors of another tuner than the config's."""
+    check_tensors(peft_config, tensors)
     pairs = (suffix for kind in LAYERS for suffix in kind.file_keys)
     extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
     suffixes = dict.fromkeys((*pairs, *extras, peft.LORA_BIAS))

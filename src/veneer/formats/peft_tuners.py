@@ -18,14 +18,14 @@ and those of a convolution may be flat. ``Weights`` tells, where there is a base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, raise_all, sentence
+from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft
 
 #: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the base lacks it
@@ -155,6 +155,11 @@ def _vera(held: Held) -> Own:
     return Own({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
+#: how many axes tensors have by their suffix, where these are not 2
+_AXES = {
+    **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
+    **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
+}  # fmt: skip
 _LYCORIS = {"rank_dropout": _number, "module_dropout": _number, "init_weights": _any, "use_effective_conv2d": _flag}
 _BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _whole)
 _BUDGET |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _number)
@@ -211,6 +216,35 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     peft.check_config(config if tuner is None else as_lora(tuner, config), ours, with_base)
 
 
+#: how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind them
+_MARKS = (
+    "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l", "oft_R", "boft_",
+    "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_", "c3a_kernel", "delora_", "gralora_", "hira_",
+)  # fmt: skip
+_TOKENS = "TRAINABLE_TOKENS"
+
+
+def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise AdapterError for tensors of another tuner than that of the config. ``peft.split`` judges LoRA's further."""
+    type_, tuner = config.get("peft_type"), tuner_of(config)
+    strange = []
+    for key in keys:
+        *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
+        marked = [part for part in (above, last) if part.startswith(_MARKS)]
+        if tuner is not None:
+            known = "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
+            known = known or (type_ == "VERA" and key in PROJECTIONS)
+        elif type_ == _TOKENS:
+            known = last == "trainable_tokens_delta"
+        else:
+            known = all(mark.startswith("lora_") for mark in marked) or above == "token_adapter"
+        if marked and not known:
+            strange.append(key)
+    if strange:
+        found = f"tensors of another tuner than {type_}, as {peft.CONFIG} says: {listing(sorted(strange), 2)}"
+        raise AdapterError(found, f"those of {type_}", "get both files again, of one adapter")
+
+
 def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a change comes from.
     A field that neither knows is still there."""
@@ -257,7 +291,12 @@ def changes(
             scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{at}.lora_E")
         pattern = None if pattern is None else tuple(pattern)
         lacking = [choice for choice in tuner.needs if not any(own.keys() >= {*names} for names in choice)]
-        if lacking:
+        odd = [name for name, tensor in own.items() if tensor.dim() not in _AXES.get(name, (2,))]
+        if odd:
+            sizes = ", ".join(f"{name} {tuple(own[name].shape)}" for name in odd)
+            axes = " or ".join(map(str, _AXES.get(odd[0], (2,))))
+            problems.append(sentence(f"{sizes} at {at!r}", f"{axes} axes in {odd[0]}", "get both files again"))
+        elif lacking:
             wanted = " and ".join(" or ".join(", ".join(names) for names in choice) for choice in lacking)
             problems.append(sentence(f"no {wanted} at {at!r}", "a whole change", "get the whole file again"))
         elif tuner.type != "VERA" or at in cut:
