@@ -82,7 +82,7 @@ def attach(
 
 def load(
     model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True,
-    untie: bool = False, grow: bool = False,
+    untie: bool | None = None, grow: bool = False,
 ) -> Handle:  # fmt: skip
     """Attach the adapter in folder ``path`` to ``model``.
 
@@ -96,13 +96,20 @@ def load(
         trainable: train it further.
         verify_base: False accepts other base weights of the same shapes.
         untie: where the folder changes a tied weight under one of its names alone (PEFT adapts modules one by one),
-            give that name a weight of its own, until the last adapter is detached. Without, that is an error.
+            that name needs a weight of its own, until the last adapter is detached. None gives it one and warns; True
+            does not warn; False unties nothing: a low-rank change of one name is an error then, and values trained in
+            full stand in for the weight and cannot be merged.
         grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were added to its base
             (``resize_token_embeddings``). If loading fails, it is as it was.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
         BaseMismatchError: a tensor of the base is another than that it was trained on.
+
+    Warns:
+        UnverifiedAdapter: see above.
+        TieBroken: names of a tied weight have weights of their own now.
+        TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
     model, name = unwrap(model), name if name is not None else "default"
     from veneer.adapter_files.save_load import install_from

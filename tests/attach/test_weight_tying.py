@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -10,8 +12,9 @@ from tests.support.toys import error
 from torch import nn
 
 import veneer
+from veneer.adapter_files.ties import TieBroken
 from veneer.adapter_files.verify import verify
-from veneer.errors import MergeError
+from veneer.errors import AdapterError, MergeError
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.train.loss import causal_loss
@@ -61,7 +64,7 @@ def trained_by_peft(folder, modules=BOTH, **options):
 def test_two_copies_of_a_tied_weight_compute_as_peft_does(tmp_path, modules):
     path, expected = trained_by_peft(tmp_path / "theirs", modules)
     model = llama()
-    handle = veneer.load(model, path)
+    handle = veneer.load(model, path, untie=False)
     assert error(model(IDS).logits, expected) < 1e-5
     assert error(llama()(IDS).logits, expected) > 1e-2
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -112,8 +115,8 @@ def test_the_bank_keeps_the_two_copies_apart(tmp_path):
 def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
     path, expected = trained_by_peft(tmp_path / "theirs", modules)
     model = llama()
-    handle = veneer.load(model, path)
-    with pytest.raises(MergeError, match=r"one weight.*\n?.*untie the base first"):
+    handle = veneer.load(model, path, untie=False)
+    with pytest.raises(MergeError, match=r"one weight.*\n?.*veneer.load unties.*untie the base first"):
         handle.merge()
     assert error(model(IDS).logits, expected) < 1e-5  # untouched
     llama().save_pretrained(tmp_path / "base")
@@ -150,3 +153,82 @@ def test_composing_and_converting_keep_the_two_copies(tmp_path):
     model = llama()
     veneer.load(model, tmp_path / "back")
     assert error(model(IDS).logits, expected) < 1e-4
+
+
+#: fields of PEFT's config, by how they change one name of a tie
+APART = {
+    "in full, both": {"target_modules": ["q_proj"], "modules_to_save": [*BOTH]},
+    "in full, the head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "in full, the embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "at a low rank": {"target_modules": ["lm_head", "q_proj"]},
+    "at a low rank, DoRA": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "in rows of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 3]}},
+}
+
+
+def changed_by_peft(folder, fields):
+    """(the folder, PEFT's logits) of an adapter with noise in all that it trains."""
+    torch.manual_seed(2)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder, peft.PeftModel.from_pretrained(llama(), folder).eval()(IDS).logits.detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", APART)
+def test_a_tie_that_a_folder_of_peft_changes_apart_is_gone_until_detach(tmp_path, case):
+    path, expected = changed_by_peft(tmp_path / "theirs", APART[case])
+    model, base = llama(), llama()(IDS).logits
+    assert error(base, expected) > 1e-3
+    with pytest.warns(TieBroken, match=r"apart from .* until the last adapter is detached.*untie=False"):
+        handle = veneer.load(model, path)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not model.config.tie_word_embeddings
+    assert error(model(IDS).logits, expected) < 1e-5
+    with veneer.use(model, None):
+        assert torch.equal(model(IDS).logits, base)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    handle.merge()
+    assert error(model(IDS).logits, expected) < 1e-5
+    model.save_pretrained(tmp_path / "merged")
+    handle.unmerge()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    ours = handle.save(tmp_path / "ours")
+    again = llama()
+    with pytest.warns(TieBroken):
+        veneer.load(again, ours)
+    assert error(again(IDS).logits, expected) < 1e-5
+    handle.detach()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert torch.equal(model(IDS).logits, base)
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert error(plain(IDS).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["at a low rank", "in rows of the head"])
+def test_untie_forces_it_without_a_warning_or_forbids_it(tmp_path, case):
+    path, expected = changed_by_peft(tmp_path / "theirs", APART[case])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TieBroken)
+        model = llama()
+        with pytest.raises(AdapterError):
+            veneer.load(model, path, untie=False)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        veneer.load(model, path, untie=True)
+    assert error(model(IDS).logits, expected) < 1e-5
+
+
+def test_a_tie_that_holds_a_merged_adapter_is_not_untied(tmp_path):
+    path, _ = changed_by_peft(tmp_path / "theirs", APART["at a low rank"])
+    model = llama()
+    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]), "below").merge()
+    for untie in (None, True):
+        with pytest.raises(AdapterError, match=r"while 'below' is merged into it.*call veneer\.unmerge"):
+            veneer.load(model, path, name="apart", untie=untie)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

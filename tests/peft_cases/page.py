@@ -43,8 +43,8 @@ REASONS = [
         ),
         (
             "one of the modules that share this weight",
-            "Trained tokens of one of two tied modules",
-            "Untie the base first, or train both (`ensure_weight_tying=True`).",
+            "Trained tokens of a tied weight that the model does not declare, saved for PEFT",
+            "Load it with Veneer; for PEFT, untie the base first, or name both modules.",
         ),
         (
             "whose 'weight' others read past it",
@@ -62,16 +62,6 @@ REASONS = [
             "reads the weight itself, past",
             "A weight that is read past its module",
             "Leave that layer out of the targets, or merge the adapter with the library that trained it.",
-        ),
-        (
-            "values of their own for",
-            "A tied weight with two values, merged",
-            "Untie the base first, as the message shows, save it, and merge into that.",
-        ),
-        (
-            "tied weight, under every name",
-            "A tied weight that changes under one name alone",
-            "Untie the base first, or train both names (`ensure_weight_tying`).",
         ),
         (
             "rescales the outputs of modules alone",
@@ -141,8 +131,7 @@ def _counts(results: list[Result]) -> list[str]:
             lines.append(f"| {family} | {way} | " + " | ".join(str(counts[s]) for s in (EQUAL, REFUSED, WRONG)) + " |")
     counts = Counter(result.status for result in results)
     lines.append("| **all** | | " + " | ".join(f"**{counts[s]}**" for s in (EQUAL, REFUSED, WRONG)) + " |")
-    advised = Counter(result.text for result in results if result.status == EQUAL and result.text)
-    return [*lines, *(f"\nOf the equal ones, {n} with `{text}`, as a refusal said." for text, n in advised.items())]
+    return lines
 
 
 def _refusals(results: list[Result]) -> list[str]:

@@ -86,7 +86,7 @@ def test_the_harness_sees_what_is_wrong(monkeypatch):
 def test_the_page_counts_and_explains():
     results = [
         Result("A family", "a case", "load", EQUAL),
-        Result("A family", "a case", "around", EQUAL, "untie=True"),
+        Result("A family", "a case", "around", EQUAL),
         Result("A family", "another", "load", REFUSED, "Found: peft_type 'IA3'. Expected: 'LORA'. Do: convert it."),
         Result("A family", "a third", "load", REFUSED, "no reason that is known"),
         Result("A family", "a fourth", "load", WRONG, "loaded: 1e-1 apart"),
@@ -94,7 +94,6 @@ def test_the_page_counts_and_explains():
     text = page(results, WAYS, "")
     assert "| A family | load | 1 | 2 | 1 |" in text
     assert "### Other tuners of PEFT: 1" in text
-    assert "Of the equal ones, 1 with `untie=True`" in text
     assert "### Without a reason: 1" in text
     assert "| a fourth | load | loaded: 1e-1 apart |" in text
     assert [result.name for result in unexplained(results)] == ["a third"]

@@ -43,7 +43,7 @@ NOISE = 0.3
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one case in one way; ``text`` says why, unless it is equal, or which advice was followed."""
+    """What came of one case in one way; ``text`` says why, unless it is equal."""
 
     family: str
     name: str
@@ -155,37 +155,21 @@ def adapted(theirs: nn.Module) -> set[str]:
 # ---- the ways ----------------------------------------------------------------------------------------------------
 
 
-#: an option of ``veneer.load`` that refusals of a tied weight name
-UNTIE = "untie=True"
-
-
 def tried(family: str, name: str, way: str, run: Callable[[], Any]) -> Result:
     """What ``run`` comes to. Only Veneer's own errors are refusals; any other one is wrong."""
     try:
-        advice = run()
+        run()
     except VeneerError as refusal:
         return Result(family, name, way, REFUSED, str(refusal))
     except DiffersError as difference:
         return Result(family, name, way, WRONG, str(difference))
     except Exception as failure:  # of a case among hundreds: the table shows it, and the program fails
         return Result(family, name, way, WRONG, f"{type(failure).__name__}: {failure}")
-    return Result(family, name, way, EQUAL, advice or "")
+    return Result(family, name, way, EQUAL)
 
 
 def _tried(row: Row, way: str, run: Callable[[], Any]) -> Result:
     return tried(row.family, row.name, way, run)
-
-
-def loads(model: nn.Module, folder: Path) -> str:
-    """Load a folder; where the refusal says to pass ``untie=True``, do so. Returns the advice that was followed."""
-    try:
-        veneer.load(model, folder)
-    except VeneerError as refusal:
-        if UNTIE not in str(refusal):
-            raise
-        veneer.load(model, folder, **{"untie": True})
-        return UNTIE
-    return ""
 
 
 def results(row: Row) -> Iterator[Result]:
@@ -210,10 +194,9 @@ def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: T
     model = fresh(row)
     before = bits(model)
 
-    def load() -> str:
-        advice = loads(model, written)
+    def load() -> None:
+        veneer.load(model, written)
         must_equal(output(row, model), reference, near(row), "loaded")
-        return advice
 
     yield (loaded := _tried(row, "load", load))
     if loaded.status != EQUAL:
@@ -226,19 +209,9 @@ def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: T
 
     yield _tried(row, "around", around)
 
-    def merge() -> str:
-        advice = ""
-        try:
-            veneer.merge(model, "default")
-        except VeneerError as refusal:
-            if UNTIE not in str(refusal):
-                raise
-            veneer.detach(model)
-            veneer.load(model, written, **{"untie": True})
-            veneer.merge(model, "default")
-            advice = UNTIE
+    def merge() -> None:
+        veneer.merge(model, "default")
         must_equal(output(row, model), reference, 10 * near(row), "merged")
-        return advice
 
     yield (merged := _tried(row, "merge", merge))
     if merged.status != EQUAL:

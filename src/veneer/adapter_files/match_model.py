@@ -42,7 +42,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
 from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
-from veneer.attach.refusals import GENERAL_KIND, check_full, holders, kind_for
+from veneer.attach.refusals import GENERAL_KIND, check_full, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.token_rows import ROWS
@@ -58,7 +58,10 @@ from veneer.variants import VARIANTS, InitContext, Variant
 
 #: what to do about files that do not belong together
 COPY = "get another copy of the folder"
-UNTIE = "give each name a weight of its own with veneer.load(…, untie=True)"
+UNTIE = (
+    "load it with veneer.load(…, untie=True), which gives each name a weight of its own; merged there, "
+    "model.save_pretrained writes both"
+)
 
 
 @dataclass(frozen=True)
@@ -419,24 +422,6 @@ class _Match:
         readers = full_readers(names, self.full_names)
         plans = Plans(self.saved.config, self.low, self.full_names, whole, readers, apart(names, full))
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)
-
-
-def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights that a folder changes at a low rank, where it does not change every name alike."""
-    found = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
-    apart: list[ParamRef] = []
-    for refs in holders(names).values():
-        there = [found[ref] for ref in refs if ref in found]
-        if len(refs) > 1 and there and (len(there) < len(refs) or not all(_alike(there[0], one) for one in there)):
-            apart += [ref for ref in refs if ref in found]
-    return apart
-
-
-def _alike(one: peft.PeftLayer, other: peft.PeftLayer) -> bool:
-    """Whether two layers hold one change of a matrix, each as it lies there or its transpose."""
-    if one.suffixes == other.suffixes:
-        return torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
-    return torch.equal(one.A, other.B.mT) and torch.equal(one.B, other.A.mT)
 
 
 @functools.cache

@@ -13,11 +13,11 @@ from torch import nn
 
 from veneer.adapter_files import token_rows
 from veneer.adapter_files.base_proof import BaseTensor, base_tensors, fingerprint_beside, fingerprints_of, record_of
-from veneer.adapter_files.folder import read, write
-from veneer.adapter_files.match_model import match, refs_apart
+from veneer.adapter_files.folder import write
+from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
 from veneer.adapter_files.record import ranges_of
-from veneer.adapter_files.tuner_folder import weights_of
+from veneer.adapter_files.ties import untie_for
 from veneer.attach.adapted_module import own_class, weight_of, with_values
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
@@ -27,7 +27,6 @@ from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
-from veneer.attach.weight_tying import untie as untie_weights
 from veneer.distributed import meet, reshard, whole_values
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
@@ -224,19 +223,17 @@ def _proof(
 
 def install_from(
     model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False,
-    untie: bool = False, grow: bool = False,
+    untie: bool | None = None, grow: bool = False,
 ) -> None:  # fmt: skip
     """What ``veneer.load`` does: verify the folder against the model, then install it.
 
     ``of_weights`` says that the changes are those of weights also where no record says it: they came from a format that
-    means weights, so that it does not matter where PEFT would compute something else. ``untie`` gives the names of a
-    tied weight that the folder changes apart weights of their own. ``grow``: let the vocabulary of the model grow
-    first, as that of the adapter's base did.
+    means weights, so that it does not matter where PEFT would compute something else. ``untie``: whether the names of a
+    tied weight that the folder changes apart get weights of their own (``ties.untie_for``). ``grow``: let the
+    vocabulary of the model grow first, as that of the adapter's base did.
     """
     with token_rows.grown(model, path) if grow else nullcontext():
-        untied = (
-            untie_weights(names := Names(model), refs_apart(names, read(path, weights_of(names)))) if untie else None
-        )
+        untied = untie_for(model, path, untie)
         try:
             found = list(name_problems(model, name))
             load_plan = match(model, path, found, verify_base=verify_base, of_weights=of_weights)

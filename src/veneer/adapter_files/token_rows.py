@@ -61,7 +61,6 @@ def differs(
 ) -> str | None:
     """Why PEFT, given tokens of this module (and of the others ``given``), computes something else than a weight with
     these rows gives, or None."""
-    model: Any = names.model
     refs = holders_of(names, ref, by_identity)
     for path, name in refs:
         module = names.modules[path]
@@ -70,13 +69,37 @@ def differs(
             reason = "PEFT leaves out the bias of a layer of which it trains tokens"
         if reason is not None:
             return reason
-    if not all(path in given for path, _ in refs) and len(refs) > 1:
-        tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-        ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-        modules = [names.modules[path] for path, _ in refs]
-        if not tied or names.modules[ref[0]] is not ends[0] or any(one not in ends for one in modules):
-            return "PEFT trains the tokens of one of the modules that share this weight"
-    return None
+    alone = trains_one_name(names, ref, by_identity, given)
+    return "PEFT trains the tokens of one of the modules that share this weight" if alone else None
+
+
+def trains_one_name(
+    names: Names, ref: ParamRef, by_identity: Mapping[int, list[ParamRef]], given: Collection[str] = ()
+) -> bool:
+    """Whether PEFT, given tokens of this module (and of the others ``given``), leaves another name of its weight as it
+    was."""
+    refs = holders_of(names, ref, by_identity)
+    reached = {*given, ref[0], *(_tied_to_input(names) if _is_input(names, ref[0]) else ())}
+    return any(path not in reached for path, _ in refs)
+
+
+def _is_input(names: Names, path: str) -> bool:
+    return getattr(names.model, "get_input_embeddings", lambda: None)() is names.modules[path]
+
+
+def _tied_to_input(names: Names) -> Iterator[str]:
+    """The modules to which PEFT gives the tokens of the input embedding too: those that transformers ties, by the
+    declarations of the model and of the modules in it."""
+    if getattr(getattr(names.model, "config", None), "tie_word_embeddings", False) is not True:
+        return
+    output: Any = getattr(names.model, "get_output_embeddings", lambda: None)()
+    yield from (path for path, module in names.modules.items() if module is output)
+    for above, module in names.modules.items():
+        declared = getattr(module, "_tied_weights_keys", None)
+        for key in {*declared, *declared.values()} if isinstance(declared, Mapping) else ():
+            path = parameter_path(above, key).rpartition(".")[0]
+            if path in names.canonical:
+                yield names.canonical[path]
 
 
 def owner_at(names: Names, at: str, by_identity: Mapping[int, list[ParamRef]]) -> ParamRef | None:
@@ -107,15 +130,18 @@ def matched(
             problems.append(sentence(what, "one", "untie the weights first"))
         elif size is not None:
             problems += [size] if known is None else []
-        elif by_peft_rules and (reason := differs(names, _ref(names, at), by_identity, {*saved.tokens})) is not None:
+        elif by_peft_rules and (reason := differs(names, ref_of(names, at), by_identity, {*saved.tokens})) is not None:
             what = f"trained tokens of {at!r} that PEFT applies in another way: {reason}"
-            problems.append(sentence(what, "rows of a weight", "use PEFT for it"))
+            alone = trains_one_name(names, ref_of(names, at), by_identity, {*saved.tokens})
+            do = "load it with veneer.load(…, untie=True)" if alone else "use PEFT for it"
+            problems.append(sentence(what, "rows of a weight", do))
         found[owner] = entry
     problems += _without_rows(names, saved, found, by_identity)
     return found
 
 
-def _ref(names: Names, at: str) -> ParamRef:
+def ref_of(names: Names, at: str) -> ParamRef:
+    """The weight of a module that a PEFT file means, by that module's first path."""
     kind: Any = kind_of(names.modules[names.canonical[at]])
     return names.canonical[at], kind.weight
 

@@ -1,12 +1,11 @@
 """Tied weights of which an adapter changes the names apart.
 
-A tie is one parameter under several names. Veneer trains it as one. PEFT gives each module in ``modules_to_save`` a
-copy, tied or not, and leaves a module that is not among them as it was: its file may hold two values for one weight, or
-one value for half of it. Such an adapter computes as PEFT does, each place with its own values, and cannot be merged.
-Adapters that add tokens list both embeddings, so these files are common.
-
-A low-rank change of one name alone is no change of the one weight. Who asks for it (``veneer.load(…, untie=True)``)
-gets a model in which that name has a weight of its own, until the last adapter is detached.
+A tie is one parameter under several names. Veneer trains it as one. PEFT adapts modules one by one, and gives each
+module in ``modules_to_save`` a copy, tied or not: its file may hold two values for one weight, or one value for half of
+it, a low-rank change or some rows of one name alone. Adapters that add tokens list both embeddings, so these files are
+common. That is no change of the one weight, so that name gets a weight of its own until the last adapter is detached
+(``adapter_files/ties.py``). Where nobody may untie (``untie=False``, a bank), values in full stand in for the weight of
+each place and cannot be merged, and the rest is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.errors import AdapterError, listing, sentence
 
 UNTIE = (
-    "untie the base first (config.tie_word_embeddings = False, and a copy for the head: "
+    "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie the base first "
+    "(config.tie_word_embeddings = False, and a copy for the head: "
     "`model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and merge into that"
 )
 

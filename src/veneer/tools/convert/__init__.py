@@ -178,7 +178,9 @@ def _on_model(base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights
     model = base.module()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedAdapter)
-        install_from(model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights)
+        install_from(
+            model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights, untie=False
+        )
     try:
         yield model
     finally:

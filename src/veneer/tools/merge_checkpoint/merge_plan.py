@@ -128,7 +128,7 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
         warnings.simplefilter("always")
         try:
             for number, adapter in enumerate(adapters):
-                install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False)
+                install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False, untie=False)
                 attached[f"merged{number}"] = adapter
             notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
