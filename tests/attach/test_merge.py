@@ -159,12 +159,12 @@ def test_the_adapter_may_change_while_merged():
 def test_states_that_contradict_each_other():
     model = TinyLM()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
-    other = veneer.attach(model, veneer.LoraConfig(rank=2), "other")
+    veneer.attach(model, veneer.LoraConfig(rank=2), "other")
     with pytest.raises(MergeError, match="nothing is merged"):
         handle.unmerge()
     handle.merge()
     with pytest.raises(MergeError, match="merged already"):
-        other.merge()
+        handle.merge()
     for name in ("other", None):
         with pytest.raises(SelectionError, match="is merged into the weights"), veneer.use(model, name):
             model(IDS)

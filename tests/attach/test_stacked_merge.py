@@ -1,5 +1,5 @@
 """An adapter that is attached while another one is merged is one of the merged weights: trained, checked, saved, merged
-and unmerged there to the very bits, and refused on any others."""
+and unmerged there to the very bits, and refused on any others. Adapters of one base are merged over each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from torch import nn
 import veneer
 from veneer.adapter_files.save_pretrained import LoadedElsewhere
 from veneer.attach.state import STATE
-from veneer.errors import BaseMismatchError, CheckError, MergeError, SelectionError
+from veneer.errors import BaseMismatchError, CheckError, MergeError, SelectionError, VeneerError
+from veneer.tools.compare import compare
+
+#: low-rank changes alone
+LINEAR = veneer.LoraConfig(rank=2, targets="all-linear")
 
 
 def bits(model):
@@ -113,12 +117,10 @@ def test_an_adapter_stays_when_the_one_below_is_unmerged_and_runs_once_it_is_mer
     assert torch.equal(selected(again, "b", IDS), y)
 
 
-def test_an_adapter_of_the_base_is_refused_on_merged_weights():
+def test_an_adapter_of_the_base_does_not_run_on_merged_weights():
     model = adapt(TinyLM(), "a", "c")
     veneer.merge(model, "a")
     adapt(model, "b")
-    with pytest.raises(MergeError, match=r"a merge of 'c', attached while nothing was merged, and 'a', merged already"):
-        veneer.merge(model, "c")
     with pytest.raises(MergeError, match="'a', merged already"):
         veneer.merge(model, "a")
     for choice in ("c", {"b": 1.0, "c": 1.0}, ["b", None], ["a", "b"]):
@@ -127,6 +129,110 @@ def test_an_adapter_of_the_base_is_refused_on_merged_weights():
     adapt(model, "d")
     selected(model, ["b", "d"], IDS)
     assert error(selected(model, {"b": 1.0, "d": 0.5}, IDS), selected(model, "b", IDS)) > 1e-6
+
+
+def test_adapters_of_the_base_are_merged_over_each_other_and_undone_in_reverse():
+    model = adapt(TinyLM(), "a", "c").double()  # low-rank changes, and norms in full
+    base = bits(model)
+    both = selected(model, {"a": 1.0, "c": 1.0}, IDS)
+    veneer.merge(model, "a")
+    first = bits(model)
+    alone = selected(model, "a", IDS)
+    veneer.merge(model, "c")
+    assert error(model(IDS), both) < 1e-9
+    for choice in ("a", "c", None, {"a": 1.0, "c": 1.0}):
+        with pytest.raises(SelectionError, match=r"while 'a \+ c' is merged|detached"):
+            selected(model, choice, IDS)
+    with pytest.raises(VeneerError, match=r"'a \+ c' merged into the weights"):
+        adapt(model, "d", config=LINEAR)
+    with pytest.raises(MergeError, match=r"'c', merged already"):
+        veneer.merge(model, "c")
+    with pytest.raises(MergeError, match=r"unmerge of 'a' while 'c' is merged, which lies on top of it"):
+        veneer.unmerge(model, "a")
+    again = copy.deepcopy(model)
+    assert torch.equal(again(IDS), model(IDS))
+    veneer.unmerge(again)
+    assert same(bits(again), first)
+    veneer.unmerge(model)
+    assert same(bits(model), first)
+    assert torch.equal(selected(model, "a", IDS), alone)
+    veneer.unmerge(model, "a")
+    assert same(bits(model), base)
+    selected(model, "c", IDS)
+
+
+def test_an_adapter_on_top_runs_on_no_other_stack_of_the_same_names():
+    model = adapt(TinyLM(), "a", "c", config=LINEAR)
+    veneer.merge(model, "a")
+    adapt(model, "b", config=LINEAR)  # of W + a
+    y = selected(model, "b", IDS)
+    veneer.unmerge(model)
+    veneer.merge(model, "c")
+    veneer.merge(model, "a")  # the last one merged is "a" again, over "c"
+    with pytest.raises(SelectionError, match=r"'b'.*'c \+ a' is merged"):
+        selected(model, "b", IDS)
+    with pytest.raises(MergeError, match=r"a merge of 'b'"):
+        veneer.merge(model, "b")
+    veneer.unmerge(model)
+    veneer.unmerge(model)
+    veneer.merge(model, "a")
+    assert torch.equal(selected(model, "b", IDS), y)
+
+
+def test_a_stack_can_stay_whole_or_from_below():
+    model = adapt(TinyLM(), "a", "c", config=LINEAR).double()
+    both = selected(model, {"a": 1.0, "c": 1.0}, IDS)
+    veneer.merge(model, "a")
+    veneer.merge(model, "c")
+    with pytest.raises(MergeError, match="'c' merged on top of 'a', which stays"):
+        veneer.detach(model, "c", keep_merged=True)
+    other = copy.deepcopy(model)
+    veneer.detach(model, keep_merged=True)
+    assert not hasattr(model, "_veneer")
+    assert error(model(IDS), both) < 1e-9
+    veneer.detach(other, "a", keep_merged=True)
+    assert error(selected(other, "c", IDS), both) < 1e-9
+    veneer.unmerge(other)
+    assert error(selected(other, "c", IDS), both) < 1e-9
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_stack_over_a_merge_that_keeps_no_weights(variant):
+    config = veneer.LoraConfig(rank=2, targets="all-linear", variant=variant)
+    model = adapt(TinyLM(), "a", "c", config=config).double()
+    both = selected(model, {"a": 1.0, "c": 1.0}, IDS)
+    veneer.merge(model, "a", keep=False)
+    merged = bits(model)
+    if variant == "lora":
+        veneer.merge(model, "c")
+        assert error(model(IDS), both) < 1e-9
+        veneer.unmerge(model)
+    else:
+        with pytest.raises(MergeError, match=r"merged with keep=False.*the weight that 'c' was attached to"):
+            veneer.merge(model, "c")
+    assert same(bits(model), merged)
+
+
+def test_statistics_of_two_adapters_are_not_merged_over_each_other():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    for name in ("a", "c"):
+        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], train_also=["1"]), name)
+    veneer.merge(model, "a")
+    merged = bits(model)
+    with pytest.raises(MergeError, match="statistics that 'c' and a merged adapter have of their own"):
+        veneer.merge(model, "c")
+    assert same(bits(model), merged)
+
+
+def test_a_stack_keeps_what_the_folder_of_each_is_of(tmp_path):
+    model = adapt(TinyLM(), "a", "c", config=LINEAR)
+    for name in ("a", "c"):
+        veneer.save(model, tmp_path / f"before_{name}", name=name)
+    veneer.merge(model, "a")
+    veneer.merge(model, "c")
+    for name in ("a", "c"):
+        veneer.save(model, tmp_path / name, name=name)
+        assert compare(tmp_path / name, tmp_path / f"before_{name}").identical
 
 
 def test_what_stays_merged_becomes_the_base_of_those_on_top():

@@ -19,6 +19,7 @@ WAYS = {
     "save": "that adapter's folder in PEFT, to Veneer's outputs",
     "switch": "two of PEFT's adapters on one model: each alone, none, and one when the other is detached",
     "rows": "`adapter_names=[…]`, to `veneer.use(model, […])`",
+    "stack": "`merge_adapter([…])`, to `veneer.merge` of each in turn; unmerged in reverse, every bit",
     "both": "`set_adapter([…])`, to `veneer.use(model, {…})`",
     "sum": "`add_weighted_adapter(…, \"cat\")`, to `veneer.compose`; each one's folder in the other",
     "svd": "the same by `\"svd\"`, at a rank that leaves nothing out",

@@ -3,12 +3,14 @@
 switch      each alone, both gone, and one left when the other is detached
 rows        ``adapter_names=`` beside ``veneer.use(model, [a name for each row])``
 both        ``set_adapter([a, b])`` beside ``veneer.use(model, {"a": 1, "b": 1})``
+stack       ``merge_adapter([a, b])`` beside ``veneer.merge`` of each in turn, undone in reverse to the very bits
 sum         ``add_weighted_adapter(…, "cat")`` beside ``veneer.compose``; ours in PEFT; PEFT's in ours
 svd         the same by ``"svd"``, at a rank that leaves nothing out
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 
 import peft
 import torch
+from tests.support.toys import bits
 from torch import Tensor, nn
 
 import veneer
@@ -71,6 +74,8 @@ PAIRS = [
     Pair("mlp of four", _to("lin1", modules_to_save=["lin3"]), _to("lin2"), **_APART),
     Pair("mlp of four", _to("lin1", use_dora=True), _to("lin1"), **_APART),
     Pair("mlp of four", _to("lin1", use_dora=True), _to("lin1", use_dora=True), **_APART),
+    # PEFT has no sum of biases
+    Pair("mlp of four", _to("lin1", lora_bias=True), _to("lin1", "lin2", r=4, lora_bias=True), adds=False),
     Pair("wide Conv1D", _to("emb", "conv1d", r=2), _to("emb", "conv1d", r=3)),
     Pair("wide Conv1D", _to("conv1d", r=2), _to("emb", r=3, modules_to_save=["lin0"]), **_APART),
     Pair("Conv2d between linear layers", _to("conv2d"), _to("conv2d", "lin0", r=4), **_CONV),
@@ -95,6 +100,8 @@ def results(pair: Pair) -> Iterator[Result]:
         case = _Case(pair, Path(name))
         yield case.tried("switch", case.switch)
         yield case.tried("rows", case.rows)
+        if not (pair.a.get("modules_to_save") or pair.b.get("modules_to_save")):  # of which PEFT merges the active one
+            yield case.tried("stack", case.stack)
         if pair.adds:
             yield case.tried("both", case.both)
             yield case.tried("sum", lambda: case.added("cat"))
@@ -156,6 +163,18 @@ class _Case:
             expected = torch.stack([whole[name][number] for number, name in enumerate(names)])
         with veneer.use(self.model, names):
             must_equal(self.answer(self.model), expected, 10 * self.near, "rows")
+
+    def stack(self) -> None:
+        theirs = copy.deepcopy(self.theirs)
+        theirs.base_model.merge_adapter([*NAMES])
+        expected, before = self.answer(theirs), bits(self.model)
+        for name in NAMES:
+            veneer.merge(self.model, name)
+        must_equal(self.answer(self.model), expected, 10 * self.near, "merged over each other")
+        for name in reversed(NAMES):
+            veneer.unmerge(self.model, name)
+        if any(not torch.equal(value, before[key]) for key, value in bits(self.model).items()):
+            raise DiffersError("unmerged: other bits")
 
     def both(self) -> None:
         self.theirs.base_model.set_adapter([*NAMES])

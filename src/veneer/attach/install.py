@@ -316,12 +316,11 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         for adapter in names:
             set_child(layer_state, adapter, None)
     kept = [key for key in attached.configs if key not in names]
-    attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
     for selected in attached.selections.values():
         if selected.on in names:  # what is merged stays in the weights, and is theirs from here on
             selected.on = None
-    if attached.merged in names:
-        attached.merged = None
+    attached.chain = tuple(merged for merged in attached.chain if merged not in names)
+    attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
     for _, module in walk(model) if not kept else ():
         take_back(module)
     abandon(model, attached)
@@ -330,12 +329,14 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
 def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
     """Raise a MergeError where adapters cannot be detached now."""
     merged = attached.merges()
-    for name in filter(names.__contains__, merged):
-        below = attached.selections[name].on
+    for number, name in enumerate(merged):
+        if name not in names:
+            continue
+        below = next((other for other in merged[number + 1 :] if other not in names), None)
         if not keep_merged:
             do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
             raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
-        if below is not None and below not in names:
+        if below is not None:
             found = f"{name!r} merged on top of {below!r}, which stays"
             do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
             raise MergeError(found, "the one that was merged first", do)

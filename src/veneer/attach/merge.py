@@ -20,12 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import layer_states, walk, weight_of
+from veneer.attach.adapted_module import walk, weight_of
 from veneer.attach.change import Change
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.merge_report import LayerMerge, MergeReport
 from veneer.attach.state import ModelAdapters, in_turn
-from veneer.attach.weight_tying import torn
+from veneer.attach.weight_tying import torn, untied_since
 from veneer.bases import BASES, GridStorage, Storage
 from veneer.distributed import spread_problem
 from veneer.errors import MergeError, listing, raise_all, sentence
@@ -40,7 +40,8 @@ from veneer.precision import double, has_float64
 @dataclass(frozen=True)
 class _StoredWeight:
     """One weight, parameter or buffer that an adapter changes: at a low rank (``keeper`` is its ``Change``), or by
-    ``values`` in its place. The keeper has the old bits while it is merged."""
+    ``values`` in its place. The keeper has the old bits while it is merged. ``origin``: what its storage held as the
+    adapter was attached, where others are merged into it since."""
 
     path: str
     module: nn.Module
@@ -49,6 +50,7 @@ class _StoredWeight:
     target: Any
     storage: Storage
     values: Tensor | None = None
+    origin: Mapping[str, Tensor] | None = None
 
     @property
     def where(self) -> str:
@@ -61,6 +63,17 @@ class _StoredWeight:
     def write(self, stored: Mapping[str, Tensor]) -> None:
         self.storage.write(self.target, stored)
         self.storage.prepare(self.module)
+
+    def change(self) -> tuple[LowRank, Tensor | None]:
+        """ΔW and the gain, which are made of the weight that the adapter was attached to."""
+        if self.origin is None:
+            return self.keeper.exactly(self.target)
+        merged = {key: tensor.clone() for key, tensor in self.stored().items()}
+        try:
+            self.write(self.origin)
+            return self.keeper.exactly(self.target)
+        finally:
+            self.write(merged)
 
     def not_finite(self, dtype: torch.dtype) -> str:
         found = f"{self.where}: W + ΔW is not finite in {dtype}"
@@ -85,8 +98,10 @@ def merge(
 
     While merged, the model runs at the base's speed, with the adapter's outputs; a call that selects anything else
     raises. An adapter that is attached or loaded meanwhile is one of the merged weights: it trains, runs and is merged
-    on top of them, and is refused on any others. No thread may call the model while this runs, nor while ``unmerge``
-    does. ``detach(keep_merged=True)`` makes it a plain model, for libraries that go by a layer's exact class.
+    on top of them, and is refused on any others. One that was attached before is merged over them as PEFT merges
+    several, each change into the weights as they are then; calls without a selection then have all of them. No thread
+    may call the model while this runs, nor while ``unmerge`` does. ``detach(keep_merged=True)`` makes it a plain model,
+    for libraries that go by a layer's exact class.
 
     Args:
         name: the adapter; None takes the only one.
@@ -107,15 +122,16 @@ def merge(
     Raises:
         ConfigError: another rounding.
         MergeError: a weight is of a kind that its own library alone writes (GPTQ, AWQ, HQQ, FP8), a merged one would
-            not be finite, the weights are not those that the adapter was attached to (another is merged), it has values
-            of their own for the names of a tied weight, or the weights are spread over processes. Every weight has the
-            bits that it had before.
+            not be finite, the adapter was attached to weights that are no longer there or of which no copy was
+            kept, it has values of their own for the names of a tied weight,
+            or the weights are spread over processes. Every weight has the bits that it had before.
         SelectionError: no such adapter.
     """
     model = unwrap(model)
     name = only_name(model, name)
     attached = need_adapters(model, name)
-    must_stand(attached, name, "a merge of")
+    if name in attached.chain or not attached.can_lie_over(name):
+        must_stand(attached, name, "a merge of")
     _must_be_whole(model, "a merge")
     known_rounding(rounding)
     if opaque := [weight for weight in _stored_weights(model, name) if weight.storage.opaque]:
@@ -129,20 +145,24 @@ def _merge_all(
     model: nn.Module, attached: ModelAdapters, name: str, keep: bool, rounding: str, moments: dict[str, Tensor]
 ) -> MergeReport:
     """Write all weights, or leave all of them as they are."""
-    weights = list(_stored_weights(model, name))
-    problems = [*_untied(model, name), *torn(model, name), *no_weights_change(model, name)]
-    before = attached.merged
+    over = attached.selections[name].on != attached.merged
+    origins = kept_bits(model, name) if over else {}
+    weights = [replace(weight, origin=origins.get(id(weight.target))) for weight in _stored_weights(model, name)]
+    problems = [*untied_since(model, name), *torn(model, name), *no_weights_change(model, name)]
+    problems += _unknown_origins(model, attached, name, weights)
+    before = attached.chain
     spill = None if keep else Spill()
     try:
         _forget(weights)  # what an interrupt in the last line of an unmerge has left
-        attached.merging, attached.merged = True, name
+        attached.merging = True
+        attached.set_chain((*before, name))
         reports = _write_all(weights, rounding, moments, spill, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         attached.merging = False
     except BaseException:
-        if attached.merged != before:
+        if attached.chain != before:
             _restore(filter(_is_kept, weights))
-            attached.merged = before
+            attached.set_chain(before)
         _forget(weights)
         attached.merging = False
         raise
@@ -190,15 +210,16 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
     attached = need_adapters(model)
     if attached.merged is None:
         raise MergeError("a model in which nothing is merged", "a merged adapter", "call veneer.merge first")
-    if name is not None and name != attached.merged:
-        on_top = "which lies on top of it" if name in attached.merges() else "and not that"
-        found, expected = f"unmerge of {name!r} while {attached.merged!r} is merged, {on_top}", "the last one merged"
-        raise MergeError(found, expected, f"unmerge {attached.merged!r} first")
+    last = attached.chain[-1]
+    if name is not None and name != last:
+        on_top = "which lies on top of it" if name in attached.chain else "and not that"
+        found, expected = f"unmerge of {name!r} while {last!r} is merged, {on_top}", "the last one merged"
+        raise MergeError(found, expected, f"unmerge {last!r} first")
     _must_be_whole(model, "an unmerge")
-    every = list(_stored_weights(model, attached.merged))
+    every = list(_stored_weights(model, last))
     weights = list(filter(_is_kept, every))
     if len(weights) < len(every) and not attached.merging:  # of a merge that was cut off, the others are as they were
-        found = f"{attached.merged!r}, merged with keep=False"
+        found = f"{last!r}, merged with keep=False"
         raise MergeError(found, "the weights from before the merge", "load the base again")
     merged, edited = [], []
     for weight in weights:
@@ -212,7 +233,7 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
         found = f"weights edited since the merge (also by .to(dtype)): {listing(weight.where for weight in edited)}"
         raise MergeError(found, "the merged weights", "undo the edit, or detach(model, keep_merged=True) to keep it")
     _restore(merged)
-    attached.merged = attached.selections[attached.merged].on  # what is kept has no meaning from here on
+    attached.set_chain(attached.chain[:-1])  # what is kept has no meaning from here on
     _forget(every)
     attached.merging = False
 
@@ -228,7 +249,7 @@ def must_stand(attached: ModelAdapters, name: str, what: str) -> None:
     on, merged = attached.selections[name].on, attached.merged
     if on == merged:
         return
-    if name in attached.merges():
+    if name in attached.chain:
         raise MergeError(f"{what} {name!r}, merged already", "an unmerged adapter", "call veneer.unmerge(model) first")
     if merged is None:
         found = f"{what} {name!r}, attached while {on!r} was merged, which it no longer is"
@@ -287,20 +308,22 @@ def no_weights_change(model: nn.Module, name: str) -> Iterator[str]:
                 yield sentence(found, "a layer with a bias to merge it into", do)
 
 
-def _untied(model: nn.Module, name: str) -> Iterator[str]:
-    """Weights that were one when the adapter was attached and are no longer: a merge, which writes once, misses one."""
-    first: dict[int, tuple[str, Any]] = {}
-    for path, module, layer_state in layer_states(model):
-        part = layer_state.get(name)
-        if part is None:
-            continue
-        for own, value in (*part.changes.items(), *part.full._parameters.items()):
-            where, weight = parameter_path(path, own), weight_of(module, own)
-            other, target = first.setdefault(id(value), (where, weight))
-            tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
-            if weight is not target and not (tensors and weight.data_ptr() == target.data_ptr() != 0):
-                do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
-                yield sentence(f"{where!r} and {other!r}, one weight when attached, untied since", "one weight", do)
+def _unknown_origins(
+    model: nn.Module, attached: ModelAdapters, name: str, weights: Iterable[_StoredWeight]
+) -> Iterator[str]:
+    """Weights of which a merge over others lacks what the adapter was attached to, or that do not add up; in words."""
+    if attached.selections[name].on == attached.merged:
+        return
+    gone = unkept(model, name)
+    for weight in weights:
+        whole = weight.values is not None or weight.keeper.tokens is not None
+        if id(weight.target) in gone and (whole or weight.keeper.variant.peft_keys):
+            found = f"{weight.where!r}, into which another was merged with keep=False"
+            expected = f"the weight that {name!r} was attached to"
+            yield sentence(found, expected, "load the base again, and merge with keep=True")
+        elif weight.origin is not None and not isinstance(weight.target, nn.Parameter) and weight.values is not None:
+            found = f"{weight.where!r}, statistics that {name!r} and a merged adapter have of their own"
+            yield sentence(found, "changes that add up", "merge one of them alone")
 
 
 def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]) -> _Content | None:
@@ -323,14 +346,17 @@ def _content(weight: _StoredWeight, rounding: str, moment: Tensor | None, proble
         return _folded(weight, rounding, moment, problems)
     if plain and not isinstance(target, nn.Parameter):  # running statistics and the like: copied as they are
         return {"values": values.detach().clone()}, None
-    return _encoded(weight, double(values), problems)
+    exact = double(values)
+    if weight.origin is not None:  # its change goes into the weight as it is now
+        exact = exact - double(storage.decode(target, weight.origin)) + double(storage.dense(target))
+    return _encoded(weight, exact, problems)
 
 
 def _folded(weight: _StoredWeight, rounding: str, moment: Tensor | None, problems: list[str]) -> _Content | None:
     """Dense numbers go through ``fold``, by tiles. Float64 on the whole is for what storage or layer make more of."""
     change, storage, where = weight.keeper, weight.storage, weight.where
     storage.prepare(weight.module)
-    low, gain = change.exactly(weight.target)
+    low, gain = weight.change()
     dense, name = storage.dense(weight.target).detach(), storage.dense_name
     ours = type(dense) in (Tensor, nn.Parameter)  # not one that is spread over processes
     chosen = name is not None or isinstance(storage, GridStorage)  # its numbers, one by one

@@ -177,6 +177,10 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield sentence(found, "a new name", "choose another, or detach that one first")
     if problem := peft_problem(model):
         yield problem
+    if attached and attached.stacked:
+        found = f"{attached.merged!r} merged into the weights, one over the other"
+        do = "call veneer.unmerge(model), or keep these weights with detach(model, keep_merged=True)"
+        yield sentence(found, "a base, or weights into which one adapter after the other was merged and attached", do)
     if problem := _misread(model):
         yield problem
     if problem := strangers(model):

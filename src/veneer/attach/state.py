@@ -84,16 +84,23 @@ def detached(name: str | None) -> SelectionError:
     return SelectionError(found, "an adapter that stays until the call has ended", "detach it later")
 
 
+#: between the names of adapters that were merged one over the other, of which the upper one was attached without the
+#: lower; no adapter's name has it, so that no adapter is one of such weights
+OVER = " + "
+
+
 class ModelAdapters:
     """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged. ``uid``
     identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
-    ``merged`` is the last one that was merged: below it lies what it stands ``on`` (``merges``).
+    ``merged`` names the weights as they are: by the adapter that was merged last, where it was attached to those below
+    it; else by all that lie there, joined by ``OVER``. ``chain``: the merged adapters, the first one first.
     ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its end, so
     that only weights of which a copy is kept may have been written. ``untied``: what is to be tied again with the last
     adapter (``weight_tying.Untied``)."""
 
     root: weakref.ref[nn.Module] | None = None
     merging = False
+    chain: tuple[str, ...] = ()
     untied: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
@@ -109,15 +116,38 @@ class ModelAdapters:
     def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]) -> None:
         """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
         self.configs, self.selections = configs, selections
+        self.set_chain(self.chain)
+
+    def set_chain(self, chain: tuple[str, ...]) -> None:
+        """These adapters are merged, the first one first. The default selection follows."""
+        self.chain, self.merged = chain, (None, *self._labels(chain))[-1]
+        selections = self.selections
+        if self.stacked:  # nothing else runs on these weights
+            self.default = ActiveAdapter(self.merged, {})
+            return
         self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
+
+    def _labels(self, chain: tuple[str, ...]) -> list[str]:
+        """What ``merged`` is after each of these merges."""
+        labels: list[str] = []
+        for name in chain:
+            below = labels[-1] if labels else None
+            own = below is None or self.selections[name].on == below
+            labels.append(name if own else f"{below}{OVER}{name}")
+        return labels
+
+    @property
+    def stacked(self) -> bool:
+        """Whether an adapter is merged over others that it was not attached to."""
+        return self.merged is not None and OVER in self.merged
+
+    def can_lie_over(self, name: str) -> bool:
+        """Whether an adapter was attached to weights that lie below the merges, or to those as they are."""
+        return self.selections[name].on in (None, *self._labels(self.chain))
 
     def merges(self) -> list[str]:
         """The merged adapters, the last one first."""
-        found, name = [], self.merged
-        while name is not None:
-            found.append(name)
-            name = self.selections[name].on
-        return found
+        return [*reversed(self.chain)]
 
     def claim(self, root: nn.Module) -> None:
         """These are the adapters of ``root``."""
@@ -189,6 +219,8 @@ class LayerState(nn.Module):
             return SelectionError(found, "the weights that it was attached to", f"merge {chosen.on!r} again")
         found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
+        if self.attached.stacked:
+            expected = "a call without a selection, which has all that is merged"
         return SelectionError(found, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> LayerAdapter | None:

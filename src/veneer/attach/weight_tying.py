@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.attach.adapted_module import layer_states, weight_of
 from veneer.attach.lookup import adapters, parameter_path
 from veneer.attach.refusals import holders
 from veneer.attach.targets import Names, ParamRef
@@ -56,6 +57,22 @@ def torn(model: nn.Module, name: str) -> Iterator[str]:
         rest = [parameter_path(*ref) for ref, value in zip(refs, own, strict=True) if value is None]
         other = f"one weight with {listing(rest)}" if rest else "one weight"
         yield sentence(f"values of their own for {listing(there)}, {other} in this model", "one value", UNTIE)
+
+
+def untied_since(model: nn.Module, name: str) -> Iterator[str]:
+    """Weights that were one when the adapter was attached and are no longer: a merge, which writes once, misses one."""
+    first: dict[int, tuple[str, Any]] = {}
+    for path, module, layer_state in layer_states(model):
+        part = layer_state.get(name)
+        if part is None:
+            continue
+        for own, value in (*part.changes.items(), *part.full._parameters.items()):
+            where, weight = parameter_path(path, own), weight_of(module, own)
+            other, target = first.setdefault(id(value), (where, weight))
+            tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
+            if weight is not target and not (tensors and weight.data_ptr() == target.data_ptr() != 0):
+                do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
+                yield sentence(f"{where!r} and {other!r}, one weight when attached, untied since", "one weight", do)
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ class _Head:
         attached, self.taken = adapters_of(self.model), True  # both of these are needed at once
         # Without the adapter, whose dropout would differ from run to run. Not under no_grad: autocast would keep the
         # weights that it casts there, and the first chunk would get them without gradient.
-        with nullcontext() if attached is None else use(self.model, attached.merged):
+        with nullcontext() if attached is None or attached.stacked else use(self.model, attached.merged):
             alone = self.within(rows).logits
             among = self.within(torch.cat([-rows, rows.flip(0)])).logits
         known = alone.shape[:-1] == (1, len(rows)) and among.shape == (1, 2 * len(rows), alone.shape[-1])
