@@ -117,7 +117,7 @@ def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None
 @contextmanager
 def _using(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
     uid = need_adapters(model).uid
-    with context.changed(selection={**context.current.selection, uid: selection}):
+    with context.changed({uid: selection}):
         yield
 
 

@@ -92,9 +92,8 @@ def _starts(entry: LowRankPlan) -> bool:
 @contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
     attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
-    selection = {**context.current.selection, **({attached.uid: BASE} if attached else {})}
     try:
-        with context.changed(selection=selection):
+        with context.changed({attached.uid: BASE} if attached else {}):
             model.eval()
             yield
     finally:

@@ -1,13 +1,18 @@
 """Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
 
-The selection belongs to the ``with`` block in its thread or asyncio task (see ``veneer.context``). Activation
-checkpointing runs layers again during backward, so keep the backward pass inside the block too.
+The selection belongs to the ``with`` block in its thread or asyncio task, and in a generator to the steps of that (see
+``veneer.context``). Activation checkpointing runs layers again during backward, so keep the backward pass inside the
+block too.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,12 +20,13 @@ from veneer import context
 from veneer.attach.blend import blended, finite_weights
 from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import by_rows
-from veneer.attach.state import BASE, ActiveAdapter
+from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
 #: what a call or a row uses: an adapter, the base alone, or a blend {name: weight}
 Choice = str | Mapping[str, float] | None
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class use:
@@ -33,6 +39,10 @@ class use:
     A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a", None, {"a": 0.7,
     "b": 0.3}]):``. Every layer then runs once for each distinct choice.
 
+    A block in a generator holds while the generator runs. Between two steps, a call that selects nothing for itself is
+    an error, as its caller may mean the block or not. As a decorator, ``@veneer.use(model, "a")`` selects in each call
+    of a function, and of a generator, asynchronous or not, in its steps alone: nothing holds between them.
+
     Args:
         path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that have both; None
             leaves it to the plan.
@@ -40,14 +50,15 @@ class use:
     Raises:
         SelectionError: there is no such adapter, or no such path; a blend of nothing, a weight that is no finite
             number. In a call: a blend in training mode at a module with running statistics, which belong to one
-            adapter.
+            adapter; between two steps of a generator with an open block. As the block ends: blocks that were entered
+            by hand are left in another order, or in another thread or task.
     """
 
     def __init__(self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None) -> None:
         if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
             do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
             raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
-        self._path = {} if path is None else {"path": path}
+        self._path: dict[str, Any] = {} if path is None else {"path": path}
         attached = need_adapters(model, walk=False)
         self._uid = attached.uid
         self._name = name
@@ -65,10 +76,23 @@ class use:
 
     def __enter__(self) -> None:
         self._entered = True
-        context.enter(selection={**context.current.selection, self._uid: self._selected}, **self._path)
+        context.enter(self, {self._uid: self._selected}, outside=self._outside, **self._path)
 
     def __exit__(self, *_: object) -> None:
-        context.leave()
+        if not context.leave(self):
+            found = (
+                f"`veneer.use(…, {self._name!r})` left out of order, or in another thread or task than it was entered"
+            )
+            do = "leave blocks where they were entered, the last one first, as `with` does"
+            raise SelectionError(found, "the block that was entered last here", do)
+
+    def _outside(self) -> OutsideGenerator:
+        return OutsideGenerator(f"veneer.use(…, {self._name!r})")
+
+    def __call__(self, function: Function) -> Function:
+        """``function`` with this selection in its calls, or in the steps of the generators that it returns."""
+        self._entered = True
+        return stepwise(lambda: context.changed({self._uid: self._selected}, **self._path), function)
 
     def __del__(self) -> None:
         # A bare call looks like a switch that stays on, and would silently do nothing.
@@ -94,3 +118,62 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
     uses = [(selected(model, name), weight) for name, weight in choice.items()]
     uses = [(one, weight) for one, weight in uses if weight]
     return blended(uses) if uses else BASE
+
+
+def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
+    """A function whose calls run in a new ``block`` each. Of a generator function, asynchronous or not, these are the
+    steps of the generator: no block is open while it is suspended."""
+
+    @functools.wraps(function)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        generator = function(*args, **kwargs)
+        step, value = generator.send, None
+        while True:
+            try:
+                with block():
+                    output = step(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                step, value = generator.send, (yield output)
+            except GeneratorExit:
+                with block():
+                    generator.close()
+                raise
+            except BaseException as error:  # for the generator to see
+                step, value = generator.throw, error
+
+    @functools.wraps(function)
+    async def generate_async(*args: Any, **kwargs: Any) -> Any:
+        generator = function(*args, **kwargs)
+        step, value = generator.asend, None
+        while True:
+            try:
+                with block():
+                    output = await step(value)
+            except StopAsyncIteration:
+                return
+            try:
+                step, value = generator.asend, (yield output)
+            except GeneratorExit:
+                with block():
+                    await generator.aclose()
+                raise
+            except BaseException as error:  # for the generator to see
+                step, value = generator.athrow, error
+
+    @functools.wraps(function)
+    async def run_async(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return await function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with block():
+            return function(*args, **kwargs)
+
+    if inspect.isgeneratorfunction(function):
+        return generate
+    if inspect.isasyncgenfunction(function):
+        return generate_async
+    return run_async if inspect.iscoroutinefunction(function) else run

@@ -118,7 +118,7 @@ class Parts(Mapping[Any, Any]):
             yield
             return
         with (
-            context.changed(selection={**context.current.selection, self.uid: selected}),
+            context.changed({self.uid: selected}),
             selected.stream or nullcontext(),
         ):
             yield

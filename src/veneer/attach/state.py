@@ -56,8 +56,31 @@ class ActiveAdapter:
     def table(self) -> Mapping[Any, Any]:
         """Its parts, or the error of a call whose adapter is gone."""
         if self.parts is None:
-            raise detached(self.name)
+            raise self.refusal()
         return self.parts
+
+    def refusal(self) -> SelectionError:
+        """The error of a call that selects this although it has no parts."""
+        return detached(self.name)
+
+
+class OutsideGenerator(ActiveAdapter):
+    """What a call uses between two steps of a generator that is suspended inside of a block: its caller may or may not
+    mean the block to hold for that call. ``block``: how the block reads."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__(f"the selection of a suspended generator, {block}", None)
+        self.block = block
+
+    def refusal(self) -> SelectionError:
+        found = f"a call outside of a generator that is suspended inside of `with {self.block}:`"
+        expected = "a call inside of that block, or one that selects for itself"
+        do = (
+            "decorate the generator function instead (`@veneer.use(model, name)`: it then selects in its steps alone), "
+            "or put this call into a `with veneer.use(model, name):` of its own; a generator whose block is to hold "
+            "for its caller is a `contextlib.contextmanager`"
+        )
+        return SelectionError(found, expected, do)
 
 
 BASE = ActiveAdapter(None, {})
@@ -207,7 +230,7 @@ class LayerState(nn.Module):
         """Of a call whose selection names no parts, or another adapter than the merged one."""
         merged = self.attached.merged
         if chosen.parts is None and chosen.name is not None:
-            return detached(chosen.name)
+            return chosen.refusal()
         if chosen.parts is None:
             found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
             do = "call the model inside `with veneer.use(model, name):`"

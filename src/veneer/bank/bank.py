@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from veneer.attach.blend import finite_weights
 from veneer.attach.install import abandon, enlist
 from veneer.attach.lookup import adapters_of, strangers, unwrap
 from veneer.attach.select_rows import time_first
-from veneer.attach.state import BASE, CHANGING, ActiveAdapter
+from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
 from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
 from veneer.bank.lease import Entry, Lease, Status, weights_of
@@ -465,7 +466,8 @@ class Bank:
             if any(uses):
                 selected = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
             chosen = BASE if selected is None else selected
-            with context.changed(selection={**context.current.selection, self._attached.uid: chosen}):
+            outside = partial(OutsideGenerator, "bank.rows(…)")
+            with context.changed({self._attached.uid: chosen}, outside=outside):
                 yield
         finally:
             if selected is not None:  # who took this context along must not meet the next call's rows

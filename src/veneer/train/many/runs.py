@@ -212,7 +212,7 @@ class Runs(Mapping[str, Handle]):
         """Forward and backward of runs whose batches share a forward."""
         with ExitStack() as stack:
             chosen, dropout = self._chosen(group)
-            stack.enter_context(context.changed(selection={**context.current.selection, **chosen}))
+            stack.enter_context(context.changed(chosen))
             if len(group) == 1:
                 stack.enter_context(self._streams[next(iter(group))])
             outside = states(self._devices)
@@ -336,7 +336,7 @@ class Runs(Mapping[str, Handle]):
         found: dict[str, Any] = {}
         for group in groups.values():
             chosen, dropout = self._chosen(group)
-            with torch.no_grad(), context.changed(selection={**context.current.selection, **chosen}), dropout:
+            with torch.no_grad(), context.changed(chosen), dropout:
                 found |= call(group)
         return {name: found[name] for name in batches}
 

@@ -92,7 +92,7 @@ def try_rows(model: nn.Module, uid: str, batches: Sequence[Batch]) -> None:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), context.changed(selection={**context.current.selection, uid: BASE}):
+        with torch.no_grad(), context.changed({uid: BASE}):
             alone = model(*batches[0].args, **batches[0].kwargs)
             args, kwargs = join(batches)
             among = split(model(*args, **kwargs), [batch.rows for batch in batches])[0]
