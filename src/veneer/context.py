@@ -191,7 +191,7 @@ def leave(source: Any) -> bool:
     """Restore what was before ``enter`` of this source. False, and nothing is changed: that is not the block that was
     opened last in this thread or task."""
     value = _CONTEXT.get()
-    blocks = [block for opened in tuple(_OPEN.values()) for block in opened if block.source is source]
+    blocks = [block for blocks in tuple(_OPEN.values()) for block in blocks if block.source is source]
     if blocks:
         frame = _generator_frame()
         here = [block for block in blocks if block.frame is frame]

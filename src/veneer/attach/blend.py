@@ -137,6 +137,7 @@ class Blend:
         """As ``LayerAdapter.run``."""
         if method == "forward" and now.path != cost_model.MATERIALISED and self._factors(layer_state, args, kwargs):
             call = Call(module, base, layer_state, args, kwargs, self.replacements(module), bool(self.entries))
+            call.refuse_other_dtype(next(iter(self.changes.values())))
             return self._factored(call)
         return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
 

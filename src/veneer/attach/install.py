@@ -181,6 +181,7 @@ def place(
             factored = kind is not None and factors(kind, module, type(module), trusted)
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, switches(module), product)
+            attached.paths[layer_state.key] = path
             layer_state.stock = kind is not None and own_class(module) in kind.types()
             layer_state.train(module.training)
             own = storage is not None and storage.opaque

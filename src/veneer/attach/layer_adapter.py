@@ -166,6 +166,7 @@ class LayerAdapter(nn.Module):
         low, gain = change.resolve(weight_of(module, reader.weight))
         dropout = change.dropout if change.training else 0.0
         call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
+        call.refuse_other_dtype(change)
         # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
         # right; elsewhere the caller's choice counts
         if now.path == cost_model.MATERIALISED or (gain is not None and layer_state.transposed):
@@ -234,6 +235,15 @@ class Call(NamedTuple):
     def bias(self, change: Change) -> Any:
         own = getattr(self.module, "bias", None) if change.storage.opaque else self.module._parameters.get("bias")
         return self.full.get("bias", own)
+
+    def refuse_other_dtype(self, change: Change) -> None:
+        """Raise torch's own error where the layer without an adapter takes no input of this dtype."""
+        x, weight = self.x, self.weight
+        if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
+            return
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            with torch.no_grad():
+                own_forward(self.module, self.base, *self.args, **self.kwargs)
 
     def frozen(self, change: Change, biased: bool) -> Tensor:
         """op(x; W), with the bias if ``biased``."""

@@ -90,10 +90,29 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
     """(path, module, its part of the adapter) of each module where that does something, in the model's order."""
-    for path, module, layer_state in layer_states(model):
+    layers = list(layer_states(model))
+    attached = adapters_of(model)
+    if attached is not None and name in attached.selections:
+        _must_be_there(attached, name, {layer_state.key for _, _, layer_state in layers})
+    for path, module, layer_state in layers:
         part = layer_state.get(name)
-        if part is not None and (part.low._modules or part.full.state_dict()):
+        if part is not None and _holds_parameters(part):
             yield path, module, part
+
+
+def _holds_parameters(part: LayerAdapter) -> bool:
+    return bool(part.low._modules or part.full.state_dict())
+
+
+def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
+    """Raise a SelectionError where layers that an adapter changes, by their keys, are no longer in the model."""
+    parts = attached.selections[name].parts or {}
+    lost = [key for key, part in parts.items() if isinstance(key, int) and key not in keys and _holds_parameters(part)]
+    if lost:
+        paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
+        found = f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it was attached"
+        do = "put the layers back, or detach, change the model, and attach or load again"
+        raise SelectionError(found, "every layer that the adapter changes", do)
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:

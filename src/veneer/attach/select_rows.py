@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.attach.adapted_module import method_of, own_class, walk
+from veneer.attach.adapted_module import method_of, own_class, own_forward, walk
 from veneer.attach.blend import same_weights
 from veneer.attach.fused_linear import Waiting, identities, seed_of
 from veneer.attach.layer_adapter import LayerAdapter, with_update
 from veneer.attach.routed_rows import spread, tokens_a_row
-from veneer.attach.state import STATE, ActiveAdapter, ModelAdapters
+from veneer.attach.state import BASE, STATE, ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import seed as new_seed
@@ -50,6 +50,8 @@ class Parts(Mapping[Any, Any]):
         self, uid: str, selections: Sequence[ActiveAdapter], rows: Sequence[Tensor], count: int, time_first: bool
     ) -> None:
         self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
+        #: False: every row uses the base alone, and layers only see whether there are so many rows
+        self.adapted = any(selected is not BASE for selected in selections)
         self.order = torch.cat(list(rows)).argsort()
         #: of each of the selections the first row and the one after the last, if its rows are neighbours, in order
         self.spans = _spans(rows)
@@ -63,13 +65,13 @@ class Parts(Mapping[Any, Any]):
         parts = [selected.table.get(key) for selected in self.selections]  # or an error: one is gone
         known = self._by_rows.get(key)
         if known is None or known.parts != parts:
-            if all(part is None for part in parts):
+            if all(part is None for part in parts) and self.adapted:
                 raise KeyError(key)
             known = self._by_rows[key] = _ByRows(self, parts)
         return known
 
     def __contains__(self, key: Any) -> bool:
-        return any(key in selected.table for selected in self.selections)
+        return not self.adapted or any(key in selected.table for selected in self.selections)
 
     def are_rows_of(self, x: Any) -> bool:
         """Whether the first axis of x holds the rows, and no other may."""
@@ -137,7 +139,7 @@ class _ByRows:
     def __init__(self, whole: Parts, parts: Sequence[Any]) -> None:
         self.whole, self.parts = whole, parts
         some = [part for part in parts if part is not None]
-        plain = whole.spans is not None and all(
+        plain = bool(some and whole.spans) and all(
             isinstance(own, LayerAdapter) and own.direct is not None for own in some
         )
         self.known: Any = some[0].direct if plain else None
@@ -174,6 +176,8 @@ class _ByRows:
         share=True,
         method="forward",
     ) -> Any:
+        if len(self.parts) == 1:
+            return self._undivided(module, base, layer_state, args, kwargs, now, share, method)
         x = args[0] if len(args) == 1 and not kwargs and method == "forward" else None
         seeds: list[int | None] = [None] * len(self.parts)
         if x is not None and now.path is None:
@@ -208,6 +212,36 @@ class _ByRows:
                     y = part.run(module, base, layer_state, own, named, now, share=False, method=method, **drawn)
                     outputs.append(y)
         return kind.put(module, outputs, spread(order, tokens or 1))
+
+    def _undivided(
+        self,
+        module: Any,
+        base: Any,
+        layer_state: Any,
+        args: tuple,
+        kwargs: dict,
+        now: Any,
+        share: bool,
+        method: str,
+    ) -> Any:
+        """The output where all rows use the same: that of a plain call, if there are so many rows."""
+        whole, (part,), (selected,) = self.whole, self.parts, self.whole.selections
+        kind = (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not (type(kind).take is Layer.take and isinstance(x, Tensor) and x.ndim and len(x) == whole.count):
+            tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
+            first = spread(whole.rows[0][:1], tokens or 1)
+            try:
+                kind.take(module, args, kwargs, first, whole.count * (tokens or 1))
+            except LookupError:
+                raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
+        alone = all(child is layer_state for child in module._modules.values())
+        with whole.only(selected, alone):
+            if part is not None:
+                return part.run(module, base, layer_state, args, kwargs, now, share=share, method=method)
+            if method == "forward":
+                return own_forward(module, base, *args, **kwargs)
+            return method_of(base, method)(module, *args, **kwargs)
 
     def _seeds(self, module: Any, x: Any) -> list[int | None]:
         """Those of the dropout of each part that is direct, as if its rows were computed alone."""
@@ -418,11 +452,10 @@ def by_rows(model: nn.Module, attached: ModelAdapters, selections: Sequence[Acti
     distinct = list(dict.fromkeys(selections))
     if not distinct:
         raise SelectionError("no names", "one name or None for each row", "name an adapter for each row")
-    if len(distinct) == 1:
-        return distinct[0]
     rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]
     parts = Parts(attached.uid, distinct, rows, len(selections), time_first(model))
-    return ActiveAdapter(None, parts, same_weights(distinct))
+    merged = distinct[0].name if len(distinct) == 1 and distinct[0].name == attached.merged else None
+    return ActiveAdapter(merged, parts, same_weights(distinct))
 
 
 def time_first(model: nn.Module) -> bool:

@@ -134,6 +134,7 @@ class ModelAdapters:
         self.merged: str | None = None
         self.required_grad: dict[str, bool] = {}
         self.keys = 0
+        self.paths: dict[int, str] = {}  # of each layer's key: where it was as it was first adapted
         self.banks = 0  # who need adapted layers although no adapter of the model's own is there
 
     def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]) -> None:
