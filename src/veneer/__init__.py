@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from veneer.adapter_files import UnverifiedAdapter, save
     from veneer.adapter_files.save_load import LoadedElsewhere
     from veneer.attach.check import check
+    from veneer.attach.first_step import NotTrained
     from veneer.attach.fresh_weights import FreshWeights
     from veneer.attach.install import detach
     from veneer.attach.merge import merge, unmerge
@@ -47,6 +48,7 @@ _LAZY = {
     "LoraConfig": "veneer.config",
     "MergeReport": "veneer.attach.merge_report",
     "NotQuantized": "veneer.attach.qconfig",
+    "NotTrained": "veneer.attach.first_step",
     "Runs": "veneer.train.many",
     "SkippedLayers": "veneer.attach.plan",
     "UnverifiedAdapter": "veneer.adapter_files",
@@ -84,6 +86,7 @@ __all__ = [
     "LoraConfig",
     "MergeReport",
     "NotQuantized",
+    "NotTrained",
     "Runs",
     "SkippedLayers",
     "UnverifiedAdapter",

@@ -19,6 +19,7 @@ from veneer.attach.adapted_module import enter, layer_states, own_class, set_chi
 from veneer.attach.adapted_module import install as make_adapted
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
+from veneer.attach.first_step import watch_first_step
 from veneer.attach.fused_linear import Together
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters_of, need_adapters, parameter_path, unwrap
@@ -69,6 +70,7 @@ def install(
         {**attached.configs, name: plans.config},
         {**attached.selections, name: ActiveAdapter(name, selected, on=attached.merged)},
     )
+    watch_first_step(model, name, (parameter for part in parts.values() for parameter in part.parameters()))
 
 
 def build(
