@@ -7,8 +7,10 @@ import pytest
 import torch
 from tests.support.toys import error, randomise
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import veneer
+from veneer.bases.parametrized import Symmetric
 from veneer.errors import SelectionError
 
 
@@ -124,3 +126,112 @@ def test_an_input_of_a_dtype_that_the_layer_refuses_is_refused(variant, path, ma
                 model(x)
     with veneer.use(model, "a", path=path), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(shape).half()).isfinite().all()
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+def parametrised(layer):
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+
+
+def spectrally_normed(layer):
+    parametrizations.spectral_norm(layer)
+
+
+def normed_by_a_hook(layer):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer)
+
+
+def taken_away(layer):
+    weight = layer._parameters.pop("weight")
+    layer.weight = weight.detach()
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.first(x) + self.second(x) * self.third(x)
+
+
+KINDS = [
+    (Square, "second", torch.randn(2, 4)),
+    (lambda: nn.Sequential(nn.Conv1d(4, 4, 4)), "0", torch.randn(2, 4, 5)),
+    (lambda: nn.Sequential(nn.Embedding(4, 4)), "0", torch.tensor([[1, 2], [0, 3]])),
+]
+
+
+@pytest.mark.parametrize(
+    "change", [pruned, parametrised, spectrally_normed, normed_by_a_hook, taken_away], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize(("make", "path", "x"), KINDS, ids=["linear", "conv", "embedding"])
+def test_a_weight_that_is_kept_otherwise_after_attach_is_named(tmp_path, change, variant, make, path, x):
+    model = make().eval()
+    if make is not Square and change is parametrised:
+        model.get_submodule(path).weight.data = torch.randn(4, 4, *model.get_submodule(path).weight.shape[2:])
+    attach_two(model, variant=variant)
+    handle = veneer.Handle(model, "a")
+    change(model.get_submodule(path))
+    match = rf"'{path}.weight' \(\w+\), pruned or parametrised"
+    for choice in ("a", {"a": 0.5, "b": 0.5}, ["a", "b"], ["a", "a"]):
+        for way in (None, "materialised"):
+            with veneer.use(model, choice, path=way), pytest.raises(SelectionError, match=match):
+                model(x)
+    for call in (handle.merge, lambda: handle.save(tmp_path / "adapter"), lambda: veneer.check(model, x, "a")):
+        with pytest.raises(SelectionError, match=match):
+            call()
+    assert not [*tmp_path.iterdir()]
+    with veneer.use(model, None):
+        expected = model(x)
+    veneer.detach(model)
+    assert not any("veneer" in name for name, _ in model.named_modules())
+    assert torch.equal(model(x), expected), "the layer computes as it was changed to"
+    if change in (parametrised, spectrally_normed):  # what hooks make cannot be adapted
+        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", variant="lora"))
+        assert error(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_weight_may_be_pruned_for_good(variant):
+    model = attach_two(Square(), variant=variant)
+    pruned(model.second)
+    prune.remove(model.second, "weight")
+    x = torch.randn(2, 4)
+    with veneer.use(model, "a"):
+        expected = model(x)
+    veneer.merge(model, "a")
+    with veneer.use(model, "a"):
+        assert error(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("choice", ["a", ["a", "b"], {"a": 0.5, "b": 0.5}], ids=repr)
+@pytest.mark.parametrize("way", [None, "materialised"])
+def test_a_bias_that_is_pruned_after_attach_stays_pruned(variant, choice, way):
+    """The adapter does not change it."""
+    model, plain, x = attach_two(Square(), variant=variant), Square(), torch.randn(2, 4)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "veneer" not in name})
+    for one in (model, plain):
+        prune.random_unstructured(one.second, "bias", amount=4)
+    for name in ("a", "b"):  # a change of nothing
+        for path, change in veneer.Handle(model, name).changes.items():
+            nn.init.zeros_(change.get_parameter("B"))
+            if variant == "dora":
+                change.get_parameter("magnitude").data = model.get_parameter(path).detach().norm(dim=1)
+    with veneer.use(model, choice, path=way):
+        assert error(model(x), plain(x)) < 1e-5
+
+
+def test_a_bias_that_is_trained_in_full_and_pruned_is_named(tmp_path):
+    model = Square()
+    handle = veneer.attach(model, veneer.LoraConfig(rank=2, bias="targets"))
+    prune.random_unstructured(model.second, "bias", amount=4)
+    for call in (lambda: model(torch.randn(2, 4)), handle.merge, lambda: handle.save(tmp_path / "adapter")):
+        with pytest.raises(SelectionError, match=r"'second.bias' \(Linear\), pruned or parametrised"):
+            call()

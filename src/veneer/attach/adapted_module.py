@@ -211,7 +211,15 @@ def uninstall(module: nn.Module) -> None:
         module.__dict__["forward"] = MethodType(kept, module)
     if wrapped:
         module.__dict__[WRAPPED] = MethodType(own.forward if kept is None else kept, module)
-    module.__class__ = own
+    module.__class__ = own if not is_parametrized(module) else _unadapted(type(module), own)
+
+
+def _unadapted(cls: Any, own: Any) -> Any:
+    """A class that torch made of an adapted one as a parametrisation was registered after it, made of ``own``."""
+    if cls is own or "veneer_base" in vars(cls) or not issubclass(cls, Adapted):
+        return own if issubclass(cls, Adapted) else cls
+    names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(_unadapted(base, own) for base in cls.__bases__), names)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import own_class
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import Call, LayerAdapter, factored, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
@@ -198,7 +198,7 @@ class Blend:
         """As ``LayerAdapter.changed``. What is not wide is rounded once, after the blend."""
         own, dtypes, values = {}, {}, []
         for name, change in self.changes.items():
-            dense = change.storage.dense(weight_of(module, name))
+            dense = change.storage.dense(change.weight_of(module, name))
             own[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
         for part, weight in self.parts:
             full = {name: value for name, value in part.replacements(module).items() if name in own}

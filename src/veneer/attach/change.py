@@ -12,17 +12,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from veneer import precision
+from veneer.attach.adapted_module import own_class, state_of, weight_of
 from veneer.attach.token_rows import ROWS, with_rows
 from veneer.bases import Storage
-from veneer.errors import TargetError, sentence
+from veneer.errors import SelectionError, TargetError, sentence
 from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
 
 #: of a packed weight, of which no more than a piece should be dense
 PIECES = 8
+
+
+def changed_storage(module: nn.Module, name: str) -> SelectionError:
+    """The error of a call, a merge or a save that meets a parameter which has been pruned, parametrised or taken away
+    since the adapter was attached."""
+    layer_state = state_of(module)
+    path = None if layer_state is None else layer_state.attached.paths.get(layer_state.key)
+    ref = name if path in (None, "") else f"{path}.{name}"
+    found = f"{ref!r} ({own_class(module).__name__}), pruned or parametrised (or no longer so) after attach"
+    do = (
+        "undo it (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or detach the adapter, change the "
+        "model, and attach or load it again"
+    )
+    return SelectionError(found, "the parameter that the adapter was attached to", do)
 
 
 def _offloaded(gradient: Tensor) -> None:
@@ -93,6 +109,14 @@ class Change(nn.Module):
             if value.requires_grad:
                 value.register_hook(_offloaded)
         return found
+
+    def weight_of(self, module: nn.Module, name: str) -> Any:
+        """The frozen weight of a module that this changes; a SelectionError if it is kept otherwise than it was."""
+        weight = weight_of(module, name)
+        computed = isinstance(weight, ParametrizationList)
+        if weight is None or computed != (self.storage.name == "parametrized"):
+            raise changed_storage(module, name)
+        return weight
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.adapted_module import own_forward, weight_of
-from veneer.attach.change import PIECES, Change
+from veneer.attach.change import PIECES, Change, changed_storage
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
 from veneer.attach.experts import dropped, is_stack
 from veneer.attach.fused_linear import Direct, Together, direct, outputs, seed_of
@@ -110,6 +110,8 @@ class LayerAdapter(nn.Module):
         if not full._parameters and not full._buffers:
             return {}
         own: dict[str, Any] = {**module._buffers, **module._parameters}
+        for name in full._parameters.keys() - own.keys():
+            raise changed_storage(module, name)
         if "bias" in full._parameters and own["bias"] is None:  # of a layer without one: in the dtype of its weight
             own["bias"] = own["weight"]
         trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
@@ -133,27 +135,37 @@ class LayerAdapter(nn.Module):
         if method != "forward":
             return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
         known = self.direct
-        if known is not None and not (kwargs or args[1:]) and now.path is None and known.weight in module._parameters:
-            # Each Python call here is time in every layer of a decoding step.
-            x, own = args[0], module._parameters
-            weight: Any = own[known.weight]
-            if fused.applies(x, weight):
-                if self.together is not None and share and self.together.applies(known, x):
-                    return self.together.output(module, self, x)
-                shape, change = x.shape, known.change
-                tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
-                if change.dropout and change.training:
-                    seed = seed_of(module, self, x) if share and seed is None else seed
-                    return outputs([(module, known)], x, seed)[0]
-                if tokens > known.forms_above:
-                    return outputs([(module, known)], x)[0]
-                factors: Any = change._parameters
-                bias = None if known.bias is None else own[known.bias]
-                weight = weight.mT if known.flipped else weight
-                run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
-                return run(change.scale, x, weight, bias, factors["A"], factors["B"])
-            if device.applies(x, weight):
-                return self._with_others(module, known, x, share, seed)
+        try:
+            if (
+                known is not None
+                and not (kwargs or args[1:])
+                and now.path is None
+                and known.weight in module._parameters
+            ):
+                # Each Python call here is time in every layer of a decoding step.
+                x, own = args[0], module._parameters
+                weight: Any = own[known.weight]
+                if fused.applies(x, weight):
+                    if self.together is not None and share and self.together.applies(known, x):
+                        return self.together.output(module, self, x)
+                    shape, change = x.shape, known.change
+                    tokens = shape[0] * shape[1] if x.ndim == 3 else x.numel() // shape[-1]
+                    if change.dropout and change.training:
+                        seed = seed_of(module, self, x) if share and seed is None else seed
+                        return outputs([(module, known)], x, seed)[0]
+                    if tokens > known.forms_above:
+                        return outputs([(module, known)], x)[0]
+                    factors: Any = change._parameters
+                    bias = None if known.bias is None else own[known.bias]
+                    weight = weight.mT if known.flipped else weight
+                    run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
+                    return run(change.scale, x, weight, bias, factors["A"], factors["B"])
+                if device.applies(x, weight):
+                    return self._with_others(module, known, x, share, seed)
+        except KeyError as error:
+            if known is None or error.args != (known.bias,):
+                raise
+            # this layer, or one that is computed with it, has a bias that is no parameter any more: pruned, say
         return self._run_any(module, base, layer_state, args, kwargs, now)
 
     def _run_any(self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any) -> Any:
@@ -163,7 +175,7 @@ class LayerAdapter(nn.Module):
             return viewed(self, module, base, layer_state, args, kwargs, now)
         reader: Any = layer_state.layer
         change = self.changes[reader.weight]
-        low, gain = change.resolve(weight_of(module, reader.weight))
+        low, gain = change.resolve(change.weight_of(module, reader.weight))
         dropout = change.dropout if change.training else 0.0
         call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
         call.refuse_other_dtype(change)
@@ -177,7 +189,7 @@ class LayerAdapter(nn.Module):
         """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
         if self.gained:  # to find that out again takes W + ΔW
             return None
-        weights = {name: weight_of(module, name) for name in self.changes}
+        weights = {name: change.weight_of(module, name) for name, change in self.changes.items()}
         if not all(is_stack(change, weights[name]) for name, change in self.changes.items()):
             return None
         found = {}
@@ -204,7 +216,7 @@ class LayerAdapter(nn.Module):
         """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""
         values = {}
         for name, change in self.changes.items():
-            weight = weight_of(module, name)
+            weight = change.weight_of(module, name)
             own = change.storage.dtype(weight)
             low, gain = change.resolve(weight)
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
@@ -233,12 +245,14 @@ class Call(NamedTuple):
         return weight_of(self.module, cast(Layer, self.layer_state.layer).weight)
 
     def bias(self, change: Change) -> Any:
-        own = getattr(self.module, "bias", None) if change.storage.opaque else self.module._parameters.get("bias")
+        parameters = self.module._parameters
+        plain = "bias" in parameters and not change.storage.opaque
+        own = parameters["bias"] if plain else getattr(self.module, "bias", None)  # pruned or parametrised, say
         return self.full.get("bias", own)
 
     def refuse_other_dtype(self, change: Change) -> None:
         """Raise torch's own error where the layer without an adapter takes no input of this dtype."""
-        x, weight = self.x, self.weight
+        x, weight = self.x, change.weight_of(self.module, cast(Layer, self.layer_state.layer).weight)
         if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):

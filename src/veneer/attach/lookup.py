@@ -97,6 +97,9 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
     for path, module, layer_state in layers:
         part = layer_state.get(name)
         if part is not None and _holds_parameters(part):
+            for weight, change in part.changes.items():
+                change.weight_of(module, weight)
+            part.replacements(module)
             yield path, module, part
 
 

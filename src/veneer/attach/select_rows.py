@@ -263,6 +263,8 @@ class _ByRows:
             return None
         weight = module._parameters.get(reader.weight)
         bias = module._parameters.get("bias")
+        if bias is None and getattr(module, "bias", None) is not None:
+            return None  # pruned or parametrised since
         if weight is None or not fused.applies(x, weight) or (bias is not None and bias.requires_grad):
             return None
         if not all(part is None or _low_rank_alone(part) for part in self.parts):
@@ -328,7 +330,11 @@ class _ByRows:
     def _of_tokens(self, module: Any, x: Any) -> tuple[Span, ...] | None:
         """The spans of the changes in x [N, *, in]; None where ``_plain`` is not for the call."""
         own, known = module._parameters, self.known
-        if known.weight not in own or not self.whole.are_rows_of(x) or not fused.applies(x, own[known.weight]):
+        if (
+            not {known.weight, known.bias or known.weight} <= own.keys()
+            or not self.whole.are_rows_of(x)
+            or not fused.applies(x, own[known.weight])
+        ):
             return None
         bias = None if known.bias is None else own[known.bias]
         if bias is not None and bias.requires_grad:
@@ -372,7 +378,7 @@ class _ByRows:
         if not self.whole.are_rows_of(x) or x.is_cpu:
             return None
         known = next((part.direct for part in self.parts if isinstance(part, LayerAdapter)), None)
-        if known is None or known.weight not in module._parameters:
+        if known is None or not {known.weight, known.bias or known.weight} <= module._parameters.keys():
             return None
         whole, weight = self.whole, module._parameters[known.weight]
         if not device.applies_alike(x, weight):
