@@ -106,9 +106,15 @@ def a_whole_model_of_which_a_new_adapter_trains(tmp_path):
     return model, [torch.optim.SGD(model.parameters(), lr=0.1)], None
 
 
+def gradients_that_are_only_looked_at(tmp_path):
+    model, head = mlp(), nn.Linear(4, 1)
+    veneer.attach(model, veneer.LoraConfig(rank=2))
+    return model, [torch.optim.SGD(head.parameters(), lr=0.1)], head
+
+
 LOOPS = [
     made_after_attach, of_the_whole_model, loaded_to_train, an_optimizer_of_its_own_that_steps_last,
-    a_head_on_a_frozen_adapter, a_whole_model_of_which_a_new_adapter_trains,
+    a_head_on_a_frozen_adapter, a_whole_model_of_which_a_new_adapter_trains, gradients_that_are_only_looked_at,
 ]  # fmt: skip
 
 

@@ -60,8 +60,9 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for adapter in tuple(_NEW):
         parameters = adapter.alive()
         ours = [parameter for parameter in parameters if id(parameter) in held]
-        if parameters and not ours and all(parameter.grad is None for parameter in parameters):
-            continue  # nothing of it has been used for this step
+        idle = not ours and all(parameter.grad is None for parameter in parameters)
+        if parameters and (idle or not (ours or _holds_base(adapter, held))):
+            continue  # a step of something else
         _NEW.remove(adapter)
         if ours and not any(parameter.requires_grad for parameter in ours):
             problems += _frozen(adapter, held)
@@ -84,14 +85,19 @@ def _parameters(optimizer: Any) -> dict[int, Any]:
 
 def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
     """The problem of an optimiser that holds a frozen adapter, unless it holds all of a model of which others train."""
-    model = adapter.model()
-    ours = {id(parameter) for parameter in adapter.alive()}
-    base = () if model is None else (parameter for parameter in model.parameters() if id(parameter) not in ours)
-    if any(parameter.requires_grad for parameter in held.values()) and any(id(each) in held for each in base):
+    if any(parameter.requires_grad for parameter in held.values()) and _holds_base(adapter, held):
         return []
     found = f"an optimizer of adapter {adapter.name!r}, whose parameters require no gradient"
     do = "load it with trainable=True, or leave its parameters out of the optimizer"
     return [sentence(found, "parameters that train", do)]
+
+
+def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:
+    """Whether some of these are parameters of the adapter's model, but not of the adapter."""
+    model = adapter.model()
+    ours = {id(parameter) for parameter in adapter.alive()}
+    parameters = () if model is None else map(id, model.parameters())
+    return any(key in held and key not in ours for key in parameters)
 
 
 def _held_elsewhere(parameters: list[nn.Parameter]) -> bool:
