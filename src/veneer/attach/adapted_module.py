@@ -216,10 +216,13 @@ def uninstall(module: nn.Module) -> None:
 
 def _unadapted(cls: Any, own: Any) -> Any:
     """A class that torch made of an adapted one as a parametrisation was registered after it, made of ``own``."""
-    if cls is own or "veneer_base" in vars(cls) or not issubclass(cls, Adapted):
-        return own if issubclass(cls, Adapted) else cls
+    if not issubclass(cls, Adapted):
+        return cls
+    if "veneer_base" in vars(cls):
+        return own
     names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(_unadapted(base, own) for base in cls.__bases__), names)
+    make_class: Any = type(cls)
+    return make_class(cls.__name__, tuple(_unadapted(base, own) for base in cls.__bases__), names)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.attach.adapted_module import own_class
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.layer_adapter import Call, LayerAdapter, factored, with_update
+from veneer.attach.layer_adapter import Call, LayerAdapter, factored, is_jagged, on_values, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError
@@ -136,6 +137,9 @@ class Blend:
     ) -> Any:
         """As ``LayerAdapter.run``."""
         if method == "forward" and now.path != cost_model.MATERIALISED and self._factors(layer_state, args, kwargs):
+            if is_jagged(args, kwargs) and layer_state.layer.by_position:
+                run = partial(self.run, module, base, layer_state, kwargs={}, now=now)
+                return on_values(run, args, kwargs)
             call = Call(module, base, layer_state, args, kwargs, self.replacements(module), bool(self.entries))
             call.refuse_other_dtype(next(iter(self.changes.values())))
             return self._factored(call)

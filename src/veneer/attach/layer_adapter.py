@@ -18,7 +18,7 @@ weight that is used) and ``parametrize`` (materialises always, changes the state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -174,6 +174,9 @@ class LayerAdapter(nn.Module):
         if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
             return viewed(self, module, base, layer_state, args, kwargs, now)
         reader: Any = layer_state.layer
+        if is_jagged(args, kwargs) and reader.by_position:
+            run = partial(self._run_any, module, base, layer_state, kwargs={}, now=now)
+            return on_values(run, args, kwargs)
         change = self.changes[reader.weight]
         low, gain = change.resolve(change.weight_of(module, reader.weight))
         dropout = change.dropout if change.training else 0.0
@@ -222,6 +225,20 @@ class LayerAdapter(nn.Module):
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
             values[name] = value if wide else value.to(own)
         return values
+
+
+def is_jagged(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the one input of a call is a nested tensor of jagged layout."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    return type(x) is not Tensor and isinstance(x, Tensor) and x.layout is torch.jagged
+
+
+def on_values(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What a layer makes of a jagged tensor, of which it computes each position alone: of the positions of all rows,
+    which are one plain tensor. The offsets stay the same, so that torch knows the outputs to be of equal shape."""
+    x: Any = args[0] if args else next(iter(kwargs.values()))
+    y = run(args=(x.values(),))
+    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx)
 
 
 class Call(NamedTuple):

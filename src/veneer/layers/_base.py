@@ -49,6 +49,8 @@ class Layer(ABC):
     linear: bool = False
     #: whether forward is y = x Wᵀ + bias and nothing else (W lies transposed if out_axis is 1)
     product: bool = False
+    #: whether each position of the one input is computed alone, so that the axes before the last may be any
+    by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return layer_named, (self.name,)

@@ -46,6 +46,7 @@ class _Lookup(Layer):
 @register
 class Embedding(_Lookup):
     name = "embedding"
+    by_position = True
 
     def types(self) -> tuple[type[nn.Module], ...]:
         return (nn.Embedding,)

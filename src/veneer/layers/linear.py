@@ -30,6 +30,7 @@ OTHERS = (
 class _Product(Layer):
     linear = True
     product = True
+    by_position = True
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         return reference.matmul_update(x, low.A[0], low.B[0], low.scale, y)
