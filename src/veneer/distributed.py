@@ -89,8 +89,26 @@ def is_spread(modules: Iterable[nn.Module]) -> bool:
 
 def spread_problem(modules: Iterable[nn.Module], what: str, do: str) -> str | None:
     """The problem of an operation that needs whole weights, or None."""
+    modules = list(modules)
+    if has_fsdp1(modules):
+        found = f"{what} of a model in torch's first FullyShardedDataParallel (FSDP1)"
+        return sentence(
+            found, "whole weights", f"{do}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached"
+        )
     found = f"{what} of a model whose weights are spread over processes (DTensor, as FSDP2 makes them)"
     return sentence(found, "whole weights", do) if is_spread(modules) else None
+
+
+def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module is wrapped by FSDP1, or its parameters are parts of a flat one that FSDP1 made of them."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is None:
+        return False
+    return any(
+        isinstance(module, loaded.FullyShardedDataParallel)
+        or any(getattr(parameter, "_fsdp_flattened", False) for parameter in module._parameters.values())
+        for module in modules
+    )
 
 
 def reshard(model: nn.Module) -> None:

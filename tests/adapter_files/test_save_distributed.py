@@ -22,7 +22,7 @@ from torch import nn
 import veneer
 from veneer import distributed
 from veneer.distributed import whole
-from veneer.errors import AdapterError, CheckError, MergeError, OutputExistsError, SelectionError
+from veneer.errors import AdapterError, CheckError, MergeError, OutputExistsError, SelectionError, TargetError
 
 # the ranks are processes of their own, of which no ImportError tells
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs("transformers", "peft")]
@@ -214,6 +214,28 @@ def what_needs_whole_weights_is_refused(rank: int, folder: Path) -> None:
             model(input_ids=IDS)  # the root's parameters are plain tensors from here on, and no less spread
 
 
+def fsdp1_saves_what_it_has_gathered(rank: int, folder: Path) -> None:
+    """And is refused by name elsewhere, with nothing written."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, handle = attached("dora")
+    cpu = torch.device("cpu")
+    wrapped: Any = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+    train(wrapped, handle, slice(rank * 2, rank * 2 + 2))
+    fails(AdapterError, "FSDP1", lambda: handle.save(folder / "adapter"))
+    fails(MergeError, "FSDP1", handle.merge)
+    fails(TargetError, "FSDP1", lambda: veneer.attach(wrapped, veneer.LoraConfig(), "b"))
+    assert not (folder / "adapter").exists()
+    for name in ("adapter", "again"):  # what was gathered is let go of, so that it can be gathered once more
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            handle.save(folder / name)
+    train(wrapped, handle, slice(rank * 2, rank * 2 + 2))
+    inner, handle = attached("dora")
+    inner.model.layers[0] = FullyShardedDataParallel(inner.model.layers[0], use_orig_params=True, device_id=cpu)
+    with FullyShardedDataParallel.summon_full_params(inner, writeback=False):
+        fails(AdapterError, "FSDP1", lambda: handle.save(folder / "inner"))
+
+
 TASKS = (
     fsdp_trains_and_saves,
     save_pretrained_beside_other_files,
@@ -223,6 +245,7 @@ TASKS = (
     a_rank_that_fails_or_stays_away_is_an_error,
     trainers_let_rank_0_save,
     what_needs_whole_weights_is_refused,
+    fsdp1_saves_what_it_has_gathered,
 )
 
 
@@ -316,3 +339,12 @@ def test_the_main_process_of_a_trainer_saves_without_the_others(ran: Any) -> Non
     folder = ran(trainers_let_rank_0_save)
     same_folder(folder / "new", folder / "together")
     same_folder(folder / "whole state", folder / "together")
+
+
+def test_fsdp1_saves_what_it_has_gathered(ran: Any, tmp_path: Path) -> None:
+    folder = ran(fsdp1_saves_what_it_has_gathered)
+    model, handle = attached("dora")
+    train(model, handle, slice(None))
+    handle.save(tmp_path / "single")
+    for name in ("adapter", "again"):
+        same_folder(folder / name, tmp_path / "single")

@@ -30,7 +30,7 @@ from veneer.attach.adapted_module import state_of
 from veneer.attach.targets import Names
 from veneer.bases import Storage
 from veneer.fileio import hashing
-from veneer.fileio.hashing import XXH3, fingerprint
+from veneer.fileio.hashing import XXH3, fingerprint, memory_of
 from veneer.models.named_weights import named
 
 #: elements of a weight that are looked at to tell whether it was written to
@@ -202,7 +202,8 @@ def _sample(tensor: Tensor) -> bytes:
     step = max(1, span // SAMPLE) | 1  # odd: an even one may be a multiple of the width, and see few columns
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
         some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
-        return some.contiguous().view(torch.uint8).numpy().tobytes()
+        some = some.contiguous()
+        return bytes(memory_of(some))
 
 
 def record_of(

@@ -18,7 +18,7 @@ from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
-from veneer.attach.adapted_module import own_class, weight_of, with_values
+from veneer.attach.adapted_module import own_class, walk, weight_of, with_values
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
 from veneer.attach.install import install
@@ -27,7 +27,7 @@ from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
-from veneer.distributed import meet, reshard, whole_values
+from veneer.distributed import has_fsdp1, meet, reshard, whole_values
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
 from veneer.formats import peft
@@ -103,6 +103,7 @@ def save_by(
     model = unwrap(model)
     if not alone:
         reshard(model)
+    _must_be_gathered(model, only_name(model, name))
     ranks = meet(str(path), model, alone=alone)
 
     def collected() -> dict[str, Any]:
@@ -118,6 +119,22 @@ def save_by(
     ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")  # before what is gathered
     content = ranks.each(collected, _mark, "an adapter, or a base,")
     ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
+
+
+def _must_be_gathered(model: nn.Module, name: str) -> None:
+    """Raise an AdapterError where FSDP1 has flattened the weights and spread them over processes, which does not say
+    what their shapes were, or where its wrappers are part of the paths."""
+    if not has_fsdp1(module for _, module in walk(model)):
+        return
+    weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, name)]
+    inside = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
+    if inside or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in weights):
+        found = "a model in torch's first FullyShardedDataParallel (FSDP1)"
+        found += ", which wraps modules of it" if inside else ", whose weights it has spread over processes"
+        do = "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        if not inside:
+            do += ", or save on every rank inside of `with FullyShardedDataParallel.summon_full_params(wrapped):`"
+        raise AdapterError(found, "whole weights, or those of FSDP2", do)
 
 
 def _outline(model: nn.Module, name: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,15 +66,22 @@ def _feed(whole: Any, tensor: Tensor) -> None:
     flat = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
         buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)  # a small one, which stays in the cache
-        raw: Any = buffer.view(torch.uint8).numpy()
+        raw = memory_of(buffer)
         for piece in flat.split(PIECE) if len(flat) else ():
             buffer[: len(piece)].copy_(piece)
-            whole.update(raw[: 2 * len(piece)].data)
+            whole.update(raw[: 2 * len(piece)])
         return
     step = TRANSFER if tensor.device.type != "cpu" else max(1, len(flat))
     for start in range(0, len(flat), step):
         piece = flat[start : start + step].to(dtype).cpu()
-        whole.update(piece.view(torch.uint8).numpy().data)
+        whole.update(memory_of(piece))
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in main memory, which must outlive the result. Not through numpy: torch never
+    again resizes a storage that numpy has seen, and FSDP1 resizes that of gathered weights to let go of them."""
+    count = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_ubyte * count).from_address(tensor.data_ptr())) if count else memoryview(b"")
 
 
 def prints_in(base: Mapping[str, Any]) -> dict[str, str]:
@@ -104,5 +112,6 @@ def hash_json(value: Any) -> str:
 def _hash(prefix: str, tensors: Iterable[Tensor]) -> str:
     whole = hashlib.sha256(prefix.encode())
     for tensor in tensors:
-        whole.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        values = tensor.detach().contiguous().cpu()
+        whole.update(memory_of(values))
     return whole.hexdigest()
