@@ -9,7 +9,6 @@ last of them.
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from veneer.errors import sentence
+from veneer.errors import sentence, warn_caller
 
 
 class NotTrained(UserWarning):
@@ -75,7 +74,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         while _HOOKS:
             _HOOKS.pop().remove()
     for problem in problems:
-        warnings.warn(problem, NotTrained, stacklevel=3)
+        warn_caller(problem, NotTrained, within=("veneer", "torch"))
 
 
 def _parameters(optimizer: Any) -> dict[int, Any]:
