@@ -33,7 +33,7 @@ def write_keys(path: Path, count: int) -> list[str]:
     keys = [f"stress-key-{number:03d}" for number in range(count)]
     path.write_text(
         "\n".join(
-            f'[[keys]]\nname = "client-{number:03d}"\nsha256 = "{hash_of(key)}"\nadapters = ["*"]\n'
+            f'[[keys]]\nname = "client-{number:03d}"\nsha256 = "{hash_of(key)}"\nadapters = ["*"]\ntrain = true\n'
             for number, key in enumerate(keys)
         )
     )
@@ -192,7 +192,7 @@ def _finish(server: StressServer, threads: list[TrainingClient | ApiClient], run
     """Count the steps of each run, stop the server as an operator does, and start it once more."""
 
     def read_steps(path: str) -> int:
-        run, kind, name = path.removeprefix("tinker://").split("/")
+        _, kind, name = path.removeprefix("tinker://").split("/")
         (state,) = runs.glob(f"runs/*/{kind}/{name}/{OPTIMIZER}")
         counts = {int(value) for key, value in load_file(state).items() if key.startswith("step:")}
         return max(counts, default=0)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 
 import httpx
-
 from tests.stress.findings import BOUND, Findings
 from tests.stress.server import StressServer
 

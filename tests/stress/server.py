@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import httpx
+from tests.stress.findings import Findings
 
 from serve_cases import servers
-from tests.stress.findings import Findings
 
 #: bounds of the server's process: threads, and growth of its memory after the first quarter of a life
 MOST_THREADS, MOST_GROWTH = 250, 0.25
@@ -33,7 +33,8 @@ class StressServer:
         self.port, self.log, self.findings = servers.port(), folder / "server.log", findings
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [
-            sys.executable, "-m", "veneer.cli", "serve", str(base), "--name", "tiny", "--port", str(self.port), *options,
+            sys.executable, "-m", "veneer.cli", "serve", str(base), "--name", "tiny", "--port",
+            str(self.port), *options,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
         self.lives = 0

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-
 from tests.stress.findings import BOUND, Findings
 from tests.stress.server import StressServer
 from tests.support.training_client import Run, datum
