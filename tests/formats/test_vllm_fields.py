@@ -170,7 +170,7 @@ def test_layers_that_vllm_has_not_are_told(tmp_path):
     names = [f"base_model.model.attn.base_layer.out_proj.lora_{side}.weight" for side in "AB"]
     assert problems(config, names) == ["it changes what stands below a wrapper (attn.base_layer.out_proj)"]
     experts = [f"base_model.model.mlp.experts.base_layer.lora_{side}.weight" for side in "AB"]
-    assert problems(config, experts) == []  # gate_up_proj, which it knows so
+    assert problems({**config, "target_modules": ["experts"]}, experts) == []  # gate_up_proj, which it knows so
     conv = trained(nn.ModuleDict({"c": nn.Conv2d(3, 8, 3)}), tmp_path / "b", targets="all", rank=2)
     assert told(conv) == ["it changes convolutions (c.lora_A.weight, c.lora_B.weight)"]
 
