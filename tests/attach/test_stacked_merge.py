@@ -245,7 +245,7 @@ def test_what_stays_merged_becomes_the_base_of_those_on_top():
         veneer.detach(model, "a")
     veneer.detach(model, "a", keep_merged=True)
     veneer.unmerge(model)
-    assert torch.equal(model(IDS), y)
+    assert torch.equal(selected(model, "b", IDS), y)
     veneer.merge(model)
     veneer.detach(model, keep_merged=True)
     assert not hasattr(model, "_veneer")
