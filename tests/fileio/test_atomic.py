@@ -1,13 +1,42 @@
-"""A new file or folder has the mode that anybody's has, whoever else makes files at the same time."""
+"""A new file or folder has the mode that anybody's has, replaces what it may replace and nothing else, and what a
+killed writer left is settled."""
 
 from __future__ import annotations
 
 import os
 import stat
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from veneer.fileio.atomic import new_file, new_folder
+from veneer.errors import OutputExistsError
+from veneer.fileio import atomic, locks, temporary
+from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, publish
+from veneer.fileio.locks import acquire
+from veneer.fileio.temporary import NEW, recover, sweep, write_plan
+
+OURS = ("config", "tensors", "more")
+
+
+@pytest.fixture(params=["exchanged", "file by file"])
+def way(request, monkeypatch) -> str:
+    """With a system that exchanges folders in one step, and without."""
+    if request.param == "file by file":
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    return request.param
+
+
+def fill(folder: Path, text: str, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def mode(path):
@@ -37,3 +66,240 @@ def test_the_umask_is_not_touched(tmp_path, monkeypatch):
         file.write_text("x")
     with new_folder(tmp_path / "folder") as folder:
         (folder / "inner").write_text("x")
+
+
+# ---------------------------------------------------------------------------------------------- what is replaced
+
+
+def test_files_of_others_stay_and_ours_are_replaced(tmp_path, way):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    fill(path, "theirs", "notes.txt", "step_100/optimizer.bin")
+    (path / "link").symlink_to(tmp_path)
+    theirs = {name: (path / name).stat().st_ino for name in ("notes.txt", "step_100", "step_100/optimizer.bin")}
+    with new_folder(path, overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", "config", "tensors")
+        assert content(path)["config"] == "old"
+    assert content(path) == {
+        "config": "new", "tensors": "new", "notes.txt": "theirs", "step_100/optimizer.bin": "theirs",
+    }  # fmt: skip
+    assert {name: (path / name).stat().st_ino for name in theirs} == theirs, "they were not touched at all"
+    assert (path / "link").is_symlink()
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+    assert sorted(one.name for one in path.iterdir()) == ["config", "link", "notes.txt", "step_100", "tensors"]
+
+
+def test_a_folder_of_ours_alone_is_replaced_whole(tmp_path, way):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    with new_folder(path, overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", "config", "tensors")
+    assert content(path) == {"config": "new", "tensors": "new"}
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_to_which_nobody_else_writes_is_replaced_whole(tmp_path, way):
+    path = tmp_path / "object"
+    fill(path, "old", "a", "deep/b", "deep/er/c")
+    with new_folder(path, overwrite=True, replaces=[EVERYTHING]) as folder:
+        fill(folder, "new", "deep/d", "e")
+    assert content(path) == {"deep/d": "new", "e": "new"}
+    assert not (path / "deep" / "er").exists()
+
+
+def test_files_that_come_while_we_write_stay(tmp_path, way):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    with new_folder(path, overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", *OURS)
+        fill(path, "theirs", "notes.txt", "step_100/optimizer.bin")
+    assert content(path) == {
+        **dict.fromkeys(OURS, "new"), "notes.txt": "theirs", "step_100/optimizer.bin": "theirs",
+    }  # fmt: skip
+
+
+def test_files_that_come_as_folders_are_exchanged_stay(tmp_path, monkeypatch):
+    path, exchange = tmp_path / "run", atomic._exchange
+    fill(path, "old", *OURS)
+
+    def late(one, other):
+        fill(path, "theirs", "notes.txt")
+        return exchange(one, other)
+
+    monkeypatch.setattr(atomic, "_exchange", late)
+    with new_folder(path, overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", *OURS)
+    assert content(path) == {**dict.fromkeys(OURS, "new"), "notes.txt": "theirs"}
+
+
+def test_a_folder_in_which_we_work_is_not_taken_away(tmp_path, monkeypatch):
+    fill(tmp_path / "run", "old", *OURS)
+    monkeypatch.chdir(tmp_path / "run")
+    with new_folder(".", overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", *OURS)
+    assert Path("config").read_text() == "new"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path, overwrite):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputExistsError, match=r"notes.txt, which"):
+        new_folder(tmp_path / "notes.txt", overwrite=overwrite).__enter__()
+    with pytest.raises(OutputExistsError, match="the folder"):
+        new_file(tmp_path / "folder", overwrite=overwrite).__enter__()
+    fill(tmp_path / "run", "theirs", "config/mine")
+    words = "config is a folder" if overwrite else "which exists"
+    with pytest.raises(OutputExistsError, match=words), new_folder(tmp_path / "run", overwrite=overwrite) as made:
+        fill(made, "new", "config")
+    assert content(tmp_path) == {"notes.txt": "mine", "run/config/mine": "theirs"}
+
+
+# ---------------------------------------------------------------------------------------------- what appears meanwhile
+
+
+def appears(path: Path, what: str) -> None:
+    if what == "a file":
+        path.write_text("theirs")
+    else:
+        fill(path, "theirs", "config")
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder"])
+def test_what_appears_while_we_write_is_not_replaced_without_leave(tmp_path, way, what):
+    path = tmp_path / "out"
+    with pytest.raises(OutputExistsError), new_folder(path) as folder:
+        fill(folder, "new", "config")
+        appears(path, what)
+    with pytest.raises(OutputExistsError), new_file(path := tmp_path / "out2") as file:
+        file.write_text("new")
+        appears(path, what)
+    (tmp_path / ".made").mkdir()
+    fill(tmp_path / ".made", "new", "config")
+    appears(tmp_path / "out3", what)
+    with pytest.raises(OutputExistsError):
+        publish(tmp_path / ".made", tmp_path / "out3")
+    assert content(tmp_path / ".made") == {"config": "new"}, "it can be published elsewhere"
+    assert set(content(tmp_path).values()) == {"theirs", "new"}
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".made", "out", "out2", "out3"]
+
+
+def test_without_a_rename_that_replaces_nothing_we_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_rename", lambda *_: False)
+    with new_file(tmp_path / "a") as file:
+        file.write_text("new")
+    with pytest.raises(OutputExistsError), new_file(tmp_path / "b") as file:
+        file.write_text("new")
+        appears(tmp_path / "b", "a file")
+    assert content(tmp_path) == {"a": "new", "b": "theirs"}
+
+
+def test_an_empty_folder_gives_way(tmp_path, way):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        fill(folder, "new", "config")
+    assert content(tmp_path / "out") == {"config": "new"}
+
+
+# ---------------------------------------------------------------------------------------------- killed, and living
+
+
+def killed(path: Path, *, within: bool, steps: int) -> None:
+    """Leave ``path`` as a writer does that dies after so many steps of moving its files: the entry is gone first."""
+    kept = temporary.temporary(path, within=within)
+    container = kept.__enter__()
+    fill(container / NEW, "new", "config", "tensors")
+    write_plan(container, "config", ["config", "tensors"], ["more"])
+    done = [
+        (path / "config").unlink,
+        (path / "more").unlink,
+        partial((container / NEW / "tensors").replace, path / "tensors"),
+        partial((container / NEW / "config").replace, path / "config"),
+    ]
+    for step in done[:steps]:
+        step()
+    (container / temporary.LOCK).unlink()  # the system lets go of it
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within", "beside"])
+@pytest.mark.parametrize("steps", range(5))
+@pytest.mark.parametrize("by", ["recover", "sweep", "new_folder"])
+def test_what_was_being_replaced_is_the_old_or_the_new(tmp_path, within, steps, by):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    fill(path, "theirs", "notes.txt")
+    killed(path, within=within, steps=steps)
+    if by == "recover" or within:
+        recover(path)
+    elif by == "sweep":
+        sweep(tmp_path)
+    else:
+        with pytest.raises(OutputExistsError):
+            new_folder(path).__enter__()
+    new = {"config": "new", "tensors": "new", "notes.txt": "theirs"}
+    assert content(path) == (new if steps else {**dict.fromkeys(OURS, "old"), "notes.txt": "theirs"})
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_plan_whose_folder_somebody_wrote_anew_is_dropped(tmp_path):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    killed(path, within=False, steps=2)
+    fill(path, "theirs", "config")
+    recover(path)
+    assert content(path) == {"config": "theirs", "tensors": "old"}
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_an_earlier_version_moved_aside_comes_back(tmp_path, there):
+    """It renamed twice, and a death in between left the only whole folder under a hidden name."""
+    fill(tmp_path / ".run.replaced", "old", *OURS)
+    fill(tmp_path / ".run.abc12345.tmp", "new", *OURS)
+    if there:  # scripts make their output folder as they start
+        (tmp_path / "run").mkdir()
+    sweep(tmp_path)
+    assert content(tmp_path / "run") == dict.fromkeys(OURS, "old")
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_living_process_writes_is_not_swept(tmp_path):
+    fill(tmp_path / "within", "theirs", "notes.txt")
+    for path in (tmp_path / "run", tmp_path / "within"):
+        with new_folder(path, overwrite=True, replaces=OURS) as folder:
+            fill(folder, "new", "config")
+            sweep(tmp_path)
+            recover(path)
+            assert content(folder) == {"config": "new"}
+        assert content(path)["config"] == "new"
+    with new_file(tmp_path / "file") as file:
+        file.write_text("new")
+        sweep(tmp_path)
+    assert content(tmp_path)["file"] == "new"
+
+
+def test_a_folder_of_a_similar_name_is_none_of_ours(tmp_path):
+    fill(tmp_path / "run.v2", "old", "config", "more")
+    fill(tmp_path / "run", "old", *OURS)
+    (tmp_path / ".run.v2.abc12345.tmp").mkdir()
+    recover(tmp_path / "run")
+    assert (tmp_path / ".run.v2.abc12345.tmp").exists()
+    recover(tmp_path / "run.v2")
+    assert not (tmp_path / ".run.v2.abc12345.tmp").exists()
+
+
+def test_two_writers_of_one_folder_take_turns(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    fill(path, "old", *OURS)
+    fill(path, "theirs", "notes.txt")
+    lock = acquire(path / temporary.FOLDER_LOCK)
+    monkeypatch.setattr(locks, "PATIENCE", 0.05)
+    writing = new_folder(path, overwrite=True, replaces=OURS)
+    with pytest.raises(TimeoutError, match="locked by another process"), writing as folder:
+        fill(folder, "new", "config")
+    assert content(path)["config"] == "old"
+    lock.release()
+    with new_folder(path, overwrite=True, replaces=OURS) as folder:
+        fill(folder, "new", "config")
+    assert content(path) == {"config": "new", "notes.txt": "theirs"}
+    assert sorted(one.name for one in path.iterdir()) == ["config", "notes.txt"]

@@ -14,9 +14,12 @@ from tests.support.crashes import DIED, OPERATIONS, make
 from tests.support.processes import CONTEXT
 
 import veneer
-from veneer.errors import AdapterError
 from veneer.fileio import atomic
 from veneer.store.library import COPY, INDEX, LOCK, OBJECTS, Library
+
+#: what others keep beside an adapter, and what an adapter without parameters of its own is
+THEIRS = ("notes.txt", "step_100/optimizer.bin")
+FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", "veneer.json")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,10 @@ def folder(tmp_path, sources) -> Path:
     """An adapter and a library with two names, as every crash finds them."""
     (tmp_path / "sources").symlink_to(sources)
     make(tmp_path / "adapter", 0)
+    make(tmp_path / "among", 0)
+    (tmp_path / "among" / "step_100").mkdir()
+    for name in THEIRS:
+        (tmp_path / "among" / name).write_text("theirs")
     library = Library(tmp_path / "library")
     library.add(sources / "0", "kept", tags=["t0"])
     library.add(sources / "1", "replaced")
@@ -39,20 +46,26 @@ def folder(tmp_path, sources) -> Path:
 
 
 def whole(folder: Path) -> None:
-    """What must hold after any crash, and what must be possible."""
-    veneer.adapter_files.read(folder / "adapter")
+    """What must hold of the adapters after any crash, and what must be possible."""
+    for name in ("adapter", "among"):
+        veneer.adapter_files.read(folder / name)
+    assert {name: (folder / "among" / name).read_text() for name in THEIRS} == dict.fromkeys(THEIRS, "theirs")
+    for name, expected in (("adapter", {*FILES}), ("among", {*FILES, "notes.txt", "step_100"})):
+        litter = any(path.name.startswith(f".{name}.") for path in folder.iterdir())
+        if litter or {path.name for path in (folder / name).iterdir()} != expected:
+            make(folder / name, 1)
+        assert {path.name for path in (folder / name).iterdir()} == expected
+    assert {path.name for path in folder.iterdir()} == {"adapter", "among", "library", "sources"}
+
+
+def whole_library(folder: Path) -> None:
+    """The same of the library."""
     library = Library(folder / "library")
     entries = library.list()
     assert {"kept", "replaced"} <= {entry.name for entry in entries}
     for entry in entries:
         assert veneer.adapter_files.read(library.get(entry.name)).config.rank == entry.rank
     (last,) = library.entry("kept").tags  # a tag is replaced by another in one change
-    for path in folder.iterdir():  # what is left of a save that died is no adapter, or all of one
-        if path.name.startswith(".adapter."):
-            try:
-                veneer.adapter_files.read(path)
-            except AdapterError:
-                continue
     library.gc(grace=0)
     used = {entry.object for entry in entries}
     assert {path.name for path in (library.folder / OBJECTS).iterdir()} == used
@@ -61,17 +74,18 @@ def whole(folder: Path) -> None:
     veneer.adapter_files.read(library.get("next"))
     library.remove("next")
     library.gc(grace=0)
-    make(folder / "adapter", 1)
 
 
 # ---------------------------------------------------------------------------------------------- before every step
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_death_before_any_step_on_the_disk(folder, operation):
+@pytest.mark.parametrize(
+    ("operation", "exchange"), [*((name, True) for name in OPERATIONS), ("save", False), ("save_among", False)]
+)
+def test_a_death_before_any_step_on_the_disk(folder, operation, exchange):
     """Each step in turn: rename, replace, fsync, mkdir, unlink, … does not happen, and nothing after it does."""
     pipe, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=crashes.die_at_each, args=(theirs, operation, folder), daemon=True)
+    process = CONTEXT.Process(target=crashes.die_at_each, args=(theirs, operation, folder, exchange), daemon=True)
     process.start()
     theirs.close()
     for step in range(200):
@@ -81,7 +95,7 @@ def test_a_death_before_any_step_on_the_disk(folder, operation):
             number = int(last[1:]) + 1
         pipe.send((number, step))
         ended = pipe.recv()
-        whole(folder)
+        whole(folder) if "save" in operation else whole_library(folder)
         if ended == 0:
             assert step >= 4, "the steps were counted"
             break
@@ -97,7 +111,8 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
     holds the new name after it."""
     flushed: set[int] = set()
     renamed: list[Path] = []
-    fsync, put, replace = os.fsync, atomic._put, os.replace
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    exchange = atomic._exchange
 
     def flush(descriptor):
         fsync(descriptor)
@@ -109,23 +124,24 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
         renamed.append(target)
 
     monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(atomic, "_put", lambda *paths: (about_to_rename(*paths), put(*paths)))
+    monkeypatch.setattr(atomic, "_exchange", lambda *paths: (about_to_rename(*paths), exchange(*paths))[1])
+    monkeypatch.setattr(os, "rename", lambda *paths: (about_to_rename(*paths), rename(*paths)))
     monkeypatch.setattr(os, "replace", lambda *paths: (about_to_rename(*paths), replace(*paths)))
-    for operation in (crashes.save, crashes.add):
+    for operation in (crashes.save, crashes.save_among, crashes.add):
         flushed.clear()
         renamed.clear()
         operation(folder, 2)
         assert renamed
-        assert {path.parent.stat().st_ino for path in renamed} <= flushed
+        assert {path.parent.stat().st_ino for path in renamed if path.parent.suffix != ".tmp"} <= flushed
     assert {path.name for path in renamed} >= {INDEX, COPY}
 
 
 # ---------------------------------------------------------------------------------------------- at any moment
 
 
-def kill(folder: Path, operation: str, delay: float) -> None:
+def kill(folder: Path, operation: str, delay: float, exchange: bool) -> None:
     ready = CONTEXT.Event()
-    child = CONTEXT.Process(target=crashes.loop, args=(operation, folder, ready))
+    child = CONTEXT.Process(target=crashes.loop, args=(operation, folder, ready, exchange))
     child.start()
     assert ready.wait(60)
     time.sleep(delay)
@@ -133,22 +149,25 @@ def kill(folder: Path, operation: str, delay: float) -> None:
     child.join()
     assert child.exitcode == -9, "it was killed, not finished"
     whole(folder)
+    whole_library(folder)
 
 
-def kills(folder: Path, count: int, seed: int) -> None:
+def kills(folder: Path, count: int, seed: int, exchange: bool) -> None:
     moments = random.Random(seed)
     operations = list(OPERATIONS)
     for number in range(count):
-        kill(folder, operations[number % len(operations)], moments.uniform(0, 0.08))
+        kill(folder, operations[number % len(operations)], moments.uniform(0, 0.08), exchange)
 
 
-def test_killed_at_18_moments(folder):
-    kills(folder, 18, seed=1)
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_16_moments(folder, exchange):
+    kills(folder, 16, seed=1, exchange=exchange)
 
 
 @pytest.mark.slow
-def test_killed_at_200_moments(folder):
-    kills(folder, 200, seed=int(time.time()))
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_200_moments(folder, exchange):
+    kills(folder, 200, seed=int(time.time()), exchange=exchange)
 
 
 # ---------------------------------------------------------------------------------------------- several at once

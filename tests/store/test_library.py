@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
+from veneer.adapter_files.folder import content_hash
 from veneer.errors import AdapterError, LibraryError, OutputExistsError
+from veneer.fileio.temporary import NEW, write_plan
 from veneer.store.library import COPY, GRACE, INDEX, LOCK, OBJECTS, Library, default_folder, resolve
 
 
@@ -215,6 +218,18 @@ def test_gc_deletes_what_killed_writers_left_and_nothing_of_others(library, adap
     assert (done.leftovers, done.freed, done.objects) == (2, 7, ())
     assert {"notes.txt", library.entry("x").object} == {path.name for path in objects.iterdir()}
     assert {path.name for path in library.folder.iterdir()} == {INDEX, COPY, LOCK, OBJECTS, "README"}
+
+
+def test_gc_finishes_an_object_that_was_being_replaced(library, adapters):
+    """By a writer that was killed on a system that exchanges no folders: its files are in two places."""
+    name, objects = library.add(adapters[0], "x").object, library.folder / OBJECTS
+    whole, container = objects / name, objects / f".{name}.abc12345.tmp"
+    shutil.copytree(whole, container / NEW)
+    write_plan(container, "adapter_config.json", sorted(path.name for path in whole.iterdir()), [])
+    (whole / "adapter_config.json").unlink()
+    library.gc(grace=0)
+    assert content_hash(library.get("x")) == name
+    assert [path.name for path in objects.iterdir()] == [name]
 
 
 def test_a_file_that_is_open_stays_readable(library, adapters):

@@ -38,6 +38,11 @@ def save(folder: Path, number: int) -> None:
     make(folder / "adapter", number)
 
 
+def save_among(folder: Path, number: int) -> None:
+    """Over an adapter in a folder that holds files of others."""
+    make(folder / "among", number)
+
+
 def _library(folder: Path) -> Library:
     return Library(folder / "library")
 
@@ -69,14 +74,23 @@ def rebuild(folder: Path, number: int) -> None:
     _library(folder).rebuild()
 
 
-OPERATIONS = {"save": save, "add": add, "tag": tag, "remove": remove, "gc": gc, "rebuild": rebuild}
+OPERATIONS = {
+    "save": save, "save_among": save_among, "add": add, "tag": tag, "remove": remove, "gc": gc, "rebuild": rebuild,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- how it ends
 
 
-def loop(operation: str, folder: Path, ready: Any) -> None:
+def without_exchange() -> None:
+    """Let this process run as on NFS, Lustre or macOS, where no two folders are exchanged in one step."""
+    atomic._rename = lambda *_: False
+
+
+def loop(operation: str, folder: Path, ready: Any, exchange: bool) -> None:
     """Do it again and again until killed. A tag's number goes on from the one that is there."""
+    if not exchange:
+        without_exchange()
     numbers = itertools.count(1000)
     if operation == "tag":
         (last,) = _library(folder).entry("kept").tags
@@ -100,13 +114,15 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
-    atomic._exchange = counted(atomic._exchange)
+    atomic._rename = counted(atomic._rename)
     veneer.adapter_files.folder.save_file = counted(veneer.adapter_files.folder.save_file)
     OPERATIONS[operation](folder, number)
 
 
-def die_at_each(pipe: Any, operation: str, folder: Path) -> None:
+def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None:
     """For each (number, step) that comes, a fork of this process: what is sent back is how it ended."""
+    if not exchange:
+        without_exchange()
     while True:
         try:
             number, step = pipe.recv()

@@ -32,6 +32,7 @@ from veneer.errors import (
     OutputExistsError,
     TargetError,
 )
+from veneer.fileio.locks import locked
 from veneer.kernels.compiled import on
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, merge_plan, prove
@@ -465,3 +466,15 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
     assert used == str(compiled and on("round_nearest"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert Path(tmp_path / "out" / "config.json").is_file()
+
+
+def test_the_other_process_that_merges_is_named(tmp_path):
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
+    with (
+        locked(tmp_path / ".out.merging.lock", AssertionError),
+        pytest.raises(MergeError, match=rf"process {os.getpid()} on .*, which merges into .*out"),
+    ):
+        merge_checkpoint(base, [adapter], tmp_path / "out")
+    assert merge_checkpoint(base, [adapter], tmp_path / "out")
+    nothing_left(tmp_path, "base", "adapter", "out")

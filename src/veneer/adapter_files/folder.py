@@ -36,8 +36,9 @@ from veneer.adapter_files import model_card
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, must_belong, record_in, sealed
 from veneer.adapter_files.tuner_folder import TunerFolder, Unsized, tuner_folder
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
+from veneer.errors import AdapterError, ConfigError, OutputExistsError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
+from veneer.fileio.temporary import recover
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
 from veneer.formats import peft, peft_targets, peft_tokens
@@ -55,6 +56,8 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
 )  # fmt: skip
+#: what a folder that holds a whole model has, of transformers or of a library like it
+WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 #: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
@@ -158,7 +161,7 @@ def write(
         parameters: what goes into ``veneer.safetensors``; nothing if empty.
 
     Raises:
-        OutputExistsError: the path exists and ``overwrite`` is False.
+        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds another whole model.
         AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is absurdly large, names
             that no file may hold, a provenance that is not JSON or too long.
     """
@@ -178,10 +181,11 @@ def write(
         assemble(path, peft_config, record, tensors, parameters)
         for file, text in texts.items():
             json_object(text, file, "give less provenance")
+    must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
     shapes, old = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, path / model_card.NAME
     notes = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else None
     texts[model_card.NAME] = model_card.renewed(model_card.card(peft_config, record, shapes), notes)
-    with new_folder(path, overwrite=overwrite) as folder:
+    with new_folder(path, overwrite=overwrite, replaces=FILES) as folder:
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
@@ -191,6 +195,17 @@ def write(
         with _could_be_read(path):
             for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
                 read_header(folder / file)
+
+
+def must_hold_no_model(folder: Path, base: str | None) -> None:
+    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
+    weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
+    if not weights or not (folder / "config.json").exists():
+        return
+    if base is None or Path(base).resolve() != folder.resolve():
+        found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
+        expected = "a folder without one: from_pretrained would take it for the adapter's base"
+        raise OutputExistsError(found, expected, "choose another folder, or remove the model from it")
 
 
 def own_files(path: Path) -> list[str]:
@@ -357,7 +372,10 @@ def _how_to_fetch(path: str) -> str:
 
 
 def missing(path: Path) -> list[str]:
-    """What keeps a folder from being read at all: files that are not there, are no files, or are pickles."""
+    """What keeps a folder from being read at all: files that are not there, are no files, or are pickles. A writer that
+    was killed while it replaced them is finished first."""
+    if not (path / peft.CONFIG).is_file():
+        recover(path.resolve())
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _how_to_fetch(str(path)))]
     problems = [*pickled(path), *misplaced(path, FILES)]

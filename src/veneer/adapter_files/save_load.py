@@ -65,7 +65,8 @@ def save(
             that was attached to merged weights.
         provenance: anything worth knowing about the training, as JSON values (the first rank's). The model card
             (README.md) shows some keys of it, such as "license" and "metrics": see ``model_card.py``.
-        overwrite: replace a folder that exists; notes at the end of its model card are kept.
+        overwrite: replace the adapter in a folder that exists; all other files stay, and notes at the end of its
+            model card.
         fingerprints: of the base's tensors, by their paths, for a model that stands for its base without holding the
             values (``models.meta_model``); those of changed weights must be there. None takes those of the tensors
             that it holds.
@@ -73,7 +74,7 @@ def save(
             ``if rank == 0``.
 
     Raises:
-        OutputExistsError: the path exists and ``overwrite`` is False.
+        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds another whole model.
         AdapterError: a trained number is not finite, the variant has no form in such a folder, or the base's weights
             are not known any more (merged with ``keep=False``); ranks that differ or do not come.
         MergeError: the adapter was attached while another was merged, which it no longer is.

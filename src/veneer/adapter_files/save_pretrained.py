@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapter_files import model_card
-from veneer.adapter_files.folder import FILES, write
+from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
 from veneer.attach.adapted_module import layer_states, own_class, with_values
@@ -36,12 +34,11 @@ from veneer.attach.method_overrides import without_adapters
 from veneer.attach.state import STATE, ModelAdapters
 from veneer.attach.targets import Names, ParamRef
 from veneer.distributed import is_spread
-from veneer.errors import AdapterError, OutputExistsError, SelectionError, listing, raise_all, sentence
+from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft
+from veneer.models.safetensors_dir import must_hold_no_adapter
 
 SAVE = "save_pretrained"
-#: what a folder that holds a whole model has, of transformers or of a library like it
-WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -74,10 +71,7 @@ def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dic
 def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
     """The module as it would be without adapters."""
     folder, seen = Path(next(iter(options.values()))), without_adapters(module)
-    if (folder / peft.CONFIG).exists():
-        found = f"{folder}, which holds an adapter, for weights into which one is merged"
-        expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
-        raise OutputExistsError(found, expected, "choose another folder")
+    must_hold_no_adapter(folder)
     if options.get("state_dict") is not None:
         ours = module.state_dict().keys() - seen.state_dict().keys()
         options["state_dict"] = {key: value for key, value in _state(options).items() if key not in ours}
@@ -98,7 +92,6 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         if not state and is_spread(model.modules()):
             write_adapter(model, name, folder, alone=False)  # every process has a part of what the main one writes
         return
-    _must_hold_no_model(model, folder)
     if state:
         _with_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
     else:
@@ -116,36 +109,11 @@ def _runs_on_top(attached: ModelAdapters) -> bool:
     return chosen.name in attached.configs and chosen.on == attached.merged
 
 
-def _must_hold_no_model(model: nn.Module, folder: Path) -> None:
-    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
-    weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
-    if not weights or not (folder / "config.json").exists():
-        return
-    base = base_name_of(model)
-    if base is None or Path(base).resolve() != folder.resolve():
-        found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
-        expected = "a folder without one: from_pretrained would take it for the adapter's base"
-        raise OutputExistsError(found, expected, "choose another folder, or remove the model from it")
-
-
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
     """The files of an adapter among those that a folder holds already. ``alone``: trainers let one process save."""
 
     def put(content: Mapping[str, Any]) -> None:
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            write(folder, **content, provenance={}, overwrite=True)
-            return
-        with tempfile.TemporaryDirectory(prefix=".adapter.", suffix=".tmp", dir=folder) as temporary:
-            made = Path(temporary) / "adapter"
-            if (folder / model_card.NAME).is_file():  # whose notes are kept
-                made.mkdir()
-                (made / model_card.NAME).write_bytes((folder / model_card.NAME).read_bytes())
-            write(made, **content, provenance={}, overwrite=True)
-            for file in FILES:
-                if (made / file).exists():
-                    (made / file).replace(folder / file)
-                else:
-                    (folder / file).unlink(missing_ok=True)
+        write(folder, **content, provenance={}, overwrite=True)
 
     save_by(put, model, folder, name, alone=alone)
 

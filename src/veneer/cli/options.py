@@ -54,5 +54,5 @@ Temperature = Annotated[float, Option(help="0: the most likely token each time; 
 TopP = Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]
 Seed = Annotated[int, Option(help="Seed of the sampling.", min=0)]
 Verify = Annotated[bool, Option(help="Refuse an adapter of another base.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace the folder if it exists.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what Veneer wrote in the folder; other files stay.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

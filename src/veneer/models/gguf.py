@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError, ConfigError
-from veneer.fileio.atomic import new_folder
+from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.formats import gguf_claims
 from veneer.models.messages import first_line, log, quiet
 from veneer.models.remote_code import code_options
@@ -49,7 +49,7 @@ def converted_gguf(file: Path) -> Path:
         raise ConfigError(str(error)) from error
     with quiet(), contextlib.redirect_stderr(shown):
         model, tokenizer = _read_gguf(file)
-    with new_folder(target, overwrite=True) as folder, quiet():
+    with new_folder(target, overwrite=True, replaces=[EVERYTHING]) as folder, quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return target

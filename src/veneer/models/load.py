@@ -29,6 +29,7 @@ from veneer.models.quantize import (
     quantizer,
 )  # fmt: skip
 from veneer.models.remote_code import code_options, hub_kernel, refuse_hub_kernel, without_hub_kernel
+from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -328,10 +329,11 @@ def save_plain(
     """Write model and tokenizer as a folder that transformers loads without Veneer, whole or not at all.
 
     `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of attached adapters are
-    left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false.
+    left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false, or holds an adapter.
     """
     path = Path(path).expanduser()
-    with new_folder(path, overwrite=overwrite) as folder, quiet():
+    must_hold_no_adapter(path)
+    with new_folder(path, overwrite=overwrite, replaces=MODEL_FILES) as folder, quiet():
         plain: Any = without_adapters(model)
         plain.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)

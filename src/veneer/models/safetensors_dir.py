@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, CheckpointError, listing, raise_all, sentence
+from veneer.errors import AdapterError, CheckpointError, OutputExistsError, listing, raise_all, sentence
 from veneer.fileio.pages import empty_bytes
 from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
+from veneer.formats import peft
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
@@ -31,6 +32,20 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: patterns of the files that a whole model may consist of, and that another one in its place replaces
+MODEL_FILES = (
+    "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json", "consolidated*.safetensors",
+)  # fmt: skip
+
+
+def must_hold_no_adapter(folder: Path) -> None:
+    """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be written."""
+    if (folder / peft.CONFIG).exists():
+        found = f"{folder}, which holds an adapter, for a whole model"
+        expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
+        raise OutputExistsError(found, expected, "choose another folder")
 
 
 @dataclass(frozen=True)

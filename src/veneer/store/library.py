@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +30,8 @@ from typing import Any
 
 from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
 from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing, nearest, raise_all, sentence
-from veneer.fileio.atomic import new_folder, write_whole
+from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
+from veneer.fileio.temporary import remove, sweep
 from veneer.models.gguf import cache_dir
 from veneer.store.remote import is_remote, kept, pull
 
@@ -183,13 +183,17 @@ class Library:
             used = {entry.object for entry in self._names().values()}  # a damaged index raises: nothing is deleted
             objects = self.folder / OBJECTS
             leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp"), *objects.glob(".*.replaced")]
-            freed = sum(map(_delete, leftovers))
+            freed = sum(map(_size, leftovers))
+            sweep(objects)  # first, as the rest of an object may be in one of them
+            for path in leftovers:
+                remove(path)
             unused = [path for path in sorted(self._objects()) if path.name not in used]
             old = [path for path in unused if time.time() - path.stat().st_mtime >= grace]
             for path in old:
                 doomed = path.with_name(f".{path.name}.tmp")
                 path.rename(doomed)  # at once: half an object must never stand under its hash
-                freed += _delete(doomed)
+                freed += _size(doomed)
+                remove(doomed)
         return Collected(tuple(path.name for path in old), len(leftovers), freed)
 
     def rebuild(self) -> Rebuilt:
@@ -230,7 +234,7 @@ class Library:
         target = self._object(key)
         if target.is_dir() and content_hash(target) == key:
             return
-        with new_folder(target, overwrite=True) as folder:
+        with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
             if content_hash(folder) != key:
                 found = f"files in {path} that changed while they were copied"
@@ -334,14 +338,9 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 
 
-def _delete(path: Path) -> int:
-    if path.is_dir():
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        shutil.rmtree(path)
-    else:
-        size = path.stat().st_size
-        path.unlink()
-    return size
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
 
 
 def default_folder() -> Path:

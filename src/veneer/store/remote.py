@@ -30,7 +30,7 @@ from typing import Any
 
 from veneer.adapter_files.folder import FILES, TOKENIZER, content_hash, copy_files, own_files, read, read_tokens
 from veneer.errors import AdapterError, RemoteError, VeneerError
-from veneer.fileio.atomic import new_file, new_folder, write_whole
+from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
 
 __all__ = ["pull", "push"]
@@ -153,7 +153,7 @@ def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | Non
     with, verified; ``key`` is the ``content_hash`` that it must have."""
     if _intact(target, key):
         return target
-    with new_folder(target, overwrite=True) as folder:
+    with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
         fetch(folder)
         if key is not None and content_hash(folder) != key:
             raise AdapterError(

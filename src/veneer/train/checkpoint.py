@@ -19,7 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from veneer.fileio.atomic import disk_errors, new_folder, write_whole
+from veneer.fileio.atomic import EVERYTHING, disk_errors, new_folder, write_whole
+from veneer.fileio.temporary import remove
 from veneer.train.processes import Processes
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
@@ -41,17 +42,8 @@ def clear(output: Path, *names: str) -> None:
     until another takes its place: what a kill leaves of a run that is being removed is none to go on with."""
     if (found := read_json(output / RUN)) is not None:
         write_json(output / RUN, {**found, "status": CLEARED})
-    remove(*(output / name for name in names), *output.glob("checkpoint-*"))
-
-
-def sweep(output: Path) -> None:
-    """Remove what a killed process left half-written."""
-    remove(*output.glob(".*.tmp"), *output.glob(".*.replaced"))
-
-
-def remove(*paths: Path) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in (*(output / name for name in names), *output.glob("checkpoint-*")):
+        remove(path)
 
 
 def write(output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes) -> None:
@@ -64,13 +56,14 @@ def write(output: str | Path, step: int, fill: Callable[[Path], None], processes
             fill(folder)
 
     with ExitStack() as stack:
-        folder = Path(processes.one(lambda: str(stack.enter_context(new_folder(target, overwrite=True)))))
+        made = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
+        folder = Path(processes.one(lambda: str(stack.enter_context(made))))
         try:
             processes.each(lambda: filled(folder))
             processes.each(stack.close)
         except BaseException:
             if not processes.first:  # the first one's went, and this one, still writing, may have made it again
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder.parent, ignore_errors=True)
             raise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.config import LoraConfig
 from veneer.errors import ConfigError, DataError, SelectionError
-from veneer.fileio.atomic import new_folder
+from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.store import NAME, Place, Store, folder_bytes, place_of
@@ -140,7 +140,7 @@ class Operations:
     def _publish(self, line: Line, place: Place, given: Mapping[str, Any]) -> None:
         provenance = {"run": line.run, "request": line.next}
         recipients = read_recipients(given.get("age_encryption_recipients") or ())
-        with new_folder(self.store.files_of(place), overwrite=True) as folder:
+        with new_folder(self.store.files_of(place), overwrite=True, replaces=[EVERYTHING]) as folder:
             self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
@@ -170,7 +170,7 @@ class Operations:
 
     def copy(self, source: Place, target: Place) -> None:
         """The files of a checkpoint under another run. No file of one is ever changed, so they are shared."""
-        with new_folder(self.store.files_of(target), overwrite=True) as folder:
+        with new_folder(self.store.files_of(target), overwrite=True, replaces=[EVERYTHING]) as folder:
             shutil.copytree(self.store.files_of(source), folder, copy_function=_link, dirs_exist_ok=True)
 
 

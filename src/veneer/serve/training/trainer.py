@@ -27,7 +27,7 @@ from veneer.adapter_files.folder import LARGEST
 from veneer.attach.lookup import changes, need_adapters
 from veneer.config import LoraConfig
 from veneer.errors import DataError, TrainingError
-from veneer.fileio.atomic import new_folder
+from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.formats._base import read_tensors
 from veneer.handle import Handle
 from veneer.serve.scheduler import fit_budget
@@ -338,7 +338,7 @@ class Trainer:
             for place, own in state.items() for key, value in own.items()
         }  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, overwrite=True) as made:
+        with new_folder(folder, overwrite=True, replaces=[EVERYTHING]) as made:
             self.runs[run].save(made / ADAPTER, base_name=base, provenance=provenance)
             save_file(tensors, made / OPTIMIZER)
             check(made)

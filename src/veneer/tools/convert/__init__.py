@@ -130,7 +130,7 @@ def conversion(
     source, out = Path(source), Path(out)
     format_, from_ = FORMATS[to], detect(source)
     options = _options(dtype, part, rank, energy, whole, from_, to)
-    must_not_exist(out, overwrite)
+    must_not_exist(out, overwrite, folder=to == "veneer" or format_.write is None)
     base_info = open_base(base)
     tuner = _tuner(source) if from_ == "peft" else None
     if from_ == to and tuner is None:

@@ -29,7 +29,8 @@ from veneer.adapter_files.folder import content_hash
 from veneer.attach.merge_report import MergeReport
 from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all
 from veneer.fileio.atomic import disk_errors, must_not_exist, publish
-from veneer.models.safetensors_dir import open_checkpoint
+from veneer.fileio.temporary import remove
+from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter, open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
 from veneer.tools.merge_checkpoint.aux_files import RECORD
 from veneer.tools.merge_checkpoint.job import MergeJob, computed, planned
@@ -93,18 +94,19 @@ def merge_checkpoint(
     """
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
+    must_hold_no_adapter(out)
     job = planned(base, adapters, dtype, rounding, verify_base, model)
     try:
-        return _merged(job, base, out, progress)
+        return _merged(job, base, out, overwrite, progress)
     except BaseMismatchError:
         if not job.merge_plan.by_prints:
             raise
     # the names were taken for those of the model's parameters, which only the model knows
     job = planned(base, adapters, dtype, rounding, verify_base, model, by_prints=False)
-    return _merged(job, base, out, progress)
+    return _merged(job, base, out, overwrite, progress)
 
 
-def _merged(job: MergeJob, base: str | Path, out: Path, progress: Progress | None) -> CheckpointMerge:
+def _merged(job: MergeJob, base: str | Path, out: Path, overwrite: bool, progress: Progress | None) -> CheckpointMerge:
     if out == job.checkpoint.folder.resolve() or out in job.checkpoint.folder.resolve().parents:
         raise MergeError(f"{out}, which holds the base", "another folder for the result", "choose another")
     with disk_errors(out), working_folder(out, job.identity()) as (folder, journal):
@@ -114,20 +116,29 @@ def _merged(job: MergeJob, base: str | Path, out: Path, progress: Progress | Non
             left_out = _aux_files(job, folder)
             report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(run.layers))
             (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
+            _publish(folder, out, overwrite)
         except (MergeError, CheckpointError, ValueError):  # what no second run would mend
             shutil.rmtree(folder)
             raise
         except OSError as error:
-            if (folder / JOURNAL).read_text().count("\n") < 2:
-                shutil.rmtree(folder)
+            if not (folder / JOURNAL).is_file() or (folder / JOURNAL).read_text().count("\n") < 2:
+                remove(folder)
             else:
                 error.add_note(f"What was done is kept in {folder}: run it again to go on, or delete that.")
             raise
-        (folder / JOURNAL).unlink()
-        publish(folder, out)
-        if folder.exists():  # what was there before, or an empty folder
-            shutil.rmtree(folder)
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes, run.resumed)
+
+
+def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """Let the result take its name; the journal stays in the folder where that fails."""
+    journal = (folder / JOURNAL).read_bytes()
+    (folder / JOURNAL).unlink()
+    try:
+        publish(folder, out, overwrite=overwrite, replaces=MODEL_FILES)
+    except BaseException:
+        if folder.is_dir():
+            (folder / JOURNAL).write_bytes(journal)
+        raise
 
 
 def prove(

@@ -11,10 +11,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import MergeError
+from veneer.fileio.locks import locked
 
 JOURNAL = "journal.jsonl"
 
@@ -25,7 +27,7 @@ def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[s
     its tensors that are. The journal of another merge is thrown away, with its folder. ``MergeError``: another process
     has it."""
     folder = out.with_name(f".{out.name}.merging")
-    with _locked(out, folder.with_name(f"{folder.name}.lock")):
+    with locked(folder.with_name(f"{folder.name}.lock"), partial(_busy, out)):
         lines: list[dict[str, Any]] = []
         with suppress(json.JSONDecodeError):  # the last line may have been cut off
             for text in (folder / JOURNAL).read_text().splitlines() if (folder / JOURNAL).is_file() else ():
@@ -43,23 +45,5 @@ def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[s
         yield folder, [{**line, "tensors": counted[line["file"]]} for line in lines[1:]]
 
 
-@contextmanager
-def _locked(out: Path, path: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # a tenth of a second
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-        if not path.exists():  # its owner ended, and removed it, in between
-            lock.release()
-            raise Timeout(str(path))
-    except Timeout:
-        found = f"another process that merges into {out}, as {path} is locked"
-        raise MergeError(found, "one", "wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        with suppress(PermissionError):  # a system that keeps open files keeps this one, which is empty
-            path.unlink(missing_ok=True)
-        lock.release()
+def _busy(out: Path, holder: str) -> MergeError:
+    return MergeError(f"{holder}, which merges into {out}", "one at a time", "wait for it, or choose another folder")

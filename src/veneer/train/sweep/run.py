@@ -34,7 +34,7 @@ from veneer.attach.plan import plan
 from veneer.attach.summary import size
 from veneer.attach.targets import Names
 from veneer.errors import ConfigError, OutputExistsError, TargetError, TrainingError, VeneerError, raise_all
-from veneer.fileio.atomic import new_folder, write_whole
+from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
 from veneer.train.arguments import arguments_of
@@ -387,7 +387,7 @@ class _Work:
             for step, measured in one.evaluations
         ]
         lines.sort(key=lambda line: (line["step"], "loss" not in line))
-        with new_folder(self.output / BEST, overwrite=True) as folder:
+        with new_folder(self.output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
             cohort.runs[one.name].save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=about)
             (folder / checkpoint.LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / TRAIN).write_text(yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
