@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, listing, raise_all, sentence
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.temporary import recover
+from veneer.fileio.tensors import read_tensors
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
 from veneer.formats import peft, peft_targets, peft_tokens
@@ -422,17 +422,6 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         trainable_tokens=config.get(peft_tokens.FIELD) or (),
         bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
     )
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file and its metadata, once its header was found to be true."""
-    header = read_header(file)
-    try:
-        with safe_open(file, framework="pt") as file_:
-            return {key: file_.get_tensor(key) for key in throttled(header.tensors)}, dict(header.metadata)
-    except (SafetensorError, ValueError, RuntimeError, AttributeError) as error:
-        found, do = f"{file} cannot be read ({error})", "get the file again; it may be cut short"
-        raise AdapterError(found, "a whole safetensors file", do) from error
 
 
 def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:

@@ -37,6 +37,7 @@ from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
+from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
 from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_targets import describe
@@ -159,7 +160,7 @@ class _Checks:
         self.strangers()
         usable = {name for name in folder.CORE if (path / name).is_file() and not misplaced(path, [name])}
         config = self.tried("config", read_json, path / peft.CONFIG) if peft.CONFIG in usable else None
-        content = self.tried("tensors", folder.read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
+        content = self.tried("tensors", read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
         if content is None:
             return
         tensors, metadata = content

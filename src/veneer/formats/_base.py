@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing
+from veneer.fileio import tensors as tensor_files
 from veneer.formats.peft import MAGNITUDE, PeftLayer, of_parameter
 from veneer.registry import Registry
 
@@ -234,12 +234,6 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file; AdapterError where it is cut short, or not finite."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()  # a list: safe_open is no mapping
-            tensors, header = {key: file.get_tensor(key) for key in names}, file.metadata() or {}
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        found = f"{path}, which cannot be read ({error})"
-        raise AdapterError(found, "a whole safetensors file", "get the file again") from error
+    tensors, header = tensor_files.read_tensors(path)
     require_finite(tensors, path)
     return tensors, header

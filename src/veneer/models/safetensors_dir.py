@@ -19,18 +19,15 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, CheckpointError, OutputExistsError, listing, raise_all, sentence
-from veneer.fileio.pages import empty_bytes
+from veneer.fileio import tensors
 from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
 from veneer.formats import peft
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: torch's dtypes by the names that safetensors has
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+#: torch's dtypes of the weights of models, by the names that safetensors has
+_WEIGHTS = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
+DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: patterns of the files that a whole model may consist of, and that another one in its place replaces
 MODEL_FILES = (
@@ -83,12 +80,11 @@ class Checkpoint:
             first, last, _ = rows.indices(shape[0])
             row = size // shape[0] if shape[0] else 0
             shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
-        flat = empty_bytes(size)
         with (self.folder / self.where[name]).open("rb") as stream:
-            stream.seek(start)
-            if stream.readinto(flat.numpy().data) != size:
-                found = f"{self.where[name]}, which ended within {name!r}"
-                raise CheckpointError(found, "the file as it was", "let nobody write to it meanwhile")
+            flat = tensors.read_bytes(stream, start, size)
+        if flat is None:
+            found = f"{self.where[name]}, which ended within {name!r}"
+            raise CheckpointError(found, "the file as it was", "let nobody write to it meanwhile")
         return flat.view(self.dtype(name)).reshape(shape)
 
 

@@ -1,0 +1,53 @@
+"""The tensors of a safetensors file, read into memory of their own.
+
+The safetensors library maps the file: numbers that were checked would change with a later write to it, and a file that
+becomes shorter would end the process.
+"""
+
+from __future__ import annotations
+
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, listing
+from veneer.fileio.pages import empty_bytes
+from veneer.fileio.throttle import throttled
+from veneer.fileio.untrusted import read_header
+
+#: torch's dtypes by the names that safetensors has
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata, once its header was found to be true. ``AdapterError``: it is no whole
+    safetensors file, or holds a type of numbers that torch lacks."""
+    file = Path(file)
+    header, tensors = read_header(file), {}
+    odd = [f"{name!r} ({entry.dtype})" for name, entry in header.tensors.items() if entry.dtype not in DTYPES]
+    if odd:
+        found = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
+        raise AdapterError(found, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
+    with file.open("rb") as stream:
+        for name, entry in throttled(header.tensors.items()):
+            flat = read_bytes(stream, header.data_start + entry.start, entry.stop - entry.start)
+            if flat is None:
+                found = f"{file} cannot be read (it ended within {name!r}, while it was read)"
+                raise AdapterError(found, "a whole safetensors file", "get the file again, or let nobody write to it")
+            tensors[name] = flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return tensors, dict(header.metadata)
+
+
+def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
+    """Bytes of a file in memory of their own, [size] in uint8; None if it has not so many."""
+    flat = empty_bytes(size)
+    stream.seek(start)
+    return flat if stream.readinto(flat.numpy().data) == size else None
