@@ -19,7 +19,7 @@ from torch import nn
 import veneer
 from veneer.adapter_files.folder import content_hash
 from veneer.errors import AdapterError, OutputExistsError, RemoteError
-from veneer.store.library import resolve
+from veneer.store.library import Library, resolve
 from veneer.store.remote import pull, push
 
 pytest.importorskip("huggingface_hub")
@@ -117,6 +117,59 @@ def test_the_tokenizer_of_trained_tokens_goes_along(store, cache, tmp_path):
     for place in (store, str(tmp_path / "leak")):
         with pytest.raises(AdapterError, match=r"a link to .* outside the folder"):
             push(path, place)
+
+
+@stores
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja"])
+def test_a_revision_names_the_tokenizer_too(store, cache, tmp_path, file):
+    path = with_tokens(tmp_path)
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    place = push(path, store)
+    write(f"{store}/{place.rpartition('@')[2]}/{file}", b'{"altered": 1}')
+    with pytest.raises(AdapterError, match=r"other files at .* than were put there"):
+        pull(place)
+    again = push(path, store)
+    assert again == place, "what was altered is put there once more"
+    found = pull(place)
+    (found / file).write_text("altered in the cache")
+    assert (pull(place) / file).read_bytes() == (path / file).read_bytes()
+    (path / file).write_text("another one")
+    assert push(path, store) != place
+
+
+@stores
+def test_a_revision_of_an_earlier_format_is_still_read(store, cache, tmp_path):
+    """It names the folder without its tokenizer."""
+    path = with_tokens(tmp_path)
+    place = push(path, store)
+    tokenizer = path / "tokenizer.json"
+    text, _ = tokenizer.read_text(), tokenizer.unlink()
+    old = content_hash(path)  # without a tokenizer there is nothing that format 1 left out
+    tokenizer.write_text(text)
+    for name in (*contents(path),):
+        if name != "optimizer.pt":
+            write(f"{store}/{old}/{name}", (path / name).read_bytes())
+    wanted = {name: data for name, data in contents(path).items() if name != "optimizer.pt"}
+    assert contents(pull(f"{store}@{old}")) == wanted
+    assert place != f"{store}@{old}"
+    library = Library(tmp_path / "library")
+    entry = library.add(path, "a")
+    shutil.copytree(library.get("a"), library.folder / "objects" / old)
+    index = library.folder / "index.json"
+    index.write_text(index.read_text().replace(entry.object, old))
+    assert library.rebuild().kept == ("a",)
+    assert contents(library.pull("a")) == wanted
+
+
+def test_a_second_entry_has_its_own_chat_template(tmp_path):
+    path, library = with_tokens(tmp_path), Library(tmp_path / "library")
+    for name in ("first", "second"):
+        (path / "chat_template.jinja").write_text(name)
+        library.add(path, name)
+    assert [(library.get(name) / "chat_template.jinja").read_text() for name in ("first", "second")] == [
+        "first", "second",
+    ]  # fmt: skip
+    assert library.entry("first").size == sum(len(data) for data in contents(library.get("first")).values())
 
 
 @stores

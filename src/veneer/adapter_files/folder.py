@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -256,12 +256,27 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the names and bytes of an adapter's own files."""
-    whole = hashlib.sha256()
-    for name in FILES:
-        if (path / name).is_file():
-            with (path / name).open("rb") as stream:
-                whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    """SHA-256 of the names and bytes of all files of an adapter. A hash that covers a tokenizer is of format 2 and
+    says so; all others are as they were in format 1, which left tokenizers out."""
+    names = own_files(path)
+    tokenizer = [name for name in names if name not in FILES]
+    return _hash_files(path, names, b"format 2\n" if tokenizer else b"")
+
+
+def has_content(path: Path, key: str) -> bool:
+    """Whether a hash is that of the adapter in a folder: by ``content_hash``, or as format 1 had it, in which folders
+    were named that are there already."""
+    try:
+        return key in (content_hash(path), _hash_files(path, [name for name in FILES if (path / name).is_file()]))
+    except AdapterError:  # what cannot be read has been altered
+        return False
+
+
+def _hash_files(path: Path, names: Sequence[str], start: bytes = b"") -> str:
+    whole = hashlib.sha256(start)
+    for name in names:
+        with (path / name).open("rb") as stream:
+            whole.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
 
 

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter_files.folder import FILES, content_hash, copy_files, read
+from veneer.adapter_files.folder import FILES, content_hash, copy_files, has_content, own_files, read
 from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
@@ -205,7 +205,7 @@ class Library:
         """
         with self._locked():
             names, whole = self._readable()
-            intact = {path.name for path in self._objects() if content_hash(path) == path.name}
+            intact = {path.name for path in self._objects() if has_content(path, path.name)}
             kept = {name: entry for name, entry in names.items() if entry.object in intact}
             lost, recovered = sorted(names.keys() - kept.keys()), {}
             unknown = intact - {entry.object for entry in kept.values()}
@@ -232,11 +232,11 @@ class Library:
     def _store(self, path: Path, key: str) -> None:
         """Put the files into place, unless they are there, and intact, already."""
         target = self._object(key)
-        if target.is_dir() and content_hash(target) == key:
+        if target.is_dir() and has_content(target, key):
             return
         with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
-            if content_hash(folder) != key:
+            if not has_content(folder, key):
                 found = f"files in {path} that changed while they were copied"
                 raise AdapterError(found, "files at rest", "add it again when they are written")
 
@@ -325,7 +325,7 @@ def _parse(file: Path) -> dict[str, Entry]:
 def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
     saved = read(path)
     base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get("base_model_name_or_path")
-    size = sum((path / file).stat().st_size for file in FILES if (path / file).is_file())
+    size = sum((path / file).stat().st_size for file in own_files(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(name, key, tags, added, size, base, saved.config.variant, saved.config.rank)
 

@@ -28,7 +28,16 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from veneer.adapter_files.folder import FILES, TOKENIZER, content_hash, copy_files, own_files, read, read_tokens
+from veneer.adapter_files.folder import (
+    FILES,
+    TOKENIZER,
+    content_hash,
+    copy_files,
+    has_content,
+    own_files,
+    read,
+    read_tokens,
+)
 from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
@@ -155,7 +164,7 @@ def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | Non
         return target
     with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
         fetch(folder)
-        if key is not None and content_hash(folder) != key:
+        if key is not None and not has_content(folder, key):
             raise AdapterError(
                 f"other files at {place} than were put there", "those of that hash", "put them there again"
             )
@@ -172,7 +181,7 @@ def _intact(folder: Path, key: str | None = None) -> bool:
     with suppress(AdapterError):
         if folder.is_dir():
             read(folder)
-            return key is None or content_hash(folder) == key
+            return key is None or has_content(folder, key)
     return False
 
 
