@@ -8,23 +8,26 @@ output/
     rng_state.pth          of several processes, one each: rng_state_0.pth, rng_state_1.pth, …
   .checkpoint-130.….tmp/   what a kill leaves of one that was being written; swept away at the next start
   adapter/  metrics.json   the result
+  .run.lock                held while a run writes here; .run.lock.holder says which process it is
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import OutputExistsError
 from veneer.fileio.atomic import EVERYTHING, disk_errors, new_folder, write_whole
-from veneer.fileio.temporary import remove
+from veneer.fileio.locks import locked
+from veneer.fileio.temporary import remove, sweep
 from veneer.train.processes import Processes
 
 ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
-CLEARED = "cleared"
+CLEARED, LOCK = "cleared", ".run.lock"
 
 
 def path_of(output: str | Path, step: int) -> Path:
@@ -44,6 +47,35 @@ def clear(output: Path, *names: str) -> None:
         write_json(output / RUN, {**found, "status": CLEARED})
     for path in (*(output / name for name in names), *output.glob("checkpoint-*")):
         remove(path)
+
+
+@contextmanager
+def only_writer(output: Path, processes: Processes) -> Iterator[None]:
+    """A block in which no other run writes to `output`, which begins without what killed ones left half-written.
+    `OutputExistsError`: another process has it."""
+
+    def refusal(holder: str) -> OutputExistsError:
+        found = f"{holder}, which writes its run to {output}"
+        return OutputExistsError(found, "one run for an output folder", "wait for it, or choose another output")
+
+    def hold() -> None:
+        if not output.is_file():  # which is refused soon
+            stack.enter_context(locked(output / LOCK, refusal))
+        if (output / RUN).exists():  # else it is no folder of ours
+            sweep(output)
+
+    try:
+        with ExitStack() as stack:
+            processes.one(hold)
+            yield
+    finally:
+        if processes.first and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()  # of a run that could not begin
+
+
+def is_taken(output: Path) -> bool:
+    """Whether the folder holds more than the lock of this run, and a record that was never whole."""
+    return output.is_dir() and not all(file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir())
 
 
 def write(output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes) -> None:

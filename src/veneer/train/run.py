@@ -95,7 +95,8 @@ def fit(
         stop_order: asked after each step; once it says true, the run ends with a checkpoint, as after Ctrl-C.
 
     Raises:
-        OutputExistsError: the output folder holds a finished run, or something that is no run.
+        OutputExistsError: the output folder holds a finished run, or something that is no run, or another process
+            writes its run there.
         ConfigError: an unfinished run there has another configuration; a base that cannot be loaded, or is no causal
             language model.
         DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
@@ -104,6 +105,15 @@ def fit(
     processes.same_rows = config.parallel == "tp"
     console = (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
     output = config.output.expanduser()
+    with checkpoint.only_writer(output, processes):
+        return _fit(config, output, callbacks, console, stop_order, processes)
+
+
+def _fit(
+    config: TrainConfig, output: Path, callbacks: Sequence[TrainerCallback], console: Console,
+    stop_order: Callable[[], bool] | None, processes: Processes,
+) -> Result:  # fmt: skip
+    """`fit`, while no other run writes to `output`."""
     task, ids, prepared, found, arguments = begin(config, output, console, processes)
     if (seen := arguments.n_gpu) > 1:
         arguments._n_gpu = 1  # transformers would copy the model to all in each step (`nn.DataParallel`): trl refuses
@@ -212,7 +222,6 @@ def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -
     if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
         checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(output)
     write_status(output, "running", config, prepared)
     return checkpoint.cut_log(output, found[1] if found is not None else 0)[-2:]
 
@@ -223,7 +232,7 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     if output.is_file():
         raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
     run = checkpoint.read_json(output / checkpoint.RUN)
-    if run is None and output.is_dir() and any(output.iterdir()):
+    if run is None and checkpoint.is_taken(output):
         do = "choose another output; Veneer replaces nothing that it did not write"
         raise OutputExistsError(f"{output} is not empty and holds no Veneer run", "a new folder", do)
     if run is None or run["status"] == checkpoint.CLEARED:

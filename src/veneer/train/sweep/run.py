@@ -89,8 +89,8 @@ def sweep(
     ended with a loss that is a number.
     """
     console = console or Console(stderr=True, quiet=quiet)
-    work = _Work(config, settings, keep_going, console, shown)
-    with StopOnSignal(console) as stop:
+    with checkpoint.only_writer(config.output.expanduser(), Processes()), StopOnSignal(console) as stop:
+        work = _Work(config, settings, keep_going, console, shown)
         return work.run(lambda: stop.asked or (stop_order is not None and stop_order()))
 
 
@@ -132,7 +132,7 @@ class _Work:
         """Whether the output holds a sweep to go on with. Raises where it holds what is not to be replaced."""
         output, config = self.output, self.config
         run = None if output.is_file() else checkpoint.read_json(output / checkpoint.RUN)
-        taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+        taken = output.is_file() or checkpoint.is_taken(output)
         if taken and (run is None or "sweep" not in run):
             raise OutputExistsError(f"{output}, which holds no sweep", "a new folder", "choose another output")
         if run is None or run["status"] == checkpoint.CLEARED:
@@ -172,7 +172,6 @@ class _Work:
         if self.found is None:
             checkpoint.clear(self.output, BEST, REPORT, RESULT)
         self.output.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(self.output)
         self._status("running")
 
     # ------------------------------------------------------------------------------------------ the candidates
