@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -114,6 +115,18 @@ class BaseMismatchError(AdapterError):
 
 #: characters of what was found, and problems, that one message shows: both may come from a file of any size
 LONGEST, MOST = 2000, 50
+
+
+def escape_controls(text: str) -> str:
+    r"""A text of strangers as a terminal may show it: what steers one (escape sequences, overrides of the direction of
+    writing) as ``\x1b``; lines and tabs stay."""
+    return "".join(ascii(mark)[1:-1] if _steers(mark) else mark for mark in text)
+
+
+def _steers(mark: str) -> bool:
+    if mark.isprintable() or mark in "\n\t":
+        return False
+    return unicodedata.category(mark) != "Cf" or unicodedata.bidirectional(mark) != "BN"
 
 
 def sentence(found: str, expected: str, do: str) -> str:

@@ -36,6 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import escape_controls
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft, vllm
 
@@ -104,7 +105,7 @@ class _Card:
             "Use": "\n\n".join(self.use()),
             "Verify": self.verification(),
         }
-        body = [f"# {_line(self.title)}", self.what(), self.told["description"].replace(LINE, "").strip()]
+        body = [f"# {_line(self.title)}", self.what(), _paragraphs(self.told["description"])]
         body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
         return f"---\n{front_matter(self.metadata())}---\n\n" + "\n\n".join(filter(None, body)) + f"\n\n{LINE}\n"
 
@@ -290,14 +291,19 @@ def _shown(name: Any) -> str:
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 
+def _paragraphs(text: str) -> str:
+    """Markdown of others, without the line that the notes stand below."""
+    return escape_controls(text.replace("\r\n", "\n").replace(LINE, "").strip())
+
+
 def _line(words: Any) -> str:
     """Words of others on one line, with what Markdown and HTML would take for marks escaped."""
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(words).split()))
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(words)).split()))
 
 
 def _code(words: Any) -> str:
     """Words of others as code, on one line."""
-    text = " ".join(str(words).split())
+    text = " ".join(escape_controls(str(words)).split())
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"
@@ -310,4 +316,4 @@ def _cell(value: Any) -> str:
 
 
 def _quoted(name: Any) -> str:
-    return json.dumps(str(name), ensure_ascii=False)
+    return escape_controls(json.dumps(str(name), ensure_ascii=False))

@@ -35,7 +35,7 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, record_in
 from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
-from veneer.errors import AdapterError, CheckpointError, ConfigError, listing, sentence
+from veneer.errors import AdapterError, CheckpointError, ConfigError, escape_controls, listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
 from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
@@ -72,8 +72,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Indented from its second line on: names may hold what looks like another finding, or steers a terminal."""
-        shown = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in self.message)
-        return f"{self.level:<8} {self.check:<8} {shown}".replace("\n", "\n" + " " * 18)
+        return f"{self.level:<8} {self.check:<8} {escape_controls(self.message)}".replace("\n", "\n" + " " * 18)
 
 
 @dataclass(frozen=True)

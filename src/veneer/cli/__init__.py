@@ -88,14 +88,15 @@ def main() -> NoReturn:
 def _report(error: BaseException, message: str) -> int:
     """Print one readable message, unless another process of a run tells it; with VENEER_DEBUG set, the traceback too.
     Always 2."""
-    from rich.console import Console
     from rich.text import Text
+
+    from veneer.cli.console import SafeConsole
 
     if os.environ.get("VENEER_DEBUG"):
         raise error
     if getattr(error, "told_elsewhere", False):
         return 2
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     text = "\n".join([message, *getattr(error, "__notes__", ())])
     console.print(Text("Error: ", style="bold red").append(Text(text, style="default not bold")), soft_wrap=True)
     return 2

@@ -33,7 +33,7 @@ from veneer.cli.options import (
     TrustRemoteCode,
     Verify,
 )
-from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, nearest
+from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, escape_controls, nearest
 
 Adapters = Annotated[
     list[str] | None, Option("--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}.")
@@ -319,7 +319,7 @@ class Conversation:
 
 
 def _aloud(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(escape_controls(text))
     sys.stdout.flush()
 
 

@@ -5,24 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, escape_controls
 
 if TYPE_CHECKING:
     from veneer.models.load import Base
     from veneer.store.library import Library
 
+
+class SafeConsole(Console):
+    """A console on which texts of strangers steer nothing: escape sequences in them are shown, not sent."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(escape_controls(text), style)
+
+
 # What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no pictures for them.
-out = Console(markup=False, highlight=False, emoji=False)
-err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+out = SafeConsole(markup=False, highlight=False, emoji=False)
+err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 class _Notes(logging.Handler):
