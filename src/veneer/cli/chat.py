@@ -34,6 +34,7 @@ from veneer.cli.options import (
     Verify,
 )
 from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, escape_controls, nearest
+from veneer.fileio.private import private_file
 
 Adapters = Annotated[
     list[str] | None, Option("--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}.")
@@ -238,7 +239,7 @@ class Conversation:
         said = self.history(self.label)
         row = {"messages": said} if self.templated else {"text": said}
         try:
-            with Path(words[0]).expanduser().open("a", encoding="utf-8") as file:
+            with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:  # which must not end what was said
             raise ConfigError(f"/save {text} ({error})", "a file that can be written", "name another") from error

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from veneer.errors import ConfigError, DataError, listing
+from veneer.fileio.private import private_file, private_folder
 
 log = logging.getLogger("veneer.serve.training")
 
@@ -85,13 +86,14 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         self._file_lock = FileLock(self.folder / "server.lock")
         try:
             self._file_lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(f"{folder}, which another server has", "a folder of its own", "stop that one") from error
         self._lock = threading.RLock()
+        private_file(self.folder / INDEX)
         self._readers: deque[sqlite3.Connection] = deque()  # that no thread uses now
         self._closed = False
         self._base = self._connect()
