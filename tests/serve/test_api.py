@@ -14,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 from tests.support.api_server import BASE, adapter_at, serving, until
 
+from veneer.kernels.draws import sample_seed
 from veneer.serve.schemas import CompletionRequest
 
 
@@ -121,7 +122,8 @@ def test_chat_stream_of_several_answers(client):
     for chunk in client.chat.completions.create(model=BASE, messages=HELLO, n=3, seed=10, stream=True, max_tokens=2):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
-    assert texts == {0: "w10 w11 ", 1: "w11 w12 ", 2: "w12 w13 "}
+    firsts = [sample_seed(10, index) for index in range(3)]
+    assert texts == {index: f"w{first} w{first + 1} " for index, first in enumerate(firsts)}
 
 
 def test_what_is_asked_reaches_the_engine(it, client):
@@ -132,7 +134,7 @@ def test_what_is_asked_reaches_the_engine(it, client):
     sampling = it.engine.seen[-1].sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (5, 0.3, 0.9, 9)
     assert (sampling.stop, sampling.logprobs, sampling.ignore_eos) == (("w7", "x"), 2, True)
-    assert {request.sampling.seed for request in it.engine.seen[-2:]} == {4, 5}
+    assert [request.sampling.seed for request in it.engine.seen[-2:]] == [sample_seed(4, 0), sample_seed(4, 1)]
 
 
 def test_stop(client):
@@ -210,7 +212,10 @@ def test_completion(it, client):
 
 def test_completions_of_lists(it, client):
     answer = client.completions.create(model=BASE, prompt=["a", "bc"], n=2, seed=0, max_tokens=1, echo=True)
-    assert [choice.text for choice in answer.choices] == ["aw0 ", "aw1 ", "bcw0 ", "bcw1 "]
+    seeds = [sample_seed(0, index) for index in range(4)]  # of one call, no two answers share draws
+    assert [choice.text for choice in answer.choices] == [
+        f"{text}w{seed} " for text, seed in zip(("a", "a", "bc", "bc"), seeds, strict=True)
+    ]
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.usage.prompt_tokens == 3
     tokens = it.service.tokenizer("hi")["input_ids"]

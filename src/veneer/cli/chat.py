@@ -290,6 +290,7 @@ class Conversation:
         from contextlib import nullcontext
 
         import veneer
+        from veneer.kernels.draws import sample_seed
         from veneer.train.generate import context_of, encode, generate
 
         said = self.history(self.label_of(choice))
@@ -304,7 +305,7 @@ class Conversation:
                 found = f"a conversation of {tokens:,} tokens"
                 raise DataError(found, f"fewer than {context:,}, the model's context", "say /reset, or less")
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
-        sampling["seed"] += len(self.turns)
+        sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
         with veneer.use(self.model, choice) if self.names else nullcontext():
             return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[0]
 

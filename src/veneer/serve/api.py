@@ -212,9 +212,8 @@ async def _answer(
     key: Key = request.state.key
     form = Form(body, tokens, heads, key.admin)
     jobs = [
-        Job(prompt, blend, body.sampling(most, choice), service.timeout, f"{form.id}-{number}-{choice}", key.owner)
-        for number, prompt in enumerate(tokens)
-        for choice in range(body.n)
+        Job(prompt, blend, body.sampling(most, number), service.timeout, f"{form.id}-{number}", key.owner)
+        for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
     answers = await _submitted(service, jobs)
     if not body.stream:

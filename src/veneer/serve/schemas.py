@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from veneer.kernels.draws import sample_seed
 from veneer.serve import limits
 from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
@@ -175,9 +176,9 @@ class Asked(Strict, ABC):
     ignore_eos: bool = False
 
     def sampling(self, max_tokens: int, choice: int) -> Sampling:
-        """How the ``choice``-th answer is drawn; each has a seed of its own."""
+        """How answer number ``choice`` of the call is drawn; each has a seed of its own."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        seed = None if self.seed is None else sample_seed(self.seed, choice)
         top_p, top_k = max(self.top_p, 1e-6), max(self.top_k, 0)
         logprobs, schema = self.alternatives(), self.schema_of_answer()
         return Sampling(max_tokens, self.temperature, top_p, top_k, seed, stop, logprobs, schema, self.ignore_eos)

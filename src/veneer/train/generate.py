@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from veneer.errors import DataError
+from veneer.kernels.draws import generators, perturb, sample_seed
 
 Prompt = str | list[dict[str, Any]]
 
@@ -37,8 +38,9 @@ def generate(
     """The continuation of each prompt, in order, without the prompt and without the stop string. ``prompts``: texts, or
     chats (lists of {"role", "content"}), which go through the tokenizer's chat template. ``temperature``: 0 takes the
     most likely token each time; above 0 samples. ``top_p``: when sampling, from the smallest set of tokens with this
-    much probability. ``stop``: strings that end a row. ``seed``: of the sampling; the global random state is left as it
-    was. ``say``: called with each piece of the text of a single prompt as it is written. ``until``: asked after each
+    much probability. ``stop``: strings that end a row. ``seed``: of the sampling. Prompt i draws from
+    ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from torch's generator; otherwise the global
+    random state is left as it was. ``say``: called with each piece of the text of a single prompt as it is written. ``until``: asked after each
     token; what is written when it says True is the text. ``DataError``: an empty prompt, or a prompt with
     `max_new_tokens` is longer than the model's context."""
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
@@ -61,7 +63,7 @@ def continuations(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    top_k: int | None = None,
+    top_k: int = 0,
     batch_size: int = 16,
     stop: Sequence[str] = (),
     seed: int | None = None,
@@ -69,9 +71,8 @@ def continuations(
     until: Callable[[], bool] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with it. ``top_k``: when
-    sampling, from so many tokens; 0 is all, None transformers' default. Other arguments and errors as of
-    ``generate``."""
-    from transformers import GenerationConfig
+    sampling, from so many tokens; 0 is all. Other arguments and errors as of ``generate``."""
+    from transformers import GenerationConfig, LogitsProcessorList
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     context = context_of(model)
@@ -83,46 +84,56 @@ def continuations(
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
-        use_cache=True, **_sampling(temperature, top_p, top_k),
+        use_cache=True, do_sample=False, num_beams=1,
     )  # fmt: skip
     options = {
         "generation_config": config,
         **({"tokenizer": tokenizer} if stop else {}),
         **_watched(say, until, tokenizer),
     }
+    if seed is None and temperature > 0:
+        seed = int(torch.randint(2**62, ()))
     answers: list[list[int]] = [[] for _ in encoded]
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                width = len(encoded[rows[0]])
-                short = [width - len(encoded[row]) for row in rows]
-                ids = [[pad or 0] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
-                mask = [[0] * count + [1] * (width - count) for count in short]
-                inputs = {"input_ids": ids, "attention_mask": mask}
-                inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
-                new = model.generate(**inputs, **options)[:, width:].tolist()
-                for row, tokens in zip(rows, new, strict=True):
-                    answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(encoded[rows[0]])
+            short = [width - len(encoded[row]) for row in rows]
+            ids = [[pad or 0] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
+            mask = [[0] * count + [1] * (width - count) for count in short]
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
+            if temperature > 0 and seed is not None:
+                seeds = [sample_seed(seed, row) for row in rows]
+                processors = _sampling(temperature, top_p, top_k, seeds)
+                options["logits_processor"] = LogitsProcessorList(processors)
+            new = model.generate(**inputs, **options)[:, width:].tolist()
+            for row, tokens in zip(rows, new, strict=True):
+                answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     finally:
         model.train(training)
     return answers
 
 
-def _sampling(temperature: float, top_p: float, top_k: int | None) -> dict[str, Any]:
-    """A config of our own: a model's may carry sampling values that warn, or change the result, in a greedy run."""
-    if temperature <= 0:
-        return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_p": top_p,
-        **({} if top_k is None else {"top_k": top_k}),
-    }
+def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]) -> list[Any]:
+    """What makes the most likely token of a greedy run a draw. transformers' own sampling draws a batch's tokens from
+    one generator, so that the answer to a prompt would depend on the others."""
+    from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    class Perturb(LogitsProcessor):
+        def __init__(self) -> None:
+            self.rows: list[torch.Generator] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.rows = self.rows or generators(seeds, scores.device)
+            return perturb(scores, self.rows)
+
+    processors: list[Any] = [TemperatureLogitsWarper(float(temperature))]
+    processors += [TopKLogitsWarper(top_k)] if top_k else []
+    processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return [*processors, Perturb()]
 
 
 def context_of(model: Any) -> int | None:

@@ -34,6 +34,7 @@ from veneer.distributed import is_spread
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, TrainingError
 from veneer.fileio.hashing import hash_json
 from veneer.handle import attach, load
+from veneer.kernels.draws import sample_seed
 from veneer.models.load import Base
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import callbacks as watch
@@ -149,7 +150,8 @@ def _fit(
     trainer.remove_callback(PrinterCallback)
     trainer.processes, trainer.stop, trainer.group_by_length = processes, stop, config.group_by_length
     if processes.share:
-        set_seed(config.seed + processes.share)  # other rows, other dropout
+        # other rows, other dropout and answers; numpy's generator takes 32 bits
+        set_seed(sample_seed(config.seed, processes.share) % 2**32)
     trainer._total_train_tokens = max((line.get("tokens", 0) for line in before), default=0)
     with _gone():
         processes.each(lambda: _train(trainer, task, found, prepared, stop, bar, output))

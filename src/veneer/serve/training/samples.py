@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import DataError, VeneerError, sentence
+from veneer.kernels.draws import sample_seed
 from veneer.serve.requests import Busy, Piece, Request, RequestError, Sampling
 from veneer.serve.training.bodies import Sample, Targets
 from veneer.serve.training.wire import Sequence_, sample_output
@@ -228,7 +229,7 @@ def _sampling(asked: Sample, number: int, most: int) -> Sampling:
     ids = frozenset(one for one in stop or () if isinstance(one, int))
     return Sampling(
         max_tokens=given.max_tokens or most, temperature=given.temperature, top_p=given.top_p,
-        top_k=max(given.top_k, 0), seed=None if given.seed is None else given.seed + number,
+        top_k=max(given.top_k, 0), seed=None if given.seed is None else sample_seed(given.seed, number),
         stop=tuple(filter(None, words)),
         logprobs=asked.topk_sample_logprobs, ignore_eos=stop == [], stop_tokens=ids,
     )  # fmt: skip
@@ -268,9 +269,11 @@ def _scored(logits: Tensor, following: Tensor, asked: Sample) -> dict[str, Any]:
     if k := asked.prompt_alt_tokens_k:
         temperature = asked.sampling_params.temperature
         shares = torch.softmax(logits / max(temperature, 1e-5), -1)
-        draw = torch.Generator(logits.device).manual_seed((asked.sampling_params.seed or 0) % 2**63)
-        if asked.sampling_params.seed is None:
+        draw, seed = torch.Generator(logits.device), asked.sampling_params.seed
+        if seed is None:
             draw.seed()
+        else:
+            draw.manual_seed(sample_seed(seed, asked.num_samples))  # after those of the samples
         drawn = torch.multinomial(shares, k, replacement=True, generator=draw)
         logprobs = (logits.gather(-1, drawn) - total).float()
         found["prompt_alt_tokens"] = drawn.cpu().numpy().astype(np.int64), logprobs.cpu().numpy()
