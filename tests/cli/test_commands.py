@@ -394,3 +394,38 @@ def test_a_dry_run_and_a_sweep_are_two_things(veneer: Case, base: Path, data: Pa
     assert found.code == 0, found.err
     assert "Example" in found.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_base_says_how_it_is_sampled(
+    veneer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import io
+
+    from tests.support.tiny import tiny_model, tiny_tokenizer
+
+    model = tiny_model()
+    for name, value in {
+        "do_sample": True,
+        "temperature": 1.5,
+        "top_k": 30,
+        "min_p": 0.1,
+        "suppress_tokens": [9],
+    }.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+
+    def write(*options: object) -> Case:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
+        found = veneer(command, tmp_path / "base", "--max-new-tokens", 16, "--precision", "fp32", *options)
+        assert found.code == 0, found.err
+        return found
+
+    as_it_says = write()
+    assert "generation_config.json says: suppress_tokens [9], temperature 1.5, top_k 30." in as_it_says.err
+    assert "Not applied, of the base's generation_config.json: min_p 0.1." in as_it_says.err
+    assert as_it_says.out == write("--temperature", 1.5, "--top-k", 30).out
+    greedy = write("--temperature", 0)
+    assert greedy.out != as_it_says.out != write("--top-k", 0).out
+    assert "temperature" not in greedy.err

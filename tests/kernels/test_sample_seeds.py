@@ -9,6 +9,7 @@ import torch
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 from veneer.kernels.draws import sample_seed
+from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve.schemas import ChatRequest
 from veneer.serve.training import bodies
 from veneer.serve.training.samples import _sampling
@@ -17,7 +18,7 @@ from veneer.train.generate import continuations, generate
 
 def api_seed(seed, index):
     asked = ChatRequest(model="m", messages=[{"role": "user", "content": "a"}], seed=seed)  # pyright: ignore
-    return asked.sampling(5, index).seed
+    return asked.sampling(5, index, SamplingDefaults()).seed
 
 
 def service_seed(seed, index):

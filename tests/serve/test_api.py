@@ -400,6 +400,28 @@ def test_a_body_of_another_type_is_refused(it):
         assert "application/json" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"top_logprobs": 2, "logprobs": False}, "top_logprobs"),
+        ("chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("completions", {"stream_options": {}, "stream": False}, "stream_options"),
+        ("chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ],
+)
+def test_a_field_that_means_nothing_without_another_is_refused(it, route, fields, param):
+    """As OpenAI refuses it; it was taken and ignored."""
+    with it.http() as http:
+        body = {"model": BASE, "messages": HELLO} if "chat" in route else {"model": BASE, "prompt": "a"}
+        answer = http.post(f"/v1/{route}", json={**body, **fields})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert param in answer.json()["error"]["message"]
+        nothing = {"top_logprobs": 0, "max_tokens": 3, "max_completion_tokens": 3} if "chat" in route else {}
+        assert http.post(f"/v1/{route}", json={**body, **nothing, "stream_options": None}).status_code == 200
+
+
 def test_tokens_and_prompts_that_cannot_be(it, client):
     for prompt in ([259], [2**31], [-1], "", "x" * 512, ["ok", "x" * 512], [[1], []]):
         with pytest.raises(openai.BadRequestError):

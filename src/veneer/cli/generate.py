@@ -20,6 +20,7 @@ from veneer.cli.options import (
     Quantize,
     Seed,
     Temperature,
+    TopK,
     TopP,
     TrustRemoteCode,
     Verify,
@@ -36,8 +37,9 @@ def generate_command(
     chat: Annotated[bool, Option(help="Put the prompt through the chat template, as a user's message.")] = False,
     system: Annotated[str | None, Option(help="System message, with --chat.")] = None,
     max_new_tokens: MaxNewTokens = NEW_TOKENS,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")] = None,
     batch_size: Annotated[int, Option(help="Prompts in one batch.", min=1)] = 16,
@@ -60,7 +62,7 @@ def generate_command(
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out
+    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out, sampling_options
     from veneer.errors import ConfigError, DataError
     from veneer.train.generate import generate as write
 
@@ -75,14 +77,15 @@ def generate_command(
         base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
+    sampling = sampling_options(loaded.model, temperature, top_p, top_k)
     first = [{"role": "system", "content": system}] if system is not None else []
     inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
     answers: dict[str, list[str]] = {}
     for label, selected in base_and_adapter(handle, base=both):
         with err.status(f"The {label} writes …"), selected:
             answers[label] = write(
-                loaded.model, loaded.tokenizer, inputs, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, batch_size=batch_size, stop=stop or (), seed=seed,
+                loaded.model, loaded.tokenizer, inputs, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                stop=stop or (), seed=seed, **sampling,
             )  # fmt: skip
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):

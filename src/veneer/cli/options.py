@@ -50,8 +50,20 @@ TrustRemoteCode = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, Option(help="Longest answer in tokens.", min=1)]
-Temperature = Annotated[float, Option(help="0: the most likely token each time; above: sampling.", min=0)]
-TopP = Annotated[float, Option(help="Sample from the likeliest tokens of this share.", min=0.01, max=1)]
+Temperature = Annotated[
+    float | None,
+    Option(
+        help="0: the most likely token each time; above: sampling. Default: the base's generation_config.json, else 0.",
+        min=0,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    Option(help="Sample from the likeliest tokens of this share. Default: the base's, else 1.", min=0.01, max=1),
+]
+TopK = Annotated[
+    int | None, Option(help="Sample from so many likeliest tokens; 0: from all. Default: the base's, else 0.", min=0)
+]
 Seed = Annotated[int, Option(help="Seed of the sampling.", min=0)]
 Verify = Annotated[bool, Option(help="Refuse an adapter of another base.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what Veneer wrote in the folder; other files stay.")]

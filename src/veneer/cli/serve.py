@@ -236,6 +236,7 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     for label, value in (
         ("address", f"{where}/v1{count or ', open to whoever can reach it'}"),
         ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
+        ("sampling", service.sampling.describe(("temperature", "top_k", "top_p")) or "temperature 1"),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else size(budget)),
     ):

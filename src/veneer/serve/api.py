@@ -212,7 +212,14 @@ async def _answer(
     key: Key = request.state.key
     form = Form(body, tokens, heads, key.admin)
     jobs = [
-        Job(prompt, blend, body.sampling(most, number), service.timeout, f"{form.id}-{number}", key.owner)
+        Job(
+            prompt,
+            blend,
+            body.sampling(most, number, service.sampling),
+            service.timeout,
+            f"{form.id}-{number}",
+            key.owner,
+        )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
     answers = await _submitted(service, jobs)

@@ -85,9 +85,9 @@ def of(error: VeneerError) -> Refusal:
             return Refusal(400, str(error))
 
 
-def wrong(found: str, expected: str, do: str) -> PydanticCustomError:
-    """An error for a validator to raise."""
-    return PydanticCustomError(OWN, "{words}", {"words": sentence(found, expected, do)})
+def wrong(found: str, expected: str, do: str, param: str | None = None) -> PydanticCustomError:
+    """An error for a validator to raise. ``param``: the field, for a validator of several."""
+    return PydanticCustomError(OWN, "{words}", {"words": sentence(found, expected, do), "param": param})
 
 
 def kind(value: Any) -> str:
@@ -115,7 +115,7 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     where = _path(first["loc"], body)
     param, path = (where[0][:200] if where else None), ".".join(where)[:200]
     if first["type"] == OWN:
-        message = first["msg"]
+        message, param = first["msg"], first["ctx"]["param"] or param
     elif first["type"] == "extra_forbidden":
         message = sentence(f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out")
     elif not where and first["type"] in ("missing", *OTHER_FORM):

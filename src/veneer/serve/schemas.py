@@ -13,14 +13,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from veneer.kernels.draws import sample_seed
+from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits
 from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
+
+T = TypeVar("T")
 
 HARMLESS = {
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -94,6 +97,11 @@ def _asks_nothing(name: str, value: Any) -> bool:
     return any(value == at and isinstance(value, bool) == isinstance(at, bool) for at in NEUTRAL.get(name, ()))
 
 
+def _first(*values: T | None) -> T:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
 class Strict(BaseModel):
     """The rules of the page's top, for one object of a body."""
 
@@ -165,9 +173,9 @@ class Asked(Strict, ABC):
     adapters: Blend | None = None
     n: Annotated[int, Field(ge=1, le=limits.CHOICES)] = 1
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[Stop | Stops | None, BeforeValidator(_stops)] = None
     stream: bool = False
@@ -175,13 +183,23 @@ class Asked(Strict, ABC):
     response_format: Format | None = None
     ignore_eos: bool = False
 
-    def sampling(self, max_tokens: int, choice: int) -> Sampling:
-        """How answer number ``choice`` of the call is drawn; each has a seed of its own."""
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise wrong("stream_options without stream", "both, or neither", "add stream = true", "stream_options")
+        return self
+
+    def sampling(self, max_tokens: int, choice: int, base: SamplingDefaults) -> Sampling:
+        """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``: of the fields that
+        the client leaves out."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
-        top_p, top_k = max(self.top_p, 1e-6), max(self.top_k, 0)
-        logprobs, schema = self.alternatives(), self.schema_of_answer()
-        return Sampling(max_tokens, self.temperature, top_p, top_k, seed, stop, logprobs, schema, self.ignore_eos)
+        temperature = _first(self.temperature, base.temperature, 1.0)
+        top_p, top_k = _first(self.top_p, base.top_p, 1.0), _first(self.top_k, base.top_k, 0)
+        return Sampling(
+            max_tokens, temperature, max(top_p, 1e-6), max(top_k, 0), seed, stop, self.alternatives(),
+            self.schema_of_answer(), self.ignore_eos,
+        )  # fmt: skip
 
     @abstractmethod
     def alternatives(self) -> int | None:
@@ -198,6 +216,15 @@ class ChatRequest(Asked):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs without logprobs", "both, or neither", "add logprobs = true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            found = f"max_tokens {self.max_tokens} beside max_completion_tokens {self.max_completion_tokens}"
+            raise wrong(found, "one of them", "leave out max_tokens, the older name", "max_tokens")
+        return self
 
     def alternatives(self) -> int | None:
         return self.top_logprobs if self.logprobs else None

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import sentence
 from veneer.fileio.untrusted import parse
+from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring
 from veneer.serve.catalogue import Catalogue
@@ -44,6 +45,7 @@ class Service:
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
     training: Any = None  # runs of clients (serve/training), where the server trains
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that say nothing of it
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, in torch's word
     hosts: tuple[str, ...] | None = None  # that are answered; None: all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ from veneer import models
 from veneer.bank import Bank
 from veneer.errors import ConfigError, listing, nearest
 from veneer.models.remote_code import with_trust_of_config
+from veneer.models.sampling_defaults import FILE, sampling_defaults
 from veneer.serve.access import Keyring
 from veneer.serve.catalogue import Catalogue, folders
 from veneer.serve.embed import Embedder
@@ -18,6 +20,8 @@ from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
 from veneer.serve.settings import Settings, given
 from veneer.store.remote import is_remote
+
+log = logging.getLogger("veneer.serve")
 
 
 def prepare_process() -> None:
@@ -35,6 +39,9 @@ def start(settings: Settings, keys: Keyring) -> Service:
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
     model, tokenizer = loaded.model, loaded.tokenizer
+    sampling = sampling_defaults(model)
+    if ignored := sampling.describe([*(sampling.others), "repetition_penalty"]):
+        log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
     own = models.context_length(settings.base) if causal else loaded.length
     length = min(settings.length, own or settings.length)
     bank = Bank(model, settings.memory)
@@ -64,7 +71,7 @@ def start(settings: Settings, keys: Keyring) -> Service:
     service = Service(
         base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
-        embedder=embedder, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+        embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
     )  # fmt: skip
     if settings.train is not None:
         try:

@@ -29,6 +29,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     batch_size: int = 16,
     stop: Sequence[str] = (),
     seed: int | None = None,
@@ -38,15 +39,16 @@ def generate(
     """The continuation of each prompt, in order, without the prompt and without the stop string. ``prompts``: texts, or
     chats (lists of {"role", "content"}), which go through the tokenizer's chat template. ``temperature``: 0 takes the
     most likely token each time; above 0 samples. ``top_p``: when sampling, from the smallest set of tokens with this
-    much probability. ``stop``: strings that end a row. ``seed``: of the sampling. Prompt i draws from
-    ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from torch's generator; otherwise the global
-    random state is left as it was. ``say``: called with each piece of the text of a single prompt as it is written. ``until``: asked after each
-    token; what is written when it says True is the text. ``DataError``: an empty prompt, or a prompt with
+    much probability. ``top_k``: and from so many tokens; 0 is all. ``stop``: strings that end a row. ``seed``: of the
+    sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from torch's
+    generator; otherwise the global random state is left as it was. ``say``: called with each piece of the text of a
+    single prompt as it is written. ``until``: asked after each token; what is written when it says True is the text.
+    Penalties of the base's generation_config.json apply. ``DataError``: an empty prompt, or a prompt with
     `max_new_tokens` is longer than the model's context."""
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
     sampled = continuations(
         model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        batch_size=batch_size, stop=stop, seed=seed, say=say, until=until,
+        top_k=top_k, batch_size=batch_size, stop=stop, seed=seed, say=say, until=until, penalties=True,
     )  # fmt: skip
     texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     for word in stop:
@@ -69,9 +71,11 @@ def continuations(
     seed: int | None = None,
     say: Callable[[str], None] | None = None,
     until: Callable[[], bool] | None = None,
+    penalties: bool = False,
 ) -> list[list[int]]:
-    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with it. ``top_k``: when
-    sampling, from so many tokens; 0 is all. Other arguments and errors as of ``generate``."""
+    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with it. ``penalties``:
+    apply those of the base's generation_config.json. Without them the tokens are samples of the model itself, as the
+    loss of a policy needs them. Other arguments and errors as of ``generate``."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
@@ -94,17 +98,15 @@ def continuations(
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     answers: list[list[int]] = [[] for _ in encoded]
-    training = model.training
+    training, of_base = model.training, model.generation_config
     model.eval()
     try:
+        if not penalties:  # transformers fills what `config` leaves open from the model's
+            model.generation_config = GenerationConfig()
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = len(encoded[rows[0]])
-            short = [width - len(encoded[row]) for row in rows]
-            ids = [[pad or 0] * count + encoded[row] for count, row in zip(short, rows, strict=True)]  # [b, width]
-            mask = [[0] * count + [1] * (width - count) for count in short]
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            inputs = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
+            inputs = _pad_left([encoded[row] for row in rows], width, pad or 0, model.device)
             if temperature > 0 and seed is not None:
                 seeds = [sample_seed(seed, row) for row in rows]
                 processors = _sampling(temperature, top_p, top_k, seeds)
@@ -113,8 +115,18 @@ def continuations(
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     finally:
+        model.generation_config = of_base
         model.train(training)
     return answers
+
+
+def _pad_left(prompts: Sequence[list[int]], width: int, pad: int, device: Any) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, [b, width]."""
+    short = [width - len(prompt) for prompt in prompts]
+    ids = [[pad] * count + prompt for count, prompt in zip(short, prompts, strict=True)]
+    mask = [[0] * count + [1] * (width - count) for count in short]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {name: torch.tensor(value, device=device) for name, value in inputs.items()}
 
 
 def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]) -> list[Any]:

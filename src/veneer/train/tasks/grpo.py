@@ -112,7 +112,7 @@ class Grpo(Causal):
         rows = [row for row in batch["rows"] for _ in range(each)]
         answers = continuations(
             unwrap(model), self.processor, [row["ids"] for row in rows], max_new_tokens=self.config.answer_tokens,
-            temperature=self.config.temperature if model.training else 0.0, batch_size=len(rows), top_k=0,
+            temperature=self.config.temperature if model.training else 0.0, batch_size=len(rows),
         )  # fmt: skip
         device = batch["input_ids"].device
         rewards = self.rewards(rows, answers).to(device)

@@ -1,0 +1,70 @@
+"""What a base's ``generation_config.json`` says of sampling: the defaults of requests that say nothing themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import ConfigError, raise_all, sentence
+
+FILE = "generation_config.json"
+#: fields that change which tokens are sampled, with the values at which they change nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,), "top_h": (1,), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "num_beams": (1,),
+    "penalty_alpha": (0,), "no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],), "sequence_bias": ([], {}), "min_length": (0,), "min_new_tokens": (0,),
+    "forced_bos_token_id": (), "forced_eos_token_id": (), "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
+}  # fmt: skip
+#: those of them that only a sampler of transformers' own applies; `veneer generate` has another
+SAMPLER = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "penalty_alpha")
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Fields that a file gives; None for those that it leaves out. ``samples``: whether it asks for sampling rather
+    than the most likely token. ``others``: fields besides these that change which tokens are sampled."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    samples: bool = False
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self, names: Iterable[str]) -> str:
+        """These fields with their values, of those that the file gives: "temperature 0.6, top_k 20"."""
+        values = {**vars(self), **self.others}
+        return ", ".join(f"{name} {str(values[name])[:60]}" for name in sorted(names) if values.get(name) is not None)
+
+
+def sampling_defaults(model: Any) -> SamplingDefaults:
+    """Of a model as transformers loads it. ``ConfigError``: a value that no sampler can take."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return SamplingDefaults()
+    checks = {
+        "temperature": ("a number, 0 or more", lambda value: _finite(value) and value >= 0),
+        "top_k": ("a whole number, 0 or more", lambda value: type(value) is int and value >= 0),
+        "top_p": ("a number above 0, at most 1", lambda value: _finite(value) and 0 < value <= 1),
+        "repetition_penalty": ("a number above 0", lambda value: _finite(value) and value > 0),
+    }
+    values = {name: value for name in checks if (value := getattr(config, name, None)) is not None}
+    problems = [
+        sentence(f"{name} {value!r} in the base's {FILE}", checks[name][0], "correct the file")
+        for name, value in values.items()
+        if not checks[name][1](value)
+    ]
+    raise_all(ConfigError, f"The base's {FILE} was not taken", problems)
+    if values.get("repetition_penalty") == 1:
+        del values["repetition_penalty"]
+    fields = {name: getattr(config, name, None) for name in NEUTRAL}
+    others = {name: value for name, value in fields.items() if value is not None and value not in NEUTRAL[name]}
+    return SamplingDefaults(**values, samples=bool(getattr(config, "do_sample", False)), others=others)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
