@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 from veneer.cli.serve import _announce
 from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
-from veneer.serve.access import read_keys
+from veneer.serve.access import hash_of, read_keys
 from veneer.serve.api import create
 from veneer.serve.settings import Settings, bytes_in, called_by_default, settings_of
 
@@ -97,6 +97,24 @@ def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
             assert word in run.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [(["serve", "base", "--train", "--port", 1], "--train"), (["serve", "base", "--keys", "--host=::1"], "--keys"),
+     (["generate", "base", "-p", "--seed", 1], "-p"), (["serve", "--name", "-h"], "--name")],
+)  # fmt: skip
+def test_an_option_is_not_taken_for_the_value_of_another(veneer, arguments, flag):
+    run = veneer(*arguments)
+    assert run.code == 2, run
+    assert f"{flag} without a value" in run.err
+
+
+def test_a_value_that_looks_like_an_option_can_be_given(veneer, base):
+    run = veneer(
+        "generate", base, "--prompt=--seed", "--max-new-tokens", 2, "-p", "-1", "--stop", "--", "--temperature", 0
+    )
+    assert run.code == 0, run.err
+
+
 def test_what_is_refused_after(veneer, base, tmp_path):
     for arguments, word in (
         ([tmp_path / "none"], "no base model"),
@@ -133,7 +151,7 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     told = []
 
-    def listen(service, listening, host, port, budget, grace):
+    def listen(service, listening, host, port, budget, *_):
         told.append((service.dtype, service.engine._forward.model.dtype))
         with TestClient(create(service), base_url="http://127.0.0.1") as client:
             told.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
@@ -232,6 +250,10 @@ def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- a whole run
 
 
+def _entry(name, key):
+    return f'[[keys]]\nname = "{name}"\nsha256 = "{hash_of(key)}"\nadapters = ["*"]\n'
+
+
 def test_a_whole_run(base, adapter, tmp_path):
     """The real command: it says what it serves, answers with the adapter, and ends with 0 on SIGTERM."""
     folder = tmp_path / "adapters"
@@ -244,7 +266,11 @@ def test_a_whole_run(base, adapter, tmp_path):
         port = free.getsockname()[1]
     line = ["veneer", "serve", str(base), "--adapters", str(folder), "--port", str(port)]
     line += ["--precision", "fp32", "--memory", "1MiB", "--pin", "calc", "--name", "mine"]
-    code = f"import sys; sys.argv = {line}; from veneer.cli import main; main()"
+    keys = tmp_path / "keys.toml"
+    keys.write_text(_entry("first", "vnr-first"))
+    line += ["--keys", str(keys)]
+    code = f"import atexit, sys; sys.argv = {line}; from veneer.cli import main; atexit.register(print, 'last words')"
+    code += "\ntry: main()\nfinally: print('teardown')"
     child = Program(code, *LARGE, HF_HUB_OFFLINE="1", COLUMNS="100")
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 100
@@ -254,17 +280,30 @@ def test_a_whole_run(base, adapter, tmp_path):
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
-        cards = httpx.get(f"{url}/v1/models").json()["data"]
+        first, second = ({"Authorization": f"Bearer vnr-{name}"} for name in ("first", "second"))
+        cards = httpx.get(f"{url}/v1/models", headers=first).json()["data"]
         assert [card["id"] for card in cards] == ["mine", "calc"]
         body = {"prompt": "3 + 5 =", "max_tokens": 4, "temperature": 0}
         texts = [
-            httpx.post(f"{url}/v1/completions", json={**body, "model": model}).json()["choices"][0]["text"]
+            httpx.post(f"{url}/v1/completions", json={**body, "model": model}, headers=first).json()["choices"][0][
+                "text"
+            ]
             for model in ("mine", "calc")
         ]
         assert texts[0] != texts[1]
         assert "<!doctype html>" in httpx.get(url).text.lower()
+        keys.write_text("no keys at all")
+        child.kill(signal.SIGHUP)
+        Program.until(lambda: "stay as they were" in child.said, 30)
+        assert httpx.get(f"{url}/v1/models", headers=first).status_code == 200
+        keys.write_text(_entry("second", "vnr-second"))
+        child.kill(signal.SIGHUP)
+        Program.until(lambda: httpx.get(f"{url}/v1/models", headers=second).status_code == 200, 30)
+        assert httpx.get(f"{url}/v1/models", headers=first).status_code == 401
         child.kill(signal.SIGTERM)
         assert child.wait(30) == 0
+        assert "last words" in child.said
+        assert "teardown" not in child.said  # freeing a model object by object takes seconds, and helps nobody
     finally:
         child.kill()
         child.wait()

@@ -475,6 +475,29 @@ def test_sigterm_lets_streams_finish(tmp_path):
         assert child.wait(20) == 0
 
 
+def test_a_hangup_drains_where_there_are_no_keys_to_read(tmp_path):
+    """It ended the process in the middle of an answer. A terminal that closes may send it twice."""
+    with process(tmp_path / "dir", 0.05, 20) as (child, url):
+        words = []
+        thread = stream(url, words)
+        child.kill(signal.SIGHUP)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        child.kill(signal.SIGHUP)
+        thread.join(20)
+        assert words[-1] == "end"
+        assert child.wait(20) == 0
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/french", "/v1/adapters"])
+def test_head_is_get_without_a_body(it, path):
+    with it.http() as http:
+        head, get = http.head(path), http.get(path)
+        assert (head.status_code, get.status_code) == (200, 200)
+        assert head.content == b""
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert http.head("/v1/completions").status_code == 405
+
+
 def test_sigterm_does_not_wait_beyond_its_grace(tmp_path):
     with process(tmp_path / "dir", 0.5, 0.3) as (child, url):
         words = []

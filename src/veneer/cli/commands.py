@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +19,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer, which of a flag that is given twice would take the last value without a word."""
+        _check_values(self.params, ctx.help_option_names, args)
         _, _, order = self.make_parser(ctx).parse_args(args=[*args])
         single = [
             option.opts[0] for option in order
@@ -27,6 +29,23 @@ class _Command(TyperCommand):
             found = ", ".join(f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}" for flag in repeated)
             raise ConfigError(found, "one value of each", "leave out all but one")
         return super().parse_args(ctx, args)
+
+
+def _check_values(params: Sequence[Any], helps: Sequence[str], args: Sequence[str]) -> None:
+    """click takes whatever follows an option for its value: `--train --port 1` made a folder called "--port"."""
+    flags = [param for param in params if param.param_type_name == "option"]
+    options: dict[str, Any] = {name: param for param in flags for name in (*param.opts, *param.secondary_opts)}
+    options |= dict.fromkeys(helps)
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            return
+        if (param := options.get(word)) is None or getattr(param, "is_flag", False):
+            continue
+        value = next(words, "")
+        if value.partition("=")[0] in options:
+            do = f"give one, or write {word}={value} if that is the value"
+            raise ConfigError(f"{word} without a value, before {value}", "a value", do)
 
 
 class _Lazy(TyperGroup):

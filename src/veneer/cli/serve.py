@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from typer import Argument, Option, echo
 
@@ -98,7 +98,8 @@ def serve_command(
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
         if replicas is None:
-            _alone(settings, ring, hosts, listening, host, port, grace)
+            key_file = None if keys is None else keys.absolute()  # a link may point to another file by then
+            _alone(settings, ring, hosts, listening, host, port, grace, key_file)
             return
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
 
@@ -159,8 +160,9 @@ def _not_for_vllm(own: dict[str, Any]) -> None:
 
 
 def _alone(
-    settings: Settings, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float
-) -> None:
+    settings: Settings, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float,
+    key_file: Path | None,
+) -> None:  # fmt: skip
     """Serve in this process."""
     from veneer.cli.console import err
     from veneer.serve.start import prepare_process, start
@@ -169,17 +171,37 @@ def _alone(
     with err.status(f"Loading {settings.base} …"):
         service = start(settings, keys)
     service.hosts = hosts
-    _listen(service, listening, host, port, settings.memory, grace)
+    _listen(service, listening, host, port, settings.memory, grace, key_file)
 
 
-def _listen(service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float) -> None:
+def _listen(
+    service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float, key_file: Path | None
+) -> None:
+    """Serve until a signal ends it, and with it the process."""
+    from functools import partial
+
     from veneer.serve import page
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
     with closing(service):
         app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
-        make(app, service.drain, grace, started).run([listening])
+        reload = None if key_file is None else partial(service.reload_keys, key_file)
+        make(app, service.drain, grace, started, reload).run([listening])
+    _end_process()
+
+
+def _end_process() -> NoReturn:
+    """Exit with 0, without the interpreter's teardown: it frees a model and its libraries object by object, which takes
+    seconds, and many on a core that is busy."""
+    import atexit
+    import os
+    import sys
+
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _on_ray(
@@ -210,7 +232,10 @@ def _on_ray(
     ended = threading.Event()
 
     def started() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray has put handlers of its own in their place
+        ends = ("SIGTERM", "SIGINT", "SIGHUP")
+        for number in [
+            getattr(signal, name) for name in ends if hasattr(signal, name)
+        ]:  # now: Ray has put handlers of its own in their place
             signal.signal(number, lambda *_: ended.set())
         err.print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of {settings.base}")
 

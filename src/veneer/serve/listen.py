@@ -2,6 +2,7 @@
 
 first SIGTERM or Ctrl-C    /ready and new requests answer 503, what runs has ``grace`` seconds; then exit 0
 second                     exit at once, with 128 + the signal's number
+SIGHUP                     read the keys again; without a file of keys the same as a first SIGTERM
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -80,17 +83,41 @@ class Connection(H11Protocol):
 
 class Server(uvicorn.Server):
     """uvicorn, with a drain of our own before it stops: ``drain`` blocks until nothing runs, at most ``grace`` seconds;
-    ``started`` is called when the server listens."""
+    ``started`` is called when the server listens, ``reload`` on SIGHUP, in a thread of its own."""
 
     def __init__(
-        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None]
-    ) -> None:
+        self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None],
+        reload: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config)
+        self._reload = reload
         self._drain, self._grace, self._on_started, self._draining = drain, grace, started, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hangup is None or threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            if self._reload is None and signal.getsignal(hangup) is signal.SIG_IGN:  # nohup
+                yield
+                return
+            before = signal.signal(hangup, self._hang_up)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, before)
+
+    def _hang_up(self, sig: int, frame: Any) -> None:
+        if self._reload is not None:
+            threading.Thread(target=self._reload, name="veneer-keys", daemon=True).start()
+        elif not self._draining:  # a terminal that closes may send several
+            self.handle_exit(sig, frame)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._draining:
@@ -128,9 +155,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make(app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None) -> Server:
+def make(
+    app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None,
+    reload: Callable[[], None] | None = None,
+) -> Server:  # fmt: skip
     """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``should_exit``, ends it."""
     config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
     config.server_header = config.proxy_headers = False
     config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSING
-    return Server(config, drain, grace, started)
+    return Server(config, drain, grace, started, reload)

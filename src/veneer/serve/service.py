@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -14,17 +16,19 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from veneer.errors import sentence
+from veneer.errors import ConfigError, sentence
 from veneer.fileio.untrusted import parse
 from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits, refusal
-from veneer.serve.access import Key, Keyring
+from veneer.serve.access import Key, Keyring, read_keys
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
 from veneer.serve.guard import no_key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
+
+log = logging.getLogger("veneer.serve")
 
 T = TypeVar("T")
 
@@ -77,6 +81,15 @@ class Service:
         for worker in filter(None, (self.engine, self.embedder)):
             worker.drain(seconds)
 
+    def reload_keys(self, path: Path) -> None:
+        """Take the keys of a file from now on. A file that is wrong changes nothing, and the log says so."""
+        try:
+            self.keys = read_keys(path)
+        except ConfigError as error:
+            log.error("The keys stay as they were. %s", error)
+        else:
+            log.info("%d keys were read from %s", len(self.keys.keys or ()), path)
+
     def close(self) -> None:
         self.catalogue.close()
         if self.training is not None:
@@ -84,7 +97,7 @@ class Service:
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)
-        self.admin.shutdown(wait=False, cancel_futures=True)
+        self.admin.shutdown(cancel_futures=True)  # an adapter that is being loaded may be written down yet
 
 
 class _Strict(Request):
@@ -110,6 +123,18 @@ class Route(APIRoute):
     async def respond(self, handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
         """The answer of this route, where ``handle`` gives it or raises."""
         return await handle(request)
+
+    # RFC 9110, 9.1: a server answers HEAD wherever it answers GET; uvicorn leaves the body out. In `methods` it would
+    # be a second operation of the same id for OpenAPI.
+
+    def matches(self, scope: Any) -> Any:
+        return super().matches({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope)
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
 
 
 # What is not async, FastAPI runs in a thread of its own: a hop for each of these, for each request.
