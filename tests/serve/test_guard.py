@@ -549,3 +549,62 @@ def test_an_answer_does_not_wait_for_the_client_to_confirm_its_head():
         return options[0]
 
     assert asyncio.run(accepted())
+
+
+# ---------------------------------------------------------------------------------------------- bodies of all together
+
+
+KEYS = Keyring((Key("a", hash_of("ka")), Key("b", hash_of("kb"))))
+
+
+@contextmanager
+def unfinished(it, path, size, key=None):
+    """A request of which so many bytes of the body have arrived, and no more come."""
+    with raw(it) as connection:
+        auth = f"Authorization: Bearer {key}\r\n" if key else ""
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{auth}Content-Length: {size + 1}\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * size)
+        yield connection
+
+
+def bytes_held(it):
+    app = it.server.config.loaded_app
+    while app is not None and not hasattr(app, "held"):
+        app = app.app if hasattr(app, "app") else app.middleware_stack  # None before the first request
+    return 0 if app is None else app.held.total()
+
+
+@pytest.mark.parametrize("path", ["/api/v1/healthz", "/api/v1/files/a/b", "/nothing", "/health"])
+def test_a_body_without_a_key_is_small(tmp_path, small, path):
+    with serving(tmp_path / "dir", keys=KEYS) as it, it.http() as http:
+        assert http.post(path, content=b"x" * 1001).status_code == 413
+        assert http.post(path, content=b"x" * 1000).status_code in (404, 405)
+
+
+def test_all_bodies_together_are_bounded_and_one_key_leaves_room_for_others(tmp_path, monkeypatch):
+    """120 of 16 MiB, unfinished, to a path that needs no key took 2 GiB."""
+    monkeypatch.setattr(limits, "BODIES", 8000)
+    with serving(tmp_path / "dir", "french", keys=KEYS) as it:
+        with unfinished(it, "/nothing", 3000), unfinished(it, "/v1/completions", 2000, "ka"):
+            until(lambda: bytes_held(it) == 5000)
+            body = {**BODY, "padding": "x" * 1000}
+            with it.http() as nobody, it.http("ka") as same, it.http("kb") as other:
+                refused = [nobody.post("/nothing", json=body), same.post("/v1/completions", json=body)]
+                assert [(one.status_code, one.json()["error"]["code"]) for one in refused] == [
+                    (429, "too_many_bodies")
+                ] * 2
+                assert all(one.headers["retry-after"] == "1" for one in refused)
+                assert other.post("/v1/completions", json=BODY).status_code == 200
+        until(lambda: bytes_held(it) == 0)
+        with it.http("ka") as http:
+            assert http.post("/v1/completions", json={**BODY, "user": "x" * 3000}).status_code == 200
+        until(lambda: bytes_held(it) == 0)
+
+
+def test_the_log_names_no_token_of_a_download(it, caplog):
+    caplog.set_level(logging.INFO, "veneer.serve.access")
+    with it.http() as http:
+        http.get("/api/v1/files/secret-token/adapter_model.safetensors")
+        http.get("/api/v1/files/secret-token")
+    assert "secret-token" not in caplog.text
+    assert "/api/v1/files/…/adapter_model.safetensors" in caplog.text.replace("\\u2026", "…")

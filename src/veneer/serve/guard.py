@@ -15,20 +15,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 
 from veneer.errors import sentence
 from veneer.serve import limits
-from veneer.serve.refusal import Refusal, draining
+from veneer.serve.refusal import RETRY, Refusal, draining
 
 log = logging.getLogger("veneer.serve.access")
 
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
 #: where a key is needed, and where below it none is: what asks whether anybody is there, addresses that are secrets
-KEYED, KEYLESS = ("/v1", "/api/v1"), ("/api/v1/healthz", "/api/v1/files/")
+FILES = "/api/v1/files/"
+KEYED, KEYLESS = ("/v1", "/api/v1"), ("/api/v1/healthz", FILES)
 #: the prefix that the tinker SDK wants to see on a key
 FOREIGN = "tml-"
 PAGE = "/web/"
@@ -41,6 +44,7 @@ class Guard:
 
     def __init__(self, app: Any, service: Any) -> None:
         self.app, self.service = app, service
+        self.held: Counter[str | None] = Counter()  # bytes of bodies, by the owner of the key; None: without one
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -61,7 +65,7 @@ class Guard:
             await self._pass(scope, receive, reply)
         finally:
             who = scope.get("state", {}).get("key")
-            path, seconds = ascii(scope["path"][:200])[1:-1], time.monotonic() - began
+            path, seconds = ascii(_shown(scope["path"])[:200])[1:-1], time.monotonic() - began
             # what asks every few seconds is of interest when it fails
             level = logging.DEBUG if status == 200 and scope["path"] in ALWAYS else logging.INFO
             line = (getattr(who, "name", "-"), scope["method"], path, status or "gone", seconds)
@@ -71,23 +75,47 @@ class Guard:
         headers = Headers(scope=scope)
         key = self.service.keys.find(credentials(headers))
         scope.setdefault("state", {})["key"] = key
+        holder, held = None if key is None else key.owner, 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            self._check_room(holder, count)
+            self.held[holder] += count
+            held += count
+
         try:
-            self._admit(scope, headers, key)
-            data = scope["path"].startswith(KEYED[1])
-            body = await _body(headers, receive, limits.DATA if data else limits.BODY)
-        except Refusal as refusal:
-            refusal.headers["connection"] = "close"  # what else it sends is not read
-            await refusal.response()(scope, receive, send)
-            return
-        if body is None:
-            return
-        fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
+            try:
+                self._admit(scope, headers, key)
+                data = key is not None and scope["path"].startswith(KEYED[1])
+                body = await _body(headers, receive, limits.DATA if data else limits.BODY, hold)
+            except Refusal as refusal:
+                refusal.headers["connection"] = "close"  # what else it sends is not read
+                await refusal.response()(scope, receive, send)
+                return
+            if body is None:
+                return
+            fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def again() -> Any:
-            """As if the body had not been read yet; afterwards it waits for the client to go away."""
-            return next(fresh, None) or await receive()
+            async def again() -> Any:
+                """As if the body had not been read yet; afterwards it waits for the client to go away."""
+                return next(fresh, None) or await receive()
 
-        await self.app(scope, again, send)
+            await self.app(scope, again, send)
+        finally:
+            self.held[holder] -= held
+            if not self.held[holder]:
+                del self.held[holder]
+
+    def _check_room(self, holder: str | None, count: int) -> None:
+        """``Refusal``: so many bytes more are too many for all bodies together, or for those of one key."""
+        room = limits.BODIES - self.held.total()
+        if holder != "":  # on a server without keys everybody is one
+            room = min(room, room - self.held[holder])
+        if count > room:
+            found = "more bodies at one time than this server holds"
+            expected = f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
+            message = sentence(found, expected, "send it again in a second")
+            raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
         if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
@@ -109,6 +137,12 @@ class Guard:
             raise no_key(headers)
 
 
+def _shown(path: str) -> str:
+    """A path for the log, without the token of a download: an address that is a secret."""
+    top, files, rest = path.partition(FILES)
+    return f"{FILES}…/{rest.partition('/')[2]}" if files and not top else path
+
+
 def credentials(headers: Any) -> str | None:
     """The key that is sent, as an Authorization header has it; the tinker SDK has a header of its own."""
     own = headers.get("x-api-key")
@@ -121,8 +155,9 @@ def no_key(headers: Any) -> Refusal:
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _body(headers: Headers, receive: Any, most: int) -> bytes | None:
-    """The whole body; None if the client went away. ``Refusal``: it is too large, or too slow."""
+async def _body(headers: Headers, receive: Any, most: int, hold: Callable[[int], None]) -> bytes | None:
+    """The whole body; None if the client went away. ``hold`` is called with the size of each part. ``Refusal``: it is
+    too large, or too slow."""
     too_large = sentence("a body that is too large", f"at most {most:,} bytes", "send less at once")
     declared, body = headers.get("content-length", "0"), bytearray()
     if not declared.isdecimal() or len(declared) > 18 or int(declared) > most:
@@ -133,9 +168,11 @@ async def _body(headers: Headers, receive: Any, most: int) -> bytes | None:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                body += message.get("body", b"")
-                if len(body) > most:
+                received = message.get("body", b"")
+                if len(body) + len(received) > most:
                     raise Refusal(413, too_large, code="body_too_large")
+                hold(len(received))
+                body += received
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:

@@ -12,6 +12,11 @@ HEADERS = 16 * 2**10
 BODY = 2**20
 #: bytes of a body of data to train on; a client is told to send less than a third of it at once
 DATA = 16 * 2**20
+#: bytes of the bodies of all requests together, from the first byte until the request has its answer. The requests of
+#: a key, and those without one, have at most as many as are left for others
+BODIES = 256 * 2**20
+#: bytes of a body that the event loop reads itself; a thread parses larger ones
+PARSED_INLINE = 16 * 2**10
 #: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time
