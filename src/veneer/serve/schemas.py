@@ -11,7 +11,7 @@ is wrong in a list: a body holds hundreds of thousands of them, and an error for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -102,6 +102,16 @@ def _first(*values: T | None) -> T:
     return next(value for value in values if value is not None)
 
 
+def few_unknown(
+    data: dict[str, Any], known: Container[str], harmless: Callable[[str, Any], bool] = lambda name, value: False
+) -> dict[str, Any]:
+    """An object of a body without its ``harmless`` fields, and with few of those that are unknown: an error for each
+    of them would take seconds."""
+    unknown = (name for name, value in data.items() if name not in known and not harmless(name, value))
+    shown = {*islice(unknown, UNKNOWN)}
+    return {name: value for name, value in data.items() if name in known or name in shown}
+
+
 class Strict(BaseModel):
     """The rules of the page's top, for one object of a body."""
 
@@ -113,9 +123,8 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        own = {name: value for name, value in data.items() if name in known and value is not None}
-        unknown = (name for name, value in data.items() if name not in known and not _asks_nothing(name, value))
-        return own | {name: data[name] for name in islice(unknown, UNKNOWN)}
+        own = {name: value for name, value in data.items() if name not in known or value is not None}
+        return few_unknown(own, known, _asks_nothing)
 
 
 class TextPart(Strict):

@@ -8,12 +8,15 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, sentence
@@ -57,6 +60,7 @@ class Service:
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
+    bodies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-bodies"))
     admin: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,23 +101,64 @@ class Service:
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)
+        self.bodies.shutdown(wait=False, cancel_futures=True)
         self.admin.shutdown(cancel_futures=True)  # an adapter that is being loaded may be written down yet
+
+
+async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
+    """What ``read`` makes of a body. A large one is read by a thread, since it may take seconds."""
+    if len(body) <= limits.PARSED_INLINE:
+        return read(body)
+    return await asyncio.get_running_loop().run_in_executor(service.bodies, read, body)
+
+
+def _read_json(body: bytes) -> Any:
+    try:
+        return parse(body)
+    except ValueError as error:
+        # the one kind of exception that FastAPI lets through here
+        raise HTTPException(400, sentence(f"no JSON ({error})", "a JSON object", "check the body")) from error
 
 
 class _Strict(Request):
     """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair, bounded depth."""
 
+    _content: Any = None
+
     async def json(self) -> Any:
-        try:
-            return parse(await self.body())
-        except ValueError as error:
-            # the one kind of exception that FastAPI lets through here
-            raise HTTPException(400, sentence(f"no JSON ({error})", "a JSON object", "check the body")) from error
+        return _read_json(await self.body()) if self._content is None else self._content
+
+    async def read_large(self, model: Any) -> None:
+        """Have a large body read by a thread, and made a ``model`` of, which FastAPI then takes as it is."""
+        body = await self.body()
+        if len(body) > limits.PARSED_INLINE and "json" in self.headers.get("content-type", ""):
+            self._content = await beside_loop(self.app.state.service, body, partial(_read_model, model))
+
+
+def _read_model(model: Any, body: bytes) -> Any:
+    value = _read_json(body)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False), body=value) from error
+
+
+def _reading_large(
+    handle: Callable[[Any], Coroutine[Any, Any, Response]], model: Any
+) -> Callable[[Any], Coroutine[Any, Any, Response]]:
+    async def read_and_handle(request: Any) -> Response:
+        await request.read_large(model)
+        return await handle(request)
+
+    return read_and_handle
 
 
 class Route(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        model = None if self.body_field is None else self.body_field.field_info.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            handle = _reading_large(handle, model)
 
         async def strict(request: Request) -> Response:
             return await self.respond(handle, _Strict(request.scope, request.receive))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import sentence
+from veneer.serve import limits
 from veneer.serve.access import Keyring
 from veneer.serve.cluster.routing import OPERATOR, adapter_of
 from veneer.serve.guard import Guard
@@ -72,7 +73,10 @@ class Gateway:
             if scope["path"] == "/metrics":
                 await self._metrics(asked, body, send)
                 return
-            adapter = adapter_of(body, self.base) if body else OPERATOR
+            adapter = OPERATOR
+            if body:
+                large = len(body) > limits.PARSED_INLINE
+                adapter = await asyncio.to_thread(adapter_of, body, self.base) if large else adapter_of(body, self.base)
             await relay(lambda: self._ask(adapter, asked, body), send, self._lost)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)

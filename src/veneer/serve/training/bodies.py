@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
+from veneer.serve.refusal import wrong
+from veneer.serve.schemas import few_unknown
 from veneer.serve.training.trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
@@ -19,8 +30,24 @@ Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def _few_entries(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > 64:
+        raise wrong(f"{len(value):,} entries", "at most 64", "leave some out")
+    return value
+
+
+def _aliases(info: FieldInfo) -> list[str]:
+    return [str(name) for name in getattr(info.validation_alias, "choices", ())]
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, data: Any) -> Any:
+        known = {name for field, info in cls.model_fields.items() for name in (field, *_aliases(info))}
+        return few_unknown(data, known) if isinstance(data, dict) else data
 
 
 class Typed(Body):
@@ -32,7 +59,7 @@ class ClientConfig(Body):
 
 
 class CreateSession(Typed):
-    tags: Annotated[list[str], Field(max_length=64)] = []
+    tags: Annotated[list[str], Field(fail_fast=True, max_length=64)] = []
     user_metadata: Metadata | None = None
     sdk_version: Annotated[str, Field(max_length=64)] = ""
     project_id: Id | None = None
@@ -114,7 +141,7 @@ class SaveExternal(OfModel):
     path: Annotated[str, Field(max_length=256)]
     seq_id: Seq | None = None
     ttl_seconds: int | None = None
-    age_encryption_recipients: Annotated[list[str], Field(max_length=10)] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = None
 
 
 class Load(Typed):
@@ -142,11 +169,11 @@ class JoinSampler(Typed):
 
 class Chunk(Body):
     type: Literal["encoded_text"] = "encoded_text"
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class ModelInput(Body):
-    chunks: Annotated[list[Chunk], Field(max_length=65536)]
+    chunks: Annotated[list[Chunk], Field(fail_fast=True, max_length=65536)]
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -158,8 +185,8 @@ class SamplingParams(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: (
         Annotated[str, Field(max_length=256)]
-        | Annotated[list[TokenId], Field(max_length=256)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=64)]
+        | Annotated[list[TokenId], Field(fail_fast=True, max_length=256)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=64)]
         | None
     ) = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=100)] = 1.0
@@ -170,11 +197,11 @@ class SamplingParams(Body):
 class Targets(Body):
     """Token ids [len(prompt) - 1, k], of which -1 asks for nothing; perhaps in CSR."""
 
-    data: list[Annotated[int, Field(ge=-1, lt=2**31)]]
+    data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]
-    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=2, max_length=2)]
+    sparse_crow_indices: Annotated[list[int], Field(fail_fast=True)] | None = None
+    sparse_col_indices: Annotated[list[int], Field(fail_fast=True)] | None = None
 
 
 class Sample(Typed):
@@ -222,10 +249,10 @@ class CopyWeights(Body):
 
 class SearchSessions(Body):
     session_id: Id | None = None
-    project_ids: Annotated[list[Id], Field(max_length=64)] | None = None
-    user_metadata: dict[str, str] = {}
+    project_ids: Annotated[list[Id], Field(fail_fast=True, max_length=64)] | None = None
+    user_metadata: Annotated[dict[str, str], BeforeValidator(_few_entries)] = {}
     display_name: Id | None = None
     owner: dict[str, Any] = {"type": "own"}
-    statuses: Annotated[list[dict[str, Any]], Field(max_length=8)] | None = None
+    statuses: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=8)] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: dict[str, Any] | None = None

@@ -25,7 +25,7 @@ from veneer.adapter_files.folder import read
 from veneer.errors import DataError, sentence
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.service import Asker, Route, Serving
+from veneer.serve.service import Asker, Route, Serving, beside_loop
 from veneer.serve.training import bodies
 from veneer.serve.training.accept import (
     NumberedRoute,
@@ -241,12 +241,12 @@ async def unload_model(body: bodies.OfModel, training: On, key: Asker) -> Any:
 
 
 @router.post("/forward_backward")
-async def forward_backward(request: Request, training: On, key: Asker) -> Any:
+async def forward_backward(request: Request, service: Serving, training: On, key: Asker) -> Any:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "a body that is packed", "one that is not, as client/config says", "send it as it is")
     body = await request.body()
     try:
-        header = read_header(body)
+        header = await beside_loop(service, body, read_header)
     except DataError as error:
         raise Refusal(400, str(error)) from error
     if header.seq < 0:
