@@ -98,8 +98,7 @@ def serve_command(
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
         if replicas is None:
-            key_file = None if keys is None else keys.absolute()  # a link may point to another file by then
-            _alone(settings, ring, hosts, listening, host, port, grace, key_file)
+            _alone(settings, ring, hosts, listening, host, port, grace, keys)
             return
     _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
 
@@ -186,7 +185,8 @@ def _listen(
 
     with closing(service):
         app, started = create(service, page.router), lambda: _announce(service, host, port, budget)
-        reload = None if key_file is None else partial(service.reload_keys, key_file)
+        # not its target: a link may point to another file by then
+        reload = None if key_file is None else partial(service.reload_keys, key_file.absolute())
         make(app, service.drain, grace, started, reload).run([listening])
     _end_process()
 

@@ -33,8 +33,9 @@ class Answers:
         self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
         charge: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
-        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge`` is told how many
-        tokens of prompts and answers these were."""
+        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge`` is called once,
+        with the number of tokens of prompts and answers: when all have ended or are cancelled. It is not called if
+        they are not submitted."""
         self._loop, self._open = loop, len(requests)
         self._charge, self._tokens = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -43,6 +44,7 @@ class Answers:
             for index, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, partial(self._deliver, index)))
         except BaseException:
+            self._charge = None
             self.cancel()
             raise
 
@@ -61,13 +63,14 @@ class Answers:
                 await asyncio.sleep(0)  # a full queue never waits, and others (and a client's leaving) need a turn
         finally:
             self.cancel()
-            if self._charge is not None:
-                self._charge(self._tokens)
 
     def cancel(self) -> None:
         if self._open:
             for ticket in self._tickets:
                 ticket.cancel()
+        charge, self._charge = self._charge, None
+        if charge is not None:
+            charge(self._tokens)
 
 
 class Form:

@@ -9,7 +9,7 @@ POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -222,9 +222,12 @@ async def _answer(
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
-    answers = await _submitted(service, jobs)
+    answers = await _submitted(service, key, jobs)
     if not body.stream:
-        content = await unless_gone(request, whole(answers, form))
+        try:
+            content = await unless_gone(request, whole(answers, form))
+        finally:
+            answers.cancel()  # also where it was never begun
         return await asyncio.to_thread(JSONResponse, content) if form.logprobs else JSONResponse(content)
     with ExitStack() as otherwise:
         otherwise.callback(answers.cancel)
@@ -236,14 +239,34 @@ async def _answer(
     return _Stream(answers, events(form, first, pieces))
 
 
-async def _submitted(service: Service, jobs: list[Job]) -> Answers:
-    """The answers to some jobs. A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
-    make = partial(Answers, service.engine, jobs, asyncio.get_running_loop())
-    if jobs[0].owner and any(name.startswith(RUNS) for name in jobs[0].blend):  # whose key may limit it
-        make = partial(make, charge=partial(service.training.charge, jobs[0].owner))
+async def _submitted(service: Service, key: Key, jobs: list[Job]) -> Answers:
+    """The answers to some jobs; those of a client's run count as tokens of its key."""
+    loop, charge = asyncio.get_running_loop(), None
+    if any(name.startswith(RUNS) for name in jobs[0].blend):
+        most = sum(len(job.prompt) + job.sampling.max_tokens for job in jobs)
+        charge = await service.training.reserve_tokens(key, most)
+
+    def submit() -> Answers:
+        try:
+            return Answers(service.engine, jobs, loop, charge)
+        except BaseException:
+            if charge is not None:
+                charge(0)
+            raise
+
     if jobs[0].sampling.schema is None:
-        return make()
-    made = in_text_thread(service, limits.READING_SCHEMA, make)
+        return submit()
+    try:
+        return await _compiled(service, submit)
+    except Exception:
+        if charge is not None:
+            charge(0)  # too much waits to be read; after ``submit`` it changes nothing
+        raise
+
+
+async def _compiled(service: Service, submit: Callable[[], Answers]) -> Answers:
+    """A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
+    made = in_text_thread(service, limits.READING_SCHEMA, submit)
     try:
         return await asyncio.shield(made)
     except asyncio.CancelledError:

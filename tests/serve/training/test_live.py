@@ -248,7 +248,8 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
             assert completed(url, now, "vnr-b", stream=stream).status_code == 200
         service.training.disk.submit(lambda: None).result()
         assert service.training.store.tokens_of("b") == 2 * (len(TEXT) + 6)
-        assert completed(url, now, "vnr-b", n=4).status_code == 200
+        assert completed(url, now, "vnr-b", n=4).status_code == 403  # more than what is left
+        assert completed(url, now, "vnr-b").status_code == 200
         service.training.disk.submit(lambda: None).result()
         refused = completed(url, now, "vnr-b")
         assert refused.status_code == 403

@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from tests.serve.training.test_service import TEXT, opened
 from tests.support.api_server import listening, until
 from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run, datum
 
+from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
+
+BEARER = {"authorization": "Bearer vnr-a"}
 
 
 def limited(**limits):
@@ -103,3 +107,64 @@ def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
         assert begin(answers.index(200)) == 200  # asked for again
         assert len(client.get("training_runs")["training_runs"]) == 2
         assert Run(client, f"{client.session}:train:{answers.index(200)}").pass_([datum(TEXT)]).loss > 0
+
+
+@pytest.mark.parametrize("route", ["asample", "completions"])
+def test_samples_that_begin_at_once_stay_within_the_tokens_of_a_day(base, tmp_path, route):
+    """60 calls at once drew 6,180 tokens of 50: what they take was counted when they had ended."""
+    service = open_service(base, None, train=str(tmp_path), keys=limited(tokens=50))
+    with listening(service) as (url, _):
+        client = Client(url, "tml-vnr-a")
+        path = client.run().save("x") if route == "completions" else None
+        prompt = TEXT[:4]
+
+        def call(most):
+            if route == "completions":
+                body = {"model": path, "prompt": prompt, "max_tokens": most, "ignore_eos": True}
+                return httpx.post(f"{url}/v1/completions", json=body, headers=BEARER, timeout=60)
+            sampling = {"max_tokens": most, "stop": []}
+            response = client.send(
+                "asample", base_model="tiny", prompt={"chunks": [{"tokens": prompt}]}, sampling_params=sampling
+            )
+            if response.status_code == 200:
+                client.result(response.json(), "SampleResponse")
+            return response
+
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(call, [8] * 60))
+        assert [one.status_code for one in answers].count(200) == 4  # of 12 tokens each
+        refused = next(one for one in answers if one.status_code != 200)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota")
+        assert "tokens of key 'a' and 12 more" in refused.json()["error"]["message"]
+        until(lambda: service.training.store.tokens_of("a") == 48)
+        assert call(1).status_code == 403
+
+
+@pytest.mark.parametrize("route", ["asample", "completions"])
+def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
+    service = open_service(base, None, train=str(tmp_path), keys=limited(tokens=1000))
+    with listening(service) as (url, _):
+        client, store = Client(url, "tml-vnr-a"), service.training.store
+        path = client.run().save("x")
+        first = client.sample(None, TEXT[:4], params={"max_tokens": 1, "stop": []}).sequences[0].tokens[0]
+        until(lambda: store.tokens_of("a") == 5)
+        if route == "asample":
+            (short,) = client.sample(None, TEXT[:4], params={"max_tokens": 150, "stop": [first]}).sequences
+            assert short.tokens == [first]
+            with pytest.raises(Failed, match="token 1000000"):
+                client.sample(None, [10**6], params={"max_tokens": 9})
+            until(lambda: store.tokens_of("a") == 10)
+        else:
+            answer = httpx.post(
+                f"{url}/v1/completions", headers=BEARER, timeout=60,
+                json={"model": path, "prompt": TEXT[:4], "max_tokens": 150, "temperature": 1},
+            )  # fmt: skip
+            assert answer.status_code == 200
+            total = 5 + answer.json()["usage"]["total_tokens"]
+            until(lambda: store.tokens_of("a") == total)
+            body = {"model": path, "prompt": TEXT[:4], "response_format": {"type": "json_object"}}
+            service.reading = limits.READING  # so much waits that a schema is not compiled
+            busy = httpx.post(f"{url}/v1/completions", headers=BEARER, json=body, timeout=60)
+            service.reading = 0
+            assert busy.status_code == 429
+            until(lambda: store.tokens_of("a") == total)

@@ -761,11 +761,12 @@ def test_quotas_of_a_key(base, tmp_path):
         with pytest.raises(Failed, match="bytes of key 'a'"):
             run.save("two")
         run.pass_([datum([5] * 41)])
-        client.sample(None, TEXT, params={"max_tokens": 9, "stop": []})
-        with pytest.raises(Failed, match="61 tokens of key 'a'"):
+        params = {"max_tokens": 9, "stop": []}
+        asked = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": TEXT}]}, "sampling_params": params}
+        assert client.send("asample", **asked).status_code == 403  # it could take 21 tokens of the 20 that are left
+        client.sample(None, TEXT, params={**params, "max_tokens": 8})
+        with pytest.raises(Failed, match="60 tokens of key 'a'"):
             run.pass_([datum(TEXT)])
-        asked = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": TEXT}]}, "sampling_params": {}}
-        assert client.send("asample", **asked).status_code == 403
         assert run.step()["metrics"]  # along what was accepted
         other.pass_([datum(TEXT)] * 9)
 

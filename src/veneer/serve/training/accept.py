@@ -23,7 +23,7 @@ from veneer.errors import sentence
 from veneer.serve import refusal
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
-from veneer.serve.service import Route
+from veneer.serve.service import Route, beside_loop
 from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.training import Training
 from veneer.serve.training.wire import PassHeader
@@ -117,7 +117,8 @@ class NumberedRoute(Route):
         try:
             return await handle(request)
         except (RequestValidationError, HTTPException, Refusal) as error:
-            refused, address = _refusal_of(error), _read_address(await request.body())
+            service, body = request.app.state.service, await request.body()
+            refused, address = _refusal_of(error), await beside_loop(service, body, _read_address)
             training: Training = request.app.state.service.training
             key: Key | None = request.state.key
             if refused.status not in FINAL or address is None or key is None or not key.train:

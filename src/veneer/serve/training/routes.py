@@ -328,14 +328,15 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
     else:
         session, path, id = "", body.model_path, f"sample:{secrets.token_hex(16)}"
         _of_base(training, body.base_model)
-    within(training, key, "tokens")
     if path is None and not key.base:
         raise no_such("the base model", training.base)
     name = None
     if path is not None:
         checkpoint_of(training, key, path)
         name = await training.written(training.used, path)
-    training.samples.begin(id, key.owner, session, name, body)
+    if training.samples.find(id, key.owner) is None:
+        charge = await training.reserve_tokens(key, training.samples.most_tokens(body))
+        training.samples.begin(id, key.owner, session, name, body, charge)
     return {"request_id": id, "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)]}
 
 

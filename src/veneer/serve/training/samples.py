@@ -37,6 +37,13 @@ TRYING, PATIENCE = 4, 0.05
 
 
 @dataclass(eq=False)
+class Usage:
+    """Tokens of a call that were computed: its prompt once, and its answers."""
+
+    tokens: int = 0
+
+
+@dataclass(eq=False)
 class Promised:
     """A call for samples, of an owner and a session."""
 
@@ -57,25 +64,43 @@ class Samples:
         self._gates: dict[str, asyncio.Semaphore] = {}  # by owner
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self, id: str, owner: str, session: str, name: str | None, asked: Sample) -> None:
-        """``name``: the bank's, of the adapter; None for the base. ``Busy``: too many wait. The same id again is the
-        same call."""
+    def most_tokens(self, asked: Sample) -> int:
+        """What a call takes of a quota at most: its prompt, and the longest answers that it allows."""
+        size, limit = len(asked.prompt.tokens), self._engine.length
+        left = max(0, limit - size)
+        return size + asked.num_samples * min(left, asked.sampling_params.max_tokens or left)
+
+    def begin(
+        self,
+        id: str,
+        owner: str,
+        session: str,
+        name: str | None,
+        asked: Sample,
+        charge: Callable[[int], None] = lambda used: None,
+    ) -> None:
+        """``name``: the bank's, of the adapter; None for the base. ``charge`` is called with the tokens of prompt and
+        answers that were computed. ``Busy``: too many wait. The same id again is the same call."""
         if id in self._calls:
+            charge(0)
             return
         waiting = [one for one in self._calls.values() if not one.task.done()]
         room = MOST_WAITING - sum(one.count for one in waiting)
         if owner:  # a key has at most as many as are left for others
             room = min(room, room - sum(one.count for one in waiting if one.owner == owner))
         if room < asked.num_samples:
+            charge(0)
             raise Busy(
                 sentence("too many samples that wait", f"at most {MOST_WAITING:,}", "try again in a second"), 1.0
             )
         self._loop = asyncio.get_running_loop()
-        task = self._loop.create_task(self._answer(owner, name, asked))
+        usage = Usage()
+        task = self._loop.create_task(self._answer(owner, name, asked, usage))
         made = self._calls[id] = Promised(owner, session, asked.num_samples, task)
 
         def over(_: Any) -> None:
             made.ended = time.monotonic()
+            charge(usage.tokens)
             self._forget()
 
         task.add_done_callback(over)
@@ -106,7 +131,7 @@ class Samples:
         for id in dict.fromkeys([*gone, *ended[: max(0, len(ended) - MOST_KEPT)]]):
             del self._calls[id]
 
-    async def _answer(self, owner: str, name: str | None, asked: Sample) -> Answer:
+    async def _answer(self, owner: str, name: str | None, asked: Sample, usage: Usage) -> Answer:
         try:
             prompt, blend = asked.prompt.tokens, {} if name is None else {name: 1.0}
             if not 0 < len(prompt) < self._engine.length:
@@ -116,16 +141,16 @@ class Samples:
                 found = f"token {max(prompt)} in a prompt"
                 raise DataError(found, f"ids from 0 to {self._worker.vocabulary - 1}", "use the base's tokenizer")
             check_prompt(asked, len(prompt))
-            sequences = asyncio.gather(*[self._sequence(owner, blend, asked, i) for i in range(asked.num_samples)])
+            sequences = asyncio.gather(
+                *[self._sequence(owner, blend, asked, i, usage) for i in range(asked.num_samples)]
+            )
+            usage.tokens = len(prompt)
             scored = self._scores(name, prompt, asked)
             try:
                 found, scores = await asyncio.gather(sequences, scored)
             except BaseException:
                 sequences.cancel()
                 raise
-            if owner:  # whose key may limit it
-                count = len(prompt) + sum(len(one.tokens) for one in found)
-                await asyncio.to_thread(self._worker.store.count_tokens, owner, count)
             return Answer(sample_output(found, asked.topk_sample_logprobs, scores), True)
         except VeneerError as error:
             return failure(error)
@@ -133,7 +158,9 @@ class Samples:
             log.exception("a call for samples failed")
             return failure(error, own=True)
 
-    async def _sequence(self, owner: str, blend: Mapping[str, float], asked: Sample, number: int) -> Sequence_:
+    async def _sequence(
+        self, owner: str, blend: Mapping[str, float], asked: Sample, number: int, usage: Usage
+    ) -> Sequence_:
         """One sample. What is left of it when it is cancelled, the engine stops."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         request = Request(
@@ -145,14 +172,14 @@ class Samples:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
-            tokens, piece = await self._drawn(request, deliver, pieces)
+            tokens, piece = await self._drawn(request, deliver, pieces, usage)
         if piece.finish not in ("stop", "length"):
             raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
         top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
         return Sequence_([one.id for one in tokens], [one.logprob for one in tokens], top, piece.finish == "length")
 
     async def _drawn(
-        self, request: Request, deliver: Callable[[Piece], None], pieces: asyncio.Queue[Piece]
+        self, request: Request, deliver: Callable[[Piece], None], pieces: asyncio.Queue[Piece], usage: Usage
     ) -> tuple[list[Any], Piece]:
         """The tokens of a sample, and the last piece of it."""
         while True:
@@ -168,6 +195,7 @@ class Samples:
             while True:
                 piece = await pieces.get()
                 tokens += piece.tokens
+                usage.tokens += len(piece.tokens)
                 if piece.finish is not None:
                     return tokens, piece
         except asyncio.CancelledError:

@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -94,6 +94,7 @@ class Store:
             raise ConfigError(f"{folder}, which another server has", "a folder of its own", "stop that one") from error
         self._lock = threading.RLock()
         private_file(self.folder / INDEX)
+        self._reserved: Counter[str] = Counter()  # tokens by owner
         self._readers: deque[sqlite3.Connection] = deque()  # that no thread uses now
         self._closed = False
         self._base = self._connect()
@@ -374,8 +375,20 @@ class Store:
 
     def tokens_of(self, owner: str) -> int:
         """Tokens of today."""
+        reserved = self._reserved[owner]  # first: what is settled meanwhile counts twice rather than not at all
         row = self._one("SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today())
-        return 0 if row is None else row["count"]
+        return reserved + (0 if row is None else row["count"])
+
+    def reserve_tokens(self, owner: str, count: int) -> None:
+        """Count tokens that samples may take until ``settle_tokens``, or the end of the process, which ends them."""
+        with self._lock:
+            self._reserved[owner] += count
+
+    def settle_tokens(self, owner: str, reserved: int, used: int) -> None:
+        """Count what was taken of the tokens that were reserved, and give the rest back."""
+        with self._lock:
+            self.count_tokens(owner, used)
+            self._reserved[owner] -= reserved
 
     def count_tokens(self, owner: str, count: int) -> None:
         query = "INSERT INTO tokens VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"

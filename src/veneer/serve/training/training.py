@@ -25,9 +25,11 @@ from typing import Any
 
 from veneer.errors import ConfigError, SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
+from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, register, tied
+from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Place, Store, place_of
 from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
@@ -151,11 +153,28 @@ class Training:
         run, _, last = name.removeprefix("tinker://").rpartition("/")
         return (self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))) / ADAPTER
 
-    def charge(self, owner: str, tokens: int) -> None:
-        """Count tokens of an owner's quota, whenever the disk has time."""
-        self.disk.submit(self.store.count_tokens, owner, tokens).add_done_callback(
-            partial(_logged, f"{tokens} tokens of {owner} were not counted")
-        )
+    async def reserve_tokens(self, key: Key, most: int) -> Callable[[int], None]:
+        """Count the tokens that a call for samples may take at most. What is returned is to be called with those that
+        it took; the first time counts. ``Refusal``: they are past the key's quota."""
+        if not key.owner:
+            return lambda used: None
+        await self.written(self._reserve, key, most)
+
+        unused = iter([most])
+
+        def charge(used: int) -> None:
+            if next(unused, None) is None:
+                return
+            done = self.disk.submit(self.store.settle_tokens, key.owner, most, used)
+            done.add_done_callback(partial(_logged, f"{used} tokens of {key.owner} were not counted"))
+
+        return charge
+
+    def _reserve(self, key: Key, most: int) -> None:
+        problem = over_quota(self.store, key.owner, "tokens", key.tokens, most)
+        if problem is not None:
+            raise Refusal(403, problem, code="quota")
+        self.store.reserve_tokens(key.owner, most)
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
