@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.adapted_module import own_class
+from veneer.attach.change import frozen_weight
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import Call, LayerAdapter, factored, is_jagged, on_values, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
@@ -202,7 +203,7 @@ class Blend:
         """As ``LayerAdapter.changed``. What is not wide is rounded once, after the blend."""
         own, dtypes, values = {}, {}, []
         for name, change in self.changes.items():
-            dense = change.storage.dense(change.weight_of(module, name))
+            dense = change.storage.dense(frozen_weight(change, module, name))
             own[name], dtypes[name] = dense.to(at_least_float32(dense.dtype)), dense.dtype
         for part, weight in self.parts:
             full = {name: value for name, value in part.replacements(module).items() if name in own}

@@ -41,6 +41,15 @@ def changed_storage(module: nn.Module, name: str) -> SelectionError:
     return SelectionError(found, "the parameter that the adapter was attached to", do)
 
 
+def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
+    """The weight of a module that a change is of; a SelectionError if it is kept otherwise than as that was made."""
+    weight = weight_of(module, name)
+    computed = isinstance(weight, ParametrizationList)
+    if weight is None or computed != (change.storage.name == "parametrized"):
+        raise changed_storage(module, name)
+    return weight
+
+
 def _offloaded(gradient: Tensor) -> None:
     """Who trains would train copies that nobody has after the call."""
     found = "a gradient of adapter parameters that accelerate has offloaded"
@@ -109,14 +118,6 @@ class Change(nn.Module):
             if value.requires_grad:
                 value.register_hook(_offloaded)
         return found
-
-    def weight_of(self, module: nn.Module, name: str) -> Any:
-        """The frozen weight of a module that this changes; a SelectionError if it is kept otherwise than it was."""
-        weight = weight_of(module, name)
-        computed = isinstance(weight, ParametrizationList)
-        if weight is None or computed != (self.storage.name == "parametrized"):
-            raise changed_storage(module, name)
-        return weight
 
     def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""

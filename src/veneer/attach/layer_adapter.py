@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from veneer import context
 from veneer.attach.adapted_module import own_forward, weight_of
-from veneer.attach.change import PIECES, Change, changed_storage
+from veneer.attach.change import PIECES, Change, changed_storage, frozen_weight
 from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
 from veneer.attach.experts import dropped, is_stack
 from veneer.attach.fused_linear import Direct, Together, direct, outputs, seed_of
@@ -178,7 +178,7 @@ class LayerAdapter(nn.Module):
             run = partial(self._run_any, module, base, layer_state, kwargs={}, now=now)
             return on_values(run, args, kwargs)
         change = self.changes[reader.weight]
-        low, gain = change.resolve(change.weight_of(module, reader.weight))
+        low, gain = change.resolve(frozen_weight(change, module, reader.weight))
         dropout = change.dropout if change.training else 0.0
         call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
         call.refuse_other_dtype(change)
@@ -192,7 +192,7 @@ class LayerAdapter(nn.Module):
         """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
         if self.gained:  # to find that out again takes W + ΔW
             return None
-        weights = {name: change.weight_of(module, name) for name, change in self.changes.items()}
+        weights = {name: frozen_weight(change, module, name) for name, change in self.changes.items()}
         if not all(is_stack(change, weights[name]) for name, change in self.changes.items()):
             return None
         found = {}
@@ -219,7 +219,7 @@ class LayerAdapter(nn.Module):
         """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""
         values = {}
         for name, change in self.changes.items():
-            weight = change.weight_of(module, name)
+            weight = frozen_weight(change, module, name)
             own = change.storage.dtype(weight)
             low, gain = change.resolve(weight)
             value = change.changed(weight, low, gain, at_least_float32(own), drop=True)
@@ -269,7 +269,7 @@ class Call(NamedTuple):
 
     def refuse_other_dtype(self, change: Change) -> None:
         """Raise torch's own error where the layer without an adapter takes no input of this dtype."""
-        x, weight = self.x, change.weight_of(self.module, cast(Layer, self.layer_state.layer).weight)
+        x, weight = self.x, frozen_weight(change, self.module, cast(Layer, self.layer_state.layer).weight)
         if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):

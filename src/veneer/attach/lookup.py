@@ -14,7 +14,7 @@ from torch import nn
 
 from veneer import context
 from veneer.attach.adapted_module import layer_states
-from veneer.attach.change import Change
+from veneer.attach.change import Change, frozen_weight
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.state import ADAPTERS, STRAY, ModelAdapters, in_turn
 from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
@@ -98,7 +98,7 @@ def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, Laye
         part = layer_state.get(name)
         if part is not None and _holds_parameters(part):
             for weight, change in part.changes.items():
-                change.weight_of(module, weight)
+                frozen_weight(change, module, weight)
             part.replacements(module)
             yield path, module, part
 

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from veneer.attach.adapted_module import KEPT, WRAPPED, method_of, own_class, state_of, wrapped_forward
+from veneer.attach.change import frozen_weight
 from veneer.attach.dtypes import at_least_float32, cast_floats, is_float, no_autocast, output_dtype, widen
 from veneer.attach.experts import form_from_now_on, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached
@@ -45,7 +46,7 @@ def viewed(
     if any(change.storage.opaque for change in part.changes.values()):
         return _on_numbers(part, module, layer_state, args, kwargs)
     function, read_below, full = method_of(base, method), part.below(method), part.replacements(module)
-    dtypes = {change.storage.dtype(change.weight_of(module, name)) for name, change in part.changes.items()}
+    dtypes = {change.storage.dtype(frozen_weight(change, module, name)) for name, change in part.changes.items()}
     narrow = next((dtype for dtype in dtypes if at_least_float32(dtype) != dtype), None)
     if read_below or any(child is not layer_state for child in module._modules.values()):
         narrow = None  # what runs below is not widened
