@@ -473,7 +473,7 @@ def test_the_other_process_that_merges_is_named(tmp_path):
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     with (
         locked(tmp_path / ".out.merging.lock", AssertionError),
-        pytest.raises(MergeError, match=rf"process {os.getpid()} on .*, which merges into .*out"),
+        pytest.raises(MergeError, match=rf"another process \({os.getpid()} on .*\), which merges into .*out"),
     ):
         merge_checkpoint(base, [adapter], tmp_path / "out")
     assert merge_checkpoint(base, [adapter], tmp_path / "out")

@@ -29,7 +29,8 @@ def locked(path: Path, refusal: Callable[[str], Exception] | None = None) -> Ite
         raise TimeoutError(f"{path} is locked by another process") if refusal is None else refusal(_read(holder))
     try:
         if refusal is not None:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} ({_program()})", encoding="utf-8")
+            known = f"{os.getpid()} on {socket.gethostname()}: {_program()}"
+            holder.write_text(f"another process ({known})", encoding="utf-8")
         yield
     finally:
         if refusal is not None:
