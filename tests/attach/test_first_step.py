@@ -137,6 +137,18 @@ def test_loops_that_train_what_they_mean_are_told_nothing(tmp_path, loop):
                 optimizer.zero_grad()
 
 
+def test_a_step_of_another_adapter_says_nothing_of_one_whose_optimizer_is_made_later():
+    model = mlp()
+    first, second = (veneer.attach(model, veneer.LoraConfig(rank=2), name=name) for name in ("first", "second"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("first", "second"):
+            with veneer.use(model, name):
+                model(torch.randn(2, 4)).square().sum().backward()
+        torch.optim.SGD(first.parameters(), lr=0.1).step()
+        torch.optim.SGD(second.parameters(), lr=0.1).step()
+
+
 def test_the_hook_goes_with_the_first_step_of_the_adapter():
     model, (optimizer,), _ = made_after_attach(None)
     (hook,) = first_step._HOOKS

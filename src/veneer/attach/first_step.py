@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from veneer.attach.adapted_module import layer_states
 from veneer.errors import sentence, warn_caller
 
 
@@ -92,11 +93,12 @@ def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
 
 
 def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:
-    """Whether some of these are parameters of the adapter's model, but not of the adapter."""
+    """Whether some of these are base parameters of the adapter's model. An optimiser of another adapter holds none."""
     model = adapter.model()
-    ours = {id(parameter) for parameter in adapter.alive()}
-    parameters = () if model is None else map(id, model.parameters())
-    return any(key in held and key not in ours for key in parameters)
+    if model is None:
+        return False
+    of_adapters = {id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()}
+    return any(key in held and key not in of_adapters for key in map(id, model.parameters()))
 
 
 def _held_elsewhere(parameters: list[nn.Parameter]) -> bool:
