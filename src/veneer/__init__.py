@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer import adapter_files, errors, optim
     from veneer.adapter_files import UnverifiedAdapter, save
     from veneer.adapter_files.save_load import LoadedElsewhere
+    from veneer.adapter_files.ties import TieBroken
     from veneer.attach.check import check
     from veneer.attach.first_step import NotTrained
     from veneer.attach.fresh_weights import FreshWeights
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from veneer.bank import Bank
     from veneer.config import LoraConfig
     from veneer.errors import VeneerError
+    from veneer.formats.peft_targets import TensorsLeftOut
     from veneer.handle import Handle, attach, load
     from veneer.tools.compare import Difference, compare
     from veneer.tools.compose import ComposeReport, compose
@@ -51,6 +53,8 @@ _LAZY = {
     "NotTrained": "veneer.attach.first_step",
     "Runs": "veneer.train.many",
     "SkippedLayers": "veneer.attach.plan",
+    "TensorsLeftOut": "veneer.formats.peft_targets",
+    "TieBroken": "veneer.adapter_files.ties",
     "UnverifiedAdapter": "veneer.adapter_files",
     "VeneerError": "veneer.errors",
     "attach": "veneer.handle",
@@ -89,6 +93,8 @@ __all__ = [
     "NotTrained",
     "Runs",
     "SkippedLayers",
+    "TensorsLeftOut",
+    "TieBroken",
     "UnverifiedAdapter",
     "VeneerError",
     "adapter_files",

@@ -210,7 +210,7 @@ def test_an_adapter_that_peft_refuses_says_why_instead(tmp_path):
 )
 def test_vllm_is_named_only_where_it_can(changes, reason):
     shapes = {f"base_model.model.{at}.lora_A.weight": (8, 4) for at in "ab"}
-    text = card({**PEFT, **changes}, None, shapes)
+    text = card({**PEFT, "target_modules": ["a", "b"], **changes}, None, shapes)
     assert ("vllm serve" in text) == (reason == "")
     if reason:
         assert reason in text.split("vLLM cannot serve it")[1]

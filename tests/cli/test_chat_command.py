@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import veneer as library
 from veneer.cli import chat
+from veneer.errors import escape_controls
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_both_side_by_side_and_each_goes_on_from_its_own(
         assert text in found.out
     messages = [user("1+1="), assistant(first[1]), user("2+2=")]
     answer = expected(base, messages, "other", adapter, other)
-    assert found.out.endswith(answer + "\n")
+    assert found.out.endswith(escape_controls(answer) + "\n")
     (line,) = (tmp_path / "chat.jsonl").read_text().splitlines()
     assert json.loads(line) == {"messages": [*messages, assistant(answer)]}
 

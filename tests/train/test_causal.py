@@ -70,7 +70,7 @@ def test_a_base_that_is_no_causal_language_model_is_refused_before_it_is_loaded(
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr(models, "load_base", load)
-    config = make(base=str(folder), data=str(tmp_path / "none.jsonl"))
+    config = make(base=str(folder), data=str(write_rows(tmp_path / "rows.jsonl", sums(8))))
     with pytest.raises(ConfigError, match=message) as error:
         fit(config, quiet=True)
     assert "Expected: a causal language model. Do: choose a causal base" in str(error.value)

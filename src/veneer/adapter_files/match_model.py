@@ -168,6 +168,9 @@ class _Match:
                 self.problem(found, "one", "get the whole file again")
             layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
             self.layers[ref] = layer if self.saved.record is not None else self.as_change(ref, layer)
+        for path in self.saved.left_out:  # PEFT passes over these too, but here nothing is loaded for another model
+            if path not in self.names.modules:
+                self.lacks(path, path)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
             self.tokens = token_rows.matched(self.names, self.saved, self.problems, self.by_peft_rules)
 
