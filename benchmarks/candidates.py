@@ -3,16 +3,15 @@
 A model has the shape of a real one and random weights. With fewer layers than the real one a Llama also gets a smaller
 vocabulary, in proportion, so that the output head keeps its share of the step. Every candidate adapts the same layers
 at the same rank: all linear layers and convolutions but the first (what embeds the input) and the output head, and a
-layer that cannot have the rank gets the largest that it can.
+layer that cannot have the rank gets the largest that it can. "veneer" is a plain loop with transformers' own attention
+and loss; "own loss and attention" are those of `veneer train`.
 
 Peers are imported when they are built: a process that measures memory then holds only what it measures.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,35 +152,18 @@ def step(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: d
         optimizer.step()
 
 
-def timed(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: dict[str, Tensor]) -> float:
-    """Seconds of CPU time of a step."""
-    start = time.process_time()
-    step(candidate, optimizer, batch)
-    return time.process_time() - start
-
-
-def options(doc: str | None, layers: int, runs: int) -> argparse.ArgumentParser:
-    """What the programs on Llama's shape are told alike."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--layers", type=int, default=layers)
-    parser.add_argument("--runs", type=int, default=runs)
-    parser.add_argument("--tiny", action="store_true", help="a model of a toy's width")
-    parser.add_argument("--out", type=Path, help="folder for the result")
-    return parser
-
-
-def names(architecture: str, dtype: str) -> list[str]:
-    """The candidates of a table, the floor first."""
-    rows = ["floor", "full fine-tuning", "peft", "peft, dropout"]
-    if dtype != "float32":
-        rows += ["peft, bf16 adapters", "peft, bf16 adapters, dropout"]
-    rows += ["loralib", "veneer", "veneer, dropout"]
-    if architecture == "resnet":
-        rows.append("veneer, model's own layout")
-    elif architecture == "llama" or dtype != "float32":
-        rows.append("veneer, model's own attention")
-    return [*rows, "veneer, model's own attention and loss"] if architecture == "llama" else rows
+def names(architecture: str, dtype: str, dropout: bool = True, peers: bool = True) -> list[str]:
+    """The arms of a table, the floor first; what a user with defaults has stands before what Veneer adds."""
+    arms = ["floor", *(["full fine-tuning"] if peers else []), "peft"]
+    arms += ["peft, bf16 adapters"] if dtype != "float32" else []
+    arms += ["loralib"] if peers else []
+    arms += ["veneer"]
+    arms += ["veneer, own loss and attention"] if architecture == "llama" else []
+    arms += ["veneer, own attention"] if architecture in ("bert", "vit") and dtype != "float32" else []
+    arms += ["veneer, channels last"] if architecture == "resnet" else []
+    if dropout:
+        arms += [f"{name}, dropout" for name in arms if name.startswith(("peft", "veneer"))]
+    return arms
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -205,13 +187,11 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
         return with_peft(model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options)
-    own = any(option.startswith("model's own") for option in options)
-    if architecture == "resnet" and not own:
+    if "channels last" in options:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    elif architecture != "resnet" and not any("attention" in option for option in options):
+    if any("attention" in option for option in options):
         with_products(model)
-    lean = architecture == "llama" and not any("loss" in option for option in options)
-    return with_veneer(model, layers, rank, dropout, lean)
+    return with_veneer(model, layers, rank, dropout, any("loss" in option for option in options))
 
 
 def with_products(model: nn.Module) -> None:
@@ -271,3 +251,31 @@ def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]
         setattr(holder, name, new)
     loralib.mark_only_lora_as_trainable(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def peft_with(base: nn.Module, folder: Path, adapter_names: list[str], **options: Any) -> nn.Module:
+    """PEFT's model with these adapters of a folder; of one that was saved by Veneer."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, *rest = adapter_names
+        model = peft.PeftModel.from_pretrained(sharing(base), str(folder / first), adapter_name=first, **options)
+        for name in rest:
+            model.load_adapter(str(folder / name), adapter_name=name, **options)
+    return model.eval()
+
+
+def save_random(base: nn.Module, folder: Path, count: int, rank: int = 8) -> list[str]:
+    """Folders of random adapters of `base`; their names."""
+    import veneer
+
+    adapter_names = [f"a{number}" for number in range(count)]
+    for name in adapter_names:
+        model = sharing(base)
+        handle = veneer.attach(model, veneer.LoraConfig(rank=rank, alpha=ALPHA))
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        handle.save(folder / name)
+    return adapter_names

@@ -148,22 +148,20 @@ def collect(parts: Sequence[Part], device: str, quick: bool, total: float, ask: 
 
 
 def show(found: dict[str, Any]) -> None:
-    for row in found["checks"]:
-        if row["found"] != "right":
-            print(f"  {row['found']}: {row['check']}: {row['text']}")
-    right = sum(row["found"] == "right" for row in found["checks"])
-    print(f"{right} of {len(found['checks'])} checks are right")
+    lines = [f"{row['found']}: {row['check']}: {row['text']}" for row in found["checks"] if row["found"] != "right"]
+    lines += [f"skipped: {row['part']}: {row['why']}" for row in found["skipped"]]
     for case in [*found["steps"], *found["decode"]]:
-        print(", ".join(f"{key} {value}" for key, value in case["setting"].items()), f"({case['runs']} rounds)")
-        for name, row in case["rows"].items():
-            if "why" in row:
-                print(f"  {name:<26} –  {row['why']}")
-                continue
-            ratio = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" if "ratio" in row else "–"
-            peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:9,.0f} MiB"
-            print(f"  {name:<26} {ratio:<18} {row['seconds'] * 1000:9.1f} ms {row['tokens']:10,.0f} tokens/s {peak}")
-    for row in found["skipped"]:
-        print(f"  skipped: {row['part']}: {row['why']}")
+        lines.append(", ".join(f"{key} {value}" for key, value in case["setting"].items()))
+        lines += [f"  {name:<26} {numbers_of(row)}" for name, row in case["rows"].items()]
+    print("\n".join(lines))
+
+
+def numbers_of(row: dict[str, Any]) -> str:
+    if "why" in row:
+        return f"–  {row['why']}"
+    ratio = f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})" if "ratio" in row else "–"
+    peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:9,.0f} MiB"
+    return f"{ratio:<18} {row['seconds'] * 1000:9.1f} ms {row['tokens']:10,.0f} tokens/s {peak}"
 
 
 def slug(name: str) -> str:
@@ -181,7 +179,7 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child
     parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     import gpu_place
-    from report import write
+    import runner
 
     if options.part:
         part = next(one for one in PARTS if one.name == options.part)
@@ -205,7 +203,10 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child
     whole = {**place.describe(), "quick": options.quick, **found}
     usual = place.kind == "cuda" and not options.quick and options.only is None
     if options.out is not None or usual:
-        whole = write(f"gpu-{slug(place.name)}", whole, options.out)
+        folder, name = options.out or runner.RESULTS, f"gpu-{slug(place.name)}"
+        whole = {"name": name, **whole, **runner.machine()}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     if any(row["found"] == "wrong" for row in found["checks"]):
         raise SystemExit(1)
     return whole

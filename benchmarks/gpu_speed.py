@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ import torch
 
 import gpu_models
 import veneer
-from candidates import step
+from candidates import peft_with, save_random, step
 from gpu_place import Place, Skipped, installed
-from report import spread
 
 ROWS, PROMPT, TOKENS, ADAPTERS = 16, 64, 32, 8
 LEAST, MOST = 3, 15  # rounds
@@ -74,6 +74,14 @@ def rounds(
         for name in names[number % len(names) :] + names[: number % len(names)]:
             times[name].append(place.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats)
     return times, peaks, failed
+
+
+def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
+    """Median and quartiles, under the names of a row: ratio, low, high."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    numbers = {"ratio": statistics.median(ordered), "low": ordered[quarter], "high": ordered[-1 - quarter]}
+    return {name: round(number, digits) for name, number in numbers.items()}
 
 
 def table(
@@ -163,10 +171,8 @@ def _tokens(chosen: Any) -> list[int]:
 
 def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
     """PEFT's adapter_names in transformers' generate."""
-    import mixed
-
     installed("peft")
-    model: Any = mixed.with_peft(base, folder, names)
+    model: Any = peft_with(base, folder, names)
     ids = torch.tensor(prompts, device=place.device)
     rows = list(itertools.islice(itertools.cycle(names), len(prompts)))
 
@@ -202,7 +208,6 @@ def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list
 def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
     """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed order, PEFT; or, in
     a process of its own, vLLM beside the bank."""
-    import mixed  # which keeps libraries off the hub: not for who measures without it
 
     torch.manual_seed(0)
     base = gpu_models.build(place, "smollm2-135m", "bf16").eval()
@@ -211,7 +216,7 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        names = mixed.adapters(base, folder, ADAPTERS)
+        names = save_random(base, folder, ADAPTERS)
         chosen = list(itertools.islice(itertools.cycle(names), ROWS))
 
         def banked() -> Any:

@@ -15,14 +15,15 @@ from experiments import small, smollm2
 from experiments.experiment import Cell, Claim, Experiment, Run, table
 
 PEER, OWN, SAME = "trl + peft", "veneer train", "veneer train, rows in trl's order"
-SOURCE = "this project: `benchmarks/time_to_target.py`"
+SOURCE = "this project: the case `time_to_target` of `benchmarks/`"
 RANK, ALPHA, RATE, BATCH = 8, 16, 5e-3, 16
 ABOUT = """
-`benchmarks/time_to_target.py` once showed a held-out loss of 0.972 for `veneer train` beside 0.852 and 0.927 for TRL's
-`SFTTrainer` with PEFT after as many steps. What do the two do differently? Both use AdamW of torch, cosine after 5 % of
-warm-up, no weight decay, gradients clipped to 1, a loss that is a mean over the labelled tokens of a batch, and float32
-adapters. They differ in what they begin with (the seed is spent otherwise), and in the order of the rows: TRL takes
-them by chance, `veneer train` puts rows of like length into a batch, so that less padding is computed.
+The case `time_to_target` of `benchmarks/` once showed a held-out loss of 0.972 for `veneer train` beside 0.852 and
+0.927 for TRL's `SFTTrainer` with PEFT after as many steps. What do the two do differently? Both use AdamW of torch,
+cosine after 5 % of warm-up, no weight decay, gradients clipped to 1, a loss that is a mean over the labelled tokens of
+a batch, and float32 adapters. They differ in what they begin with (the seed is spent otherwise), and in the order of
+the rows: TRL takes them by chance, `veneer train` puts rows of like length into a batch, so that less padding is
+computed.
 
 So both begin with the same numbers here, those that PEFT draws for the seed (`veneer train` trains that adapter
 further), and `veneer train` runs in both orders. Ten seeds; rank 8, alpha 16, rate 5e-3, 60 steps of 16 words of 2,000;

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine
+from benchmarks.runner import machine
 
 from experiments import find
 from experiments.experiment import Cell, Run

@@ -1,15 +1,21 @@
 """docs/plan.md: what `veneer plan` says of bases from 8 billion to a trillion numbers, how far off it is where it was
-measured (benchmarks/results/plan_errors.json), and beside what others have published."""
+measured (benchmarks/results/plan_errors/), and beside what others have published."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # benchmarks/
+
+from benchmarks import runner
 
 import veneer
 from veneer.models.meta import countable_model
@@ -18,7 +24,7 @@ from veneer.train.plan.serving import BUSY, Load, plan_service
 from veneer.train.plan.training import Planned, Planner, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "plan_errors.json"
+RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -121,10 +127,44 @@ def serving() -> list[str]:
     return table(heads, rows)
 
 
+def measured_rows() -> tuple[str, list[dict[str, Any]]]:
+    """(where they are from, what was planned and measured of each configuration): of the latest record, or of the
+    program that was there before the runner."""
+    recorded = runner.records("plan_errors", RESULTS)
+    if not recorded:
+        before = json.loads((RESULTS / "before" / "plan_errors.json").read_text())
+        return "Recorded before by another program; the runner's own record is pending.", before["rows"]
+    rows = []
+    for case in recorded[-1]["cases"]:
+        numbers = {
+            arm: {name: statistics.median(p["rounds"][arm][0][name] for p in case["processes"]) for name in NUMBERS}
+            for arm in ("as it comes", "giving back")
+        }
+        plain, held = numbers["as it comes"], numbers["giving back"]["memory"]
+        name = case["setting"]["name"]
+        row = {
+            "name": name, "several": name.endswith(("ddp", "fsdp")), "dtype": "bf16" if "bf16" in name else "fp32",
+            "measured": {"memory": plain["memory"], "held": held, "seconds": plain["seconds"]},
+            "predicted": {"memory": plain["planned memory"], "seconds": plain["planned seconds"]},
+            "memory_error": plain["planned memory"] / plain["memory"] - 1,
+            "held_error": plain["planned memory"] / held - 1,
+        }  # fmt: skip
+        rows.append(row)
+    for row in (alone := [row for row in rows if not row["several"]]):  # processes wait for each other
+        times = [
+            math.log(one["predicted"]["seconds"] / one["measured"]["seconds"])
+            for one in alone if one["dtype"] == row["dtype"]
+        ]  # fmt: skip
+        own = row["predicted"]["seconds"] / row["measured"]["seconds"]
+        row["time_error"] = own / math.exp(statistics.median(times)) - 1
+    return f"Recorded on commit `{recorded[-1]['commit'][:12]}`.", rows
+
+
+NUMBERS = ("memory", "seconds", "planned memory", "planned seconds")
+
+
 def measured() -> list[str]:
-    if not RESULT.exists():
-        return ["Not measured yet."]
-    result = json.loads(RESULT.read_text())
+    note, rows_measured = measured_rows()
     heads = [
         "configuration", "planned, MiB", "held", "error", "resident", "error", "step, s", "error of its ratio",
     ]  # fmt: skip
@@ -136,9 +176,9 @@ def measured() -> list[str]:
             f"{row['measured']['seconds']:.2f}",
             f"{row['time_error']:+.1%}" if "time_error" in row else "",
         ]
-        for row in result["rows"]
+        for row in rows_measured
     ]  # fmt: skip
-    found = {name: [abs(row[name]) for row in result["rows"] if name in row] for name in ERRORS}
+    found = {name: [abs(row[name]) for row in rows_measured if name in row] for name in ERRORS}
     within = {name: sum(error <= limit for error in found[name]) for name, limit in ERRORS.items()}
     middle = {name: statistics.median(errors) for name, errors in found.items()}
     said = (
@@ -147,7 +187,7 @@ def measured() -> list[str]:
         f"{middle['memory_error']:.1%}); of {len(found['time_error'])}, the ratio of times is within 15 % for "
         f"{within['time_error']} (median {middle['time_error']:.1%})."
     )
-    return [*table(heads, rows), "", said]
+    return [note, "", *table(heads, rows), "", said]
 
 
 ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}

@@ -1,17 +1,10 @@
-"""The ways to serve many adapters that Veneer is compared with, as engines behind Veneer's own front.
+"""PEFT's way to serve many adapters, as an engine behind Veneer's own front: ``generate(adapter_names=[…])`` on a batch
+of what waits. What its API allows at best: a batch is as large as `rows`, or as what waits when the one before is done;
+of more than fit, the oldest is taken with those that are closest to it in length, so that little is padded; adapters
+are in the weights' own type; each token is delivered when it is there. A batch cannot be joined or left while it runs:
+`generate` has no way to.
 
-Mixed: PEFT's ``generate(adapter_names=[…])`` on a batch of what waits. What its API allows at best: a batch is as large
-as `rows`, or as what waits when the one before is done; of more than fit, the oldest is taken with those that are
-closest to it in length, so that little is padded; adapters are in the weights' own type; each token is delivered when
-it is there. A batch cannot be joined or left while it runs: `generate` has no way to.
-
-Turns: merged models take turns in one process: Veneer's engine without a bank, whose weights are overwritten with
-those of the merged checkpoint that is asked for. They are copied from the kernel's file cache (nothing is read from
-the disk, and that cache is not counted as the process's memory). The adapter whose oldest request has waited longest
-is next, with all of its requests that wait.
-
-    python benchmarks/serve.py --peer mixed PLACE --port 8000 --rows 16
-    python benchmarks/serve.py --peer turns PLACE --port 8000 --rows 16
+    python benchmarks/serve_cases/peers.py PLACE --port 8000 --rows 16 --length 1024
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +144,6 @@ def closest(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
     return choose
 
 
-def same(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
-    """The oldest, and those that want the same adapter."""
-
-    def choose(waiting: Sequence[Job]) -> list[Job]:
-        return [job for job in waiting if job.adapter == waiting[0].adapter][:rows]
-
-    return choose
-
-
 # ------------------------------------------------------------------------------------------ PEFT, mixed batches
 
 
@@ -223,55 +207,6 @@ def say(job: Job, token: int, tokenizer: Any) -> None:
         job.deliver(Piece(text, tokens))
 
 
-# ------------------------------------------------------------------------------------------ merged models, in turns
-
-
-def turns(place: Path, rows: int, length: int) -> tuple[Batches, Any, Any]:
-    """(engine, model, tokenizer): Veneer's engine on merged weights, one adapter's at a time."""
-    from safetensors import safe_open
-
-    from veneer.models.load import load_base
-    from veneer.serve.engine import Engine
-
-    base = load_base(place / "base", precision="stored")
-    model, tokenizer = base.model, base.tokenizer
-    engine = Engine(model, tokenizer, None, rows=rows, length=length)
-    weights = dict(model.named_parameters())
-    current: list[str | None] = [None]
-
-    def become(adapter: str | None) -> None:
-        folder = place / "base" if adapter is None else place / "merged" / adapter
-        with safe_open(folder / "model.safetensors", "pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 - a file, not a dict
-                weights[name].copy_(file.get_tensor(name))
-        current[0] = adapter
-
-    def work(batch: list[Job]) -> None:
-        if current[0] != batch[0].adapter:
-            become(batch[0].adapter)
-        left = threading.Semaphore(0)
-
-        def hear(job: Job) -> Deliver:
-            def deliver(piece: Piece) -> None:
-                if piece.finish is None:
-                    job.deliver(piece)
-                else:
-                    job.end(piece.finish, piece.text, piece.tokens, piece.error)
-                    left.release()
-
-            return deliver
-
-        tickets = [engine.submit(replace(job.request, blend={}), hear(job)) for job in batch]
-        for _ in batch:
-            while not left.acquire(timeout=0.2):
-                for job, ticket in zip(batch, tickets, strict=True):
-                    if job.cancelled and not job.done:
-                        ticket.cancel()
-
-    engine.start()
-    return Batches(same(rows), work), model, tokenizer
-
-
 # ------------------------------------------------------------------------------------------ the front
 
 
@@ -294,8 +229,13 @@ class Names:
         return []
 
 
-def main(options: argparse.Namespace) -> None:
+def main() -> None:
     """Serve until a signal says to stop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("place", type=Path)
+    for name in ("port", "rows", "length"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    options = parser.parse_args()
     from veneer.serve.access import Keyring
     from veneer.serve.api import Service, create
     from veneer.serve.catalogue import Catalogue
@@ -303,10 +243,8 @@ def main(options: argparse.Namespace) -> None:
     from veneer.serve.metrics import Metrics
 
     logging.basicConfig(level=logging.INFO)
-    name, place = options.peer[0], Path(options.peer[1])
-    engine, model, tokenizer = (
-        mixed(place, options.rows) if name == "mixed" else turns(place, options.rows, options.length)
-    )
+    place = options.place
+    engine, model, tokenizer = mixed(place, options.rows)
     bank = Names()
     metrics = Metrics()
     metrics.watch(engine, bank)
@@ -321,3 +259,7 @@ def main(options: argparse.Namespace) -> None:
         make(create(service), service.drain, 5).run([listening])
     finally:
         service.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,6 @@ server has to hold back half a character.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -52,25 +50,6 @@ def make(
             folder = place / "merged" / name
             merge_checkpoint(place / "base", [place / "adapters" / name], folder, rounding="nearest", model=plain)
     return names
-
-
-def copies(place: Path, names: list[str], count: int) -> list[str]:
-    """Copy the adapters until there are `count`; what the kernel holds of the copies in memory is dropped."""
-    more = [f"c{number:04d}" for number in range(count - len(names))]
-    for number, name in enumerate(more):
-        folder = place / "adapters" / name
-        shutil.copytree(place / "adapters" / names[number % len(names)], folder)
-        for file in folder.iterdir():
-            forget(file)
-    return [*names, *more]
-
-
-def forget(file: Path) -> None:
-    """Let the next read of `file` come from the disk."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _tokenizer(size: int):

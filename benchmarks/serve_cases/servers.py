@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -112,16 +111,6 @@ def memory(servers: Sequence[Server]) -> int:
     return sum(
         _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss:") for server in servers for pid in tree(server)
     ) * 1024  # fmt: skip
-
-
-def usage(server: Server) -> dict[str, Any]:
-    """Resident bytes, threads and open files of the server's own process."""
-    proc = Path(f"/proc/{server.process.pid}")
-    return {
-        "rss": _kib(proc / "status", "VmRSS:") * 1024,
-        "threads": _kib(proc / "status", "Threads:"),
-        "files": len(list((proc / "fd").iterdir())),
-    }
 
 
 def _kib(file: Path, name: str) -> int:

@@ -1,1 +1,1 @@
-"""The cases of tasks.py."""
+"""The tasks of cases/tasks.py."""

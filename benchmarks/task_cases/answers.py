@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import statistics
@@ -23,7 +22,7 @@ def words_of(count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(known, count)
 
 
-def write_pairs(folder: Path, options: argparse.Namespace) -> None:
+def write_pairs(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     words = words_of(2400, 0)
     rows = []
@@ -111,7 +110,7 @@ def begins(prompts, completions, letter, **_):
 '''
 
 
-def write_letters(folder: Path, options: argparse.Namespace) -> None:
+def write_letters(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     (folder / "rewards.py").write_text(REWARD)
     rows = {

@@ -1,8 +1,7 @@
-"""What the cases of tasks.py share: what a case is, its rows, the peer's adapters and its plain trainer."""
+"""What the tasks share: what a case is, its rows, the peer's adapters and its plain trainer."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,24 +15,21 @@ RANK, ALPHA = 8, 16
 
 @dataclass(frozen=True)
 class Case:
-    """One task. `write(folder, options)`: base and rows, once for all runs. `train(folder, arguments, dtype,
+    """One task. `write(folder, quick)`: base and rows. `train(folder, arguments, dtype,
     callbacks)`: the peer's run, which imports nothing of Veneer's. `judge(model, processor, folder)`: the quality of
     either's model. `settings`: of `TrainConfig`. `language`: the base is a language model, in the precision that Veneer
-    chooses. `rises`: the quality must be above the base's. `seeds`: how many runs of either side make a mean.
-    `begin(folder)`: the peer's model as its run begins; where there is one, Veneer trains that adapter further."""
+    chooses. `rises`: the quality must be above the base's."""
 
-    write: Callable[[Path, argparse.Namespace], None]
+    write: Callable[[Path, bool], None]
     train: Callable[[Path, dict[str, Any], str, list[Any]], tuple[Any, Any]]
     judge: Callable[[Any, Any, Path], float]
     steps: int
     batch: int
     rate: float
     settings: dict[str, Any] = field(default_factory=dict)
-    needs: Callable[[argparse.Namespace], str | None] = lambda options: None
+    needs: Callable[[], str | None] = lambda: None
     language: bool = False
     rises: bool = False
-    seeds: int = 3
-    begin: Callable[[Path], Any] | None = None
 
 
 def rows_to(path: Path, rows: Sequence[dict[str, Any]]) -> None:

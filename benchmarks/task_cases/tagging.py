@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from experiments.snips import read, span_f1
 from task_cases.case import BASE, MINILM, Case, adapted, link_base, plain_trainer, rows_of, rows_to
 
 
-def needs_snips(options: argparse.Namespace) -> str | None:
-    return None if options.snips and Path(options.snips).is_dir() else "--snips FOLDER of the SNIPS files"
+def needs_snips() -> str | None:
+    return None if Path(os.environ.get("SNIPS", "-")).is_dir() else "$SNIPS, the folder of the SNIPS files"
 
 
-def write_snips(folder: Path, options: argparse.Namespace) -> None:
+def write_snips(folder: Path, quick: bool) -> None:
     link_base(folder, MINILM)
-    for part, rows in read(Path(options.snips)).items():
+    for part, rows in read(Path(os.environ["SNIPS"])).items():
         rows_to(folder / f"{part}.jsonl", rows)
 
 

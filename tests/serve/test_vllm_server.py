@@ -17,8 +17,8 @@ from tests.support.checkpoints import trained
 from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
+from cases.serving import vllm_environment
 from serve_cases import servers
-from serve_cases.against import vllm_settings
 from veneer.adapter_files.folder import content_hash
 from veneer.store.library import Library
 from veneer.store.remote import push
@@ -100,7 +100,7 @@ def vllm(base: Path, place: str, folder: Path):
         "--enable-lora", "--max-lora-rank", "16", "--max-loras", "1", "--max-cpu-loras", "1",
     ]  # fmt: skip
     env = {
-        **vllm_settings(python, None), "VENEER_LIBRARY": place, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        **vllm_environment(python), "VENEER_LIBRARY": place, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "XDG_CACHE_HOME": str(folder / "cache"), "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     with servers.serve(command, folder / "log", threads=1, ready="/health", seconds=600, env=env) as running:

