@@ -315,6 +315,24 @@ def test_a_process_of_its_own_answers_in_its_last_line(tmp_path):
         runner.child("-c", "raise SystemExit('broken')")
 
 
+def test_a_case_of_one_arm_a_process_starts_one_for_each(monkeypatch):
+    commands = []
+
+    def child(*command: str, env: Any) -> dict[str, Any]:
+        commands.append(command)
+        return {"seed": 7, "rounds": {command[-1]: [{"wall": 1.0, "cpu": 1.0}]}, "threads": 1}
+
+    monkeypatch.setattr(runner, "child", child)
+    case = toy_case(apart=True, seeds=(7, 8))
+    processes = runner.gather(case, case.settings[0])
+    assert len(commands) == 2 * 3
+    assert sorted(command[-1] for command in commands[:3]) == ["floor", "peft", "veneer"]
+    assert [command[:3] for command in commands] == [("-m", "benchmarks", "--child")] * 6
+    for process in processes:
+        assert [*process["rounds"]] == ["floor", "peft", "veneer"]
+        assert process["kept"] is True
+
+
 @pytest.mark.slow
 def test_a_case_is_recorded_in_processes(tmp_path, monkeypatch):
     """From the parent to the file, in toys of a case and its one round."""
@@ -332,14 +350,23 @@ def test_a_case_is_recorded_in_processes(tmp_path, monkeypatch):
 # ---- what is recorded in the repository ----------------------------------------------------------
 
 
+def is_ancestor(commit: str) -> bool:
+    command = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0
+
+
 def test_a_result_is_of_a_commit_before_this_one():
     whole_history()
     for file in benchmarks.runner.names_of():
         result = json.loads(file.read_text())
         assert file.stem == result["commit"][:12]
         assert result["clean"] is True
-        found = subprocess.run(["git", "merge-base", "--is-ancestor", result["commit"], "HEAD"], cwd=ROOT, check=False)
-        assert found.returncode == 0, f"{file}: {result['commit']} is not an ancestor"
+        assert is_ancestor(result["commit"]), f"{file}: {result['commit']} is not an ancestor"
+    assert is_ancestor(git("rev-parse", "HEAD").strip())
+    assert not is_ancestor("0" * 40)
+    tree = git("rev-parse", "HEAD^{tree}").strip()
+    aside = git("-c", "user.name=a", "-c", "user.email=a@b", "commit-tree", tree, "-m", "aside").strip()
+    assert not is_ancestor(aside)  # a commit that stands beside this one
 
 
 def test_no_recorded_result_was_ever_changed():

@@ -80,7 +80,7 @@ def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) 
 @contextlib.contextmanager
 def base_alone(model: Any):
     """A block in which either library's model is its base."""
-    if hasattr(model, "disable_adapter"):
+    if hasattr(model, "peft_config"):
         with model.disable_adapter():
             yield
     else:
