@@ -429,6 +429,27 @@ def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
             assert lines[number].count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
 
 
+def test_the_page_of_plans_takes_the_latest_record(tmp_path, monkeypatch):
+    from scripts import plan_page
+
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "plan_errors.json").write_text(json.dumps({"rows": []}))
+    monkeypatch.setattr(plan_page, "RESULTS", tmp_path)
+    assert plan_page.measured_rows() == ("Recorded before by another program; the runner's own record is pending.", [])
+    numbers = {"memory": 200.0, "seconds": 2.0, "planned memory": 210.0, "planned seconds": 1.0, "wall": 1.0}
+    rounds = {"as it comes": [numbers], "giving back": [{**numbers, "memory": 150.0}]}
+    settings = [{"threads": 1, "name": name} for name in ("llama-fp32", "llama-fp32-ddp")]
+    case = toy_case(name="plan_errors", floor="as it comes", settings=settings, apart=True)
+    monkeypatch.setattr(runner, "require_clean_tree", lambda: "d" * 40)
+    runner.write(runner.record(case, lambda *_: {"seed": 0, "rounds": rounds}), tmp_path)
+    note, (alone, several) = plan_page.measured_rows()
+    assert "dddddddddddd" in note
+    assert alone["memory_error"] == pytest.approx(0.05)
+    assert alone["held_error"] == pytest.approx(0.4)
+    assert alone["time_error"] == pytest.approx(0.0)
+    assert "time_error" not in several  # its processes wait for each other
+
+
 def test_a_range_stands_beside_each_number():
     processes = [{**process_of([1.0], factor), "kept": True} for factor in (1.0, 1.5, 1.2)]
     case = {"processes": processes}
