@@ -27,6 +27,7 @@ help:
 	@echo "make bench-tasks  what tasks of veneer train learn, beside PEFT, SNIPS=folder of its files (an hour)"
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
+	@echo "make stress     fifty clients of each kind, kills, a full disk: ten minutes a seed (SEED=1)"
 	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (hours; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
@@ -155,6 +156,10 @@ trainers: setup
 .PHONY: fuzz
 fuzz: setup  # ten thousand damaged adapter folders (minutes)
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.fuzz --count 10000 --seed $(or $(SEED),0)
+
+.PHONY: stress
+stress: setup
+	$(PASSIVE) OMP_NUM_THREADS=1 PYTHONPATH=.:benchmarks $(BIN)/python -m tests.stress --seed $(or $(SEED),0)
 
 format: setup
 	$(BIN)/ruff format .
