@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
     if not texts:
         return []
     try:
-        import pyrage  # pyright: ignore[reportMissingImports]
+        pyrage = _import_pyrage()
     except ModuleNotFoundError as error:
         found = "age_encryption_recipients on a server without pyrage"
         raise DataError(found, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded") from error
@@ -33,8 +34,12 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
 
 def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
     """Put encrypted files in the place of those of a folder."""
-    import pyrage  # pyright: ignore[reportMissingImports]
-
+    pyrage = _import_pyrage()
     for file in [file for file in folder.rglob("*") if file.is_file()]:
         pyrage.encrypt_file(str(file), f"{file}{SUFFIX}", recipients)
         file.unlink()
+
+
+def _import_pyrage() -> Any:
+    # a module of Rust without type stubs: only an untyped value passes the type check with it and without it
+    return import_module("pyrage")
