@@ -7,7 +7,8 @@
     python -m benchmarks --smoke         toys, in this process: does it run; records nothing
     python -m benchmarks --again DIR     record into DIR, to hold beside what is recorded
 
-A record needs a tree without changes, and goes to benchmarks/results/NAME/COMMIT.json; then `make docs`.
+A record needs a tree without changes, and goes to benchmarks/results/NAME/COMMIT.json; then `make
+docs`.
 """
 
 from __future__ import annotations
@@ -48,12 +49,16 @@ def answer_parent(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", nargs="*", metavar="NAME", help="a case; --list has their names")
     parser.add_argument("--group", default="bench", choices=("bench", "plan", "serve", "tasks"))
     parser.add_argument("--list", action="store_true", help="print the cases and their estimates")
     parser.add_argument("--smoke", action="store_true", help="toys: does it run")
-    parser.add_argument("--again", type=Path, default=runner.RESULTS, metavar="DIR", help="record into this folder")
+    parser.add_argument(
+        "--again", type=Path, default=runner.RESULTS, metavar="DIR", help="record into this folder"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--place", type=int, help=argparse.SUPPRESS)
@@ -69,15 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     cases = all_cases()
     if unknown := [name for name in options.name if name not in cases]:
-        raise SystemExit(f"Found: {', '.join(unknown)}. Expected: names of cases. Do: python -m benchmarks --list")
-    chosen = [cases[name] for name in options.name] or [case for case in cases.values() if case.group == options.group]
+        raise SystemExit(
+            f"Found: {', '.join(unknown)}. Expected: names of cases. Do: python -m benchmarks --list"
+        )
+    chosen = [cases[name] for name in options.name] or [
+        case for case in cases.values() if case.group == options.group
+    ]
     print(
-        f"{len(chosen)} cases, about {sum(case.minutes for case in chosen):.0f} minutes on two quiet cores", flush=True
+        f"{len(chosen)} cases, about {sum(case.minutes for case in chosen):.0f} minutes on two quiet cores",
+        flush=True,
     )
     failed = []
     for case in chosen:
         if options.list:
-            print(f"{case.name:<16} {case.minutes:4.1f} min  {len(case.settings)} settings  {case.about}")
+            print(
+                f"{case.name:<16} {case.minutes:4.1f} min  {len(case.settings)} settings  {case.about}"
+            )
         elif missing := case.lacks():
             print(f"{case.name} is left out: it needs {missing}", flush=True)
         elif options.smoke:

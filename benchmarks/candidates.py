@@ -1,12 +1,14 @@
 """What the training benchmarks compare: four architectures, and the ways to train each.
 
-A model has the shape of a real one and random weights. With fewer layers than the real one a Llama also gets a smaller
-vocabulary, in proportion, so that the output head keeps its share of the step. Every candidate adapts the same layers
-at the same rank: all linear layers and convolutions but the first (what embeds the input) and the output head, and a
-layer that cannot have the rank gets the largest that it can. "veneer" is a plain loop with transformers' own attention
-and loss; "own loss and attention" are those of `veneer train`.
+A model has the shape of a real one and random weights. With fewer layers than the real one a Llama
+also gets a smaller vocabulary, in proportion, so that the output head keeps its share of the step.
+Every candidate adapts the same layers at the same rank: all linear layers and convolutions but the
+first (what embeds the input) and the output head, and a layer that cannot have the rank gets the
+largest that it can. "veneer" is a plain loop with transformers' own attention and loss; "own loss
+and attention" are those of `veneer train`.
 
-Peers are imported when they are built: a process that measures memory then holds only what it measures.
+Peers are imported when they are built: a process that measures memory then holds only what it
+measures.
 """
 
 from __future__ import annotations
@@ -47,7 +49,13 @@ def llama(layers: int, length: int, tiny: bool = False, **changes: Any) -> nn.Mo
         shape = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1,
                  "vocab_size": 96}  # fmt: skip
     # A cache is of no use in training, and would be copied.
-    config = {**shape, "num_hidden_layers": layers, "tie_word_embeddings": True, "use_cache": False, **changes}
+    config = {
+        **shape,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        **changes,
+    }
     return LlamaForCausalLM(LlamaConfig(**config))
 
 
@@ -55,8 +63,14 @@ def bert(layers: int, length: int, tiny: bool = False) -> nn.Module:
     """BERT-base with a classifier."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    small = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 96} if tiny else {}
-    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, num_labels=2, **small))
+    small = (
+        {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "vocab_size": 96}
+        if tiny
+        else {}
+    )
+    return BertForSequenceClassification(
+        BertConfig(num_hidden_layers=layers, num_labels=2, **small)
+    )
 
 
 def vit(layers: int, length: int, tiny: bool = False) -> nn.Module:
@@ -66,7 +80,9 @@ def vit(layers: int, length: int, tiny: bool = False) -> nn.Module:
     small = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3} if tiny else {}
     side = isqrt(length) * PATCH
     return ViTForImageClassification(
-        ViTConfig(num_hidden_layers=layers, image_size=side, patch_size=PATCH, num_labels=10, **small)
+        ViTConfig(
+            num_hidden_layers=layers, image_size=side, patch_size=PATCH, num_labels=10, **small
+        )
     )
 
 
@@ -98,7 +114,8 @@ def images(model: nn.Module, tokens: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`layers` of the whole model; `entry`, the module that embeds the input; `head`, the module that stays plain."""
+    """`layers` of the whole model; `entry`, the module that embeds the input; `head`, the module
+    that stays plain."""
 
     build: Callable[..., nn.Module]
     batch: Callable[[nn.Module, int], dict[str, Tensor]]
@@ -143,7 +160,9 @@ class Candidate:
         return torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
 
 
-def step(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: dict[str, Tensor]) -> None:
+def step(
+    candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: dict[str, Tensor]
+) -> None:
     """One whole training step."""
     if optimizer is not None:
         optimizer.zero_grad()
@@ -153,13 +172,16 @@ def step(candidate: Candidate, optimizer: torch.optim.Optimizer | None, batch: d
 
 
 def names(architecture: str, dtype: str, dropout: bool = True, peers: bool = True) -> list[str]:
-    """The arms of a table, the floor first; what a user with defaults has stands before what Veneer adds."""
+    """The arms of a table, the floor first; what a user with defaults has stands before what Veneer
+    adds."""
     arms = ["floor", *(["full fine-tuning"] if peers else []), "peft"]
     arms += ["peft, bf16 adapters"] if dtype != "float32" else []
     arms += ["loralib"] if peers else []
     arms += ["veneer"]
     arms += ["veneer, own loss and attention"] if architecture == "llama" else []
-    arms += ["veneer, own attention"] if architecture in ("bert", "vit") and dtype != "float32" else []
+    arms += (
+        ["veneer, own attention"] if architecture in ("bert", "vit") and dtype != "float32" else []
+    )
     arms += ["veneer, channels last"] if architecture == "resnet" else []
     if dropout:
         arms += [f"{name}, dropout" for name in arms if name.startswith(("peft", "veneer"))]
@@ -167,7 +189,8 @@ def names(architecture: str, dtype: str, dropout: bool = True, peers: bool = Tru
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are those of `model`: frozen weights need not be there once for each candidate."""
+    """A copy whose parameters are those of `model`: frozen weights need not be there once for each
+    candidate."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -177,8 +200,11 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
     known, dropout = ARCHITECTURES[architecture], DROPOUT if "dropout" in options else 0.0
     if kind == "floor":
         model.requires_grad_(False)
-        # what any step over a frozen base must do: forward, and the gradient carried back to the embedded input
-        model.get_submodule(known.entry).register_forward_hook(lambda *call: call[2].detach().requires_grad_())
+        # what any step over a frozen base must do: forward, and the gradient carried back to the
+        # embedded input
+        model.get_submodule(known.entry).register_forward_hook(
+            lambda *call: call[2].detach().requires_grad_()
+        )
         return Candidate(model, [])
     if kind == "full fine-tuning":
         return Candidate(model, list(model.requires_grad_(True).parameters()))
@@ -186,7 +212,9 @@ def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate
     if kind == "loralib":
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
-        return with_peft(model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options)
+        return with_peft(
+            model, layers, rank, dropout, autocast_adapter_dtype="bf16 adapters" not in options
+        )
     if "channels last" in options:
         model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if any("attention" in option for option in options):
@@ -201,7 +229,9 @@ def with_products(model: nn.Module) -> None:
     models.use_products(model)
 
 
-def with_veneer(model: nn.Module, layers: dict[str, int], rank: int, dropout: float, lean: bool) -> Candidate:
+def with_veneer(
+    model: nn.Module, layers: dict[str, int], rank: int, dropout: float, lean: bool
+) -> Candidate:
     import veneer
     from veneer.train.loss import causal_loss
 
@@ -213,7 +243,9 @@ def with_veneer(model: nn.Module, layers: dict[str, int], rank: int, dropout: fl
     return Candidate(model, handle.parameters(), causal_loss if lean else own_loss)
 
 
-def with_peft(model: nn.Module, layers: dict[str, int], rank: int, dropout: float, **options: Any) -> Candidate:
+def with_peft(
+    model: nn.Module, layers: dict[str, int], rank: int, dropout: float, **options: Any
+) -> Candidate:
     import peft
 
     config = peft.LoraConfig(
@@ -223,7 +255,9 @@ def with_peft(model: nn.Module, layers: dict[str, int], rank: int, dropout: floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = peft.get_peft_model(model, config, **options)
-    return Candidate(made, [parameter for parameter in made.parameters() if parameter.requires_grad])
+    return Candidate(
+        made, [parameter for parameter in made.parameters() if parameter.requires_grad]
+    )
 
 
 def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]:
@@ -237,9 +271,16 @@ def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]
         parent, _, name = path.rpartition(".")
         holder: Any = model.get_submodule(parent)
         old: Any = getattr(holder, name)
-        more: Any = {"r": rank, "lora_alpha": ALPHA, "merge_weights": False, "bias": old.bias is not None}
+        more: Any = {
+            "r": rank,
+            "lora_alpha": ALPHA,
+            "merge_weights": False,
+            "bias": old.bias is not None,
+        }
         if isinstance(old, nn.Linear):
-            new: Any = loralib.Linear(old.in_features, old.out_features, dtype=old.weight.dtype, **more)
+            new: Any = loralib.Linear(
+                old.in_features, old.out_features, dtype=old.weight.dtype, **more
+            )
             plain = new
         else:
             new = loralib.Conv2d(
@@ -260,7 +301,9 @@ def peft_with(base: nn.Module, folder: Path, adapter_names: list[str], **options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, *rest = adapter_names
-        model = peft.PeftModel.from_pretrained(sharing(base), str(folder / first), adapter_name=first, **options)
+        model = peft.PeftModel.from_pretrained(
+            sharing(base), str(folder / first), adapter_name=first, **options
+        )
         for name in rest:
             model.load_adapter(str(folder / name), adapter_name=name, **options)
     return model.eval()

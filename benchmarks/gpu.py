@@ -1,13 +1,15 @@
-"""One command for whoever has a GPU: what Veneer computes there, what it waits for, how long it takes and how much
-memory, beside the frozen base, PEFT, TRL, Liger, Unsloth and vLLM where they are installed. At most 10 minutes.
+"""One command for whoever has a GPU: what Veneer computes there, what it waits for, how long it
+takes and how much memory, beside the frozen base, PEFT, TRL, Liger, Unsloth and vLLM where they are
+installed. At most 10 minutes.
 
     make gpu
     python benchmarks/gpu.py                    all parts, into benchmarks/results/gpu-NAME.json
     python benchmarks/gpu.py --only checks      one part; printed, and kept only with --out
     python benchmarks/gpu.py --device cpu --quick --out FOLDER      every part on a processor, at a toy's size
 
-Each part runs in a process of its own within a limit of seconds, so none takes another's memory or time; what a part
-has answered before its limit counts. Parts for which no time is left are skipped, and the result says which.
+Each part runs in a process of its own within a limit of seconds, so none takes another's memory or
+time; what a part has answered before its limit counts. Parts for which no time is left are skipped,
+and the result says which.
 
 Nothing is predicted: no run on a GPU has been seen yet.
 """
@@ -37,7 +39,8 @@ MAIN = ("frozen base", "veneer", "veneer, dropout", "veneer, bf16 adapters", "ve
 
 @dataclass(frozen=True)
 class Part:
-    """What runs in one process: ``limit`` in seconds; a model and storage to train, and by which candidates."""
+    """What runs in one process: ``limit`` in seconds; a model and storage to train, and by which
+    candidates."""
 
     name: str
     limit: int
@@ -54,8 +57,19 @@ PARTS = (
     Part("llama-1b, nf4", 50, "llama-1b", "nf4"),
     Part("qwen3-moe-1b", 50, "qwen3-moe-1b"),
     Part("decode", 60),
-    Part("llama-8b", 70, "llama-8b", candidates=("frozen base", "veneer", "peft", "peft, bf16 adapters")),
-    Part("llama-8b, nf4", 70, "llama-8b", "nf4", ("frozen base", "veneer", "peft", "peft, bf16 adapters")),
+    Part(
+        "llama-8b",
+        70,
+        "llama-8b",
+        candidates=("frozen base", "veneer", "peft", "peft, bf16 adapters"),
+    ),
+    Part(
+        "llama-8b, nf4",
+        70,
+        "llama-8b",
+        "nf4",
+        ("frozen base", "veneer", "peft", "peft, bf16 adapters"),
+    ),
     Part("liger", 45, "llama-1b", candidates=("frozen base", "veneer", "peft + liger")),
     Part("unsloth", 70, "smollm2-135m", candidates=("frozen base", "veneer", "unsloth")),
     Part("qwen3-moe-8b", 60, "qwen3-moe-8b", candidates=("frozen base", "veneer", "peft")),
@@ -97,8 +111,12 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
     """(the answers of a process of this program, what went wrong)."""
     command = [sys.executable, str(Path(__file__)), *arguments]
     environment = dict(os.environ)
-    if "checks" not in arguments and "cuda" in arguments:  # several GPUs that are seen are a trainer's to use
-        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if (
+        "checks" not in arguments and "cuda" in arguments
+    ):  # several GPUs that are seen are a trainer's to use
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(
+            ","
+        )[0]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
@@ -106,10 +124,17 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
         output: str = done.stdout
         problem = ""
         if done.returncode:
-            problem = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+            problem = (
+                done.stderr.strip().splitlines()[-1]
+                if done.stderr.strip()
+                else f"exit {done.returncode}"
+            )
     except subprocess.TimeoutExpired as late:
         raw: Any = late.stdout or b""  # bytes, whatever was asked for
-        output, problem = raw if isinstance(raw, str) else raw.decode(), f"ended after {timeout:.0f} s"
+        output, problem = (
+            raw if isinstance(raw, str) else raw.decode(),
+            f"ended after {timeout:.0f} s",
+        )
     marked = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
     return [json.loads(line) for line in marked], problem
 
@@ -118,7 +143,9 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
 MARK = "gpu-answer "
 
 
-def collect(parts: Sequence[Part], device: str, quick: bool, total: float, ask: Callable[..., Any]) -> dict[str, Any]:
+def collect(
+    parts: Sequence[Part], device: str, quick: bool, total: float, ask: Callable[..., Any]
+) -> dict[str, Any]:
     """All parts within ``total`` seconds."""
     end = time.monotonic() + total
     found: dict[str, Any] = {"checks": [], "steps": [], "decode": [], "skipped": []}
@@ -129,7 +156,15 @@ def collect(parts: Sequence[Part], device: str, quick: bool, total: float, ask: 
             print(f"{part.name}: skipped, no time is left", flush=True)
             continue
         seconds = min(part.limit, left)
-        more = ["--part", part.name, "--seconds", f"{seconds:.0f}", "--device", device, *(["--quick"] if quick else [])]
+        more = [
+            "--part",
+            part.name,
+            "--seconds",
+            f"{seconds:.0f}",
+            "--device",
+            device,
+            *(["--quick"] if quick else []),
+        ]
         start = time.monotonic()
         answers, problem = ask(more, seconds)
         for answer in answers:
@@ -143,12 +178,19 @@ def collect(parts: Sequence[Part], device: str, quick: bool, total: float, ask: 
         if problem:
             found["skipped"].append({"part": part.name, "why": problem})
         said = f"; {problem}" if problem else ""
-        print(f"{part.name}: {len(answers)} answers in {time.monotonic() - start:.0f} s{said}", flush=True)
+        print(
+            f"{part.name}: {len(answers)} answers in {time.monotonic() - start:.0f} s{said}",
+            flush=True,
+        )
     return found
 
 
 def show(found: dict[str, Any]) -> None:
-    lines = [f"{row['found']}: {row['check']}: {row['text']}" for row in found["checks"] if row["found"] != "right"]
+    lines = [
+        f"{row['found']}: {row['check']}: {row['text']}"
+        for row in found["checks"]
+        if row["found"] != "right"
+    ]
     lines += [f"skipped: {row['part']}: {row['why']}" for row in found["skipped"]]
     for case in [*found["steps"], *found["decode"]]:
         lines.append(", ".join(f"{key} {value}" for key, value in case["setting"].items()))
@@ -169,10 +211,16 @@ def slug(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda (CUDA_VISIBLE_DEVICES=1: another one), mps or cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda (CUDA_VISIBLE_DEVICES=1: another one), mps or cpu"
+    )
     parser.add_argument("--quick", action="store_true", help="a toy's sizes, one round")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=[part.name for part in PARTS], help="these parts"
+    )
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")
     parser.add_argument("--out", type=Path, help="folder for the result")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)

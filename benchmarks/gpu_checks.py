@@ -1,6 +1,7 @@
-"""What `make gpu` proves before it measures anything: on a device, every path computes what it computes in float64 on a
-processor, by the definition (the layer's own forward on W + ΔW). Here are the layers and variants, which are those of
-the registries; whole models are in ``gpu_model_checks.py``.
+"""What `make gpu` proves before it measures anything: on a device, every path computes what it
+computes in float64 on a processor, by the definition (the layer's own forward on W + ΔW). Here are
+the layers and variants, which are those of the registries; whole models are in
+``gpu_model_checks.py``.
 
 ``tests/cuda`` runs all of it on an emulated device, and breaks Veneer to see it fail.
 """
@@ -48,8 +49,11 @@ from veneer.variants import VARIANTS
 EXAMPLES = 3
 
 
-def cell(place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = unwatched) -> None:
-    """One layer with one variant: forward, backward, merge, unmerge. ``VeneerError`` if it refuses the variant."""
+def cell(
+    place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = unwatched
+) -> None:
+    """One layer with one variant: forward, backward, merge, unmerge. ``VeneerError`` if it refuses
+    the variant."""
     device = place.device
     model, inputs = copy.deepcopy(module).to(device), on(device, args)
     config = veneer.LoraConfig(rank=1, targets="all", variant=variant)
@@ -83,7 +87,9 @@ def lacking(problem: RuntimeError) -> bool:
     return any(words in str(problem) for words in LACKS)
 
 
-def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: unwatched) -> str:
+def cells(
+    place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: unwatched
+) -> str:
     """Every variant on the examples of a kind: what came of the cells."""
     seen: Counter[str] = Counter()
     count = min(EXAMPLES, sum(1 for _ in LAYERS[kind].examples()))
@@ -105,7 +111,8 @@ def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *
 
 
 def rows(place: Place, kind: str, watch: Watch = unwatched) -> str:
-    """A batch whose rows use two adapters and none: in ``use`` and in a bank, each as in float64 alone."""
+    """A batch whose rows use two adapters and none: in ``use`` and in a bank, each as in float64
+    alone."""
     if (kind, 0) not in ROWS:
         raise Skipped("its inputs hold no rows")
     module, args = example(kind)
@@ -134,7 +141,9 @@ def rows(place: Place, kind: str, watch: Watch = unwatched) -> str:
     return f"{count} rows"
 
 
-def _mixed(module: nn.Module, args: tuple, names: list, folder: Path, watch: Watch) -> dict[str, Tensor]:
+def _mixed(
+    module: nn.Module, args: tuple, names: list, folder: Path, watch: Watch
+) -> dict[str, Tensor]:
     def run(where: str) -> Tensor:
         pytree.tree_leaves(module(*args))
         with watch(where):
@@ -172,4 +181,8 @@ def run(place: Place, name: str) -> dict[str, Any]:
         except Wrong as why:
             return {"check": name, "found": "wrong", "text": str(why)}
         except Exception as problem:  # what a device does that nobody foresaw is a result too
-            return {"check": name, "found": "wrong", "text": f"{type(problem).__name__}: {problem}"[:500]}
+            return {
+                "check": name,
+                "found": "wrong",
+                "text": f"{type(problem).__name__}: {problem}"[:500],
+            }

@@ -1,7 +1,7 @@
 """Results beside float64: what the checks of `make gpu` share.
 
-``CHECKS`` maps a name to a function of a ``Place``, which returns what it saw in a few words and raises ``Wrong`` or
-``Skipped``.
+``CHECKS`` maps a name to a function of a ``Place``, which returns what it saw in a few words and
+raises ``Wrong`` or ``Skipped``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from gpu_place import Place, Watch, unwatched
 
 Check = Callable[[Place], str]
 CHECKS: dict[str, Check] = {}
-#: relative errors that a dtype may bring, of outputs; gradients may have ten times as much, of the largest one
+# : relative errors that a dtype may bring, of outputs; gradients may have ten times as much, of the
+# largest one
 WITHIN = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}
 IDS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))
 
@@ -52,7 +53,9 @@ def on(device: Any, tree: Any) -> Any:
 
 def wide(tree: Any) -> Any:
     return pytree.tree_map_only(
-        torch.Tensor, lambda one: one.detach().cpu().double() if one.is_floating_point() else one.detach().cpu(), tree
+        torch.Tensor,
+        lambda one: one.detach().cpu().double() if one.is_floating_point() else one.detach().cpu(),
+        tree,
     )
 
 
@@ -71,7 +74,8 @@ def exact(model: Any) -> Any:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products in float32: cuDNN rounds the inputs of convolutions to 10 bits unless it is told not to."""
+    """float32 products in float32: cuDNN rounds the inputs of convolutions to 10 bits unless it is
+    told not to."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     products, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
@@ -89,10 +93,16 @@ def near(what: str, found: Tensor, wanted: Tensor, within: float) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {
+        name: p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
 
 
-def near_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], within: float) -> None:
+def near_gradients(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], within: float
+) -> None:
     """All of them, each to a part of the largest."""
     if found.keys() != wanted.keys():
         raise Wrong(f"gradients of other parameters: {sorted(found.keys() ^ wanted.keys())[:4]}")
@@ -103,7 +113,9 @@ def near_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wi
             raise Wrong(f"gradient of {name}: off by {off / (largest or 1):.1e} of the largest")
 
 
-def learn(model: Any, run: Callable[[Any], Tensor], watch: Watch = unwatched) -> tuple[Tensor, dict[str, Tensor]]:
+def learn(
+    model: Any, run: Callable[[Any], Tensor], watch: Watch = unwatched
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(output, gradients of its mean square)."""
     if watch is not unwatched:
         run(model)  # the first call finds out what later ones know
@@ -117,7 +129,12 @@ def learn(model: Any, run: Callable[[Any], Tensor], watch: Watch = unwatched) ->
 
 
 def against_float64(
-    place: Place, model: Any, inputs: Any, run: Callable[[Any, Any], Tensor], within: float, case: str = ""
+    place: Place,
+    model: Any,
+    inputs: Any,
+    run: Callable[[Any, Any], Tensor],
+    within: float,
+    case: str = "",
 ) -> None:
     """The outputs and gradients of an adapted model beside those of its definition."""
     definition = exact(model)
@@ -137,9 +154,17 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-def llama(place: Place, dtype: torch.dtype = torch.float32, name: str = "default", layers: int = 2, **config: Any):
+def llama(
+    place: Place,
+    dtype: torch.dtype = torch.float32,
+    name: str = "default",
+    layers: int = 2,
+    **config: Any,
+):
     """(a small Llama on the device with a random adapter, its handle)."""
     model = tiny_model(num_hidden_layers=layers).to(dtype).to(place.device)
-    handle = veneer.attach(model, veneer.LoraConfig(rank=4, **{"targets": "all-linear", **config}), name=name)
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=4, **{"targets": "all-linear", **config}), name=name
+    )
     randomise(handle, 0.1)
     return model.train(), handle

@@ -1,5 +1,5 @@
-"""Checks of `make gpu` on whole models: every dtype and mode of precision, checkpointing, compilation, experts, 4 bits,
-banks, the engine, several devices, and that the host does not wait.
+"""Checks of `make gpu` on whole models: every dtype and mode of precision, checkpointing,
+compilation, experts, 4 bits, banks, the engine, several devices, and that the host does not wait.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ ARCHITECTURES = ("llama", "llama-tied-biased", "qwen3-moe", "mixtral", "gpt2", "
 def architecture(place: Place, name: str) -> str:
     model, inputs, loss = REAL[name].build()
     model, inputs = model.to(place.device), on(place.device, inputs)
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all" if name == "resnet18" else "all-linear"))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets="all" if name == "resnet18" else "all-linear")
+    )
     randomise(handle, 0.1)
 
     def run(one: Any, given: Any) -> Tensor:
@@ -69,13 +71,17 @@ for _name in ARCHITECTURES:
 def dtypes(place: Place) -> str:
     for dtype, variant in itertools.product(WITHIN, ("lora", "dora")):
         model, _ = llama(place, dtype, variant=variant)
-        against_float64(place, model, IDS.to(place.device), logits, WITHIN[dtype], f"{dtype}-{variant}")
+        against_float64(
+            place, model, IDS.to(place.device), logits, WITHIN[dtype], f"{dtype}-{variant}"
+        )
     return f"{len(WITHIN)} dtypes"
 
 
 @check("autocast, with a GradScaler for float16")
 def autocast(place: Place) -> str:
-    for base, cast in itertools.product((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)):
+    for base, cast in itertools.product(
+        (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)
+    ):
         model, handle = llama(place, base)
         wanted, grads = learn(exact(model), lambda one: logits(one, IDS))
         optimiser = torch.optim.SGD(handle.parameters(), lr=0.1)
@@ -112,7 +118,9 @@ def checkpointing(place: Place) -> str:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         with veneer.use(model.train(), "b"):
-            _, found = learn(model, lambda one: logits(one, ids), named(place, f"reentrant-{reentrant}"))
+            _, found = learn(
+                model, lambda one: logits(one, ids), named(place, f"reentrant-{reentrant}")
+            )
         near_gradients(found, wanted, 1e-4)
     return "2 kinds"
 
@@ -171,7 +179,9 @@ def compiled(place: Place) -> str:
     return backend
 
 
-@check("merging into bfloat16 gives the bits that the processor gives; unmerging gives the old ones back")
+@check(
+    "merging into bfloat16 gives the bits that the processor gives; unmerging gives the old ones back"
+)
 def merge_bits(place: Place) -> str:
     models = [tiny_model().to(torch.bfloat16), tiny_model().to(torch.bfloat16).to(place.device)]
     handles = [veneer.attach(model, veneer.LoraConfig(rank=4)) for model in models]
@@ -180,7 +190,9 @@ def merge_bits(place: Place) -> str:
     before = {name: p.clone() for name, p in models[1].named_parameters()}
     for handle in handles:
         handle.merge(rounding="nearest")
-    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+    for (name, one), (_, other) in zip(
+        *(model.named_parameters() for model in models), strict=True
+    ):
         if not torch.equal(one, other.cpu()):
             raise Wrong(f"{name}: other bits than on the processor")
     handles[1].unmerge()
@@ -259,7 +271,11 @@ def experts(place: Place) -> str:
             found = torch.autograd.grad(loss, [*own, inputs[0]])
         near(f"{name}, {way}", found_y, y, WITHIN[dtype])
         names = [str(number) for number in range(len(wanted))]
-        near_gradients(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), WITHIN[dtype])
+        near_gradients(
+            dict(zip(names, found, strict=True)),
+            dict(zip(names, wanted, strict=True)),
+            WITHIN[dtype],
+        )
         seen += 1
     return f"{seen} of {len(moe.MODELS)} × {len(moe.IMPLEMENTATIONS)}"
 
@@ -273,7 +289,11 @@ def four_bits(place: Place) -> str:
         layer.weight = bnb.nn.Params4bit(torch.randn(32, 64), requires_grad=False, **more)
         model = nn.Sequential(layer).to(place.device)
         plain = nn.Sequential(nn.Linear(64, 32, bias=False))
-        plain[0].weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu().float()
+        plain[0].weight.data = (
+            bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            .cpu()
+            .float()
+        )
         case = f"{variant}, double {nested}", f"{variant}-{nested}"
         handle, x, wanted = beside_dense(place, *case, model, plain, variant=variant)
         before = bits(model)
@@ -287,8 +307,12 @@ def four_bits(place: Place) -> str:
 def beside_dense(
     place: Place, what: str, case: str, packed: nn.Module, plain: nn.Module, **config: Any
 ) -> tuple[veneer.Handle, Tensor, Any]:
-    """A packed model beside the dense one of the same numbers and adapter: (its handle, x, the output in float64)."""
-    handles = [veneer.attach(one, veneer.LoraConfig(rank=4, targets="all", **config)) for one in (packed, plain)]
+    """A packed model beside the dense one of the same numbers and adapter: (its handle, x, the
+    output in float64)."""
+    handles = [
+        veneer.attach(one, veneer.LoraConfig(rank=4, targets="all", **config))
+        for one in (packed, plain)
+    ]
     randomise(handles[0], 0.1)
     for mine, theirs in zip(*(handle.parameters() for handle in handles), strict=True):
         theirs.data.copy_(mine.data)
@@ -296,7 +320,9 @@ def beside_dense(
     there = x.to(place.device)
     with veneer.use(definition := exact(plain), "default", path="materialised"):
         wanted, grads = learn(definition, lambda one: one(x.double()))
-    found, found_grads = learn(packed, lambda one: one(there), named(place, case) if case else place.watch)
+    found, found_grads = learn(
+        packed, lambda one: one(there), named(place, case) if case else place.watch
+    )
     near(what, found, wanted, 1e-3)
     near_gradients(found_grads, grads, 1e-3)
     return handles[0], there, wanted
@@ -374,7 +400,8 @@ def optimisers(place: Place) -> str:
     return f"{len(list(groups))} groups of parameters"
 
 
-# ---------------------------------------------------------------------------------------------- several devices
+# ----------------------------------------------------------------------------------------------
+# several devices
 
 
 @check("two GPUs by accelerate's device map: a step, merge, unmerge")
@@ -384,7 +411,10 @@ def spread(place: Place) -> str:
     import accelerate
 
     model = tiny_model(tie_word_embeddings=False)
-    first, second = ("model.embed_tokens", "model.layers.0", "model.rotary_emb"), ("model.layers.1", "model.norm")
+    first, second = (
+        ("model.embed_tokens", "model.layers.0", "model.rotary_emb"),
+        ("model.layers.1", "model.norm"),
+    )
     where: dict[str, Any] = {**dict.fromkeys(first, 0), **dict.fromkeys((*second, "lm_head"), 1)}
     randomise(handle := veneer.attach(model, veneer.LoraConfig(rank=4)), 0.1)
     wanted, grads = learn(exact(model), lambda one: logits(one, IDS))
@@ -403,7 +433,9 @@ def spread(place: Place) -> str:
 def offloaded(place: Place) -> str:
     import accelerate
 
-    model = accelerate.cpu_offload(tiny_model(tie_word_embeddings=False), execution_device=place.device)
+    model = accelerate.cpu_offload(
+        tiny_model(tie_word_embeddings=False), execution_device=place.device
+    )
     try:
         veneer.attach(model, veneer.LoraConfig(rank=4))
     except VeneerError:
@@ -413,13 +445,16 @@ def offloaded(place: Place) -> str:
     raise Wrong("attached to weights that are on no device")
 
 
-# ---------------------------------------------------------------------------------------------- waits
+# ----------------------------------------------------------------------------------------------
+# waits
 
 
 @check("a training step: no wait of the host in forward and backward (set_sync_debug_mode)")
 def no_waits(place: Place) -> str:
     ids = IDS.to(place.device)
-    mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), -1e9, device=place.device).triu(1)  # else transformers waits
+    mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), -1e9, device=place.device).triu(
+        1
+    )  # else transformers waits
     labels = ids.clone()
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     cases: dict[str, dict[str, Any]] = {

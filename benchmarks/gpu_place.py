@@ -1,5 +1,6 @@
-"""The device that `make gpu` runs on: what it is called, how long a call takes there, what it holds, when the host
-waits for it. "cuda" is also the device that the tests emulate; "cpu" answers what has an answer there."""
+"""The device that `make gpu` runs on: what it is called, how long a call takes there, what it
+holds, when the host waits for it. "cuda" is also the device that the tests emulate; "cpu" answers
+what has an answer there."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ class Place:
         return time.perf_counter() - start
 
     def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes at the peak of a call beyond those held before it; None where nobody counts them."""
+        """Bytes at the peak of a call beyond those held before it; None where nobody counts
+        them."""
         if self.kind != "cuda":
             run()
             return None
@@ -105,14 +107,22 @@ class Place:
 
 def find(name: str, quick: bool) -> Place:
     """The device of this name. ``Skipped`` says what is missing, in one line."""
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    there = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
     if name not in there:
-        raise Skipped(f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine with a GPU.")
+        raise Skipped(
+            f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine with a GPU."
+        )
     if not there[name]():
         built = torch.version.cuda or torch.version.hip
         torch_ = f"torch {torch.__version__}, which is {'built for a GPU' if built else 'built without one'}"
         do = "run this on a machine with one, or try its parts with --device cpu --quick"
-        raise Skipped(f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: {do}.")
+        raise Skipped(
+            f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: {do}."
+        )
     return Place(torch.device("cuda", 0) if name == "cuda" else torch.device(name), quick)
 
 
@@ -126,7 +136,8 @@ def _mode(name: str) -> Iterator[None]:
 
 
 def waits(place: Place, run: Callable[[], object]) -> list[str]:
-    """Where the host waits for the device within a call: "file:line" for each time. Run it once before."""
+    """Where the host waits for the device within a call: "file:line" for each time. Run it once
+    before."""
     if place.kind != "cuda":
         raise Skipped(f"only CUDA says when the host waits for it; this is {place.kind}")
     with warnings.catch_warnings(record=True) as seen, _mode("warn"):

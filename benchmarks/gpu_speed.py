@@ -1,7 +1,9 @@
-"""The parts of `make gpu` that take time on the device: training steps, and decoding for rows with different adapters.
+"""The parts of `make gpu` that take time on the device: training steps, and decoding for rows with
+different adapters.
 
-Candidates take turns; a round is a call of each. The numbers are medians with quartiles, ratios are to the floor of the
-same round: the frozen base. A candidate that cannot be built or runs out of memory is a row that says so.
+Candidates take turns; a round is a call of each. The numbers are medians with quartiles, ratios are
+to the floor of the same round: the frozen base. A candidate that cannot be built or runs out of
+memory is a row that says so.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ LEAST, MOST = 3, 15  # rounds
 
 
 def first_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"[:200]
+    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"[
+        :200
+    ]
 
 
 def made(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -47,8 +51,9 @@ def made(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str,
 def rounds(
     place: Place, runs: Mapping[str, Callable[[], object]], until: float, repeats: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, str]]:
-    """(seconds by round, peak bytes of a call, why a candidate fell out). The first call warms up, the second one is
-    looked at for memory; the rounds end at ``until`` (``time.monotonic``), but not before the third."""
+    """(seconds by round, peak bytes of a call, why a candidate fell out). The first call warms up,
+    the second one is looked at for memory; the rounds end at ``until`` (``time.monotonic``), but
+    not before the third."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int | None] = {}
     failed: dict[str, str] = {}
@@ -72,7 +77,9 @@ def rounds(
         if number >= LEAST and time.monotonic() > until:
             break
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name].append(place.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats)
+            times[name].append(
+                place.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats
+            )
     return times, peaks, failed
 
 
@@ -80,14 +87,23 @@ def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
     """Median and quartiles, under the names of a row: ratio, low, high."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
-    numbers = {"ratio": statistics.median(ordered), "low": ordered[quarter], "high": ordered[-1 - quarter]}
+    numbers = {
+        "ratio": statistics.median(ordered),
+        "low": ordered[quarter],
+        "high": ordered[-1 - quarter],
+    }
     return {name: round(number, digits) for name, number in numbers.items()}
 
 
 def table(
-    times: dict[str, list[float]], peaks: dict[str, int | None], why: dict[str, str], floor: str, tokens: int
+    times: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    why: dict[str, str],
+    floor: str,
+    tokens: int,
 ) -> dict[str, Any]:
-    """Rows of a case: ratio and seconds with quartiles, tokens a second, bytes; or why there is none."""
+    """Rows of a case: ratio and seconds with quartiles, tokens a second, bytes; or why there is
+    none."""
     rows: dict[str, Any] = {}
     for name, values in times.items():
         seconds = spread(values, 6)
@@ -110,13 +126,17 @@ def stepping(candidate: Any, batch: dict[str, Any]) -> Callable[[], None]:
         if not seen:
             without = sum(parameter.grad is None for parameter in candidate.parameters)
             if without:
-                raise RuntimeError(f"{without} of {len(candidate.parameters)} adapter parameters got no gradient")
+                raise RuntimeError(
+                    f"{without} of {len(candidate.parameters)} adapter parameters got no gradient"
+                )
             seen.append(True)
 
     return run
 
 
-def steps(place: Place, name: str, storage: str, candidates: Sequence[str], until: float) -> dict[str, Any]:
+def steps(
+    place: Place, name: str, storage: str, candidates: Sequence[str], until: float
+) -> dict[str, Any]:
     """A training step of each candidate on one model: forward, loss, backward, AdamW."""
     if storage == "nf4" and "moe" in name:
         raise Skipped("bitsandbytes has 4 bits for linear layers, and none for stacks of experts")
@@ -127,7 +147,9 @@ def steps(place: Place, name: str, storage: str, candidates: Sequence[str], unti
     batch = {"input_ids": ids, "labels": ids}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        makes = {one: lambda one=one: gpu_models.CANDIDATES[one](base, name, place) for one in candidates}
+        makes = {
+            one: lambda one=one: gpu_models.CANDIDATES[one](base, name, place) for one in candidates
+        }
         there, why = made(makes)
         runs = {one: stepping(candidate, batch) for one, candidate in there.items()}
         times, peaks, failed = rounds(place, runs, until)
@@ -139,11 +161,15 @@ def steps(place: Place, name: str, storage: str, candidates: Sequence[str], unti
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------------
+# decoding
 
 
-def _ours(place: Place, model: Any, prompts: list[list[int]], tokens: int) -> Callable[[], list[list[int]]]:
-    """What the server's engine does: prompts, then a token for each row a step, the most likely one."""
+def _ours(
+    place: Place, model: Any, prompts: list[list[int]], tokens: int
+) -> Callable[[], list[list[int]]]:
+    """What the server's engine does: prompts, then a token for each row a step, the most likely
+    one."""
     from veneer.serve.forward import Forward
     from veneer.serve.requests import Sampling
     from veneer.serve.sampling import Sampler, sample
@@ -169,7 +195,9 @@ def _tokens(chosen: Any) -> list[int]:
     return [int(getattr(one, "token", one)) for one in chosen]
 
 
-def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
+def _theirs(
+    place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
+) -> Any:
     """PEFT's adapter_names in transformers' generate."""
     installed("peft")
     model: Any = peft_with(base, folder, names)
@@ -186,7 +214,9 @@ def _theirs(place: Place, base: Any, folder: Path, names: list[str], prompts: li
     return run
 
 
-def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int) -> Any:
+def vllm_(
+    place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
+) -> Any:
     """vLLM with as many adapters, from the same folders; with CUDA graphs, as it comes."""
     vllm = installed("vllm")
     from tests.support.tiny import tiny_tokenizer
@@ -199,15 +229,17 @@ def vllm_(place: Place, base: Any, folder: Path, names: list[str], prompts: list
         max_model_len=PROMPT + TOKENS, gpu_memory_utilization=0.5,
     )  # fmt: skip
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    requests = [LoRARequest(name, number + 1, str(folder / name)) for number, name in enumerate(names)]
+    requests = [
+        LoRARequest(name, number + 1, str(folder / name)) for number, name in enumerate(names)
+    ]
     given = [{"prompt_token_ids": ids} for ids in prompts]
     rows = list(itertools.islice(itertools.cycle(requests), len(prompts)))
     return lambda: model.generate(given, sampling, lora_request=rows, use_tqdm=False)
 
 
 def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
-    """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed order, PEFT; or, in
-    a process of its own, vLLM beside the bank."""
+    """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed
+    order, PEFT; or, in a process of its own, vLLM beside the bank."""
 
     torch.manual_seed(0)
     base = gpu_models.build(place, "smollm2-135m", "bf16").eval()
@@ -232,7 +264,9 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
             return with_rows
 
         makes: dict[str, Callable[[], Any]] = {
-            "base, Veneer's engine": lambda: _ours(place, gpu_models.sharing(base), prompts, tokens),
+            "base, Veneer's engine": lambda: _ours(
+                place, gpu_models.sharing(base), prompts, tokens
+            ),
             "veneer, 8 adapters": banked,
         }
         if apart:

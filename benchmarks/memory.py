@@ -14,7 +14,8 @@ from torch import Tensor
 
 from candidates import Candidate
 
-#: glibc gives back what is freed, but for pieces below 128 KiB; it would take its threshold from the largest so far
+# : glibc gives back what is freed, but for pieces below 128 KiB; it would take its threshold from
+# the largest so far
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -39,7 +40,9 @@ def kept(output: Tensor) -> Iterator[Tensor]:
         values = [held(node, name) for name in dir(node) if name.startswith("_saved_")]
         for value in [*values, getattr(node, "saved_tensors", ())]:
             yield from (
-                one for one in (value if isinstance(value, list | tuple) else (value,)) if isinstance(one, Tensor)
+                one
+                for one in (value if isinstance(value, list | tuple) else (value,))
+                if isinstance(one, Tensor)
             )
 
 

@@ -1,19 +1,22 @@
 """The one runner of the benchmarks.
 
-A case has arms: callables that each do one unit of the same work in a process that is prepared for all of them, the
-floor among them. In each round every arm runs once, in an order that is drawn anew for the round (by a seed). A case
-has several processes, so that the spread that is shown lies between runs.
+A case has arms: callables that each do one unit of the same work in a process that is prepared for
+all of them, the floor among them. In each round every arm runs once, in an order that is drawn anew
+for the round (by a seed). A case has several processes, so that the spread that is shown lies
+between runs.
 
-**What is thrown away.** `movement` of a process is the largest distance of the floor's wall time in a round from its
-median over the rounds, as a share of that median. If it is above ``LIMIT`` (3 %), the process counts for no arm; its
-times stay in the record, marked as thrown away, and another process takes its place. Where ``RETRIES`` others move too,
-the case is given up and nothing of it is recorded: the machine is not quiet.
+**What is thrown away.** `movement` of a process is the largest distance of the floor's wall time in
+a round from its median over the rounds, as a share of that median. If it is above ``LIMIT`` (3 %),
+the process counts for no arm; its times stay in the record, marked as thrown away, and another
+process takes its place. Where ``RETRIES`` others move too, the case is given up and nothing of it
+is recorded: the machine is not quiet.
 
-**One arm a process** (``apart``): peaks of memory, and whole runs. Such a process has no rounds, so nothing of it is
-thrown away; each is shown in the spread. `seed` is the number of the process.
+**One arm a process** (``apart``): peaks of memory, and whole runs. Such a process has no rounds, so
+nothing of it is thrown away; each is shown in the spread. `seed` is the number of the process.
 
-A unit shorter than ``SHORTEST`` seconds is repeated, as often for each arm. Wall time is measured, and CPU time beside
-it. The record holds every raw time, the machine, versions, threads, allocator, commit and load.
+A unit shorter than ``SHORTEST`` seconds is repeated, as often for each arm. Wall time is measured,
+and CPU time beside it. The record holds every raw time, the machine, versions, threads, allocator,
+commit and load.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ PACKAGES = (
     "torch", "transformers", "peft", "trl", "loralib", "bitsandbytes", "torchao", "liger-kernel", "unsloth", "vllm",
     "veneer",
 )  # fmt: skip
-#: of the environment, what changes threads and the allocator: a process has its case's own settings and no others
+# : of the environment, what changes threads and the allocator: a process has its case's own
+# settings and no others
 TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_")
 
 Numbers = Mapping[str, float]
@@ -58,10 +62,11 @@ class RecordError(RuntimeError):
 class Case:
     """What is measured.
 
-    `arms(stack, seed, **setting)` prepares a process and names its arms; an arm may return further numbers of its unit,
-    or replace "wall" and "cpu" by its own. `settings` are the columns of its table; "threads" of one is "default" or a
-    count. `toy` replaces parts of each setting in a smoke run. `shown` has a title and a form for each number: "ratio"
-    to the floor of the same round, or a format. `minutes` is what a record takes on two quiet cores, estimated.
+    `arms(stack, seed, **setting)` prepares a process and names its arms; an arm may return further
+    numbers of its unit, or replace "wall" and "cpu" by its own. `settings` are the columns of its
+    table; "threads" of one is "default" or a count. `toy` replaces parts of each setting in a smoke
+    run. `shown` has a title and a form for each number: "ratio" to the floor of the same round, or
+    a format. `minutes` is what a record takes on two quiet cores, estimated.
     """
 
     name: str
@@ -71,7 +76,9 @@ class Case:
     settings: Sequence[Mapping[str, Any]]
     arms: Callable[..., Arms]
     toy: Mapping[str, Any]
-    shown: Mapping[str, tuple[str, str]] = field(default_factory=lambda: {"wall": ("wall time", "ratio")})
+    shown: Mapping[str, tuple[str, str]] = field(
+        default_factory=lambda: {"wall": ("wall time", "ratio")}
+    )
     rounds: int = 3
     processes: int = 5
     seeds: Sequence[int] = ()
@@ -87,7 +94,10 @@ def measure_unit(arm: Callable[[], Numbers | None], repeats: int) -> dict[str, f
     numbers = None
     for _ in range(repeats):
         numbers = arm()
-    spent = {"wall": (time.perf_counter() - wall) / repeats, "cpu": (time.process_time() - cpu) / repeats}
+    spent = {
+        "wall": (time.perf_counter() - wall) / repeats,
+        "cpu": (time.process_time() - cpu) / repeats,
+    }
     return {**spent, **(numbers or {})}
 
 
@@ -100,7 +110,8 @@ def arguments_of(setting: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_rounds(case: Case, setting: Mapping[str, Any], seed: int, rounds: int) -> dict[str, Any]:
-    """All arms in this process, interleaved; where there are several rounds, one before them warms up."""
+    """All arms in this process, interleaved; where there are several rounds, one before them warms
+    up."""
     with contextlib.ExitStack() as stack:
         arms = case.arms(stack, seed, **arguments_of(setting))
         for name in arms if rounds > 1 else ():
@@ -115,7 +126,14 @@ def run_rounds(case: Case, setting: Mapping[str, Any], seed: int, rounds: int) -
                 gc.collect()
                 times[name].append(measure_unit(arms[name], repeats))
     moved = movement([unit["wall"] for unit in times[case.floor]])
-    return {"seed": seed, "rounds": times, "orders": orders, "repeats": repeats, "movement": moved, **state_of()}
+    return {
+        "seed": seed,
+        "rounds": times,
+        "orders": orders,
+        "repeats": repeats,
+        "movement": moved,
+        **state_of(),
+    }
 
 
 def run_alone(case: Case, setting: Mapping[str, Any], seed: int, arm: str) -> dict[str, Any]:
@@ -135,20 +153,32 @@ def state_of() -> dict[str, Any]:
     """Threads and load of this process."""
     torch = sys.modules.get("torch")
     tuning = {name: value for name, value in os.environ.items() if name.startswith(TUNING)}
-    return {"threads": torch.get_num_threads() if torch else None, "load": os.getloadavg()[0], "tuning": tuning}
+    return {
+        "threads": torch.get_num_threads() if torch else None,
+        "load": os.getloadavg()[0],
+        "tuning": tuning,
+    }
 
 
 def environment(threads: Any) -> dict[str, str]:
     """As a user's own, who has set nothing; or with so many threads."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(TUNING)}
-    counted = {} if threads == "default" else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    counted = (
+        {}
+        if threads == "default"
+        else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    )
     return {**plain, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **counted}
 
 
-def child(*arguments: str, env: Mapping[str, str] | None = None, timeout: float = 4 * 3600) -> dict[str, Any]:
+def child(
+    *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 4 * 3600
+) -> dict[str, Any]:
     """Run Python with these arguments in the root of the repository; the JSON of its last line."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=env, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=timeout, env=env, cwd=ROOT
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -170,9 +200,12 @@ def run_process(case: Case, setting: Mapping[str, Any], seed: int) -> dict[str, 
 
 
 def gather(
-    case: Case, setting: Mapping[str, Any], run: Callable[[Case, Mapping[str, Any], int], dict[str, Any]] = run_process
+    case: Case,
+    setting: Mapping[str, Any],
+    run: Callable[[Case, Mapping[str, Any], int], dict[str, Any]] = run_process,
 ) -> list[dict[str, Any]]:
-    """Processes until enough of them were quiet. Raises RecordError after too many that were not."""
+    """Processes until enough of them were quiet. Raises RecordError after too many that were
+    not."""
     processes: list[dict[str, Any]] = []
     seeds = case.seeds or range(case.processes)
     for seed in seeds:
@@ -193,7 +226,10 @@ def gather(
 def record(case: Case, run: Callable[..., dict[str, Any]] = run_process) -> dict[str, Any]:
     """The content of a recorded file."""
     commit = require_clean_tree()
-    start = {"recorded": datetime.now(UTC).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+    start = {
+        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load": os.getloadavg()[0],
+    }
     cases = []
     for setting in case.settings:
         cases.append({"setting": dict(setting), "processes": gather(case, setting, run)})
@@ -202,12 +238,23 @@ def record(case: Case, run: Callable[..., dict[str, Any]] = run_process) -> dict
         raise RecordError(
             f"Found: another commit than {commit[:12]} at the end. Expected: one commit. Do: record again."
         )
-    return {**describe_case(case), "commit": commit, "clean": True, **start, **machine(), "cases": cases}
+    return {
+        **describe_case(case),
+        "commit": commit,
+        "clean": True,
+        **start,
+        **machine(),
+        "cases": cases,
+    }
 
 
 def describe_case(case: Case) -> dict[str, Any]:
     words = {"about": case.about, "equal": case.equal, "floor": case.floor}
-    return {"name": case.name, **words, "shown": {number: list(form) for number, form in case.shown.items()}}
+    return {
+        "name": case.name,
+        **words,
+        "shown": {number: list(form) for number, form in case.shown.items()},
+    }
 
 
 def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
@@ -219,7 +266,10 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
             with contextlib.ExitStack() as stack:
                 names = [*case.arms(stack, 0, **arguments_of(toy))]
             parts = [run_alone(case, toy, 0, arm) for arm in names]
-            process = {**parts[0], "rounds": {name: unit for part in parts for name, unit in part["rounds"].items()}}
+            process = {
+                **parts[0],
+                "rounds": {name: unit for part in parts for name, unit in part["rounds"].items()},
+            }
         else:
             process = run_rounds(case, toy, 0, 1)
         cases.append({"setting": dict(setting), "processes": [{**process, "kept": True}]})
@@ -227,9 +277,11 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
     return {**describe_case(case), **state, **machine(), "cases": cases}
 
 
-def spread(processes: Sequence[Mapping[str, Any]], arm: str, floor: str, number: str, form: str) -> list[float] | None:
-    """[median, least, most] between the processes that count: of a number's median over the rounds, or of its ratio to
-    the floor's in the same round."""
+def spread(
+    processes: Sequence[Mapping[str, Any]], arm: str, floor: str, number: str, form: str
+) -> list[float] | None:
+    """[median, least, most] between the processes that count: of a number's median over the rounds,
+    or of its ratio to the floor's in the same round."""
     values = []
     for process in processes:
         rounds = process["rounds"]
@@ -248,7 +300,9 @@ def tell(case: Case, processes: Sequence[Mapping[str, Any]]) -> str:
     cells = []
     for arm in processes[0]["rounds"]:
         found = spread(processes, arm, case.floor, number, form)
-        cells.append(f"{arm} {found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else f"{arm} –")
+        cells.append(
+            f"{arm} {found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else f"{arm} –"
+        )
     return "; ".join(cells)
 
 
@@ -257,10 +311,13 @@ def describe(setting: Mapping[str, Any]) -> str:
 
 
 def require_clean_tree() -> str:
-    """The commit, whose tree this is but for results that were recorded since. Raises RecordError where it is not."""
+    """The commit, whose tree this is but for results that were recorded since. Raises RecordError
+    where it is not."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+        )
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
@@ -277,25 +334,36 @@ def require_clean_tree() -> str:
 def machine() -> dict[str, Any]:
     """Where and with what a result is made."""
     cpu = Path("/proc/cpuinfo")
-    models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    models = (
+        [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
+        if cpu.exists()
+        else []
+    )
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     return {
-        "machine": f"{models[0].partition(':')[2].strip()}, {platform.machine()}" if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": f"{models[0].partition(':')[2].strip()}, {platform.machine()}"
+        if models
+        else platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "allocator": "changed by the environment" if tuned else "as it comes",
         "versions": {**versions, "python": platform.python_version()},
     }
 
 
 def write(result: Mapping[str, Any], out: Path = RESULTS) -> Path:
-    """Append a record: results/NAME/COMMIT.json. Raises RecordError where there is one of that commit."""
+    """Append a record: results/NAME/COMMIT.json. Raises RecordError where there is one of that
+    commit."""
     file = out / result["name"] / f"{result['commit'][:12]}.json"
     if file.exists():
-        raise RecordError(f"Found: {file}. Expected: one record of a commit. Do: commit a change, or keep that record.")
+        raise RecordError(
+            f"Found: {file}. Expected: one record of a commit. Do: commit a change, or keep that record."
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
     return file
@@ -314,6 +382,8 @@ def names_of(results: Path = RESULTS) -> Iterator[Path]:
             yield from sorted(folder.glob("*.json"))
 
 
-def call(function: str, *arguments: Any, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Any:
+def call(
+    function: str, *arguments: Any, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+) -> Any:
     """MODULE:FUNCTION of the benchmarks in a process of its own, by way of JSON."""
     return child(*prefix, "-m", "benchmarks", "--call", function, json.dumps(arguments), env=env)

@@ -1,4 +1,5 @@
-"""Run every case with every library and print the results side by side; exit with 1 if Veneer fails one."""
+"""Run every case with every library and print the results side by side; exit with 1 if Veneer fails
+one."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def quietly(case: Case, library: Library) -> Result:
     """Run a case, without the peer's warnings, log and prints."""
     if isinstance(library, Veneer):
         return run(case, library)
-    with heard(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        heard(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         return run(case, library)
 
 
@@ -41,7 +46,9 @@ def line(cells: list[str]) -> str:
     lines = []
     for number in range(max(map(len, columns))):
         parts = [column[number] if number < len(column) else "" for column in columns]
-        lines.append("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+        lines.append(
+            "  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -56,14 +63,24 @@ def totals(results: Mapping[str, Mapping[str, Result]], library: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these cases, and write no file")
-    parser.add_argument("--libraries", nargs="+", metavar="NAME", help="run these libraries, and write no file")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run these cases, and write no file"
+    )
+    parser.add_argument(
+        "--libraries", nargs="+", metavar="NAME", help="run these libraries, and write no file"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     everyone: list[Library] = [Veneer(), *PEERS]
-    libraries = [it for it in everyone if not options.libraries or it.name.lower() in map(str.lower, options.libraries)]
+    libraries = [
+        it
+        for it in everyone
+        if not options.libraries or it.name.lower() in map(str.lower, options.libraries)
+    ]
     chosen = [case for case in CASES if not options.only or case.name in options.only]
-    print(line(["case", *(f"{it.name} {version(it.distribution)}" for it in libraries)]), flush=True)
+    print(
+        line(["case", *(f"{it.name} {version(it.distribution)}" for it in libraries)]), flush=True
+    )
     results: dict[str, dict[str, Result]] = {}
     row = None
     for case in chosen:
@@ -71,7 +88,10 @@ def main() -> int:
             row = case.row
             print(f"\n{row}", flush=True)
         results[case.name] = {it.name: quietly(case, it) for it in libraries}
-        print(line([f"  {case.name}", *(cell(result) for result in results[case.name].values())]), flush=True)
+        print(
+            line([f"  {case.name}", *(cell(result) for result in results[case.name].values())]),
+            flush=True,
+        )
     print("\n" + line(["in all", *(totals(results, it.name) for it in libraries)]))
     if not options.only and not options.libraries:
         write(results, libraries)
@@ -86,7 +106,10 @@ def write(results: Mapping[str, Mapping[str, Result]], libraries: list[Library])
     content = {
         "name": "torture",
         "cases": {
-            name: {"row": rows[name], **{who: {"ok": it.ok, "text": it.text} for who, it in found.items()}}
+            name: {
+                "row": rows[name],
+                **{who: {"ok": it.ok, "text": it.text} for who, it in found.items()},
+            }
             for name, found in results.items()
         },
         "versions": {it.name: version(it.distribution) for it in libraries},

@@ -1,1 +1,2 @@
-"""The demo: fine-tune a real language model to write English pronunciations. Run it with `make demo`."""
+"""The demo: fine-tune a real language model to write English pronunciations. Run it with `make
+demo`."""

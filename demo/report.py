@@ -58,9 +58,19 @@ def loss_curve(losses: Sequence[float], held_out: Sequence[tuple[int, float]]) -
         for i in range(len(losses))
     ]
     figure = go.Figure(layout=_LAYOUT)
-    figure.add_scatter(x=steps, y=list(losses), mode="lines", name="each batch", line={"color": "#c4d2dc", "width": 1})
     figure.add_scatter(
-        x=steps, y=means, mode="lines", name=f"mean of {window}", line={"color": "#0b6e62", "width": 2.5}
+        x=steps,
+        y=list(losses),
+        mode="lines",
+        name="each batch",
+        line={"color": "#c4d2dc", "width": 1},
+    )
+    figure.add_scatter(
+        x=steps,
+        y=means,
+        mode="lines",
+        name=f"mean of {window}",
+        line={"color": "#0b6e62", "width": 2.5},
     )
     figure.add_scatter(
         x=[step for step, _ in held_out], y=[loss for _, loss in held_out], mode="lines+markers", name="held-out words",
@@ -121,7 +131,8 @@ def write(
         for word, before, after, truth in samples
     )
     boxes = "".join(
-        f"<div class=card><b>{html.escape(figure)}</b><span>{html.escape(what)}</span></div>" for figure, what in cards
+        f"<div class=card><b>{html.escape(figure)}</b><span>{html.escape(what)}</span></div>"
+        for figure, what in cards
     )
     body = f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,
     initial-scale=1">

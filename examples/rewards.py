@@ -7,7 +7,8 @@ from typing import Any
 
 
 def close(completions: list[str], phonemes: list[str], **_: Any) -> list[float]:
-    """How much of an answer is the dictionary's, 0 to 1: phonemes in their order, over all of both."""
+    """How much of an answer is the dictionary's, 0 to 1: phonemes in their order, over all of
+    both."""
     return [
         SequenceMatcher(None, answer.split(), right.split()).ratio()
         for answer, right in zip(completions, phonemes, strict=True)

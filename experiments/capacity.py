@@ -18,7 +18,8 @@ from experiments.plots import lines
 #: symbols of a completion and of a key; how many of each a row has
 SYMBOLS, OTHERS, KEY, LENGTH = 32, 32, 3, 8
 BITS = LENGTH * math.log2(SYMBOLS)
-#: the seed whose rows the base learnt, the one by whose rows a rate is chosen, and those of the rows that judge
+# : the seed whose rows the base learnt, the one by whose rows a rate is chosen, and those of the
+# rows that judge
 BASE, CHOOSING, JUDGING = 1000, 0, [11, 12]
 RANKS, ROWS, STEPS, BATCH, RATES = (1, 4, 16), (64, 256, 1024), 1000, 32, [2e-3, 4e-3, 8e-3]
 WITHIN, BEHIND, FEWER, LEARNT, MORE = 0.05, 0.2, 4, 0.95, 0.1
@@ -74,32 +75,52 @@ def base(smoke: bool) -> Any:
         model = LlamaForCausalLM(config)
     rows = rows_of(count, BASE)
     batches = batches_of(count, 128, 0)
-    train(model.parameters(), batches, lambda chosen: loss_of(model, rows[chosen]), steps=steps, rate=3e-3)
+    train(
+        model.parameters(),
+        batches,
+        lambda chosen: loss_of(model, rows[chosen]),
+        steps=steps,
+        rate=3e-3,
+    )
     return model
 
 
 def remembered(model: Any, cell: Cell, rate: float, seed: int) -> dict[str, Any]:
-    """A copy of `model`, trained on the rows of a seed: the share of their bits that it has then."""
+    """A copy of `model`, trained on the rows of a seed: the share of their bits that it has
+    then."""
     rows, model = rows_of(cell["rows"], seed), copy.deepcopy(model)
     torch.manual_seed(seed)
     lora = veneer.LoraConfig(rank=cell["rank"], alpha=32) if cell["rank"] else None
     numbers = begin(model, "lora" if lora else "full", lora=lora)
     batches = batches_of(cell["rows"], cell["batch"], seed)
-    train(trained(model), batches, lambda chosen: loss_of(model, rows[chosen]), steps=cell["steps"], rate=rate)
+    train(
+        trained(model),
+        batches,
+        lambda chosen: loss_of(model, rows[chosen]),
+        steps=cell["steps"],
+        rate=rate,
+    )
     with torch.no_grad():
         share = 1 - loss_of(model, rows).item() / math.log(SYMBOLS)
     return {"rate": rate, "seed": seed, "numbers": numbers, "share": share}
 
 
 def run(cell: Cell) -> dict[str, Any]:
-    """One rank (0: full fine-tuning) and number of rows: all rates on the rows that choose, the best on the others."""
+    """One rank (0: full fine-tuning) and number of rows: all rates on the rows that choose, the
+    best on the others."""
     model = base(cell["smoke"])
     tried = [remembered(model, cell, rate, CHOOSING) for rate in cell["rates"]]
     rate = max(tried, key=lambda one: one["share"])["rate"]
     judged = [remembered(model, cell, rate, seed) for seed in cell["seeds"]]
     twice = {**cell, "steps": 2 * cell["steps"]}
     longer = [remembered(model, twice, rate, seed) for seed in cell["seeds"] if cell["longer"]]
-    return {"numbers": judged[0]["numbers"], "rate": rate, "tried": tried, "judged": judged, "longer": longer}
+    return {
+        "numbers": judged[0]["numbers"],
+        "rate": rate,
+        "tried": tried,
+        "judged": judged,
+        "longer": longer,
+    }
 
 
 def cells(smoke: bool) -> list[Cell]:
@@ -135,11 +156,26 @@ def tables(runs: Sequence[Run]) -> str:
         )
         for run in runs
     ]  # fmt: skip
-    head = ("method", "rows", "bits", "numbers", "numbers / bits", "best rate", "remembered", "bits a number", "CPU")
+    head = (
+        "method",
+        "rows",
+        "bits",
+        "numbers",
+        "numbers / bits",
+        "best rate",
+        "remembered",
+        "bits a number",
+        "CPU",
+    )
     seeds = f"Mean ± deviation over {len(runs[0]['judged'])} seeds. The CPU time is of all rates and seeds."
     seeds += " A rate with a * is the lowest or the highest that was tried: there may be a better one beyond."
     longer = [
-        (name_of(run), f"{run['rows']:,}", spread(run["judged"], "share"), spread(run["longer"], "share"))
+        (
+            name_of(run),
+            f"{run['rows']:,}",
+            spread(run["judged"], "share"),
+            spread(run["longer"], "share"),
+        )
         for run in runs
         if run["longer"]
     ]
@@ -155,14 +191,17 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
         """How much less each remembers than full fine-tuning, and what to say of it."""
         gaps = [whole[run["rows"]] - mean(run["judged"], "share") for run in chosen]
         return gaps, "; ".join(
-            f"rank {run['rank']}, {run['rows']:,} rows: {gap:.3f} less" for run, gap in zip(chosen, gaps, strict=True)
+            f"rank {run['rank']}, {run['rows']:,} rows: {gap:.3f} less"
+            for run, gap in zip(chosen, gaps, strict=True)
         )
 
     enough, said_enough = behind([run for run in pairs if run["numbers"] >= bits_of(run)])
     few, said_few = behind([run for run in pairs if FEWER * run["numbers"] <= bits_of(run)])
     tokens, said_tokens = behind([run for run in pairs if run["numbers"] >= LENGTH * run["rows"]])
     longer = [
-        (name_of(run), (mean(run["judged"], "share"), mean(run["longer"], "share"))) for run in runs if run["longer"]
+        (name_of(run), (mean(run["judged"], "share"), mean(run["longer"], "share")))
+        for run in runs
+        if run["longer"]
     ]
     nothing = "no size that full fine-tuning learnt"
     return [
@@ -192,9 +231,19 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
     for run in runs:
         point = (math.log2(run["rows"]), mean(run["judged"], "share"))
         series.setdefault(name_of(run), []).append(point)
-    return {"share": lines(series, x=f"log2 of the rows, each of {BITS:.0f} bits", y="share remembered", top=1.0)}
+    return {
+        "share": lines(
+            series, x=f"log2 of the rows, each of {BITS:.0f} bits", y="share remembered", top=1.0
+        )
+    }
 
 
 EXPERIMENT = Experiment(
-    title="What an adapter can hold", about=ABOUT, cells=cells, run=run, tables=tables, claims=claims, plots=plots
+    title="What an adapter can hold",
+    about=ABOUT,
+    cells=cells,
+    run=run,
+    tables=tables,
+    claims=claims,
+    plots=plots,
 )

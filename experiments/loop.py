@@ -1,4 +1,5 @@
-"""What all methods that are compared have in common: one training loop, one order of rows; and what each method trains.
+"""What all methods that are compared have in common: one training loop, one order of rows; and what
+each method trains.
 
 begin(model, "adapters", head=("classifier",))      now just the parameters of that method are trainable
 train(trained(model), batches, loss, steps=300, rate=1e-3)
@@ -38,8 +39,8 @@ def train(
     warmup: float = 0.1,
     groups: Sequence[dict[str, Any]] | None = None,
 ) -> float:
-    """AdamW, the rate as in `rise_and_fall`, gradients clipped to a norm of 1. `groups`: AdamW's, where parameters have
-    rates of their own. The mean loss of the last tenth of the steps."""
+    """AdamW, the rate as in `rise_and_fall`, gradients clipped to a norm of 1. `groups`: AdamW's,
+    where parameters have rates of their own. The mean loss of the last tenth of the steps."""
     trained = list(parameters)
     optimizer = torch.optim.AdamW(groups or trained, rate, weight_decay=0.0, fused=True)
     schedule = rise_and_fall(optimizer, steps, warmup)
@@ -56,10 +57,13 @@ def train(
     return sum(last) / len(last)
 
 
-def batches_of(count: int, size: int, seed: int, lengths: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Batches of `size` of `count` rows, epoch after epoch, without an end; the rows that fill none at the end of an
-    epoch are left out of it. With `lengths`, rows of like length come together: 16 batches that follow each other have
-    the rows that chance gave them, but among themselves in the order of their lengths."""
+def batches_of(
+    count: int, size: int, seed: int, lengths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Batches of `size` of `count` rows, epoch after epoch, without an end; the rows that fill none
+    at the end of an epoch are left out of it. With `lengths`, rows of like length come together: 16
+    batches that follow each other have the rows that chance gave them, but among themselves in the
+    order of their lengths."""
     draw = torch.Generator().manual_seed(seed)
     size = min(size, count)
     while True:
@@ -68,13 +72,17 @@ def batches_of(count: int, size: int, seed: int, lengths: Sequence[int] | None =
             pools = [order[start : start + 16 * size] for start in range(0, count, 16 * size)]
             order = [row for pool in pools for row in sorted(pool, key=lengths.__getitem__)]
         whole = [order[start : start + size] for start in range(0, count - size + 1, size)]
-        chosen = torch.randperm(len(whole), generator=draw).tolist() if lengths is not None else range(len(whole))
+        chosen = (
+            torch.randperm(len(whole), generator=draw).tolist()
+            if lengths is not None
+            else range(len(whole))
+        )
         yield from (whole[number] for number in chosen)
 
 
 class Bottleneck(nn.Module):
-    """x + up(gelu(down(x))): Houlsby et al. 2019 (arXiv:1902.00751), section 2.1. `up` begins at 0, so that the model
-    begins as its base."""
+    """x + up(gelu(down(x))): Houlsby et al. 2019 (arXiv:1902.00751), section 2.1. `up` begins at 0,
+    so that the model begins as its base."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -89,8 +97,8 @@ class Bottleneck(nn.Module):
 
 
 def add_bottlenecks(model: nn.Module, inner: int, after: str = "output.dense") -> None:
-    """A bottleneck behind each linear layer whose path ends with `after`, before the residual is added: those behind
-    attention and behind the feed-forward part of a block of BERT."""
+    """A bottleneck behind each linear layer whose path ends with `after`, before the residual is
+    added: those behind attention and behind the feed-forward part of a block of BERT."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path.endswith(after):
             own = Bottleneck(module.out_features, inner)
@@ -107,19 +115,24 @@ def begin(
     inner: int = 16,
     after: str = "output.dense",
 ) -> int:
-    """Make trainable what `method` trains, and in each method the modules of `head`. How many numbers those are without
-    the head's.
+    """Make trainable what `method` trains, and in each method the modules of `head`. How many
+    numbers those are without the head's.
 
-    `adapters`: bottlenecks of width `inner`, and the layer norms, as Houlsby et al. have it. `lora`: as the config
-    says, whose `train_also` must name the head."""
-    in_head = {id(own): own.numel() for path in head for own in model.get_submodule(path).parameters()}
+    `adapters`: bottlenecks of width `inner`, and the layer norms, as Houlsby et al. have it.
+    `lora`: as the config says, whose `train_also` must name the head."""
+    in_head = {
+        id(own): own.numel() for path in head for own in model.get_submodule(path).parameters()
+    }
     if method == "lora":
         veneer.attach(model, lora)
     else:
         if method == "adapters":
             add_bottlenecks(model, inner, after)
         norms = {
-            id(own) for module in model.modules() if isinstance(module, nn.LayerNorm) for own in module.parameters()
+            id(own)
+            for module in model.modules()
+            if isinstance(module, nn.LayerNorm)
+            for own in module.parameters()
         }
         for path, parameter in model.named_parameters():
             wanted = {

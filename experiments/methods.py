@@ -1,4 +1,5 @@
-"""Tables 2 to 4 of the LoRA paper: quality against trainable numbers, on slots of SNIPS with MiniLM."""
+"""Tables 2 to 4 of the LoRA paper: quality against trainable numbers, on slots of SNIPS with
+MiniLM."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ STEPS, SHORT, LONGER, SMOKE, BATCH, SEEDS = 300, 60, 600, 3, 32, range(5)
 INNER = 16
 FULL, ALL, QV = "full fine-tuning", "LoRA, all linear layers", "LoRA, query and value"
 BAR, TABLES = "decided before the runs", f"{HU}, tables 2 to 4"
-#: by what one is called here: what `experiments.loop` calls it, LoRA's targets, and the rates that are tried
+# : by what one is called here: what `experiments.loop` calls it, LoRA's targets, and the rates that
+# are tried
 METHODS: dict[str, tuple[str, Any, tuple[float, ...]]] = {
     FULL: ("full", None, (1e-4, 3e-4, 1e-3)),
     "head only": ("head", None, (3e-3, 1e-2, 3e-2)),
@@ -93,7 +95,12 @@ def run(cell: Cell) -> dict[str, Any]:
         {"params": head, "lr": cell.get("head", cell["rate"])},
     ]
     loss = train(
-        every, order, lambda rows: task.loss(model, rows), steps=cell["steps"], rate=cell["rate"], groups=groups
+        every,
+        order,
+        lambda rows: task.loss(model, rows),
+        steps=cell["steps"],
+        rate=cell["rate"],
+        groups=groups,
     )
     found = {"numbers": numbers, "loss": loss, "aside": task.f1(model.eval(), task.aside)}
     return {**found, "f1": task.f1(model, task.test)} if cell["judged"] == "test" else found
@@ -115,7 +122,12 @@ APART: dict[str, dict[str, Any]] = {
 
 
 def _cell(
-    method: str, own: Mapping[str, Any], steps: int, seed: int, judged: str = "test", smoke: bool = False
+    method: str,
+    own: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    judged: str = "test",
+    smoke: bool = False,
 ) -> Cell:
     """`own`: its rates, and LoRA's rank and alpha."""
     return {"method": method, **own, "steps": steps, "seed": seed, "judged": judged, "smoke": smoke}
@@ -123,11 +135,16 @@ def _cell(
 
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
-        apart = {ALL: {**APART[ALL], "rank": 4}, FULL: APART[FULL]}  # the tiny model has no room for more
+        apart = {
+            ALL: {**APART[ALL], "rank": 4},
+            FULL: APART[FULL],
+        }  # the tiny model has no room for more
         own = [*((name, {"rate": 1e-2}) for name in METHODS), *apart.items()]
         return [_cell(name, one, SMOKE, 0, smoke=True) for name, one in own]
 
-    def whole(names: Sequence[str], rates: Mapping[str, tuple[float, ...]], steps: int) -> list[Cell]:
+    def whole(
+        names: Sequence[str], rates: Mapping[str, tuple[float, ...]], steps: int
+    ) -> list[Cell]:
         """All rates with seed 0, the first one with the others."""
         return [
             _cell(name, {"rate": rate}, steps, seed)
@@ -137,27 +154,39 @@ def cells(smoke: bool) -> list[Cell]:
         ]
 
     found: list[Cell] = []
-    for names in (FIRST, [name for name in METHODS if name not in FIRST]):  # what is judged most, first
+    for names in (
+        FIRST,
+        [name for name in METHODS if name not in FIRST],
+    ):  # what is judged most, first
         found += [
-            _cell(name, {"rate": rate}, SHORT, 100, judged="aside") for name in names for rate in METHODS[name][2]
+            _cell(name, {"rate": rate}, SHORT, 100, judged="aside")
+            for name in names
+            for rate in METHODS[name][2]
         ]
         found += whole(names, LONG, STEPS)
     found += whole((ALL, FULL), TWICE, LONGER)
     return found + [
-        _cell(name, own, steps, seed) for steps in (STEPS, LONGER) for seed in SEEDS for name, own in APART.items()
+        _cell(name, own, steps, seed)
+        for steps in (STEPS, LONGER)
+        for seed in SEEDS
+        for name, own in APART.items()
     ]
 
 
 def judged(runs: Sequence[Run], steps: int = STEPS, apart: bool = False) -> dict[str, list[Run]]:
-    """By method, at the rate that was chosen for it; `apart`: the runs whose head has a rate of its own. Smoke runs are
-    all of a few steps."""
+    """By method, at the rate that was chosen for it; `apart`: the runs whose head has a rate of its
+    own. Smoke runs are all of a few steps."""
     wanted = (
-        run for run in runs if run["judged"] == "test" and run["steps"] in (steps, SMOKE) and ("head" in run) == apart
+        run
+        for run in runs
+        if run["judged"] == "test" and run["steps"] in (steps, SMOKE) and ("head" in run) == apart
     )
     own = grouped(wanted, "method")
     chosen = {name: found for (name,), found in own.items()}
     return {
-        name: [run for run in chosen[name] if run["rate"] == _rate(chosen[name])] for name in METHODS if name in chosen
+        name: [run for run in chosen[name] if run["rate"] == _rate(chosen[name])]
+        for name in METHODS
+        if name in chosen
     }
 
 
@@ -189,18 +218,34 @@ def tables(runs: Sequence[Run]) -> str:
         quality += f"\n\nNot recorded yet: {', '.join(missing)}."
 
     def aside(steps: int, seed: int) -> dict[str, str]:
-        own = (run for run in runs if run["steps"] == steps and run["seed"] == seed and "head" not in run)
+        own = (
+            run
+            for run in runs
+            if run["steps"] == steps and run["seed"] == seed and "head" not in run
+        )
         found = grouped(own, "method")
         return {
-            name: ", ".join(f"{run['rate']:g}: {run['aside']:.3f}" for run in own) for (name,), own in found.items()
+            name: ", ".join(f"{run['rate']:g}: {run['aside']:.3f}" for run in own)
+            for (name,), own in found.items()
         }
 
     short, long, twice = aside(SHORT, 100), aside(STEPS, 0), aside(LONGER, 0)
     chosen = [
-        (name, short[name], long[name], twice.get(name, "")) for name in METHODS if name in short and name in long
+        (name, short[name], long[name], twice.get(name, ""))
+        for name in METHODS
+        if name in short and name in long
     ]
-    head = ("method", f"rate: span F1 on the rows aside, {SHORT} steps", f"{STEPS} steps", f"{LONGER} steps")
-    return f"{quality}\n\nHow rates were chosen:\n\n{table(head, chosen, numbers=False)}" if chosen else quality
+    head = (
+        "method",
+        f"rate: span F1 on the rows aside, {SHORT} steps",
+        f"{STEPS} steps",
+        f"{LONGER} steps",
+    )
+    return (
+        f"{quality}\n\nHow rates were chosen:\n\n{table(head, chosen, numbers=False)}"
+        if chosen
+        else quality
+    )
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
@@ -210,7 +255,12 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     seeds = min(len(own[name]) for name in FIRST)
 
     def beside(other: str, by: float, what: str, source: str = BAR) -> Claim:
-        return Claim(what, source, f"{every:.3f} beside {best[other]:.3f}", _if(every >= best[other] + by, seeds))
+        return Claim(
+            what,
+            source,
+            f"{every:.3f} beside {best[other]:.3f}",
+            _if(every >= best[other] + by, seeds),
+        )
 
     found = [
         Claim(
@@ -238,11 +288,14 @@ def plots(runs: Sequence[Run]) -> dict[str, str]:
         for name, own in judged(runs).items()
         if own[0]["numbers"]
     }
-    return {"f1": lines(series, x="log10 of trainable numbers", y="span F1", dots=True, bottom=None)}
+    return {
+        "f1": lines(series, x="log10 of trainable numbers", y="span F1", dots=True, bottom=None)
+    }
 
 
 def _equal(what: str, own: Mapping[str, Sequence[Run]]) -> Claim:
-    """Their distance is told with its spread over seeds, which have the same sentences in the same order."""
+    """Their distance is told with its spread over seeds, which have the same sentences in the same
+    order."""
     every, full = (mean(own[name], "f1") for name in (ALL, FULL))
     other = {run["seed"]: run["f1"] for run in own[FULL]}
     lacks = [{"f1": other[run["seed"]] - run["f1"]} for run in own[ALL] if run["seed"] in other]

@@ -1,4 +1,5 @@
-"""docs/paper/: a page an experiment, and README.md with every claim, from what is recorded in results/."""
+"""docs/paper/: a page an experiment, and README.md with every claim, from what is recorded in
+results/."""
 
 from __future__ import annotations
 
@@ -30,31 +31,40 @@ def recorded() -> dict[str, dict]:
 
 
 def pages() -> dict[str, str]:
-    """Texts by their place below docs/: `paper/README.md`, `paper/NAME.md`, `paper/NAME-PLOT.svg`."""
+    """Texts by their place below docs/: `paper/README.md`, `paper/NAME.md`,
+    `paper/NAME-PLOT.svg`."""
     results, found, every, sections, waiting = recorded(), {}, [], [], []
     for name in NAMES:
         experiment = find(name)
         where = f"[{experiment.title}]({name}.md)"
         if name not in results:
-            found[f"paper/{name}.md"] = "\n\n".join([*beginning(experiment), f"Not recorded yet: {command(name)}.\n"])
+            found[f"paper/{name}.md"] = "\n\n".join(
+                [*beginning(experiment), f"Not recorded yet: {command(name)}.\n"]
+            )
             waiting.append(where)
             continue
         claims = experiment.claims(results[name]["runs"])
-        drawings = {f"{name}-{plot}.svg": text for plot, text in experiment.plots(results[name]["runs"]).items()}
+        drawings = {
+            f"{name}-{plot}.svg": text
+            for plot, text in experiment.plots(results[name]["runs"]).items()
+        }
         found |= {f"paper/{file}": text for file, text in drawings.items()}
         found[f"paper/{name}.md"] = page(name, experiment, results[name], claims, [*drawings])
         sections.append(f"## {where}\n\n{told(claims)}")
         every += [claim.held for claim in claims]
-    count = f"Of {len(every)} claims: " + ", ".join(f"{every.count(held)} {said}" for held, said in VERDICTS.items())
+    count = f"Of {len(every)} claims: " + ", ".join(
+        f"{every.count(held)} {said}" for held, said in VERDICTS.items()
+    )
     count += f". Not recorded yet: {', '.join(waiting)}." if waiting else "."
     return {**found, "paper/README.md": "\n\n".join([HEAD.rstrip(), count, *sections]) + "\n"}
 
 
-def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]) -> str:
+def page(
+    name: str, experiment: Experiment, result: dict, claims: list[Claim], drawings: list[str]
+) -> str:
     runs: list[Run] = result["runs"]
-    spent = (
-        f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {sum(run['cpu'] for run in runs) / 60:.1f} minutes of CPU time"
-    )
+    minutes = sum(run["cpu"] for run in runs) / 60
+    spent = f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {minutes:.1f} minutes of CPU time"
     parts = [
         *beginning(experiment), "## Claims", told(claims), "## Measured", experiment.tables(runs).strip(),
         *(f"![{experiment.title}: {Path(file).stem.removeprefix(f'{name}-')}]({file})" for file in drawings),
@@ -65,13 +75,19 @@ def page(name: str, experiment: Experiment, result: dict, claims: list[Claim], d
 
 def told(claims: list[Claim]) -> str:
     """The table of some claims: first what came of them, as a phone has no room to the right."""
-    rows = [(VERDICTS[claim.held], f"{claim.what} ({claim.source})", claim.found) for claim in claims]
+    rows = [
+        (VERDICTS[claim.held], f"{claim.what} ({claim.source})", claim.found) for claim in claims
+    ]
     return table(("", "claim", "found here"), rows, numbers=False)
 
 
 def beginning(experiment: Experiment) -> list[str]:
     files = ", ".join(f"[{file}](../../experiments/full/{file})" for file in experiment.full)
-    return [f"# {experiment.title}", experiment.about.strip(), *([f"At full size: {files}."] if files else [])]
+    return [
+        f"# {experiment.title}",
+        experiment.about.strip(),
+        *([f"At full size: {files}."] if files else []),
+    ]
 
 
 def command(name: str) -> str:

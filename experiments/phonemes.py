@@ -81,11 +81,15 @@ def cells(smoke: bool) -> list[Cell]:
 
 
 def trained(cell: Cell, folder: Path, base: str) -> Any:
-    """The run of `veneer train`: its `Result`. Its adapter is kept, for the experiments that begin with it."""
+    """The run of `veneer train`: its `Result`. Its adapter is kept, for the experiments that begin
+    with it."""
     from veneer.train.config import make_config
     from veneer.train.run import fit
 
-    settings = {"base": base, "data": str(pronounce.write_rows(folder / "train.jsonl", smollm2.words(cell)[0]))}
+    settings = {
+        "base": base,
+        "data": str(pronounce.write_rows(folder / "train.jsonl", smollm2.words(cell)[0])),
+    }
     settings |= {"seed": cell["seed"], "save_every": cell["recipe"]["max_steps"]}
     settings |= {"attention": "eager"}  # where the recipe, one of an older run, names none
     result = fit(make_config({**settings, "output": folder / "run", **cell["recipe"]}), quiet=True)
@@ -113,7 +117,9 @@ def run(cell: Cell) -> dict[str, Any]:
         began = time.process_time()
         result = trained(cell, folder, base)
         spent = time.process_time() - began
-        words = pronounce.listed(*ASIDE) if cell.get("judged") == "aside" else smollm2.words(cell)[2]
+        words = (
+            pronounce.listed(*ASIDE) if cell.get("judged") == "aside" else smollm2.words(cell)[2]
+        )
         loss = smollm2.loss(result.model, smollm2.examples(words, result.tokenizer, folder))
         if cell.get("judged") == "aside":
             return {"loss": loss, "spent": spent}
@@ -122,8 +128,8 @@ def run(cell: Cell) -> dict[str, Any]:
 
 
 def _costs(cell: Cell, folder: Path, base_name: str) -> dict[str, Any]:
-    """CPU seconds of a step of the reference and of the recipe, in turns, each with its own rows of the same words, and
-    how many words those of the recipe have."""
+    """CPU seconds of a step of the reference and of the recipe, in turns, each with its own rows of
+    the same words, and how many words those of the recipe have."""
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -136,7 +142,10 @@ def _costs(cell: Cell, folder: Path, base_name: str) -> dict[str, Any]:
     other = models.load_base(base_name, attention="eager", precision="bf16")
     base = models.load_base(base_name, attention=RECIPE["attention"], precision="bf16")
     words = smollm2.examples(smollm2.words(cell)[0], base.tokenizer, folder)
-    rows, flat = pack(words.dataset(), RECIPE["max_length"]), DataCollatorForLanguageModeling(0, padding_free=True)
+    rows, flat = (
+        pack(words.dataset(), RECIPE["max_length"]),
+        DataCollatorForLanguageModeling(0, padding_free=True),
+    )
     veneer.attach(base.model, veneer.LoraConfig(rank=RECIPE["rank"], alpha=RECIPE["alpha"]))
     chance = {
         "reference": loop.batches_of(len(words), PEER_BATCH, 0),
@@ -172,12 +181,21 @@ def _by_peft(model: Any) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(
+            model,
+            LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
 
 
 def tables(runs: Sequence[Run]) -> str:
     rows = [
-        (run["seed"], f"{run['error']:.3f}", f"{run['exact']:.1%}", f"{run['loss']:.3f}", f"{run['spent']:.0f} s")
+        (
+            run["seed"],
+            f"{run['error']:.3f}",
+            f"{run['exact']:.1%}",
+            f"{run['loss']:.3f}",
+            f"{run['spent']:.0f} s",
+        )
         for run in runs
         if "error" in run
     ]
@@ -202,7 +220,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     error, spent = mean(trained, "error"), mean(trained, "spent")
     theirs, own = (cost * steps for _, cost, _, steps in _compared(runs))
     found = f"{error:.3f} in {spent:.0f} s, {counted(trained)}"
-    what = f"error rate ≤ {BAR} in {COST} s of CPU time, what the reference took when it was measured"
+    what = (
+        f"error rate ≤ {BAR} in {COST} s of CPU time, what the reference took when it was measured"
+    )
     return [
         Claim(what, SOURCE, found, error <= BAR and spent <= COST),
         Claim(
@@ -217,5 +237,11 @@ def counted(runs: Sequence[Run]) -> str:
 
 
 EXPERIMENT = Experiment(
-    title="Letters to phonemes", about=ABOUT, cells=cells, run=run, tables=tables, claims=claims, data=smollm2.lacking
+    title="Letters to phonemes",
+    about=ABOUT,
+    cells=cells,
+    run=run,
+    tables=tables,
+    claims=claims,
+    data=smollm2.lacking,
 )

@@ -1,4 +1,5 @@
-"""Drawings as SVG files that stand alone: readable on light and on dark pages, the same bytes on every machine."""
+"""Drawings as SVG files that stand alone: readable on light and on dark pages, the same bytes on
+every machine."""
 
 from __future__ import annotations
 
@@ -18,18 +19,25 @@ SIDE, ABOVE, BESIDE = 200, 44, 40
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
-    """A chart of lines (or dots), its key below it. `more`: what `veneer.tools.report.charts.lines` takes."""
+    """A chart of lines (or dots), its key below it. `more`: what `veneer.tools.report.charts.lines`
+    takes."""
     drawn = re.search(r"<svg [^>]*>(.*)</svg>", chart(series, x=x, y=y, **more), re.DOTALL)
     if drawn is None:
-        raise ValueError(f"Found: no point above 0 in {', '.join(series)}. Expected: one. Do: leave log_y out.")
+        raise ValueError(
+            f"Found: no point above 0 in {', '.join(series)}. Expected: one. Do: leave log_y out."
+        )
     keys = [*series] if len(series) > 1 else []
     parts = [drawn[1]]
     for number, name in enumerate(keys):
         at = HEIGHT + ROW * number + 6
-        parts.append(f'<line class="s{number % COLOURS}" x1="{LEFT}" x2="{LEFT + 22}" y1="{at}" y2="{at}"/>')
+        parts.append(
+            f'<line class="s{number % COLOURS}" x1="{LEFT}" x2="{LEFT + 22}" y1="{at}" y2="{at}"/>'
+        )
         parts.append(f'<text x="{LEFT + 30}" y="{at + 4}">{escape(name)}</text>')
     height = HEIGHT + ROW * len(keys)
-    inks = " ".join(f".s{number} {{ stroke: {ink}; color: {ink}; }}" for number, ink in enumerate(INKS))
+    inks = " ".join(
+        f".s{number} {{ stroke: {ink}; color: {ink}; }}" for number, ink in enumerate(INKS)
+    )
     style = (
         "text { font: 12px system-ui, sans-serif; fill: #8a8479; } .axis { stroke: #8a847955; } "
         "polyline, path { fill: none; stroke-width: 1.75; } circle { fill: currentColor; stroke: none; } "
@@ -39,10 +47,16 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
 
 
 def heat_maps(
-    panels: Mapping[str, Sequence[Sequence[float]]], *, ticks: Sequence[int], x: str, y: str, value: str
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    ticks: Sequence[int],
+    x: str,
+    y: str,
+    value: str,
 ) -> str:
-    """Grids of numbers in [0, 1] side by side, the first row at the bottom; the darker, the nearer to 1. `ticks`: what
-    rows and columns stand for, as many as the longer has. `value`: what a number is."""
+    """Grids of numbers in [0, 1] side by side, the first row at the bottom; the darker, the nearer
+    to 1. `ticks`: what rows and columns stand for, as many as the longer has. `value`: what a
+    number is."""
     parts, left = [], 0
     for title, grid in panels.items():
         rows, columns = len(grid), len(grid[0])

@@ -52,16 +52,32 @@ def run(cell: Cell) -> dict[str, Any]:
         learnt, choosing, judging = smollm2.words(cell)
         base = small.base(learnt, folder / "small", steps=1 if cell.get("smoke") else 100)
         rows = folder / "train.jsonl"
-        lines = [json.dumps({"prompt": word.prompt, "phonemes": word.completion}) for word in learnt]
+        lines = [
+            json.dumps({"prompt": word.prompt, "phonemes": word.completion}) for word in learnt
+        ]
         rows.write_text("\n".join(lines) + "\n")
-        settings = {"task": "grpo", "base": base, "data": str(rows), "reward": [f"{REWARD}:close"], "answers": 8}
+        settings = {
+            "task": "grpo",
+            "base": base,
+            "data": str(rows),
+            "reward": [f"{REWARD}:close"],
+            "answers": 8,
+        }
         settings |= {"answer_tokens": 12, "rank": cell["rank"], "alpha": 16}
-        settings |= {"learning_rate": cell["rate"], "schedule": "cosine", "warmup": 0.05, "batch_size": cell["words"]}
+        settings |= {
+            "learning_rate": cell["rate"],
+            "schedule": "cosine",
+            "warmup": 0.05,
+            "batch_size": cell["words"],
+        }
         settings |= {"max_steps": cell["steps"], "save_every": cell["steps"], "precision": "fp32"}
         plain = models.load_base(base, precision="fp32")
         found["base"] = _reward(plain.model, plain.tokenizer, judging)
         for seed in range(cell["seeds"]):
-            result = fit(make_config({**settings, "seed": seed, "output": folder / f"run-{seed}"}), quiet=True)
+            result = fit(
+                make_config({**settings, "seed": seed, "output": folder / f"run-{seed}"}),
+                quiet=True,
+            )
             found["rewards"].append(_reward(result.model, result.tokenizer, judging))
             found["choosing"].append(_reward(result.model, result.tokenizer, choosing))
             found["trainable"] = result.metrics["trainable_parameters"]
@@ -74,13 +90,18 @@ def _reward(model: Any, tokenizer: Any, words: Sequence[Any]) -> float:
     from veneer.train.generate import generate
 
     prompts = [word.prompt for word in words]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=100, temperature=1.0, seed=0)
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=12, batch_size=100, temperature=1.0, seed=0
+    )
     return statistics.mean(close(answers, [word.completion for word in words]))
 
 
 def _best(runs: Sequence[Run]) -> list[Run]:
     """Of each rank the rate with the highest reward over the words that choose."""
-    return [max(own, key=lambda run: statistics.mean(run["choosing"])) for own in grouped(runs, "rank").values()]
+    return [
+        max(own, key=lambda run: statistics.mean(run["choosing"]))
+        for own in grouped(runs, "rank").values()
+    ]
 
 
 def tables(runs: Sequence[Run]) -> str:
@@ -90,11 +111,23 @@ def tables(runs: Sequence[Run]) -> str:
             statistics.mean(run["rewards"]),
             statistics.stdev(run["rewards"]) if len(run["rewards"]) > 1 else 0.0,
         ]
-        chosen = f"{statistics.mean(run['choosing']):.3f}{' (the better rate)' if run in best else ''}"
+        chosen = (
+            f"{statistics.mean(run['choosing']):.3f}{' (the better rate)' if run in best else ''}"
+        )
         told = "{:.3f} ± {:.3f}".format(*rewards)
-        rows.append((run["rank"], f"{run['rate']:g}", f"{run['trainable']:,}", chosen, told, f"{run['cpu']:.0f} s"))
+        rows.append(
+            (
+                run["rank"],
+                f"{run['rate']:g}",
+                f"{run['trainable']:,}",
+                chosen,
+                told,
+                f"{run['cpu']:.0f} s",
+            )
+        )
     seeds = (
-        f"Mean ± deviation over {runs[0]['seeds']} seeds, which the CPU time is of. The base: {runs[0]['base']:.3f}."
+        f"Mean ± deviation over {runs[0]['seeds']} seeds, which the CPU time is of. "
+        f"The base: {runs[0]['base']:.3f}."
     )
     head = ("rank", "rate", "numbers trained", "reward, choosing", "reward, judging", "CPU time")
     return f"{table(head, rows)}\n\n{seeds}"
@@ -106,7 +139,14 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     found = ", ".join(f"rank {rank}: {gain:+.3f}" for rank, gain in gains.items())
     source = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora)"
     held = least >= 0.9 * most if most >= LEAST else None
-    return [Claim("rank 1 suffices for reinforcement learning", source, f"gain of reward over the base: {found}", held)]
+    return [
+        Claim(
+            "rank 1 suffices for reinforcement learning",
+            source,
+            f"gain of reward over the base: {found}",
+            held,
+        )
+    ]
 
 
 EXPERIMENT = Experiment(

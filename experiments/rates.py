@@ -1,4 +1,5 @@
-"""The best rate of LoRA beside that of full fine-tuning, and by rank; and what larger batches cost either."""
+"""The best rate of LoRA beside that of full fine-tuning, and by rank; and what larger batches cost
+either."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import veneer
-from experiments.experiment import REGRET, Cell, Claim, Experiment, Run, grouped, mean, spread, table
+from experiments.experiment import (
+    REGRET,
+    Cell,
+    Claim,
+    Experiment,
+    Run,
+    grouped,
+    mean,
+    spread,
+    table,
+)
 from experiments.plots import lines
 from experiments.turned import ABOUT as TASK
 from experiments.turned import base, by_rate, lacking, tried, tuned
@@ -35,16 +46,23 @@ def run(cell: Cell) -> dict[str, Any]:
     if cell["method"] == "lora":
         lora = veneer.LoraConfig(rank=cell["rank"], alpha=32)
     steps = cell["rows"] // batch
-    return {"found": tried(cell, base(cell["smoke"]), cell["method"], steps, batch=batch, lora=lora)}
+    return {
+        "found": tried(cell, base(cell["smoke"]), cell["method"], steps, batch=batch, lora=lora)
+    }
 
 
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
         few = {"rates": [1e-3], "seeds": [0], "rows": 32, "smoke": True}
         shapes = [("full", 0, 8), ("full", 0, 16), ("lora", 2, 8), ("lora", 2, 16)]
-        return [{"method": method, "rank": rank, "batch": batch, **few} for method, rank, batch in shapes]
+        return [
+            {"method": method, "rank": rank, "batch": batch, **few}
+            for method, rank, batch in shapes
+        ]
     shapes = [("full", 0, 32), *(("lora", rank, 32) for rank in RANKS)]
-    shapes += [(method, 4 if method == "lora" else 0, batch) for batch in (8, 128) for method in RATES]
+    shapes += [
+        (method, 4 if method == "lora" else 0, batch) for batch in (8, 128) for method in RATES
+    ]
     return [
         {
             "method": method, "rank": rank, "batch": batch, "rates": RATES[method], "seeds": SEEDS, "rows": ROWS,
@@ -77,7 +95,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     whole = len(rate) == len(RANKS)
     rise = {}
     for method in RATES:
-        by_batch = max(grouped((run for run in runs if run["method"] == method), "rank").values(), key=len)
+        by_batch = max(
+            grouped((run for run in runs if run["method"] == method), "rank").values(), key=len
+        )
         loss = {run["batch"]: mean(tuned(run["found"]), "loss") for run in by_batch}
         rise[method] = loss[max(loss)] - loss[min(loss)]
         sizes = f"{min(loss)} to {max(loss)}"

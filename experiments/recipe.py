@@ -78,7 +78,9 @@ class Losses:
         found = self.found
 
         class Listen(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            def on_log(
+                self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
+            ) -> None:
                 found.extend([float(logs["loss"])] if "loss" in logs else [])
 
         return Listen()
@@ -97,13 +99,17 @@ def _peft(base: str, seed: int) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     torch.manual_seed(seed)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         return get_peft_model(model, config)
 
 
-def _peer(base: str, start: Path, rows: Path, output: Path, seed: int, steps: int, listen: Any) -> tuple[Any, Any]:
+def _peer(
+    base: str, start: Path, rows: Path, output: Path, seed: int, steps: int, listen: Any
+) -> tuple[Any, Any]:
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -123,7 +129,9 @@ def _peer(base: str, start: Path, rows: Path, output: Path, seed: int, steps: in
     return trainer.model, trainer.processing_class
 
 
-def _own(base: str, start: Path, rows: Path, output: Path, seed: int, steps: int, listen: Any) -> tuple[Any, Any]:
+def _own(
+    base: str, start: Path, rows: Path, output: Path, seed: int, steps: int, listen: Any
+) -> tuple[Any, Any]:
     from veneer import UnverifiedAdapter
     from veneer.train.config import make_config
     from veneer.train.run import fit
@@ -134,7 +142,9 @@ def _own(base: str, start: Path, rows: Path, output: Path, seed: int, steps: int
         "attention": "eager", "seed": seed, "precision": "fp32",
     }  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnverifiedAdapter)  # the start is a folder of PEFT's, made here
+        warnings.simplefilter(
+            "ignore", UnverifiedAdapter
+        )  # the start is a folder of PEFT's, made here
         result = fit(make_config(settings), quiet=True, callbacks=[listen])
     return result.model, result.tokenizer
 
@@ -160,10 +170,17 @@ def tables(runs: Sequence[Run]) -> str:
     for run in runs:
         apart, error = _apart(run["losses"], peer)
         told = (
-            f"{statistics.mean(run['losses']):.4f} ± {statistics.stdev(run['losses']):.4f}" if peer[1:] else "one seed"
+            f"{statistics.mean(run['losses']):.4f} ± {statistics.stdev(run['losses']):.4f}"
+            if peer[1:]
+            else "one seed"
         )
         rows.append((run["side"], told, f"{apart:+.4f} ± {error:.4f}", f"{run['spent']:.1f} s"))
-    head = ("", "held-out loss, mean ± deviation", "paired with trl + peft, ± standard error", "CPU time of a run")
+    head = (
+        "",
+        "held-out loss, mean ± deviation",
+        "paired with trl + peft, ± standard error",
+        "CPU time of a run",
+    )
     each = [(seed, *(f"{run['losses'][seed]:.4f}" for run in runs)) for seed in range(len(peer))]
     return f"{table(head, rows)}\n\n{table(('seed', *(run['side'] for run in runs)), each)}"
 
@@ -175,19 +192,30 @@ def _losses(runs: Sequence[Run], side: str) -> list[float]:
 def _apart(own: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """The mean of the paired differences, and its standard error."""
     each = [mine - theirs for mine, theirs in zip(own, other, strict=True)]
-    return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
+    return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5 if len(
+        each
+    ) > 1 else 0.0
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
     peer, same = _losses(runs, PEER), _losses(runs, SAME)
     most = max(abs(mine - theirs) for mine, theirs in zip(same, peer, strict=True))
     said = f"same start, same order: at most {most:.4f} apart in any of {len(peer)} seeds"
-    found = [Claim("steps as good one by one as those of TRL with PEFT", SOURCE, said, most <= 0.002)]
+    found = [
+        Claim("steps as good one by one as those of TRL with PEFT", SOURCE, said, most <= 0.002)
+    ]
     own = [run["losses"] for run in runs if run["side"] == OWN]
     if own:
         apart, error = _apart(own[0], peer)
         said = f"{apart:+.4f} ± {error:.4f} (standard error) in {len(peer)} pairs"
-        found.append(Claim("batches of rows of like length cost no quality", SOURCE, said, abs(apart) < 2 * error))
+        found.append(
+            Claim(
+                "batches of rows of like length cost no quality",
+                SOURCE,
+                said,
+                abs(apart) < 2 * error,
+            )
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""What a narrow adapter made its base forget, and how much of it a repair of intruder dimensions brings back."""
+"""What a narrow adapter made its base forget, and how much of it a repair of intruder dimensions
+brings back."""
 
 from __future__ import annotations
 
@@ -55,12 +56,19 @@ def run(cell: Cell) -> dict[str, Any]:
         adapter = phonemes.adapter(cell, folder, base_name)
         base = models.load_base(base_name, attention="eager")
         judging = smollm2.words(cell)[2][:100]
-        held, general = smollm2.examples(judging, base.tokenizer, folder), smollm2.general(cell, base.tokenizer)
+        held, general = (
+            smollm2.examples(judging, base.tokenizer, folder),
+            smollm2.general(cell, base.tokenizer),
+        )
 
         def losses(path: Path | None) -> dict[str, float]:
             handle = None if path is None else veneer.load(base.model, path)
             found = {kind: smollm2.loss(base.model, text) for kind, text in general.items()}
-            found = {"task": smollm2.loss(base.model, held), "general": sum(found.values()) / len(found), **found}
+            found = {
+                "task": smollm2.loss(base.model, held),
+                "general": sum(found.values()) / len(found),
+                **found,
+            }
             if handle is not None:
                 handle.detach()
             return found
@@ -78,7 +86,12 @@ def run(cell: Cell) -> dict[str, Any]:
             for what, own in (("repair", chosen), ("random", controls)) if count else ():
                 name = folder / f"{what}-{threshold}-{factor}"
                 report = repair(adapter, name, base=base.model, factor=factor, found=own)
-                setting = {"threshold": threshold, "factor": factor, "count": count, "removed": report.removed}
+                setting = {
+                    "threshold": threshold,
+                    "factor": factor,
+                    "count": count,
+                    "removed": report.removed,
+                }
                 rows.append({"what": what, **setting, **losses(name)})
     cosines = sorted(cosine for one in found for cosine in one.cosines)
     control = sorted(cosine for one in found for cosine in one.control)
@@ -88,7 +101,8 @@ def run(cell: Cell) -> dict[str, Any]:
 
 
 def _intruders(adapter: Path, model: Any) -> Iterator[Any]:
-    """Every leading direction of each weight: which of them count is asked afterwards, for each threshold."""
+    """Every leading direction of each weight: which of them count is asked afterwards, for each
+    threshold."""
     from veneer.adapter_files.folder import read
     from veneer.tools.compose.base_weights import BaseWeights
     from veneer.tools.intruders import find_intruders
@@ -104,7 +118,10 @@ def _below(one: Any, threshold: float) -> Any:
     """What was found of a weight, with the directions below the threshold alone."""
     import torch
 
-    near, parts = torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.found)), []
+    near, parts = (
+        torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.found)),
+        [],
+    )
     for cosines, triples in zip(near, one.found, strict=True):
         # `found` has those below 1 alone; a cosine of 1 is no intruder at any threshold
         parts.append(triples.at(cosines[cosines < 1.0] < threshold))
@@ -120,11 +137,17 @@ def _random(one: Any, seed: int) -> Any:
     def like(sides: Any) -> Any:
         return torch.linalg.qr(torch.randn(sides.shape, generator=draw, dtype=sides.dtype))[0]
 
-    return replace(one, found=tuple(triples._replace(U=like(triples.U), V=like(triples.V)) for triples in one.found))
+    return replace(
+        one,
+        found=tuple(
+            triples._replace(U=like(triples.U), V=like(triples.V)) for triples in one.found
+        ),
+    )
 
 
 def _shares(run: Run, row: dict[str, Any]) -> tuple[float, float]:
-    """What a row wins back of the rise of the loss on general text, and by how much the task's loss rises."""
+    """What a row wins back of the rise of the loss on general text, and by how much the task's loss
+    rises."""
     base, whole = run["rows"][:2]
     rise = whole["general"] - base["general"]
     return (whole["general"] - row["general"]) / rise, row["task"] / whole["task"] - 1
@@ -151,9 +174,13 @@ def tables(runs: Sequence[Run]) -> str:
     head = ("", "taken off ΔW", "task", "general", *kinds, "won back", "task loses")
     below = [(f"below {at}", own, control) for at, (own, control) in run["below"].items()]
     said = (
-        f"‖W′ − W‖ / ‖W‖ over all weights is {run['size']:.3f}. Of {run['looked_at']} leading singular vectors of W′:"
+        f"‖W′ − W‖ / ‖W‖ over all weights is {run['size']:.3f}. "
+        f"Of {run['looked_at']} leading singular vectors of W′:"
     )
-    spectrum = table(("largest cosine to a singular vector of W", "the adapter", "random change, same spectrum"), below)
+    spectrum = table(
+        ("largest cosine to a singular vector of W", "the adapter", "random change, same spectrum"),
+        below,
+    )
     return f"{table(head, rows)}\n\n{said}\n\n{spectrum}"
 
 
@@ -163,7 +190,11 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     kept = [row for row in repaired if _shares(run, row)[1] <= 0.02]
     best = max(kept, key=lambda row: _shares(run, row)[0], default=None)
     won = 0.0 if best is None else _shares(run, best)[0]
-    said = f"{won:.0%} at most, by {_named(best)}" if best else "nothing: no repair keeps the task within 2 %"
+    said = (
+        f"{won:.0%} at most, by {_named(best)}"
+        if best
+        else "nothing: no repair keeps the task within 2 %"
+    )
     own, control = run["below"]["0.5"]
     said_of = f"{own} of {run['looked_at']} directions; a random change of the same spectrum has {control}"
     even = [row for row in run["rows"] if row["what"] == "evenly" and _shares(run, row)[1] <= 0.02]
@@ -188,7 +219,11 @@ def drawn(runs: Sequence[Run]) -> dict[str, str]:
                 row["what"], "the base"
             )
             series.setdefault(what, []).append((row["task"], row["general"]))
-    return {"trade": plots.lines(series, x="loss of the task", y="loss on general text", bottom=None, dots=True)}
+    return {
+        "trade": plots.lines(
+            series, x="loss of the task", y="loss on general text", bottom=None, dots=True
+        )
+    }
 
 
 EXPERIMENT = Experiment(

@@ -41,9 +41,23 @@ def run(cell: Cell) -> dict[str, Any]:
 
     with smollm2.place(cell) as (folder, base):
         learnt, _, judging = smollm2.words(cell)
-        settings = {"base": base, "data": str(write_rows(folder / "train.jsonl", learnt)), "output": folder / "run"}
-        settings |= {"rank": 8, "alpha": 16, "learning_rate": cell["rate"], "schedule": "constant", "warmup": 0.0}
-        settings |= {"batch_size": cell["batch"], "max_steps": cell["steps"], "save_every": cell["steps"]}
+        settings = {
+            "base": base,
+            "data": str(write_rows(folder / "train.jsonl", learnt)),
+            "output": folder / "run",
+        }
+        settings |= {
+            "rank": 8,
+            "alpha": 16,
+            "learning_rate": cell["rate"],
+            "schedule": "constant",
+            "warmup": 0.0,
+        }
+        settings |= {
+            "batch_size": cell["batch"],
+            "max_steps": cell["steps"],
+            "save_every": cell["steps"],
+        }
         settings |= {"seed": cell["seed"], "attention": "eager", "precision": "bf16"}
         result = fit(make_config(settings), quiet=True)
         held = smollm2.examples(judging[:100], result.tokenizer, folder)
@@ -72,7 +86,9 @@ def tables(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         told = [f"{run[way]:.4f}" for way in ("base", "adapter", *WAYS)]
-        kept = [f"{run[f'{way} kept']:.1%}" for way in WAYS] + [f"{_gain(run, way):.1%}" for way in WAYS]
+        kept = [f"{run[f'{way} kept']:.1%}" for way in WAYS] + [
+            f"{_gain(run, way):.1%}" for way in WAYS
+        ]
         rows.append((f"{run['rate']:g}", f"{run['size']:.1e}", *told, *kept))
     head = ["rate", "‖ΔW‖ / ‖W‖", "loss: base", "adapter", *(f"merged, {way}" for way in WAYS)]
     head += [f"kept, {way}" for way in WAYS] + [f"gain kept, {way}" for way in WAYS]
@@ -83,8 +99,13 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     worst = {way: min(runs, key=lambda run: _gain(run, way)) for way in WAYS}
     least = {way: min(run[f"{way} kept"] for run in runs) for way in WAYS}
     gain = {way: _gain(worst[way], way) for way in WAYS}
-    found = ", ".join(f"{way}: {least[way]:.1%} of the change and {gain[way]:.1%} of the gain" for way in WAYS)
-    held = min(least["faithful"], gain["faithful"]) >= 0.99 and max(least["nearest"], gain["nearest"]) < 0.9
+    found = ", ".join(
+        f"{way}: {least[way]:.1%} of the change and {gain[way]:.1%} of the gain" for way in WAYS
+    )
+    held = (
+        min(least["faithful"], gain["faithful"]) >= 0.99
+        and max(least["nearest"], gain["nearest"]) < 0.9
+    )
     what = "a faithful 16-bit merge keeps what rounding to nearest loses"
     return [Claim(what, "Veneer, decision 032", f"at worst, {found}", held)]
 

@@ -1,7 +1,8 @@
-"""Run the cells of an experiment, each in a process of its own on one thread, and record what came out.
+"""Run the cells of an experiment, each in a process of its own on one thread, and record what came
+out.
 
-A run that ended is kept in build/paper/ until all of its experiment are there, so that `--resume` goes on where a
-killed one was."""
+A run that ended is kept in build/paper/ until all of its experiment are there, so that `--resume`
+goes on where a killed one was."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ KEPT = ROOT / "build" / "paper"
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def record(name: str, *, smoke: bool, resume: bool, at_once: int, out: Path | None = None) -> dict[str, Any]:
-    """Run all cells of `name`; write and return {"name", "runs", machine and versions}. `out`: the folder of the result
-    (default: experiments/results, for the recorded size). `at_once`: processes at one time."""
+def record(
+    name: str, *, smoke: bool, resume: bool, at_once: int, out: Path | None = None
+) -> dict[str, Any]:
+    """Run all cells of `name`; write and return {"name", "runs", machine and versions}. `out`: the
+    folder of the result (default: experiments/results, for the recorded size). `at_once`: processes
+    at one time."""
     kept = KEPT / f"{name}{'-smoke' if smoke else ''}"
     if not resume:
         shutil.rmtree(kept, ignore_errors=True)
@@ -53,7 +57,9 @@ def _kept(name: str, cell: Cell, folder: Path) -> Run:
         return json.loads(file.read_text())
     started = time.perf_counter()
     command = [sys.executable, "-m", "experiments", name, "--cell", text]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ALONE}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **ALONE}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     run = json.loads(done.stdout.strip().splitlines()[-1])

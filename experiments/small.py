@@ -1,5 +1,6 @@
-"""A language model of ours for what SmolLM2 is too dear for here: a Llama of 0.45 million numbers that was trained from
-nothing, in float32, on letters and phonemes, as tokens of their own, for so few steps that there is much to learn."""
+"""A language model of ours for what SmolLM2 is too dear for here: a Llama of 0.45 million numbers
+that was trained from nothing, in float32, on letters and phonemes, as tokens of their own, for so
+few steps that there is much to learn."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from experiments import loop
 
 
 def base(words: Sequence[Word], folder: Path, *, steps: int) -> str:
-    """Write a model that read `steps` batches of 64 of these words, letters and phonemes alike. Its name."""
+    """Write a model that read `steps` batches of 64 of these words, letters and phonemes alike. Its
+    name."""
     tokens = sorted({token for word in words for token in (*word.spelling, *word.phonemes)})
     tokenizer, model = _tokenizer(tokens), _model(3 + len(tokens))
     _learn(model, tokenizer, words, steps)
@@ -25,12 +27,17 @@ def base(words: Sequence[Word], folder: Path, *, steps: int) -> str:
 def _learn(model: Any, tokenizer: Any, words: Sequence[Word], steps: int) -> None:
     import torch
 
-    rows = [tokenizer(word.prompt + word.completion)["input_ids"] + [tokenizer.eos_token_id] for word in words]
+    rows = [
+        tokenizer(word.prompt + word.completion)["input_ids"] + [tokenizer.eos_token_id]
+        for word in words
+    ]
 
     def loss(chosen: list[int]) -> Any:
         width = max(len(rows[row]) for row in chosen)
         ids = torch.tensor([rows[row] + [0] * (width - len(rows[row])) for row in chosen])
-        return model(input_ids=ids, attention_mask=(ids != 0).long(), labels=ids.masked_fill(ids == 0, -100)).loss
+        return model(
+            input_ids=ids, attention_mask=(ids != 0).long(), labels=ids.masked_fill(ids == 0, -100)
+        ).loss
 
     model.train()
     loop.train(model.parameters(), loop.batches_of(len(rows), 64, 0), loss, steps=steps, rate=3e-3)

@@ -1,7 +1,9 @@
-"""What the experiments on SmolLM2-135M share: the base, letters → phonemes, how answers are judged, and general text.
+"""What the experiments on SmolLM2-135M share: the base, letters → phonemes, how answers are judged,
+and general text.
 
-The task is that of `make demo` (demo/pronounce.py). Of its 1,000 held-out words the first 300 choose a recipe, the last
-500 judge it. Smoke: a tiny random Llama, whose tokens are bytes, and made-up words.
+The task is that of `make demo` (demo/pronounce.py). Of its 1,000 held-out words the first 300
+choose a recipe, the last 500 judge it. Smoke: a tiny random Llama, whose tokens are bytes, and
+made-up words.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ ROW = 256
 def lacking() -> str | None:
     """Why this cannot run here, or None."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    return f"Found: no {' and no '.join(absent)}. Expected: these packages. Do: make setup." if absent else None
+    return (
+        f"Found: no {' and no '.join(absent)}. Expected: these packages. Do: make setup."
+        if absent
+        else None
+    )
 
 
 @contextmanager
@@ -41,7 +47,9 @@ def place(cell: Cell) -> Iterator[tuple[Path, str]]:
 def words(cell: Cell) -> tuple[list[Word], list[Word], list[Word]]:
     """Words to train on, to choose a recipe by, and to judge it by."""
     if cell.get("smoke"):
-        made = [Word("".join(letters), tuple(map(str.upper, letters))) for letters in _spellings(40)]
+        made = [
+            Word("".join(letters), tuple(map(str.upper, letters))) for letters in _spellings(40)
+        ]
         return made[8:], made[:4], made[4:8]
     train, held = pronounce.words()
     return train, held[:300], held[500:]
@@ -56,7 +64,9 @@ def examples(words: Sequence[Word], tokenizer: Any, folder: Path) -> Any:
     """The token ids and labels of words, as `veneer train` makes them."""
     from veneer.train import data, tokens
 
-    return tokens.tokenise(data.read(pronounce.write_rows(folder / "rows.jsonl", words)), tokenizer, max_length=256)
+    return tokens.tokenise(
+        data.read(pronounce.write_rows(folder / "rows.jsonl", words)), tokenizer, max_length=256
+    )
 
 
 def spoken(model: Any, tokenizer: Any, words: Sequence[Word]) -> pronounce.Score:
@@ -64,7 +74,12 @@ def spoken(model: Any, tokenizer: Any, words: Sequence[Word]) -> pronounce.Score
     from veneer.train.generate import generate
 
     answers = generate(
-        model, tokenizer, [word.prompt for word in words], max_new_tokens=24, batch_size=100, stop=["\n"]
+        model,
+        tokenizer,
+        [word.prompt for word in words],
+        max_new_tokens=24,
+        batch_size=100,
+        stop=["\n"],
     )
     return pronounce.score(answers, words)
 
@@ -77,9 +92,9 @@ def loss(model: Any, examples: Any) -> float:
 
 
 def general(cell: Cell, tokenizer: Any) -> dict[str, Any]:
-    """General text by its kind, each as rows of 256 tokens: what Python says of itself (`pydoc_data`, which Python
-    brings), the licence texts of installed packages, and scikit-learn's descriptions of data sets. None of it is
-    letters or phonemes."""
+    """General text by its kind, each as rows of 256 tokens: what Python says of itself
+    (`pydoc_data`, which Python brings), the licence texts of installed packages, and scikit-learn's
+    descriptions of data sets. None of it is letters or phonemes."""
     from veneer.train.tokens import Examples
 
     rows, width = (1, 32) if cell.get("smoke") else (6, ROW)
@@ -103,7 +118,9 @@ def _texts(cell: Cell) -> dict[str, str]:
     described = Path(sklearn.datasets.__file__).parent / "descr"
     names = ("iris", "diabetes", "wine_data", "covtype", "linnerud", "olivetti_faces")
     return {
-        "Python's reference": "\n".join(topics[name] for name in ("assert", "import", "specialnames")),
+        "Python's reference": "\n".join(
+            topics[name] for name in ("assert", "import", "specialnames")
+        ),
         "licence texts": "\n".join(_licence(name) for name in ("numpy", "torch", "datasets")),
         "data sets described": "\n".join((described / f"{name}.rst").read_text() for name in names),
     }
@@ -112,7 +129,9 @@ def _texts(cell: Cell) -> dict[str, str]:
 def _licence(package: str) -> str:
     from importlib.metadata import files
 
-    own = sorted(str(file.locate()) for file in files(package) or () if Path(file).name.startswith("LICENSE"))
+    own = sorted(
+        str(file.locate()) for file in files(package) or () if Path(file).name.startswith("LICENSE")
+    )
     return Path(own[0]).read_text(errors="replace")[:4000]
 
 
@@ -124,11 +143,15 @@ def _tiny(folder: Path) -> str:
 
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(
-        models.BPE(vocab={token: at for at, token in enumerate(["<pad>", "<end>", *bytes_])}, merges=[])
+        models.BPE(
+            vocab={token: at for at, token in enumerate(["<pad>", "<end>", *bytes_])}, merges=[]
+        )
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>"
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(bytes_) + 2, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

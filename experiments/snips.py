@@ -1,6 +1,8 @@
-"""SNIPS (Coucke et al. 2018, arXiv:1805.10190): sentences with slots, their spans, and a BERT that tags words.
+"""SNIPS (Coucke et al. 2018, arXiv:1805.10190): sentences with slots, their spans, and a BERT that
+tags words.
 
-The project does not carry its files: VENEER_SNIPS is the folder of train_*_full.json and validate_*.json."""
+The project does not carry its files: VENEER_SNIPS is the folder of train_*_full.json and
+validate_*.json."""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ def lacking() -> str | None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, list[str]]]]:
-    """`train` and `test`: words with B-, I- and O labels. Test sentences that training has seen are left out."""
+    """`train` and `test`: words with B-, I- and O labels. Test sentences that training has seen are
+    left out."""
     found: dict[str, list[dict[str, list[str]]]] = {}
     for part, pattern in (("train", "train_*_full.json"), ("test", "validate_*.json")):
-        found[part] = [row for file in sorted(folder.glob(pattern)) for row in _sentences(file) if row["words"]]
+        found[part] = [
+            row for file in sorted(folder.glob(pattern)) for row in _sentences(file) if row["words"]
+        ]
     seen = {tuple(row["words"]) for row in found["train"]}
     found["test"] = [row for row in found["test"] if tuple(row["words"]) not in seen]
     return found
@@ -81,8 +86,8 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Tagging:
-    """What runs share: rows to train on, rows aside that rates are chosen by, rows that judge; labels; and the folder
-    of the model, None for a tiny one."""
+    """What runs share: rows to train on, rows aside that rates are chosen by, rows that judge;
+    labels; and the folder of the model, None for a tiny one."""
 
     train: list[Sentence]
     aside: list[Sentence]
@@ -92,12 +97,23 @@ class Tagging:
 
     def model(self) -> Any:
         """The base with a new head, `classifier`. No dropout: no row is seen twice."""
-        from transformers import AutoConfig, AutoModelForTokenClassification, BertConfig, BertForTokenClassification
+        from transformers import (
+            AutoConfig,
+            AutoModelForTokenClassification,
+            BertConfig,
+            BertForTokenClassification,
+        )
 
-        own = {"num_labels": len(self.names), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        own = {
+            "num_labels": len(self.names),
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
         if self.folder is None:
             shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-            return BertForTokenClassification(BertConfig(vocab_size=40, hidden_size=16, **shape, **own))
+            return BertForTokenClassification(
+                BertConfig(vocab_size=40, hidden_size=16, **shape, **own)
+            )
         config = AutoConfig.from_pretrained(self.folder, **own)
         return AutoModelForTokenClassification.from_pretrained(self.folder, config=config)
 
@@ -118,7 +134,9 @@ class Tagging:
             for start in range(0, len(rows), 32):
                 part = rows[start : start + 32]
                 best = iter(at_words(model, part).argmax(-1).tolist())
-                found += [([self.names[next(best)] for _ in row.labels], row.labels) for row in part]
+                found += [
+                    ([self.names[next(best)] for _ in row.labels], row.labels) for row in part
+                ]
         return span_f1(found)
 
 
@@ -128,7 +146,9 @@ def at_words(model: Any, rows: Sequence[Sentence]) -> Any:
     from torch.nn.utils.rnn import pad_sequence
 
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-    there = pad_sequence([torch.ones(len(row.ids), dtype=torch.long) for row in rows], batch_first=True)
+    there = pad_sequence(
+        [torch.ones(len(row.ids), dtype=torch.long) for row in rows], batch_first=True
+    )
     logits = model(input_ids=ids, attention_mask=there).logits
     row = [number for number, one in enumerate(rows) for _ in one.first]
     return logits[row, [at for one in rows for at in one.first]]
@@ -137,9 +157,13 @@ def at_words(model: Any, rows: Sequence[Sentence]) -> Any:
 def tagging(smoke: bool) -> Tagging:
     """SNIPS with MiniLM, or made-up sentences for a tiny model, whose label hangs on the word."""
     if smoke:
-        rows = [[(7 * row + 3 * at + row * at) % 40 for at in range(3 + row % 4)] for row in range(60)]
+        rows = [
+            [(7 * row + 3 * at + row * at) % 40 for at in range(3 + row % 4)] for row in range(60)
+        ]
         names = ["B-a", "B-b", "I-a", "O"]
-        made = [Sentence(ids, [*range(len(ids))], [names[word % 4] for word in ids]) for ids in rows]
+        made = [
+            Sentence(ids, [*range(len(ids))], [names[word % 4] for word in ids]) for ids in rows
+        ]
         return Tagging(made[:40], made[40:50], made[50:], names, None)
     from transformers import AutoTokenizer
 
@@ -151,7 +175,8 @@ def tagging(smoke: bool) -> Tagging:
     for part, rows in read(Path(os.environ["VENEER_SNIPS"])).items():
         own = tokenizer([row["words"] for row in rows], is_split_into_words=True)
         parts[part] = [
-            Sentence(own["input_ids"][i], _first(own.word_ids(i)), row["labels"]) for i, row in enumerate(rows)
+            Sentence(own["input_ids"][i], _first(own.word_ids(i)), row["labels"])
+            for i, row in enumerate(rows)
         ]
     names = sorted({label for row in parts["train"] for label in row.labels})
     # the files are sorted by intent: every 27th row is aside

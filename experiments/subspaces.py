@@ -1,4 +1,5 @@
-"""Section 7 of Hu et al. 2021: which directions ΔW has, whether two runs find the same, and what W has in them.
+"""Section 7 of Hu et al. 2021: which directions ΔW has, whether two runs find the same, and what W
+has in them.
 
 φ(i, j) = ‖Uᵢᵀ Vⱼ‖² / min(i, j)     Uᵢ, Vⱼ: the first right singular vectors of two changes, their inputs' directions
 amplification = ‖ΔW‖ / ‖Uᵀ W V‖     U, V: the first left and right singular vectors of ΔW, as many as its rank
@@ -54,7 +55,9 @@ two seeds agree where φ(8, 8) is 3 × that of random matrices.
 def cells(smoke: bool) -> list[Cell]:
     if smoke:
         return [{"base": "tiny", "ranks": [1, 2, 4], "rate": 1e-3, "steps": 3, "rows": 2}]
-    return [{"base": "minilm", "ranks": [SMALL, MIDDLE, LARGE], "rate": 1e-3, "steps": 300, "rows": 16}]
+    return [
+        {"base": "minilm", "ranks": [SMALL, MIDDLE, LARGE], "rate": 1e-3, "steps": 300, "rows": 16}
+    ]
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -64,10 +67,14 @@ def run(cell: Cell) -> dict[str, Any]:
     small, middle, large = cell["ranks"]
     ranks = {"small": small, "middle": middle, "large": large, "again": large}
     configs = {
-        name: veneer.LoraConfig(rank=rank, alpha=16, targets=[*ENDS.values()], train_also=["classifier"])
+        name: veneer.LoraConfig(
+            rank=rank, alpha=16, targets=[*ENDS.values()], train_also=["classifier"]
+        )
         for name, rank in ranks.items()
     }
-    runs = veneer.train_many(model, configs, seeds={name: number for number, name in enumerate(ranks)})
+    runs = veneer.train_many(
+        model, configs, seeds={name: number for number, name in enumerate(ranks)}
+    )
     batches = {name: batches_of(tagging, cell["rows"], int(name == "again")) for name in runs}
     losses = train_all(runs, batches, steps=cell["steps"], rate=cell["rate"])
     lows = {name: changes_of(handle) for name, handle in runs.items()}
@@ -75,17 +82,25 @@ def run(cell: Cell) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": losses, "pairs": {}, "amplified": []}
     draw = torch.Generator().manual_seed(0)
     for kind in ENDS:
-        for pair, (one, other) in {"ranks": ("middle", "large"), "seeds": ("large", "again")}.items():
+        for pair, (one, other) in {
+            "ranks": ("middle", "large"),
+            "seeds": ("large", "again"),
+        }.items():
             found["pairs"][f"{kind} {pair}"] = compared(lows[one][kind], lows[other][kind], draw)
         for name in ("small", "large"):
-            layers = [amplified(weights[f"{path}.weight"], low, draw) for path, low in lows[name][kind].items()]
+            layers = [
+                amplified(weights[f"{path}.weight"], low, draw)
+                for path, low in lows[name][kind].items()
+            ]
             found["amplified"].append({"kind": kind, "rank": ranks[name]} | averages(layers))
     return found
 
 
-def batches_of(tagging: snips.Tagging, rows: int, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """So many sentences in the order of a seed, epoch after epoch: inputs, and the label of each word at its first
-    token. All have one length, so that runs share their passes."""
+def batches_of(
+    tagging: snips.Tagging, rows: int, seed: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """So many sentences in the order of a seed, epoch after epoch: inputs, and the label of each
+    word at its first token. All have one length, so that runs share their passes."""
     sentences = [row for row in tagging.train if len(row.ids) <= WIDEST]
     draw = torch.Generator().manual_seed(seed)
     while True:
@@ -97,7 +112,9 @@ def batches_of(tagging: snips.Tagging, rows: int, seed: int) -> Iterator[tuple[d
                 row = sentences[number]
                 ids[place, : len(row.ids)] = torch.tensor(row.ids)
                 there[place, : len(row.ids)] = 1
-                labels[place, row.first] = torch.tensor([tagging.names.index(label) for label in row.labels])
+                labels[place, row.first] = torch.tensor(
+                    [tagging.names.index(label) for label in row.labels]
+                )
             yield {"input_ids": ids, "attention_mask": there}, labels
 
 
@@ -109,7 +126,10 @@ def changes_of(handle: Any) -> dict[str, dict[str, Any]]:
     """{kind: {path: LowRank}} of a trained adapter, as its folder has them."""
     with tempfile.TemporaryDirectory() as folder:
         found = read(handle.save(Path(folder) / "adapter")).layers
-        return {kind: {path: low for path, low in found.items() if path.endswith(end)} for kind, end in ENDS.items()}
+        return {
+            kind: {path: low for path, low in found.items() if path.endswith(end)}
+            for kind, end in ENDS.items()
+        }
 
 
 def similarity(U: Tensor, V: Tensor) -> Tensor:
@@ -119,14 +139,19 @@ def similarity(U: Tensor, V: Tensor) -> Tensor:
     return shared / torch.minimum(i[:, None], j)
 
 
-def compared(one: Mapping[str, Any], other: Mapping[str, Any], draw: torch.Generator) -> dict[str, Any]:
+def compared(
+    one: Mapping[str, Any], other: Mapping[str, Any], draw: torch.Generator
+) -> dict[str, Any]:
     """φ of two runs, mean over layers: of ΔW, of A, and of random matrices of A's shape."""
     grids: dict[str, list[Tensor]] = {"change": [], "A": [], "random": []}
     for path, low in one.items():
         more = other[path]
         grids["change"].append(similarity(low.svd().V[0].mT, more.svd().V[0].mT))
         grids["A"].append(similarity(inputs_of(low.A[0]), inputs_of(more.A[0])))
-        noise = [torch.randn(change.A.shape[1:], generator=draw, dtype=torch.float64) for change in (low, more)]
+        noise = [
+            torch.randn(change.A.shape[1:], generator=draw, dtype=torch.float64)
+            for change in (low, more)
+        ]
         grids["random"].append(similarity(*map(inputs_of, noise)))
     found: dict[str, Any] = {"layers": len(one)}
     found["first"] = [round(float(grid[0, 0]), 4) for grid in grids["change"]]
@@ -145,7 +170,9 @@ def rest_of(grid: Tensor, top: int) -> Tensor:
     """φ of the directions 2 … `top` of either."""
     i = torch.arange(1, grid.shape[0] + 1, dtype=grid.dtype)
     shared = grid * torch.minimum(i[:, None], torch.arange(1, grid.shape[1] + 1, dtype=grid.dtype))
-    return (shared[top - 1, top - 1] - shared[0, top - 1] - shared[top - 1, 0] + shared[0, 0]) / max(1, top - 1)
+    return (
+        shared[top - 1, top - 1] - shared[0, top - 1] - shared[top - 1, 0] + shared[0, 0]
+    ) / max(1, top - 1)
 
 
 def inputs_of(matrix: Tensor) -> Tensor:
@@ -154,7 +181,8 @@ def inputs_of(matrix: Tensor) -> Tensor:
 
 
 def amplified(W: Tensor, low: Any, draw: torch.Generator) -> dict[str, float]:
-    """Norms of table 7: of W, of ΔW, and of W between as many directions of ΔW, of W itself, and of chance."""
+    """Norms of table 7: of W, of ΔW, and of W between as many directions of ΔW, of W itself, and of
+    chance."""
     own, rank = low.svd(), low.rank
     top = leading_triples(W, rank)
     noise = torch.randn(W.shape, generator=draw, dtype=W.dtype)
@@ -171,9 +199,14 @@ def averages(layers: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found | {"factor": sum(layer["change"] / layer["own"] for layer in layers) / len(layers)}
 
 
-def train_all(runs: Any, batches: Mapping[str, Iterator[Any]], *, steps: int, rate: float) -> dict[str, list[float]]:
-    """AdamW, the rate as in `rise_and_fall`; the mean losses of the first and of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW([p for handle in runs.values() for p in handle.parameters()], rate, weight_decay=0.0)
+def train_all(
+    runs: Any, batches: Mapping[str, Iterator[Any]], *, steps: int, rate: float
+) -> dict[str, list[float]]:
+    """AdamW, the rate as in `rise_and_fall`; the mean losses of the first and of the last tenth of
+    the steps."""
+    optimizer = torch.optim.AdamW(
+        [p for handle in runs.values() for p in handle.parameters()], rate, weight_decay=0.0
+    )
     part = max(1, steps // 10)
     schedule = rise_and_fall(optimizer, steps)
     told: dict[str, list[float]] = {name: [] for name in runs}
@@ -196,7 +229,12 @@ def tables(runs: Sequence[Run]) -> str:
         kind, which = name.split()
         who = f"ranks {middle} and {large}" if which == "ranks" else f"rank {large}, two seeds"
         for grid, label in (("change", "ΔW"), ("A", "A"), ("random", "random")):
-            numbers = [at(pair[grid], 1, 1), at(pair[grid], 4, 4), at(pair[grid], 8, 8), pair[grid][-1][-1]]
+            numbers = [
+                at(pair[grid], 1, 1),
+                at(pair[grid], 4, 4),
+                at(pair[grid], 8, 8),
+                pair[grid][-1][-1],
+            ]
             similar.append((f"{kind}: {who}", label, *(f"{number:.3f}" for number in numbers)))
     amplification = [
         (
@@ -219,24 +257,35 @@ def tables(runs: Sequence[Run]) -> str:
 def told(run: Run) -> str:
     """How the losses went."""
     names = dict(zip(run["losses"], (*run["ranks"], f"{run['ranks'][-1]} again"), strict=True))
-    went = ", ".join(f"{first:.2f} → {last:.2f} (rank {names[name]})" for name, (first, last) in run["losses"].items())
+    went = ", ".join(
+        f"{first:.2f} → {last:.2f} (rank {names[name]})"
+        for name, (first, last) in run["losses"].items()
+    )
     return f"Losses, of the first and the last tenth of the steps: {went}."
 
 
 def at(grid: Sequence[Sequence[float]], i: int, j: int) -> float:
     """φ(i, j), or that of the last point before."""
-    row, column = (min(POINTS.index(point), size - 1) for point, size in ((i, len(grid)), (j, len(grid[0]))))
+    row, column = (
+        min(POINTS.index(point), size - 1) for point, size in ((i, len(grid)), (j, len(grid[0])))
+    )
     return grid[row][column]
 
 
 def plots(runs: Sequence[Run]) -> dict[str, str]:
     pairs, (_, middle, large) = runs[0]["pairs"], runs[0]["ranks"]
     found = {}
-    for which, title in (("ranks", f"i of rank {middle}, j of {large}"), ("seeds", f"two seeds of rank {large}")):
+    for which, title in (
+        ("ranks", f"i of rank {middle}, j of {large}"),
+        ("seeds", f"two seeds of rank {large}"),
+    ):
         panels = {f"{kind}: {title}": pairs[f"{kind} {which}"]["change"] for kind in ENDS}
         panels["random matrices"] = pairs[f"q {which}"]["random"]
         found[which] = heat_maps(panels, ticks=POINTS, x="j", y="i", value="φ(i, j)")
-    series = {f"{kind}, two seeds of rank {large}": diagonal(pairs[f"{kind} seeds"]["change"]) for kind in ENDS}
+    series = {
+        f"{kind}, two seeds of rank {large}": diagonal(pairs[f"{kind} seeds"]["change"])
+        for kind in ENDS
+    }
     series["random matrices"] = diagonal(pairs["q seeds"]["random"])
     return found | {"shared": lines(series, x="directions i", y="φ(i, i)", top=1.0)}
 
@@ -252,8 +301,13 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     rest = [(pair["change rest"], pair["random rest"], at(pair["change"], 1, 1)) for pair in ranks]
     agree = [at(pair["change"], 8, 8) / at(pair["random"], 8, 8) for pair in seeds]
     common = {kind: shared(pair) for kind, pair in zip(ENDS, seeds, strict=True)}
-    chance, top = [one["own"] / one["random"] for one in norms], [one["own"] / one["top"] for one in norms]
-    small, large = ({one["kind"]: one["factor"] for one in part} for part in (norms[::2], norms[1::2]))
+    chance, top = (
+        [one["own"] / one["random"] for one in norms],
+        [one["own"] / one["top"] for one in norms],
+    )
+    small, large = (
+        {one["kind"]: one["factor"] for one in part} for part in (norms[::2], norms[1::2])
+    )
     factors = "; ".join(f"{kind}: {small[kind]:.1f} × and {large[kind]:.1f} ×" for kind in ENDS)
     section, seven = f"{HU}, section 7.2", f"{HU}, table 7"
     return [
@@ -301,7 +355,8 @@ def among(values: Sequence[float], digits: int = 3) -> str:
 
 
 def shared(pair: Mapping[str, Any]) -> float:
-    """How many directions two runs have in common, beyond what random matrices have: ‖UᵀV‖² less theirs."""
+    """How many directions two runs have in common, beyond what random matrices have: ‖UᵀV‖² less
+    theirs."""
     size = max(point for point in POINTS[: len(pair["change"])])
     return size * (pair["change"][-1][-1] - pair["random"][-1][-1])
 
@@ -312,4 +367,6 @@ def lacking() -> str | None:
     return snips.lacking()
 
 
-EXPERIMENT = Experiment("What ΔW is made of", ABOUT, cells, run, tables, claims, plots, data=lacking)
+EXPERIMENT = Experiment(
+    "What ΔW is made of", ABOUT, cells, run, tables, claims, plots, data=lacking
+)

@@ -1,7 +1,9 @@
-"""Digits turned by a quarter, for a small ViT that was trained on upright ones: a real task of seconds.
+"""Digits turned by a quarter, for a small ViT that was trained on upright ones: a real task of
+seconds.
 
-Of the 1,797 images of scikit-learn's `load_digits` the base sees 700, upright; the others are turned: 400 to train on,
-200 aside, by which rates are chosen, 497 that judge. The head is the base's own, and frozen in every method.
+Of the 1,797 images of scikit-learn's `load_digits` the base sees 700, upright; the others are
+turned: 400 to train on, 200 aside, by which rates are chosen, 497 that judge. The head is the
+base's own, and frozen in every method.
 
     train, aside, test = turned(smoke)
     model = base(smoke)
@@ -46,7 +48,9 @@ class Rows(NamedTuple):
 def lacking() -> str | None:
     if find_spec("sklearn"):
         return None
-    return "Found: no sklearn. Expected: scikit-learn, for its digits. Do: pip install scikit-learn."
+    return (
+        "Found: no sklearn. Expected: scikit-learn, for its digits. Do: pip install scikit-learn."
+    )
 
 
 def _digits(smoke: bool) -> Rows:
@@ -76,13 +80,20 @@ def base(smoke: bool) -> Any:
 
     pixels, labels = _digits(smoke)
     rows = 40 if smoke else SEEN
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
     if not smoke:
         shape = dict(zip(shape, (WIDTH, LAYERS, HEADS, INNER), strict=True))
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_labels=10, **shape, **none))
+        model: Any = ViTForImageClassification(
+            ViTConfig(image_size=8, patch_size=2, num_labels=10, **shape, **none)
+        )
     train(
         model.parameters(), batches_of(rows, 64, 0), lambda own: loss_of(model, Rows(pixels[own], labels[own])),
         steps=3 if smoke else 300, rate=1e-3,
@@ -110,13 +121,19 @@ def write(folder: Path, model: Any, **parts: Rows) -> None:
     ViTImageProcessor(size=size, image_mean=half, image_std=half).save_pretrained(folder / "base")
     for name, (pixels, labels) in parts.items():
         images = (pixels + 1).mul(127.5).round().int().permute(0, 2, 3, 1).tolist()
-        rows = [{"image": image, "label": label} for image, label in zip(images, labels.tolist(), strict=True)]
+        rows = [
+            {"image": image, "label": label}
+            for image, label in zip(images, labels.tolist(), strict=True)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def swept(folder: Path, axes: Mapping[str, list[Any]], *, steps: int, batch: int = 32, **settings: Any) -> list[dict]:
-    """`veneer sweep` of the axes, each candidate to its end, on what `write` left in `folder` (rows `train`, and
-    `judge`): the changes of each, what it trains (`numbers`), and how it did on the rows that judge."""
+def swept(
+    folder: Path, axes: Mapping[str, list[Any]], *, steps: int, batch: int = 32, **settings: Any
+) -> list[dict]:
+    """`veneer sweep` of the axes, each candidate to its end, on what `write` left in `folder` (rows
+    `train`, and `judge`): the changes of each, what it trains (`numbers`), and how it did on the
+    rows that judge."""
     from veneer.train.config import make_config
     from veneer.train.sweep.run import sweep
     from veneer.train.sweep.settings import Sweep
@@ -133,7 +150,14 @@ def swept(folder: Path, axes: Mapping[str, list[Any]], *, steps: int, batch: int
         if one["status"] != "finished":
             raise RuntimeError(f"{one['changes']}: {one['note']}")
         last = one["evaluations"][-1][1]
-        found.append({**one["changes"], "numbers": one["parameters"], "loss": last["loss"], "right": last["accuracy"]})
+        found.append(
+            {
+                **one["changes"],
+                "numbers": one["parameters"],
+                "loss": last["loss"],
+                "right": last["accuracy"],
+            }
+        )
     return found
 
 
@@ -141,9 +165,9 @@ def fitted(
     model: Any, method: str, *, rate: float, seed: int, steps: int, smoke: bool, batch: int = 32,
     lora: veneer.LoraConfig | None = None, plus: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """A copy of `model`, trained by `method` (see `experiments.loop`) with its head frozen: `rate`, `seed`, what it
-    trained (`numbers`), and how it did on the rows aside (`aside_loss`) and on those that judge (`loss`, `right`).
-    `plus`: LoRA+, B at 16 times the rate of A."""
+    """A copy of `model`, trained by `method` (see `experiments.loop`) with its head frozen: `rate`,
+    `seed`, what it trained (`numbers`), and how it did on the rows aside (`aside_loss`) and on
+    those that judge (`loss`, `right`). `plus`: LoRA+, B at 16 times the rate of A."""
     rows, aside, test = turned(smoke)
     model = copy.deepcopy(model)
     torch.manual_seed(seed)
@@ -175,6 +199,7 @@ def by_rate(runs: Sequence[Run], key: str) -> list[tuple[float, float]]:
 
 
 def tuned(runs: Sequence[Run]) -> list[Run]:
-    """Of the runs of a setting at several rates and seeds, those at the rate with the least mean loss aside."""
+    """Of the runs of a setting at several rates and seeds, those at the rate with the least mean
+    loss aside."""
     by_rate = grouped(runs, "rate")
     return min(by_rate.values(), key=lambda own: mean(own, "aside_loss"))

@@ -45,7 +45,9 @@ def cells(smoke: bool) -> list[Cell]:
         few = {"rates": [1e-3], "seeds": [0], "steps": 2, "smoke": True}
         return [{"variant": name, **few} for name in ("LoRA", "PiSSA", "LoRA+")]
     shared = {"seeds": SEEDS, "steps": STEPS, "smoke": False}
-    return [{"variant": name, "rates": PLUS if name == "LoRA+" else RATES, **shared} for name in NAMES]
+    return [
+        {"variant": name, "rates": PLUS if name == "LoRA+" else RATES, **shared} for name in NAMES
+    ]
 
 
 def tables(runs: Sequence[Run]) -> str:
@@ -56,7 +58,9 @@ def tables(runs: Sequence[Run]) -> str:
             run["variant"], f"{best[0]['numbers']:,}", f"{best[0]['rate']:g}", spread(best, "right"),
             spread(best, "loss"), len(best), f"{run['cpu']:.0f} s",
         ))  # fmt: skip
-    return table(("variant", "trainable", "best rate", "right", "loss", "seeds", "CPU time, all rates"), rows)
+    return table(
+        ("variant", "trainable", "best rate", "right", "loss", "seeds", "CPU time, all rates"), rows
+    )
 
 
 def claims(runs: Sequence[Run]) -> list[Claim]:
@@ -64,7 +68,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
     right = {name: mean(own, "right") for name, own in best.items()}
     rates = {name: own[0]["rate"] for name, own in best.items()}
     plain, whole = right["LoRA"], len(best) == len(NAMES)
-    others = ", ".join(f"{name} {own - plain:+.3f}" for name, own in right.items() if name != "LoRA")
+    others = ", ".join(
+        f"{name} {own - plain:+.3f}" for name, own in right.items() if name != "LoRA"
+    )
     return [
         Claim(
             f"Once the rate is tuned, variants are within {WITHIN} of plain LoRA", TUNED,

@@ -1,4 +1,5 @@
-"""Tables 5 and 6 of the LoRA paper: which weights, and which rank. `veneer sweep`, on digits turned by a quarter."""
+"""Tables 5 and 6 of the LoRA paper: which weights, and which rank. `veneer sweep`, on digits turned
+by a quarter."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.experiment import HU, REGRET, Cell, Claim, Experiment, Run, grouped, mean, spread, table
+from experiments.experiment import (
+    HU,
+    REGRET,
+    Cell,
+    Claim,
+    Experiment,
+    Run,
+    grouped,
+    mean,
+    spread,
+    table,
+)
 from experiments.plots import lines
 from experiments.turned import lacking
 
@@ -25,7 +37,10 @@ EQUAL = (
     ("query", 8), ("key", 8), ("value", 8), ("output", 8), ("query, value", 4), ("all of attention", 2),
     ("feed-forward", 2), ("all linear layers", 1),
 )  # fmt: skip
-SETTINGS = (*EQUAL, *((name, rank) for name in ("query, value", "all linear layers") for rank in RANKS))
+SETTINGS = (
+    *EQUAL,
+    *((name, rank) for name in ("query, value", "all linear layers") for rank in RANKS),
+)
 #: settings that were best at the highest of TRIED, and for which this rate was tried as well
 EDGE = (*(one for one in EQUAL[:5]), *(("query, value", rank) for rank in (1, 8, 64)))
 FURTHER = 1.6e-2
@@ -72,8 +87,16 @@ def cells(smoke: bool) -> list[Cell]:
     own = [*dict.fromkeys(SETTINGS)]
     tried = {"judged": "aside", "settings": [(*one, None) for one in own], "seeds": [100]}
     further = {"judged": "aside", "settings": [(*one, FURTHER) for one in EDGE], "seeds": [100]}
-    judged = {"judged": "test", "settings": [(*one, RATES[one]) for one in own if one in RATES], "seeds": SEEDS}
-    return [{**one, "steps": STEPS, "smoke": False} for one in (tried, further, judged) if one["settings"]]
+    judged = {
+        "judged": "test",
+        "settings": [(*one, RATES[one]) for one in own if one in RATES],
+        "seeds": SEEDS,
+    }
+    return [
+        {**one, "steps": STEPS, "smoke": False}
+        for one in (tried, further, judged)
+        if one["settings"]
+    ]
 
 
 def judged(runs: Sequence[Run]) -> dict[tuple[str, int], list[Run]]:
@@ -98,7 +121,12 @@ def tables(runs: Sequence[Run]) -> str:
 
     ranks = [(name, rank) for name in ("query, value", "all linear layers") for rank in RANKS]
     seeds = max(map(len, own.values()))
-    parts = (f"Mean ± deviation over {seeds} seeds. At equal numbers:", part(EQUAL), "By rank:", part(ranks))
+    parts = (
+        f"Mean ± deviation over {seeds} seeds. At equal numbers:",
+        part(EQUAL),
+        "By rank:",
+        part(ranks),
+    )
     return "\n\n".join(parts)
 
 
@@ -108,7 +136,9 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 
     def said(*settings: tuple[str, int]) -> str:
         return ", ".join(
-            f"{name}, rank {rank}: {own[name, rank]:.3f}" for name, rank in settings if (name, rank) in own
+            f"{name}, rank {rank}: {own[name, rank]:.3f}"
+            for name, rank in settings
+            if (name, rank) in own
         )
 
     def beats(one: tuple[str, int], *others: tuple[str, int]) -> bool | None:
@@ -137,12 +167,19 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
 def plots(runs: Sequence[Run]) -> dict[str, str]:
     own = judged(runs)
     series = {
-        name: [(math.log2(rank), mean(own[name, rank], "right")) for rank in RANKS if (name, rank) in own]
+        name: [
+            (math.log2(rank), mean(own[name, rank], "right"))
+            for rank in RANKS
+            if (name, rank) in own
+        ]
         for name in ("query, value", "all linear layers")
     }
     return {
         "rank": lines(
-            {name: points for name, points in series.items() if points}, x="log2 of the rank", y="right", bottom=None
+            {name: points for name, points in series.items() if points},
+            x="log2 of the rank",
+            y="right",
+            bottom=None,
         )
     }
 

@@ -1,5 +1,6 @@
-"""Tables of what benchmarks/results/NAME/COMMIT.json hold: one for the README, all of them for docs/benchmarks.md. The
-number that is shown is always that of the latest record; a small plot shows all of them."""
+"""Tables of what benchmarks/results/NAME/COMMIT.json hold: one for the README, all of them for
+docs/benchmarks.md. The number that is shown is always that of the latest record; a small plot shows
+all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ PENDING = (
     "defaults and at its best. Those shown before had come about in ways that do not stand; "
     "[what was wrong with them](docs/benchmarks.md#corrections) is written down."
 )
-#: rows of the README: title, case, part of its setting, Veneer's arm, number. What a user with defaults feels is first.
+# : rows of the README: title, case, part of its setting, Veneer's arm, number. What a user with
+# defaults feels is first.
 OWN = "veneer, own loss and attention"
 README_ROWS = (
     ("a training step, 4 × 256 tokens: plain loop, transformers' attention, loss", "step", {"tokens": 1024},
@@ -54,7 +56,11 @@ def _known_cases() -> dict[str, Any]:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, and an empty one."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
     return [*(re.sub(r" {2,}", " ", line) for line in lines), ""]
 
 
@@ -68,11 +74,15 @@ def ratio(row: Mapping[str, Any] | None, spread: bool = True) -> str:
 def sparkline(values: Sequence[float]) -> str:
     """A bar for each value, the least at the bottom."""
     low, high = min(values), max(values)
-    return "".join(BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values)
+    return "".join(
+        BARS[round((value - low) / ((high - low) or 1) * (len(BARS) - 1))] for value in values
+    )
 
 
 def describe(setting: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {SHORT.get(str(value), value)}" for key, value in setting.items())
+    return ", ".join(
+        f"{key.replace('_', ' ')} {SHORT.get(str(value), value)}" for key, value in setting.items()
+    )
 
 
 def latest(name: str) -> dict[str, Any] | None:
@@ -85,16 +95,20 @@ def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) 
     found = runner.spread(case["processes"], arm, floor, number, form)
     if found is None:
         return "–"
-    form, unit, scale = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}.get(form, (form, "", 1))
+    form, unit, scale = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}.get(
+        form, (form, "", 1)
+    )
     middle, low, high = (format(value / scale, form) for value in found)
     return f"{middle}{unit}" + (f" ({low}–{high})" if low != high else "")
 
 
-# ---------------------------------------------------------------------------------------------- README.md
+# ----------------------------------------------------------------------------------------------
+# README.md
 
 
 def readme() -> str:
-    """The README's tables: Veneer beside PEFT at its defaults and at its best, in either precision."""
+    """The README's tables: Veneer beside PEFT at its defaults and at its best, in either
+    precision."""
     rows = []
     for title, name, part, arm, number in README_ROWS:
         cells = []
@@ -103,7 +117,9 @@ def readme() -> str:
             wanted = {**part, "dtype": dtype}
             case = _case_of(result, wanted) if result else None
             for who in (arm, *(PEER_ARMS if dtype != "float32" else PEER_ARMS[:1])):
-                cells.append(cell(case, who, result["floor"], number, "ratio") if case and result else "–")
+                cells.append(
+                    cell(case, who, result["floor"], number, "ratio") if case and result else "–"
+                )
         if any(text != "–" for text in cells):
             rows.append([title, *cells])
     lines = [] if len(rows) == len(README_ROWS) else [PENDING, ""]
@@ -134,19 +150,25 @@ def _served() -> list[str]:
         dtype = SHORT[case["setting"]["dtype"]]
         head += [f"tokens/s, {dtype}", "to the first, ms", "between two, p95, ms"]
         for arm in case["processes"][0]["rounds"]:
-            cells = [cell(case, arm, result["floor"], number, form) for number, form in numbers.items()]
+            cells = [
+                cell(case, arm, result["floor"], number, form) for number, form in numbers.items()
+            ]
             rows[arm] = [*rows.get(arm, [arm]), *cells]
     return table(head, rows.values())
 
 
-# ---------------------------------------------------------------------------------------------- docs/benchmarks.md
+# ----------------------------------------------------------------------------------------------
+# docs/benchmarks.md
 
 
 def page() -> str:
-    """Every case: what is equal, where it was measured, each arm beside the floor, and all that was recorded of it."""
+    """Every case: what is equal, where it was measured, each arm beside the floor, and all that was
+    recorded of it."""
     cases = _known_cases()
     minutes = sum(case.minutes for case in cases.values() if case.group == "bench")
-    in_short = readme().replace("(docs/benchmarks.md)", "(#benchmarks)").replace("docs/benchmarks.md", "")
+    in_short = (
+        readme().replace("(docs/benchmarks.md)", "(#benchmarks)").replace("docs/benchmarks.md", "")
+    )
     lines = [
         "# Benchmarks", "",
         f"`make bench` records all but serving, tasks and the planner (about {minutes:.0f} minutes on two quiet "
@@ -158,7 +180,11 @@ def page() -> str:
         recorded = runner.records(name, RESULTS)
         lines += [f"## {name}", "", recorded[-1]["about"] if recorded else case.about, ""]
         lines += _recorded(recorded) if recorded else ["Not recorded by the runner yet.", ""]
-    lines += [(ROOT / "benchmarks" / "corrections.md").read_text().rstrip(), "", *_recorded_before()]
+    lines += [
+        (ROOT / "benchmarks" / "corrections.md").read_text().rstrip(),
+        "",
+        *_recorded_before(),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -183,10 +209,17 @@ def _recorded(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
     else:
         for case in result["cases"]:
             rows = [
-                [arm, *(cell(case, arm, floor, number, form) for number, (_, form) in shown.items())]
+                [
+                    arm,
+                    *(cell(case, arm, floor, number, form) for number, (_, form) in shown.items()),
+                ]
                 for arm in case["processes"][0]["rounds"]
             ]
-            lines += [f"{describe(case['setting'])}:", "", *table(["", *(title for title, _ in shown.values())], rows)]
+            lines += [
+                f"{describe(case['setting'])}:",
+                "",
+                *table(["", *(title for title, _ in shown.values())], rows),
+            ]
     return [*lines, *_history(recorded)]
 
 
@@ -195,13 +228,20 @@ def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[st
     cases, (title, form) = result["cases"], shown
     first = cases[0]["setting"]
     names = dict.fromkeys(key for case in cases for key in case["setting"])
-    differ = [key for key in names if any(case["setting"].get(key) != first.get(key) for case in cases)]
+    differ = [
+        key for key in names if any(case["setting"].get(key) != first.get(key) for case in cases)
+    ]
     shared = {key: value for key, value in first.items() if key not in differ}
     head = [title]
     for case in cases:
-        head.append(describe({key: case["setting"][key] for key in differ if key in case["setting"]}) or "all")
+        head.append(
+            describe({key: case["setting"][key] for key in differ if key in case["setting"]})
+            or "all"
+        )
     arms = dict.fromkeys(arm for case in cases for arm in case["processes"][0]["rounds"])
-    rows = [[arm, *(cell(case, arm, result["floor"], number, form) for case in cases)] for arm in arms]
+    rows = [
+        [arm, *(cell(case, arm, result["floor"], number, form) for case in cases)] for arm in arms
+    ]
     of = f" as ratio to `{result['floor']}`" if form == "ratio" else ""
     return [f"{describe(shared)}; {title}{of}:", "", *table(head, rows)]
 
@@ -236,16 +276,23 @@ def _history(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _recorded_before() -> list[str]:
-    """Results of the programs that were here before the runner: which files there are, unchanged."""
+    """Results of the programs that were here before the runner: which files there are,
+    unchanged."""
     rows = []
     for file in sorted((ROOT / "benchmarks" / "results" / "before").glob("*.json")):
         result = json.loads(file.read_text())
         versions = result.get("versions", {})
-        named = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers", "peft") if key in versions)
+        named = ", ".join(
+            f"{key} {versions[key]}" for key in ("torch", "transformers", "peft") if key in versions
+        )
         rows.append([f"`{file.name}`", str(result.get("machine", "–")), named or "–"])
     lead = (
         "Recorded before by other programs, unchanged, in `benchmarks/results/before/`; no number of this page is "
         "one of "
         "these. Programs and predictions of then are in git's history."
     )
-    return ["## Recorded before", "", lead, "", *table(["file", "machine", "versions"], rows)] if rows else []
+    return (
+        ["## Recorded before", "", lead, "", *table(["file", "machine", "versions"], rows)]
+        if rows
+        else []
+    )

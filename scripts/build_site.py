@@ -1,9 +1,10 @@
 """The site of docs/, by Zensical, into build/site: `make site`.
 
-Zensical reads one folder, and pages link to what lies beside docs/ (README.md, examples/). So the pages are collected
-first, in build/pages, where they lie as in the repository: a link is the same there, on GitHub and on the site. Beside
-them comes what is generated and committed nowhere: the API from the docstrings of what docs/public-api.md lists, a
-notebook of each tutorial, and llms.txt, for readers that are models. The navigation is scripts/site.toml.
+Zensical reads one folder, and pages link to what lies beside docs/ (README.md, examples/). So the
+pages are collected first, in build/pages, where they lie as in the repository: a link is the same
+there, on GitHub and on the site. Beside them comes what is generated and committed nowhere: the API
+from the docstrings of what docs/public-api.md lists, a notebook of each tutorial, and llms.txt, for
+readers that are models. The navigation is scripts/site.toml.
 
     python scripts/build_site.py [FOLDER]        FOLDER/site, build/site by default; any warning is an error
 """
@@ -39,35 +40,45 @@ def collect(pages: Path) -> None:
     for name, text in api_pages().items():
         (pages / "docs" / "api" / f"{name}.md").write_text(text)
     for page in sorted((pages / "docs" / "tutorials").glob("*.md")):
-        page.with_suffix(".ipynb").write_text(json.dumps(notebook(page.read_text()), indent=1, ensure_ascii=False))
+        page.with_suffix(".ipynb").write_text(
+            json.dumps(notebook(page.read_text()), indent=1, ensure_ascii=False)
+        )
         with page.open("a") as file:
             file.write(f"\n[This page as a notebook]({page.stem}.ipynb)\n")
     (pages / "llms.txt").write_text(llms(pages))
 
 
-# ---- the API -----------------------------------------------------------------------------------------------------
+# ---- the API
+# -----------------------------------------------------------------------------------------------------
 
 
 def api_pages() -> dict[str, str]:
-    """A page for each row of the table in docs/public-api.md, named after its first module. What a module holds is its
-    ``__all__``, which mkdocstrings reads itself."""
+    """A page for each row of the table in docs/public-api.md, named after its first module. What a
+    module holds is its ``__all__``, which mkdocstrings reads itself."""
     table = (ROOT / "docs" / "public-api.md").read_text().split("## How long", 1)[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `veneer")]
+    rows = [
+        line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `veneer")
+    ]
     found = {}
     for modules, purpose in rows:
         names = re.findall(r"`(veneer[\w.]*)`", modules)
         title = purpose[0].upper() + purpose[1:]
-        parts = [f"# {title}", f"In {modules}."] if len(names) > 1 else [f"# {modules}", f"{title}."]
+        parts = (
+            [f"# {title}", f"In {modules}."] if len(names) > 1 else [f"# {modules}", f"{title}."]
+        )
         for name in names:
             parts += [f"## `{name}`"] * (len(names) > 1) + [f"::: {name}"]
-            parts += [f"::: {place}\n    options:\n      show_root_heading: true" for place in hidden(name)]
+            parts += [
+                f"::: {place}\n    options:\n      show_root_heading: true"
+                for place in hidden(name)
+            ]
         found[names[0]] = "\n\n".join(parts) + "\n"
     return found
 
 
 def hidden(module: str) -> Iterator[str]:
-    """Where those names of a package are defined that a module of the package has too (`veneer.attach` is a function,
-    and a folder): read from the source, the name is the module."""
+    """Where those names of a package are defined that a module of the package has too
+    (`veneer.attach` is a function, and a folder): read from the source, the name is the module."""
     folder = PACKAGE / module.replace(".", "/")
     if not folder.is_dir():
         return
@@ -78,11 +89,13 @@ def hidden(module: str) -> Iterator[str]:
                     yield f"{node.module}.{alias.name}"
 
 
-# ---- notebooks ---------------------------------------------------------------------------------------------------
+# ---- notebooks
+# ---------------------------------------------------------------------------------------------------
 
 
 def notebook(page: str) -> dict[str, Any]:
-    """A page as a notebook (nbformat 4.5): Python blocks become cells of code, shell blocks cells of the shell."""
+    """A page as a notebook (nbformat 4.5): Python blocks become cells of code, shell blocks cells
+    of the shell."""
     cells = []
     for kind, text in pieces(page):
         cell: dict[str, Any] = {"cell_type": "markdown", "id": f"cell-{len(cells)}", "metadata": {}}
@@ -95,7 +108,8 @@ def notebook(page: str) -> dict[str, Any]:
 
 
 def pieces(page: str) -> Iterator[tuple[str, str]]:
-    """("markdown", prose) and ("python" or "bash", code), in their order; other blocks stay within the prose."""
+    """("markdown", prose) and ("python" or "bash", code), in their order; other blocks stay within
+    the prose."""
     end = 0
     for block in re.finditer(r"^```(python|bash)\n(.*?)^```\n", page, re.DOTALL | re.MULTILINE):
         if prose := page[end : block.start()].strip():
@@ -106,7 +120,8 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
         yield "markdown", prose
 
 
-# ---- for models --------------------------------------------------------------------------------------------------
+# ---- for models
+# --------------------------------------------------------------------------------------------------
 
 
 def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -127,17 +142,24 @@ def llms(pages: Path) -> str:
     for section in config["nav"]:
         ((head, entries),) = section.items()
         lines += [f"## {head}", ""]
-        lines += [f"- [{title}]({page}): {first_words(pages / page)}" for title, page in navigation(entries)]
+        lines += [
+            f"- [{title}]({page}): {first_words(pages / page)}"
+            for title, page in navigation(entries)
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
 def first_words(page: Path) -> str:
     """The first sentence of a page's first paragraph, without its links."""
-    paragraphs = (part for part in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", part))
+    paragraphs = (
+        part for part in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", part)
+    )
     paragraph = next(paragraphs, None)
     if paragraph is None:
-        raise SystemExit(f"Found: {page.name} without a paragraph. Expected: one that says what it is. Do: write it.")
+        raise SystemExit(
+            f"Found: {page.name} without a paragraph. Expected: one that says what it is. Do: write it."
+        )
     text = " ".join(paragraph.split())
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return re.split(r"[.:](?:\s|$)", text)[0] + "."
@@ -149,12 +171,26 @@ def build(folder: Path) -> int:
     shutil.rmtree(folder / "site", ignore_errors=True)
     collect(folder / "pages")
     shutil.copy(CONFIG, folder / "zensical.toml")
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(folder / "zensical.toml")]
-    searched = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]  # for the docstrings, which are only read
+    command = [
+        sys.executable,
+        "-m",
+        "zensical",
+        "build",
+        "--strict",
+        "--clean",
+        "-f",
+        str(folder / "zensical.toml"),
+    ]
+    searched = [
+        str(PACKAGE),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # for the docstrings, which are only read
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(searched)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     print(done.stdout, done.stderr, sep="", end="")
-    if done.returncode or done.stderr.strip() != "No issues found":  # --strict lets warnings of docstrings pass
+    if (
+        done.returncode or done.stderr.strip() != "No issues found"
+    ):  # --strict lets warnings of docstrings pass
         return 1
     for page in sorted((folder / "pages").rglob("*.md")):  # what llms.txt links to
         shutil.copy(page, folder / "site" / page.relative_to(folder / "pages"))

@@ -1,6 +1,7 @@
-"""Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of variants in
-docs/config.md from their registry, docs/plan.md from the planner, docs/benchmarks.md, docs/gpu-measured.md and tables
-in README.md and docs/trainers.md from recorded results, docs/paper/ from those of experiments/.
+"""Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
+variants in docs/config.md from their registry, docs/plan.md from the planner, docs/benchmarks.md,
+docs/gpu-measured.md and tables in README.md and docs/trainers.md from recorded results, docs/paper/
+from those of experiments/.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -34,7 +35,9 @@ COMMANDS = ("", *cli.COMMANDS)
 def help_of(command: str) -> str:
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     arguments = [sys.executable, "-m", "veneer.cli", *command.split(), "--help"]
-    text = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
+    text = subprocess.run(
+        arguments, capture_output=True, text=True, check=True, env=environment
+    ).stdout
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
@@ -59,7 +62,9 @@ def torture_table() -> str:
     lines = ["| library | right | wrong | not offered |", "|---|---|---|---|"]
     for name, version in result["versions"].items():
         marks = [case[name]["ok"] for case in result["cases"].values()]
-        lines.append(f"| {name} {version} | {marks.count(True)} | {marks.count(False)} | {marks.count(None)} |")
+        lines.append(
+            f"| {name} {version} | {marks.count(True)} | {marks.count(False)} | {marks.count(None)} |"
+        )
     return "\n".join(lines)
 
 
@@ -71,13 +76,21 @@ def variants_table() -> str:
         "| variant | scale | default alpha | trained, 512 × 512 at rank 8 | start | looks at | source |",
         "|---" * 7 + "|",
     ]
-    weight, more, inputs = torch.randn(1, 512, 512), torch.randn(1, 512, 512), torch.eye(512, dtype=torch.float64)
+    weight, more, inputs = (
+        torch.randn(1, 512, 512),
+        torch.randn(1, 512, 512),
+        torch.eye(512, dtype=torch.float64),
+    )
     start = InitContext(
         *(1, 512, 512, 8, 512),
         base=lambda: weight, inputs=lambda: inputs[None], gradient=more.double, original=lambda: weight + more,
     )  # fmt: skip
     for variant in VARIANTS:
-        trained = sum(value.numel() for name, value in variant.init(start).items() if name not in variant.frozen)
+        trained = sum(
+            value.numel()
+            for name, value in variant.init(start).items()
+            if name not in variant.frozen
+        )
         cells = [
             f"`{variant.name}`", scales[variant.scale(1, 4)], f"{variant.default_alpha:g}", f"{trained:,}",
             "the base" if variant.exact_start else "near the original", *map(calibration.get, variant.needs or [""]),
@@ -95,9 +108,17 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> int:
-    readme, config, others = ROOT / "README.md", ROOT / "docs" / "config.md", ROOT / "docs" / "trainers.md"
+    readme, config, others = (
+        ROOT / "README.md",
+        ROOT / "docs" / "config.md",
+        ROOT / "docs" / "trainers.md",
+    )
     text = readme.read_text()
-    for name, table in (("bench", bench_page.readme()), ("demo", demo_table()), ("torture", torture_table())):
+    for name, table in (
+        ("bench", bench_page.readme()),
+        ("demo", demo_table()),
+        ("torture", torture_table()),
+    ):
         text = filled(text, name, table)
     variants = filled(config.read_text(), "variants", variants_table())
     asked = filled(others.read_text(), "trainers", trainers.table())
@@ -114,9 +135,13 @@ def main() -> int:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(content)
     if "--check" in sys.argv and stale:
-        print(f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it and commit.")
+        print(
+            f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it and commit."
+        )
         return 1
-    print(f"docs: {'wrote ' + ', '.join(stale) if stale and '--check' not in sys.argv else 'fresh'}")
+    print(
+        f"docs: {'wrote ' + ', '.join(stale) if stale and '--check' not in sys.argv else 'fresh'}"
+    )
     return 0
 
 

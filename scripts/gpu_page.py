@@ -1,4 +1,5 @@
-"""docs/gpu-measured.md: what `make gpu` has recorded in benchmarks/results/gpu-*.json, or that nothing has been."""
+"""docs/gpu-measured.md: what `make gpu` has recorded in benchmarks/results/gpu-*.json, or that
+nothing has been."""
 
 from __future__ import annotations
 
@@ -49,14 +50,23 @@ def _of(result: Mapping[str, Any]) -> list[str]:
     for case in result["steps"]:
         setting = case["setting"]
         title = f"A training step of {setting['model']}, {setting['storage']}"
-        lines += [f"{title}, {setting['rows']} × {setting['length']} tokens, {case['runs']} rounds.", "", *_rows(case)]
+        lines += [
+            f"{title}, {setting['rows']} × {setting['length']} tokens, {case['runs']} rounds.",
+            "",
+            *_rows(case),
+        ]
     for case in result["decode"]:
         setting = case["setting"]
         text = f"{setting['rows']} prompts of {setting['prompt']} tokens and {setting['tokens']} tokens to each"
         lines += [f"{text}, {setting['model']}, {setting['adapters']} adapters, {case['runs']} rounds.", "",
                   *_rows(case)]  # fmt: skip
     if result["skipped"]:
-        lines += ["Not measured:", "", *(f"- {row['part']}: {_cell(row['why'])}" for row in result["skipped"]), ""]
+        lines += [
+            "Not measured:",
+            "",
+            *(f"- {row['part']}: {_cell(row['why'])}" for row in result["skipped"]),
+            "",
+        ]
     return lines
 
 

@@ -1,5 +1,6 @@
-"""docs/plan.md: what `veneer plan` says of bases from 8 billion to a trillion numbers, how far off it is where it was
-measured (benchmarks/results/plan_errors/), and beside what others have published."""
+"""docs/plan.md: what `veneer plan` says of bases from 8 billion to a trillion numbers, how far off
+it is where it was measured (benchmarks/results/plan_errors/), and beside what others have
+published."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from benchmarks import runner
 
 import veneer
 from veneer.models.meta import countable_model
-from veneer.train.plan.hardware import BYTES, CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, SLACK, Hardware
+from veneer.train.plan.hardware import (
+    BYTES,
+    CONTEXT,
+    KNOWN,
+    LAUNCH,
+    LINKS,
+    PRODUCTS,
+    SLACK,
+    Hardware,
+)
 from veneer.train.plan.serving import BUSY, Load, plan_service
 from veneer.train.plan.training import Planned, Planner, Run
 
@@ -27,7 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
 
-_LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 #: the shapes that their makers publish in config.json
 BASES: dict[str, dict[str, Any]] = {
     "8B": {
@@ -62,7 +77,9 @@ MACHINES = {
 
 
 @cache
-def planner(base: str, rank: int = 16, targets: str = "all-linear", dtype: str | None = None) -> Planner:
+def planner(
+    base: str, rank: int = 16, targets: str = "all-linear", dtype: str | None = None
+) -> Planner:
     model = countable_model(BASES[base], torch.bfloat16)
     chosen = targets.split(",") if "," in targets else targets
     veneer.attach(model, veneer.LoraConfig(rank=rank, targets=chosen, dtype=dtype))
@@ -89,7 +106,17 @@ def training(base: str) -> list[str]:
                 if strategy != "ddp" and quantize:
                     continue  # packed weights are not spread
                 rows.append(cells(made.plan(run, strategy, count, KNOWN[device])))
-    heads = ["devices", "by", "base", "base, GiB", "all, GiB", "", "GB sent", "s a step", "tokens/s each"]
+    heads = [
+        "devices",
+        "by",
+        "base",
+        "base, GiB",
+        "all, GiB",
+        "",
+        "GB sent",
+        "s a step",
+        "tokens/s each",
+    ]
     count = f"{made.total / 1e9:,.1f} billion numbers, of which {made.trainable / 1e6:,.1f} million train beside them"
     return [f"### {base}", "", f"{WHOSE[base]}. {count}.", "", *table(heads, rows), ""]
 
@@ -128,16 +155,21 @@ def serving() -> list[str]:
 
 
 def measured_rows() -> tuple[str, list[dict[str, Any]]]:
-    """(where they are from, what was planned and measured of each configuration): of the latest record, or of the
-    program that was there before the runner."""
+    """(where they are from, what was planned and measured of each configuration): of the latest
+    record, or of the program that was there before the runner."""
     recorded = runner.records("plan_errors", RESULTS)
     if not recorded:
         before = json.loads((RESULTS / "before" / "plan_errors.json").read_text())
-        return "Recorded before by another program; the runner's own record is pending.", before["rows"]
+        return "Recorded before by another program; the runner's own record is pending.", before[
+            "rows"
+        ]
     rows = []
     for case in recorded[-1]["cases"]:
         numbers = {
-            arm: {name: statistics.median(p["rounds"][arm][0][name] for p in case["processes"]) for name in NUMBERS}
+            arm: {
+                name: statistics.median(p["rounds"][arm][0][name] for p in case["processes"])
+                for name in NUMBERS
+            }
             for arm in ("as it comes", "giving back")
         }
         plain, held = numbers["as it comes"], numbers["giving back"]["memory"]
@@ -150,7 +182,9 @@ def measured_rows() -> tuple[str, list[dict[str, Any]]]:
             "held_error": plain["planned memory"] / held - 1,
         }  # fmt: skip
         rows.append(row)
-    for row in (alone := [row for row in rows if not row["several"]]):  # processes wait for each other
+    for row in (
+        alone := [row for row in rows if not row["several"]]
+    ):  # processes wait for each other
         times = [
             math.log(one["predicted"]["seconds"] / one["measured"]["seconds"])
             for one in alone if one["dtype"] == row["dtype"]
@@ -196,7 +230,10 @@ ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 def published() -> list[str]:
     """Beside figures of others; who they are stands in the text of the page."""
     nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=KNOWN["h100"])
-    large = [planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, KNOWN["h100"]) for how in ("fsdp", "tp")]
+    large = [
+        planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, KNOWN["h100"])
+        for how in ("fsdp", "tp")
+    ]
     tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
     card, other = KNOWN["rtx4090"], Run(2, 2048, checkpointing=True)
     lora = tune.plan(other, on=card)
@@ -224,7 +261,9 @@ def published() -> list[str]:
 
 def of_peak(tokens: float, peak: float, checkpointing: bool) -> str:
     """The share of a peak (TFLOP/s) that so many tokens a second of torchtune's 8B take."""
-    one = planner("8B", 8, "q_proj,v_proj", "bfloat16").plan(Run(2, 2048, checkpointing=checkpointing))
+    one = planner("8B", 8, "q_proj,v_proj", "bfloat16").plan(
+        Run(2, 2048, checkpointing=checkpointing)
+    )
     return f"{tokens * one.operations / one.tokens / peak / 1e12:.0%}"
 
 
@@ -238,7 +277,15 @@ def off(found: float | None, wanted: float) -> str:
 
 
 def devices() -> list[str]:
-    heads = ["name", "GB", "TFLOP/s, 16 bits", "TFLOP/s, float32", "GB/s", "GB/s to others", "machine"]
+    heads = [
+        "name",
+        "GB",
+        "TFLOP/s, 16 bits",
+        "TFLOP/s, float32",
+        "GB/s",
+        "GB/s to others",
+        "machine",
+    ]
     heads += ["GB/s to other machines", "sources"]
     rows = [
         [

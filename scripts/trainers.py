@@ -1,10 +1,12 @@
-"""Ask every trainer again what it does with an adapter, of Veneer and of PEFT, and record the answers.
+"""Ask every trainer again what it does with an adapter, of Veneer and of PEFT, and record the
+answers.
 
     python -m scripts.trainers            run everything, write benchmarks/results/trainers.json (then `make docs`)
     python -m scripts.trainers --check    run everything, fail if the record says something else
     python -m scripts.trainers SFT DPO    run the trainers whose names contain these, print their rows
 
-Each cell of the table in docs/trainers.md is one answer; `tests/support/trainer_cells.py` has the questions.
+Each cell of the table in docs/trainers.md is one answer; `tests/support/trainer_cells.py` has the
+questions.
 """
 
 from __future__ import annotations
@@ -76,15 +78,20 @@ def found(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rows have the same answers; bytes of a checkpoint change with the names that a library writes."""
+    """Whether two rows have the same answers; bytes of a checkpoint change with the names that a
+    library writes."""
     near = bool(one) and bool(other) and abs(one["size"] - other["size"]) < 0.1
     return near and {**one, "size": None} == {**other, "size": None}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts.trainers", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts.trainers", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("only", nargs="*", help="run these trainers alone, and write nothing")
-    parser.add_argument("--check", action="store_true", help="fail if the record says something else")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if the record says something else"
+    )
     arguments = parser.parse_args()
     made: dict[str, dict[str, Any]] = {}
     for name, row in found(arguments.only):
@@ -93,7 +100,9 @@ def main() -> int:
     if arguments.check:
         recorded = json.loads(RECORD.read_text())["trainers"]
         stale = [
-            name for name in {*made, *recorded} if name not in made or not same(made[name], recorded.get(name, {}))
+            name
+            for name in {*made, *recorded}
+            if name not in made or not same(made[name], recorded.get(name, {}))
         ]
         if stale:
             print(f"Found: other answers of {', '.join(sorted(stale))}. Expected: those of {RECORD.name}. "
@@ -102,7 +111,9 @@ def main() -> int:
     elif not arguments.only:
         versions = {name: version(name) for name in LIBRARIES}
         RECORD.write_text(json.dumps({"versions": versions, "trainers": made}, indent=1) + "\n")
-    print(f"{len(made)} trainers: as recorded" if arguments.check else f"{len(made)} trainers asked")
+    print(
+        f"{len(made)} trainers: as recorded" if arguments.check else f"{len(made)} trainers asked"
+    )
     return 0
 
 

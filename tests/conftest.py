@@ -1,4 +1,5 @@
-"""What every test shares: a seed, one thread, and a variant and a layer kind that only tests have."""
+"""What every test shares: a seed, one thread, and a variant and a layer kind that only tests
+have."""
 
 from __future__ import annotations
 
@@ -48,14 +49,17 @@ def pytest_runtest_makereport(item, call):
     error = None if call.excinfo is None else call.excinfo.value
     why = extras.reason(error) if isinstance(error, ModuleNotFoundError) else None
     if why is not None:
-        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1], f"Skipped: {why}")
+        report.outcome, report.longrepr = (
+            "skipped",
+            (str(item.path), item.location[1], f"Skipped: {why}"),
+        )
     return report
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _narrow(request):
-    """Loops are for wide layers. Those of tests of arithmetic are narrow, and are to meet them; elsewhere a step is to
-    round as it does in a process of its own."""
+    """Loops are for wide layers. Those of tests of arithmetic are narrow, and are to meet them;
+    elsewhere a step is to round as it does in a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.parent.name in ("kernels", "bank") or request.path.stem == "test_experts":
             patch.setattr(compiled, "MIN_WIDTH", 0)
@@ -74,7 +78,8 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
-    """Some tests import large libraries, and each trainer has the garbage collected once or twice."""
+    """Some tests import large libraries, and each trainer has the garbage collected once or
+    twice."""
     yield
     if len(sys.modules) > _freeze.modules + 100:
         gc.collect()
@@ -82,15 +87,17 @@ def pytest_runtest_teardown():
 
 
 def _freeze():
-    """What is imported and collected stays to the end: the garbage collector need not walk it again and again."""
+    """What is imported and collected stays to the end: the garbage collector need not walk it again
+    and again."""
     _freeze.modules = len(sys.modules)
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _unflushed():
-    """Flushing is for a loss of power, which no test can show: what a killed process has written is there. A disk takes
-    milliseconds for each file. That it is asked for in the right order is what ``store/test_crashes.py`` looks at."""
+    """Flushing is for a loss of power, which no test can show: what a killed process has written is
+    there. A disk takes milliseconds for each file. That it is asked for in the right order is what
+    ``store/test_crashes.py`` looks at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -117,8 +124,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge of files asks a process of its own for a model's names, if the files alone do not tell them. Here it
-    asks this one, without the seconds in which a process imports its libraries."""
+    """A merge of files asks a process of its own for a model's names, if the files alone do not
+    tell them. Here it asks this one, without the seconds in which a process imports its
+    libraries."""
     from veneer.tools.merge_checkpoint import merge_plan
 
     def run(command, *, input, **_):

@@ -1,4 +1,5 @@
-"""The runner's rules, the form of its records, and that every case runs, on toys. No time is judged here."""
+"""The runner's rules, the form of its records, and that every case runs, on toys. No time is judged
+here."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def _threads():
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     if done.returncode:
         pytest.skip(f"git has no answer: {done.stderr.strip()}")
     return done.stdout
@@ -67,7 +70,8 @@ def inside(monkeypatch, base):
     return {"base": str(base)}
 
 
-#: how many settings run here; the others differ in a size or a dtype. All of them: python -m benchmarks --smoke
+# : how many settings run here; the others differ in a size or a dtype. All of them: python -m
+# benchmarks --smoke
 FEW = {
     "step": 2, "step_one_thread": 2, "step_memory": 1, "forward": 2, "mixed": 2, "merge_fidelity": 1, "plan_errors": 1,
 }  # fmt: skip
@@ -98,7 +102,10 @@ def test_a_case_runs(name, inside):
             assert all(value is None or value >= 0 for value in unit.values()), unit
         for number, (_, form) in case.shown.items():
             assert (
-                any(runner.spread([process], arm, case.floor, number, form) for arm in process["rounds"])
+                any(
+                    runner.spread([process], arm, case.floor, number, form)
+                    for arm in process["rounds"]
+                )
                 or number == "wall to target"
             ), number
 
@@ -140,7 +147,10 @@ def test_what_is_reported_was_tuned_on_nothing():
 
 
 def test_the_way_to_a_target_is_interpolated():
-    curve = [{"loss": loss, "cpu": cpu} for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))]
+    curve = [
+        {"loss": loss, "cpu": cpu}
+        for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))
+    ]
     found = {target: runs.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
     assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
 
@@ -182,7 +192,9 @@ def test_saved_bytes_count_each_storage_once_and_what_is_freed_not_at_all():
             return (x[:5] * self.weight[:5]).sum() + (x[5:] * self.weight[5:]).sum()
 
     made = candidates.Candidate(Square(), [], lambda model, batch: model(batch["x"]))
-    assert memory.saved(made, {"x": torch.ones(10)}) == 10 * 4  # x, though both of its halves are saved
+    assert (
+        memory.saved(made, {"x": torch.ones(10)}) == 10 * 4
+    )  # x, though both of its halves are saved
 
 
 # ---- the runner ----------------------------------------------------------------------------------
@@ -221,7 +233,9 @@ def test_rounds_are_interleaved_in_an_order_that_changes_and_can_be_drawn_again(
     assert len({tuple(order) for order in found["orders"]}) > 1
     again = runner.run_rounds(toy_case(), {"threads": 1, "size": 3}, 0, 6)
     assert again["orders"] == found["orders"]
-    assert runner.run_rounds(toy_case(), {"threads": 1, "size": 3}, 1, 6)["orders"] != found["orders"]
+    assert (
+        runner.run_rounds(toy_case(), {"threads": 1, "size": 3}, 1, 6)["orders"] != found["orders"]
+    )
 
 
 def test_movement_is_the_largest_distance_from_the_median():
@@ -237,14 +251,20 @@ def test_a_process_whose_floor_moves_is_thrown_away_for_all_arms_and_stays_in_th
     processes = runner.gather(case, case.settings[0], lambda *_: next(answers))
     assert [process["kept"] for process in processes] == [False, True, False, False, True]
     for arm, ratio in (("peft", 3.0), ("veneer", 2.0)):
-        assert runner.spread(processes, arm, "floor", "wall", "ratio") == [ratio] * 3  # not the 1.0 of noisy ones
+        assert (
+            runner.spread(processes, arm, "floor", "wall", "ratio") == [ratio] * 3
+        )  # not the 1.0 of noisy ones
     assert capsys.readouterr().out.count("thrown away: the floor moved by 4.0%") == 3
 
 
 def test_a_machine_that_is_not_quiet_ends_the_case():
     case, asked = toy_case(processes=5), []
-    with pytest.raises(runner.RecordError, match=r"more than 3% in each of 4 processes.*quiet machine"):
-        runner.gather(case, case.settings[0], lambda *_: asked.append(1) or process_of([1.0, 1.0, 2.0]))
+    with pytest.raises(
+        runner.RecordError, match=r"more than 3% in each of 4 processes.*quiet machine"
+    ):
+        runner.gather(
+            case, case.settings[0], lambda *_: asked.append(1) or process_of([1.0, 1.0, 2.0])
+        )
     assert len(asked) == 1 + runner.RETRIES
 
 
@@ -255,7 +275,9 @@ def test_the_range_is_between_processes():
     assert runner.spread(processes, "nobody", "floor", "wall", "ratio") is None
 
 
-def recorded(tmp_path: Path, monkeypatch, commit: str, factor: float, when: str, case: Any = None) -> dict[str, Any]:
+def recorded(
+    tmp_path: Path, monkeypatch, commit: str, factor: float, when: str, case: Any = None
+) -> dict[str, Any]:
     monkeypatch.setattr(runner, "require_clean_tree", lambda: commit)
     result = runner.record(case or toy_case(), lambda *_: process_of([1.0, 1.0, 1.0], factor))
     runner.write({**result, "recorded": when}, tmp_path)
@@ -266,13 +288,34 @@ def test_a_record_holds_every_time_and_where_it_was_made(tmp_path, monkeypatch):
     recorded(tmp_path, monkeypatch, "a" * 40, 2.0, "2026-01-01")
     (result,) = runner.records("toy", tmp_path)
     assert (tmp_path / "toy" / f"{'a' * 12}.json").exists()
-    needed = {"name", "about", "equal", "floor", "shown", "commit", "clean", "recorded", "load", "machine", "cores"}
+    needed = {
+        "name",
+        "about",
+        "equal",
+        "floor",
+        "shown",
+        "commit",
+        "clean",
+        "recorded",
+        "load",
+        "machine",
+        "cores",
+    }
     assert needed | {"allocator", "versions", "cases"} == result.keys()
     assert result["commit"] == "a" * 40
     (case,) = result["cases"]
     assert len(case["processes"]) == 5
     for process in case["processes"]:
-        assert {"seed", "rounds", "orders", "movement", "threads", "load", "tuning", "kept"} <= process.keys()
+        assert {
+            "seed",
+            "rounds",
+            "orders",
+            "movement",
+            "threads",
+            "load",
+            "tuning",
+            "kept",
+        } <= process.keys()
         assert process["rounds"]["veneer"] == [{"wall": 2.0, "cpu": 2.0}] * 3
     with pytest.raises(runner.RecordError, match="one record of a commit"):
         recorded(tmp_path, monkeypatch, "a" * 40, 1.0, "2026-01-02")
@@ -365,13 +408,23 @@ def test_a_result_is_of_a_commit_before_this_one():
     assert is_ancestor(git("rev-parse", "HEAD").strip())
     assert not is_ancestor("0" * 40)
     tree = git("rev-parse", "HEAD^{tree}").strip()
-    aside = git("-c", "user.name=a", "-c", "user.email=a@b", "commit-tree", tree, "-m", "aside").strip()
+    aside = git(
+        "-c", "user.name=a", "-c", "user.email=a@b", "commit-tree", tree, "-m", "aside"
+    ).strip()
     assert not is_ancestor(aside)  # a commit that stands beside this one
 
 
 def test_no_recorded_result_was_ever_changed():
     whole_history()
-    changed = git("log", "--diff-filter=MD", "--no-renames", "--format=", "--name-only", "--", "benchmarks/results/*/*")
+    changed = git(
+        "log",
+        "--diff-filter=MD",
+        "--no-renames",
+        "--format=",
+        "--name-only",
+        "--",
+        "benchmarks/results/*/*",
+    )
     assert changed.split() == []
 
 
@@ -390,7 +443,10 @@ def test_predictions_are_only_added():
 
 
 def test_a_prediction_has_a_date_a_commit_a_known_case_and_an_arm():
-    rows = [line.strip("| \n").split(" | ") for line in (ROOT / PREDICTIONS).read_text().splitlines()[8:]]
+    rows = [
+        line.strip("| \n").split(" | ")
+        for line in (ROOT / PREDICTIONS).read_text().splitlines()[8:]
+    ]
     assert rows
     for row in rows:
         date, commit, case, arm, expected = row
@@ -414,7 +470,11 @@ def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
     case = toy_case(name="step", settings=[
         {"threads": "default", "dtype": dtype, "layers": 30, "tokens": 1024} for dtype in ("float32", "bfloat16")
     ])  # fmt: skip
-    for commit, factor, when in (("a", 0.8, "2026-01-01"), ("c", 1.25, "2026-03-01"), ("b", 0.9, "2026-02-01")):
+    for commit, factor, when in (
+        ("a", 0.8, "2026-01-01"),
+        ("c", 1.25, "2026-03-01"),
+        ("b", 0.9, "2026-02-01"),
+    ):
         recorded(tmp_path, monkeypatch, commit * 40, factor, when, case)
     page, readme = bench_page.page(), bench_page.readme()
     assert "| veneer | 1.25 | 1.25 |" in page  # the latest, though another was better
@@ -426,7 +486,11 @@ def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
     for text in (page, readme):
         lines = text.splitlines()
         for number in (number for number, line in enumerate(lines) if line.startswith("|---")):
-            assert lines[number].count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
+            assert (
+                lines[number].count("|")
+                == lines[number - 1].count("|")
+                == lines[number + 1].count("|")
+            )
 
 
 def test_the_page_of_plans_takes_the_latest_record(tmp_path, monkeypatch):
@@ -435,8 +499,17 @@ def test_the_page_of_plans_takes_the_latest_record(tmp_path, monkeypatch):
     (tmp_path / "before").mkdir()
     (tmp_path / "before" / "plan_errors.json").write_text(json.dumps({"rows": []}))
     monkeypatch.setattr(plan_page, "RESULTS", tmp_path)
-    assert plan_page.measured_rows() == ("Recorded before by another program; the runner's own record is pending.", [])
-    numbers = {"memory": 200.0, "seconds": 2.0, "planned memory": 210.0, "planned seconds": 1.0, "wall": 1.0}
+    assert plan_page.measured_rows() == (
+        "Recorded before by another program; the runner's own record is pending.",
+        [],
+    )
+    numbers = {
+        "memory": 200.0,
+        "seconds": 2.0,
+        "planned memory": 210.0,
+        "planned seconds": 1.0,
+        "wall": 1.0,
+    }
     rounds = {"as it comes": [numbers], "giving back": [{**numbers, "memory": 150.0}]}
     settings = [{"threads": 1, "name": name} for name in ("llama-fp32", "llama-fp32-ddp")]
     case = toy_case(name="plan_errors", floor="as it comes", settings=settings, apart=True)
@@ -459,5 +532,10 @@ def test_a_range_stands_beside_each_number():
 
 
 def test_no_page_shows_what_was_an_artefact():
-    table = (ROOT / "README.md").read_text().partition("<!-- bench -->")[2].partition("<!-- /bench -->")[0]
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("<!-- bench -->")[2]
+        .partition("<!-- /bench -->")[0]
+    )
     assert "0.81" not in table

@@ -1,5 +1,6 @@
-"""The recipes of examples/cluster as far as they can be tested without a cluster: what they hold is what their systems
-ask for, the shell runs their scripts, torchrun takes the command that comes out, and so does our own command line."""
+"""The recipes of examples/cluster as far as they can be tested without a cluster: what they hold is
+what their systems ask for, the shell runs their scripts, torchrun takes the command that comes out,
+and so does our own command line."""
 
 from __future__ import annotations
 
@@ -39,10 +40,24 @@ TASK = {
     "run",
     "config",
 }
-RESOURCES = {"infra", "accelerators", "cpus", "memory", "use_spot", "disk_size", "image_id", "any_of", "job_recovery"}
+RESOURCES = {
+    "infra",
+    "accelerators",
+    "cpus",
+    "memory",
+    "use_spot",
+    "disk_size",
+    "image_id",
+    "any_of",
+    "job_recovery",
+}
 #: what a job finds in its environment, there and under Slurm
 ENVIRONMENT = {
-    "slurm.sh": {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+    "slurm.sh": {
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+    },
     "skypilot.yaml": {
         "SKYPILOT_NODE_IPS": "node7\nnode8",
         "SKYPILOT_NUM_NODES": "2",
@@ -77,7 +92,14 @@ def shown(script: str, name: str, folder: Path, *arguments: str) -> list[str]:
 
 
 def of_slurm(folder: Path) -> list[str]:
-    return shown((CLUSTER / "slurm.sh").read_text(), "slurm.sh", folder, "run.yaml", "--output", "/shared/run")
+    return shown(
+        (CLUSTER / "slurm.sh").read_text(),
+        "slurm.sh",
+        folder,
+        "run.yaml",
+        "--output",
+        "/shared/run",
+    )
 
 
 def of_jobset(folder: Path) -> list[str]:
@@ -119,7 +141,9 @@ def test_a_command_is_one_of_torchrun_and_of_ours(name: str, tmp_path: Path) -> 
     assert str(found["output"]) == "/shared/run"
     assert (told.nnodes, told.rdzv_backend) == ("2", "c10d")
     assert told.nproc_per_node == ("gpu" if name == "jobset.yaml" else "8")
-    assert told.rdzv_endpoint == ("veneer-machine-0-0.veneer:29500" if name == "jobset.yaml" else "node7:29500")
+    assert told.rdzv_endpoint == (
+        "veneer-machine-0-0.veneer:29500" if name == "jobset.yaml" else "node7:29500"
+    )
     assert told.rdzv_id == ("veneer" if name == "jobset.yaml" else "4711")
 
 
@@ -132,7 +156,9 @@ def test_slurm_gives_the_signal_in_time() -> None:
     assert asked["ntasks-per-node"] == "1"
     signal, seconds = asked["signal"].split("@")
     assert signal == "TERM"  # to the job's steps: with "B:" it would go to the shell alone
-    told = get_args_parser().parse_args(shlex.split(re.sub(r"\\\n", "", text).split("srun torchrun ")[1]))
+    told = get_args_parser().parse_args(
+        shlex.split(re.sub(r"\\\n", "", text).split("srun torchrun ")[1])
+    )
     assert told.shutdown_timeout < int(seconds)
 
 
@@ -149,7 +175,9 @@ def test_a_jobset_is_whole() -> None:
     assert spec["completions"] == spec["parallelism"] == int(told.nnodes)
     assert pod()["restartPolicy"] == "Never"
     assert pod()["terminationGracePeriodSeconds"] > told.shutdown_timeout
-    assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in pod()["volumes"]}
+    assert {mount["name"] for mount in container()["volumeMounts"]} == {
+        volume["name"] for volume in pod()["volumes"]
+    }
     assert container()["env"] == [{"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}]
     assert "command" not in container()  # the image's
     assert instruction("ENTRYPOINT") == ["torchrun"]
@@ -165,7 +193,9 @@ def test_a_task_of_skypilot_has_its_fields() -> None:
     }
 
 
-@pytest.mark.parametrize("command", [SKYPILOT["setup"], *re.findall(r"^RUN (.+)$", DOCKERFILE, re.MULTILINE)])
+@pytest.mark.parametrize(
+    "command", [SKYPILOT["setup"], *re.findall(r"^RUN (.+)$", DOCKERFILE, re.MULTILINE)]
+)
 def test_what_is_installed_is_an_extra_of_ours(command: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     *words, what = shlex.split(command)

@@ -9,7 +9,14 @@ from demo.pronounce import Word, edits
 
 @pytest.mark.parametrize(
     ("one", "other", "distance"),
-    [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2), ("flaw", "lawn", 2)],
+    [
+        ("", "", 0),
+        ("abc", "abc", 0),
+        ("abc", "", 3),
+        ("kitten", "sitting", 3),
+        ("ab", "ba", 2),
+        ("flaw", "lawn", 2),
+    ],
 )
 def test_edits(one, other, distance):
     assert edits(one, other) == edits(other, one) == distance
@@ -48,7 +55,16 @@ def test_the_page_holds_everything_and_needs_no_network(tmp_path):
         norms={"model.layers.0.mlp.up_proj": 0.5, "model.layers.1.mlp.up_proj": 1.5},
         footer="The end",
     ).read_text()
-    for text in ("A title", "A lead", "0.170", "40.0%", "&lt;cat&gt;", "up_proj", "held-out words", "The end"):
+    for text in (
+        "A title",
+        "A lead",
+        "0.170",
+        "40.0%",
+        "&lt;cat&gt;",
+        "up_proj",
+        "held-out words",
+        "The end",
+    ):
         assert text in page
     assert "viewport" in page
     body = page.split("</script>", 1)[1]

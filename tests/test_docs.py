@@ -1,5 +1,5 @@
-"""The docs are true: their Python blocks run, their commands parse (and run, in the slow suite). What pages link to,
-name and draw is looked up in ``test_pages.py``."""
+"""The docs are true: their Python blocks run, their commands parse (and run, in the slow suite).
+What pages link to, name and draw is looked up in ``test_pages.py``."""
 
 from __future__ import annotations
 
@@ -35,21 +35,37 @@ PAGES = [
 def blocks(language: str) -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
-        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-        found += [(f"{page.relative_to(ROOT)}:{number}", text) for number, text in enumerate(texts, 1)]
+        texts = re.findall(
+            rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+        found += [
+            (f"{page.relative_to(ROOT)}:{number}", text) for number, text in enumerate(texts, 1)
+        ]
     return found
 
 
-#: libraries that take seconds to import, and those of which the import itself warns of torch's own changes
-DEAR = {"bitsandbytes", "diffusers", "onnxruntime", "sentence_transformers", "timm", "torch_geometric", "torchao"}
+# : libraries that take seconds to import, and those of which the import itself warns of torch's own
+# changes
+DEAR = {
+    "bitsandbytes",
+    "diffusers",
+    "onnxruntime",
+    "sentence_transformers",
+    "timm",
+    "torch_geometric",
+    "torchao",
+}
 WARNING = {"bitsandbytes", "diffusers", "sentence_transformers", "torch_geometric", "torchao"}
 
 
 def imported(code: str) -> set[str]:
     """The libraries that a block imports."""
-    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = [
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     names = [
-        [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] for node in found
+        [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        for node in found
     ]
     return {name.partition(".")[0] for listed in names for name in listed}
 
@@ -57,7 +73,10 @@ def imported(code: str) -> set[str]:
 def python_blocks():
     for where, code in blocks("python"):
         libraries = imported(code)
-        marks = [extras.needs(*sorted(libraries & extras.EXTRAS)), *[pytest.mark.slow] * bool(libraries & DEAR)]
+        marks = [
+            extras.needs(*sorted(libraries & extras.EXTRAS)),
+            *[pytest.mark.slow] * bool(libraries & DEAR),
+        ]
         yield pytest.param(where, code, id=where, marks=marks)
 
 
@@ -75,11 +94,19 @@ def test_the_readme_example_is_twenty_lines_or_so():
     assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 28
 
 
-COMMANDS = [line for _, text in blocks("bash") for line in text.splitlines() if line.startswith("veneer ")]
+COMMANDS = [
+    line for _, text in blocks("bash") for line in text.splitlines() if line.startswith("veneer ")
+]
 
 
 def test_there_are_commands_in_the_readme():
-    assert {shlex.split(line)[1] for line in COMMANDS} >= {"train", "inspect", "generate", "eval", "merge"}
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {
+        "train",
+        "inspect",
+        "generate",
+        "eval",
+        "merge",
+    }
 
 
 @functools.cache
@@ -107,13 +134,19 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     for line in COMMANDS:
         arguments = shlex.split(line, comments=True)[1:]
         done = subprocess.run(
-            [sys.executable, "-m", "veneer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-m", "veneer.cli", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or done.stderr.strip()
 
 
-@pytest.mark.parametrize(("where", "text"), blocks("yaml"), ids=[where for where, _ in blocks("yaml")])
+@pytest.mark.parametrize(
+    ("where", "text"), blocks("yaml"), ids=[where for where, _ in blocks("yaml")]
+)
 def test_yaml_blocks_are_files_of_examples(where, text):
     """Which test_examples.py runs. The first line names the file."""
     name = re.match(r"# (examples/\w+\.yaml)\n", text)
@@ -123,8 +156,12 @@ def test_yaml_blocks_are_files_of_examples(where, text):
 
 def test_every_example_is_shown_or_linked():
     page = (ROOT / "docs" / "training.md").read_text()
-    for file in {*(ROOT / "examples").glob("*.yaml")} - {ROOT / "examples" / "pronounce.yaml"}:  # the README's
-        assert f"```yaml\n# examples/{file.name}\n" in page or f"(../examples/{file.name})" in page, file.name
+    for file in {*(ROOT / "examples").glob("*.yaml")} - {
+        ROOT / "examples" / "pronounce.yaml"
+    }:  # the README's
+        assert (
+            f"```yaml\n# examples/{file.name}\n" in page or f"(../examples/{file.name})" in page
+        ), file.name
 
 
 def test_the_public_api_is_enough_for_the_flat_example():
@@ -137,8 +174,19 @@ def test_the_public_api_is_enough_for_the_flat_example():
 def test_the_flat_example_trains_saves_and_merges(base, tmp_path):
     rows = write_rows(tmp_path / "sums.jsonl", sums(24))
     example = str(ROOT / "examples" / "train_flat.py")
-    command = [example, str(base), str(rows), str(tmp_path / "adapter"), "--steps", "20", "--rank", "4"]
-    code = f"import runpy, sys; sys.argv = {command}; runpy.run_path({example!r}, run_name='__main__')"
+    command = [
+        example,
+        str(base),
+        str(rows),
+        str(tmp_path / "adapter"),
+        "--steps",
+        "20",
+        "--rank",
+        "4",
+    ]
+    code = (
+        f"import runpy, sys; sys.argv = {command}; runpy.run_path({example!r}, run_name='__main__')"
+    )
     done = Program(code, *LARGE)
     assert done.wait() == 0, done.said
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.said)]

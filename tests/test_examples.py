@@ -1,4 +1,5 @@
-"""The configurations of examples/ train: a few steps each, on the words that examples/words.py writes."""
+"""The configurations of examples/ train: a few steps each, on the words that examples/words.py
+writes."""
 
 from __future__ import annotations
 
@@ -21,9 +22,12 @@ from veneer.train.sweep.search import Search
 from veneer.train.sweep.settings import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-#: but `pronounce.yaml`, that of the demo, on its data, which test_docs.py runs, and `sweep.yaml`, which is many runs
+# : but `pronounce.yaml`, that of the demo, on its data, which test_docs.py runs, and `sweep.yaml`,
+# which is many runs
 APART = ("pronounce", "sweep")
-FILES = {file.stem: file for file in sorted((ROOT / "examples").glob("*.yaml")) if file.stem not in APART}
+FILES = {
+    file.stem: file for file in sorted((ROOT / "examples").glob("*.yaml")) if file.stem not in APART
+}
 #: what stands in for a file's base in the quick tests, where it is not the tiny Llama
 TINY = {"classify": "bert", "embed": "bert", "seq2seq": "bart", "quantized": "wide"}
 #: rows of 4-bit weights are multiples of 64
@@ -45,7 +49,9 @@ def trained(name: str, place: Path, monkeypatch: pytest.MonkeyPatch, **changes: 
     monkeypatch.chdir(place)
     if name == "quantized":
         pytest.importorskip("bitsandbytes")
-    config = load_config(FILES[name].relative_to(ROOT), max_steps=2, eval_every=2, overwrite=True, **changes)
+    config = load_config(
+        FILES[name].relative_to(ROOT), max_steps=2, eval_every=2, overwrite=True, **changes
+    )
     result = fit(config, quiet=True)
     assert len(result.losses) == 2
     assert all(map(math.isfinite, result.losses))
@@ -62,11 +68,16 @@ def test_each_task_has_its_file_of_less_than_ten_lines() -> None:
 
 
 @pytest.mark.slow
-def test_the_sweep_finds_one_of_its_candidates(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_finds_one_of_its_candidates(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(place)
     if not (place / "llama").exists():
         BASES["llama"](place / "llama")
-    found = sweep(*load_sweep(ROOT / "examples" / "sweep.yaml", base=str(place / "llama"), max_steps=3), quiet=True)
+    found = sweep(
+        *load_sweep(ROOT / "examples" / "sweep.yaml", base=str(place / "llama"), max_steps=3),
+        quiet=True,
+    )
     assert len(found.facts["candidates"]) == 3 * 2 * 3
     assert load_config(found.best / "train.yaml").max_steps == 3
 
@@ -87,8 +98,12 @@ def test_an_example_trains(name: str, place: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FILES if name != "seq2seq"])  # its base lies on the hub
-def test_an_example_trains_its_own_base(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name != "seq2seq"]
+)  # its base lies on the hub
+def test_an_example_trains_its_own_base(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = load_config(FILES[name]).base.removeprefix("package:")
     if find_spec(base) is None:
         pytest.skip(f"{base} is not installed")

@@ -1,4 +1,5 @@
-"""One word for one thing: the names in the package are the field's, none that only its authors knew."""
+"""One word for one thing: the names in the package are the field's, none that only its authors
+knew."""
 
 from __future__ import annotations
 
@@ -49,4 +50,10 @@ def test_names_are_the_fields():
 
 def test_the_walk_sees_every_kind_of_name():
     code = "def site(wish):\n    deck = 1\n    deck.rack = 2\nclass Spot: ...\n"
-    assert {name.lower() for name, _ in names(ast.parse(code))} == {"site", "wish", "deck", "rack", "spot"}
+    assert {name.lower() for name, _ in names(ast.parse(code))} == {
+        "site",
+        "wish",
+        "deck",
+        "rack",
+        "spot",
+    }

@@ -1,4 +1,5 @@
-"""LoRA+, LoRA-FA and Riemannian gradients choose what learns and how fast; RankBudget keeps what matters."""
+"""LoRA+, LoRA-FA and Riemannian gradients choose what learns and how fast; RankBudget keeps what
+matters."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ OWN = [variant for variant in VARIANTS if not variant.name.startswith("toy")]
 
 
 class Numbers(nn.Module):
-    """What holds a variant's numbers in an adapted layer: parameters, and buffers for those that are frozen."""
+    """What holds a variant's numbers in an adapted layer: parameters, and buffers for those that
+    are frozen."""
 
     def __init__(self, name: str, out=6, in_=8, rank=3, groups=1, kind="linear") -> None:
         super().__init__()
@@ -25,7 +27,9 @@ class Numbers(nn.Module):
         self.W = (torch.randn(groups, out, in_),)  # in a tuple: no number of the adapter
         x, G = torch.randn(groups, 20, in_).double(), torch.randn(groups, out, in_).double()
         base = lambda: self.W[0]  # noqa: E731
-        start = InitContext(groups, out, in_, rank, in_, base, lambda: x.mT @ x, lambda: G, lambda: self.W[0] + 0.1)
+        start = InitContext(
+            groups, out, in_, rank, in_, base, lambda: x.mT @ x, lambda: G, lambda: self.W[0] + 0.1
+        )
         for key, value in self.variant.init(start).items():
             if key in self.variant.frozen:
                 self.register_buffer(key, value)
@@ -33,7 +37,9 @@ class Numbers(nn.Module):
                 self.register_parameter(key, nn.Parameter(value))
 
     def forward(self, x):
-        low, gain = self.variant.resolve({**self._parameters, **self._buffers}, 1.0, lambda: self.W[0])
+        low, gain = self.variant.resolve(
+            {**self._parameters, **self._buffers}, 1.0, lambda: self.W[0]
+        )
         y = F.linear(x, self.W[0][0]) + F.linear(F.linear(x, low.A[0]), low.B[0] * low.scale)
         return y if gain is None else y * gain
 
@@ -92,7 +98,9 @@ def test_lora_plus_leaves_out_what_is_not_trained_and_says_what_is_wrong():
 
 def saved_shapes(layer, x) -> list[tuple[int, ...]]:
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
         layer(x).sum()
     return shapes
 
@@ -119,7 +127,9 @@ def test_freeze_a_is_for_variants_with_a_random_a(variant):
         assert not handle.changes["fc"].A.requires_grad
         assert handle.changes["fc"].B.requires_grad
     else:
-        with pytest.raises(ConfigError, match=r"A cannot be frozen\. Found: .* at fc\. Expected: .*\. Do: .*"):
+        with pytest.raises(
+            ConfigError, match=r"A cannot be frozen\. Found: .* at fc\. Expected: .*\. Do: .*"
+        ):
             freeze_a(handle)
         assert all(parameter.requires_grad for _, parameter in handle.named_parameters())
 
@@ -143,15 +153,22 @@ def test_freeze_a_keeps_what_is_trained_in_full_and_wants_an_adapter():
 def test_precondition_is_for_what_trains_a_and_b_alone(variant):
     handle = handle_of(fc=Numbers(variant.name))
     optimizer = torch.optim.SGD([parameter for _, parameter in handle.named_parameters()], lr=0.1)
-    factors = {"A", "B", "A1", "C", "E", "R", "b", "d"} & {name for name, _ in handle.changes["fc"].named_parameters()}
+    factors = {"A", "B", "A1", "C", "E", "R", "b", "d"} & {
+        name for name, _ in handle.changes["fc"].named_parameters()
+    }
     if factors == {"A", "B"}:
         precondition(optimizer, handle)
     else:
-        with pytest.raises(ConfigError, match=r"cannot be preconditioned. Found: trained numbers .* at fc"):
+        with pytest.raises(
+            ConfigError, match=r"cannot be preconditioned. Found: trained numbers .* at fc"
+        ):
             precondition(optimizer, handle)
 
 
-TOLERANCE = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-9},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2},
+}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -163,7 +180,9 @@ def test_a_preconditioned_step_is_the_papers(dtype):
     before = {"A": numbers.A, "B": numbers.B, "head": head}
     before = {name: value.detach().clone().double() for name, value in before.items()}
     optimizer = torch.optim.SGD([numbers.A, numbers.B, head], lr=0.5)
-    hook = precondition(optimizer, [("fc.A", numbers.A), ("fc.B", numbers.B), ("head", head)], damping=0.1)
+    hook = precondition(
+        optimizer, [("fc.A", numbers.A), ("fc.B", numbers.B), ("head", head)], damping=0.1
+    )
     for parameter in (numbers.A, numbers.B, head):
         parameter.grad = torch.randn_like(parameter)
     dA, dB, dh = (p.grad.clone().double() for p in (numbers.A, numbers.B, head))
@@ -191,7 +210,11 @@ def test_a_preconditioned_optimizer_steps_as_pefts():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0", "2"]))
-    pairs = [(name, parameter) for name, parameter in theirs.named_parameters() if parameter.requires_grad]
+    pairs = [
+        (name, parameter)
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    ]
     own = {name.replace(".default.weight", "").replace("lora_", ""): nn.Parameter(p.detach()[None].clone())
            for name, p in pairs}  # fmt: skip
     optimizer = torch.optim.AdamW(own.values(), lr=0.01)
@@ -236,7 +259,8 @@ def backward(handle, seed: int) -> None:
 
 def two_layers(rank=4, groups=1) -> SimpleNamespace:
     handle = handle_of(
-        one=Numbers("adalora", rank=rank, groups=groups), two=Numbers("adalora", 7, 5, rank, groups=groups)
+        one=Numbers("adalora", rank=rank, groups=groups),
+        two=Numbers("adalora", 7, 5, rank, groups=groups),
     )
     for change in handle.changes.values():
         change.E.data.normal_()
@@ -244,7 +268,9 @@ def two_layers(rank=4, groups=1) -> SimpleNamespace:
 
 
 def masks(handle) -> list[float]:
-    return [number for change in handle.changes.values() for number in change.mask.flatten().tolist()]
+    return [
+        number for change in handle.changes.values() for number in change.mask.flatten().tolist()
+    ]
 
 
 def test_the_budget_falls_with_a_cube_and_the_masks_follow():
@@ -281,7 +307,12 @@ def test_the_important_triplets_stay_and_a_pruned_one_may_come_back():
     for step in range(1, 61):
         optimiser.zero_grad()
         loss = sum(
-            (change.variant.resolve({**change._parameters, **change._buffers}, 1.0, None)[0].delta()[0] - wanted)
+            (
+                change.variant.resolve({**change._parameters, **change._buffers}, 1.0, None)[
+                    0
+                ].delta()[0]
+                - wanted
+            )
             .square()
             .sum()
             for change, wanted in ((one, target), (two, torch.zeros_like(target)))
@@ -317,7 +348,9 @@ def test_importance_and_choice_are_pefts():
         total, pattern = allocator.update_and_allocate(theirs, step)
         assert budget.step(step) == total
         if pattern is not None and total < budget.first_budget:
-            kept = [float(keep) for path in handle.changes for keep in pattern[f"{path}.lora_E.default"]]
+            kept = [
+                float(keep) for path in handle.changes for keep in pattern[f"{path}.lora_E.default"]
+            ]
             assert masks(handle) == kept
 
 
@@ -350,7 +383,11 @@ def test_a_step_with_an_overflow_is_not_counted():
     handle.changes["one"].A.grad.fill_(float("inf"))
     handle.changes["two"].E.grad.fill_(float("nan"))
     budget.step(1)
-    assert all(value.isfinite().all() for part in (budget._sensitivity, budget._uncertainty) for value in part.values())
+    assert all(
+        value.isfinite().all()
+        for part in (budget._sensitivity, budget._uncertainty)
+        for value in part.values()
+    )
 
 
 def test_a_budget_says_what_is_wrong():
@@ -381,7 +418,10 @@ def test_the_regulariser_is_zero_for_orthogonal_factors_alone():
     layer = Numbers("adalora", out=6, in_=8, rank=3, groups=2)
     A, B = layer.A.data, layer.B.data
     eye = torch.eye(3)
-    expected = sum((A[g] @ A[g].T - eye).norm() ** 2 + (B[g].T @ B[g] - eye).norm() ** 2 for g in range(2)) / 4
+    expected = (
+        sum((A[g] @ A[g].T - eye).norm() ** 2 + (B[g].T @ B[g] - eye).norm() ** 2 for g in range(2))
+        / 4
+    )
     torch.testing.assert_close(regulariser(layer), torch.as_tensor(expected))
     regulariser(layer).backward()
     assert layer.A.grad.any()

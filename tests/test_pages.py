@@ -1,5 +1,5 @@
-"""The pages are whole: what they link to, name and draw is there, what they import is public, nothing of PEFT is
-missing. (``test_docs.py`` runs their snippets.)"""
+"""The pages are whole: what they link to, name and draw is there, what they import is public,
+nothing of PEFT is missing. (``test_docs.py`` runs their snippets.)"""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def code_of(page: Path) -> str:
     return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", text)])
 
 
-# ---- links and names ---------------------------------------------------------------------------------------------
+# ---- links and names
+# ---------------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -50,7 +51,9 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
             there = page.parent / target if target else page
-            if "://" not in target and (not there.exists() or (anchor and anchor not in anchors(there))):
+            if "://" not in target and (
+                not there.exists() or (anchor and anchor not in anchors(there))
+            ):
                 wrong.append(f"{named(page)} links to {target}#{anchor}")
     assert not wrong
 
@@ -59,16 +62,22 @@ def test_references_are_defined():
     """``[text][name]`` has its ``[name]: address``."""
     wrong = []
     for page in PAGES:
-        text = re.sub(r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(
+            r"^```.*?^```|`[^`\n]+`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE
+        )
         defined = set(re.findall(r"^\[([^\]]+)\]: \S+$", text, re.MULTILINE))
-        asked = set(re.findall(r"\]\[([^\]]+)\]", text)) | set(re.findall(r"\[(\^\w+)\](?!:)", text))
+        asked = set(re.findall(r"\]\[([^\]]+)\]", text)) | set(
+            re.findall(r"\[(\^\w+)\](?!:)", text)
+        )
         notes = set(re.findall(r"^\[(\^\w+)\]: ", text, re.MULTILINE))
         wrong += [f"{named(page)}: {name}" for name in sorted(asked - defined - notes)]
     assert not wrong
 
 
 def test_no_page_holds_both_sides_of_a_merge():
-    assert [named(page) for page in PAGES if re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)] == []
+    assert [
+        named(page) for page in PAGES if re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)
+    ] == []
 
 
 def test_files_that_are_named_exist():
@@ -135,13 +144,17 @@ def test_the_citation_is_of_this_version():
 
 def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
     text = (ROOT / "examples" / "docker" / "Dockerfile").read_text()
-    copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()]
+    copied = [
+        word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()
+    ]
     assert {"pyproject.toml", "src"} <= {*copied}
     assert all((ROOT / name).exists() for name in copied)
     (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*extras.split(",")} <= project["optional-dependencies"].keys()
-    assert json.loads(re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[0])[0] in project["scripts"]
+    assert (
+        json.loads(re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)[0])[0] in project["scripts"]
+    )
 
 
 def test_the_package_says_that_it_is_typed():
@@ -152,12 +165,15 @@ def test_the_changelog_has_the_form_that_it_names():
     text = (ROOT / "CHANGELOG.md").read_text()
     releases = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert releases[0] == "[Unreleased]"
-    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", release) for release in releases[1:])
+    assert all(
+        re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", release) for release in releases[1:]
+    )
     sections = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= sections
 
 
-# ---- README, overview, decisions ---------------------------------------------------------------------------------
+# ---- README, overview, decisions
+# ---------------------------------------------------------------------------------
 
 
 def test_the_readme_is_three_screens():
@@ -166,10 +182,16 @@ def test_the_readme_is_three_screens():
 
 def test_every_result_of_the_readme_shows_its_range_and_the_peer():
     table = (ROOT / "README.md").read_text().split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ") and "(" in line]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in table.splitlines()
+        if line.startswith("| ") and "(" in line
+    ]
     assert rows or "being recorded anew" in table
     for title, *cells in rows:
-        if len(cells) == 5:  # Veneer and PEFT in float32; Veneer, PEFT and PEFT at its best in bfloat16
+        if (
+            len(cells) == 5
+        ):  # Veneer and PEFT in float32; Veneer, PEFT and PEFT at its best in bfloat16
             assert all(re.search(r"\d \(\d.*–.*\d\)", cell) for cell in cells), title
 
 
@@ -181,9 +203,15 @@ def test_the_overview_is_two_pages():
 
 def test_the_drawing_is_of_the_house():
     """Everything at the top of the package is drawn, and what is drawn is there."""
-    drawing = (ROOT / "docs" / "overview.md").read_text().split("src/veneer/\n", 1)[1].split("```", 1)[0]
+    drawing = (
+        (ROOT / "docs" / "overview.md").read_text().split("src/veneer/\n", 1)[1].split("```", 1)[0]
+    )
     top = set(re.findall(r"^  (\w+(?:\.py|/))", drawing, re.MULTILINE))
-    there = {path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    there = {
+        path.name + "/" * path.is_dir()
+        for path in SOURCE.iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    }
     assert top == there - {"__init__.py", "__pycache__/"}
     folder = SOURCE
     for line in drawing.splitlines():
@@ -191,7 +219,16 @@ def test_the_drawing_is_of_the_house():
             folder = SOURCE / head[1] if head[2] else SOURCE
         for file in re.findall(r"\b\w+\.py\b", line):
             assert (folder / file).exists(), f"{folder.name}/{file} is drawn"
-    for folder in ("fileio", "kernels", "attach", "models", "adapter_files", "bank", "train", "serve"):
+    for folder in (
+        "fileio",
+        "kernels",
+        "attach",
+        "models",
+        "adapter_files",
+        "bank",
+        "train",
+        "serve",
+    ):
         for file in (SOURCE / folder).glob("[a-z]*.py"):
             assert re.search(rf"\b{file.name}\b", drawing), f"{folder}/{file.name} is not drawn"
 
@@ -219,7 +256,8 @@ def test_a_decision_says_why_what_instead_of_what_and_how_to_check():
         assert heads == ["Context.", "Decision.", "Rejected.", "How to check."], page.name
 
 
-# ---- what is public ----------------------------------------------------------------------------------------------
+# ---- what is public
+# ----------------------------------------------------------------------------------------------
 
 
 def public_modules() -> set[str]:
@@ -241,31 +279,45 @@ def test_a_public_module_says_what_is_public(module):
 
 
 def test_what_the_docs_import_is_public():
-    """In README, docs and examples: from a module that public-api.md lists, and in its ``__all__``."""
+    """In README, docs and examples: from a module that public-api.md lists, and in its
+    ``__all__``."""
     modules, wrong = public_modules(), []
     measured = ROOT / "docs" / "benchmarks.md"  # says what was measured, also of the inside
     for page in [*PAGES, *(ROOT / "examples").glob("*.py")]:
         if page == measured:
             continue
         code = page.read_text() if page.suffix == ".py" else code_of(page)
-        code = code.replace("-m veneer.cli", "")  # the command line as a module, which torchrun asks for
+        code = code.replace(
+            "-m veneer.cli", ""
+        )  # the command line as a module, which torchrun asks for
         asked = [
             (module, name.split(" as ")[0].strip())
-            for module, names in re.findall(r"^from (veneer[\w.]*) import ([^#\n]+)", code, re.MULTILINE)
+            for module, names in re.findall(
+                r"^from (veneer[\w.]*) import ([^#\n]+)", code, re.MULTILINE
+            )
             for name in names.split(",")
         ]
         for chain in re.findall(r"(?<![\w./])veneer((?:\.\w+)+)", code):
             parts = chain.strip(".").split(".")
             if parts[0] not in ("json", "safetensors"):  # names of files
-                depth = max(n for n in range(len(parts) + 1) if ".".join(["veneer", *parts[:n]]) in modules)
-                asked += [(".".join(["veneer", *parts[:depth]]), parts[depth])] if depth < len(parts) else []
+                depth = max(
+                    n for n in range(len(parts) + 1) if ".".join(["veneer", *parts[:n]]) in modules
+                )
+                asked += (
+                    [(".".join(["veneer", *parts[:depth]]), parts[depth])]
+                    if depth < len(parts)
+                    else []
+                )
         for module, name in asked:
-            if module not in modules or (name not in public_names(module) and f"{module}.{name}" not in modules):
+            if module not in modules or (
+                name not in public_names(module) and f"{module}.{name}" not in modules
+            ):
                 wrong.append(f"{named(page)}: {module}.{name}")
     assert not wrong
 
 
-# ---- From PEFT ---------------------------------------------------------------------------------------------------
+# ---- From PEFT
+# ---------------------------------------------------------------------------------------------------
 
 FROM_PEFT = (ROOT / "docs" / "from-peft.md").read_text()
 
@@ -279,11 +331,25 @@ def rows_of(section: str) -> dict[str, list[str]]:
 
 def test_every_field_of_pefts_config_has_its_row():
     peft = pytest.importorskip("peft")
-    rows = {re.match(r"`(\w+)`", cell)[1]: cells for cell, cells in rows_of("The fields of `LoraConfig`").items()}
+    rows = {
+        re.match(r"`(\w+)`", cell)[1]: cells
+        for cell, cells in rows_of("The fields of `LoraConfig`").items()
+    }
     assert rows.keys() == {field.name for field in fields(peft.LoraConfig)}
     ours = {field.name for field in fields(veneer.LoraConfig)}
     told = set(re.findall(r"`(\w+)`", " ".join(cells[0].split(":")[0] for cells in rows.values())))
-    assert told >= {"rank", "alpha", "dropout", "targets", "exclude", "layers", "ranks", "alphas", "train_also", "bias"}
+    assert told >= {
+        "rank",
+        "alpha",
+        "dropout",
+        "targets",
+        "exclude",
+        "layers",
+        "ranks",
+        "alphas",
+        "train_also",
+        "bias",
+    }
     assert ours - told <= {"slices", "variant", "dtype"}
 
 
@@ -295,7 +361,9 @@ def test_what_loading_refuses_of_a_config_is_what_the_page_says():
         try:
             peft_format.check_config({**config, name: {"a": 1}})
         except AdapterError as error:
-            refused = f"{name}={{'a': 1}}" in str(error) and "a field that Veneer can honour" in str(error)
+            refused = f"{name}={{'a': 1}}" in str(
+                error
+            ) and "a field that Veneer can honour" in str(error)
         assert refused == (loaded == "refused"), name
 
 
@@ -303,6 +371,8 @@ def test_every_helper_of_peft_has_its_row():
     peft = pytest.importorskip("peft")
     methods = {*dir(peft.PeftModel), *dir(peft.LoraModel)} - {*dir(torch.nn.Module)}
     functions = {name for name in peft.__all__ if inspect.isfunction(getattr(peft, name))}
-    told = set(re.findall(r"\w+", " ".join([*rows_of("Helpers"), *rows_of("Methods of the model")])))
+    told = set(
+        re.findall(r"\w+", " ".join([*rows_of("Helpers"), *rows_of("Methods of the model")]))
+    )
     asked = functions | {name for name in methods if not name.startswith("_")}
     assert asked <= told, asked - told

@@ -1,5 +1,5 @@
-"""How models are run: function transforms, inference mode, autocast, memory formats, checkpointing, threads, hooks,
-shared layers. Every layer kind is found through the registry."""
+"""How models are run: function transforms, inference mode, autocast, memory formats, checkpointing,
+threads, hooks, shared layers. Every layer kind is found through the registry."""
 
 from __future__ import annotations
 
@@ -54,10 +54,13 @@ def works(function) -> bool:
     return True
 
 
-# ---- torch.func -------------------------------------------------------------------------------------------------
+# ---- torch.func
+# -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, on rules for batches that it has not written yet
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # torch's own, on rules for batches that it has not written yet
 @examples
 def test_function_transforms_over_an_adapters_numbers(kind, number):
     module, args = example(kind, number, torch.float64)
@@ -90,11 +93,20 @@ def test_function_transforms_over_an_adapters_numbers(kind, number):
             if key in own:
                 assert error(gradients[key], parameter.grad) < 1e-10
     if can_vmap:
-        assert error(vmap(run)(pair(own)), torch.stack([run(value) for value in _unstacked(pair(own))])) < 1e-10
-    if can_jvp and getattr(module, "max_norm", None) is None:  # to torch, that scale has no derivative
+        assert (
+            error(
+                vmap(run)(pair(own)), torch.stack([run(value) for value in _unstacked(pair(own))])
+            )
+            < 1e-10
+        )
+    if (
+        can_jvp and getattr(module, "max_norm", None) is None
+    ):  # to torch, that scale has no derivative
         step = {key: torch.randn_like(value) for key, value in own.items()}
         tangent = jvp(run, (own,), (step,))[1]
-        ahead, behind = ({key: own[key] + sign * step[key] for key in own} for sign in (1e-6, -1e-6))
+        ahead, behind = (
+            {key: own[key] + sign * step[key] for key in own} for sign in (1e-6, -1e-6)
+        )
         assert error((run(ahead) - run(behind)) / 2e-6, tangent) < 1e-5
     assert can_grad or kind == "recurrent"
     assert can_vmap or kind.startswith("recurrent")
@@ -124,7 +136,8 @@ def test_gradients_of_each_row_by_vmap_follow_the_selection():
                         assert parameter.grad is None
 
 
-# ---- gradients off, autocast, memory formats --------------------------------------------------------------------
+# ---- gradients off, autocast, memory formats
+# --------------------------------------------------------------------
 
 
 @examples
@@ -169,7 +182,9 @@ def _leaves(tree):
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize("make_model", [lambda: (TinyLM(), IDS), lambda: (ConvNet(), torch.randn(4, 3, 8, 8))])
+@pytest.mark.parametrize(
+    "make_model", [lambda: (TinyLM(), IDS), lambda: (ConvNet(), torch.randn(4, 3, 8, 8))]
+)
 def test_autocast_on_whole_models(make_model):
     model, x = make_model()
     plain = plainly(adapt(model.eval(), "a", size=0.1))
@@ -181,7 +196,11 @@ def test_autocast_on_whole_models(make_model):
     assert all(p.grad.dtype == p.dtype for p in veneer.Handle(model, "a").parameters())
 
 
-IMAGES = [example for example in EXAMPLES if example[0] in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")]
+IMAGES = [
+    example
+    for example in EXAMPLES
+    if example[0] in ("conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")
+]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +227,8 @@ def test_channels_last_stays_channels_last(kind, number, variant, weights):
         assert weight.stride() == strides
 
 
-# ---- activation checkpointing, threads, tasks -------------------------------------------------------------------
+# ---- activation checkpointing, threads, tasks
+# -------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own, on what it turns off while checkpointing
@@ -301,7 +321,8 @@ def test_threads_and_tasks_while_another_attaches_saves_and_detaches(tmp_path):
     assert len(changes) > 2
 
 
-# ---- hooks, and modules that are called more than once ----------------------------------------------------------
+# ---- hooks, and modules that are called more than once
+# ----------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # for an input of indices
@@ -368,14 +389,23 @@ def test_the_gradient_of_a_module_that_is_called_twice_is_the_sum(kind, number):
     for part in (flat(model.one(*args)), flat(model.two(*_scaled(args))).square()):
         part.sum().backward()  # accumulates
     assert set(actual) == set(own)
-    assert all(error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in own)
+    assert all(
+        error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in own
+    )
 
 
 def albert():
     from transformers import AlbertConfig, AlbertModel
 
-    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    return AlbertModel(AlbertConfig(vocab_size=17, num_hidden_layers=3, max_position_embeddings=16, **sizes)).eval()
+    sizes = {
+        "embedding_size": 8,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    return AlbertModel(
+        AlbertConfig(vocab_size=17, num_hidden_layers=3, max_position_embeddings=16, **sizes)
+    ).eval()
 
 
 @pytest.mark.parametrize("make_model", [albert, Shared])
@@ -453,11 +483,16 @@ def test_a_call_leaves_a_module_as_the_base_leaves_it(kind, number):
     adapt(module, "a", "b")
 
     def state():
-        own = {path: {k: id(v) for k, v in part.__dict__.items()} for path, part in module.named_modules()}
+        own = {
+            path: {k: id(v) for k, v in part.__dict__.items()}
+            for path, part in module.named_modules()
+        }
         return own, bits(module)
 
     (before, values) = state()
-    weights = list(getattr(module, "_flat_weights", []))  # which a recurrent layer hands to its kernel
+    weights = list(
+        getattr(module, "_flat_weights", [])
+    )  # which a recurrent layer hands to its kernel
     for train in (True, False):
         module.train(train)
         selected(module, "a", *args)
@@ -466,4 +501,7 @@ def test_a_call_leaves_a_module_as_the_base_leaves_it(kind, number):
     after, now = state()
     assert after == before
     assert all(torch.equal(now[key], value) for key, value in values.items())
-    assert all(one is other for one, other in zip(getattr(module, "_flat_weights", []), weights, strict=True))
+    assert all(
+        one is other
+        for one, other in zip(getattr(module, "_flat_weights", []), weights, strict=True)
+    )

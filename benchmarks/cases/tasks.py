@@ -1,4 +1,5 @@
-"""Tasks of `veneer train` beside PEFT in transformers' trainer or TRL's: what they learn, and what that costs."""
+"""Tasks of `veneer train` beside PEFT in transformers' trainer or TRL's: what they learn, and what
+that costs."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def step_meter() -> Any:
     return StepMeter()
 
 
-def with_veneer(case: Case, folder: Path, seed: int, steps: int, dtype: str, meter: Any) -> tuple[Any, Any]:
+def with_veneer(
+    case: Case, folder: Path, seed: int, steps: int, dtype: str, meter: Any
+) -> tuple[Any, Any]:
     """The adapter is saved by the run."""
     from veneer.train.config import make_config
     from veneer.train.run import fit
@@ -58,7 +61,9 @@ def with_veneer(case: Case, folder: Path, seed: int, steps: int, dtype: str, met
     return result.model, result.tokenizer
 
 
-def with_peft(case: Case, folder: Path, seed: int, steps: int, dtype: str, meter: Any) -> tuple[Any, Any]:
+def with_peft(
+    case: Case, folder: Path, seed: int, steps: int, dtype: str, meter: Any
+) -> tuple[Any, Any]:
     """A checkpoint after the last step as in the other, then the adapter."""
     torch.manual_seed(seed)
     arguments = {
@@ -86,7 +91,11 @@ def task_arms(stack: Any, seed: int, task: str, steps: int, quick: bool = False)
             meter, start, cpu = step_meter(), time.perf_counter(), time.process_time()
             with contextlib.redirect_stdout(sys.stderr):
                 model, processor = train(case, folder, seed, steps, dtype, meter)
-            numbers = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu, "steps": meter.cpu}
+            numbers = {
+                "wall": time.perf_counter() - start,
+                "cpu": time.process_time() - cpu,
+                "steps": meter.cpu,
+            }
             numbers["quality"] = case.judge(model.eval(), processor, folder)
             if case.rises:
                 with base_alone(model):

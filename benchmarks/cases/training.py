@@ -11,7 +11,18 @@ import torch
 
 import memory
 import veneer
-from candidates import ALPHA, ARCHITECTURES, DTYPES, Candidate, llama, make, names, sharing, step, with_products
+from candidates import (
+    ALPHA,
+    ARCHITECTURES,
+    DTYPES,
+    Candidate,
+    llama,
+    make,
+    names,
+    sharing,
+    step,
+    with_products,
+)
 from runner import Arms, Case
 from veneer.train.loss import causal_loss
 
@@ -52,7 +63,9 @@ def step_arms(
     return {name: arm(name) for name in names(architecture, dtype, dropout, peers)}
 
 
-def memory_arms(stack: Any, seed: int, dtype: str, layers: int, tokens: int, tiny: bool = False, rank: int = 8) -> Arms:
+def memory_arms(
+    stack: Any, seed: int, dtype: str, layers: int, tokens: int, tiny: bool = False, rank: int = 8
+) -> Arms:
     def arm(name: str) -> Callable[[], dict[str, float]]:
         def measure() -> dict[str, float]:
             torch.manual_seed(seed)
@@ -72,7 +85,9 @@ def memory_arms(stack: Any, seed: int, dtype: str, layers: int, tokens: int, tin
     return {name: arm(name) for name in names("llama", dtype, dropout=False, peers=layers < 30)}
 
 
-def many_arms(stack: Any, seed: int, dtype: str, layers: int, adapters: int, tokens: int, tiny: bool = False) -> Arms:
+def many_arms(
+    stack: Any, seed: int, dtype: str, layers: int, adapters: int, tokens: int, tiny: bool = False
+) -> Arms:
     torch.manual_seed(seed)
     plain: Any = llama(layers, tokens, tiny=tiny).to(DTYPES[dtype])
     base: Any = sharing(plain)
@@ -94,7 +109,9 @@ def many_arms(stack: Any, seed: int, dtype: str, layers: int, adapters: int, tok
     config = veneer.LoraConfig(rank=8, alpha=ALPHA)
     together = veneer.train_many(sharing(base), dict.fromkeys(runs, config))
     optimizer = torch.optim.AdamW(
-        [parameter for run in together.values() for parameter in run.parameters()], lr=1e-4, fused=True
+        [parameter for run in together.values() for parameter in run.parameters()],
+        lr=1e-4,
+        fused=True,
     )
 
     def at_once() -> None:

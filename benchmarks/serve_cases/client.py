@@ -1,7 +1,8 @@
 """Clients: each sends one request after another over HTTP and writes down when each token came.
 
-A server is given as OpenAI's `/v1/completions` with streamed answers. Prompts are token ids, drawn from a seed, so that
-every server gets the same work; a token is one word of the answer (see `place`), so a chunk says how many it carries.
+A server is given as OpenAI's `/v1/completions` with streamed answers. Prompts are token ids, drawn
+from a seed, so that every server gets the same work; a token is one word of the answer (see
+`place`), so a chunk says how many it carries.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Answer:
     client: int
     turn: int
     sent: float
-    times: list[float] = field(default_factory=list)  # of each token; tokens of one chunk came at one time
+    times: list[float] = field(
+        default_factory=list
+    )  # of each token; tokens of one chunk came at one time
     words: list[str] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     finish: str | None = None
@@ -70,8 +73,11 @@ def session() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=httpx.Timeout(600), limits=limits, trust_env=False)
 
 
-async def ask(http: httpx.AsyncClient, url: str, request: dict[str, Any], client: int = 0, turn: int = 0) -> Answer:
-    """Send one request and read its answer to the end; asks again after a 429, and its clock goes on.
+async def ask(
+    http: httpx.AsyncClient, url: str, request: dict[str, Any], client: int = 0, turn: int = 0
+) -> Answer:
+    """Send one request and read its answer to the end; asks again after a 429, and its clock goes
+    on.
 
     Raises:
         BenchmarkError: another status, or an answer without an end.
@@ -130,11 +136,11 @@ async def together(
     lengths: tuple[int, int],
     vocabulary: int,
 ) -> tuple[list[Answer], float]:
-    """All clients at once, each `turns` requests one after another, for the adapter that is its own.
+    """All clients at once, each `turns` requests one after another, for the adapter that is its
+    own.
 
-    `place` says which address serves an adapter. Returns the answers and the seconds from the first request to the
-    last token.
-    """  # fmt: skip
+    `place` says which address serves an adapter. Returns the answers and the seconds from the first
+    request to the last token. """  # fmt: skip
     async with session() as http:
 
         async def one(client: int) -> list[Answer]:
@@ -146,7 +152,9 @@ async def together(
             ]  # fmt: skip
 
         start = time.perf_counter()
-        answers = [answer for own in await asyncio.gather(*map(one, range(clients))) for answer in own]
+        answers = [
+            answer for own in await asyncio.gather(*map(one, range(clients))) for answer in own
+        ]
         return answers, time.perf_counter() - start
 
 
@@ -158,7 +166,9 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
     """
     values = list(values)
     if len(values) < 2:
-        raise BenchmarkError(f"{len(values)} value(s) have no percentiles: ask for more requests or loads")
+        raise BenchmarkError(
+            f"{len(values)} value(s) have no percentiles: ask for more requests or loads"
+        )
     cuts = statistics.quantiles(values, n=20, method="inclusive")
     return {"p50": round(cuts[9] * 1000, 2), "p95": round(cuts[18] * 1000, 2)}
 
@@ -169,10 +179,18 @@ def summary(answers: Sequence[Answer], seconds: float, tokens: int) -> dict[str,
     Raises:
         BenchmarkError: an answer is shorter than what was asked for.
     """
-    short = [answer for answer in answers if answer.usage.get("completion_tokens", len(answer.words)) != tokens]
+    short = [
+        answer
+        for answer in answers
+        if answer.usage.get("completion_tokens", len(answer.words)) != tokens
+    ]
     if short:
-        counts = sorted(answer.usage.get("completion_tokens", len(answer.words)) for answer in short)
-        raise BenchmarkError(f"{len(short)} of {len(answers)} answers do not have {tokens} tokens: {counts[:10]}")
+        counts = sorted(
+            answer.usage.get("completion_tokens", len(answer.words)) for answer in short
+        )
+        raise BenchmarkError(
+            f"{len(short)} of {len(answers)} answers do not have {tokens} tokens: {counts[:10]}"
+        )
     return {
         "seconds": seconds,
         "rate": len(answers) * tokens / seconds,

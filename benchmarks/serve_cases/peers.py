@@ -1,7 +1,8 @@
-"""PEFT's way to serve many adapters, as an engine behind Veneer's own front: ``generate(adapter_names=[…])`` on a batch
-of what waits. What its API allows at best: a batch is as large as `rows`, or as what waits when the one before is done;
-of more than fit, the oldest is taken with those that are closest to it in length, so that little is padded; adapters
-are in the weights' own type; each token is delivered when it is there. A batch cannot be joined or left while it runs:
+"""PEFT's way to serve many adapters, as an engine behind Veneer's own front:
+``generate(adapter_names=[…])`` on a batch of what waits. What its API allows at best: a batch is as
+large as `rows`, or as what waits when the one before is done; of more than fit, the oldest is taken
+with those that are closest to it in length, so that little is padded; adapters are in the weights'
+own type; each token is delivered when it is there. A batch cannot be joined or left while it runs:
 `generate` has no way to.
 
     python benchmarks/serve_cases/peers.py PLACE --port 8000 --rows 16 --length 1024
@@ -25,7 +26,8 @@ from veneer.serve.requests import Piece, Request, Token
 
 log = logging.getLogger("serve_cases.peers")
 
-#: seconds without a new request after which a batch starts, and the most that one waits for company: clients that got
+# : seconds without a new request after which a batch starts, and the most that one waits for
+# company: clients that got
 #: their last token together send their next request together
 QUIET, PATIENCE = 0.02, 0.2
 
@@ -51,19 +53,24 @@ class Job:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def end(self, finish: Any, text: str = "", tokens: tuple[Token, ...] = (), error: str | None = None) -> None:
+    def end(
+        self, finish: Any, text: str = "", tokens: tuple[Token, ...] = (), error: str | None = None
+    ) -> None:
         if not self.done:
             self.done = True
             self.deliver(Piece(text, tokens, finish, error))
 
 
 class Batches:
-    """A queue, and a thread that takes some of it and works them off with `work` before it takes more.
+    """A queue, and a thread that takes some of it and works them off with `work` before it takes
+    more.
 
     `choose` says which of those that wait are next. It has what the API asks of an engine.
     """
 
-    def __init__(self, choose: Callable[[Sequence[Job]], list[Job]], work: Callable[[list[Job]], None]) -> None:
+    def __init__(
+        self, choose: Callable[[Sequence[Job]], list[Job]], work: Callable[[list[Job]], None]
+    ) -> None:
         self._choose, self._work = choose, work
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
@@ -115,7 +122,9 @@ class Batches:
             for job in [job for job in self._queue if job.cancelled]:
                 self._queue.remove(job)
                 job.end("cancelled")
-            self._running = self._choose(tuple(self._queue)) if self._queue and not self._closed else []
+            self._running = (
+                self._choose(tuple(self._queue)) if self._queue and not self._closed else []
+            )
             for job in self._running:
                 self._queue.remove(job)
             return self._running
@@ -144,7 +153,8 @@ def closest(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
     return choose
 
 
-# ------------------------------------------------------------------------------------------ PEFT, mixed batches
+# ------------------------------------------------------------------------------------------ PEFT,
+# mixed batches
 
 
 def mixed(place: Path, rows: int) -> tuple[Batches, Any, Any]:
@@ -157,7 +167,9 @@ def mixed(place: Path, rows: int) -> tuple[Batches, Any, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(place / "base", dtype="auto")
     folders = sorted((place / "adapters").iterdir())
     # in bf16 PEFT's adapters are in fp32 unless told otherwise, which is slower
-    model = PeftModel.from_pretrained(model, folders[0], adapter_name=folders[0].name, autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(
+        model, folders[0], adapter_name=folders[0].name, autocast_adapter_dtype=False
+    )
     for folder in folders[1:]:
         model.load_adapter(folder, folder.name, autocast_adapter_dtype=False)
     model.eval()
@@ -207,11 +219,13 @@ def say(job: Job, token: int, tokenizer: Any) -> None:
         job.deliver(Piece(text, tokens))
 
 
-# ------------------------------------------------------------------------------------------ the front
+# ------------------------------------------------------------------------------------------ the
+# front
 
 
 class Names:
-    """What the front asks of a bank, for engines that hold their adapters themselves: which names there are."""
+    """What the front asks of a bank, for engines that hold their adapters themselves: which names
+    there are."""
 
     def __init__(self) -> None:
         self.names: dict[str, Path] = {}
@@ -231,7 +245,9 @@ class Names:
 
 def main() -> None:
     """Serve until a signal says to stop."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("place", type=Path)
     for name in ("port", "rows", "length"):
         parser.add_argument(f"--{name}", type=int, required=True)

@@ -4,8 +4,8 @@
     PLACE/adapters/a0 … a7    rank 8 on all linear layers, saved by Veneer
     PLACE/merged/a0 … a7      base and adapter as one
 
-The tokenizer has one plain word for each token, so that a client that receives text knows how many tokens it got: no
-server has to hold back half a character.
+The tokenizer has one plain word for each token, so that a client that receives text knows how many
+tokens it got: no server has to hold back half a character.
 """
 
 from __future__ import annotations
@@ -25,14 +25,28 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def make(
-    place: Path, dtype: str, adapters: int, *, tiny: bool = False, merged: bool = True, rank: int = RANK
+    place: Path,
+    dtype: str,
+    adapters: int,
+    *,
+    tiny: bool = False,
+    merged: bool = True,
+    rank: int = RANK,
 ) -> list[str]:
     """Write all of it, with seeded random numbers; returns the names of the adapters.
 
     ‖ΔW‖ is about a fifth of ‖W‖: the answers of an adapter are not the base's.
     """
     torch.manual_seed(0)
-    model = llama(2 if tiny else 30, 2048, tiny, use_cache=True, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    model = llama(
+        2 if tiny else 30,
+        2048,
+        tiny,
+        use_cache=True,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=0,
+    )
     model.to(DTYPES[dtype]).eval()
     with quiet():
         model.save_pretrained(place / "base")
@@ -48,7 +62,9 @@ def make(
         handle.save(place / "adapters" / name)
         if merged:
             folder = place / "merged" / name
-            merge_checkpoint(place / "base", [place / "adapters" / name], folder, rounding="nearest", model=plain)
+            merge_checkpoint(
+                place / "base", [place / "adapters" / name], folder, rounding="nearest", model=plain
+            )
     return names
 
 

@@ -71,11 +71,14 @@ def serve(
 
 
 def wait(server: Server, ready: str = "/ready", seconds: float = 300) -> None:
-    """Until it answers 200 at this path. ``RuntimeError``: it ended, or did not in time; shows what it printed."""
+    """Until it answers 200 at this path. ``RuntimeError``: it ended, or did not in time; shows what
+    it printed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if server.process.poll() is not None:
-            raise RuntimeError(f"{server.process.args} ended with {server.process.returncode}:\n{tail(server.log)}")
+            raise RuntimeError(
+                f"{server.process.args} ended with {server.process.returncode}:\n{tail(server.log)}"
+            )
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(server.url + ready, timeout=5, trust_env=False).status_code == 200:
                 return
@@ -114,4 +117,6 @@ def memory(servers: Sequence[Server]) -> int:
 
 
 def _kib(file: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name))
+    return next(
+        int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name)
+    )

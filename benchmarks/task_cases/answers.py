@@ -1,4 +1,5 @@
-"""Preferences and rewards with SmolLM2: of two words the earlier one, and words that begin with a given letter."""
+"""Preferences and rewards with SmolLM2: of two words the earlier one, and words that begin with a
+given letter."""
 
 from __future__ import annotations
 
@@ -37,11 +38,15 @@ def language_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     """With plain attention, as the strongest peer has it on a processor, and as Veneer is told."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / BASE, dtype=dtype, attn_implementation="eager"
+    )
     return model, AutoTokenizer.from_pretrained(folder / BASE)
 
 
-def train_dpo(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
+def train_dpo(
+    folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
+) -> tuple[Any, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
@@ -73,7 +78,9 @@ def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) 
         target = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        parts.append((logits.gather(2, target.clamp(min=0)[..., None])[..., 0] * (target != -100)).sum(1))
+        parts.append(
+            (logits.gather(2, target.clamp(min=0)[..., None])[..., 0] * (target != -100)).sum(1)
+        )
     return torch.cat(parts)
 
 
@@ -100,7 +107,8 @@ def judge_pairs(model: Any, tokenizer: Any, folder: Path) -> float:
     return float((chosen > rejected).float().mean())
 
 
-# ---- rewards -----------------------------------------------------------------------------------------------------
+# ---- rewards
+# -----------------------------------------------------------------------------------------------------
 
 REWARD = '''
 def begins(prompts, completions, letter, **_):
@@ -114,7 +122,10 @@ def write_letters(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     (folder / "rewards.py").write_text(REWARD)
     rows = {
-        letter: {"prompt": f"A word that begins with the letter {letter.upper()}:", "letter": letter}
+        letter: {
+            "prompt": f"A word that begins with the letter {letter.upper()}:",
+            "letter": letter,
+        }
         for letter in LETTERS
     }
     seen = [letter for letter in LETTERS if letter not in HELD_LETTERS]
@@ -128,7 +139,9 @@ def reward_in(folder: Path) -> Callable[..., list[float]]:
     return found["begins"]
 
 
-def train_grpo(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
+def train_grpo(
+    folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
+) -> tuple[Any, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -161,7 +174,9 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
         top_p=1.0, temperature=1.0, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    found = reward_in(folder)([row["prompt"] for row in rows], texts, [row["letter"] for row in rows])
+    found = reward_in(folder)(
+        [row["prompt"] for row in rows], texts, [row["letter"] for row in rows]
+    )
     return statistics.mean(found)
 
 

@@ -16,9 +16,10 @@ RANK, ALPHA = 8, 16
 @dataclass(frozen=True)
 class Case:
     """One task. `write(folder, quick)`: base and rows. `train(folder, arguments, dtype,
-    callbacks)`: the peer's run, which imports nothing of Veneer's. `judge(model, processor, folder)`: the quality of
-    either's model. `settings`: of `TrainConfig`. `language`: the base is a language model, in the precision that Veneer
-    chooses. `rises`: the quality must be above the base's."""
+    callbacks)`: the peer's run, which imports nothing of Veneer's. `judge(model, processor,
+    folder)`: the quality of either's model. `settings`: of `TrainConfig`. `language`: the base is a
+    language model, in the precision that Veneer chooses. `rises`: the quality must be above the
+    base's."""
 
     write: Callable[[Path, bool], None]
     train: Callable[[Path, dict[str, Any], str, list[Any]], tuple[Any, Any]]
@@ -51,11 +52,15 @@ def adapted(model: Any, kind: str | None, **more: Any) -> Any:
     """The peer's model, with PEFT's adapters on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=kind, **more)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type=kind, **more
+    )
     return get_peft_model(model, config)
 
 
-def plain_trainer(model: Any, rows: Any, collator: Any, arguments: dict[str, Any], callbacks: list[Any]) -> Any:
+def plain_trainer(
+    model: Any, rows: Any, collator: Any, arguments: dict[str, Any], callbacks: list[Any]
+) -> Any:
     from transformers import Trainer, TrainingArguments
 
     own = TrainingArguments(remove_unused_columns=False, **arguments)

@@ -15,7 +15,11 @@ from task_cases.case import BASE, MINILM, Case, adapted, link_base, plain_traine
 
 
 def needs_snips() -> str | None:
-    return None if Path(os.environ.get("SNIPS", "-")).is_dir() else "$SNIPS, the folder of the SNIPS files"
+    return (
+        None
+        if Path(os.environ.get("SNIPS", "-")).is_dir()
+        else "$SNIPS, the folder of the SNIPS files"
+    )
 
 
 def write_snips(folder: Path, quick: bool) -> None:
@@ -24,8 +28,14 @@ def write_snips(folder: Path, quick: bool) -> None:
         rows_to(folder / f"{part}.jsonl", rows)
 
 
-def train_tagging(folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]) -> tuple[Any, Any]:
-    from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
+def train_tagging(
+    folder: Path, arguments: dict[str, Any], dtype: str, callbacks: list[Any]
+) -> tuple[Any, Any]:
+    from transformers import (
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        DataCollatorForTokenClassification,
+    )
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / BASE)
     rows = rows_of(folder / "train.jsonl")
@@ -34,11 +44,25 @@ def train_tagging(folder: Path, arguments: dict[str, Any], dtype: str, callbacks
     for row in rows:
         own = tokenizer(row["words"], is_split_into_words=True)
         at = own.word_ids()
-        first = [word is not None and word != before for word, before in zip(at, [None, *at], strict=False)]
-        labels = [names.index(row["labels"][word]) if there else -100 for word, there in zip(at, first, strict=True)]
-        encoded.append({"input_ids": own["input_ids"], "attention_mask": own["attention_mask"], "labels": labels})
+        first = [
+            word is not None and word != before
+            for word, before in zip(at, [None, *at], strict=False)
+        ]
+        labels = [
+            names.index(row["labels"][word]) if there else -100
+            for word, there in zip(at, first, strict=True)
+        ]
+        encoded.append(
+            {
+                "input_ids": own["input_ids"],
+                "attention_mask": own["attention_mask"],
+                "labels": labels,
+            }
+        )
     model = AutoModelForTokenClassification.from_pretrained(
-        folder / BASE, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+        folder / BASE,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
     )
     model = adapted(model, "TOKEN_CLS", exclude_modules=["classifier"])
     collator = DataCollatorForTokenClassification(tokenizer)
@@ -67,4 +91,6 @@ def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
     return span_f1(pairs)
 
 
-TAGGING = Case(write_snips, train_tagging, judge_tagging, 120, 32, 1e-3, {"task": "classify"}, needs_snips)
+TAGGING = Case(
+    write_snips, train_tagging, judge_tagging, 120, 32, 1e-3, {"task": "classify"}, needs_snips
+)

@@ -1,4 +1,5 @@
-"""Cases that LoRA libraries get wrong, run through Veneer and its peers: ``python benchmarks/torture.py``.
+"""Cases that LoRA libraries get wrong, run through Veneer and its peers: ``python
+benchmarks/torture.py``.
 
     cases/        CASES: a name, the row of the table that it belongs to, and a function of a library
     judges.py     what "right" means: forward equals merged, unmerging restores bits, refused instead of accepted, …

@@ -52,7 +52,10 @@ def bits(adapter: Adapter) -> dict[str, Tensor]:
 def off(adapter: Adapter, before: dict[str, Tensor]) -> float:
     """How far the base's weights are from what they were."""
     now = adapter.weights()
-    return max(distance(now[path], weight) if path in now else float("inf") for path, weight in before.items())
+    return max(
+        distance(now[path], weight) if path in now else float("inf")
+        for path, weight in before.items()
+    )
 
 
 def state(error: float) -> str:
@@ -70,9 +73,9 @@ def sound(
     rank: int = 2,
     **options: Any,
 ) -> Result:
-    """An adapter attaches, changes the output, gets a gradient for all its numbers, gives the same output merged (when
-    its own numbers are zero, to be sure that it is the weights that hold it), and leaves the base as it was after
-    unmerging."""
+    """An adapter attaches, changes the output, gets a gradient for all its numbers, gives the same
+    output merged (when its own numbers are zero, to be sure that it is the weights that hold it),
+    and leaves the base as it was after unmerging."""
     with torch.no_grad():
         base = model.eval()(*inputs)
     try:
@@ -92,7 +95,10 @@ def sound(
     change = distance(output, base)
     if change < 1e-3 * size:
         problems.append(f"no effect in forward (changes it by {change:.1g})")
-    blind = sum(p.grad is None or not p.grad.abs().sum() > 0 or not p.grad.isfinite().all() for p in parameters)
+    blind = sum(
+        p.grad is None or not p.grad.abs().sum() > 0 or not p.grad.isfinite().all()
+        for p in parameters
+    )
     if blind:
         problems.append(f"no gradient for {blind} of {len(parameters)} trained tensors")
     measures, before = {"change": change / size, "blind": float(blind)}, bits(adapter)
@@ -106,7 +112,9 @@ def sound(
             parameter.data.copy_(number)
         measures["merged"] = differs / size
         if measures["merged"] > NEAR:
-            problems.append(f"forward differs from merged by {differs:.2g} on outputs of {size:.2g}")
+            problems.append(
+                f"forward differs from merged by {differs:.2g} on outputs of {size:.2g}"
+            )
         adapter.unmerge()
         measures["again"] = distance(output, adapter.model(*inputs)) / size
         if measures["again"] > NEAR:
@@ -119,7 +127,11 @@ def sound(
     if problems:
         return Result(False, "; ".join(problems), measures)
     exact = f"to {measures['unmerged']:.0e}" if measures["unmerged"] else "exactly"
-    return Result(True, f"forward equals merged to {measures['merged']:.0e}, unmerging restores {exact}", measures)
+    return Result(
+        True,
+        f"forward equals merged to {measures['merged']:.0e}, unmerging restores {exact}",
+        measures,
+    )
 
 
 def refused(library: Library, action: Callable[[], object]) -> Result:
@@ -143,14 +155,18 @@ def heard() -> Iterator[list[object]]:
         if record.levelno >= logging.WARNING:
             loud.append(record)
 
-    with warnings.catch_warnings(record=True) as warned, mock.patch.object(logging.Logger, "handle", handle):
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        mock.patch.object(logging.Logger, "handle", handle),
+    ):
         warnings.simplefilter("always")
         yield loud
         loud += warned
 
 
 def wrongly_rounded(weight: Tensor, exact: Tensor) -> int:
-    """How many values of a bfloat16 ``weight`` have a neighbour that is strictly closer to ``exact``, in float64."""
+    """How many values of a bfloat16 ``weight`` have a neighbour that is strictly closer to
+    ``exact``, in float64."""
     steps = weight.detach().contiguous().view(torch.int16)
     closest = (weight.detach().double() - exact).abs()
     neighbours = [(steps + step).view(torch.bfloat16).double() for step in (-1, 1)]

@@ -19,7 +19,8 @@ class NotOffered(Exception):  # noqa: N818  (an answer, no failure)
 
 @dataclass(frozen=True)
 class Result:
-    """What happened. ``ok`` is None where the case does not apply; ``measures`` are the numbers behind the text."""
+    """What happened. ``ok`` is None where the case does not apply; ``measures`` are the numbers
+    behind the text."""
 
     ok: bool | None
     text: str
@@ -41,14 +42,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def merge(self, *, safe: bool = False) -> None:
-        """Fold it into the weights; ``safe`` asks for whatever the library has to make that exact or checked."""
+        """Fold it into the weights; ``safe`` asks for whatever the library has to make that exact
+        or checked."""
 
     @abstractmethod
     def unmerge(self) -> None: ...
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The base's parameters under the names that they had before anything was attached, ties included."""
+        """The base's parameters under the names that they had before anything was attached, ties
+        included."""
 
     @abstractmethod
     def delta(self, path: str) -> Tensor:
@@ -68,23 +71,40 @@ class Library(ABC):
 
     @abstractmethod
     def attach(
-        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+        self,
+        model: nn.Module,
+        targets: Sequence[str] | str,
+        *,
+        rank: int = 2,
+        name: str = "one",
+        **options: Any,
     ) -> Adapter:
-        """Attach an adapter of scale 2 (rsLoRA: times √rank) to a plain model, or another one to an adapter's model.
+        """Attach an adapter of scale 2 (rsLoRA: times √rank) to a plain model, or another one to an
+        adapter's model.
 
         Args:
             targets: paths of modules, or suffixes of them at a dot; or "all-linear".
-            options: ``dropout``; ``layers``, indices of blocks; ``variant``, "lora", "rslora" or "dora"; ``tied``, to
-                ask for one change of a tied weight where a library has to be asked.
+            options: ``dropout``; ``layers``, indices of blocks; ``variant``, "lora", "rslora" or
+                "dora"; ``tied``, to ask for one change of a tied weight where a library has to be
+                asked.
         """
 
-    def call(self, model: nn.Module, x: Tensor, selection: Selection, through: Callable[..., Any] | None = None):
-        """Run an adapter's model with the adapter ``selection``: a name, None for the base, or one of these for each
-        row of the batch. ``through`` is the model compiled."""
+    def call(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        selection: Selection,
+        through: Callable[..., Any] | None = None,
+    ):
+        """Run an adapter's model with the adapter ``selection``: a name, None for the base, or one
+        of these for each row of the batch. ``through`` is the model compiled."""
         raise NotOffered("has no adapters to select by name")
 
-    def combine(self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str) -> Adapter:
-        """A new adapter ``into``, whose ΔW is the weighted sum of those of ``names``; ``how`` is "cat" or "svd"."""
+    def combine(
+        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str
+    ) -> Adapter:
+        """A new adapter ``into``, whose ΔW is the weighted sum of those of ``names``; ``how`` is
+        "cat" or "svd"."""
         raise NotOffered("does not combine adapters")
 
     @abstractmethod
@@ -102,5 +122,6 @@ class Library(ABC):
         """Remove what says how ΔW is scaled from an adapter's folder."""
 
     def disguises(self, folder: Path) -> list[Path]:
-        """The folder, and copies of it that hold less of what the library could notice a change by."""
+        """The folder, and copies of it that hold less of what the library could notice a change
+        by."""
         return [folder]

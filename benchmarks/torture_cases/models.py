@@ -44,7 +44,8 @@ class Stack(nn.Module):
 
 
 class Tied(nn.Module):
-    """A language model's skeleton, whose head reads the embedding's weight, and which says so as transformers does."""
+    """A language model's skeleton, whose head reads the embedding's weight, and which says so as
+    transformers does."""
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 

@@ -39,7 +39,9 @@ class VeneerAdapter(Adapter):
     def low_rank(self, path: str) -> LowRank:
         """The change of the layer at ``path``, as the artefact holds it."""
         with tempfile.TemporaryDirectory() as folder:
-            return veneer.adapter_files.read(self.handle.save(Path(folder) / "adapter")).layers[path]
+            return veneer.adapter_files.read(self.handle.save(Path(folder) / "adapter")).layers[
+                path
+            ]
 
     def delta(self, path: str) -> Tensor:
         return self.low_rank(path).delta(torch.float64)[0]
@@ -51,22 +53,40 @@ class Veneer(Library):
     attention = ("layer", "out_proj")
 
     def attach(
-        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+        self,
+        model: nn.Module,
+        targets: Sequence[str] | str,
+        *,
+        rank: int = 2,
+        name: str = "one",
+        **options: Any,
     ) -> Adapter:
         options.pop("tied", None)  # it always is
         config = veneer.LoraConfig(rank=rank, alpha=2 * rank, targets=targets, **options)
         return VeneerAdapter(veneer.attach(model, config, name))
 
-    def call(self, model: nn.Module, x: Tensor, selection: Selection, through: Callable[..., Any] | None = None):
+    def call(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        selection: Selection,
+        through: Callable[..., Any] | None = None,
+    ):
         with veneer.use(model, selection):
             return (model if through is None else through)(x)
 
-    def combine(self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str) -> Adapter:
-        """By hand, as there is no function for it: the factors side by side, which is exact and needs no SVD."""
+    def combine(
+        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str
+    ) -> Adapter:
+        """By hand, as there is no function for it: the factors side by side, which is exact and
+        needs no SVD."""
         parts = [VeneerAdapter(veneer.Handle(adapter.model, name)) for name in names]
         lows = [part.low_rank("layer") for part in parts]
         A = torch.cat([low.A for low in lows], dim=1)
-        B = torch.cat([low.B * (low.scale * weight / 2) for low, weight in zip(lows, weights, strict=True)], dim=2)
+        B = torch.cat(
+            [low.B * (low.scale * weight / 2) for low, weight in zip(lows, weights, strict=True)],
+            dim=2,
+        )
         combined = self.attach(adapter.model, ["layer"], rank=A.shape[1], name=into)
         for parameter, value in zip(combined.parameters(), (A, B), strict=True):
             parameter.data.copy_(value)

@@ -37,10 +37,15 @@ class PeftAdapter(Adapter):
         self.model.unmerge_adapter()
 
     def weights(self) -> dict[str, Tensor]:
-        named = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+        named = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers()),
+        }
         # a merged MultiheadAttention holds its weights as plain attributes
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.MultiheadAttention) and isinstance(module.__dict__.get("in_proj_weight"), Tensor):
+            if isinstance(module, nn.MultiheadAttention) and isinstance(
+                module.__dict__.get("in_proj_weight"), Tensor
+            ):
                 named[f"{path}.in_proj_weight"] = module.__dict__["in_proj_weight"]
             if isinstance(module.__dict__.get("weight"), Tensor):
                 named[f"{path}.weight"] = module.__dict__["weight"]
@@ -52,7 +57,10 @@ class PeftAdapter(Adapter):
 
     def delta(self, path: str) -> Tensor:
         layers: dict[str, Any] = {}
-        for name, module in self.model.named_modules():  # a wrapper comes before the layer that it wraps
+        for (
+            name,
+            module,
+        ) in self.model.named_modules():  # a wrapper comes before the layer that it wraps
             layers.setdefault(name.replace(".base_layer", ""), module)
         layer = layers[f"base_model.model.{path}"]
         A, B = layer.lora_A[self.name].weight.detach(), layer.lora_B[self.name].weight.detach()
@@ -63,7 +71,13 @@ class Peft(Library):
     name, package, distribution = "PEFT", "peft", "peft"
 
     def attach(
-        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+        self,
+        model: nn.Module,
+        targets: Sequence[str] | str,
+        *,
+        rank: int = 2,
+        name: str = "one",
+        **options: Any,
     ) -> Adapter:
         variant, layers = options.get("variant", "lora"), options.get("layers")
         config = peft.LoraConfig(
@@ -82,7 +96,13 @@ class Peft(Library):
             model = peft.get_peft_model(model, config, adapter_name=name)
         return PeftAdapter(model, name)
 
-    def call(self, model: nn.Module, x: Tensor, selection: Selection, through: Callable[..., Any] | None = None):
+    def call(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        selection: Selection,
+        through: Callable[..., Any] | None = None,
+    ):
         run = model if through is None else through
         if selection is None:
             with model.disable_adapter():
@@ -92,7 +112,9 @@ class Peft(Library):
             return run(x)
         return run(x, adapter_names=[name or "__base__" for name in selection])
 
-    def combine(self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str) -> Adapter:
+    def combine(
+        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str
+    ) -> Adapter:
         adapter.model.add_weighted_adapter(list(names), list(weights), into, combination_type=how)
         return PeftAdapter(adapter.model, into)
 
@@ -141,24 +163,40 @@ class LycorisAdapter(Adapter):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def delta(self, path: str) -> Tensor:
-        part = next(part for part in self.network.loras if part.lora_name == f"lycoris_{path}".replace(".", "_"))
-        return part.scale * (part.lora_up.weight.detach().double() @ part.lora_down.weight.detach().double())
+        part = next(
+            part
+            for part in self.network.loras
+            if part.lora_name == f"lycoris_{path}".replace(".", "_")
+        )
+        return part.scale * (
+            part.lora_up.weight.detach().double() @ part.lora_down.weight.detach().double()
+        )
 
 
 class Lycoris(Library):
     name, package, distribution = "LyCORIS", "lycoris", "lycoris-lora"
 
     def attach(
-        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+        self,
+        model: nn.Module,
+        targets: Sequence[str] | str,
+        *,
+        rank: int = 2,
+        name: str = "one",
+        **options: Any,
     ) -> Adapter:
         if name != "one":
             raise NotOffered("has no names for several adapters, and no selection")
         if options.get("layers") is not None:
             raise NotOffered("has no choice of layers by index")
         if targets == "all-linear":
-            targets = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+            targets = [
+                path for path, module in model.named_modules() if isinstance(module, nn.Linear)
+            ]
         patterns = [rf"(.*\.)?{re.escape(target)}$" for target in targets]
-        lycoris.LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": patterns})
+        lycoris.LycorisNetwork.apply_preset(
+            {"enable_conv": True, "target_module": [], "target_name": patterns}
+        )
         network = lycoris.LycorisNetwork(
             model,
             lora_dim=rank,
@@ -176,7 +214,9 @@ class Lycoris(Library):
         adapter.network.save_weights(str(folder / "adapter.safetensors"), None, {})
 
     def load(self, model: nn.Module, folder: Path) -> Adapter:
-        network, _ = lycoris.create_lycoris_from_weights(1.0, str(folder / "adapter.safetensors"), model)
+        network, _ = lycoris.create_lycoris_from_weights(
+            1.0, str(folder / "adapter.safetensors"), model
+        )
         network.apply_to()
         return LycorisAdapter(model, network)
 
@@ -213,7 +253,9 @@ class LoralibAdapter(Adapter):
 
     def weights(self) -> dict[str, Tensor]:
         named = self.model.named_parameters(remove_duplicate=False)
-        return {path.replace(".conv.", "."): weight for path, weight in named if "lora_" not in path}
+        return {
+            path.replace(".conv.", "."): weight for path, weight in named if "lora_" not in path
+        }
 
     def delta(self, path: str) -> Tensor:
         layer = self.model.get_submodule(path)
@@ -224,16 +266,27 @@ class Loralib(Library):
     name, package, distribution = "loralib", "loralib", "loralib"
 
     def attach(
-        self, model: nn.Module, targets: Sequence[str] | str, *, rank: int = 2, name: str = "one", **options: Any
+        self,
+        model: nn.Module,
+        targets: Sequence[str] | str,
+        *,
+        rank: int = 2,
+        name: str = "one",
+        **options: Any,
     ) -> Adapter:
         if name != "one":
             raise NotOffered("has one adapter a model")
         if options.get("layers") is not None:
             raise NotOffered("has no patterns: layers are replaced by hand")
         if targets == "all-linear":
-            targets = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+            targets = [
+                path for path, module in model.named_modules() if isinstance(module, nn.Linear)
+            ]
         modules = dict(model.named_modules(remove_duplicate=False))
-        matched = {target: [path for path in modules if f".{path}".endswith(f".{target}")] for target in targets}
+        matched = {
+            target: [path for path in modules if f".{path}".endswith(f".{target}")]
+            for target in targets
+        }
         if not all(matched.values()):
             raise NotOffered("has no patterns: layers are replaced by hand")
         made: dict[nn.Module, nn.Module] = {}
@@ -246,7 +299,9 @@ class Loralib(Library):
 
     def _layer(self, module: nn.Module, rank: int, dropout: float) -> nn.Module:
         if isinstance(module, nn.Embedding):
-            layer = loralib.Embedding(module.num_embeddings, module.embedding_dim, r=rank, lora_alpha=2 * rank)
+            layer = loralib.Embedding(
+                module.num_embeddings, module.embedding_dim, r=rank, lora_alpha=2 * rank
+            )
             layer.weight = module.weight
             return layer.to(module.weight.dtype)
         options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout}
@@ -254,7 +309,9 @@ class Loralib(Library):
         if isinstance(module, nn.Linear) and not parametrize.is_parametrized(module):
             layer = own = loralib.Linear(module.in_features, module.out_features, **options)
         elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            kernel = module.kernel_size[0] if len(set(module.kernel_size)) == 1 else module.kernel_size
+            kernel = (
+                module.kernel_size[0] if len(set(module.kernel_size)) == 1 else module.kernel_size
+            )
             layer = getattr(loralib, type(module).__name__)(
                 module.in_channels,
                 module.out_channels,

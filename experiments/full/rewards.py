@@ -8,7 +8,9 @@ from typing import Any
 
 def last_number(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """1 where the last number of what was written is the one behind GSM8K's ####."""
-    texts = [written if isinstance(written, str) else written[-1]["content"] for written in completions]
+    texts = [
+        written if isinstance(written, str) else written[-1]["content"] for written in completions
+    ]
     return [float(_last(text) == _last(right)) for text, right in zip(texts, answer, strict=True)]
 
 

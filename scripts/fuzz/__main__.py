@@ -19,7 +19,8 @@ from .seeds import write_all
 
 
 def run(count: int, seed: int, start: int = 0) -> list[Outcome]:
-    """The outcomes of ``count`` mutants, in a process that is started anew when it hangs or dies."""
+    """The outcomes of ``count`` mutants, in a process that is started anew when it hangs or
+    dies."""
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder))
@@ -70,19 +71,24 @@ def _watch(folder: Path, seed: int, numbers: range, target: Any = work) -> list[
 
 
 def _answers(pipe: Any, process: Any, wait: float) -> bool:
-    """Whether a process says something while it works for so many seconds, or in eight times as many: other work on
-    the machine is no hang."""
+    """Whether a process says something while it works for so many seconds, or in eight times as
+    many: other work on the machine is no hang."""
     start, watched = time.perf_counter(), psutil.Process(process.pid)
     worked = sum(watched.cpu_times()[:2])
     while not pipe.poll(0.5):
         with contextlib.suppress(psutil.NoSuchProcess):  # poll will say so
-            if sum(watched.cpu_times()[:2]) - worked > wait or time.perf_counter() - start > 8 * wait:
+            if (
+                sum(watched.cpu_times()[:2]) - worked > wait
+                or time.perf_counter() - start > 8 * wait
+            ):
                 return False
     return True
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts.fuzz", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts.fuzz", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--count", type=int, default=1000, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0, help="which mutants")
     parser.add_argument("--only", type=int, help="one mutant, in this process")

@@ -26,7 +26,8 @@ from veneer.adapter_files.verify import verify
 from .mutations import MUTATIONS, Mutant
 from .seeds import INPUTS, SEEDS, Seed
 
-#: seconds that a mutant may take, and bytes that it may add: so many and so many times the size of its files
+# : seconds that a mutant may take, and bytes that it may add: so many and so many times the size of
+# its files
 SECONDS, BYTES, TIMES = 5.0, 64 * 2**20, 40
 #: bytes of addresses that the process may take, beyond those that it starts with
 ADDRESSES = 2 * 2**30
@@ -34,7 +35,8 @@ ADDRESSES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one mutant. ``kind`` is refused, harmless, different or failure; ``text`` the error or the reason."""
+    """Of one mutant. ``kind`` is refused, harmless, different or failure; ``text`` the error or the
+    reason."""
 
     number: int
     seed: str
@@ -62,7 +64,10 @@ class Stand:
     def prepare(self) -> None:
         self.model, self.other = self.seed.base(), self.seed.base(other=True)
         self.x = INPUTS[self.seed.model]()
-        self.base, self.bits = self.model(self.x), {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.base, self.bits = (
+            self.model(self.x),
+            {k: v.clone() for k, v in self.model.state_dict().items()},
+        )
         handle = veneer.load(self.model, self.folder)
         self.adapted = self.model(self.x)
         handle.detach()
@@ -138,7 +143,10 @@ def _as_it_was(stand: Stand, model: Any) -> bool:
 
 
 def stands_in(folder: Path) -> list[Stand]:
-    return [Stand(seed, folder / f"{number}-0", folder / f"{number}-1") for number, seed in enumerate(SEEDS.values())]
+    return [
+        Stand(seed, folder / f"{number}-0", folder / f"{number}-1")
+        for number, seed in enumerate(SEEDS.values())
+    ]
 
 
 def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
@@ -147,10 +155,14 @@ def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
         try:
             stand, name, made = mutant(number, seed, stands, Path(work))
         except Exception:
-            return Outcome(number, "?", "?", "the mutation itself", "failure", traceback.format_exc())
+            return Outcome(
+                number, "?", "?", "the mutation itself", "failure", traceback.format_exc()
+            )
         if stand.model is None:
             stand.prepare()
-        size = sum((made.folder / file).stat().st_size for file in CORE if (made.folder / file).is_file())
+        size = sum(
+            (made.folder / file).stat().st_size for file in CORE if (made.folder / file).is_file()
+        )
         before, start = _peak(reset=True), time.perf_counter()
         try:
             kind, text = judge(stand, made)
@@ -168,7 +180,8 @@ def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
 
 
 def _peak(reset: bool = False) -> int:
-    """Most bytes that the process held since the last reset, where the system can tell; else since its start."""
+    """Most bytes that the process held since the last reset, where the system can tell; else since
+    its start."""
     with contextlib.suppress(OSError):
         if reset:
             Path("/proc/self/clear_refs").write_text("5")

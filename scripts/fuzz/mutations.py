@@ -1,5 +1,5 @@
-"""What is done to an adapter folder. A mutation draws what it needs from a generator of random numbers, so that the
-same seed makes the same mutant."""
+"""What is done to an adapter folder. A mutation draws what it needs from a generator of random
+numbers, so that the same seed makes the same mutant."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ CONFIG, TENSORS = peft.CONFIG, peft.TENSORS
 
 @dataclass
 class Mutant:
-    """A copy of an adapter folder that may be changed, and another adapter of the same kind beside it.
+    """A copy of an adapter folder that may be changed, and another adapter of the same kind beside
+    it.
 
-    ``forged``: the hashes were made right again, so nobody can tell by them. ``other_base``: to be loaded onto another
-    model of the same shapes. ``notes`` say what was done."""
+    ``forged``: the hashes were made right again, so nobody can tell by them. ``other_base``: to be
+    loaded onto another model of the same shapes. ``notes`` say what was done."""
 
     folder: Path
     twin: Path
@@ -64,7 +65,8 @@ def mutation(function: Mutate) -> Mutate:
     return function
 
 
-# ---------------------------------------------------------------------------------------------- tools
+# ----------------------------------------------------------------------------------------------
+# tools
 
 
 class Raw(str):
@@ -151,10 +153,17 @@ def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to everything below a JSON value, down to a depth: an earlier mutation may have put in thousands."""
+    """The way to everything below a JSON value, down to a depth: an earlier mutation may have put
+    in thousands."""
     if len(at) > 100:
         return []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     found = []
     for key, below in items:
         found += [(*at, key), *places(below, (*at, key))]
@@ -182,7 +191,8 @@ def change_somewhere(value: Any, rng: random.Random, m: Mutant) -> None:
         m.note("appended at", at[:-1])
 
 
-# ---------------------------------------------------------------------------------------------- bytes
+# ----------------------------------------------------------------------------------------------
+# bytes
 
 
 @mutation
@@ -233,7 +243,9 @@ def shuffle_bytes(m: Mutant) -> None:
     data = file.read_bytes()
     start = m.random.randrange(len(data))
     stop = min(len(data), start + m.random.choice([1, 4, 8, 64, 512]))
-    part = m.random.choice([b"", data[start:stop] * 2, bytes(stop - start), m.random.randbytes(stop - start)])
+    part = m.random.choice(
+        [b"", data[start:stop] * 2, bytes(stop - start), m.random.randbytes(stop - start)]
+    )
     file.write_bytes(data[:start] + part + data[stop:])
     m.note(file.name, start, stop, len(part))
 
@@ -253,7 +265,8 @@ def remove(m: Mutant) -> None:
     m.note(file.name)
 
 
-# ---------------------------------------------------------------------------------------------- headers
+# ----------------------------------------------------------------------------------------------
+# headers
 
 
 @mutation
@@ -261,7 +274,20 @@ def lie_about_length(m: Mutant) -> None:
     file = m.file(TENSORS, PARAMETERS)
     data = file.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
-    lie = m.random.choice([0, 1, length - 1, length + 1, length + 8, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1])
+    lie = m.random.choice(
+        [
+            0,
+            1,
+            length - 1,
+            length + 1,
+            length + 8,
+            len(data),
+            len(data) - 8,
+            2**31,
+            2**63,
+            2**64 - 1,
+        ]
+    )
     file.write_bytes(struct.pack("<Q", lie) + data[8:])
     m.note(file.name, lie)
 
@@ -318,7 +344,9 @@ def lie_about_type_and_shape(m: Mutant) -> None:
         entry["dtype"], width = m.random.choice(types)
         shape = entry["shape"]
         fits = size % (width * max(1, shape[-1] if shape else 1)) == 0 and shape
-        entry["shape"] = [size // width // max(1, shape[-1]), shape[-1]] if fits else [size // width]
+        entry["shape"] = (
+            [size // width // max(1, shape[-1]), shape[-1]] if fits else [size // width]
+        )
         return entry["dtype"], entry["shape"]
 
     edit_header(m, edit)
@@ -347,7 +375,9 @@ def swap_offsets(m: Mutant) -> None:
 
     def edit(header: dict[str, Any], name: str) -> Any:
         like = [
-            key for key, entry in header.items() if key != "__metadata__" and entry["shape"] == header[name]["shape"]
+            key
+            for key, entry in header.items()
+            if key != "__metadata__" and entry["shape"] == header[name]["shape"]
         ]
         other = m.random.choice(like)
         header[name], header[other] = header[other], header[name]
@@ -358,7 +388,8 @@ def swap_offsets(m: Mutant) -> None:
 
 @mutation
 def reorder(m: Mutant) -> None:
-    """The entries of a header in another order, or the data as well; both are valid, and say the same."""
+    """The entries of a header in another order, or the data as well; both are valid, and say the
+    same."""
     file = m.file(TENSORS, PARAMETERS)
     header, data = read(file)
     names = list(header)
@@ -423,7 +454,9 @@ def odd_header(m: Mutant) -> None:
         "many": {**header, **{f"x{number}": header[first] for number in range(3000)}},
         "many empty": {
             **header,
-            **{f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(2000)},
+            **{
+                f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(2000)
+            },
         },
         "brackets": text[:-1] + ', "x": [' + "[]," * 300_000 + "[]]}",
         "entry more": {**header, first: {**header[first], "x": 1}},
@@ -443,7 +476,8 @@ def odd_header(m: Mutant) -> None:
     m.note(file.name, which)
 
 
-# ---------------------------------------------------------------------------------------------- tensors
+# ----------------------------------------------------------------------------------------------
+# tensors
 
 
 def edit_tensors(m: Mutant, edit: Callable[[dict[str, torch.Tensor], str], Any]) -> None:
@@ -451,7 +485,9 @@ def edit_tensors(m: Mutant, edit: Callable[[dict[str, torch.Tensor], str], Any])
     tensors, metadata = tensors_in(file)
     name = m.random.choice(sorted(tensors))
     m.note(file.name, name, edit(tensors, name))
-    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, file, metadata=metadata)
+    save_file(
+        {key: value.clone().contiguous() for key, value in tensors.items()}, file, metadata=metadata
+    )
     m.maybe_forge()
 
 
@@ -460,7 +496,19 @@ def put_number(m: Mutant) -> None:
     def edit(tensors: dict[str, torch.Tensor], name: str) -> Any:
         floats = [key for key, value in tensors.items() if value.is_floating_point()]
         name = m.random.choice(sorted(floats))
-        values = [float("nan"), float("inf"), -float("inf"), 3e38, -1e30, 1e12, 1e8, -1e4, -1.0, 0.0, 1e-40]
+        values = [
+            float("nan"),
+            float("inf"),
+            -float("inf"),
+            3e38,
+            -1e30,
+            1e12,
+            1e8,
+            -1e4,
+            -1.0,
+            0.0,
+            1e-40,
+        ]
         value = m.random.choice(values)
         flat = tensors[name].view(-1)
         flat[m.random.randrange(flat.numel()) if m.random.random() < 0.7 else slice(None)] = value
@@ -508,20 +556,36 @@ def add_tensor(m: Mutant) -> None:
             "layers.0.q.weight.A", "base_model.model.a.token_adapter.trainable_tokens_delta",
             "base_model.model.layers.0.q.lora_B.bias", "a.b",
         ]  # fmt: skip
-        shapes = [(6, 6), (5, 6), (2, 6), (6, 2), (6,), (5,), (), (0,), (1,), (4,), tuple(tensors[name].shape)]
+        shapes = [
+            (6, 6),
+            (5, 6),
+            (2, 6),
+            (6, 2),
+            (6,),
+            (5,),
+            (),
+            (0,),
+            (1,),
+            (4,),
+            tuple(tensors[name].shape),
+        ]
         new = m.random.choice(names)
-        tensors[new] = torch.rand(m.random.choice(shapes), generator=torch.Generator().manual_seed(0))
+        tensors[new] = torch.rand(
+            m.random.choice(shapes), generator=torch.Generator().manual_seed(0)
+        )
         return new, tuple(tensors[new].shape)
 
     edit_tensors(m, edit)
 
 
-# ---------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------
+# JSON
 
 
 @mutation
 def config_field(m: Mutant) -> None:
-    """A field of adapter_config.json with a value that it must not have, or that means something else."""
+    """A field of adapter_config.json with a value that it must not have, or that means something
+    else."""
     file = m.folder / CONFIG
     config = json.loads(file.read_text())
     known = [
@@ -553,7 +617,9 @@ def config_somewhere(m: Mutant) -> None:
 def evil_regex(m: Mutant) -> None:
     file = m.folder / CONFIG
     config = json.loads(file.read_text())
-    name = m.random.choice(["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"])
+    name = m.random.choice(
+        ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"]
+    )
     pattern = m.random.choice(EVIL)
     if name.endswith("_pattern") and name != "layers_pattern":
         config[name] = {pattern: config["r"], **(config.get(name) or {})}
@@ -618,7 +684,8 @@ def odd_json(m: Mutant) -> None:
     m.maybe_forge()
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# ----------------------------------------------------------------------------------------------
+# folders
 
 
 @mutation
@@ -629,7 +696,11 @@ def swap_files(m: Mutant) -> None:
             shutil.copy(m.twin / name, m.folder / name)
             m.note(name)
     # all that is there may be the twin's now, which is another adapter, and a whole one
-    m.forged = all((m.folder / n).read_bytes() == (m.twin / n).read_bytes() for n in CORE if (m.folder / n).exists())
+    m.forged = all(
+        (m.folder / n).read_bytes() == (m.twin / n).read_bytes()
+        for n in CORE
+        if (m.folder / n).exists()
+    )
 
 
 @mutation
@@ -642,7 +713,9 @@ def other_base(m: Mutant) -> None:
 def links(m: Mutant) -> None:
     file = m.file()
     outside = m.folder.parent / f"outside-{file.name}"
-    how = m.random.choice(["outside", "inside", "loop", "nothing", "folder", "pipe", "device", "passwd", "up"])
+    how = m.random.choice(
+        ["outside", "inside", "loop", "nothing", "folder", "pipe", "device", "passwd", "up"]
+    )
     if how == "outside":
         shutil.move(file, outside)
         file.symlink_to(outside)
@@ -659,7 +732,11 @@ def links(m: Mutant) -> None:
         elif how == "pipe":
             os.mkfifo(file)
         else:
-            file.symlink_to({"loop": file.name, "device": "/dev/zero", "passwd": "/etc/passwd"}.get(how, "nothing"))
+            file.symlink_to(
+                {"loop": file.name, "device": "/dev/zero", "passwd": "/etc/passwd"}.get(
+                    how, "nothing"
+                )
+            )
     m.note(file.name, how)
 
 
@@ -672,7 +749,13 @@ class Runs:
 
 @mutation
 def pickles(m: Mutant) -> None:
-    names = ["adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth", "optimizer.pt"]
+    names = [
+        "adapter_model.bin",
+        "adapter_model.pt",
+        "adapter_model.ckpt",
+        "adapter_model.pth",
+        "optimizer.pt",
+    ]
     name = m.random.choice([TENSORS, PARAMETERS, CONFIG, RECORD, *names])
     if m.random.random() < 0.5 and name != TENSORS:
         (m.folder / TENSORS).unlink()
@@ -686,6 +769,8 @@ def pickles(m: Mutant) -> None:
 @mutation
 def more_files(m: Mutant) -> None:
     """What people keep beside an adapter; no harm."""
-    name = m.random.choice(["README.md", "setup.py", "optimizer.pt", "tokenizer.json", "x.safetensors", ".hidden", "é"])
+    name = m.random.choice(
+        ["README.md", "setup.py", "optimizer.pt", "tokenizer.json", "x.safetensors", ".hidden", "é"]
+    )
     (m.folder / name).write_bytes(m.random.randbytes(50))
     m.note(name)

@@ -1,4 +1,5 @@
-"""The adapters that are damaged: of Veneer and of PEFT, of every kind that lies differently in a folder."""
+"""The adapters that are damaged: of Veneer and of PEFT, of every kind that lies differently in a
+folder."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class Text(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 6)
-        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 6), "up": nn.Linear(6, 6)}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(6, 6), "up": nn.Linear(6, 6)}) for _ in range(2)
+        )
         self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 5)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -68,13 +71,17 @@ class Seed:
         model = self.base()
         torch.manual_seed(10 + number)
         if self.ours:
-            handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "alpha": 3, **self.fields}))
+            handle = veneer.attach(
+                model, veneer.LoraConfig(**{"rank": 2, "alpha": 3, **self.fields})
+            )
             _noise(handle.parameters())
             handle.save(folder, provenance={"steps": 3, "loss": 1.5})
             return
         import peft
 
-        theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **self.fields}))
+        theirs = peft.get_peft_model(
+            model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **self.fields})
+        )
         _noise(p for name, p in theirs.named_parameters() if p.requires_grad)
         theirs.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
@@ -91,13 +98,23 @@ SEEDS = {
     seed.name: seed
     for seed in (
         Seed("lora", Text, {}),
-        Seed("lora in bfloat16", Text, {"dtype": "bfloat16", "ranks": {"q": 1}, "alphas": {"up": 5}}),
-        Seed("rslora of rows", Text, {"targets": ["q"], "slices": {"q": [True, False]}, "variant": "rslora"}),
+        Seed(
+            "lora in bfloat16", Text, {"dtype": "bfloat16", "ranks": {"q": 1}, "alphas": {"up": 5}}
+        ),
+        Seed(
+            "rslora of rows",
+            Text,
+            {"targets": ["q"], "slices": {"q": [True, False]}, "variant": "rslora"},
+        ),
         Seed("dora", Text, {"targets": LINEAR, "variant": "dora"}),
         Seed("vera", Text, {"targets": ["0.q"], "variant": "vera"}),
         Seed("loha", Text, {"targets": ["0.up"], "variant": "loha"}),
         Seed("everything", Text, {"targets": "all"}),
-        Seed("embedding and head", Text, {"targets": ["embed"], "train_also": ["head"], "bias": "all"}),
+        Seed(
+            "embedding and head",
+            Text,
+            {"targets": ["embed"], "train_also": ["head"], "bias": "all"},
+        ),
         Seed("convolutions", Image, {"targets": ["conv", "deep"], "train_also": ["norm"]}),
         Seed("peft", Text, {"target_modules": LINEAR}, False),
         Seed(
@@ -114,11 +131,26 @@ SEEDS = {
         Seed(
             "peft's dora of one layer",
             Text,
-            {"target_modules": ["q"], "use_dora": True, "layers_to_transform": [1], "layers_pattern": "layers"},
+            {
+                "target_modules": ["q"],
+                "use_dora": True,
+                "layers_to_transform": [1],
+                "layers_pattern": "layers",
+            },
             False,
         ),
-        Seed("peft's embedding", Text, {"target_modules": ["embed"], "target_parameters": ["0.up.weight"]}, False),
-        Seed("peft's convolution", Image, {"target_modules": ["conv"], "modules_to_save": ["norm"]}, False),
+        Seed(
+            "peft's embedding",
+            Text,
+            {"target_modules": ["embed"], "target_parameters": ["0.up.weight"]},
+            False,
+        ),
+        Seed(
+            "peft's convolution",
+            Image,
+            {"target_modules": ["conv"], "modules_to_save": ["norm"]},
+            False,
+        ),
     )
 }
 

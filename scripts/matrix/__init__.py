@@ -4,9 +4,10 @@
     python -m scripts.matrix --check      run everything, fail if the committed page says something else
     python -m scripts.matrix linear gguf  run these layers and storages, print their part
 
-The layers, variants and storages are those of the registries; the modules and inputs are their ``examples``. All
-examples of a kind stand side by side in one model, on which every variant is an adapter: so one file, one compilation
-and one PEFT model serve them all. Where that fails, each example runs alone, to find out which it was and why.
+The layers, variants and storages are those of the registries; the modules and inputs are their
+``examples``. All examples of a kind stand side by side in one model, on which every variant is an
+adapter: so one file, one compilation and one PEFT model serve them all. Where that fails, each
+example runs alone, to find out which it was and why.
 
     cases.py        the models: a variant on the examples of a kind
     definitions.py  what each variant means

@@ -29,25 +29,44 @@ def run(only: list[str], jobs: int) -> tuple[str, str]:
         # of those that only their libraries' forwards read: docs/quantised-bases.md
         for names in (LAYERS.names(), [storage.name for storage in BASES if not storage.opaque])
     )
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=silence) as pool:
-        running = {name: pool.submit(of_layer, name) for name in sorted(layers, key=lambda name: name not in LONG)}
+    with ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=silence
+    ) as pool:
+        running = {
+            name: pool.submit(of_layer, name)
+            for name in sorted(layers, key=lambda name: name not in LONG)
+        }
         stored = [pool.submit(of_storage, name) for name in storages]
-        return page([running[name].result() for name in layers], [future.result() for future in stored])
+        return page(
+            [running[name].result() for name in layers], [future.result() for future in stored]
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts.matrix", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("only", nargs="*", help="run these layers and storages alone, and write nothing")
-    parser.add_argument("--check", action="store_true", help="fail if the committed page says something else")
-    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes at a time")
+    parser = argparse.ArgumentParser(
+        prog="scripts.matrix", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "only", nargs="*", help="run these layers and storages alone, and write nothing"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="fail if the committed page says something else"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes at a time"
+    )
     arguments = parser.parse_args()
     text, summary = run(arguments.only, arguments.jobs)
     if arguments.check:
         committed = PAGE.read_text() if PAGE.exists() else ""
         if text != committed:
-            lines = difflib.unified_diff(committed.splitlines(), text.splitlines(), "committed", "found", lineterm="")
+            lines = difflib.unified_diff(
+                committed.splitlines(), text.splitlines(), "committed", "found", lineterm=""
+            )
             print("\n".join(lines))
-            print("Found: docs/support.md out of date. Expected: what `make matrix` writes. Do: run it and commit.")
+            print(
+                "Found: docs/support.md out of date. Expected: what `make matrix` writes. Do: run it and commit."
+            )
             return 1
         print(f"docs/support.md: fresh\n{summary}")
         return 0

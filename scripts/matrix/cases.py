@@ -1,4 +1,5 @@
-"""The cases: a variant as an adapter on all examples of one kind of layer, and what is said of each example."""
+"""The cases: a variant as an adapter on all examples of one kind of layer, and what is said of each
+example."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ class Side(nn.Module):
 
 @dataclass
 class Results:
-    """What was found of one kind: {variant or storage: {operation: {example: …}}}, and what the examples are."""
+    """What was found of one kind: {variant or storage: {operation: {example: …}}}, and what the
+    examples are."""
 
     name: str
     found: dict[str, dict[str, Found]]
@@ -95,7 +97,8 @@ class Case:
         model: the same with an adapter that is named like each variant.
         other: another adapter on it.
         rows, breaks: what ``rows_of`` and ``breaks_of`` find for each example.
-        compiled: the model, compiled with and without ``fullgraph``; shared by the cases of the model.
+        compiled: the model, compiled with and without ``fullgraph``; shared by the cases of the
+            model.
     """
 
     kind: Layer
@@ -121,7 +124,9 @@ class Case:
             model = copy.deepcopy(base)
             attach(model, self.variant, inputs)
             attach(model, VARIANTS["lora"], inputs, name="other")
-            self.alone[example] = Case(self.kind, self.variant, base, inputs, model, "other", self.rows, self.breaks)
+            self.alone[example] = Case(
+                self.kind, self.variant, base, inputs, model, "other", self.rows, self.breaks
+            )
         return self.alone[example]
 
     def outputs(self) -> dict[str, Tensor]:
@@ -133,24 +138,38 @@ def flats(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: flat(output) for name, output in outputs.items()}
 
 
-def attach(model: Side, variant: Variant, inputs: Mapping[str, tuple], name: str | None = None, exclude=()) -> Any:
-    """The variant as an adapter with random numbers, on every weight that there is, with all the data that it needs."""
+def attach(
+    model: Side, variant: Variant, inputs: Mapping[str, tuple], name: str | None = None, exclude=()
+) -> Any:
+    """The variant as an adapter with random numbers, on every weight that there is, with all the
+    data that it needs."""
     given: dict[str, Any] = {}
     if variant.needs & {"inputs", "gradient"}:
         given["batches"] = [(inputs,)]
     if "gradient" in variant.needs:
-        given["loss"] = lambda model, batch: sum(y.square().sum() for y in flats(model(*batch)).values())
+        given["loss"] = lambda model, batch: sum(
+            y.square().sum() for y in flats(model(*batch)).values()
+        )
     if "original" in variant.needs:
-        state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
-        given["original"] = {key: value + 0.05 * torch.randn_like(value) for key, value in state.items()}
-    config = veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets="all", variant=variant.name, exclude=exclude)
+        state = {
+            key: value for key, value in model.state_dict().items() if value.is_floating_point()
+        }
+        given["original"] = {
+            key: value + 0.05 * torch.randn_like(value) for key, value in state.items()
+        }
+    config = veneer.LoraConfig(
+        rank=RANK, alpha=ALPHA, targets="all", variant=variant.name, exclude=exclude
+    )
     handle = veneer.attach(model, config, name or variant.name, **given)
     randomise(handle)
     return handle
 
 
-def attach_where_possible(base: Side, model: Side, variant: Variant, inputs: Mapping[str, tuple]) -> dict[str, str]:
-    """Attach the variant to ``model``, leaving out the examples that refuse it; why they do, by name."""
+def attach_where_possible(
+    base: Side, model: Side, variant: Variant, inputs: Mapping[str, tuple]
+) -> dict[str, str]:
+    """Attach the variant to ``model``, leaving out the examples that refuse it; why they do, by
+    name."""
     try:
         attach(model, variant, inputs)
         return {}
@@ -158,7 +177,9 @@ def attach_where_possible(base: Side, model: Side, variant: Variant, inputs: Map
         refused: dict[str, str] = {}
         for example, args in inputs.items():
             try:
-                attach(Side({example: copy.deepcopy(getattr(base, example))}), variant, {example: args})
+                attach(
+                    Side({example: copy.deepcopy(getattr(base, example))}), variant, {example: args}
+                )
             except Exception as own:
                 refused[example] = reason(own)
         if not refused:
@@ -170,11 +191,15 @@ def attach_where_possible(base: Side, model: Side, variant: Variant, inputs: Map
 
 
 def rows_of(kind: Layer, module: nn.Module, args: tuple) -> int | None:
-    """How many rows the inputs of a module hold: as many as the base can be run on one by one, with the same outputs.
-    None if there is no such number; negative for inputs that the kind cannot take apart."""
+    """How many rows the inputs of a module hold: as many as the base can be run on one by one, with
+    the same outputs. None if there is no such number; negative for inputs that the kind cannot take
+    apart."""
     tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
     packed = [int(x.batch_sizes[0]) for x in args if isinstance(x, PackedSequence)]
-    candidates = (*packed, *dict.fromkeys(size for x in tensors for size in x.shape[:2] if size > 1))
+    candidates = (
+        *packed,
+        *dict.fromkeys(size for x in tensors for size in x.shape[:2] if size > 1),
+    )
     whole, taken = flat(module(*args)), False
     for count in candidates:
         try:
@@ -212,8 +237,12 @@ def reason(error: Exception) -> str:
         text = found[1]
     elif not isinstance(error, VeneerError | Inexact):
         text = text.split(". ")[0]
-    text = re.sub(r"(base_model\.model\.)?\b(m\d+|beside)\.?", "", text)  # the names of our examples
-    return short(re.sub(r" ?\([^()]*\d\.\d[^()]*\)", "", text)).strip(" .:;,")  # numbers that a random seed gives
+    text = re.sub(
+        r"(base_model\.model\.)?\b(m\d+|beside)\.?", "", text
+    )  # the names of our examples
+    return short(re.sub(r" ?\([^()]*\d\.\d[^()]*\)", "", text)).strip(
+        " .:;,"
+    )  # numbers that a random seed gives
 
 
 def short(text: str) -> str:
@@ -225,13 +254,23 @@ def described(module: nn.Module, first: nn.Module) -> str:
     """How an example differs from the first one of its kind, which is the plainest."""
     options = ", ".join(part for part in _options(module) if part not in _options(first))
     name = type(module).__name__
-    return options if options and type(module) is type(first) else f"{name}({options})" if options else name
+    return (
+        options
+        if options and type(module) is type(first)
+        else f"{name}({options})"
+        if options
+        else name
+    )
 
 
 def _options(module: nn.Module) -> list[str]:
     text = short(module.extra_repr())
     if isinstance(module, nn.MultiheadAttention):  # which does not say them
-        own = {"batch_first": module.batch_first, "kdim": module.kdim, "add_bias_kv": module.bias_k is not None}
+        own = {
+            "batch_first": module.batch_first,
+            "kdim": module.kdim,
+            "add_bias_kv": module.bias_k is not None,
+        }
         text = ", ".join(f"{name}={value}" for name, value in own.items())
     parts = re.split(r", (?=\w+=)", text)
     return [part for part in parts if "=" in part and not re.match(ORDINARY, part)]
@@ -244,4 +283,6 @@ def quiet() -> None:
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 4096
     warnings.simplefilter("ignore")
-    warnings.simplefilter("error", veneer.SkippedLayers)  # an example without an adapter would prove nothing
+    warnings.simplefilter(
+        "error", veneer.SkippedLayers
+    )  # an example without an adapter would prove nothing

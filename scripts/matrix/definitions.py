@@ -1,5 +1,5 @@
-"""What each variant means, on dense matrices and from its paper alone: no cell is right because Veneer agrees with
-itself."""
+"""What each variant means, on dense matrices and from its paper alone: no cell is right because
+Veneer agrees with itself."""
 
 from __future__ import annotations
 
@@ -73,9 +73,11 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 }
 
 
-def meaning(change: Change, alpha: float, rank: int, numbers: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """``gain ⊙ (W + ΔW)`` in the shape of ``weight``, with a graph to the numbers. The layer says how a matrix lies in
-    its weight; the rest is said here."""
+def meaning(
+    change: Change, alpha: float, rank: int, numbers: Mapping[str, Tensor], weight: Tensor
+) -> Tensor:
+    """``gain ⊙ (W + ΔW)`` in the shape of ``weight``, with a graph to the numbers. The layer says
+    how a matrix lies in its weight; the rest is said here."""
     variant, W = change.variant.name, change.layer.unfold(weight, change.dims)
     numbers = dict(numbers)
     moves = torch.ones(change.dims.in_, dtype=W.dtype)
@@ -85,7 +87,9 @@ def meaning(change: Change, alpha: float, rank: int, numbers: Mapping[str, Tenso
             numbers["A"] = numbers["A"] * moves
         if "A0" in numbers:
             numbers["A0"] = numbers["A0"] * moves
-    changed = MEANINGS[variant](numbers, SCALES.get(variant, lambda alpha, rank: alpha / rank)(alpha, rank), W)
+    changed = MEANINGS[variant](
+        numbers, SCALES.get(variant, lambda alpha, rank: alpha / rank)(alpha, rank), W
+    )
     if "A" not in numbers:
         changed = W + (changed - W) * moves
     return change.layer.fold(changed, weight.shape)

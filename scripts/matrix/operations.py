@@ -1,4 +1,5 @@
-"""The columns of the matrix: what is asked of each variant on each example, and ``of_layer``, which asks it."""
+"""The columns of the matrix: what is asked of each variant on each example, and ``of_layer``, which
+asks it."""
 
 from __future__ import annotations
 
@@ -56,24 +57,35 @@ Select = Callable[[Sequence[str | None]], AbstractContextManager[Any]]
 
 
 def weights_of(base: Side, handle: veneer.Handle) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(every changed weight of ``base`` by path, the trained numbers as leaves by name), float64, with a graph from
-    these to those."""
+    """(every changed weight of ``base`` by path, the trained numbers as leaves by name), float64,
+    with a graph from these to those."""
     leaves: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for path, change in handle.changes.items():
-        own = {name: number.detach().double().requires_grad_() for name, number in change.named_parameters()}
+        own = {
+            name: number.detach().double().requires_grad_()
+            for name, number in change.named_parameters()
+        }
         leaves |= {f"{path}.{name}": number for name, number in own.items()}
         numbers = {**{name: buffer.double() for name, buffer in change.named_buffers()}, **own}
         values[path] = meaning(
-            change, ALPHA, min(RANK, change.dims.max_rank), numbers, base.get_parameter(path).detach().double()
+            change,
+            ALPHA,
+            min(RANK, change.dims.max_rank),
+            numbers,
+            base.get_parameter(path).detach().double(),
         )
     for path, part in handle.layers.items():
         for name, parameter in part.full.named_parameters():
-            leaves[f"{path}.{name}"] = values[f"{path}.{name}"] = parameter.detach().double().requires_grad_()
+            leaves[f"{path}.{name}"] = values[f"{path}.{name}"] = (
+                parameter.detach().double().requires_grad_()
+            )
     return values, leaves
 
 
-def expected(case: Case, examples: Mapping[str, tuple]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expected(
+    case: Case, examples: Mapping[str, tuple]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(y by example, the trained numbers as leaves by name), with a graph from these to those."""
     handle = veneer.Handle(case.model, case.name)
     values, leaves = weights_of(case.base, handle)
@@ -81,7 +93,11 @@ def expected(case: Case, examples: Mapping[str, tuple]) -> tuple[dict[str, Tenso
         values |= {f"{path}.{name}": buffer.clone() for name, buffer in part.full.named_buffers()}
     outputs = {}
     for example, args in examples.items():
-        own = {path.removeprefix(f"{example}."): v for path, v in values.items() if path.startswith(f"{example}.")}
+        own = {
+            path.removeprefix(f"{example}."): v
+            for path, v in values.items()
+            if path.startswith(f"{example}.")
+        }
         outputs[example] = flat(definition(getattr(case.base, example), own, args))
     return outputs, leaves
 
@@ -94,23 +110,37 @@ def forward(case: Case) -> Found:
         for path in PATHS:
             with context.changed(path=path):
                 for example, y in case.outputs().items():
-                    found[example] = found.get(example) or _within(error(y, wanted[example]), FORWARD)
+                    found[example] = found.get(example) or _within(
+                        error(y, wanted[example]), FORWARD
+                    )
     idle = {example for example, y in base.items() if error(y, wanted[example]) < 1e-3}
-    return {example: "the adapter changes nothing" if example in idle else why for example, why in found.items()}
+    return {
+        example: "the adapter changes nothing" if example in idle else why
+        for example, why in found.items()
+    }
 
 
 def gradient(case: Case) -> Found:
-    inputs = pytree.tree_map(lambda x: x.clone().requires_grad_() if _is_float(x) else x, dict(case.inputs))
+    inputs = pytree.tree_map(
+        lambda x: x.clone().requires_grad_() if _is_float(x) else x, dict(case.inputs)
+    )
     wanted, leaves = expected(case, inputs)
     weights = {example: torch.randn_like(y) for example, y in wanted.items()}
-    xs = [(example, x) for example, args in inputs.items() for x in pytree.tree_leaves(args) if _is_float(x)]
+    xs = [
+        (example, x)
+        for example, args in inputs.items()
+        for x in pytree.tree_leaves(args)
+        if _is_float(x)
+    ]
     own = dict(veneer.Handle(case.model, case.name).named_parameters())
     if list(own) != list(leaves):
         raise Inexact(f"trains {list(own)}")
     names = [*(name.partition(".")[0] for name in own), *(example for example, _ in xs)]
     found: Found = dict.fromkeys(case.inputs, EXACT)
 
-    def gradients(outputs: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def gradients(
+        outputs: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         loss = sum((weights[example] * y).sum() for example, y in outputs.items())
         return torch.autograd.grad(loss, [*numbers.values(), *(x for _, x in xs)])  # pyright: ignore
 
@@ -124,7 +154,8 @@ def gradient(case: Case) -> Found:
 
 
 def merge(case: Case) -> Found:
-    """The outputs in float64, and in bfloat16 every merged weight: none of its neighbours is nearer to W + ΔW."""
+    """The outputs in float64, and in bfloat16 every merged weight: none of its neighbours is nearer
+    to W + ΔW."""
     adapted = case.outputs()
     veneer.merge(case.model, case.name)
     found: Found = {}
@@ -135,12 +166,16 @@ def merge(case: Case) -> Found:
     exact, _ = weights_of(model, handle)
     for path, change in handle.changes.items():
         above, _, _ = path.rpartition(".")
-        exact[path] = change.layer.apply_forward_rewrite(model.get_submodule(above), exact[path].detach())
+        exact[path] = change.layer.apply_forward_rewrite(
+            model.get_submodule(above), exact[path].detach()
+        )
     handle.merge(rounding="nearest")
     for path, values in exact.items():
         wrong = wrong_roundings(model.get_parameter(path).detach(), values.detach())
         example = path.partition(".")[0]
-        found[example] = found[example] or (f"{wrong} weights are not rounded to the nearest" if wrong else EXACT)
+        found[example] = found[example] or (
+            f"{wrong} weights are not rounded to the nearest" if wrong else EXACT
+        )
     return found
 
 
@@ -189,7 +224,9 @@ def save_load(case: Case) -> Found:
         own = [name for name in mine if name.startswith(f"{example}.")]
         same = all(torch.equal(mine[name], theirs[name]) for name in own)
         equal = torch.equal(before[example], after[example])
-        found[example] = EXACT if same and equal else "other outputs" if same else "other trained numbers"
+        found[example] = (
+            EXACT if same and equal else "other outputs" if same else "other trained numbers"
+        )
     return found
 
 
@@ -213,15 +250,17 @@ def _of_rows(case: Case, select: Select, model: Side) -> Found:
     for example, args in case.inputs.items():
         count = case.rows[example]
         try:
-            found[example] = LEFT_OUT if count is None else _mixed(case, example, args, count, select, model)
+            found[example] = (
+                LEFT_OUT if count is None else _mixed(case, example, args, count, select, model)
+            )
         except Exception as own:
             found[example] = reason(own)
     return found
 
 
 def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, model: Side) -> str:
-    """Rows in such an order that they must be brought back into it, as those of one adapter run together. Fewer than
-    four are repeated: two would have one order alone."""
+    """Rows in such an order that they must be brought back into it, as those of one adapter run
+    together. Fewer than four are repeated: two would have one order alone."""
     choices = (case.name, case.other, None)
     whole = []
     if 0 < count < 4:
@@ -233,14 +272,21 @@ def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, mo
         for name in choices:
             with veneer.use(case.model, name):
                 whole.append(case.model({example: args})[example])
-        for pattern in ((case.name, case.other, case.name, None), (None, case.name, case.name, case.other)):
+        for pattern in (
+            (case.name, case.other, case.name, None),
+            (None, case.name, case.name, case.other),
+        ):
             names = [pattern[row % 4] for row in range(count)]
             with select(names):
                 mixed = model({example: args})[example]
             # row i of the outputs of the whole batch under its own adapter
-            order = torch.tensor([choices.index(name) * count + row for row, name in enumerate(names)])
+            order = torch.tensor(
+                [choices.index(name) * count + row for row, name in enumerate(names)]
+            )
             expected = case.kind.put(getattr(case.model, example), whole, order)
-            if why := _within(error(flat(mixed), flat(expected)), FORWARD, "differs from the rows alone"):
+            if why := _within(
+                error(flat(mixed), flat(expected)), FORWARD, "differs from the rows alone"
+            ):
                 return why
     return EXACT
 
@@ -263,17 +309,25 @@ def compiled(case: Case) -> Found:
             if len(case.inputs) > 1:
                 raise
             split = _compiled(case, rest, fullgraph=False)
-            found |= {e: why or f"{NOTE}a gap in the compiled graph: {reason(own)}" for e, why in split.items()}
+            found |= {
+                e: why or f"{NOTE}a gap in the compiled graph: {reason(own)}"
+                for e, why in split.items()
+            }
     return found
 
 
 def _compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found:
-    run = case.compiled.setdefault(fullgraph, torch.compile(case.model, backend="aot_eager", fullgraph=fullgraph))
+    run = case.compiled.setdefault(
+        fullgraph, torch.compile(case.model, backend="aot_eager", fullgraph=fullgraph)
+    )
     found: Found = dict.fromkeys(inputs, EXACT)
     for name in (case.name, case.other, case.name):
         with veneer.use(case.model, name), torch.no_grad():
             actual, wanted = flats(run(inputs)), flats(case.model(inputs))
-        found = {e: found[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager") for e in inputs}
+        found = {
+            e: found[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager")
+            for e in inputs
+        }
     return found
 
 
@@ -296,13 +350,18 @@ def peft_round_trip(case: Case) -> Found:
             outputs = flats(there(case.inputs))
             there.save_pretrained(f"{folder}/theirs")
             same = {example: error(outputs[example], y) <= PEFT for example, y in wanted.items()}
-            merged = outputs if all(same.values()) else flats(theirs().merge_and_unload()(case.inputs))
+            merged = (
+                outputs if all(same.values()) else flats(theirs().merge_and_unload()(case.inputs))
+            )
         except Exception as failed:
             raise Inexact(f"PEFT: {failed}") from failed
         back = copy.deepcopy(case.base)
         veneer.load(back, f"{folder}/theirs")
         again = flats(back(case.inputs))
-        ours, rewritten = ({*load_file(f"{folder}/{whose}/adapter_model.safetensors")} for whose in ("ours", "theirs"))
+        ours, rewritten = (
+            {*load_file(f"{folder}/{whose}/adapter_model.safetensors")}
+            for whose in ("ours", "theirs")
+        )
     found: Found = {}
     for example, y in wanted.items():
         if same[example]:
@@ -338,13 +397,15 @@ def _is_float(x: Any) -> bool:
 
 
 def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
-    """Every number of an adapter, frozen ones and running statistics too, but for those of an input that never changes:
-    they have no effect, and stand as zeros in a file."""
+    """Every number of an adapter, frozen ones and running statistics too, but for those of an input
+    that never changes: they have no effect, and stand as zeros in a file."""
     found: dict[str, Tensor] = {}
     for at, change in handle.changes.items():
         found |= {f"{at}.{name}": value for name, value in change.adapter_parameters.items()}
         if change.frozen_input is not None and "A" in change.adapter_parameters:
-            found[f"{at}.A"] = change.adapter_parameters["A"].index_fill(2, torch.tensor([change.frozen_input]), 0)
+            found[f"{at}.A"] = change.adapter_parameters["A"].index_fill(
+                2, torch.tensor([change.frozen_input]), 0
+            )
     for at, part in handle.layers.items():
         found |= {f"{at}.{name}": value for name, value in part.full.state_dict().items()}
     return {name: value.detach() for name, value in found.items()}
@@ -354,13 +415,15 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of the base, as bytes."""
     state = {name: value for name, value in model.state_dict().items() if ".veneer." not in name}
     return {
-        name: value.clone().contiguous().flatten().view(torch.uint8) for name, value in state.items() if value.numel()
+        name: value.clone().contiguous().flatten().view(torch.uint8)
+        for name, value in state.items()
+        if value.numel()
     }
 
 
 def wrong_roundings(rounded: Tensor, exact: Tensor) -> int:
-    """How many 16-bit numbers have a neighbour that is nearer to the exact one. Of two that are nearly as near, either
-    is right: a variant's gain is float32."""
+    """How many 16-bit numbers have a neighbour that is nearer to the exact one. Of two that are
+    nearly as near, either is right: a variant's gain is float32."""
     distance, wrong = (rounded.double() - exact).abs(), 0
     distance = distance - 1e-6 * exact.abs().mean()
     for toward in (-1, 1):
@@ -383,19 +446,29 @@ def run(operation: Callable[[Case], Found], case: Case) -> Found:
         for example in case.inputs:
             found |= run(operation, case.solo(example))
         # Each alone is exact: then it was their company.
-        return found if any(found.values()) else dict.fromkeys(found, f"side by side: {reason(failed)}")
+        return (
+            found
+            if any(found.values())
+            else dict.fromkeys(found, f"side by side: {reason(failed)}")
+        )
 
 
-def of_layer(name: str, variants: Sequence[str] = (), operations: Sequence[str] = tuple(OPERATIONS)) -> Results:
-    """Every variant × every operation on one kind of layer; or at least two variants, and some operations."""
+def of_layer(
+    name: str, variants: Sequence[str] = (), operations: Sequence[str] = tuple(OPERATIONS)
+) -> Results:
+    """Every variant × every operation on one kind of layer; or at least two variants, and some
+    operations."""
     quiet()
     kind = LAYERS[name]
     examples = {f"m{number}": example for number, example in enumerate(kind.examples())}
     if not any(kind.weights(module) for module, _ in examples.values()):
-        # An adapter that only trains vectors in full is no LoRA to PEFT: one linear layer beside them makes it one.
+        # An adapter that only trains vectors in full is no LoRA to PEFT: one linear layer beside
+        # them makes it one.
         examples["beside"] = (nn.Linear(3, 3), torch.randn(2, 3))
     base = Side({name: module for name, (module, _) in examples.items()}).double().eval()
-    tuples = {name: args if isinstance(args, tuple) else (args,) for name, (_, args) in examples.items()}
+    tuples = {
+        name: args if isinstance(args, tuple) else (args,) for name, (_, args) in examples.items()
+    }
     inputs = {name: cast(args, torch.float64) for name, args in tuples.items()}
     with torch.no_grad():
         base(inputs)  # a first call settles the rows of an embedding with max_norm
@@ -406,12 +479,18 @@ def of_layer(name: str, variants: Sequence[str] = (), operations: Sequence[str] 
         torch._dynamo.reset()
     model, compiled_ = copy.deepcopy(base), {}
     chosen = [variant for variant in VARIANTS if not variants or variant.name in variants]
-    refused = {variant.name: attach_where_possible(base, model, variant, inputs) for variant in chosen}
+    refused = {
+        variant.name: attach_where_possible(base, model, variant, inputs) for variant in chosen
+    }
     whole = [name for name, why in refused.items() if not why]
     results = Results(
         name,
         {},
-        {name: described(getattr(base, name), base.get_submodule("m0")) for name in inputs if name != "beside"},
+        {
+            name: described(getattr(base, name), base.get_submodule("m0"))
+            for name in inputs
+            if name != "beside"
+        },
     )
     for variant in chosen:
         torch.manual_seed(0)
@@ -419,7 +498,9 @@ def of_layer(name: str, variants: Sequence[str] = (), operations: Sequence[str] 
         own = {name: args for name, args in inputs.items() if name not in why}
         other = next(name for name in whole if name != variant.name)
         case = Case(kind, variant, base, own, model, other, rows, breaks, compiled_)
-        found = {what: {**why, **(run(OPERATIONS[what], case) if own else {})} for what in operations}
+        found = {
+            what: {**why, **(run(OPERATIONS[what], case) if own else {})} for what in operations
+        }
         results.found[variant.name] = {
             what: {name: each[name] for name in results.examples} for what, each in found.items()
         }

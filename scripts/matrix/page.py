@@ -28,9 +28,12 @@ class Page:
         if asked and not reasons:
             return "exact", "exact"
         texts = [
-            why if len(own) == len(asked) else f"{', '.join(dict.fromkeys(own))}: {why}" for why, own in reasons.items()
+            why if len(own) == len(asked) else f"{', '.join(dict.fromkeys(own))}: {why}"
+            for why, own in reasons.items()
         ]
-        number = self.notes.setdefault("; ".join(texts) or "no example has rows", len(self.notes) + 1)
+        number = self.notes.setdefault(
+            "; ".join(texts) or "no example has rows", len(self.notes) + 1
+        )
         good = sum(not why or why.startswith((NOTE, GRID)) for why in asked.values())
         if asked and good == len(asked):
             rounded = any(why.startswith(GRID) for why in reasons)
@@ -114,11 +117,16 @@ def counted(counts: Mapping[str, int]) -> str:
 def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     """(the page, its summary)."""
     made = Page()
-    lines = [f"| layer | variants | {' | '.join(OPERATIONS)} |", "|---" * (len(OPERATIONS) + 2) + "|"]
+    lines = [
+        f"| layer | variants | {' | '.join(OPERATIONS)} |",
+        "|---" * (len(OPERATIONS) + 2) + "|",
+    ]
     for results in layers:
         for said, cells in made.rows(results):
             lines.append(f"| {results.name} | {said} | {' | '.join(cells)} |")
-    sizes = f"{len(layers)} layers × {len(VARIANTS.names())} variants × {len(OPERATIONS)} operations"
+    sizes = (
+        f"{len(layers)} layers × {len(VARIANTS.names())} variants × {len(OPERATIONS)} operations"
+    )
     summary = f"{sizes} = {counted(made.counts)}"
     lines += ["", summary, ""]
     skipped = {

@@ -24,7 +24,8 @@ from .operations import numbers_of, wrong_roundings
 
 @dataclass
 class Stored:
-    """One example of a storage: a linear layer without and with an adapter whose change is a tenth of its weight."""
+    """One example of a storage: a linear layer without and with an adapter whose change is a tenth
+    of its weight."""
 
     storage: Storage
     base: Side
@@ -60,13 +61,16 @@ def product(change: Any) -> Tensor:
     return change.B.detach()[0].double() @ change.A.detach()[0].double()
 
 
-def stored_truth(case: Stored, x: Tensor, numbers: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
+def stored_truth(
+    case: Stored, x: Tensor, numbers: Mapping[str, Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
     """(W x, (W + ΔW) x), both with the bias, in float64."""
     W, bias = case.storage.dense(case.weight).detach().double(), case.linear.bias.detach().double()
     return F.linear(x, W, bias), F.linear(x, W + scale * numbers["B"][0] @ numbers["A"][0], bias)
 
 
-#: of what a library computes from the weight that it stores: one that rounds its inputs to 8 bits is off by 0.6 %
+# : of what a library computes from the weight that it stores: one that rounds its inputs to 8 bits
+# is off by 0.6 %
 LIBRARY = 1e-2
 #: {} is computed from the base too, which the library rounds
 ROUNDS = f"{NOTE}the library's own rounding of {{}}, which is there without an adapter too"
@@ -75,7 +79,8 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch
 
 
 def stored_forward(case: Stored) -> str:
-    """The default path adds ΔW x to what the base computes; the materialised one is the definition."""
+    """The default path adds ΔW x to what the base computes; the materialised one is the
+    definition."""
     (change,) = case.handle.changes.values()
     numbers = {name: number.double() for name, number in change.named_parameters()}
     with torch.no_grad():
@@ -86,7 +91,10 @@ def stored_forward(case: Stored) -> str:
         with context.changed(path="materialised"):
             materialised = case()
     bound = BOUNDS[adapted.dtype]
-    if not (error(adapted, base.double() + changed - plain) <= bound and error(materialised, changed) <= bound):
+    if not (
+        error(adapted, base.double() + changed - plain) <= bound
+        and error(materialised, changed) <= bound
+    ):
         return "differs from the definition"
     if not error(base, plain) <= max(bound, LIBRARY):
         return "the weight that is read is not the one that the library uses"
@@ -108,7 +116,11 @@ def stored_gradient(case: Stored) -> str:
             return torch.autograd.grad(y, [*own.values(), x], weights.to(y.dtype))
 
     def differ(found: tuple[Tensor, ...]) -> list[str]:
-        return [name for name, a, b in zip((*own, "x"), found, truth, strict=True) if not error(a, b) <= bound]
+        return [
+            name
+            for name, a, b in zip((*own, "x"), found, truth, strict=True)
+            if not error(a, b) <= bound
+        ]
 
     found, bound = gradients(None), 2 * BOUNDS[case.x.dtype]
     wrong = differ(gradients("materialised")) or differ(found)
@@ -116,7 +128,10 @@ def stored_gradient(case: Stored) -> str:
         with veneer.use(case.model, None):
             (plain,) = torch.autograd.grad((case(x) * weights.to(x.dtype)).sum(), x)
         share = weights @ (change.scale * product(change))
-        if error(found[-1], plain.double() + share) <= bound and error(found[-1], truth[-1]) <= LIBRARY:
+        if (
+            error(found[-1], plain.double() + share) <= bound
+            and error(found[-1], truth[-1]) <= LIBRARY
+        ):
             return ROUNDS.format("the gradient of x")
     return f"differs for {', '.join(wrong)}" if wrong else EXACT
 
@@ -145,7 +160,9 @@ def stored_merge(case: Stored) -> str:
     if not error(merged, exact) < error(before, exact):
         return "no nearer to W + ΔW than before"
     far = farther(merged.double(), exact)
-    if far > 0.01 * exact.numel():  # a block may stay as it was, where that is nearer than a grid of its own
+    if (
+        far > 0.01 * exact.numel()
+    ):  # a block may stay as it was, where that is nearer than a grid of its own
         return f"{far} weights are not rounded to the nearest"
     kept = 10 * round(10 * retention)  # coarse, so that no other machine rounds it otherwise
     return f"{GRID}about {kept}% of a change a tenth as large as the weight"
@@ -156,11 +173,14 @@ ONE_ROUNDING = 1e-9
 
 
 def farther(merged: Tensor, exact: Tensor) -> int:
-    """How many numbers have a nearer one on their own grid. Of the grid that a block shares those points are known
-    that its other numbers lie on; 16 in a row are in one block of every storage."""
+    """How many numbers have a nearer one on their own grid. Of the grid that a block shares those
+    points are known that its other numbers lie on; 16 in a row are in one block of every
+    storage."""
     found, wanted = merged.reshape(-1, 16), exact.reshape(-1, 16)
     nearest = (found[:, None, :] - wanted[:, :, None]).abs().amin(2)
-    slack = 0.002 * found.abs().amax(1, keepdim=True)  # a scale that is rounded itself moves the grid
+    slack = 0.002 * found.abs().amax(
+        1, keepdim=True
+    )  # a scale that is rounded itself moves the grid
     return int(((found - wanted).abs() > nearest + slack).sum())
 
 
@@ -168,7 +188,11 @@ def stored_unmerge(case: Stored) -> str:
     def held() -> dict[str, Tensor]:
         """The weight as it is stored, as it is read, and what it is computed from."""
         computed = case.weight.state_dict() if isinstance(case.weight, nn.Module) else {}
-        found = {**case.storage.stored(case.weight), **computed, "dense": case.storage.dense(case.weight)}
+        found = {
+            **case.storage.stored(case.weight),
+            **computed,
+            "dense": case.storage.dense(case.weight),
+        }
         return {name: value.detach().clone() for name, value in found.items()}
 
     same, moved = True, True
@@ -181,20 +205,26 @@ def stored_unmerge(case: Stored) -> str:
             case.handle.unmerge()
             after = held()
             moved &= not torch.equal(merged["dense"], before["dense"])
-            same &= before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+            same &= before.keys() == after.keys() and all(
+                torch.equal(after[name], before[name]) for name in before
+            )
             same &= torch.equal(case(), y)
     return "the merge changed nothing" if not moved else EXACT if same else "other bits"
 
 
 def stored_save(case: Stored) -> str:
     (change,) = case.handle.changes.values()
-    change.scale = change.variant.scale(change.alpha, change.rank)  # a file holds alpha, not a scale
+    change.scale = change.variant.scale(
+        change.alpha, change.rank
+    )  # a file holds alpha, not a scale
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         case.handle.save(f"{folder}/adapter")
         fresh = case.base
         handle = veneer.load(fresh, f"{folder}/adapter")
         mine, theirs = numbers_of(case.handle), numbers_of(handle)
-        same = mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        same = mine.keys() == theirs.keys() and all(
+            torch.equal(mine[name], theirs[name]) for name in mine
+        )
         equal = torch.equal(case(), fresh({"m0": (case.x,)})["m0"])
     return EXACT if same and equal else "other outputs" if same else "other trained numbers"
 
@@ -231,7 +261,8 @@ def of_storage(name: str, operations: Sequence[str] = tuple(STORED)) -> Results:
 
 
 def named(storage: Storage, weight: Any) -> str:
-    """A stored weight in a few words: the type of its packing, and its dtype if that is not float32."""
+    """A stored weight in a few words: the type of its packing, and its dtype if that is not
+    float32."""
     if isinstance(weight, ParametrizationList):
         words = [" ∘ ".join(type(each).__name__.strip("_") for each in reversed(list(weight)))]
     elif storage.name == "plain":
@@ -241,4 +272,6 @@ def named(storage: Storage, weight: Any) -> str:
         nested = getattr(getattr(weight, "quant_state", None), "nested", False)
         words = [getattr(packing, "name", packing), *(["nested"] if nested else [])]
     dtype = storage.dtype(weight)
-    return " ".join(words + ([str(dtype).removeprefix("torch.")] if dtype != torch.float32 or not words else []))
+    return " ".join(
+        words + ([str(dtype).removeprefix("torch.")] if dtype != torch.float32 or not words else [])
+    )

@@ -1,4 +1,5 @@
-"""Veneer: one frozen base, many thin low-rank adapters. Train them, prove them, merge them, serve them.
+"""Veneer: one frozen base, many thin low-rank adapters. Train them, prove them, merge them, serve
+them.
 
 >>> import torch, veneer
 >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from veneer.tools.extract import ExtractReport, extract
     from veneer.train.many import Runs, train_many
 
-#: public name -> the module that holds it, imported when the name is first used: `import veneer` alone adds nothing to
+# : public name -> the module that holds it, imported when the name is first used: `import veneer`
+# alone adds nothing to
 #: `import torch`, and no program imports what it does not use
 _LAZY = {
     "Bank": "veneer.bank",
@@ -73,7 +75,8 @@ _LAZY = {
 }
 #: submodules that are imported when first used as an attribute
 _LAZY_MODULES = ("adapter_files", "bank", "errors", "fileio", "formats", "models", "optim", "tools")
-# the folder, before anybody asks for the function: whenever it were imported later, it would take the function's name
+# the folder, before anybody asks for the function: whenever it were imported later, it would take
+# the function's name
 importlib.import_module("veneer.attach")
 globals().pop("attach")
 

@@ -2,12 +2,14 @@
 
 The defaults are those that current results support:
 
-- ``targets="all-linear"``: adapting attention alone trails adapting the MLPs too (Schulman and Thinking Machines Lab
-  2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 4).
-- ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a constant alpha makes the
-  best learning rate nearly independent of the rank (the same report, section "Setting LoRA hyperparameters").
-- B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al. 2021,
-  arXiv:2106.09685, section 4.1).
+- ``targets="all-linear"``: adapting attention alone trails adapting the MLPs too (Schulman and
+  Thinking Machines Lab 2025, "LoRA Without Regret"; Dettmers et al. 2023, "QLoRA",
+  arXiv:2305.14314, section 4).
+- ``rank=16`` and a constant ``alpha=32``, so scale = 32 / rank: with B zero at the start, a
+  constant alpha makes the best learning rate nearly independent of the rank (the same report,
+  section "Setting LoRA hyperparameters").
+- B zero and A Kaiming-uniform: the attached model equals its base before the first step (Hu et al.
+  2021, arXiv:2106.09685, section 4.1).
 """
 
 from __future__ import annotations
@@ -40,12 +42,13 @@ PEFT_FIELDS = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of ``ranks`` and ``alphas``)
-    is one of
+    """What to attach. Every pattern (``targets``, ``exclude``, ``train_also``, the keys of
+    ``ranks`` and ``alphas``) is one of
 
-    - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that transformers initialised
-      because the checkpoint did not hold it is trained in full), ``"attention"`` and ``"mlp"`` (the linear
-      layers in and outside attention, in the repeated blocks), ``"all"`` (everything that can be attached to);
+    - a word: ``"all-linear"`` (linear layers of the body, no output head; a task head that
+      transformers initialised because the checkpoint did not hold it is trained in full),
+      ``"attention"`` and ``"mlp"`` (the linear layers in and outside attention, in the repeated
+      blocks), ``"all"`` (everything that can be attached to);
     - a module's full path, or a suffix of it at a dot: ``"q_proj"``, ``"self_attn.q_proj"``;
     - a glob over the full path: ``"model.layers.*.mlp.*"``;
     - ``"re:…"``, a regular expression that matches the full path;
@@ -57,18 +60,25 @@ class LoraConfig:
         dropout: probability in [0, 1) of dropping an input of the low-rank path while training.
         targets: what to attach to; each pattern must match something.
         exclude: what to leave out of ``targets``; each pattern must match something.
-        ranks, alphas: pattern → value, for the targets that differ; the first pattern that matches counts.
-        slices: pattern → which outputs of a fused weight to change: a bool for each of its equal parts (q and v of a
-            fused q, k, v: ``[True, False, True]``), or (start, stop) ranges. The other outputs stay as they are.
-        layers: indices of the repeated blocks to keep (the first number in a path); negative ones count from the end.
-        train_also: modules to train fully, as copies that belong to the adapter: the base keeps its values.
-        bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the model).
-        trainable_tokens: ids of tokens whose rows of the input embedding are trained in full, and with them those of
-            every weight that is tied to it; or {pattern: ids}, for an embedding or head by name. The other rows stay as
-            they are; with ``targets=()`` nothing else is trained.
+        ranks, alphas: pattern → value, for the targets that differ; the first pattern that matches
+            counts.
+        slices: pattern → which outputs of a fused weight to change: a bool for each of its equal
+            parts (q and v of a fused q, k, v: ``[True, False, True]``), or (start, stop) ranges.
+            The other outputs stay as they are.
+        layers: indices of the repeated blocks to keep (the first number in a path); negative ones
+            count from the end.
+        train_also: modules to train fully, as copies that belong to the adapter: the base keeps its
+            values.
+        bias: "none", "targets" (train the biases of the targets too) or "all" (every bias of the
+            model).
+        trainable_tokens: ids of tokens whose rows of the input embedding are trained in full, and
+            with them those of every weight that is tied to it; or {pattern: ids}, for an embedding
+            or head by name. The other rows stay as they are; with ``targets=()`` nothing else is
+            trained.
         variant: a name in ``veneer.variants.names()``.
-        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes float32 for a 16-bit
-            base (a 16-bit AdamW step of usual size is lost in rounding) and the base's own dtype otherwise.
+        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes
+            float32 for a 16-bit base (a 16-bit AdamW step of usual size is lost in rounding) and
+            the base's own dtype otherwise.
 
     Raises:
         ConfigError: with every problem at once.
@@ -92,13 +102,17 @@ class LoraConfig:
     if not TYPE_CHECKING:
 
         def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
-            """Refuse PEFT's names by Veneer's; other unknown names are left to the error of ``__init__``."""
+            """Refuse PEFT's names by Veneer's; other unknown names are left to the error of
+            ``__init__``."""
             if fields.keys() & PEFT_FIELDS.keys() - {"bias"}:
-                raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
+                raise_all(
+                    ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields))
+                )
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to share, and plain JSON.
+        # Tuples and plain dicts, so that a config is a value: equal when its fields are, safe to
+        # share, and plain JSON.
         for name, empty in (
             ("exclude", ()),
             ("train_also", ()),
@@ -131,13 +145,25 @@ class LoraConfig:
         yield from self._strength_problems()
         yield from self._target_problems()
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
-            yield sentence(f"dropout={self.dropout!r}", "a probability in [0, 1)", "use 0, or a value like 0.05")
+            yield sentence(
+                f"dropout={self.dropout!r}",
+                "a probability in [0, 1)",
+                "use 0, or a value like 0.05",
+            )
         if self.bias not in BIASES:
-            yield sentence(f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}", " | ".join(BIASES), 'use "none"')
+            yield sentence(
+                f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}",
+                " | ".join(BIASES),
+                'use "none"',
+            )
         if not isinstance(self.variant, str) or not self.variant:
-            yield sentence(f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"')
+            yield sentence(
+                f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"'
+            )
         if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-            yield sentence(f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None")
+            yield sentence(
+                f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None"
+            )
 
     def _strength_problems(self):
         yield from _whole("rank", self.rank)
@@ -153,16 +179,24 @@ class LoraConfig:
                 alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
         for name, alpha in alphas.items():
             if not _number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-                yield sentence(f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank")
+                yield sentence(
+                    f"{name}={alpha!r}", "a finite number above 0", "use 32, or twice the rank"
+                )
         if not isinstance(self.slices, Mapping) or not all(map(_slices, self.slices.values())):
             expected = "a mapping of pattern to bools or to (start, stop) ranges"
-            yield sentence(f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}")
+            yield sentence(
+                f"slices={self.slices!r}", expected, "use e.g. {'c_attn': [True, False, True]}"
+            )
 
     def _target_problems(self):
-        wanted = self.trainable_tokens.values() if isinstance(self.trainable_tokens, Mapping) else ()
+        wanted = (
+            self.trainable_tokens.values() if isinstance(self.trainable_tokens, Mapping) else ()
+        )
         if not all(map(_ids, wanted or (self.trainable_tokens,))) or (() in wanted):
             expected = "a list of different token ids, or {pattern: such a list}"
-            yield sentence(f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]")
+            yield sentence(
+                f"trainable_tokens={self.trainable_tokens!r}", expected, "use e.g. [49152, 49153]"
+            )
         nothing_else = self.targets == () and self.trainable_tokens
         if not callable(self.targets) and not _patterns(self.targets) and not nothing_else:
             expected = "a pattern, a list of patterns or a callable"
@@ -170,44 +204,69 @@ class LoraConfig:
         for name in ("exclude", "train_also"):
             value = getattr(self, name)
             if value != () and not _patterns(value):
-                yield sentence(f"{name}={value!r}", "a pattern or a list of patterns", "name modules of the model")
-        indices = isinstance(self.layers, tuple) and self.layers and all(type(index) is int for index in self.layers)
+                yield sentence(
+                    f"{name}={value!r}",
+                    "a pattern or a list of patterns",
+                    "name modules of the model",
+                )
+        indices = (
+            isinstance(self.layers, tuple)
+            and self.layers
+            and all(type(index) is int for index in self.layers)
+        )
         if self.layers is not None and not indices:
-            yield sentence(f"layers={self.layers!r}", "a list of block indices", "use e.g. [0, 1, -1], or None for all")
+            yield sentence(
+                f"layers={self.layers!r}",
+                "a list of block indices",
+                "use e.g. [0, 1, -1], or None for all",
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that it chose."""
+        """Plain JSON values. A callable has no such form: ``attach`` replaces it by the paths that
+        it chose."""
         fields = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+        }
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> LoraConfig:
-        """The config of ``to_dict``; an unknown field is a ConfigError that names the nearest known one."""
+        """The config of ``to_dict``; an unknown field is a ConfigError that names the nearest known
+        one."""
         raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
         return LoraConfig(**fields)
 
 
 def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
-    """A problem for each name that is no field, which says what PEFT's name for one is called here."""
+    """A problem for each name that is no field, which says what PEFT's name for one is called
+    here."""
     known = LoraConfig.__dataclass_fields__
     for name in fields:
         if name in known:
             continue
         if name in PEFT_FIELDS:
-            yield sentence(f"{name!r}, a field of PEFT's LoraConfig", f"{PEFT_FIELDS[name]!r}", "use that name")
+            yield sentence(
+                f"{name!r}, a field of PEFT's LoraConfig", f"{PEFT_FIELDS[name]!r}", "use that name"
+            )
         else:
             yield sentence(
-                f"field {name!r}{nearest(name, known)}", f"one of {', '.join(known)}", "correct or remove it"
+                f"field {name!r}{nearest(name, known)}",
+                f"one of {', '.join(known)}",
+                "correct or remove it",
             )
 
 
 def _whole(name: str, value: object):
     if type(value) is not int or value < 1:
-        yield sentence(f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data")
+        yield sentence(
+            f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data"
+        )
 
 
 def _tokens(value: Any) -> Any:
-    """Ids as tuples of ints, so that a config is a value; what are no ids stays, for the error to show."""
+    """Ids as tuples of ints, so that a config is a value; what are no ids stays, for the error to
+    show."""
     if isinstance(value, Mapping):
         return {pattern: _tokens(ids) for pattern, ids in value.items()} or ()
     if isinstance(value, Iterable) and not isinstance(value, str):
@@ -228,7 +287,9 @@ def _slices(parts: object) -> bool:
         return False
     if all(isinstance(part, bool) for part in parts):
         return any(parts)
-    return all(isinstance(part, Sequence) and [type(end) for end in part] == [int, int] for part in parts)
+    return all(
+        isinstance(part, Sequence) and [type(end) for end in part] == [int, int] for part in parts
+    )
 
 
 def _number(value: object) -> bool:
@@ -238,4 +299,8 @@ def _number(value: object) -> bool:
 def _patterns(value: object) -> bool:
     if isinstance(value, str):
         return bool(value)
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(item, str) and item for item in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(isinstance(item, str) and item for item in value)
+    )

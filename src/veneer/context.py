@@ -1,13 +1,15 @@
 """What holds for one call: which adapter each model uses, and which arithmetic.
 
-The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio task. It is read as
-``context.current``, an attribute of the module (PEP 562) and no function: ``torch.compile`` cannot trace
-``ContextVar.get``, but guards module attributes, and reads this one afresh before each run.
+The state is an immutable value in a ``ContextVar``, so it belongs to the running thread or asyncio
+task. It is read as ``context.current``, an attribute of the module (PEP 562) and no function:
+``torch.compile`` cannot trace ``ContextVar.get``, but guards module attributes, and reads this one
+afresh before each run.
 
-A context variable does not follow a generator: a value that is set in one stays set for its caller while the generator
-is suspended. So a block that is opened in a generator (``Block``) is kept under that generator's frame instead. It
-holds for the code that runs above that frame on the stack, whichever thread or task advances the generator. As long as
-no such block is open, a call pays one look at an empty dict for this.
+A context variable does not follow a generator: a value that is set in one stays set for its caller
+while the generator is suspended. So a block that is opened in a generator (``Block``) is kept under
+that generator's frame instead. It holds for the code that runs above that frame on the stack,
+whichever thread or task advances the generator. As long as no such block is open, a call pays one
+look at an empty dict for this.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ import torch
 
 @dataclass(frozen=True)
 class Context:
-    """``selection``: by model's id what it uses (``ActiveAdapter``; missing: its default). ``path`` forces "factored"
-    or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is what holds after the block, and
-    ``source`` what opened it. ``blocks`` are those of generators that were opened in this thread or task, or in the one
-    whose context this is a copy of; ``included`` are those that the selection has already taken in."""
+    """``selection``: by model's id what it uses (``ActiveAdapter``; missing: its default). ``path``
+    forces "factored" or "materialised". ``reached`` collects what runs, for ``check``. ``outer`` is
+    what holds after the block, and ``source`` what opened it. ``blocks`` are those of generators
+    that were opened in this thread or task, or in the one whose context this is a copy of;
+    ``included`` are those that the selection has already taken in."""
 
     selection: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
@@ -44,20 +47,32 @@ class Context:
 
 
 class Block:
-    """A block that was opened in a generator. ``frame``: the generator's, None once the block has ended. ``outside``:
-    what models use, instead of ``selection``, in a call that may be meant to be inside of the block or not."""
+    """A block that was opened in a generator. ``frame``: the generator's, None once the block has
+    ended. ``outside``: what models use, instead of ``selection``, in a call that may be meant to be
+    inside of the block or not."""
 
     def __init__(
-        self, frame: FrameType, source: Any, selection: Mapping[str, Any], outside: Mapping[str, Any], changes: Any
+        self,
+        frame: FrameType,
+        source: Any,
+        selection: Mapping[str, Any],
+        outside: Mapping[str, Any],
+        changes: Any,
     ) -> None:
         self.frame: FrameType | None = frame
-        self.source, self.selection, self.outside, self.changes = source, selection, outside, changes
+        self.source, self.selection, self.outside, self.changes = (
+            source,
+            selection,
+            outside,
+            changes,
+        )
         self.caller = threading.get_ident(), _task()
         self.resolved: tuple[Any, Any] = (None, None)
 
     def state(self, caller: tuple[int, Any]) -> str:
-        """Of a block whose generator does not run below the caller. "inside": the caller is a task or thread that was
-        started by the generator's present step; "ended"; "outside": neither, or it cannot be known."""
+        """Of a block whose generator does not run below the caller. "inside": the caller is a task
+        or thread that was started by the generator's present step; "ended"; "outside": neither, or
+        it cannot be known."""
         home, frame = caller == self.caller, self.frame
         if frame is None:
             return "ended" if home else "outside"
@@ -72,7 +87,8 @@ _OPEN: dict[FrameType, list[Block]] = {}
 _ENDED = [0]
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-#: modules that run a generator up to its ``yield`` on behalf of a caller for whom its blocks are meant to hold
+# : modules that run a generator up to its ``yield`` on behalf of a caller for whom its blocks are
+# meant to hold
 _HOLDERS = ("_pytest.fixtures", "pytest_asyncio.plugin")
 
 if TYPE_CHECKING:
@@ -83,9 +99,14 @@ def __getattr__(name: str) -> Context:
     if name != "current":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = _CONTEXT.get()
-    if value is _NOTHING and torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls("context"):
-        # A GPU's part of backward runs in threads of torch's own, which have no context of ours; activation
-        # checkpointing runs layers again there. torch hands them a copy of the context of whoever called ``backward``.
+    if (
+        value is _NOTHING
+        and torch._C._current_graph_task_id() != -1
+        and torch._C._is_key_in_tls("context")
+    ):
+        # A GPU's part of backward runs in threads of torch's own, which have no context of ours;
+        # activation checkpointing runs layers again there. torch hands them a copy of the context
+        # of whoever called ``backward``.
         value = torch._C._get_obj_in_tls("context").get(_CONTEXT, _NOTHING)
     return _with_blocks(value) if _OPEN or value.blocks else value
 
@@ -100,7 +121,9 @@ def _with_blocks(value: Context) -> Context:
     key = value, running, caller, _ENDED[0]
     if running and running[-1].resolved[0] == key:  # every layer of a step asks for the same
         return running[-1].resolved[1]
-    others = [block for block in value.blocks if block not in running and block not in value.included]
+    others = [
+        block for block in value.blocks if block not in running and block not in value.included
+    ]
     states = [block.state(caller) for block in others]
     selection, changes = dict(value.selection), {}
     for block, state in zip(others, states, strict=True):
@@ -112,14 +135,18 @@ def _with_blocks(value: Context) -> Context:
         changes.update(block.changes)
     included = value.included.union(inside, running)
     made = replace(value, selection=selection, blocks=(), included=included, **changes)
-    if running and all(block.caller == caller for block in others):  # those of another's may begin to run at any time
+    if running and all(
+        block.caller == caller for block in others
+    ):  # those of another's may begin to run at any time
         running[-1].resolved = key, made
     return made
 
 
 def _frames_below() -> list[FrameType]:
     """The frames of generators with open blocks on this thread's stack, the outermost first."""
-    suspects = [frame for frame in tuple(_OPEN) if frame.f_back is not None]  # the others are suspended
+    suspects = [
+        frame for frame in tuple(_OPEN) if frame.f_back is not None
+    ]  # the others are suspended
     frames: list[FrameType] = []
     frame = sys._getframe(1) if suspects else None
     while frame is not None:
@@ -132,8 +159,8 @@ def _frames_below() -> list[FrameType]:
 
 
 def _generator_frame() -> FrameType | None:
-    """The frame of the generator in which a block is entered or left; None: no generator does. A generator that is a
-    context manager (``contextlib``) does so for the code that enters it."""
+    """The frame of the generator in which a block is entered or left; None: no generator does. A
+    generator that is a context manager (``contextlib``) does so for the code that enters it."""
     frame = sys._getframe(2)
     while frame is not None:
         if _enters(frame):
@@ -170,10 +197,15 @@ def _task() -> Any:
 
 
 def enter(
-    source: Any, selection: Mapping[str, Any], *, outside: Callable[[], Any] | None = None, **changes: Any
+    source: Any,
+    selection: Mapping[str, Any],
+    *,
+    outside: Callable[[], Any] | None = None,
+    **changes: Any,
 ) -> None:
-    """Use this selection beside the present one, and replace other fields of the context, until ``leave`` of the same
-    ``source``. ``outside``: in a block of the user's, which a generator may open, what makes ``Block.outside``."""
+    """Use this selection beside the present one, and replace other fields of the context, until
+    ``leave`` of the same ``source``. ``outside``: in a block of the user's, which a generator may
+    open, what makes ``Block.outside``."""
     value = _CONTEXT.get()
     frame = None if outside is None else _generator_frame()
     if outside is not None and frame is not None:
@@ -183,15 +215,24 @@ def enter(
         return
     now = sys.modules[__name__].current
     _CONTEXT.set(
-        replace(now, selection={**now.selection, **selection}, **changes, outer=value, source=source, blocks=())
+        replace(
+            now,
+            selection={**now.selection, **selection},
+            **changes,
+            outer=value,
+            source=source,
+            blocks=(),
+        )
     )
 
 
 def leave(source: Any) -> bool:
-    """Restore what was before ``enter`` of this source. False, and nothing is changed: that is not the block that was
-    opened last in this thread or task."""
+    """Restore what was before ``enter`` of this source. False, and nothing is changed: that is not
+    the block that was opened last in this thread or task."""
     value = _CONTEXT.get()
-    blocks = [block for blocks in tuple(_OPEN.values()) for block in blocks if block.source is source]
+    blocks = [
+        block for blocks in tuple(_OPEN.values()) for block in blocks if block.source is source
+    ]
     if blocks:
         frame = _generator_frame()
         here = [block for block in blocks if block.frame is frame]
@@ -225,13 +266,18 @@ def _without(value: Context, block: Block) -> Context:
     outer = None if value.outer is None else _without(value.outer, block)
     if outer is value.outer and block not in value.blocks:
         return value
-    changed = replace(value, outer=outer, blocks=tuple(other for other in value.blocks if other is not block))
+    changed = replace(
+        value, outer=outer, blocks=tuple(other for other in value.blocks if other is not block)
+    )
     return _NOTHING if changed.outer is None and changed == _NOTHING else changed
 
 
 @contextmanager
 def changed(
-    selection: Mapping[str, Any] | None = None, *, outside: Callable[[], Any] | None = None, **changes: Any
+    selection: Mapping[str, Any] | None = None,
+    *,
+    outside: Callable[[], Any] | None = None,
+    **changes: Any,
 ) -> Iterator[None]:
     """``enter`` and ``leave`` around a block, also when it raises."""
     source = object()

@@ -18,8 +18,9 @@
     └── AdapterError       ValueError       an adapter folder that cannot be trusted or read
         └── BaseMismatchError               an intact adapter, made for another base
 
-Each is also the standard library's type for its kind, so that ``except ValueError`` works. A message says what was
-found, what was expected and what to do; a function that finds several problems collects them and raises once.
+Each is also the standard library's type for its kind, so that ``except ValueError`` works. A
+message says what was found, what was expected and what to do; a function that finds several
+problems collects them and raises once.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ __all__ = [
 
 
 class VeneerError(Exception):
-    """The root of the tree: catch this to catch everything that Veneer raises on purpose. It takes a message, or what
-    was found, what was expected and what to do (``sentence``)."""
+    """The root of the tree: catch this to catch everything that Veneer raises on purpose. It takes
+    a message, or what was found, what was expected and what to do (``sentence``)."""
 
     #: of several processes that work together, another one raised this first, and tells it
     told_elsewhere = False
@@ -94,7 +95,8 @@ class MethodError(VeneerError, AttributeError):
 
 
 class LibraryError(VeneerError, LookupError):
-    """A name that a library of adapters lacks or cannot take, or an index of one that is damaged."""
+    """A name that a library of adapters lacks or cannot take, or an index of one that is
+    damaged."""
 
 
 class RemoteError(VeneerError, OSError):
@@ -113,13 +115,14 @@ class BaseMismatchError(AdapterError):
     """An intact adapter whose base weights are not those of this model."""
 
 
-#: characters of what was found, and problems, that one message shows: both may come from a file of any size
+# : characters of what was found, and problems, that one message shows: both may come from a file of
+# any size
 LONGEST, MOST = 2000, 50
 
 
 def escape_controls(text: str) -> str:
-    r"""A text of strangers as a terminal may show it: what steers one (escape sequences, overrides of the direction of
-    writing) as ``\x1b``; lines and tabs stay."""
+    r"""A text of strangers as a terminal may show it: what steers one (escape sequences, overrides
+    of the direction of writing) as ``\x1b``; lines and tabs stay."""
     return "".join(ascii(mark)[1:-1] if _steers(mark) else mark for mark in text)
 
 
@@ -146,10 +149,13 @@ def raise_all(error: type[VeneerError], what: str, problems: Sequence[str]) -> N
 
 
 def warn_caller(message: str, category: type[Warning], within: Sequence[str] = ("veneer",)) -> None:
-    """Warn at the line that called into these packages, however deep the call is within them. Each such line then
-    warns once; at a line of a library, the first caller alone would be warned in the life of a process."""
+    """Warn at the line that called into these packages, however deep the call is within them. Each
+    such line then warns once; at a line of a library, the first caller alone would be warned in the
+    life of a process."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

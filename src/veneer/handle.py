@@ -1,5 +1,5 @@
-"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of the package with
-both filled in."""
+"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of
+the package with both filled in."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from veneer.errors import MethodError
 
 
 def _cover(model: nn.Module) -> None:
-    from veneer.adapter_files.trainers import cover  # files take as long to import as the rest: not before use
+    from veneer.adapter_files.trainers import (
+        cover,
+    )  # files take as long to import as the rest: not before use
 
     cover(model)
 
@@ -43,28 +45,31 @@ def attach(
     loss: Loss | None = None,
     original: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> Handle:
-    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model use it while it is
-    the only one.
+    """Attach a new adapter to ``model``, in place, and freeze the base. Plain calls of the model
+    use it while it is the only one.
 
     Args:
         model: any module with layers of a kind that Veneer knows.
         config: what to attach; None takes ``LoraConfig()``.
         name: letters, digits, "_" and "-".
-        batches: what a data-driven variant (``eva``, ``lora_ga``) looks at: tensors, tuples of positional or mappings
-            of keyword arguments of the model.
-        loss: (model, batch) -> scalar, for ``lora_ga``; None takes the ``loss`` of the model's own output.
+        batches: what a data-driven variant (``eva``, ``lora_ga``) looks at: tensors, tuples of
+            positional or mappings of keyword arguments of the model.
+        loss: (model, batch) -> scalar, for ``lora_ga``; None takes the ``loss`` of the model's own
+            output.
         original: the model (or its state dict) from before the base was quantised, for ``loftq``.
 
     Returns:
-        a handle to the adapter. Every function of the package also works without it, given the model.
+        a handle to the adapter. Every function of the package also works without it, given the
+        model.
 
     Raises:
         TargetError: with every problem at once. The model is as it was.
-        ConfigError: the variant needs data that was not given, or the other way round. The model is as it was.
+        ConfigError: the variant needs data that was not given, or the other way round. The model is
+            as it was.
 
     Warns:
-        FreshWeights: parameters that the checkpoint did not hold (a new head) are not trained in full, so that the
-            adapter will not hold them either. "all-linear" trains a new head.
+        FreshWeights: parameters that the checkpoint did not hold (a new head) are not trained in
+            full, so that the adapter will not hold them either. "all-linear" trains a new head.
     """
     model = unwrap(model)
     plans = plan(model, LoraConfig() if config is None else config, name)
@@ -72,9 +77,18 @@ def attach(
     install(model, name, plans, calibration=calibration)
     _cover(model)
     names = Names(model)
-    in_full = {id(names.modules[path]._parameters[own]) for path, full in plans.full.items() for own in full}
-    # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of the others
-    in_full |= {id(weight_of(names.modules[entry.path], entry.weight)) for entry in plans.low if entry.tokens}
+    in_full = {
+        id(names.modules[path]._parameters[own])
+        for path, full in plans.full.items()
+        for own in full
+    }
+    # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of
+    # the others
+    in_full |= {
+        id(weight_of(names.modules[entry.path], entry.weight))
+        for entry in plans.low
+        if entry.tokens
+    }
     lost = [ref for key, ref in fresh(names).items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
@@ -86,21 +100,22 @@ def load(
 ) -> Handle:  # fmt: skip
     """Attach the adapter in folder ``path`` to ``model``.
 
-    Everything is verified before the model is touched: the files, every key and shape, and each parameter and lasting
-    buffer of the base that the adapter does not replace, against the adapter's fingerprints. An adapter that another
-    library wrote has none: it loads with an ``UnverifiedAdapter`` warning, as does one that proves less than all of
-    this model.
+    Everything is verified before the model is touched: the files, every key and shape, and each
+    parameter and lasting buffer of the base that the adapter does not replace, against the
+    adapter's fingerprints. An adapter that another library wrote has none: it loads with an
+    ``UnverifiedAdapter`` warning, as does one that proves less than all of this model.
 
     Args:
         name: the adapter's name on this model; None takes "default".
         trainable: train it further.
         verify_base: False accepts other base weights of the same shapes.
-        untie: where the folder changes a tied weight under one of its names alone (PEFT adapts modules one by one),
-            that name needs a weight of its own, until the last adapter is detached. None gives it one and warns; True
-            does not warn; False unties nothing: a low-rank change of one name is an error then, and values trained in
-            full stand in for the weight and cannot be merged.
-        grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were added to its base
-            (``resize_token_embeddings``). If loading fails, it is as it was.
+        untie: where the folder changes a tied weight under one of its names alone (PEFT adapts
+            modules one by one), that name needs a weight of its own, until the last adapter is
+            detached. None gives it one and warns; True does not warn; False unties nothing: a
+            low-rank change of one name is an error then, and values trained in full stand in for
+            the weight and cannot be merged.
+        grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were
+            added to its base (``resize_token_embeddings``). If loading fails, it is as it was.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
@@ -114,7 +129,9 @@ def load(
     model, name = unwrap(model), name if name is not None else "default"
     from veneer.adapter_files.save_load import install_from
 
-    install_from(model, path, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow)
+    install_from(
+        model, path, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
+    )
     _cover(model)
     return Handle(model, name)
 
@@ -133,11 +150,17 @@ class Handle:
             do = METHODS.get(name)
             if name == "save_pretrained":
                 do = "handle.save(folder), or model.save_pretrained(folder), which writes the adapter too"
-            elif do is None and not name.startswith("_") and hasattr(self.__dict__.get("model"), name):
+            elif (
+                do is None
+                and not name.startswith("_")
+                and hasattr(self.__dict__.get("model"), name)
+            ):
                 do = f"handle.model.{name}: the model is what runs and trains"
             if do is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            raise MethodError(f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do)
+            raise MethodError(
+                f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do
+            )
 
     @property
     def config(self) -> LoraConfig:
@@ -153,10 +176,14 @@ class Handle:
     def changes(self) -> dict[str, Change]:
         """The low-rank changes, by the path of the weight that they change."""
         need_adapters(self.model, self.name)
-        return {parameter_path(path, weight): change for path, _, weight, change in changes(self.model, self.name)}
+        return {
+            parameter_path(path, weight): change
+            for path, _, weight, change in changes(self.model, self.name)
+        }
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path of the weight and name of the number, or path of what is trained in full; parameter)."""
+        """(path of the weight and name of the number, or path of what is trained in full;
+        parameter)."""
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
@@ -175,15 +202,20 @@ class Handle:
         return summarise(self.model, self.name)
 
     def plan(self, tokens: int, *, training: bool = True) -> CallPlan:
-        """How the plain linear layers compute a call of this many tokens (batch × length), and what the cost model says
-        of it: print it. ``with veneer.use(model, name, path=…)`` overrides the choice."""
+        """How the plain linear layers compute a call of this many tokens (batch × length), and what
+        the cost model says of it: print it. ``with veneer.use(model, name, path=…)`` overrides the
+        choice."""
         return call_plan(self.model, self.name, tokens, training)
 
     def use(self):
         return use(self.model, self.name)
 
     def merge(
-        self, *, keep: bool = True, rounding: str = "auto", inputs: Mapping[str, Tensor] | None = None
+        self,
+        *,
+        keep: bool = True,
+        rounding: str = "auto",
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> MergeReport:
         return merge(self.model, self.name, keep=keep, rounding=rounding, inputs=inputs)
 
@@ -199,7 +231,8 @@ class Handle:
         overwrite: bool = False,
         alone: bool = False,
     ) -> Path:
-        """Write the adapter as a folder. In several processes every rank must call this: see ``veneer.save``."""
+        """Write the adapter as a folder. In several processes every rank must call this: see
+        ``veneer.save``."""
         from veneer.adapter_files.save_load import save
 
         return save(

@@ -1,13 +1,14 @@
 """Veneer in the training loops of other libraries.
 
-What saves a model by its own ``save_pretrained`` needs nothing of this: transformers' ``Trainer`` and all of TRL's
-trainers save an adapter alone, resume from it, and take the policy's own base for a reference, once ``veneer.attach``
-has been called. This is for the rest.
+What saves a model by its own ``save_pretrained`` needs nothing of this: transformers' ``Trainer``
+and all of TRL's trainers save an adapter alone, resume from it, and take the policy's own base for
+a reference, once ``veneer.attach`` has been called. This is for the rest.
 
     callback(config)              attach within a transformers or TRL trainer, which may load the model itself
     lightning_callback(config)    Lightning's checkpoints hold the adapter alone, and the random state
     unpack(checkpoint, folder)    the adapter folder in such a checkpoint
-    accelerate_hooks(accelerator) accelerate's save_state and load_state write and read the adapter alone
+    accelerate_hooks(accelerator) accelerate's save_state and load_state write and read the adapter
+    alone
     Reference, reference_of       a reference model without a second copy of the weights
 
 The libraries are imported when one of these is called, never before.
@@ -38,7 +39,14 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.fileio.atomic import new_folder
 from veneer.handle import attach
 
-__all__ = ["Reference", "accelerate_hooks", "callback", "lightning_callback", "reference_of", "unpack"]
+__all__ = [
+    "Reference",
+    "accelerate_hooks",
+    "callback",
+    "lightning_callback",
+    "reference_of",
+    "unpack",
+]
 
 #: the key of a Lightning checkpoint, and the name of a folder in an accelerate one
 KEY = "veneer"
@@ -51,12 +59,13 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def callback(config: LoraConfig | None = None) -> Any:
-    """A ``TrainerCallback`` that attaches a new adapter to the model of a transformers or TRL trainer, which may have
-    loaded it itself (``SFTTrainer("base", callbacks=[callback(config)])``). One script then starts and resumes a run.
+    """A ``TrainerCallback`` that attaches a new adapter to the model of a transformers or TRL
+    trainer, which may have loaded it itself (``SFTTrainer("base", callbacks=[callback(config)])``).
+    One script then starts and resumes a run.
 
     Args:
-        config: what to attach, unless the model has an adapter already. None attaches nothing: the adapter is that of
-            the checkpoint which ``train(resume_from_checkpoint=…)`` is given.
+        config: what to attach, unless the model has an adapter already. None attaches nothing: the
+            adapter is that of the checkpoint which ``train(resume_from_checkpoint=…)`` is given.
 
     Raises:
         ConfigError: when training begins and the model has no adapter: it would be trained whole.
@@ -74,41 +83,57 @@ def callback(config: LoraConfig | None = None) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not _adapted(kwargs["model"]):
                 do = "give callback() a config, resume from a checkpoint, or attach (in model_init, if you pass one)"
-                raise ConfigError("a model without an adapter as training begins", "one with an adapter", do)
+                raise ConfigError(
+                    "a model without an adapter as training begins", "one with an adapter", do
+                )
 
     return AdapterCallback()
 
 
-# ---- Lightning ---------------------------------------------------------------------------------------------------
+# ---- Lightning
+# ---------------------------------------------------------------------------------------------------
 
 
 def lightning_callback(config: LoraConfig | None = None, *, module: str = "model") -> Any:
     """A Lightning ``Callback`` for a ``LightningModule`` whose part ``module`` has an adapter.
 
-    Its checkpoints then hold the files of the adapter folder in place of that part's tensors, and the random state of
-    torch, which Lightning leaves out: a run resumed at the end of an epoch goes on to the same numbers.
-    ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them back. The base is verified against the
-    adapter's fingerprints, and a model without an adapter gets that of the checkpoint. The rest of the LightningModule
-    is saved and loaded as ever; so are checkpoints from before. Several parts with an adapter take a callback each.
+    Its checkpoints then hold the files of the adapter folder in place of that part's tensors, and
+    the random state of torch, which Lightning leaves out: a run resumed at the end of an epoch goes
+    on to the same numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them
+    back. The base is verified against the adapter's fingerprints, and a model without an adapter
+    gets that of the checkpoint. The rest of the LightningModule is saved and loaded as ever; so are
+    checkpoints from before. Several parts with an adapter take a callback each.
 
     Args:
-        config: attached when the trainer sets up, unless the part has an adapter already; None attaches nothing.
+        config: attached when the trainer sets up, unless the part has an adapter already; None
+            attaches nothing.
         module: path of the model within the LightningModule; "" is all of it.
 
     Raises:
-        ConfigError: Lightning is not installed; as it runs, there is no such part, another callback has it, it has no
-            adapter when training begins, its weights are spread over processes (FSDP), whose checkpoints Lightning
-            writes otherwise, or a checkpoint holds the adapter of a part that no callback has.
+        ConfigError: Lightning is not installed; as it runs, there is no such part, another callback
+            has it, it has no adapter when training begins, its weights are spread over processes
+            (FSDP), whose checkpoints Lightning writes otherwise, or a checkpoint holds the adapter
+            of a part that no callback has.
     """
     bases = tuple(lightning.Callback for lightning in _lightning())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
         model = _part(pl_module, module)
-        others = (one.veneer_part for one in trainer.callbacks if one is not self and hasattr(one, "veneer_part"))
-        if (twice := next((path for path in others if _part(pl_module, path) is model), None)) is not None:
+        others = (
+            one.veneer_part
+            for one in trainer.callbacks
+            if one is not self and hasattr(one, "veneer_part")
+        )
+        if (
+            twice := next((path for path in others if _part(pl_module, path) is model), None)
+        ) is not None:
             found = f"two lightning_callbacks for one model (module={twice!r}, module={module!r})"
-            raise ConfigError(found, "one for each part with an adapter", "leave one of them out, or say module=…")
-        pl_module.__dict__.pop("_veneer_random", None)  # of a checkpoint that a call which does not train has read
+            raise ConfigError(
+                found, "one for each part with an adapter", "leave one of them out, or say module=…"
+            )
+        pl_module.__dict__.pop(
+            "_veneer_random", None
+        )  # of a checkpoint that a call which does not train has read
         if config is not None and not _adapted(model):
             attach(model, config)
         if "_veneer_parts" not in pl_module.__dict__:
@@ -120,7 +145,9 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
     def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
         if not _adapted(_part(pl_module, module)):
             do = "give lightning_callback() a config, resume from a checkpoint, or attach"
-            raise ConfigError("a model without an adapter as training begins", "one with an adapter", do)
+            raise ConfigError(
+                "a model without an adapter as training begins", "one with an adapter", do
+            )
         if (states := pl_module.__dict__.pop("_veneer_random", None)) is not None:
             _set_random(states)  # before the loader of the next epoch draws its seed
 
@@ -129,7 +156,8 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
 
 
 def _lightning() -> list[Any]:
-    """Lightning under each of its names that has been imported; if none has, under the first that there is."""
+    """Lightning under each of its names that has been imported; if none has, under the first that
+    there is."""
     if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
         return imported
     there = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
@@ -144,12 +172,15 @@ def _part(pl_module: Any, path: str) -> nn.Module:
     except AttributeError:
         parts = ", ".join(name for name, _ in pl_module.named_children())
         found = f"no module {path!r} in {type(pl_module).__name__}"
-        raise ConfigError(found, f"the path of the model (there is {parts})", "say module=…") from None
+        raise ConfigError(
+            found, f"the path of the model (there is {parts})", "say module=…"
+        ) from None
 
 
 def _pack(pl_module: Any) -> None:
-    """Let the hooks of a LightningModule put the adapters of its ``_veneer_parts`` into its checkpoints, and take them
-    out again. Lightning calls these for every checkpoint; a callback's own not for ``save_weights_only``."""
+    """Let the hooks of a LightningModule put the adapters of its ``_veneer_parts`` into its
+    checkpoints, and take them out again. Lightning calls these for every checkpoint; a callback's
+    own not for ``save_weights_only``."""
     save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
 
     def parts() -> dict[str, nn.Module]:
@@ -157,15 +188,26 @@ def _pack(pl_module: Any) -> None:
 
     def ours(models: Iterable[nn.Module]) -> dict[str, Tensor]:
         """What the module's state has in the memory of these models, under whatever names."""
-        memory = {_address(value) for model in models for value in model.state_dict().values() if _is_tensor(value)}
+        memory = {
+            _address(value)
+            for model in models
+            for value in model.state_dict().values()
+            if _is_tensor(value)
+        }
         state = pl_module.state_dict()
-        return {key: value for key, value in state.items() if _is_tensor(value) and _address(value) in memory}
+        return {
+            key: value
+            for key, value in state.items()
+            if _is_tensor(value) and _address(value) in memory
+        }
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         models = {path: model for path, model in parts().items() if _adapted(model)}
         if any(is_spread(model.modules()) for model in models.values()):
             found = "weights that are spread over processes, in a checkpoint of Lightning"
-            raise ConfigError(found, "whole ones", "leave lightning_callback out; save with handle.save")
+            raise ConfigError(
+                found, "whole ones", "leave lightning_callback out; save with handle.save"
+            )
         if models:
             for key in ours(models.values()):
                 checkpoint["state_dict"].pop(key, None)
@@ -184,11 +226,16 @@ def _pack(pl_module: Any) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     _write(files, Path(folder))
                     _put_back(models[path], Path(folder))
-            checkpoint["state_dict"] = {**ours(models[path] for path in adapters), **checkpoint["state_dict"]}
+            checkpoint["state_dict"] = {
+                **ours(models[path] for path in adapters),
+                **checkpoint["state_dict"],
+            }
             pl_module.__dict__["_veneer_random"] = checkpoint[KEY]["random"]
         load(checkpoint)
 
-    pl_module.__dict__.update(on_save_checkpoint=on_save_checkpoint, on_load_checkpoint=on_load_checkpoint)
+    pl_module.__dict__.update(
+        on_save_checkpoint=on_save_checkpoint, on_load_checkpoint=on_load_checkpoint
+    )
 
 
 def _quoted(paths: Iterable[str]) -> str:
@@ -209,7 +256,8 @@ def _files(model: nn.Module) -> dict[str, Tensor]:
         folder = Path(temporary) / "adapter"
         write_adapter(model, selected_name(model), folder, alone=True)
         return {
-            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in folder.iterdir()
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in folder.iterdir()
         }
 
 
@@ -248,14 +296,23 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         the folder, which ``veneer.load``, PEFT and ``from_pretrained`` take.
 
     Raises:
-        AdapterError: there is no adapter in the file, none of this part, several and no ``module``, or it is not whole.
+        AdapterError: there is no adapter in the file, none of this part, several and no ``module``,
+            or it is not whole.
         OutputExistsError: the folder exists and is not empty.
     """
-    expected, do = "a Lightning checkpoint with one", "pass one that lightning_callback had a part in"
+    expected, do = (
+        "a Lightning checkpoint with one",
+        "pass one that lightning_callback had a part in",
+    )
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:  # what is no checkpoint, or would run code when read
-        raise AdapterError(f"{checkpoint}, of which no adapter can be read ({error})", expected, do) from error
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+    ) as error:  # what is no checkpoint, or would run code when read
+        raise AdapterError(
+            f"{checkpoint}, of which no adapter can be read ({error})", expected, do
+        ) from error
     held = content.get(KEY) if isinstance(content, dict) else None
     adapters = held.get("adapters") if isinstance(held, dict) else None
     if not isinstance(adapters, dict) or not adapters:
@@ -263,21 +320,25 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:
-        found = f"module={module!r} for {checkpoint}, which holds the adapters of {_quoted(adapters)}"
+        found = (
+            f"module={module!r} for {checkpoint}, which holds the adapters of {_quoted(adapters)}"
+        )
         raise AdapterError(found, "one of these", "say module=…")
     with new_folder(folder) as made:
         _write(adapters[module], made)
     return Path(folder)
 
 
-# ---- accelerate --------------------------------------------------------------------------------------------------
+# ---- accelerate
+# --------------------------------------------------------------------------------------------------
 
 
 def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
-    """Let ``accelerator.save_state`` write, in the place of each prepared model with an adapter, its adapter folder
-    (``veneer``, ``veneer_1``, …), and ``load_state`` read it into the adapter that is attached. Optimisers, schedulers
-    and random states are accelerate's as ever. Under FSDP and DeepSpeed, which keep weights in files of their own,
-    nothing changes; checkpoints from before are read as they were.
+    """Let ``accelerator.save_state`` write, in the place of each prepared model with an adapter,
+    its adapter folder (``veneer``, ``veneer_1``, …), and ``load_state`` read it into the adapter
+    that is attached. Optimisers, schedulers and random states are accelerate's as ever. Under FSDP
+    and DeepSpeed, which keep weights in files of their own, nothing changes; checkpoints from
+    before are read as they were.
 
     Returns:
         a function that takes the hooks out again.
@@ -286,7 +347,9 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
     def names(models: list[Any]) -> list[tuple[int, str]]:
         """(index, name of the folder) of each model with an adapter."""
         places = [index for index, model in enumerate(models) if _adapted(model)]
-        return [(index, f"{KEY}_{number}" if number else KEY) for number, index in enumerate(places)]
+        return [
+            (index, f"{KEY}_{number}" if number else KEY) for number, index in enumerate(places)
+        ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         if len(weights) != len(models):
@@ -303,7 +366,10 @@ def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
                 refill(models[index], Path(folder) / name)
                 del models[index]
 
-    hooks = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
+    hooks = (
+        accelerator.register_save_state_pre_hook(save),
+        accelerator.register_load_state_pre_hook(load),
+    )
 
     def remove() -> None:
         for hook in hooks:

@@ -2,8 +2,8 @@
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
-``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. ``scale`` is not multiplied into B: a file
-would then hold other numbers than those that were trained.
+``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. ``scale`` is not
+multiplied into B: a file would then hold other numbers than those that were trained.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -25,7 +25,8 @@ __all__ = ["LowRank", "Svd"]
 
 
 class Svd(NamedTuple):
-    """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k, in]."""
+    """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k,
+    in]."""
 
     U: Float[Tensor, "g out k"]
     S: Float[Tensor, "g k"]
@@ -37,8 +38,9 @@ class Svd(NamedTuple):
         return int((kept < energy * kept[-1]).sum()) + 1
 
     def cut(self, rank: int) -> tuple[LowRank, float]:
-        """(the best approximation of this rank, ‖ΔW − it‖: the singular values that it lacks). Each factor gets the
-        root of the singular values, so that neither is much larger than the other."""
+        """(the best approximation of this rank, ‖ΔW − it‖: the singular values that it lacks). Each
+        factor gets the root of the singular values, so that neither is much larger than the
+        other."""
         root = self.S[:, :rank].sqrt()
         low = LowRank(root[..., None] * self.V[:, :rank], self.U[:, :, :rank] * root[:, None], 1.0)
         return low, float(self.S[:, rank:].norm())
@@ -63,11 +65,13 @@ class LowRank:
 
     @property
     def T(self) -> LowRank:
-        """The transposed change, of shape [g, in, out]: what a layer reads that holds the same weight transposed."""
+        """The transposed change, of shape [g, in, out]: what a layer reads that holds the same
+        weight transposed."""
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
     def place(self, rows: Tensor, out: int) -> LowRank:
-        """The change of a weight with ``out`` rows that is this one in ``rows`` (indices) and zero elsewhere."""
+        """The change of a weight with ``out`` rows that is this one in ``rows`` (indices) and zero
+        elsewhere."""
         B = self.B.new_zeros(self.B.shape[0], out, self.rank).index_copy(1, rows, self.B)
         return LowRank(self.A, B, self.scale)
 
@@ -86,22 +90,28 @@ class LowRank:
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:
         """ΔW itself, computed in ``dtype`` (default: that of the factors)."""
         low = self if dtype is None else self.to(dtype)
-        return torch.bmm(low.B, low.A).mul_(low.scale)  # in place: the product is as large as the weight
+        return torch.bmm(low.B, low.A).mul_(
+            low.scale
+        )  # in place: the product is as large as the weight
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r matrices a group."""
+        """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r
+        matrices a group."""
         return max(self.inner(self), 0.0) ** 0.5
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """Σ wᵢ ΔWᵢ, exactly: the factors side by side, of the ranks' sum. In float32 or more, as a weight is multiplied
-        into B; where all wᵢ · scaleᵢ are equal but for their sign, no number is rounded."""
+        """Σ wᵢ ΔWᵢ, exactly: the factors side by side, of the ranks' sum. In float32 or more, as a
+        weight is multiplied into B; where all wᵢ · scaleᵢ are equal but for their sign, no number
+        is rounded."""
         factors = [weight * low.scale for weight, low in zip(weights, changes, strict=True)]
         scale = max(map(abs, factors)) or 1.0
         dtypes = (factor.dtype for low in changes for factor in (low.A, low.B))
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         A = torch.cat([low.A.to(dtype) for low in changes], 1)
-        parts = (low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True))
+        parts = (
+            low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True)
+        )
         return LowRank(A, torch.cat(list(parts), 2), scale)
 
     def gained(self, gain: Float[Tensor, "g out"]) -> LowRank:
@@ -115,9 +125,12 @@ class LowRank:
         return self.scale * other.scale * product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
-        """A small matrix with ΔW's singular values, in float64: R_B R_Aᵀ of B = Q_B R_B and Aᵀ = Q_A R_A. Its norm is
-        ‖ΔW‖ to the last digits, also where the product nearly cancels, which ``norm`` has to half of them."""
-        R = (torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT))
+        """A small matrix with ΔW's singular values, in float64: R_B R_Aᵀ of B = Q_B R_B and Aᵀ =
+        Q_A R_A. Its norm is ‖ΔW‖ to the last digits, also where the product nearly cancels, which
+        ``norm`` has to half of them."""
+        R = (
+            torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT)
+        )
         left, right = R
         return left @ right.mT * self.scale
 
@@ -126,8 +139,9 @@ class LowRank:
 
             B = Q_B R_B   Aᵀ = Q_A R_A   R_B R_Aᵀ = u S vᵀ (r × r)   U = Q_B u   V = vᵀ Q_Aᵀ
 
-        Rows and columns in which ΔW is zero by its factors are exactly zero here too: a padding token, the rows that a
-        change leaves alone. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half and lose half the digits.
+        Rows and columns in which ΔW is zero by its factors are exactly zero here too: a padding
+        token, the rows that a change leaves alone. Rejected: eigenvectors of BᵀB and AAᵀ, which
+        cost half and lose half the digits.
         """
         A, B = double(self.A.detach()), double(self.B.detach())
         (QB, RB), (QA, RA) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
@@ -136,9 +150,9 @@ class LowRank:
         return Svd(U, S, (v @ QA.mT).masked_fill((A == 0).all(1, keepdim=True), 0))
 
     def thin(self) -> LowRank:
-        """The same change, but for rounding in float64, of no more rank than min(out, in), by a QR of the thinner
-        factor. Unlike ``compact`` it keeps a B of zeros beside an A that is none, from which training starts, and the
-        scale."""
+        """The same change, but for rounding in float64, of no more rank than min(out, in), by a QR
+        of the thinner factor. Unlike ``compact`` it keeps a B of zeros beside an A that is none,
+        from which training starts, and the scale."""
         out, in_ = self.B.shape[1], self.A.shape[2]
         if self.rank <= min(out, in_):
             return self
@@ -149,7 +163,8 @@ class LowRank:
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors, the fewer."""
+        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors,
+        the fewer."""
         rows, columns = (self.B != 0).any(2).sum(1), (self.A != 0).any(1).sum(1)
         return max(1, int(torch.minimum(rows, columns).max()))
 

@@ -1,4 +1,5 @@
-"""Where arithmetic in float64 runs: on the tensors' own device, or on the processor if that has none (MPS)."""
+"""Where arithmetic in float64 runs: on the tensors' own device, or on the processor if that has
+none (MPS)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ _CPU = torch.device("cpu")
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether tensors of this device may be float64. Asked by making one, as devices are more than this file knows."""
+    """Whether tensors of this device may be float64. Asked by making one, as devices are more than
+    this file knows."""
     if device.type in ("cpu", "meta"):
         return True
     try:

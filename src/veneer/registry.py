@@ -1,7 +1,8 @@
-"""One kind of registry for layers, variants, bases and formats: a name, a value, and the modules that hold them.
+"""One kind of registry for layers, variants, bases and formats: a name, a value, and the modules
+that hold them.
 
-A file of a registry's package registers itself when it is imported, and the package imports every file that it holds,
-so a new layer, variant or storage is one new file and no other line.
+A file of a registry's package registers itself when it is imported, and the package imports every
+file that it holds, so a new layer, variant or storage is one new file and no other line.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ class Registry(Generic[T]):
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T) -> T:
-        """Register ``value``; a name that is taken is a ConfigError: no file silently replaces another."""
+        """Register ``value``; a name that is taken is a ConfigError: no file silently replaces
+        another."""
         if name in self._values:
-            raise ConfigError(f"a second {self.kind} named {name!r}", "a new name", "choose another name")
+            raise ConfigError(
+                f"a second {self.kind} named {name!r}", "a new name", "choose another name"
+            )
         self._values[name] = value
         return value
 
@@ -36,7 +40,9 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
             found = f"{self.kind} {name!r}{nearest(name, self._values)}"
-            raise ConfigError(found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists")
+            raise ConfigError(
+                found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"
+            )
         return self._values[name]
 
     def __iter__(self) -> Iterator[T]:

@@ -1,4 +1,5 @@
-"""The proof of a base: what it covers on real architectures, what it lets pass, what it costs the second time."""
+"""The proof of a base: what it covers on real architectures, what it lets pass, what it costs the
+second time."""
 
 from __future__ import annotations
 
@@ -30,11 +31,15 @@ WRITTEN_BEFORE = Path(__file__).parent / "written_before"
 LARGE = {"unet2d-condition", "mobilenet-v3-small", "whisper", "efficientnet-b0"}
 every_model = pytest.mark.parametrize(
     "entry",
-    [pytest.param(entry, id=name, marks=[pytest.mark.slow] * (name in LARGE)) for name, entry in REAL.items()],
+    [
+        pytest.param(entry, id=name, marks=[pytest.mark.slow] * (name in LARGE))
+        for name, entry in REAL.items()
+    ],
 )
 
 
-# ---------------------------------------------------------------------------------------------- what is covered
+# ----------------------------------------------------------------------------------------------
+# what is covered
 
 
 class Reads(TorchDispatchMode):
@@ -52,7 +57,8 @@ class Reads(TorchDispatchMode):
 
 
 def used(model: nn.Module, example: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The parameters and lasting buffers that a forward reads, and that are no copies of the adapter's."""
+    """The parameters and lasting buffers that a forward reads, and that are no copies of the
+    adapter's."""
     with Reads() as reads, torch.no_grad():
         model.eval()(**example)
     # a tied one under its first name
@@ -61,7 +67,9 @@ def used(model: nn.Module, example: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for name, tensor in every
-        if ".veneer." not in f".{name}." and name in lasting and tensor.untyped_storage().data_ptr() in reads.seen
+        if ".veneer." not in f".{name}."
+        and name in lasting
+        and tensor.untyped_storage().data_ptr() in reads.seen
     }
 
 
@@ -92,7 +100,11 @@ def test_any_tensor_that_forward_uses_is_refused_once_it_was_changed(entry: Real
     tensors = used(model, example)
     handle = veneer.attach(model, veneer.LoraConfig(rank=1, targets="all-linear"))
     path = handle.save(tmp_path / "adapter")
-    own = {parameter_path(at, key) for at, part in handle.layers.items() for key in part.full.state_dict()}
+    own = {
+        parameter_path(at, key)
+        for at, part in handle.layers.items()
+        for key in part.full.state_dict()
+    }
     handle.detach()
     passed = []
     for name, tensor in tensors.items():
@@ -102,16 +114,23 @@ def test_any_tensor_that_forward_uses_is_refused_once_it_was_changed(entry: Real
         if refused is None:
             passed.append(name)
         else:
-            at = name.replace("parametrizations.", "").removesuffix(".original0").removesuffix(".original1")
+            at = (
+                name.replace("parametrizations.", "")
+                .removesuffix(".original0")
+                .removesuffix(".original1")
+            )
             assert at in refused
         with torch.no_grad():
             tensor.copy_(before)
-    assert set(passed) == own & tensors.keys(), "what the adapter brings itself may be anything; nothing else may"
+    assert set(passed) == own & tensors.keys(), (
+        "what the adapter brings itself may be anything; nothing else may"
+    )
     assert all("running" in name for name in passed)
     veneer.load(model, path)
 
 
-# ---------------------------------------------------------------------------------------------- what may differ
+# ----------------------------------------------------------------------------------------------
+# what may differ
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -133,7 +152,9 @@ def record(path) -> dict[str, Any]:
 def test_the_record_tells_the_changed_weights_from_the_rest(tmp_path):
     base = record(saved(net(), tmp_path / "a", train_also=["3"]))
     assert list(base["weights"]) == ["2.weight"]
-    assert list(base["rest"]) == ["0.weight", "1.weight", "1.bias", "2.bias"], "3 is the adapter's own"
+    assert list(base["rest"]) == ["0.weight", "1.weight", "1.bias", "2.bias"], (
+        "3 is the adapter's own"
+    )
 
 
 def test_a_replaced_embedding_or_a_tripled_norm_is_refused(tmp_path):
@@ -180,8 +201,14 @@ class Tied(nn.Module):
     def __init__(self, tied: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.mid, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
-        self.head.weight = self.embed.weight if tied else nn.Parameter(self.embed.weight.detach().clone())
+        self.embed, self.mid, self.head = (
+            nn.Embedding(9, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 9, bias=False),
+        )
+        self.head.weight = (
+            self.embed.weight if tied else nn.Parameter(self.embed.weight.detach().clone())
+        )
 
     def forward(self, ids):
         return self.head(self.mid(self.embed(ids)))
@@ -202,10 +229,15 @@ def test_a_head_that_is_not_there_is_said_and_let_pass(tmp_path):
     """An adapter of a classifier's body, on the body alone; and the other way round."""
     whole, body = net(), net()[:3]
     path = saved(whole, tmp_path / "a")
-    with pytest.warns(veneer.UnverifiedAdapter, match=r"2 tensors of its record are not in this model \(3\.weight"):
+    with pytest.warns(
+        veneer.UnverifiedAdapter, match=r"2 tensors of its record are not in this model \(3\.weight"
+    ):
         veneer.load(body, path).detach()
     path = saved(body, tmp_path / "b")
-    with pytest.warns(veneer.UnverifiedAdapter, match=r"2 parameters of this model are not in its record \(3\.weight"):
+    with pytest.warns(
+        veneer.UnverifiedAdapter,
+        match=r"2 parameters of this model are not in its record \(3\.weight",
+    ):
         veneer.load(whole, path)
 
 
@@ -248,7 +280,8 @@ def numbered() -> nn.Module:
 
 @pytest.mark.parametrize(("folder", "proven"), [("adapted_layers", 1), ("sha256", 6)])
 def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, proven, tmp_path):
-    """`adapted_layers` is of a Veneer that recorded nothing of the rest, `sha256` of one that had no XXH3."""
+    """`adapted_layers` is of a Veneer that recorded nothing of the rest, `sha256` of one that had
+    no XXH3."""
     path, model = WRITTEN_BEFORE / folder, numbered()
     handle = veneer.load(model, path)
     torch.testing.assert_close(model(torch.ones(1, 4)), torch.tensor([[45.6168, 49.3722]]))
@@ -262,9 +295,13 @@ def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, prov
         veneer.load(other, path)
     assert not verify(path, other).ok
     handle.save(tmp_path / "again")
-    assert all(one.startswith("xxh3:") for one in hashing.prints_in(record(tmp_path / "again")).values())
+    assert all(
+        one.startswith("xxh3:") for one in hashing.prints_in(record(tmp_path / "again")).values()
+    )
     assert veneer.compare(path, tmp_path / "again").base == "unknown"
-    with pytest.raises(AdapterError, match=f"SHA-256 fingerprints in .*{folder}.*save those of an earlier"):
+    with pytest.raises(
+        AdapterError, match=f"SHA-256 fingerprints in .*{folder}.*save those of an earlier"
+    ):
         veneer.compose([path, tmp_path / "again"], tmp_path / "no")
     veneer.compose([path, path], tmp_path / "sum")
 
@@ -296,7 +333,10 @@ def test_verify_says_how_much_is_proven(tmp_path):
     nn.init.zeros_(other[3].weight)
     report = verify(path, other)
     assert not report.ok
-    assert "other numbers in 1 of 6 tensors that it computes with and does not change (3.weight)" in str(report)
+    assert (
+        "other numbers in 1 of 6 tensors that it computes with and does not change (3.weight)"
+        in str(report)
+    )
 
 
 def test_a_derived_adapter_proves_what_all_its_sources_prove(tmp_path):
@@ -314,7 +354,8 @@ def test_a_derived_adapter_proves_what_all_its_sources_prove(tmp_path):
         veneer.compose([one, saved(other, tmp_path / "c", targets=["3"])], tmp_path / "no")
 
 
-# ---------------------------------------------------------------------------------------------- what it costs
+# ----------------------------------------------------------------------------------------------
+# what it costs
 
 
 @pytest.fixture
@@ -324,7 +365,9 @@ def hashed(monkeypatch) -> list[int]:
     sizes: list[int] = []
     plain = base_proof.fingerprint
     monkeypatch.setattr(
-        base_proof, "fingerprint", lambda weight, like: (sizes.append(weight.numel()), plain(weight, like))[1]
+        base_proof,
+        "fingerprint",
+        lambda weight, like: (sizes.append(weight.numel()), plain(weight, like))[1],
     )
     return sizes
 
@@ -386,7 +429,9 @@ def test_threads_that_load_at_once_hash_once(hashed, tmp_path):
     other = net()
     hashed.clear()
     tensors = base_proof.base_tensors(Names(other))
-    threads = [threading.Thread(target=base_proof.fingerprints_of, args=(tensors,)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=base_proof.fingerprints_of, args=(tensors,)) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -409,7 +454,8 @@ def test_a_fingerprint_is_of_shape_and_values_in_either_hash():
         assert found != hashing.fingerprint(weight.reshape(50_000, 3), kind)
 
 
-# ---------------------------------------------------------------------------------------------- new heads
+# ---------------------------------------------------------------------------------------------- new
+# heads
 
 
 @pytest.fixture(scope="module")
@@ -441,8 +487,12 @@ def test_all_linear_trains_a_new_head_and_the_adapter_holds_it(checkpoint, tmp_p
     """As PEFT's SEQ_CLS does; and the pooler, which PEFT adapts and loses."""
     model = classifier(checkpoint, 1)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
-    full = {f"{path}.{name}" for path, part in handle.layers.items() for name in part.full._parameters}
-    assert full == {f"{at}.{name}" for at in ("bert.pooler.dense", "classifier") for name in ("weight", "bias")}
+    full = {
+        f"{path}.{name}" for path, part in handle.layers.items() for name in part.full._parameters
+    }
+    assert full == {
+        f"{at}.{name}" for at in ("bert.pooler.dense", "classifier") for name in ("weight", "bias")
+    }
     with torch.no_grad():
         for parameter in handle.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -465,16 +515,24 @@ def test_peft_s_seq_cls_trains_the_head_that_all_linear_trains(checkpoint):
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2)
         theirs = peft.get_peft_model(classifier(checkpoint, 1), config)
-    trained = {name for name, p in theirs.named_parameters() if p.requires_grad and "modules_to_save" in name}
+    trained = {
+        name
+        for name, p in theirs.named_parameters()
+        if p.requires_grad and "modules_to_save" in name
+    }
     assert trained
     model = classifier(checkpoint, 1)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
     for name in trained:
-        module, _, parameter = name.removeprefix("base_model.model.").rpartition(".modules_to_save.default.")
+        module, _, parameter = name.removeprefix("base_model.model.").rpartition(
+            ".modules_to_save.default."
+        )
         assert parameter in handle.layers[module].full._parameters
 
 
-def test_a_new_head_that_is_neither_trained_nor_saved_is_warned_of_and_refused(checkpoint, tmp_path):
+def test_a_new_head_that_is_neither_trained_nor_saved_is_warned_of_and_refused(
+    checkpoint, tmp_path
+):
     """Nobody has these numbers any more: they are in no checkpoint, and not in the adapter."""
     model = classifier(checkpoint, 1)
     with pytest.warns(
@@ -483,19 +541,23 @@ def test_a_new_head_that_is_neither_trained_nor_saved_is_warned_of_and_refused(c
         handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["query"]))
     assert told[0].filename == __file__
     with pytest.warns(
-        veneer.FreshWeights, match=r"saved, 4 parameters .*train_also=\['bert\.pooler\.dense', 'classifier'\]"
+        veneer.FreshWeights,
+        match=r"saved, 4 parameters .*train_also=\['bert\.pooler\.dense', 'classifier'\]",
     ):
         path = handle.save(tmp_path / "a")
     report = verify(path)
     assert "random as it was trained, and in no file: bert.pooler.dense.weight" in str(report)
-    with pytest.raises(BaseMismatchError, match=r"classifier\.weight.* were random as the adapter was trained"):
+    with pytest.raises(
+        BaseMismatchError, match=r"classifier\.weight.* were random as the adapter was trained"
+    ):
         veneer.load(classifier(checkpoint, 2), path)
     veneer.load(classifier(checkpoint, 1), path)
 
 
 def test_train_also_and_excluding_are_obeyed(checkpoint, tmp_path):
     handle = veneer.attach(
-        classifier(checkpoint, 1), veneer.LoraConfig(rank=2, targets=["query"], train_also=["classifier", "pooler"])
+        classifier(checkpoint, 1),
+        veneer.LoraConfig(rank=2, targets=["query"], train_also=["classifier", "pooler"]),
     )
     handle.save(tmp_path / "a")
     with pytest.warns(veneer.FreshWeights, match="2 parameters .*classifier.weight"):
@@ -503,7 +565,8 @@ def test_train_also_and_excluding_are_obeyed(checkpoint, tmp_path):
 
 
 def test_the_unused_pooler_of_a_base_model_binds_nobody(checkpoint, tmp_path):
-    """Each load of an encoder without a pooler in its checkpoint makes another one, which mean pooling never reads."""
+    """Each load of an encoder without a pooler in its checkpoint makes another one, which mean
+    pooling never reads."""
     from transformers import BertModel
 
     model = BertModel.from_pretrained(checkpoint)
@@ -519,14 +582,18 @@ def test_a_model_that_no_checkpoint_marked_is_not_spoken_of(tmp_path):
     saved(copy.deepcopy(net()), tmp_path / "b")
 
 
-# ---------------------------------------------------------------------------------------------- packed by a call
+# ----------------------------------------------------------------------------------------------
+# packed by a call
 
 
 def packed_model(nested: bool = True) -> nn.Module:
     """Two 4-bit layers, the same bits at each call."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    layers = [bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=nested) for _ in range(2)]
+    layers = [
+        bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=nested)
+        for _ in range(2)
+    ]
     return nn.Sequential(*layers).to("cpu").eval()
 
 
@@ -536,7 +603,9 @@ def repack(model: nn.Module) -> nn.Module:
 
     for module in model:
         weight: Any = module.weight
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu(
+            weight.data, weight.quant_state
+        )
     return model
 
 
@@ -561,7 +630,9 @@ def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_exp
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # as an earlier Veneer took its fingerprints
-        patch.setattr(BASES["bitsandbytes_4bit"].__class__, "settled", lambda self, weight, stored: stored)
+        patch.setattr(
+            BASES["bitsandbytes_4bit"].__class__, "settled", lambda self, weight, stored: stored
+        )
         veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
     base_proof.forget()
     veneer.load(packed_model(), tmp_path / "a")

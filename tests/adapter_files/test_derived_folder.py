@@ -46,7 +46,9 @@ def again(files, path, **more):
 @pytest.mark.parametrize(
     ("kind", "number", "variant"),
     [  # rslora is lora with another scale, of every kind once
-        pytest.param(*case, variant, marks=pytest.mark.slow if variant == "rslora" and case[1] else ())
+        pytest.param(
+            *case, variant, marks=pytest.mark.slow if variant == "rslora" and case[1] else ()
+        )
         for case in EXAMPLES
         for variant in ("lora", "rslora", "dora")
     ],
@@ -67,7 +69,13 @@ def test_a_layer_gives_the_same_outputs(kind, number, variant, tmp_path):
 def test_a_model_with_parts_trained_in_full_too(model, tmp_path):
     base = model().eval()
     also = "norm" if isinstance(base, TinyLM) else "head"
-    first = trained(base, tmp_path / "a", train_also=(f"re:.*{also}",), exclude=(f"re:.*{also}",), bias="targets")
+    first = trained(
+        base,
+        tmp_path / "a",
+        train_also=(f"re:.*{also}",),
+        exclude=(f"re:.*{also}",),
+        bias="targets",
+    )
     second = again(first, tmp_path / "b")
     twin = copy.deepcopy(base)
     veneer.load(base, first.path)
@@ -112,7 +120,9 @@ def test_fewer_layers_are_named_one_by_one(tmp_path):
 
 def test_ranks_that_differ_are_kept(tmp_path):
     model = TinyLM()
-    one = trained(model, tmp_path / "a", targets="all-linear", ranks={"q_proj": 1}, alphas={"v_proj": 5})
+    one = trained(
+        model, tmp_path / "a", targets="all-linear", ranks={"q_proj": 1}, alphas={"v_proj": 5}
+    )
     two = again(one, tmp_path / "b")
     ranks = {at: low.rank for at, low in two.products.items()}
     assert {ranks[at] for at in ranks if at.endswith("q_proj")} == {2}

@@ -1,4 +1,5 @@
-"""Adapters of experts as transformers 4 had them, a linear layer each, are read into the stacks that they are now."""
+"""Adapters of experts as transformers 4 had them, a linear layer each, are read into the stacks
+that they are now."""
 
 from __future__ import annotations
 
@@ -58,7 +59,11 @@ def with_pairs(model, layout, pairs, scales):
     plain = copy.deepcopy(model)
     stacks = next(module for path, module in plain.named_modules() if path.endswith(".experts"))
     half = stacks.down_proj.shape[2]
-    places = dict(zip(layout[1:], [("gate_up_proj", 0), ("gate_up_proj", half), ("down_proj", 0)], strict=True))
+    places = dict(
+        zip(
+            layout[1:], [("gate_up_proj", 0), ("gate_up_proj", half), ("down_proj", 0)], strict=True
+        )
+    )
     with torch.no_grad():
         for path, (A, B) in pairs.items():
             *_, number, projection = path.split(".")
@@ -92,7 +97,11 @@ def test_a_pair_of_each_expert_is_its_part_of_the_stack(name, tmp_path):
 def test_ranks_and_alphas_of_single_experts_are_kept(rooted, tmp_path):
     model, layout = build("mixtral", torch.float32), LAYOUTS["mixtral"]
     pairs = pairs_of(model, layout, {(1, "w1"): 3, (2, "w2"): 1}, experts=[0, 1, 2])
-    patterns = {"rank_pattern": {"1.w1": 3, "2.w2": 1}, "alpha_pattern": {"0.w3": 5}, "use_rslora": rooted}
+    patterns = {
+        "rank_pattern": {"1.w1": 3, "2.w2": 1},
+        "alpha_pattern": {"0.w3": 5},
+        "use_rslora": rooted,
+    }
     power = 0.5 if rooted else 1.0
 
     def scales(path):
@@ -109,7 +118,9 @@ def test_ranks_and_alphas_of_single_experts_are_kept(rooted, tmp_path):
 
 def test_pairs_beside_other_layers_and_of_one_projection(tmp_path):
     model, layout = build("mixtral", torch.float32), LAYOUTS["mixtral"]
-    pairs = {path: pair for path, pair in pairs_of(model, layout, {}).items() if path.endswith("w3")}
+    pairs = {
+        path: pair for path, pair in pairs_of(model, layout, {}).items() if path.endswith("w3")
+    }
     query = model.model.layers[0].self_attn.q_proj.weight
     own = torch.randn(2, query.shape[1]), torch.randn(query.shape[0], 2)
     expected = with_pairs(model, layout, pairs, lambda path: 3)
@@ -134,7 +145,9 @@ def test_a_pair_that_does_not_fit_is_named(tmp_path):
 def test_an_expert_of_alpha_zero_changes_nothing_and_the_others_stay(tmp_path):
     model = build("mixtral", torch.float32)
     pairs = pairs_of(model, LAYOUTS["mixtral"], {})
-    expected = with_pairs(model, LAYOUTS["mixtral"], pairs, lambda path: 0 if ".experts.0." in path else 3)
+    expected = with_pairs(
+        model, LAYOUTS["mixtral"], pairs, lambda path: 0 if ".experts.0." in path else 3
+    )
     ids = torch.randint(0, 50, (2, 7))
     veneer.load(model, written(tmp_path / "old", pairs, alpha_pattern={r"experts\.0\.w[123]": 0}))
     assert error(model(ids).logits, expected(ids).logits) < 1e-5
@@ -150,7 +163,10 @@ def test_a_router_of_old_is_what_peft_makes_of_it(name, experts, tmp_path):
     pairs = pairs_of(model, layout, {}) if experts else {}
     pairs[f"{above}.gate"] = torch.randn(2, 16), torch.randn(4, 2)
     query = model.model.layers[0].self_attn.q_proj.weight
-    pairs["model.layers.0.self_attn.q_proj"] = torch.randn(2, query.shape[1]), torch.randn(query.shape[0], 2)
+    pairs["model.layers.0.self_attn.q_proj"] = (
+        torch.randn(2, query.shape[1]),
+        torch.randn(query.shape[0], 2),
+    )
     targets = ["gate", "q_proj", *(layout[1:] if experts else ())]
     folder = written(tmp_path / "old", pairs, target_modules=targets)
     theirs = peft.PeftModel.from_pretrained(build(name, torch.float32), folder).eval()

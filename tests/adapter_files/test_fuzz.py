@@ -1,4 +1,5 @@
-"""The fuzzer: some hundred mutants here, ten thousand by `make test-slow`; and that it sees what it is made to see."""
+"""The fuzzer: some hundred mutants here, ten thousand by `make test-slow`; and that it sees what it
+is made to see."""
 
 from __future__ import annotations
 
@@ -64,11 +65,15 @@ def some(stands, mutation, count=30) -> list:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_the_fuzzer_sees_a_reader_that_is_broken(stands, monkeypatch, mutation, sabotage, value, words):
+def test_the_fuzzer_sees_a_reader_that_is_broken(
+    stands, monkeypatch, mutation, sabotage, value, words
+):
     monkeypatch.setattr(sabotage, value)
     found = failures(some(stands, mutation))
     assert found
-    assert any(any(word in outcome.text for word in words.split("|")) for outcome in found), found[0]
+    assert any(any(word in outcome.text for word in words.split("|")) for outcome in found), found[
+        0
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,5 @@
-"""Tensors of one tuner of PEFT under the config of another: no reader takes them for a change, and each names them."""
+"""Tensors of one tuner of PEFT under the config of another: no reader takes them for a change, and
+each names them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.tools.report import examine
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 NAMED = {"target_modules": ["q_proj", "v_proj"]}
 CONFIGS = {
@@ -30,7 +33,9 @@ CONFIGS = {
     "LOKR": peft.LoKrConfig(**NAMED, r=2),
     "VERA": peft.VeraConfig(**NAMED, r=2),
     "LN_TUNING": peft.LNTuningConfig(target_modules=["input_layernorm"]),
-    "TRAINABLE_TOKENS": peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
+    "TRAINABLE_TOKENS": peft.TrainableTokensConfig(
+        token_indices=[1, 2], target_modules=["embed_tokens"]
+    ),
 }
 MIXED = [(config, tensors) for config in CONFIGS for tensors in CONFIGS if config != tensors]
 
@@ -65,7 +70,9 @@ def model_of(base):
 @pytest.mark.parametrize(("config", "tensors"), MIXED)
 def test_tensors_of_another_tuner_are_named(folders, tmp_path, config, tensors):
     path = mixed(folders, tmp_path / "adapter", config, tensors)
-    with pytest.raises(AdapterError, match=r"Found: .*(tensor|of another tuner).*Expected: .*Do: ") as refusal:
+    with pytest.raises(
+        AdapterError, match=r"Found: .*(tensor|of another tuner).*Expected: .*Do: "
+    ) as refusal:
         read(path)
     model = model_of(folders / "base")
     with pytest.raises(AdapterError, match=r"Found: .*Do: ") as same:
@@ -90,10 +97,14 @@ READERS = {
     "read": lambda path, folders, out: read(path),
     "load": lambda path, folders, out: veneer.load(model_of(folders / "base"), path),
     "bank": bank,
-    "compose": lambda path, folders, out: veneer.compose([path, folders / "LORA"], out, weights=[0.5, 0.5]),
+    "compose": lambda path, folders, out: veneer.compose(
+        [path, folders / "LORA"], out, weights=[0.5, 0.5]
+    ),
     "compare": lambda path, folders, out: compare(folders / "LORA", path),
     "merge": lambda path, folders, out: merge_checkpoint(folders / "base", [path], out),
-    "convert": lambda path, folders, out: convert(path, out / "adapter.safetensors", to="kohya", part="unet"),
+    "convert": lambda path, folders, out: convert(
+        path, out / "adapter.safetensors", to="kohya", part="unet"
+    ),
     "report": lambda path, folders, out: examine(path),
 }
 
@@ -115,7 +126,9 @@ def reshaped(folders, path, suffix):
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
     assert any(key.endswith(suffix) for key in tensors)
-    save_file({key: third_axis(t) if key.endswith(suffix) else t for key, t in tensors.items()}, file)
+    save_file(
+        {key: third_axis(t) if key.endswith(suffix) else t for key, t in tensors.items()}, file
+    )
     return path
 
 
@@ -141,7 +154,9 @@ SUFFIXES = {
 
 
 @pytest.mark.parametrize("axes", ["one more", "one less"])
-@pytest.mark.parametrize(("type_", "suffix"), [(t, suffix) for t, own in SUFFIXES.items() for suffix in own])
+@pytest.mark.parametrize(
+    ("type_", "suffix"), [(t, suffix) for t, own in SUFFIXES.items() for suffix in own]
+)
 def test_a_tensor_of_other_axes_is_refused(folders, tmp_path, type_, suffix, axes):
     path = tmp_path / "adapter"
     shutil.copytree(folders / type_, path)

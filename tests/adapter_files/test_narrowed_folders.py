@@ -1,5 +1,5 @@
-"""Folders of PEFT whose config was narrowed by hand: tensors that the config leaves out are none of the adapter, as in
-PEFT, to every reader, and each of them says so."""
+"""Folders of PEFT whose config was narrowed by hand: tensors that the config leaves out are none of
+the adapter, as in PEFT, to every reader, and each of them says so."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ from veneer.tools.compare import compare
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 IDS = torch.arange(12).view(2, 6)
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 2}
-#: (the config that trained, the fields that were changed by hand, the modules that stay, by parts of their paths)
+# : (the config that trained, the fields that were changed by hand, the modules that stay, by parts
+# of their paths)
 NARROWED = {
     "target_modules": (peft.LoraConfig(**LORA), {"target_modules": ["q_proj"]}, "q_proj"),
     "an expression": (peft.LoraConfig(**LORA), {"target_modules": r".*\.0\..*\.v_proj"}, "0.self_attn.v_proj"),
@@ -55,7 +58,8 @@ NARROWED = {
 
 
 def narrowed(folder, case="target_modules"):
-    """(a folder of PEFT whose config was narrowed, the base's folder, a fresh base, the modules that stay)."""
+    """(a folder of PEFT whose config was narrowed, the base's folder, a fresh base, the modules
+    that stay)."""
     config, fields, kept = NARROWED[case]
     torch.manual_seed(0)
     model, base = tiny(folder / "base", torch.float32)
@@ -79,7 +83,11 @@ def fresh(base):
 def by_hand(folder, path, kept):
     """The same folder without the tensors of other modules: what the narrowed config means."""
     folder.mkdir()
-    held = {key: value for key, value in load_file(path / "adapter_model.safetensors").items() if kept in key}
+    held = {
+        key: value
+        for key, value in load_file(path / "adapter_model.safetensors").items()
+        if kept in key
+    }
     save_file(held, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text((path / "adapter_config.json").read_text())
     return folder
@@ -91,7 +99,9 @@ def test_a_narrowed_folder_loads_as_peft_computes_it(tmp_path, case):
     expected = flat(peft.PeftModel.from_pretrained(base(), path).eval()(IDS))
     model = base()
     plain = flat(model(IDS))
-    with pytest.warns(TensorsLeftOut, match=r"tensors of \d+ modules that adapter_config\.json leaves out"):
+    with pytest.warns(
+        TensorsLeftOut, match=r"tensors of \d+ modules that adapter_config\.json leaves out"
+    ):
         handle = veneer.load(model, path)
     changed = {*handle.changes, *handle.layers}
     assert changed
@@ -124,11 +134,18 @@ def composed(path, base, folder, model):
 
 def converted(path, base, folder, model):
     convert(path, folder / "converted.safetensors", to="kohya", part="unet")
-    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / "converted.safetensors").items())])
+    return torch.cat(
+        [
+            tensor.flatten()
+            for _, tensor in sorted(load_file(folder / "converted.safetensors").items())
+        ]
+    )
 
 
 def changes_of(path):
-    return torch.cat([low.delta(torch.float64).flatten() for _, low in sorted(read(path).products.items())])
+    return torch.cat(
+        [low.delta(torch.float64).flatten() for _, low in sorted(read(path).products.items())]
+    )
 
 
 READERS = {
@@ -165,15 +182,29 @@ def test_verify_names_what_is_left_out_and_what_stays(tmp_path):
     (text,) = [f.message for f in report.findings if "leaves out" in f.message]
     assert "v_proj" in text
     assert "q_proj" not in text
-    assert any(f.level == "ok" and "2 changes" in f.message for f in report.findings if f.check == "layers")
+    assert any(
+        f.level == "ok" and "2 changes" in f.message for f in report.findings if f.check == "layers"
+    )
 
 
 @pytest.mark.parametrize(
     ("case", "fields", "words"),
     [
-        ("target_modules", {"target_modules": ["gate_proj"]}, "no tensor of .* for what adapter_config.json means"),
-        ("VERA", {"target_modules": ["gate_proj"]}, "no tensor of .* for what adapter_config.json means"),
-        ("LOHA", {"modules_to_save": ["v_proj"]}, "low-rank changes of .*v_proj, which modules_to_save"),
+        (
+            "target_modules",
+            {"target_modules": ["gate_proj"]},
+            "no tensor of .* for what adapter_config.json means",
+        ),
+        (
+            "VERA",
+            {"target_modules": ["gate_proj"]},
+            "no tensor of .* for what adapter_config.json means",
+        ),
+        (
+            "LOHA",
+            {"modules_to_save": ["v_proj"]},
+            "low-rank changes of .*v_proj, which modules_to_save",
+        ),
     ],
     ids=str,
 )

@@ -44,7 +44,11 @@ class Mixed(nn.Module):
 
     def forward(self, ids):
         x = self.c1(self.emb(ids).transpose(1, 2)).transpose(1, 2)  # [N, L, 8]
-        x = self.q(x) + self.c2(x[:, None]).mean((1, 2, 3))[:, None, None] + self.c3(x[:, None, None]).mean((1, 2))
+        x = (
+            self.q(x)
+            + self.c2(x[:, None]).mean((1, 2, 3))[:, None, None]
+            + self.c3(x[:, None, None]).mean((1, 2))
+        )
         return self.head(self.norm(F.relu(self.gpt(x))))
 
 
@@ -65,7 +69,11 @@ CONFIGS = [
     {"targets": ["c1", "q"], "bias": "all"},
     {"targets": ["c1", "q"], "bias": "targets", "variant": "dora"},
     {"targets": ["q", "c1", "gpt"], "slices": {"q": [True, False], "c1": [(1, 4)]}},
-    {"targets": ["q", "c1", "gpt"], "slices": {"q": [True, False], "c1": [(1, 4)]}, "variant": "dora"},
+    {
+        "targets": ["q", "c1", "gpt"],
+        "slices": {"q": [True, False], "c1": [(1, 4)]},
+        "variant": "dora",
+    },
     {"targets": ["norm"]},
     {"targets": ["q"], "train_also": ["c1"], "bias": "targets"},
     *({"targets": TARGETS, "variant": v.name, "alpha": 3} for v in VARIANTS if v.peft is not None),
@@ -91,7 +99,8 @@ def test_peft_loads_our_folder(tmp_path, fields):
 
 
 def peft_agrees_or_refuses(handle, args, fresh, folder) -> bool:
-    """Assert that PEFT gives our outputs, or that the folder says why PEFT is not to load it; returns which."""
+    """Assert that PEFT gives our outputs, or that the folder says why PEFT is not to load it;
+    returns which."""
     expected = flat(handle.model(*args))
     path = handle.save(folder / "adapter")
     said = json.loads((path / "adapter_config.json").read_text())["peft_type"]
@@ -105,7 +114,8 @@ def peft_agrees_or_refuses(handle, args, fresh, folder) -> bool:
     return said == "LORA"
 
 
-#: the examples of each kind, by number, that PEFT computes as we do; those of other kinds it does not know
+# : the examples of each kind, by number, that PEFT computes as we do; those of other kinds it does
+# not know
 SHARED = {
     "linear": {0, 1},
     "conv1d_transformers": {0},
@@ -127,7 +137,9 @@ def test_peft_gives_our_outputs_or_is_told_not_to(tmp_path, kind):
         model = Above(module).eval()
         bare = copy.deepcopy(model)
         handle = randomised(model, args, targets="all")
-        agrees = peft_agrees_or_refuses(handle, args, lambda bare=bare: copy.deepcopy(bare), tmp_path / str(number))
+        agrees = peft_agrees_or_refuses(
+            handle, args, lambda bare=bare: copy.deepcopy(bare), tmp_path / str(number)
+        )
         assert agrees == (number in SHARED.get(kind, ())), (kind, number)
 
 
@@ -222,7 +234,9 @@ def by_peft(folder, model, size=0.3, **fields):
     """(a PEFT model with noise in each of its numbers, the folder that it was saved in)."""
     torch.manual_seed(5)
     pads = getattr(model, "pads", None)
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})).eval()
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})
+    ).eval()
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * size)
@@ -261,12 +275,21 @@ def agrees(theirs, path, model, *args):
             "target_modules": r"^(?!.*c\d).*(?<!h)(?:emb|q)(?=$|\.).*",
             "rank_pattern": {r"(?!q).mb": 4},
         },  # ms-swift's form
-        {"target_modules": ["q", "emb"], "rank_pattern": {"emb": 4}, "alpha_pattern": {"q": 7}, "use_rslora": True},
+        {
+            "target_modules": ["q", "emb"],
+            "rank_pattern": {"emb": 4},
+            "alpha_pattern": {"q": 7},
+            "use_rslora": True,
+        },
         {"target_modules": ["c1", "q"], "bias": "all", "modules_to_save": ["head"]},
         {"target_modules": ["q"], "bias": "lora_only"},
         {"target_modules": ["q"], "bias": "lora_only", "use_dora": True},
         {"target_modules": [], "target_parameters": ["q.weight", "emb.weight", "gpt.weight"]},
-        {"target_modules": ["c1"], "target_parameters": ["gpt.weight"], "rank_pattern": {"gpt.weight": 4}},
+        {
+            "target_modules": ["c1"],
+            "target_parameters": ["gpt.weight"],
+            "rank_pattern": {"gpt.weight": 4},
+        },
         {"target_modules": "all-linear", "init_lora_weights": "orthogonal"},
         {"target_modules": ["q", "gpt"], "init_lora_weights": "gaussian", "lora_dropout": 0.2},
     ],
@@ -282,9 +305,16 @@ def test_we_load_pefts_folder(tmp_path, fields):
     "fields",
     [
         {"target_modules": ["attention"]},
-        {"target_modules": ["attention"], "rank_pattern": {"attention": 4}, "alpha_pattern": {"attention": 9}},
+        {
+            "target_modules": ["attention"],
+            "rank_pattern": {"attention": 4},
+            "alpha_pattern": {"attention": 9},
+        },
         {"target_modules": ["qkv"], "use_dora": True},
-        {"target_modules": [], "target_parameters": ["experts.proj", "experts.more", "second.proj"]},
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.proj", "experts.more", "second.proj"],
+        },
         {
             "target_modules": ["qkv"],
             "target_parameters": ["experts.more", "experts.proj"],
@@ -299,7 +329,9 @@ def test_we_load_pefts_folder(tmp_path, fields):
 def test_we_load_pefts_experts_and_attention(tmp_path, fields):
     theirs, path = by_peft(tmp_path / "adapter", Experts(), **fields)
     handle = agrees(theirs, path, Experts(), EXPERTS_X)
-    recorded = veneer.adapter_files.read(tmp_path / "ours").layers if "use_dora" not in fields else {}
+    recorded = (
+        veneer.adapter_files.read(tmp_path / "ours").layers if "use_dora" not in fields else {}
+    )
     assert all("base_layer" not in at for at in recorded)
     known = dict(Experts().named_parameters()).keys() | dict(Experts().named_modules()).keys()
     assert recorded.keys() <= known
@@ -307,7 +339,8 @@ def test_we_load_pefts_experts_and_attention(tmp_path, fields):
 
 
 class Experts(nn.Module):
-    """Stacks of matrices, two in one module, one that lies as [E, in, out]; and an attention of torch."""
+    """Stacks of matrices, two in one module, one that lies as [E, in, out]; and an attention of
+    torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +360,10 @@ class Stacked(nn.Module):
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
         self.is_transposed = is_transposed
-        self.proj, self.more = nn.Parameter(torch.randn(3, 6, 8) / 3), nn.Parameter(torch.randn(8, 6) / 3)
+        self.proj, self.more = (
+            nn.Parameter(torch.randn(3, 6, 8) / 3),
+            nn.Parameter(torch.randn(8, 6) / 3),
+        )
         if is_transposed:
             self.proj = nn.Parameter(torch.randn(3, 8, 6) / 3)
 
@@ -342,7 +378,11 @@ EXPERTS_X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize(
     "fields",
     [
-        {"targets": ["experts", "second"], "ranks": {"second.more": 4}, "alphas": {"experts.proj": 5}},
+        {
+            "targets": ["experts", "second"],
+            "ranks": {"second.more": 4},
+            "alphas": {"experts.proj": 5},
+        },
         {"targets": ["experts.more", "second.proj", "in_proj_weight"]},
         {"targets": ["in_proj_weight", "qkv"], "ranks": {"attention": 4}, "bias": "targets"},
         {"targets": ["in_proj_weight"], "bias": "all"},
@@ -357,13 +397,15 @@ def test_peft_loads_our_experts_and_attention(tmp_path, fields):
     assert peft_agrees_or_refuses(handle, (EXPERTS_X,), Experts, tmp_path)
 
 
-#: PEFT fails loudly: its wrapper of the embeddings' position hides the children that the model reads
+# : PEFT fails loudly: its wrapper of the embeddings' position hides the children that the model
+# reads
 HIDDEN = {"vit"}
 
 
 @pytest.mark.parametrize("name", list(REAL))
 def test_real_models_go_both_ways(tmp_path, name):
-    """Everything that can be attached to, as far as PEFT can; and its own adapters of all linear layers."""
+    """Everything that can be attached to, as far as PEFT can; and its own adapters of all linear
+    layers."""
     model, example, _ = REAL[name].build()
     base = floats(run(model, example))
     with warnings.catch_warnings():
@@ -386,9 +428,22 @@ def test_real_models_go_both_ways(tmp_path, name):
         assert error(ours, base) > 1e-3
 
     model = REAL[name].build()[0]
-    linear = [at for at, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    linear = [
+        at
+        for at, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    ]
     # without those that are tied or read past their modules
-    ends = ("lm_head", "decoder", "proj_out", "out_proj", "attn.qkv", "attn.proj", "x_proj", "dt_proj")
+    ends = (
+        "lm_head",
+        "decoder",
+        "proj_out",
+        "out_proj",
+        "attn.qkv",
+        "attn.proj",
+        "x_proj",
+        "dt_proj",
+    )
     targets = [at for at in linear if not at.endswith(ends)]
     theirs, path = by_peft(tmp_path / "theirs", model, 0.05, target_modules=targets)
     model = REAL[name].build()[0]
@@ -406,9 +461,12 @@ def floats(output):
 
 
 def test_what_pissa_started_from_is_converted_by_peft(tmp_path):
-    """PEFT takes the start off the base and, asked to, writes the change since then: a plain change of the base."""
+    """PEFT takes the start off the base and, asked to, writes the change since then: a plain change
+    of the base."""
     fields = {"r": 2, "lora_alpha": 3, "target_modules": ["q"]}
-    theirs = peft.get_peft_model(make(), peft.LoraConfig(init_lora_weights="pissa", **fields)).eval()
+    theirs = peft.get_peft_model(
+        make(), peft.LoraConfig(init_lora_weights="pissa", **fields)
+    ).eval()
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = "pissa"
@@ -416,7 +474,9 @@ def test_what_pissa_started_from_is_converted_by_peft(tmp_path):
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     expected = theirs(IDS)
-    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    theirs.save_pretrained(
+        tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     model = make()
     with pytest.warns(veneer.UnverifiedAdapter):
         (change,) = veneer.load(model, tmp_path / "adapter").changes.values()
@@ -428,7 +488,9 @@ def test_a_later_peft_may_apply_an_out_projection_once(tmp_path):
     _, path = by_peft(tmp_path / "adapter", Experts(), target_modules=["attention"])
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.22.0"}))
-    with pytest.raises(AdapterError, match=r"'attention.out_proj'.* of PEFT 0\.22\.0 it is not known"):
+    with pytest.raises(
+        AdapterError, match=r"'attention.out_proj'.* of PEFT 0\.22\.0 it is not known"
+    ):
         veneer.load(Experts(), path)
     (path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.9.1.dev0"}))
     veneer.load(Experts(), path)
@@ -436,14 +498,20 @@ def test_a_later_peft_may_apply_an_out_projection_once(tmp_path):
 
 def test_magnitudes_of_a_tie_that_differ_are_refused(tmp_path):
     """PEFT rescales the outputs of both modules; of the tied weight those are other axes."""
-    theirs = peft.get_peft_model(TinyLM(True), peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True))
+    theirs = peft.get_peft_model(
+        TinyLM(True), peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     above = "base_model.model.model.embed_tokens."
     tensors |= {
-        "base_model.model.lm_head.lora_A.weight": tensors[f"{above}lora_embedding_B"].mT.contiguous(),
-        "base_model.model.lm_head.lora_B.weight": tensors[f"{above}lora_embedding_A"].mT.contiguous(),
+        "base_model.model.lm_head.lora_A.weight": tensors[
+            f"{above}lora_embedding_B"
+        ].mT.contiguous(),
+        "base_model.model.lm_head.lora_B.weight": tensors[
+            f"{above}lora_embedding_A"
+        ].mT.contiguous(),
         "base_model.model.lm_head.lora_magnitude_vector": torch.ones(17),
     }
     save_file(tensors, file)
@@ -490,7 +558,9 @@ def test_a_llama_goes_both_ways(tmp_path, tied):
 
 
 def saved_by_peft(tmp_path, model=None, **fields):
-    theirs = peft.get_peft_model(model or make(), peft.LoraConfig(**{"r": 2, "target_modules": ["q"], **fields}))
+    theirs = peft.get_peft_model(
+        model or make(), peft.LoraConfig(**{"r": 2, "target_modules": ["q"], **fields})
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -500,7 +570,10 @@ def saved_by_peft(tmp_path, model=None, **fields):
     [
         ({"init_lora_weights": "pissa_niter_2"}, "random approximation"),
         ({"target_modules": [], "target_parameters": ["c1.weight"]}, r"those of a parameter layer"),
-        ({"target_modules": ["emb"], "init_lora_weights": False}, "a change of the padding row 2 of 'emb'"),
+        (
+            {"target_modules": ["emb"], "init_lora_weights": False},
+            "a change of the padding row 2 of 'emb'",
+        ),
         ({"kasa_config": peft.KasaConfig()}, "kasa_config"),
     ],
     ids=str,
@@ -557,12 +630,17 @@ def test_a_grouped_convolution_of_peft_is_refused(tmp_path):
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_the_base_weight_that_peft_writes_along_is_no_change(tmp_path, target):
-    """save_embedding_layers="auto" puts the frozen weight of an adapted head or embedding into the file."""
+    """save_embedding_layers="auto" puts the frozen weight of an adapted head or embedding into the
+    file."""
 
     def llama():
         torch.manual_seed(2)
         config = transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=40,
         )
         return transformers.LlamaForCausalLM(config).eval()
 
@@ -581,7 +659,9 @@ def test_the_base_weight_that_peft_writes_along_is_no_change(tmp_path, target):
     assert error(model(ids).logits, theirs(ids).logits) < 1e-5
     assert error(llama()(ids).logits, theirs(ids).logits) > 1e-3
     other = llama()
-    other.get_submodule("lm_head" if target == "lm_head" else "model.embed_tokens").weight.data.add_(0.5)
+    other.get_submodule(
+        "lm_head" if target == "lm_head" else "model.embed_tokens"
+    ).weight.data.add_(0.5)
     with pytest.raises(veneer.errors.BaseMismatchError, match="another weight"):
         veneer.load(other, tmp_path / "adapter")
 
@@ -589,7 +669,11 @@ def test_the_base_weight_that_peft_writes_along_is_no_change(tmp_path, target):
 def bert(kind=transformers.BertForSequenceClassification):
     torch.manual_seed(4)
     config = transformers.BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=40,
     )
     return kind(config).eval()
 
@@ -602,11 +686,20 @@ def bert(kind=transformers.BertForSequenceClassification):
         transformers.BertForQuestionAnswering,
     ],
 )
-@pytest.mark.parametrize("fields", [{}, {"train_also": ["dense"]}, {"bias": "all", "train_also": ["pooler"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"train_also": ["dense"]}, {"bias": "all", "train_also": ["pooler"]}], ids=str
+)
 def test_peft_loads_classifiers_of_ours(tmp_path, kind, fields):
-    if "pooler" in fields.get("train_also", ()) and kind is not transformers.BertForSequenceClassification:
+    if (
+        "pooler" in fields.get("train_also", ())
+        and kind is not transformers.BertForSequenceClassification
+    ):
         pytest.skip("only the sequence classifier has a pooler")
-    fields = {**fields, "targets": ["query", "value"]} if "dense" in fields.get("train_also", ()) else fields
+    fields = (
+        {**fields, "targets": ["query", "value"]}
+        if "dense" in fields.get("train_also", ())
+        else fields
+    )
     model, ids = bert(kind), torch.arange(12).view(2, 6)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
     randomise(handle)
@@ -617,7 +710,9 @@ def test_peft_loads_classifiers_of_ours(tmp_path, kind, fields):
 
 
 def test_biases_and_a_container_of_modules_to_save_from_peft(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS", bias="all")
+    config = peft.LoraConfig(
+        r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS", bias="all"
+    )
     theirs = peft.get_peft_model(bert(), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     model, ids = bert(), torch.arange(12).view(2, 6)
@@ -628,7 +723,9 @@ def test_biases_and_a_container_of_modules_to_save_from_peft(tmp_path):
 
 def test_a_tied_embedding_goes_through_save_pretrained_and_check(tmp_path):
     torch.manual_seed(0)
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40
+    )
     model = transformers.T5ForConditionalGeneration(config).eval()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     ids = torch.arange(12).view(2, 6)

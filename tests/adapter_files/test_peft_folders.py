@@ -1,5 +1,5 @@
-"""Folders of PEFT with what its options allow and Veneer's own do not: each computes as PEFT computes it, or says why
-not."""
+"""Folders of PEFT with what its options allow and Veneer's own do not: each computes as PEFT
+computes it, or says why not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from veneer.errors import AdapterError, MergeError
 from veneer.tools.convert import conversion, convert
 from veneer.variants import VARIANTS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 
 class Narrow(nn.Module):
@@ -48,10 +50,13 @@ def narrow():
 
 
 def by_peft(folder, model, size=0.3, **fields):
-    """(the model as PEFT loads it, the folder) of an adapter of PEFT with noise in each of its numbers."""
+    """(the model as PEFT loads it, the folder) of an adapter of PEFT with noise in each of its
+    numbers."""
     torch.manual_seed(5)
     bare = {name: value.clone() for name, value in model.state_dict().items()}
-    theirs = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})).eval()
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **fields})
+    ).eval()
     for parameter in theirs.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * size)
@@ -62,7 +67,8 @@ def by_peft(folder, model, size=0.3, **fields):
 
 
 def agrees(theirs, path, fresh, *args, atol=1e-5):
-    """Assert that Veneer computes what PEFT does from PEFT's folder, merges it, and saves it for both."""
+    """Assert that Veneer computes what PEFT does from PEFT's folder, merges it, and saves it for
+    both."""
     model = fresh()
     base, expected = flat(model(*args)), flat(theirs(*args))
     assert error(expected, base) > 1e-3
@@ -82,19 +88,25 @@ def agrees(theirs, path, fresh, *args, atol=1e-5):
 TARGETS = ["embed", "conv", "gpt", "wide"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True, "target_modules": ["conv", "wide"]}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"use_dora": True, "target_modules": ["conv", "wide"]}]
+)
 def test_a_rank_that_no_weight_has_is_compacted_to_one_that_it_has(tmp_path, fields):
     fields = {"target_modules": TARGETS, **fields}
     theirs, path = by_peft(tmp_path / "theirs", narrow(), r=12, lora_alpha=5, **fields)
     handle = agrees(theirs, path, narrow, IDS)
     assert {at: change.rank for at, change in handle.changes.items()} == {
-        f"{at}.weight": rank for at, rank in zip(TARGETS, [6, 3, 3, 5], strict=True) if at in fields["target_modules"]
+        f"{at}.weight": rank
+        for at, rank in zip(TARGETS, [6, 3, 3, 5], strict=True)
+        if at in fields["target_modules"]
     }
 
 
 def test_a_compacted_change_that_is_zero_can_still_be_trained(tmp_path):
     """PEFT's start: B of zeros, which a factorisation may not make an A of zeros too."""
-    peft.get_peft_model(narrow(), peft.LoraConfig(r=12, target_modules=["wide"])).save_pretrained(tmp_path)
+    peft.get_peft_model(narrow(), peft.LoraConfig(r=12, target_modules=["wide"])).save_pretrained(
+        tmp_path
+    )
     model = narrow()
     (change,) = veneer.load(model, tmp_path, trainable=True).changes.values()
     model(IDS).square().sum().backward()
@@ -137,14 +149,26 @@ BLOOM = ["query_key_value", "dense", "dense_4h_to_h"]
 
 def deberta():
     config = transformers.DebertaConfig(
-        **SMALL, num_hidden_layers=1, intermediate_size=24, relative_attention=True, pos_att_type=["c2p", "p2c"]
+        **SMALL,
+        num_hidden_layers=1,
+        intermediate_size=24,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
     )
     return made(transformers.DebertaForMaskedLM, config)
 
 
 def siglip():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return made(transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return made(
+        transformers.SiglipVisionModel,
+        transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4),
+    )
 
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -156,7 +180,10 @@ def test_a_branch_that_attributes_rule_out_is_no_read_of_a_weight(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PartialChange)
         agrees(theirs, path, bloom, TOKENS)
-    for fresh, words in ((bloom, "LORA"), (bloom_in_slices, "not for PEFT: .* reads the weight itself")):
+    for fresh, words in (
+        (bloom, "LORA"),
+        (bloom_in_slices, "not for PEFT: .* reads the weight itself"),
+    ):
         ours = veneer.attach(model := fresh(), veneer.LoraConfig(rank=2, targets=BLOOM))
         randomise(ours)
         assert veneer.check(model, {"input_ids": TOKENS})
@@ -165,9 +192,13 @@ def test_a_branch_that_attributes_rule_out_is_no_read_of_a_weight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fresh", "targets"), [(bloom_in_slices, BLOOM), (deberta, ["in_proj", "dense"])], ids=["bloom", "deberta"]
+    ("fresh", "targets"),
+    [(bloom_in_slices, BLOOM), (deberta, ["in_proj", "dense"])],
+    ids=["bloom", "deberta"],
 )
-def test_a_weight_that_is_read_past_its_module_changes_where_peft_changes_it(tmp_path, fresh, targets):
+def test_a_weight_that_is_read_past_its_module_changes_where_peft_changes_it(
+    tmp_path, fresh, targets
+):
     theirs, path = by_peft(tmp_path / "theirs", fresh(), 0.1, target_modules=targets)
     model, expected = fresh(), theirs(TOKENS).logits
     with pytest.warns(PartialChange, match=r"dense|in_proj"):
@@ -180,7 +211,9 @@ def test_a_weight_that_is_read_past_its_module_changes_where_peft_changes_it(tmp
     again = fresh()
     veneer.load(again, ours)
     assert error(again(TOKENS).logits, expected) < 1e-5
-    assert error(peft.PeftModel.from_pretrained(fresh(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    assert (
+        error(peft.PeftModel.from_pretrained(fresh(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    )
     before = {name: value.clone() for name, value in again.state_dict().items()}
     with pytest.raises(MergeError, match=r"a change of what .* gives"):
         veneer.merge(again)
@@ -212,18 +245,25 @@ def test_a_change_of_a_module_alone_stays_one_when_it_is_composed_and_is_no_dens
     assert handle.changes["layer.weight"].module_only
     with veneer.use(model, {"default": 0.5}):
         assert error(half(X), model(X)) < 1e-5
-    with pytest.raises(AdapterError, match=r"There is no ΔW of .* whose 'weight' others read past it"):
+    with pytest.raises(
+        AdapterError, match=r"There is no ΔW of .* whose 'weight' others read past it"
+    ):
         convert(ours, tmp_path / "dense.safetensors", to="dense", base=reader())
     with pytest.raises(AdapterError, match=r"changes of what modules give \(layer\.weight\)"):
         convert(ours, tmp_path / "kohya.safetensors", to="kohya", base=reader(), part="model")
-    seen = veneer.attach(reader(), veneer.LoraConfig(rank=2, targets=["layer"])).save(tmp_path / "seen")
+    seen = veneer.attach(reader(), veneer.LoraConfig(rank=2, targets=["layer"])).save(
+        tmp_path / "seen"
+    )
     with pytest.raises(AdapterError, match=r"a change of 'layer\.weight' that some of them make"):
         veneer.compose([ours, seen], tmp_path / "both")
 
 
 def test_a_change_of_zeros_may_stand_where_peft_applies_none(tmp_path):
-    """PEFT adapts the out-projection of torch's attention, which its fused forward never calls: B stays zero."""
-    theirs = peft.get_peft_model(siglip(), peft.LoraConfig(r=2, target_modules=["out_proj", "fc1"])).eval()
+    """PEFT adapts the out-projection of torch's attention, which its fused forward never calls: B
+    stays zero."""
+    theirs = peft.get_peft_model(
+        siglip(), peft.LoraConfig(r=2, target_modules=["out_proj", "fc1"])
+    ).eval()
     for name, parameter in theirs.named_parameters():
         if "lora_" in name and "head.attention" not in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
@@ -263,14 +303,22 @@ def roberta():
         {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
         {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
         {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "use_dora": True},
-        {"target_modules": r".*(?:dense|query|out_proj)", "modules_to_save": ["out_proj"], "bias": "all"},
+        {
+            "target_modules": r".*(?:dense|query|out_proj)",
+            "modules_to_save": ["out_proj"],
+            "bias": "all",
+        },
     ],
     ids=str,
 )
 def test_targets_inside_of_what_is_saved_whole_are_none(tmp_path, fields):
     theirs, path = by_peft(tmp_path / "theirs", roberta(), **fields)
     handle = agrees(theirs, path, roberta, TOKENS)
-    adapted = {key.split(".lora_")[0] for key in load_file(path / "adapter_model.safetensors") if ".lora_" in key}
+    adapted = {
+        key.split(".lora_")[0]
+        for key in load_file(path / "adapter_model.safetensors")
+        if ".lora_" in key
+    }
     assert {at.removesuffix(".weight") for at in handle.changes} == {
         at.removeprefix("base_model.model.") for at in adapted
     }
@@ -284,7 +332,12 @@ def test_targets_inside_of_what_is_saved_whole_are_none(tmp_path, fields):
         {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"gpt": 1}},
         {"init_lora_weights": "pissa", "use_dora": True},
         {"init_lora_weights": "olora", "target_modules": ["wide"]},
-        {"init_lora_weights": "OLoRA", "target_modules": ["wide"], "use_dora": True, "use_rslora": True},
+        {
+            "init_lora_weights": "OLoRA",
+            "target_modules": ["wide"],
+            "use_dora": True,
+            "use_rslora": True,
+        },
     ],
     ids=str,
 )
@@ -294,14 +347,21 @@ def test_a_start_that_peft_takes_off_the_base_is_a_part_of_the_change(tmp_path, 
 
     fields = {"target_modules": ["wide", "gpt"], **fields}
     theirs, path = by_peft(tmp_path / "theirs", fresh(), **fields)
-    assert json.loads((path / "adapter_config.json").read_text())["init_lora_weights"] == fields["init_lora_weights"]
+    assert (
+        json.loads((path / "adapter_config.json").read_text())["init_lora_weights"]
+        == fields["init_lora_weights"]
+    )
     # in 16 bits PEFT rounds the base without its start, and every output
     handle = agrees(theirs, path, fresh, IDS, atol=1e-5 if dtype == torch.float32 else 1e-2)
     assert handle.changes["wide.weight"].rank == 4
-    if "use_dora" in fields or dtype != torch.float32:  # PEFT rounds A and B of the start to 16 bits
+    if (
+        "use_dora" in fields or dtype != torch.float32
+    ):  # PEFT rounds A and B of the start to 16 bits
         return
     (start := tmp_path / "start").mkdir()
-    peft.get_peft_model(fresh(), peft.LoraConfig(r=2, lora_alpha=3, **fields)).save_pretrained(start)
+    peft.get_peft_model(fresh(), peft.LoraConfig(r=2, lora_alpha=3, **fields)).save_pretrained(
+        start
+    )
     change = veneer.load(fresh(), start).changes["wide.weight"]
     low, _ = change.resolve(fresh().wide.weight)
     assert low.norm() < 1e-5
@@ -317,7 +377,9 @@ def test_a_start_that_peft_takes_off_the_base_is_a_part_of_the_change(tmp_path, 
     ],
 )
 def test_a_start_that_nobody_can_make_again_is_refused(tmp_path, start, words):
-    peft.get_peft_model(narrow(), peft.LoraConfig(r=2, target_modules=["wide"])).save_pretrained(tmp_path)
+    peft.get_peft_model(narrow(), peft.LoraConfig(r=2, target_modules=["wide"])).save_pretrained(
+        tmp_path
+    )
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": start}))
     with pytest.raises(AdapterError, match=words):
@@ -340,7 +402,11 @@ def test_a_start_needs_the_values_of_the_base(tmp_path):
 
 def llama():
     config = transformers.LlamaConfig(
-        **SMALL, num_hidden_layers=1, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True
+        **SMALL,
+        num_hidden_layers=1,
+        intermediate_size=24,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
     )
     return made(transformers.LlamaForCausalLM, config)
 
@@ -370,7 +436,9 @@ def test_one_name_of_a_tied_weight_is_changed_where_it_may_be_untied(tmp_path, t
     again = llama()
     veneer.load(again, ours, untie=True)
     assert error(again(TOKENS).logits, expected) < 1e-5
-    assert error(peft.PeftModel.from_pretrained(llama(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    assert (
+        error(peft.PeftModel.from_pretrained(llama(), ours).eval()(TOKENS).logits, expected) < 1e-5
+    )
     handle.merge()
     assert error(model(TOKENS).logits, expected) < 1e-5
     handle.unmerge()
@@ -391,7 +459,11 @@ class Biased(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.gpt, self.wide = nn.Conv1d(6, 3, 3, padding=1), Conv1D(8, 3), nn.Linear(8, 5)
+        self.conv, self.gpt, self.wide = (
+            nn.Conv1d(6, 3, 3, padding=1),
+            Conv1D(8, 3),
+            nn.Linear(8, 5),
+        )
         self.bare, self.bare_conv = nn.Linear(5, 4, bias=False), nn.Conv1d(4, 4, 1, bias=False)
 
     def forward(self, x):
@@ -408,11 +480,17 @@ X = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
 WITH, WITHOUT = ["conv", "gpt", "wide"], ["bare", "bare_conv"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only", "use_rslora": True}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"bias": "lora_only", "use_rslora": True}, {"bias": "all"}], ids=str
+)
 def test_a_bias_beside_b_is_a_change_of_the_bias(tmp_path, fields):
-    theirs, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITH, **fields)
+    theirs, path = by_peft(
+        tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITH, **fields
+    )
     handle = agrees(theirs, path, biased, X)
-    biases = {name: parameter for name, parameter in handle.named_parameters() if name.endswith(".bias")}
+    biases = {
+        name: parameter for name, parameter in handle.named_parameters() if name.endswith(".bias")
+    }
     assert set(biases) == {f"{at}.bias" for at in WITH}
     handle.model(X).square().sum().backward()
     assert all(parameter.grad.norm() > 1e-3 for parameter in biases.values())
@@ -421,7 +499,9 @@ def test_a_bias_beside_b_is_a_change_of_the_bias(tmp_path, fields):
 
 
 def test_a_layer_without_a_bias_has_one_in_the_adapter(tmp_path):
-    theirs, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=[*WITHOUT, "wide"])
+    theirs, path = by_peft(
+        tmp_path / "theirs", biased(), lora_bias=True, target_modules=[*WITHOUT, "wide"]
+    )
     model, expected = biased(), theirs(X)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     handle = veneer.load(model, path, trainable=True)
@@ -473,7 +553,9 @@ def test_what_is_merged_for_good_into_an_untied_weight_stays_whatever_was_merged
     assert torch.equal(model(TOKENS).logits, expected)
 
 
-@pytest.mark.parametrize(("key", "words"), [("gpt.lora_B.bias", "no 'lora_B.bias' that fits 'gpt'")])
+@pytest.mark.parametrize(
+    ("key", "words"), [("gpt.lora_B.bias", "no 'lora_B.bias' that fits 'gpt'")]
+)
 def test_a_folder_that_lacks_a_bias_beside_b_is_not_whole(tmp_path, key, words):
     _, path = by_peft(tmp_path / "theirs", biased(), lora_bias=True, target_modules=WITH)
     file = path / "adapter_model.safetensors"
@@ -493,7 +575,8 @@ def without(path, field):
 
 
 def from_on(model, name, ids, start):
-    """docs/from-peft.md: the logits of the tokens from ``start`` on, of the adapter; those before it are the base's."""
+    """docs/from-peft.md: the logits of the tokens from ``start`` on, of the adapter; those before
+    it are the base's."""
     with torch.no_grad(), veneer.use(model, None):
         cache = model(ids[:, :start], use_cache=True).past_key_values
     with veneer.use(model, name):
@@ -501,10 +584,15 @@ def from_on(model, name, ids, start):
 
 
 def test_alora_is_lora_that_is_selected_from_its_tokens_on(tmp_path):
-    fields = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    fields = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+    }
     theirs, path = by_peft(tmp_path / "theirs", llama(), alora_invocation_tokens=[1, 2], **fields)
     ids, start = torch.tensor([[3, 5, 7, 1, 2, 4, 6, 8]]), 3
-    with pytest.raises(AdapterError, match=r"alora_invocation_tokens=\[1, 2\].*from these tokens on"):
+    with pytest.raises(
+        AdapterError, match=r"alora_invocation_tokens=\[1, 2\].*from these tokens on"
+    ):
         veneer.load(llama(), path)
     model = llama()
     handle = veneer.load(model, without(path, "alora_invocation_tokens"), name="a", trainable=True)
@@ -527,13 +615,18 @@ def test_alora_is_lora_that_is_selected_from_its_tokens_on(tmp_path):
 
 
 def test_repeated_layers_are_those_of_a_base_that_has_them(tmp_path):
-    config = transformers.LlamaConfig(**SMALL, num_hidden_layers=2, intermediate_size=24, num_key_value_heads=1)
+    config = transformers.LlamaConfig(
+        **SMALL, num_hidden_layers=2, intermediate_size=24, num_key_value_heads=1
+    )
 
     def fresh():
         return made(transformers.LlamaForCausalLM, copy.deepcopy(config))
 
     fields = {"target_modules": ["q_proj", "down_proj"], "layer_replication": [[0, 2], [1, 2]]}
-    theirs, path = peft.get_peft_model(fresh(), peft.LoraConfig(**fields, init_lora_weights=False)).eval(), tmp_path
+    theirs, path = (
+        peft.get_peft_model(fresh(), peft.LoraConfig(**fields, init_lora_weights=False)).eval(),
+        tmp_path,
+    )
     theirs.save_pretrained(path)
     with pytest.raises(AdapterError, match=r"layer_replication=.*a base that has these layers"):
         veneer.load(fresh(), path)
@@ -553,20 +646,31 @@ def test_qalora_pools_in_gptq_layers_alone(tmp_path):
     with pytest.raises(AdapterError, match=r"use_qalora=true.*on its base"):
         convert(path, tmp_path / "kohya", to="kohya", base=narrow(), part="model")
     change = path / "adapter_config.json"
-    change.write_text((whole := change.read_text()).replace('"qalora_group_size": 2', '"qalora_group_size": 1'))
+    change.write_text(
+        (whole := change.read_text()).replace('"qalora_group_size": 2', '"qalora_group_size": 1')
+    )
     with pytest.raises(AdapterError, match=r"use_qalora=true.*unless that base is GPTQ"):
         veneer.load(narrow(), path)
     change.write_text(whole)
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({key: value[:, ::2].clone() if "lora_A" in key else value for key, value in tensors.items()}, file)
+    save_file(
+        {
+            key: value[:, ::2].clone() if "lora_A" in key else value
+            for key, value in tensors.items()
+        },
+        file,
+    )
     with pytest.raises(AdapterError, match="wide"):
         veneer.load(narrow(), path)
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"), ({"lora_bias": True}, "lora_bias=true")],
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"lora_bias": True}, "lora_bias=true"),
+    ],
     ids=str,
 )
 def test_what_the_factors_alone_do_not_say_goes_into_no_file_of_factors(tmp_path, fields, words):
@@ -577,7 +681,11 @@ def test_what_the_factors_alone_do_not_say_goes_into_no_file_of_factors(tmp_path
     convert(path, tmp_path / "dense", to="dense", base=narrow())
     done = conversion(path, tmp_path / "veneer", to="veneer", base=narrow())
     written = veneer.adapter_files.read(done.path).low["wide"].rank
-    assert done.ranks == {"wide.weight": written} == {"wide.weight": 4 if "init_lora_weights" in fields else 2}
+    assert (
+        done.ranks
+        == {"wide.weight": written}
+        == {"wide.weight": 4 if "init_lora_weights" in fields else 2}
+    )
     model = narrow()
     veneer.load(model, tmp_path / "veneer")
     assert error(model(IDS), theirs(IDS)) < 1e-5

@@ -1,4 +1,5 @@
-"""The task that a folder names is what PEFT does with such a model: its forward gives our numbers."""
+"""The task that a folder names is what PEFT does with such a model: its forward gives our
+numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and of tiny con
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 8, "patch_size": 4}  # fmt: skip
-TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 TWO = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
 IDS = {"input_ids": torch.arange(8).view(2, 4) + 3}
@@ -36,7 +43,9 @@ SOUND = {
 def whisper():
     sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**TWO, **sizes, **tokens))
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**TWO, **sizes, **tokens)
+    )
 
 
 def llava():
@@ -88,14 +97,29 @@ GPT2 = {
 MODELS = {
     "whisper": (whisper, SOUND, ["q_proj", "v_proj"], None),
     "t5": (made("T5ForConditionalGeneration", "T5Config", **T5), PAIR, ["q", "v"], "SEQ_2_SEQ_LM"),
-    "bart": (made("BartForConditionalGeneration", "BartConfig", **TWO), PAIR, ["q_proj"], "SEQ_2_SEQ_LM"),
+    "bart": (
+        made("BartForConditionalGeneration", "BartConfig", **TWO),
+        PAIR,
+        ["q_proj"],
+        "SEQ_2_SEQ_LM",
+    ),
     "bart-decoder": (made("BartForCausalLM", "BartConfig", **TWO), IDS, ["q_proj"], "CAUSAL_LM"),
     "llava": (llava, IMAGE, ["q_proj", "v_proj"], "CAUSAL_LM"),
-    "gemma3": (gemma3, {**IMAGE, "token_type_ids": (IMAGE["input_ids"] == 63).long()}, ["q_proj"], "CAUSAL_LM"),
+    "gemma3": (
+        gemma3,
+        {**IMAGE, "token_type_ids": (IMAGE["input_ids"] == 63).long()},
+        ["q_proj"],
+        "CAUSAL_LM",
+    ),
     "qwen2-vl": (qwen2_vl, PATCHES, ["q_proj", "qkv"], "CAUSAL_LM"),
     "llama": (made("LlamaForCausalLM", "LlamaConfig", **TEXT), IDS, ["q_proj"], "CAUSAL_LM"),
     "gpt2": (made("GPT2LMHeadModel", "GPT2Config", **GPT2), IDS, ["c_attn"], "CAUSAL_LM"),
-    "bert-classifier": (made("BertForSequenceClassification", "BertConfig", **TEXT), IDS, ["dense"], None),
+    "bert-classifier": (
+        made("BertForSequenceClassification", "BertConfig", **TEXT),
+        IDS,
+        ["dense"],
+        None,
+    ),
 }
 
 
@@ -119,9 +143,12 @@ def test_peft_s_forward_gives_our_numbers(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("target", "reason"), [("conv1", "stride"), ("conv2", "stride"), ("encoder.embed_positions", "num_embeddings")]
+    ("target", "reason"),
+    [("conv1", "stride"), ("conv2", "stride"), ("encoder.embed_positions", "num_embeddings")],
 )
-def test_a_layer_of_which_a_forward_asks_what_peft_s_wrapper_lacks_is_not_for_peft(tmp_path, target, reason):
+def test_a_layer_of_which_a_forward_asks_what_peft_s_wrapper_lacks_is_not_for_peft(
+    tmp_path, target, reason
+):
     def fresh():
         torch.manual_seed(0)
         return whisper().eval()
@@ -143,14 +170,24 @@ def test_a_layer_of_which_a_forward_asks_what_peft_s_wrapper_lacks_is_not_for_pe
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.embedding, self.attention = nn.Linear(4, 4), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2)
-        self.conv1, self.conv2, self.conv3 = nn.Conv1d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv3d(4, 4, 3)
+        self.linear, self.embedding, self.attention = (
+            nn.Linear(4, 4),
+            nn.Embedding(4, 4),
+            nn.MultiheadAttention(4, 2),
+        )
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv1d(4, 4, 3),
+            nn.Conv2d(4, 4, 3),
+            nn.Conv3d(4, 4, 3),
+        )
         self.parameter = nn.Linear(4, 4)
 
 
 def test_peft_s_wrappers_have_the_attributes_that_we_think_they_have():
     plain = dict(Layers().named_children())
-    config = peft.LoraConfig(r=1, target_modules=[*plain][:-1], target_parameters=["parameter.weight"])
+    config = peft.LoraConfig(
+        r=1, target_modules=[*plain][:-1], target_parameters=["parameter.weight"]
+    )
     wrapped = peft.get_peft_model(Layers(), config).base_model.model
     told = 0
     for name, layer in plain.items():
@@ -165,6 +202,8 @@ def test_peft_s_wrappers_have_the_attributes_that_we_think_they_have():
 def test_the_card_of_a_model_that_reads_images_names_its_own_class(tmp_path):
     model = llava()
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"]))
-    text = (veneer.save(model, tmp_path / "adapter", base_name="owner/llava") / "README.md").read_text()
+    text = (
+        veneer.save(model, tmp_path / "adapter", base_name="owner/llava") / "README.md"
+    ).read_text()
     assert text.count('LlavaForConditionalGeneration.from_pretrained("owner/llava")') == 2
     assert not any(word in text for word in ("AutoModelForCausalLM", "load_base", "vllm serve"))

@@ -1,4 +1,5 @@
-"""Folders of PEFT's other tuners: what PEFT computes with them is what Veneer does, merged and trained on too."""
+"""Folders of PEFT's other tuners: what PEFT computes with them is what Veneer does, merged and
+trained on too."""
 
 from __future__ import annotations
 
@@ -42,14 +43,22 @@ class Net(nn.Module):
 
 X = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(1))
 CONFIGS = {
-    "adalora": lambda: peft.AdaLoraConfig(init_r=4, lora_alpha=3, total_step=10, target_modules=["q", "gpt", "c2"]),
-    "adalora without alpha": lambda: peft.AdaLoraConfig(init_r=3, lora_alpha=0, total_step=10, target_modules=["q"]),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=4, lora_alpha=3, total_step=10, target_modules=["q", "gpt", "c2"]
+    ),
+    "adalora without alpha": lambda: peft.AdaLoraConfig(
+        init_r=3, lora_alpha=0, total_step=10, target_modules=["q"]
+    ),
     "adalora, more than the weight has": lambda: peft.AdaLoraConfig(
         init_r=12, total_step=10, target_modules=["q", "head"]
     ),
     "loha": lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["q", "head"]),
-    "loha, flat kernels": lambda: peft.LoHaConfig(r=3, alpha=4, target_modules=["c1", "c2", "q"], rank_dropout=0.5),
-    "loha, tucker": lambda: peft.LoHaConfig(r=2, target_modules=["c1", "c2"], use_effective_conv2d=True),
+    "loha, flat kernels": lambda: peft.LoHaConfig(
+        r=3, alpha=4, target_modules=["c1", "c2", "q"], rank_dropout=0.5
+    ),
+    "loha, tucker": lambda: peft.LoHaConfig(
+        r=2, target_modules=["c1", "c2"], use_effective_conv2d=True
+    ),
     "loha, more than the weight has": lambda: peft.LoHaConfig(
         r=16, target_modules=["q", "head"], modules_to_save=["norm"]
     ),
@@ -58,9 +67,15 @@ CONFIGS = {
     ),
     "lokr": lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["q", "head"]),
     "lokr, whole": lambda: peft.LoKrConfig(r=8, target_modules=["q", "head", "c1", "c2"]),
-    "lokr, both": lambda: peft.LoKrConfig(r=1, target_modules=["q", "head"], decompose_both=True, decompose_factor=4),
-    "lokr, flat kernels": lambda: peft.LoKrConfig(r=1, target_modules=["c1", "c2", "q"], rank_dropout_scale=True),
-    "lokr, tucker": lambda: peft.LoKrConfig(r=2, target_modules=["c1", "c2"], use_effective_conv2d=True),
+    "lokr, both": lambda: peft.LoKrConfig(
+        r=1, target_modules=["q", "head"], decompose_both=True, decompose_factor=4
+    ),
+    "lokr, flat kernels": lambda: peft.LoKrConfig(
+        r=1, target_modules=["c1", "c2", "q"], rank_dropout_scale=True
+    ),
+    "lokr, tucker": lambda: peft.LoKrConfig(
+        r=2, target_modules=["c1", "c2"], use_effective_conv2d=True
+    ),
     "vera": lambda: peft.VeraConfig(r=5, target_modules=["q", "gpt"]),
     "vera, drawn": lambda: peft.VeraConfig(
         r=5, target_modules=["q", "gpt", "head"], save_projection=False, bias="vera_only"
@@ -109,7 +124,8 @@ def test_a_folder_computes_what_peft_computes(tmp_path, case):
 
 @every
 def test_it_trains_on_and_is_saved_whole(tmp_path, case):
-    """What is trained on is the variant (LoHa's four factors, VeRA's two vectors, …) on PEFT's own start."""
+    """What is trained on is the variant (LoHa's four factors, VeRA's two vectors, …) on PEFT's own
+    start."""
     expected = theirs(CONFIGS[case](), tmp_path / "adapter")(X)
     model = net()
     handle = veneer.load(model, tmp_path / "adapter", trainable=True)
@@ -139,7 +155,9 @@ def test_convert_to_peft_writes_plain_lora(tmp_path, case):
         return
     done = conversion(tmp_path / "adapter", tmp_path / "plain", to="peft", base=net())
     assert done.source == f"peft ({CONFIGS[case]().peft_type.value})"
-    assert error(peft.PeftModel.from_pretrained(net(), tmp_path / "plain").eval()(X), expected) < 1e-5
+    assert (
+        error(peft.PeftModel.from_pretrained(net(), tmp_path / "plain").eval()(X), expected) < 1e-5
+    )
     model = net()
     assert veneer.load(model, tmp_path / "plain").config.variant == "lora"
     assert error(model(X), expected) < 1e-5
@@ -171,8 +189,12 @@ def test_other_formats_take_them_too(tmp_path, case, to):
 def test_without_its_base_a_loha_is_converted_and_composed(tmp_path):
     model = theirs(CONFIGS["loha"](), tmp_path / "adapter")
     convert(tmp_path / "adapter", tmp_path / "plain", to="peft")
-    assert error(peft.PeftModel.from_pretrained(net(), tmp_path / "plain").eval()(X), model(X)) < 1e-5
-    veneer.compose([tmp_path / "adapter", tmp_path / "plain"], tmp_path / "half", weights=[0.25, 0.75])
+    assert (
+        error(peft.PeftModel.from_pretrained(net(), tmp_path / "plain").eval()(X), model(X)) < 1e-5
+    )
+    veneer.compose(
+        [tmp_path / "adapter", tmp_path / "plain"], tmp_path / "half", weights=[0.25, 0.75]
+    )
     ours = net()
     veneer.load(ours, tmp_path / "half")
     assert error(ours(X), model(X)) < 1e-5
@@ -209,9 +231,17 @@ def test_drawn_projections_are_rounded_as_peft_rounds_them(tmp_path, dtype):
 
 
 def test_pruned_triplets_stay_away(tmp_path):
-    """PEFT cuts its tensors to the ranks that its allocator left, and divides by the rank that was there before."""
+    """PEFT cuts its tensors to the ranks that its allocator left, and divides by the rank that was
+    there before."""
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=2, tinit=0, tfinal=2, total_step=5, deltaT=1, lora_alpha=3, target_modules=["q", "head"]
+        init_r=4,
+        target_r=2,
+        tinit=0,
+        tfinal=2,
+        total_step=5,
+        deltaT=1,
+        lora_alpha=3,
+        target_modules=["q", "head"],
     )
     model = peft.get_peft_model(net(), config)
     torch.manual_seed(2)
@@ -227,7 +257,9 @@ def test_pruned_triplets_stay_away(tmp_path):
     kept = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["rank_pattern"]
     assert sorted(map(sum, kept.values())) != [4, 4]
     handle = veneer.load(ours := net(), tmp_path / "adapter", trainable=True)
-    assert error(ours(X), peft.PeftModel.from_pretrained(net(), tmp_path / "adapter").eval()(X)) < 1e-5
+    assert (
+        error(ours(X), peft.PeftModel.from_pretrained(net(), tmp_path / "adapter").eval()(X)) < 1e-5
+    )
     assert {at: change.rank for at, change in handle.changes.items()} == {
         f"{at.removesuffix('.lora_E')}.weight": sum(mask) for at, mask in kept.items()
     }
@@ -267,33 +299,83 @@ def change_tensors(path, **changes):
 
 
 BROKEN = {
-    "half a change": ("loha", {"head__hada_w1_a": None}, {}, r"no hada_w1_a, hada_w1_b.* at 'head'"),
-    "neither form": ("lokr", {"q__lokr_w1": None}, {}, r"no lokr_w1 or lokr_w1_a, lokr_w1_b at 'q'"),
-    "a whole layer": ("vera", {"q__vera_lambda_b": None, "q__vera_lambda_d": None}, {}, r"no tensors for q"),
-    "no projections": ("vera", {"vera_A": None}, {}, r"no base_model.vera_A, and save_projection=True"),
+    "half a change": (
+        "loha",
+        {"head__hada_w1_a": None},
+        {},
+        r"no hada_w1_a, hada_w1_b.* at 'head'",
+    ),
+    "neither form": (
+        "lokr",
+        {"q__lokr_w1": None},
+        {},
+        r"no lokr_w1 or lokr_w1_a, lokr_w1_b at 'q'",
+    ),
+    "a whole layer": (
+        "vera",
+        {"q__vera_lambda_b": None, "q__vera_lambda_d": None},
+        {},
+        r"no tensors for q",
+    ),
+    "no projections": (
+        "vera",
+        {"vera_A": None},
+        {},
+        r"no base_model.vera_A, and save_projection=True",
+    ),
     "nothing to draw from": (
         "vera",
         {"vera_A": None, "vera_B": None},
         {"save_projection": False, "projection_prng_key": None},
         r"no projection_prng_key",
     ),
-    "small projections": ("vera", {"vera_A": lambda A: A[:, :3]}, {}, r"projections \(5, 3\).*at least 14 inputs"),
+    "small projections": (
+        "vera",
+        {"vera_A": lambda A: A[:, :3]},
+        {},
+        r"projections \(5, 3\).*at least 14 inputs",
+    ),
     "another rank": ("loha", {}, {"r": 3}, r"rank 2 and 2, and 3 in its config"),
-    "ranks that are cut otherwise": ("adalora", {}, {"rank_pattern": {"q.lora_E": [True, False]}}, r"rank 4"),
-    "shapes that do not meet": ("loha", {"q__hada_w2_b": lambda w: w[:, :5]}, {}, r"a change of LOHA"),
+    "ranks that are cut otherwise": (
+        "adalora",
+        {},
+        {"rank_pattern": {"q.lora_E": [True, False]}},
+        r"rank 4",
+    ),
+    "shapes that do not meet": (
+        "loha",
+        {"q__hada_w2_b": lambda w: w[:, :5]},
+        {},
+        r"a change of LOHA",
+    ),
     "another base": ("lokr", {"q__lokr_w1": lambda w: w[:1]}, {}, r"those of a linear layer"),
-    "a field of another type": ("vera", {}, {"projection_prng_key": "7"}, r"projection_prng_key='7'"),
+    "a field of another type": (
+        "vera",
+        {},
+        {"projection_prng_key": "7"},
+        r"projection_prng_key='7'",
+    ),
     "masks that are none": ("adalora", {}, {"rank_pattern": {"q.lora_E": 3}}, r"rank_pattern="),
     "a field that nobody knows": ("lokr", {}, {"unknown": True}, r"unknown=True"),
     "numbers that are not finite": ("loha", {"q__hada_w1_a": lambda w: w / 0}, {}, r"not finite"),
-    "parameters": ("adalora", {}, {"target_parameters": ["q.weight"]}, r"target_parameters in .* of ADALORA"),
+    "parameters": (
+        "adalora",
+        {},
+        {"target_parameters": ["q.weight"]},
+        r"target_parameters in .* of ADALORA",
+    ),
     "a norm": (
         "ln_tuning",
         {"norm__ln_tuning_layers__bias": None, "norm__ln_tuning_layers__weight": None},
         {},
         r"no tensors for norm",
     ),
-    "a layer that is not there": ("loha", {}, {"target_modules": ["q", "head", "norm"]}, r"no tensors for norm"),
+    "a layer that is not there": (
+        "loha",
+        {},
+        {"target_modules": ["q", "head", "norm"]},
+        r"no tensors for norm",
+    ),
 }
 
 
@@ -311,7 +393,10 @@ def test_what_is_not_whole_is_refused_with_a_reason(tmp_path, broken):
 
 def test_a_small_file_cannot_ask_for_all_memory(tmp_path):
     theirs(CONFIGS["lokr, whole"](), tmp_path / "adapter")
-    big = {"head__lokr_w1": lambda w: torch.ones(2048, 2048), "head__lokr_w2": lambda w: torch.ones(64, 64)}
+    big = {
+        "head__lokr_w1": lambda w: torch.ones(2048, 2048),
+        "head__lokr_w2": lambda w: torch.ones(64, 64),
+    }
     change_tensors(tmp_path / "adapter", **big)
     with pytest.raises(AdapterError, match="factors of at most"):
         veneer.load(net(), tmp_path / "adapter")
@@ -334,11 +419,17 @@ def test_what_peft_computes_otherwise_is_refused(tmp_path, case):
         veneer.load(odd(groups=2), tmp_path / "grouped")
 
 
-@pytest.mark.parametrize("fields", [{"alora_invocation_tokens": [1, 2]}, {"layer_replication": [[0, 1], [0, 1]]}])
+@pytest.mark.parametrize(
+    "fields", [{"alora_invocation_tokens": [1, 2]}, {"layer_replication": [[0, 1], [0, 1]]}]
+)
 def test_what_changes_more_than_weights_is_refused(tmp_path, fields):
-    peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     change_config(tmp_path / "adapter", **fields)
-    with pytest.raises(AdapterError, match=f"{next(iter(fields))}=.*a field that Veneer can honour"):
+    with pytest.raises(
+        AdapterError, match=f"{next(iter(fields))}=.*a field that Veneer can honour"
+    ):
         veneer.load(net(), tmp_path / "adapter")
 
 
@@ -346,7 +437,9 @@ def test_what_changes_more_than_weights_is_refused(tmp_path, fields):
 def test_other_tuners_are_refused_by_name(tmp_path, type_):
     theirs(CONFIGS["loha"](), tmp_path / "adapter")
     change_config(tmp_path / "adapter", peft_type=type_)
-    with pytest.raises(AdapterError, match=f"peft_type '{type_}'.*Do: save it as LoRA.*veneer extract"):
+    with pytest.raises(
+        AdapterError, match=f"peft_type '{type_}'.*Do: save it as LoRA.*veneer extract"
+    ):
         veneer.load(net(), tmp_path / "adapter")
 
 

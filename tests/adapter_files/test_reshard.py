@@ -1,6 +1,7 @@
-"""The case of accelerate #4206: values that differ by rank are saved, zeroed and loaded by another number of processes,
-bit-equal, for the adapter and its optimiser. Adapters that their user has spread with ``fully_shard``, or copied by
-DDP; the adapter folder is Veneer's, the optimiser's state torch's own (``torch.distributed.checkpoint``)."""
+"""The case of accelerate #4206: values that differ by rank are saved, zeroed and loaded by another
+number of processes, bit-equal, for the adapter and its optimiser. Adapters that their user has
+spread with ``fully_shard``, or copied by DDP; the adapter folder is Veneer's, the optimiser's state
+torch's own (``torch.distributed.checkpoint``)."""
 
 from __future__ import annotations
 
@@ -73,7 +74,10 @@ def parts(values: dict[str, Tensor]) -> list[Any]:
 
 def one_number_of_processes(rank: int, way: str, folder: Path, number: int) -> None:
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     before, after = folder / str(number - 1), folder / str(number)
     model = tiny_model(tie_word_embeddings=False).train()
@@ -100,7 +104,9 @@ def one_number_of_processes(rank: int, way: str, folder: Path, number: int) -> N
     expected = numbers(tensors(model, optimiser))
     assert all(bool((value != 0).all()) for value in expected.values())
     veneer.save(run, after / "adapter")
-    dcp.save({"optimiser": get_optimizer_state_dict(run, optimiser)}, checkpoint_id=after / "optimiser")
+    dcp.save(
+        {"optimiser": get_optimizer_state_dict(run, optimiser)}, checkpoint_id=after / "optimiser"
+    )
     if rank == 0:
         torch.save(expected, after / "expected.pt")
     for value in parts(tensors(model, optimiser)):
@@ -109,8 +115,14 @@ def one_number_of_processes(rank: int, way: str, folder: Path, number: int) -> N
     again = tiny_model(tie_word_embeddings=False).train()
     veneer.load(again, after / "adapter", trainable=True)
     load(after)
-    states = {name: value for name, value in numbers(tensors(model, optimiser)).items() if " " in name}
-    values = {name: parameter.data for name, parameter in again.named_parameters() if parameter.requires_grad}
+    states = {
+        name: value for name, value in numbers(tensors(model, optimiser)).items() if " " in name
+    }
+    values = {
+        name: parameter.data
+        for name, parameter in again.named_parameters()
+        if parameter.requires_grad
+    }
     same({**values, **states}, expected)
 
 
@@ -122,6 +134,8 @@ def one_number_of_processes(rank: int, way: str, folder: Path, number: int) -> N
         pytest.param("ddp", (4, 2, 1, 3), marks=pytest.mark.slow),
     ],
 )
-def test_saved_zeroed_and_loaded_bit_for_bit(way: str, counts: tuple[int, ...], tmp_path: Path) -> None:
+def test_saved_zeroed_and_loaded_bit_for_bit(
+    way: str, counts: tuple[int, ...], tmp_path: Path
+) -> None:
     for number, count in enumerate(counts):
         together(one_number_of_processes, count, way, tmp_path, number)

@@ -1,4 +1,5 @@
-"""Saving from several processes: whole tensors of the base and the adapter, one writer, one outcome on every rank."""
+"""Saving from several processes: whole tensors of the base and the adapter, one writer, one outcome
+on every rank."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from torch import nn
 import veneer
 from veneer import distributed
 from veneer.distributed import whole
-from veneer.errors import AdapterError, CheckError, MergeError, OutputExistsError, SelectionError, TargetError
+from veneer.errors import (
+    AdapterError,
+    CheckError,
+    MergeError,
+    OutputExistsError,
+    SelectionError,
+    TargetError,
+)
 
 # the ranks are processes of their own, of which no ImportError tells
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs("transformers", "peft")]
@@ -34,7 +42,12 @@ CONFIGS = {
     "dora": {"rank": 3, "targets": ["q_proj", "down_proj"], "variant": "dora"},
     "pissa": {"rank": 3, "targets": ["q_proj", "down_proj"], "variant": "pissa"},
     "in full": {"rank": 2, "targets": ["q_proj"], "train_also": ["lm_head", "norm"]},
-    "parts": {"rank": 2, "targets": ["q_proj"], "slices": {"q_proj": [True, False]}, "variant": "dora"},
+    "parts": {
+        "rank": 2,
+        "targets": ["q_proj"],
+        "slices": {"q_proj": [True, False]},
+        "variant": "dora",
+    },
 }
 
 
@@ -71,7 +84,8 @@ def fails(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
         call()
 
 
-# ------------------------------------------------------------------------------------------ what the ranks do
+# ------------------------------------------------------------------------------------------ what
+# the ranks do
 
 
 def fsdp_trains_and_saves(rank: int, folder: Path) -> None:
@@ -81,9 +95,15 @@ def fsdp_trains_and_saves(rank: int, folder: Path) -> None:
         train(model, handle, slice(2 * rank, 2 * rank + 2))
         assert handle.save(folder / config) == folder / config
         with torch.no_grad():
-            model(input_ids=IDS)  # after which the root holds gathered copies, which no step reaches
+            model(
+                input_ids=IDS
+            )  # after which the root holds gathered copies, which no step reaches
         ours, whole = handle.summary(), attached(config)[1].summary()
-        assert (ours.trainable, ours.total, ours.bytes) == (whole.trainable, whole.total, whole.bytes)
+        assert (ours.trainable, ours.total, ours.bytes) == (
+            whole.trainable,
+            whole.total,
+            whole.bytes,
+        )
         assert handle.save(folder / f"{config} again", base_name="x").is_dir()
 
 
@@ -105,7 +125,9 @@ def save_pretrained_beside_other_files(rank: int, folder: Path) -> None:
     shard(model)
     handle.save(folder / "alone")
     for way, options in (("every rank", {}), ("main process", {"is_main_process": rank == 0})):
-        (folder / way).mkdir(exist_ok=True)  # as a trainer's checkpoint, which holds the optimiser already
+        (folder / way).mkdir(
+            exist_ok=True
+        )  # as a trainer's checkpoint, which holds the optimiser already
         (folder / way / "optimizer.pt").write_bytes(b"state")
         dist.barrier()
         model.save_pretrained(folder / way, **options)
@@ -130,7 +152,9 @@ def ranks_that_differ_keep_the_old_folder(rank: int, folder: Path) -> None:
     old = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.add_(rank)  # values that differ by rank: one of them saved would be zeroed on the other
+            parameter.add_(
+                rank
+            )  # values that differ by rank: one of them saved would be zeroed on the other
     text = "differs by rank .* on rank 0 and .* on rank 1"
     fails(AdapterError, text, lambda: handle.save(folder / "adapter", overwrite=True))
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == old
@@ -139,7 +163,11 @@ def ranks_that_differ_keep_the_old_folder(rank: int, folder: Path) -> None:
         handle.model.model.layers[0].self_attn.q_proj.weight.add_(rank)  # another base
     fails(AdapterError, "differs by rank", lambda: handle.save(folder / "adapter", overwrite=True))
     _, handle = attached("lora" if rank else "dora")  # other adapters
-    fails(AdapterError, "an adapter that differs by rank", lambda: handle.save(folder / "adapter", overwrite=True))
+    fails(
+        AdapterError,
+        "an adapter that differs by rank",
+        lambda: handle.save(folder / "adapter", overwrite=True),
+    )
     _, handle = attached()
     if rank == 1:
         next(iter(handle.parameters())).data.fill_(float("nan"))
@@ -159,13 +187,21 @@ def a_rank_that_fails_or_stays_away_is_an_error(rank: int, folder: Path) -> None
         with pytest.warns(distributed.SavedAlone, match="saved by rank 0 of 2 alone, after 2 s"):
             handle.save(folder / "alone")
     dist.barrier()
-    handle.save(folder / "together")  # on every rank: they meet although one of them has had a save more
+    handle.save(
+        folder / "together"
+    )  # on every rank: they meet although one of them has had a save more
     shard(model)
     if rank == 0:
         fails(AdapterError, "rank 0 of 2 alone", lambda: handle.save(folder / "adapter"))
     dist.barrier()
-    fails(AdapterError, "alone=True of a model whose weights", lambda: handle.save(folder / "adapter", alone=True))
-    fails(AdapterError, "other paths on other ranks", lambda: handle.save(folder / f"adapter-{rank}"))
+    fails(
+        AdapterError,
+        "alone=True of a model whose weights",
+        lambda: handle.save(folder / "adapter", alone=True),
+    )
+    fails(
+        AdapterError, "other paths on other ranks", lambda: handle.save(folder / f"adapter-{rank}")
+    )
     if rank == 1:
 
         def broken(*_: Any) -> Any:
@@ -206,12 +242,24 @@ def what_needs_whole_weights_is_refused(rank: int, folder: Path) -> None:
     shard(model)
     for _ in range(2):
         fails(MergeError, "a merge of a model whose weights are spread", handle.merge)
-        fails(CheckError, "a check of a model whose weights are spread", lambda: veneer.check(model, IDS))
+        fails(
+            CheckError,
+            "a check of a model whose weights are spread",
+            lambda: veneer.check(model, IDS),
+        )
         fails(veneer.VeneerError, "weights are spread", lambda: veneer.attach(model, name="other"))
-        fails(AdapterError, "weights are spread", lambda: veneer.load(model, folder / "adapter", name="other"))
-        fails(SelectionError, "a bank of a model whose weights are spread", lambda: veneer.Bank(model))
+        fails(
+            AdapterError,
+            "weights are spread",
+            lambda: veneer.load(model, folder / "adapter", name="other"),
+        )
+        fails(
+            SelectionError, "a bank of a model whose weights are spread", lambda: veneer.Bank(model)
+        )
         with torch.no_grad():
-            model(input_ids=IDS)  # the root's parameters are plain tensors from here on, and no less spread
+            model(
+                input_ids=IDS
+            )  # the root's parameters are plain tensors from here on, and no less spread
 
 
 def fsdp1_saves_what_it_has_gathered(rank: int, folder: Path) -> None:
@@ -226,12 +274,17 @@ def fsdp1_saves_what_it_has_gathered(rank: int, folder: Path) -> None:
     fails(MergeError, "FSDP1", handle.merge)
     fails(TargetError, "FSDP1", lambda: veneer.attach(wrapped, veneer.LoraConfig(), "b"))
     assert not (folder / "adapter").exists()
-    for name in ("adapter", "again"):  # what was gathered is let go of, so that it can be gathered once more
+    for name in (
+        "adapter",
+        "again",
+    ):  # what was gathered is let go of, so that it can be gathered once more
         with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
             handle.save(folder / name)
     train(wrapped, handle, slice(rank * 2, rank * 2 + 2))
     inner, handle = attached("dora")
-    inner.model.layers[0] = FullyShardedDataParallel(inner.model.layers[0], use_orig_params=True, device_id=cpu)
+    inner.model.layers[0] = FullyShardedDataParallel(
+        inner.model.layers[0], use_orig_params=True, device_id=cpu
+    )
     with FullyShardedDataParallel.summon_full_params(inner, writeback=False):
         fails(AdapterError, "FSDP1", lambda: handle.save(folder / "inner"))
 
@@ -251,11 +304,13 @@ TASKS = (
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """`ran(task)`: the folder in which two processes did a task, once they have done all of them."""
+    """`ran(task)`: the folder in which two processes did a task, once they have done all of
+    them."""
     return done_by_two(TASKS, tmp_path_factory.mktemp("ranks"))
 
 
-# ------------------------------------------------------------------------------------------ what comes of it
+# ------------------------------------------------------------------------------------------ what
+# comes of it
 
 
 def same_folder(one: Path, other: Path) -> None:
@@ -299,7 +354,9 @@ def test_what_fsdp2_has_gathered_before_a_step_is_not_saved(ran: Any, tmp_path: 
     model(input_ids=IDS).logits.square().mean().backward()
     start = copy.deepcopy([p.detach() for p in handle.parameters()])
     optimizer.step()
-    assert any(error(p, before) > 1e-4 for p, before in zip(handle.parameters(), start, strict=True))
+    assert any(
+        error(p, before) > 1e-4 for p, before in zip(handle.parameters(), start, strict=True)
+    )
     handle.save(tmp_path / "one")
     same_folder(folder / "adapter", tmp_path / "one")
 
@@ -307,7 +364,10 @@ def test_what_fsdp2_has_gathered_before_a_step_is_not_saved(ran: Any, tmp_path: 
 def test_save_pretrained_of_spread_weights_leaves_what_lies_in_the_folder(ran: Any) -> None:
     folder = ran(save_pretrained_beside_other_files)
     for way in ("every rank", "main process"):
-        assert {path.name for path in (folder / way).iterdir()} >= {"optimizer.pt", "adapter_config.json"}
+        assert {path.name for path in (folder / way).iterdir()} >= {
+            "optimizer.pt",
+            "adapter_config.json",
+        }
         assert (folder / way / "optimizer.pt").read_bytes() == b"state"
         assert not [path for path in (folder / way).iterdir() if path.is_dir()]
         (folder / way / "optimizer.pt").unlink()

@@ -1,5 +1,5 @@
-"""The artefact: what is saved loads to the same outputs, and what was damaged, altered or made for another base does
-not load."""
+"""The artefact: what is saved loads to the same outputs, and what was damaged, altered or made for
+another base does not load."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def fresh(tied=False, dtype=torch.float32, seed=7):
 def saved(tmp_path):
     model = fresh()
     handle = veneer.attach(
-        model, veneer.LoraConfig(rank=2, alpha=3, ranks={"q_proj": 3}, train_also=["lm_head"], bias="targets")
+        model,
+        veneer.LoraConfig(
+            rank=2, alpha=3, ranks={"q_proj": 3}, train_also=["lm_head"], bias="targets"
+        ),
     )
     randomise(handle)
     path = handle.save(tmp_path / "adapter", base_name="tiny", provenance={"steps": 3})
@@ -67,7 +70,8 @@ def saved(tmp_path):
 
 
 def comes_back(handle, folder, args) -> None:
-    """Assert that what is saved loads on the same base to the same numbers and outputs, and saves to the same bytes."""
+    """Assert that what is saved loads on the same base to the same numbers and outputs, and saves
+    to the same bytes."""
     model = handle.model.eval()
     with torch.no_grad():
         expected, kept, base = flat(model(*args)), numbers(handle), bits(model)
@@ -75,14 +79,21 @@ def comes_back(handle, folder, args) -> None:
         changes = {at: (c.rank, c.alpha, c.dropout, c.rows) for at, c in handle.changes.items()}
         config = handle.config
         handle.detach()
-        assert error(flat(copy.deepcopy(model)(*args)), expected) > 1e-3  # a forward may change weights (max_norm)
+        assert (
+            error(flat(copy.deepcopy(model)(*args)), expected) > 1e-3
+        )  # a forward may change weights (max_norm)
         loaded = veneer.load(model, path, name="again")
         same(numbers(loaded), kept)
         assert torch.equal(flat(model(*args)), expected)
-    assert str({at: (c.rank, c.alpha, c.dropout, c.rows) for at, c in loaded.changes.items()}) == str(changes)
+    assert str(
+        {at: (c.rank, c.alpha, c.dropout, c.rows) for at, c in loaded.changes.items()}
+    ) == str(changes)
     assert loaded.config == config
     again = loaded.save(folder / "again")
-    for file in (CONFIG, RECORD):  # the header of the tensors holds the same record; the order of its entries varies
+    for file in (
+        CONFIG,
+        RECORD,
+    ):  # the header of the tensors holds the same record; the order of its entries varies
         assert (again / file).read_bytes() == (path / file).read_bytes()
     loaded.detach()
     same(bits(model), base)
@@ -93,7 +104,13 @@ def comes_back(handle, folder, args) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trip_of_a_language_model(tmp_path, variant, tied, dtype):
     config = veneer.LoraConfig(
-        rank=2, alpha=3, targets="all", variant=variant, dropout=0.1, ranks={"mlp.up": 4}, alphas={"k_proj": 9}
+        rank=2,
+        alpha=3,
+        targets="all",
+        variant=variant,
+        dropout=0.1,
+        ranks={"mlp.up": 4},
+        alphas={"k_proj": 9},
     )
     handle = veneer.attach(fresh(tied, dtype).eval(), config)
     randomise(handle)
@@ -109,7 +126,9 @@ def test_a_loaded_adapter_trains_only_on_request(saved):
     assert not any(p.requires_grad for p in model.parameters())
     model = fresh()
     handle = veneer.load(model, path, trainable=True)
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in handle.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in handle.parameters()
+    }
 
 
 def kinds():
@@ -125,16 +144,28 @@ def kinds():
 def test_round_trip_of_every_layer_kind(tmp_path, module, args):
     torch.manual_seed(2)
     args = args if isinstance(args, tuple) else (args,)
-    model = nn.Sequential(module) if len(args) == 1 else module  # as a child, or as the model itself
+    model = (
+        nn.Sequential(module) if len(args) == 1 else module
+    )  # as a child, or as the model itself
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     randomise(handle)
     comes_back(handle, tmp_path, args)
-    layers, below = veneer.adapter_files.read(tmp_path / "adapter").layers, "0." if len(args) == 1 else ""
+    layers, below = (
+        veneer.adapter_files.read(tmp_path / "adapter").layers,
+        "0." if len(args) == 1 else "",
+    )
     handle = veneer.load(model, tmp_path / "adapter")
-    assert {at.removeprefix(below) for at in layers} <= {"", "0", "out_proj", *dict(module.named_parameters())}
+    assert {at.removeprefix(below) for at in layers} <= {
+        "",
+        "0",
+        "out_proj",
+        *dict(module.named_parameters()),
+    }
     assert sorted(low.norm() for low in layers.values()) == pytest.approx(
         sorted(
-            change.resolve(weight_of(model.get_submodule(at.rpartition(".")[0]), at.rpartition(".")[2]))[0].norm()
+            change.resolve(
+                weight_of(model.get_submodule(at.rpartition(".")[0]), at.rpartition(".")[2])
+            )[0].norm()
             for at, change in handle.changes.items()
         ),
         rel=1e-5,
@@ -146,7 +177,9 @@ def test_round_trip_of_every_layer_kind(tmp_path, module, args):
 def test_round_trip_of_every_variant(tmp_path, variant, dtype):
     torch.manual_seed(3)
     model, x = Small(), torch.randn(5, 2, 4, 4)
-    config = veneer.LoraConfig(rank=2, alpha=3, targets="all", variant=variant, ranks={"linear": 4}, dtype=dtype)
+    config = veneer.LoraConfig(
+        rank=2, alpha=3, targets="all", variant=variant, ranks={"linear": 4}, dtype=dtype
+    )
     handle = veneer.attach(model, config, **calibration(model, variant, (x,)))
     randomise(handle)
     if VARIANTS[variant].peft is None:
@@ -170,7 +203,9 @@ def test_round_trip_of_what_is_special(tmp_path, fields):
 def packed():
     for storage in BASES:
         for number in range(
-            len(list(storage.examples())) if all(map(find_spec, LIBRARIES.get(storage.name, ()))) else 0
+            len(list(storage.examples()))
+            if all(map(find_spec, LIBRARIES.get(storage.name, ())))
+            else 0
         ):
             yield pytest.param(storage.name, number, id=f"{storage.name}-{number}")
 
@@ -179,7 +214,8 @@ def packed():
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize(("storage", "number"), list(packed()))
 def test_round_trip_on_every_storage(tmp_path, storage, number, variant):
-    """The fingerprint is that of the decoded weight: a copy is the same base, another weight is not."""
+    """The fingerprint is that of the decoded weight: a copy is the same base, another weight is
+    not."""
 
     def base(seed=0):
         torch.manual_seed(seed)
@@ -203,7 +239,9 @@ def test_modules_with_statistics_come_back(tmp_path):
     torch.manual_seed(1)
     model, x = ConvNet(), torch.randn(4, 3, 8, 8)
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["norm", "score"]))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["norm", "score"])
+    )
     for _ in range(3):
         model(x + 1)
     assert torch.equal(model.norm.running_mean, base["norm.running_mean"])
@@ -212,7 +250,9 @@ def test_modules_with_statistics_come_back(tmp_path):
     other.load_state_dict(base)
     veneer.load(other.eval(), path)
     assert torch.equal(other(x), model.eval()(x))
-    assert not torch.equal(load_file(path / TENSORS)["base_model.model.norm.running_mean"], base["norm.running_mean"])
+    assert not torch.equal(
+        load_file(path / TENSORS)["base_model.model.norm.running_mean"], base["norm.running_mean"]
+    )
 
 
 def test_the_record_says_what_the_adapter_is(saved):
@@ -226,7 +266,9 @@ def test_the_record_says_what_the_adapter_is(saved):
     files = veneer.adapter_files.read(path)
     assert files.config.ranks == {"q_proj": 3}
     assert files.parameters == sum(tensor.numel() for tensor in load_file(path / TENSORS).values())
-    assert sorted(file.name for file in path.parent.iterdir()) == ["adapter"], "no temporary folder is left"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["adapter"], (
+        "no temporary folder is left"
+    )
 
 
 def test_the_base_may_be_in_float32_or_bfloat16_but_not_another(tmp_path):
@@ -234,13 +276,16 @@ def test_the_base_may_be_in_float32_or_bfloat16_but_not_another(tmp_path):
     path = handle.save(tmp_path / "adapter")
     veneer.load(fresh(dtype=torch.bfloat16).float(), path)
     with pytest.raises(
-        BaseMismatchError, match=r"other weights in 12 of 12 adapted layers .* and 12 of 18 other tensors"
+        BaseMismatchError,
+        match=r"other weights in 12 of 12 adapted layers .* and 12 of 18 other tensors",
     ):
         veneer.load(fresh(seed=8), path)
     other = fresh(dtype=torch.bfloat16)
     with torch.no_grad():
         other.model.layers[1].mlp["up"].weight.view(torch.int16)[3, 3] ^= 1  # one bit
-    with pytest.raises(BaseMismatchError, match=r"1 of 12 adapted layers \(model\.layers\.1\.mlp\.up\.weight\)"):
+    with pytest.raises(
+        BaseMismatchError, match=r"1 of 12 adapted layers \(model\.layers\.1\.mlp\.up\.weight\)"
+    ):
         veneer.load(other, path)
     assert "veneer" not in str(list(other.state_dict()))
     veneer.load(other, path, verify_base=False)
@@ -257,7 +302,9 @@ def test_saving_while_merged_records_the_unmerged_base(tmp_path):
     other = fresh()
     veneer.load(other, path)
     assert torch.equal(other(IDS), expected)
-    veneer.load(fresh(), second.save(tmp_path / "second"))  # which changes weights that hold the first now
+    veneer.load(
+        fresh(), second.save(tmp_path / "second")
+    )  # which changes weights that hold the first now
 
 
 def damage_truncate(path):
@@ -405,7 +452,9 @@ FORGERIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "forged", "words"), FORGERIES, ids=[words for *_, words in FORGERIES])
+@pytest.mark.parametrize(
+    ("variant", "forged", "words"), FORGERIES, ids=[words for *_, words in FORGERIES]
+)
 def test_a_folder_that_is_wrong_in_itself_does_not_load(tmp_path, variant, forged, words):
     """Hashes tell what was altered; this is what they cannot tell."""
     path = small_adapter(tmp_path / "adapter", variant)
@@ -417,7 +466,11 @@ def test_a_folder_that_is_wrong_in_itself_does_not_load(tmp_path, variant, forge
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     path = small_adapter(tmp_path / "adapter")
-    forge(path, tensors=put([MAIN], torch.zeros(2, 7)), record=put(["changes", "conv.weight", "rank"], 99))
+    forge(
+        path,
+        tensors=put([MAIN], torch.zeros(2, 7)),
+        record=put(["changes", "conv.weight", "rank"], 99),
+    )
     text = refused(small(), path, "2 problems")
     assert "rank 99 for 'conv.weight'" in text
     assert "A (2, 7)" in text
@@ -458,13 +511,17 @@ def test_the_record_stripped_off_a_variant_leaves_the_plain_change(tmp_path):
     assert error(other(x), expected) < 1e-6
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None]
+)
 def test_changes_as_values(tmp_path, variant):
     """What analyses of adapters read: plain paths, and a refusal of what is no product alone."""
     model = fused()
     targets = ["qkv", "attention", "embed"]
     targets += (
-        [] if "inputs" in VARIANTS[variant].needs else ["experts", "tables.0", "tables.1", "position"]
+        []
+        if "inputs" in VARIANTS[variant].needs
+        else ["experts", "tables.0", "tables.1", "position"]
     )  # which tell no inputs
     config = veneer.LoraConfig(rank=2, targets=targets, variant=variant)
     loss = lambda model, batch: model(*batch).square().mean()  # noqa: E731
@@ -475,7 +532,9 @@ def test_changes_as_values(tmp_path, variant):
     names = {at.replace("experts", "experts.proj") for at in names}
     assert files.products.keys() == names
     if variant.startswith("dora"):
-        with pytest.raises(AdapterError, match=f"variant '{variant}', whose change is no low-rank product alone"):
+        with pytest.raises(
+            AdapterError, match=f"variant '{variant}', whose change is no low-rank product alone"
+        ):
             files.layers  # noqa: B018
         return
     assert files.layers.keys() == names
@@ -495,7 +554,8 @@ def test_changes_as_values(tmp_path, variant):
 
 
 def test_every_flipped_byte_of_a_small_adapter_is_noticed(tmp_path):
-    """Each byte of all three files, one at a time: an AdapterError, or outputs that are the same."""
+    """Each byte of all three files, one at a time: an AdapterError, or outputs that are the
+    same."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 3))
     state = {k: v.clone() for k, v in base.state_dict().items()}
@@ -525,9 +585,13 @@ def test_every_flipped_byte_of_a_small_adapter_is_noticed(tmp_path):
 
 def test_an_adapter_of_another_model_names_what_differs(saved, tmp_path):
     path, _ = saved
-    with pytest.raises(AdapterError, match=r"a change of 'model.layers.0.self_attn.q_proj', which this model lacks"):
+    with pytest.raises(
+        AdapterError, match=r"a change of 'model.layers.0.self_attn.q_proj', which this model lacks"
+    ):
         veneer.load(ConvNet(), path)
-    with pytest.raises(AdapterError, match=r"A \(3, 8\) and B \(8, 3\) at 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(
+        AdapterError, match=r"A \(3, 8\) and B \(8, 3\) at 'model.layers.0.self_attn.q_proj'"
+    ):
         veneer.load(TinyLM(width=12), path)
     with pytest.raises(AdapterError, match=r"layers.1"):
         veneer.load(TinyLM(blocks=1), path)
@@ -586,8 +650,8 @@ def test_a_failure_while_saving_leaves_the_old_folder(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_leaves_an_adapter_that_loads(tmp_path):
-    """kill -9 at random moments of a loop that saves over the same folder: the folder always holds one whole
-    adapter."""
+    """kill -9 at random moments of a loop that saves over the same folder: the folder always holds
+    one whole adapter."""
     path = tmp_path / "adapter"
     script = textwrap.dedent(
         f"""
@@ -645,7 +709,8 @@ def test_several_adapters_of_one_model_are_saved_one_by_one(tmp_path):
     ids=["a blank of no width", "a new line", "a long name", "a change that is too large"],
 )
 def test_what_could_not_be_read_again_is_not_written(tmp_path, module, value, words):
-    """An adapter that saves and does not load is a training that is lost, and the old one with it."""
+    """An adapter that saves and does not load is a training that is lost, and the old one with
+    it."""
     model = nn.ModuleDict({module: nn.Linear(4, 4)})
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     before = small_adapter(tmp_path / "adapter")
@@ -653,7 +718,9 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, module, value, wo
     for parameter in handle.parameters():
         parameter.data.fill_(value)
     for path, overwrite in ((before, True), (tmp_path / "new", False)):
-        with pytest.raises(AdapterError, match=f"was not written, as it could not be read again.*{words}"):
+        with pytest.raises(
+            AdapterError, match=f"was not written, as it could not be read again.*{words}"
+        ):
             handle.save(path, overwrite=overwrite)
     assert {file.name: file.read_bytes() for file in before.iterdir()} == kept
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -666,7 +733,9 @@ def test_saving_when_nobody_knows_the_base_any_more(tmp_path):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
     randomise(handle)
     handle.merge(keep=False)
-    with pytest.raises(AdapterError, match=r"0\.weight, merged with keep=False.*save it before that merge"):
+    with pytest.raises(
+        AdapterError, match=r"0\.weight, merged with keep=False.*save it before that merge"
+    ):
         handle.save(tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
     other.save(tmp_path / "other")  # changes weights that nobody merged
@@ -688,25 +757,33 @@ def test_overwriting_a_link_leaves_no_litter(tmp_path):
     (tmp_path / "link").symlink_to(real)
     handle.save(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert veneer.adapter_files.read(tmp_path / "link").parameters == veneer.adapter_files.read(file).parameters
+    assert (
+        veneer.adapter_files.read(tmp_path / "link").parameters
+        == veneer.adapter_files.read(file).parameters
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "real"]
 
 
 def test_the_shape_of_a_convolution_is_checked_not_its_size(tmp_path):
-    path = veneer.attach(nn.Sequential(nn.Conv2d(4, 6, (3, 1))), veneer.LoraConfig(rank=2, targets="all")).save(
-        tmp_path / "adapter"
-    )
+    path = veneer.attach(
+        nn.Sequential(nn.Conv2d(4, 6, (3, 1))), veneer.LoraConfig(rank=2, targets="all")
+    ).save(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"A \(2, 4, 3, 1\)"):
         veneer.load(nn.Sequential(nn.Conv2d(4, 6, (1, 3))), path, verify_base=False)
 
 
 def test_what_is_loaded_has_its_parameters_in_the_order_of_what_was_saved(tmp_path):
-    """An optimiser's state goes by that order: weight and bias of a norm have one shape, and would change places."""
+    """An optimiser's state goes by that order: weight and bias of a norm have one shape, and would
+    change places."""
     plain = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
     config = veneer.LoraConfig(rank=2, targets=["0"], train_also=["1", "2"])
     handle = veneer.attach(copy.deepcopy(plain), config)
     handle.save(tmp_path / "adapter")
     loaded = veneer.load(plain, tmp_path / "adapter", trainable=True)
     names = [name for name, parameter in handle.model.named_parameters() if parameter.requires_grad]
-    assert [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad] == names
-    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in handle.named_parameters()]
+    assert [
+        name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad
+    ] == names
+    assert [name for name, _ in loaded.named_parameters()] == [
+        name for name, _ in handle.named_parameters()
+    ]

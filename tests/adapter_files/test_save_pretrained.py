@@ -1,4 +1,5 @@
-"""`save_pretrained` of a model with adapters, and what `from_pretrained`, PEFT and `Trainer` make of the folder."""
+"""`save_pretrained` of a model with adapters, and what `from_pretrained`, PEFT and `Trainer` make
+of the folder."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from safetensors.torch import load_file
 from tests.support.tiny import tiny_model
 from tests.support.toys import randomise
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import veneer
 from veneer.adapter_files.save_pretrained import refill
@@ -26,10 +33,14 @@ from veneer.errors import AdapterError, MergeError, OutputExistsError, Selection
 from veneer.variants import VARIANTS
 
 # PEFT asks transformers for an attribute that is called otherwise by now
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 IDS = torch.arange(24).view(2, 12) + 3
-VARIANT_NAMES = [variant.name for variant in VARIANTS if variant.peft is not None and not variant.needs]
+VARIANT_NAMES = [
+    variant.name for variant in VARIANTS if variant.peft is not None and not variant.needs
+]
 WHOLE = {"config.json", "generation_config.json", "model.safetensors"}
 
 
@@ -54,8 +65,8 @@ def again(path: Path) -> torch.Tensor:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two logits differ by float32's rounding alone: PEFT, which transformers loads adapters with, adds up in
-    another order than we do."""
+    """Whether two logits differ by float32's rounding alone: PEFT, which transformers loads
+    adapters with, adds up in another order than we do."""
     return bool((one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1))
 
 
@@ -67,7 +78,8 @@ def names(path: Path) -> set[str]:
 ties = pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 
 
-# ---------------------------------------------------------------------------------------------- an adapter
+# ---------------------------------------------------------------------------------------------- an
+# adapter
 
 
 @pytest.mark.filterwarnings("ignore::veneer.LoadedElsewhere")  # its own test is below
@@ -79,7 +91,9 @@ def test_an_adapter_alone_is_written_that_gives_the_model_again(variant, model, 
     expected = logits(model)
     assert (expected - plain).abs().max() > 1e-3
     assert not names(tmp_path / "saved") & WHOLE
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved"
+    )
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
     ours = veneer.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "saved")
     assert torch.equal(logits(ours.model), expected)
@@ -114,7 +128,13 @@ def test_a_folder_keeps_what_else_lies_in_it_and_loses_what_is_stale(model, tmp_
     veneer.detach(model)
     attach(model)
     model.save_pretrained(tmp_path)
-    files = {"optimizer.pt", "README.md", "adapter_config.json", "adapter_model.safetensors", "veneer.json"}
+    files = {
+        "optimizer.pt",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "veneer.json",
+    }
     assert names(tmp_path) == files
     assert "A note of mine." in card.read_text()
     assert same(again(tmp_path), logits(model))
@@ -149,7 +169,9 @@ def test_a_state_dict_that_is_passed_is_what_is_saved(prefix, model, tmp_path):
             if name.endswith(".B"):
                 parameter.mul_(-2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state_dict={prefix + key: value for key, value in other.state_dict().items()})
+    model.save_pretrained(
+        tmp_path, state_dict={prefix + key: value for key, value in other.state_dict().items()}
+    )
     assert same(again(tmp_path), logits(other))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -160,7 +182,8 @@ def test_only_the_main_process_writes(model, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-# ---------------------------------------------------------------------------------------------- a merged model
+# ---------------------------------------------------------------------------------------------- a
+# merged model
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -177,7 +200,8 @@ def test_a_merged_model_is_saved_as_plain_files(by_hand, model, base, tmp_path):
     assert same(logits(model), again(base))
 
 
-# ---------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------------
+# refused
 
 
 def _several(model, path):
@@ -220,7 +244,9 @@ def _option(name, value):
 
 def _lacking(model, path):
     attach(model)
-    model.save_pretrained(path, state_dict={key: v for key, v in model.state_dict().items() if not key.endswith(".A")})
+    model.save_pretrained(
+        path, state_dict={key: v for key, v in model.state_dict().items() if not key.endswith(".A")}
+    )
 
 
 def _strange(model, path):
@@ -247,7 +273,11 @@ def _merged_over_an_adapter(model, path):
         (_several, SelectionError, r"2 adapters \(a, b\) and no name"),
         (_base_selected, SelectionError, "a selection of the base"),
         (_rows_selected, SelectionError, "an adapter for each row"),
-        (_a_part, SelectionError, "save_pretrained of a LlamaModel within the model that default belongs to"),
+        (
+            _a_part,
+            SelectionError,
+            "save_pretrained of a LlamaModel within the model that default belongs to",
+        ),
         (_no_form, AdapterError, "variant 'toy_scaled'"),
         (_option("variant", "fp16"), AdapterError, "variant='fp16'"),
         (_option("save_peft_format", False), AdapterError, "save_peft_format=False"),
@@ -310,7 +340,8 @@ def test_any_model_with_the_method_saves_its_adapter_and_says_what_peft_will_not
     assert torch.equal(veneer.load(plain, tmp_path).model(x), model(x))
 
 
-# ---------------------------------------------------------------------------------------------- the hub
+# ---------------------------------------------------------------------------------------------- the
+# hub
 
 
 @pytest.mark.parametrize("by_option", [False, True])
@@ -336,7 +367,8 @@ def test_push_to_hub_uploads_the_adapter_alone(by_option, model, tmp_path, monke
     assert uploaded == {"me/mine": files}
 
 
-# ---------------------------------------------------------------------------------------------- the object
+# ---------------------------------------------------------------------------------------------- the
+# object
 
 
 def test_detach_leaves_nothing_behind(model):
@@ -375,7 +407,9 @@ def test_a_copy_saves_itself(copied, model, tmp_path):
     attach(model)
     other = copied(model)
     with torch.no_grad():
-        next(parameter for name, parameter in other.named_parameters() if name.endswith(".B")).mul_(3)
+        next(parameter for name, parameter in other.named_parameters() if name.endswith(".B")).mul_(
+            3
+        )
     other.save_pretrained(tmp_path)
     assert same(again(tmp_path), logits(other))
     assert not same(logits(other), logits(model))
@@ -383,7 +417,8 @@ def test_a_copy_saves_itself(copied, model, tmp_path):
     assert "save_pretrained" not in other.__dict__
 
 
-# ---------------------------------------------------------------------------------------------- Trainer
+# ----------------------------------------------------------------------------------------------
+# Trainer
 
 
 def rows(count: int = 24) -> Any:
@@ -411,7 +446,11 @@ def test_the_best_model_is_the_best_adapter(model, tmp_path):
         def on_step_end(self, args, state, control, model=None, **_):
             if state.global_step == 5:
                 with torch.no_grad():
-                    [parameter.add_(1) for parameter in model.parameters() if parameter.requires_grad]
+                    [
+                        parameter.add_(1)
+                        for parameter in model.parameters()
+                        if parameter.requires_grad
+                    ]
 
     run = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True)
     run.add_callback(Spoil())
@@ -441,7 +480,9 @@ def test_a_checkpoint_of_pefts_is_resumed(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     attach(model, targets=["q_proj"], alpha=8)
     with pytest.warns(veneer.UnverifiedAdapter):
-        trainer(model, tmp_path / "ours").train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-2"))
+        trainer(model, tmp_path / "ours").train(
+            resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-2")
+        )
     assert torch.allclose(logits(model), logits(theirs), atol=1e-4)
 
 
@@ -478,7 +519,9 @@ def test_a_model_without_adapters_trains_as_ever(base, tmp_path):
     for resume in (None, str(tmp_path / "run" / "checkpoint-2")):
         model = AutoModelForCausalLM.from_pretrained(base)
         veneer.detach(attach(model).model)
-        trainer(model, tmp_path / "run" if resume is None else tmp_path / "again").train(resume_from_checkpoint=resume)
+        trainer(model, tmp_path / "run" if resume is None else tmp_path / "again").train(
+            resume_from_checkpoint=resume
+        )
         found.append(model.state_dict())
     assert "model.safetensors" in names(tmp_path / "run" / "checkpoint-2")
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -493,7 +536,9 @@ def test_a_module_is_seen_once_it_is_imported(tmp_path, monkeypatch):
     assert len(sys.meta_path) == len(finders) + 1
     with pytest.raises(ImportError):
         import a_late_module
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two texts of one second and one size are the same to Python
+    monkeypatch.setattr(
+        sys, "dont_write_bytecode", True
+    )  # two texts of one second and one size are the same to Python
     (tmp_path / "a_late_module.py").write_text("x = 1 / 0")
     with pytest.raises(ZeroDivisionError):
         import a_late_module

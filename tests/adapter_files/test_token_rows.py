@@ -1,4 +1,5 @@
-"""Trained tokens in adapter folders: Veneer's own, PEFT's both ways, and of vocabularies that grew."""
+"""Trained tokens in adapter folders: Veneer's own, PEFT's both ways, and of vocabularies that
+grew."""
 
 from __future__ import annotations
 
@@ -17,13 +18,17 @@ from veneer.adapter_files import read
 from veneer.adapter_files.verify import verify
 from veneer.errors import AdapterError, BaseMismatchError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 EMBED, NEW = "model.embed_tokens.weight", [40, 41, 42]
 IDS = torch.tensor([[1, 40, 7, 41, 42, 3], [42, 5, 6, 9, 40, 2]])
 ALONE = veneer.LoraConfig(targets=(), trainable_tokens=NEW)
 BESIDE = veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=NEW)
-BOTH = veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens={"embed_tokens": NEW, "lm_head": NEW})
+BOTH = veneer.LoraConfig(
+    rank=2, targets=["q_proj"], trainable_tokens={"embed_tokens": NEW, "lm_head": NEW}
+)
 SAME = veneer.LoraConfig(rank=2, targets=["embed_tokens"], trainable_tokens=NEW)
 
 
@@ -61,7 +66,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("config", [ALONE, BESIDE, BOTH, SAME], ids=["alone", "beside", "both", "same"])
+@pytest.mark.parametrize(
+    "config", [ALONE, BESIDE, BOTH, SAME], ids=["alone", "beside", "both", "same"]
+)
 def test_a_saved_adapter_loads_with_the_same_outputs_here_and_in_peft(tmp_path, config, tied):
     folder, expected = trained(llama(tied), tmp_path / "a", config)
     model = llama(tied)
@@ -74,7 +81,9 @@ def test_a_saved_adapter_loads_with_the_same_outputs_here_and_in_peft(tmp_path, 
     ).keys()  # fmt: skip
     assert verify(folder, llama(tied)).ok
     if config is SAME:
-        with pytest.raises(KeyError, match=r"not for PEFT.*low-rank change of a module of which it trains tokens"):
+        with pytest.raises(
+            KeyError, match=r"not for PEFT.*low-rank change of a module of which it trains tokens"
+        ):
             peft.PeftModel.from_pretrained(llama(tied), folder)
         return
     theirs = peft.PeftModel.from_pretrained(llama(tied), folder)
@@ -84,7 +93,9 @@ def test_a_saved_adapter_loads_with_the_same_outputs_here_and_in_peft(tmp_path, 
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("indices", [[42, 40], {"embed_tokens": [42, 40]}, {"embed_tokens": [42], "lm_head": [42]}])
+@pytest.mark.parametrize(
+    "indices", [[42, 40], {"embed_tokens": [42, 40]}, {"embed_tokens": [42], "lm_head": [42]}]
+)
 def test_an_adapter_of_pefts_computes_the_same_here(tmp_path, indices, tied):
     torch.manual_seed(5)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices)
@@ -109,7 +120,10 @@ def test_a_folder_of_trainable_tokens_computes_the_same_here(tmp_path, tied):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "TRAINABLE_TOKENS"
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+        == "TRAINABLE_TOKENS"
+    )
     model = llama(tied)
     handle = veneer.load(model, tmp_path)
     assert error(logits(model), logits(theirs)) < 1e-6
@@ -117,7 +131,9 @@ def test_a_folder_of_trainable_tokens_computes_the_same_here(tmp_path, tied):
 
 
 def test_a_head_of_pefts_alone_in_a_model_that_stays_tied_is_refused(tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [42]})
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [42]}
+    )
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
     model = llama()
     words = r"PEFT trains the tokens of one of the modules that share this weight.*untie=True"
@@ -164,7 +180,11 @@ def test_a_base_that_did_not_grow_is_one_clear_error_or_grown(tmp_path):
 
 
 def test_rows_that_grew_and_were_never_trained_are_told(tmp_path):
-    folder, _ = trained(grown(), tmp_path / "a", veneer.LoraConfig(rank=2, targets="q_proj", trainable_tokens=[40, 42]))
+    folder, _ = trained(
+        grown(),
+        tmp_path / "a",
+        veneer.LoraConfig(rank=2, targets="q_proj", trainable_tokens=[40, 42]),
+    )
     with pytest.raises(AdapterError, match=r"row 41 .*never trained"):
         veneer.load(llama(size=40), folder, grow=True)
     with pytest.raises(BaseMismatchError):
@@ -181,7 +201,9 @@ def test_a_bias_that_would_grow_is_in_no_file(tmp_path):
     model = biased(40)
     model.resize_token_embeddings(43)  # new numbers of the bias are the mean of the old ones
     folder, _ = trained(model, tmp_path / "a", BOTH)
-    with pytest.raises(AdapterError, match=r"'lm_head\.bias', of which 3 numbers would be new and in no file"):
+    with pytest.raises(
+        AdapterError, match=r"'lm_head\.bias', of which 3 numbers would be new and in no file"
+    ):
         veneer.load(biased(40), folder, grow=True, verify_base=False)
 
 
@@ -191,14 +213,19 @@ def test_what_peft_writes_of_a_vocabulary_that_grew_loads(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(7)
     model.resize_token_embeddings(43)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=NEW, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices=NEW, task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(model, config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1)
     theirs.save_pretrained(tmp_path / "a")
-    assert any("base_layer.weight" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    assert any(
+        "base_layer.weight" in key
+        for key in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    )
     ours = grown(seed=8)
     veneer.load(ours, tmp_path / "a")
     assert error(logits(ours), logits(theirs)) < 1e-6

@@ -1,4 +1,5 @@
-"""Every check of an adapter folder: a report that says all that is wrong, and agrees with what loading says."""
+"""Every check of an adapter folder: a report that says all that is wrong, and agrees with what
+loading says."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def said(report: Report, level: str, check: str) -> str:
     return "\n".join(f.message for f in report.findings if (f.level, f.check) == (level, check))
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS.names() if VARIANTS[name].peft is not None]
+)
 def test_a_good_adapter_is_good(tmp_path, variant):
     from tests.support.toys import calibration
 
@@ -79,8 +82,17 @@ def test_a_good_adapter_is_good(tmp_path, variant):
     report = verify(handle.save(tmp_path / "adapter"))
     assert report.ok
     assert {finding.level for finding in report.findings} == {"ok"}
-    assert [f.check for f in report.findings] == ["files", "tensors", "record", "numbers", "layers", "norms"]
-    assert (PARAMETERS in said(report, "ok", "record")) == (tmp_path / "adapter" / PARAMETERS).exists()
+    assert [f.check for f in report.findings] == [
+        "files",
+        "tensors",
+        "record",
+        "numbers",
+        "layers",
+        "norms",
+    ]
+    assert (PARAMETERS in said(report, "ok", "record")) == (
+        tmp_path / "adapter" / PARAMETERS
+    ).exists()
     assert str(report).endswith("good (0 errors, 0 warnings)")
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
@@ -96,10 +108,15 @@ def test_the_base_it_was_made_for(tmp_path, shards, tied):
     for given in (base, str(base), language_model(tied)):
         report = verify(path, given)
         assert report.ok, str(report)
-        assert said(report, "ok", "base") == f"{13 + (not tied)} weights have the fingerprints of the record"
+        assert (
+            said(report, "ok", "base")
+            == f"{13 + (not tied)} weights have the fingerprints of the record"
+        )
 
 
-@pytest.mark.parametrize(("prefix", "strip"), [("", "model."), ("base_model.", ""), ("transformer.", "model.")])
+@pytest.mark.parametrize(
+    ("prefix", "strip"), [("", "model."), ("base_model.", ""), ("transformer.", "model.")]
+)
 def test_names_may_differ_by_a_prefix(tmp_path, prefix, strip):
     handle = veneer.attach(language_model(), veneer.LoraConfig(rank=2))
     path = handle.save(tmp_path / "adapter")
@@ -111,7 +128,8 @@ def test_names_may_differ_by_a_prefix(tmp_path, prefix, strip):
 
 
 def test_the_other_name_of_a_tie(tmp_path):
-    """A head that is adapted by its name, in a checkpoint that holds the embedding alone; and the other way round."""
+    """A head that is adapted by its name, in a checkpoint that holds the embedding alone; and the
+    other way round."""
     for number, (target, drop) in enumerate(
         (("lm_head", "lm_head.weight"), ("embed_tokens", "model.embed_tokens.weight"))
     ):
@@ -127,9 +145,13 @@ def test_another_base_is_an_error(tmp_path, adapter):
         for given in (folder, base):
             report = verify(adapter, given)
             assert not report.ok
-            assert "other numbers in 14 of 14 weights (model.embed_tokens.weight" in said(report, "error", "base")
+            assert "other numbers in 14 of 14 weights (model.embed_tokens.weight" in said(
+                report, "error", "base"
+            )
             assert "Do: take the base that it was trained on, tiny" in said(report, "error", "base")
-            assert "tensors that it computes with and does not change (" in said(report, "error", "base")
+            assert "tensors that it computes with and does not change (" in said(
+                report, "error", "base"
+            )
             assert len(report.errors) == 2
 
 
@@ -148,7 +170,10 @@ def test_a_base_of_other_names_and_shapes(tmp_path, adapter):
     found = said(report, "error", "base")
     assert "weights that the base lacks (model.layers.1.self_attn.q_proj.weight" in found
     assert "other shapes (model.embed_tokens.weight is (17, 12), and B A there 8 × 17" in found
-    assert "trained in full with another shape: model.layers.0.norm.weight (8,), in the base (12,)" in found
+    assert (
+        "trained in full with another shape: model.layers.0.norm.weight (8,), in the base (12,)"
+        in found
+    )
     assert "tensors that it computes with and does not change (" in found
     assert len(report.errors) == 4
 
@@ -159,7 +184,9 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path, adapter, monkeypatch):
 
     whole = Checkpoint.read
     monkeypatch.setattr(
-        Checkpoint, "read", lambda self, name, rows=None: (read.append(name), whole(self, name, rows))[1]
+        Checkpoint,
+        "read",
+        lambda self, name, rows=None: (read.append(name), whole(self, name, rows))[1],
     )
     base = checkpoint(tmp_path / "base", language_model())
     assert verify(adapter, base).ok
@@ -176,7 +203,10 @@ def test_what_is_no_base(tmp_path, adapter):
     index = json.loads((folder / INDEX).read_text())
     for file in ("../adapter/adapter_model.safetensors", "nothing.safetensors", 3):
         (folder / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "x": file}}))
-        with pytest.raises(CheckpointError, match=r"names of \.safetensors files beside it|no nothing|no weight_map"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"names of \.safetensors files beside it|no nothing|no weight_map",
+        ):
             verify(adapter, folder)
     (folder / INDEX).write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
@@ -185,13 +215,18 @@ def test_what_is_no_base(tmp_path, adapter):
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-tied-biased", "swin"])
 def test_weights_are_found_as_transformers_loads_them(tmp_path, name):
-    """A stack of experts that the files hold one by one, a head that is the embedding: as a live model has them."""
+    """A stack of experts that the files hold one by one, a head that is the embedding: as a live
+    model has them."""
     model = REAL[name].build()[0]
     model.save_pretrained(tmp_path / "base")
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     randomise(handle, 0.02)
     path, count = handle.save(tmp_path / "adapter"), len(handle.changes)
-    changed = "model.embed_tokens.weight" if name == "llama-tied-biased" else next(reversed(handle.changes))
+    changed = (
+        "model.embed_tokens.weight"
+        if name == "llama-tied-biased"
+        else next(reversed(handle.changes))
+    )
     report = verify(path, tmp_path / "base")
     assert not said(report, "error", "base") + said(report, "warning", "base")
     assert said(report, "ok", "base") == f"{count} weights have the fingerprints of the record"
@@ -199,7 +234,9 @@ def test_weights_are_found_as_transformers_loads_them(tmp_path, name):
     with torch.no_grad():
         model.get_parameter(changed).view(-1)[-1] += 1
     model.save_pretrained(tmp_path / "other")
-    assert f"other numbers in 1 of {count} weights" in said(verify(path, tmp_path / "other"), "error", "base")
+    assert f"other numbers in 1 of {count} weights" in said(
+        verify(path, tmp_path / "other"), "error", "base"
+    )
 
 
 def test_a_config_that_nobody_knows_leaves_the_names(tmp_path, adapter):
@@ -209,7 +246,8 @@ def test_a_config_that_nobody_knows_leaves_the_names(tmp_path, adapter):
     assert not verify(adapter, checkpoint(tmp_path / "other", language_model(seed=9))).ok
 
 
-# ---------------------------------------------------------------------------------------------- what is wrong
+# ----------------------------------------------------------------------------------------------
+# what is wrong
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
@@ -238,7 +276,11 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     ("name", "content", "words"),
     [
         ("optimizer.pt", pickle.dumps(Runs()), "optimizer.pt is a pickle"),
-        ("training_args.bin", b"PK\x03\x04" + bytes(20), "training_args.bin is a zip archive, as torch.save"),
+        (
+            "training_args.bin",
+            b"PK\x03\x04" + bytes(20),
+            "training_args.bin is a zip archive, as torch.save",
+        ),
         ("modeling.py", b"import os", "modeling.py is a program"),
         ("run", b"#!/bin/sh\n", "run is a program"),
         ("tool", b"\x7fELF" + bytes(20), "tool is a program"),
@@ -268,7 +310,8 @@ def test_a_file_that_is_a_link_elsewhere_is_told(tmp_path):
 
 
 def test_what_is_printed_cannot_look_like_another_finding(tmp_path):
-    """Names come from the folder: no colours, nothing that moves the cursor, and no line of its own."""
+    """Names come from the folder: no colours, nothing that moves the cursor, and no line of its
+    own."""
     path = small_adapter(tmp_path / "adapter")
     (path / "a\nok       files    all is well\x1b[32m.py").write_text("")
     (path / os.fsdecode(b"\xff.py")).write_text("")
@@ -300,7 +343,9 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
 def test_numbers_are_looked_at_though_every_hash_is_right(tmp_path, value):
     path = small_adapter(tmp_path / "adapter")
-    forge(path, tensors=lambda tensors: tensors["base_model.model.linear.lora_A.weight"].fill_(value))
+    forge(
+        path, tensors=lambda tensors: tensors["base_model.model.linear.lora_A.weight"].fill_(value)
+    )
     report = verify(path)
     assert "linear.lora_A.weight" in said(report, "error", "numbers")
     assert said(report, "ok", "record")
@@ -317,7 +362,9 @@ def test_types_of_numbers(tmp_path):
 
 def test_an_adapter_that_changes_nothing(tmp_path):
     handle = veneer.attach(small(), veneer.LoraConfig(rank=2, targets="all"))
-    assert "changes nothing" in said(verify(handle.save(tmp_path / "untrained")), "warning", "norms")
+    assert "changes nothing" in said(
+        verify(handle.save(tmp_path / "untrained")), "warning", "norms"
+    )
     randomise(handle)
     handle.changes["conv.weight"].adapter_parameters["B"].data.zero_()
     assert "changes of zero, as before training, at conv" in said(
@@ -359,11 +406,14 @@ def test_changes_larger_than_the_weight(tmp_path):
     report = verify(path, checkpoint(tmp_path / "base", language_model()))
     assert report.ok
     found = said(report, "warning", "norms")
-    assert "larger than the weight itself, ‖ΔW‖ / ‖W‖: model.layers.0.self_attn.q_proj.weight" in found
+    assert (
+        "larger than the weight itself, ‖ΔW‖ / ‖W‖: model.layers.0.self_attn.q_proj.weight" in found
+    )
     assert "v_proj" not in found
 
 
-# ---------------------------------------------------------------------------------------------- of other libraries
+# ---------------------------------------------------------------------------------------------- of
+# other libraries
 
 
 def test_an_adapter_without_a_record(tmp_path, adapter):
@@ -377,7 +427,9 @@ def test_an_adapter_without_a_record(tmp_path, adapter):
     assert "weights that the base lacks" in said(report, "error", "base")
     assert "other shapes" in said(report, "error", "base")
     config = json.loads((path / CONFIG).read_text())
-    (path / CONFIG).write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "gate"]}))
+    (path / CONFIG).write_text(
+        json.dumps({**config, "target_modules": [*config["target_modules"], "gate"]})
+    )
     assert "targets without a tensor: gate" in said(verify(path), "warning", "config")
     (path / CONFIG).write_text(json.dumps({**config, "r": 3}))
     assert "rank 2 at" in said(verify(path), "error", "layers")
@@ -389,7 +441,9 @@ def test_an_adapter_without_a_record(tmp_path, adapter):
 def test_a_folder_of_peft(tmp_path):
     import peft
 
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]
+    )
     theirs = peft.get_peft_model(language_model(), config)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
@@ -401,14 +455,18 @@ def test_a_folder_of_peft(tmp_path):
 
 
 def test_a_new_head_and_one_of_another_shape(tmp_path):
-    handle = veneer.attach(language_model(), veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=["lm_head"]))
+    handle = veneer.attach(
+        language_model(), veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=["lm_head"])
+    )
     path = handle.save(tmp_path / "adapter")
     base = checkpoint(tmp_path / "base", language_model(), drop={"lm_head.weight"})
     state = load_file(base / "model.safetensors")
     report = verify(path, base)  # the embedding stands in for the head, as if tied
     assert report.ok
     save_file({k: v for k, v in state.items() if "embed" not in k}, base / "model.safetensors")
-    assert "not in the base: lm_head.weight (a new head?)" in said(verify(path, base), "warning", "base")
+    assert "not in the base: lm_head.weight (a new head?)" in said(
+        verify(path, base), "warning", "base"
+    )
     save_file({**state, "lm_head.weight": torch.zeros(9, 8)}, base / "model.safetensors")
     assert "lm_head.weight (17, 8), in the base (9, 8)" in said(verify(path, base), "error", "base")
 

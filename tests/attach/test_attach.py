@@ -1,4 +1,5 @@
-"""What attaching promises, how targets are chosen, and the errors that name every problem at once."""
+"""What attaching promises, how targets are chosen, and the errors that name every problem at
+once."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from torch import nn
 import veneer
 from veneer.errors import AdapterError, ConfigError, MergeError, SelectionError, TargetError
 
-LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up", "mlp.down"]
+LINEAR = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.up",
+    "mlp.down",
+]
 ATTENTION, MLP = LINEAR[:4], LINEAR[4:]
 
 
@@ -50,7 +58,9 @@ def state(model, versions=True):
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_values_identities_and_ties_stay(tied):
     model = TinyLM(tied)
-    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    before = {
+        name: (p, p.detach().clone()) for name, p in model.named_parameters(remove_duplicate=False)
+    }
     keys = list(model.state_dict())
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
     randomise(handle)
@@ -63,13 +73,16 @@ def test_names_values_identities_and_ties_stay(tied):
     assert [key for key in model.state_dict() if "veneer" not in key] == keys
     assert any("veneer" in key for key in model.state_dict())
     model.load_state_dict(
-        {key: value for key, value in model.state_dict().items() if "veneer" not in key}, strict=False
+        {key: value for key, value in model.state_dict().items() if "veneer" not in key},
+        strict=False,
     )
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
     assert isinstance(model.model.embed_tokens, nn.Embedding)
 
 
-@pytest.mark.parametrize("make", [TinyLM, lambda: TinyLM(tied=True), ConvNet, Shared, lambda: nn.Linear(4, 4)])
+@pytest.mark.parametrize(
+    "make", [TinyLM, lambda: TinyLM(tied=True), ConvNet, Shared, lambda: nn.Linear(4, 4)]
+)
 def test_detach_gives_back_the_very_model(make):
     model = make()
     next(model.parameters()).requires_grad_(False)  # the user's own choice must come back
@@ -94,7 +107,11 @@ def test_copies_and_pickles_are_models_of_their_own(tied):
     stored = io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stored, weights_only=False)):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(stored, weights_only=False),
+    ):
         assert torch.equal(other(IDS), expected)
         assert type(other.lm_head) is type(model.lm_head)
         assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
@@ -153,25 +170,40 @@ def test_training_changes_the_adapter_alone():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if "veneer" in name}
     assert len(changed) == 2 * len(handle.layers)
 
 
 def test_numbers_of_real_configurations():
-    """2 · layers · width · rank, from configurations that are published (RoBERTa-base q and v, SmolLM2 all linear)."""
+    """2 · layers · width · rank, from configurations that are published (RoBERTa-base q and v,
+    SmolLM2 all linear)."""
     roberta = nn.ModuleList(
-        nn.ModuleDict({"query": nn.Linear(768, 768), "value": nn.Linear(768, 768)}) for _ in range(12)
+        nn.ModuleDict({"query": nn.Linear(768, 768), "value": nn.Linear(768, 768)})
+        for _ in range(12)
     )
-    summary = veneer.attach(roberta, veneer.LoraConfig(rank=8, targets=["query", "value"])).summary()
+    summary = veneer.attach(
+        roberta, veneer.LoraConfig(rank=8, targets=["query", "value"])
+    ).summary()
     assert summary.trainable == 294_912
     assert summary.bytes == 4 * 294_912
     assert summary.percent == pytest.approx(
         100 * 294_912 / sum(p.numel() for p in roberta.parameters() if not p.requires_grad)
     )
-    sizes = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576), "gate": (576, 1536), "up": (576, 1536)}
+    sizes = {
+        "q": (576, 576),
+        "k": (576, 192),
+        "v": (576, 192),
+        "o": (576, 576),
+        "gate": (576, 1536),
+        "up": (576, 1536),
+    }
     sizes["down"] = (1536, 576)
-    smol = nn.ModuleList(nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in sizes.items()}) for _ in range(30))
+    smol = nn.ModuleList(
+        nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in sizes.items()}) for _ in range(30)
+    )
     assert veneer.attach(smol, veneer.LoraConfig(rank=8)).summary().trainable == 2_442_240
     assert "2,442,240" in str(veneer.summarise(smol))
     assert "linear, lora" in str(veneer.summarise(smol))
@@ -184,11 +216,14 @@ def test_dtypes_of_what_is_trained():
         (torch.float64, torch.float64),
     ):
         model = nn.Linear(4, 4).to(base)
-        assert {p.dtype for p in veneer.attach(model, veneer.LoraConfig(rank=2)).parameters()} == {wanted}
+        assert {p.dtype for p in veneer.attach(model, veneer.LoraConfig(rank=2)).parameters()} == {
+            wanted
+        }
     model = nn.Linear(4, 4)
-    assert {p.dtype for p in veneer.attach(model, veneer.LoraConfig(rank=2, dtype="bfloat16")).parameters()} == {
-        torch.bfloat16
-    }
+    assert {
+        p.dtype
+        for p in veneer.attach(model, veneer.LoraConfig(rank=2, dtype="bfloat16")).parameters()
+    } == {torch.bfloat16}
 
 
 def test_the_start_depends_on_the_seed_alone():
@@ -260,8 +295,15 @@ def test_exclude_layers_ranks_and_alphas():
 
 def test_default_scales():
     assert veneer.attach(nn.Linear(32, 32)).changes["weight"].scale == 2
-    assert veneer.attach(nn.Linear(64, 64), veneer.LoraConfig(rank=64)).changes["weight"].scale == 0.5
-    assert veneer.attach(nn.Linear(32, 32), veneer.LoraConfig(variant="rslora")).changes["weight"].scale == 2
+    assert (
+        veneer.attach(nn.Linear(64, 64), veneer.LoraConfig(rank=64)).changes["weight"].scale == 0.5
+    )
+    assert (
+        veneer.attach(nn.Linear(32, 32), veneer.LoraConfig(variant="rslora"))
+        .changes["weight"]
+        .scale
+        == 2
+    )
 
 
 def test_every_linear_layer_of_a_model_without_a_known_head():
@@ -279,7 +321,9 @@ def test_modules_trained_in_full_leave_the_base_alone(dtype):
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(x)
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["score", "norm"]))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["score", "norm"])
+    )
     assert torch.equal(model(x), expected)
     assert {p.dtype for p in handle.parameters()} == {torch.float32}
     assert set(dict(handle.named_parameters())) >= {"score.weight", "score.bias", "norm.weight"}
@@ -306,11 +350,15 @@ def test_modules_trained_in_full_leave_the_base_alone(dtype):
 @pytest.mark.parametrize("bias", ["targets", "all"])
 def test_trained_biases(bias):
     model = TinyLM()
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj", "k_proj"], bias=bias))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["q_proj", "k_proj"], bias=bias)
+    )
     randomise(handle)
     trained = [name for name in dict(handle.named_parameters()) if name.endswith("bias")]
     assert len(trained) == (
-        2 if bias == "targets" else sum(name.endswith("bias") for name in model.state_dict() if "veneer" not in name)
+        2
+        if bias == "targets"
+        else sum(name.endswith("bias") for name in model.state_dict() if "veneer" not in name)
     )
     with torch.no_grad():
         unmerged = model(IDS)
@@ -344,7 +392,10 @@ def test_trained_biases(bias):
         ({"variant": ["lora"]}, ["variant=['lora']"]),
         ({"variant": ""}, ["variant=''"]),
         ({"ranks": {"a": 0}}, ["ranks['a']=0"]),
-        ({"rank": -1, "dropout": 2, "bias": "x"}, ["3 problems", "rank=-1", "dropout=2", "bias='x'"]),
+        (
+            {"rank": -1, "dropout": 2, "bias": "x"},
+            ["3 problems", "rank=-1", "dropout=2", "bias='x'"],
+        ),
     ],
     ids=str,
 )
@@ -406,7 +457,10 @@ def scripted():
         ({"alphas": {"lm_head": 3}}, ["alphas pattern 'lm_head'"]),
         ({"variant": "lorra"}, ["variant='lorra'", "'lora'"]),
         ({"train_also": ["nothing"]}, ["train_also pattern 'nothing'"]),
-        ({"targets": ["lm_head"], "train_also": ["embed_tokens"], "tied": True}, ["through a tie, trained in full"]),
+        (
+            {"targets": ["lm_head"], "train_also": ["embed_tokens"], "tied": True},
+            ["through a tie, trained in full"],
+        ),
         ({"targets": ["q_proj.wieght"]}, ["'q_proj.wieght' matches nothing"]),
         ({"slices": {"q_proj": [True, False, True]}}, ["slices [True, False, True]", "8 outputs"]),
         ({"slices": {"nothing": [True]}}, ["slices pattern 'nothing'"]),
@@ -452,7 +506,8 @@ def test_what_an_adapter_could_not_change_is_refused_with_the_reason(target, wor
 
 
 def test_training_what_the_user_froze_is_a_conflict():
-    """One parameter frozen among trainable ones was frozen on purpose; a model frozen as a whole says nothing."""
+    """One parameter frozen among trainable ones was frozen on purpose; a model frozen as a whole
+    says nothing."""
     model = TinyLM()
     model.lm_head.weight.requires_grad_(False)
     model.model.norm.requires_grad_(False)
@@ -466,18 +521,29 @@ def test_training_what_the_user_froze_is_a_conflict():
             veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
         assert all(path in str(caught.value) for path in frozen)
         assert state(model) == before
-    veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]))  # a low-rank change is for frozen weights
-    with pytest.raises(TargetError, match="froze"):  # what was frozen before the first adapter still counts
-        veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=["model.norm"]), name="second")
+    veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["lm_head"])
+    )  # a low-rank change is for frozen weights
+    with pytest.raises(
+        TargetError, match="froze"
+    ):  # what was frozen before the first adapter still counts
+        veneer.attach(
+            model,
+            veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=["model.norm"]),
+            name="second",
+        )
     with pytest.warns(veneer.SkippedLayers, match="froze"):
         handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"), name="second")
     assert "model.norm" not in handle.layers
     frozen = TinyLM().requires_grad_(False)
-    veneer.attach(frozen, veneer.LoraConfig(rank=2, train_also=["lm_head", "model.norm"], bias="all"))
+    veneer.attach(
+        frozen, veneer.LoraConfig(rank=2, train_also=["lm_head", "model.norm"], bias="all")
+    )
 
 
 def test_weights_without_numbers_among_others_are_refused():
-    """A model that is on the meta device as a whole gets its numbers later; a part of it was moved away."""
+    """A model that is on the meta device as a whole gets its numbers later; a part of it was moved
+    away."""
     model = TinyLM()
     model.model.layers[1].self_attn.q_proj.to("meta")
     before = state(model)
@@ -493,7 +559,9 @@ def test_every_problem_in_one_error():
     model.model = TinyLM()
     model.complex = nn.Linear(8, 8, dtype=torch.complex64)
     model.float8 = nn.Linear(8, 8)
-    model.float8.weight = nn.Parameter(model.float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model.float8.weight = nn.Parameter(
+        model.float8.weight.to(torch.float8_e4m3fn), requires_grad=False
+    )
     model.away = nn.Linear(8, 8, device="meta")
     model.model.lm_head.requires_grad_(False)
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["fine"]), name="taken")
@@ -515,11 +583,16 @@ def test_every_problem_in_one_error():
     ):  # fmt: skip
         assert words in text, words
     assert state(model) == before
-    assert all(torch.equal(value, numbers[name]) for name, value in bits(model).items() if not value.is_meta)
+    assert all(
+        torch.equal(value, numbers[name])
+        for name, value in bits(model).items()
+        if not value.is_meta
+    )
 
 
 class Encoder(nn.Module):
-    """Layers whose weights are read past their own forward, computed, rewritten as they are read, or shared."""
+    """Layers whose weights are read past their own forward, computed, rewritten as they are read,
+    or shared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,19 +635,22 @@ ENCODER_IDS = torch.tensor([[1, 5, 3, 2], [7, 0, 2, 4]])
     ],
 )
 def test_what_forward_reads_in_its_own_way_works(targets):
-    """Fused fast paths, weights read from above, parametrisations, rewritten embeddings, recurrences, plain
-    parameters, vectors."""
+    """Fused fast paths, weights read from above, parametrisations, rewritten embeddings,
+    recurrences, plain parameters, vectors."""
     model = Encoder().eval()
     model(ENCODER_IDS)  # the rows that it reads have their norms bounded from now on
     before = state(model, versions=False)
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all" if targets == "all" else [targets]))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets="all" if targets == "all" else [targets])
+    )
     randomise(handle)
     works(handle, ENCODER_IDS)
     assert state(model, versions=False) == before
 
 
 class Reads(nn.Module):
-    """A head whose weights a forward reads past their modules: ``direct`` is how, in each subclass."""
+    """A head whose weights a forward reads past their modules: ``direct`` is how, in each
+    subclass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -684,7 +760,9 @@ class ByUnpacking(Reads):
 class ByGetattr(Reads):
     def direct(self, h):
         h = F.linear(h, getattr(self, "emb").weight) + F.linear(h, getattr(self.lin, "weight"))  # noqa: B009
-        return F.linear(h, self._modules["emb"].weight) + F.linear(h, self.get_submodule("named.one").weight)
+        return F.linear(h, self._modules["emb"].weight) + F.linear(
+            h, self.get_submodule("named.one").weight
+        )
 
 
 class ByHelper(Reads):
@@ -725,7 +803,18 @@ class Below(Reads):
         return F.linear(self.inner(h), self.inner.emb.weight) + F.linear(h, self.inner.ls[0].weight)
 
 
-READS = [Reads, BySuper, BySuperForward, ByClass, ByProperty, ByGetter, ByEnumerate, ByZip, ByComprehension, ByNames]
+READS = [
+    Reads,
+    BySuper,
+    BySuperForward,
+    ByClass,
+    ByProperty,
+    ByGetter,
+    ByEnumerate,
+    ByZip,
+    ByComprehension,
+    ByNames,
+]
 READS += [ByUnpacking, ByGetattr, ByHelper, ByLambda, ByBound, Below]
 
 
@@ -910,7 +999,9 @@ def test_what_no_view_can_show_is_refused_with_the_reason():
     before = state(model)
     with pytest.raises(TargetError, match=r"'0' in 'logits' reads it, and .*items"):
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0.0"]))
-    with pytest.raises(TargetError, match="the model in 'twice' reads it, and that is computed once"):
+    with pytest.raises(
+        TargetError, match="the model in 'twice' reads it, and that is computed once"
+    ):
         veneer.attach(Kept(), veneer.LoraConfig(rank=2, targets=["emb"]))
     tower = Tower()
     tower.encode = lambda x: x @ tower.proj
@@ -922,7 +1013,9 @@ def test_what_no_view_can_show_is_refused_with_the_reason():
 def test_a_tie_that_is_trained_in_full_stays_a_tie():
     for also in ("lm_head", "embed_tokens"):
         model = TinyLM(tied=True).eval()
-        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=[also]))
+        handle = veneer.attach(
+            model, veneer.LoraConfig(rank=2, targets=["q_proj"], train_also=[also])
+        )
         assert len([p for p in handle.parameters() if p.shape == (17, 8)]) == 1
         randomise(handle)
         with torch.no_grad():
@@ -951,7 +1044,12 @@ def test_arguments_of_another_kind():
         with pytest.raises(ConfigError, match=r"Expected: a veneer\.LoraConfig"):
             veneer.attach(model, config)
     assert state(model) == before
-    for function in (veneer.attach, veneer.merge, veneer.detach, lambda model: veneer.use(model, "a")):
+    for function in (
+        veneer.attach,
+        veneer.merge,
+        veneer.detach,
+        lambda model: veneer.use(model, "a"),
+    ):
         with pytest.raises(TargetError, match="a str for a model"):
             function("llama")
     veneer.attach(model, veneer.LoraConfig(rank=2))
@@ -988,7 +1086,9 @@ def test_memory_that_runs_out_while_attaching_changes_nothing(monkeypatch):
             raise MemoryError
         return original(*args)
 
-    module = sys.modules["veneer.attach.install"]  # the package's attribute of that name is the function
+    module = sys.modules[
+        "veneer.attach.install"
+    ]  # the package's attribute of that name is the function
     original = module.make_change
     monkeypatch.setattr(module, "make_change", failing)
     with pytest.raises(MemoryError):
@@ -996,7 +1096,8 @@ def test_memory_that_runs_out_while_attaching_changes_nothing(monkeypatch):
     assert state(model) == before
 
 
-# ---- the base that stays, and what patterns reach ---------------------------------------------------------------
+# ---- the base that stays, and what patterns reach
+# ---------------------------------------------------------------
 
 
 def test_running_statistics_of_the_base_stay():
@@ -1024,7 +1125,9 @@ def test_excluding_a_container_excludes_what_is_in_it():
 
 def test_train_also_needs_something_to_train():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    with pytest.raises(TargetError, match="train_also pattern '1' matches modules without parameters"):
+    with pytest.raises(
+        TargetError, match="train_also pattern '1' matches modules without parameters"
+    ):
         veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"]))
 
 
@@ -1064,12 +1167,16 @@ def test_slices_change_their_outputs_alone(slices):
 
 def test_bias_all_honours_exclude():
     model = TinyLM()
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], exclude=["norm"], bias="all"))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["q_proj"], exclude=["norm"], bias="all")
+    )
     assert not any("norm" in path for path in handle.layers)
 
 
 def test_configs_of_natural_values():
-    config = veneer.LoraConfig(exclude=None, train_also=None, ranks=None, alphas=None, layers={1, 0})
+    config = veneer.LoraConfig(
+        exclude=None, train_also=None, ranks=None, alphas=None, layers={1, 0}
+    )
     assert (config.exclude, config.train_also, config.ranks, config.layers) == ((), (), {}, (0, 1))
     assert veneer.LoraConfig(layers=3).layers == (3,)
     assert veneer.LoraConfig.from_dict(config.to_dict()) == config
@@ -1077,7 +1184,8 @@ def test_configs_of_natural_values():
         veneer.LoraConfig(ranks=[1])
 
 
-# ---- weights that share memory, containers, starts that fail, modes ---------------------------------------------
+# ---- weights that share memory, containers, starts that fail, modes
+# ---------------------------------------------
 
 
 class Pair(nn.Module):
@@ -1109,7 +1217,9 @@ def buried(model):
     model.emb.weight.requires_grad_(False)
 
 
-@pytest.mark.parametrize("fields", [{"targets": ["head"]}, {"targets": ["emb"], "train_also": ["head"]}, {}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"targets": ["head"]}, {"targets": ["emb"], "train_also": ["head"]}, {}], ids=str
+)
 @pytest.mark.parametrize("share", [one_memory, turned, in_part, buried])
 def test_parameters_that_share_memory_are_refused(share, fields):
     model = Pair()
@@ -1130,11 +1240,16 @@ def test_parameters_that_share_memory_are_refused(share, fields):
 def test_a_tie_and_views_that_do_not_overlap_are_no_shared_memory():
     model = Pair()
     model.head.weight = model.emb.weight
-    model.rest = nn.ModuleDict({"fused": nn.Linear(4, 12), "q": nn.Linear(4, 6), "v": nn.Linear(4, 6)})
+    model.rest = nn.ModuleDict(
+        {"fused": nn.Linear(4, 12), "q": nn.Linear(4, 6), "v": nn.Linear(4, 6)}
+    )
     flat_buffer, whole = torch.randn(200), torch.randn(6, 8)
     for layer, start in (("q", 0), ("v", 24)):
         model.rest[layer].weight = nn.Parameter(flat_buffer[start : start + 24].view(6, 4))
-    model.side, model.beside = nn.Linear(4, 6), nn.Linear(4, 6)  # columns of one matrix: woven, but apart
+    model.side, model.beside = (
+        nn.Linear(4, 6),
+        nn.Linear(4, 6),
+    )  # columns of one matrix: woven, but apart
     model.side.weight, model.beside.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
     model.far = nn.Linear(4, 6, device="meta")
     model.farther = nn.Linear(4, 6, device="meta")
@@ -1146,7 +1261,9 @@ def test_a_tie_and_views_that_do_not_overlap_are_no_shared_memory():
 
 
 def test_shared_memory_is_found_when_an_adapter_is_loaded(tmp_path):
-    path = veneer.attach(Pair(), veneer.LoraConfig(rank=2, targets=["head"])).save(tmp_path / "adapter")
+    path = veneer.attach(Pair(), veneer.LoraConfig(rank=2, targets=["head"])).save(
+        tmp_path / "adapter"
+    )
     model = Pair()
     one_memory(model)
     with pytest.raises(AdapterError, match="share memory"):
@@ -1177,7 +1294,8 @@ def test_a_weight_that_overlaps_itself_is_refused(weight):
 
 
 class Scale(nn.Sequential):
-    """A container with a parameter of its own, which would run what an adapter puts beside its items."""
+    """A container with a parameter of its own, which would run what an adapter puts beside its
+    items."""
 
     def __init__(self):
         super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -1213,7 +1331,10 @@ class Mapped(nn.ModuleDict):
         (Scale, {"targets": ["held.scale"]}),
         (Scale, {"targets": ["held.0"], "train_also": ["held"]}),
         (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.0"]}),
-        (lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)), {"targets": ["held.1"], "train_also": ["held.0"]}),
+        (
+            lambda: Direct(nn.Linear(4, 4), nn.Linear(4, 4)),
+            {"targets": ["held.1"], "train_also": ["held.0"]},
+        ),
         (Framed, {"targets": ["gain"]}),
         (Framed, {"targets": ["held.0"], "bias": "all"}),
         (Mapped, {"targets": ["held.table"]}),
@@ -1255,7 +1376,12 @@ class Laminate(nn.Linear):
 def test_a_child_that_is_called_as_ours_is_not_overwritten():
     model, x = nn.Sequential(Laminate()), torch.randn(3, 4)
     before, expected = state(model), model(x)
-    for fields in ({}, {"targets": ["0"]}, {"targets": ["0.veneer"], "train_also": ["0"]}, {"bias": "all"}):
+    for fields in (
+        {},
+        {"targets": ["0"]},
+        {"targets": ["0.veneer"], "train_also": ["0"]},
+        {"bias": "all"},
+    ):
         with pytest.raises(TargetError, match="a child of its own called 'veneer'"):
             veneer.attach(model, veneer.LoraConfig(rank=2, **fields))
     assert state(model) == before
@@ -1268,7 +1394,9 @@ def test_a_child_that_is_called_as_ours_is_not_overwritten():
 
 
 def test_the_nearest_names_are_others_and_targets():
-    model = nn.ModuleList(nn.ModuleDict({"v": nn.Linear(4, 4), "vo": nn.Linear(4, 4)}) for _ in range(2))
+    model = nn.ModuleList(
+        nn.ModuleDict({"v": nn.Linear(4, 4), "vo": nn.Linear(4, 4)}) for _ in range(2)
+    )
     with pytest.raises(TargetError) as caught:
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["vo"], ranks={"v": 1}))
     assert "'v' matches no target (nearest: 'vo')" in str(caught.value)
@@ -1286,14 +1414,19 @@ def test_a_new_change_is_in_the_mode_of_its_layer(tmp_path):
     randomise(handle)
     path = handle.save(tmp_path / "adapter")
     for _ in range(2):
-        assert {at: change.training for at, change in handle.changes.items()} == {"0.weight": False, "1.weight": True}
+        assert {at: change.training for at, change in handle.changes.items()} == {
+            "0.weight": False,
+            "1.weight": True,
+        }
         assert torch.equal(model[0](x), model[0](x))
         assert not torch.equal(model[1](x), model[1](x))
         handle.detach()
         handle = veneer.load(model, path, trainable=True)
     model.eval()
     model[1].train()
-    other = veneer.attach(model, veneer.LoraConfig(rank=2, train_also=["1"], targets=["0"]), "other")
+    other = veneer.attach(
+        model, veneer.LoraConfig(rank=2, train_also=["1"], targets=["0"]), "other"
+    )
     assert {path: part.training for path, part in other.layers.items()} == {"0": False, "1": True}
 
 

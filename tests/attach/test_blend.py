@@ -1,5 +1,5 @@
-"""A blend {name: weight} is W + Σ wᵢ (W′ᵢ − W) for every layer kind and variant, in a call and in one row of it, and
-gradients reach each of its adapters."""
+"""A blend {name: weight} is W + Σ wᵢ (W′ᵢ − W) for every layer kind and variant, in a call and in
+one row of it, and gradients reach each of its adapters."""
 
 from __future__ import annotations
 
@@ -26,23 +26,35 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 MIX = {"a": 0.7, "b": -0.4}
 CASES = [(*case, "lora") for case in EXAMPLES]
 CASES += [
-    (kind, number, name) for kind, number in EXAMPLES if number == 0 for name in VARIANTS.names() if name != "lora"
+    (kind, number, name)
+    for kind, number in EXAMPLES
+    if number == 0
+    for name in VARIANTS.names()
+    if name != "lora"
 ]
 CASES = [
-    case for case in CASES if not ("inputs" in VARIANTS[case[2]].needs and type(LAYERS[case[0]]).inputs is Layer.inputs)
+    case
+    for case in CASES
+    if not ("inputs" in VARIANTS[case[2]].needs and type(LAYERS[case[0]]).inputs is Layer.inputs)
 ]
 
 
 def bits(model):
     """Every parameter and buffer that is the base's own."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")}
+    return {
+        path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")
+    }
 
 
 def whole(model, name):
-    """All parameters and buffers while an adapter is merged. Rows of bounded norm are renormed by forward, which reads
-    the blend: so not here."""
-    bounded = {module: module.max_norm for module in model.modules() if getattr(module, "max_norm", None) is not None}
+    """All parameters and buffers while an adapter is merged. Rows of bounded norm are renormed by
+    forward, which reads the blend: so not here."""
+    bounded = {
+        module: module.max_norm
+        for module in model.modules()
+        if getattr(module, "max_norm", None) is not None
+    }
     for module in bounded:
         module.max_norm = None
     veneer.merge(model, name, rounding="nearest")
@@ -75,7 +87,8 @@ def blended_output(model, mix, args):
 
 
 def with_adapters(module, args, variant):
-    """Two adapters of other ranks, of which the second one also trains the biases that there are."""
+    """Two adapters of other ranks, of which the second one also trains the biases that there
+    are."""
     biased = any(own._parameters.get("bias") is not None for own in module.modules())
     for name, rank, bias in (("a", 2, "none"), ("b", 1, "all" if biased else "none")):
         config = veneer.LoraConfig(rank=rank, targets="all", alpha=3, variant=variant, bias=bias)
@@ -122,10 +135,14 @@ def leaf(output):
 def bent(kind, number):
     """Whether torch's own gradient of a module is not the slope of its forward."""
     module, _ = example(kind, number)
-    return getattr(module, "max_norm", None) is not None or getattr(module, "scale_grad_by_freq", False)
+    return getattr(module, "max_norm", None) is not None or getattr(
+        module, "scale_grad_by_freq", False
+    )
 
 
-@pytest.mark.parametrize(("kind", "number", "variant"), [case for case in CASES if not bent(*case[:2])])
+@pytest.mark.parametrize(
+    ("kind", "number", "variant"), [case for case in CASES if not bent(*case[:2])]
+)
 def test_training_through_a_blend_gives_each_adapter_its_gradient(kind, number, variant):
     """Against central differences of PyTorch's own forward on the blend of the merged weights."""
     module, args = example(kind, number, torch.float64)
@@ -139,7 +156,9 @@ def test_training_through_a_blend_gives_each_adapter_its_gradient(kind, number, 
         own = dict(veneer.Handle(module, name).named_parameters())
         assert own
         assert all(p.grad is not None and p.grad.norm() > 0 for p in own.values())
-        if variant.startswith("dora"):  # which holds the norm fast in backward: A and B have another slope by design
+        if variant.startswith(
+            "dora"
+        ):  # which holds the norm fast in backward: A and B have another slope by design
             own = {key: p for key, p in own.items() if not key.endswith((".A", ".B"))}
         step = {key: torch.randn_like(p) for key, p in own.items()}
         slope = sum((p.grad * step[key]).sum() for key, p in own.items()).item()
@@ -158,7 +177,11 @@ def test_training_through_a_blend_gives_each_adapter_its_gradient(kind, number, 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS.names() if name != "toy_scaled"])
 def test_the_gradient_through_a_blend_is_the_weight_times_the_adapters_own(variant):
     """Where the output is linear in the changed weight."""
-    module, x, probe = nn.Linear(6, 5, bias=False).double(), torch.randn(4, 6).double(), torch.randn(4, 5).double()
+    module, x, probe = (
+        nn.Linear(6, 5, bias=False).double(),
+        torch.randn(4, 6).double(),
+        torch.randn(4, 5).double(),
+    )
     with_adapters(module, (x,), variant)
     grads = {}
     for choice in ("a", "b", MIX):
@@ -203,18 +226,26 @@ def test_running_statistics_blend_in_eval_mode_and_are_refused_in_training_mode(
         with veneer.use(model, name):
             model(x + torch.randn_like(x))
     before = bits(model), [value.clone() for value in model.buffers()]
-    with veneer.use(model, MIX), pytest.raises(SelectionError, match="a blend at a BatchNorm2d in training mode"):
+    with (
+        veneer.use(model, MIX),
+        pytest.raises(SelectionError, match="a blend at a BatchNorm2d in training mode"),
+    ):
         model(x)
-    assert all(torch.equal(one, other) for one, other in zip(before[1], model.buffers(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(before[1], model.buffers(), strict=True)
+    )
     model.eval()
     with veneer.use(model, MIX), torch.no_grad():
         blend = flat(model(x))
     assert error(blend, blended_output(model, MIX, (x,))) < 1e-9
-    assert all(torch.equal(one, other) for one, other in zip(before[1], model.buffers(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(before[1], model.buffers(), strict=True)
+    )
 
 
 def test_a_blend_in_bfloat16_is_rounded_once():
-    """Also of a weight that is read past its module, where each adapter's own was rounded before it was blended."""
+    """Also of a weight that is read past its module, where each adapter's own was rounded before it
+    was blended."""
     from tests.support.models import Attention
 
     class Reads(nn.Module):
@@ -241,7 +272,11 @@ def test_a_blend_of_plain_adapters_is_pefts_own_sum(tmp_path):
 
     model = tiny_model()
     for name in "ab":
-        adapt(model, name, config=veneer.LoraConfig(rank=2 if name == "a" else 5, targets="all-linear"))
+        adapt(
+            model,
+            name,
+            config=veneer.LoraConfig(rank=2 if name == "a" else 5, targets="all-linear"),
+        )
         veneer.save(model, tmp_path / name, name=name)
     with torch.no_grad(), veneer.use(model, {"a": 0.7, "b": 0.3}):
         blend = model(IDS).logits

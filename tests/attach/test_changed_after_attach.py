@@ -1,5 +1,5 @@
-"""A model that is changed after an adapter was attached, or called otherwise than it was selected for: each is right,
-or an error that says so."""
+"""A model that is changed after an adapter was attached, or called otherwise than it was selected
+for: each is right, or an error that says so."""
 
 from __future__ import annotations
 
@@ -48,8 +48,14 @@ def test_a_batch_of_another_number_of_rows_is_an_error_whatever_they_use(rows, c
         (lambda: nn.Conv1d(4, 4, 2), (torch.randn(4, 4, 3),)),
         (lambda: nn.LSTM(4, 4), (torch.randn(3, 4, 4),)),
         (lambda: nn.MultiheadAttention(4, 2), (torch.randn(3, 4, 4),) * 3),
-        (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (torch.randn(4, 3, 4),)),
-        (lambda: nn.EmbeddingBag(5, 4), (torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 3, 4]))),
+        (
+            lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+            (torch.randn(4, 3, 4),),
+        ),
+        (
+            lambda: nn.EmbeddingBag(5, 4),
+            (torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 3, 4])),
+        ),
     ],
 )
 @pytest.mark.parametrize("choice", ["a", None])
@@ -61,7 +67,10 @@ def test_rows_that_use_the_same_are_a_plain_call(make, inputs, choice):
         outputs = model(*inputs)
     first = expected[0] if isinstance(expected, tuple) else expected
     assert error(outputs[0] if isinstance(outputs, tuple) else outputs, first) < 1e-6
-    with veneer.use(model, [choice] * 6), pytest.raises(SelectionError, match="do not hold the 6 rows"):
+    with (
+        veneer.use(model, [choice] * 6),
+        pytest.raises(SelectionError, match="do not hold the 6 rows"),
+    ):
         model(*inputs)
 
 
@@ -167,14 +176,20 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    "change", [pruned, parametrised, spectrally_normed, normed_by_a_hook, taken_away], ids=lambda f: f.__name__
+    "change",
+    [pruned, parametrised, spectrally_normed, normed_by_a_hook, taken_away],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
 @pytest.mark.parametrize(("make", "path", "x"), KINDS, ids=["linear", "conv", "embedding"])
-def test_a_weight_that_is_kept_otherwise_after_attach_is_named(tmp_path, change, variant, make, path, x):
+def test_a_weight_that_is_kept_otherwise_after_attach_is_named(
+    tmp_path, change, variant, make, path, x
+):
     model = make().eval()
     if make is not Square and change is parametrised:
-        model.get_submodule(path).weight.data = torch.randn(4, 4, *model.get_submodule(path).weight.shape[2:])
+        model.get_submodule(path).weight.data = torch.randn(
+            4, 4, *model.get_submodule(path).weight.shape[2:]
+        )
     attach_two(model, variant=variant)
     handle = veneer.Handle(model, "a")
     change(model.get_submodule(path))
@@ -183,7 +198,11 @@ def test_a_weight_that_is_kept_otherwise_after_attach_is_named(tmp_path, change,
         for way in (None, "materialised"):
             with veneer.use(model, choice, path=way), pytest.raises(SelectionError, match=match):
                 model(x)
-    for call in (handle.merge, lambda: handle.save(tmp_path / "adapter"), lambda: veneer.check(model, x, "a")):
+    for call in (
+        handle.merge,
+        lambda: handle.save(tmp_path / "adapter"),
+        lambda: veneer.check(model, x, "a"),
+    ):
         with pytest.raises(SelectionError, match=match):
             call()
     assert not [*tmp_path.iterdir()]
@@ -216,14 +235,18 @@ def test_a_weight_may_be_pruned_for_good(variant):
 def test_a_bias_that_is_pruned_after_attach_stays_pruned(variant, choice, way):
     """The adapter does not change it."""
     model, plain, x = attach_two(Square(), variant=variant), Square(), torch.randn(2, 4)
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "veneer" not in name})
+    plain.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "veneer" not in name}
+    )
     for one in (model, plain):
         prune.random_unstructured(one.second, "bias", amount=4)
     for name in ("a", "b"):  # a change of nothing
         for path, change in veneer.Handle(model, name).changes.items():
             nn.init.zeros_(change.get_parameter("B"))
             if variant == "dora":
-                change.get_parameter("magnitude").data = model.get_parameter(path).detach().norm(dim=1)
+                change.get_parameter("magnitude").data = (
+                    model.get_parameter(path).detach().norm(dim=1)
+                )
     with veneer.use(model, choice, path=way):
         assert error(model(x), plain(x)) < 1e-5
 
@@ -232,6 +255,12 @@ def test_a_bias_that_is_trained_in_full_and_pruned_is_named(tmp_path):
     model = Square()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, bias="targets"))
     prune.random_unstructured(model.second, "bias", amount=4)
-    for call in (lambda: model(torch.randn(2, 4)), handle.merge, lambda: handle.save(tmp_path / "adapter")):
-        with pytest.raises(SelectionError, match=r"'second.bias' \(Linear\), pruned or parametrised"):
+    for call in (
+        lambda: model(torch.randn(2, 4)),
+        handle.merge,
+        lambda: handle.save(tmp_path / "adapter"),
+    ):
+        with pytest.raises(
+            SelectionError, match=r"'second.bias' \(Linear\), pruned or parametrised"
+        ):
             call()

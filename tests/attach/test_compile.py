@@ -1,4 +1,5 @@
-"""Exported and compiled models: for every layer kind what eager calls give, and one graph for many adapters."""
+"""Exported and compiled models: for every layer kind what eager calls give, and one graph for many
+adapters."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ def test_an_export_takes_the_selected_adapter_any_batch_and_a_file(tmp_path):
     for selection in ("b", None, ["a", "b"]):
         with veneer.use(model, selection):
             expected = model(IDS)
-            sizes = None if isinstance(selection, list) else ({0: torch.export.Dim("batch", min=1, max=64)},)
+            sizes = (
+                None
+                if isinstance(selection, list)
+                else ({0: torch.export.Dim("batch", min=1, max=64)},)
+            )
             program = torch.export.export(model, (IDS,), dynamic_shapes=sizes)
         torch.export.save(program, tmp_path / "model.pt2")
         run = torch.export.load(tmp_path / "model.pt2").module()
@@ -97,7 +102,8 @@ def test_twelve_adapters_are_one_graph(make_model, monkeypatch):
 
 
 def test_what_makes_another_graph_and_what_does_not():
-    """Another alpha or rank is a dynamic number of the second graph, the base and mixed rows are other code."""
+    """Another alpha or rank is a dynamic number of the second graph, the base and mixed rows are
+    other code."""
     model = TinyLM().eval()
     for number in range(6):
         adapt(model, f"a{number}", config=veneer.LoraConfig(rank=number + 2, alpha=number + 1))
@@ -112,7 +118,9 @@ def test_what_makes_another_graph_and_what_does_not():
         return len(graphs)
 
     # torch fixes the shapes of parameters unless told otherwise: without this, each rank is a graph
-    dynamic = torch._dynamo.config.patch(force_parameter_static_shapes=False, fail_on_recompile_limit_hit=True)
+    dynamic = torch._dynamo.config.patch(
+        force_parameter_static_shapes=False, fail_on_recompile_limit_hit=True
+    )
     with dynamic:
         known = run(*model.__dict__["_veneer"].configs)
         assert known <= 3
@@ -136,8 +144,14 @@ def test_training_under_compile_alternates_adapters_as_eager_training_does():
         torch.manual_seed(0)
         model = adapt(TinyLM(tied=True), "a", "b")
         torch._dynamo.reset()
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if mode == "compiled" else model
-        optimisers = {n: torch.optim.SGD(veneer.Handle(model, n).parameters(), lr=0.05) for n in ("a", "b")}
+        run = (
+            torch.compile(model, backend="aot_eager", fullgraph=True)
+            if mode == "compiled"
+            else model
+        )
+        optimisers = {
+            n: torch.optim.SGD(veneer.Handle(model, n).parameters(), lr=0.05) for n in ("a", "b")
+        }
         with torch._dynamo.config.patch(error_on_recompile=True):
             for name in ("a", "b", "b", "a"):
                 with veneer.use(model, name):
@@ -181,7 +195,10 @@ def test_compiled_calls_follow_whatever_is_done_to_the_adapters():
             what = choose.choice(["attach", "detach", "merge", "unmerge", "rows", *["call"] * 5])
             if what == "attach" and merged is None and len(names) < 4:
                 names.append(f"n{step}")
-                fields = {"targets": choose.choice(["all", ["0"]]), "variant": choose.choice(["lora", "dora"])}
+                fields = {
+                    "targets": choose.choice(["all", ["0"]]),
+                    "variant": choose.choice(["lora", "dora"]),
+                }
                 adapt(model, names[-1], config=veneer.LoraConfig(rank=2, **fields))
             elif what == "detach" and names and merged is None:
                 veneer.detach(model, names.pop(choose.randrange(len(names))))
@@ -191,10 +208,17 @@ def test_compiled_calls_follow_whatever_is_done_to_the_adapters():
             elif what == "unmerge" and merged is not None:
                 merged = veneer.unmerge(model)
             elif what in ("call", "rows") and (names or what == "call"):
-                one = ["default"] * (len(names) < 2) + ([*names, None] if names and merged is None else [])
+                one = ["default"] * (len(names) < 2) + (
+                    [*names, None] if names and merged is None else []
+                )
                 one = [merged] if merged is not None else one
                 rows = what == "rows" and merged is None
-                selection = [choose.choice([*names, None]) for _ in x] if rows else choose.choice(one)
+                selection = (
+                    [choose.choice([*names, None]) for _ in x] if rows else choose.choice(one)
+                )
                 called.add(str(selection))
-                assert error(call(compiled, selection), call(model, selection)) < 1e-5, (step, selection)
+                assert error(call(compiled, selection), call(model, selection)) < 1e-5, (
+                    step,
+                    selection,
+                )
     assert len(called) > 5

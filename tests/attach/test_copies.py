@@ -1,4 +1,5 @@
-"""Adapted models that are moved, cast, copied, averaged, shared and made on the meta device, for every layer kind."""
+"""Adapted models that are moved, cast, copied, averaged, shared and made on the meta device, for
+every layer kind."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def test_a_whole_model_from_the_meta_device(variant):
     other.load_state_dict(real.state_dict())
     assert torch.equal(other(IDS), real(IDS))
     assert other.lm_head.weight is not other.model.embed_tokens.weight  # torch's `to_empty` unties
-    with pytest.raises(MergeError, match=r"'lm_head\.weight' and 'model\.embed_tokens\.weight'.* untied since"):
+    with pytest.raises(
+        MergeError, match=r"'lm_head\.weight' and 'model\.embed_tokens\.weight'.* untied since"
+    ):
         veneer.merge(other)
     other.lm_head.weight = other.model.embed_tokens.weight
     veneer.merge(other)
@@ -108,7 +111,11 @@ def test_128_adapters_are_copied_once_and_for_themselves(tmp_path):
     assert len(pickled) < 1.1 * size
     tensors = {t.data_ptr(): t.untyped_storage().nbytes() for t in _tensors(copied)}
     assert sum(tensors.values()) < 1.1 * size
-    for other in (copied, pickle.loads(pickled), torch.load(tmp_path / "model.pt", weights_only=False)):
+    for other in (
+        copied,
+        pickle.loads(pickled),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
         assert all(torch.equal(*pair) for pair in zip(outputs(other), expected, strict=True))
         for parameter in veneer.Handle(other, "a77").parameters():
             parameter.data.add_(1)
@@ -123,7 +130,9 @@ def test_128_adapters_are_copied_once_and_for_themselves(tmp_path):
 def _tensors(model):
     for module in model.modules():
         for value in module.__dict__.values():
-            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+            yield from (
+                leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)
+            )
 
 
 @kinds
@@ -171,9 +180,13 @@ def test_state_dicts_vectors_and_averages():
     nn.utils.vector_to_parameters(vector * 2, handle.parameters())
     assert error(selected(model, "a", IDS), before) > 1e-3
     nn.utils.vector_to_parameters(vector, handle.parameters())
-    assert error(selected(model, "a", IDS), before) < 1e-6  # elsewhere in memory, products round otherwise
+    assert (
+        error(selected(model, "a", IDS), before) < 1e-6
+    )  # elsewhere in memory, products round otherwise
 
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     average.update_parameters(model)  # the first one copies
     nn.utils.vector_to_parameters(vector * 2, handle.parameters())
     average.update_parameters(model)
@@ -208,7 +221,9 @@ def test_a_copied_layer_in_the_same_model_is_one_error_of_every_operation(tmp_pa
         "summary": handle.summary,
     }
     for operation in operations.values():
-        with pytest.raises(VeneerError, match=r"another model object at 2\b.*detach before copying") as caught:
+        with pytest.raises(
+            VeneerError, match=r"another model object at 2\b.*detach before copying"
+        ) as caught:
             operation()
         assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "again").exists()
@@ -235,8 +250,8 @@ def test_a_merged_model_with_a_copied_layer_is_not_unmerged_in_part():
 
 
 def test_whole_copies_and_layers_copied_out_are_free():
-    """A copy of the model is known to be one as it is made, so that `use` goes on without a walk; a layer alone may be
-    used anywhere but in a model with adapters of its own."""
+    """A copy of the model is known to be one as it is made, so that `use` goes on without a walk; a
+    layer alone may be used anywhere but in a model with adapters of its own."""
     gc.collect()  # the models of other tests
     before = len(STRAY)
     model, _ = two_layers()

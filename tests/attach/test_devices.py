@@ -1,4 +1,5 @@
-"""Devices that lack float64, or half of the model. ``meta`` plays the device, whose numbers read as zero."""
+"""Devices that lack float64, or half of the model. ``meta`` plays the device, whose numbers read as
+zero."""
 
 from __future__ import annotations
 
@@ -91,9 +92,13 @@ def test_a_weight_is_folded_by_the_processor_where_its_device_has_no_float64(nar
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_merge_needs_no_float64_of_the_device(narrow, variant, keep):
     model = (
-        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(5, 8, max_norm=1.0)).to(torch.bfloat16).to(META)
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Embedding(5, 8, max_norm=1.0))
+        .to(torch.bfloat16)
+        .to(META)
     )
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, variant=variant, targets="all", train_also=["1"]))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, variant=variant, targets="all", train_also=["1"])
+    )
     assert len(handle.merge(keep=keep).layers) == 4
     assert {one.device for one in model.parameters()} == {META}
     if keep:
@@ -115,10 +120,17 @@ def test_sampling_needs_no_float64_of_the_device():
     class Narrow(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            seen.extend(one.dtype for one in torch.utils._pytree.tree_leaves(out) if isinstance(one, torch.Tensor))
+            seen.extend(
+                one.dtype
+                for one in torch.utils._pytree.tree_leaves(out)
+                if isinstance(one, torch.Tensor)
+            )
             return out
 
-    settings = [Sampling(4, temperature=1.0, top_p=0.5, seed=1), Sampling(4, temperature=1.0, top_k=3, seed=2)]
+    settings = [
+        Sampling(4, temperature=1.0, top_p=0.5, seed=1),
+        Sampling(4, temperature=1.0, top_k=3, seed=2),
+    ]
     rows = [sampling.Sampler(one) for one in settings]
     with Narrow():
         tokens = sampling.sample(torch.randn(2, 50), rows)
@@ -142,7 +154,9 @@ def test_a_tile_on_a_device_is_a_share_of_the_weight(monkeypatch, size):
     weight = torch.randn(1, size, size).bfloat16()
     low = LowRank(torch.randn(1, 4, size) * 0.02, torch.randn(1, size, 4) * 0.02, 1.0)
     expected = fold(weight, low, rounding="nearest")
-    monkeypatch.setattr(rounding, "_tile", lambda like: max(-(-like.numel() // rounding.SHARE), rounding.SMALLEST))
+    monkeypatch.setattr(
+        rounding, "_tile", lambda like: max(-(-like.numel() // rounding.SHARE), rounding.SMALLEST)
+    )
     monkeypatch.setattr(rounding, "_bound", lambda *_: None)  # as on any other device
     found = fold(weight, low, rounding="nearest")
     assert torch.equal(found.weight, expected.weight)
@@ -162,13 +176,17 @@ class Spread(nn.Module):
         self.embed.requires_grad_(False)
 
     def forward(self, input_ids, use_cache=False):
-        return type("Out", (), {"logits": self.head(self.embed(input_ids).to(META)), "aux_loss": None})
+        return type(
+            "Out", (), {"logits": self.head(self.embed(input_ids).to(META)), "aux_loss": None}
+        )
 
 
 class Keeping(Spread):
     def forward(self, input_ids, use_cache=False, logits_to_keep=0):
         hidden = self.embed(input_ids).to(META)
-        assert not isinstance(logits_to_keep, torch.Tensor), "indices of one device for hidden states of another"
+        assert not isinstance(logits_to_keep, torch.Tensor), (
+            "indices of one device for hidden states of another"
+        )
         return type("Out", (), {"logits": self.head(hidden[:, logits_to_keep]), "aux_loss": None})
 
 

@@ -1,4 +1,5 @@
-"""DDP and FSDP2 over two processes give the outputs and the gradients of one process, and a whole adapter."""
+"""DDP and FSDP2 over two processes give the outputs and the gradients of one process, and a whole
+adapter."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def work(rank: int, port: int, kind: str, folder: str) -> None:
         with veneer.use(run, None):
             assert error(run(mine), wanted[2 * rank : 2 * rank + 2]) > 1e-3
         if kind == "ddp" and rank == 0:
-            veneer.save(run, Path(folder) / "adapter", alone=True)  # tests/test_save_distributed.py: on every rank
+            veneer.save(
+                run, Path(folder) / "adapter", alone=True
+            )  # tests/test_save_distributed.py: on every rank
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -77,7 +80,9 @@ def test_two_processes(kind, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(work, (port, kind, str(tmp_path)), nprocs=2, start_method=CONTEXT.get_start_method())
+    mp.start_processes(
+        work, (port, kind, str(tmp_path)), nprocs=2, start_method=CONTEXT.get_start_method()
+    )
     if kind == "ddp":
         torch.manual_seed(0)
         model = TinyLM()

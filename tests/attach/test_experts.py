@@ -1,11 +1,21 @@
-"""Stacks of experts: outputs, gradients and merges of the definition, and W + ΔW is never formed for a call."""
+"""Stacks of experts: outputs, gradients and merges of the definition, and W + ΔW is never formed
+for a call."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tests.support.compiled import needs_loop
-from tests.support.moe import IMPLEMENTATIONS, MODELS, TARGETS, attached, build, definition, inputs_for, set_way
+from tests.support.moe import (
+    IMPLEMENTATIONS,
+    MODELS,
+    TARGETS,
+    attached,
+    build,
+    definition,
+    inputs_for,
+    set_way,
+)
 from tests.support.toys import error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +26,13 @@ from veneer.errors import SelectionError
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 ways = pytest.mark.parametrize(
-    ("name", "way"), [(name, way) for name in MODELS for way in IMPLEMENTATIONS if way == "eager" or name != "llama4"]
+    ("name", "way"),
+    [
+        (name, way)
+        for name in MODELS
+        for way in IMPLEMENTATIONS
+        if way == "eager" or name != "llama4"
+    ],
 )
 
 
@@ -47,7 +63,9 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        own = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        own = {
+            value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)
+        }
         for value in made if isinstance(made, tuple | list) else [made]:
             floats = isinstance(value, torch.Tensor) and value.is_floating_point()
             if floats and value.untyped_storage().data_ptr() not in own:
@@ -64,7 +82,9 @@ def test_nothing_of_the_size_of_a_stack_is_made(name, way, dtype):
     module(*args)  # what is compiled or looked up once
     with _Allocations() as seen:
         module(*args).float().square().sum().backward()
-    smallest = min(p.numel() for n, p in module.named_parameters() if n in ("gate_up_proj", "down_proj"))
+    smallest = min(
+        p.numel() for n, p in module.named_parameters() if n in ("gate_up_proj", "down_proj")
+    )
     assert 0 < seen.largest < smallest / 3
 
 
@@ -131,14 +151,19 @@ def test_tokens_that_are_not_a_view_of_rows_first_are_refused():
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=TARGETS), "b")
     hidden, index, weights = inputs_for(module, torch.float32, tokens=6)
     time_first = hidden.view(3, 2, -1).clone()
-    with pytest.raises(SelectionError, match="rows of the batch"), veneer.use(model, ["default", "b"]):
+    with (
+        pytest.raises(SelectionError, match="rows of the batch"),
+        veneer.use(model, ["default", "b"]),
+    ):
         module(time_first.view(6, -1), index, weights)
 
 
 def test_a_banks_rows_reach_experts(tmp_path):
     model = build("qwen3_moe", torch.float32)
     for adapter in "ab":
-        handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=[TARGETS, "q_proj"]), adapter)
+        handle = veneer.attach(
+            model, veneer.LoraConfig(rank=2, targets=[TARGETS, "q_proj"]), adapter
+        )
         for parameter in handle.parameters():
             nn.init.normal_(parameter, std=0.3)
         handle.save(tmp_path / adapter)
@@ -161,7 +186,8 @@ def test_a_banks_rows_reach_experts(tmp_path):
 
 @needs_loop("saved_inputs")
 def test_a_step_keeps_little_more_than_the_bases():
-    """Of the inputs of the stacks, the tokens are kept once, not for each expert, and products as their factors."""
+    """Of the inputs of the stacks, the tokens are kept once, not for each expert, and products as
+    their factors."""
     model, module = attached("qwen3_moe", "grouped_mm", torch.float32)
     hidden, index, weights = inputs_for(module, torch.float32, tokens=4096)
     parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
@@ -176,7 +202,10 @@ def test_a_step_keeps_little_more_than_the_bases():
             return value
 
         x = hidden.clone().requires_grad_() * 1
-        with veneer.use(model, name), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        with (
+            veneer.use(model, name),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
+        ):
             y = module(x, index, weights)
         return sum(places.values()), y, x.nbytes
 
@@ -195,15 +224,25 @@ def test_an_eager_step_keeps_tokens_once_and_products_as_their_factors():
     x = hidden.clone().requires_grad_() * 1
     nodes, held, owned = [module(x, index, weights).grad_fn], {}, set()
     for node in nodes:  # grows
-        nodes.extend(after for after, _ in node.next_functions if after is not None and after not in nodes)
+        nodes.extend(
+            after for after, _ in node.next_functions if after is not None and after not in nodes
+        )
         place = owned if "Grouped" not in node.name() else held
-        kept = node.saved_tensors if place is held else [getattr(node, f"_saved_{s}", None) for s in ("self", "other")]
+        kept = (
+            node.saved_tensors
+            if place is held
+            else [getattr(node, f"_saved_{s}", None) for s in ("self", "other")]
+        )
         for value in kept:
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 (place.setdefault(value.untyped_storage().data_ptr(), value) if place is held else
                  place.add(value.untyped_storage().data_ptr()))  # fmt: skip
     stacks = {value.untyped_storage().data_ptr() for value in module.parameters()}
-    more = [value for at, value in held.items() if at not in owned | stacks and value.is_floating_point()]
+    more = [
+        value
+        for at, value in held.items()
+        if at not in owned | stacks and value.is_floating_point()
+    ]
     assert [value.data_ptr() for value in more] == [x.data_ptr()]
 
 
@@ -277,7 +316,10 @@ def _halves(weight, x):
 def _ids(weight, x):
     ids = torch.tensor([2, 0, 2])
     picked = weight[ids].to(x.dtype)
-    left, right = torch.bmm(picked, x.mT.expand(3, 4, 2)).mT, torch.baddbmm(x.new_ones(1), x.expand(3, 2, 4), picked.mT)
+    left, right = (
+        torch.bmm(picked, x.mT.expand(3, 4, 2)).mT,
+        torch.baddbmm(x.new_ones(1), x.expand(3, 2, 4), picked.mT),
+    )
     return left + right + torch.bmm(x.expand(3, 2, 4), torch.index_select(weight, 0, ids).mT)
 
 
@@ -329,7 +371,8 @@ def test_whatever_a_forward_does_it_sees_the_changed_weight(read, dtype):
 
 
 def test_a_loaded_adapter_lies_in_memory_as_a_fresh_one(tmp_path):
-    """PEFT's layout of stacks is transposed; what products read and the optimiser steps over is not."""
+    """PEFT's layout of stacks is transposed; what products read and the optimiser steps over is
+    not."""
     model, _ = attached("gpt_oss", "grouped_mm", torch.float32)
     veneer.save(model, tmp_path / "adapter")
     handle = veneer.load(build("gpt_oss", torch.float32), tmp_path / "adapter", trainable=True)

@@ -1,4 +1,5 @@
-"""A training loop in which the adapter does not train: the first step says so, and no other one is told anything."""
+"""A training loop in which the adapter does not train: the first step says so, and no other one is
+told anything."""
 
 from __future__ import annotations
 
@@ -40,12 +41,16 @@ def loaded(tmp_path, **how):
     return model, veneer.load(model, tmp_path / "adapter", **how)
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad]
+)
 def test_an_optimizer_that_was_made_before_attach_is_named_once(optimizer_class):
     model = mlp()
     optimizer = optimizer_class(model.parameters(), lr=0.1)
     veneer.attach(model, veneer.LoraConfig(rank=2), name="mine")
-    with pytest.warns(veneer.NotTrained, match=r"holds no parameter of adapter 'mine'.*after attach") as caught:
+    with pytest.warns(
+        veneer.NotTrained, match=r"holds no parameter of adapter 'mine'.*after attach"
+    ) as caught:
         step(model, optimizer)
     assert caught[0].filename == __file__
     step(model, optimizer)
@@ -65,7 +70,9 @@ def test_one_that_was_made_before_load_too(tmp_path):
 def test_a_loaded_adapter_that_is_frozen_is_named(tmp_path, with_head):
     model, handle = loaded(tmp_path)
     head = nn.Linear(4, 1) if with_head else None
-    optimizer = torch.optim.AdamW([*handle.parameters(), *([] if head is None else head.parameters())], lr=0.1)
+    optimizer = torch.optim.AdamW(
+        [*handle.parameters(), *([] if head is None else head.parameters())], lr=0.1
+    )
     x = torch.randn(2, 4, requires_grad=True)  # as with gradient checkpointing
     with pytest.warns(veneer.NotTrained, match=r"require no gradient.*trainable=True"):
         step(model, optimizer, head, x)
@@ -139,7 +146,9 @@ def test_loops_that_train_what_they_mean_are_told_nothing(tmp_path, loop):
 
 def test_a_step_of_another_adapter_says_nothing_of_one_whose_optimizer_is_made_later():
     model = mlp()
-    first, second = (veneer.attach(model, veneer.LoraConfig(rank=2), name=name) for name in ("first", "second"))
+    first, second = (
+        veneer.attach(model, veneer.LoraConfig(rank=2), name=name) for name in ("first", "second")
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("first", "second"):

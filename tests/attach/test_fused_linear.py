@@ -1,5 +1,5 @@
-"""Linear layers through the fused kernel: alone and with those that read the same input, in everything that models do
-around them."""
+"""Linear layers through the fused kernel: alone and with those that read the same input, in
+everything that models do around them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(width, out, bias=out > 4) for out in (width, 4, 4, width))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(width, out, bias=out > 4) for out in (width, 4, 4, width)
+        )
         self.o = nn.Linear(4, width)
 
     def forward(self, x):
@@ -43,7 +45,11 @@ def adapted(module, dtype=torch.float64, **fields):
 
 def together(handle):
     """The groups that are computed together, as paths."""
-    found = {id(part.together): part.together for part in handle.layers.values() if part.together is not None}
+    found = {
+        id(part.together): part.together
+        for part in handle.layers.values()
+        if part.together is not None
+    }
     paths = {id(part): path for path, part in handle.layers.items()}
     return sorted(tuple(paths[id(part)] for _, part in group.members) for group in found.values())
 
@@ -59,7 +65,11 @@ def values(module, x):
     x = x.detach().clone().requires_grad_()
     y = module(x * 1)  # with a graph of its own, as inside a model
     y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in veneer.Handle(module, "default").parameters())]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad.clone() for p in veneer.Handle(module, "default").parameters()),
+    ]
 
 
 def same(found, wanted, bound=1e-11):
@@ -72,7 +82,9 @@ def test_layers_that_read_one_value_are_computed_together():
     x = torch.randn(3, 5, 6, dtype=torch.float64)
     assert same(values(module, x), reference(module, x))
     calls, x = [], x.requires_grad_() * 1
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: calls.append(t.data_ptr()) or t, lambda t: t
+    ):
         module(x)
     assert calls.count(x.data_ptr()) == 1, "x is saved once for all three"
 
@@ -217,7 +229,10 @@ def test_what_was_computed_in_advance_is_not_taken_once_a_layer_has_changed(chan
 def test_layers_of_one_module_keep_their_own_dropout():
     module, _ = adapted(Attention(), dropout=0.5)
     module.train().k.eval()
-    found, hook = [], module.k.register_forward_hook(lambda layer, args, y: found.append((args[0], y)))
+    found, hook = (
+        [],
+        module.k.register_forward_hook(lambda layer, args, y: found.append((args[0], y))),
+    )
     module(torch.randn(3, 6, dtype=torch.float64).requires_grad_() * 1)
     hook.remove()
     ((x, y),) = found
@@ -246,7 +261,8 @@ class Heads(nn.Module):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_each_head_may_be_differentiated_by_itself(frozen):
-    """As far as it may without adapters: features that are computed once have one graph below them."""
+    """As far as it may without adapters: features that are computed once have one graph below
+    them."""
     module, handle = adapted(Heads(), targets=["a", "b"])
     assert together(handle) == [("a", "b")]
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -257,7 +273,9 @@ def test_each_head_may_be_differentiated_by_itself(frozen):
     else:
         one, other = module(x.requires_grad_())
         one.sum().backward(retain_graph=True)
-        assert all(p.grad is None for p in handle.changes["b.weight"].parameters()), "nothing was learnt of b"
+        assert all(p.grad is None for p in handle.changes["b.weight"].parameters()), (
+            "nothing was learnt of b"
+        )
         other.sum().backward()
     found = [p.grad.clone() for p in handle.parameters()]
     module.zero_grad()
@@ -325,7 +343,11 @@ def test_checkpointing_computes_the_same_again(reentrant, dropout):
         torch.manual_seed(5)
         y = outer(x * 1)
         y.square().sum().backward()
-        found = [y.detach(), x.grad, *(p.grad for p in veneer.Handle(module, "default").parameters())]
+        found = [
+            y.detach(),
+            x.grad,
+            *(p.grad for p in veneer.Handle(module, "default").parameters()),
+        ]
         assert same(found, wanted, 1e-12)
 
 
@@ -343,7 +365,9 @@ def test_copies_have_groups_of_their_own():
 
 def test_an_output_may_be_written_to():
     """``nn.ReLU(inplace=True)`` follows many a linear layer."""
-    module = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), nn.Hardswish(inplace=True))
+    module = nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), nn.Hardswish(inplace=True)
+    )
     module, _ = adapted(module)
     x = torch.randn(2, 4, 5, dtype=torch.float64)
     assert same(values(module, x), reference(module, x))
@@ -382,14 +406,17 @@ def test_a_real_model_has_the_gradients_of_the_definition(name):
         with context.changed(path=path):
             y = model(input_ids=ids).last_hidden_state
             (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-        found.append([y.detach(), *(p.grad.clone() for p in handle.parameters() if p.grad is not None)])
+        found.append(
+            [y.detach(), *(p.grad.clone() for p in handle.parameters() if p.grad is not None)]
+        )
     assert same(*found, 1e-9)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_hundred_steps_lose_what_the_definition_loses(dropout):
-    """The losses of float32 training are off those of float64 by no more than those of the definition, W + ΔW, are: a
-    factor of the growth of rounding. With dropout, which the definition draws otherwise, it is that they fall alike."""
+    """The losses of float32 training are off those of float64 by no more than those of the
+    definition, W + ΔW, are: a factor of the growth of rounding. With dropout, which the definition
+    draws otherwise, it is that they fall alike."""
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=40, initializer_range=0.3,
@@ -402,7 +429,9 @@ def test_a_hundred_steps_lose_what_the_definition_loses(dropout):
 
     def losses(dtype, path):
         model = copy.deepcopy(base).to(dtype).train()
-        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+        optimizer = torch.optim.AdamW(
+            [one for one in model.parameters() if one.requires_grad], lr=1e-2
+        )
         found = []
         for batch in ids % 7 + 2:  # some words only, which can be learnt
             optimizer.zero_grad()
@@ -423,7 +452,8 @@ def test_a_hundred_steps_lose_what_the_definition_loses(dropout):
 
 
 def test_an_adapted_linear_layer_makes_few_calls():
-    """Each Python call is time in every layer of a decoding step. nn.Linear itself makes 9 in this counting."""
+    """Each Python call is time in every layer of a decoding step. nn.Linear itself makes 9 in this
+    counting."""
 
     def calls(layer, x):
         count = 0
@@ -449,11 +479,16 @@ def test_an_adapted_linear_layer_makes_few_calls():
 
 
 def test_the_plan_forms_weights_for_many_tokens_in_float32_only():
-    few, many = (cost_model.costs(576, 576, 8, tokens, torch.float32, True) for tokens in (64, 4096))
+    few, many = (
+        cost_model.costs(576, 576, 8, tokens, torch.float32, True) for tokens in (64, 4096)
+    )
     assert (few.choice, many.choice) == ("factored", "materialised")
     above = cost_model.forms_above(576, 576, 8, torch.float32)
     assert 64 < above < 4096
-    below, beyond = (cost_model.costs(576, 576, 8, int(above) + step, torch.float32, True).choice for step in (-1, 2))
+    below, beyond = (
+        cost_model.costs(576, 576, 8, int(above) + step, torch.float32, True).choice
+        for step in (-1, 2)
+    )
     assert (below, beyond) == ("factored", "materialised")
     assert "materialised" in str(many)
     for dtype in (torch.bfloat16, torch.float16):
@@ -486,5 +521,7 @@ def test_both_sides_of_the_plan_give_one_answer(tokens):
     assert same(values(layer, x), reference(layer, x))
     before = bits(layer)
     layer.bfloat16()
-    assert torch.isfinite(layer(x.bfloat16())).all(), "a layer that has become a 16-bit one is not formed"
+    assert torch.isfinite(layer(x.bfloat16())).all(), (
+        "a layer that has become a 16-bit one is not formed"
+    )
     assert before.keys() == bits(layer).keys()

@@ -1,4 +1,5 @@
-"""The matrix of docs/support.md proves what it says: break an operation, and its cells are no longer exact."""
+"""The matrix of docs/support.md proves what it says: break an operation, and its cells are no
+longer exact."""
 
 from __future__ import annotations
 
@@ -7,7 +8,12 @@ import warnings
 
 import pytest
 import torch
-from tests.support.broken import first_row_decides, first_row_decides_for_a_bank, merging, unmerge_loses_a_bit
+from tests.support.broken import (
+    first_row_decides,
+    first_row_decides_for_a_bank,
+    merging,
+    unmerge_loses_a_bit,
+)
 
 with warnings.catch_warnings():  # of the libraries that the matrix loads
     warnings.simplefilter("ignore")
@@ -36,7 +42,9 @@ PEFT_LAYERS = ("linear", "conv1d_transformers")
 def _alone():
     """The matrix sets what holds for a whole process; here it holds for one test."""
     threads, settings = torch.get_num_threads(), torch._dynamo.config
-    limits = {name: getattr(settings, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    limits = {
+        name: getattr(settings, name) for name in ("recompile_limit", "accumulated_recompile_limit")
+    }
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), torch._dynamo.config.patch(**limits):
         yield
@@ -55,23 +63,28 @@ def cells(operation, layers, variants=VARIANT_NAMES):
     for layer in layers:
         results = operations.of_layer(layer, VARIANT_NAMES, [operation])
         for variant in variants:
-            found[layer, variant] = Page().cell(results.found[variant][operation], results.examples)[0]
+            found[layer, variant] = Page().cell(
+                results.found[variant][operation], results.examples
+            )[0]
     return found
 
 
 def marks_of(operation):
-    """A compiler takes seconds for each mutation, so the slow suite has them. `make check` compiles every cell of the
-    matrix: what the quick suite leaves out is the proof that this would notice."""
+    """A compiler takes seconds for each mutation, so the slow suite has them. `make check` compiles
+    every cell of the matrix: what the quick suite leaves out is the proof that this would
+    notice."""
     return [pytest.mark.slow] if operation == "compile" else []
 
 
-@pytest.mark.parametrize("operation", [pytest.param(name, marks=marks_of(name)) for name in operations.OPERATIONS])
+@pytest.mark.parametrize(
+    "operation", [pytest.param(name, marks=marks_of(name)) for name in operations.OPERATIONS]
+)
 def test_the_cells_that_are_broken_below_are_exact(operation):
     assert set(cells(operation, layers_of(operation)).values()) == {"exact"}
 
 
-# The mutations: each takes pytest's monkeypatch and breaks Veneer in one place. "only" are the layers and variants
-# that it breaks, if those are not all.
+# The mutations: each takes pytest's monkeypatch and breaks Veneer in one place. "only" are the
+# layers and variants that it breaks, if those are not all.
 
 
 def scale_is_off(patch):
@@ -89,7 +102,9 @@ def own_path_is_off(patch):
     """Only the path that a call takes when none is forced."""
     for name in ("linear", "unrecorded"):
         original = getattr(fused, name)
-        patch.setattr(fused, name, lambda scale, *rest, original=original: original(scale * (1 + 1e-6), *rest))
+        patch.setattr(
+            fused, name, lambda scale, *rest, original=original: original(scale * (1 + 1e-6), *rest)
+        )
 
 
 own_path_is_off.only = (["linear"], ["lora"])
@@ -136,7 +151,11 @@ def _folds(patch, folded):
     """Every merged weight is ``folded(weight, ΔW in float64, gain [g, out, 1])``."""
 
     def fold(weight, low, gain, **options):
-        spread = torch.ones(1, dtype=torch.float64) if gain is None else gain.double().view(*weight.shape[:2], 1)
+        spread = (
+            torch.ones(1, dtype=torch.float64)
+            if gain is None
+            else gain.double().view(*weight.shape[:2], 1)
+        )
         made = folded(weight, low.delta(torch.float64), spread)
         return Folded(made.to(weight.dtype), 1.0, 1.0, "nearest", True, Sums(0.0, 0.0, 0.0, 0.0))
 
@@ -232,13 +251,18 @@ def _when_compiled(patch, run):
 
 def compiler_sees_no_change(patch):
     _when_compiled(
-        patch, lambda original, self, module, base, layer_state, args, kwargs, now: base.forward(module, *args)
+        patch,
+        lambda original, self, module, base, layer_state, args, kwargs, now: base.forward(
+            module, *args
+        ),
     )
 
 
 def compiler_sees_one_adapter(patch):
     def run(original, self, module, base, layer_state, args, kwargs, now):
-        return original(next(iter(layer_state.children())), module, base, layer_state, args, kwargs, now)
+        return original(
+            next(iter(layer_state.children())), module, base, layer_state, args, kwargs, now
+        )
 
     _when_compiled(patch, run)
 
@@ -256,7 +280,9 @@ compiler_breaks_the_graph.only = (["linear"], ["lora", "dora"])
 
 def peft_key_is_wrong(patch):
     original = peft.key
-    patch.setattr(peft, "key", lambda path, suffix: original(path, suffix.replace("lora_A", "lora_X")))
+    patch.setattr(
+        peft, "key", lambda path, suffix: original(path, suffix.replace("lora_A", "lora_X"))
+    )
 
 
 def peft_config_has_another_alpha(patch):
@@ -337,7 +363,9 @@ def weight_is_read_wrong(patch):
     for name in STORED_NAMES:
         kind = type(BASES[name])
         original = kind.decode
-        patch.setattr(kind, "decode", lambda self, *args, original=original: original(self, *args) * 1.1)
+        patch.setattr(
+            kind, "decode", lambda self, *args, original=original: original(self, *args) * 1.1
+        )
 
 
 def weight_is_written_wrong(patch):
@@ -346,7 +374,9 @@ def weight_is_written_wrong(patch):
         encode, write = kind.encode, kind.write
         if BASES[name].dense_name is None:
             patch.setattr(
-                kind, "encode", lambda self, weight, values, encode=encode: encode(self, weight, values * 1.02)
+                kind,
+                "encode",
+                lambda self, weight, values, encode=encode: encode(self, weight, values * 1.02),
             )
         else:  # what is stored as its numbers is not encoded
             off = {BASES[name].dense_name: 1.02}

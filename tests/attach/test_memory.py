@@ -1,4 +1,5 @@
-"""A merge and a check hold one layer beside the model, and a merge that cannot end leaves every bit as it was."""
+"""A merge and a check hold one layer beside the model, and a merge that cannot end leaves every bit
+as it was."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def peak(run) -> int:
     """Bytes that torch held at most while this ran, beside what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
         run()
-    events = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in seen.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     now = most = 0
     for _, change in sorted(events, key=lambda event: event[0]):
         now += change
@@ -85,7 +90,9 @@ def spilling(monkeypatch):
     made = []
     original = tempfile.TemporaryFile
     monkeypatch.setattr(
-        tempfile, "TemporaryFile", lambda *args, **more: made.append(original(*args, **more)) or made[-1]
+        tempfile,
+        "TemporaryFile",
+        lambda *args, **more: made.append(original(*args, **more)) or made[-1],
     )
     return made
 
@@ -147,7 +154,9 @@ def test_keeping_or_not_gives_the_same_bits_and_report(spilling):
     assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
 
 
-def test_an_interrupted_merge_whose_way_back_was_interrupted_is_finished_from_the_file(monkeypatch, spilling):
+def test_an_interrupted_merge_whose_way_back_was_interrupted_is_finished_from_the_file(
+    monkeypatch, spilling
+):
     model, handle = full()
     before = bits(model)
     plain = type(BASES["plain"])
@@ -172,7 +181,9 @@ def test_an_interrupted_merge_whose_way_back_was_interrupted_is_finished_from_th
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.bool], ids=str)
 def test_a_spilled_tensor_is_read_as_it_was(spilling, dtype, strided):
     put = spill.Spill()
-    tensors = [(torch.randn(shape) * 9).to(dtype) for shape in ((3, 5), (7,), (), (2, 3, 4), (1100, 1000))]
+    tensors = [
+        (torch.randn(shape) * 9).to(dtype) for shape in ((3, 5), (7,), (), (2, 3, 4), (1100, 1000))
+    ]
     tensors = [one.mT if strided and one.ndim > 1 else one for one in tensors]
     put_aside = [put.put(one) for one in tensors]
     for one, aside in reversed(list(zip(tensors, put_aside, strict=True))):
@@ -211,8 +222,12 @@ def test_what_is_kept_follows_no_cast_and_no_move():
     model.to(torch.float64)
     with pytest.raises(MergeError, match="edited since the merge"):
         handle.unmerge()
-    kept = need_adapters(model) and [m.__dict__["backup"] for m in model.modules() if "backup" in m.__dict__]
-    assert {one.dtype for slot in kept for tensors in slot.values() for one in tensors.values()} == {torch.float32}
+    kept = need_adapters(model) and [
+        m.__dict__["backup"] for m in model.modules() if "backup" in m.__dict__
+    ]
+    assert {
+        one.dtype for slot in kept for tensors in slot.values() for one in tensors.values()
+    } == {torch.float32}
     model.to(torch.float32)
     handle.unmerge()
     assert all(torch.equal(value, before[name]) for name, value in bits(model).items())

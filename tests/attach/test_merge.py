@@ -30,7 +30,9 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
     model = TinyLM(tied).to(dtype)
@@ -41,7 +43,10 @@ def test_merged_weights_are_correctly_rounded_and_come_back(dtype, tied):
     for path, change in handle.changes.items():
         weight = model.get_parameter(path)
         low, _ = change.resolve(weight)
-        exact = weight.detach().double() + change.layer.fold(low.delta(torch.float64), weight.shape).detach()
+        exact = (
+            weight.detach().double()
+            + change.layer.fold(low.delta(torch.float64), weight.shape).detach()
+        )
         expected[path] = round_once(exact, dtype)
     for path, part in handle.layers.items():  # the weights of the norms
         for name, value in part.full.named_parameters():
@@ -136,7 +141,9 @@ def test_weights_edited_while_merged_are_not_overwritten():
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
     edited = bits(model)
-    with pytest.raises(MergeError, match=r"edited since the merge.*layers\.0\.self_attn\.q_proj\.weight"):
+    with pytest.raises(
+        MergeError, match=r"edited since the merge.*layers\.0\.self_attn\.q_proj\.weight"
+    ):
         handle.unmerge()
     assert same(bits(model), edited)
     handle.detach(keep_merged=True)
@@ -166,7 +173,10 @@ def test_states_that_contradict_each_other():
     with pytest.raises(MergeError, match="merged already"):
         handle.merge()
     for name in ("other", None):
-        with pytest.raises(SelectionError, match="is merged into the weights"), veneer.use(model, name):
+        with (
+            pytest.raises(SelectionError, match="is merged into the weights"),
+            veneer.use(model, name),
+        ):
             model(IDS)
     with handle.use():
         model(IDS)
@@ -240,7 +250,10 @@ def test_of_two_threads_that_merge_one_is_refused(monkeypatch):
         original(self, weight, encoded)
 
     monkeypatch.setattr(plain, "write", slow)
-    for operation, words in ((handle.merge, "merged already"), (handle.unmerge, "nothing is merged")):
+    for operation, words in (
+        (handle.merge, "merged already"),
+        (handle.unmerge, "nothing is merged"),
+    ):
         raised: list[Exception] = []
 
         def other(operation=operation, raised=raised):
@@ -263,8 +276,8 @@ def test_of_two_threads_that_merge_one_is_refused(monkeypatch):
 
 
 class Stop:
-    """Interrupts ``write`` of plain weights: the ``at``-th call before or after it writes, and every call from there
-    until ``until``."""
+    """Interrupts ``write`` of plain weights: the ``at``-th call before or after it writes, and
+    every call from there until ``until``."""
 
     def __init__(self, monkeypatch, model, at, until, late, what):
         self.plain = type(storage_of(model.lm_head.weight))
@@ -340,7 +353,10 @@ def test_an_edit_after_an_interrupted_unmerge_is_still_seen(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         Stop(patch, model, 2, 100, False, KeyboardInterrupt)
         handle.unmerge()
-    for weight in (model.model.layers[0].self_attn.q_proj.weight, model.model.layers[1].mlp["down"].weight):
+    for weight in (
+        model.model.layers[0].self_attn.q_proj.weight,
+        model.model.layers[1].mlp["down"].weight,
+    ):
         value = weight.detach().clone()
         with torch.no_grad():
             weight.zero_()
@@ -353,7 +369,8 @@ def test_an_edit_after_an_interrupted_unmerge_is_still_seen(monkeypatch):
 
 @pytest.mark.parametrize("operation", ["merge", "unmerge"])
 def test_an_interrupt_at_any_line_loses_nothing(operation):
-    """Ctrl-C comes between any two lines: afterwards the model is merged, unmerged, or can be unmerged."""
+    """Ctrl-C comes between any two lines: afterwards the model is merged, unmerged, or can be
+    unmerged."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     handle = veneer.attach(model, veneer.LoraConfig(rank=1, bias="targets"))
     randomise(handle)
@@ -414,8 +431,8 @@ def weight_at(model, path):
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_faithful_merging_of_every_kind(kind, variant, dtype):
-    """Each merged number is one of the two neighbours of gain ⊙ (W + ΔW); what was a number of the grid and does not
-    change stays; unmerging restores the bits."""
+    """Each merged number is one of the two neighbours of gain ⊙ (W + ΔW); what was a number of the
+    grid and does not change stays; unmerging restores the bits."""
     for module, _ in LAYERS[kind].examples():
         model = nn.Sequential(module).to(dtype)
         before = bits(model)
@@ -432,7 +449,9 @@ def test_faithful_merging_of_every_kind(kind, variant, dtype):
             half, middle = cells(values, dtype)
             merged = weight_at(model, path).double()
             assert torch.equal((merged - middle).abs(), half), path
-            bounded = getattr(model.get_submodule(path.rpartition(".")[0]), "max_norm", None) is not None
+            bounded = (
+                getattr(model.get_submodule(path.rpartition(".")[0]), "max_norm", None) is not None
+            )
             assert report[path].rounding == ("nearest" if bounded else "faithful")
         handle.unmerge()
         assert same(bits(model), before)
@@ -465,7 +484,10 @@ def test_faithful_merging_of_every_variant(variant):
     exact = change.changed(weight, *change.resolve(weight), torch.float64).detach()
     (layer,) = handle.merge(rounding="faithful").layers
     assert layer.rounding == "faithful", path
-    moved, wanted = model[0].weight.detach().double() - before["0.weight"].double(), exact - before["0.weight"].double()
+    moved, wanted = (
+        model[0].weight.detach().double() - before["0.weight"].double(),
+        exact - before["0.weight"].double(),
+    )
     retention = ((moved * wanted).sum() / wanted.square().sum()).item()
     assert layer.retention == pytest.approx(retention, abs=1e-5)
     assert abs(retention - 1) < (0.05 if change.resolve(weight)[0].rank <= 8 else 0.15)
@@ -474,7 +496,8 @@ def test_faithful_merging_of_every_variant(variant):
 
 
 def test_a_small_change_survives_a_merge():
-    """What an adapter at 10⁻³ of its weights says is lost by half to nearest, and kept by default."""
+    """What an adapter at 10⁻³ of its weights says is lost by half to nearest, and kept by
+    default."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(3))).to(torch.bfloat16)
     handle = veneer.attach(model, veneer.LoraConfig(rank=4))
@@ -492,7 +515,8 @@ def test_a_small_change_survives_a_merge():
 
 
 def test_an_embedding_keeps_what_each_token_learnt():
-    """The inputs of an embedding are indices: what is kept right is what B writes for each token."""
+    """The inputs of an embedding are indices: what is kept right is what B writes for each
+    token."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(400, 256, padding_idx=3)).to(torch.bfloat16)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
@@ -506,7 +530,9 @@ def test_an_embedding_keeps_what_each_token_learnt():
     for rounding in ("nearest", "faithful"):
         handle.merge(rounding=rounding)
         error = model[0].weight.detach().double() - before - delta
-        errors[rounding] = ((error @ low.B[0].double()).norm() / (delta @ low.B[0].double()).norm()).item()
+        errors[rounding] = (
+            (error @ low.B[0].double()).norm() / (delta @ low.B[0].double()).norm()
+        ).item()
         assert torch.equal(model[0].weight.detach()[3].double(), before[3])
         handle.unmerge()
     assert errors["faithful"] < 0.05 < 0.3 < errors["nearest"]
@@ -553,14 +579,22 @@ def test_inputs_are_protected_and_checked():
 
 def test_inputs_that_would_be_ignored_are_refused():
     """Of a weight that is trained in full, and of an embedding that is rewritten as it is read."""
-    model = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16)
+    model = nn.Sequential(nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 8), nn.Linear(8, 8)).to(
+        torch.bfloat16
+    )
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0", "1"], train_also=["2"]))
     randomise(handle)
     before = bits(model)
-    inputs = {"0.weight": torch.eye(9)[None], "1.weight": torch.eye(8)[None], "2.weight": torch.eye(8)[None]}
+    inputs = {
+        "0.weight": torch.eye(9)[None],
+        "1.weight": torch.eye(8)[None],
+        "2.weight": torch.eye(8)[None],
+    }
     with pytest.raises(MergeError, match="2 problems") as caught:
         handle.merge(rounding="faithful", inputs=inputs)
-    assert "0.weight: inputs= of a weight that is rounded as it is stored or read" in str(caught.value)
+    assert "0.weight: inputs= of a weight that is rounded as it is stored or read" in str(
+        caught.value
+    )
     assert "inputs of '2.weight'" in str(caught.value)
     assert same(bits(model), before)
     handle.merge(rounding="faithful", inputs={"1.weight": torch.eye(8)[None]})
@@ -569,7 +603,9 @@ def test_inputs_that_would_be_ignored_are_refused():
 def test_chosen_rows_of_a_fused_weight():
     torch.manual_seed(0)
     model = nn.Sequential(nn.MultiheadAttention(32, 4)).to(torch.bfloat16)
-    config = veneer.LoraConfig(rank=2, targets=["0.in_proj_weight"], slices={"in_proj_weight": [True, False, True]})
+    config = veneer.LoraConfig(
+        rank=2, targets=["0.in_proj_weight"], slices={"in_proj_weight": [True, False, True]}
+    )
     handle = veneer.attach(model, config)
     randomise(handle)
     small(model, handle, 1e-3)
@@ -581,7 +617,9 @@ def test_chosen_rows_of_a_fused_weight():
     assert not torch.equal(merged[:32], before["0.in_proj_weight"][:32])
 
 
-@pytest.mark.filterwarnings("ignore:torch.* deprecated")  # torch's own words on this way to quantise
+@pytest.mark.filterwarnings(
+    "ignore:torch.* deprecated"
+)  # torch's own words on this way to quantise
 def test_quantising_an_attached_model_warns_and_names_the_plain_form_which_is_quantised():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
@@ -593,7 +631,9 @@ def test_quantising_an_attached_model_warns_and_names_the_plain_form_which_is_qu
     quantize: Any = torch.ao.quantization.quantize_dynamic  # pyright: ignore[reportPrivateImportUsage]
     with pytest.warns(NotQuantized, match=r"detach\(keep_merged=True\)"):
         passed_by = quantize(model)
-    assert isinstance(passed_by[0].weight, torch.Tensor)  # not packed: as torch does it, and why it is said
+    assert isinstance(
+        passed_by[0].weight, torch.Tensor
+    )  # not packed: as torch does it, and why it is said
     assert not hasattr(model[0], "qconfig")
     assert error(passed_by(x), expected) < 1e-5
 

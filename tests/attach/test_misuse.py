@@ -1,4 +1,5 @@
-"""Calls that mean something in PEFT or elsewhere, and here something else: the error says what is meant."""
+"""Calls that mean something in PEFT or elsewhere, and here something else: the error says what is
+meant."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from veneer.errors import AdapterError, ConfigError, MethodError, TargetError
 from veneer.formats import peft as peft_format
 
 # PEFT asks transformers for an attribute that is called otherwise by now
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 
 LORA = veneer.LoraConfig(rank=2)
 
@@ -32,11 +35,16 @@ def conv_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
 
 
-# ---- methods of PEFT's models ------------------------------------------------------------------------------------
+# ---- methods of PEFT's models
+# ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["merge_and_unload", "unload", "set_adapter", "print_trainable_parameters"])
-@pytest.mark.parametrize("make", [tiny_model, lambda: nn.Sequential(nn.Linear(8, 8))], ids=["transformers", "torch"])
+@pytest.mark.parametrize(
+    "method", ["merge_and_unload", "unload", "set_adapter", "print_trainable_parameters"]
+)
+@pytest.mark.parametrize(
+    "make", [tiny_model, lambda: nn.Sequential(nn.Linear(8, 8))], ids=["transformers", "torch"]
+)
 def test_a_method_of_pefts_models_says_what_does_the_same_here(make: Any, method: str) -> None:
     model = make()
     before = set(model.__dict__)
@@ -57,7 +65,9 @@ def test_every_method_that_transformers_mixes_in_for_peft_is_answered() -> None:
     from transformers.integrations.peft import PeftAdapterMixin
 
     public = {name for name in vars(PeftAdapterMixin) if not name.startswith("_")}
-    assert public - {"peft_config"} - METHODS.keys() == {"enable_peft_hotswap"}  # of later calls of the others
+    assert public - {"peft_config"} - METHODS.keys() == {
+        "enable_peft_hotswap"
+    }  # of later calls of the others
 
 
 def test_a_method_of_the_users_class_keeps_its_meaning() -> None:
@@ -84,7 +94,8 @@ def test_what_a_handle_lacks_is_an_error_that_names_what_has_it(name: str) -> No
     assert copy.copy(handle) == handle
 
 
-# ---- models and configs of PEFT ----------------------------------------------------------------------------------
+# ---- models and configs of PEFT
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unwrapped", [False, True], ids=["PeftModel", "its base"])
@@ -124,11 +135,14 @@ def test_a_name_of_pefts_config_is_answered_by_ours(make: Any) -> None:
     assert pickle.loads(pickle.dumps(LORA)) == copy.deepcopy(LORA) == LORA
 
 
-# ---- targets -----------------------------------------------------------------------------------------------------
+# ---- targets
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field", ["targets", "exclude", "train_also", "ranks"])
-@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"model\.layers\.\d\.mlp\.up_proj", "^model.*q_proj$"])
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.\d\.mlp\.up_proj", "^model.*q_proj$"]
+)
 def test_a_regular_expression_without_its_mark_is_told_of_it(field: str, pattern: str) -> None:
     value = {pattern: 2} if field == "ranks" else [pattern]
     with pytest.raises(TargetError) as raised:
@@ -146,14 +160,22 @@ def test_the_summary_names_the_matrices_that_all_linear_leaves_out() -> None:
     experts = veneer.attach(build("mixtral", torch.float32), LORA).summary()
     assert experts.left_out == "1 MixtralExperts"
     assert '"all-linear" leaves out' in str(experts)
-    net = nn.Sequential(conv_net(), nn.Flatten(), nn.Linear(16, 8), nn.Embedding(3, 4), nn.LSTM(4, 4))
+    net = nn.Sequential(
+        conv_net(), nn.Flatten(), nn.Linear(16, 8), nn.Embedding(3, 4), nn.LSTM(4, 4)
+    )
     assert veneer.attach(net, LORA).summary().left_out == "2 Conv2d, 1 LSTM"
-    for number, changes in enumerate(({"targets": "all"}, {"targets": ["2"]}, {"exclude": ["0", "4"]})):
-        assert veneer.attach(net, veneer.LoraConfig(rank=2, **changes), str(number)).summary().left_out == ""
+    for number, changes in enumerate(
+        ({"targets": "all"}, {"targets": ["2"]}, {"exclude": ["0", "4"]})
+    ):
+        assert (
+            veneer.attach(net, veneer.LoraConfig(rank=2, **changes), str(number)).summary().left_out
+            == ""
+        )
     assert veneer.attach(tiny_model(), LORA).summary().left_out == ""
 
 
-# ---- folders -----------------------------------------------------------------------------------------------------
+# ---- folders
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,19 +201,26 @@ def test_a_path_that_is_no_id_is_not_taken_for_one() -> None:
 
 def test_saving_what_peft_cannot_read_says_so(tmp_path: Path) -> None:
     targets = ["gate_up_proj", "q_proj"]
-    handle = veneer.attach(build("mixtral", torch.float32), veneer.LoraConfig(rank=2, targets=targets, variant="dora"))
-    with pytest.warns(veneer.LoadedElsewhere, match=r"PEFT cannot read.*modules alone.*veneer\.load") as caught:
+    handle = veneer.attach(
+        build("mixtral", torch.float32), veneer.LoraConfig(rank=2, targets=targets, variant="dora")
+    )
+    with pytest.warns(
+        veneer.LoadedElsewhere, match=r"PEFT cannot read.*modules alone.*veneer\.load"
+    ) as caught:
         handle.save(tmp_path / "dora")
     assert caught[0].filename == __file__
-    assert peft_format.not_for_peft(json.loads((tmp_path / "dora" / peft_format.CONFIG).read_text()))
+    assert peft_format.not_for_peft(
+        json.loads((tmp_path / "dora" / peft_format.CONFIG).read_text())
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        veneer.attach(build("mixtral", torch.float32), veneer.LoraConfig(rank=2, targets=targets)).save(
-            tmp_path / "lora"
-        )
+        veneer.attach(
+            build("mixtral", torch.float32), veneer.LoraConfig(rank=2, targets=targets)
+        ).save(tmp_path / "lora")
 
 
-# ---- torch's quantisation ----------------------------------------------------------------------------------------
+# ---- torch's quantisation
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:torch.* deprecated")

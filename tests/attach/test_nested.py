@@ -1,4 +1,5 @@
-"""Nested tensors of jagged layout: what the base and a merged model run on, an adapted one does too."""
+"""Nested tensors of jagged layout: what the base and a merged model run on, an adapted one does
+too."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def test_jagged_rows_are_computed_as_each_alone(variant, path, choice):
     targets = ["words", "up", "down"] + ["norm"] * (variant == "lora")
     handles = []
     for name in ("a", "b"):
-        handles.append(veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets, variant=variant), name))
+        handles.append(
+            veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets, variant=variant), name)
+        )
         randomise(handles[-1])
     parameters = [parameter for handle in handles for parameter in handle.parameters()]
     with veneer.use(model, choice, path=path):
@@ -66,7 +69,9 @@ def test_dropout_and_other_axes_that_are_jagged():
     torch.manual_seed(0)
     assert error(y.values(), model(x.values())) < 1e-5
     model.eval()
-    heads = jagged([torch.randn(3, 2, 8), torch.randn(5, 2, 8)]).transpose(1, 2)  # [rows, heads, jagged, 8]
+    heads = jagged([torch.randn(3, 2, 8), torch.randn(5, 2, 8)]).transpose(
+        1, 2
+    )  # [rows, heads, jagged, 8]
     for y, row in zip(model(heads).unbind(), heads.unbind(), strict=True):
         assert error(y, model(row)) < 1e-5
     veneer.merge(model)

@@ -1,4 +1,5 @@
-"""A new adapter is trained on top of old ones that are frozen: ``with veneer.use(model, {"old": 1.0, "new": 1.0})``."""
+"""A new adapter is trained on top of old ones that are frozen: ``with veneer.use(model, {"old":
+1.0, "new": 1.0})``."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def on_top(model, old, new, size=0.3):
 
 
 def reference(model, x, probe):
-    """(output, the gradients of "new") of a plain copy whose weights are W + Σ (W'ᵢ − W), each made by autograd."""
+    """(output, the gradients of "new") of a plain copy whose weights are W + Σ (W'ᵢ − W), each made
+    by autograd."""
     parameters, sums = {}, {}
     plain = copy.deepcopy(model)
     veneer.detach(plain)
@@ -59,9 +61,15 @@ LORA = veneer.LoraConfig(rank=2, targets="all", alpha=3)
 CONFIGS = {
     "lora": (veneer.LoraConfig(rank=2, targets="all"), LORA),
     "dora below": (veneer.LoraConfig(rank=2, targets="all", variant="dora"), LORA),
-    "dora": (veneer.LoraConfig(rank=2, targets="all"), veneer.LoraConfig(rank=3, targets="all", variant="toy_scaled")),
+    "dora": (
+        veneer.LoraConfig(rank=2, targets="all"),
+        veneer.LoraConfig(rank=3, targets="all", variant="toy_scaled"),
+    ),
     "in full below": (veneer.LoraConfig(rank=2, targets=["0"], train_also=["2"]), LORA),
-    "in full": (veneer.LoraConfig(rank=2, targets="all"), veneer.LoraConfig(rank=2, targets=["2"], bias="all")),
+    "in full": (
+        veneer.LoraConfig(rank=2, targets="all"),
+        veneer.LoraConfig(rank=2, targets=["2"], bias="all"),
+    ),
 }
 
 
@@ -72,7 +80,10 @@ def test_the_gradients_of_the_new_one_are_those_of_the_definition_in_float64(cas
     if kind == "linear":
         model, x = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 7)), torch.randn(5, 12)
     else:
-        model, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2)), torch.randn(2, 4, 9, 9)
+        model, x = (
+            nn.Sequential(nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2)),
+            torch.randn(2, 4, 9, 9),
+        )
     on_top(model.double(), *CONFIGS[case])
     with torch.no_grad(), veneer.use(model, BOTH):
         probe = torch.randn_like(model(x.double()))
@@ -145,7 +156,9 @@ def test_dropout_draws_for_each_adapter():
         with veneer.use(model, BOTH):
             y = model(x)
     assert error(y.mean(0, keepdim=True), exact) < 0.05
-    rows = (y - old) @ torch.linalg.pinv(veneer.Handle(model, "new").changes["0.weight"].adapter_parameters["B"][0]).mT
+    rows = (y - old) @ torch.linalg.pinv(
+        veneer.Handle(model, "new").changes["0.weight"].adapter_parameters["B"][0]
+    ).mT
     assert len(rows.round(decimals=6).unique(dim=0)) > 3000
 
 

@@ -1,4 +1,5 @@
-"""The whole life of an adapter on real architectures: attach to everything, check, train, merge, save, load, detach."""
+"""The whole life of an adapter on real architectures: attach to everything, check, train, merge,
+save, load, detach."""
 
 from __future__ import annotations
 
@@ -23,12 +24,17 @@ every_model = pytest.mark.parametrize("entry", REAL.values(), ids=REAL)
 
 
 def cases(marks):
-    """Every model with every case that says something of it; ``marks`` are those of weights alone where there are
-    biases too."""
+    """Every model with every case that says something of it; ``marks`` are those of weights alone
+    where there are biases too."""
     return pytest.mark.parametrize(
         ("entry", "case"),
         [
-            pytest.param(entry, case, id=f"{name}-{case}", marks=marks if entry.biases and case == "weights" else ())
+            pytest.param(
+                entry,
+                case,
+                id=f"{name}-{case}",
+                marks=marks if entry.biases and case == "weights" else (),
+            )
             for name, entry in REAL.items()
             for case in CASES
             if entry.biases or case == "weights"
@@ -45,7 +51,13 @@ def floats(output: Any) -> list[Tensor]:
     """Every floating-point tensor of an output of nested containers, in order."""
     if isinstance(output, Tensor):
         return [output.detach()] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    values = (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, list | tuple)
+        else ()
+    )
     return [tensor for value in values for tensor in floats(value)]
 
 
@@ -88,17 +100,24 @@ class Snapshot:
     def objects(self) -> dict[str, Any]:
         model = self.model
         return {
-            "classes": [(path, type(module)) for path, module in model.named_modules(remove_duplicate=False)],
+            "classes": [
+                (path, type(module)) for path, module in model.named_modules(remove_duplicate=False)
+            ],
             "attributes": {path: sorted(module.__dict__) for path, module in model.named_modules()},
-            "tensors": [(name, id(tensor)) for name, tensor in named(model)],  # names that share one are tied
+            "tensors": [
+                (name, id(tensor)) for name, tensor in named(model)
+            ],  # names that share one are tied
             "trained": [(name, p.requires_grad) for name, p in model.named_parameters()],
             "keys": list(model.state_dict()),
         }
 
     def base_is_untouched(self) -> bool:
-        """Also while adapters are attached: the same objects under the same names, with the same bits."""
+        """Also while adapters are attached: the same objects under the same names, with the same
+        bits."""
         now = dict(named(self.model))
-        return self.hashes() == self.bits and all(now[name] is tensor for name, tensor in self.tensors.items())
+        return self.hashes() == self.bits and all(
+            now[name] is tensor for name, tensor in self.tensors.items()
+        )
 
     def is_restored(self) -> bool:
         now = {key: digest(value) for key, value in self.model.state_dict().items()}
@@ -111,11 +130,17 @@ def attach(entry: RealModel, model: nn.Module, case: str) -> veneer.Handle:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", veneer.SkippedLayers)
         handle = veneer.attach(model, config)
-    text = "\n".join(str(warning.message) for warning in caught if warning.category is veneer.SkippedLayers)
+    text = "\n".join(
+        str(warning.message) for warning in caught if warning.category is veneer.SkippedLayers
+    )
     paths = re.findall(r"^\s*Found: '([^']*)'", text, flags=re.MULTILINE)
     assert bool(text) == bool(paths), text
-    assert not [path for path in paths if not any(fnmatchcase(path, glob) for glob in entry.skipped)], text
-    assert not [glob for glob in entry.skipped if not any(fnmatchcase(path, glob) for path in paths)], text
+    assert not [
+        path for path in paths if not any(fnmatchcase(path, glob) for glob in entry.skipped)
+    ], text
+    assert not [
+        glob for glob in entry.skipped if not any(fnmatchcase(path, glob) for path in paths)
+    ], text
     return handle
 
 
@@ -143,10 +168,14 @@ def trained(entry: RealModel, case: str) -> tuple[veneer.Handle, dict[str, Any]]
 
 @every_model
 def test_the_example_reaches_every_parameter(entry):
-    """Of the registry, not of Veneer: where an example reaches nothing, the tests below would prove nothing."""
+    """Of the registry, not of Veneer: where an example reaches nothing, the tests below would prove
+    nothing."""
     model, example, loss = entry.build()
     loss(model(**example)).backward()
-    sizes = {name: None if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
+    sizes = {
+        name: None if p.grad is None else p.grad.abs().max().item()
+        for name, p in model.named_parameters()
+    }
     typical = torch.tensor([size for size in sizes.values() if size is not None]).median().item()
     dark = [name for name, size in sizes.items() if size is None or size < 1e-5 * typical]
     listed = [*entry.no_gradient, *entry.fixed]
@@ -171,10 +200,14 @@ def test_attaching_changes_nothing_and_everything_is_seen(entry, case):
     assert before.base_is_untouched()
     report = veneer.check(model, example)
     trained = {
-        parameter_path(path, own) for path, part in handle.layers.items() for own, _ in part.full.named_parameters()
+        parameter_path(path, own)
+        for path, part in handle.layers.items()
+        for own, _ in part.full.named_parameters()
     }
     assert set(report.weights) <= set(handle.changes) | trained
-    assert len(report.weights) == len({id(p) for p in handle.parameters()} - {id(c.A) for c in handle.changes.values()})
+    assert len(report.weights) == len(
+        {id(p) for p in handle.parameters()} - {id(c.A) for c in handle.changes.values()}
+    )
     packed = [change for change in handle.changes.values() if change.storage.name != "plain"]
     assert report.compared == len(report.weights) - len(packed)
     assert same(run(model, example), plain)
@@ -189,8 +222,12 @@ def test_training_moves_the_adapter_alone(entry, case):
     start = {name: parameter.detach().clone() for name, parameter in handle.named_parameters()}
     losses = train(handle, example, loss)
     assert all(map(torch.isfinite, map(torch.tensor, losses)))
-    frozen_input = [name for name, parameter in handle.named_parameters() if torch.equal(parameter, start[name])]
-    dark = [glob.replace(".bias", "*.bias") for glob in entry.no_gradient]  # the adapter's own copy of the bias
+    frozen_input = [
+        name for name, parameter in handle.named_parameters() if torch.equal(parameter, start[name])
+    ]
+    dark = [
+        glob.replace(".bias", "*.bias") for glob in entry.no_gradient
+    ]  # the adapter's own copy of the bias
     assert not [name for name in frozen_input if not any(fnmatchcase(name, glob) for glob in dark)]
     assert before.base_is_untouched()
     assert distance(run(model, example), plain) > 1e-3
@@ -218,7 +255,9 @@ def test_a_saved_adapter_gives_the_same_answers_on_an_equal_base(entry, case, tm
     folder = handle.save(tmp_path / "adapter")
     fresh, _, _ = entry.build()
     before, plain = Snapshot(fresh), run(fresh, example)
-    loaded = veneer.load(fresh, folder, trainable=True)  # PyTorch may multiply in another order where nothing trains
+    loaded = veneer.load(
+        fresh, folder, trainable=True
+    )  # PyTorch may multiply in another order where nothing trains
     assert same(run(fresh, example), adapted)
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,5 @@
-"""A reference model that is the policy's own weights: its numbers, its memory, and that nothing of it trains."""
+"""A reference model that is the policy's own weights: its numbers, its memory, and that nothing of
+it trains."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8))
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8)
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -50,7 +53,9 @@ def test_it_computes_the_base_while_the_adapter_trains(model):
     base = model.eval()(x).detach()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.5, targets="all-linear"))
     reference = Reference(model)
-    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    before = {
+        name: value.clone() for name, value in model.state_dict().items() if "running" in name
+    }
     for parameter in handle.parameters():
         nn.init.normal_(parameter)
     model.train()
@@ -93,7 +98,9 @@ def test_it_can_be_another_adapter(model):
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_the_model_computes_now_stays_whatever_it_learns(model, variant, trained):
     base = model.eval()(x).detach()
-    config = veneer.LoraConfig(rank=2, alpha=2, variant=variant, targets=["body.0", "body.3"], train_also=["head"])
+    config = veneer.LoraConfig(
+        rank=2, alpha=2, variant=variant, targets=["body.0", "body.3"], train_also=["head"]
+    )
     handle = veneer.attach(model, config)
     if trained:
         train(handle)
@@ -105,7 +112,9 @@ def test_what_the_model_computes_now_stays_whatever_it_learns(model, variant, tr
     assert torch.allclose(start, base, atol=1e-5) is not trained
     parameters = [value.detach().clone() for value in handle.parameters()]
     reference(x)
-    assert all(torch.equal(one, other) for one, other in zip(handle.parameters(), parameters, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(handle.parameters(), parameters, strict=True)
+    )
 
 
 def test_a_plain_start_takes_no_memory_at_all(model):
@@ -116,7 +125,9 @@ def test_a_plain_start_takes_no_memory_at_all(model):
 def test_nor_does_one_that_trains_layers_of_16_bits_in_full_and_rows_of_tokens():
     model = nn.Sequential(nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 9)).bfloat16()
     tokens = {"0": [3], "2": [3, 4]}
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="2", train_also="1", trainable_tokens=tokens))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets="2", train_also="1", trainable_tokens=tokens)
+    )
     assert handle.changes["2.weight"].token_rows.dtype is torch.float32
     assert reference_of(model)._values == {}
     with torch.no_grad():
@@ -144,7 +155,9 @@ def test_a_model_without_an_adapter_or_with_a_merged_one_has_no_reference(model)
     nn.init.normal_(handle.changes["head.weight"].B)
     handle.merge()
     for call in (lambda: Reference(model), lambda: reference(x), lambda: reference_of(model)):
-        with pytest.raises(MergeError, match="'default' merged into the weights of a reference model"):
+        with pytest.raises(
+            MergeError, match="'default' merged into the weights of a reference model"
+        ):
             call()
     handle.unmerge()
     reference(x)

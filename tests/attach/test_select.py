@@ -1,5 +1,5 @@
-"""Selection belongs to the call: threads, tasks, exceptions, compiled models, checkpointing, and the library's own
-trainers."""
+"""Selection belongs to the call: threads, tasks, exceptions, compiled models, checkpointing, and
+the library's own trainers."""
 
 from __future__ import annotations
 
@@ -200,7 +200,10 @@ def test_activation_checkpointing(reentrant):
             return checkpoint(lambda x: torch.tanh(self.second(x)), x, use_reentrant=reentrant)
 
     model = Checkpointed()
-    handles = {name: veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.3), name) for name in ("a", "b")}
+    handles = {
+        name: veneer.attach(model, veneer.LoraConfig(rank=2, dropout=0.3), name)
+        for name in ("a", "b")
+    }
     for handle in handles.values():
         randomise(handle)
     x = torch.randn(4, 6)
@@ -225,16 +228,22 @@ def test_inference_mode():
 
 
 class Bypassing(nn.Module):
-    """Reads weights directly in eval mode, one of them so that its code does not show which, never calls another
-    layer, and detaches the last."""
+    """Reads weights directly in eval mode, one of them so that its code does not show which, never
+    calls another layer, and detaches the last."""
 
     def __init__(self):
         super().__init__()
-        self.seen, self.read, self.hidden, self.unused, self.cut = (nn.Linear(4, 4) for _ in range(5))
+        self.seen, self.read, self.hidden, self.unused, self.cut = (
+            nn.Linear(4, 4) for _ in range(5)
+        )
 
     def forward(self, x):
         x = self.seen(x)
-        x = x + (nn.functional.linear(x, self.read.weight) if not torch.is_grad_enabled() else self.read(x))
+        x = x + (
+            nn.functional.linear(x, self.read.weight)
+            if not torch.is_grad_enabled()
+            else self.read(x)
+        )
         if not torch.is_grad_enabled():
             x = nn.functional.linear(x, dict(self.named_parameters())["hidden.weight"])
         else:
@@ -257,7 +266,9 @@ def test_check_names_what_the_output_does_not_see():
     assert "'seen.weight'" not in message
     assert [module.training for module in model.modules()] == training
     assert torch.equal(torch.get_rng_state(), rng)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in handle.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in handle.parameters()
+    )
 
 
 class Steep(nn.Module):
@@ -274,7 +285,10 @@ class Steep(nn.Module):
 def test_check_tells_rounding_from_a_weight_that_is_not_seen():
     model = Steep()
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["first"]))
-    before = {name: (id(one), one.data_ptr(), one.clone()) for name, one in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (id(one), one.data_ptr(), one.clone())
+        for name, one in model.state_dict(keep_vars=True).items()
+    }
     assert veneer.check(model, torch.randn(3, 4)).compared == 1
     for name, one in model.state_dict(keep_vars=True).items():
         assert before[name][:2] == (id(one), one.data_ptr())
@@ -287,13 +301,15 @@ def test_check_passes_and_says_so():
     veneer.attach(model, veneer.LoraConfig(rank=1, targets="all", train_also=["norm"]))
     statistics = model.norm.running_mean.clone()
     report = veneer.check(model, {"x": torch.randn(2, 3, 8, 8)})
-    assert "all 6 changes reach the output and receive a gradient, 6 of them that of W + ΔW" in str(report)
+    assert "all 6 changes reach the output and receive a gradient, 6 of them that of W + ΔW" in str(
+        report
+    )
     assert torch.equal(model.norm.running_mean, statistics)
 
 
 class Rerun(torch.autograd.Function):
-    """Calls ``model`` again in backward, in a context without a selection: what a GPU's backward threads do when
-    activation checkpointing runs a layer again."""
+    """Calls ``model`` again in backward, in a context without a selection: what a GPU's backward
+    threads do when activation checkpointing runs a layer again."""
 
     @staticmethod
     def forward(ctx, x, model):
@@ -360,7 +376,10 @@ def test_check_names_the_zero_weight_that_stands_before_the_output():
         veneer.check(model, GATED)
     message = str(caught.value)
     for name in ("down", "up"):
-        assert f"'{name}.weight' (Linear) receives no gradient: every way from it to the output goes through" in message
+        assert (
+            f"'{name}.weight' (Linear) receives no gradient: every way from it to the output goes through"
+            in message
+        )
     assert "exactly zero and do not train: 'gates.0'." in message
     assert "bias" not in message, "a bias of zeros only adds"
     assert "'head.weight'" not in message
@@ -387,7 +406,10 @@ def test_check_of_a_way_that_is_cut_names_no_weight():
     model = Bypassing()
     nn.init.zeros_(model.seen.bias)
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["cut"]))
-    with pytest.raises(CheckError, match=r"'cut\.weight' \(Linear\) receives no gradient\. Expected: a layer that the"):
+    with pytest.raises(
+        CheckError,
+        match=r"'cut\.weight' \(Linear\) receives no gradient\. Expected: a layer that the",
+    ):
         veneer.check(model, GATED[:, :4])
 
 
@@ -408,7 +430,9 @@ def test_check_compares_whoever_reads_the_weight_and_however(variant):
     tables = [module._parameters for module in model.modules()]
     report = veneer.check(model, torch.randn(2, 3, 4))
     assert report.compared == len(report.weights) == len(handle.changes)
-    assert all(module._parameters is table for module, table in zip(model.modules(), tables, strict=True))
+    assert all(
+        module._parameters is table for module, table in zip(model.modules(), tables, strict=True)
+    )
 
 
 class First(nn.Module):

@@ -1,4 +1,5 @@
-"""A selection in a generator holds while the generator runs: never for its caller, nor for another generator."""
+"""A selection in a generator holds while the generator runs: never for its caller, nor for another
+generator."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def nested(model, choice, steps=3):
         yield from plain_steps(model, steps)
 
 
-@pytest.mark.parametrize("form", [a_block_a_step, held, through_exit_stack, through_context_manager, nested])
+@pytest.mark.parametrize(
+    "form", [a_block_a_step, held, through_exit_stack, through_context_manager, nested]
+)
 @pytest.mark.parametrize("choice", CHOICES, ids=repr)
 def test_generators_that_are_advanced_in_turn_use_their_own_adapters(case, form, choice):
     model, outputs = case
@@ -138,12 +141,16 @@ def test_a_call_between_two_steps_is_an_error_unless_it_selects_for_itself(case)
     model, outputs = case
     generator = held(model, "a")
     next(generator)
-    with pytest.raises(SelectionError, match=r"outside of a generator that is suspended inside of .* 'a'"):
+    with pytest.raises(
+        SelectionError, match=r"outside of a generator that is suspended inside of .* 'a'"
+    ):
         model(IDS)
     for name in ("b", None):
         with veneer.use(model, name), torch.no_grad():
             assert torch.equal(model(IDS), outputs[repr(name)])
-            assert torch.equal(next(generator), outputs["'a'"]), "the generator's block is the inner one"
+            assert torch.equal(next(generator), outputs["'a'"]), (
+                "the generator's block is the inner one"
+            )
     generator.close()
     with pytest.raises(SelectionError, match="2 adapters"):
         model(IDS)
@@ -217,7 +224,8 @@ def test_path_belongs_to_the_steps_too(case):
 
 @pytest.mark.parametrize("copied", [False, True], ids=["bare threads", "copied contexts"])
 def test_steps_may_run_in_other_threads(case, copied):
-    """Web frameworks run each step of a generator in whichever thread is free, in a copy of their context."""
+    """Web frameworks run each step of a generator in whichever thread is free, in a copy of their
+    context."""
     model, outputs = case
     generators = [(held(model, name), name) for name in ("a", "b", None)]
     with ThreadPoolExecutor(2) as threads:
@@ -273,7 +281,11 @@ def test_async_generators_use_their_own_adapters(case):
         for _ in range(3):
             assert torch.equal(await anext(first), outputs["'a'"])
             assert torch.equal(await anext(second), outputs["'b'"])
-            for call in (async_call(model), asyncio.to_thread(model, IDS), asyncio.create_task(async_call(model))):
+            for call in (
+                async_call(model),
+                asyncio.to_thread(model, IDS),
+                asyncio.create_task(async_call(model)),
+            ):
                 with pytest.raises(SelectionError, match="outside of a generator"):
                     await call
             with veneer.use(model, None):

@@ -1,4 +1,5 @@
-"""Rows of one batch that use different adapters equal each row alone, for every layer kind whose inputs hold rows."""
+"""Rows of one batch that use different adapters equal each row alone, for every layer kind whose
+inputs hold rows."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_mixed_rows_equal_each_row_alone(kind, number):
     for row, name in enumerate(names):
         expected = pytree.tree_leaves(whole[name])[0].select(axis, row)
         assert error(first.select(axis, row), expected) < 1e-10
-    assert [leaf.shape for leaf in pytree.tree_leaves(mixed)] == [leaf.shape for leaf in pytree.tree_leaves(whole["a"])]
+    assert [leaf.shape for leaf in pytree.tree_leaves(mixed)] == [
+        leaf.shape for leaf in pytree.tree_leaves(whole["a"])
+    ]
     assert torch.equal(flat(run(["b"] * count)), flat(run("b")))
 
     module.zero_grad()
@@ -58,21 +61,32 @@ def test_recurrent_states_of_mixed_rows_are_in_order():
         with veneer.use(module, name):
             wanted, own = module(x[row : row + 1])
         assert error(y[row : row + 1], wanted) < 1e-5
-        assert all(error(state[:, row], mine[:, 0]) < 1e-5 for state, mine in zip(states, own, strict=True))
+        assert all(
+            error(state[:, row], mine[:, 0]) < 1e-5 for state, mine in zip(states, own, strict=True)
+        )
 
 
 def encoder():
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)).eval()
 
 
 @pytest.mark.parametrize("make_model", [TinyLM, lambda: TinyLM(tied=True), Stack, tiny_model, encoder],
                          ids=["lm", "tied", "stack", "llama", "encoder"])  # fmt: skip
 def test_mixed_rows_through_whole_models(make_model):
-    model = make_model().double().eval()  # in float32 a toy's gradients lose four digits on some processors
-    exclude = [f"*{kind}_embeddings" for kind in ("position", "token_type") if hasattr(model, "embeddings")]
+    model = (
+        make_model().double().eval()
+    )  # in float32 a toy's gradients lose four digits on some processors
+    exclude = [
+        f"*{kind}_embeddings" for kind in ("position", "token_type") if hasattr(model, "embeddings")
+    ]
     adapt(model, "a", "b", config=veneer.LoraConfig(rank=2, targets="all", exclude=exclude))
     ids, names = torch.randint(0, 17, (5, 6)), ["a", None, "b", "b", None]
 
@@ -91,7 +105,9 @@ def test_mixed_rows_through_whole_models(make_model):
     assert all("b" not in key.split(".") for key in actual)
     model.zero_grad()
     (run("a", ids[[0, 2, 3]]).square().sum() / mixed.numel()).backward()
-    assert all(error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in actual)
+    assert all(
+        error(actual[key], p.grad) < 1e-10 for key, p in model.named_parameters() if key in actual
+    )
 
 
 def test_generation_with_an_adapter_for_each_row():
@@ -101,7 +117,9 @@ def test_generation_with_an_adapter_for_each_row():
     def generate(selection, ids):
         with veneer.use(model, selection):
             mask = torch.ones_like(ids)
-            return model.generate(ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            return model.generate(
+                ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
+            )
 
     mixed = generate(names, ids)
     alone = [generate(name, ids[row : row + 1])[0] for row, name in enumerate(names)]
@@ -113,7 +131,10 @@ def test_generation_with_an_adapter_for_each_row():
     ("module", "args"),
     [
         (nn.Linear(4, 4), (torch.randn(6, 4),)),
-        (nn.GRU(5, 4), (nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 5), torch.tensor([4, 2])),)),
+        (
+            nn.GRU(5, 4),
+            (nn.utils.rnn.pack_padded_sequence(torch.randn(4, 2, 5), torch.tensor([4, 2])),),
+        ),
         (nn.LSTM(5, 4), (torch.randn(3, 2, 5),)),
         (nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
         (nn.EmbeddingBag(9, 5), (torch.arange(6), torch.tensor([0, 2]))),
@@ -123,7 +144,10 @@ def test_generation_with_an_adapter_for_each_row():
 def test_rows_that_cannot_be_told_are_an_error(module, args):
     adapt(module, "a", "b")
     before = selected(module, "a", *args)
-    with pytest.raises(SelectionError, match="do not hold the 3 rows"), veneer.use(module, ["a", "b", None]):
+    with (
+        pytest.raises(SelectionError, match="do not hold the 3 rows"),
+        veneer.use(module, ["a", "b", None]),
+    ):
         module(*args)
     assert torch.equal(flat(selected(module, "a", *args)), flat(before))
 
@@ -151,7 +175,9 @@ def test_every_argument_of_attention_reaches_mixed_rows(positional):
     assert mixed[1].shape == (3, 2, 4, 4)  # a head each: average_attn_weights=False
     for row, name in enumerate(["a", None, "b"]):
         alone = selected(module, name, *args)
-        assert all(error(one[row], other[row]) < 1e-5 for one, other in zip(mixed, alone, strict=True))
+        assert all(
+            error(one[row], other[row]) < 1e-5 for one, other in zip(mixed, alone, strict=True)
+        )
 
 
 class Scaled(nn.MultiheadAttention):
@@ -205,14 +231,20 @@ def test_rows_along_either_of_two_axes_are_an_error(module, args):
     if isinstance(module, nn.TransformerEncoderLayer) and module.self_attn.batch_first:
         with veneer.use(module, names):
             y = module(args[0])
-        assert all(error(y[row], selected(module, name, args[0])[row]) < 1e-5 for row, name in enumerate(names))
+        assert all(
+            error(y[row], selected(module, name, args[0])[row]) < 1e-5
+            for row, name in enumerate(names)
+        )
 
 
 def test_what_mixed_rows_need_of_the_names():
     model = adapt(TinyLM(), "a", "b")
     with pytest.raises(SelectionError, match="no names"):
         veneer.use(model, [])
-    with pytest.raises(SelectionError, match="'b', which was detached"), veneer.use(model, ["a", "b"]):
+    with (
+        pytest.raises(SelectionError, match="'b', which was detached"),
+        veneer.use(model, ["a", "b"]),
+    ):
         veneer.detach(model, "b")
         model(IDS)
     veneer.merge(model, "a")
@@ -236,8 +268,8 @@ def test_hooks_fire_once_for_all_rows():
 
 
 class Cached(nn.Module):
-    """Attention as some decoders write it: reads a weight below directly, and keeps keys in an object that it is
-    given."""
+    """Attention as some decoders write it: reads a weight below directly, and keeps keys in an
+    object that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +295,9 @@ def test_an_object_that_may_hold_rows_is_not_shared_between_them():
     module, x = adapt(Cached(), "a", "b"), torch.randn(2, 3, 4)
     with veneer.use(module, ["a", "b"]):
         y = module(x)
-        with pytest.raises(SelectionError, match="a Cached given a Cache, which cannot be divided into rows"):
+        with pytest.raises(
+            SelectionError, match="a Cached given a Cache, which cannot be divided into rows"
+        ):
             module(x, cache=Cache())
     for row, name in enumerate("ab"):
         assert error(y[row], selected(module, name, x)[row]) < 1e-5

@@ -1,5 +1,6 @@
-"""An adapter that is attached while another one is merged is one of the merged weights: trained, checked, saved, merged
-and unmerged there to the very bits, and refused on any others. Adapters of one base are merged over each other."""
+"""An adapter that is attached while another one is merged is one of the merged weights: trained,
+checked, saved, merged and unmerged there to the very bits, and refused on any others. Adapters of
+one base are merged over each other."""
 
 from __future__ import annotations
 
@@ -25,15 +26,20 @@ LINEAR = veneer.LoraConfig(rank=2, targets="all-linear")
 
 def bits(model):
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")}
+    return {
+        path: value.detach().clone() for path, value in own.items() if STATE not in path.split(".")
+    }
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) for key, value in one.items()
+    )
 
 
 def stacked(model: Any = None, config=ALL) -> Any:
-    """A model with "a" merged and "b" on top, and a plain model of the merged weights with a copy of "b" alone."""
+    """A model with "a" merged and "b" on top, and a plain model of the merged weights with a copy
+    of "b" alone."""
     model = TinyLM().double() if model is None else model
     adapt(model, "a", config=config)
     veneer.merge(model, "a")
@@ -85,7 +91,9 @@ def test_merged_on_top_and_unmerged_in_reverse_order_gives_the_very_bits(dtype, 
     for name in ("a", None, {"a": 1.0, "b": 0.5}):
         with pytest.raises(SelectionError), veneer.use(model, name):
             model(IDS)
-    with pytest.raises(MergeError, match=r"unmerge of 'a' while 'b' is merged, which lies on top of it.*'b' first"):
+    with pytest.raises(
+        MergeError, match=r"unmerge of 'a' while 'b' is merged, which lies on top of it.*'b' first"
+    ):
         veneer.Handle(model, "a").unmerge()
     veneer.unmerge(model)
     assert same(bits(model), merged_a)
@@ -104,7 +112,9 @@ def test_an_adapter_stays_when_the_one_below_is_unmerged_and_runs_once_it_is_mer
     ):
         with pytest.raises(SelectionError, match=r"'b'.*'a' was merged"):
             forbidden()
-    with pytest.raises(MergeError, match="a merge of 'b', attached while 'a' was merged, which it no longer is"):
+    with pytest.raises(
+        MergeError, match="a merge of 'b', attached while 'a' was merged, which it no longer is"
+    ):
         veneer.merge(model, "b")
     with pytest.raises(CheckError, match="'b' does not run"):
         veneer.check(model, IDS, "b")
@@ -147,7 +157,9 @@ def test_adapters_of_the_base_are_merged_over_each_other_and_undone_in_reverse()
         adapt(model, "d", config=LINEAR)
     with pytest.raises(MergeError, match=r"'c', merged already"):
         veneer.merge(model, "c")
-    with pytest.raises(MergeError, match=r"unmerge of 'a' while 'c' is merged, which lies on top of it"):
+    with pytest.raises(
+        MergeError, match=r"unmerge of 'a' while 'c' is merged, which lies on top of it"
+    ):
         veneer.unmerge(model, "a")
     again = copy.deepcopy(model)
     assert torch.equal(again(IDS), model(IDS))
@@ -208,7 +220,9 @@ def test_a_stack_over_a_merge_that_keeps_no_weights(variant):
         assert error(model(IDS), both) < 1e-9
         veneer.unmerge(model)
     else:
-        with pytest.raises(MergeError, match=r"merged with keep=False.*the weight that 'c' was attached to"):
+        with pytest.raises(
+            MergeError, match=r"merged with keep=False.*the weight that 'c' was attached to"
+        ):
             veneer.merge(model, "c")
     assert same(bits(model), merged)
 
@@ -219,7 +233,9 @@ def test_statistics_of_two_adapters_are_not_merged_over_each_other():
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], train_also=["1"]), name)
     veneer.merge(model, "a")
     merged = bits(model)
-    with pytest.raises(MergeError, match="statistics that 'c' and a merged adapter have of their own"):
+    with pytest.raises(
+        MergeError, match="statistics that 'c' and a merged adapter have of their own"
+    ):
         veneer.merge(model, "c")
     assert same(bits(model), merged)
 
@@ -277,10 +293,15 @@ def test_its_folder_is_of_the_merged_weights(tmp_path):
     veneer.save(model, tmp_path / "late", name="b")
     veneer.unmerge(model)
     veneer.unmerge(model)
-    with pytest.raises(MergeError, match="the base of 'b', attached while 'a' was merged, which it no longer is"):
+    with pytest.raises(
+        MergeError, match="the base of 'b', attached while 'a' was merged, which it no longer is"
+    ):
         veneer.save(model, tmp_path / "gone", name="b")
     for folder in ("b", "trainer", "late"):
-        assert veneer.adapter_files.read(tmp_path / folder).peft_config["base_model_name_or_path"] is None
+        assert (
+            veneer.adapter_files.read(tmp_path / folder).peft_config["base_model_name_or_path"]
+            is None
+        )
         with pytest.raises(BaseMismatchError):
             veneer.load(copy.deepcopy(base), tmp_path / folder)
         other = copy.deepcopy(base)

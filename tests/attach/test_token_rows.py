@@ -1,4 +1,5 @@
-"""Trained rows of an embedding: W with other rows at the tokens is the definition, and every path agrees with it."""
+"""Trained rows of an embedding: W with other rows at the tokens is the definition, and every path
+agrees with it."""
 
 from __future__ import annotations
 
@@ -39,8 +40,13 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if "view" not in str(function) and function.overloadpacket not in (torch.ops.aten.t, torch.ops.aten.detach):
-            self.shapes.update(tuple(one.shape) for one in tree_leaves(out) if isinstance(one, torch.Tensor))
+        if "view" not in str(function) and function.overloadpacket not in (
+            torch.ops.aten.t,
+            torch.ops.aten.detach,
+        ):
+            self.shapes.update(
+                tuple(one.shape) for one in tree_leaves(out) if isinstance(one, torch.Tensor)
+            )
         return out
 
 
@@ -50,7 +56,11 @@ def llama(tied=True, dtype=torch.float64, **more):
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "vocab_size": 43, "tie_word_embeddings": tied, "attn_implementation": "eager",
     }  # fmt: skip
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **more})).to(dtype).eval()
+    return (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **more}))
+        .to(dtype)
+        .eval()
+    )
 
 
 def attached(tied=True, config=ALONE, dtype=torch.float64):
@@ -150,7 +160,9 @@ def test_it_starts_as_the_base_and_trains_its_rows_alone():
 
 
 def test_the_head_of_an_untied_model_is_trained_when_it_is_named():
-    config = veneer.LoraConfig(targets=(), trainable_tokens={"embed_tokens": NEW, "lm_head": NEW[:2]})
+    config = veneer.LoraConfig(
+        targets=(), trainable_tokens={"embed_tokens": NEW, "lm_head": NEW[:2]}
+    )
     model, handle = attached(False, config)
     assert {path: tuple(change.token_rows.shape) for path, change in handle.changes.items()} == {
         EMBED: (3, 16), HEAD: (2, 16)
@@ -204,7 +216,9 @@ def test_several_adapters_with_tokens_blend_and_train_one_after_the_other():
 
 
 def test_a_parametrised_head_has_trained_rows_too():
-    model = nn.Sequential(nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 9)))
+    model = nn.Sequential(
+        nn.Embedding(9, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 9))
+    )
     ids, base = torch.arange(9), model(torch.arange(9)).detach()
     handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens={"1": [3, 4]}))
     assert error(model(ids), base) < 1e-6
@@ -217,7 +231,9 @@ def test_a_parametrised_head_has_trained_rows_too():
 def test_lora_plus_trains_rows_at_the_rate_that_was_asked_for():
     _, handle = attached(True, CONFIGS["same"], torch.float32)
     groups = veneer.optim.lora_plus(handle, lr=1e-3)
-    assert [group["lr"] for group in groups if handle.changes[EMBED].token_rows in set(group["params"])] == [1e-3]
+    assert [
+        group["lr"] for group in groups if handle.changes[EMBED].token_rows in set(group["params"])
+    ] == [1e-3]
 
 
 def test_a_padding_row_is_trained_where_it_is_named():
@@ -244,11 +260,15 @@ def refused(model, words, **fields):
 
 def test_what_cannot_be_trained_is_told_and_nothing_is_attached():
     refused(
-        llama(), r"ids 43, 50 of .*embed_tokens.* 43 rows.*resize_token_embeddings\(51\)", trainable_tokens=[43, 50]
+        llama(),
+        r"ids 43, 50 of .*embed_tokens.* 43 rows.*resize_token_embeddings\(51\)",
+        trainable_tokens=[43, 50],
     )
     refused(llama(), "matches no module", trainable_tokens={"embed": [1]})
     refused(llama(), "RMSNorm", trainable_tokens={"model.norm": [1]})
-    refused(llama(), "other trainable_tokens", trainable_tokens={"embed_tokens": [1], "lm_head": [2]})
+    refused(
+        llama(), "other trainable_tokens", trainable_tokens={"embed_tokens": [1], "lm_head": [2]}
+    )
     refused(llama(), "dropout", trainable_tokens=[1], targets="embed_tokens", dropout=0.1)
     refused(llama(), "in full", trainable_tokens=[1], train_also="embed_tokens")
     for tokens in ([1, 1], [-1], [True], "7", [1.0], {"embed_tokens": []}):

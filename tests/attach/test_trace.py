@@ -13,7 +13,9 @@ from torch import nn
 import veneer
 from veneer.layers import LAYERS
 
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+)
 
 
 def traced(module, args):
@@ -39,7 +41,9 @@ def test_every_kind_of_layer_traces_where_its_base_does(kind, variant):
         module.eval().requires_grad_(False)
         try:
             traced(copy.deepcopy(module), args)
-        except RuntimeError as error:  # what the base gives or takes is nothing that a trace can hold
+        except (
+            RuntimeError
+        ) as error:  # what the base gives or takes is nothing that a trace can hold
             if "cannot be traced. Only Tensors" not in str(error):
                 raise
             continue
@@ -48,7 +52,9 @@ def test_every_kind_of_layer_traces_where_its_base_does(kind, variant):
         expected = first(module(*args))
         for graph in (True, False):
             with torch.set_grad_enabled(graph):
-                assert torch.allclose(first(traced(module, args)(*args)), expected, atol=1e-4, rtol=1e-4)
+                assert torch.allclose(
+                    first(traced(module, args)(*args)), expected, atol=1e-4, rtol=1e-4
+                )
         tried += 1
     assert tried
 

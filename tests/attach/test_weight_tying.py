@@ -1,4 +1,5 @@
-"""Adapters of PEFT that hold values of their own for each name of a tied weight compute as PEFT does, everywhere."""
+"""Adapters of PEFT that hold values of their own for each name of a tied weight compute as PEFT
+does, everywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint
 from veneer.train.loss import causal_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 BOTH = ("embed_tokens", "lm_head")
 IDS = torch.arange(12).view(2, 6)
@@ -47,7 +50,11 @@ def untied(model):
 def trained_by_peft(folder, modules=BOTH, **options):
     """(the folder, PEFT's logits) of an adapter that PEFT has trained on the tied model."""
     config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=list(modules), task_type="CAUSAL_LM", **options
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=list(modules),
+        task_type="CAUSAL_LM",
+        **options,
     )
     model = peft.get_peft_model(llama(), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
@@ -116,7 +123,9 @@ def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
     path, expected = trained_by_peft(tmp_path / "theirs", modules)
     model = llama()
     handle = veneer.load(model, path, untie=False)
-    with pytest.raises(MergeError, match=r"one weight.*\n?.*veneer.load unties.*untie the base first"):
+    with pytest.raises(
+        MergeError, match=r"one weight.*\n?.*veneer.load unties.*untie the base first"
+    ):
         handle.merge()
     assert error(model(IDS).logits, expected) < 1e-5  # untouched
     llama().save_pretrained(tmp_path / "base")
@@ -125,7 +134,9 @@ def test_values_of_their_own_are_not_merged_into_one_weight(tmp_path, modules):
     assert not (tmp_path / "merged").exists()
     report = verify(path, tmp_path / "base")
     assert any("values of their own" in finding.message for finding in report.warnings), str(report)
-    assert any("values of their own" in finding.message for finding in verify(path, llama()).warnings)
+    assert any(
+        "values of their own" in finding.message for finding in verify(path, llama()).warnings
+    )
 
 
 @pytest.mark.usefixtures("asked_here")
@@ -139,7 +150,10 @@ def test_the_way_out_of_the_refusal_gives_peft_s_numbers(tmp_path):
     merge_checkpoint(tmp_path / "base", [path], tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert error(merged(IDS).logits, expected) < 1e-5
-    assert not any("values of their own" in finding.message for finding in verify(path, tmp_path / "base").warnings)
+    assert not any(
+        "values of their own" in finding.message
+        for finding in verify(path, tmp_path / "base").warnings
+    )
 
 
 def test_composing_and_converting_keep_the_two_copies(tmp_path):
@@ -162,7 +176,10 @@ APART = {
     "in full, the embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "at a low rank": {"target_modules": ["lm_head", "q_proj"]},
     "at a low rank, DoRA": {"target_modules": ["embed_tokens"], "use_dora": True},
-    "in rows of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 3]}},
+    "in rows of the head": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [1, 3]},
+    },
 }
 
 
@@ -184,7 +201,9 @@ def test_a_tie_that_a_folder_of_peft_changes_apart_is_gone_until_detach(tmp_path
     path, expected = changed_by_peft(tmp_path / "theirs", APART[case])
     model, base = llama(), llama()(IDS).logits
     assert error(base, expected) > 1e-3
-    with pytest.warns(TieBroken, match=r"apart from .* until the last adapter is detached.*untie=False"):
+    with pytest.warns(
+        TieBroken, match=r"apart from .* until the last adapter is detached.*untie=False"
+    ):
         handle = veneer.load(model, path)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert not model.config.tie_word_embeddings
@@ -229,6 +248,8 @@ def test_a_tie_that_holds_a_merged_adapter_is_not_untied(tmp_path):
     model = llama()
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["lm_head"]), "below").merge()
     for untie in (None, True):
-        with pytest.raises(AdapterError, match=r"while 'below' is merged into it.*call veneer\.unmerge"):
+        with pytest.raises(
+            AdapterError, match=r"while 'below' is merged into it.*call veneer\.unmerge"
+        ):
             veneer.load(model, path, name="apart", untie=untie)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,4 +1,5 @@
-"""Many adapters on one base: each row of a batch equals the same row under its own adapter alone."""
+"""Many adapters on one base: each row of a batch equals the same row under its own adapter
+alone."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def first(y):
     return next(leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, torch.Tensor))
 
 
-# every option of a kind with one variant, every variant on one example of each kind; docs/support.md has all of them
+# every option of a kind with one variant, every variant on one example of each kind;
+# docs/support.md has all of them
 CASES = [(case, "lora") for case in ROWS]
 CASES += [(case, name) for case in ROWS if case[1] == 0 for name in STORED if name != "lora"]
 CASES = [
@@ -53,11 +55,14 @@ KERNELS = ("compiled", "tensors")
 def with_each_kernel(cells):
     """The quick suite has each pair of a kernel with a kind, a variant, a count of tokens."""
     return pairwise(
-        ((*cell, kernel) for cell in cells for kernel in KERNELS), marks={"compiled": needs_loop("mixed_rows")}
+        ((*cell, kernel) for cell in cells for kernel in KERNELS),
+        marks={"compiled": needs_loop("mixed_rows")},
     )
 
 
-@pytest.mark.parametrize(("kind", "number", "variant", "kernel"), with_each_kernel(CASES), indirect=["kernel"])
+@pytest.mark.parametrize(
+    ("kind", "number", "variant", "kernel"), with_each_kernel(CASES), indirect=["kernel"]
+)
 def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
     module, args = example(kind, number)
     module(*args)  # an embedding's max_norm writes into its rows when they are first read
@@ -81,7 +86,9 @@ def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "tokens", "kernel"),
-    with_each_kernel(itertools.product(["lora", "rslora", "dora", "pissa", "loha", "vera"], [None, 1, 3, 400])),
+    with_each_kernel(
+        itertools.product(["lora", "rslora", "dora", "pissa", "loha", "vera"], [None, 1, 3, 400])
+    ),
     indirect=["kernel"],
 )
 def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
@@ -114,7 +121,9 @@ def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
             key: value + sum(weight * (merged[name][key] - value) for name, weight in mix.items())
             for key, value in base.items()
         }
-        expected = torch.func.functional_call(Linears().double(), weights, (x[row : row + 1].double(),))[0]
+        expected = torch.func.functional_call(
+            Linears().double(), weights, (x[row : row + 1].double(),)
+        )[0]
         assert error(mixed[row].double(), expected) < 1e-5, choice
     bank.close()
 
@@ -149,7 +158,9 @@ def test_generation_with_an_adapter_for_each_row(tmp_path):
     bank.add(tmp_path / "b")
     kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     mixed = bank.generate(ids, adapters=["a", None, "b"], **kwargs)
-    beams = bank.generate(ids, adapters=["a", None, "b"], num_beams=3, num_return_sequences=2, **kwargs)
+    beams = bank.generate(
+        ids, adapters=["a", None, "b"], num_beams=3, num_return_sequences=2, **kwargs
+    )
     for row, name in enumerate(["a", None, "b"]):
         with bank.rows([name]):
             assert torch.equal(mixed[row], model.generate(ids[row : row + 1], **kwargs)[0])
@@ -252,7 +263,9 @@ def test_threads_and_tasks_mix_nothing_up(tmp_path):
         for _ in range(10):
             with bank.rows(choices[number]):
                 await asyncio.sleep(0)
-                with torch.no_grad():  # which belongs to the thread, and may not be held while others run
+                with (
+                    torch.no_grad()
+                ):  # which belongs to the thread, and may not be held while others run
                     assert error(model(x), expected[number]) < 1e-6
 
     async def all_of_them():

@@ -1,4 +1,5 @@
-"""Where a bank's calls, loads and modes meet: what one row, one thread or one mode does reaches no other."""
+"""Where a bank's calls, loads and modes meet: what one row, one thread or one mode does reaches no
+other."""
 
 from __future__ import annotations
 
@@ -62,7 +63,13 @@ def test_a_lane_has_nothing_of_another_adapter(tmp_path):
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
-    model = saved(Linears(), tmp_path, "a", "b", config=veneer.LoraConfig(rank=2, targets="all", variant=variant))
+    model = saved(
+        Linears(),
+        tmp_path,
+        "a",
+        "b",
+        config=veneer.LoraConfig(rank=2, targets="all", variant=variant),
+    )
     bank, x = veneer.Bank(model), torch.randn(2, 3, 12)
     for name in "ab":
         bank.register(name, tmp_path / name)
@@ -80,7 +87,10 @@ def test_what_inference_mode_laid_out_serves_every_mode(variant, tmp_path):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_numbers_wider_than_the_base(tokens, tmp_path):
     model = saved(Linears().bfloat16(), tmp_path, "a")
-    bank, x = bank_of(model, tmp_path, "a", dtype=torch.float32), torch.randn(2, tokens, 12).bfloat16()
+    bank, x = (
+        bank_of(model, tmp_path, "a", dtype=torch.float32),
+        torch.randn(2, tokens, 12).bfloat16(),
+    )
     with torch.no_grad(), bank.rows(["a", None]):
         y = model(x)
     assert error(y[:1].float(), alone(model, tmp_path, "a", x)[:1].float()) < 2e-2
@@ -98,7 +108,11 @@ class TimeFirst(nn.Module):
 def test_rows_that_may_lie_along_either_axis_are_refused(tmp_path):
     model = saved(TimeFirst(), tmp_path, "a", config=veneer.LoraConfig(rank=2, targets=["head"]))
     bank = bank_of(model, tmp_path, "a")
-    with torch.no_grad(), bank.rows(["a", None]), pytest.raises(SelectionError, match="along two axes"):
+    with (
+        torch.no_grad(),
+        bank.rows(["a", None]),
+        pytest.raises(SelectionError, match="along two axes"),
+    ):
         model(torch.randn(2, 2, 8))
 
 
@@ -131,7 +145,9 @@ def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, m
     model = saved(Linears(128), tmp_path, "a", "b")
     bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
     lay_out = Layer.laid_out
-    monkeypatch.setattr(Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1])
+    monkeypatch.setattr(
+        Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1]
+    )
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):
         with torch.no_grad(), bank.rows([lease, "b"] if turn < 2 else ["b", lease]):
@@ -202,7 +218,9 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(veneer.bank.bank, "PATIENCE", 2.0)
     load, outcomes = veneer.bank.bank.load_resident, []
     monkeypatch.setattr(
-        veneer.bank.bank, "load_resident", lambda *args, **given: (time.sleep(0.1), load(*args, **given))[1]
+        veneer.bank.bank,
+        "load_resident",
+        lambda *args, **given: (time.sleep(0.1), load(*args, **given))[1],
     )
 
     def blend(*names):
@@ -218,10 +236,13 @@ def test_blends_that_need_each_others_room_take_turns(tmp_path, monkeypatch):
 
 
 def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch):
-    """What ``prepare`` set on a module is undone by the last of banks and adapters, whichever that is."""
+    """What ``prepare`` set on a module is undone by the last of banks and adapters, whichever that
+    is."""
     model = saved(Linears(), tmp_path, "a")
     released = []
-    monkeypatch.setattr(type(BASES["plain"]), "release", lambda self, module: released.append(module))
+    monkeypatch.setattr(
+        type(BASES["plain"]), "release", lambda self, module: released.append(module)
+    )
     bank = veneer.Bank(model)
     bank.add(tmp_path / "a")
     released.clear()  # what was read for its fingerprint before anybody needed it
@@ -229,4 +250,6 @@ def test_storages_are_released_when_nobody_needs_the_sites(tmp_path, monkeypatch
     veneer.detach(model)
     assert released == []
     bank.close()
-    assert {id(module) for module in released} == {id(module) for module in (model.one, model.two, model.last)}
+    assert {id(module) for module in released} == {
+        id(module) for module in (model.one, model.two, model.last)
+    }

@@ -1,4 +1,5 @@
-"""The compiled loop over mixed rows equals float64 arithmetic, whatever shapes, dtypes and groups it is given."""
+"""The compiled loop over mixed rows equals float64 arithmetic, whatever shapes, dtypes and groups
+it is given."""
 
 from __future__ import annotations
 
@@ -20,14 +21,18 @@ from veneer.kernels.compiled import switch
 
 pytestmark = needs_loop("mixed_rows")
 
-needs_dots = pytest.mark.skipif(not mixed.bf16_dot.able(), reason="the processor has no AVX512-BF16")
-#: of the sum of all terms' magnitudes, by the dtype of the rows: in bfloat16 h is rounded, and the result
+needs_dots = pytest.mark.skipif(
+    not mixed.bf16_dot.able(), reason="the processor has no AVX512-BF16"
+)
+# : of the sum of all terms' magnitudes, by the dtype of the rows: in bfloat16 h is rounded, and the
+# result
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2 * 2.0**-8 * 1.01}
 
 
 @st.composite
 def calls(draw):
-    """x [N · tokens, in], out, and for each group its rows and ((A, B) or None, weight) of what they use."""
+    """x [N · tokens, in], out, and for each group its rows and ((A, B) or None, weight) of what
+    they use."""
     dtype, factors = draw(st.sampled_from(mixed.DTYPES)), draw(st.sampled_from(mixed.DTYPES))
     in_, out = draw(st.integers(1, 150)), draw(st.integers(1, 150))
     count, tokens = draw(st.integers(1, 9)), draw(st.integers(0, 6))
@@ -41,14 +46,17 @@ def calls(draw):
     used = st.tuples(st.sampled_from([None, *adapters]), st.sampled_from([1.0, 0.5, -2.0, 0.0]))
     of_row = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
     groups = [
-        ([row for row in range(count) if of_row[row] == g], draw(st.lists(used, max_size=3))) for g in set(of_row)
+        ([row for row in range(count) if of_row[row] == g], draw(st.lists(used, max_size=3)))
+        for g in set(of_row)
     ]
     return numbers(count * tokens, in_).to(dtype), out, groups, factors
 
 
 def loop(x, out, groups, factors):
     rows = mixed.rows([(own, [weight for _, weight in uses]) for own, uses in groups])
-    return mixed.change(x, out, rows, mixed.table([pair for _, uses in groups for pair, _ in uses]), factors)
+    return mixed.change(
+        x, out, rows, mixed.table([pair for _, uses in groups for pair, _ in uses]), factors
+    )
 
 
 @contextmanager
@@ -63,7 +71,9 @@ def dots(there):
 
 
 #: with the processor's own bfloat16 products, if it has them, and without
-WAYS = pytest.mark.parametrize("there", [pytest.param(True, marks=needs_dots), False], ids=["dots", "widened"])
+WAYS = pytest.mark.parametrize(
+    "there", [pytest.param(True, marks=needs_dots), False], ids=["dots", "widened"]
+)
 
 
 @WAYS
@@ -72,7 +82,10 @@ WAYS = pytest.mark.parametrize("there", [pytest.param(True, marks=needs_dots), F
 def test_the_loop_equals_float64(there, call):
     x, out, groups, _ = call
     count = sum(len(own) for own, _ in groups)
-    by_row, expected = x.double().view(count, -1, x.shape[1]), torch.zeros(count, x.shape[0] // count, out).double()
+    by_row, expected = (
+        x.double().view(count, -1, x.shape[1]),
+        torch.zeros(count, x.shape[0] // count, out).double(),
+    )
     bound = torch.zeros_like(expected)  # the same before terms cancel
     for own, uses in groups:
         for pair, weight in uses:
@@ -83,14 +96,19 @@ def test_the_loop_equals_float64(there, call):
     with dots(there):
         found = loop(*call)
     assert found.dtype is x.dtype
-    assert bool(((found.double().view_as(expected) - expected).abs() <= CLOSE[x.dtype] * bound).all())
+    assert bool(
+        ((found.double().view_as(expected) - expected).abs() <= CLOSE[x.dtype] * bound).all()
+    )
 
 
 @WAYS
 @pytest.mark.parametrize("dtype", mixed.DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_what_is_not_finite_stays_in_its_token_and_its_adapter(dtype, tokens, there):
-    x, sound = torch.randn(3 * tokens, 20).to(dtype), (torch.randn(8, 20).to(dtype), torch.randn(8, 9).to(dtype))
+    x, sound = (
+        torch.randn(3 * tokens, 20).to(dtype),
+        (torch.randn(8, 20).to(dtype), torch.randn(8, 9).to(dtype)),
+    )
     bad = tuple(torch.full_like(one, torch.inf) for one in sound)
     x[0] = torch.nan
     with dots(there):
@@ -103,7 +121,9 @@ def test_what_is_not_finite_stays_in_its_token_and_its_adapter(dtype, tokens, th
 
 def test_bfloat16_is_rounded_to_nearest():
     """Ties to even, as torch does it."""
-    wide = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, 2.0**-140]])
+    wide = torch.tensor(
+        [[1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, 2.0**-140]]
+    )
     x = torch.ones(1, 1, dtype=torch.bfloat16)
     found = loop(x, wide.shape[1], [([0], [((torch.ones(1, 1), wide), 1.0)])], torch.float32)
     assert torch.equal(found, wide.bfloat16())
@@ -149,7 +169,9 @@ def test_a_compiled_loop_is_kept_until_what_it_calls_changes(tmp_path):
     (tmp_path / "loops.py").write_text(LOOPS)
     found = []
     for number in (1, 2):
-        (tmp_path / "called.py").write_text(f"import numba\n@numba.njit\ndef step(x):\n    return x + {number}\n")
+        (tmp_path / "called.py").write_text(
+            f"import numba\n@numba.njit\ndef step(x):\n    return x + {number}\n"
+        )
         # without bytecode: two texts of one second and one size are the same to Python
         code = "import sys; sys.dont_write_bytecode = True; import loops"
         done = Program(code, "torch", "numba", folder=tmp_path, SOURCES=str(number))

@@ -23,7 +23,9 @@ def test_numbers_of_now_until_they_are_put_again(tmp_path, variant, monkeypatch)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, variant=variant), "run")
     read = []
     real = bank._load
-    monkeypatch.setattr(bank, "_load", lambda entry, wanted: read.append(entry.name) or real(entry, wanted))
+    monkeypatch.setattr(
+        bank, "_load", lambda entry, wanted: read.append(entry.name) or real(entry, wanted)
+    )
     told = []
     for step in range(2):
         randomise(handle, 0.3)
@@ -32,7 +34,9 @@ def test_numbers_of_now_until_they_are_put_again(tmp_path, variant, monkeypatch)
         with torch.no_grad(), handle.use():
             told.append(model(IDS))
         torch.testing.assert_close(answer(bank, "now"), told[step])
-    assert (read == []) == (variant != "vera")  # whose shared numbers are low rank only once they are resolved
+    assert (read == []) == (
+        variant != "vera"
+    )  # whose shared numbers are low rank only once they are resolved
     randomise(handle, 0.3)
     torch.testing.assert_close(answer(bank, "now"), told[1])  # which training does not reach
 

@@ -68,20 +68,32 @@ def test_a_bank_on_a_base_that_did_not_grow_says_what_to_do(place):
     model = tiny_model()
     bank = veneer.Bank(model)
     bank.register("tokens", place[1] / "tokens")
-    with pytest.raises(AdapterError, match=r"262 rows of .*has 259.*veneer merge"), bank.rows(["tokens"]):
+    with (
+        pytest.raises(AdapterError, match=r"262 rows of .*has 259.*veneer merge"),
+        bank.rows(["tokens"]),
+    ):
         pass
 
 
 def test_a_served_adapter_reads_and_writes_its_tokens(place):
     base, adapters = place
     service = open_service(base, adapters)
-    with listening(service) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+    with (
+        listening(service) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client,
+    ):
         for name in CONFIGS:
-            answer = client.completions.create(model=name, prompt="<a>x<b>", max_tokens=8, temperature=0)
+            answer = client.completions.create(
+                model=name, prompt="<a>x<b>", max_tokens=8, temperature=0
+            )
             model, tokenizer = opened(base), service.tokenizer
             veneer.load(model, adapters / name)
             ids = torch.tensor([tokenizer("<a>x<b>").input_ids])
             assert ids.tolist() == [[259, *tokenizer("x").input_ids, 260]]
             with torch.no_grad():
-                out = model.generate(ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
-            assert answer.choices[0].text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+                out = model.generate(
+                    ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids)
+                )
+            assert answer.choices[0].text == tokenizer.decode(
+                out[0, ids.shape[1] :], skip_special_tokens=True
+            )

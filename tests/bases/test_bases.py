@@ -1,4 +1,5 @@
-"""Every storage, on its own examples: what it reads is what the module computes with, and what it writes comes back.
+"""Every storage, on its own examples: what it reads is what the module computes with, and what it
+writes comes back.
 
 Libraries that are not installed are skipped by name.
 """
@@ -23,7 +24,8 @@ import veneer
 from veneer.bases import BASES, storage_of
 from veneer.errors import MergeError, TargetError
 
-#: what a forward may differ from the decoded weight: it computes in the dtype of x, or with 8-bit x, or 16-bit weights
+# : what a forward may differ from the decoded weight: it computes in the dtype of x, or with 8-bit
+# x, or 16-bit weights
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -62,13 +64,17 @@ def flat_state(module: nn.Module):
     found = {}
     for name, value in module.state_dict().items():
         if hasattr(value, "__tensor_flatten__"):
-            found |= {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+            found |= {
+                f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]
+            }
         else:
             found[name] = value.as_tensor() if hasattr(value, "as_tensor") else value
     return found
 
 
-@pytest.fixture(params=[storage.name for storage in BASES if not storage.opaque])  # those: test_opaque.py
+@pytest.fixture(
+    params=[storage.name for storage in BASES if not storage.opaque]
+)  # those: test_opaque.py
 def storage(request):
     need(*LIBRARIES.get(request.param, ()))
     return BASES[request.param]
@@ -86,7 +92,9 @@ def test_each_example_has_one_storage(storage, examples):
         weight = held(module)
         assert [other.name for other in BASES if other.holds(weight)] == [storage.name], module
         assert storage_of(weight) is storage
-        assert not any(other.holds(value) for other in BASES for value in (None, 3, torch.ones(2, 2), module))
+        assert not any(
+            other.holds(value) for other in BASES for value in (None, 3, torch.ones(2, 2), module)
+        )
 
 
 def test_the_storage_is_one_instance_wherever_it_is_copied_to(storage):
@@ -95,7 +103,8 @@ def test_the_storage_is_one_instance_wherever_it_is_copied_to(storage):
 
 
 def test_decode_is_what_the_forward_uses(storage, examples):
-    """On the identity a linear layer gives its weight; in both modes, and with the gradient to x."""
+    """On the identity a linear layer gives its weight; in both modes, and with the gradient to
+    x."""
     for module in examples:
         dense = storage.dense(prepared(storage, module)).double()
         assert dense.shape == (module.out_features, module.in_features)
@@ -112,14 +121,19 @@ def test_decode_is_what_the_forward_uses(storage, examples):
             with torch.no_grad():
                 assert error(module(x.detach()), y) <= CLOSE[x.dtype], module
         if storage.name != "parametrized":
-            assert torch.equal(storage.dense(prepared(storage, module)).double(), dense), "a call has changed the base"
+            assert torch.equal(storage.dense(prepared(storage, module)).double(), dense), (
+                "a call has changed the base"
+            )
 
 
 def test_dense_is_finite_floats_of_the_stated_shape_and_dtype(storage, examples):
     for module in examples:
         dense = storage.dense(held(module))
         assert dense.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        assert (dense.dtype, dense.shape) == (storage.dtype(held(module)), storage.shape(held(module)))
+        assert (dense.dtype, dense.shape) == (
+            storage.dtype(held(module)),
+            storage.shape(held(module)),
+        )
         assert type(dense.detach()) is torch.Tensor
         assert dense.isfinite().all()
 
@@ -136,7 +150,8 @@ def test_what_did_not_change_keeps_its_bits(storage, examples):
 
 
 def test_encoding_is_idempotent_and_near(storage, examples):
-    """What was encoded and decoded is on the grid: encoding it again moves nothing. Nothing is written meanwhile."""
+    """What was encoded and decoded is on the grid: encoding it again moves nothing. Nothing is
+    written meanwhile."""
     for module in examples:
         weight = held(module)
         before = bits(flat_state(module))
@@ -154,7 +169,8 @@ def test_encoding_is_idempotent_and_near(storage, examples):
 
 
 def test_a_small_change_is_not_drowned_by_rounding_anew(storage, examples):
-    """Elements far from a step of the grid stay; so what is written is at most about as far off as not merging."""
+    """Elements far from a step of the grid stay; so what is written is at most about as far off as
+    not merging."""
     for module in examples:
         weight = held(module)
         old = storage.dense(weight).detach().double()
@@ -205,10 +221,14 @@ def test_a_copy_of_the_module_is_stored_the_same_way(storage, examples):
             assert torch.equal(storage.dense(held(other)), storage.dense(weight))
             old = storage.dense(weight).detach().double()
             storage.write(held(other), storage.encode(held(other), old + 1))
-            assert torch.equal(storage.dense(weight).double(), old), "writing to the copy has changed the original"
+            assert torch.equal(storage.dense(weight).double(), old), (
+                "writing to the copy has changed the original"
+            )
             with torch.no_grad():
                 used = other(torch.eye(module.in_features, dtype=x_dtype(module)))
-            assert error(used, (old + 1).mT + module.bias) < 0.2, "the copy's call does not see what was written"
+            assert error(used, (old + 1).mT + module.bias) < 0.2, (
+                "the copy's call does not see what was written"
+            )
 
 
 def test_what_is_not_finite_is_seen_after_encoding(storage, examples):
@@ -224,7 +244,9 @@ def test_zero_weights_stay_zero(storage, examples):
     for module in examples:
         weight = held(module)
         kept = copied(storage.stored(weight))
-        storage.write(weight, storage.encode(weight, torch.zeros(storage.shape(weight), dtype=torch.float64)))
+        storage.write(
+            weight, storage.encode(weight, torch.zeros(storage.shape(weight), dtype=torch.float64))
+        )
         assert storage.dense(weight).abs().max() < 1e-6
         storage.write(weight, kept)
 
@@ -235,11 +257,13 @@ def test_no_library_is_imported():
     assert printed(code).strip() == "[]"
 
 
-# ---------------------------------------------------------------------------------------------- plain
+# ----------------------------------------------------------------------------------------------
+# plain
 
 
 def test_a_parameter_of_another_library_is_not_plain():
-    """Floating-point bytes may mean anything there; torch's own kinds of parameters mean what they say."""
+    """Floating-point bytes may mean anything there; torch's own kinds of parameters mean what they
+    say."""
 
     class Packed(nn.Parameter):
         pass
@@ -249,7 +273,8 @@ def test_a_parameter_of_another_library_is_not_plain():
         assert storage_of(nn.Linear(2, 2).weight) is BASES["plain"]
 
 
-# ---------------------------------------------------------------------------------------------- parametrized
+# ----------------------------------------------------------------------------------------------
+# parametrized
 
 
 class Counts(nn.Module):
@@ -329,7 +354,8 @@ def test_torch_refuses_to_pickle_parametrized_modules():
         pickle.dumps(weight_norm(nn.Linear(4, 3)))
 
 
-# ---------------------------------------------------------------------------------------------- bitsandbytes
+# ----------------------------------------------------------------------------------------------
+# bitsandbytes
 
 
 def linear4bit(**settings):
@@ -341,7 +367,8 @@ def linear4bit(**settings):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_a_base_that_bitsandbytes_misreads_on_a_cpu_is_refused(kind):
-    """Rows of 96 numbers are one and a half blocks; each row is as large as its number here, so the scales differ."""
+    """Rows of 96 numbers are one and a half blocks; each row is as large as its number here, so the
+    scales differ."""
     need("bitsandbytes")
     from bitsandbytes.nn import Linear4bit
 
@@ -356,7 +383,9 @@ def test_a_base_that_bitsandbytes_misreads_on_a_cpu_is_refused(kind):
     assert wrong > 0.25
     assert right < 0.2
     model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(8, 8)})
-    with pytest.raises(TargetError, match=r"'odd' \(32, 96\) in 4 bits on a CPU.*int8.*llm_int8_skip_modules"):
+    with pytest.raises(
+        TargetError, match=r"'odd' \(32, 96\) in 4 bits on a CPU.*int8.*llm_int8_skip_modules"
+    ):
         veneer.attach(model, veneer.LoraConfig(rank=2, targets=["plain"]))
     assert not hasattr(model, "_veneer")
     model["odd"] = whole
@@ -370,8 +399,13 @@ def test_4bit_encoding_is_that_of_bitsandbytes(kind, shape):
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    storage, module = BASES["bitsandbytes_4bit"], Linear4bit(shape[1], shape[0], quant_type=kind).to("cpu")
-    module.weight.quant_state.state2 is not None and storage.write(module.weight, _flat(module.weight))
+    storage, module = (
+        BASES["bitsandbytes_4bit"],
+        Linear4bit(shape[1], shape[0], quant_type=kind).to("cpu"),
+    )
+    module.weight.quant_state.state2 is not None and storage.write(
+        module.weight, _flat(module.weight)
+    )
     values = torch.randn(shape)
     encoded = storage.encode(module.weight, values.double())
     theirs, state = quantize_4bit(values, quant_type=kind)
@@ -397,7 +431,8 @@ def test_4bit_a_change_in_one_block_leaves_the_others_alone():
     values[7] *= 3  # a row is a block here
     encoded = storage.encode(module.weight, values)
     dense, rows = storage.decode(module.weight, encoded).double(), torch.arange(32) != 7
-    # All 32 scales lie in one block of 256 nested ones, so they are rounded anew, to within their 8 bits.
+    # All 32 scales lie in one block of 256 nested ones, so they are rounded anew, to within their 8
+    # bits.
     assert error(dense[rows], values[rows]) < 0.02
     flat, stored = module, _flat(module.weight)
     storage.write(flat.weight, stored)
@@ -418,10 +453,15 @@ def repacks(module) -> bool:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("label", [torch.uint8, torch.bfloat16])
 def test_4bit_weights_that_a_call_has_repacked_are_read_and_written(nested, label):
-    """On CPUs with AVX512-BF16 a call in evaluation mode changes the layout, and rounds the scales to bfloat16."""
+    """On CPUs with AVX512-BF16 a call in evaluation mode changes the layout, and rounds the scales
+    to bfloat16."""
     storage = BASES["bitsandbytes_4bit"]
     module = linear4bit(quant_type="nf4", compress_statistics=nested, quant_storage=label)
-    weight, before, dense = module.weight, copied(storage.stored(module.weight)), storage.dense(module.weight)
+    weight, before, dense = (
+        module.weight,
+        copied(storage.stored(module.weight)),
+        storage.dense(module.weight),
+    )
     if not repacks(module):
         pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
     assert torch.equal(storage.stored(weight)["packed"], before["packed"])
@@ -463,7 +503,9 @@ def test_embeddings_of_bitsandbytes(name):
     assert isinstance(module, storage.modules())
     rows = torch.tensor([3, 0, 3])
     assert error(module(rows), storage.dense(module.weight)[rows]) < 1e-6
-    storage.write(module.weight, storage.encode(module.weight, torch.ones(20, 64, dtype=torch.float64)))
+    storage.write(
+        module.weight, storage.encode(module.weight, torch.ones(20, 64, dtype=torch.float64))
+    )
     assert error(module(rows), torch.ones(3, 64)) < 1e-6
 
 
@@ -471,7 +513,10 @@ def test_8bit_the_scale_is_found_after_the_first_call():
     need("bitsandbytes")
     from bitsandbytes.nn import Linear8bitLt
 
-    storage, module = BASES["bitsandbytes_8bit"], Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").train()
+    storage, module = (
+        BASES["bitsandbytes_8bit"],
+        Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").train(),
+    )
     before = bits(storage.stored(module.weight))
     module(torch.ones(1, 64))
     with pytest.raises(TargetError, match="prepare"):
@@ -479,7 +524,9 @@ def test_8bit_the_scale_is_found_after_the_first_call():
     for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         storage.prepare(other)
         assert bits(storage.stored(other.weight)) == before
-        storage.write(other.weight, storage.encode(other.weight, torch.ones(32, 64, dtype=torch.float64)))
+        storage.write(
+            other.weight, storage.encode(other.weight, torch.ones(32, 64, dtype=torch.float64))
+        )
         assert error(other(torch.eye(64)) - other.bias, torch.ones(64, 32)) < 1e-5
         storage.prepare(other)
         assert (storage.dense(other.weight) == storage.dense(other.weight)[0, 0]).all()
@@ -489,14 +536,19 @@ def test_8bit_a_prepared_weight_keeps_its_scale_through_calls():
     need("bitsandbytes")
     from bitsandbytes.nn import Linear8bitLt
 
-    storage, module = BASES["bitsandbytes_8bit"], Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").train()
+    storage, module = (
+        BASES["bitsandbytes_8bit"],
+        Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").train(),
+    )
     keys = list(module.state_dict())
     storage.prepare(module)
     before = bits(storage.stored(module.weight))
     for training in (True, False):
         module.train(training)(torch.ones(1, 64))
         assert bits(storage.stored(module.weight)) == before
-    storage.write(module.weight, storage.encode(module.weight, torch.ones(32, 64, dtype=torch.float64)))
+    storage.write(
+        module.weight, storage.encode(module.weight, torch.ones(32, 64, dtype=torch.float64))
+    )
     storage.prepare(module)
     module(torch.ones(1, 64))
     assert (storage.stored(module.weight)["values"] == 127).all()
@@ -508,7 +560,10 @@ def test_8bit_encoding_is_that_of_bitsandbytes():
     from bitsandbytes.functional import int8_vectorwise_quant
     from bitsandbytes.nn import Linear8bitLt
 
-    storage, module = BASES["bitsandbytes_8bit"], Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    storage, module = (
+        BASES["bitsandbytes_8bit"],
+        Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"),
+    )
     values = torch.randn(32, 64).half()
     encoded = storage.encode(module.weight, values.double())
     theirs, scale, _ = int8_vectorwise_quant(values)
@@ -525,11 +580,16 @@ def test_what_bitsandbytes_has_not_quantised_is_refused():
     need("bitsandbytes")
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    for module in (Linear8bitLt(64, 32), Linear8bitLt(64, 32, has_fp16_weights=False), Linear4bit(64, 32)):
+    for module in (
+        Linear8bitLt(64, 32),
+        Linear8bitLt(64, 32, has_fp16_weights=False),
+        Linear4bit(64, 32),
+    ):
         assert storage_of(module.weight) is None
 
 
-# ---------------------------------------------------------------------------------------------- torchao
+# ----------------------------------------------------------------------------------------------
+# torchao
 
 
 def quantised(config, dtype=torch.float32):
@@ -542,17 +602,28 @@ def quantised(config, dtype=torch.float32):
 
 def test_torchao_encoding_is_that_of_quantize():
     need("torchao")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        quantize_,
+    )
 
     storage = BASES["torchao"]
-    for config in (Int8WeightOnlyConfig(), IntxWeightOnlyConfig(weight_dtype=torch.int4), Float8WeightOnlyConfig()):
+    for config in (
+        Int8WeightOnlyConfig(),
+        IntxWeightOnlyConfig(weight_dtype=torch.int4),
+        Float8WeightOnlyConfig(),
+    ):
         module, other = quantised(config), nn.Linear(64, 32)
         values = other.weight.detach().double()
         encoded = storage.encode(module.weight, values)
         quantize_(other, config)
         theirs = storage.stored(other.weight)
         assert encoded.keys() == theirs.keys()
-        fresh = encoded["scale"][:, 0] == theirs["scale"][:, 0]  # where the old scale does not come closer
+        fresh = (
+            encoded["scale"][:, 0] == theirs["scale"][:, 0]
+        )  # where the old scale does not come closer
         same = encoded["qdata"].float() == theirs["qdata"].float()
         assert fresh.any()
         assert same[fresh].float().mean() > 0.99, config
@@ -566,7 +637,9 @@ def test_torchao_asymmetric_integers_stay_so():
     from torchao.quantization.quant_primitives import MappingType
 
     storage = BASES["torchao"]
-    module = quantised(IntxWeightOnlyConfig(weight_dtype=torch.int4, mapping_type=MappingType.ASYMMETRIC))
+    module = quantised(
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, mapping_type=MappingType.ASYMMETRIC)
+    )
     values = 1 + torch.rand(32, 64, dtype=torch.float64)
     encoded = storage.encode(module.weight, values)
     assert encoded["zero_point"].any()
@@ -592,9 +665,15 @@ def test_torchao_a_scale_of_x_belongs_to_the_weight():
 def test_torchao_weights_that_quantise_x_are_refused():
     """Their call gives x no gradient, so training through them would be silently wrong."""
     need("torchao")
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+    )
 
-    for config in (Int8DynamicActivationInt8WeightConfig(), Int8DynamicActivationIntxWeightConfig()):
+    for config in (
+        Int8DynamicActivationInt8WeightConfig(),
+        Int8DynamicActivationIntxWeightConfig(),
+    ):
         module = quantised(config)
         x = torch.randn(3, 64, requires_grad=True)
         module(x).sum().backward()
@@ -619,7 +698,10 @@ def test_torchao_a_layout_that_cannot_be_written_is_read_and_refused_by_a_merge(
         def dequantize(self):
             return self.qdata.float() / 2
 
-    weight, storage = nn.Parameter(Odd(torch.ones(2, 2, dtype=torch.int8)), requires_grad=False), BASES["torchao"]
+    weight, storage = (
+        nn.Parameter(Odd(torch.ones(2, 2, dtype=torch.int8)), requires_grad=False),
+        BASES["torchao"],
+    )
     assert storage_of(weight) is storage
     assert torch.equal(storage.dense(weight), torch.full((2, 2), 0.5))
     with pytest.raises(MergeError, match=r"Odd.*Float8Tensor.*unmerged"):
@@ -635,9 +717,21 @@ def test_torchao_itself_makes_modules_that_cannot_be_pickled():
         pickle.dumps(quantised(Int8WeightOnlyConfig()))
 
 
-# ---------------------------------------------------------------------------------------------- gguf
+# ----------------------------------------------------------------------------------------------
+# gguf
 
-READ_ONLY = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_M"]
+READ_ONLY = [
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ2_XXS",
+    "IQ3_S",
+    "IQ1_M",
+]
 
 
 def packed_parameter(kind: str, rows: int = 16, columns: int = 512):
@@ -662,7 +756,9 @@ def test_gguf_types_without_a_quantiser_are_read_exactly_and_refused_by_a_merge(
     assert dense.shape == storage.shape(weight) == (16, 512)
     exact = torch.from_numpy(gguf.quants.dequantize(weight.as_tensor().numpy(), weight.quant_type))
     assert torch.equal(dense, exact)
-    with pytest.raises(MergeError, match=rf"{kind}, which gguf can read but not write.*Q8_0.*unmerged"):
+    with pytest.raises(
+        MergeError, match=rf"{kind}, which gguf can read but not write.*Q8_0.*unmerged"
+    ):
         storage.encode(weight, dense.double() + 1)
 
 
@@ -681,7 +777,9 @@ def test_gguf_layers_of_such_types_run_forward_and_backward(kind):
     assert error(x.grad, dense.sum(0).expand(512, -1)) < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "TQ1_0", "TQ2_0", "MXFP4"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "TQ1_0", "TQ2_0", "MXFP4"]
+)
 def test_gguf_types_with_a_quantiser_keep_unchanged_blocks(kind):
     weight, storage = packed_parameter(kind), BASES["gguf"]
     import gguf

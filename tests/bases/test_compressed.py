@@ -1,5 +1,5 @@
-"""Linear layers of compressed-tensors in a whole model: adapted while they are packed, or after the first call of the
-model, which makes them dense. Layers by themselves: test_opaque.py."""
+"""Linear layers of compressed-tensors in a whole model: adapted while they are packed, or after the
+first call of the model, which makes them dense. Layers by themselves: test_opaque.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import veneer
 from veneer.errors import MergeError, TargetError
 
 IN = 64
-real = pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed")
+real = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+)
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def three(rounds_x: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("rounds_x", [False, True], ids=["w4a16", "w8a8"])
-def test_an_adapter_before_and_after_the_first_call_of_compressed_tensors_is_the_same(rounds_x, library, tmp_path):
+def test_an_adapter_before_and_after_the_first_call_of_compressed_tensors_is_the_same(
+    rounds_x, library, tmp_path
+):
     x, config = torch.randn(5, IN), veneer.LoraConfig(rank=4, targets=["first", "a", "b", "head"])
     with torch.no_grad():
         bare = three(rounds_x)(x)
@@ -54,7 +58,9 @@ def test_an_adapter_before_and_after_the_first_call_of_compressed_tensors_is_the
             with torch.no_grad():
                 assert torch.equal(model(x), bare)
         if "loaded" in when:
-            handle = veneer.load(model, tmp_path / "before", trainable=True)  # proves the base: packed or dense
+            handle = veneer.load(
+                model, tmp_path / "before", trainable=True
+            )  # proves the base: packed or dense
         else:
             torch.manual_seed(1)
             handle = veneer.attach(model, config)
@@ -64,7 +70,9 @@ def test_an_adapter_before_and_after_the_first_call_of_compressed_tensors_is_the
         seen = x.clone().requires_grad_()
         y = model(seen)
         y.square().sum().backward()
-        assert {name: p for name, p in model.named_parameters() if p.requires_grad}.keys() == ours.keys()
+        assert {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }.keys() == ours.keys()
         with veneer.use(model, None), torch.no_grad():
             assert torch.equal(model(x), bare)
         veneer.check(model, x)
@@ -99,7 +107,11 @@ def test_what_trains_below_a_layer_that_no_adapter_changes_has_its_gradient(libr
     y.square().sum().backward()
     defined = Three(rounds_x=False)
     defined.a, defined.b = Rounding(IN, IN), Rounding(IN, IN)
-    state = {name: value for name, value in model.state_dict().items() if "_scale" not in name and "veneer" not in name}
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if "_scale" not in name and "veneer" not in name
+    }
     defined.load_state_dict(state)
     other = veneer.attach(defined, veneer.LoraConfig(rank=4, targets=["first"]))
     (mine,), (their,) = handle.changes.values(), other.changes.values()
@@ -153,8 +165,9 @@ def test_the_librarys_own_models_are_the_same_before_and_after_their_first_call(
 
 @pytest.mark.parametrize("state", ["frozen", "offloaded", "embedding"])
 def test_compressed_tensors_that_answer_otherwise_are_refused_with_the_way_out(state):
-    """What is quantised anew in each call has another gradient than its weight, accelerate's hooks take the place of
-    forward before the library does, and an embedding is no matrix that x goes through."""
+    """What is quantised anew in each call has another gradient than its weight, accelerate's hooks
+    take the place of forward before the library does, and an embedding is no matrix that x goes
+    through."""
     layer = compressed.quantised(nn.Linear(32, 16))
     if state == "frozen":
         layer.quantization_status = "frozen"
@@ -163,5 +176,7 @@ def test_compressed_tensors_that_answer_otherwise_are_refused_with_the_way_out(s
     else:
         scheme, layer = layer.quantization_scheme, nn.Embedding(32, 16)
         layer.quantization_scheme, layer.quantization_status = scheme, "compressed"
-    with pytest.raises(TargetError, match=r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)"):
+    with pytest.raises(
+        TargetError, match=r"compressed-tensors.*CompressedTensorsConfig\(dequantize=True\)"
+    ):
         veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2, targets="0"))

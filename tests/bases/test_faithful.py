@@ -1,5 +1,5 @@
-"""Faithful rounding onto the grid of a quantised weight: what the adapter reads survives, by choosing for each number
-one of the two that lie around W + ΔW."""
+"""Faithful rounding onto the grid of a quantised weight: what the adapter reads survives, by
+choosing for each number one of the two that lie around W + ΔW."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ GRIDS = ("bitsandbytes_8bit", "bitsandbytes_4bit", "torchao")
 
 
 def bits_of(stored):
-    return {name: value.detach().contiguous().flatten().view(torch.uint8).tolist() for name, value in stored.items()}
+    return {
+        name: value.detach().contiguous().flatten().view(torch.uint8).tolist()
+        for name, value in stored.items()
+    }
 
 
 def examples(storage: str):
@@ -39,7 +42,12 @@ def examples(storage: str):
         int4 = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
         groups = {"weight_dtype": int4, "granularity": PerGroup(32)}
         asymmetric = IntxWeightOnlyConfig(**groups, mapping_type=MappingType.ASYMMETRIC)
-        for config in (Int8WeightOnlyConfig(), IntxWeightOnlyConfig(**groups), asymmetric, Float8WeightOnlyConfig()):
+        for config in (
+            Int8WeightOnlyConfig(),
+            IntxWeightOnlyConfig(**groups),
+            asymmetric,
+            Float8WeightOnlyConfig(),
+        ):
             linear = nn.Linear(IN, OUT)
             quantize_(linear, config)
             yield linear
@@ -121,15 +129,26 @@ def test_each_number_is_one_of_the_two_around_the_exact_one(storage):
         handle, change, W, delta = adapted(module, 0.05)
         handle.merge(rounding="faithful")
         storage = change.storage
-        grid, merged = storage.grid(module.weight, storage.stored(module.weight)), storage.dense(module.weight)
+        grid, merged = (
+            storage.grid(module.weight, storage.stored(module.weight)),
+            storage.dense(module.weight),
+        )
         level = grid.levels.view(-1, 1, 1)
-        numbers = ((level if grid.zero is None else level - grid.zero) * grid.scale).double()  # [n, out, in]
+        numbers = (
+            (level if grid.zero is None else level - grid.zero) * grid.scale
+        ).double()  # [n, out, in]
         exact = W + delta
         below = torch.where(numbers <= exact, numbers, -torch.inf).amax(0)
         above = torch.where(numbers >= exact, numbers, torch.inf).amin(0)
-        below, above = torch.where(below.isinf(), above, below), torch.where(above.isinf(), below, above)
+        below, above = (
+            torch.where(below.isinf(), above, below),
+            torch.where(above.isinf(), below, above),
+        )
         merged = merged.double()
-        assert torch.minimum((merged - below).abs(), (merged - above).abs()).max() <= 1e-6 * W.abs().max(), module
+        assert (
+            torch.minimum((merged - below).abs(), (merged - above).abs()).max()
+            <= 1e-6 * W.abs().max()
+        ), module
 
 
 @pytest.mark.parametrize("storage", GRIDS)
@@ -200,7 +219,8 @@ def test_beyond_the_grid_the_last_number_is_all_there_is():
 
 
 @pytest.mark.parametrize(
-    "storage", [one.name for one in BASES if one.name in LIBRARIES and not isinstance(one, GridStorage)]
+    "storage",
+    [one.name for one in BASES if one.name in LIBRARIES and not isinstance(one, GridStorage)],
 )
 def test_inputs_to_protect_are_refused_where_there_is_no_grid(storage):
     """They would be left out without a word."""
@@ -210,6 +230,10 @@ def test_inputs_to_protect_are_refused_where_there_is_no_grid(storage):
         model = nn.Sequential(module)
         handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
         before = bits_of(BASES[storage].stored(module.weight))
-        with pytest.raises(MergeError, match=r"0\.weight: inputs= of a weight that is rounded as it is stored"):
-            handle.merge(inputs={"0.weight": torch.eye(BASES[storage].shape(module.weight)[1])[None]})
+        with pytest.raises(
+            MergeError, match=r"0\.weight: inputs= of a weight that is rounded as it is stored"
+        ):
+            handle.merge(
+                inputs={"0.weight": torch.eye(BASES[storage].shape(module.weight)[1])[None]}
+            )
         assert bits_of(BASES[storage].stored(module.weight)) == before

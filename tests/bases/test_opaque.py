@@ -1,5 +1,5 @@
-"""Layers that other libraries keep quantised: adapted by their own forward and a product of two thin matrices, never
-merged; in transformers' formats."""
+"""Layers that other libraries keep quantised: adapted by their own forward and a product of two
+thin matrices, never merged; in transformers' formats."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ class Net(nn.Module):
 
 
 def close(module: nn.Module, rounds: bool = True) -> float:
-    """gptqmodel's own kernels multiply in float16. ``rounds``: what is compared goes by the x that w8a8 rounds."""
+    """gptqmodel's own kernels multiply in float16. ``rounds``: what is compared goes by the x that
+    w8a8 rounds."""
     if rounds and getattr(getattr(module, "quantization_scheme", None), "input_activations", None):
         return 1e-2
-    return CLOSE[torch.float16 if type(module).__module__.startswith("gptqmodel") else torch.float32]
+    return CLOSE[
+        torch.float16 if type(module).__module__.startswith("gptqmodel") else torch.float32
+    ]
 
 
 def adapted(made, kind, real, **settings):
@@ -90,7 +93,11 @@ def test_gradients_are_those_of_the_definition(kind, real, libraries):  # noqa: 
     A, B = (one.detach()[0].double().requires_grad_() for one in (change.A, change.B))
     seen = x.detach().double().requires_grad_()
     ((seen @ (dense + change.scale * B @ A).mT + bias_of(module)) * weights).sum().backward()
-    for found, expected in ((x.grad, seen.grad), (change.A.grad[0], A.grad), (change.B.grad[0], B.grad)):
+    for found, expected in (
+        (x.grad, seen.grad),
+        (change.A.grad[0], A.grad),
+        (change.B.grad[0], B.grad),
+    ):
         assert error(found, expected) <= 2 * close(module, rounds=False)
 
 
@@ -117,7 +124,9 @@ def test_the_hooks_of_accelerate_are_around_the_call(kind, real, when, libraries
         one(given).square().sum().backward()
     assert torch.equal(module(seen), plain(x))
     assert torch.equal(seen.grad, x.grad)
-    assert torch.equal(storage_of(weight_of(module, "weight")).dense(module), storage_of(plain).dense(plain))
+    assert torch.equal(
+        storage_of(weight_of(module, "weight")).dense(module), storage_of(plain).dense(plain)
+    )
     handle.detach()
     remove_hook_from_module(module)
     with veneer.use(plain, None), torch.no_grad():
@@ -138,7 +147,9 @@ def test_a_merge_is_refused_with_the_way_out_and_changes_nothing(kind, real, lib
     with torch.no_grad():
         before = module(x)
         for rounding in ("auto", "faithful"):
-            with pytest.raises(MergeError, match=r"Nothing was merged.*floating-point dtype \(.*merge there"):
+            with pytest.raises(
+                MergeError, match=r"Nothing was merged.*floating-point dtype \(.*merge there"
+            ):
                 handle.merge(rounding=rounding)
         assert torch.equal(module(x), before)
 
@@ -161,7 +172,9 @@ def test_the_way_out_is_one(kind, real, libraries, tmp_path):  # noqa: F811
     full = Net(nn.Linear(IN, OUT))
     full.load_state_dict({"first.weight": model.first.weight, "first.bias": model.first.bias,
                           "layer.weight": dense.float(), "layer.bias": bias_of(module).float()})  # fmt: skip
-    same = kind in COMPRESSED  # what its library makes dense are the very numbers that it meant while packed
+    same = (
+        kind in COMPRESSED
+    )  # what its library makes dense are the very numbers that it meant while packed
     with nullcontext() if same else pytest.warns(veneer.UnverifiedAdapter):
         other = veneer.load(full, tmp_path / "adapter")
     other.merge()
@@ -187,10 +200,19 @@ def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
     report = veneer.check(model, x)
     assert "layer.weight" in report.weights
     summary = handle.summary()
-    said = {"gptq": "GPTQ or AWQ", "awq": "GPTQ or AWQ", "hqq": "HQQ", "w4a16": "compressed-tensors"}
-    said = {**said, "w8a8": said["w4a16"], "fp8": "FP8", "fp8 per tensor": "FP8", "fbgemm": "FP8 of fbgemm"}.get(
-        kind, "FP8 of compressed-tensors"
-    )
+    said = {
+        "gptq": "GPTQ or AWQ",
+        "awq": "GPTQ or AWQ",
+        "hqq": "HQQ",
+        "w4a16": "compressed-tensors",
+    }
+    said = {
+        **said,
+        "w8a8": said["w4a16"],
+        "fp8": "FP8",
+        "fp8 per tensor": "FP8",
+        "fbgemm": "FP8 of fbgemm",
+    }.get(kind, "FP8 of compressed-tensors")
     assert f"linear ({said}), lora" in str(summary)
     assert summary.trainable == 4 * (IN + IN) + 4 * (IN + OUT)
     randomise(handle, 0.1)
@@ -250,23 +272,34 @@ def test_copies_are_adapted_too(kind, real, libraries):  # noqa: F811
 
 
 def test_words_mean_these_layers_too(libraries):  # noqa: F811
-    model = nn.ModuleDict({"q_proj": libraries("gptq")[0], "up": libraries("hqq")[0], "norm": nn.LayerNorm(4)})
+    model = nn.ModuleDict(
+        {"q_proj": libraries("gptq")[0], "up": libraries("hqq")[0], "norm": nn.LayerNorm(4)}
+    )
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all-linear"))
     assert [*handle.changes] == ["q_proj.weight", "up.weight"]
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be adapted
+# ----------------------------------------------------------------------------------------------
+# what cannot be adapted
 
 
 @pytest.mark.parametrize("targets", ["all", "experts", "experts.gate_up_proj"])
 def test_experts_in_mxfp4_are_refused_with_the_way_out(targets, monkeypatch):
-    """As transformers' loader leaves them: kernels' tensors in the place of parameters, biases beside them."""
+    """As transformers' loader leaves them: kernels' tensors in the place of parameters, biases
+    beside them."""
     pytest.importorskip("transformers")
     from transformers import GptOssConfig
     from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
-    settings = {"num_local_experts": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    model = nn.ModuleDict({"experts": Mxfp4GptOssExperts(GptOssConfig(**settings)), "q_proj": nn.Linear(4, 4)})
+    settings = {
+        "num_local_experts": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+    }
+    model = nn.ModuleDict(
+        {"experts": Mxfp4GptOssExperts(GptOssConfig(**settings)), "q_proj": nn.Linear(4, 4)}
+    )
     if targets == "all":
         with pytest.warns(UserWarning, match=r"MXFP4.*Mxfp4Config\(dequantize=True\)"):
             handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets))
@@ -319,7 +352,9 @@ def test_the_gradient_is_the_same_in_pieces(libraries, monkeypatch):  # noqa: F8
     x = torch.randn(3, 2, IN, requires_grad=True)
     module(x).sum().backward()
     low, _ = change.exactly(module)
-    assert error(x.grad, torch.ones(3, 2, OUT).double() @ (dense + low.delta(torch.float64)[0])) < 2e-6
+    assert (
+        error(x.grad, torch.ones(3, 2, OUT).double() @ (dense + low.delta(torch.float64)[0])) < 2e-6
+    )
 
 
 def test_a_quantised_layer_that_nobody_knows_is_refused():
@@ -329,7 +364,9 @@ def test_a_quantised_layer_that_nobody_knows_is_refused():
 
     layer = Strange(8, 8)
     layer.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TargetError, match=r"Strange, whose weight is stored as Parameter of torch.uint8"):
+    with pytest.raises(
+        TargetError, match=r"Strange, whose weight is stored as Parameter of torch.uint8"
+    ):
         veneer.attach(nn.Sequential(layer), veneer.LoraConfig(rank=2))
 
 
@@ -347,7 +384,8 @@ def test_float8_in_another_forward_than_the_product_is_no_opaque_layer():
 
 
 def test_training_below_experts_whose_kernels_have_no_derivative_is_an_error():
-    """MXFP4's are triton's: what reached an adapter below was the gradient past the experts alone, silently."""
+    """MXFP4's are triton's: what reached an adapter below was the gradient past the experts alone,
+    silently."""
     pytest.importorskip("transformers")
     from transformers import GptOssConfig
     from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
@@ -359,7 +397,12 @@ def test_training_below_experts_whose_kernels_have_no_derivative_is_an_error():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            sizes = {"num_local_experts": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+            sizes = {
+                "num_local_experts": 2,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_attention_heads": 2,
+            }
             self.q_proj, self.experts = nn.Linear(32, 32), Experts(GptOssConfig(**sizes))
 
         def forward(self, x):
@@ -370,7 +413,9 @@ def test_training_below_experts_whose_kernels_have_no_derivative_is_an_error():
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="q_proj"))
     with torch.no_grad():
         expected = model(x)
-    with pytest.raises(TargetError, match=r"MXFP4 kernels pass no gradient.*Mxfp4Config\(dequantize=True\)"):
+    with pytest.raises(
+        TargetError, match=r"MXFP4 kernels pass no gradient.*Mxfp4Config\(dequantize=True\)"
+    ):
         model(x)
     handle.detach()
     assert type(model.experts) is Experts

@@ -31,7 +31,10 @@ def veneer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     def call(*arguments: object) -> Run:
         capsys.readouterr()
-        for name in ("out", "err"):  # rich looks the streams up anew each time; only the width is kept
+        for name in (
+            "out",
+            "err",
+        ):  # rich looks the streams up anew each time; only the width is kept
             getattr(console, name)._width = 200
         code = run([str(argument) for argument in arguments])
         captured = capsys.readouterr()

@@ -22,12 +22,17 @@ from veneer.train import checkpoint
 Case = Callable[..., Any]
 
 
-# ---------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------
+# data
 
 
 BAD_DATA: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "empty": ("a.jsonl", "", ("is empty",)),
-    "line 2 is not JSON": ("a.jsonl", '{"text": "a"}\nhello\n', (r"a\.jsonl, line 2 is not JSON", "hello")),
+    "line 2 is not JSON": (
+        "a.jsonl",
+        '{"text": "a"}\nhello\n',
+        (r"a\.jsonl, line 2 is not JSON", "hello"),
+    ),
     "wrong columns": (
         "a.jsonl",
         '{"instruction": "a", "output": "b"}\n',
@@ -47,7 +52,13 @@ BAD_DATA: dict[str, tuple[str, str, tuple[str, ...]]] = {
 @pytest.mark.parametrize(("name", "content", "parts"), BAD_DATA.values(), ids=BAD_DATA.keys())
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_bad_data(
-    veneer: Case, base: Path, tmp_path: Path, command: str, name: str, content: str, parts: tuple[str, ...]
+    veneer: Case,
+    base: Path,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    content: str,
+    parts: tuple[str, ...],
 ) -> None:
     file = tmp_path / name
     file.write_text(content)
@@ -61,7 +72,15 @@ def test_bad_data(
 
 def test_missing_data(veneer: Case, base: Path, tmp_path: Path, data: Path) -> None:
     refused(
-        veneer("train", "--base", base, "--data", data.with_name("sum.jsonl"), "--output", tmp_path / "o"),
+        veneer(
+            "train",
+            "--base",
+            base,
+            "--data",
+            data.with_name("sum.jsonl"),
+            "--output",
+            tmp_path / "o",
+        ),
         "does not exist",
         "sums.jsonl",
     )
@@ -76,7 +95,11 @@ def test_missing_data(veneer: Case, base: Path, tmp_path: Path, data: Path) -> N
 def test_unreadable_data(veneer: Case, base: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", sums(3))
     file.chmod(0)
-    refused(veneer("train", "--base", base, "--data", file, "--output", tmp_path / "o"), "Cannot read", "permission")
+    refused(
+        veneer("train", "--base", base, "--data", file, "--output", tmp_path / "o"),
+        "Cannot read",
+        "permission",
+    )
     file.chmod(stat.S_IRUSR | stat.S_IWUSR)
 
 
@@ -93,15 +116,21 @@ def test_unreadable_data_as_the_system_reports_it(
 
     monkeypatch.setattr(Path, "open", denied)
     refused(
-        veneer("train", "--base", base, "--data", file, "--output", tmp_path / "o"), "Cannot read", "Permission denied"
+        veneer("train", "--base", base, "--data", file, "--output", tmp_path / "o"),
+        "Cannot read",
+        "Permission denied",
     )
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------------------
+# configuration
 
 
 BAD_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
-    "unknown field": ("learnin_rate: 1\n", ("unknown field 'learnin_rate'; did you mean 'learning_rate'",)),
+    "unknown field": (
+        "learnin_rate: 1\n",
+        ("unknown field 'learnin_rate'; did you mean 'learning_rate'",),
+    ),
     "wrong type": ("rank: many\n", ("rank: found 'many'", "integer")),
     "out of range": ("dropout: 1.5\n", ("dropout: found 1.5", "less than 1")),
     "unknown choice": ("schedule: cosin\n", ("schedule: found 'cosin'", "'cosine'")),
@@ -116,7 +145,9 @@ BAD_YAML: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("content", "parts"), BAD_YAML.values(), ids=BAD_YAML.keys())
-def test_bad_configuration(veneer: Case, tmp_path: Path, content: str, parts: tuple[str, ...]) -> None:
+def test_bad_configuration(
+    veneer: Case, tmp_path: Path, content: str, parts: tuple[str, ...]
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
     refused(veneer("train", file), *parts)
@@ -136,22 +167,44 @@ def test_missing_configuration_and_unknown_flags(veneer: Case, tmp_path: Path) -
     refused(veneer("train", "--rank", "x"), "Invalid value for '--rank'")
 
 
-def test_targets_that_match_nothing_name_those_that_exist(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
-    found = veneer("train", "--base", base, "--data", data, "--output", tmp_path / "o", "--targets", "query_proj")
+def test_targets_that_match_nothing_name_those_that_exist(
+    veneer: Case, base: Path, data: Path, tmp_path: Path
+) -> None:
+    found = veneer(
+        "train",
+        "--base",
+        base,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "o",
+        "--targets",
+        "query_proj",
+    )
     refused(found, "query_proj", "q_proj")
     assert not (tmp_path / "o").exists()
-    found = veneer("train", "--base", base, "--data", data, "--output", tmp_path / "p", "--rank", 64)
+    found = veneer(
+        "train", "--base", base, "--data", data, "--output", tmp_path / "p", "--rank", 64
+    )
     refused(found, "64", "32|16")
 
 
-def test_an_unknown_variant_names_those_that_exist(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
-    found = veneer("train", "--base", base, "--data", data, "--output", tmp_path / "o", "--variant", "lorra")
+def test_an_unknown_variant_names_those_that_exist(
+    veneer: Case, base: Path, data: Path, tmp_path: Path
+) -> None:
+    found = veneer(
+        "train", "--base", base, "--data", data, "--output", tmp_path / "o", "--variant", "lorra"
+    )
     refused(found, "lorra", "lora")
 
 
-def test_names_that_transformers_does_not_know(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
+def test_names_that_transformers_does_not_know(
+    veneer: Case, base: Path, data: Path, tmp_path: Path
+) -> None:
     rest = ("--base", base, "--data", data, "--output", tmp_path / "o")
-    refused(veneer("train", *rest, "--optimiser", "adamw_torhc"), "adamw_torhc", "nearest: 'adamw_torch")
+    refused(
+        veneer("train", *rest, "--optimiser", "adamw_torhc"), "adamw_torhc", "nearest: 'adamw_torch"
+    )
     refused(veneer("train", *rest, "--trackers", "tensorbord"), "tensorbord", "'tensorboard'")
     assert not (tmp_path / "o").exists()
 
@@ -159,7 +212,9 @@ def test_names_that_transformers_does_not_know(veneer: Case, base: Path, data: P
 def test_a_loss_that_is_not_a_number(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
     rest = ("--base", base, "--data", data, "--output", tmp_path / "o", "--max-grad-norm", 0)
     refused(
-        veneer("train", *rest, "--learning-rate", 1e30, "--warmup", 0, "--epochs", 9), "is (nan|inf)", "learning rate"
+        veneer("train", *rest, "--learning-rate", 1e30, "--warmup", 0, "--epochs", 9),
+        "is (nan|inf)",
+        "learning rate",
     )
 
 
@@ -167,17 +222,27 @@ def test_brackets_in_a_path_are_not_markup(veneer: Case, tmp_path: Path) -> None
     refused(veneer("train", tmp_path / "[red]x[/].yaml"), r"\[red\]x\[/\]\.yaml does not exist")
 
 
-# ---------------------------------------------------------------------------------------------- the base
+# ---------------------------------------------------------------------------------------------- the
+# base
 
 
 def test_bad_bases(veneer: Case, base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
     rest = ("--data", data, "--output", tmp_path / "o")
     refused(veneer("train", "--base", tmp_path / "none", *rest), "no base model at", "config.json")
     refused(veneer("train", "--base", "no-such/model", *rest), "no-such/model", "hub")
-    refused(veneer("train", "--base", "package:no_such_package", *rest), "no Python package 'no_such_package'")
+    refused(
+        veneer("train", "--base", "package:no_such_package", *rest),
+        "no Python package 'no_such_package'",
+    )
     refused(veneer("train", "--base", data, *rest), "is a file ending in '.jsonl'")
-    refused(veneer("train", "--base", data.parent, *rest), "is not a model folder; it holds sums.jsonl")
-    refused(veneer("train", "--base", adapter, *rest), "is an adapter, not a base model", "veneer inspect")
+    refused(
+        veneer("train", "--base", data.parent, *rest), "is not a model folder; it holds sums.jsonl"
+    )
+    refused(
+        veneer("train", "--base", adapter, *rest),
+        "is an adapter, not a base model",
+        "veneer inspect",
+    )
     fake = tmp_path / "fake.gguf"
     fake.write_bytes(b"GGUF no")
     refused(veneer("train", "--base", fake, *rest), "cannot be read as GGUF")
@@ -192,11 +257,14 @@ def test_bad_bases(veneer: Case, base: Path, data: Path, adapter: Path, tmp_path
     refused(veneer("train", "--base", broken, *rest), "no usable tokenizer")
 
 
-# ---------------------------------------------------------------------------------------------- the adapter
+# ---------------------------------------------------------------------------------------------- the
+# adapter
 
 
 @pytest.mark.usefixtures("asked_here")
-def test_an_adapter_of_another_base(veneer: Case, data: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base(
+    veneer: Case, data: Path, adapter: Path, tmp_path: Path
+) -> None:
     other = write_tiny(tmp_path / "other", seed=1)
     refused(veneer("merge", other, adapter, tmp_path / "m"), "another base", "q_proj|layers")
     refused(veneer("generate", other, "--adapter", adapter, "-p", "x"), "another base")
@@ -224,7 +292,9 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "one byte", "config", "missing", "not JSON"])
-def test_a_damaged_adapter(veneer: Case, base: Path, adapter: Path, tmp_path: Path, how: str) -> None:
+def test_a_damaged_adapter(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path, how: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(adapter, copy)
     damage(copy, how)
@@ -242,10 +312,13 @@ def test_not_an_adapter(veneer: Case, base: Path, tmp_path: Path) -> None:
     refused(veneer("inspect", base), "adapter_config.json")
 
 
-# ---------------------------------------------------------------------------------------------- the output
+# ---------------------------------------------------------------------------------------------- the
+# output
 
 
-def test_an_existing_output(veneer: Case, base: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_existing_output(
+    veneer: Case, base: Path, data: Path, adapter: Path, tmp_path: Path
+) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").write_text("years of work")
@@ -307,7 +380,9 @@ sys.exit(run({arguments}))
 
 
 @pytest.mark.parametrize("command", ["train", "merge"])
-def test_a_write_that_the_system_refuses(base: Path, data: Path, adapter: Path, tmp_path: Path, command: str) -> None:
+def test_a_write_that_the_system_refuses(
+    base: Path, data: Path, adapter: Path, tmp_path: Path, command: str
+) -> None:
     """A real one: no file may grow beyond a few kilobytes, so the weights cannot be written."""
     target = tmp_path / "o"
     arguments = (
@@ -325,7 +400,9 @@ def test_a_write_that_the_system_refuses(base: Path, data: Path, adapter: Path, 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_bad_prompts(veneer: Case, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_prompts(
+    veneer: Case, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
@@ -335,7 +412,9 @@ def test_bad_prompts(veneer: Case, base: Path, adapter: Path, monkeypatch: pytes
     refused(veneer("generate", base, "-p", "x", "--both"), "--both without --adapter")
 
 
-def test_debug_shows_the_traceback(veneer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(
+    veneer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from veneer.errors import ConfigError
 
     monkeypatch.setenv("VENEER_DEBUG", "1")
@@ -343,7 +422,8 @@ def test_debug_shows_the_traceback(veneer: Case, tmp_path: Path, monkeypatch: py
         veneer("train", tmp_path / "none.yaml")
 
 
-# ---------------------------------------------------------------------------------------------- compose and diff
+# ----------------------------------------------------------------------------------------------
+# compose and diff
 
 
 def test_bad_compositions(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -355,7 +435,9 @@ def test_bad_compositions(veneer: Case, base: Path, adapter: Path, tmp_path: Pat
     refused(veneer("compose", out, adapter, "--layer", "q_prj=2"), "nearest: 'q_proj'")
     refused(veneer("compose", out, adapter, "--method", "ties"), r"density=None.*density=0\.2")
     refused(veneer("compose", out, adapter, "--method", "mean"), "mean")
-    refused(veneer("compose", out, adapter, "--rank", 2, "--energy", 0.5), "both a rank and an energy")
+    refused(
+        veneer("compose", out, adapter, "--rank", 2, "--energy", 0.5), "both a rank and an energy"
+    )
     refused(veneer("compose", out), "ADAPTER")
     refused(veneer("compose", adapter, adapter), "exists")
     refused(veneer("diff", adapter, base), "adapter_config.json")

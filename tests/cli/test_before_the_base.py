@@ -1,4 +1,5 @@
-"""What can be known without the base is judged before a GGUF file is converted, and before a weight is read."""
+"""What can be known without the base is judged before a GGUF file is converted, and before a weight
+is read."""
 
 from __future__ import annotations
 

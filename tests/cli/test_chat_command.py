@@ -38,10 +38,18 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def talk(veneer: Any, monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path, other: Path) -> Any:
+def talk(
+    veneer: Any, monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path, other: Path
+) -> Any:
     """Say lines to a chat of both adapters, in a pipe or at a terminal."""
 
-    def run(*lines: str, options: tuple = (), terminal: bool = False, of: Path = base, adapters: bool = True) -> Any:
+    def run(
+        *lines: str,
+        options: tuple = (),
+        terminal: bool = False,
+        of: Path = base,
+        adapters: bool = True,
+    ) -> Any:
         text = "".join(line + "\n" for line in lines)
         monkeypatch.setattr(sys, "stdin", Terminal(text) if terminal else io.StringIO(text))
         named = ["--adapter", f"sums={adapter}", "--adapter", other] if adapters else []
@@ -56,7 +64,9 @@ def expected(base: Path, messages: list, choice: Any, adapter: Path, other: Path
     tokenizer = AutoTokenizer.from_pretrained(base)
     for name, folder in (("sums", adapter), ("other", other)):
         library.load(model, folder, name=name)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with library.use(model, choice), torch.no_grad():
         output = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -87,7 +97,9 @@ def test_answers_are_those_of_who_was_chosen_with_all_that_was_said(
 def test_both_side_by_side_and_each_goes_on_from_its_own(
     talk: Any, base: Path, adapter: Path, other: Path, tmp_path: Path
 ) -> None:
-    found = talk("/adapter other", "/both", "1+1=", "/both", "2+2=", f"/save {tmp_path / 'chat.jsonl'}")
+    found = talk(
+        "/adapter other", "/both", "1+1=", "/both", "2+2=", f"/save {tmp_path / 'chat.jsonl'}"
+    )
     assert found.code == 0, found.err
     first = [expected(base, [user("1+1=")], choice, adapter, other) for choice in (None, "other")]
     for text in ("base", "other"):
@@ -103,16 +115,33 @@ def test_reset_forgets_and_a_saved_chat_can_be_trained_on(
     talk: Any, veneer: Any, base: Path, adapter: Path, other: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "chats.jsonl"
-    found = talk("1+1=", f"/save {file}", "/reset", "1+1=", "//x", f"/save {file}", "/quit", "not said")
+    found = talk(
+        "1+1=", f"/save {file}", "/reset", "1+1=", "//x", f"/save {file}", "/quit", "not said"
+    )
     first, second, third, _ = found.out.split("\n")
     assert first == second == expected(base, [user("1+1=")], "sums", adapter, other)
-    assert third == expected(base, [user("1+1="), assistant(first), user("/x")], "sums", adapter, other)
+    assert third == expected(
+        base, [user("1+1="), assistant(first), user("/x")], "sums", adapter, other
+    )
     assert [len(json.loads(line)["messages"]) for line in file.read_text().splitlines()] == [2, 4]
-    run = veneer("train", "--base", base, "--data", file, "--output", tmp_path / "run", "--max-steps", 1, "--no-check")
+    run = veneer(
+        "train",
+        "--base",
+        base,
+        "--data",
+        file,
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--no-check",
+    )
     assert run.code == 0, run.err
 
 
-def test_a_base_without_a_template_continues_the_text(talk: Any, veneer: Any, tmp_path: Path) -> None:
+def test_a_base_without_a_template_continues_the_text(
+    talk: Any, veneer: Any, tmp_path: Path
+) -> None:
     plain = write_tiny(tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     found = talk("abc", "d", f"/save {tmp_path / 'texts.jsonl'}", of=plain, adapters=False)
@@ -139,7 +168,9 @@ def test_a_base_without_a_template_continues_the_text(talk: Any, veneer: Any, tm
         ("x" * 300, r"a conversation of \d+ tokens.*fewer than 256.*/reset"),
     ],
 )
-def test_what_cannot_be_done_ends_a_pipe_and_not_a_conversation(talk: Any, line: str, message: str) -> None:
+def test_what_cannot_be_done_ends_a_pipe_and_not_a_conversation(
+    talk: Any, line: str, message: str
+) -> None:
     refused(talk(line, "1+1="), message)
     monkeypatched = talk(line, "/adapter", terminal=True)
     assert monkeypatched.code == 0
@@ -148,7 +179,10 @@ def test_what_cannot_be_done_ends_a_pipe_and_not_a_conversation(talk: Any, line:
 
 
 def test_what_the_command_line_refuses(veneer: Any, base: Path, adapter: Path) -> None:
-    refused(veneer("chat", base, "--adapter", adapter, "--adapter", adapter), "two adapters called 'adapter'")
+    refused(
+        veneer("chat", base, "--adapter", adapter, "--adapter", adapter),
+        "two adapters called 'adapter'",
+    )
     refused(veneer("chat", base, "--adapter", "x=/nowhere"), "/nowhere")
 
 
@@ -159,16 +193,22 @@ def test_a_terminal_is_told_who_answers(talk: Any) -> None:
         assert text in found.err
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_program(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_an_answer_and_not_the_program(
+    talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
 
     def press(text: str) -> None:
         said.append(text)
         if len(said) == 1:
-            signal.raise_signal(signal.SIGINT)  # in this thread: a process may get it in another one, later
+            signal.raise_signal(
+                signal.SIGINT
+            )  # in this thread: a process may get it in another one, later
 
     monkeypatch.setattr(chat, "_aloud", press)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
     try:
         found = talk("a b c d", "1+1=", options=("--system", "x"), terminal=True)
         assert found.code == 0

@@ -27,7 +27,9 @@ from veneer.train.config import TrainConfig
 Case = Callable[..., Any]
 
 
-def test_train_from_yaml_with_flags_over_it(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
+def test_train_from_yaml_with_flags_over_it(
+    veneer: Case, base: Path, data: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "run.yaml"
     fields = {
         "base": str(base),
@@ -38,16 +40,30 @@ def test_train_from_yaml_with_flags_over_it(veneer: Case, base: Path, data: Path
         "batch_size": 4,
     }
     file.write_text(yaml.safe_dump(fields))
-    found = veneer("train", file, "--rank", 3, "--targets", "q_proj,v_proj", "--no-check", "--layers", "-1")
+    found = veneer(
+        "train", file, "--rank", 3, "--targets", "q_proj,v_proj", "--no-check", "--layers", "-1"
+    )
     assert found.code == 0, found.err
-    for part in ("Base", "Memory   about", "trains", "loss", "tokens/s", "evaluation loss", "Adapter", "veneer merge"):
+    for part in (
+        "Base",
+        "Memory   about",
+        "trains",
+        "loss",
+        "tokens/s",
+        "evaluation loss",
+        "Adapter",
+        "veneer merge",
+    ):
         assert part in found.err
     config = json.loads((tmp_path / "a" / "adapter" / "veneer.json").read_text())["config"]
     assert config["rank"] == 3
     assert config["targets"] == ["q_proj", "v_proj"]
     assert config["layers"] == [-1]
     facts = json.loads(veneer("inspect", tmp_path / "a" / "adapter", "--json").out)
-    assert sorted(facts["norms"]) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert sorted(facts["norms"]) == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
 
 
 def test_every_field_is_a_flag(veneer: Case) -> None:
@@ -56,9 +72,13 @@ def test_every_field_is_a_flag(veneer: Case) -> None:
         assert f"--{name.replace('_', '-')}" in text
 
 
-def test_eval_compares_base_and_adapter(veneer: Case, base: Path, data: Path, adapter: Path) -> None:
+def test_eval_compares_base_and_adapter(
+    veneer: Case, base: Path, data: Path, adapter: Path
+) -> None:
     found = json.loads(
-        veneer("eval", base, data, "--adapter", adapter, "--json", "--exact", 2, "--precision", "fp32").out
+        veneer(
+            "eval", base, data, "--adapter", adapter, "--json", "--exact", 2, "--precision", "fp32"
+        ).out
     )
     assert found["adapter"]["loss"] < found["base"]["loss"] - 0.2
     assert found["base"]["tokens"] == found["adapter"]["tokens"]
@@ -87,7 +107,9 @@ def test_merge_writes_a_model_that_transformers_loads_alone(
     model = AutoModelForCausalLM.from_pretrained(base)
     library.load(model, adapter)
     with torch.no_grad():
-        adapted = model(**AutoTokenizer.from_pretrained(base)("3 + 5 =", return_tensors="pt")).logits.sum()
+        adapted = model(
+            **AutoTokenizer.from_pretrained(base)("3 + 5 =", return_tensors="pt")
+        ).logits.sum()
     assert float(alone.said.splitlines()[-1]) == pytest.approx(float(adapted), rel=1e-4)
     again = veneer("merge", base, adapter, tmp_path / "merged", "--overwrite")
     assert again.code == 0
@@ -96,13 +118,19 @@ def test_merge_writes_a_model_that_transformers_loads_alone(
 
 def test_generate_base_adapter_and_both(veneer: Case, base: Path, adapter: Path) -> None:
     options = ("--max-new-tokens", 5, "-p", "3 + 5 =", "-p", "1 + 1 =")
-    alone, adapted = veneer("generate", base, *options), veneer("generate", base, "--adapter", adapter, *options)
+    alone, adapted = (
+        veneer("generate", base, *options),
+        veneer("generate", base, "--adapter", adapter, *options),
+    )
     assert alone.code == adapted.code == 0
     assert alone.out != adapted.out
     both = veneer("generate", base, "--adapter", adapter, "--both", *options).out
     for word in ("prompt", "base", "adapter", "3 + 5 ="):
         assert word in both
-    sampled = [veneer("generate", base, "--temperature", 1.0, "--seed", seed, *options).out for seed in (1, 1, 2)]
+    sampled = [
+        veneer("generate", base, "--temperature", 1.0, "--seed", seed, *options).out
+        for seed in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     assert veneer("generate", base, "--chat", "--system", "s", *options).code == 0
 
@@ -124,13 +152,24 @@ def test_verify_prints_each_check_and_decides_by_the_exit_code(
 ) -> None:
     found = veneer("verify", adapter)
     assert found.code == 0, found.err
-    for check in ("ok       files", "ok       tensors", "ok       record", "ok       numbers", "ok       layers"):
+    for check in (
+        "ok       files",
+        "ok       tensors",
+        "ok       record",
+        "ok       numbers",
+        "ok       layers",
+    ):
         assert check in found.out
     assert "weights have the fingerprints of the record" in veneer("verify", adapter, base).out
     facts = json.loads(veneer("verify", adapter, base, "--json").out)
     assert facts["ok"] is True
     assert {finding["level"] for finding in facts["findings"]} <= {"ok", "warning"}
-    assert {finding["check"] for finding in facts["findings"]} >= {"files", "record", "norms", "base"}
+    assert {finding["check"] for finding in facts["findings"]} >= {
+        "files",
+        "record",
+        "norms",
+        "base",
+    }
     warned = tmp_path / "warned"
     shutil.copytree(adapter, warned)
     (warned / "run.py").write_text("print()")
@@ -141,7 +180,9 @@ def test_verify_prints_each_check_and_decides_by_the_exit_code(
     assert veneer("verify", adapter, "--strict").code == 0
 
 
-def test_verify_refuses_what_is_wrong(veneer: Case, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_verify_refuses_what_is_wrong(
+    veneer: Case, base: Path, adapter: Path, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(adapter, damaged)
     data = bytearray((damaged / "adapter_model.safetensors").read_bytes())
@@ -239,7 +280,9 @@ def test_a_package_that_is_not_installed_is_one_line_that_names_what_to_install(
 ) -> None:
     (tmp_path / "run.yaml").write_text("{}")
     code = f"import sys; sys.modules[{missing!r}] = None; from veneer.cli import run; sys.exit(run({arguments!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     expected = f"Found: no Python package {missing!r}. Expected: veneer[{extra}]. Do: pip install 'veneer[{extra}]'.\n"
     assert done.stderr == f"Error: {expected}"
@@ -249,7 +292,17 @@ def test_the_tensorboard_tracker(veneer: Case, base: Path, tmp_path: Path) -> No
     pytest.importorskip("tensorboard")
     rows = write_rows(tmp_path / "a.jsonl", sums(4))
     found = veneer(
-        "train", "--base", base, "--data", rows, "--output", tmp_path / "o", "--trackers", "tensorboard", "--rank", 2
+        "train",
+        "--base",
+        base,
+        "--data",
+        rows,
+        "--output",
+        tmp_path / "o",
+        "--trackers",
+        "tensorboard",
+        "--rank",
+        2,
     )
     assert found.code == 0, found.err
     assert list((tmp_path / "o").rglob("events.out.tfevents.*"))
@@ -260,16 +313,36 @@ def test_compose_and_diff(veneer: Case, base: Path, adapter: Path, tmp_path: Pat
     assert found.code == 0, found.err
     assert "sum of 2 adapters: 14 layers, rank 8, nothing left out" in found.out
     assert "written to" in found.out
-    report = json.loads(veneer("compose", tmp_path / "small", tmp_path / "twice", "--rank", 2, "--json").out)
+    report = json.loads(
+        veneer("compose", tmp_path / "small", tmp_path / "twice", "--rank", 2, "--json").out
+    )
     assert report["method"] == "svd"
     assert report["verified"]
     assert 0 < report["error"] < 1
     assert {layer["rank"] for layer in report["layers"].values()} == {2}
-    assert veneer("generate", base, "--adapter", tmp_path / "small", "-p", "3 + 5 =", "--max-new-tokens", 2).code == 0
+    assert (
+        veneer(
+            "generate",
+            base,
+            "--adapter",
+            tmp_path / "small",
+            "-p",
+            "3 + 5 =",
+            "--max-new-tokens",
+            2,
+        ).code
+        == 0
+    )
     assert "identical" in veneer("diff", adapter, adapter, "--exit-code").out
     text = veneer("diff", adapter, tmp_path / "twice", "--layers", 3)
     assert text.code == 0
-    for part in ("cosine 1.000", "φ in", "model.layers.0", "and 11 layers that differ less", "apart by 0.5 "):
+    for part in (
+        "cosine 1.000",
+        "φ in",
+        "model.layers.0",
+        "and 11 layers that differ less",
+        "apart by 0.5 ",
+    ):
         assert part in text.out
     facts = json.loads(veneer("diff", adapter, tmp_path / "twice", "--json").out)
     assert facts["base"] == "same"
@@ -285,7 +358,9 @@ def test_compose_with_a_base(veneer: Case, base: Path, tmp_path: Path) -> None:
     import veneer as library
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    library.attach(model, library.LoraConfig(rank=2, variant="dora", train_also=["norm"])).save(tmp_path / "a")
+    library.attach(model, library.LoraConfig(rank=2, variant="dora", train_also=["norm"])).save(
+        tmp_path / "a"
+    )
     found = veneer("compose", tmp_path / "b", f"{tmp_path / 'a'}=2", "--base", base)
     assert found.code == 0, found.err
     library.detach(model)
@@ -303,13 +378,19 @@ def test_composing_reads_of_the_base_what_it_needs(
     from veneer.tools.compose import compose
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    library.attach(model, library.LoraConfig(rank=2, variant="dora", targets=["q_proj"])).save(tmp_path / "a")
+    library.attach(model, library.LoraConfig(rank=2, variant="dora", targets=["q_proj"])).save(
+        tmp_path / "a"
+    )
     library.detach(model)
     expected = compose([tmp_path / "a"], tmp_path / "expected", weights=[2], base=model).path
-    monkeypatch.setattr(models, "load_base", lambda *args, **options: pytest.fail("the whole model was loaded"))
+    monkeypatch.setattr(
+        models, "load_base", lambda *args, **options: pytest.fail("the whole model was loaded")
+    )
     found = veneer("compose", tmp_path / "b", f"{tmp_path / 'a'}=2", "--base", base)
     assert found.code == 0, found.err
-    held = [load_file(folder / "adapter_model.safetensors") for folder in (expected, tmp_path / "b")]
+    held = [
+        load_file(folder / "adapter_model.safetensors") for folder in (expected, tmp_path / "b")
+    ]
     assert held[0].keys() == held[1].keys()
     assert all(torch.equal(held[0][key], held[1][key]) for key in held[0])
 
@@ -330,7 +411,13 @@ def test_what_is_said_to_come_next_works_as_it_is(
 ) -> None:
     """--find-rate names a run, which names an answer to one of its prompts and a merge."""
     file = tmp_path / "run of mine.yaml"
-    fields = {"base": str(base), "data": str(data), "output": str(tmp_path / "my run"), "max_steps": 2, "rank": 2}
+    fields = {
+        "base": str(base),
+        "data": str(data),
+        "output": str(tmp_path / "my run"),
+        "max_steps": 2,
+        "rank": 2,
+    }
     file.write_text(yaml.safe_dump(fields))
     first = ["train", str(file), "--find-rate", "--precision", "fp32", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", ["veneer", *first])
@@ -369,9 +456,15 @@ FIRST: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize(("row", "expected"), FIRST.values(), ids=FIRST.keys())
 def test_what_comes_next_is_told_by_the_data(
-    veneer: Case, base: Path, row: dict[str, Any], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    veneer: Case,
+    base: Path,
+    row: dict[str, Any],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Chats are for `veneer chat`; it would put a chat's marks around the prompts of those who learnt without."""
+    """Chats are for `veneer chat`; it would put a chat's marks around the prompts of those who
+    learnt without."""
     rows, output = write_rows(tmp_path / "rows.jsonl", [row] * 2), tmp_path / "run"
     words = ("--device-map", "cpu", "--max-steps", 1, "--no-check")
     found = veneer("train", "--base", base, "--data", rows, "--output", output, *words)
@@ -379,7 +472,11 @@ def test_what_comes_next_is_told_by_the_data(
     (first, merge) = next_lines(found.err)
     adapter = str(output / "adapter")
     assert merge == ["merge", str(base), adapter, f"{output}-merged"]
-    named = [adapter] if expected == ["inspect"] else [str(base), "--device-map", "cpu", "--adapter", adapter]
+    named = (
+        [adapter]
+        if expected == ["inspect"]
+        else [str(base), "--device-map", "cpu", "--adapter", adapter]
+    )
     assert first == [expected[0], *named, *expected[1:]]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     shown = veneer(*first)
@@ -387,7 +484,9 @@ def test_what_comes_next_is_told_by_the_data(
     assert shown.out
 
 
-def test_a_dry_run_and_a_sweep_are_two_things(veneer: Case, base: Path, data: Path, tmp_path: Path) -> None:
+def test_a_dry_run_and_a_sweep_are_two_things(
+    veneer: Case, base: Path, data: Path, tmp_path: Path
+) -> None:
     shared = ["train", "--base", base, "--data", data, "--output", tmp_path / "run"]
     refused(veneer(*shared, "--dry-run", "--find-rate"), "one of them")
     found = veneer(*shared, "--dry-run")
@@ -418,12 +517,17 @@ def test_a_base_says_how_it_is_sampled(
 
     def write(*options: object) -> Case:
         monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
-        found = veneer(command, tmp_path / "base", "--max-new-tokens", 16, "--precision", "fp32", *options)
+        found = veneer(
+            command, tmp_path / "base", "--max-new-tokens", 16, "--precision", "fp32", *options
+        )
         assert found.code == 0, found.err
         return found
 
     as_it_says = write()
-    assert "generation_config.json says: suppress_tokens [9], temperature 1.5, top_k 30." in as_it_says.err
+    assert (
+        "generation_config.json says: suppress_tokens [9], temperature 1.5, top_k 30."
+        in as_it_says.err
+    )
     assert "Not applied, of the base's generation_config.json: min_p 0.1." in as_it_says.err
     assert as_it_says.out == write("--temperature", 1.5, "--top-k", 30).out
     greedy = write("--temperature", 0)

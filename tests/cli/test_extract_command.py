@@ -22,17 +22,24 @@ def tuned(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_a_merged_adapter_comes_back(veneer: Case, base: Path, tuned: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_merged_adapter_comes_back(
+    veneer: Case, base: Path, tuned: Path, adapter: Path, tmp_path: Path
+) -> None:
     found = veneer("extract", base, tuned, tmp_path / "out", "--rank", 4, "--layers", 3)
     assert found.code == 0, found.err
     assert re.search(r"weight +rank +‖ΔW‖/‖W‖ +kept +error +seconds +found", found.out)
     assert re.search(r"model\.layers\.\d\.\S+ +4 +\S+ +100\.00% +\S+ +\S+ +exact", found.out)
     assert "and 11 that keep more" in found.out
     assert "14 weights as products of rank 4" in found.out
-    norms = [json.loads(veneer("inspect", path, "--json").out)["norms"] for path in (adapter, tmp_path / "out")]
+    norms = [
+        json.loads(veneer("inspect", path, "--json").out)["norms"]
+        for path in (adapter, tmp_path / "out")
+    ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert "100.00% of the change" in found.out
-    again = veneer("extract", base, tuned, tmp_path / "out", "--energy", 0.9, "--overwrite", "--json")
+    again = veneer(
+        "extract", base, tuned, tmp_path / "out", "--energy", 0.9, "--overwrite", "--json"
+    )
     facts = json.loads(again.out)
     assert again.code == 0
     assert all(0.9 <= layer["kept"] <= 1 and layer["rank"] <= 4 for layer in facts["layers"])
@@ -67,7 +74,9 @@ def test_targets_and_keep(veneer: Case, base: Path, tuned: Path, tmp_path: Path)
         (("--rank", 4, "--targets", "q_prj"), r"q_prj.*matches nothing"),
     ],
 )
-def test_bad_options(veneer: Case, base: Path, tuned: Path, tmp_path: Path, options: Any, words: str) -> None:
+def test_bad_options(
+    veneer: Case, base: Path, tuned: Path, tmp_path: Path, options: Any, words: str
+) -> None:
     found = veneer("extract", base, tuned, tmp_path / "out", *options)
     assert found.code == 2
     assert "Traceback" not in found.err

@@ -18,7 +18,10 @@ Case = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"text": "The cat sat on the mat, and the dog did not. " * 9}, {"text": "Rain fell all day."}]
+    rows = [
+        {"text": "The cat sat on the mat, and the dog did not. " * 9},
+        {"text": "Rain fell all day."},
+    ]
     return write_rows(tmp_path_factory.mktemp("general") / "general.jsonl", rows)
 
 
@@ -89,17 +92,34 @@ def test_names_are_text(veneer: Case, adapter: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_report_refuses(
-    veneer: Case, base: Path, data: Path, adapter: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    veneer: Case,
+    base: Path,
+    data: Path,
+    adapter: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     page = tmp_path / "look.html"
     refused(veneer("inspect", adapter, "--base", base), "--base without --report")
     refused(veneer("inspect", adapter, "--report", tmp_path / "look.pdf"), r"a file \.html")
-    refused(veneer("inspect", adapter, "--report", tmp_path / "nowhere" / "look.html"), "a folder that exists")
+    refused(
+        veneer("inspect", adapter, "--report", tmp_path / "nowhere" / "look.html"),
+        "a folder that exists",
+    )
     refused(veneer("inspect", adapter, "--report", page, "--data", data), "--data without --base")
     refused(veneer("inspect", adapter, "--report", page, "--with", tmp_path / "none"), "no folder")
-    refused(veneer("inspect", adapter, "--report", page, "--base", base, "--general", tmp_path / "none.txt"), "Do: ")
+    refused(
+        veneer(
+            "inspect", adapter, "--report", page, "--base", base, "--general", tmp_path / "none.txt"
+        ),
+        "Do: ",
+    )
     other = write_tiny(tmp_path / "other", seed=5)
-    refused(veneer("inspect", adapter, "--report", page, "--base", other), "another weight", "pass that base")
+    refused(
+        veneer("inspect", adapter, "--report", page, "--base", other),
+        "another weight",
+        "pass that base",
+    )
     assert not page.exists()
 
 
@@ -108,9 +128,17 @@ def test_what_a_repair_refuses(veneer: Case, base: Path, adapter: Path, tmp_path
     refused(veneer("compose", out, adapter, "--repair"), "--repair without --base")
     refused(veneer("compose", out, adapter, adapter, "--repair", "--base", base), "one adapter")
     refused(veneer("compose", out, f"{adapter}=0.5", "--repair", "--base", base), "one adapter")
-    refused(veneer("compose", out, adapter, "--repair", "--base", base, "--rank", 2), "--repair with --rank")
-    refused(veneer("compose", out, adapter, "--repair", "--base", base, "--seed", 2), "--repair with --seed")
-    refused(veneer("compose", out, adapter, "--repair", "--base", base, "--factor", 3), r"in \[0, 1\]")
+    refused(
+        veneer("compose", out, adapter, "--repair", "--base", base, "--rank", 2),
+        "--repair with --rank",
+    )
+    refused(
+        veneer("compose", out, adapter, "--repair", "--base", base, "--seed", 2),
+        "--repair with --seed",
+    )
+    refused(
+        veneer("compose", out, adapter, "--repair", "--base", base, "--factor", 3), r"in \[0, 1\]"
+    )
     refused(veneer("compose", out, adapter, "--factor", 0.5), "without --repair")
     assert not out.exists()
 
@@ -136,8 +164,14 @@ def test_the_next_rank_is_the_smallest_that_keeps_the_gain() -> None:
     from veneer.cli.inspect_report import _by_loss
 
     def rows(base: float, adapter: float, *cuts: float) -> list[dict[str, Any]]:
-        whole = [{"what": "base", "at": None, "data": base}, {"what": "adapter", "at": None, "data": adapter}]
-        return [*whole, *({"what": "rank", "at": 2**power, "data": loss} for power, loss in enumerate(cuts))]
+        whole = [
+            {"what": "base", "at": None, "data": base},
+            {"what": "adapter", "at": None, "data": adapter},
+        ]
+        return [
+            *whole,
+            *({"what": "rank", "at": 2**power, "data": loss} for power, loss in enumerate(cuts)),
+        ]
 
     assert _by_loss(rows(2.0, 1.0, 1.5, 1.005, 1.0)) == (
         2,

@@ -91,7 +91,9 @@ def test_every_command_takes_a_name_of_the_library(
     one = veneer("generate", base, "--adapter", name, "--prompt", "1 + 2 =", "--max-new-tokens", 4)
     assert (one.code, one.out) == (
         0,
-        veneer("generate", base, "--adapter", adapter, "--prompt", "1 + 2 =", "--max-new-tokens", 4).out,
+        veneer(
+            "generate", base, "--adapter", adapter, "--prompt", "1 + 2 =", "--max-new-tokens", 4
+        ).out,
     )
     assert "adapter" in json.loads(veneer("eval", base, data, "--adapter", name, "--json").out)
     assert veneer("merge", base, name, tmp_path / "merged").code == 0
@@ -131,7 +133,9 @@ def test_training_writes_a_card_of_the_run(adapter: Path) -> None:
     assert "/sums.jsonl" not in text, "no path of the data"
 
 
-def test_what_compares_and_converts_takes_names_too(veneer: Case, adapter: Path, tmp_path: Path) -> None:
+def test_what_compares_and_converts_takes_names_too(
+    veneer: Case, adapter: Path, tmp_path: Path
+) -> None:
     assert veneer("add", adapter, "french").code == 0
     assert "identical" in veneer("diff", "library:french", adapter, "--exit-code").out
     found = veneer("convert", "library:french", tmp_path / "plain", "--to", "peft")

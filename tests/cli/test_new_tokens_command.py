@@ -1,4 +1,5 @@
-"""The commands on an adapter that adds tokens: which grow the base, and which ask for one that has grown."""
+"""The commands on an adapter that adds tokens: which grow the base, and which ask for one that has
+grown."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return made
 
 
-def test_generate_grows_the_base_and_takes_the_adapters_tokenizer(veneer: Case, folders: Folders) -> None:
+def test_generate_grows_the_base_and_takes_the_adapters_tokenizer(
+    veneer: Case, folders: Folders
+) -> None:
     options = "--prompt", PROMPT, "--max-new-tokens", 1
     found = veneer("generate", folders.base, "--adapter", folders.adapter, *options)
     assert found.code == 0, found.err
@@ -56,7 +59,9 @@ def test_generate_grows_the_base_and_takes_the_adapters_tokenizer(veneer: Case, 
     assert veneer("generate", folders.base, *options).out.strip() != "<b>"
 
 
-def test_convert_to_gguf_asks_for_the_grown_base(veneer: Case, folders: Folders, tmp_path: Path) -> None:
+def test_convert_to_gguf_asks_for_the_grown_base(
+    veneer: Case, folders: Folders, tmp_path: Path
+) -> None:
     pytest.importorskip("gguf")
     command = "convert", folders.adapter, tmp_path / "a.gguf", "--to", "gguf"
     refused(veneer(*command), "trained tokens", "no base", "Do: give the base")
@@ -73,20 +78,31 @@ def test_extract_of_a_vocabulary_that_grew_asks_for_a_base_that_grew_alike(
 ) -> None:
     assert veneer("merge", folders.base, folders.adapter, tmp_path / "merged").code == 0
     command = tmp_path / "merged", tmp_path / "out", "--rank", 2, "--json"
-    refused(veneer("extract", folders.base, *command), "other shapes", "embed_tokens", "model.resize_token_embeddings")
+    refused(
+        veneer("extract", folders.base, *command),
+        "other shapes",
+        "embed_tokens",
+        "model.resize_token_embeddings",
+    )
     assert not (tmp_path / "out").exists()
     found = veneer("extract", folders.grown, *command)
     assert found.code == 0, found.err
     kept = {layer["path"]: layer["kept"] for layer in json.loads(found.out)["layers"]}
     assert kept["model.embed_tokens.weight"] > 0.9999  # two rows are a product of rank 2
     options = "--prompt", PROMPT, "--max-new-tokens", 1
-    assert veneer("generate", folders.grown, "--adapter", tmp_path / "out", *options).out.strip() == "<b>"
+    assert (
+        veneer("generate", folders.grown, "--adapter", tmp_path / "out", *options).out.strip()
+        == "<b>"
+    )
 
 
 def test_chat_refuses_adapters_whose_new_tokens_share_an_id(
     veneer: Case, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, fewer = shutil.copytree(folders.adapter, tmp_path / "o"), shutil.copytree(folders.adapter, tmp_path / "f")
+    other, fewer = (
+        shutil.copytree(folders.adapter, tmp_path / "o"),
+        shutil.copytree(folders.adapter, tmp_path / "f"),
+    )
     for place, tokens in ((other, ["<c>", "<d>"]), (fewer, ["<a>"])):
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens(tokens)

@@ -33,7 +33,9 @@ DEEP, DIGITS = "[" * 100_000, "1" * 5_000
     ],
 )
 @pytest.mark.parametrize("command", ["train", "sweep", "plan"])
-def test_a_configuration(veneer: Case, tmp_path: Path, command: str, content: str, words: str) -> None:
+def test_a_configuration(
+    veneer: Case, tmp_path: Path, command: str, content: str, words: str
+) -> None:
     (tmp_path / "run.yaml").write_text(content)
     refused(veneer(command, tmp_path / "run.yaml"), words, "run.yaml")
 
@@ -53,13 +55,20 @@ def test_a_configuration(veneer: Case, tmp_path: Path, command: str, content: st
         ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": DEEP}), "tools that are none"),
     ],
 )  # fmt: skip
-def test_data(veneer: Case, base: Path, tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_data(
+    veneer: Case, base: Path, tmp_path: Path, name: str, content: str, words: str
+) -> None:
     (tmp_path / name).write_text(content)
-    refused(veneer("train", "--base", base, "--data", tmp_path / name, "--output", tmp_path / "run"), words)
+    refused(
+        veneer("train", "--base", base, "--data", tmp_path / name, "--output", tmp_path / "run"),
+        words,
+    )
 
 
 def test_a_table_of_two_columns_of_one_name(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(VeneerError, match=r"'text'|not a readable"):
         data.read(tmp_path / "a.parquet")
@@ -79,15 +88,21 @@ def test_the_config_of_a_base(veneer: Case, tmp_path: Path, content: str) -> Non
         refused(veneer(*line), str(base))
 
 
-def test_a_base_of_pickles_alone(veneer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_of_pickles_alone(
+    veneer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = write_tiny(tmp_path / "base")
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
-    refused(veneer("generate", base, "--prompt", "a"), "pytorch_model.bin alone: pickles", "safetensors")
+    refused(
+        veneer("generate", base, "--prompt", "a"), "pytorch_model.bin alone: pickles", "safetensors"
+    )
 
 
-def test_a_large_array_in_a_gguf_file_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_array_in_a_gguf_file_is_not_walked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = pytest.importorskip("gguf")
     monkeypatch.setattr(library, "GGUFReader", lambda *_: pytest.fail("it was read"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,5 @@
-"""The commands on folders of PEFT's other tuners: the hardest of them, VeRA, whose files do not tell their shapes."""
+"""The commands on folders of PEFT's other tuners: the hardest of them, VeRA, whose files do not
+tell their shapes."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ def vera(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, to
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = peft.get_peft_model(plain, peft.VeraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        model = peft.get_peft_model(
+            plain, peft.VeraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "vera_lambda" in name:
-                    parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                    parameter += torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(1)
+                    )
         path = tmp_path_factory.mktemp("vera") / "adapter"
         model.save_pretrained(path)
         merged = model.merge_and_unload()
@@ -47,7 +52,9 @@ def test_the_commands_take_a_folder_of_vera(veneer, asked_here, base, vera, tmp_
     assert "by name and shape alone" in run.out
     run = veneer("merge", base, path, tmp_path / "merged")
     assert run.code == 0, run.err
-    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[
+        "model.layers.1.mlp.down_proj.weight"
+    ]
     torch.testing.assert_close(merged.float(), expected.float(), atol=1e-6, rtol=1e-5)
     run = veneer("convert", path, tmp_path / "plain", "--to", "peft")
     assert run.code == 2

@@ -16,7 +16,9 @@ Case = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("wide") / "wide", hidden_size=64, intermediate_size=128)
+    return write_tiny(
+        tmp_path_factory.mktemp("wide") / "wide", hidden_size=64, intermediate_size=128
+    )
 
 
 @pytest.mark.usefixtures("asked_here")
@@ -30,12 +32,26 @@ def test_train_evaluate_generate_and_merge(veneer: Case, wide: Path, tmp_path: P
     assert "one weight unpacked" in found.err
     assert f"generate {wide} --quantize nf4 --adapter" in found.err
     config = json.loads((output / "run.json").read_text())["config"]
-    assert (config["optimiser"], config["attention"], config["quantize"]) == ("adamw_8bit", "eager", "nf4")
+    assert (config["optimiser"], config["attention"], config["quantize"]) == (
+        "adamw_8bit",
+        "eager",
+        "nf4",
+    )
 
     measured = {}
     for how in ("nf4", "int8", None):
         flags = [] if how is None else ["--quantize", how]
-        found = veneer("eval", wide, data, "--adapter", output / "adapter", "--json", "--device-map", "cpu", *flags)
+        found = veneer(
+            "eval",
+            wide,
+            data,
+            "--adapter",
+            output / "adapter",
+            "--json",
+            "--device-map",
+            "cpu",
+            *flags,
+        )
         assert found.code == 0, found.err
         measured[how] = json.loads(found.out)
         assert measured[how]["adapter"]["loss"] < measured[how]["base"]["loss"] - 0.1
@@ -51,7 +67,9 @@ def test_train_evaluate_generate_and_merge(veneer: Case, wide: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "train"])
-def test_a_device_and_a_map_are_one_too_many(veneer: Case, wide: Path, tmp_path: Path, command: str) -> None:
+def test_a_device_and_a_map_are_one_too_many(
+    veneer: Case, wide: Path, tmp_path: Path, command: str
+) -> None:
     data = write_rows(tmp_path / "sums.jsonl", sums(4))
     words = {
         "eval": (wide, data),
@@ -69,7 +87,10 @@ def test_serve_loads_a_base_in_4_bits(wide: Path) -> None:
     from veneer.serve.settings import Settings
     from veneer.serve.start import start
 
-    service = start(Settings(str(wide), "it", rows=2, length=64, queue=4, precision="fp32", quantize="nf4"), Keyring())
+    service = start(
+        Settings(str(wide), "it", rows=2, length=64, queue=4, precision="fp32", quantize="nf4"),
+        Keyring(),
+    )
     try:
         assert type(service.bank.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     finally:

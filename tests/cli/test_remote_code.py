@@ -1,4 +1,5 @@
-"""Code beside a base or an adapter: it never runs, whatever stdin answers, unless a base is trusted by name."""
+"""Code beside a base or an adapter: it never runs, whatever stdin answers, unless a base is trusted
+by name."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ sweep: {{axes: {{rank: [1, 2]}}}}
 def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file that the code writes; whoever asks whether it may is answered with yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 500))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     return tmp_path / "it-ran"
 
 
@@ -119,7 +122,9 @@ CALLS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_nothing_that_loads_a_base_runs_what_lies_beside_it(own_code: Path, mark: Path, name: str) -> None:
+def test_nothing_that_loads_a_base_runs_what_lies_beside_it(
+    own_code: Path, mark: Path, name: str
+) -> None:
     with contextlib.suppress(VeneerError):
         CALLS[name](own_code)
     assert not mark.exists()
@@ -130,7 +135,9 @@ def with_tokens(tmp_path: Path, mark: Path) -> tuple[Path, Path]:
     """(a plain base, an adapter that trains a token, whose tokenizer names code beside it)."""
     base, folder = write_tiny(tmp_path / "plain", tie_word_embeddings=False), tmp_path / "adapter"
     model, tokenizer = models.load_base(base, precision="fp32").model, tiny_tokenizer()
-    handle = attach(model, LoraConfig(rank=2, targets=["q_proj"], trainable_tokens={"embed_tokens": [5]}))
+    handle = attach(
+        model, LoraConfig(rank=2, targets=["q_proj"], trainable_tokens={"embed_tokens": [5]})
+    )
     handle.save(folder)
     tokenizer.save_pretrained(folder)
     name_own_code(folder, mark, ("tokenizer_config.json",))
@@ -164,20 +171,29 @@ def test_no_command_runs_what_lies_beside_an_adapter(
     assert "Traceback" not in found.err
 
 
-def test_a_trusted_base_runs_its_own_code_and_another_does_not(veneer: Case, mark: Path, tmp_path: Path) -> None:
+def test_a_trusted_base_runs_its_own_code_and_another_does_not(
+    veneer: Case, mark: Path, tmp_path: Path
+) -> None:
     base = name_own_code(write_tiny(tmp_path / "base"), mark, BOTH)
     options = ("--prompt", "a", "--max-new-tokens", 1)
-    text = refused(veneer("generate", base, *options), "running code beside it", "--trust-remote-code")
+    text = refused(
+        veneer("generate", base, *options), "running code beside it", "--trust-remote-code"
+    )
     assert str(base) in text
     shutil.rmtree(base / "custom_generate")  # whose `generate` writes nothing
     found = veneer("generate", base, *options, "--trust-remote-code")
     assert found.code == 0, found.err
     assert mark.exists()
-    with models.trust_remote_code(tmp_path / "another"), pytest.raises(ConfigError, match="running code beside it"):
+    with (
+        models.trust_remote_code(tmp_path / "another"),
+        pytest.raises(ConfigError, match="running code beside it"),
+    ):
         models.load_tokenizer(base)
 
 
-def test_a_run_trusts_its_base_by_its_configuration(veneer: Case, data: Path, mark: Path, tmp_path: Path) -> None:
+def test_a_run_trusts_its_base_by_its_configuration(
+    veneer: Case, data: Path, mark: Path, tmp_path: Path
+) -> None:
     base = name_own_code(write_tiny(tmp_path / "base"), mark, BOTH)
     run = ("train", "--base", base, "--data", data, "--output", tmp_path / "run", "--max-steps", 1)
     refused(veneer(*run), "running code beside it")
@@ -190,7 +206,9 @@ def test_a_run_trusts_its_base_by_its_configuration(veneer: Case, data: Path, ma
 def test_verify_names_the_code_of_a_tokenizer(with_tokens: tuple[Path, Path]) -> None:
     _, adapter = with_tokens
     report = verify(adapter)
-    said = [finding.message for finding in report.warnings if "tokenizer_config.json" in finding.message]
+    said = [
+        finding.message for finding in report.warnings if "tokenizer_config.json" in finding.message
+    ]
     assert len(said) == 1
     assert "own_code.OwnTokenizer" in said[0]
     assert any("own_code.py is a program" in finding.message for finding in report.warnings)
@@ -204,8 +222,12 @@ def test_a_kernel_of_the_hub_in_a_config_is_not_fetched(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, field: "strangers/kernel"}))
     asked = []
-    monkeypatch.setattr("transformers.integrations.hub_kernels.is_kernels_available", lambda *_: True)
-    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(
+        "transformers.integrations.hub_kernels.is_kernels_available", lambda *_: True
+    )
+    monkeypatch.setattr(
+        "transformers.integrations.hub_kernels.get_kernel", lambda *a, **k: asked.append(a)
+    )
     options = ("generate", base, "--prompt", "a", "--max-new-tokens", 1)
     refused(veneer(*options), "strangers/kernel", "--attention sdpa")
     assert veneer(*options, "--attention", "sdpa").code == 0
@@ -216,12 +238,20 @@ def test_a_kernel_of_the_hub_in_a_config_is_not_fetched(
 
 
 def test_every_call_that_could_run_code_says_whether_it_may() -> None:
-    """Of transformers: ``from_pretrained`` and ``from_config``, which ask the terminal where nothing is said."""
+    """Of transformers: ``from_pretrained`` and ``from_config``, which ask the terminal where
+    nothing is said."""
     silent = []
     for file in sorted(Path(package.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
-                given = {ast.unparse(word.value).partition("(")[0] for word in node.keywords if word.arg is None}
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                "from_pretrained",
+                "from_config",
+            ):
+                given = {
+                    ast.unparse(word.value).partition("(")[0]
+                    for word in node.keywords
+                    if word.arg is None
+                }
                 if not given & {"code_options", "code", "options"}:
                     silent.append(f"{file.name}:{node.lineno}")
     assert silent == []

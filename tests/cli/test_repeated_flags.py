@@ -1,4 +1,5 @@
-"""A flag that is given twice: the values of a list add up, and any other is refused, in every command."""
+"""A flag that is given twice: the values of a list add up, and any other is refused, in every
+command."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ LISTS = {
 def options(name: str) -> list[Any]:
     group: Any = typer.main.get_command(app)
     command = group.resolve_command(typer.Context(group), [name])[1]
-    return [option for option in command.params if option.param_type_name == "option" and not option.is_eager]
+    return [
+        option
+        for option in command.params
+        if option.param_type_name == "option" and not option.is_eager
+    ]
 
 
 def words(option: Any) -> list[str]:
@@ -47,19 +52,35 @@ def test_no_value_of_a_flag_is_lost(veneer: Case, name: str) -> None:
 
 
 def test_both_sides_of_a_switch_are_one_flag(veneer: Case) -> None:
-    refused(veneer("train", "--check", "--no-check", "--rank", 1, "--rank", 2), "--check twice", "--rank twice")
+    refused(
+        veneer("train", "--check", "--no-check", "--rank", 1, "--rank", 2),
+        "--check twice",
+        "--rank twice",
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "name", "value"),
     [
         (["--targets", "q_proj", "--targets", "v_proj"], "targets", ["q_proj", "v_proj"]),
-        (["--targets", "q_proj,k_proj", "--targets", "v_proj"], "targets", ["q_proj", "k_proj", "v_proj"]),
+        (
+            ["--targets", "q_proj,k_proj", "--targets", "v_proj"],
+            "targets",
+            ["q_proj", "k_proj", "v_proj"],
+        ),
         (["--targets", "re:a{1,2}", "--targets", "v_proj"], "targets", ["re:a{1,2}", "v_proj"]),
         (["--targets", "all-linear"], "targets", "all-linear"),
         (["--layers", "0", "--layers", "1"], "layers", [0, 1]),
-        (["--task", "grpo", "--reward", "a.py:f", "--reward", "b.py:g"], "reward", ["a.py:f", "b.py:g"]),
-        (["--task", "dpo", "--columns", "a=b", "--columns", "c=d"], "columns", {"a": "b", "c": "d"}),
+        (
+            ["--task", "grpo", "--reward", "a.py:f", "--reward", "b.py:g"],
+            "reward",
+            ["a.py:f", "b.py:g"],
+        ),
+        (
+            ["--task", "dpo", "--columns", "a=b", "--columns", "c=d"],
+            "columns",
+            {"a": "b", "c": "d"},
+        ),
     ],
 )
 def test_lists_add_up(
@@ -81,7 +102,18 @@ def test_a_rate_that_was_found_replaces_the_one_that_was_given(
     veneer: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     base, data = write_tiny(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", sums(24))
-    run = ["train", "--base", base, "--data", data, "--output", tmp_path / "run", "--batch-size", 2, "--find-rate"]
+    run = [
+        "train",
+        "--base",
+        base,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "run",
+        "--batch-size",
+        2,
+        "--find-rate",
+    ]
     for rate in (["--learning-rate", "1e-4"], ["--learning-rate=1e-4"]):
         arguments = [str(word) for word in (*run, *rate)]
         monkeypatch.setattr("sys.argv", ["veneer", *arguments])

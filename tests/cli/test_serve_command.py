@@ -31,7 +31,12 @@ def test_keygen(veneer, tmp_path):
     assert run.code == 0
     (tmp_path / "keys.toml").write_text(run.out)
     (key,) = read_keys(tmp_path / "keys.toml").keys
-    assert (key.name, key.adapters, key.base, key.admin) == ("alice", ("french-*", "chat"), False, True)
+    assert (key.name, key.adapters, key.base, key.admin) == (
+        "alice",
+        ("french-*", "chat"),
+        False,
+        True,
+    )
     sent = run.err.split()[-1]
     assert read_keys(tmp_path / "keys.toml").find(f"Bearer {sent}") == key
     assert sent not in run.out
@@ -43,7 +48,9 @@ def test_keygen(veneer, tmp_path):
 
 def test_a_server_that_trains_has_a_key_that_may(veneer, tmp_path):
     (tmp_path / "keys.toml").write_text(veneer("keygen", "alice").out)
-    run = veneer("serve", "nothing", "--train", str(tmp_path / "runs"), "--keys", str(tmp_path / "keys.toml"))
+    run = veneer(
+        "serve", "nothing", "--train", str(tmp_path / "runs"), "--keys", str(tmp_path / "keys.toml")
+    )
     assert run.code != 0
     assert "train = true" in run.err
     assert not (tmp_path / "runs").exists()
@@ -66,9 +73,18 @@ def test_what_is_no_number_of_bytes(text):
 
 def test_a_config_file_means_what_the_command_line_means():
     written = settings_of("owner/base", precision="bfloat16", pin="french", memory=10**9, rows=3)
-    assert written == settings_of("owner/base", precision="bf16", pin=["french"], memory="1GB", rows=3)
-    assert (written.name, written.precision, written.pin, written.memory) == ("owner/base", "bf16", ("french",), 10**9)
-    assert settings_of("owner/base", name="mine", pin=None, memory=None) == Settings("owner/base", "mine")
+    assert written == settings_of(
+        "owner/base", precision="bf16", pin=["french"], memory="1GB", rows=3
+    )
+    assert (written.name, written.precision, written.pin, written.memory) == (
+        "owner/base",
+        "bf16",
+        ("french",),
+        10**9,
+    )
+    assert settings_of("owner/base", name="mine", pin=None, memory=None) == Settings(
+        "owner/base", "mine"
+    )
     with pytest.raises(ConfigError, match="--precision 'half'"):
         settings_of("owner/base", precision="half")
 
@@ -92,7 +108,9 @@ def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
             (["--memory", "much"], "--memory"),
             (["--port", 70_000], "--port"),
         ):
-            run = veneer("serve", base, *([] if "--port" in arguments else ["--port", 0]), *arguments)
+            run = veneer(
+                "serve", base, *([] if "--port" in arguments else ["--port", 0]), *arguments
+            )
             assert run.code == 2, run
             assert word in run.err
 
@@ -110,7 +128,17 @@ def test_an_option_is_not_taken_for_the_value_of_another(veneer, arguments, flag
 
 def test_a_value_that_looks_like_an_option_can_be_given(veneer, base):
     run = veneer(
-        "generate", base, "--prompt=--seed", "--max-new-tokens", 2, "-p", "-1", "--stop", "--", "--temperature", 0
+        "generate",
+        base,
+        "--prompt=--seed",
+        "--max-new-tokens",
+        2,
+        "-p",
+        "-1",
+        "--stop",
+        "--",
+        "--temperature",
+        0,
     )
     assert run.code == 0, run.err
 
@@ -130,7 +158,9 @@ def test_every_address_of_this_machine_answers_to_its_own_name(veneer, base, mon
     """127.0.0.2 is loopback as well, and is what a client that is told of it sends as its host."""
     served = []
     monkeypatch.setattr("veneer.cli.serve._listen", lambda service, *_: served.append(service))
-    assert veneer("serve", base, "--port", 0, "--host", "127.0.0.2", "--precision", "fp32").code == 0
+    assert (
+        veneer("serve", base, "--port", 0, "--host", "127.0.0.2", "--precision", "fp32").code == 0
+    )
     served[0].close()
     assert "127.0.0.2" in served[0].hosts
     assert "localhost" in served[0].hosts
@@ -165,10 +195,13 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     assert f"tokens, {served})" in " ".join(run.err.split())
 
 
-# ---------------------------------------------------------------------------------------------- vLLM
+# ----------------------------------------------------------------------------------------------
+# vLLM
 
 
-def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(veneer, base, monkeypatch):
+def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(
+    veneer, base, monkeypatch
+):
     lines = []
 
     def become(line):
@@ -176,7 +209,11 @@ def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(v
         raise ConfigError("Found: the end of this process.")
 
     monkeypatch.setattr("veneer.serve.vllm.run", become)
-    for asked, wanted in (([], "float32"), (["--dtype", "bf16"], "bfloat16"), (["--dtype", "auto"], None)):
+    for asked, wanted in (
+        ([], "float32"),
+        (["--dtype", "bf16"], "bfloat16"),
+        (["--dtype", "auto"], None),
+    ):
         veneer("serve", base, "--engine", "vllm", *asked)
         line = lines.pop()
         assert (line[line.index("--dtype") + 1] if "--dtype" in line else None) == wanted
@@ -184,10 +221,19 @@ def test_vllm_is_told_the_type_since_its_auto_takes_bf16_for_a_base_in_float32(v
 
 def plain_adapter(path, rank, **fields):
     path.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], **fields}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        **fields,
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     at = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{at}.lora_A.weight": torch.zeros(rank, 8), f"{at}.lora_B.weight": torch.zeros(8, rank)}
+    tensors = {
+        f"{at}.lora_A.weight": torch.zeros(rank, 8),
+        f"{at}.lora_B.weight": torch.zeros(8, rank),
+    }
     save_file(tensors, path / "adapter_model.safetensors")
     return path
 
@@ -195,7 +241,14 @@ def plain_adapter(path, rank, **fields):
 def test_the_command_line_of_vllm(tmp_path):
     adapters = {name: plain_adapter(tmp_path / name, rank) for name, rank in (("b", 20), ("a", 4))}
     line = vllm.command(
-        "base", adapters, name="tiny", host="::1", port=9, length=512, rows=4, more=["--dtype", "float32"]
+        "base",
+        adapters,
+        name="tiny",
+        host="::1",
+        port=9,
+        length=512,
+        rows=4,
+        more=["--dtype", "float32"],
     )
     assert line == [
         "vllm", "serve", "base", "--host", "::1", "--port", "9", "--served-model-name", "tiny",
@@ -203,7 +256,15 @@ def test_the_command_line_of_vllm(tmp_path):
         "--max-cpu-loras", "2",
         "--lora-modules", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--dtype", "float32",
     ]  # fmt: skip
-    assert vllm.command("base", {}) == ["vllm", "serve", "base", "--host", "127.0.0.1", "--port", "8000"]
+    assert vllm.command("base", {}) == [
+        "vllm",
+        "serve",
+        "base",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8000",
+    ]
     many = {str(number): adapters["a"] for number in range(20)}
     assert vllm.command("base", many)[10:14] == ["--max-loras", "8", "--max-cpu-loras", "20"]
 
@@ -240,14 +301,25 @@ def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):
     program.chmod(0o755)
     adapter = plain_adapter(tmp_path / "adapters" / "a", 4)
     environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
-    line = [sys.executable, "-m", "veneer.cli", "serve", "base", "--adapters", str(adapter.parent), "--engine", "vllm"]
+    line = [
+        sys.executable,
+        "-m",
+        "veneer.cli",
+        "serve",
+        "base",
+        "--adapters",
+        str(adapter.parent),
+        "--engine",
+        "vllm",
+    ]
     subprocess.run(line, env=environment, capture_output=True, timeout=100, check=True)
     called = (tmp_path / "called").read_text()
     assert called.startswith("serve base --host 127.0.0.1 --port 8000 ")
     assert f"--lora-modules a={adapter.resolve()}" in called
 
 
-# ---------------------------------------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------------------------------------- a
+# whole run
 
 
 def _entry(name, key):
@@ -255,7 +327,8 @@ def _entry(name, key):
 
 
 def test_a_whole_run(base, adapter, tmp_path):
-    """The real command: it says what it serves, answers with the adapter, and ends with 0 on SIGTERM."""
+    """The real command: it says what it serves, answers with the adapter, and ends with 0 on
+    SIGTERM."""
     folder = tmp_path / "adapters"
     folder.mkdir()
     (folder / "sums").symlink_to(adapter)  # leads out of the folder
@@ -285,9 +358,9 @@ def test_a_whole_run(base, adapter, tmp_path):
         assert [card["id"] for card in cards] == ["mine", "calc"]
         body = {"prompt": "3 + 5 =", "max_tokens": 4, "temperature": 0}
         texts = [
-            httpx.post(f"{url}/v1/completions", json={**body, "model": model}, headers=first).json()["choices"][0][
-                "text"
-            ]
+            httpx.post(
+                f"{url}/v1/completions", json={**body, "model": model}, headers=first
+            ).json()["choices"][0]["text"]
             for model in ("mine", "calc")
         ]
         assert texts[0] != texts[1]
@@ -303,7 +376,9 @@ def test_a_whole_run(base, adapter, tmp_path):
         child.kill(signal.SIGTERM)
         assert child.wait(30) == 0
         assert "last words" in child.said
-        assert "teardown" not in child.said  # freeing a model object by object takes seconds, and helps nobody
+        assert (
+            "teardown" not in child.said
+        )  # freeing a model object by object takes seconds, and helps nobody
     finally:
         child.kill()
         child.wait()

@@ -26,7 +26,9 @@ def file(base: Path, data: Path, tmp_path: Path) -> Callable[..., Path]:
             "eval_fraction": 0.1, "batch_size": 4, "max_steps": 4, **changes,
         }  # fmt: skip
         path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump({**fields, **({} if section is None else {"sweep": section})}))
+        path.write_text(
+            yaml.safe_dump({**fields, **({} if section is None else {"sweep": section})})
+        )
         return path
 
     return write
@@ -48,9 +50,15 @@ def test_a_sweep_and_its_winner_trained_again(veneer: Case, file: Any, tmp_path:
     metrics = json.loads((tmp_path / "out" / "again" / "metrics.json").read_text())
     best = next(one for one in told["candidates"] if one["name"] == told["best"])
     assert metrics["eval_loss"] == pytest.approx(best["loss"], rel=1e-4)
-    assert veneer("verify", tmp_path / "out" / "best" / "adapter", load_config(again).base).code == 0
+    assert (
+        veneer("verify", tmp_path / "out" / "best" / "adapter", load_config(again).base).code == 0
+    )
     found = veneer("sweep", file({"axes": axes, "rungs": [1]}), "--overwrite", "--json")
-    assert {**json.loads(found.out), "seconds": 0, "cpu_seconds": 0} == {**told, "seconds": 0, "cpu_seconds": 0}
+    assert {**json.loads(found.out), "seconds": 0, "cpu_seconds": 0} == {
+        **told,
+        "seconds": 0,
+        "cpu_seconds": 0,
+    }
 
 
 def test_bad_sweeps_are_refused_with_words(veneer: Case, file: Any, tmp_path: Path) -> None:

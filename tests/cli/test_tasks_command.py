@@ -13,8 +13,20 @@ from tests.support.tasks import config_of
 @pytest.mark.parametrize("name", ["classify words", "dpo"])
 def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path)
-    flags = ("--task", config.task, "--epochs", 4, "--batch-size", 8, "--learning-rate", 1e-2, "--no-check")
-    done = veneer("train", "--base", config.base, "--data", config.data, "--output", tmp_path / "run", *flags)
+    flags = (
+        "--task",
+        config.task,
+        "--epochs",
+        4,
+        "--batch-size",
+        8,
+        "--learning-rate",
+        1e-2,
+        "--no-check",
+    )
+    done = veneer(
+        "train", "--base", config.base, "--data", config.data, "--output", tmp_path / "run", *flags
+    )
     assert done.code == 0, done.err
     adapter = tmp_path / "run" / "adapter"
     shown = veneer("eval", config.base, config.data, "--adapter", adapter, "--precision", "fp32")
@@ -22,7 +34,9 @@ def test_train_a_task_and_measure_its_adapter(veneer: Any, name: str, tmp_path: 
     assert "right" in shown.out
     found = json.loads(veneer("eval", config.base, config.data, "--adapter", adapter, "--json").out)
     assert found["adapter"]["accuracy"] > 0.8
-    assert f"veneer {'generate' if name == 'dpo' else 'eval'} {config.base}" in done.err.replace("\n", " ")
+    assert f"veneer {'generate' if name == 'dpo' else 'eval'} {config.base}" in done.err.replace(
+        "\n", " "
+    )
     assert ("base" in found) == (name == "dpo")  # a base with a new head tells nothing
     if name == "dpo":
         assert found["base"]["margin"] == 0
@@ -48,21 +62,46 @@ def test_a_head_is_not_measured_without_its_adapter(veneer: Any, tmp_path: Path)
         ("sft", ("--reward", "a.py:f")),
     ],
 )
-def test_a_flag_of_another_task_is_refused(veneer: Any, task: str, flags: tuple[Any, ...], tmp_path: Path) -> None:
+def test_a_flag_of_another_task_is_refused(
+    veneer: Any, task: str, flags: tuple[Any, ...], tmp_path: Path
+) -> None:
     config = config_of("dpo", tmp_path)
     done = veneer("eval", config.base, config.data, "--task", task, *flags)
     assert done.code == 2
     assert f"{flags[0]} for task {task}" in done.err
 
 
-def test_an_encoder_decoder_is_measured_with_the_tokens_that_its_adapter_adds(veneer: Any, tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_measured_with_the_tokens_that_its_adapter_adds(
+    veneer: Any, tmp_path: Path
+) -> None:
     config = config_of("seq2seq", tmp_path, eval_fraction=0.0)
-    common = ("--task", "seq2seq", "--max-steps", 12, "--batch-size", 8, "--learning-rate", 1e-2, "--no-check")
+    common = (
+        "--task",
+        "seq2seq",
+        "--max-steps",
+        12,
+        "--batch-size",
+        8,
+        "--learning-rate",
+        1e-2,
+        "--no-check",
+    )
     words = ("--add-tokens", "aaa,bbb", "--eval-data", config.data, "--precision", "fp32")
     run = tmp_path / "run"
-    done = veneer("train", "--base", config.base, "--data", config.data, "--output", run, *common, *words)
+    done = veneer(
+        "train", "--base", config.base, "--data", config.data, "--output", run, *common, *words
+    )
     assert done.code == 0, done.err
-    shown = veneer("eval", config.base, config.data, "--adapter", run / "adapter", "--precision", "fp32", "--json")
+    shown = veneer(
+        "eval",
+        config.base,
+        config.data,
+        "--adapter",
+        run / "adapter",
+        "--precision",
+        "fp32",
+        "--json",
+    )
     assert shown.code == 0, shown.err
     metrics = json.loads((run / "metrics.json").read_text())
     assert json.loads(shown.out)["adapter"]["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)

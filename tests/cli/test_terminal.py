@@ -12,7 +12,8 @@ from torch import nn
 import veneer as package
 from veneer.errors import escape_controls
 
-#: clears the screen, names the window, goes back to the start of the line, turns the text around, ends a string
+# : clears the screen, names the window, goes back to the start of the line, turns the text around,
+# ends a string
 STEERS = "a\x1b[2Jb\x1b]0;owned\x07c\rd\u202ee\x9b31mf"
 SHOWN = r"a\x1b[2Jb\x1b]0;owned"  # of what follows rich drops some marks by itself
 
@@ -21,7 +22,9 @@ SHOWN = r"a\x1b[2Jb\x1b]0;owned"  # of what follows rich drops some marks by its
 def folder(tmp_path: Path) -> Path:
     """An adapter of another library, whose config names a base so."""
     handle = package.attach(nn.Sequential(nn.Linear(4, 4)), package.LoraConfig(rank=1))
-    return handle.save(tmp_path / "adapter", base_name=STEERS, provenance={"title": STEERS, "description": STEERS})
+    return handle.save(
+        tmp_path / "adapter", base_name=STEERS, provenance={"title": STEERS, "description": STEERS}
+    )
 
 
 def clean(text: str) -> bool:
@@ -50,6 +53,8 @@ def test_a_model_card_holds_no_escape_sequences(folder: Path) -> None:
     assert clean(card)
 
 
-@pytest.mark.parametrize("text", ["a\nb\tc", "naïve – 日本語 🙂", "👩\u200d👩\u200d👧", "می\u200cخواهم"])
+@pytest.mark.parametrize(
+    "text", ["a\nb\tc", "naïve – 日本語 🙂", "👩\u200d👩\u200d👧", "می\u200cخواهم"]
+)
 def test_texts_of_the_world_stay_as_they_are(text: str) -> None:
     assert escape_controls(text) == text

@@ -1,6 +1,7 @@
-"""What one layer with one variant may ask of a device: launches, waits and bytes of each operation, as the code asked
-for when ``limits.txt`` was written. Less is fine; more fails. ``VENEER_WRITE_LIMITS=1 make test-cuda`` writes it anew,
-which is to be looked at before it is committed.
+"""What one layer with one variant may ask of a device: launches, waits and bytes of each operation,
+as the code asked for when ``limits.txt`` was written. Less is fine; more fails.
+``VENEER_WRITE_LIMITS=1 make test-cuda`` writes it anew, which is to be looked at before it is
+committed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def read() -> dict[str, Costs]:
     limits: dict[str, Costs] = {}
     for line in FILE.read_text().splitlines():
         key, *cells = line.split()
-        limits[key] = {name: Cost(*map(int, cost.split("/"))) for name, cost in (cell.split("=") for cell in cells)}
+        limits[key] = {
+            name: Cost(*map(int, cost.split("/")))
+            for name, cost in (cell.split("=") for cell in cells)
+        }
     return limits
 
 
@@ -77,7 +81,13 @@ def exceeded(name: str, costs: Costs, limits: dict[str, Costs]) -> list[str]:
     for operation, cost in costs.items():
         limit = limits.get(name, {}).get(operation)
         if limit is None:
-            problems.append(f"{name}, {operation}: no limit is written (VENEER_WRITE_LIMITS=1 make test-cuda)")
-        elif cost.launches > limit.launches or cost.waits > limit.waits or cost.bytes > limit.bytes * SHARE + SLACK:
+            problems.append(
+                f"{name}, {operation}: no limit is written (VENEER_WRITE_LIMITS=1 make test-cuda)"
+            )
+        elif (
+            cost.launches > limit.launches
+            or cost.waits > limit.waits
+            or cost.bytes > limit.bytes * SHARE + SLACK
+        ):
             problems.append(f"{name}, {operation}: {cost} where {limit} is the limit")
     return problems

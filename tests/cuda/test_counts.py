@@ -1,4 +1,5 @@
-"""How often a device is launched, and how often the host waits for it. The limits are what the code does now."""
+"""How often a device is launched, and how often the host waits for it. The limits are what the code
+does now."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ HALF = torch.bfloat16
 
 
 def layer(dtype=HALF, bias=False, autocast=False, trained=None, **config):
-    """A call of an adapted layer and its backward: ([launches forward, launches backward], waits)."""
+    """A call of an adapted layer and its backward: ([launches forward, launches backward],
+    waits)."""
     module = nn.Sequential(nn.Linear(64, 48, bias=bias)).to(dtype).to(G0)
-    randomise(veneer.attach(module, veneer.LoraConfig(rank=4, targets="all", dtype=trained, **config)))
+    randomise(
+        veneer.attach(module, veneer.LoraConfig(rank=4, targets="all", dtype=trained, **config))
+    )
     module.train()
     x, seen = torch.randn(2, 5, 64, device=G0, dtype=dtype).requires_grad_() * 1, []
     for _ in range(2):  # the first may build what later ones find
@@ -103,7 +107,10 @@ def test_a_step_does_not_wait(config):
 def test_layers_that_read_one_input_share_launches():
     model = tiny_model().to(G0)
     veneer.attach(model, veneer.LoraConfig(rank=4, targets="attention"))
-    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 32, device=G0).requires_grad_() * 1
+    attention, x = (
+        model.model.layers[0].self_attn,
+        torch.randn(1, 3, 32, device=G0).requires_grad_() * 1,
+    )
     with count() as seen:
         for name in ("q_proj", "k_proj", "v_proj"):
             attention._modules[name](x)
@@ -123,7 +130,10 @@ def test_a_loss_waits_once_and_not_at_all_if_labels_are_counted():
         token_loss(model, batch, chunk=16, count=known).total.backward()
 
     assert waits_of(run, frozen).total() == 0
-    found, expected = token_loss(model, batch, chunk=16, count=known).total, token_loss(model, batch).total
+    found, expected = (
+        token_loss(model, batch, chunk=16, count=known).total,
+        token_loss(model, batch).total,
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -192,7 +202,12 @@ def test_a_step_of_the_engine_waits_for_the_tokens_alone():
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.8, "top_k": 5}, {"temperature": 0.8}, {"temperature": 0.0}],
+    [
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.8, "top_k": 5},
+        {"temperature": 0.8},
+        {"temperature": 0.0},
+    ],
     ids=str,
 )
 def test_sampling_waits_once(sampling):
@@ -221,7 +236,9 @@ def test_a_merge_takes_as_many_launches_whatever_the_size():
 
 def test_a_wait_is_seen(monkeypatch):
     mask = dropout.mask
-    monkeypatch.setattr(device, "mask", lambda *given: mask(*given) if mask(*given).sum().item() >= 0 else None)
+    monkeypatch.setattr(
+        device, "mask", lambda *given: mask(*given) if mask(*given).sum().item() >= 0 else None
+    )
     assert layer(dropout=0.1)[1] != []
 
 

@@ -1,5 +1,6 @@
-"""``make gpu`` on the emulated device: every check is right and within its limits, every part of the program answers,
-and a time limit, a missing GPU, a missing library and a wrong number are said. No time is judged here."""
+"""``make gpu`` on the emulated device: every check is right and within its limits, every part of
+the program answers, and a time limit, a missing GPU, a missing library and a wrong number are said.
+No time is judged here."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def slug(name: str) -> str:
 def test_a_check_is_right_and_within_its_limits(name):
     costs: limits.Costs = {}
     watch = limits.watching(costs)
-    row = gpu_checks.run(Place(G0, True, lambda operation: watch(operation.replace(" ", "-"))), name)
+    row = gpu_checks.run(
+        Place(G0, True, lambda operation: watch(operation.replace(" ", "-"))), name
+    )
     assert row["found"] == "right", row
     if costs:
         limits.kept({slug(name): costs})
@@ -50,7 +53,8 @@ def test_every_model_is_among_the_checks():
     assert {f"model, {name}" for name in gpu_model_checks.ARCHITECTURES} <= {*MODELS}
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------
+# ---- parts
+# -------------------------------------------------------------------------------------------------------
 
 
 def in_this_process(arguments, timeout):
@@ -79,7 +83,9 @@ def test_every_part_answers(recorded):
     assert result["quick"]
     assert result["skipped"] == []
     asked = [(part.model, part.storage) for part in gpu.PARTS if part.model]
-    assert [(case["setting"]["model"], case["setting"]["storage"]) for case in result["steps"]] == asked
+    assert [
+        (case["setting"]["model"], case["setting"]["storage"]) for case in result["steps"]
+    ] == asked
     assert [case["part"] for case in result["decode"]] == ["decode", "decode beside vllm"]
     for case in [*result["steps"], *result["decode"]]:
         assert case["rows"][case["floor"]]["ratio"] == 1
@@ -94,8 +100,12 @@ def test_every_part_answers(recorded):
 
 
 def test_every_candidate_of_the_table_is_asked_for():
-    assert {name for part in gpu.PARTS for name in part.candidates if part.model} == gpu_models.CANDIDATES.keys()
-    assert sum(part.limit for part in gpu.PARTS[:6]) <= gpu.TOTAL  # those that are sure to have their time
+    assert {
+        name for part in gpu.PARTS for name in part.candidates if part.model
+    } == gpu_models.CANDIDATES.keys()
+    assert (
+        sum(part.limit for part in gpu.PARTS[:6]) <= gpu.TOTAL
+    )  # those that are sure to have their time
     assert gpu.TOTAL <= 600
 
 
@@ -121,7 +131,9 @@ def test_a_process_is_ended_at_its_limit_and_what_it_answered_counts(tmp_path, m
 
 
 def test_a_candidate_that_trains_nothing_is_no_time():
-    made = gpu_models.CANDIDATES["veneer"](gpu_models.build(Place(G0, True), "llama-1b", "bf16"), "llama-1b", Place(G0))
+    made = gpu_models.CANDIDATES["veneer"](
+        gpu_models.build(Place(G0, True), "llama-1b", "bf16"), "llama-1b", Place(G0)
+    )
     made.parameters.append(torch.nn.Parameter(torch.ones(1, device=G0)))
     ids = torch.randint(0, 90, (2, 8), device=G0)
     with pytest.raises(RuntimeError, match="1 of 15 adapter parameters got no gradient"):
@@ -133,8 +145,12 @@ def test_a_candidate_that_runs_out_of_memory_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
 
     monkeypatch.setitem(gpu_models.CANDIDATES, "peft", fails)
-    case = gpu_speed.steps(Place(G0, True), "llama-1b", "bf16", ["frozen base", "peft"], time.monotonic() + 60)
-    assert case["rows"]["peft"] == {"why": "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"}
+    case = gpu_speed.steps(
+        Place(G0, True), "llama-1b", "bf16", ["frozen base", "peft"], time.monotonic() + 60
+    )
+    assert case["rows"]["peft"] == {
+        "why": "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+    }
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
@@ -153,30 +169,41 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
 
 def test_a_processor_runs_the_program_too():
     place = Place(torch.device("cpu"), True)
-    rows = [gpu_checks.run(place, name) for name in ("linear: every variant", "model, llama", OFFLOADED, WAITS)]
+    rows = [
+        gpu_checks.run(place, name)
+        for name in ("linear: every variant", "model, llama", OFFLOADED, WAITS)
+    ]
     assert [row["found"] for row in rows] == ["right", "right", "right", "skipped"]
     assert "only CUDA says when the host waits for it; this is cpu" in rows[-1]["text"]
 
 
 def test_a_part_runs_in_a_process_of_its_own(monkeypatch):
-    """In which nothing is emulated, and nothing but the package is to be found; this one has no time for its checks."""
+    """In which nothing is emulated, and nothing but the package is to be found; this one has no
+    time for its checks."""
     monkeypatch.setenv("PYTHONPATH", str(Path(veneer.__file__).parent.parent))
-    answers, problem = gpu.child(["--part", "checks", "--device", "cpu", "--quick", "--seconds", "0.1"], 120)
+    answers, problem = gpu.child(
+        ["--part", "checks", "--device", "cpu", "--quick", "--seconds", "0.1"], 120
+    )
     assert problem == ""
-    assert [row["check"] for row in answers] == [name for name in CHECKS if not name.startswith("toy_")]
+    assert [row["check"] for row in answers] == [
+        name for name in CHECKS if not name.startswith("toy_")
+    ]
     assert {row["text"] for row in answers} == {"no time was left"}
 
 
 def test_a_wrong_number_ends_the_program_with_an_error(tmp_path, capsys):
     wrong = {"check": "linear: every variant", "found": "wrong", "text": "output: off by 1e-2"}
     with pytest.raises(SystemExit) as end:
-        gpu.main(["--quick", "--only", "checks", "--out", str(tmp_path)], ask=lambda *_: ([wrong], ""))
+        gpu.main(
+            ["--quick", "--only", "checks", "--out", str(tmp_path)], ask=lambda *_: ([wrong], "")
+        )
     assert end.value.code == 1
     assert "wrong: linear: every variant: output: off by 1e-2" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu-emulated.json").read_text())["checks"] == [wrong]
 
 
-# ---- the page ----------------------------------------------------------------------------------------------------
+# ---- the page
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_shows_what_a_gpu_gave_and_nothing_else(recorded, tmp_path, monkeypatch):
@@ -186,8 +213,15 @@ def test_the_page_shows_what_a_gpu_gave_and_nothing_else(recorded, tmp_path, mon
     file = tmp_path / "gpu-emulated.json"
     file.write_text(json.dumps(result))
     assert "**Not measured yet.**" in gpu_page.page()  # a toy's size is no measurement
-    checks = [{"check": "one", "found": "right", "text": ""}, {"check": "other", "found": "wrong", "text": "a | b"}]
-    more = {"quick": False, "checks": checks, "skipped": [{"part": "unsloth", "why": "580 s were over"}]}
+    checks = [
+        {"check": "one", "found": "right", "text": ""},
+        {"check": "other", "found": "wrong", "text": "a | b"},
+    ]
+    more = {
+        "quick": False,
+        "checks": checks,
+        "skipped": [{"part": "unsloth", "why": "580 s were over"}],
+    }
     file.write_text(json.dumps({**result, **more}))
     page = gpu_page.page()
     assert "Not measured yet" not in page

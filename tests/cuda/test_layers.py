@@ -1,5 +1,6 @@
-"""Every kind of layer with every variant, on a device: the numbers are those of float64, forward, backward, rows and
-banks never wait, and nothing costs more launches, waits or bytes than ``limits.txt`` says."""
+"""Every kind of layer with every variant, on a device: the numbers are those of float64, forward,
+backward, rows and banks never wait, and nothing costs more launches, waits or bytes than
+``limits.txt`` says."""
 
 from __future__ import annotations
 

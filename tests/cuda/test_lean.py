@@ -1,4 +1,5 @@
-"""Rows of several adapters by ``veneer.use``: as few launches as a bank's, and the numbers of each adapter alone."""
+"""Rows of several adapters by ``veneer.use``: as few launches as a bank's, and the numbers of each
+adapter alone."""
 
 from __future__ import annotations
 
@@ -45,10 +46,15 @@ def test_rows_take_less_than_twice_the_launches(tokens, ranks, alphas):
 
 
 def answers(model, ids, weights, at_once):
-    """(logits, gradients as one vector) of the rows together or of each adapter's rows by themselves."""
+    """(logits, gradients as one vector) of the rows together or of each adapter's rows by
+    themselves."""
     logits = torch.zeros(weights.shape, device=ids.device, dtype=model.dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    runs = [(NAMES, list(range(16)))] if at_once else [(n, [i for i in range(16) if NAMES[i] == n]) for n in {*NAMES}]
+    runs = (
+        [(NAMES, list(range(16)))]
+        if at_once
+        else [(n, [i for i in range(16) if NAMES[i] == n]) for n in {*NAMES}]
+    )
     total = torch.zeros((), device=ids.device)
     for names, rows in runs:
         with veneer.use(model, names):
@@ -60,7 +66,9 @@ def answers(model, ids, weights, at_once):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize(("ranks", "alphas"), [((4,), (8,)), ((4,), (8, 3)), ((4, 2, 5), (8,))], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "alphas"), [((4,), (8,)), ((4,), (8, 3)), ((4, 2, 5), (8,))], ids=str
+)
 def test_rows_are_as_exact_as_each_adapter_alone(monkeypatch, dtype, ranks, alphas):
     model, ids, calls = with_adapters(dtype, ranks, alphas), IDS.to(G0), []
     weights = torch.randn(16, 12, 259, generator=torch.Generator().manual_seed(1)).to(G0)
@@ -72,7 +80,9 @@ def test_rows_are_as_exact_as_each_adapter_alone(monkeypatch, dtype, ranks, alph
     with torch.no_grad(), veneer.use(model, NAMES):
         unrecorded = model(input_ids=ids, use_cache=False).logits.double().cpu()
     exact = answers(model.cpu().double(), IDS, weights.cpu(), False)
-    for found, known, right in zip((*mixed, unrecorded), (*alone, alone[0]), (*exact, exact[0]), strict=True):
+    for found, known, right in zip(
+        (*mixed, unrecorded), (*alone, alone[0]), (*exact, exact[0]), strict=True
+    ):
         assert error(found, right) < 1.5 * error(known, right) + 1e-6
     assert error(alone[0], exact[0]) < (1e-5 if dtype is torch.float32 else 0.1)
 

@@ -21,7 +21,11 @@ BYTES = SIDE * SIDE * 2
 @pytest.fixture
 def deep():
     """Layers of one size in 16 bits, and the handle of their adapter."""
-    model = nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(12)]).to(torch.bfloat16).to(G0)
+    model = (
+        nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(12)])
+        .to(torch.bfloat16)
+        .to(G0)
+    )
     handle = veneer.attach(model, veneer.LoraConfig(rank=4, targets="all"))
     randomise(handle, 0.001)
     return model, handle
@@ -82,7 +86,9 @@ def test_a_bank_holds_an_adapter_once(tmp_path):
     bank.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_dora_on_4_bits_takes_no_more_than_lora():
     import bitsandbytes as bnb
@@ -91,8 +97,12 @@ def test_dora_on_4_bits_takes_no_more_than_lora():
     for variant in ("lora", "dora"):
         layers = []
         for _ in range(4):
-            layer = bnb.nn.Linear4bit(SIDE, SIDE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            layer.weight = bnb.nn.Params4bit(torch.randn(SIDE, SIDE), requires_grad=False, quant_type="nf4")
+            layer = bnb.nn.Linear4bit(
+                SIDE, SIDE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(
+                torch.randn(SIDE, SIDE), requires_grad=False, quant_type="nf4"
+            )
             layers.append(layer)
         with bytes_more() as more:
             model = nn.Sequential(*layers).to(G0)

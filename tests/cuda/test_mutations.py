@@ -1,5 +1,6 @@
-"""What the checks of ``make gpu`` and the limits are worth: each of these changes is put into the code by hand, and
-found. A wait, a launch, a tensor on another device, a dense copy, a wrong number; float64 where there is none."""
+"""What the checks of ``make gpu`` and the limits are worth: each of these changes is put into the
+code by hand, and found. A wait, a launch, a tensor on another device, a dense copy, a wrong number;
+float64 where there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 from tests.cuda import limits
 from tests.cuda.test_gpu import MODELS, OFFLOADED, WAITS
-from tests.support.broken import first_row_decides, first_row_decides_for_a_bank, unmerge_loses_a_bit
+from tests.support.broken import (
+    first_row_decides,
+    first_row_decides_for_a_bank,
+    unmerge_loses_a_bit,
+)
 from tests.support.emulated_device import G0, G1, without_float64
 from tests.support.toys import example
 
@@ -28,7 +33,8 @@ PLACE = Place(G0, quick=True)
 
 
 def _factors(patch, turned):
-    """Every change, with its A as ``turned(A)``: what is resolved, and what linear layers and stacks take as it is."""
+    """Every change, with its A as ``turned(A)``: what is resolved, and what linear layers and
+    stacks take as it is."""
     original, linears, stacks = Change.resolve, device.linears, LayerAdapter.stacks
 
     def resolve(self, weight, dtype=None):
@@ -40,7 +46,10 @@ def _factors(patch, turned):
 
     def turned_stacks(self, module):
         found = stacks(self, module) or {}
-        return {name: (weight, LowRank(turned(low.A), low.B, low.scale)) for name, (weight, low) in found.items()}
+        return {
+            name: (weight, LowRank(turned(low.A), low.B, low.scale))
+            for name, (weight, low) in found.items()
+        }
 
     patch.setattr(Change, "resolve", resolve)
     patch.setattr(device, "linears", turned_linears)
@@ -141,7 +150,11 @@ def test_a_check_of_models_finds_a_wrong_number(name, monkeypatch):
 
 def another_mask_in_backward(patch):
     original = dropout.mask
-    patch.setattr(device, "mask", lambda shape, p, seed, place: original(shape, p, torch.randint(99, ()).item(), place))
+    patch.setattr(
+        device,
+        "mask",
+        lambda shape, p, seed, place: original(shape, p, torch.randint(99, ()).item(), place),
+    )
 
 
 def experts_are_off(patch):

@@ -1,5 +1,5 @@
-"""What a device computes is what the processor computes, where ``test_layers.py`` and ``test_gpu.py`` do not ask; and a
-device without float64."""
+"""What a device computes is what the processor computes, where ``test_layers.py`` and
+``test_gpu.py`` do not ask; and a device without float64."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_blends_of_a_bank(dtype, tokens, variant, tmp_path):
         for row, choice in enumerate(choices):
             with bank.rows([choice]):
                 alone = model(input_ids=ids[row : row + 1], use_cache=False).logits[0]
-            assert error(mixed[row].float().cpu(), alone.float().cpu()) < (1e-4 if dtype is torch.float32 else 0.05)
+            assert error(mixed[row].float().cpu(), alone.float().cpu()) < (
+                1e-4 if dtype is torch.float32 else 0.05
+            )
     bank.close()
 
 
@@ -92,12 +94,17 @@ def test_blends_of_a_bank(dtype, tokens, variant, tmp_path):
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_a_blend_of_a_call(dtype, within, variant):
     """In factors there too, and its gradients reach each adapter."""
-    plain, found = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).to(dtype), []
+    plain, found = (
+        nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 16, bias=False)).to(dtype),
+        [],
+    )
     x = torch.randn(5, 64, dtype=dtype)
     for place in ("cpu", G0):
         model = copy.deepcopy(plain).to(place)
         for name, kind in (("a", variant), ("b", "lora")):
-            handle = veneer.attach(model, veneer.LoraConfig(rank=4, targets="all", variant=kind), name)
+            handle = veneer.attach(
+                model, veneer.LoraConfig(rank=4, targets="all", variant=kind), name
+            )
             if not found:
                 randomise(handle)
         if found:
@@ -123,17 +130,24 @@ def test_16_bits_are_rounded_once_with_a_bias():
 
 def test_convolutions_with_dropout_in_both_layouts():
     for last, p in itertools.product((False, True), (0.0, 0.1)):
-        module = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1, stride=2))
+        module = nn.Sequential(
+            nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1, stride=2)
+        )
         x = torch.randn(4, 8, 72, 72)
         if last:
-            module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+            module, x = (
+                module.to(memory_format=torch.channels_last),
+                x.to(memory_format=torch.channels_last),
+            )
         config = veneer.LoraConfig(rank=2, targets="all", dropout=p)
         if p:
             model = module.to(G0)
             veneer.attach(model, config)
             model.train()(x.to(G0)).sum().backward()
         else:
-            same(both(lambda m=module: m, config, lambda model, place, x=x: model(x.to(place))), 1e-4)
+            same(
+                both(lambda m=module: m, config, lambda model, place, x=x: model(x.to(place))), 1e-4
+            )
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -149,7 +163,9 @@ def test_a_loss_as_on_the_processor():
     config = veneer.LoraConfig(rank=4, targets=["q_proj", "lm_head"])
 
     def call(model, place):
-        return causal_loss(model, {"input_ids": IDS.to(place), "labels": labels.to(place)}, chunk=16)[None]
+        return causal_loss(
+            model, {"input_ids": IDS.to(place), "labels": labels.to(place)}, chunk=16
+        )[None]
 
     same(both(lambda: tiny_model(tie_word_embeddings=False), config, call), 1e-4)
 
@@ -158,7 +174,10 @@ def test_a_loss_as_on_the_processor():
 def test_layers_without_float64(kind):
     """As on MPS: each variant that the layer takes, forward, backward, merge and unmerge."""
     for variant in VARIANTS.names():
-        with without_float64(), suppress(veneer.errors.VeneerError):  # what is refused is refused everywhere
+        with (
+            without_float64(),
+            suppress(veneer.errors.VeneerError),
+        ):  # what is refused is refused everywhere
             gpu_checks.cell(PLACE, *example(kind), variant)
 
 
@@ -178,11 +197,17 @@ def test_a_model_without_float64(variant):
         veneer.check(model, {"input_ids": IDS.to(G0), "use_cache": False})
         handle.merge()
         handle.unmerge()
-        sample(torch.randn(2, 50, device=G0), [Sampler(Sampling(max_tokens=9, temperature=0.7, seed=1))] * 2)
+        sample(
+            torch.randn(2, 50, device=G0),
+            [Sampler(Sampling(max_tokens=9, temperature=0.7, seed=1))] * 2,
+        )
 
 
 def test_float64_is_refused_there():
     with without_float64():
-        for make in (lambda: torch.zeros(2, device=G0).double(), lambda: torch.ones(2, dtype=torch.float64).to(G0)):
+        for make in (
+            lambda: torch.zeros(2, device=G0).double(),
+            lambda: torch.ones(2, dtype=torch.float64).to(G0),
+        ):
             with pytest.raises(TypeError, match="doesn't support float64"):
                 make()

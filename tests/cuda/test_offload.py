@@ -1,4 +1,5 @@
-"""`veneer train` on a device: activations offloaded to main memory, and a base that is spread over two devices."""
+"""`veneer train` on a device: activations offloaded to main memory, and a base that is spread over
+two devices."""
 
 from __future__ import annotations
 
@@ -30,15 +31,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, name: str, **changes: Any) -> Any:
-    fields = {"base": str(place / "base"), "data": str(place / "rows.jsonl"), "output": str(place / name)}
-    config = make_config({**fields, "max_steps": 3, "batch_size": 16, "precision": "fp32", "check": False, **changes})
+    fields = {
+        "base": str(place / "base"),
+        "data": str(place / "rows.jsonl"),
+        "output": str(place / name),
+    }
+    config = make_config(
+        {**fields, "max_steps": 3, "batch_size": 16, "precision": "fp32", "check": False, **changes}
+    )
     return fit(config, quiet=True)
 
 
 @pytest.fixture
 def _one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated device has no streams and no pinned memory: trl's other way, which copies and waits."""
-    made = partial(activation_offloading.get_act_offloading_ctx_manager, use_streams=False, use_pin_memory=False)
+    """The emulated device has no streams and no pinned memory: trl's other way, which copies and
+    waits."""
+    made = partial(
+        activation_offloading.get_act_offloading_ctx_manager,
+        use_streams=False,
+        use_pin_memory=False,
+    )
     monkeypatch.setattr(sft_trainer, "get_act_offloading_ctx_manager", made)
     monkeypatch.setattr(activation_offloading.OffloadActivations, "s0", None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -60,11 +72,16 @@ def test_offloaded_activations_change_no_loss_and_leave_the_device(place: Path) 
 def test_a_base_over_two_devices_trains_to_the_losses_of_one(place: Path) -> None:
     lower = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "lm_head"], 0)
     blocks = {f"model.layers.{i}": int(i >= BLOCKS // 2) for i in range(BLOCKS)}
-    one, both = run(place, "one"), run(place, "both", device_map={**lower, **blocks, "model.norm": 1}, check=True)
+    one, both = (
+        run(place, "one"),
+        run(place, "both", device_map={**lower, **blocks, "model.norm": 1}, check=True),
+    )
     assert {str(p.device) for p in both.model.parameters()} == {"cuda:0", "cuda:1"}
     assert both.losses == pytest.approx(one.losses, rel=1e-5)
 
 
 def test_a_base_on_a_device_keeps_its_attention(place: Path) -> None:
     """Attention as plain products is for a processor."""
-    assert models.load_base(place / "base", device="cuda").model.config._attn_implementation == "sdpa"
+    assert (
+        models.load_base(place / "base", device="cuda").model.config._attn_implementation == "sdpa"
+    )

@@ -1,4 +1,5 @@
-"""A model on two devices: accelerate's ``device_map``, offloaded weights, and training where several are visible."""
+"""A model on two devices: accelerate's ``device_map``, offloaded weights, and training where
+several are visible."""
 
 from __future__ import annotations
 
@@ -158,8 +159,15 @@ def config_of(folder: Path, **changes):
 
     write_tiny(folder / "base")
     write_rows(folder / "data.jsonl", sums(12))
-    fields = {"base": folder / "base", "data": folder / "data.jsonl", "output": folder / "out", "max_steps": 2}
-    fields = {name: value if isinstance(value, int) else str(value) for name, value in fields.items()}
+    fields = {
+        "base": folder / "base",
+        "data": folder / "data.jsonl",
+        "output": folder / "out",
+        "max_steps": 2,
+    }
+    fields = {
+        name: value if isinstance(value, int) else str(value) for name, value in fields.items()
+    }
     more = {"batch_size": 2, "precision": "bf16", "optimiser": "adamw_torch", "eval_fraction": 0.0}
     return make_config({**fields, **more, **changes})
 
@@ -183,7 +191,9 @@ def test_a_run_trains_on_the_device_and_waits_once_a_step(tmp_path, monkeypatch)
     assert next(result.model.parameters()).device == G0
     assert len(result.losses) == 2
     assert len(seen) == 4
-    own = [wait for waits in seen[1:] for wait in waits if not wait.startswith("_local_scalar_dense")]
+    own = [
+        wait for waits in seen[1:] for wait in waits if not wait.startswith("_local_scalar_dense")
+    ]
     assert own == []
 
 

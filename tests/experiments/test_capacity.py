@@ -35,7 +35,14 @@ def test_the_loss_is_that_of_completions_alone(sure, bits):
 
 def run(rows, rank, share, *, of_bits=1.0, longer=None):
     numbers = round(of_bits * rows * BITS)
-    found = {"rows": rows, "rank": rank, "numbers": numbers, "judged": [{"share": share}], "steps": 1, "rate": 1e-3}
+    found = {
+        "rows": rows,
+        "rank": rank,
+        "numbers": numbers,
+        "judged": [{"share": share}],
+        "steps": 1,
+        "rate": 1e-3,
+    }
     return {**found, "longer": [{"share": longer}] if longer is not None else []}
 
 

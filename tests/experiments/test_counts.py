@@ -36,11 +36,19 @@ def test_what_was_recorded_is_exact():
         assert printed.keys() <= found[model].keys()
 
 
-@pytest.mark.parametrize(("model", "what", "rank"), [("roberta-base", "q, v", 8), ("smollm2-135m", "all linear", 8)])
+@pytest.mark.parametrize(
+    ("model", "what", "rank"), [("roberta-base", "q, v", 8), ("smollm2-135m", "all linear", 8)]
+)
 def test_a_configuration_takes_no_memory_and_trains_the_number(model, what, rank):
     handles = attached(made(model), what, rank)
-    assert sum(handle.summary().trainable for handle in handles) == EXACT[model][f"{what}, r = {rank}"]
-    assert all(parameter.device == torch.device("meta") for handle in handles for parameter in handle.parameters())
+    assert (
+        sum(handle.summary().trainable for handle in handles) == EXACT[model][f"{what}, r = {rank}"]
+    )
+    assert all(
+        parameter.device == torch.device("meta")
+        for handle in handles
+        for parameter in handle.parameters()
+    )
 
 
 def test_a_printed_number_may_be_rounded_or_cut():

@@ -1,5 +1,6 @@
-"""Each experiment runs at its smoke size, and its page can be made of it; the recorded pages are those of `make docs`,
-which `make check` holds. What an experiment's own arithmetic needs is tested beside this file."""
+"""Each experiment runs at its smoke size, and its page can be made of it; the recorded pages are
+those of `make docs`, which `make check` holds. What an experiment's own arithmetic needs is tested
+beside this file."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ def test_an_experiment_runs_small(name):
     experiment = find(name)
     runs = [json.loads(json.dumps(alone(name, cell))) for cell in experiment.cells(True)]
     claims, plots = experiment.claims(runs), experiment.plots(runs)
-    text = page(name, experiment, {"runs": runs, **machine()}, claims, [f"{name}-{plot}.svg" for plot in plots])
+    text = page(
+        name,
+        experiment,
+        {"runs": runs, **machine()},
+        claims,
+        [f"{name}-{plot}.svg" for plot in plots],
+    )
     assert claims
     assert all(claim.what in text and claim.found in text for claim in claims)
     for drawing in plots.values():
@@ -36,7 +43,9 @@ def test_cells_are_settings_of_one_run_each(name):
         assert len(set(texts)) == len(texts)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments" / "full").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments" / "full").glob("*.yaml")), ids=lambda file: file.name
+)
 def test_configurations_of_full_size_are_those_of_the_commands(file):
     settings = yaml.safe_load(file.read_text())
     settings.pop("sweep", None)

@@ -12,8 +12,10 @@ from transformers import BertConfig, BertForTokenClassification
 import veneer
 
 WIDTH, INNER, LAYERS, RANK = 16, 4, 2, 2
-#: in closed form, of a BERT without the head: biases of the linear layers and layer norms; two bottlenecks a block and
-#: the layer norms (Houlsby et al. 2019); 2 · rank · width for each of the four square layers, and of the feed-forward
+# : in closed form, of a BERT without the head: biases of the linear layers and layer norms; two
+# bottlenecks a block and
+# : the layer norms (Houlsby et al. 2019); 2 · rank · width for each of the four square layers, and
+# of the feed-forward
 BIASES = LAYERS * (5 * WIDTH + 32 + 2 * WIDTH) + WIDTH
 ADAPTERS = LAYERS * 2 * (2 * WIDTH * INNER + INNER + WIDTH) + (2 * LAYERS + 1) * 2 * WIDTH
 LORA = LAYERS * RANK * (4 * 2 * WIDTH + 2 * (WIDTH + 32))
@@ -47,7 +49,9 @@ def test_a_method_begins_as_the_base_and_trains_its_own_numbers(method):
         trained(model), batches_of(4, 4, 0), lambda rows: model(input_ids=ids[rows], labels=ids[rows] % 3).loss,
         steps=30, rate=1e-2,
     )  # fmt: skip
-    changed = {id(own) for name, own in model.named_parameters() if not torch.equal(own, kept[name])}
+    changed = {
+        id(own) for name, own in model.named_parameters() if not torch.equal(own, kept[name])
+    }
     assert last < first
     assert changed <= own.keys()
     assert len(changed) > 0.8 * len(own)  # a key's bias has no gradient
@@ -58,9 +62,13 @@ def test_batches_hold_each_row_once_an_epoch_and_like_lengths_together():
     for given in (None, lengths):
         epoch = [*itertools.islice(batches_of(100, 10, 3, given), 10)]
         assert sorted(itertools.chain(*epoch)) == [*range(100)]
-    spans = [max(map(lengths.__getitem__, rows)) - min(map(lengths.__getitem__, rows)) for rows in epoch]
+    spans = [
+        max(map(lengths.__getitem__, rows)) - min(map(lengths.__getitem__, rows)) for rows in epoch
+    ]
     assert max(spans) <= 1
-    assert [*itertools.islice(batches_of(100, 10, 3), 20)] == [*itertools.islice(batches_of(100, 10, 3), 20)]
+    assert [*itertools.islice(batches_of(100, 10, 3), 20)] == [
+        *itertools.islice(batches_of(100, 10, 3), 20)
+    ]
 
 
 def test_the_rate_rises_and_falls():
@@ -73,4 +81,6 @@ def test_the_rate_rises_and_falls():
 
     train([weight], itertools.repeat(None), loss, steps=20, rate=1.0, warmup=0.2)
     steps = [before - after for before, after in itertools.pairwise([*seen, weight.item()])]
-    assert steps == pytest.approx([0.25, 0.5, 0.75, 1.0, *(share / 16 for share in range(16, 0, -1))], rel=1e-3)
+    assert steps == pytest.approx(
+        [0.25, 0.5, 0.75, 1.0, *(share / 16 for share in range(16, 0, -1))], rel=1e-3
+    )

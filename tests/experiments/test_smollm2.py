@@ -1,4 +1,5 @@
-"""What the experiments on SmolLM2 compute themselves: which directions a repair takes, what is compared at one loss."""
+"""What the experiments on SmolLM2 compute themselves: which directions a repair takes, what is
+compared at one loss."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def test_forgetting_is_compared_at_the_same_loss_of_the_task():
     def run(method, *points):
         return {"method": method, "rate": 1e-3, "points": [(0, 8.0, 3.0), *points]}
 
-    runs = [run("lora", (1, 2.0, 3.2), (2, 1.0, 3.4)), run("full", (1, 2.0, 3.1), (2, 1.5, 3.7), (3, 0.5, 4.0))]
+    runs = [
+        run("lora", (1, 2.0, 3.2), (2, 1.0, 3.4)),
+        run("full", (1, 2.0, 3.1), (2, 1.5, 3.7), (3, 0.5, 4.0)),
+    ]
     met = forgetting._compared(runs)
     assert [task for task, *_ in met] == [2.0, 1.5, 1.0]
     assert [lora for _, lora, _ in met] == pytest.approx([0.2, 0.3, 0.4])
@@ -83,6 +87,11 @@ def test_an_adapter_is_kept_under_its_whole_recipe():
 def test_a_reward_of_full_size_reads_the_last_number():
     from experiments.full.rewards import last_number
 
-    written = ["So 3 + 4 = 7.", [{"role": "assistant", "content": "It is 1,234"}], "nothing", "7 or 8"]
+    written = [
+        "So 3 + 4 = 7.",
+        [{"role": "assistant", "content": "It is 1,234"}],
+        "nothing",
+        "7 or 8",
+    ]
     right = ["… #### 7", "#### 1234", "#### 7", "#### 7"]
     assert last_number(written, answer=right) == [1.0, 1.0, 0.0, 0.0]

@@ -13,7 +13,8 @@ from experiments.turned import tuned
 def sentences(*rows):
     return {
         "intent": [
-            {"data": [{"text": text, **({"entity": slot} if slot else {})} for text, slot in row]} for row in rows
+            {"data": [{"text": text, **({"entity": slot} if slot else {})} for text, slot in row]}
+            for row in rows
         ]
     }
 
@@ -21,10 +22,14 @@ def sentences(*rows):
 def test_a_sentence_that_training_has_seen_does_not_judge(tmp_path):
     old = [("book ", None), ("the café", "place")]
     new = [("go to ", None), ("new york", "city"), (" now", None)]
-    (tmp_path / "train_Go_full.json").write_text(json.dumps(sentences(old), ensure_ascii=False), encoding="latin-1")
+    (tmp_path / "train_Go_full.json").write_text(
+        json.dumps(sentences(old), ensure_ascii=False), encoding="latin-1"
+    )
     (tmp_path / "validate_Go.json").write_text(json.dumps(sentences(old, new)), encoding="utf-8")
     found = read(tmp_path)
-    assert found["train"] == [{"words": ["book", "the", "café"], "labels": ["O", "B-place", "I-place"]}]
+    assert found["train"] == [
+        {"words": ["book", "the", "café"], "labels": ["O", "B-place", "I-place"]}
+    ]
     assert found["test"] == [
         {"words": ["go", "to", "new", "york", "now"], "labels": ["O", "O", "B-city", "I-city", "O"]}
     ]
@@ -52,7 +57,9 @@ def test_spans(labels, found):
 
 def test_f1_counts_whole_spans():
     # one of two found is right; one of three true is found
-    assert span_f1([(["B-a", "O", "B-b"], ["B-a", "B-b", "I-b"]), (["O"], ["B-a"])]) == pytest.approx(2 * 1 / (2 + 3))
+    assert span_f1(
+        [(["B-a", "O", "B-b"], ["B-a", "B-b", "I-b"]), (["O"], ["B-a"])]
+    ) == pytest.approx(2 * 1 / (2 + 3))
 
 
 def test_a_rate_is_chosen_by_the_rows_aside():
@@ -67,7 +74,10 @@ def test_a_rate_is_chosen_by_the_rows_aside():
     apart = [{**runs[0], "head": 0.3, "aside": 0.95}]
     assert judged(runs + apart) == judged(runs)
     assert judged(runs + apart, apart=True) == {"head only": apart}
-    found = [{"rate": rate, "aside_loss": loss} for rate, loss in ((1, 2.0), (1, 2.2), (2, 1.0), (2, 3.0), (4, 9.0))]
+    found = [
+        {"rate": rate, "aside_loss": loss}
+        for rate, loss in ((1, 2.0), (1, 2.2), (2, 1.0), (2, 3.0), (4, 9.0))
+    ]
     assert {run["rate"] for run in tuned(found)} == {2}
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from experiments.subspaces import POINTS, amplified, compared, inputs_of, rest_of, shared, similarity
+from experiments.subspaces import (
+    POINTS,
+    amplified,
+    compared,
+    inputs_of,
+    rest_of,
+    shared,
+    similarity,
+)
 
 from veneer.lowrank import LowRank
 
@@ -32,7 +40,9 @@ def test_the_rest_leaves_out_the_first_direction_of_either():
 def test_random_spaces_share_what_their_size_says():
     draw = torch.Generator().manual_seed(0)
     one, other = (torch.randn(8, 200, generator=draw, dtype=torch.float64) for _ in range(2))
-    assert float(similarity(inputs_of(one), inputs_of(other))[-1, -1]) == pytest.approx(8 / 200, abs=0.03)
+    assert float(similarity(inputs_of(one), inputs_of(other))[-1, -1]) == pytest.approx(
+        8 / 200, abs=0.03
+    )
 
 
 def low_rank(rows: torch.Tensor, seed: int) -> LowRank:
@@ -44,7 +54,9 @@ def low_rank(rows: torch.Tensor, seed: int) -> LowRank:
 
 
 def test_two_changes_with_the_same_directions_in_the_same_order_are_alike():
-    rows = torch.linalg.qr(torch.randn(64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    rows = torch.linalg.qr(
+        torch.randn(64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    )[0]
     draw = torch.Generator().manual_seed(0)
     found = compared({"a": low_rank(rows, 2)}, {"a": low_rank(rows, 3)}, draw)
     assert found["first"] == [1.0]
@@ -57,10 +69,13 @@ def test_two_changes_with_the_same_directions_in_the_same_order_are_alike():
 
 
 def test_amplification_of_known_directions():
-    """W is diagonal: between e₂ and e₃ … it has what stands there, in its first directions the largest."""
+    """W is diagonal: between e₂ and e₃ … it has what stands there, in its first directions the
+    largest."""
     W = torch.diag(torch.arange(12, 0, -1, dtype=torch.float64))
     at = torch.eye(12, dtype=torch.float64)[[5, 6]]
-    found = amplified(W, LowRank(at[None], at.mT[None].contiguous(), 3.0), torch.Generator().manual_seed(0))
+    found = amplified(
+        W, LowRank(at[None], at.mT[None].contiguous(), 3.0), torch.Generator().manual_seed(0)
+    )
     assert found["change"] == pytest.approx(3 * 2**0.5)
     assert found["own"] == pytest.approx((7**2 + 6**2) ** 0.5)
     assert found["top"] == pytest.approx((12**2 + 11**2) ** 0.5)

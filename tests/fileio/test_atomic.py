@@ -1,5 +1,5 @@
-"""A new file or folder has the mode that anybody's has, replaces what it may replace and nothing else, and what a
-killed writer left is settled."""
+"""A new file or folder has the mode that anybody's has, replaces what it may replace and nothing
+else, and what a killed writer left is settled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def fill(folder: Path, text: str, *names: str) -> None:
 
 def content(folder: Path) -> dict[str, str]:
     return {
-        path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
@@ -59,8 +61,8 @@ def test_modes_are_those_of_the_umask(tmp_path, mask):
 
 
 def test_the_umask_is_not_touched(tmp_path, monkeypatch):
-    """It belongs to the process: another thread's files would get another mode meanwhile, and two threads that set and
-    restore it at once may leave it at 0."""
+    """It belongs to the process: another thread's files would get another mode meanwhile, and two
+    threads that set and restore it at once may leave it at 0."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
     with new_file(tmp_path / "file") as file:
         file.write_text("x")
@@ -68,7 +70,8 @@ def test_the_umask_is_not_touched(tmp_path, monkeypatch):
         (folder / "inner").write_text("x")
 
 
-# ---------------------------------------------------------------------------------------------- what is replaced
+# ----------------------------------------------------------------------------------------------
+# what is replaced
 
 
 def test_files_of_others_stay_and_ours_are_replaced(tmp_path, way):
@@ -76,17 +79,28 @@ def test_files_of_others_stay_and_ours_are_replaced(tmp_path, way):
     fill(path, "old", *OURS)
     fill(path, "theirs", "notes.txt", "step_100/optimizer.bin")
     (path / "link").symlink_to(tmp_path)
-    theirs = {name: (path / name).stat().st_ino for name in ("notes.txt", "step_100", "step_100/optimizer.bin")}
+    theirs = {
+        name: (path / name).stat().st_ino
+        for name in ("notes.txt", "step_100", "step_100/optimizer.bin")
+    }
     with new_folder(path, overwrite=True, replaces=OURS) as folder:
         fill(folder, "new", "config", "tensors")
         assert content(path)["config"] == "old"
     assert content(path) == {
         "config": "new", "tensors": "new", "notes.txt": "theirs", "step_100/optimizer.bin": "theirs",
     }  # fmt: skip
-    assert {name: (path / name).stat().st_ino for name in theirs} == theirs, "they were not touched at all"
+    assert {name: (path / name).stat().st_ino for name in theirs} == theirs, (
+        "they were not touched at all"
+    )
     assert (path / "link").is_symlink()
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
-    assert sorted(one.name for one in path.iterdir()) == ["config", "link", "notes.txt", "step_100", "tensors"]
+    assert sorted(one.name for one in path.iterdir()) == [
+        "config",
+        "link",
+        "notes.txt",
+        "step_100",
+        "tensors",
+    ]
 
 
 def test_a_folder_of_ours_alone_is_replaced_whole(tmp_path, way):
@@ -150,12 +164,16 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path, ove
         new_file(tmp_path / "folder", overwrite=overwrite).__enter__()
     fill(tmp_path / "run", "theirs", "config/mine")
     words = "config is a folder" if overwrite else "which exists"
-    with pytest.raises(OutputExistsError, match=words), new_folder(tmp_path / "run", overwrite=overwrite) as made:
+    with (
+        pytest.raises(OutputExistsError, match=words),
+        new_folder(tmp_path / "run", overwrite=overwrite) as made,
+    ):
         fill(made, "new", "config")
     assert content(tmp_path) == {"notes.txt": "mine", "run/config/mine": "theirs"}
 
 
-# ---------------------------------------------------------------------------------------------- what appears meanwhile
+# ----------------------------------------------------------------------------------------------
+# what appears meanwhile
 
 
 def appears(path: Path, what: str) -> None:
@@ -201,11 +219,13 @@ def test_an_empty_folder_gives_way(tmp_path, way):
     assert content(tmp_path / "out") == {"config": "new"}
 
 
-# ---------------------------------------------------------------------------------------------- killed, and living
+# ----------------------------------------------------------------------------------------------
+# killed, and living
 
 
 def killed(path: Path, *, within: bool, steps: int) -> None:
-    """Leave ``path`` as a writer does that dies after so many steps of moving its files: the entry is gone first."""
+    """Leave ``path`` as a writer does that dies after so many steps of moving its files: the entry
+    is gone first."""
     kept = temporary.temporary(path, within=within)
     container = kept.__enter__()
     fill(container / NEW, "new", "config", "tensors")
@@ -237,7 +257,9 @@ def test_what_was_being_replaced_is_the_old_or_the_new(tmp_path, within, steps, 
         with pytest.raises(OutputExistsError):
             new_folder(path).__enter__()
     new = {"config": "new", "tensors": "new", "notes.txt": "theirs"}
-    assert content(path) == (new if steps else {**dict.fromkeys(OURS, "old"), "notes.txt": "theirs"})
+    assert content(path) == (
+        new if steps else {**dict.fromkeys(OURS, "old"), "notes.txt": "theirs"}
+    )
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 

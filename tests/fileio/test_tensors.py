@@ -1,4 +1,5 @@
-"""Tensors are read into memory of their own: what happens to the file afterwards is nothing to them."""
+"""Tensors are read into memory of their own: what happens to the file afterwards is nothing to
+them."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ READERS = {
     "tensors": lambda folder: read_tensors(folder / "adapter_model.safetensors")[0],
     "a format of others": lambda folder: read_of_others(folder / "adapter_model.safetensors")[0],
     "a checkpoint": lambda folder: {
-        name: checkpoint.read(name) for checkpoint in (open_checkpoint(folder),) for name in checkpoint.where
+        name: checkpoint.read(name)
+        for checkpoint in (open_checkpoint(folder),)
+        for name in checkpoint.where
     },
 }
 
@@ -60,7 +63,9 @@ def test_every_type_of_numbers_is_read_as_the_library_reads_it(tmp_path):
     bits = torch.randint(0, 256, (3, 5, 16), dtype=torch.uint8)
     tensors = {name: bits.view(dtype) for name, dtype in DTYPES.items() if dtype is not torch.bool}
     tensors |= {"BOOL": bits > 100, "empty": torch.empty(0, 3), "scalar": torch.tensor(3.0)}
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "file", {"a": "b"})
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "file", {"a": "b"}
+    )
     read, metadata = read_tensors(tmp_path / "file")
     expected = load_file(tmp_path / "file")
     assert metadata == {"a": "b"}
@@ -68,7 +73,10 @@ def test_every_type_of_numbers_is_read_as_the_library_reads_it(tmp_path):
         name: (one.dtype, one.shape) for name, one in expected.items()
     }
     for name, tensor in read.items():
-        flat, other = (one.reshape(-1).view(torch.uint8) if one.numel() else one for one in (tensor, expected[name]))
+        flat, other = (
+            one.reshape(-1).view(torch.uint8) if one.numel() else one
+            for one in (tensor, expected[name])
+        )
         assert torch.equal(flat, other), name
 
 

@@ -56,7 +56,9 @@ def test_a_bank_loads_slowly_beside_calls_and_fast_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(throttle, "SLICE", 0.0)
     monkeypatch.setattr(throttle, "PAUSE", 1e-4)
     sleep = time.sleep
-    monkeypatch.setattr(throttle.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds)))
+    monkeypatch.setattr(
+        throttle.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds))
+    )
     bank.acquire({"a": 1.0}).result(60).release()
     assert not pauses
     with bank.rows([None]):

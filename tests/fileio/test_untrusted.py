@@ -1,4 +1,5 @@
-"""Files that nobody vouches for: headers that lie, JSON with traps, links that lead elsewhere, pickles."""
+"""Files that nobody vouches for: headers that lie, JSON with traps, links that lead elsewhere,
+pickles."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.support.adapters import CONFIG, RECORD, TENSORS, forge, put, refused, small, small_adapter
+from tests.support.adapters import (
+    CONFIG,
+    RECORD,
+    TENSORS,
+    forge,
+    put,
+    refused,
+    small,
+    small_adapter,
+)
 from tests.support.hostile import Runs, stripped
 
 import veneer
@@ -56,7 +66,11 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24), **more):
 )
 def test_what_the_library_writes_is_read(tmp_path_factory, shapes, dtype):
     path = tmp_path_factory.mktemp("file") / "x.safetensors"
-    tensors = {name: torch.ones(shape).to(dtype) for name, shape in shapes.items() if name != "__metadata__"}
+    tensors = {
+        name: torch.ones(shape).to(dtype)
+        for name, shape in shapes.items()
+        if name != "__metadata__"
+    }
     save_file(tensors, path, metadata={"format": "pt", "é": "ü"})
     header = read_header(path)
     assert header.metadata == {"format": "pt", "é": "ü"}
@@ -67,8 +81,14 @@ def test_what_the_library_writes_is_read(tmp_path_factory, shapes, dtype):
     for name, found in header.tensors.items():
         count = math.prod(found.shape)
         assert count == tensors[name].numel()
-        assert found.stop - found.start == count * tensors[name].element_size() == count * BITS[found.dtype] / 8
-        assert data[found.start : found.stop] == bytes(tensors[name].reshape(-1).view(torch.uint8).tolist())
+        assert (
+            found.stop - found.start
+            == count * tensors[name].element_size()
+            == count * BITS[found.dtype] / 8
+        )
+        assert data[found.start : found.stop] == bytes(
+            tensors[name].reshape(-1).view(torch.uint8).tolist()
+        )
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -97,7 +117,11 @@ LIES = [
     ({"x": entry(shape=[1] * 65)}, 24, "shape that is no list of at most 64"),
     ({"x": entry(shape=(2**62, 2**62, 2**62))}, 24, "that no memory can hold"),
     ({"x": entry(shape=(2**62, 4, 0), offsets=(0, 0))}, 0, "that no memory can hold"),
-    ({"x": entry(shape=(2**32, 2**32, 6))}, 24, "that no memory can hold"),  # 0 where it wraps around
+    (
+        {"x": entry(shape=(2**32, 2**32, 6))},
+        24,
+        "that no memory can hold",
+    ),  # 0 where it wraps around
     ({"x": {**A_TENSOR, "more": 1}}, 24, "dtype, shape and data_offsets alone"),
     ({"x": {"dtype": "F32"}}, 24, "dtype, shape and data_offsets alone"),
     ({"x": None}, 24, "dtype, shape and data_offsets alone"),
@@ -106,7 +130,11 @@ LIES = [
     ({"x" * 513: entry()}, 24, "longer than 512 characters"),
     ({"__metadata__": {"x": 1}, "x": entry()}, 24, "__metadata__ is no mapping of text to text"),
     ({"__metadata__": None, "x": entry()}, 24, "__metadata__ is no mapping"),
-    ({"__metadata__": {"x": "y" * (MAX_METADATA + 1)}, "x": entry()}, 24, "__metadata__ has .* characters"),
+    (
+        {"__metadata__": {"x": "y" * (MAX_METADATA + 1)}, "x": entry()},
+        24,
+        "__metadata__ has .* characters",
+    ),
     (b'{"x": {}, "x": {}}', 0, "the key 'x' is there twice"),
     (b'{"x": NaN}', 0, "NaN, which is no JSON"),
     (b'{"x": ' + DEEP + b"}", 0, "nested deeper than 64"),
@@ -154,14 +182,17 @@ def test_a_file_that_is_cut_short(tmp_path, size):
 
 
 def test_the_header_of_a_large_file_is_all_that_is_read(tmp_path):
-    """A sparse file of 64 GiB: the header is checked against its size, and nothing else is touched."""
+    """A sparse file of 64 GiB: the header is checked against its size, and nothing else is
+    touched."""
     path = write(tmp_path / "x", {"x": entry("BF16", (2**19, 2**16), (0, 2**36))})
     os.truncate(path, path.stat().st_size + 2**36)
     assert read_header(path).tensors["x"].shape == (2**19, 2**16)
 
 
 def test_narrow_types_fill_whole_bytes(tmp_path):
-    assert read_header(write(tmp_path / "x", {"x": entry("F4", (3, 2), (0, 3))}, bytes(3))).tensors["x"].shape == (3, 2)
+    assert read_header(write(tmp_path / "x", {"x": entry("F4", (3, 2), (0, 3))}, bytes(3))).tensors[
+        "x"
+    ].shape == (3, 2)
     with pytest.raises(AdapterError, match="claims 1 bytes, and 2"):
         read_header(write(tmp_path / "x", {"x": entry("F4", (3,), (0, 1))}, bytes(1)))
 
@@ -210,7 +241,8 @@ def test_what_is_taken_for_tensors_is_told_by_its_name(tmp_path, content, words)
     refused(small(), path, words)
 
 
-# ---------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------
+# JSON
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -223,7 +255,11 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_json_is_json(value):
-    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(value).encode()):
+    for text in (
+        json.dumps(value),
+        json.dumps(value, ensure_ascii=False),
+        json.dumps(value).encode(),
+    ):
         assert parse(text) == value
 
 
@@ -274,11 +310,17 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path):
         with pytest.raises(AdapterError, match=r"could not be read again|bytes"):
             handle.save(tmp_path / "adapter", provenance=provenance)
         assert not (tmp_path / "adapter").exists()
-    path = handle.save(tmp_path / "adapter", provenance={"loss": float("inf"), "last": [1.5, (float("nan"),)]})
-    assert veneer.adapter_files.read(path).metadata["provenance"] == {"loss": "inf", "last": [1.5, ["nan"]]}
+    path = handle.save(
+        tmp_path / "adapter", provenance={"loss": float("inf"), "last": [1.5, (float("nan"),)]}
+    )
+    assert veneer.adapter_files.read(path).metadata["provenance"] == {
+        "loss": "inf",
+        "last": [1.5, ["nan"]],
+    }
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# ----------------------------------------------------------------------------------------------
+# folders
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
@@ -306,7 +348,8 @@ def test_a_link_inside_the_folder_and_to_the_folder(tmp_path):
 
 @pytest.mark.parametrize("inside", ["", "sub"])
 def test_the_cache_of_the_hub(tmp_path, inside):
-    """models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>, as huggingface_hub lays it out."""
+    """models--owner--name/snapshots/<revision>/<file> -> ../../blobs/<hash>, as huggingface_hub
+    lays it out."""
     made = small_adapter(tmp_path / "adapter")
     repository = tmp_path / "models--owner--name"
     snapshot, blobs = repository / "snapshots" / "0123abc" / inside, repository / "blobs"
@@ -428,7 +471,10 @@ A, B = "base_model.model.linear.lora_A.weight", "base_model.model.linear.lora_B.
     [
         (put([A], torch.full((2, 6), 1e10)), "numbers beyond 1e\\+09"),
         (put([A], torch.full((2, 6), -3e38)), "numbers beyond 1e\\+09"),
-        (lambda t: t.update({A: torch.full((2, 6), 1e6), B: torch.full((9, 2), 1e6)}), "a change of norm up to"),
+        (
+            lambda t: t.update({A: torch.full((2, 6), 1e6), B: torch.full((9, 2), 1e6)}),
+            "a change of norm up to",
+        ),
         (put([A], torch.ones(2, 6).int()), "A stored as torch.int32"),
         (put([A], torch.ones(2, 6).bool()), "A stored as torch.bool"),
         (put([A], torch.ones(2, 6) + 0j), "numbers stored as torch.complex64"),
@@ -456,7 +502,9 @@ def test_a_change_too_large_by_its_alpha(tmp_path):
 def test_a_variance_below_zero(tmp_path, foreign):
     from tests.support.models import ConvNet
 
-    handle = veneer.attach(ConvNet().eval(), veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["norm"]))
+    handle = veneer.attach(
+        ConvNet().eval(), veneer.LoraConfig(rank=2, targets=["pointwise"], train_also=["norm"])
+    )
     path = handle.save(tmp_path / "adapter")
     forge(path, tensors=put(["base_model.model.norm.running_var"], -torch.ones(6)))
     path = stripped(path) if foreign else path
@@ -469,20 +517,25 @@ def test_a_message_is_never_longer_than_one_reads(tmp_path):
     with safe_open(path / TENSORS, framework="pt") as opened:
         names = opened.keys()
         tensors = {name: opened.get_tensor(name) for name in names}
-    save_file({**tensors, **{f"x{number}": torch.zeros(1) for number in range(3000)}}, path / TENSORS)
+    save_file(
+        {**tensors, **{f"x{number}": torch.zeros(1) for number in range(3000)}}, path / TENSORS
+    )
     text = refused(small(), path, "3000 problems")
     assert len(text) < 12_000
     assert text.endswith("… and 2950 more")
 
 
-# ---------------------------------------------------------------------------------------------- regular expressions
+# ----------------------------------------------------------------------------------------------
+# regular expressions
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(a|a)*b", r"(\w+\.?)+!", r"((.*)*)*x", "(" * 30 + ".*" + ")*" * 30, ".*" * 500 + "!"]
+    "pattern",
+    [r"(a|a)*b", r"(\w+\.?)+!", r"((.*)*)*x", "(" * 30 + ".*" + ")*" * 30, ".*" * 500 + "!"],
 )
 @pytest.mark.parametrize(
-    "field", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"]
+    "field",
+    ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"],
 )
 def test_an_expression_that_never_ends_ends(tmp_path, monkeypatch, field, pattern):
     """Each takes Python's ``re`` years on this model's paths."""
@@ -491,14 +544,21 @@ def test_an_expression_that_never_ends_ends(tmp_path, monkeypatch, field, patter
     config = json.loads((path / CONFIG).read_text())
     value = {pattern: 2} if field in ("rank_pattern", "alpha_pattern") else pattern
     (path / CONFIG).write_text(
-        json.dumps({**config, field: value, "layers_to_transform": [0] if "layers" in field else None})
+        json.dumps(
+            {**config, field: value, "layers_to_transform": [0] if "layers" in field else None}
+        )
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", veneer.UnverifiedAdapter)
         try:
             veneer.load(long(), path)
         except AdapterError as error:
-            said = "no tensors for", "longer than any that people use", "of 4,096 at most", "no tensor of 2 for what"
+            said = (
+                "no tensors for",
+                "longer than any that people use",
+                "of 4,096 at most",
+                "no tensor of 2 for what",
+            )
             assert any(words in str(error) for words in said) or field == "target_modules"  # noqa: PT017
 
 

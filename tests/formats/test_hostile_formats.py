@@ -1,4 +1,5 @@
-"""Files of other formats that say something odd: each is refused by one error of Veneer's, in bounded time."""
+"""Files of other formats that say something odd: each is refused by one error of Veneer's, in
+bounded time."""
 
 from __future__ import annotations
 
@@ -46,9 +47,14 @@ def header(file: Path) -> dict[str, str]:
 
 
 def refused(files, tmp_path, name, tensors, said):
-    """Assert that a file with these tensors and this header is refused, and that nothing is written."""
+    """Assert that a file with these tensors and this header is refused, and that nothing is
+    written."""
     model, folder = files
-    held = {key: value for key, value in {**load_file(folder / name), **tensors}.items() if value is not None}
+    held = {
+        key: value
+        for key, value in {**load_file(folder / name), **tensors}.items()
+        if value is not None
+    }
     save_file(held, tmp_path / "odd", metadata={**header(folder / name), **said})
     with pytest.raises(VeneerError):
         conversion(tmp_path / "odd", tmp_path / "out", to="veneer", base=model, part=None)
@@ -86,7 +92,13 @@ CONFIGS = {
 @pytest.mark.parametrize("what", CONFIGS)
 def test_the_config_of_diffusers(what, files, tmp_path):
     said = json.loads(header(files[1] / "diffusers")["lora_adapter_metadata"])
-    refused(files, tmp_path, "diffusers", {}, {"lora_adapter_metadata": json.dumps({**said, **CONFIGS[what]})})
+    refused(
+        files,
+        tmp_path,
+        "diffusers",
+        {},
+        {"lora_adapter_metadata": json.dumps({**said, **CONFIGS[what]})},
+    )
 
 
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -141,7 +153,8 @@ def test_options_that_are_no_numbers(options, files, tmp_path):
         convert(files[1] / "dense", tmp_path / "out", to="veneer", base=files[0], **options)
 
 
-# ---------------------------------------------------------------------------------------------- GGUF
+# ----------------------------------------------------------------------------------------------
+# GGUF
 
 
 def text(words: str) -> bytes:
@@ -152,7 +165,9 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
-def gguf(path: Path, *, pairs: bytes = b"", count: int = 0, tensors: bytes = b"", tensor_count: int = 0) -> Path:
+def gguf(
+    path: Path, *, pairs: bytes = b"", count: int = 0, tensors: bytes = b"", tensor_count: int = 0
+) -> Path:
     """A GGUF file of version 3 that says it is an adapter."""
     said = pair("general.type", 8, text("adapter")) + pair("adapter.type", 8, text("lora"))
     said += pair("general.architecture", 8, text("llama"))

@@ -124,7 +124,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_no_expression_takes_long(source):
-    """Three hundred paths: half a second in all, or one error that says so; and no more the second time."""
+    """Three hundred paths: half a second in all, or one error that says so; and no more the second
+    time."""
     expression, start = Expressions([source]), time.process_time()
     for _ in range(2):
         try:
@@ -165,7 +166,8 @@ def test_what_would_be_read_otherwise_or_take_much_memory_is_refused(source, wor
 
 
 def test_whole_paths_are_looked_up():
-    """Veneer's own folders hold a whole path for each layer: thousands are no work, and no states."""
+    """Veneer's own folders hold a whole path for each layer: thousands are no work, and no
+    states."""
     paths = [f"model.layers.{n}.mlp.{name}_proj" for n in range(2000) for name in ("up", "down")]
     escaped = [re.escape(path) for path in paths]
     found, start = Ends(escaped), time.process_time()
@@ -188,14 +190,29 @@ def test_what_is_a_text():
 @pytest.mark.parametrize("layers", [0, [0], [1, 10], []])
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_layers_as_peft_finds_them(pattern, layers):
-    """A name that is a whole path is in any block; without a pattern, PEFT sees no blocks at the root of a model."""
+    """A name that is a whole path is in any block; without a pattern, PEFT sees no blocks at the
+    root of a model."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = {"target_modules": ["q", "x.q"], "layers_to_transform": layers, "layers_pattern": pattern}
-    paths = ["m.layers.0.q", "m.layers.1.q", "layers.10.q", "m.blocks.1.layers.0.x.q", "q", "m.layers.x.q", "m.q"]
+    config = {
+        "target_modules": ["q", "x.q"],
+        "layers_to_transform": layers,
+        "layers_pattern": pattern,
+    }
+    paths = [
+        "m.layers.0.q",
+        "m.layers.1.q",
+        "layers.10.q",
+        "m.blocks.1.layers.0.x.q",
+        "q",
+        "m.layers.x.q",
+        "m.q",
+    ]
     theirs = LoraConfig(**config)
-    assert peft.expected_paths(config, paths) == {path for path in paths if check_target_module_exists(theirs, path)}
+    assert peft.expected_paths(config, paths) == {
+        path for path in paths if check_target_module_exists(theirs, path)
+    }
 
 
 def test_what_people_write_is_far_from_the_limit():

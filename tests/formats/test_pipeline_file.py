@@ -1,5 +1,5 @@
-"""One file with the UNet and the text encoder of an image pipeline, as kohya and diffusers write it: both at once, by
-the names that real files have, and what diffusers' own loader makes of it."""
+"""One file with the UNet and the text encoder of an image pipeline, as kohya and diffusers write
+it: both at once, by the names that real files have, and what diffusers' own loader makes of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import veneer
 from veneer.tools.convert import MisreadElsewhere, convert
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries: other code paths, special tokens out of range
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # of libraries: other code paths, special tokens out of range
 TARGETS = ["to_q", "to_k", "to_v", "q_proj", "v_proj", "fc1"]
 
 
 def models():
-    """The UNet and the CLIP of a very small Stable Diffusion, under the names that a pipeline has for them."""
+    """The UNet and the CLIP of a very small Stable Diffusion, under the names that a pipeline has
+    for them."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -39,7 +42,9 @@ def models():
 def answer(both):
     """What the text encoder answers, and what the UNet then does."""
     text = both["text_encoder"](torch.arange(8)[None]).last_hidden_state
-    return torch.cat([text.flatten(), both["unet"](torch.ones(1, 4, 8, 8), 3, text).sample.flatten()])
+    return torch.cat(
+        [text.flatten(), both["unet"](torch.ones(1, 4, 8, 8), 3, text).sample.flatten()]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,10 @@ def trained(tmp_path_factory):
 def test_both_are_written_read_and_loaded_at_once(trained, kind, tmp_path):
     folder, expected = trained
     convert(folder, tmp_path / "file", to=kind)
-    start = {"kohya": "lora_te_text_model_encoder_layers_0_", "diffusers": "text_encoder.encoder.layers.0."}
+    start = {
+        "kohya": "lora_te_text_model_encoder_layers_0_",
+        "diffusers": "text_encoder.encoder.layers.0.",
+    }
     assert any(key.startswith(start[kind]) for key in load_file(tmp_path / "file"))
     both = models()
     convert(tmp_path / "file", tmp_path / "back", to="veneer", base=both)
@@ -69,7 +77,8 @@ def test_both_are_written_read_and_loaded_at_once(trained, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
 def test_diffusers_own_loader_computes_the_same(trained, kind, tmp_path):
-    """Of a kohya file it leaves out the attention of a text encoder, which is said as that is written."""
+    """Of a kohya file it leaves out the attention of a text encoder, which is said as that is
+    written."""
     folder, expected = trained
     file = tmp_path / "pytorch_lora_weights.safetensors"
     if kind == "kohya":
@@ -87,13 +96,16 @@ def test_diffusers_own_loader_computes_the_same(trained, kind, tmp_path):
 
 
 def loaded_by_diffusers(folder):
-    """What both answer with the file in a folder, loaded as a pipeline's ``load_lora_weights`` does."""
+    """What both answer with the file in a folder, loaded as a pipeline's ``load_lora_weights``
+    does."""
     both, loader = models(), diffusers.StableDiffusionPipeline
     state, alphas, config = loader.lora_state_dict(
         str(folder), unet_config=both["unet"].config, return_lora_metadata=True
     )
     loader.load_lora_into_unet(state, alphas, both["unet"], metadata=config)
-    loader.load_lora_into_text_encoder(state, alphas, both["text_encoder"], prefix="text_encoder", metadata=config)
+    loader.load_lora_into_text_encoder(
+        state, alphas, both["text_encoder"], prefix="text_encoder", metadata=config
+    )
     return answer(both)
 
 
@@ -102,7 +114,12 @@ FILES = {
     "DoRA": ("dora", ["to_q"], ["q_proj", "fc1"], {}),
     "no attention in the text encoder": ("lora", ["to_q"], ["fc1", "fc2"], {}),
     "DoRA, no attention in the text encoder": ("dora", ["to_q"], ["fc1", "fc2"], {}),
-    "alphas": ("lora", ["to_q", "ff.net.2"], ["q_proj", "out_proj", "fc1"], {"alphas": {"to_q": 5, "fc1": 7}}),
+    "alphas": (
+        "lora",
+        ["to_q", "ff.net.2"],
+        ["q_proj", "out_proj", "fc1"],
+        {"alphas": {"to_q": 5, "fc1": 7}},
+    ),
     "an alpha a model": ("lora", ["to_q", "to_k"], ["fc1"], {"alphas": {"fc1": 7}}),
     "whole attention": ("lora", ["to_q"], ["q_proj", "out_proj", "fc1"], {}),
     "a part of attention": ("lora", ["to_q"], ["q_proj", "fc1"], {}),
@@ -138,7 +155,9 @@ def test_a_file_is_right_in_diffusers_or_says_what_it_loses_there(case, kind, tm
     assert (off > 1e-3) == bool(told)
     assert off < 1e-5 or (kind == "kohya" and told)
     again = models()
-    convert(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "back", to="veneer", base=again)
+    convert(
+        tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "back", to="veneer", base=again
+    )
     veneer.load(again, tmp_path / "back")
     assert torch.equal(answer(again), expected)
 

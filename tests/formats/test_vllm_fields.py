@@ -1,8 +1,9 @@
 """What vLLM would do with our folders, by the rules that its loader publishes.
 
-The rules below are ours, written from vLLM's sources: vllm/lora/peft_helper.py (PEFTHelper: its fields, what it
-refuses, the scale), vllm/lora/utils.py (parse_fine_tuned_lora_name) and vllm/lora/lora_model.py
-(check_unexpected_modules), as published in 2025 and 2026. vLLM itself runs in tests/serve/test_vllm_server.py.
+The rules below are ours, written from vLLM's sources: vllm/lora/peft_helper.py (PEFTHelper: its
+fields, what it refuses, the scale), vllm/lora/utils.py (parse_fine_tuned_lora_name) and
+vllm/lora/lora_model.py (check_unexpected_modules), as published in 2025 and 2026. vLLM itself runs
+in tests/serve/test_vllm_server.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Refused(ValueError):  # noqa: N818
 
 
 def helper(config, max_rank=MAX_RANK):
-    """PEFTHelper.from_dict and validate_legal: the scale of all layers, or why the adapter is refused."""
+    """PEFTHelper.from_dict and validate_legal: the scale of all layers, or why the adapter is
+    refused."""
     missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
     if missing:
         raise Refused(f"missing {missing}")
@@ -44,7 +46,9 @@ def helper(config, max_rank=MAX_RANK):
         reasons.append("bias")
     if reasons:
         raise Refused(", ".join(reasons))
-    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    return config["lora_alpha"] / (
+        math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    )
 
 
 def name_of(tensor):
@@ -78,7 +82,9 @@ SUPPORTED = {"q_proj", "k_proj", "v_proj", "o_proj", "up", "down", "embed_tokens
 
 
 def trained(model, path, **config):
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 4, "alpha": 6, "targets": "all-linear", **config}))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(**{"rank": 4, "alpha": 6, "targets": "all-linear", **config})
+    )
     randomise(handle)
     handle.save(path)
     handle.detach()
@@ -92,7 +98,11 @@ def told(files):
 
 
 # the one alpha of the config is for all layers: the variants whose rank is what it says
-PLAIN = [v.name for v in VARIANTS if v.peft is not None and not v.peft_keys and not v.needs and v.name != "adalora"]
+PLAIN = [
+    v.name
+    for v in VARIANTS
+    if v.peft is not None and not v.peft_keys and not v.needs and v.name != "adalora"
+]
 
 
 @pytest.mark.parametrize("variant", PLAIN)
@@ -112,7 +122,13 @@ def test_embeddings_and_heads_keep_their_names(tmp_path):
     found = loaded(first.path, SUPPORTED)
     A, B, scale = found["model.embed_tokens"]
     assert A.shape == (4, 17)  # [rank, vocabulary], as vLLM compares it
-    assert error(scale * B.double() @ A.double(), first.products["model.embed_tokens"].delta(torch.float64)[0]) < 1e-6
+    assert (
+        error(
+            scale * B.double() @ A.double(),
+            first.products["model.embed_tokens"].delta(torch.float64)[0],
+        )
+        < 1e-6
+    )
 
 
 def test_the_record_is_no_obstacle(tmp_path):
@@ -121,7 +137,10 @@ def test_the_record_is_no_obstacle(tmp_path):
     convert(first.path, tmp_path / "b", to="peft")
     one, other = loaded(first.path, SUPPORTED), loaded(tmp_path / "b", SUPPORTED)
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[at][0], other[at][0]) and torch.equal(one[at][1], other[at][1]) for at in one)
+    assert all(
+        torch.equal(one[at][0], other[at][0]) and torch.equal(one[at][1], other[at][1])
+        for at in one
+    )
 
 
 REFUSED = {
@@ -144,20 +163,27 @@ def test_the_rank_is_compared_with_the_servers(tmp_path):
     first = trained(model, tmp_path / "a", rank=32, targets=["q_proj"])
     names = list(load_file(first.path / "adapter_model.safetensors"))
     assert problems(first.peft_config, names) == []
-    assert any("rank is 32" in problem for problem in problems(first.peft_config, names, max_rank=MAX_RANK))
+    assert any(
+        "rank is 32" in problem for problem in problems(first.peft_config, names, max_rank=MAX_RANK)
+    )
     with pytest.raises(Refused, match="rank"):
         loaded(first.path, SUPPORTED)
 
 
 def test_scales_of_single_layers_are_told(tmp_path):
-    """Releases without rank_pattern and alpha_pattern use one scale for all, which is right where layers share it."""
-    one = trained(TinyLM(), tmp_path / "a", ranks={"q_proj": 2}, alphas={"q_proj": 3})  # 3 / 2 = 6 / 4
+    """Releases without rank_pattern and alpha_pattern use one scale for all, which is right where
+    layers share it."""
+    one = trained(
+        TinyLM(), tmp_path / "a", ranks={"q_proj": 2}, alphas={"q_proj": 3}
+    )  # 3 / 2 = 6 / 4
     assert told(one) == []
     other = trained(TinyLM(), tmp_path / "b", alphas={"q_proj": 3})
     assert any("scales of their own" in problem for problem in told(other))
     wrong = loaded(other.path, SUPPORTED)["model.layers.0.self_attn.q_proj"]
     right = other.products["model.layers.0.self_attn.q_proj"]
-    assert error(wrong[2] * wrong[1].double() @ wrong[0].double(), right.delta(torch.float64)[0]) > 0.5
+    assert (
+        error(wrong[2] * wrong[1].double() @ wrong[0].double(), right.delta(torch.float64)[0]) > 0.5
+    )
 
 
 def test_layers_that_vllm_has_not_are_told(tmp_path):
@@ -168,9 +194,13 @@ def test_layers_that_vllm_has_not_are_told(tmp_path):
     assert "tensors besides the factors (encoder.norm1.weight" in found
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["attn"]}
     names = [f"base_model.model.attn.base_layer.out_proj.lora_{side}.weight" for side in "AB"]
-    assert problems(config, names) == ["it changes what stands below a wrapper (attn.base_layer.out_proj)"]
+    assert problems(config, names) == [
+        "it changes what stands below a wrapper (attn.base_layer.out_proj)"
+    ]
     experts = [f"base_model.model.mlp.experts.base_layer.lora_{side}.weight" for side in "AB"]
-    assert problems({**config, "target_modules": ["experts"]}, experts) == []  # gate_up_proj, which it knows so
+    assert (
+        problems({**config, "target_modules": ["experts"]}, experts) == []
+    )  # gate_up_proj, which it knows so
     conv = trained(nn.ModuleDict({"c": nn.Conv2d(3, 8, 3)}), tmp_path / "b", targets="all", rank=2)
     assert told(conv) == ["it changes convolutions (c.lora_A.weight, c.lora_B.weight)"]
 
@@ -178,7 +208,10 @@ def test_layers_that_vllm_has_not_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "means"),
     [
-        ("base_model.model.model.layers.0.q_proj.lora_A.weight", ("model.layers.0.q_proj", "lora_a")),
+        (
+            "base_model.model.model.layers.0.q_proj.lora_A.weight",
+            ("model.layers.0.q_proj", "lora_a"),
+        ),
         ("base_model.model.lm_head.lora_B.weight", ("lm_head", "lora_b")),
         ("base_model.model.model.embed_tokens.lora_embedding_A", ("model.embed_tokens", "lora_a")),
         ("base_model.model.q_proj.lora_magnitude_vector", None),

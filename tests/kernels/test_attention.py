@@ -1,4 +1,5 @@
-"""Attention as matrix products: equal to torch's own in float64, in models of transformers with every kind of mask."""
+"""Attention as matrix products: equal to torch's own in float64, in models of transformers with
+every kind of mask."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ few = st.integers(1, 4)
 )  # fmt: skip
 def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, piece):
     k = s + more
-    query, key, value = torch.randn(b, heads * group, s, d), torch.randn(b, heads, k, d), torch.randn(b, heads, k, e)
+    query, key, value = (
+        torch.randn(b, heads * group, s, d),
+        torch.randn(b, heads, k, d),
+        torch.randn(b, heads, k, e),
+    )
     query, key, value = (one.double().requires_grad_() for one in (query, key, value))
     given_mask = {
         "none": None,
@@ -49,8 +54,14 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, pi
     assert error(found, wanted) < 1e-12
     weight = torch.randn(found.shape, dtype=torch.float64)
     inputs = (query, key, value)
-    pairs = zip(torch.autograd.grad(found, inputs, weight), torch.autograd.grad(wanted, inputs, weight), strict=True)
-    assert all(error(one, other) < 1e-11 or (one - other).abs().max() < 1e-12 for one, other in pairs)
+    pairs = zip(
+        torch.autograd.grad(found, inputs, weight),
+        torch.autograd.grad(wanted, inputs, weight),
+        strict=True,
+    )
+    assert all(
+        error(one, other) < 1e-11 or (one - other).abs().max() < 1e-12 for one, other in pairs
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -60,7 +71,8 @@ def test_equal_to_the_definition(b, heads, group, s, more, d, e, mask, scale, pi
     needs=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any),
 )  # fmt: skip
 def test_a_few_rows_and_heads_at_a_time(b, heads, group, s, d, e, scale, size, scores, seen, needs):
-    """Values, gradients, and the gradients of these, of rows and heads in any chunks and either layout."""
+    """Values, gradients, and the gradients of these, of rows and heads in any chunks and either
+    layout."""
 
     def made(count, width):
         shape = (b, count, s, width) if seen == "b h s d" else (b, s, count, width)
@@ -74,7 +86,12 @@ def test_a_few_rows_and_heads_at_a_time(b, heads, group, s, d, e, scale, size, s
     wide = [one.repeat_interleave(group, dim=1) for one in inputs[1:]]
     hidden = torch.ones(s, s, dtype=torch.bool).triu(1)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SHORTEST": 1, "PIECES": (size, size), "SCORES": scores, "PIECE": 2}.items():
+        for name, value in {
+            "SHORTEST": 1,
+            "PIECES": (size, size),
+            "SCORES": scores,
+            "PIECE": 2,
+        }.items():
             patch.setattr(attention, name, value)
         found = attention.causal(*inputs, scale)
         raw = inputs[0] @ wide[0].mT * (d**-0.5 if scale is None else scale)
@@ -116,20 +133,28 @@ def test_in_the_dtypes_that_models_have(dtype, length):
         return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
 
     narrow = [one.detach().to(dtype).requires_grad_() for one in exact]
-    triples = zip(values(attention.causal, narrow), values(fused, narrow), values(fused, exact), strict=True)
+    triples = zip(
+        values(attention.causal, narrow), values(fused, narrow), values(fused, exact), strict=True
+    )
     for one, theirs, wanted in triples:
         assert one.dtype == dtype
-        assert error(one.double(), wanted) < max(2 * error(theirs.double(), wanted), 8 * torch.finfo(dtype).eps)
+        assert error(one.double(), wanted) < max(
+            2 * error(theirs.double(), wanted), 8 * torch.finfo(dtype).eps
+        )
 
 
 def test_under_autocast_and_transforms_it_is_the_products():
     inputs = [torch.randn(1, heads, 150, 4).requires_grad_() for heads in (4, 2, 2)]
     wanted = attention.causal(*inputs)
     assert "Causal" in wanted.grad_fn.next_functions[0][0].name()
-    assert error(torch.func.vmap(attention.causal)(*(one[None] for one in inputs))[0], wanted) < 1e-6
+    assert (
+        error(torch.func.vmap(attention.causal)(*(one[None] for one in inputs))[0], wanted) < 1e-6
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(attention.causal(*inputs).float(), wanted) < 0.05
-        known = torch.autograd.grad(wanted.sum(), inputs)  # a backward under autocast is in the dtype of forward
+        known = torch.autograd.grad(
+            wanted.sum(), inputs
+        )  # a backward under autocast is in the dtype of forward
     assert all(one.dtype == torch.float32 for one in known)
     assert not attention.pays(*(one.double() for one in inputs[:2]), True)
 
@@ -141,7 +166,9 @@ def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
     many = torch.autograd.grad(y, inputs, weights, is_grads_batched=True, retain_graph=True)
     for place in range(3):
         one = torch.autograd.grad(y, inputs, weights[place], retain_graph=True)
-        assert all(error(a[place].double(), b.double()) < 1e-5 for a, b in zip(many, one, strict=True))
+        assert all(
+            error(a[place].double(), b.double()) < 1e-5 for a, b in zip(many, one, strict=True)
+        )
     again = checkpoint(attention.causal, *inputs, use_reentrant=False)
     one = torch.autograd.grad(y, inputs, weights[0], retain_graph=True)
     pairs = zip(torch.autograd.grad(again, inputs, weights[0]), one, strict=True)
@@ -155,11 +182,19 @@ def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_call_has_no_break(dtype):
     def run(query):
-        return attention.causal(query, query, query) if attention.pays(query, query, True) else query * 2
+        return (
+            attention.causal(query, query, query)
+            if attention.pays(query, query, True)
+            else query * 2
+        )
 
     query = torch.randn(1, 2, 140, 8, dtype=dtype, requires_grad=True)
     found = torch.compile(run, backend="eager", fullgraph=True)(query)
-    wanted = query * 2 if dtype is torch.float32 else attention.products(query, query, query, None, causal=True)
+    wanted = (
+        query * 2
+        if dtype is torch.float32
+        else attention.products(query, query, query, None, causal=True)
+    )
     assert error(found.double(), wanted.double()) < 1e-2
 
 
@@ -180,7 +215,9 @@ def test_not_where_a_models_code_asks_for_sdpa():
 def test_no_scores_are_kept():
     inputs = [torch.randn(2, heads, 256, 8).requires_grad_() for heads in (4, 2, 2)]
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: kept.append(one.numel()) or one, lambda one: one
+    ):
         attention.causal(*inputs)
     assert sum(kept) == sum(one.numel() for one in inputs)
 
@@ -223,7 +260,9 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     wanted = model(ids, attention_mask=rows).logits
     used = []
     products = attention.products
-    monkeypatch.setattr(attention, "products", lambda *args, **how: used.append(args) or products(*args, **how))
+    monkeypatch.setattr(
+        attention, "products", lambda *args, **how: used.append(args) or products(*args, **how)
+    )
     monkeypatch.setattr(attention, "pays", lambda query, key, causal: query.shape[2] > 1)
     models.use_products(model)
     found = model(ids, attention_mask=rows).logits
@@ -288,13 +327,19 @@ def test_packed_rows_whose_lengths_are_known_are_taken_apart(name, pays, monkeyp
         return y, first, *torch.autograd.grad(first.square().sum(), x)
 
     wanted = values(
-        lambda x: torch.cat([model(inputs_embeds=one, use_cache=False).logits for one in x.split(lengths, 1)], 1)
+        lambda x: torch.cat(
+            [model(inputs_embeds=one, use_cache=False).logits for one in x.split(lengths, 1)], 1
+        )
     )
     packed = attention.is_packed
-    monkeypatch.setattr(attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1])
+    monkeypatch.setattr(
+        attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1]
+    )
     monkeypatch.setattr(attention, "pays", lambda query, key, causal: pays)
     models.use_products(model)
-    found = values(lambda x: model(inputs_embeds=x, position_ids=positions, use_cache=False, **rows).logits)
+    found = values(
+        lambda x: model(inputs_embeds=x, position_ids=positions, use_cache=False, **rows).logits
+    )
     for one, other in zip(found, wanted, strict=True):
         assert error(one, other) < 1e-10
     assert calls == [True, False] * 2  # the rows themselves are none that are packed
@@ -305,7 +350,12 @@ def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
     starts = torch.tensor([0, 6, 12])
     assert attention.is_packed(query, query, mask, starts, 6)
     assert not attention.is_packed(query, query, mask, torch.tensor([0, 3, 12]), 9)
-    for others in ((mask, None, None), (None, starts, 6), (mask.float(), starts, 6), (mask[:, :, 1:], starts, 6)):
+    for others in (
+        (mask, None, None),
+        (None, starts, 6),
+        (mask.float(), starts, 6),
+        (mask[:, :, 1:], starts, 6),
+    ):
         assert not attention.is_packed(query, query, *others)
     assert not attention.is_packed(query.to("meta"), query.to("meta"), mask, starts, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -318,13 +368,34 @@ def test_packed_rows_are_taken_apart_where_fewer_scores_remain():
         (torch.bfloat16, 64, 64, False, True, True),
         (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, True, True, False),
         (torch.bfloat16, attention.LONGEST + 1, attention.LONGEST + 1, False, False, False),
-        (torch.bfloat16, attention.LONGEST_PIECES[2], attention.LONGEST_PIECES[2], True, False, True),
-        (torch.bfloat16, attention.LONGEST_PIECES[2] + 1, attention.LONGEST_PIECES[2] + 1, True, False, False),
+        (
+            torch.bfloat16,
+            attention.LONGEST_PIECES[2],
+            attention.LONGEST_PIECES[2],
+            True,
+            False,
+            True,
+        ),
+        (
+            torch.bfloat16,
+            attention.LONGEST_PIECES[2] + 1,
+            attention.LONGEST_PIECES[2] + 1,
+            True,
+            False,
+            False,
+        ),
         (torch.bfloat16, 1, 64, True, False, False),
         (torch.bfloat16, 32, 64, True, False, False),
         (torch.float32, attention.SHORTEST, attention.SHORTEST, True, True, True),
         (torch.float32, attention.SHORTEST - 1, attention.SHORTEST - 1, True, True, False),
-        (torch.float32, attention.LONGEST_PIECES[4] + 1, attention.LONGEST_PIECES[4] + 1, True, True, False),
+        (
+            torch.float32,
+            attention.LONGEST_PIECES[4] + 1,
+            attention.LONGEST_PIECES[4] + 1,
+            True,
+            True,
+            False,
+        ),
         (torch.float32, attention.SHORTEST, attention.SHORTEST, False, False, False),
         (torch.int32, 200, 200, True, False, False),
     ],
@@ -350,7 +421,9 @@ def test_a_base_on_a_cpu_takes_them(base, precision):
     loaded = models.load_base(base, precision=precision, device="cpu")
     assert loaded.model.config._attn_implementation == PRODUCTS
     assert models.load_base(base, attention="sdpa").model.config._attn_implementation == "sdpa"
-    assert models.load_base(base, attention="products").model.config._attn_implementation == PRODUCTS
+    assert (
+        models.load_base(base, attention="products").model.config._attn_implementation == PRODUCTS
+    )
     assert models.load_base(base, attention="eager").model.config._attn_implementation == "eager"
 
 

@@ -1,4 +1,5 @@
-"""Rows of a stack of matrices with low-rank changes equal the definition, whichever rows meet which matrix."""
+"""Rows of a stack of matrices with low-rank changes equal the definition, whichever rows meet which
+matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @st.composite
 def shapes(draw):
-    """(rows of each matrix, rows of none, out, in, rank), with empty matrices, one row, and all rows of one."""
+    """(rows of each matrix, rows of none, out, in, rank), with empty matrices, one row, and all
+    rows of one."""
     sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 18, 40]), min_size=1, max_size=6))
     some = st.integers(1, 9)
     return sizes, draw(st.sampled_from([0, 0, 2])), draw(some), draw(some), draw(some)
@@ -74,18 +76,24 @@ def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
     bound = BOUNDS[dtype]
     if not len(x):
         return
-    sizes = [one.detach().abs().requires_grad_() for one in (x, A, B)]  # what is summed, which may cancel
+    sizes = [
+        one.detach().abs().requires_grad_() for one in (x, A, B)
+    ]  # what is summed, which may cancel
     size = dense(sizes[0], W.abs(), *sizes[1:], 0.5, ids)
     with torch.no_grad():
         without = grouped.linear(x, W, A, B, 0.5, where)
     for own in (y, without):
-        assert float((own.detach().double() - expected.detach()).norm()) <= bound * float(size.detach().norm())
+        assert float((own.detach().double() - expected.detach()).norm()) <= bound * float(
+            size.detach().norm()
+        )
     weights = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weights).sum(), (x, A, B))
     found = torch.autograd.grad((y * weights.to(dtype)).sum(), (x, A, B))
     sizes = torch.autograd.grad((size * weights.abs()).sum(), sizes)
     for own, gradient, size in zip(found, wanted, sizes, strict=True):
-        assert float((own.double() - gradient.double()).norm()) <= bound * float(size.double().norm())
+        assert float((own.double() - gradient.double()).norm()) <= bound * float(
+            size.double().norm()
+        )
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -108,12 +116,16 @@ def test_one_matrix_is_a_stack_of_one(loops, dtype, rows, flipped):
 
 def test_gradients_of_gradients_are_those_of_the_definition():
     (x, A, B), W, where, _ = made(([2, 0, 3], 1, 4, 5, 2), torch.float64, torch.float64, False)
-    assert torch.autograd.gradgradcheck(lambda *args: grouped.linear(args[0], W, *args[1:], 0.5, where), (x, A, B))
+    assert torch.autograd.gradgradcheck(
+        lambda *args: grouped.linear(args[0], W, *args[1:], 0.5, where), (x, A, B)
+    )
 
 
 def test_gradients_of_gradients_of_one_matrix():
     (x, A, B), W, *_ = made(([3], 0, 4, 5, 2), torch.float64, torch.float64, False)
-    assert torch.autograd.gradgradcheck(lambda x, A, B: grouped.linear(x, W[0], A[0], B[0], 0.5, None), (x, A, B))
+    assert torch.autograd.gradgradcheck(
+        lambda x, A, B: grouped.linear(x, W[0], A[0], B[0], 0.5, None), (x, A, B)
+    )
 
 
 def test_rows_in_any_order_are_put_by_their_matrix():
@@ -128,20 +140,27 @@ def test_rows_of_a_tensor_are_saved_as_that_tensor(loops):
     source = x[:3] * 1
     rows = source[torch.tensor([0, 0, 1, -1, 2, 1, -3, 1])]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: saved.append(value) or value, lambda value: value
+    ):
         y = grouped.linear(rows, W, A, B, 0.5, where, source)
     assert not any(value.data_ptr() == rows.data_ptr() for value in saved)
     found = torch.autograd.grad(y.square().sum(), (x, A, B), retain_graph=True)
-    wanted = torch.autograd.grad(grouped.definition(rows, W, A, B, 0.5, where).square().sum(), (x, A, B))
+    wanted = torch.autograd.grad(
+        grouped.definition(rows, W, A, B, 0.5, where).square().sum(), (x, A, B)
+    )
     for own, gradient in zip(found, wanted, strict=True):
         assert error(own, gradient) < 1e-5
 
 
 def test_ranks_are_filled_up_for_the_grouped_products_of_a_gpu():
-    """On a processor torch's grouped products are a loop, so that what other devices get can be tested here."""
+    """On a processor torch's grouped products are a loop, so that what other devices get can be
+    tested here."""
     (x, A, B), W, _, ids = made(([2, 0, 3], 0, 8, 16, 3), torch.float32, torch.float32, False)
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
-    y = grouped.elsewhere(x, W, A, B, 0.5, ends, lambda x, W, ends: torch._grouped_mm(x, W, offs=ends))
+    y = grouped.elsewhere(
+        x, W, A, B, 0.5, ends, lambda x, W, ends: torch._grouped_mm(x, W, offs=ends)
+    )
     expected = dense(x, W, A, B, 0.5, ids)
     assert error(y, expected) < 1e-5
     found = torch.autograd.grad(y.square().sum(), (x, A, B))

@@ -1,4 +1,5 @@
-"""The fused kernels against float64 arithmetic on W + ΔW: values, gradients, and gradients of gradients."""
+"""The fused kernels against float64 arithmetic on W + ΔW: values, gradients, and gradients of
+gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ needs_thin, needs_single = needs_loop("thin_matmul"), needs_loop("single_adapter
 #: tokens from which on the loop for a single adapter takes the processor's own products
 MANY = 64
 #: whether thin products in float32 are compiled loops, however few tokens there are
-WAYS = pytest.mark.parametrize("loops", [pytest.param(True, marks=needs_thin), False], ids=["loops", "library"])
+WAYS = pytest.mark.parametrize(
+    "loops", [pytest.param(True, marks=needs_thin), False], ids=["loops", "library"]
+)
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 sizes = st.integers(1, 9)
 
@@ -81,7 +84,11 @@ def way(least):
     names = ("down", "up", "down_grown", "up_grown") if has_numba() else ()
     found = {name: getattr(thin_matmul, name) for name in names}
     for name, loop in found.items():
-        setattr(thin_matmul, name, lambda *given, name=name, loop=loop: (called.append(name), loop(*given))[1])
+        setattr(
+            thin_matmul,
+            name,
+            lambda *given, name=name, loop=loop: (called.append(name), loop(*given))[1],
+        )
     try:
         yield called
     finally:
@@ -106,7 +113,8 @@ def _values_and_gradients(in_, outs, batch, data, biases, dtype, form):
     scales = [data.draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in outs]
     form = form and dtype != torch.bfloat16
     tensors = trained(
-        make(in_, outs, ranks, batch, dtype, biases), data.draw(st.lists(st.booleans(), min_size=1, max_size=7))
+        make(in_, outs, ranks, batch, dtype, biases),
+        data.draw(st.lists(st.booleans(), min_size=1, max_size=7)),
     )
     outputs, exact = run(tensors, scales, form=form), None
     reference = trained([None if t is None else t.double() for t in tensors])
@@ -114,7 +122,9 @@ def _values_and_gradients(in_, outs, batch, data, biases, dtype, form):
         if copy is not None:
             copy.requires_grad_(mine.requires_grad)
     exact = expected(reference, scales)
-    bounds = expected([None if t is None else t.double().abs() for t in tensors], scales)  # before terms cancel
+    bounds = expected(
+        [None if t is None else t.double().abs() for t in tensors], scales
+    )  # before terms cancel
     for y, wanted, bound in zip(outputs, exact, bounds, strict=True):
         assert y.dtype == dtype
         assert y.shape == wanted.shape
@@ -122,9 +132,14 @@ def _values_and_gradients(in_, outs, batch, data, biases, dtype, form):
     if any(t is not None and t.requires_grad for t in tensors) and outputs[0].requires_grad:
         weights = [torch.randn(y.shape, dtype=torch.float64) for y in outputs]
         found, wanted = gradients(outputs, weights, tensors), gradients(exact, weights, reference)
-        before = [None if t is None else t.detach().abs().requires_grad_(t.requires_grad) for t in reference]
+        before = [
+            None if t is None else t.detach().abs().requires_grad_(t.requires_grad)
+            for t in reference
+        ]
         bounds = gradients(expected(before, scales), [weight.abs() for weight in weights], before)
-        for one, other, bound in zip(found, wanted, bounds, strict=True):  # also before terms cancel
+        for one, other, bound in zip(
+            found, wanted, bounds, strict=True
+        ):  # also before terms cancel
             assert bool(((one - other).abs() <= 20 * BOUNDS[dtype] * bound).all())
     with torch.no_grad():
         for y, wanted in zip(run(tensors, scales, form=form), outputs, strict=True):
@@ -162,7 +177,9 @@ def test_backward_twice_and_inputs_that_are_not_contiguous():
     true = torch.autograd.grad(wanted.square().sum(), [x, *tensors[-2:]])
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     assert all(error(one, other) < 1e-12 for one, other in zip(first, true, strict=True))
-    found, true = (torch.autograd.grad(f([x, *tensors[1:]], [1.5])[0].sum(), x)[0] for f in (run, expected))
+    found, true = (
+        torch.autograd.grad(f([x, *tensors[1:]], [1.5])[0].sum(), x)[0] for f in (run, expected)
+    )
     assert error(found, true) < 1e-12, "the gradient of a sum is an expanded tensor"
 
 
@@ -182,16 +199,20 @@ def test_dropout_drops_each_entry_by_itself_and_again_in_backward(p, dtype):
     weights = [torch.randn_like(y) for y in exact]
     for y, wanted in zip(outputs, exact, strict=True):
         assert error(y.double(), wanted) < bound
-    for found, wanted in zip(gradients(outputs, weights, tensors), gradients(exact, weights, tensors), strict=True):
+    for found, wanted in zip(
+        gradients(outputs, weights, tensors), gradients(exact, weights, tensors), strict=True
+    ):
         assert error(found.double(), wanted.double()) < 10 * bound
-    assert not torch.equal(run(tensors, [1.0, 2.0], dropout=p)[0], outputs[0]), "another draw drops other entries"
+    assert not torch.equal(run(tensors, [1.0, 2.0], dropout=p)[0], outputs[0]), (
+        "another draw drops other entries"
+    )
 
 
 @pytest.mark.parametrize("width", [None, 12, 80])
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.3, 0.7])
 def test_entries_are_dropped_with_their_probability_independently(p, width):
-    """Counts over many draws: the mean, the spread of a Bernoulli variable, and no correlation of neighbours. In groups
-    of 12 and of 80 numbers, the last one is not whole."""
+    """Counts over many draws: the mean, the spread of a Bernoulli variable, and no correlation of
+    neighbours. In groups of 12 and of 80 numbers, the last one is not whole."""
     count, runs = 500, 2000
     masks = torch.zeros(runs, count)
     for seed in range(runs):
@@ -207,18 +228,27 @@ def test_entries_are_dropped_with_their_probability_independently(p, width):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
 def test_a_small_change_is_all_there_in_sixteen_bits(size, bias):
-    """‖ΔW‖ = 1e-4 ‖W‖ is lost in the rounding of W + ΔW, and in adding ΔW x to an output that has been rounded. As a
-    slope: how much of the exact change the outputs, and the gradients of the inputs, contain."""
+    """‖ΔW‖ = 1e-4 ‖W‖ is lost in the rounding of W + ΔW, and in adding ΔW x to an output that has
+    been rounded. As a slope: how much of the exact change the outputs, and the gradients of the
+    inputs, contain."""
     torch.manual_seed(0)
     W, x = torch.randn(256, 256).bfloat16(), torch.randn(2048, 256).bfloat16().requires_grad_()
-    A, B, b = torch.randn(8, 256), torch.randn(256, 8), torch.randn(256).bfloat16() * 30 if bias else None
+    A, B, b = (
+        torch.randn(8, 256),
+        torch.randn(256, 8),
+        torch.randn(256).bfloat16() * 30 if bias else None,
+    )
     B *= size * W.float().norm() / (B @ A).norm()
     (y,) = fused.linears(fused.Settings((1.0,)), x, [W], [b], [A], [B])
     dy = torch.randn(y.shape).bfloat16()
     y.backward(dy)
     delta = (B @ A).double()
     for actual, base, change in (
-        (y, F.linear(x.double(), W.double(), None if b is None else b.double()), x.double() @ delta.mT),
+        (
+            y,
+            F.linear(x.double(), W.double(), None if b is None else b.double()),
+            x.double() @ delta.mT,
+        ),
         (x.grad, dy.double() @ W.double(), dy.double() @ delta),
     ):
         kept = ((actual.double() - base) * change).sum() / change.square().sum()
@@ -235,7 +265,11 @@ def test_the_loops_equal_float64(tokens, rank, p):
     x, A = torch.randn(tokens, 37), torch.randn(rank, 37)
     dropped = dropout.of_rows(x, p, tokens) if p else None
     mask = torch.ones(x.numel(), dtype=torch.float64)
-    mask = mask.view(x.shape) if dropped is None else mask.index_fill(0, dropped.entries(), 0).view(x.shape)
+    mask = (
+        mask.view(x.shape)
+        if dropped is None
+        else mask.index_fill(0, dropped.entries(), 0).view(x.shape)
+    )
     joined = torch.randn(tokens, rank + 5).mT
     h = joined[2 : rank + 2]  # one layer's of several
     wide = {name: one.double() for name, one in (("x", x), ("A", A), ("h", h))}
@@ -271,7 +305,9 @@ def test_a_step_of_many_tokens_is_loops_on_few_threads(threads, loops, monkeypat
 
 def test_loops_make_factors_worth_their_while():
     """Their thin products cost less, so W + ΔW is formed for more tokens only."""
-    one, other = (cost_model.forms_above(576, 576, 8, torch.float32, loops) for loops in (True, False))
+    one, other = (
+        cost_model.forms_above(576, 576, 8, torch.float32, loops) for loops in (True, False)
+    )
     assert one > 2 * other
 
 
@@ -290,7 +326,9 @@ def test_costs_are_of_the_loops_that_run(monkeypatch):
     assert saved(576, 64) > saved(64, 576) > 0
     assert saved(576, 64) + saved(64, 576) == pytest.approx(saved(576, 576))
     for out, in_, differs in ((64, 64, False), (64, 576, True), (576, 576, True)):
-        above = {cost_model.forms_above(out, in_, 8, torch.float32, loops) for loops in (True, False)}
+        above = {
+            cost_model.forms_above(out, in_, 8, torch.float32, loops) for loops in (True, False)
+        }
         assert (len(above) == 2) is differs
 
 
@@ -304,13 +342,17 @@ def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypat
     assert alone.MANY == MANY
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(fused, "has_tiles", lambda: tiles)
-    x, W, b, A, B = make(40, [24], [5], [3, tokens // 3] if tokens % 3 == 0 else [tokens], torch.bfloat16, bias)
+    x, W, b, A, B = make(
+        40, [24], [5], [3, tokens // 3] if tokens % 3 == 0 else [tokens], torch.bfloat16, bias
+    )
     W, calls, change = torch.nn.Parameter(W, requires_grad=False), [], alone.change
     monkeypatch.setattr(alone, "change", lambda *given: (calls.append(1), change(*given))[1])
     A, B = A.float()[None], 1e-3 * B.float()[None]
     found, graph = fused.unrecorded(0.5, x, W, b, A, B), fused.linear(0.5, x, W, b, A, B)
     (exact,) = expected([x, W, b, A[0], B[0]], [0.5])
-    assert bool(calls) is (threads == 1 and (0 < tokens < MANY or (tokens > 0 and alone.bf16_dot.able())))
+    assert bool(calls) is (
+        threads == 1 and (0 < tokens < MANY or (tokens > 0 and alone.bf16_dot.able()))
+    )
     assert found.shape == exact.shape
     assert not tokens or error(found, exact) < 1.5 * error(graph, exact) < 1e-2
 
@@ -323,7 +365,10 @@ def test_bfloat16_tokens_without_a_graph(tokens, tiles, threads, bias, monkeypat
 )  # fmt: skip
 def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, factors, seed, dots):
     generator = torch.Generator().manual_seed(seed)
-    x, A, B = (torch.randn(shape, generator=generator) for shape in ((tokens, in_), (rank, in_), (out, rank)))
+    x, A, B = (
+        torch.randn(shape, generator=generator)
+        for shape in ((tokens, in_), (rank, in_), (out, rank))
+    )
     x, A, B = x.bfloat16(), A.to(factors), B.to(factors)
     with pytest.MonkeyPatch.context() as patch:
         if not dots:
@@ -332,7 +377,10 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
         assert able is (tokens < MANY or alone.bf16_dot.able())
         if able:
             found, wide = alone.change(x, A, B, 0.5), [one.double() for one in (x, A, B)]
-            exact, terms = (0.5 * one @ two.mT @ three.mT for one, two, three in (wide, [one.abs() for one in wide]))
+            exact, terms = (
+                0.5 * one @ two.mT @ three.mT
+                for one, two, three in (wide, [one.abs() for one in wide])
+            )
             # h, the factors and the sum are rounded once each
             assert ((found.double() - exact).abs() <= 4 * 2.0**-8 * terms + 1e-30).all()
     assert not alone.able(x.double(), A, B)
@@ -342,7 +390,12 @@ def test_the_change_of_one_adapter_without_a_graph(tokens, in_, out, rank, facto
 @needs_thin
 @pytest.mark.parametrize(
     ("dtype", "width", "loaded"),
-    [("float32", 256, "True"), ("float32", 255, "False"), ("bfloat16", 256, "False"), ("float64", 256, "False")],
+    [
+        ("float32", 256, "True"),
+        ("float32", 255, "False"),
+        ("bfloat16", 256, "False"),
+        ("float64", 256, "False"),
+    ],
 )
 def test_a_step_loads_numba_only_where_it_has_loops(dtype, width, loaded):
     """It takes half a second and 100 MiB."""

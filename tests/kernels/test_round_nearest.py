@@ -1,4 +1,5 @@
-"""The loop that numba compiles gives the bits of the torch path, which are those of the definition."""
+"""The loop that numba compiles gives the bits of the torch path, which are those of the
+definition."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ pytestmark = needs_loop("round_nearest")
 
 @contextmanager
 def path(name):
-    """Every weight takes this path, "loop" or "torch"; yields how many numbers were in doubt in each slab of the
-    loop."""
+    """Every weight takes this path, "loop" or "torch"; yields how many numbers were in doubt in
+    each slab of the loop."""
     slabs, before, compiled = [], rounding.WORTH, round_nearest._slab
 
     def counted(*arguments):
@@ -39,7 +40,8 @@ def path(name):
 
 
 def both(weight, low, dtype=torch.bfloat16, **options):
-    """The result of the loop, compared with that of torch, and the places that were computed again."""
+    """The result of the loop, compared with that of torch, and the places that were computed
+    again."""
     with path("torch") as slabs:
         expected = fold(weight, low, dtype=dtype, rounding="nearest")
     assert not slabs
@@ -53,27 +55,45 @@ def both(weight, low, dtype=torch.bfloat16, **options):
     if folded.finite:
         for one in ("change", "retention"):
             scale = max(1.0, abs(getattr(expected, one)))
-            assert getattr(folded, one) == pytest.approx(getattr(expected, one), rel=1e-4, abs=1e-4 * scale)
+            assert getattr(folded, one) == pytest.approx(
+                getattr(expected, one), rel=1e-4, abs=1e-4 * scale
+            )
     return folded, sum(slabs)
 
 
 @st.composite
 def weights(draw):
-    """A weight of some strides and a change, with numbers of every size, cancellation, and what is not finite."""
+    """A weight of some strides and a change, with numbers of every size, cancellation, and what is
+    not finite."""
     shape = tuple(
-        draw(st.tuples(st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 2, 7, 16, 63, 511, 513, 1100])))
+        draw(
+            st.tuples(
+                st.integers(1, 3),
+                st.integers(1, 40),
+                st.sampled_from([1, 2, 7, 16, 63, 511, 513, 1100]),
+            )
+        )
     )
     rank, seed = draw(st.integers(1, 20)), draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
     weight, low = made(
-        shape, draw(st.sampled_from([1e-4, 1e-2, 1.0, 100.0])), rank=rank, dtype=torch.float32, seed=seed
+        shape,
+        draw(st.sampled_from([1e-4, 1e-2, 1.0, 100.0])),
+        rank=rank,
+        dtype=torch.float32,
+        seed=seed,
     )
     size = 2.0 ** draw(st.sampled_from([0, 0, -118, -128, 100]))
     weight, low = weight * size, LowRank(low.A, low.B, low.scale * size)
     if draw(st.booleans()):  # W + ΔW is nearly nothing
-        weight = torch.where(torch.rand(shape, generator=generator) < 0.3, -low.delta(torch.float64).float(), weight)
+        weight = torch.where(
+            torch.rand(shape, generator=generator) < 0.3, -low.delta(torch.float64).float(), weight
+        )
     for value in draw(
-        st.lists(st.sampled_from([0.0, -0.0, 1e-40, float("inf"), -float("inf"), float("nan")]), max_size=3)
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1e-40, float("inf"), -float("inf"), float("nan")]),
+            max_size=3,
+        )
     ):
         weight.view(-1)[torch.randint(weight.numel(), (2,), generator=generator)] = value
     if draw(st.booleans()):
@@ -101,16 +121,25 @@ def test_ties_and_what_lies_a_hair_beside_them(case):
     weight, low = case
     for base in (weight.bfloat16(), weight.float()):
         folded, _ = both(base, low)
-        assert torch.equal(folded.weight.nan_to_num(), round_once(exact(base, low), torch.bfloat16).nan_to_num())
+        assert torch.equal(
+            folded.weight.nan_to_num(), round_once(exact(base, low), torch.bfloat16).nan_to_num()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_number_of_the_type(dtype):
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).to(dtype).view(1, 1, -1)
+    every = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int16)
+        .view(torch.bfloat16)
+        .to(dtype)
+        .view(1, 1, -1)
+    )
     for size in (0.0, -0.0, 1e-39, 1e-8, 1e-3, 1.0, 300.0, 1e36):
         low = LowRank(torch.ones(1, 1, every.numel()), torch.full((1, 1, 1), size), 1.0)
         folded, _ = both(every, low)
-        assert torch.equal(folded.weight.nan_to_num(), round_once(exact(every, low), torch.bfloat16).nan_to_num())
+        assert torch.equal(
+            folded.weight.nan_to_num(), round_once(exact(every, low), torch.bfloat16).nan_to_num()
+        )
 
 
 def test_a_nan_with_every_bit_set_stays_one():
@@ -191,7 +220,9 @@ print("numba" in sys.modules, folded.view(torch.int16).long().sum().item())
 def test_without_numba_torch_does_it():
     absent = "import importlib.util as util; find = util.find_spec; "
     absent += "util.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)"
-    (used, bits), (unused, same) = (printed(FOLD.format(before=one)).split() for one in ("", absent))
+    (used, bits), (unused, same) = (
+        printed(FOLD.format(before=one)).split() for one in ("", absent)
+    )
     assert (used, unused) == ("True", "False")
     assert bits == same
 

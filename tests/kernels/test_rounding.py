@@ -1,4 +1,5 @@
-"""Folding a change into a weight rounds once, whatever the path; faithful rounding keeps what was learned."""
+"""Folding a change into a weight rounds once, whatever the path; faithful rounding keeps what was
+learned."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from veneer.lowrank import LowRank
 DTYPES = (*HALF, torch.float32, torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------- nearest
+# ----------------------------------------------------------------------------------------------
+# nearest
 
 
 @pytest.mark.parametrize("target", [*HALF, torch.float32], ids=str)
@@ -46,9 +48,13 @@ def test_nearest_is_rounded_once(dtype, target, gained, transposed):
         assert folded.finite
         assert folded.rounding == "nearest"
         change, moved = values - weight.double(), folded.weight.double() - weight.double()
-        assert folded.change == pytest.approx((change.norm() / weight.double().norm()).item(), rel=1e-5)
+        assert folded.change == pytest.approx(
+            (change.norm() / weight.double().norm()).item(), rel=1e-5
+        )
         retention = ((change * moved).sum() / (change * change).sum()).item()
-        assert folded.retention == pytest.approx(retention, rel=1e-4, abs=1e-5 * (moved.norm() / change.norm()).item())
+        assert folded.retention == pytest.approx(
+            retention, rel=1e-4, abs=1e-5 * (moved.norm() / change.norm()).item()
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -64,7 +70,8 @@ def test_ties_and_what_lies_a_hair_beside_them(case):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_every_number_of_the_type(dtype):
-    """Zeros, subnormals and the largest, each moved by many changes from far below to far above its step."""
+    """Zeros, subnormals and the largest, each moved by many changes from far below to far above its
+    step."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     weight = every[every.isfinite()].view(1, 1, -1)
     for size in (1e-39, 1e-8, 6e-8, 1e-3, 1.0, 300.0, 65519.9, 65520.1, 1e38):
@@ -77,7 +84,8 @@ def test_every_number_of_the_type(dtype):
 
 
 def test_the_bound_is_needed_and_the_float32_path_is_taken(monkeypatch):
-    """Without the numbers that are computed again some are wrong; with them, the definition is not asked for."""
+    """Without the numbers that are computed again some are wrong; with them, the definition is not
+    asked for."""
     weight, low = made((1, 512, 512), 0.3, rank=16)
     expected = round_once(exact(weight, low), weight.dtype)
     monkeypatch.setattr(rounding, "_in_float64", None)
@@ -150,7 +158,10 @@ def test_the_result_goes_where_the_caller_says():
     for name in ("nearest", "faithful"):
         expected = fold(weight, low, rounding=name).weight
         assert expected.stride() == weight.stride()
-        assert fold(weight, low, rounding=name, out=place[1].mT[None]).weight.data_ptr() == place[1].data_ptr()
+        assert (
+            fold(weight, low, rounding=name, out=place[1].mT[None]).weight.data_ptr()
+            == place[1].data_ptr()
+        )
         assert same_bits(place[1].mT[None].contiguous(), expected)
 
 
@@ -173,13 +184,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("nearest", "bfloat16"), ("nearest", "float"), ("faithful", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("nearest", "bfloat16"), ("nearest", "float"), ("faithful", "bfloat16")]
+)
 def test_memory_is_bounded(name, dtype):
     code = MEMORY.format(out=5000, in_=3000, rounding=name, dtype=dtype)
-    assert float(printed(code)) < 36  # MiB, with what libraries allocate once; the weight itself is 29 or 57
+    assert (
+        float(printed(code)) < 36
+    )  # MiB, with what libraries allocate once; the weight itself is 29 or 57
 
 
-# ---------------------------------------------------------------------------------------------- faithful
+# ----------------------------------------------------------------------------------------------
+# faithful
 
 
 def errors(folded, weight, low, gain=None, seed=1):
@@ -188,7 +204,9 @@ def errors(folded, weight, low, gain=None, seed=1):
     change, error = values - weight.double(), folded.weight.double() - values
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(weight.shape[0], weight.shape[2], 64, generator=generator, dtype=torch.float64)
-    own = low.A.double().mT @ torch.randn(weight.shape[0], low.rank, 64, generator=generator, dtype=torch.float64)
+    own = low.A.double().mT @ torch.randn(
+        weight.shape[0], low.rank, 64, generator=generator, dtype=torch.float64
+    )
     return tuple(((error @ each).norm() / (change @ each).norm()).item() for each in (own, x))
 
 
@@ -211,12 +229,16 @@ def test_what_an_adapter_reads_survives(ratio, dtype, bound, shape):
     assert inside < bound
     if ratio < 5e-3:
         assert inside < errors(near, weight, low)[0] / 8
-    stochastic = 1.5 * torch.finfo(dtype).eps / 2 / ratio  # what rounding at random would leave for any input
+    stochastic = (
+        1.5 * torch.finfo(dtype).eps / 2 / ratio
+    )  # what rounding at random would leave for any input
     assert outside < stochastic
     values = exact(weight, low)
     moved = true.weight.double() - weight.double()
     change = values - weight.double()
-    assert true.retention == pytest.approx(((change * moved).sum() / (change * change).sum()).item(), abs=1e-6)
+    assert true.retention == pytest.approx(
+        ((change * moved).sum() / (change * change).sum()).item(), abs=1e-6
+    )
 
 
 def cells(values, dtype):
@@ -246,7 +268,9 @@ def test_only_the_two_neighbours_are_taken(dtype, gained):
 def test_neighbours_are_those_of_the_type(dtype):
     every = torch.arange(0, 2**15, dtype=torch.int16).view(dtype).double()
     every = every[every.isfinite()]
-    between = every[:-1] + (every[1:] - every[:-1]) * torch.rand(len(every) - 1, dtype=torch.float64).clamp(0.01, 0.99)
+    between = every[:-1] + (every[1:] - every[:-1]) * torch.rand(
+        len(every) - 1, dtype=torch.float64
+    ).clamp(0.01, 0.99)
     for sign in (1, -1):
         below, above = cells(sign * between, dtype)
         expected = (every[:-1], every[1:]) if sign == 1 else (-every[1:], -every[:-1])
@@ -262,7 +286,10 @@ def test_no_choice_overflows(dtype):
     largest = torch.finfo(dtype).max
     weight = torch.full((1, 8, 64), largest, dtype=dtype)
     weight[:, ::2] *= -1
-    step = largest - torch.tensor(largest, dtype=dtype).view(torch.int16).sub(1).view(dtype).double().item()
+    step = (
+        largest
+        - torch.tensor(largest, dtype=dtype).view(torch.int16).sub(1).view(dtype).double().item()
+    )
     low = LowRank(torch.rand(1, 1, 64), weight[:, :, :1].sign(), 0.4 * step)
     folded = fold(weight, low, rounding="faithful")
     assert folded.finite
@@ -280,7 +307,8 @@ def test_subnormals():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 5), (1, 1, 1), (1, 2, 200), (30, 1, 9), (5000, 1, 3), (1, 5000, 3), (3, 40, 33)]
+    "shape",
+    [(1, 3, 5), (1, 1, 1), (1, 2, 200), (30, 1, 9), (5000, 1, 3), (1, 5000, 3), (3, 40, 33)],
 )
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 @pytest.mark.parametrize("gained", [False, True])
@@ -299,7 +327,9 @@ def test_any_shape(shape, side, gained):
 def test_the_outputs_side_protects_what_B_writes():
     weight, low = made((1, 300, 200), 1e-3)
     values, B = exact(weight, low), low.B[0].double()
-    near, true = (fold(weight, low, rounding=name, side="outputs") for name in ("nearest", "faithful"))
+    near, true = (
+        fold(weight, low, rounding=name, side="outputs") for name in ("nearest", "faithful")
+    )
     found = [((one.weight.double() - values)[0].T @ B).norm().item() for one in (near, true)]
     assert found[1] < 0.1 * found[0]
     assert abs(true.retention - 1) < 0.01
@@ -314,7 +344,9 @@ def test_a_gain_is_protected_too():
     assert abs(true.retention - 1) < 0.03
     change = exact(weight, low, gain) - weight.double()
     moved = true.weight.double() - weight.double()
-    assert true.retention == pytest.approx(((change * moved).sum() / (change * change).sum()).item(), abs=1e-6)
+    assert true.retention == pytest.approx(
+        ((change * moved).sum() / (change * change).sum()).item(), abs=1e-6
+    )
     rows = (change * moved).sum(2) / (change * change).sum(2)
     assert (rows - 1).abs().max() < 0.2
 
@@ -331,7 +363,8 @@ def test_rows_of_A_that_depend_on_each_other():
 @pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
-    """Widths that are no multiple of a chunk, where the last chunk of a stack lies apart in its buffers."""
+    """Widths that are no multiple of a chunk, where the last chunk of a stack lies apart in its
+    buffers."""
     weight, low = made((3, 45, 50))
     expected = fold(weight, low, rounding="faithful", side=side)
     folded = fold(weight.to(source), low, dtype=torch.bfloat16, rounding="faithful", side=side)
@@ -343,8 +376,14 @@ def test_a_stack_of_any_width_and_type_is_rounded_faithfully(source, side):
 def test_inputs_are_protected():
     weight, low = made((1, 200, 150), 1e-3)
     directions = torch.linalg.qr(torch.randn(150, 5, dtype=torch.float64))[0]
-    x = directions @ torch.diag(torch.tensor([5.0, 4, 3, 2, 1]).double()) @ torch.randn(5, 400, dtype=torch.float64)
-    plain, seen = (fold(weight, low, rounding="faithful", inputs=each) for each in (None, (x @ x.T)[None]))
+    x = (
+        directions
+        @ torch.diag(torch.tensor([5.0, 4, 3, 2, 1]).double())
+        @ torch.randn(5, 400, dtype=torch.float64)
+    )
+    plain, seen = (
+        fold(weight, low, rounding="faithful", inputs=each) for each in (None, (x @ x.T)[None])
+    )
     values = exact(weight, low)
     error = [((one.weight.double() - values)[0] @ x).norm().item() for one in (plain, seen)]
     assert error[1] < 0.2 * error[0]
@@ -360,11 +399,16 @@ def test_auto_takes_what_is_needed():
     weight, low = made((1, 200, 300), 1e-3, dtype=torch.float32)
     assert fold(weight, low).rounding == "nearest"
     assert fold(weight, low, rounding="faithful").rounding == "nearest"  # float32 has no need of it
-    folded = fold(weight, low, dtype=torch.bfloat16)  # from a finer base: W's own rounding would cover the change
+    folded = fold(
+        weight, low, dtype=torch.bfloat16
+    )  # from a finer base: W's own rounding would cover the change
     assert folded.rounding == "faithful"
     assert errors(folded, weight, low)[0] < 0.03
     assert errors(fold(weight, low, dtype=torch.bfloat16, rounding="nearest"), weight, low)[0] > 0.1
-    assert fold(weight.mul(1), LowRank(low.A, low.B, low.scale * 100), dtype=torch.bfloat16).rounding == "nearest"
+    assert (
+        fold(weight.mul(1), LowRank(low.A, low.B, low.scale * 100), dtype=torch.bfloat16).rounding
+        == "nearest"
+    )
 
 
 @pytest.mark.parametrize("name", ["nearest", "faithful"])
@@ -373,7 +417,9 @@ def test_threads_and_strides_change_no_bit(name):
     before = torch.get_num_threads()
     try:
         results = []
-        for threads, base in itertools.product((1, 2, 4), (weight, weight.mT.contiguous().mT, weight[:, :, :500])):
+        for threads, base in itertools.product(
+            (1, 2, 4), (weight, weight.mT.contiguous().mT, weight[:, :, :500])
+        ):
             torch.set_num_threads(threads)
             results.append(fold(base, low, rounding=name))
     finally:
@@ -388,7 +434,8 @@ def test_another_rounding_is_an_error():
         fold(*made((1, 4, 5)), rounding="stochastic")
 
 
-# ---------------------------------------------------------------------------------------------- threads
+# ----------------------------------------------------------------------------------------------
+# threads
 
 
 def test_work_is_spread_and_settings_stay():
@@ -434,7 +481,8 @@ def test_the_first_failure_is_raised(threads):
 
 
 def test_a_thread_that_cannot_start_leaves_none_behind(monkeypatch):
-    """The others would wait for it, and torch would give every later thread of the process one core."""
+    """The others would wait for it, and torch would give every later thread of the process one
+    core."""
     before, alive, start = torch.get_num_threads(), threading.active_count(), threading.Thread.start
     started = itertools.count()
 

@@ -29,7 +29,11 @@ def service_seed(seed, index):
 
 @pytest.mark.parametrize("derive", [sample_seed, api_seed, service_seed])
 def test_samples_of_neighbouring_seeds_share_no_draws(derive):
-    seeds = {(seed, index): derive(seed, index) for seed in (-3, *range(40), 2**32, 2**63 - 1) for index in range(40)}
+    seeds = {
+        (seed, index): derive(seed, index)
+        for seed in (-3, *range(40), 2**32, 2**63 - 1)
+        for index in range(40)
+    }
     assert len({value % 2**32 for value in seeds.values()}) == len(
         seeds
     )  # torch's generator on a processor reads 32 bits

@@ -1,4 +1,5 @@
-"""What the fused kernel keeps of its input for backward: nothing, where autograd keeps what it was made of."""
+"""What the fused kernel keeps of its input for backward: nothing, where autograd keeps what it was
+made of."""
 
 from __future__ import annotations
 
@@ -72,7 +73,11 @@ def values(module, x):
     x = x.detach().clone().requires_grad_()
     y = module(x * 1)  # with a graph of its own, as inside a model
     y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in veneer.Handle(module, "default").parameters())]
+    return [
+        y.detach(),
+        x.grad,
+        *(p.grad.clone() for p in veneer.Handle(module, "default").parameters()),
+    ]
 
 
 def nodes(output):
@@ -87,7 +92,8 @@ def nodes(output):
 
 
 def held(output):
-    """Address -> bytes of what the graph below an output holds; what goes through hooks counts as they left it."""
+    """Address -> bytes of what the graph below an output holds; what goes through hooks counts as
+    they left it."""
     found = {}
     for node in nodes(output):
         for name in (name for name in dir(node) if name.startswith("_raw_saved_")):
@@ -97,7 +103,11 @@ def held(output):
             except (AttributeError, RuntimeError):  # several, or no hooks
                 value = getattr(node, name.removeprefix("_raw"), None)
             found |= {value.data_ptr(): value.nbytes} if isinstance(value, torch.Tensor) else {}
-        found |= {one.data_ptr(): one.nbytes for one in getattr(node, "saved_tensors", ()) if one is not None}
+        found |= {
+            one.data_ptr(): one.nbytes
+            for one in getattr(node, "saved_tensors", ())
+            if one is not None
+        }
     return found
 
 
@@ -123,7 +133,9 @@ def test_an_input_is_made_again_to_the_same_bits(name, dropout, monkeypatch):
             definition = values(model, x)
         assert all(error(one, other) < 1e-11 for one, other in zip(found, definition, strict=True))
         assert torch.autograd.gradcheck(lambda x, *numbers: model(x * 1), (x, *handle.parameters()))
-        assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x * 1), (x, *handle.parameters()))
+        assert torch.autograd.gradgradcheck(
+            lambda x, *numbers: model(x * 1), (x, *handle.parameters())
+        )
 
 
 @needs_edits
@@ -135,7 +147,11 @@ def test_a_graph_that_is_kept_gives_the_same_twice_and_in_parts(also, monkeypatc
     y, own = model(x * 1).square().sum(), [x, *handle.parameters()]
     last = [*handle.layers["down"].parameters()]
     alone = torch.autograd.grad(y, last, retain_graph=True)  # ends before the product
-    gates = [node.metadata[saved_inputs.Gate][1] for node in nodes(y) if saved_inputs.Gate in node.metadata]
+    gates = [
+        node.metadata[saved_inputs.Gate][1]
+        for node in nodes(y)
+        if saved_inputs.Gate in node.metadata
+    ]
     assert len(gates) == 1
     first = torch.autograd.grad(y, own, retain_graph=True)
     assert gates[0].made is None
@@ -143,7 +159,9 @@ def test_a_graph_that_is_kept_gives_the_same_twice_and_in_parts(also, monkeypatc
     assert all(error(one, other) < 1e-12 for one, other in zip(first, second, strict=True))
     assert gates[0].made is None
     by_name = {id(number): gradient for number, gradient in zip(own, first, strict=True)}
-    assert all(torch.equal(by_name[id(number)], one) for number, one in zip(last, alone, strict=True))
+    assert all(
+        torch.equal(by_name[id(number)], one) for number, one in zip(last, alone, strict=True)
+    )
 
 
 def test_a_product_whose_factors_are_freed_or_written_to_is_kept(monkeypatch):
@@ -187,7 +205,9 @@ def test_a_product_is_kept_under_checkpointing(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "whole"),
     [
-        pytest.param(lambda x, row: x * row, False, marks=needs_edits),  # both are kept, and make all of it
+        pytest.param(
+            lambda x, row: x * row, False, marks=needs_edits
+        ),  # both are kept, and make all of it
         (lambda x, row: (row * row).expand(5, 6), True),  # of another shape than what is read
         (lambda x, row: x * 0.5, True),
         (lambda x, row: (x + 1) * row.detach(), True),  # a sum, of which nothing is kept
@@ -198,7 +218,9 @@ def test_a_product_is_kept_under_checkpointing(monkeypatch):
 def test_what_else_is_read(make, whole, monkeypatch):
     monkeypatch.setattr(saved_inputs, "MANY", 0)
     layer, handle = adapted(nn.Linear(6, 4))
-    x, row = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (6,)))
+    x, row = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (6,))
+    )
     read = make(x, row).double()
     y = layer(read)
     assert (read.data_ptr() in held(y)) is whole

@@ -22,8 +22,14 @@ TOKENS = 96
 
 
 def step() -> list[Tensor]:
-    """The output and gradients of one float32 layer that reads what a gated MLP's last layer reads."""
-    x, W, A, B = torch.randn(TOKENS, 48), torch.randn(40, 48), torch.randn(8, 48), torch.randn(40, 8)
+    """The output and gradients of one float32 layer that reads what a gated MLP's last layer
+    reads."""
+    x, W, A, B = (
+        torch.randn(TOKENS, 48),
+        torch.randn(40, 48),
+        torch.randn(8, 48),
+        torch.randn(40, 8),
+    )
     x, A, B = (one.requires_grad_() for one in (x, A, B))
     y = fused.linear(0.5, F.silu(x * 2) * (x + 1), W, None, A, B)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, A, B])]
@@ -36,13 +42,21 @@ def inference(tokens: int) -> list[Tensor]:
 
 
 def merge() -> list[Tensor]:
-    weight, low = torch.randn(1, 64, 48).bfloat16(), LowRank(torch.randn(1, 4, 48), torch.randn(1, 64, 4), 0.1)
+    weight, low = (
+        torch.randn(1, 64, 48).bfloat16(),
+        LowRank(torch.randn(1, 4, 48), torch.randn(1, 64, 4), 0.1),
+    )
     return [rounding.fold(weight, low, rounding="nearest").weight]
 
 
 def experts() -> list[Tensor]:
     """The output and gradients of rows that meet three matrices of a stack."""
-    x, W, A, B = torch.randn(9, 48), torch.randn(4, 40, 48), torch.randn(4, 8, 48), torch.randn(4, 40, 8)
+    x, W, A, B = (
+        torch.randn(9, 48),
+        torch.randn(4, 40, 48),
+        torch.randn(4, 8, 48),
+        torch.randn(4, 40, 8),
+    )
     x, A, B = (one.requires_grad_() for one in (x, A, B))
     y = grouped.linear(x, W, A, B, 0.5, grouped.segments([2, 2, 8, 9], 9))
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, A, B])]
@@ -80,7 +94,9 @@ def test_a_loop_that_is_off_is_not_used_and_torch_computes_the_same(name, loaded
     found = run(work, monkeypatch, name)
     assert set(loaded) == {name}
     loaded.clear()
-    same = run(work, monkeypatch, *(other for other in switch.NAMES if other not in (name, "bf16_dot")))
+    same = run(
+        work, monkeypatch, *(other for other in switch.NAMES if other not in (name, "bf16_dot"))
+    )
     assert name not in loaded
     plain = run(work, monkeypatch)
     assert all(error(one, other) <= within for one, other in zip(found, plain, strict=True))
@@ -96,7 +112,9 @@ def test_the_products_of_bfloat16_pairs_are_turned_off_by_themselves(loaded, mon
     monkeypatch.setattr(switch, "ON", frozenset({"single_adapter_bf16", "mixed_rows"}))
     assert not bf16_dot.able()
     x = torch.randn(TOKENS, 48).bfloat16()
-    assert compiled.single_adapter_change(x, torch.randn(8, 48), torch.randn(40, 8), 1.0) is None, "too many tokens"
+    assert compiled.single_adapter_change(x, torch.randn(8, 48), torch.randn(40, 8), 1.0) is None, (
+        "too many tokens"
+    )
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 1)
@@ -137,7 +155,9 @@ def test_the_cost_of_a_product_is_that_of_what_computes_it(loaded, monkeypatch):
 
 def test_every_name_is_a_file_with_a_line_that_says_what_it_gains():
     for name in switch.NAMES:
-        assert any(line.startswith(f"{name} ") for line in (compiled.__doc__ or "").splitlines()), name
+        assert any(line.startswith(f"{name} ") for line in (compiled.__doc__ or "").splitlines()), (
+            name
+        )
         assert (Path(switch.__file__).parent / f"{name}.py").is_file()
 
 

@@ -1,4 +1,5 @@
-"""Convolutions through their fused kernel: both of its ways, in everything that models do around them."""
+"""Convolutions through their fused kernel: both of its ways, in everything that models do around
+them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ CASES = {
     "1d, dilated": (lambda: nn.Conv1d(4, 6, 3, padding=2, dilation=2), (3, 4, 11)),
     "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 2)), (2, 4, 2, 4, 5)),
 }
-CASES |= {f"{name}, last": case for name, case in CASES.items() if len(case[1]) in conv.LAST}  # channels, in memory
+CASES |= {
+    f"{name}, last": case for name, case in CASES.items() if len(case[1]) in conv.LAST
+}  # channels, in memory
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,9 @@ def _any_size(monkeypatch):
 @pytest.fixture(params=[True, False], ids=["formed", "factored"])
 def formed(request, monkeypatch):
     """Whether W + ΔW is formed for any number of positions."""
-    monkeypatch.setattr(cost_model, "forms_above", lambda *about: 0 if request.param else float("inf"))
+    monkeypatch.setattr(
+        cost_model, "forms_above", lambda *about: 0 if request.param else float("inf")
+    )
     return request.param
 
 
@@ -44,7 +49,11 @@ def calls(monkeypatch):
     seen = []
     for where, name in ((conv._Conv, "apply"), (conv.fused, "linears")):
         inner = getattr(where, name)
-        noted = lambda settings, *tensors, inner=inner: seen.append(settings) or inner(settings, *tensors)  # noqa: E731
+
+        def noted(settings, *tensors, inner=inner):
+            seen.append(settings)
+            return inner(settings, *tensors)
+
         monkeypatch.setattr(where, name, noted)
     return seen
 
@@ -52,13 +61,20 @@ def calls(monkeypatch):
 def adapted(name, dtype=torch.float64, **fields):
     make, shape = CASES[name]
     torch.manual_seed(0)
-    model, memory = nn.Sequential(make()).to(dtype), conv.LAST[len(shape)] if "last" in name else None
+    model, memory = (
+        nn.Sequential(make()).to(dtype),
+        conv.LAST[len(shape)] if "last" in name else None,
+    )
     model = model if memory is None else model.to(memory_format=memory)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"], **fields))
     randomise(handle)
     model[0].bias is None or model[0].bias.requires_grad_()
     x = torch.randn(shape, dtype=dtype)
-    return model, handle, (x if memory is None else x.contiguous(memory_format=memory)).requires_grad_()
+    return (
+        model,
+        handle,
+        (x if memory is None else x.contiguous(memory_format=memory)).requires_grad_(),
+    )
 
 
 def values(model, handle, x, run=None):
@@ -73,7 +89,9 @@ def defined(model, handle, x):
         return values(model, handle, x)
 
 
-@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"])
+@pytest.mark.parametrize(
+    "fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways_are_the_definition(name, fast, formed, calls):
     model, handle, x = adapted(name)
@@ -83,7 +101,9 @@ def test_both_ways_are_the_definition(name, fast, formed, calls):
     assert found[1].stride() == x.stride()
     for mine, exact in zip(found, defined(model, handle, x), strict=True):
         assert error(mine, exact) < 1e-12
-    assert torch.autograd.gradgradcheck(lambda x, *numbers: model(x), (x, *handle.parameters()), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(
+        lambda x, *numbers: model(x), (x, *handle.parameters()), fast_mode=fast
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,7 +116,9 @@ def test_in_the_dtype_of_the_layer(name, dtype, calls):
         assert error(mine.double(), expected) < (1e-5 if dtype is torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("3x3", "pointwise", "1d")) and "padded" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n.startswith(("3x3", "pointwise", "1d")) and "padded" not in n]
+)
 def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     model, handle, x = adapted(name, dropout=0.4)
     monkeypatch.setattr(dropout, "seed", lambda: 7)
@@ -106,17 +128,28 @@ def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     seen = x * 1
     steps = layer.stride if "pointwise, strided" in name else (1,) * len(layer.stride)
     seen = seen[(..., *(slice(None, None, step) for step in steps))]
-    lying = seen.movedim(1, -1) if "last" in name else seen  # entries are drawn in the order of memory
-    width = dropout.ROWS * lying.shape[-1] if "pointwise" in name and "last" in name else None  # a product of matrices
-    low = dropout.without(lying, dropout.drawn(lying.numel(), 0.4, 7, lying.device, width).entries()) / 0.6
+    lying = (
+        seen.movedim(1, -1) if "last" in name else seen
+    )  # entries are drawn in the order of memory
+    width = (
+        dropout.ROWS * lying.shape[-1] if "pointwise" in name and "last" in name else None
+    )  # a product of matrices
+    low = (
+        dropout.without(lying, dropout.drawn(lying.numel(), 0.4, 7, lying.device, width).entries())
+        / 0.6
+    )
     low = low.movedim(-1, 1) if "last" in name else low
     options = (layer.padding, layer.dilation, False, [0] * len(steps), 1)
-    h = torch.convolution(low, A.view(2, *layer.weight.shape[1:]), None, (1,) * len(steps), *options)
+    h = torch.convolution(
+        low, A.view(2, *layer.weight.shape[1:]), None, (1,) * len(steps), *options
+    )
     y = torch.convolution(x * 1, layer.weight, layer.bias, layer.stride, *options)
     y = y + torch.einsum("or,nr...->no...", B * change.scale, h)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     inputs = [x, *handle.parameters(), *([] if layer.bias is None else [layer.bias])]
-    for mine, exact in zip(found, [y, *torch.autograd.grad((y * weights).sum(), inputs)], strict=True):
+    for mine, exact in zip(
+        found, [y, *torch.autograd.grad((y * weights).sum(), inputs)], strict=True
+    ):
         assert error(mine, exact) < 1e-12
     with pytest.raises(NotImplementedError, match="dropout"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -149,7 +182,9 @@ def test_an_output_may_be_written_to(formed):
 def test_a_pointwise_layer_with_strides_saves_what_it_reads():
     model, _, x = adapted("pointwise, strided")
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: saved.append(one) or one, lambda one: one
+    ):
         model(x)
     assert x.shape not in [one.shape for one in saved]
     assert (2, 4, 4, 3) in [tuple(one.shape) for one in saved]

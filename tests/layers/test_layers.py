@@ -1,5 +1,5 @@
-"""Every layer kind × variant × dtype: factored = materialised = merged = float64 arithmetic on W + ΔW, and gradients
-too."""
+"""Every layer kind × variant × dtype: factored = materialised = merged = float64 arithmetic on W +
+ΔW, and gradients too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 #: what a variant that looks at data needs is its own test's business
 PLAIN = [variant.name for variant in VARIANTS if not variant.needs]
 examples = pytest.mark.parametrize(("kind", "number"), EXAMPLES)
-#: every option of every kind for a variant without and one with a gain; every variant for one option of each kind
+# : every option of every kind for a variant without and one with a gain; every variant for one
+# option of each kind
 CASES = [
     (example, variant)
     for example in EXAMPLES
@@ -55,7 +56,9 @@ def make(kind: str, number: int, dtype: torch.dtype):
 
 def attached(module, variant="lora", rank=2, name="default", **fields):
     handle = veneer.attach(
-        module, veneer.LoraConfig(rank=rank, targets="all", variant=variant, alpha=3, **fields), name
+        module,
+        veneer.LoraConfig(rank=rank, targets="all", variant=variant, alpha=3, **fields),
+        name,
     )
     randomise(handle)
     return handle
@@ -74,15 +77,23 @@ def test_three_ways_to_compute_it_agree(kind, number, variant, dtype):
         handle.merge()
         merged = module(*args)
     bound = BOUNDS[dtype] * (3 if kind == "recurrent" and dtype == torch.bfloat16 else 1)
-    assert flat(factored).dtype == flat(materialised).dtype == flat(merged).dtype == flat(base).dtype
+    assert (
+        flat(factored).dtype == flat(materialised).dtype == flat(merged).dtype == flat(base).dtype
+    )
     assert error(flat(factored), expected) < bound
     assert error(flat(materialised), expected) < bound
     assert error(flat(merged), expected) < bound
-    assert error(flat(base), expected) > 1e-3, "the adapter changes nothing here, so this test would prove nothing"
+    assert error(flat(base), expected) > 1e-3, (
+        "the adapter changes nothing here, so this test would prove nothing"
+    )
 
 
-@pytest.mark.parametrize(("kind", "number", "variant", "dtype", "path"), cases([torch.float64, torch.float32], PATHS))
-def test_gradients_equal_float64_autograd_through_the_changed_weight(kind, number, variant, dtype, path):
+@pytest.mark.parametrize(
+    ("kind", "number", "variant", "dtype", "path"), cases([torch.float64, torch.float32], PATHS)
+)
+def test_gradients_equal_float64_autograd_through_the_changed_weight(
+    kind, number, variant, dtype, path
+):
     module, args = make(kind, number, dtype)
     handle = attached(module, variant)
     expected, leaves, args64 = reference(handle, args)
@@ -101,21 +112,30 @@ def test_gradients_equal_float64_autograd_through_the_changed_weight(kind, numbe
         assert error(gradient, expected_gradient) < (2e-5 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"])
+@pytest.mark.parametrize(
+    "fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "every entry"]
+)
 @examples
 def test_gradcheck(kind, number, fast):
     """Fast: the Jacobian times random vectors, which an entry that is wrong changes as well."""
     module, args = make(kind, number, torch.float64)
     handle = attached(module)
-    # piecewise functions have no derivative at their corners, which a difference quotient may straddle
+    # piecewise functions have no derivative at their corners, which a difference quotient may
+    # straddle
     smooth = getattr(module, "mode", "") != "max" and getattr(module, "nonlinearity", "") != "relu"
-    if smooth and getattr(module, "max_norm", None) is None and not getattr(module, "scale_grad_by_freq", False):
-        assert torch.autograd.gradcheck(lambda *_: flat(module(*args)), list(handle.parameters()), fast_mode=fast)
+    if (
+        smooth
+        and getattr(module, "max_norm", None) is None
+        and not getattr(module, "scale_grad_by_freq", False)
+    ):
+        assert torch.autograd.gradcheck(
+            lambda *_: flat(module(*args)), list(handle.parameters()), fast_mode=fast
+        )
 
 
 def merges():
-    """(kind, number, dtype, how often): what one merge leaves is seen after three, and what adds up is no matter of the
-    layer; the slow suite merges each kind a thousand times."""
+    """(kind, number, dtype, how often): what one merge leaves is seen after three, and what adds up
+    is no matter of the layer; the slow suite merges each kind a thousand times."""
     for example in EXAMPLES:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             thousand = example == ("linear", 0)
@@ -128,7 +148,9 @@ def merges():
 def test_a_thousand_merges_leave_no_trace(kind, number, dtype, times):
     module, _ = make(kind, number, dtype)
     handle = attached(module)
-    before = {name: value.clone() for name, value in module.state_dict().items() if "veneer" not in name}
+    before = {
+        name: value.clone() for name, value in module.state_dict().items() if "veneer" not in name
+    }
     for _ in range(times):
         handle.merge()
         handle.unmerge()
@@ -136,7 +158,11 @@ def test_a_thousand_merges_leave_no_trace(kind, number, dtype, times):
     handle.merge()
     changed = [
         *handle.changes,
-        *(f"{at}.{name}".lstrip(".") for at, p in handle.layers.items() for name in dict(p.full.named_parameters())),
+        *(
+            f"{at}.{name}".lstrip(".")
+            for at, p in handle.layers.items()
+            for name in dict(p.full.named_parameters())
+        ),
     ]
     assert all(not torch.equal(module.state_dict()[name], before[name]) for name in changed)
 
@@ -146,7 +172,8 @@ def test_a_thousand_merges_leave_no_trace(kind, number, dtype, times):
     pairwise(itertools.product(LAYERS.names(), PLAIN, [torch.bfloat16, torch.float16])),
 )
 def test_merged_weights_are_rounded_correctly_once(kind, variant, dtype):
-    """Each merged weight is one of the two 16-bit neighbours of W + ΔW, and no neighbour is nearer."""
+    """Each merged weight is one of the two 16-bit neighbours of W + ΔW, and no neighbour is
+    nearer."""
     module, _ = make(kind, 0, dtype)
     handle = attached(module, variant)
     exact = {}
@@ -177,8 +204,12 @@ def test_attaching_changes_no_output(kind, number, variant, dtype):
     veneer.attach(module, veneer.LoraConfig(rank=2, targets="all", variant=variant))
     after = flat(module(*args))
     if VARIANTS[variant].exact_start:
-        assert error(after, before) < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    # A layer that runs on W + ΔW runs in float32 for a 16-bit base, and so rounds better than the base does.
+        assert (
+            error(after, before)
+            < {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        )
+    # A layer that runs on W + ΔW runs in float32 for a 16-bit base, and so rounds better than the
+    # base does.
     if variant in ("lora", "rslora") and (dtype != torch.bfloat16 or module.veneer.factors):
         assert torch.equal(after, before)
 
@@ -261,14 +292,18 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
     exact = changed - flat(plain.double()(*cast(args, torch.float64)))
     for path in PATHS:
         with context.changed(path=path), torch.no_grad():
-            wide = copy.deepcopy(module).float()  # the same bf16 weights, outputs not rounded to bf16
+            wide = copy.deepcopy(
+                module
+            ).float()  # the same bf16 weights, outputs not rounded to bf16
             y = flat(wide(*cast(args, torch.float32)))
             with veneer.use(wide, None):
                 base = flat(wide(*cast(args, torch.float32)))
         assert error(y.double() - base.double(), exact) < 2e-2
         with context.changed(path=path):
             flat(module(*args)).float().square().sum().backward()
-        assert all(p.grad.abs().sum() > 0 for name, p in handle.named_parameters() if name.endswith(".B"))
+        assert all(
+            p.grad.abs().sum() > 0 for name, p in handle.named_parameters() if name.endswith(".B")
+        )
 
 
 def test_keyword_inputs_and_unbatched_inputs():
@@ -302,13 +337,17 @@ def test_autocast_keeps_the_adapter_and_the_output_dtype(kind):
 TELLS = [kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs]
 
 
-@pytest.mark.parametrize(("kind", "number"), [example for example in EXAMPLES if example[0] in TELLS])
+@pytest.mark.parametrize(
+    ("kind", "number"), [example for example in EXAMPLES if example[0] in TELLS]
+)
 def test_inputs_are_the_rows_that_each_weight_multiplies(kind, number):
-    """The gradient of a weight is a product with its inputs, so each of its rows is a combination of them; and the
-    output of a layer with one weight is the weight times them, in some order."""
+    """The gradient of a weight is a product with its inputs, so each of its rows is a combination
+    of them; and the output of a layer with one weight is the weight times them, in some order."""
     module, args = make(kind, number, torch.float64)
     layer, y = LAYERS[kind], flat(module(*args))
-    gradients = torch.autograd.grad((y * torch.randn_like(y)).sum(), list(module.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(
+        (y * torch.randn_like(y)).sum(), list(module.parameters()), allow_unused=True
+    )
     gradient_of = dict(zip(dict(module.named_parameters()), gradients, strict=True))
     names = [*layer.weights(module), *(f"{child}.weight" for child in layer.below(module))]
     for name in names:
@@ -318,10 +357,14 @@ def test_inputs_are_the_rows_that_each_weight_multiplies(kind, number):
         assert rows.shape == (dims.groups, rows.shape[1], dims.in_)
         gradient = owner.unfold(gradient_of[name].to_dense(), dims)
         assert error(gradient @ torch.linalg.pinv(rows) @ rows, gradient) < 1e-9
-        bounded = getattr(module, "max_norm", None) is not None or getattr(module, "mode", "") == "max"
+        bounded = (
+            getattr(module, "max_norm", None) is not None or getattr(module, "mode", "") == "max"
+        )
         if len(names) == 1 and not bounded:
             bias = getattr(module, "bias", None)
-            linear = flat(definition(module, {} if bias is None else {"bias": torch.zeros_like(bias)}, args))
+            linear = flat(
+                definition(module, {} if bias is None else {"bias": torch.zeros_like(bias)}, args)
+            )
             found = (rows @ owner.unfold(weight, dims).mT).flatten()
             assert error(found.sort().values, linear.sort().values) < 1e-10
 
@@ -368,9 +411,12 @@ def test_rows_of_a_packed_batch_use_their_own_adapters(lengths, batch_first):
         assert torch.equal(y.sorted_indices, x.sorted_indices)
 
 
-@pytest.mark.parametrize("module", [nn.LSTMCell(5, 4), nn.LSTM(5, 4, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=5)])
+@pytest.mark.parametrize(
+    "module", [nn.LSTMCell(5, 4), nn.LSTM(5, 4, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=5)]
+)
 def test_weights_of_one_module_may_have_changes_of_different_ranks(module, tmp_path):
-    """LoKr's product has a rank that depends on the sizes of the weight; a folder says it for each weight."""
+    """LoKr's product has a rank that depends on the sizes of the weight; a folder says it for each
+    weight."""
     model = nn.Sequential(copy.deepcopy(module))
     fresh = copy.deepcopy(model)
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all", variant="lokr"))

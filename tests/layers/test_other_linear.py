@@ -1,4 +1,5 @@
-"""Linear layers of other libraries that are no ``nn.Linear`` are linear layers to us: in words, paths and files."""
+"""Linear layers of other libraries that are no ``nn.Linear`` are linear layers to us: in words,
+paths and files."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import veneer
 from veneer.layers import kind_of
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of what the library does as it is imported
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's, of what the library does as it is imported
 def test_linear_layers_of_pytorch_geometric(tmp_path):
     geometric = pytest.importorskip("torch_geometric.nn")
     x, edges = torch.randn(12, 6), torch.randint(0, 12, (2, 30))
@@ -21,7 +24,9 @@ def test_linear_layers_of_pytorch_geometric(tmp_path):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2))
     lin = [f"convs.{block}.{name}.weight" for block in (0, 1) for name in ("lin_l", "lin_r")]
     assert sorted(handle.changes) == lin
-    assert [kind_of(module).name for module in (model.convs[0].lin_l, model.convs[1].lin_r)] == ["linear"] * 2
+    assert [kind_of(module).name for module in (model.convs[0].lin_l, model.convs[1].lin_r)] == [
+        "linear"
+    ] * 2
     randomise(handle)
     y = model(x, edges)
     assert error(y, base) > 1e-2

@@ -1,5 +1,5 @@
-"""Every layer kind × variant over shapes and options that hypothesis draws: factored = materialised = merged = the
-definition, in float64 within 1e-10."""
+"""Every layer kind × variant over shapes and options that hypothesis draws: factored = materialised
+= merged = the definition, in float64 within 1e-10."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def draw_linear(draw):
 
 def draw_conv1d_transformers(draw):
     in_ = draw(size)
-    return transformers.pytorch_utils.Conv1D(draw(size), in_), randn(*draw(st.lists(few, min_size=1, max_size=3)), in_)
+    return transformers.pytorch_utils.Conv1D(draw(size), in_), randn(
+        *draw(st.lists(few, min_size=1, max_size=3)), in_
+    )
 
 
 def draw_conv(spatial):
@@ -55,7 +57,9 @@ def draw_conv(spatial):
             bias=draw(flag),
             padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"])),
         )
-        return module, randn(draw(few), module.in_channels, *[draw(st.integers(5, 7)) for _ in range(spatial)])
+        return module, randn(
+            draw(few), module.in_channels, *[draw(st.integers(5, 7)) for _ in range(spatial)]
+        )
 
     return draw_it
 
@@ -76,7 +80,9 @@ def draw_conv_transpose(spatial):
             groups=groups,
             bias=draw(flag),
         )
-        return module, randn(draw(few), module.in_channels, *[draw(st.integers(3, 5)) for _ in range(spatial)])
+        return module, randn(
+            draw(few), module.in_channels, *[draw(st.integers(3, 5)) for _ in range(spatial)]
+        )
 
     return draw_it
 
@@ -94,7 +100,9 @@ def draw_embedding(draw):
 
 def draw_embedding_bag(draw):
     rows, mode = draw(st.integers(2, 8)), draw(st.sampled_from(["sum", "mean", "max"]))
-    module = nn.EmbeddingBag(rows, draw(size), mode=mode, max_norm=draw(st.none() | st.floats(0.5, 2)))
+    module = nn.EmbeddingBag(
+        rows, draw(size), mode=mode, max_norm=draw(st.none() | st.floats(0.5, 2))
+    )
     bags = torch.randint(rows, (draw(few), draw(few)))
     weights = (None, randn(bags.shape)) if mode == "sum" and draw(flag) else ()
     return module, (bags, *weights)
@@ -115,27 +123,40 @@ def draw_attention(draw):
     heads = draw(few)
     width, steps, batch = heads * draw(few), draw(few), draw(few)
     kdim, vdim = (draw(size), draw(size)) if draw(flag) else (width, width)
-    module = nn.MultiheadAttention(width, heads, kdim=kdim, vdim=vdim, bias=draw(flag), add_bias_kv=draw(flag))
+    module = nn.MultiheadAttention(
+        width, heads, kdim=kdim, vdim=vdim, bias=draw(flag), add_bias_kv=draw(flag)
+    )
     length = draw(few)
-    return module, (randn(steps, batch, width), randn(length, batch, kdim), randn(length, batch, vdim))
+    return module, (
+        randn(steps, batch, width),
+        randn(length, batch, kdim),
+        randn(length, batch, vdim),
+    )
 
 
 def draw_recurrent(draw):
     cls = draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN]))
     in_, hidden, steps, batch = draw(size), draw(st.integers(2, 5)), draw(few), draw(few)
-    projected = {"proj_size": draw(st.integers(1, hidden - 1))} if cls is nn.LSTM and draw(flag) else {}
+    projected = (
+        {"proj_size": draw(st.integers(1, hidden - 1))} if cls is nn.LSTM and draw(flag) else {}
+    )
     module = cls(in_, hidden, draw(few), bias=draw(flag), bidirectional=draw(flag), **projected)
     x = randn(steps, batch, in_)
     if not draw(flag):
         return module, x
-    return module, (pack_padded_sequence(x, torch.randint(1, steps + 1, (batch,)), enforce_sorted=False),)
+    return module, (
+        pack_padded_sequence(x, torch.randint(1, steps + 1, (batch,)), enforce_sorted=False),
+    )
 
 
 def draw_recurrent_cell(draw):
     cls = draw(st.sampled_from([nn.LSTMCell, nn.GRUCell, nn.RNNCell]))
     in_, hidden, batch = draw(size), draw(size), draw(few)
     state = randn(batch, hidden)
-    return cls(in_, hidden, bias=draw(flag)), (randn(batch, in_), (state, state) if cls is nn.LSTMCell else state)
+    return cls(in_, hidden, bias=draw(flag)), (
+        randn(batch, in_),
+        (state, state) if cls is nn.LSTMCell else state,
+    )
 
 
 def draw_parameter(draw):
@@ -176,21 +197,28 @@ def drawn(kind, variant, data):
     """(handle, args) of one module of a kind with an adapter on everything it has."""
     torch.manual_seed(data.draw(st.integers(0, 1000), label="seed"))
     module, args = DRAWS[kind](data.draw)
-    module, args = module.double().eval(), cast(args if isinstance(args, tuple) else (args,), torch.float64)
+    module, args = (
+        module.double().eval(),
+        cast(args if isinstance(args, tuple) else (args,), torch.float64),
+    )
     given = calibration(module, variant, args)
     rank = data.draw(few, label="rank")  # "all" lowers it to what each weight allows
-    handle = veneer.attach(module, veneer.LoraConfig(rank=rank, alpha=3, targets="all", variant=variant), **given)
+    handle = veneer.attach(
+        module, veneer.LoraConfig(rank=rank, alpha=3, targets="all", variant=variant), **given
+    )
     randomise(handle)
     return handle, args
 
 
 def tells_inputs(kind):
-    """Whether a variant that starts from a layer's inputs can start on this kind; attach refuses the others."""
+    """Whether a variant that starts from a layer's inputs can start on this kind; attach refuses
+    the others."""
     return kind == "norm" or type(LAYERS[kind]).inputs is not Layer.inputs
 
 
 def near(found, expected):
-    """Within rounding of the terms, which are about one each and may cancel, as two rows of a bag do."""
+    """Within rounding of the terms, which are about one each and may cancel, as two rows of a bag
+    do."""
     return bool((found - expected).norm() < 1e-10 * max(float(expected.norm()), 1e-3))
 
 
@@ -205,7 +233,10 @@ every_pair = pytest.mark.parametrize(
 )
 #: of each pair: a kind is drawn from a dozen times as often, once for every variant
 FEW, MANY = 5, 40
-draws = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+draws = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much],
+}
 
 
 def four_ways(kind, variant, data):

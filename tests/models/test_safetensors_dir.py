@@ -1,4 +1,5 @@
-"""A model as files: headers, shards, which parameter each tensor is, and the model without its weights."""
+"""A model as files: headers, shards, which parameter each tensor is, and the model without its
+weights."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_every_tensor_is_found_in_the_model_and_nothing_is_missed(name, tmp_path
         (tensor, place) for tensor, own in map_checkpoint_names.items() for place in own
     ):
         part = state[name][index]
-        torch.testing.assert_close(checkpoint.read(tensor)[within].reshape(part.shape), part, atol=0, rtol=0)
+        torch.testing.assert_close(
+            checkpoint.read(tensor)[within].reshape(part.shape), part, atol=0, rtol=0
+        )
         seen.setdefault(name, torch.zeros(state[name].shape, dtype=torch.bool))[index] = True
     tied = {id(value): all(part.flatten()) for path, part in seen.items() for value in [model.get_parameter(path)]
             if path in dict(model.named_parameters(remove_duplicate=False))}  # fmt: skip
@@ -46,7 +49,10 @@ def test_a_hollow_model_has_the_same_names_shapes_and_ties(name, tmp_path):
     def described(some):
         ids: dict[int, int] = {}
         named = some.named_parameters(remove_duplicate=False)
-        return [(path, value.shape, ids.setdefault(id(value), len(ids)), str(value.device)) for path, value in named]
+        return [
+            (path, value.shape, ids.setdefault(id(value), len(ids)), str(value.device))
+            for path, value in named
+        ]
 
     assert described(empty) == described(model)
 
@@ -55,7 +61,10 @@ def test_a_hollow_model_takes_no_memory(tmp_path):
     from transformers import LlamaConfig
 
     LlamaConfig(
-        hidden_size=4096, intermediate_size=16384, num_hidden_layers=80, architectures=["LlamaForCausalLM"]
+        hidden_size=4096,
+        intermediate_size=16384,
+        num_hidden_layers=80,
+        architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)
 
     def resident():
@@ -89,9 +98,15 @@ def test_the_class_is_the_adapter_s_or_the_config_s(tmp_path):
 
 def test_a_hollow_model_runs_no_code_of_the_folder(tmp_path, monkeypatch):
     """transformers would ask whether it may, and the answer may be a slip of a finger."""
-    config = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "code.MineConfig"}}
+    config = {
+        "model_type": "mine",
+        "architectures": ["Mine"],
+        "auto_map": {"AutoConfig": "code.MineConfig"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineConfig: pass\n")
+    (tmp_path / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MineConfig: pass\n"
+    )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         models.meta_model(tmp_path)
@@ -104,13 +119,17 @@ def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
     map_checkpoint_names = models.map_checkpoint_names(
         models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).where
     )
-    assert map_checkpoint_names["layers.0.mlp.up_proj.weight"] == (models.Place("model.layers.0.mlp.up_proj.weight"),)
+    assert map_checkpoint_names["layers.0.mlp.up_proj.weight"] == (
+        models.Place("model.layers.0.mlp.up_proj.weight"),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_every_dtype_is_read(dtype, tmp_path):
     values = torch.arange(12).reshape(3, 4).to(dtype)
-    save_file({"a": values, "b": values[:0], "c": values[1, 1].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": values, "b": values[:0], "c": values[1, 1].clone()}, tmp_path / "model.safetensors"
+    )
     checkpoint = open_checkpoint(tmp_path)
     for name, expected in {"a": values, "b": values[:0], "c": values[1, 1]}.items():
         found = checkpoint.read(name)
@@ -123,13 +142,17 @@ def test_every_dtype_is_read(dtype, tmp_path):
 
 def shards(folder):
     return write_sharded(
-        folder, {"a": torch.ones(3), "b": torch.zeros(2)}, {"a": "x.safetensors", "b": "y.safetensors"}
+        folder,
+        {"a": torch.ones(3), "b": torch.zeros(2)},
+        {"a": "x.safetensors", "b": "y.safetensors"},
     )
 
 
 def write_sharded(folder, tensors, weight_map):
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name, own in weight_map.items() if own == file}, folder / file)
+        save_file(
+            {name: tensors[name] for name, own in weight_map.items() if own == file}, folder / file
+        )
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -1,4 +1,5 @@
-"""A base that is read by shares: each process the rows that are its own, all others what `from_pretrained` makes."""
+"""A base that is read by shares: each process the rows that are its own, all others what
+`from_pretrained` makes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from veneer.train.sharding import shard
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification",
         "AutoModel")  # fmt: skip
-#: processes, of which one is played (torch remembers which): neither rows nor experts divide by them
+# : processes, of which one is played (torch remembers which): neither rows nor experts divide by
+# them
 COUNT, RANK = 3, 2
 CPU = torch.device("cpu")
 
@@ -43,35 +45,53 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def shared(folder: Path, auto: str, **fields: Any) -> Any:
-    """The model of a folder as a process of ``COUNT`` reads it, the others of which do not exist: torch's own stand-in
-    for a group gathers nothing."""
+    """The model of a folder as a process of ``COUNT`` reads it, the others of which do not exist:
+    torch's own stand-in for a group gathers nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=RANK, world_size=COUNT, store=FakeStore())
     try:
-        return load_head(folder, auto, precision="stored", device="cpu", spread=partial(shard, device=CPU), **fields)
+        return load_head(
+            folder,
+            auto,
+            precision="stored",
+            device="cpu",
+            spread=partial(shard, device=CPU),
+            **fields,
+        )
     finally:
         dist.destroy_process_group()
 
 
 def values(model: Any) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def must_be_share(model: Any, whole: Any) -> None:
-    """That ``model`` has the rows of ``whole`` that belong to a process, the same buffers, ties and marks."""
+    """That ``model`` has the rows of ``whole`` that belong to a process, the same buffers, ties and
+    marks."""
     ours, theirs = values(model), values(whole)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         here: Any = ours[name]
         if isinstance(value, torch.nn.Parameter):
-            assert (here.shape, here.dtype, here.requires_grad) == (value.shape, value.dtype, False), name
+            assert (here.shape, here.dtype, here.requires_grad) == (
+                value.shape,
+                value.dtype,
+                False,
+            ), name
             parts = value.detach().chunk(COUNT)
             expected = parts[RANK] if len(parts) > RANK else value.detach()[:0]
             torch.testing.assert_close(here.to_local(), expected, atol=0, rtol=0)
         else:
             torch.testing.assert_close(here, value, atol=0, rtol=0)
-    tied = [[{name for name, one in own.items() if one is value} for value in own.values()] for own in (ours, theirs)]
+    tied = [
+        [{name for name, one in own.items() if one is value} for value in own.values()]
+        for own in (ours, theirs)
+    ]
     assert tied[0] == tied[1]
     assert model.config.to_dict() == whole.config.to_dict()
 
@@ -92,7 +112,9 @@ def test_the_rows_of_a_process(name: str, tmp_path: Path) -> None:
 def test_no_weight_is_read_whole(tmp_path: Path, sizes: list[tuple[str, int]]) -> None:
     write_tiny(tmp_path, tie_word_embeddings=False)
     shared(tmp_path, "AutoModelForCausalLM")
-    whole = {name: value.nbytes for name, value in load_file(tmp_path / "model.safetensors").items()}
+    whole = {
+        name: value.nbytes for name, value in load_file(tmp_path / "model.safetensors").items()
+    }
     assert len({name for name, _ in sizes}) == len(sizes) == len(whole)
     rows = dict.fromkeys(whole, 256 + COUNT)
     assert all(size <= whole[name] / COUNT + rows[name] for name, size in sizes)

@@ -1,6 +1,7 @@
 """PEFT's own test models and configs, told again as rows of data, and what Veneer makes of each.
 
-``python -m tests.peft_cases`` runs every row in every way, prints the table and writes docs/peft-cases.md.
+``python -m tests.peft_cases`` runs every row in every way, prints the table and writes
+docs/peft-cases.md.
 
     models.py architectures.py   the models: small ones of each kind of layer; those of transformers at a toy's size
     rows.py                      what PEFT is asked to do on them: (model, tuner, fields of its config)

@@ -1,4 +1,5 @@
-"""Run the cases, print the table, write docs/peft-cases.md; fail if a result is wrong or a refusal has no reason."""
+"""Run the cases, print the table, write docs/peft-cases.md; fail if a result is wrong or a refusal
+has no reason."""
 
 from __future__ import annotations
 
@@ -40,13 +41,24 @@ def results(only: str) -> Iterator:
     for pair in several.PAIRS:
         if re.search(only, f"Two adapters / {pair.name}"):
             yield from several.results(pair)
-    yield from (result for result in matching.results() if re.search(only, f"Targets / {result.name}"))
+    yield from (
+        result for result in matching.results() if re.search(only, f"Targets / {result.name}")
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.peft_cases", description=__doc__)
-    parser.add_argument("only", nargs="?", default="", help="a pattern of families and names; then nothing is written")
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail if the page says something else")
+    parser.add_argument(
+        "only",
+        nargs="?",
+        default="",
+        help="a pattern of families and names; then nothing is written",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, and fail if the page says something else",
+    )
     arguments = parser.parse_args()
     silence()
     import peft
@@ -60,15 +72,22 @@ def main() -> int:
     for result in results(arguments.only):
         found.append(result)
         if result.status != EQUAL:
-            print(f"{result.status:8} {result.way:8} {result.name}\n    {' '.join(result.text.split())}", flush=True)
+            print(
+                f"{result.status:8} {result.way:8} {result.name}\n    {' '.join(result.text.split())}",
+                flush=True,
+            )
     versions = f"PEFT {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}."
     text = page(found, WAYS, versions)
     print(f"{len(found)} results: {summary(found)}")
     odd = unexplained(found)
     for result in odd:
-        print(f"Found: a refusal without a reason in page.py ({result.name}, {result.way}). Do: add one.")
+        print(
+            f"Found: a refusal without a reason in page.py ({result.name}, {result.way}). Do: add one."
+        )
     if arguments.check and text != (PAGE.read_text() if PAGE.exists() else ""):
-        print("Found: docs/peft-cases.md out of date. Do: python -m tests.peft_cases, and commit it.")
+        print(
+            "Found: docs/peft-cases.md out of date. Do: python -m tests.peft_cases, and commit it."
+        )
         return 1
     if not arguments.check and not arguments.only:
         PAGE.write_text(text)

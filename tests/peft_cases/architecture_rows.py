@@ -1,4 +1,5 @@
-"""Rows on models of transformers: the configs that PEFT's tests give to each of them, and their options one by one."""
+"""Rows on models of transformers: the configs that PEFT's tests give to each of them, and their
+options one by one."""
 
 from __future__ import annotations
 
@@ -42,7 +43,11 @@ def _decoder(projection: str, embedding: str, head: str) -> list[dict[str, Any]]
         {**_PLAIN, "trainable_token_indices": [0, 1, 3]},
         {"target_modules": "all-linear", "use_rslora": True},
         {"target_modules": [projection], "use_dora": True},
-        {"target_modules": [projection], "layers_to_transform": [1], "rank_pattern": {projection: 3}},
+        {
+            "target_modules": [projection],
+            "layers_to_transform": [1],
+            "rank_pattern": {projection: 3},
+        },
         {"target_modules": [projection, embedding], "r": 4},
         {"target_modules": [projection], "modules_to_save": [head]},
     ]
@@ -60,7 +65,11 @@ _LLAMA: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "init_lora_weights": "pissa"},
     {"target_modules": "all-linear", "init_lora_weights": "olora"},
     {"target_modules": "all-linear", "init_lora_weights": "orthogonal"},
-    {"target_modules": "all-linear", "exclude_modules": ["down_proj"], "alpha_pattern": {"q_proj": 1, "1.*up_proj": 2}},
+    {
+        "target_modules": "all-linear",
+        "exclude_modules": ["down_proj"],
+        "alpha_pattern": {"q_proj": 1, "1.*up_proj": 2},
+    },
     {"target_modules": r"^(?!.*mlp).*(?:q_proj|v_proj)(?=$|\.).*"},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     {"target_modules": ["lm_head"]},
@@ -78,7 +87,11 @@ _TIED: list[dict[str, Any]] = [
     _PLAIN,
     {**_PLAIN, "trainable_token_indices": [0, 1, 3]},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     {"target_modules": ["q_proj", "embed_tokens"]},
     {"target_modules": ["q_proj", "lm_head"]},
@@ -180,7 +193,11 @@ def _experts(experts: str) -> list[dict[str, Any]]:
         {"target_modules": [], "target_parameters": [f"0.{up}", f"0.{down}"]},
         {"target_parameters": [down, up], "r": 8, "lora_alpha": 32},
         {"target_modules": ["q_proj", "v_proj"], "target_parameters": [down]},
-        {"target_modules": ["q_proj"], "target_parameters": [up], "rank_pattern": {"experts.gate_up_proj": 2}},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": [up],
+            "rank_pattern": {"experts.gate_up_proj": 2},
+        },
     ]
 
 
@@ -198,19 +215,30 @@ _TUNERS: list[tuple[str, list[str], dict[str, Any]]] = [
     ("trainable_tokens", ["llama", "llama, tied", "t5", "bert"], {"token_indices": [0, 1, 3]}),
 ]  # fmt: skip
 _IMAGE_TUNERS: list[tuple[str, dict[str, Any]]] = [
-    ("loha", {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}),
-    ("lokr", {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]}),
+    (
+        "loha",
+        {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]},
+    ),
+    (
+        "lokr",
+        {"target_modules": ["convolution"], "modules_to_save": ["classifier", "normalization"]},
+    ),
 ]
 
 
 def architecture_rows() -> Iterator[Row]:
     for model, words in _DECODERS.items():
-        yield from (Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1) for fields in _decoder(*words))
+        yield from (
+            Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1)
+            for fields in _decoder(*words)
+        )
     for model in _BIASED:
         fields = {**_CAUSAL, "target_modules": [_DECODERS[model][0]], "bias": "all"}
         yield Row("Decoders", model, "lora", fields, 0.1)
     for model, configs in (("llama", _LLAMA), ("llama, tied", _TIED)):
-        yield from (Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1) for fields in configs)
+        yield from (
+            Row("Decoders", model, "lora", {**_CAUSAL, **fields}, 0.1) for fields in configs
+        )
     for model, words in _ENCODERS.items():
         yield from (Row("Encoders", model, "lora", fields, 0.1) for fields in _encoder(*words))
     families = {"Encoders and decoders": _SEQUENCES, "Classifiers": _CLASSIFIERS, "Images": _IMAGES}
@@ -218,7 +246,14 @@ def architecture_rows() -> Iterator[Row]:
         for model, configs in models.items():
             yield from (Row(family, model, "lora", fields, 0.1) for fields in configs)
     for model, experts in _MIXTURES.items():
-        yield from (Row("Mixtures of experts", model, "lora", fields, 0.1) for fields in _experts(experts))
+        yield from (
+            Row("Mixtures of experts", model, "lora", fields, 0.1) for fields in _experts(experts)
+        )
     for tuner, models, fields in _TUNERS:
-        yield from (Row("Other tuners, transformers", model, tuner, fields, 0.1) for model in models)
-    yield from (Row("Other tuners, transformers", "resnet", tuner, fields, 0.1) for tuner, fields in _IMAGE_TUNERS)
+        yield from (
+            Row("Other tuners, transformers", model, tuner, fields, 0.1) for model in models
+        )
+    yield from (
+        Row("Other tuners, transformers", "resnet", tuner, fields, 0.1)
+        for tuner, fields in _IMAGE_TUNERS
+    )

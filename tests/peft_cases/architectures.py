@@ -1,5 +1,6 @@
-"""Models of transformers and torchvision at a toy's size, with random weights: those on which PEFT's tests run, which
-take theirs from a hub. ``ARCHITECTURES[name]()`` is (the model in eval mode, the keyword arguments of a call)."""
+"""Models of transformers and torchvision at a toy's size, with random weights: those on which
+PEFT's tests run, which take theirs from a hub. ``ARCHITECTURES[name]()`` is (the model in eval
+mode, the keyword arguments of a call)."""
 
 from __future__ import annotations
 
@@ -42,9 +43,14 @@ def _two_texts() -> dict[str, Any]:
     return {**_text(), "decoder_input_ids": _ids(length=6)}
 
 
-def _add(name: str, inputs: Callable[[], dict[str, Any]], model: str, config: str, **sizes: Any) -> None:
+def _add(
+    name: str, inputs: Callable[[], dict[str, Any]], model: str, config: str, **sizes: Any
+) -> None:
     def build() -> Built:
-        made, example = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval(), inputs()
+        made, example = (
+            getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval(),
+            inputs(),
+        )
         with torch.no_grad():
             grow_up(made, example)
         return made, example
@@ -57,24 +63,57 @@ _add("opt", _text, "OPTForCausalLM", "OPTConfig", vocab_size=64, hidden_size=32,
 _add("gpt2", _text, "GPT2LMHeadModel", "GPT2Config", **_GPT)
 _add("gpt-j", _text, "GPTJForCausalLM", "GPTJConfig", **_GPT, rotary_dim=4)
 _add("gpt-neox", _text, "GPTNeoXForCausalLM", "GPTNeoXConfig", **_SIZES)
-_add("bloom", _text, "BloomForCausalLM", "BloomConfig", vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+_add(
+    "bloom",
+    _text,
+    "BloomForCausalLM",
+    "BloomConfig",
+    vocab_size=64,
+    hidden_size=32,
+    n_layer=2,
+    n_head=4,
+)
 _add("falcon", _text, "FalconForCausalLM", "FalconConfig", vocab_size=64, hidden_size=32, num_hidden_layers=2,
      num_attention_heads=4, alibi=False)  # fmt: skip
 _add("phi", _text, "PhiForCausalLM", "PhiConfig", **_SIZES)
 _add("llama", _text, "LlamaForCausalLM", "LlamaConfig", **_GROUPED)
 _add("llama, tied", _text, "LlamaForCausalLM", "LlamaConfig", **_GROUPED, tie_word_embeddings=True)
-_add("llama classifier", _text, "LlamaForSequenceClassification", "LlamaConfig", **_GROUPED, num_labels=3)
+_add(
+    "llama classifier",
+    _text,
+    "LlamaForSequenceClassification",
+    "LlamaConfig",
+    **_GROUPED,
+    num_labels=3,
+)
 _add("mistral", _text, "MistralForCausalLM", "MistralConfig", **_GROUPED)
 _add("qwen2", _text, "Qwen2ForCausalLM", "Qwen2Config", **_GROUPED)
 _add("qwen3", _text, "Qwen3ForCausalLM", "Qwen3Config", **_GROUPED, head_dim=8)
 _add("gemma", _text, "GemmaForCausalLM", "GemmaConfig", **_GROUPED, head_dim=8)
 _add("gemma3", _text, "Gemma3ForCausalLM", "Gemma3TextConfig", **_GROUPED, head_dim=8)
 _add("bert", _text, "BertModel", "BertConfig", **_SIZES)
-_add("bert classifier", _text, "BertForSequenceClassification", "BertConfig", **_SIZES, num_labels=3)
+_add(
+    "bert classifier", _text, "BertForSequenceClassification", "BertConfig", **_SIZES, num_labels=3
+)
 _add("bert tagger", _text, "BertForTokenClassification", "BertConfig", **_SIZES, num_labels=3)
 _add("roberta", _text, "RobertaModel", "RobertaConfig", **_SIZES)
-_add("roberta classifier", _text, "RobertaForSequenceClassification", "RobertaConfig", **_SIZES, num_labels=3)
-_add("deberta", _text, "DebertaModel", "DebertaConfig", **_SIZES, relative_attention=True, pos_att_type="c2p|p2c")
+_add(
+    "roberta classifier",
+    _text,
+    "RobertaForSequenceClassification",
+    "RobertaConfig",
+    **_SIZES,
+    num_labels=3,
+)
+_add(
+    "deberta",
+    _text,
+    "DebertaModel",
+    "DebertaConfig",
+    **_SIZES,
+    relative_attention=True,
+    pos_att_type="c2p|p2c",
+)
 _add("deberta-v2", _text, "DebertaV2Model", "DebertaV2Config", **_SIZES, relative_attention=True,
      position_buckets=4, pos_att_type="p2c|c2p", norm_rel_ebd="layer_norm", share_att_key=True)  # fmt: skip
 _add("t5", _two_texts, "T5ForConditionalGeneration", "T5Config", vocab_size=64, d_model=32, d_kv=8, d_ff=48,

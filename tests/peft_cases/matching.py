@@ -1,8 +1,10 @@
 """Which modules a config of PEFT means.
 
 read        ``veneer.formats.peft`` finds the paths that PEFT's own matching finds, for a folder of such a config
-at the root the same where some of the names are whole paths, which PEFT adapts whatever ``layers_to_transform`` says,
-            and where a list of blocks is the first part of a path, which it does not see without ``layers_pattern``
+at the root the same where some of the names are whole paths, which PEFT adapts whatever
+``layers_to_transform`` says,
+            and where a list of blocks is the first part of a path, which it does not see without
+            ``layers_pattern``
 attach      the config by docs/from-peft.md changes these modules; where there are none, PEFT and Veneer both refuse
 """
 
@@ -22,7 +24,8 @@ from veneer.formats.peft import expected_paths
 from .rows import Row
 from .ways import DiffersError, Result, tried
 
-#: what stands in one model: the same names at several depths, indices of one and more digits, names that end alike
+# : what stands in one model: the same names at several depths, indices of one and more digits,
+# names that end alike
 PATHS = [
     "foobar", "top.q_proj", "top.v_proj", "top.foo", "top.bar.0.baz", "top.bar.1.baz",
     "top.bar.1.spam.2.baz", "top.bar.2.spam.1.baz", "top.bar.10.baz", "top.bar.001.baz", "top.whatever.1.baz",
@@ -32,7 +35,15 @@ PATHS = [
     "transformer.h.1.mlp.c_fc", "transformer.h.10.mlp.c_fc", "layers.3.self_attn.k_proj", "layers.13.self_attn.k_proj",
 ]  # fmt: skip
 
-AT_THE_ROOT = ["baz", "q_proj", "c_fc", "bar.1.baz", "h.2.q_proj", "layers.1.c_fc", "layers.10.mlp.c_fc"]
+AT_THE_ROOT = [
+    "baz",
+    "q_proj",
+    "c_fc",
+    "bar.1.baz",
+    "h.2.q_proj",
+    "layers.1.c_fc",
+    "layers.10.mlp.c_fc",
+]
 
 CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["foo"]},
@@ -64,7 +75,11 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["attention.q_proj"]},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h"]},
     {"target_modules": ["q_proj"], "layers_to_transform": [2], "layers_pattern": ["h"]},
-    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 1, 2], "layers_pattern": ["h"]},
+    {
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [0, 1, 2],
+        "layers_pattern": ["h"],
+    },
     {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
     {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["top.q_proj"]},

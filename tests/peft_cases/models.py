@@ -1,6 +1,7 @@
 """Small models, one for each kind of layer that PEFT's tests adapt, with the names that these use.
 
-``MODELS`` maps a name to (builder, arguments of a call). All are built in float64: what is equal is equal to 1e-9.
+``MODELS`` maps a name to (builder, arguments of a call). All are built in float64: what is equal is
+equal to 1e-9.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {}
 
 
-def _model(name: str, inputs: Callable[[], Any], *args: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def _model(
+    name: str, inputs: Callable[[], Any], *args: Any
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Register a class, built with ``args``, as the model ``name``."""
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
@@ -30,7 +33,9 @@ def _vectors() -> tuple[Tensor, ...]:
     return (torch.randn(9, 10),)
 
 
-def _ids(shape: tuple[int, int] = (9, 2), vocabulary: int = 100) -> Callable[[], tuple[Tensor, ...]]:
+def _ids(
+    shape: tuple[int, int] = (9, 2), vocabulary: int = 100
+) -> Callable[[], tuple[Tensor, ...]]:
     def inputs() -> tuple[Tensor, ...]:
         ids = torch.randint(0, vocabulary, shape)
         ids[0, 0], ids[0, 1], ids[1, 0], ids[1, 1] = 0, 1, 3, 10  # the tokens that rows train
@@ -66,7 +71,11 @@ class MLPWithNorms(nn.Module):
 class MLPWithGRU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lin0, self.gru, self.fc = nn.Linear(10, 20), nn.GRU(20, 20, batch_first=True), nn.Linear(20, 2)
+        self.lin0, self.gru, self.fc = (
+            nn.Linear(10, 20),
+            nn.GRU(20, 20, batch_first=True),
+            nn.Linear(20, 2),
+        )
 
     def forward(self, x):
         return self.fc(self.gru(F.relu(self.lin0(x))[:, None])[0][:, 0])
@@ -118,7 +127,8 @@ class Inner(nn.Module):
 
 @_model("nested", _vectors)
 class Nested(nn.Module):
-    """The same name at several depths, so that a pattern for one of them must not mean the others."""
+    """The same name at several depths, so that a pattern for one of them must not mean the
+    others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +165,11 @@ class WideConv1D(nn.Module):
 class EmbWithGetter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed_tokens, self.conv1d, self.lin0 = nn.Embedding(100, 5), Conv1D(1, 5), nn.Linear(2, 2)
+        self.embed_tokens, self.conv1d, self.lin0 = (
+            nn.Embedding(100, 5),
+            Conv1D(1, 5),
+            nn.Linear(2, 2),
+        )
 
     def forward(self, ids):
         return self.lin0(F.relu(self.conv1d(self.embed_tokens(ids))).flatten(1))
@@ -190,7 +204,11 @@ class EmbWithSibling(nn.Module):
 class TwoEmbeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.emb_text, self.emb_image, self.lin0 = nn.Embedding(100, 10), nn.Embedding(100, 10), nn.Linear(10, 4)
+        self.emb_text, self.emb_image, self.lin0 = (
+            nn.Embedding(100, 10),
+            nn.Embedding(100, 10),
+            nn.Linear(10, 4),
+        )
 
     def forward(self, ids):
         return self.lin0(F.silu(self.emb_text(ids) + self.emb_image(ids)))
@@ -201,7 +219,11 @@ class TwoEmbeddings(nn.Module):
 class EmbeddingAndHead(nn.Module):
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
-        self.emb, self.linear, self.head = nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 100, bias=False)
+        self.emb, self.linear, self.head = (
+            nn.Embedding(100, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 100, bias=False),
+        )
         if tied:
             self.head.weight = self.emb.weight
 
@@ -237,7 +259,9 @@ class ModelConv2d(nn.Module):
         self.lin0 = nn.Linear(out * (4 - kernel) ** 2, 2)
 
     def forward(self, x):
-        return self.lin0(F.relu(self.conv2d(F.relu(self.first(x)).view(len(x), -1, 3, 3))).flatten(1))
+        return self.lin0(
+            F.relu(self.conv2d(F.relu(self.first(x)).view(len(x), -1, 3, 3))).flatten(1)
+        )
 
 
 @_model("Conv2d between linear layers", _vectors)
@@ -295,20 +319,32 @@ class MLPOfParameters(nn.Module):
 class ThreeKinds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.embed, self.conv2d = nn.Linear(40, 40), nn.Embedding(40, 40), nn.Conv2d(10, 20, 3, padding=1)
+        self.linear, self.embed, self.conv2d = (
+            nn.Linear(40, 40),
+            nn.Embedding(40, 40),
+            nn.Conv2d(10, 20, 3, padding=1),
+        )
 
     def forward(self, x):
         image = x.view(len(x), 10, 2, 2)
         return self.linear(x), self.embed((x.abs() * 10).long() % 40), self.conv2d(image)
 
 
-@_model("every kind that DoRA knows", lambda: (torch.randint(0, 30, (3, 8)), torch.randn(3, 3, 6, 6)))
+@_model(
+    "every kind that DoRA knows", lambda: (torch.randint(0, 30, (3, 8)), torch.randn(3, 3, 6, 6))
+)
 class EveryKind(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.conv1d = nn.Embedding(30, 12), nn.Conv1d(12, 16, 3, padding=1)
-        self.conv2d, self.linear1, self.linear2 = nn.Conv2d(3, 8, 3), nn.Linear(256, 16), nn.Linear(16, 4)
+        self.conv2d, self.linear1, self.linear2 = (
+            nn.Conv2d(3, 8, 3),
+            nn.Linear(256, 16),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, ids, image):
         text = F.relu(self.conv1d(self.embedding(ids).transpose(1, 2))).flatten(1)
-        return self.linear2(F.relu(self.linear1(torch.cat([text, F.relu(self.conv2d(image)).flatten(1)], 1))))
+        return self.linear2(
+            F.relu(self.linear1(torch.cat([text, F.relu(self.conv2d(image)).flatten(1)], 1)))
+        )

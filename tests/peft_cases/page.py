@@ -1,4 +1,5 @@
-"""The table of all results, and docs/peft-cases.md: counts by family and way, and every refusal by its reason."""
+"""The table of all results, and docs/peft-cases.md: counts by family and way, and every refusal by
+its reason."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ class Reason:
 
 _PEFT_SAVES = "Let PEFT save it as LoRA (`save_as_lora`), or merge it there and take the difference (`veneer extract`)."
 _FROM_ON = "Load it as the LoRA that it is, and select it from these tokens on: [aLoRA](from-peft.md#alora)."
-_REPEATED = "Load it on a base that has these layers: [Repeated layers](from-peft.md#repeated-layers)."
+_REPEATED = (
+    "Load it on a base that has these layers: [Repeated layers](from-peft.md#repeated-layers)."
+)
 _RESEARCH = r"kasa_config|velora_config|monteclora_config|use_bdlora"
-_GROUPS = "Neither can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."
+_GROUPS = (
+    "Neither can say the other's change: train the layer in full (`modules_to_save`, `train_also`)."
+)
 _FLAT = "Exclude that layer, or run each adapter on its rows alone; PEFT cannot mix them either."
 #: the first whose pattern a text has counts
 REASONS = [
@@ -52,7 +57,11 @@ REASONS = [
             "Keep the adapter beside the base, or train one with Veneer, which every reader of the weight sees.",
         ),
         ("peft_type '", "Other tuners of PEFT", _PEFT_SAVES),
-        (r"is no change of its weight|one product for all \d+ groups", "Convolutions in groups", _GROUPS),
+        (
+            r"is no change of its weight|one product for all \d+ groups",
+            "Convolutions in groups",
+            _GROUPS,
+        ),
         (
             r"out-projection \d times",
             "The out-projection of `nn.MultiheadAttention`, which PEFT applies twice",
@@ -68,7 +77,11 @@ REASONS = [
             "DoRA of a tied weight",
             "Load it with Veneer; for PEFT, untie the base and train both, or merge it.",
         ),
-        (r"do not hold the \d+ rows", "A model that flattens rows and tokens, in a mixed batch", _FLAT),
+        (
+            r"do not hold the \d+ rows",
+            "A model that flattens rows and tokens, in a mixed batch",
+            _FLAT,
+        ),
     )
 ]
 
@@ -79,7 +92,9 @@ def reason_of(text: str) -> Reason | None:
 
 def unexplained(results: Iterable[Result]) -> list[Result]:
     """Refusals with a text that no reason knows: each needs one, with what a user can do."""
-    return [result for result in results if result.status == REFUSED and reason_of(result.text) is None]
+    return [
+        result for result in results if result.status == REFUSED and reason_of(result.text) is None
+    ]
 
 
 def summary(results: Iterable[Result]) -> str:
@@ -117,7 +132,9 @@ def page(results: list[Result], ways: Mapping[str, str], versions: str) -> str:
     ]
     if wrong := [result for result in results if result.status == WRONG]:
         lines += ["", "## What is wrong", "", "| case | way | |", "|---|---|---|"]
-        lines += [f"| {_cell(result.name)} | {result.way} | {_cell(result.text)} |" for result in wrong]
+        lines += [
+            f"| {_cell(result.name)} | {result.way} | {_cell(result.text)} |" for result in wrong
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -128,9 +145,15 @@ def _counts(results: list[Result]) -> list[str]:
         own = [result for result in results if result.family == family]
         for way in dict.fromkeys(result.way for result in own):
             counts = Counter(result.status for result in own if result.way == way)
-            lines.append(f"| {family} | {way} | " + " | ".join(str(counts[s]) for s in (EQUAL, REFUSED, WRONG)) + " |")
+            lines.append(
+                f"| {family} | {way} | "
+                + " | ".join(str(counts[s]) for s in (EQUAL, REFUSED, WRONG))
+                + " |"
+            )
     counts = Counter(result.status for result in results)
-    lines.append("| **all** | | " + " | ".join(f"**{counts[s]}**" for s in (EQUAL, REFUSED, WRONG)) + " |")
+    lines.append(
+        "| **all** | | " + " | ".join(f"**{counts[s]}**" for s in (EQUAL, REFUSED, WRONG)) + " |"
+    )
     return lines
 
 
@@ -140,7 +163,9 @@ def _refusals(results: list[Result]) -> list[str]:
     for reason in [*REASONS, None]:
         own = [result for result in refused if reason_of(result.text) is reason]
         if own:
-            title, do = (reason.title, reason.do) if reason is not None else ("Without a reason", "")
+            title, do = (
+                (reason.title, reason.do) if reason is not None else ("Without a reason", "")
+            )
             lines += [f"### {title}: {len(own)}", "", do, "", f"> {_cell(own[0].text)}", ""]
             cases: dict[str, list[str]] = {}
             for result in own:

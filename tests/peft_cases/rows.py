@@ -1,8 +1,9 @@
 """What PEFT's tests ask of PEFT, as rows: a model, a tuner and the fields of its config.
 
-Of test_custom_models, test_decoder_models, test_encoder_decoder_models, test_feature_extraction_models,
-test_seq_classifier, test_vision_models, test_target_parameters, test_trainable_tokens, test_initialization,
-test_lora_variants, test_lora_conversion and test_vera of huggingface/peft, in our words and on models of our own.
+Of test_custom_models, test_decoder_models, test_encoder_decoder_models,
+test_feature_extraction_models, test_seq_classifier, test_vision_models, test_target_parameters,
+test_trainable_tokens, test_initialization, test_lora_variants, test_lora_conversion and test_vera
+of huggingface/peft, in our words and on models of our own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One case. ``fields``: of PEFT's config. ``noise``: the size of the random numbers. ``converted``: PEFT turns the
-    adapter into one of the unchanged base as it saves it. ``as_lora``: the rank to which PEFT converts another tuner as
-    it saves it, which is near. ``reloads``: what PEFT computes from its own folder is not quite what it saved, so that
-    only the folder can be a reference."""
+    """One case. ``fields``: of PEFT's config. ``noise``: the size of the random numbers.
+    ``converted``: PEFT turns the adapter into one of the unchanged base as it saves it.
+    ``as_lora``: the rank to which PEFT converts another tuner as it saves it, which is near.
+    ``reloads``: what PEFT computes from its own folder is not quite what it saved, so that only the
+    folder can be a reference."""
 
     family: str
     model: str
@@ -60,7 +62,11 @@ class Row:
 
 
 def _short(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, object) and hasattr(value, "__dataclass_fields__") else repr(value)
+    text = (
+        type(value).__name__
+        if isinstance(value, object) and hasattr(value, "__dataclass_fields__")
+        else repr(value)
+    )
     return text.replace("'", "")
 
 
@@ -103,7 +109,11 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["lin0", "lin1"], "exclude_modules": ".*1"},
         {"target_modules": ".*lin[01]"},
         {"target_modules": r"^(?!.*lin1).*lin\d(?=$|\.).*"},
-        {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin0": 5}},
+        {
+            "target_modules": ["lin0", "lin1"],
+            "rank_pattern": {"lin1": 2},
+            "alpha_pattern": {"lin0": 5},
+        },
         {"target_modules": ["lin0", "lin1"], "rank_pattern": {"lin.": 2}, "use_rslora": True},
     ],
     "mlp without biases": [
@@ -126,20 +136,36 @@ LORA: dict[str, list[dict[str, Any]]] = {
     "mlp of four": [
         {"target_modules": ["lin1", "lin2"]},
         {"target_modules": "all-linear", "exclude_modules": ["lin3"]},
-        {"target_modules": "all-linear", "rank_pattern": {"lin1": 4, "lin2": 12}, "alpha_pattern": {"lin2": 1}},
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"lin1": 4, "lin2": 12},
+            "alpha_pattern": {"lin2": 1},
+        },
         {"target_modules": ["lin0", "lin1", "lin2"], "use_dora": True, "rank_pattern": {"lin2": 3}},
     ],
     "deep mlp": [
         {"target_modules": ["lin0"]},
-        {"target_modules": ["lin0", "lin1"], "layers_to_transform": [0, 3, 11], "layers_pattern": "layers"},
+        {
+            "target_modules": ["lin0", "lin1"],
+            "layers_to_transform": [0, 3, 11],
+            "layers_pattern": "layers",
+        },
         {"target_modules": ["lin0", "head"], "layers_to_transform": [1], "r": 2},
-        {"target_modules": ["lin0", "head"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+        {
+            "target_modules": ["lin0", "head"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["layers"],
+        },
         {"target_modules": ["lin0", "lin1"], "layers_to_transform": 5, "layers_pattern": "layers"},
         {"target_modules": ["lin1"], "layers_to_transform": [10], "layers_pattern": ["layers"]},
         {"target_modules": r"layers\.(1|3|11)\.lin1"},
         {"target_modules": ["1.lin0"]},
         {"target_modules": ["lin0"], "rank_pattern": {"1.lin0": 3}},
-        {"target_modules": ["lin0"], "rank_pattern": {"^layers.1.lin0": 3}, "alpha_pattern": {"layers.1.lin0": 5}},
+        {
+            "target_modules": ["lin0"],
+            "rank_pattern": {"^layers.1.lin0": 3},
+            "alpha_pattern": {"layers.1.lin0": 5},
+        },
         {
             "target_modules": ["lin0"],
             "modules_to_save": ["head"],
@@ -198,7 +224,10 @@ LORA: dict[str, list[dict[str, Any]]] = {
     ],
     "two embeddings": [
         {"target_modules": ["emb_text", "emb_image"]},
-        {"target_modules": ["lin0"], "trainable_token_indices": {"emb_text": [0, 1], "emb_image": [3, 10]}},
+        {
+            "target_modules": ["lin0"],
+            "trainable_token_indices": {"emb_text": [0, 1], "emb_image": [3, 10]},
+        },
         {"target_modules": ["emb_text"], "trainable_token_indices": {"emb_image": [0, 1, 3]}},
     ],
     "tied embedding and head": [
@@ -216,7 +245,11 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["emb", "head"], "use_dora": True},
         {"target_modules": ["linear"], "modules_to_save": ["emb", "head"]},
         {"target_modules": ["linear"], "trainable_token_indices": {"emb": [0, 1, 3]}},
-        {"target_modules": "all-linear", "trainable_token_indices": {"emb": [10]}, "use_rslora": True},
+        {
+            "target_modules": "all-linear",
+            "trainable_token_indices": {"emb": [10]},
+            "use_rslora": True,
+        },
     ],
     "Conv1d": [{"target_modules": ["conv1d"]}, {"target_modules": ["conv1d"], "use_dora": True}],
     "larger Conv1d": [
@@ -230,7 +263,10 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["conv1d"], "use_dora": True},
         {"target_modules": ["lin0"], "modules_to_save": ["conv1d"]},
     ],
-    "Conv1d in groups": [{"target_modules": ["conv1d"]}, {"target_modules": ["lin0"], "modules_to_save": ["conv1d"]}],
+    "Conv1d in groups": [
+        {"target_modules": ["conv1d"]},
+        {"target_modules": ["lin0"], "modules_to_save": ["conv1d"]},
+    ],
     "Conv2d": [
         {"target_modules": ["conv2d"]},
         {"target_modules": ["conv2d", "lin0"]},
@@ -241,16 +277,29 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["conv2d"], "init_lora_weights": "gaussian"},
         {"target_modules": ["conv2d"], "modules_to_save": ["lin0"], "bias": "all"},
         {"target_modules": ["lin0"], "modules_to_save": ["conv2d"]},
-        {"target_modules": ["conv2d", "first"], "rank_pattern": {"conv2d": 2}, "alpha_pattern": {"first": 3}},
+        {
+            "target_modules": ["conv2d", "first"],
+            "rank_pattern": {"conv2d": 2},
+            "alpha_pattern": {"first": 3},
+        },
     ],
-    "Conv2d without a bias": [{"target_modules": ["conv2d"]}, {"target_modules": ["conv2d"], "use_dora": True}],
-    "Conv2d of kernel 1": [{"target_modules": ["conv2d"]}, {"target_modules": ["conv2d"], "use_dora": True}],
+    "Conv2d without a bias": [
+        {"target_modules": ["conv2d"]},
+        {"target_modules": ["conv2d"], "use_dora": True},
+    ],
+    "Conv2d of kernel 1": [
+        {"target_modules": ["conv2d"]},
+        {"target_modules": ["conv2d"], "use_dora": True},
+    ],
     "Conv2d in 8 groups": [
         {"target_modules": ["conv2d"]},
         {"target_modules": ["conv2d"], "use_dora": True},
         {"target_modules": ["lin0"], "modules_to_save": ["conv2d"]},
     ],
-    "Conv2d in 2 groups": [{"target_modules": ["conv2d"]}, {"target_modules": ["conv2d"], "use_dora": True}],
+    "Conv2d in 2 groups": [
+        {"target_modules": ["conv2d"]},
+        {"target_modules": ["conv2d"], "use_dora": True},
+    ],
     "Conv2d between linear layers": [
         {"target_modules": ["lin0", "conv2d"]},
         {"target_modules": ["lin0", "conv2d", "lin1"], "use_dora": True},
@@ -279,7 +328,12 @@ LORA: dict[str, list[dict[str, Any]]] = {
     ],
     "linear, embedding and Conv2d": [
         {"target_modules": ["linear", "embed", "conv2d"], "lora_alpha": 3, "r": 16},
-        {"target_modules": ["linear", "embed", "conv2d"], "lora_alpha": 3, "r": 16, "use_rslora": True},
+        {
+            "target_modules": ["linear", "embed", "conv2d"],
+            "lora_alpha": 3,
+            "r": 16,
+            "use_rslora": True,
+        },
         {
             "target_modules": ["linear", "embed", "conv2d"],
             "r": 8,
@@ -297,16 +351,35 @@ LORA: dict[str, list[dict[str, Any]]] = {
         {"target_modules": ["embed"], "init_lora_weights": False},
         {"target_modules": ["linear"], "init_lora_weights": "orthogonal"},
         {"target_modules": ["linear"], "init_lora_weights": "pissa"},
-        {"target_modules": ["linear"], "init_lora_weights": "pissa", "rank_pattern": {"linear": 32}},
+        {
+            "target_modules": ["linear"],
+            "init_lora_weights": "pissa",
+            "rank_pattern": {"linear": 32},
+        },
         {"target_modules": ["linear"], "init_lora_weights": "olora"},
-        {"target_modules": ["linear"], "init_lora_weights": "olora", "alpha_pattern": {"linear": 5}},
+        {
+            "target_modules": ["linear"],
+            "init_lora_weights": "olora",
+            "alpha_pattern": {"linear": 5},
+        },
         {"target_modules": ["linear"], "init_lora_weights": "pissa", "use_rslora": True},
     ],
     "every kind that DoRA knows": [
         {"target_modules": ["linear1", "linear2", "conv1d", "conv2d", "embedding"]},
-        {"target_modules": ["linear1", "linear2", "conv1d", "conv2d", "embedding"], "use_dora": True},
-        {"target_modules": ["linear1", "conv1d", "conv2d", "embedding"], "use_dora": True, "use_rslora": True},
-        {"target_modules": ["linear1", "embedding"], "bias": "all", "rank_pattern": {"embedding": 3}},
+        {
+            "target_modules": ["linear1", "linear2", "conv1d", "conv2d", "embedding"],
+            "use_dora": True,
+        },
+        {
+            "target_modules": ["linear1", "conv1d", "conv2d", "embedding"],
+            "use_dora": True,
+            "use_rslora": True,
+        },
+        {
+            "target_modules": ["linear1", "embedding"],
+            "bias": "all",
+            "rank_pattern": {"embedding": 3},
+        },
     ],
 }
 
@@ -397,7 +470,11 @@ TUNERS: list[tuple[str, str, list[dict[str, Any]]]] = [
 #: tuners that Veneer does not have, and whether PEFT can save them as LoRA
 OTHER: list[tuple[str, dict[str, Any], bool]] = [
     ("ia3", {"target_modules": ["lin0"], "feedforward_modules": ["lin0"]}, False),
-    ("oft", {"target_modules": ["lin0"], "r": 2, "oft_block_size": 0, "use_cayley_neumann": False}, False),
+    (
+        "oft",
+        {"target_modules": ["lin0"], "r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
+        False,
+    ),
     ("boft", {"target_modules": ["lin1"], "boft_block_size": 2}, False),
     ("hra", {"target_modules": ["lin0"]}, False),
     ("randlora", {"target_modules": ["lin0"], "randlora_alpha": 1}, True),
@@ -419,7 +496,9 @@ def custom_rows() -> Iterator[Row]:
         yield from (Row("LoRA, small models", model, "lora", fields) for fields in configs)
     for fields in _STARTS:
         fields = {"target_modules": ["linear"], **fields}
-        yield Row("LoRA, small models", "linear, embedding and Conv2d", "lora", fields, converted=True)
+        yield Row(
+            "LoRA, small models", "linear, embedding and Conv2d", "lora", fields, converted=True
+        )
     for fields in _research_options():
         yield Row("LoRA, small models", "mlp", "lora", {"target_modules": ["lin0"], **fields})
     for tuner, model, configs in TUNERS:
@@ -435,7 +514,10 @@ def _research_options() -> list[dict[str, Any]]:
         {"init_lora_weights": "mica", "r": 4},
         {"velora_config": peft.VeloraConfig(num_groups=2, init_type="random")},
         {"monteclora_config": peft.MontecloraConfig(num_samples=2)},
-        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["lin0"], nblocks=2, match_strict=False), "r": 4},
+        {
+            "use_bdlora": BdLoraConfig(target_modules_bd_a=["lin0"], nblocks=2, match_strict=False),
+            "r": 4,
+        },
         {"use_qalora": True, "qalora_group_size": 2},
     ]
 

@@ -35,8 +35,9 @@ WEIGHTS = [0.7, -1.2]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two configs on one model. ``mixes``: PEFT can mix them in one batch; if not, whole batches are the reference.
-    ``adds``: it can add them up; ``svd``: and decompose the sum, whose rank must be within what each weight allows."""
+    """Two configs on one model. ``mixes``: PEFT can mix them in one batch; if not, whole batches
+    are the reference. ``adds``: it can add them up; ``svd``: and decompose the sum, whose rank must
+    be within what each weight allows."""
 
     model: str
     a: Mapping[str, Any]
@@ -47,7 +48,9 @@ class Pair:
 
     @property
     def row(self) -> Row:
-        return Row("Two adapters", self.model, "lora", self.a, 0.3 if self.model in ways.MODELS else 0.1)
+        return Row(
+            "Two adapters", self.model, "lora", self.a, 0.3 if self.model in ways.MODELS else 0.1
+        )
 
     @property
     def name(self) -> str:
@@ -70,12 +73,22 @@ PAIRS = [
     # of sums with rsLoRA, PEFT's new adapter keeps the flag of the first and with it another scale
     Pair("mlp of four", _to("lin1", use_rslora=True), _to("lin1", r=3), adds=False),
     Pair("mlp of four", _to("lin1", "lin2", rank_pattern={"lin2": 2}), _to("lin1")),
-    Pair("mlp of four", _to("lin1", modules_to_save=["lin3"]), _to("lin1", modules_to_save=["lin3"]), adds=False),
+    Pair(
+        "mlp of four",
+        _to("lin1", modules_to_save=["lin3"]),
+        _to("lin1", modules_to_save=["lin3"]),
+        adds=False,
+    ),
     Pair("mlp of four", _to("lin1", modules_to_save=["lin3"]), _to("lin2"), **_APART),
     Pair("mlp of four", _to("lin1", use_dora=True), _to("lin1"), **_APART),
     Pair("mlp of four", _to("lin1", use_dora=True), _to("lin1", use_dora=True), **_APART),
     # PEFT has no sum of biases
-    Pair("mlp of four", _to("lin1", lora_bias=True), _to("lin1", "lin2", r=4, lora_bias=True), adds=False),
+    Pair(
+        "mlp of four",
+        _to("lin1", lora_bias=True),
+        _to("lin1", "lin2", r=4, lora_bias=True),
+        adds=False,
+    ),
     Pair("wide Conv1D", _to("emb", "conv1d", r=2), _to("emb", "conv1d", r=3)),
     Pair("wide Conv1D", _to("conv1d", r=2), _to("emb", r=3, modules_to_save=["lin0"]), **_APART),
     Pair("Conv2d between linear layers", _to("conv2d"), _to("conv2d", "lin0", r=4), **_CONV),
@@ -85,7 +98,9 @@ PAIRS = [
     Pair("llama", _ALL, {**_ALL, "r": 4, "lora_alpha": 16}),
     Pair("llama, tied", _to("q_proj"), _to("down_proj", r=4)),
     Pair("gpt2", _to("c_attn"), _to("c_attn", "c_fc", r=4)),
-    Pair("opt", _to("q_proj"), _to("fc1", "v_proj", r=4), mixes=False),  # it flattens rows and tokens
+    Pair(
+        "opt", _to("q_proj"), _to("fc1", "v_proj", r=4), mixes=False
+    ),  # it flattens rows and tokens
     Pair("qwen2", _to("q_proj"), _to("q_proj", "v_proj", r=4)),
     Pair("mistral", _to("q_proj"), {**_ALL, "r": 4}),
     Pair("t5", _to("q", "v"), _to("k", "wo", r=4)),
@@ -100,7 +115,9 @@ def results(pair: Pair) -> Iterator[Result]:
         case = _Case(pair, Path(name))
         yield case.tried("switch", case.switch)
         yield case.tried("rows", case.rows)
-        if not (pair.a.get("modules_to_save") or pair.b.get("modules_to_save")):  # of which PEFT merges the active one
+        if not (
+            pair.a.get("modules_to_save") or pair.b.get("modules_to_save")
+        ):  # of which PEFT merges the active one
             yield case.tried("stack", case.stack)
         if pair.adds:
             yield case.tried("both", case.both)
@@ -158,7 +175,9 @@ class _Case:
         count = len(whole[None])
         names = [(None, *NAMES)[number % 3] for number in range(count)]
         if self.pair.mixes:
-            expected = self.answer(self.theirs, adapter_names=[name or "__base__" for name in names])
+            expected = self.answer(
+                self.theirs, adapter_names=[name or "__base__" for name in names]
+            )
         else:
             expected = torch.stack([whole[name][number] for number, name in enumerate(names)])
         with veneer.use(self.model, names):
@@ -194,11 +213,15 @@ class _Case:
         veneer.compose([self.folder / name for name in NAMES], ours, weights=WEIGHTS)
         model = ways.fresh(self.row)
         veneer.load(model, ours)
-        within = 10 * self.near if kind == "cat" else max(1e-5, 10 * self.near)  # PEFT decomposes in 32 bits
+        within = (
+            10 * self.near if kind == "cat" else max(1e-5, 10 * self.near)
+        )  # PEFT decomposes in 32 bits
         must_equal(self.answer(model), expected, within, "composed")
         theirs = peft.PeftModel.from_pretrained(ways.fresh(self.row), ours).eval()
         must_equal(self.answer(theirs), expected, within, "composed, in PEFT")
-        self.theirs.save_pretrained(self.folder / "sums", selected_adapters=[name], save_embedding_layers=False)
+        self.theirs.save_pretrained(
+            self.folder / "sums", selected_adapters=[name], save_embedding_layers=False
+        )
         model = ways.fresh(self.row)
         veneer.load(model, self.folder / "sums" / name)
         must_equal(self.answer(model), expected, within, "added up by PEFT")

@@ -15,11 +15,18 @@ ROWS = rows()
 
 
 def quick() -> set[str]:
-    """The rows that bring a small model or an option that no row before them had, and one of transformers' models."""
-    names, seen = {"llama: lora, task_type=CAUSAL_LM, target_modules=all-linear, use_dora=True"}, set[str]()
+    """The rows that bring a small model or an option that no row before them had, and one of
+    transformers' models."""
+    names, seen = (
+        {"llama: lora, task_type=CAUSAL_LM, target_modules=all-linear, use_dora=True"},
+        set[str](),
+    )
     assert names <= {row.name for row in ROWS}
     for row in ROWS:
-        values = {row.model, *(f"{key}={value}" if key[:3] == "use" else key for key, value in row.fields.items())}
+        values = {
+            row.model,
+            *(f"{key}={value}" if key[:3] == "use" else key for key, value in row.fields.items()),
+        }
         if row.family == "LoRA, small models" and not values <= seen:
             names.add(row.name)
             seen |= values
@@ -87,7 +94,13 @@ def test_the_page_counts_and_explains():
     results = [
         Result("A family", "a case", "load", EQUAL),
         Result("A family", "a case", "around", EQUAL),
-        Result("A family", "another", "load", REFUSED, "Found: peft_type 'IA3'. Expected: 'LORA'. Do: convert it."),
+        Result(
+            "A family",
+            "another",
+            "load",
+            REFUSED,
+            "Found: peft_type 'IA3'. Expected: 'LORA'. Do: convert it.",
+        ),
         Result("A family", "a third", "load", REFUSED, "no reason that is known"),
         Result("A family", "a fourth", "load", WRONG, "loaded: 1e-1 apart"),
     ]

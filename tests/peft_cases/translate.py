@@ -25,7 +25,8 @@ NOT_OFFERED = {
 }  # fmt: skip
 #: ways to start that move no base weight, and the variant of ours
 STARTS = {"pissa": "pissa", "olora": "olora", "orthogonal": "orthogonal"}
-#: tuners of PEFT that have a variant of ours: (variant, its field for the rank, for alpha, default rank, default alpha)
+# : tuners of PEFT that have a variant of ours: (variant, its field for the rank, for alpha, default
+# rank, default alpha)
 TUNERS = {
     "adalora": ("adalora", "init_r", "lora_alpha", 12, 8),
     "loha": ("loha", "r", "alpha", 8, 8),
@@ -36,8 +37,11 @@ TUNERS = {
 _OTHER_FORMS = {"decompose_both", "decompose_factor", "use_effective_conv2d"}
 
 
-def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.Module], dict[str, Any]]]:
-    """(fields of ``veneer.LoraConfig``, what else ``attach`` is given) for a row that PEFT made into ``made``.
+def translated(
+    row: Row, made: nn.Module
+) -> tuple[dict[str, Any], Callable[[nn.Module], dict[str, Any]]]:
+    """(fields of ``veneer.LoraConfig``, what else ``attach`` is given) for a row that PEFT made
+    into ``made``.
 
     Raises:
         UntranslatedError: Veneer has no config that means it.
@@ -49,7 +53,9 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
         return _norms(fields, made), lambda model: {}
     if row.tuner != "lora" and row.tuner not in TUNERS:
         raise UntranslatedError
-    resolved = made.peft_config["default"].target_modules  # PEFT's default for a type of model, "all-linear" as names
+    resolved = made.peft_config[
+        "default"
+    ].target_modules  # PEFT's default for a type of model, "all-linear" as names
     targets = fields.get("target_modules") or resolved
     targets = _listed(resolved if targets == "all-linear" and _means_more(made) else targets or [])
     parameters = [*fields.get("target_parameters", [])]
@@ -69,7 +75,9 @@ def translated(row: Row, made: nn.Module) -> tuple[dict[str, Any], Callable[[nn.
             ours["exclude"] = [*ours.get("exclude", []), *saved]  # PEFT adapts nothing inside them
     if tokens := fields.get("trainable_token_indices"):
         ours["trainable_tokens"] = tokens
-    ours["bias"] = {"none": "none", "lora_only": "targets", "all": "all"}[fields.get("bias", "none")]
+    ours["bias"] = {"none": "none", "lora_only": "targets", "all": "all"}[
+        fields.get("bias", "none")
+    ]
     ours["dropout"] = fields.get("lora_dropout", 0.0)
     return {**ours, **_strength(row, fields, made)}, lambda model: {}
 
@@ -82,34 +90,41 @@ def _listed(targets: Any) -> Any:
 
 
 def _means_more(made: nn.Module) -> bool:
-    """Whether PEFT's "all-linear" means other layers than ours: the head of a task, which stands outside the base
-    model, and of an ``nn.MultiheadAttention`` the out-projection alone."""
+    """Whether PEFT's "all-linear" means other layers than ours: the head of a task, which stands
+    outside the base model, and of an ``nn.MultiheadAttention`` the out-projection alone."""
     model = made.base_model.model
     attention = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     base = getattr(model, "base_model", model)
-    return attention or (base is not model and getattr(model, "get_output_embeddings", lambda: None)() is None)
+    return attention or (
+        base is not model and getattr(model, "get_output_embeddings", lambda: None)() is None
+    )
 
 
 def _saved(made: nn.Module) -> list[str]:
-    """What PEFT trains whole: the modules that were named, and the heads that it adds for a task."""
+    """What PEFT trains whole: the modules that were named, and the heads that it adds for a
+    task."""
     names = made.peft_config["default"].modules_to_save or ()
     paths = [path for path, _ in made.base_model.model.named_modules()]
     return sorted(name for name in names if any(f".{path}".endswith(f".{name}") for path in paths))
 
 
 def _norms(fields: dict[str, Any], made: nn.Module) -> dict[str, Any]:
-    """PEFT's LNTuning: layers trained whole. Of ours these are targets that have no smaller change; matrices that are
-    trained whole are ``train_also``, which goes with a target."""
+    """PEFT's LNTuning: layers trained whole. Of ours these are targets that have no smaller change;
+    matrices that are trained whole are ``train_also``, which goes with a target."""
     targets = made.peft_config["default"].target_modules
     ours = {"targets": _listed(targets), "train_also": fields.get("modules_to_save", [])}
-    if any(_most(module) for module in made.base_model.model.modules() if isinstance(module, BaseTunerLayer)):
+    if any(
+        _most(module)
+        for module in made.base_model.model.modules()
+        if isinstance(module, BaseTunerLayer)
+    ):
         raise UntranslatedError
     return ours
 
 
 def _strength(row: Row, fields: dict[str, Any], made: nn.Module) -> dict[str, Any]:
-    """Variant, ranks and alphas. A rank that is larger than a weight allows is lowered to that, and its alpha with it,
-    so that the scale stays."""
+    """Variant, ranks and alphas. A rank that is larger than a weight allows is lowered to that, and
+    its alpha with it, so that the scale stays."""
     if row.tuner != "lora":
         variant, rank_field, alpha_field, rank, alpha = TUNERS[row.tuner]
         rank, alpha = fields.get(rank_field, rank), fields.get(alpha_field, alpha)
@@ -120,10 +135,14 @@ def _strength(row: Row, fields: dict[str, Any], made: nn.Module) -> dict[str, An
     usual = rank
     made_ranks, made_alphas = {}, {}
     for path, module in made.base_model.model.named_modules():
-        if not isinstance(module, LoraLayer if row.tuner == "lora" else BaseTunerLayer) or not (most := _most(module)):
+        if not isinstance(module, LoraLayer if row.tuner == "lora" else BaseTunerLayer) or not (
+            most := _most(module)
+        ):
             continue
         path = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-        own = module.r.get("default", rank) if row.tuner == "lora" and hasattr(module, "r") else rank
+        own = (
+            module.r.get("default", rank) if row.tuner == "lora" and hasattr(module, "r") else rank
+        )
         own_alpha = module.lora_alpha["default"] if row.tuner == "lora" else alpha
         allowed = min(own, most)
         if row.tuner != "lora":
@@ -140,7 +159,10 @@ def _strength(row: Row, fields: dict[str, Any], made: nn.Module) -> dict[str, An
     if alpha is not None:
         strength["alpha"] = alpha
     # by the module's path, or by that of the parameter where it is one of several
-    exact = {path: "re:{}([.]{})?".format(*map(re.escape, path.rsplit(".", 1))) for path in {*made_ranks, *made_alphas}}
+    exact = {
+        path: "re:{}([.]{})?".format(*map(re.escape, path.rsplit(".", 1)))
+        for path in {*made_ranks, *made_alphas}
+    }
     strength["ranks"] = {exact[path]: value for path, value in made_ranks.items()}
     strength["alphas"] = {exact[path]: value for path, value in made_alphas.items()}
     return {name: value for name, value in strength.items() if value != {}}
@@ -159,7 +181,8 @@ def _variant(fields: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _most(module: nn.Module) -> int:
-    """min(out, in) of the weight that a layer of PEFT changes; 0 if it has none that is a matrix."""
+    """min(out, in) of the weight that a layer of PEFT changes; 0 if it has none that is a
+    matrix."""
     layer = module.get_base_layer()
     weight = getattr(layer, getattr(module, "parameter_name", "weight"), None)
     if isinstance(layer, nn.MultiheadAttention):

@@ -8,7 +8,8 @@
     save      ``veneer.attach`` by the translated config, random numbers, saved: PEFT loads it and gives our outputs
     targets   the translated config means the modules that PEFT adapts
 
-A row that cannot be loaded ends there: it is refused once, and not for each way that would begin with loading.
+A row that cannot be loaded ends there: it is refused once, and not for each way that would begin
+with loading.
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ def _built(name: str, single: bool) -> tuple[nn.Module, tuple[Any, ...], dict[st
             build, inputs = MODELS[name]
             dtype, within = (torch.float32, 2e-5) if single else (torch.float64, 1e-9)
             model, args = build().to(dtype).eval(), inputs()
-            return model, tuple(x.to(dtype) if x.is_floating_point() else x for x in args), {}, within
+            return (
+                model,
+                tuple(x.to(dtype) if x.is_floating_point() else x for x in args),
+                {},
+                within,
+            )
         model, example = ARCHITECTURES[name]()
         return model, (), example, 2e-5
 
@@ -103,20 +109,25 @@ def must_change(actual: Tensor, base: Tensor, what: str) -> None:
         raise DiffersError(f"{what} changes nothing, so that the row shows nothing")
 
 
-# ---- PEFT's side -------------------------------------------------------------------------------------------------
+# ---- PEFT's side
+# -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def noise(theirs: nn.Module, size: float) -> None:
-    """Random numbers in everything that PEFT trains, so that nothing is hidden by a zero. What A has for a padding
-    token stays: it has no gradient."""
+    """Random numbers in everything that PEFT trains, so that nothing is hidden by a zero. What A
+    has for a padding token stays: it has no gradient."""
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad and "ranknum" not in name.split(
             "."
         ):  # AdaLoRA's count of ranks is no number to train
             parameter.add_(torch.randn_like(parameter) * size)
     for module in theirs.modules():
-        padding = getattr(module.get_base_layer(), "padding_idx", None) if isinstance(module, LoraLayer) else None
+        padding = (
+            getattr(module.get_base_layer(), "padding_idx", None)
+            if isinstance(module, LoraLayer)
+            else None
+        )
         for A in module.lora_embedding_A.values() if padding is not None else ():
             A[:, padding] = 0
 
@@ -135,7 +146,9 @@ def by_peft(row: Row, folder: Path) -> tuple[nn.Module, Path]:
 
         save_as_lora(folder / "theirs", theirs, rank=row.as_lora)
     elif row.converted:
-        theirs.save_pretrained(folder / "theirs", path_initial_model_for_weight_conversion=str(start))
+        theirs.save_pretrained(
+            folder / "theirs", path_initial_model_for_weight_conversion=str(start)
+        )
     else:
         theirs.save_pretrained(folder / "theirs", save_embedding_layers=False)
     return theirs, folder / "theirs"
@@ -149,10 +162,13 @@ def peft_loads(row: Row, folder: Path) -> nn.Module:
 def adapted(theirs: nn.Module) -> set[str]:
     """The paths of the modules that PEFT wrapped for a low-rank change."""
     wrapped = theirs.base_model.model.named_modules()
-    return {path.replace(".base_layer", "") for path, module in wrapped if isinstance(module, LoraLayer)}
+    return {
+        path.replace(".base_layer", "") for path, module in wrapped if isinstance(module, LoraLayer)
+    }
 
 
-# ---- the ways ----------------------------------------------------------------------------------------------------
+# ---- the ways
+# ----------------------------------------------------------------------------------------------------
 
 
 def tried(family: str, name: str, way: str, run: Callable[[], Any]) -> Result:
@@ -163,7 +179,9 @@ def tried(family: str, name: str, way: str, run: Callable[[], Any]) -> Result:
         return Result(family, name, way, REFUSED, str(refusal))
     except DiffersError as difference:
         return Result(family, name, way, WRONG, str(difference))
-    except Exception as failure:  # of a case among hundreds: the table shows it, and the program fails
+    except (
+        Exception
+    ) as failure:  # of a case among hundreds: the table shows it, and the program fails
         return Result(family, name, way, WRONG, f"{type(failure).__name__}: {failure}")
     return Result(family, name, way, EQUAL)
 
@@ -184,13 +202,21 @@ def results(row: Row) -> Iterator[Result]:
                 must_equal(reference, output(row, made), near(row) * 10, "PEFT's own reload")
             must_change(reference, base, row.name)
         except Exception as failure:  # the row is no case: PEFT itself cannot do it
-            yield Result(row.family, row.name, "PEFT", WRONG, f"PEFT itself: {type(failure).__name__}: {failure}")
+            yield Result(
+                row.family,
+                row.name,
+                "PEFT",
+                WRONG,
+                f"PEFT itself: {type(failure).__name__}: {failure}",
+            )
             return
         yield from _from_peft(row, written, folder, base, reference)
         yield from _to_peft(row, folder, base, made)
 
 
-def _from_peft(row: Row, written: Path, folder: Path, base: Tensor, reference: Tensor) -> Iterator[Result]:
+def _from_peft(
+    row: Row, written: Path, folder: Path, base: Tensor, reference: Tensor
+) -> Iterator[Result]:
     model = fresh(row)
     before = bits(model)
 
@@ -239,7 +265,8 @@ def must_be_for_peft(folder: Path) -> None:
 
 
 class NotForPeftError(VeneerError):
-    """A folder of ours that PEFT refuses, as it would compute something else: the text is the folder's own."""
+    """A folder of ours that PEFT refuses, as it would compute something else: the text is the
+    folder's own."""
 
     def __init__(self, said: str) -> None:
         Exception.__init__(self, said)
@@ -257,10 +284,14 @@ def _to_peft(row: Row, folder: Path, base: Tensor, made: nn.Module) -> Iterator[
         handle = veneer.attach(model, veneer.LoraConfig.from_dict(fields), **start(model))
         if row.tuner == "lora":
             expected = {_first_name(row, path) for path in adapted(made)}
-            low = (path for path, change in handle.changes.items() if change.rank)  # rank 0: trained tokens alone
+            low = (
+                path for path, change in handle.changes.items() if change.rank
+            )  # rank 0: trained tokens alone
             changed = {_first_name(row, path.rpartition(".")[0]) for path in low}
             if changed != expected:
-                raise DiffersError(f"PEFT adapts {sorted(expected)}, this config means {sorted(changed)}")
+                raise DiffersError(
+                    f"PEFT adapts {sorted(expected)}, this config means {sorted(changed)}"
+                )
 
     yield (attached := _tried(row, "targets", attach))
     if attached.status != EQUAL:

@@ -1,4 +1,5 @@
-"""Keys: what a file may say, who may do what, and that a key learns nothing of what it may not use."""
+"""Keys: what a file may say, who may do what, and that a key learns nothing of what it may not
+use."""
 
 from __future__ import annotations
 
@@ -31,7 +32,16 @@ KEYS = ring(
 def test_a_key_is_found_by_its_hash_alone():
     assert KEYS.find("Bearer alice").name == "alice"
     assert KEYS.find("bearer  alice").name == "alice"
-    for wrong in (None, "", "alice", "Basic alice", "Bearer", "Bearer ", "Bearer Alice", f"Bearer {hash_of('alice')}"):
+    for wrong in (
+        None,
+        "",
+        "alice",
+        "Basic alice",
+        "Bearer",
+        "Bearer ",
+        "Bearer Alice",
+        f"Bearer {hash_of('alice')}",
+    ):
         assert KEYS.find(wrong) is None
     assert KEYS.find("Bearer " + "x" * 10_000) is None
     assert Keyring().find(None) is ANYONE
@@ -68,7 +78,9 @@ def test_a_generated_key_is_read_again(tmp_path):
     file = tmp_path / "keys.toml"
     file.write_text(f"# keys\n{entry}\n{more}", encoding="utf-8")
     found = read_keys(file)
-    assert found.find(f"Bearer {key}") == Key("alice", hash_of(key), ("french-*", 'odd"name', "ü"), False, True)
+    assert found.find(f"Bearer {key}") == Key(
+        "alice", hash_of(key), ("french-*", 'odd"name', "ü"), False, True
+    )
     assert found.find(f"Bearer {other}") == Key("bob", hash_of(other))
     assert key not in file.read_text(encoding="utf-8")
     assert len(key) > 40
@@ -113,7 +125,8 @@ def test_names_that_a_key_cannot_have(name):
         generate(name)
 
 
-# ---------------------------------------------------------------------------------------------- behind a server
+# ----------------------------------------------------------------------------------------------
+# behind a server
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +135,9 @@ def it(tmp_path_factory):
         yield served
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/french", "/v1/adapters", "/metrics", "/v1/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/french", "/v1/adapters", "/metrics", "/v1/nothing"]
+)
 def test_no_key_and_a_wrong_key_are_401(it, path):
     for key in (None, "wrong"):
         with it.http(key) as http:
@@ -182,7 +197,10 @@ def test_admin_routes_need_an_admin_key(it):
         with it.http(key) as http:
             assert http.get("/metrics").status_code == 403
             assert http.post("/v1/load_lora_adapter", json=body).status_code == 403
-            assert http.post("/v1/unload_lora_adapter", json={"lora_name": "french"}).status_code == 403
+            assert (
+                http.post("/v1/unload_lora_adapter", json={"lora_name": "french"}).status_code
+                == 403
+            )
     assert it.bank.loads == 0
     with it.http("operator") as http:
         assert http.get("/metrics").status_code == 200

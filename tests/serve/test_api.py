@@ -1,4 +1,5 @@
-"""The HTTP API as the `openai` client speaks it, on a real port; what the engine behind it says is given."""
+"""The HTTP API as the `openai` client speaks it, on a real port; what the engine behind it says is
+given."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 TEXT = "w0 w1 w2 w3 w4 w5 w6 w7 "
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------
+# models
 
 
 def test_models(client):
@@ -47,7 +49,9 @@ def test_models(client):
         client.models.retrieve("italian")
 
 
-@pytest.mark.parametrize(("model", "blend"), [(BASE, {}), ("french", {"french": 1}), (f"{BASE}:german", {"german": 1})])
+@pytest.mark.parametrize(
+    ("model", "blend"), [(BASE, {}), ("french", {"french": 1}), (f"{BASE}:german", {"german": 1})]
+)
 def test_a_model_is_the_base_or_an_adapter(it, client, model, blend):
     answer = client.chat.completions.create(model=model, messages=HELLO)
     assert answer.model == model
@@ -61,7 +65,9 @@ def test_a_blend_is_a_field_of_its_own(it, client):
     with pytest.raises(openai.BadRequestError, match="model 'tiny'"):
         client.completions.create(model="french", prompt="a", extra_body={"adapters": weights})
     with pytest.raises(openai.NotFoundError):
-        client.completions.create(model=BASE, prompt="a", extra_body={"adapters": {"french": 1, "italian": 1}})
+        client.completions.create(
+            model=BASE, prompt="a", extra_body={"adapters": {"french": 1, "italian": 1}}
+        )
 
 
 def test_an_adapter_that_appears_in_the_folder_is_found(it, client):
@@ -71,13 +77,18 @@ def test_an_adapter_that_appears_in_the_folder_is_found(it, client):
     assert "late" in [card.id for card in client.models.list()]
 
 
-# ---------------------------------------------------------------------------------------------- chat
+# ----------------------------------------------------------------------------------------------
+# chat
 
 
 def test_chat(it, client):
     answer = client.chat.completions.create(model="french", messages=HELLO)
     (choice,) = answer.choices
-    assert (choice.message.content, choice.message.role, choice.finish_reason) == (TEXT, "assistant", "stop")
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == (
+        TEXT,
+        "assistant",
+        "stop",
+    )
     assert choice.logprobs is None
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     request = it.engine.seen[-1]
@@ -94,7 +105,9 @@ def test_chat_stream(client):
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXT
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXT
+    )
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 8
     assert chunks[-2].choices[0].finish_reason == "stop"
@@ -119,7 +132,9 @@ def test_no_text_of_a_model_ends_an_event(it, monkeypatch):
 
 def test_chat_stream_of_several_answers(client):
     texts = {0: "", 1: "", 2: ""}
-    for chunk in client.chat.completions.create(model=BASE, messages=HELLO, n=3, seed=10, stream=True, max_tokens=2):
+    for chunk in client.chat.completions.create(
+        model=BASE, messages=HELLO, n=3, seed=10, stream=True, max_tokens=2
+    ):
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
     firsts = [sample_seed(10, index) for index in range(3)]
@@ -132,18 +147,31 @@ def test_what_is_asked_reaches_the_engine(it, client):
         logprobs=True, top_logprobs=2, n=2, extra_body={"top_k": 9, "ignore_eos": True},
     )  # fmt: skip
     sampling = it.engine.seen[-1].sampling
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (5, 0.3, 0.9, 9)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (
+        5,
+        0.3,
+        0.9,
+        9,
+    )
     assert (sampling.stop, sampling.logprobs, sampling.ignore_eos) == (("w7", "x"), 2, True)
-    assert [request.sampling.seed for request in it.engine.seen[-2:]] == [sample_seed(4, 0), sample_seed(4, 1)]
+    assert [request.sampling.seed for request in it.engine.seen[-2:]] == [
+        sample_seed(4, 0),
+        sample_seed(4, 1),
+    ]
 
 
 def test_stop(client):
     answer = client.chat.completions.create(model=BASE, messages=HELLO, stop="w3")
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("w0 w1 w2 ", "stop")
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (
+        "w0 w1 w2 ",
+        "stop",
+    )
 
 
 def test_chat_logprobs(client):
-    answer = client.chat.completions.create(model=BASE, messages=HELLO, max_tokens=1, logprobs=True, top_logprobs=2)
+    answer = client.chat.completions.create(
+        model=BASE, messages=HELLO, max_tokens=1, logprobs=True, top_logprobs=2
+    )
     (shown,) = answer.choices[0].logprobs.content
     assert (shown.token, shown.logprob, shown.bytes) == ("w0 ", -0.5, list(b"w0 "))
     assert [(top.token, top.logprob) for top in shown.top_logprobs] == [("x0", -1.0), ("x1", -2.0)]
@@ -157,7 +185,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
     [
         ({"type": "text"}, None),
         ({"type": "json_object"}, {"type": "object"}),
-        ({"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}, SCHEMA),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+            SCHEMA,
+        ),
     ],
 )
 def test_response_format(it, client, form, schema):
@@ -180,7 +211,8 @@ def test_messages_of_every_form(it, client):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [(None, "/v1/completions"), ("{{ raise_exception('only one') }}", "only one")]
+    ("template", "said"),
+    [(None, "/v1/completions"), ("{{ raise_exception('only one') }}", "only one")],
 )
 def test_a_template_that_is_not_there_or_refuses(it, client, monkeypatch, template, said):
     monkeypatch.setattr(it.service.tokenizer, "chat_template", template)
@@ -189,7 +221,8 @@ def test_a_template_that_is_not_there_or_refuses(it, client, monkeypatch, templa
     assert caught.value.param == "messages"
 
 
-# ---------------------------------------------------------------------------------------------- completions
+# ----------------------------------------------------------------------------------------------
+# completions
 
 
 def test_probabilities_are_written_out_beside_the_loop(client, monkeypatch):
@@ -197,7 +230,9 @@ def test_probabilities_are_written_out_beside_the_loop(client, monkeypatch):
     from veneer.serve import answers
 
     loops, made = [], answers._choice
-    monkeypatch.setattr(answers, "_choice", lambda *args: loops.append(asyncio._get_running_loop()) or made(*args))
+    monkeypatch.setattr(
+        answers, "_choice", lambda *args: loops.append(asyncio._get_running_loop()) or made(*args)
+    )
     client.chat.completions.create(model=BASE, messages=HELLO, logprobs=True, n=2)
     assert loops == [None, None]
 
@@ -211,7 +246,9 @@ def test_completion(it, client):
 
 
 def test_completions_of_lists(it, client):
-    answer = client.completions.create(model=BASE, prompt=["a", "bc"], n=2, seed=0, max_tokens=1, echo=True)
+    answer = client.completions.create(
+        model=BASE, prompt=["a", "bc"], n=2, seed=0, max_tokens=1, echo=True
+    )
     seeds = [sample_seed(0, index) for index in range(4)]  # of one call, no two answers share draws
     assert [choice.text for choice in answer.choices] == [
         f"{text}w{seed} " for text, seed in zip(("a", "a", "bc", "bc"), seeds, strict=True)
@@ -226,22 +263,29 @@ def test_completions_of_lists(it, client):
 
 
 def test_completion_stream(client):
-    chunks = list(client.completions.create(model=BASE, prompt="a", stream=True, max_tokens=2, echo=True))
+    chunks = list(
+        client.completions.create(model=BASE, prompt="a", stream=True, max_tokens=2, echo=True)
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks) == "aw0 w1 "
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_completion_logprobs(client, stream):
-    answer = client.completions.create(model=BASE, prompt="a", max_tokens=2, logprobs=1, stream=stream)
-    shown = [chunk.choices[0].logprobs for chunk in answer] if stream else [answer.choices[0].logprobs]
+    answer = client.completions.create(
+        model=BASE, prompt="a", max_tokens=2, logprobs=1, stream=stream
+    )
+    shown = (
+        [chunk.choices[0].logprobs for chunk in answer] if stream else [answer.choices[0].logprobs]
+    )
     assert [token for part in shown for token in part.tokens] == ["w0 ", "w1 "]
     assert [offset for part in shown for offset in part.text_offset] == [0, 3]
     assert shown[0].top_logprobs[0] == {"x0": -1.0}
     assert shown[0].token_logprobs[0] == -0.5
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------------
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -290,7 +334,9 @@ def test_harmless_and_neutral_fields_pass(client):
 )  # fmt: skip
 def test_bad_values_are_refused(it, fields):
     with it.http() as http:
-        answer = http.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO, **fields})
+        answer = http.post(
+            "/v1/chat/completions", json={"model": BASE, "messages": HELLO, **fields}
+        )
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -340,8 +386,16 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
 )  # fmt: skip
 def test_what_is_wrong_with_a_body_is_said_of_what_was_sent(it, fields, said):
     """pydantic's first words were "Input should be a valid string" for most of these."""
-    route = "chat/completions" if "messages" in fields else "embeddings" if "input" in fields else "completions"
-    rest = {} if route == "embeddings" else {"messages": HELLO} if "chat" in route else {"prompt": "a"}
+    route = (
+        "chat/completions"
+        if "messages" in fields
+        else "embeddings"
+        if "input" in fields
+        else "completions"
+    )
+    rest = (
+        {} if route == "embeddings" else {"messages": HELLO} if "chat" in route else {"prompt": "a"}
+    )
     with it.http() as http:
         answer = http.post(f"/v1/{route}", json={"model": BASE, **rest, **fields})
     error = answer.json()["error"]
@@ -356,10 +410,14 @@ def test_what_is_wrong_with_a_body_is_said_of_what_was_sent(it, fields, said):
      b'{"model": "\\ud800"}', b'{"seed": ' + b"9" * 10_000 + b"}"],
     ids=["empty", "open", "list", "null", "twice", "nan", "bytes", "deep", "surrogate", "digits"],
 )  # fmt: skip
-@pytest.mark.parametrize("route", ["chat/completions", "completions", "embeddings", "load_lora_adapter"])
+@pytest.mark.parametrize(
+    "route", ["chat/completions", "completions", "embeddings", "load_lora_adapter"]
+)
 def test_bodies_that_are_no_json(it, route, body):
     with it.http() as http:
-        answer = http.post(f"/v1/{route}", content=body, headers={"Content-Type": "application/json"})
+        answer = http.post(
+            f"/v1/{route}", content=body, headers={"Content-Type": "application/json"}
+        )
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -413,13 +471,24 @@ def test_a_body_of_another_type_is_refused(it):
 def test_a_field_that_means_nothing_without_another_is_refused(it, route, fields, param):
     """As OpenAI refuses it; it was taken and ignored."""
     with it.http() as http:
-        body = {"model": BASE, "messages": HELLO} if "chat" in route else {"model": BASE, "prompt": "a"}
+        body = (
+            {"model": BASE, "messages": HELLO}
+            if "chat" in route
+            else {"model": BASE, "prompt": "a"}
+        )
         answer = http.post(f"/v1/{route}", json={**body, **fields})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
         assert param in answer.json()["error"]["message"]
-        nothing = {"top_logprobs": 0, "max_tokens": 3, "max_completion_tokens": 3} if "chat" in route else {}
-        assert http.post(f"/v1/{route}", json={**body, **nothing, "stream_options": None}).status_code == 200
+        nothing = (
+            {"top_logprobs": 0, "max_tokens": 3, "max_completion_tokens": 3}
+            if "chat" in route
+            else {}
+        )
+        assert (
+            http.post(f"/v1/{route}", json={**body, **nothing, "stream_options": None}).status_code
+            == 200
+        )
 
 
 def test_tokens_and_prompts_that_cannot_be(it, client):
@@ -446,7 +515,8 @@ def test_unknown_routes_and_methods(it):
             assert answer.json()["error"]["message"]
 
 
-# ---------------------------------------------------------------------------------------------- failures of the engine
+# ----------------------------------------------------------------------------------------------
+# failures of the engine
 
 
 @pytest.fixture
@@ -543,7 +613,8 @@ def test_no_thread_stays(it, client, engine):
     until(lambda: threading.active_count() <= before + 1)
 
 
-# ---------------------------------------------------------------------------------------------- the tokenizer's thread
+# ---------------------------------------------------------------------------------------------- the
+# tokenizer's thread
 
 
 @pytest.fixture
@@ -563,7 +634,9 @@ def read(it, monkeypatch):
 def test_a_text_that_cannot_fit_is_refused_by_its_beginning(it, read, route):
     """A whole one of 1 MB took the tokenizer a second or two, for which everybody waited."""
     text = "a" * 900_000
-    said = {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    said = (
+        {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    )
     with it.http() as http:
         answer = http.post(f"/v1/{route}", json={"model": BASE, **said})
     error = answer.json()["error"]
@@ -578,7 +651,9 @@ def test_others_have_the_tokenizer_between_the_prompts_of_one_call(it, client, r
         begun, go = threading.Event(), threading.Event()
         it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
         assert begun.wait(10)
-        many = pool.submit(client.completions.create, model=BASE, prompt=["b" * 400] * 64, max_tokens=1)
+        many = pool.submit(
+            client.completions.create, model=BASE, prompt=["b" * 400] * 64, max_tokens=1
+        )
         until(lambda: it.service.reading)
         waited = it.service.reading
         short = pool.submit(client.completions.create, model=BASE, prompt="short", max_tokens=1)

@@ -21,7 +21,15 @@ CHAT = {
     "top_logprobs": 2, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
     "adapters": {"french": 0.5},
 }  # fmt: skip
-TEXT = {"model": "french", "prompt": ["a", "b"], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 1, "stream": True}
+TEXT = {
+    "model": "french",
+    "prompt": ["a", "b"],
+    "max_tokens": 2,
+    "echo": True,
+    "logprobs": 1,
+    "n": 1,
+    "stream": True,
+}
 VECTORS = {"model": BASE, "input": "a", "encoding_format": "base64", "dimensions": 3}
 LOAD = {"lora_name": "new", "lora_path": "french", "load_inplace": True, "pin": True}
 BODIES = {
@@ -31,7 +39,10 @@ BODIES = {
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
 )
 
 
@@ -64,11 +75,17 @@ def http(it):
 
 def survives(answer):
     assert answer.status_code < 500, answer.text
-    if answer.status_code >= 400 and answer.content and "json" in answer.headers.get("content-type", ""):
+    if (
+        answer.status_code >= 400
+        and answer.content
+        and "json" in answer.headers.get("content-type", "")
+    ):
         assert answer.json()["error"]["message"]
 
 
-cases = st.sampled_from(sorted(BODIES)).flatmap(lambda route: st.tuples(st.just(route), mutated(BODIES[route])))
+cases = st.sampled_from(sorted(BODIES)).flatmap(
+    lambda route: st.tuples(st.just(route), mutated(BODIES[route]))
+)
 
 
 def bodies(http, examples):
@@ -94,7 +111,10 @@ def test_many_bodies(http):
 
 def test_bytes(http):
     @settings(**FEW)
-    @given(st.sampled_from(sorted(BODIES)), st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+    @given(
+        st.sampled_from(sorted(BODIES)),
+        st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
+    )
     def run(route, content):
         survives(http.post(route, content=content, headers={"Content-Type": "application/json"}))
 
@@ -105,7 +125,9 @@ def test_paths_and_headers(http):
     words = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=30)
 
     @settings(**FEW)
-    @given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]), words, words, words)
+    @given(
+        st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]), words, words, words
+    )
     def run(method, path, query, value):
         headers = {"Authorization": value, "Content-Type": value, "Accept": value, "Expect": value}
         try:
@@ -117,14 +139,21 @@ def test_paths_and_headers(http):
     run()
 
 
-# ---------------------------------------------------------------------------------------------- described requests
+# ----------------------------------------------------------------------------------------------
+# described requests
 
 
 def described(it, examples):
-    """Requests that schemathesis makes of what the server says of itself: right ones and wrong ones."""
+    """Requests that schemathesis makes of what the server says of itself: right ones and wrong
+    ones."""
     description = schemathesis.openapi.from_dict(httpx.get(f"{it.url}/openapi.json").json())
     operations = [found.ok() for found in description.get_all_operations()]
-    assert {operation.path for operation in operations} >= {*BODIES, "/v1/models", "/v1/adapters", "/metrics"}
+    assert {operation.path for operation in operations} >= {
+        *BODIES,
+        "/v1/models",
+        "/v1/adapters",
+        "/metrics",
+    }
     for operation in operations:
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
 

@@ -36,14 +36,26 @@ def bucket(monkeypatch, tmp_path):
 
 def test_what_is_pushed_to_a_bucket_is_served_by_all_within_seconds(bucket, tmp_path):
     base = write_tiny(tmp_path / "base")
-    made = [make_adapter(tmp_path / f"made-{seed}", seed, rank=2, targets="all-linear") for seed in range(2)]
+    made = [
+        make_adapter(tmp_path / f"made-{seed}", seed, rank=2, targets="all-linear")
+        for seed in range(2)
+    ]
     push(made[0], f"{bucket}/french")
     body = {"prompt": "abc", "max_tokens": 12, "temperature": 0}
-    with listening(open_service(base, bucket)) as (one, _), listening(open_service(base, bucket)) as (other, _):
+    with (
+        listening(open_service(base, bucket)) as (one, _),
+        listening(open_service(base, bucket)) as (other, _),
+    ):
 
         def answers(model):
-            replies = [httpx.post(f"{url}/v1/completions", json={**body, "model": model}) for url in (one, other)]
-            return [reply.json()["choices"][0]["text"] if reply.is_success else None for reply in replies]
+            replies = [
+                httpx.post(f"{url}/v1/completions", json={**body, "model": model})
+                for url in (one, other)
+            ]
+            return [
+                reply.json()["choices"][0]["text"] if reply.is_success else None
+                for reply in replies
+            ]
 
         before = answers("french")
         assert before[0] == before[1] is not None

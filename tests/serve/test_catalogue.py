@@ -1,4 +1,5 @@
-"""The adapter folder: what is found in it, that nothing leads out of it, and what a restart remembers."""
+"""The adapter folder: what is found in it, that nothing leads out of it, and what a restart
+remembers."""
 
 from __future__ import annotations
 
@@ -92,7 +93,8 @@ def test_no_folder(tmp_path):
         catalogue.unload("a")
 
 
-# ---------------------------------------------------------------------------------------------- nothing leads out
+# ----------------------------------------------------------------------------------------------
+# nothing leads out
 
 ESCAPES = [
     "..", "../outside", "french/../../outside", "/etc", "./french", "french/.", "french//", "", "//", "french\0", "\0",
@@ -148,7 +150,9 @@ def test_no_path_leaves_the_folder(tmp_path_factory, where):
     assert path.is_relative_to(folder.resolve())
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".a", "-a", "a b", "a\0", "é", "a" * 129, BASE, "a:b", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..", ".a", "-a", "a b", "a\0", "é", "a" * 129, BASE, "a:b", "a\n"]
+)
 def test_names_that_cannot_be(folder, name):
     with pytest.raises(Refusal) as caught:
         opened(folder).load(name, "french")
@@ -166,7 +170,8 @@ def test_a_memory_that_leads_out_is_not_followed(linked):
     assert opened(linked).refresh() == ("french", "german")
 
 
-# ---------------------------------------------------------------------------------------------- load, unload, restart
+# ----------------------------------------------------------------------------------------------
+# load, unload, restart
 
 
 def test_a_loaded_name_is_there_after_a_restart(folder):
@@ -200,7 +205,11 @@ def test_two_servers_of_one_folder_forget_nothing_of_each_other(folder):
     servers = [opened(folder), opened(folder)]
     with ThreadPoolExecutor(2) as pool:
         done = [
-            pool.submit(lambda s=server, n=number: [s.load(f"s{n}-{i}", "runs/7/adapter") for i in range(25)])
+            pool.submit(
+                lambda s=server, n=number: [
+                    s.load(f"s{n}-{i}", "runs/7/adapter") for i in range(25)
+                ]
+            )
             for number, server in enumerate(servers)
         ]
         for one in done:
@@ -283,7 +292,9 @@ def test_a_memory_that_never_ends(folder):
         make(folder / STATE_FILE)
         with pytest.raises(ConfigError, match="no regular file"):
             opened(folder)
-        (folder / STATE_FILE).rmdir() if (folder / STATE_FILE).is_dir() else (folder / STATE_FILE).unlink()
+        (folder / STATE_FILE).rmdir() if (folder / STATE_FILE).is_dir() else (
+            folder / STATE_FILE
+        ).unlink()
 
 
 def test_a_name_that_is_the_bases_now_is_not_served_twice(folder):
@@ -323,7 +334,8 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     assert catalogue._bank.pinned == {"french"}
 
 
-# ---------------------------------------------------------------------------------------------- a library
+# ---------------------------------------------------------------------------------------------- a
+# library
 
 
 @pytest.fixture
@@ -352,7 +364,8 @@ def test_a_library(library):
     assert library.list()[0].name == "one"
 
 
-# ---------------------------------------------------------------------------------------------- over HTTP
+# ----------------------------------------------------------------------------------------------
+# over HTTP
 
 
 def test_routes_as_vllm_has_them(folder):
@@ -372,7 +385,10 @@ def test_routes_as_vllm_has_them(folder):
         assert entries["fr"] == {
             "name": "fr", "resident": True, "bytes": 100, "pinned": False, "users": 0, "rank": 4, "variant": "lora",
         }  # fmt: skip
-        assert post("unload", lora_name="fr") == (200, "Success: LoRA adapter 'fr' removed successfully.")
+        assert post("unload", lora_name="fr") == (
+            200,
+            "Success: LoRA adapter 'fr' removed successfully.",
+        )
         assert post("unload", lora_name="fr")[0] == 404
         assert post("load", lora_name="new")[0] == 400
         assert post("load", lora_name="new", lora_path="none")[0] == 404
@@ -384,7 +400,9 @@ def test_routes_as_vllm_has_them(folder):
 
 def test_served_json_says_what_a_client_was_told(folder):
     with serving(folder) as it, it.http() as http:
-        http.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "french", "pin": True})
+        http.post(
+            "/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "french", "pin": True}
+        )
         http.post("/v1/unload_lora_adapter", json={"lora_name": "german"})
     assert json.loads((folder / STATE_FILE).read_text()) == {
         "format": 1, "names": {"a": {"path": "french"}}, "pinned": ["a"], "hidden": ["german"],

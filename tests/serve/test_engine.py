@@ -1,4 +1,5 @@
-"""The engine: what it answers, beside transformers' own generate; who leaves when; that nothing is left behind."""
+"""The engine: what it answers, beside transformers' own generate; who leaves when; that nothing is
+left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tests.support.serving import MODELS, OTHERS, SHAPE, Client, Recorder, alone, asked, make, prompts
+from tests.support.serving import (
+    MODELS,
+    OTHERS,
+    SHAPE,
+    Client,
+    Recorder,
+    alone,
+    asked,
+    make,
+    prompts,
+)
 from tests.support.tiny import tiny_tokenizer
 
 from veneer.errors import BankFullError, ConfigError
@@ -49,7 +60,12 @@ def opened(tokenizer):
 def clean(engine) -> bool:
     """No number of a row that left is in the slots."""
     both = (engine._slots, engine._aside)
-    return all(not one.abs().sum() for slots in both for layer in slots.kept for one in (layer.keys, layer.values))
+    return all(
+        not one.abs().sum()
+        for slots in both
+        for layer in slots.kept
+        for one in (layer.keys, layer.values)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +102,10 @@ def test_an_architecture_whose_logits_differ_on_slots_is_refused(tokenizer, monk
     monkeypatch.setattr(  # depends on what the call was given, as an attention with a mask of its own kind would
         attention,
         "forward",
-        lambda self, *a, **k: (own(self, *a, **k)[0] * (1 if k.get("cache") is None else 1.5), None),
+        lambda self, *a, **k: (
+            own(self, *a, **k)[0] * (1 if k.get("cache") is None else 1.5),
+            None,
+        ),
     )
     with pytest.raises(ConfigError, match="differ by"):
         Engine(model, tokenizer)
@@ -138,14 +157,18 @@ def test_no_call_is_larger_than_prefill_and_two_of_them_have_a_decode_call_betwe
         return decode(slots, tokens, lengths)
 
     engine._forward.fill, engine._forward.decode = filling, decoding
-    clients = [Client(engine, asked(ask, 30, ignore_eos=True)) for ask in [(5,) * 4, *prompts(12, 60)]]
+    clients = [
+        Client(engine, asked(ask, 30, ignore_eos=True)) for ask in [(5,) * 4, *prompts(12, 60)]
+    ]
     engine.start()
     for client in clients:
         client.wait()
     assert max(size for kind, size in sizes if kind == "fill") <= 20
     assert max(size for kind, size in sizes if kind == "decode") == 8
     kinds = [kind for kind, _ in sizes]
-    assert not any(kinds[i] == kinds[i + 1] == "fill" for i in range(kinds.index("decode"), len(kinds) - 1))
+    assert not any(
+        kinds[i] == kinds[i + 1] == "fill" for i in range(kinds.index("decode"), len(kinds) - 1)
+    )
 
 
 def test_a_row_that_is_used_again_knows_nothing_of_the_one_before(opened, tokenizer):
@@ -179,7 +202,12 @@ def test_the_models_own_calls_go_on_beside_it(opened):
     """generate of the same model, with padding and masks, while the engine is open."""
     model = make("gemma2")  # whose own attention is "eager", with float masks
     ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
-    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "attention_mask": (ids > 0).long(),
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     before = model.generate(ids, **options)
     engine = opened(model)
     assert torch.equal(model.generate(ids, **options), before)
@@ -210,14 +238,20 @@ def test_a_model_whose_attention_is_changed_under_the_engine_answers_with_an_err
 
 @pytest.mark.parametrize(("kind", "limit"), [("default", 256), ("dynamic", 64), ("longrope", 64)])
 def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind, limit):
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope)
     assert context(config) == limit
 
 
-# ---------------------------------------------------------------------------------------------- adapters
+# ----------------------------------------------------------------------------------------------
+# adapters
 
 
 def test_each_row_of_each_call_runs_with_its_lease(opened):
@@ -225,7 +259,9 @@ def test_each_row_of_each_call_runs_with_its_lease(opened):
     engine = opened(bank=bank, rows=3, prefill=64)
     bank.calls.clear()  # of the trial
     blends = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.5}]
-    clients = [Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True)) for blend in blends]
+    clients = [
+        Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True)) for blend in blends
+    ]
     for client in clients:
         assert client.wait().finish == "length"
     assert not bank.held
@@ -273,7 +309,9 @@ def test_an_adapter_for_which_there_is_no_memory_waits_for_a_lease_to_be_given_b
 
     bank = Small(failing={"huge": BankFullError("larger than all memory")})
     engine = opened(start=False, bank=bank, rows=2)
-    clients = [Client(engine, asked((5, 6), 6, blend={name: 1.0}, ignore_eos=True)) for name in "aabbacab"]
+    clients = [
+        Client(engine, asked((5, 6), 6, blend={name: 1.0}, ignore_eos=True)) for name in "aabbacab"
+    ]
     huge = Client(engine, asked((5, 6), 6, blend={"huge": 1.0}))
     engine.start()
     assert [client.wait().finish for client in clients] == ["length"] * 8
@@ -305,7 +343,8 @@ def test_an_adapter_with_many_requests_does_not_starve_another(opened):
 
 @pytest.mark.parametrize("blends", [False, True], ids=["adapters", "weights of one blend"])
 def test_a_backlog_gets_its_share_beside_24_who_ask_again_when_they_are_answered(blends, opened):
-    """More blends than rows and places ahead: a blend is idle for a moment between two of its requests."""
+    """More blends than rows and places ahead: a blend is idle for a moment between two of its
+    requests."""
     engine = opened(start=False, bank=Recorder(), rows=4, prefill=64, queue=1000)
     answers, over = Counter(), threading.Event()
 
@@ -337,7 +376,9 @@ def test_a_key_with_24_adapters_gets_what_a_key_with_one_gets(opened):
     for number in range(240):
         for name, blend in (("many", {f"a{number % 24}": 1.0}), ("one", {"a0": 1.0})):
             note = lambda piece, name=name: answers.update([name] if piece.finish else [])  # noqa: E731
-            Client(engine, replace(asked((5, 6, 7), 4, blend=blend, ignore_eos=True), owner=name), note)
+            Client(
+                engine, replace(asked((5, 6, 7), 4, blend=blend, ignore_eos=True), owner=name), note
+            )
     with torch.inference_mode():
         while sum(answers.values()) < 200:
             engine.step()
@@ -363,7 +404,8 @@ def test_in_float32_a_seed_gives_the_same_answer_whoever_else_is_in_the_batch(na
         one.wait()
 
 
-# ---------------------------------------------------------------------------------------------- ends
+# ----------------------------------------------------------------------------------------------
+# ends
 
 
 def test_a_schema_whose_mask_fails_ends_its_request_alone(opened, caplog):
@@ -418,7 +460,9 @@ def test_a_request_is_cancelled_in_every_state(state, opened):
     elif state == "over":
         client = Client(engine, asked((5, 6), 2, blend={"a": 1.0})).wait()
     else:
-        client = Client(engine, asked((5, 6), 2, blend={"cold" if state == "loading" else "a": 1.0}))
+        client = Client(
+            engine, asked((5, 6), 2, blend={"cold" if state == "loading" else "a": 1.0})
+        )
         time.sleep(0.05)
     client.ticket.cancel()
     if state == "queued":
@@ -473,7 +517,10 @@ def test_an_exception_in_a_call_ends_the_requests_of_that_call_alone(call, opene
     assert failed.wait().finish == "error"
     assert "out of luck" in failed.error
     if call == "fill":
-        assert running.wait().tokens == Client(engine, asked((5, 6), 60, ignore_eos=True)).wait().tokens
+        assert (
+            running.wait().tokens
+            == Client(engine, asked((5, 6), 60, ignore_eos=True)).wait().tokens
+        )
     assert "out of luck" in caplog.text
     assert Client(engine, asked((7, 8, 9), 4)).wait().tokens == alone(model, (7, 8, 9), 4)
     assert not engine._bank.held
@@ -584,7 +631,9 @@ def test_the_observer_is_told(opened):
     assert engine.drain(10)
     engine.close()
     names = [one[0] for one in told]
-    assert [names.index(name) for name in ("queued", "started", "tokens", "first_token", "finished")] == [
+    assert [
+        names.index(name) for name in ("queued", "started", "tokens", "first_token", "finished")
+    ] == [
         0,
         1,
         2,
@@ -620,7 +669,12 @@ def test_200_requests_that_vanish_leave_nothing(opened):
     clients = []
     for number, ask in enumerate(prompts(200, 40)):
         blend = {draw.choice("abc"): 1.0}
-        clients.append(Client(engine, asked(ask, draw.randint(1, 30), blend=blend, ignore_eos=True, id=str(number))))
+        clients.append(
+            Client(
+                engine,
+                asked(ask, draw.randint(1, 30), blend=blend, ignore_eos=True, id=str(number)),
+            )
+        )
         if draw.random() < 0.7:
             draw.choice(clients).ticket.cancel()
         if draw.random() < 0.2:
@@ -641,7 +695,9 @@ def test_a_stop_token_is_the_last_of_its_answer(opened):
     engine = opened()
     first = Client(engine, asked((5, 6, 7), 12, ignore_eos=True)).wait()
     place = next(i for i in range(2, 12) if first.tokens[i] not in first.tokens[:i])
-    cut = Client(engine, asked((5, 6, 7), 12, ignore_eos=True, stop_tokens=frozenset({first.tokens[place]}))).wait()
+    cut = Client(
+        engine, asked((5, 6, 7), 12, ignore_eos=True, stop_tokens=frozenset({first.tokens[place]}))
+    ).wait()
     assert cut.tokens == first.tokens[: place + 1]
     assert cut.finish == "stop"
 

@@ -1,4 +1,5 @@
-"""The engine and the bank: requests of many adapters in one batch are answered as by a merged model each."""
+"""The engine and the bank: requests of many adapters in one batch are answered as by a merged model
+each."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def test_64_mixed_requests_at_once_are_those_of_merged_models(capacity, serving,
     wanted = [alone(models[name], ask, 8) for ask, name in asks]
     base = [alone(models[None], ask, 8) for ask, _ in asks]
     assert sum(a != b for a, b in zip(wanted, base, strict=True)) > 24  # adapters show
-    clients = [Client(engine, asked(ask, 8, blend={name: 1.0} if name else {})) for ask, name in asks]
+    clients = [
+        Client(engine, asked(ask, 8, blend={name: 1.0} if name else {})) for ask, name in asks
+    ]
     assert [client.wait().tokens for client in clients] == wanted
     if largest is not None:
         assert bank.nbytes <= largest
@@ -98,7 +101,12 @@ def test_blends_run_beside_others(serving):
     engine.close()
     for (ask, blend), tokens in zip(asks, found, strict=True):
         ids = torch.tensor([ask])
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         assert bank.generate(ids, adapters=[blend], **options)[0, len(ask) :].tolist() == tokens
 
 
@@ -120,7 +128,10 @@ def test_a_removed_adapter_serves_those_who_have_it_and_its_name_can_be_another(
     other = Client(engine, asked((5, 6, 7), 60, blend={"plain": 1.0}, ignore_eos=True))
     same = Client(engine, asked((5, 6, 7), 60, blend={"tall": 1.0}, ignore_eos=True))
     assert other.wait().tokens == same.wait().tokens != running.wait().tokens
-    assert running.tokens[:8] == alone(merged(folders, "plain"), (5, 6, 7), 8) or 2 in running.tokens[:8]
+    assert (
+        running.tokens[:8] == alone(merged(folders, "plain"), (5, 6, 7), 8)
+        or 2 in running.tokens[:8]
+    )
 
 
 def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
@@ -154,4 +165,6 @@ def test_who_needs_memory_that_others_always_use_is_answered(serving, folders):
     over.set()
     for one in busy:
         one.wait()
-    assert after - before < 500  # not the 1,500 after which they end; few, but a busy machine reads the file slowly
+    assert (
+        after - before < 500
+    )  # not the 1,500 after which they end; few, but a busy machine reads the file slowly

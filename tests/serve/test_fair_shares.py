@@ -1,4 +1,5 @@
-"""Shares of the whole server over a minute: 25 clients of the `openai` package, a real model, more blends than rows."""
+"""Shares of the whole server over a minute: 25 clients of the `openai` package, a real model, more
+blends than rows."""
 
 from __future__ import annotations
 
@@ -18,19 +19,26 @@ SECONDS = 60.0
 
 
 async def asked(url: str, clients: list[tuple[str, str, str, dict, int]]) -> Counter:
-    """Tokens that each client was given in ``SECONDS``. A client is (name, key, model, fields, requests at a time)."""
+    """Tokens that each client was given in ``SECONDS``. A client is (name, key, model, fields,
+    requests at a time)."""
     got: Counter = Counter()
     end = time.monotonic() + SECONDS
 
     async def ask(client: openai.AsyncOpenAI, name: str, model: str, fields: dict) -> None:
         while time.monotonic() < end:
             answer = await client.completions.create(
-                model=model, prompt="a b c", max_tokens=12, extra_body={"ignore_eos": True, **fields}
+                model=model,
+                prompt="a b c",
+                max_tokens=12,
+                extra_body={"ignore_eos": True, **fields},
             )
             if time.monotonic() < end:
                 got[name] += answer.usage.completion_tokens
 
-    opened = {key: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for _, key, *_ in clients}
+    opened = {
+        key: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+        for _, key, *_ in clients
+    }
     try:
         await asyncio.gather(
             *(
@@ -73,9 +81,19 @@ def test_blends_of_one_key_get_one_keys_share(place):
     keys = Keyring(tuple(Key(name, hash_of(key), ("*",)) for name, key in sent.items()))
     clients = [("one", sent["one"], "a0", {}, 20)]
     for number in range(24):
-        clients.append((f"many {number}", sent["many"], "tiny", {"adapters": {"a0": 1.0, "a1": number / 24}}, 1))
+        clients.append(
+            (
+                f"many {number}",
+                sent["many"],
+                "tiny",
+                {"adapters": {"a0": 1.0, "a1": number / 24}},
+                1,
+            )
+        )
     with listening(open_service(*place, rows=8, keys=keys)) as (url, _):
         got = asyncio.run(asked(url, clients))
     one = got["one"] / sum(got.values())
-    print(f"\n{sum(got.values())} tokens; the key with one adapter {one:.2f}, the key with 24 blends {1 - one:.2f}")
+    print(
+        f"\n{sum(got.values())} tokens; the key with one adapter {one:.2f}, the key with 24 blends {1 - one:.2f}"
+    )
     assert 0.4 <= one <= 0.6

@@ -1,5 +1,5 @@
-"""Before the replicas: where a request goes, and what becomes of it when its replica dies. Without Ray, and without a
-model."""
+"""Before the replicas: where a request goes, and what becomes of it when its replica dies. Without
+Ray, and without a model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,18 @@ def test_adapters_are_shared_out_and_stay_where_they_are():
 
 def test_a_replica_without_a_free_row_gives_way_to_the_next():
     first, second, third = routing.order("french", REPLICAS)
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [[first], [second], [third]]
+    assert routing.groups("french", dict.fromkeys(REPLICAS, 0), 4)[:3] == [
+        [first],
+        [second],
+        [third],
+    ]
     assert routing.groups("french", {first: 4, second: 3, third: 0}, 4)[:2] == [[second], [third]]
-    assert routing.groups("french", dict.fromkeys(REPLICAS, 9), 4) == [[*REPLICAS]]  # whoever has least
-    assert routing.groups("", dict.fromkeys(REPLICAS, 0), 4) == [[*REPLICAS]]  # the base is in all of them
+    assert routing.groups("french", dict.fromkeys(REPLICAS, 9), 4) == [
+        [*REPLICAS]
+    ]  # whoever has least
+    assert routing.groups("", dict.fromkeys(REPLICAS, 0), 4) == [
+        [*REPLICAS]
+    ]  # the base is in all of them
 
 
 @pytest.mark.parametrize(
@@ -58,8 +66,8 @@ def test_the_adapter_of_a_request(body, adapter):
 
 
 class Fleet:
-    """A gateway before applications in this process. ``dying``: after how many messages of an answer the next attempts
-    are lost."""
+    """A gateway before applications in this process. ``dying``: after how many messages of an
+    answer the next attempts are lost."""
 
     def __init__(self, tmp_path, *, replicas=2, keys=None, hosts=None):
         self.services = [
@@ -68,7 +76,9 @@ class Fleet:
         ]
         self.applications = [create(service) for service in self.services]
         self.dying, self.asked, self.left = [], [], []
-        self.gateway = Gateway("tiny", keys or Keyring(), hosts, self.ask, self.ask_all, (LostError,))
+        self.gateway = Gateway(
+            "tiny", keys or Keyring(), hosts, self.ask, self.ask_all, (LostError,)
+        )
 
     async def ask(self, adapter, request, body):
         self.asked.append(adapter)
@@ -123,7 +133,9 @@ def test_a_stream_begins_anew_only_before_its_first_event(fleet):
     fleet.dying = [3]
     answer = fleet.request("POST", "/v1/completions", json={**BODY, "stream": True})
     assert len(fleet.asked) == 3
-    *events, last = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    *events, last = [
+        json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line
+    ]
     assert len(events) == 2
     assert all("choices" in event for event in events)
     assert last["error"]["code"] == "replica_lost"
@@ -167,9 +179,21 @@ def test_a_client_that_goes_away_leaves_the_replica(fleet):
             began.set()
 
         sent, began = [], asyncio.Event()
-        first = {"type": "http.request", "body": json.dumps({**BODY, "stream": True, "max_tokens": 100}).encode()}
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": ""}
-        scope |= {"http_version": "1.1", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")]}
+        first = {
+            "type": "http.request",
+            "body": json.dumps({**BODY, "stream": True, "max_tokens": 100}).encode(),
+        }
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "root_path": "",
+        }
+        scope |= {
+            "http_version": "1.1",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }
         task = asyncio.ensure_future(fleet.gateway.app(scope, receive, send))
         await began.wait()
         task.cancel()
@@ -184,7 +208,11 @@ def test_the_numbers_of_all_replicas_are_on_one_page(fleet):
         fleet.request("POST", "/v1/completions", json=BODY)
     page = fleet.request("GET", "/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
-    counts = dict(re.findall(r'^veneer_http_responses_total{replica="(.)",status="200"} (\S+)$', page.text, re.M))
+    counts = dict(
+        re.findall(
+            r'^veneer_http_responses_total{replica="(.)",status="200"} (\S+)$', page.text, re.M
+        )
+    )
     assert {name: float(count) for name, count in counts.items()} == {"a": 1.0, "b": 2.0}
     assert len(re.findall(r"^# TYPE veneer_http_responses_total counter$", page.text, re.M)) == 1
 
@@ -200,7 +228,8 @@ def test_a_replica_that_dies_while_the_numbers_are_read(fleet):
 
 @pytest.mark.parametrize("more", [True, False])
 def test_a_replica_that_dies_after_the_last_byte_of_an_answer_broke_nothing(more):
-    """What is sent after the end would break the connection, and with it the client's next request."""
+    """What is sent after the end would break the connection, and with it the client's next
+    request."""
     start = {"type": "http.response.start", "status": 200, "headers": []}
     body = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": more}
     sent = []
@@ -219,7 +248,10 @@ def test_a_replica_that_dies_after_the_last_byte_of_an_answer_broke_nothing(more
 
 
 def test_pages_that_differ_are_merged():
-    pages = {"a": b'# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r"} 2.0\n', "b": b""}
+    pages = {
+        "a": b'# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r"} 2.0\n',
+        "b": b"",
+    }
     assert (
         merged(pages).decode()
         == '# HELP x_total X.\n# TYPE x_total counter\nx_total{adapter="f\\"r",replica="a"} 2.0\n'

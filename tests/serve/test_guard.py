@@ -1,4 +1,5 @@
-"""What clients may send, hold and wait for: bodies, heads, connections, slow readers, hosts; drain; the log."""
+"""What clients may send, hold and wait for: bodies, heads, connections, slow readers, hosts; drain;
+the log."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def received(connection):
     return b"".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------- bodies
+# ----------------------------------------------------------------------------------------------
+# bodies
 
 
 @pytest.fixture
@@ -80,33 +82,42 @@ def test_a_body_that_does_not_say(it, small):
             yield b"x" * 100
 
     with it.http() as http:
-        answer = http.post("/v1/completions", content=chunks(), headers={"Content-Type": "application/json"})
+        answer = http.post(
+            "/v1/completions", content=chunks(), headers={"Content-Type": "application/json"}
+        )
     assert answer.status_code == 413
 
 
 @pytest.mark.parametrize("length", [b"99999999999999999999", b"2000"])
 def test_a_length_alone_is_enough(it, small, length):
     with raw(it) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n"
+        )
         assert b" 413 " in received(connection)
 
 
 @pytest.mark.parametrize("length", [b"-1", b"abc", b"1, 2"])
 def test_a_length_that_is_none(it, length):
     with raw(it) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\n"
+        )
         assert b" 400 " in received(connection)
 
 
 def test_a_body_that_does_not_come(it, monkeypatch):
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
     with raw(it) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{"
+        )
         assert b" 408 " in received(connection)
     assert it.engine.seen == []
 
 
-# ---------------------------------------------------------------------------------------------- connections
+# ----------------------------------------------------------------------------------------------
+# connections
 
 
 def test_a_head_that_does_not_come(it, monkeypatch):
@@ -131,7 +142,10 @@ def test_a_connection_that_is_kept_may_be_used_again(it, monkeypatch):
 def test_a_head_that_is_too_long(it):
     with raw(it) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 100_000 + b"\r\n\r\n")
-        assert received(connection)[:13] in (b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")  # as it comes, whole or in parts
+        assert received(connection)[:13] in (
+            b"HTTP/1.1 431 ",
+            b"HTTP/1.1 400 ",
+        )  # as it comes, whole or in parts
 
 
 def test_too_many_connections(it, monkeypatch):
@@ -159,7 +173,9 @@ def test_a_reader_that_does_not_read_is_cut_off(tmp_path, monkeypatch):
         until(lambda: it.engine.running == 0 and not it.server.server_state.connections)
 
 
-@pytest.mark.parametrize("junk", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\0" * 100, b"PRI * HTTP/2.0\r\n\r\n"])
+@pytest.mark.parametrize(
+    "junk", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\0" * 100, b"PRI * HTTP/2.0\r\n\r\n"]
+)
 def test_what_is_no_http(it, junk):
     with raw(it) as connection:
         connection.sendall(junk)
@@ -180,7 +196,8 @@ def test_what_is_no_http(it, junk):
     ],
 )
 def test_a_body_of_two_lengths_is_400_and_ends_the_connection(it, version, framing, path):
-    """A proxy that reads the one and a server that reads the other see different requests: here, a second one."""
+    """A proxy that reads the one and a server that reads the other see different requests: here, a
+    second one."""
     second = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{port(it)}\r\n\r\n"
     body = f"0\r\n\r\n{second}"
     head = f"POST {path} HTTP/{version}\r\nHost: localhost:{port(it)}\r\nContent-Type: application/json\r\n"
@@ -215,7 +232,8 @@ def test_there_are_no_websockets(it):
         assert http.get("/v1/models", headers=upgrade).status_code in (200, 400, 403)
 
 
-# ---------------------------------------------------------------------------------------------- hosts and headers
+# ----------------------------------------------------------------------------------------------
+# hosts and headers
 
 
 def test_a_server_without_keys_answers_to_its_own_names(tmp_path):
@@ -225,7 +243,14 @@ def test_a_server_without_keys_answers_to_its_own_names(tmp_path):
         assert http.get("/v1/models").status_code == 200
         for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:8000", "[::1]"):
             assert http.get("/v1/models", headers={"Host": host}).status_code == 200, host
-        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1", "localhost.evil"):
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "",
+            "[::1",
+            "localhost.evil",
+        ):
             answer = http.get("/v1/models", headers={"Host": host})
             assert answer.status_code == 403, host
 
@@ -241,7 +266,8 @@ def test_headers_that_every_answer_has(it):
         assert http.options("/v1/completions").status_code == 405
 
 
-# ---------------------------------------------------------------------------------------------- the log
+# ---------------------------------------------------------------------------------------------- the
+# log
 
 
 def test_the_log_holds_no_prompt_and_no_key(tmp_path, caplog):
@@ -256,7 +282,9 @@ def test_the_log_holds_no_prompt_and_no_key(tmp_path, caplog):
             http.get("/v1/models?q=private", headers={"X": "private"})
             http.get("/v1/models/a%0Ab%1b[31m")
     theirs = ("httpx", "openai", "httpcore")  # what the client in this process writes
-    own = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith(theirs))
+    own = "\n".join(
+        record.getMessage() for record in caplog.records if not record.name.startswith(theirs)
+    )
     assert "alice POST /v1/completions 200" in own
     assert "alice POST /v1/completions 400" in own
     assert "- GET /v1/models 401" in own
@@ -265,7 +293,8 @@ def test_the_log_holds_no_prompt_and_no_key(tmp_path, caplog):
     assert "\x1b" not in own
 
 
-# ---------------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------------------------
+# metrics
 
 
 def test_metrics(it):
@@ -313,7 +342,9 @@ def test_metrics_grow_little_with_adapters_and_not_at_all_without_their_names(it
                 metrics.finished({name: 1.0}, outcome, 0.2)
             metrics.event("load", name, 0.1)
         with it.http() as http:
-            sizes[count] = [len(http.get(f"/metrics{query}").content) for query in ("", "?adapters=0")]
+            sizes[count] = [
+                len(http.get(f"/metrics{query}").content) for query in ("", "?adapters=0")
+            ]
             summed = http.get("/metrics?adapters=0").text
     assert sizes[300][0] < 100_000
     assert sizes[300][1] < sizes[10][1] + 200
@@ -355,7 +386,8 @@ def test_labels_of_blends_and_of_names_like_ours(it):
     assert metrics.label({"blend": 1}) == "adapter:blend"
 
 
-# ---------------------------------------------------------------------------------------------- addresses
+# ----------------------------------------------------------------------------------------------
+# addresses
 
 
 @pytest.mark.parametrize(
@@ -374,7 +406,8 @@ def test_a_port_that_is_taken():
         bind("192.0.2.1", 0)
 
 
-# ---------------------------------------------------------------------------------------------- drain
+# ----------------------------------------------------------------------------------------------
+# drain
 
 
 @contextmanager
@@ -398,7 +431,9 @@ def stream(url, into):
     def read():
         try:
             with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-                for chunk in client.completions.create(model=BASE, prompt="a", max_tokens=20, stream=True):
+                for chunk in client.completions.create(
+                    model=BASE, prompt="a", max_tokens=20, stream=True
+                ):
                     into.append(chunk.choices[0].text)
             into.append("end")
         except (openai.APIError, httpx.HTTPError) as error:
@@ -422,11 +457,14 @@ def test_the_page_still_loads_while_the_server_drains(tmp_path):
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
-    """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429 at once."""
+    """Forty texts of 1 MB kept a short one waiting for as many seconds; what is too much gets 429
+    at once."""
     text, begun, go = "a" * 900_000, threading.Event(), threading.Event()
     it.service.texts.submit(lambda: (begun.set(), go.wait(20)))
     assert begun.wait(10)
-    said = {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    said = (
+        {"messages": [{"role": "user", "content": text}]} if "chat" in route else {"prompt": text}
+    )
     body, url = {"model": BASE, **said}, f"{it.url}/v1/{route}"
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(8)]
@@ -441,7 +479,8 @@ def test_large_texts_that_wait_for_the_tokenizer_are_bounded(it, route):
 
 
 def test_a_request_that_meets_the_end_of_the_engine_gets_503(tmp_path):
-    """It passed the guard before the drain began, or the engine has died: 429 would have it come again for ever."""
+    """It passed the guard before the drain began, or the engine has died: 429 would have it come
+    again for ever."""
     with serving(tmp_path / "dir") as it, it.http() as http:
         it.engine.refuses, it.engine.ready = True, False
         dead = http.post("/v1/completions", json=BODY)
@@ -488,7 +527,9 @@ def test_a_hangup_drains_where_there_are_no_keys_to_read(tmp_path):
         assert child.wait(20) == 0
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/french", "/v1/adapters"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/french", "/v1/adapters"]
+)
 def test_head_is_get_without_a_body(it, path):
     with it.http() as http:
         head, get = http.head(path), http.get(path)
@@ -525,20 +566,25 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 def test_a_killed_server_knows_its_adapters_after_a_restart(tmp_path):
     folder = tmp_path / "dir"
     with process(folder, 0, 1) as (child, url):
-        answer = httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "fr", "lora_path": "french"})
+        answer = httpx.post(
+            f"{url}/v1/load_lora_adapter", json={"lora_name": "fr", "lora_path": "french"}
+        )
         assert answer.status_code == 200
         child.kill()
     assert fake_service(folder).catalogue.refresh() == ("fr", "french")
 
 
 def test_an_answer_does_not_wait_for_the_client_to_confirm_its_head():
-    """Nagle's algorithm, on which a second write waits for the client's delayed confirmation of the first: 40 ms."""
+    """Nagle's algorithm, on which a second write waits for the client's delayed confirmation of the
+    first: 40 ms."""
 
     async def accepted() -> int:
         options: list[int] = []
 
         async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            options.append(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
             writer.close()
 
         listening = bind("127.0.0.1", 0)
@@ -551,7 +597,8 @@ def test_an_answer_does_not_wait_for_the_client_to_confirm_its_head():
     assert asyncio.run(accepted())
 
 
-# ---------------------------------------------------------------------------------------------- bodies of all together
+# ----------------------------------------------------------------------------------------------
+# bodies of all together
 
 
 KEYS = Keyring((Key("a", hash_of("ka")), Key("b", hash_of("kb"))))
@@ -562,7 +609,9 @@ def unfinished(it, path, size, key=None):
     """A request of which so many bytes of the body have arrived, and no more come."""
     with raw(it) as connection:
         auth = f"Authorization: Bearer {key}\r\n" if key else ""
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{auth}Content-Length: {size + 1}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{auth}Content-Length: {size + 1}\r\n\r\n"
+        )
         connection.sendall(head.encode() + b"x" * size)
         yield connection
 
@@ -570,7 +619,9 @@ def unfinished(it, path, size, key=None):
 def bytes_held(it):
     app = it.server.config.loaded_app
     while app is not None and not hasattr(app, "held"):
-        app = app.app if hasattr(app, "app") else app.middleware_stack  # None before the first request
+        app = (
+            app.app if hasattr(app, "app") else app.middleware_stack
+        )  # None before the first request
     return 0 if app is None else app.held.total()
 
 
@@ -589,7 +640,10 @@ def test_all_bodies_together_are_bounded_and_one_key_leaves_room_for_others(tmp_
             until(lambda: bytes_held(it) == 5000)
             body = {**BODY, "padding": "x" * 1000}
             with it.http() as nobody, it.http("ka") as same, it.http("kb") as other:
-                refused = [nobody.post("/nothing", json=body), same.post("/v1/completions", json=body)]
+                refused = [
+                    nobody.post("/nothing", json=body),
+                    same.post("/v1/completions", json=body),
+                ]
                 assert [(one.status_code, one.json()["error"]["code"]) for one in refused] == [
                     (429, "too_many_bodies")
                 ] * 2
@@ -597,7 +651,9 @@ def test_all_bodies_together_are_bounded_and_one_key_leaves_room_for_others(tmp_
                 assert other.post("/v1/completions", json=BODY).status_code == 200
         until(lambda: bytes_held(it) == 0)
         with it.http("ka") as http:
-            assert http.post("/v1/completions", json={**BODY, "user": "x" * 3000}).status_code == 200
+            assert (
+                http.post("/v1/completions", json={**BODY, "user": "x" * 3000}).status_code == 200
+            )
         until(lambda: bytes_held(it) == 0)
 
 

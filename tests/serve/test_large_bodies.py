@@ -20,7 +20,9 @@ def threads(monkeypatch):
     """The names of the threads that parse."""
     names: list[str] = []
     parse = service.parse
-    monkeypatch.setattr(service, "parse", lambda raw: names.append(threading.current_thread().name) or parse(raw))
+    monkeypatch.setattr(
+        service, "parse", lambda raw: names.append(threading.current_thread().name) or parse(raw)
+    )
     return names
 
 
@@ -44,12 +46,18 @@ def test_the_event_loop_parses_no_large_body(tmp_path, threads, monkeypatch, rou
         assert all(name.startswith("veneer-bodies") for name in threads)
         assert threads
         assert http.post("/v1/completions", json={"model": BASE, "prompt": "a"}).status_code == 200
-        broken = http.post("/v1/completions", content=b"[" * 50_000, headers={"Content-Type": "application/json"})
+        broken = http.post(
+            "/v1/completions", content=b"[" * 50_000, headers={"Content-Type": "application/json"}
+        )
         assert (broken.status_code, "nested deeper" in broken.text) == (400, True)
 
 
 CLASSES = sorted(
-    (value for value in vars(bodies).values() if isinstance(value, type) and issubclass(value, bodies.Body)),
+    (
+        value
+        for value in vars(bodies).values()
+        if isinstance(value, type) and issubclass(value, bodies.Body)
+    ),
     key=lambda value: value.__name__,
 )
 

@@ -25,7 +25,8 @@ Open = Callable[..., "sync_api.Page"]
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page looks at the server more often than each two seconds, for which the test would wait."""
+    """The page looks at the server more often than each two seconds, for which the test would
+    wait."""
     script = files.FILES["page.js"]
     assert script.count(b"const EVERY = 2000;") == 1
     monkeypatch.setitem(files.FILES, "page.js", script.replace(b"EVERY = 2000", b"EVERY = 300"))
@@ -33,7 +34,8 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def show(browser: sync_api.Browser) -> Iterator[Open]:
-    """Opens the page of a fake server. At the end: no script failed, no policy was broken, no other host was asked."""
+    """Opens the page of a fake server. At the end: no script failed, no policy was broken, no other
+    host was asked."""
     wrong, stack = [], ExitStack()
 
     def note(message: sync_api.ConsoleMessage) -> None:
@@ -48,7 +50,9 @@ def show(browser: sync_api.Browser) -> Iterator[Open]:
         page.set_default_timeout(20_000)
         page.on("console", note)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
+        page.on(
+            "request", lambda request: request.url.startswith(address) or wrong.append(request.url)
+        )
         page.goto(address)
         return page
 
@@ -113,8 +117,18 @@ def test_what_is_asked_is_what_was_set(show: Open):
     expect(column(page, 1).locator(".answer")).to_contain_text("Once upon a timefrench:Once")
     asked = {body["model"]: body for body in server.asked}
     assert asked.keys() == {"tiny-base", "french"}
-    expected = {"prompt": "Once upon a time", "temperature": 0.25, "max_tokens": 5, "seed": 7, "stream": True}
-    assert asked["french"] == {**expected, "model": "french", "stream_options": {"include_usage": True}}
+    expected = {
+        "prompt": "Once upon a time",
+        "temperature": 0.25,
+        "max_tokens": 5,
+        "seed": 7,
+        "stream": True,
+    }
+    assert asked["french"] == {
+        **expected,
+        "model": "french",
+        "stream_options": {"include_usage": True},
+    }
     server.asked.clear()
     page.get_by_role("radio", name="Chat").check()
     page.get_by_label("Seed").fill("")
@@ -195,8 +209,12 @@ def test_an_adapter_that_fails_in_the_middle_leaves_the_others_alone(show: Open)
     page = show(fake("broken", "french"))
     send(page, tokens=40)
     ended(page, "done", "failed", "done")
-    expect(column(page, 1).get_by_role("alert")).to_have_text("The adapter gave numbers that are not finite.")
-    expect(answer(page, 1)).to_have_text("broken:one broken:two broken:three ")  # what came is not taken away
+    expect(column(page, 1).get_by_role("alert")).to_have_text(
+        "The adapter gave numbers that are not finite."
+    )
+    expect(answer(page, 1)).to_have_text(
+        "broken:one broken:two broken:three "
+    )  # what came is not taken away
     expect(column(page, 2).locator(".tokens")).to_have_text("40")
 
 
@@ -204,7 +222,9 @@ def test_a_connection_that_closes_early_is_no_finished_answer(show: Open):
     page = show(fake("cut", "french"))
     send(page, tokens=40)
     ended(page, "done", "failed", "done")
-    expect(column(page, 1).get_by_role("alert")).to_contain_text("closed before the answer was finished")
+    expect(column(page, 1).get_by_role("alert")).to_contain_text(
+        "closed before the answer was finished"
+    )
 
 
 def test_a_full_server_says_when_to_try_again(show: Open):
@@ -212,7 +232,9 @@ def test_a_full_server_says_when_to_try_again(show: Open):
     page = show(server)
     send(page)
     ended(page, "done", "failed")
-    expect(column(page, 1).get_by_role("alert")).to_have_text("The queue is full. Try again in 3 s.")
+    expect(column(page, 1).get_by_role("alert")).to_have_text(
+        "The queue is full. Try again in 3 s."
+    )
     server.refuse.clear()
     server.asked.clear()
     column(page, 1).get_by_role("button", name="Try again").click()
@@ -228,7 +250,8 @@ def test_characters_and_lines_that_chunks_split(show: Open):
     assert answer(page, 1).text_content() == BYTES
 
 
-# Every way to cut a stream in two, and byte by byte; yields the ways that gave other events than the whole does
+# Every way to cut a stream in two, and byte by byte; yields the ways that gave other events than
+# the whole does
 CUTS = """async ([path, text]) => {
     const { events } = await import(path);
     const bytes = new TextEncoder().encode(text);
@@ -351,7 +374,9 @@ def test_load_pin_and_unload(show: Open):
     expect(page.locator(".adapter")).to_have_count(1)
     assert list(server.adapters) == ["french"]
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Unload french"
-    expect(column(page, 1).locator(".model option:checked")).to_have_text("german (not on the server)")
+    expect(column(page, 1).locator(".model option:checked")).to_have_text(
+        "german (not on the server)"
+    )
 
 
 @pytest.mark.usefixtures("often")
@@ -363,7 +388,9 @@ def test_the_numbers_of_the_server(show: Open):
     expect(page.locator("#running")).to_have_text("2")
     expect(page.locator("#waiting")).to_have_text("2")
     expect(page.locator("#memory")).to_have_text("4.0 MiB")
-    expect(page.get_by_role("img", name=re.compile(r"^Tokens per second: .* now, at most [1-9]"))).to_be_visible()
+    expect(
+        page.get_by_role("img", name=re.compile(r"^Tokens per second: .* now, at most [1-9]"))
+    ).to_be_visible()
     expect(page.locator("#rate")).to_have_text("0.0")
     server.held = False
     ended(page, "done", "done")
@@ -431,7 +458,9 @@ def test_a_key_that_may_not_manage(show: Open):
     for hidden in ("Pin french", "Unload french"):
         expect(page.get_by_role("button", name=hidden)).to_be_hidden()
     expect(page.get_by_text("Load an adapter")).to_be_hidden()
-    expect(page.locator(".column")).to_have_count(2)  # the two adapters: this key may not ask the base
+    expect(page.locator(".column")).to_have_count(
+        2
+    )  # the two adapters: this key may not ask the base
     expect(page.locator(".model").first).not_to_contain_text("base")
     column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
     send(page)
@@ -446,7 +475,9 @@ def test_a_key_that_is_withdrawn(show: Open):
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator(".column")).to_have_count(2)
     server.key = "another"
-    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text("The server does not know this key.")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_have_text(
+        "The server does not know this key."
+    )
 
 
 # Keyboard, phone, eyes
@@ -470,10 +501,19 @@ def test_by_keyboard_alone(show: Open):
         page.keyboard.press("Tab")
         if page.evaluate(f"{focused} === document.body"):
             break
-        seen.append(page.evaluate(f"{focused}.ariaLabel || {focused}.id || {focused}.textContent.trim()"))
+        seen.append(
+            page.evaluate(f"{focused}.ariaLabel || {focused}.id || {focused}.textContent.trim()")
+        )
         assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") != "none", seen[-1]
         assert page.evaluate(f"{focused}.getBoundingClientRect().width") > 0
-    for stop in ("temperature", "send", "add-column", "Model of this column", "Answer of german", "Unload german"):
+    for stop in (
+        "temperature",
+        "send",
+        "add-column",
+        "Model of this column",
+        "Answer of german",
+        "Unload german",
+    ):
         assert stop in seen
     page.get_by_label("Model of this column").first.focus()
     page.keyboard.press("ArrowDown")
@@ -582,7 +622,11 @@ def test_files_are_served_with_their_headers():
             assert "immutable" in headers["cache-control"]
             assert headers["x-content-type-options"] == "nosniff"
             assert "default-src 'none'" in headers["content-security-policy"]
-        for wrong in ("web/0/page.js", f"web/{files.DIGEST}/index.html", f"web/{files.DIGEST}/..%2fpage.py"):
+        for wrong in (
+            "web/0/page.js",
+            f"web/{files.DIGEST}/index.html",
+            f"web/{files.DIGEST}/..%2fpage.py",
+        ):
             assert fetch(f"{address}/{wrong}")[0] == 404
 
 
@@ -590,12 +634,19 @@ def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
     for name, content in {**files.FILES, "index.html": files.PAGE}.items():
         text = content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//cdn|@import|url\(", text), name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text), name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text
+        ), name
     html = files.PAGE.decode()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
 
 
 def test_a_change_of_any_file_changes_the_address():
     one = {"a.js": b"1", "b.js": b"2"}
-    others = [{**one, "b.js": b"3"}, {"a.js": b"1"}, {"a.js": b"12", "b.js": b""}, {"a.js": b"1", "c.js": b"2"}]
+    others = [
+        {**one, "b.js": b"3"},
+        {"a.js": b"1"},
+        {"a.js": b"12", "b.js": b""},
+        {"a.js": b"1", "c.js": b"2"},
+    ]
     assert len({files.digest(each) for each in [one, *others]}) == 5

@@ -12,7 +12,10 @@ from veneer.serve.access import Key, Keyring, hash_of
 
 expect = sync_api.expect
 KEYS = Keyring(
-    (Key("operator", hash_of("all"), ("*",), admin=True), Key("alice", hash_of("one"), ("french",), base=False))
+    (
+        Key("operator", hash_of("all"), ("*",), admin=True),
+        Key("alice", hash_of("one"), ("french",), base=False),
+    )
 )
 
 

@@ -1,4 +1,5 @@
-"""Logits → tokens: greedy, the distributions of temperature, top_k and top_p, seeds, probabilities, schemas."""
+"""Logits → tokens: greedy, the distributions of temperature, top_k and top_p, seeds, probabilities,
+schemas."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def shares(logits, draws: int = 20_000, **options):
 
 
 def nucleus(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The definition: temperature, then the k most likely, then the fewest of these with probability top_p."""
+    """The definition: temperature, then the k most likely, then the fewest of these with
+    probability top_p."""
     chances = torch.softmax(logits.double() / temperature, -1)
     order = chances.argsort(descending=True)
     if top_k:
@@ -74,7 +76,12 @@ def test_a_nucleus_that_is_larger_than_what_is_sorted_at_first():
 
 def test_greedy_rows_take_the_first_of_the_most_likely_beside_others_that_draw():
     logits = torch.randn(4, 50)
-    rows = [sampler(temperature=0.0), sampler(seed=1), sampler(temperature=0.0), sampler(top_p=0.5, seed=2)]
+    rows = [
+        sampler(temperature=0.0),
+        sampler(seed=1),
+        sampler(temperature=0.0),
+        sampler(top_p=0.5, seed=2),
+    ]
     found = [choice.token for choice in sample(logits, rows)]
     assert found[0] == int(logits[0].argmax())
     assert found[2] == int(logits[2].argmax())
@@ -86,7 +93,9 @@ def test_greedy_rows_take_the_first_of_the_most_likely_beside_others_that_draw()
     seed=st.integers(0, 2**40), others=st.integers(0, 5), place=st.integers(0, 5),
     top_p=st.sampled_from([1.0, 0.8]), top_k=st.sampled_from([0, 7]),
 )  # fmt: skip
-def test_the_same_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(seed, others, place, top_p, top_k):
+def test_the_same_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(
+    seed, others, place, top_p, top_k
+):
     torch.manual_seed(0)
     steps = torch.randn(6, 40)
     place = min(place, others)
@@ -101,14 +110,16 @@ def test_the_same_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(seed, 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.95}])
 def test_the_rounding_of_float32_changes_no_token(options):
-    """Batches of other sizes round otherwise: by 3e-5 in the logits of a real model. Looked up in the sums of all
-    probabilities, one token in fifty was another one."""
+    """Batches of other sizes round otherwise: by 3e-5 in the logits of a real model. Looked up in
+    the sums of all probabilities, one token in fifty was another one."""
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         logits = torch.randn(16, 49152, generator=generator) * 2.5
         rounded = logits + torch.randn(logits.shape, generator=generator) * 3e-5
         rows, same = ([sampler(seed=16 * step + i, **options) for i in range(16)] for _ in range(2))
-        assert [one.token for one in sample(logits, rows)] == [one.token for one in sample(rounded, same)]
+        assert [one.token for one in sample(logits, rows)] == [
+            one.token for one in sample(rounded, same)
+        ]
 
 
 def test_without_a_seed_rows_differ():
@@ -147,11 +158,15 @@ def test_bf16_logits_and_a_token_without_any_chance():
         assert {choice.token for choice in sample(logits, [sampler(**options)] * 2)} == {5}
 
 
-# ---------------------------------------------------------------------------------------------- schemas
+# ----------------------------------------------------------------------------------------------
+# schemas
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99, "minimum": 0}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "maximum": 99, "minimum": 0},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -169,7 +184,9 @@ def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
         torch.manual_seed(seed)
         for _ in range(400):
             logits = torch.randn(2, 300)
-            logits[0, tokenizer.convert_tokens_to_ids(['"', "}"])] += 3  # strings and spaces end at some time
+            logits[0, tokenizer.convert_tokens_to_ids(['"', "}"])] += (
+                3  # strings and spaces end at some time
+            )
             choice, other = sample(logits, [row, free])
             assert other.token == int(logits[1].argmax())
             tokens.append(choice.token)
@@ -185,13 +202,18 @@ def test_an_answer_follows_its_schema_whatever_the_model_wants(temperature):
     assert done >= 6
 
 
-@pytest.mark.parametrize("theirs", [{}, {"x-guidance": {"whitespace_pattern": " +", "whitespace_flexible": True}}])
+@pytest.mark.parametrize(
+    "theirs", [{}, {"x-guidance": {"whitespace_pattern": " +", "whitespace_flexible": True}}]
+)
 @pytest.mark.parametrize("schema", [SCHEMA, {"type": "object"}])
 def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
     """Whatever it prefers, and whatever the schema says of it, a run of whitespace ends."""
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
-    row, tokens = sampler(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0), []
+    row, tokens = (
+        sampler(Schemas(tokenizer, 259, [2]).matcher({**schema, **theirs}), temperature=0.0),
+        [],
+    )
     logits = torch.zeros(1, 259)
     for text, liking in ((" ", 9.0), ("\t", 8.0), ("\n", 7.0), ('"', 2.0), ("}", 3.0)):
         logits[0, tokenizer(text)["input_ids"][0]] = liking
@@ -204,12 +226,17 @@ def test_a_model_that_loves_whitespace_gets_on_with_it(schema, theirs):
     json.loads(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": "\t"}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"separators": (",", ":")}, {}, {"indent": 2}, {"indent": "\t"}], ids=str
+)
 def test_every_usual_layout_of_json_is_allowed(layout):
     pytest.importorskip("llguidance")
     tokenizer = tiny_tokenizer()
     row = sampler(Schemas(tokenizer, 259, [2]).matcher({"type": "object"}))
-    for token in [*tokenizer(json.dumps({"a": [1, {"b": "c  d"}], "e": {}}, **layout))["input_ids"], 2]:
+    for token in [
+        *tokenizer(json.dumps({"a": [1, {"b": "c  d"}], "e": {}}, **layout))["input_ids"],
+        2,
+    ]:
         ended = row.accept(token)
     assert ended
 
@@ -221,7 +248,9 @@ def test_a_token_that_the_schema_refuses_is_an_error():
         row.accept(tiny_tokenizer().convert_tokens_to_ids("x"))
 
 
-@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "#/nowhere"}, {"minimum": "a"}, {"type": {1, 2}}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "#/nowhere"}, {"minimum": "a"}, {"type": {1, 2}}]
+)
 def test_a_schema_that_is_not_understood_is_refused(schema):
     pytest.importorskip("llguidance")
     with pytest.raises(RequestError, match="schema that is not understood"):

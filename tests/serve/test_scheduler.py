@@ -31,9 +31,11 @@ def entry(name: str, number: int = 0, owner: str = "") -> RequestState:
 
 
 def simulated(clients, rows: int, steps: int, ahead: int = 4) -> dict:
-    """Tokens that each client got. ``clients`` is {name: (requests it has at any time, what makes one, its tokens)}.
+    """Tokens that each client got. ``clients`` is {name: (requests it has at any time, what makes
+    one, its tokens)}.
 
-    As in the engine: some entries are taken before a row is free for them, and a step is a token for each row.
+    As in the engine: some entries are taken before a row is free for them, and a step is a token
+    for each row.
     """
     queue: Scheduler[RequestState] = Scheduler(100_000)
     got, taken, running = Counter(), [], []
@@ -72,9 +74,14 @@ def test_a_mix_is_one_however_it_is_written():
 
 
 @settings(max_examples=50, deadline=None)
-@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=5), costs=st.integers(1, 9), rows=st.integers(1, 4))
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=5),
+    costs=st.integers(1, 9),
+    rows=st.integers(1, 4),
+)
 def test_adapters_get_as_many_tokens_as_long_as_they_ask(counts, costs, rows):
-    """With requests of one size, adapters that still wait never lie more than the running requests apart."""
+    """With requests of one size, adapters that still wait never lie more than the running requests
+    apart."""
     queue: Scheduler[RequestState] = Scheduler(1000)
     for number in range(max(counts)):
         for name, count in enumerate(counts):
@@ -224,7 +231,8 @@ def test_counts_of_the_idle_are_bounded(monkeypatch):
     assert len(queue._flows[""]) <= 9
 
 
-# ---------------------------------------------------------------------------------------------- shares
+# ----------------------------------------------------------------------------------------------
+# shares
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
@@ -247,8 +255,12 @@ def test_many_weights_of_one_blend_are_one_adapters_share():
 
 @pytest.mark.parametrize("tokens", [10, 3])
 def test_a_key_gets_one_share_whatever_it_names(tokens):
-    """One key with 24 blends and adapters, one that asks a single adapter, and one whose adapter is among the 24's."""
-    clients = {"one": (20, makes({"a0": 1.0}, "one"), 10), "few": (4, makes({"a1": 1.0}, "few"), 10)}
+    """One key with 24 blends and adapters, one that asks a single adapter, and one whose adapter is
+    among the 24's."""
+    clients = {
+        "one": (20, makes({"a0": 1.0}, "one"), 10),
+        "few": (4, makes({"a1": 1.0}, "few"), 10),
+    }
     for i in range(24):
         clients[f"many {i}"] = (2, makes({f"a{i}": 1.0, f"a{i + 1}": i / 24}, "many"), tokens)
     got = simulated(clients, 4, 10_000)

@@ -1,5 +1,5 @@
-"""The case `serve` of the benchmarks: peers do the same work as the answers of merged models, and what is computed of
-what clients saw. The servers themselves run in the slow test."""
+"""The case `serve` of the benchmarks: peers do the same work as the answers of merged models, and
+what is computed of what clients saw. The servers themselves run in the slow test."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def alone(folder, ids):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
-    found = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
+    found = model.generate(
+        torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+    )
     return found[0, len(ids) :].tolist()
 
 
@@ -66,10 +68,14 @@ def test_the_peer_answers_as_the_merged_models_do(served):
     try:
         prompts = [client.prompt(number, 4, 20, VOCABULARY) for number in range(5)]
         blends = [{"a0": 1.0}, {"a1": 1.0}, {}, {"a1": 1.0}, {"a0": 1.0}]
-        found, ends = answers(engine, [request(*pair) for pair in zip(blends, prompts, strict=True)])
+        found, ends = answers(
+            engine, [request(*pair) for pair in zip(blends, prompts, strict=True)]
+        )
         assert ends == ["length"] * 5
         for blend, ids, tokens in zip(blends, prompts, found, strict=True):
-            assert tokens == alone(served / "merged" / next(iter(blend)) if blend else served / "base", ids)
+            assert tokens == alone(
+                served / "merged" / next(iter(blend)) if blend else served / "base", ids
+            )
         assert engine.running == engine.waiting == 0
     finally:
         engine.close()
@@ -124,7 +130,9 @@ def test_batches_wait_for_company_pass_over_the_cancelled_and_survive_what_fails
 
 
 def answer(client_number, times, words="x y z", turn=0, usage=3):
-    found = Answer("a", client_number, turn, 0.0, list(times), words.split(), {"completion_tokens": usage})
+    found = Answer(
+        "a", client_number, turn, 0.0, list(times), words.split(), {"completion_tokens": usage}
+    )
     found.finish = "length"
     return found
 
@@ -134,7 +142,11 @@ def test_a_chunk_counts_as_many_tokens_as_it_has_words():
     client.take(found, {"choices": [{"text": "w5 w6", "finish_reason": None}]})
     client.take(found, {"choices": [{"text": " w7", "finish_reason": "length"}]})
     client.take(found, {"choices": [], "usage": {"completion_tokens": 3}})
-    assert (found.words, found.finish, found.usage) == (["w5", "w6", "w7"], "length", {"completion_tokens": 3})
+    assert (found.words, found.finish, found.usage) == (
+        ["w5", "w6", "w7"],
+        "length",
+        {"completion_tokens": 3},
+    )
     assert len(found.times) == 3
     assert found.gaps[0] == 0
     with pytest.raises(client.BenchmarkError, match="no room"):
@@ -153,7 +165,12 @@ def test_a_rate_is_of_whole_answers_only():
 
 def test_answers_are_alike_up_to_where_they_first_differ():
     assert client.alike([answer(0, (), "a b c")], [answer(0, (), "a x c")]) == pytest.approx(1 / 3)
-    assert client.alike([answer(0, ()), answer(0, (), "p q r", 1)], [answer(0, ()), answer(0, (), turn=1)]) == 0.5
+    assert (
+        client.alike(
+            [answer(0, ()), answer(0, (), "p q r", 1)], [answer(0, ()), answer(0, (), turn=1)]
+        )
+        == 0.5
+    )
 
 
 @pytest.mark.slow
@@ -181,5 +198,7 @@ def test_a_server_that_ends_says_what_it_printed(tmp_path):
 
 
 def test_an_adapter_has_one_server():
-    group = serving.ServerGroup([SimpleNamespace(url="one"), SimpleNamespace(url="two")], ["a", "b", "c"])
+    group = serving.ServerGroup(
+        [SimpleNamespace(url="one"), SimpleNamespace(url="two")], ["a", "b", "c"]
+    )
     assert [group.url_of(name) for name in "abc"] == ["one", "two", "one"]

@@ -1,4 +1,5 @@
-"""Tokens → text: pieces joined are the text, none ends within a character, none shows a stop string."""
+"""Tokens → text: pieces joined are the text, none ends within a character, none shows a stop
+string."""
 
 from __future__ import annotations
 
@@ -17,11 +18,25 @@ def byte_fallback():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<s>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "▁a": 257, "▁": 258, "b": 259, "▁ab": 260}
+    vocabulary = {
+        "<s>": 0,
+        **{f"<0x{i:02X}>": i + 1 for i in range(256)},
+        "▁a": 257,
+        "▁": 258,
+        "b": 259,
+        "▁ab": 260,
+    }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", clean_up_tokenization_spaces=False
+    )
 
 
 FALLBACK = byte_fallback()
@@ -41,7 +56,9 @@ def pieces(words: Detokenizer, prompt, ids, stop=()):
 @settings(max_examples=200, deadline=None)
 @given(before=st.text(max_size=6), text=st.text(max_size=30))
 def test_pieces_joined_are_the_text_and_each_is_whole(before, text):
-    out, _ = pieces(Detokenizer(TOKENIZER), TOKENIZER(before)["input_ids"], TOKENIZER(text)["input_ids"])
+    out, _ = pieces(
+        Detokenizer(TOKENIZER), TOKENIZER(before)["input_ids"], TOKENIZER(text)["input_ids"]
+    )
     assert "".join(out) == text
     assert all(UNKNOWN not in piece for piece in out) or UNKNOWN in text
 
@@ -66,7 +83,8 @@ def test_bytes_that_are_no_characters_come_out_as_decoding_shows_them(ids):
 @settings(max_examples=100, deadline=None)
 @given(ids=st.lists(st.integers(0, 260), max_size=40))
 def test_bytes_of_a_tokenizer_that_falls_back_on_them(ids):
-    """What it shows for broken bytes changes with what follows; no text is lost or repeated without end."""
+    """What it shows for broken bytes changes with what follows; no text is lost or repeated without
+    end."""
     out, _ = pieces(Detokenizer(FALLBACK), (257,), ids)
     assert len("".join(out)) <= 2 * len(ids) + len(FALLBACK.decode(ids))
     good = [token for token in ids if not 1 <= token <= 256]

@@ -1,4 +1,5 @@
-"""The whole server: model, bank, engine and API, as `veneer serve` puts them together, asked by the `openai` client."""
+"""The whole server: model, bank, engine and API, as `veneer serve` puts them together, asked by the
+`openai` client."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ def it(tmp_path_factory):
     for seed, (name, config) in enumerate(CONFIGS.items()):
         make_adapter(adapters / name, seed, **config)
     service = open_service(base, adapters)
-    with listening(service) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+    with (
+        listening(service) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client,
+    ):
         yield SimpleNamespace(url=url, client=client, service=service, folder=adapters)
 
 
@@ -53,12 +57,16 @@ def merged(folder, name):
 def alone(model, prompt, count):
     """Greedy tokens of one row."""
     with torch.inference_mode():
-        out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
     return out[0, len(prompt) :].tolist()
 
 
 def ask(it, model, prompt, count, **fields):
-    return it.client.completions.create(model=model, prompt=prompt, max_tokens=count, temperature=0, extra_body=fields)
+    return it.client.completions.create(
+        model=model, prompt=prompt, max_tokens=count, temperature=0, extra_body=fields
+    )
 
 
 def test_64_mixed_requests_answer_as_merged_models_do_one_by_one(it):
@@ -93,7 +101,10 @@ def test_a_blend_of_one_with_nothing_is_that_one(it):
     prompt = list(range(10, 40))
     for name in ("plain", "dora"):
         expected = ask(it, name, prompt, 12).choices[0].text
-        assert ask(it, "tiny", prompt, 12, adapters={name: 1.0, "few": 0.0}).choices[0].text == expected
+        assert (
+            ask(it, "tiny", prompt, 12, adapters={name: 1.0, "few": 0.0}).choices[0].text
+            == expected
+        )
     assert (
         ask(it, "tiny", prompt, 12, adapters={"plain": 0.0}).choices[0].text
         == ask(it, "tiny", prompt, 12).choices[0].text
@@ -102,7 +113,9 @@ def test_a_blend_of_one_with_nothing_is_that_one(it):
 
 def test_seeds(it):
     def sample(seed, n=1):
-        answer = it.client.completions.create(model="plain", prompt="abc", max_tokens=20, seed=seed, n=n, logprobs=0)
+        answer = it.client.completions.create(
+            model="plain", prompt="abc", max_tokens=20, seed=seed, n=n, logprobs=0
+        )
         return [tuple(choice.logprobs.token_logprobs) for choice in answer.choices]
 
     assert sample(5) == sample(5)
@@ -113,9 +126,18 @@ def test_seeds(it):
 
 
 def test_a_stream_says_what_an_answer_says(it):
-    fields = {"model": "wide", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 30, "temperature": 0}
+    fields = {
+        "model": "wide",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 30,
+        "temperature": 0,
+    }
     whole = it.client.chat.completions.create(**fields)
-    parts = list(it.client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    parts = list(
+        it.client.chat.completions.create(
+            **fields, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert (
         "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         == whole.choices[0].message.content
@@ -125,7 +147,9 @@ def test_a_stream_says_what_an_answer_says(it):
 
 def test_logprobs_are_the_models(it):
     prompt = list(range(20, 40))
-    answer = it.client.completions.create(model="plain", prompt=prompt, max_tokens=1, temperature=0, logprobs=3)
+    answer = it.client.completions.create(
+        model="plain", prompt=prompt, max_tokens=1, temperature=0, logprobs=3
+    )
     with torch.inference_mode():
         logits = merged(it.folder, "plain")(torch.tensor([prompt])).logits[0, -1]
     best = torch.log_softmax(logits.float(), -1).topk(3).values
@@ -155,7 +179,8 @@ def test_a_schema_is_followed(it):
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- adapters come and go
+# ----------------------------------------------------------------------------------------------
+# adapters come and go
 
 
 def post(it, verb, **body):
@@ -198,13 +223,20 @@ def test_an_adapter_may_go_while_it_is_used(it, folder, by):
     it.service.catalogue.refresh(force=True)
     expected = ask(it, "one", PROMPT, 100, ignore_eos=True).choices[0].text
     stream = it.client.completions.create(
-        model="one", prompt=PROMPT, max_tokens=100, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="one",
+        prompt=PROMPT,
+        max_tokens=100,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     text = next(stream).choices[0].text
     if by == "unload":
         assert post(it, "unload", lora_name="one").status_code == 200
     else:
-        assert post(it, "load", lora_name="one", lora_path="two", load_inplace=True).status_code == 200
+        assert (
+            post(it, "load", lora_name="one", lora_path="two", load_inplace=True).status_code == 200
+        )
     assert text + "".join(part.choices[0].text for part in stream) == expected
     assert ("one" in it.service.bank.names) is (by != "unload")
     if by != "unload":
@@ -229,7 +261,9 @@ def stranger(folder):
 
 def pickled(folder):
     make_adapter(folder / "bad", 11, **CONFIGS["plain"])
-    (folder / "bad" / "adapter_model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
+    (folder / "bad" / "adapter_model.safetensors").write_bytes(
+        b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
+    )
 
 
 def linked(folder):
@@ -242,22 +276,31 @@ def linked(folder):
 def claiming(folder):
     """A header that claims more than there is."""
     make_adapter(folder / "bad", 11, **CONFIGS["plain"])
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    (folder / "bad" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    (folder / "bad" / "adapter_model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header
+    )
 
 
 @pytest.mark.parametrize("spoil", [damaged, stranger, pickled, linked, claiming])
 def test_an_adapter_that_cannot_be_trusted_serves_nobody(it, folder, spoil):
     spoil(folder)
     before = {entry.name for entry in it.service.bank.status() if entry.resident}
-    for body in ({"lora_path": "bad"}, {"lora_name": "plain", "lora_path": "bad", "load_inplace": True}):
+    for body in (
+        {"lora_path": "bad"},
+        {"lora_name": "plain", "lora_path": "bad", "load_inplace": True},
+    ):
         answer = post(it, "load", **{"lora_name": "mine", **body})
         assert answer.status_code == 400, answer.text
         assert "Found" in answer.json()["error"]["message"]
     assert "mine" not in it.service.bank.names
     assert not (folder / "served.json").exists()
     it.service.catalogue.refresh(force=True)
-    with pytest.raises((openai.BadRequestError, openai.NotFoundError)):  # refused as it loads, or as it is found
+    with pytest.raises(
+        (openai.BadRequestError, openai.NotFoundError)
+    ):  # refused as it loads, or as it is found
         ask(it, "bad", PROMPT, 1)
     assert {entry.name for entry in it.service.bank.status() if entry.resident} == before
     assert len(ask(it, "plain", PROMPT, 3).choices[0].text) > 0
@@ -278,7 +321,11 @@ def test_a_broken_adapter_is_told_in_the_same_way_at_load_and_at_use(it, folder)
     "schema",
     [
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-        {"anyOf": [{"type": "object", "properties": {str(i): {"type": "string"}}} for i in range(500)]},
+        {
+            "anyOf": [
+                {"type": "object", "properties": {str(i): {"type": "string"}}} for i in range(500)
+            ]
+        },
     ],
     ids=["no value", "too large"],
 )
@@ -290,7 +337,8 @@ def test_a_schema_that_no_answer_can_follow_is_the_clients_error(it, schema):
     assert len(ask(it, "plain", PROMPT, 3).choices[0].text) > 0
 
 
-# ---------------------------------------------------------------------------------------------- clients that vanish
+# ----------------------------------------------------------------------------------------------
+# clients that vanish
 
 
 def test_clients_that_vanish_leave_nothing(it):
@@ -298,10 +346,19 @@ def test_clients_that_vanish_leave_nothing(it):
         return [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio")]
 
     before = len(threads())
-    body = {"model": "plain", "prompt": PROMPT, "max_tokens": 150, "stream": True, "ignore_eos": True}
+    body = {
+        "model": "plain",
+        "prompt": PROMPT,
+        "max_tokens": 150,
+        "stream": True,
+        "ignore_eos": True,
+    }
 
     def vanish(number):
-        with httpx.Client(timeout=60) as http, http.stream("POST", f"{it.url}/v1/completions", json=body) as answer:
+        with (
+            httpx.Client(timeout=60) as http,
+            http.stream("POST", f"{it.url}/v1/completions", json=body) as answer,
+        ):
             for _, _ in zip(range(number % 4), answer.iter_bytes(), strict=False):
                 pass
 
@@ -318,17 +375,26 @@ def test_overload_is_429_and_never_a_hang(tmp_path, it):
     service = open_service(it.service.source, it.folder, rows=1, queue=2)
     body = {"model": "plain", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
     with listening(service) as (url, _), ThreadPoolExecutor(30) as pool:
-        found = list(pool.map(lambda _: httpx.post(f"{url}/v1/completions", json=body, timeout=60), range(30)))
+        found = list(
+            pool.map(
+                lambda _: httpx.post(f"{url}/v1/completions", json=body, timeout=60), range(30)
+            )
+        )
     busy = [answer for answer in found if answer.status_code == 429]
     assert sum(answer.status_code == 200 for answer in found) == 30 - len(busy) >= 3
     assert busy
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
 
 
-# ---------------------------------------------------------------------------------------------- the page on serving
+# ---------------------------------------------------------------------------------------------- the
+# page on serving
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
-SNIPPETS = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE) if PAGE.exists() else []
+SNIPPETS = (
+    re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    if PAGE.exists()
+    else []
+)
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))

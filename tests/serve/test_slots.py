@@ -67,7 +67,9 @@ def test_rows_are_as_if_alone(name, turns):
                 for _ in range(what):
                     for row in rows:
                         row.append((row[-1] * 17 + 5) % 256 + 3)
-                    logits = forward.decode(slots, [row[-1] for row in rows], [len(row) - 1 for row in rows])
+                    logits = forward.decode(
+                        slots, [row[-1] for row in rows], [len(row) - 1 for row in rows]
+                    )
                 found = zip(logits, rows, strict=True)
             elif kind == "leave" and what < len(rows):
                 slots.leave(what, len(rows) - 1)
@@ -77,7 +79,9 @@ def test_rows_are_as_if_alone(name, turns):
             else:
                 found = []
             for logits, tokens in found:
-                assert (logits - wanted(model, tokens)).abs().max() < 1e-5  # Gemma 2 has a softmax in float32
+                assert (
+                    logits - wanted(model, tokens)
+                ).abs().max() < 1e-5  # Gemma 2 has a softmax in float32
         for row in reversed(range(len(rows))):
             slots.leave(row, row)
     for one in (slots, aside):

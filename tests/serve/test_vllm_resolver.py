@@ -1,5 +1,5 @@
-"""The resolver that vLLM asks: which folder it hands over, and what it does not. vLLM itself runs in
-test_vllm_server.py; here two modules stand in for the three names that we use of it."""
+"""The resolver that vLLM asks: which folder it hands over, and what it does not. vLLM itself runs
+in test_vllm_server.py; here two modules stand in for the three names that we use of it."""
 
 from __future__ import annotations
 
@@ -83,14 +83,25 @@ def test_a_library_is_handed_over_by_hash(adapters, library, made, base, tmp_pat
 
     library.add(made["second"], "first", overwrite=True)
     assert adapters.find(base, "first") == second, "another adapter, another path"
-    with pytest.raises(LibraryError, match=rf"which is now {second.path.name}.*Expected: {first.path.name}"):
+    with pytest.raises(
+        LibraryError, match=rf"which is now {second.path.name}.*Expected: {first.path.name}"
+    ):
         adapters.find(base, f"first@{first.path.name}")
     shutil.rmtree(library.folder)
     assert contents(first.path) == contents(made["first"]), "vLLM may read it again at any time"
 
 
 def test_what_is_no_name_of_ours_is_left_to_others(adapters, base):
-    for name in ("", "owner/name", "../first", "first@", "first@main", "first@../x", "@" + "0" * 64, "a" * 200):
+    for name in (
+        "",
+        "owner/name",
+        "../first",
+        "first@",
+        "first@main",
+        "first@../x",
+        "@" + "0" * 64,
+        "a" * 200,
+    ):
         assert adapters.find(base, name) is None
     with pytest.raises(LibraryError, match=r"no adapter 'frist'.*nearest: 'first'"):
         adapters.find(base, "frist")
@@ -115,7 +126,9 @@ def test_what_was_altered_in_the_cache_is_copied_again(adapters, made, base):
 def test_a_remote_place(made, base, tmp_path):
     store = f"file://{tmp_path}/store"
     adapters = Adapters(f"{store}/", cache=tmp_path / "cache")
-    versions = [push(made[name], f"{store}/french").rpartition("@")[2] for name in ("first", "second")]
+    versions = [
+        push(made[name], f"{store}/french").rpartition("@")[2] for name in ("first", "second")
+    ]
     found = adapters.find(base, "french")
     assert contents(found.path) == contents(made["second"])
     old = adapters.find(base, f"french@{versions[0]}")
@@ -131,13 +144,17 @@ def test_a_remote_place(made, base, tmp_path):
 
 
 def test_what_vllm_cannot_serve_is_told(adapters, base):
-    with pytest.raises(AdapterError, match=r"vLLM cannot load it. Found: it is a DoRA. .*veneer merge"):
+    with pytest.raises(
+        AdapterError, match=r"vLLM cannot load it. Found: it is a DoRA. .*veneer merge"
+    ):
         adapters.find(base, "dora")
 
 
 def test_the_base_is_that_of_the_record(adapters, library, base, tmp_path, caplog, monkeypatch):
     reads, read = [], BaseWeights.__call__
-    monkeypatch.setattr(BaseWeights, "__call__", lambda self, at: reads.append(at) or read(self, at))
+    monkeypatch.setattr(
+        BaseWeights, "__call__", lambda self, at: reads.append(at) or read(self, at)
+    )
     caplog.set_level(logging.INFO, "vllm.veneer")
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: adapters.find(base, "first"), range(4)))) == 1
@@ -148,7 +165,9 @@ def test_the_base_is_that_of_the_record(adapters, library, base, tmp_path, caplo
     assert f"{len(reads)} of {len(reads)} tensors proven" in caplog.text
     assert "unknown, as another library wrote the adapter" in caplog.text
 
-    with pytest.raises(BaseMismatchError, match=r"made for another base.*other numbers in .*VENEER_VERIFY_BASE=0"):
+    with pytest.raises(
+        BaseMismatchError, match=r"made for another base.*other numbers in .*VENEER_VERIFY_BASE=0"
+    ):
         adapters.find(base, "stranger")
     trusting = Adapters(str(library.folder), verify_base=False, cache=tmp_path / "cache")
     assert trusting.find(base, "stranger").path.is_dir()
@@ -156,7 +175,10 @@ def test_the_base_is_that_of_the_record(adapters, library, base, tmp_path, caplo
 
 def test_a_base_without_the_layers_of_the_adapter(library, tmp_path):
     shallow = write_tiny(tmp_path / "shallow", num_hidden_layers=1)
-    with pytest.raises(BaseMismatchError, match=r"none of 1 of .* tensors \(model.layers.1.self_attn.q_proj.weight\)"):
+    with pytest.raises(
+        BaseMismatchError,
+        match=r"none of 1 of .* tensors \(model.layers.1.self_attn.q_proj.weight\)",
+    ):
         Adapters(str(library.folder), cache=tmp_path / "cache").find(str(shallow), "first")
 
 
@@ -180,7 +202,8 @@ def test_a_hub_id_whose_files_are_in_the_hubs_cache(adapters, base, tmp_path, mo
         adapters.find("owner/base", "stranger")
 
 
-# ---------------------------------------------------------------------------------------------- the plug-in
+# ---------------------------------------------------------------------------------------------- the
+# plug-in
 
 
 class Request(SimpleNamespace):
@@ -228,7 +251,10 @@ def test_a_request_or_none(vllm, library, base, made, tmp_path, monkeypatch, cap
     assert asked("owner/name") is None
     assert caplog.text == ""
     assert asked("stranger") is None
-    assert "The adapter 'stranger' is not served. The adapter was made for another base." in caplog.text
+    assert (
+        "The adapter 'stranger' is not served. The adapter was made for another base."
+        in caplog.text
+    )
     monkeypatch.setenv("VENEER_VERIFY_BASE", "0")
     register()
     (resolver,) = vllm.values()
@@ -237,10 +263,16 @@ def test_a_request_or_none(vllm, library, base, made, tmp_path, monkeypatch, cap
 
 def test_the_entry_point_names_it_and_loads_little():
     """vLLM loads plug-ins in each of its processes, of which one at most ever asks."""
-    project = tomllib.loads((Path(veneer.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(veneer.__file__).parents[2] / "pyproject.toml").read_text())[
+        "project"
+    ]
     module, name = project["entry-points"]["vllm.general_plugins"]["veneer"].split(":")
     assert getattr(import_module(module), name) is register
     code = f"import sys, veneer\nbefore = {{*sys.modules}}\nimport {module}\nprint(sorted({{*sys.modules}} - before))"
     loaded = printed(code)
     assert "'veneer.serve.vllm_plugin'" in loaded
-    assert {name for name in ("store", "adapter_files", "models", "attach.") if f"veneer.{name}" in loaded} == set()
+    assert {
+        name
+        for name in ("store", "adapter_files", "models", "attach.")
+        if f"veneer.{name}" in loaded
+    } == set()

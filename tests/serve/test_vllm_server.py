@@ -1,6 +1,8 @@
-"""vLLM's own server with our plug-in: what it answers, and what it refuses. `make test-vllm VLLM=/path/to/python`.
+"""vLLM's own server with our plug-in: what it answers, and what it refuses. `make test-vllm
+VLLM=/path/to/python`.
 
-The base is a tiny random Llama in float32. The expected tokens are those of our own merged model, drawn greedily.
+The base is a tiny random Llama in float32. The expected tokens are those of our own merged model,
+drawn greedily.
 """
 
 from __future__ import annotations
@@ -26,12 +28,17 @@ from veneer.store.remote import push
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not os.environ.get("VLLM"), reason="VLLM names no Python that has vLLM (make test-vllm)"),
+    pytest.mark.skipif(
+        not os.environ.get("VLLM"), reason="VLLM names no Python that has vLLM (make test-vllm)"
+    ),
 ]
 
 #: vLLM's attention on a CPU knows no heads of fewer than 32 numbers
 SHAPE = {"hidden_size": 128, "intermediate_size": 128}
-PROMPT, TOKENS = [5, 77, 130, 9, 201, 44, 18, 150] * 5, 24  # longer than two blocks of the cache of keys and values
+PROMPT, TOKENS = (
+    [5, 77, 130, 9, 201, 44, 18, 150] * 5,
+    24,
+)  # longer than two blocks of the cache of keys and values
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +56,12 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
     }  # fmt: skip
     torch.manual_seed(1)
     for name, config in configs.items():
-        made[name] = trained(tiny_model(**SHAPE), folder / name, 0.3, **{"targets": "all-linear", **config})
-    made["stranger"] = trained(tiny_model(7, **SHAPE), folder / "stranger", 0.3, targets="all-linear")
+        made[name] = trained(
+            tiny_model(**SHAPE), folder / name, 0.3, **{"targets": "all-linear", **config}
+        )
+    made["stranger"] = trained(
+        tiny_model(7, **SHAPE), folder / "stranger", 0.3, targets="all-linear"
+    )
     return made
 
 
@@ -74,7 +85,12 @@ class Server:
         return httpx.post(f"{self.running.url}/v1/{route}", json=body, timeout=300, trust_env=False)
 
     def answer(self, name: str) -> httpx.Response:
-        options = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        options = {
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
         return self.post("completions", model=name, prompt=PROMPT, **options)
 
     def tokens(self, name: str) -> list[int]:
@@ -103,7 +119,9 @@ def vllm(base: Path, place: str, folder: Path):
         **vllm_environment(python), "VENEER_LIBRARY": place, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "XDG_CACHE_HOME": str(folder / "cache"), "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    with servers.serve(command, folder / "log", threads=1, ready="/health", seconds=600, env=env) as running:
+    with servers.serve(
+        command, folder / "log", threads=1, ready="/health", seconds=600, env=env
+    ) as running:
         yield Server(running)
 
 
@@ -138,8 +156,8 @@ def test_adapters_of_a_library(base, adapters, tmp_path):
         shutil.rmtree(library.folder / "objects" / content_hash(adapters["first"]))
         assert server.tokens("first") == expected["first"]
 
-        # another adapter under a name that is served: the old one until the name is unloaded, then the new one alone,
-        # also where keys and values of that very prompt are kept
+        # another adapter under a name that is served: the old one until the name is unloaded, then
+        # the new one alone, also where keys and values of that very prompt are kept
         library.add(adapters["third"], "second", overwrite=True)
         assert server.tokens("second") == expected["second"]
         version = f"second@{content_hash(adapters['third'])}"

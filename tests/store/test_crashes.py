@@ -1,5 +1,5 @@
-"""Killed at any moment, a process leaves whole adapters, a whole index, and nothing that the next one cannot clean up.
-Several at once lose nothing of each other's."""
+"""Killed at any moment, a process leaves whole adapters, a whole index, and nothing that the next
+one cannot clean up. Several at once lose nothing of each other's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def whole(folder: Path) -> None:
     """What must hold of the adapters after any crash, and what must be possible."""
     for name in ("adapter", "among"):
         veneer.adapter_files.read(folder / name)
-    assert {name: (folder / "among" / name).read_text() for name in THEIRS} == dict.fromkeys(THEIRS, "theirs")
+    assert {name: (folder / "among" / name).read_text() for name in THEIRS} == dict.fromkeys(
+        THEIRS, "theirs"
+    )
     for name, expected in (("adapter", {*FILES}), ("among", {*FILES, "notes.txt", "step_100"})):
         litter = any(path.name.startswith(f".{name}.") for path in folder.iterdir())
         if litter or {path.name for path in (folder / name).iterdir()} != expected:
@@ -76,16 +78,21 @@ def whole_library(folder: Path) -> None:
     library.gc(grace=0)
 
 
-# ---------------------------------------------------------------------------------------------- before every step
+# ----------------------------------------------------------------------------------------------
+# before every step
 
 
 @pytest.mark.parametrize(
-    ("operation", "exchange"), [*((name, True) for name in OPERATIONS), ("save", False), ("save_among", False)]
+    ("operation", "exchange"),
+    [*((name, True) for name in OPERATIONS), ("save", False), ("save_among", False)],
 )
 def test_a_death_before_any_step_on_the_disk(folder, operation, exchange):
-    """Each step in turn: rename, replace, fsync, mkdir, unlink, … does not happen, and nothing after it does."""
+    """Each step in turn: rename, replace, fsync, mkdir, unlink, … does not happen, and nothing
+    after it does."""
     pipe, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=crashes.die_at_each, args=(theirs, operation, folder, exchange), daemon=True)
+    process = CONTEXT.Process(
+        target=crashes.die_at_each, args=(theirs, operation, folder, exchange), daemon=True
+    )
     process.start()
     theirs.close()
     for step in range(200):
@@ -107,8 +114,8 @@ def test_a_death_before_any_step_on_the_disk(folder, operation, exchange):
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
-    """For a loss of power, which no kill can show: each file and folder is flushed before the rename, the folder that
-    holds the new name after it."""
+    """For a loss of power, which no kill can show: each file and folder is flushed before the
+    rename, the folder that holds the new name after it."""
     flushed: set[int] = set()
     renamed: list[Path] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -124,7 +131,9 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
         renamed.append(target)
 
     monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(atomic, "_exchange", lambda *paths: (about_to_rename(*paths), exchange(*paths))[1])
+    monkeypatch.setattr(
+        atomic, "_exchange", lambda *paths: (about_to_rename(*paths), exchange(*paths))[1]
+    )
     monkeypatch.setattr(os, "rename", lambda *paths: (about_to_rename(*paths), rename(*paths)))
     monkeypatch.setattr(os, "replace", lambda *paths: (about_to_rename(*paths), replace(*paths)))
     for operation in (crashes.save, crashes.save_among, crashes.add):
@@ -132,11 +141,14 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(folder, monkeypatch):
         renamed.clear()
         operation(folder, 2)
         assert renamed
-        assert {path.parent.stat().st_ino for path in renamed if path.parent.suffix != ".tmp"} <= flushed
+        assert {
+            path.parent.stat().st_ino for path in renamed if path.parent.suffix != ".tmp"
+        } <= flushed
     assert {path.name for path in renamed} >= {INDEX, COPY}
 
 
-# ---------------------------------------------------------------------------------------------- at any moment
+# ---------------------------------------------------------------------------------------------- at
+# any moment
 
 
 def kill(folder: Path, operation: str, delay: float, exchange: bool) -> None:
@@ -170,20 +182,27 @@ def test_killed_at_200_moments(folder, exchange):
     kills(folder, 200, seed=int(time.time()), exchange=exchange)
 
 
-# ---------------------------------------------------------------------------------------------- several at once
+# ----------------------------------------------------------------------------------------------
+# several at once
 
 
 def test_several_processes_lose_nothing(folder):
     """Four writers that add, tag, remove and collect at once, and two readers beside them."""
     count, failed, seen, stop = 6, CONTEXT.Queue(), CONTEXT.Queue(), CONTEXT.Event()
-    writers = [CONTEXT.Process(target=crashes.work, args=(folder, who, count, failed)) for who in range(4)]
-    readers = [CONTEXT.Process(target=crashes.look, args=(folder, stop, seen, failed)) for _ in range(2)]
+    writers = [
+        CONTEXT.Process(target=crashes.work, args=(folder, who, count, failed)) for who in range(4)
+    ]
+    readers = [
+        CONTEXT.Process(target=crashes.look, args=(folder, stop, seen, failed)) for _ in range(2)
+    ]
     for process in (*readers, *writers):
         process.start()
     for process in writers:
         process.join(120)
     stop.set()
-    counted = [seen.get(timeout=60) for _ in readers] if all(p.exitcode == 0 for p in writers) else [0]
+    counted = (
+        [seen.get(timeout=60) for _ in readers] if all(p.exitcode == 0 for p in writers) else [0]
+    )
     for process in readers:
         process.join(60)
     assert failed.empty(), failed.get()

@@ -1,4 +1,5 @@
-"""A library: names stand for whole adapters, nothing leads out of its folder, nothing that is in use goes away."""
+"""A library: names stand for whole adapters, nothing leads out of its folder, nothing that is in
+use goes away."""
 
 from __future__ import annotations
 
@@ -37,10 +38,13 @@ def library(tmp_path) -> Library:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.exists() else set()
+    return (
+        {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.exists() else set()
+    )
 
 
-# ---------------------------------------------------------------------------------------------- adding and finding
+# ----------------------------------------------------------------------------------------------
+# adding and finding
 
 
 def test_what_was_added_is_found_and_loads(library, adapters):
@@ -116,7 +120,25 @@ def test_an_adapter_that_changes_while_it_is_copied_does_not_get_in(library, ada
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "/etc", "a\\b", "a b", "-x", ".x", "a\0", "a\n", "ü", "a" * 129, "~", "a:b", "$(x)"],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/etc",
+        "a\\b",
+        "a b",
+        "-x",
+        ".x",
+        "a\0",
+        "a\n",
+        "ü",
+        "a" * 129,
+        "~",
+        "a:b",
+        "$(x)",
+    ],
 )
 def test_no_name_leads_out_of_the_folder(library, adapters, tmp_path, name):
     before = files(tmp_path)
@@ -133,7 +155,9 @@ def test_no_name_leads_out_of_the_folder(library, adapters, tmp_path, name):
         library.tag("x", name)
 
 
-@pytest.mark.parametrize("name", ["a", "A", "_x", "9", "a.b", "qwen-2.5_r8", "a" * 128, "con", "index.json"])
+@pytest.mark.parametrize(
+    "name", ["a", "A", "_x", "9", "a.b", "qwen-2.5_r8", "a" * 128, "con", "index.json"]
+)
 def test_names_that_are_taken(library, adapters, name):
     library.add(adapters[0], name)
     veneer.adapter_files.read(library.get(name))
@@ -153,7 +177,8 @@ def test_a_library_that_is_not_there(library, adapters):
     assert not library.folder.exists(), "a mistyped folder does not appear"
 
 
-# ---------------------------------------------------------------------------------------------- tags, removing
+# ----------------------------------------------------------------------------------------------
+# tags, removing
 
 
 def test_tags(library, adapters):
@@ -178,7 +203,8 @@ def test_removing_takes_the_name_and_leaves_the_files(library, adapters):
         library.remove("x")
 
 
-# ---------------------------------------------------------------------------------------------- collecting
+# ----------------------------------------------------------------------------------------------
+# collecting
 
 
 def age(path: Path, seconds: float) -> None:
@@ -187,7 +213,10 @@ def age(path: Path, seconds: float) -> None:
 
 
 def test_gc_keeps_what_has_a_name_and_what_lost_it_lately(library, adapters):
-    paths = {name: library.add(path, name) and library.get(name) for name, path in zip("abc", adapters, strict=True)}
+    paths = {
+        name: library.add(path, name) and library.get(name)
+        for name, path in zip("abc", adapters, strict=True)
+    }
     for path in paths.values():
         age(path, 10 * GRACE)  # added long ago
     assert library.gc().objects == ()
@@ -217,11 +246,18 @@ def test_gc_deletes_what_killed_writers_left_and_nothing_of_others(library, adap
     done = library.gc()
     assert (done.leftovers, done.freed, done.objects) == (2, 7, ())
     assert {"notes.txt", library.entry("x").object} == {path.name for path in objects.iterdir()}
-    assert {path.name for path in library.folder.iterdir()} == {INDEX, COPY, LOCK, OBJECTS, "README"}
+    assert {path.name for path in library.folder.iterdir()} == {
+        INDEX,
+        COPY,
+        LOCK,
+        OBJECTS,
+        "README",
+    }
 
 
 def test_gc_finishes_an_object_that_was_being_replaced(library, adapters):
-    """By a writer that was killed on a system that exchanges no folders: its files are in two places."""
+    """By a writer that was killed on a system that exchanges no folders: its files are in two
+    places."""
     name, objects = library.add(adapters[0], "x").object, library.folder / OBJECTS
     whole, container = objects / name, objects / f".{name}.abc12345.tmp"
     shutil.copytree(whole, container / NEW)
@@ -240,7 +276,8 @@ def test_a_file_that_is_open_stays_readable(library, adapters):
         assert file.read() == (adapters[0] / "adapter_model.safetensors").read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------- damage
+# ----------------------------------------------------------------------------------------------
+# damage
 
 
 DAMAGE = {
@@ -324,7 +361,10 @@ def test_what_nobody_here_can_read_is_not_deleted_at_once(library, adapters, mon
     for file in (INDEX, COPY):
         (library.folder / file).write_text("x")
     with monkeypatch.context() as patch:
-        patch.setattr("veneer.store.library.read", lambda path: (_ for _ in ()).throw(AdapterError("another variant")))
+        patch.setattr(
+            "veneer.store.library.read",
+            lambda path: (_ for _ in ()).throw(AdapterError("another variant")),
+        )
         assert library.rebuild().lost == (path.name,)
     assert library.gc().objects == ()
     assert veneer.adapter_files.read(path).config.rank == 1
@@ -334,7 +374,9 @@ def test_a_recovered_name_takes_none_that_is_in_use(library, adapters):
     first = library.add(adapters[0], "a").object
     library.add(adapters[1], f"recovered-{first[:12]}")
     library.remove("a")
-    (library.folder / INDEX).write_text("x")  # its copy is whole: the object of "a" has no name there
+    (library.folder / INDEX).write_text(
+        "x"
+    )  # its copy is whole: the object of "a" has no name there
     made = library.rebuild()
     assert made.kept == (f"recovered-{first[:12]}",)
     assert made.recovered == (f"recovered-{first}",)
@@ -348,7 +390,9 @@ def test_a_rebuild_of_a_sound_library_changes_nothing(library, adapters):
     library.remove("b")
     before = library.list()
     made = library.rebuild()
-    assert (made.kept, made.recovered, made.lost) == (("a",), (), ()), "what waits for gc is not brought back"
+    assert (made.kept, made.recovered, made.lost) == (("a",), (), ()), (
+        "what waits for gc is not brought back"
+    )
     assert library.list() == before
 
 
@@ -359,7 +403,9 @@ def test_a_rebuild_of_a_sound_library_changes_nothing(library, adapters):
         ("size", "1"), ("rank", None), ("variant", None), ("added", 3), ("more", 1),
     ],
 )  # fmt: skip
-def test_an_index_cannot_lead_out_of_the_folder_or_hold_what_is_no_entry(library, adapters, field, value):
+def test_an_index_cannot_lead_out_of_the_folder_or_hold_what_is_no_entry(
+    library, adapters, field, value
+):
     library.add(adapters[0], "a")
     content = json.loads((library.folder / INDEX).read_text())
     content["names"]["a"][field] = value
@@ -399,7 +445,8 @@ def test_a_folder_that_is_gone_is_an_error_that_says_so(library, adapters):
     veneer.adapter_files.read(library.get("a"))
 
 
-# ---------------------------------------------------------------------------------------------- places and help
+# ----------------------------------------------------------------------------------------------
+# places and help
 
 
 def test_reading_needs_no_right_to_write(library, adapters):
@@ -444,10 +491,14 @@ def test_a_pulled_copy_outlives_the_library(library, adapters, tmp_path):
     assert copy.name == library.entry("french").object
     with (library.get("french") / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
-    assert library.pull("french", cache=tmp_path / "cache") == copy, "an intact copy is not taken from there again"
+    assert library.pull("french", cache=tmp_path / "cache") == copy, (
+        "an intact copy is not taken from there again"
+    )
     with pytest.raises(AdapterError, match=rf"other files at .*{copy.name} than were put there"):
         library.pull("french", cache=tmp_path / "another")
-    assert not (tmp_path / "another").exists() or not any((tmp_path / "another" / "library").iterdir())
+    assert not (tmp_path / "another").exists() or not any(
+        (tmp_path / "another" / "library").iterdir()
+    )
     library.remove("french")
     library.gc(grace=0)
     assert len(veneer.adapter_files.read(copy).layers) == 1
@@ -464,7 +515,9 @@ def test_a_system_without_flock_is_told_so(library, adapters, monkeypatch):
     import filelock
 
     library.add(adapters[0], "a")
-    monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)  # as filelock has it where there is no fcntl
+    monkeypatch.setattr(
+        filelock, "FileLock", filelock.SoftFileLock
+    )  # as filelock has it where there is no fcntl
     with pytest.raises(LibraryError, match="without flock"):
         library.add(adapters[1], "b")
     veneer.adapter_files.read(library.get("a"))

@@ -32,7 +32,9 @@ def made(tmp_path):
 
 @pytest.fixture(params=["file", "memory"])
 def place(request, tmp_path):
-    return f"file://{tmp_path}/place" if request.param == "file" else f"memory://{tmp_path.name}/place"
+    return (
+        f"file://{tmp_path}/place" if request.param == "file" else f"memory://{tmp_path.name}/place"
+    )
 
 
 def files(folder):
@@ -51,7 +53,9 @@ def test_what_is_pushed_is_seen_at_the_next_look(place, made, tmp_path, monkeypa
     before = where.look()
     push(made[2], f"{place}/french")
     pulled, real = [], mirror.pull
-    monkeypatch.setattr(mirror, "pull", lambda name, **options: pulled.append(name) or real(name, **options))
+    monkeypatch.setattr(
+        mirror, "pull", lambda name, **options: pulled.append(name) or real(name, **options)
+    )
     after = where.look()
     assert pulled == [f"{place}/french"]  # and german is not read again
     assert files(after["french"]) == files(made[2])
@@ -73,7 +77,9 @@ def test_what_is_deleted_is_gone(tmp_path, made):
 def test_files_that_were_copied_there_are_read_when_they_rest(tmp_path, made):
     where = Mirror(f"file://{tmp_path}/place", tmp_path / "cache")
     shutil.copytree(made[0], tmp_path / "place" / "french")
-    assert files(where.look()["french"]) == files(made[0])  # at the start there is nothing to compare with
+    assert files(where.look()["french"]) == files(
+        made[0]
+    )  # at the start there is nothing to compare with
     shutil.copytree(made[1], tmp_path / "place" / "french", dirs_exist_ok=True)
     shutil.copytree(made[1], tmp_path / "place" / "new")
     assert files(where.look()["french"]) == files(made[0])

@@ -1,5 +1,6 @@
-"""Pushing and pulling: what comes back is what went, a bad download leaves nothing, and each trouble is one clear
-error. The hub is a small one on this machine (``hub.py``), the client is huggingface_hub itself."""
+"""Pushing and pulling: what comes back is what went, a bad download leaves nothing, and each
+trouble is one clear error. The hub is a small one on this machine (``hub.py``), the client is
+huggingface_hub itself."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def adapters(tmp_path_factory) -> list[Path]:
     """A plain adapter, another one, and one whose variant has a file of its own."""
     folder, made = tmp_path_factory.mktemp("adapters"), []
     for number, variant in enumerate(("lora", "lora", "loha")):
-        handle = veneer.attach(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(rank=1, variant=variant))
+        handle = veneer.attach(
+            nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(rank=1, variant=variant)
+        )
         randomise(handle)
         made.append(handle.save(folder / f"a{number}"))
     return made
@@ -44,7 +47,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def store(request, tmp_path):
-    """An empty place of a kind: (URL, function that reads or writes the bytes of a file below it)."""
+    """An empty place of a kind: (URL, function that reads or writes the bytes of a file below
+    it)."""
     scheme, name = request.param, tmp_path.name
     place = f"file://{tmp_path}/store" if scheme == "file" else f"memory://{name}/store"
     yield place
@@ -63,7 +67,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def kept(cache: Path) -> list[Path]:
     """Everything in the cache: whole adapters, and nothing else."""
-    found = [path for path in cache.rglob("*") if path.is_dir() and path.parent != cache] if cache.exists() else []
+    found = (
+        [path for path in cache.rglob("*") if path.is_dir() and path.parent != cache]
+        if cache.exists()
+        else []
+    )
     for path in found:
         veneer.adapter_files.read(path)
     return found
@@ -74,7 +82,8 @@ def write(url: str, data: bytes) -> None:
         file.write(data)  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------------- fsspec
+# ----------------------------------------------------------------------------------------------
+# fsspec
 
 
 @stores
@@ -93,9 +102,11 @@ def test_what_comes_back_is_what_went(store, adapters, cache):
 
 
 def with_tokens(folder: Path) -> Path:
-    """An adapter that trains tokens, with their tokenizer beside it and a file that is none of its own."""
+    """An adapter that trains tokens, with their tokenizer beside it and a file that is none of its
+    own."""
     handle = veneer.attach(
-        nn.Sequential(nn.Embedding(6, 4)), veneer.LoraConfig(targets=(), trainable_tokens={"0": [5]})
+        nn.Sequential(nn.Embedding(6, 4)),
+        veneer.LoraConfig(targets=(), trainable_tokens={"0": [5]}),
     )
     path = handle.save(folder / "tokens")
     (path / "tokenizer.json").write_text("{}")
@@ -169,7 +180,9 @@ def test_a_second_entry_has_its_own_chat_template(tmp_path):
     assert [(library.get(name) / "chat_template.jinja").read_text() for name in ("first", "second")] == [
         "first", "second",
     ]  # fmt: skip
-    assert library.entry("first").size == sum(len(data) for data in contents(library.get("first")).values())
+    assert library.entry("first").size == sum(
+        len(data) for data in contents(library.get("first")).values()
+    )
 
 
 @stores
@@ -198,7 +211,8 @@ def test_pushing_again_is_seen_by_no_reader(tmp_path, adapters, cache, monkeypat
 
 @stores
 def test_what_was_altered_in_the_cache_is_fetched_again(store, adapters, cache, tmp_path):
-    """An adapter of another library has no hashes of its own that would tell: the revision is one."""
+    """An adapter of another library has no hashes of its own that would tell: the revision is
+    one."""
     path = stripped(shutil.copytree(adapters[0], tmp_path / "theirs"))
     found = pull(push(path, store))
     with (found / "adapter_model.safetensors").open("r+b") as file:
@@ -344,7 +358,10 @@ def test_a_scheme_whose_package_is_missing(adapters, cache, monkeypatch):
     [
         (PermissionError("Access Denied"), "no permission to write to memory://x .Access Denied"),
         (TimeoutError("timed out"), "memory://x cannot be used .TimeoutError: timed out"),
-        (RuntimeError("Unable to locate credentials"), "RuntimeError: Unable to locate credentials.*credentials"),
+        (
+            RuntimeError("Unable to locate credentials"),
+            "RuntimeError: Unable to locate credentials.*credentials",
+        ),
     ],
 )
 def test_troubles_of_a_store_are_one_error(adapters, monkeypatch, error, message):
@@ -390,7 +407,8 @@ def test_a_damaged_adapter_is_not_pushed(adapters, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-# ---------------------------------------------------------------------------------------------- paths
+# ----------------------------------------------------------------------------------------------
+# paths
 
 
 def test_a_path_is_itself(adapters, tmp_path):
@@ -417,7 +435,8 @@ def test_commands_take_places(adapters, cache):
     assert contents(resolve(place)) == contents(adapters[0])
 
 
-# ---------------------------------------------------------------------------------------------- the hub
+# ---------------------------------------------------------------------------------------------- the
+# hub
 
 
 def go_to(url: str, monkeypatch) -> None:
@@ -525,7 +544,9 @@ def test_a_bad_download_from_the_hub_leaves_nothing(server, adapters, cache):
     files = repo.commits[repo.branches["main"]]
     whole = files["adapter_model.safetensors"]
     files["adapter_model.safetensors"] = whole[:-1] + bytes([whole[-1] ^ 1])
-    with pytest.raises(AdapterError, match=r"What hf://owner/adapter@[0-9a-f]{40} holds is no intact adapter"):
+    with pytest.raises(
+        AdapterError, match=r"What hf://owner/adapter@[0-9a-f]{40} holds is no intact adapter"
+    ):
         pull(PLACE)
     assert kept(cache) == []
     files["adapter_model.safetensors"] = whole
@@ -550,7 +571,9 @@ def test_a_commit_cannot_lead_out_of_the_cache(server, adapters, cache):
 
 
 def test_no_such_repository(server, adapters, cache):
-    with pytest.raises(RemoteError, match="no repository hf://owner/adapter, or one that you may not see"):
+    with pytest.raises(
+        RemoteError, match="no repository hf://owner/adapter, or one that you may not see"
+    ):
         pull(PLACE)
 
 
@@ -573,7 +596,9 @@ def test_a_push_that_the_hub_refuses(server, adapters, cache, refuse, message):
 
 
 @pytest.mark.parametrize("part", ["/revision/", "/tree/", "/resolve/"])
-@pytest.mark.parametrize(("status", "message"), [(403, "no permission to read"), (404, "hf://owner/adapter")])
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "no permission to read"), (404, "hf://owner/adapter")]
+)
 def test_a_pull_that_the_hub_refuses(server, adapters, cache, part, status, message):
     place = push(adapters[0], PLACE, revision="main")
     server.refuse[part] = status
@@ -591,7 +616,9 @@ def test_private_is_what_it_says(server, adapters):
     commits = len(server.repos["owner/open"].commits)
     with pytest.raises(RemoteError, match="hf://owner/open, which exists and is public"):
         push(adapters[1], "hf://owner/open", private=True)
-    assert len(server.repos["owner/open"].commits) == commits, "nothing went to where all can see it"
+    assert len(server.repos["owner/open"].commits) == commits, (
+        "nothing went to where all can see it"
+    )
 
 
 def test_offline_mode_is_told(adapters, cache, monkeypatch):

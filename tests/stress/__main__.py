@@ -1,4 +1,5 @@
-"""Run the stress program: `python -m tests.stress --minutes 10 --seed 0`. Status 1: an invariant was broken."""
+"""Run the stress program: `python -m tests.stress --minutes 10 --seed 0`. Status 1: an invariant
+was broken."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def write_keys(path: Path, count: int) -> list[str]:
 
 
 class Adapters:
-    """Adapter folders of the server: some stay, some are replaced by another version, some are deleted meanwhile."""
+    """Adapter folders of the server: some stay, some are replaced by another version, some are
+    deleted meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +61,8 @@ class Adapters:
         return [f"stable-{i}" for i in range(STABLE)] + [*self.versions] + [*self.fleeting]
 
     def replace(self, name: str, version: int) -> None:
-        """Publish another version under the same name, as a trainer on another machine would: write, then rename."""
+        """Publish another version under the same name, as a trainer on another machine would:
+        write, then rename."""
         write_adapter(self.folder / name, self.versions[name][version], rank=4)
 
     def delete(self, name: str) -> None:
@@ -67,12 +70,15 @@ class Adapters:
         (self.folder / name).rename(aside)
 
     def restore(self, name: str) -> None:
-        made = write_adapter(self.folder.parent / f"new-{name}-{time.monotonic_ns()}", self.fleeting[name], rank=2)
+        made = write_adapter(
+            self.folder.parent / f"new-{name}-{time.monotonic_ns()}", self.fleeting[name], rank=2
+        )
         made.rename(self.folder / name)
 
 
 def write_adapter(folder: Path, seed: int, **config: Any) -> Path:
-    """An adapter whose parameters are the same for each seed, and large enough for answers to differ."""
+    """An adapter whose parameters are the same for each seed, and large enough for answers to
+    differ."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         handle = veneer.attach(tiny_model(), veneer.LoraConfig(**config))
@@ -86,7 +92,11 @@ def write_adapter(folder: Path, seed: int, **config: Any) -> Path:
 def ask(server: StressServer, key: str, model: str) -> str:
     headers = {"authorization": f"Bearer {key}"}
     response = httpx.post(
-        f"{server.url}/v1/completions", json=request_body(model), headers=headers, timeout=60, trust_env=False
+        f"{server.url}/v1/completions",
+        json=request_body(model),
+        headers=headers,
+        timeout=60,
+        trust_env=False,
     )
     if response.status_code != 200:
         raise RuntimeError(f"{model}: {response.status_code} {response.text}")
@@ -106,14 +116,24 @@ def known_answers(server: StressServer, key: str, adapters: Adapters) -> dict[st
 
 
 def disturb(
-    seed: int, seconds: float, server: StressServer, adapters: Adapters, disk: SmallDisk, kills: int, findings: Findings
+    seed: int,
+    seconds: float,
+    server: StressServer,
+    adapters: Adapters,
+    disk: SmallDisk,
+    kills: int,
+    findings: Findings,
 ) -> None:
-    """Kill the server, fill its disk and replace adapters until ``seconds`` have passed, at times from the seed."""
+    """Kill the server, fill its disk and replace adapters until ``seconds`` have passed, at times
+    from the seed."""
     draw = random.Random(f"{seed}:disturb")
     began = time.monotonic()
     kill_at = sorted(draw.uniform(0.1, 0.95) * seconds for _ in range(kills))
     fill_at = sorted(draw.uniform(0.1, 0.9) * seconds for _ in range(2)) if disk.mounted else []
-    print(f"kills at {[round(at) for at in kill_at]} s, a full disk at {[round(at) for at in fill_at]} s", flush=True)
+    print(
+        f"kills at {[round(at) for at in kill_at]} s, a full disk at {[round(at) for at in fill_at]} s",
+        flush=True,
+    )
     absent: list[str] = []
     while (now := time.monotonic() - began) < seconds:
         if kill_at and now > kill_at[0]:
@@ -188,7 +208,9 @@ def run(seed: int, minutes: float, clients: int, kills: int, folder: Path) -> Fi
     return findings
 
 
-def _finish(server: StressServer, threads: list[TrainingClient | ApiClient], runs: Path, findings: Findings) -> None:
+def _finish(
+    server: StressServer, threads: list[TrainingClient | ApiClient], runs: Path, findings: Findings
+) -> None:
     """Count the steps of each run, stop the server as an operator does, and start it once more."""
 
     def read_steps(path: str) -> int:
@@ -197,7 +219,9 @@ def _finish(server: StressServer, threads: list[TrainingClient | ApiClient], run
         counts = {int(value) for key, value in load_file(state).items() if key.startswith("step:")}
         return max(counts, default=0)
 
-    trainers = [thread for thread in threads if isinstance(thread, TrainingClient) and not thread.is_alive()]
+    trainers = [
+        thread for thread in threads if isinstance(thread, TrainingClient) and not thread.is_alive()
+    ]
     for trainer in trainers:
         try:
             trainer.count_steps(read_steps)
@@ -223,8 +247,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        findings = run(arguments.seed, arguments.minutes, arguments.clients, arguments.kills, folder)
-    print(f"seed {arguments.seed}, {arguments.minutes} minutes, {arguments.clients} clients of each kind")
+        findings = run(
+            arguments.seed, arguments.minutes, arguments.clients, arguments.kills, folder
+        )
+    print(
+        f"seed {arguments.seed}, {arguments.minutes} minutes, {arguments.clients} clients of each kind"
+    )
     print(json.dumps(dict(sorted(findings.counts.items())), indent=2))
     print(f"{len(findings.broken)} broken invariants")
     for line in findings.broken[:50]:

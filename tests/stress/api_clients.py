@@ -1,4 +1,5 @@
-"""Clients of OpenAI's API, each a thread: answers are compared with those of the adapter's known versions."""
+"""Clients of OpenAI's API, each a thread: answers are compared with those of the adapter's known
+versions."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class ApiClient(threading.Thread):
     """One client with a key.
 
     Args:
-        answers: the greedy answers that each adapter may give; more than one where its folder is replaced meanwhile.
+        answers: the greedy answers that each adapter may give; more than one where its folder is
+            replaced meanwhile.
         fleeting: adapters that are deleted and come back: 404 is an answer of theirs.
     """
 
@@ -41,7 +43,9 @@ class ApiClient(threading.Thread):
 
     def _connect(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.key}"}
-        return httpx.Client(base_url=f"{self.server.url}/v1", headers=headers, timeout=90, trust_env=False)
+        return httpx.Client(
+            base_url=f"{self.server.url}/v1", headers=headers, timeout=90, trust_env=False
+        )
 
     def run(self) -> None:
         actions = {
@@ -67,14 +71,18 @@ class ApiClient(threading.Thread):
         waited = self.server.up_seconds() - began
         if waited > BOUND:
             self.findings.add(self.name, f"a completion took {waited:.0f} s")
-        self.findings.check_status(self.name, "completions", response.status_code, response.text[:2000])
+        self.findings.check_status(
+            self.name, "completions", response.status_code, response.text[:2000]
+        )
         if response.status_code in (429, 503):
             self.over.wait(self.draw.uniform(0.2, 1))
         return response
 
     def _check_answer(self, adapter: str, text: str) -> None:
         if text not in self.answers[adapter]:
-            self.findings.add(self.name, f"{adapter} answered {text!r}, expected one of {self.answers[adapter]}")
+            self.findings.add(
+                self.name, f"{adapter} answered {text!r}, expected one of {self.answers[adapter]}"
+            )
 
     def _check_refusal(self, adapter: str, response: httpx.Response) -> None:
         if response.status_code == 404 and adapter not in self.fleeting:
@@ -93,10 +101,14 @@ class ApiClient(threading.Thread):
     def stream(self) -> None:
         adapter, text, finished = self.draw.choice([*self.answers]), "", False
         try:
-            with self.http.stream("POST", "/completions", json=request_body(adapter, stream=True)) as response:
+            with self.http.stream(
+                "POST", "/completions", json=request_body(adapter, stream=True)
+            ) as response:
                 if response.status_code != 200:
                     response.read()
-                    self.findings.check_status(self.name, "stream", response.status_code, response.text[:2000])
+                    self.findings.check_status(
+                        self.name, "stream", response.status_code, response.text[:2000]
+                    )
                     return
                 self.findings.count("stream 200")
                 for line in response.iter_lines():
@@ -144,7 +156,9 @@ class ApiClient(threading.Thread):
             "content-type: application/json\r\ncontent-length: 200000\r\n\r\n"
         )
         try:
-            with socket.create_connection(("127.0.0.1", self.server.port), timeout=10) as connection:
+            with socket.create_connection(
+                ("127.0.0.1", self.server.port), timeout=10
+            ) as connection:
                 connection.sendall(head.encode() + b'{"model": "tiny", "prompt": "')
                 for _ in range(self.draw.randint(1, 20)):
                     connection.sendall(b"x" * 100)

@@ -46,7 +46,8 @@ class Findings:
             self.counts[event] += 1
 
     def register(self, name: str, client: str) -> None:
-        """``name``, of a session or a run, is this client's: no other one may read it in an error."""
+        """``name``, of a session or a run, is this client's: no other one may read it in an
+        error."""
         with self.lock:
             self.owners[name] = client
 
@@ -54,7 +55,9 @@ class Findings:
         """An answer or error that ``client`` was sent."""
         others = set(_CLIENT.findall(text)) - {client}
         with self.lock:
-            others |= {owner for name, owner in self.owners.items() if owner != client and name in text}
+            others |= {
+                owner for name, owner in self.owners.items() if owner != client and name in text
+            }
         if others:
             self.add(client, f"was told of {sorted(others)}: {text[:400]}")
         if _INTERNAL.search(text) or self.folder in text:

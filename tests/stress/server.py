@@ -1,4 +1,5 @@
-"""The server of a stress run: a process that is killed and started again, on a file system that can be filled."""
+"""The server of a stress run: a process that is killed and started again, on a file system that can
+be filled."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from tests.stress.findings import Findings
 
 from serve_cases import servers
 
-#: bounds of the server's process: threads, and growth of its memory after the first quarter of a life
+# : bounds of the server's process: threads, and growth of its memory after the first quarter of a
+# life
 MOST_THREADS, MOST_GROWTH = 250, 0.25
 SETTLED = 20.0
 GROWTH_ALLOWANCE = 150 * 2**20
@@ -45,23 +47,34 @@ class StressServer:
     # ------------------------------------------------------------------------------------- life
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+        }
         with self.log.open("a") as stream:
             stream.write(f"--- life {self.lives}\n")
             stream.flush()
-            self.process = subprocess.Popen(self.command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                self.command, stdout=stream, stderr=subprocess.STDOUT, env=environment
+            )
         self.lives += 1
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
+                raise RuntimeError(
+                    f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
+                )
             try:
                 if httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200:
                     break
             except httpx.TransportError:
                 time.sleep(0.1)
         else:
-            raise RuntimeError(f"the server was not ready within 180 s:\n{self.log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"the server was not ready within 180 s:\n{self.log.read_text()[-4000:]}"
+            )
         self._down_seconds += time.monotonic() - self._down_since
         self.up.set()
         threading.Thread(target=self._watch, args=(self.process,), daemon=True).start()
@@ -114,7 +127,10 @@ class StressServer:
             print(f"life of {len(memory)} s: {early / 2**20:.0f} MiB early, {late / 2**20:.0f} MiB late, "
                   f"{most_threads} threads", flush=True)  # fmt: skip
             if late > early * (1 + MOST_GROWTH) + GROWTH_ALLOWANCE:
-                self.findings.add("server", f"memory grew from {early / 2**20:.0f} to {late / 2**20:.0f} MiB in a life")
+                self.findings.add(
+                    "server",
+                    f"memory grew from {early / 2**20:.0f} to {late / 2**20:.0f} MiB in a life",
+                )
 
 
 class SmallDisk:

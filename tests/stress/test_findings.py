@@ -1,4 +1,5 @@
-"""The stress program sees what it is there to see; run whole it is `python -m tests.stress` (slow here, and short)."""
+"""The stress program sees what it is there to see; run whole it is `python -m tests.stress` (slow
+here, and short)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Clients of the training service, each a thread whose actions are drawn from (seed, number).
 
-A client keeps count of the optimiser steps that it was told of. Steps whose answer it never asked for (it vanished)
-may be in the run or not.
+A client keeps count of the optimiser steps that it was told of. Steps whose answer it never asked
+for (it vanished) may be in the run or not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def encode_pass(run_id: str, seq: int, rows: list[dict[str, Any]]) -> bytes:
 
 @dataclass
 class RunState:
-    """A run as its client knows it. ``steps``: acknowledged; ``open_steps``: sent, answer not known."""
+    """A run as its client knows it. ``steps``: acknowledged; ``open_steps``: sent, answer not
+    known."""
 
     id: str
     seq: int = 0
@@ -55,7 +56,9 @@ class RunState:
 class TrainingClient(threading.Thread):
     """One client with a key, a session and up to a few runs."""
 
-    def __init__(self, number: int, seed: int, key: str, server: StressServer, findings: Findings) -> None:
+    def __init__(
+        self, number: int, seed: int, key: str, server: StressServer, findings: Findings
+    ) -> None:
         super().__init__(name=f"client-{number:03d}", daemon=True)
         self.draw = random.Random(f"{seed}:train:{number}")
         self.key, self.server, self.findings = key, server, findings
@@ -70,13 +73,19 @@ class TrainingClient(threading.Thread):
 
     def _connect(self) -> httpx.Client:
         return httpx.Client(
-            base_url=f"{self.server.url}/api/v1", headers={"x-api-key": f"tml-{self.key}"}, timeout=60, trust_env=False
+            base_url=f"{self.server.url}/api/v1",
+            headers={"x-api-key": f"tml-{self.key}"},
+            timeout=60,
+            trust_env=False,
         )
 
     # ------------------------------------------------------------------------------------- requests
 
-    def request(self, route: str, body: Any = None, *, method: str = "POST", content: bytes | None = None) -> Any:
-        """The response, once a server gives one: what is sent twice has the same number, so it counts once."""
+    def request(
+        self, route: str, body: Any = None, *, method: str = "POST", content: bytes | None = None
+    ) -> Any:
+        """The response, once a server gives one: what is sent twice has the same number, so it
+        counts once."""
         began = self.server.up_seconds()
         while True:
             try:
@@ -85,7 +94,9 @@ class TrainingClient(threading.Thread):
                     response = self.http.post(f"/{route}", content=content, headers=headers)
                 else:
                     response = self.http.request(method, f"/{route}", json=body)
-                self.findings.check_status(self.name, route.split("/")[0], response.status_code, response.text[:2000])
+                self.findings.check_status(
+                    self.name, route.split("/")[0], response.status_code, response.text[:2000]
+                )
                 if response.status_code not in (503, 507):
                     return response
             except httpx.TransportError:
@@ -189,7 +200,9 @@ class TrainingClient(threading.Thread):
     def send_step(self, adam: dict[str, float]) -> httpx.Response:
         state = self.run_state
         state.open_steps += 1
-        return self.request("optim_step", {"model_id": state.id, "seq_id": state.next(), "adam_params": adam})
+        return self.request(
+            "optim_step", {"model_id": state.id, "seq_id": state.next(), "adam_params": adam}
+        )
 
     def end_step(self, response: httpx.Response) -> None:
         state, answer = self.run_state, self.result(response)
@@ -210,7 +223,10 @@ class TrainingClient(threading.Thread):
 
     def pipeline(self) -> None:
         """Passes and steps sent without waiting for any of them."""
-        sent = [(self.send_pass(self.rows()), self.send_step(TINY_RATE)) for _ in range(self.draw.randint(2, 5))]
+        sent = [
+            (self.send_pass(self.rows()), self.send_step(TINY_RATE))
+            for _ in range(self.draw.randint(2, 5))
+        ]
         for passed, stepped in sent:
             self.result(passed)
             if self.run_state is None:
@@ -246,14 +262,18 @@ class TrainingClient(threading.Thread):
         began = self.server.up_seconds()
         while True:
             try:
-                response = self.http.post("/optim_step", content=text, headers={"content-type": "application/json"})
+                response = self.http.post(
+                    "/optim_step", content=text, headers={"content-type": "application/json"}
+                )
                 if response.status_code not in (503, 507):
                     break
             except httpx.TransportError:
                 pass
             self._check_wait(began, "optim_step")
             time.sleep(0.2)
-        self.findings.check_status(self.name, "refused step", response.status_code, response.text[:2000])
+        self.findings.check_status(
+            self.name, "refused step", response.status_code, response.text[:2000]
+        )
         if response.status_code == 200:
             answer = self.result(response)
             if not (isinstance(answer, dict) and "error" in answer):
@@ -268,14 +288,17 @@ class TrainingClient(threading.Thread):
         self.http = self._connect()
 
     def vanish_slowly(self) -> None:
-        """Send half of a body slowly, then close: its number is never sent, so it is sent whole afterwards."""
+        """Send half of a body slowly, then close: its number is never sent, so it is sent whole
+        afterwards."""
         body = encode_pass(self.run_state.id, self.run_state.seq + 1, self.rows())
         head = (
             f"POST /api/v1/forward_backward HTTP/1.1\r\nHost: 127.0.0.1\r\nx-api-key: tml-{self.key}\r\n"
             f"content-type: application/x-protobuf\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         try:
-            with socket.create_connection(("127.0.0.1", self.server.port), timeout=10) as connection:
+            with socket.create_connection(
+                ("127.0.0.1", self.server.port), timeout=10
+            ) as connection:
                 connection.sendall(head.encode())
                 for start in range(0, len(body) // 2, 40):
                     connection.sendall(body[start : start + 40])
@@ -309,22 +332,33 @@ class TrainingClient(threading.Thread):
         if self.draw.random() < 0.3:
             body["prompt_logprobs"] = True
         response = self.request("asample", body)
-        if response.status_code != 200 or self.draw.random() < 0.2:  # now and then nobody comes for the answer
+        if (
+            response.status_code != 200 or self.draw.random() < 0.2
+        ):  # now and then nobody comes for the answer
             return
         self.result(response)
 
     def delete(self) -> None:
         if self.checkpoints:
-            run, kind, name = self.draw.choice(self.checkpoints).removeprefix("tinker://").split("/")
+            run, kind, name = (
+                self.draw.choice(self.checkpoints).removeprefix("tinker://").split("/")
+            )
             self.request(f"training_runs/{run}/checkpoints/{kind}/{name}", method="DELETE")
 
     def load(self) -> None:
         paths = [path for path in self.checkpoints if "/weights/" in path]
         if paths and not self.run_state.open_steps:
             state = self.run_state
-            body = {"model_id": state.id, "seq_id": state.next(), "path": self.draw.choice(paths), "optimizer": False}
+            body = {
+                "model_id": state.id,
+                "seq_id": state.next(),
+                "path": self.draw.choice(paths),
+                "optimizer": False,
+            }
             answer = self.result(self.request("load_weights", body))
-            if "error" not in answer:  # the step count begins anew: not a run whose count is checked
+            if (
+                "error" not in answer
+            ):  # the step count begins anew: not a run whose count is checked
                 self._give_up_run("loaded other weights")
 
     def end_run(self) -> None:
@@ -349,7 +383,11 @@ class TrainingClient(threading.Thread):
         state = self.run_state
         if state is None or state.failed or self.diverges:
             return
-        body = {"model_id": state.id, "seq_id": state.next(), "path": f"{self.name}-last-{state.seq}"}
+        body = {
+            "model_id": state.id,
+            "seq_id": state.next(),
+            "path": f"{self.name}-last-{state.seq}",
+        }
         answer = self.result(self.request("save_weights", body))
         if "path" not in answer:
             self.findings.add(self.name, f"its run could not be saved at the end: {answer}")
@@ -357,5 +395,7 @@ class TrainingClient(threading.Thread):
         steps = read_steps(answer["path"])
         if not state.steps <= steps <= state.steps + state.open_steps:
             low, high = state.steps, state.steps + state.open_steps
-            self.findings.add(self.name, f"{state.id} has {steps} steps, acknowledged were {low} (at most {high})")
+            self.findings.add(
+                self.name, f"{state.id} has {steps} steps, acknowledged were {low} (at most {high})"
+            )
         self.findings.count("runs whose steps were counted")

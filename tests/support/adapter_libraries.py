@@ -1,5 +1,5 @@
-"""Veneer and PEFT as the runs of `trainers.py` meet them: how each puts the same adapter on a model, and what is asked
-of both after a run."""
+"""Veneer and PEFT as the runs of `trainers.py` meet them: how each puts the same adapter on a
+model, and what is asked of both after a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from veneer import integrations
 
 @dataclass(frozen=True)
 class Library:
-    """`attach(model, run)` returns the model with a new adapter, `integration(run)` what the trainer is given for it
-    (None: nothing), `bare(run)` what it is given so that it attaches the adapter by itself."""
+    """`attach(model, run)` returns the model with a new adapter, `integration(run)` what the
+    trainer is given for it (None: nothing), `bare(run)` what it is given so that it attaches the
+    adapter by itself."""
 
     name: str
     attach: Callable[[Any, Run], Any]
@@ -40,14 +41,20 @@ def _integration(run: Run) -> Any:
 
 
 def _bare(run: Run) -> Any:
-    return _integration(run) if run.name.startswith(("Lightning", "accelerate")) else integrations.callback()
+    return (
+        _integration(run)
+        if run.name.startswith(("Lightning", "accelerate"))
+        else integrations.callback()
+    )
 
 
 def _peft_config(run: Run) -> Any:
     import peft
 
     also = ["score"] if run.head == "reward" else None
-    return peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.1, target_modules=LINEAR, modules_to_save=also)
+    return peft.LoraConfig(
+        r=16, lora_alpha=16, lora_dropout=0.1, target_modules=LINEAR, modules_to_save=also
+    )
 
 
 def _peft(model: Any, run: Run) -> Any:
@@ -80,23 +87,35 @@ def attached(library: Library, bases: Path, run: Run, seed: int) -> Any:
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
     """A copy of what trains."""
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
 
 
 def frozen(model: Any) -> dict[str, torch.Tensor]:
     """A copy of what does not."""
     own = trained(model)
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if name not in own}
+    return {
+        name: value.detach().clone()
+        for name, value in model.state_dict().items()
+        if name not in own
+    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
 
 
 @torch.no_grad()
 def outputs(model: Any) -> torch.Tensor:
     ids = torch.tensor([row["input_ids"] for row in token_rows(4)])
-    return model.eval()(input_ids=ids, **({"labels": ids} if model.config.is_encoder_decoder else {})).logits
+    return model.eval()(
+        input_ids=ids, **({"labels": ids} if model.config.is_encoder_decoder else {})
+    ).logits
 
 
 def size(path: Path) -> int:
@@ -105,11 +124,14 @@ def size(path: Path) -> int:
 
 
 def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return (
+        [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+    )
 
 
 def holds_the_base(path: Path, bases: Path, run: Run) -> bool:
-    """Whether the bytes of a weight that no adapter touches lie in a checkpoint: formats of torch do not compress."""
+    """Whether the bytes of a weight that no adapter touches lie in a checkpoint: formats of torch
+    do not compress."""
     state = loaded(bases, run).state_dict()
     name = next(name for name in state if name.endswith(("down_proj.weight", "fc1.weight")))
     sought = state[name].numpy().tobytes()

@@ -20,7 +20,8 @@ TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "v
 
 
 def numbers(handle) -> dict:
-    """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is no part of it."""
+    """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is
+    no part of it."""
     found = {}
     for path, change in handle.changes.items():
         for name, value in change.adapter_parameters.items():
@@ -29,7 +30,10 @@ def numbers(handle) -> dict:
                 value[..., change.frozen_input] = 0
             found[f"{path}.{name}"] = value
     for path, part in handle.layers.items():
-        found |= {f"{path}.{name}": value.detach().clone() for name, value in part.full.state_dict().items()}
+        found |= {
+            f"{path}.{name}": value.detach().clone()
+            for name, value in part.full.state_dict().items()
+        }
     return found
 
 
@@ -53,8 +57,8 @@ class Small(nn.Module):
 
 
 class Fused(nn.Module):
-    """Queries, keys and values in one matrix, a head tied to the embedding, parameters on the model itself, in a list
-    and in a stack, and an attention of torch."""
+    """Queries, keys and values in one matrix, a head tied to the embedding, parameters on the model
+    itself, in a list and in a stack, and an attention of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,10 +87,25 @@ FUSED_IDS = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed
 
 FUSED = {
     "q and v rows": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}},
-    "rows of a range": {"targets": ["qkv", "attention"], "slices": {"qkv": [(3, 9)], "in_proj_weight": [(0, 8)]}},
-    "q and v rows of DoRA": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "dora"},
-    "q and v rows of LoHa": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "loha"},
-    "q and v rows of PiSSA": {"targets": ["qkv"], "slices": {"qkv": [True, False, True]}, "variant": "pissa"},
+    "rows of a range": {
+        "targets": ["qkv", "attention"],
+        "slices": {"qkv": [(3, 9)], "in_proj_weight": [(0, 8)]},
+    },
+    "q and v rows of DoRA": {
+        "targets": ["qkv"],
+        "slices": {"qkv": [True, False, True]},
+        "variant": "dora",
+    },
+    "q and v rows of LoHa": {
+        "targets": ["qkv"],
+        "slices": {"qkv": [True, False, True]},
+        "variant": "loha",
+    },
+    "q and v rows of PiSSA": {
+        "targets": ["qkv"],
+        "slices": {"qkv": [True, False, True]},
+        "variant": "pissa",
+    },
     "train_also": {"targets": ["qkv"], "train_also": ["norm", "attention"]},
     "bias of targets": {"targets": ["qkv", "attention"], "bias": "targets"},
     "every bias": {"targets": ["qkv"], "bias": "all"},
@@ -111,8 +130,9 @@ def fused() -> Fused:
 
 
 def forge(path, tensors=None, record=None, config=None, own=None):
-    """Change a folder and make every hash in it right again, as only a program that writes folders can. The arguments
-    change the main tensors, the record, PEFT's config and the tensors of veneer.safetensors in place."""
+    """Change a folder and make every hash in it right again, as only a program that writes folders
+    can. The arguments change the main tensors, the record, PEFT's config and the tensors of
+    veneer.safetensors in place."""
     kept, told = load_file(path / TENSORS), json.loads((path / RECORD).read_text())
     said = json.loads((path / CONFIG).read_text())
     numbers = load_file(path / PARAMETERS) if (path / PARAMETERS).exists() else {}
@@ -130,7 +150,8 @@ def forge(path, tensors=None, record=None, config=None, own=None):
 
 
 def put(at, *values):
-    """A change of a nested mapping: what stands ``at`` becomes the last of ``values``; nothing removes it."""
+    """A change of a nested mapping: what stands ``at`` becomes the last of ``values``; nothing
+    removes it."""
     *above, last = at
 
     def change(value):
@@ -150,16 +171,22 @@ def small(seed=5) -> Small:
 
 
 def small_adapter(path, variant="lora", model=None, **fields):
-    config = veneer.LoraConfig(**{"rank": 2, "alpha": 3, "targets": "all", "variant": variant, **fields})
+    config = veneer.LoraConfig(
+        **{"rank": 2, "alpha": 3, "targets": "all", "variant": variant, **fields}
+    )
     handle = veneer.attach(model or small(), config)
     randomise(handle)
     return handle.save(path)
 
 
 def refused(model, path, words, kind=AdapterError) -> str:
-    """Assert that a folder does not load, and that the model is the very one that it was; returns the error's text."""
+    """Assert that a folder does not load, and that the model is the very one that it was; returns
+    the error's text."""
     before, classes = bits(model), [type(module) for module in model.modules()]
-    identities, flags = [id(p) for p in model.parameters()], [p.requires_grad for p in model.parameters()]
+    identities, flags = (
+        [id(p) for p in model.parameters()],
+        [p.requires_grad for p in model.parameters()],
+    )
     with pytest.raises(kind, match=words) as caught:
         veneer.load(model, path)
     same(bits(model), before)

@@ -1,10 +1,12 @@
-"""A server to test: the real application on a real port, with an engine that says what it is told and a bank of names.
+"""A server to test: the real application on a real port, with an engine that says what it is told
+and a bank of names.
 
     with serving(tmp_path, "french") as it:
         it.client().models.list()
 
-The engine's answer to a prompt of n tokens is "w0 w1 w2 …", in words of one token; an answer with a seed starts at
-that number. It ends after ``words`` of them, and waits ``pause`` seconds before each.
+The engine's answer to a prompt of n tokens is "w0 w1 w2 …", in words of one token; an answer with a
+seed starts at that number. It ends after ``words`` of them, and waits ``pause`` seconds before
+each.
 """
 
 from __future__ import annotations
@@ -199,7 +201,9 @@ class Served:
     def client(self, key: str = "none") -> openai.OpenAI:
         """One for each key, open as long as the server is."""
         if key not in self.clients:
-            self.clients[key] = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20)
+            self.clients[key] = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20
+            )
         return self.clients[key]
 
     def http(self, key: str | None = None) -> httpx.Client:
@@ -243,7 +247,9 @@ def listening(service: Service, grace: float = 5.0, *routers: Any) -> Iterator[t
 
 
 @contextmanager
-def serving(folder: Path, *names: str, keys: Keyring | None = None, grace: float = 5.0, **engine: Any) -> Iterator[Any]:
+def serving(
+    folder: Path, *names: str, keys: Keyring | None = None, grace: float = 5.0, **engine: Any
+) -> Iterator[Any]:
     """A running server with fakes behind it."""
     service = fake_service(folder, *names, keys=keys, **engine)
     with listening(service, grace) as (url, server):
@@ -262,7 +268,8 @@ def until(condition: Any, seconds: float = 10.0) -> None:
 
 
 def main() -> None:
-    """A server in a process of its own, for signals: `python api_server.py FOLDER PAUSE GRACE`. Prints its address."""
+    """A server in a process of its own, for signals: `python api_server.py FOLDER PAUSE GRACE`.
+    Prints its address."""
     import logging
 
     logging.basicConfig(level=logging.INFO)

@@ -15,7 +15,9 @@ import transformers.pytorch_utils  # noqa: F401  # isort: skip
 def saved(model, folder, *names, config=None, size=0.3, **given):
     """Adapters of a model, each in a folder of its own; the model is as it was."""
     for name in names:
-        handle = veneer.attach(model, config or veneer.LoraConfig(rank=2, targets="all"), name="own", **given)
+        handle = veneer.attach(
+            model, config or veneer.LoraConfig(rank=2, targets="all"), name="own", **given
+        )
         randomise(handle, size)
         handle.save(folder / name)
         handle.detach()

@@ -1,4 +1,5 @@
-"""Veneer, broken in one place through pytest's monkeypatch: what tests of the tests have in common."""
+"""Veneer, broken in one place through pytest's monkeypatch: what tests of the tests have in
+common."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def unmerge_loses_a_bit(patch):
 
 
 def first_row_decides(patch):
-    patch.setattr(select, "by_rows", lambda model, group, names: select_rows.by_rows(model, group, [names[0]]))
+    patch.setattr(
+        select, "by_rows", lambda model, group, names: select_rows.by_rows(model, group, [names[0]])
+    )
 
 
 def first_row_decides_for_a_bank(patch):

@@ -14,7 +14,9 @@ from playwright import sync_api
 expect = sync_api.expect
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 # Chromium's own services look up hosts of Google's at each start
@@ -25,7 +27,9 @@ QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 def browser() -> Iterator[sync_api.Browser]:
     if CHROMIUM is None:
         why = "no Chromium: apt-get install chromium (Debian), or put chromium or google-chrome on the PATH"
-        assert os.environ.get("VENEER_CHROMIUM") != "required", why  # where CI says so, nothing passes by being skipped
+        assert os.environ.get("VENEER_CHROMIUM") != "required", (
+            why
+        )  # where CI says so, nothing passes by being skipped
         pytest.skip(why)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
@@ -33,10 +37,15 @@ def browser() -> Iterator[sync_api.Browser]:
         browser.close()
 
 
-def alone(browser: sync_api.Browser, file: Path, width: int, scheme: str) -> tuple[sync_api.Page, list[str]]:
-    """A page of one file without a network, and what is wrong with it: what it writes to the console or asks for."""
+def alone(
+    browser: sync_api.Browser, file: Path, width: int, scheme: str
+) -> tuple[sync_api.Page, list[str]]:
+    """A page of one file without a network, and what is wrong with it: what it writes to the
+    console or asks for."""
     wrong: list[str] = []
-    context: Any = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)  # pyright: ignore
+    context: Any = browser.new_context(
+        viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+    )  # pyright: ignore
     shown = context.new_page()
     shown.on("console", lambda message: wrong.append(message.text))
     shown.on("request", lambda request: request.url == file.as_uri() or wrong.append(request.url))

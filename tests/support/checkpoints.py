@@ -13,10 +13,12 @@ from veneer.models.safetensors_dir import open_checkpoint
 
 
 def trained(model, path, size=0.05, args=(), **config):
-    """A saved adapter with changes that are not zero; the model is as it was. ``args``: a call's, for variants that
-    start from data."""
+    """A saved adapter with changes that are not zero; the model is as it was. ``args``: a call's,
+    for variants that start from data."""
     known = calibration(model, config.get("variant", "lora"), args)
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **known)
+    handle = veneer.attach(
+        model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **known
+    )
     randomise(handle, size)
     handle.save(path)
     handle.detach()

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def refused(found: Any, *parts: str) -> str:
-    """Exit code 2, one message that says what to do and holds all `parts` (regular expressions), no traceback."""
+    """Exit code 2, one message that says what to do and holds all `parts` (regular expressions), no
+    traceback."""
     text = re.sub(r"\s+", " ", found.err)
     assert found.code == 2, found
     assert "Traceback" not in found.err

@@ -1,9 +1,11 @@
-"""A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that transformers loads).
+"""A stand-in of compressed-tensors (its documented interface, as version 0.20 leaves a model that
+transformers loads).
 
 quantised(linear, rounds_x)     a layer as it is loaded: packed tensors in the place of its weight, a wrapper on the
                                 instance in the place of its forward
 packed_model(model)             its first call makes every such weight dense, wraps every module's forward once more
-                                and puts every table of parameters into one that moves tensors to their device
+                                and puts every table of parameters into one that moves tensors to
+                                their device
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ GROUP = 32
 
 
 def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
-    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8 (int8 ``weight``, a
-    scale for each row; x rounded to int8 token by token)."""
+    """W4A16 (``weight_packed`` [out, in / 8], offset 8, a scale for each group of 32), or W8A8
+    (int8 ``weight``, a scale for each row; x rounded to int8 token by token)."""
     weight = linear.weight.detach()
     if rounds_x:
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -37,7 +39,9 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
         linear.weight_packed = frozen(torch.where(words >= 2**31, words - 2**32, words).int())
         linear.weight_shape = frozen(torch.tensor(weight.shape))
     linear.weight_scale = frozen(scale)
-    linear.quantization_scheme = SimpleNamespace(weights="weights", input_activations=rounds_x or None)
+    linear.quantization_scheme = SimpleNamespace(
+        weights="weights", input_activations=rounds_x or None
+    )
     linear.quantization_status = "compressed"
 
     @wraps(type(linear).forward)
@@ -70,8 +74,12 @@ def decompress_module(module: Any) -> None:
     scale = module.weight_scale
     if "weight_packed" in module._parameters:
         words = module.weight_packed
-        numbers = torch.stack([words.long() >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
-        dense = (numbers.view(*scale.shape, GROUP) * scale[..., None]).view(*module.weight_shape.tolist())
+        numbers = (
+            torch.stack([words.long() >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
+        )
+        dense = (numbers.view(*scale.shape, GROUP) * scale[..., None]).view(
+            *module.weight_shape.tolist()
+        )
         del module.weight_packed
     else:
         dense = module.weight * scale
@@ -81,7 +89,8 @@ def decompress_module(module: Any) -> None:
 
 
 class Cache(MutableMapping):
-    """What stands in the place of a module's table of parameters: not a dict, and so nothing that updates one."""
+    """What stands in the place of a module's table of parameters: not a dict, and so nothing that
+    updates one."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values_ = values
@@ -128,6 +137,10 @@ def packed_model(model: nn.Module) -> nn.Module:
 
 def instead_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put this where the library would be imported."""
-    for name in ("compressed_tensors", "compressed_tensors.compressors", "compressed_tensors.compressors.base"):
+    for name in (
+        "compressed_tensors",
+        "compressed_tensors.compressors",
+        "compressed_tensors.compressors.base",
+    ):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(sys.modules[name], "decompress_module", decompress_module, raising=False)

@@ -1,4 +1,5 @@
-"""A tiny Llama that compressed-tensors has quantised (the library itself, where it is installed)."""
+"""A tiny Llama that compressed-tensors has quantised (the library itself, where it is
+installed)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from tests.support.tiny import tiny_config
 
 
 def save_quantised(folder: Path, preset: str) -> None:
-    """A checkpoint in one of the library's presets, W4A16 and so on, whose scales are those of the largest numbers."""
+    """A checkpoint in one of the library's presets, W4A16 and so on, whose scales are those of the
+    largest numbers."""
     from compressed_tensors.compressors import ModelCompressor  # pyright: ignore[reportMissingImports]
     from compressed_tensors.quantization import (  # pyright: ignore[reportMissingImports]
         QuantizationConfig,
@@ -28,7 +30,11 @@ def save_quantised(folder: Path, preset: str) -> None:
     model, scheme = LlamaForCausalLM(config).bfloat16(), preset_name_to_scheme(preset, ["Linear"])
     args = scheme.weights
     args.group_size = min(args.group_size, 32) if args.group_size else None
-    settings = {"config_groups": {"all": scheme}, "ignore": ["lm_head"], "quantization_status": "frozen"}
+    settings = {
+        "config_groups": {"all": scheme},
+        "ignore": ["lm_head"],
+        "quantization_status": "frozen",
+    }
     apply_quantization_config(model, QuantizationConfig(**settings))
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is None:

@@ -1,5 +1,5 @@
-"""Children that do things to an adapter or a library, and die of it: by kill -9 at some moment, or by themselves before
-the k-th step on the disk. For ``test_crashes.py``."""
+"""Children that do things to an adapter or a library, and die of it: by kill -9 at some moment, or
+by themselves before the k-th step on the disk. For ``test_crashes.py``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def make(path: Path, seed: int) -> Path:
     return handle.save(path, overwrite=True, provenance={"seed": seed})
 
 
-# ---------------------------------------------------------------------------------------------- what a child does
+# ----------------------------------------------------------------------------------------------
+# what a child does
 
 
 def save(folder: Path, number: int) -> None:
@@ -79,11 +80,13 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- how it ends
+# ---------------------------------------------------------------------------------------------- how
+# it ends
 
 
 def without_exchange() -> None:
-    """Let this process run as on NFS, Lustre or macOS, where no two folders are exchanged in one step."""
+    """Let this process run as on NFS, Lustre or macOS, where no two folders are exchanged in one
+    step."""
     atomic._rename = lambda *_: False
 
 
@@ -101,7 +104,8 @@ def loop(operation: str, folder: Path, ready: Any, exchange: bool) -> None:
 
 
 def die_at(operation: str, folder: Path, number: int, step: int) -> None:
-    """Do it once and die instead of the given step on the disk; exit normally if there are fewer."""
+    """Do it once and die instead of the given step on the disk; exit normally if there are
+    fewer."""
     left = itertools.count(step, -1)
 
     def counted(function: Any) -> Any:
@@ -120,7 +124,8 @@ def die_at(operation: str, folder: Path, number: int, step: int) -> None:
 
 
 def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None:
-    """For each (number, step) that comes, a fork of this process: what is sent back is how it ended."""
+    """For each (number, step) that comes, a fork of this process: what is sent back is how it
+    ended."""
     if not exchange:
         without_exchange()
     while True:

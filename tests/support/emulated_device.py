@@ -1,8 +1,9 @@
-"""Two devices of type CUDA in main memory, whose launches, waits and bytes are counted: ``python -m pytest -p
-tests.support.emulated_device tests/cuda``, which is ``make test-cuda``.
+"""Two devices of type CUDA in main memory, whose launches, waits and bytes are counted: ``python -m
+pytest -p tests.support.emulated_device tests/cuda``, which is ``make test-cuda``.
 
-``emulated_device.cpp`` is compiled once for each torch, into ``$VENEER_TEST_CACHE`` or the user's cache, and must be
-loaded before torch looks for CUDA: so these tests run in a process of their own, and this is a plugin of pytest.
+``emulated_device.cpp`` is compiled once for each torch, into ``$VENEER_TEST_CACHE`` or the user's
+cache, and must be loaded before torch looks for CUDA: so these tests run in a process of their own,
+and this is a plugin of pytest.
 
     with count() as seen: run()         seen.launches, seen.waits: names of what the device was asked for, in order
     with bytes_more() as more: run()    more.peak, more.kept: bytes on the first device beyond what was held before
@@ -64,8 +65,21 @@ def built() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     partial = library.with_suffix(f".{os.getpid()}")
     include = torch_folder / "include"
-    options = ["-shared", "-fPIC", "-O1", "-w", "-std=c++20", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
-    torch_libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
+    options = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-w",
+        "-std=c++20",
+        f"-I{include}",
+        f"-I{include}/torch/csrc/api/include",
+    ]
+    torch_libraries = [
+        f"-L{torch_folder}/lib",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-Wl,-rpath,{torch_folder}/lib",
+    ]
     subprocess.run(["g++", *options, str(SOURCE), "-o", str(partial), *torch_libraries], check=True)
     partial.rename(library)
     return library
@@ -107,13 +121,19 @@ class _Device:
 
 def _pretend() -> None:
     """What torch asks a CUDA library for in Python."""
-    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda own: own)
+    compiler, torch.compile = (
+        torch.compile,
+        lambda function=None, **_: function or (lambda own: own),
+    )
     with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
-        # Before it could look for kernels, and without compiling its own, which fails anew in each call.
+        # Before it could look for kernels, and without compiling its own, which fails anew in each
+        # call.
         importlib.import_module("bitsandbytes")
     torch.compile = compiler
-    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()  # before functions are others
+    importlib.import_module(
+        "torch._dynamo.trace_rules"
+    ).get_torch_obj_rule_map()  # before functions are others
     assert DEVICE.device_ready(), "torch has looked for CUDA before the device was there"
 
     def gives(value: Any) -> Callable[..., Any]:
@@ -123,7 +143,8 @@ def _pretend() -> None:
         name="emulated", major=8, minor=0, total_memory=80 << 30, multi_processor_count=8
     )
     nothing = (
-        "_lazy_init empty_cache synchronize set_device manual_seed manual_seed_all set_rng_state set_rng_state_all"
+        "_lazy_init empty_cache synchronize set_device manual_seed manual_seed_all "
+        "set_rng_state set_rng_state_all"
     )
     answers: dict[str, Any] = {
         **dict.fromkeys(nothing.split()),
@@ -158,7 +179,12 @@ def _pretend() -> None:
     def clone_there(self: torch.UntypedStorage) -> torch.UntypedStorage:  # for copy.deepcopy
         if not self.is_cuda:
             return clone(self)
-        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self).clone().untyped_storage()
+        return (
+            torch.empty(0, dtype=torch.uint8, device=self.device)
+            .set_(self)
+            .clone()
+            .untyped_storage()
+        )
 
     torch.UntypedStorage.clone = clone_there
 

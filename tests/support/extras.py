@@ -1,5 +1,5 @@
-"""What a test needs beyond torch, pytest and hypothesis. Where it is not installed the test is skipped and says why; in
-CI, where all of it is meant to be there, it fails."""
+"""What a test needs beyond torch, pytest and hypothesis. Where it is not installed the test is
+skipped and says why; in CI, where all of it is meant to be there, it fails."""
 
 from __future__ import annotations
 
@@ -62,13 +62,17 @@ IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """For a test that asks for a library where no ImportError tells, as in a process that it starts."""
+    """For a test that asks for a library where no ImportError tells, as in a process that it
+    starts."""
     missing = [name for name in names if find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing) and not IN_CI, reason=f"{', '.join(missing)} is not installed")
+    return pytest.mark.skipif(
+        bool(missing) and not IN_CI, reason=f"{', '.join(missing)} is not installed"
+    )
 
 
 def reason(error: object) -> str | None:
-    """Why a test or a file of tests that ended like this is skipped: it imports an extra that is not installed."""
+    """Why a test or a file of tests that ended like this is skipped: it imports an extra that is
+    not installed."""
     found = re.search(r"No module named '(\w+)", str(error))
     name = None if found is None else found[1]
     if IN_CI or name not in EXTRAS or find_spec(name) is not None:

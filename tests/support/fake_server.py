@@ -1,4 +1,5 @@
-"""A server that speaks the routes which the page uses, with answers that a test can foresee, and faults on demand.
+"""A server that speaks the routes which the page uses, with answers that a test can foresee, and
+faults on demand.
 
 the base           repeats the prompt's words, for ever if max_tokens says so
 an adapter         says its own name before each word
@@ -44,16 +45,32 @@ class Fake:
     tokens: int = 0
     vanished: int = 0  # streams that the client left
     asked: list[dict[str, Any]] = field(default_factory=list)
-    refuse: dict[str, tuple[int, str]] = field(default_factory=dict)  # model → what a completion answers instead
+    refuse: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # model → what a completion answers instead
 
     def add(self, name: str, pinned: bool = False, resident: bool = True) -> None:
         size = (4 + len(self.adapters)) * MEBIBYTE
-        status = {"name": name, "resident": resident, "bytes": size, "pinned": pinned, "users": 0, "rank": 8}
+        status = {
+            "name": name,
+            "resident": resident,
+            "bytes": size,
+            "pinned": pinned,
+            "users": 0,
+            "rank": 8,
+        }
         self.adapters[name] = {**status, "variant": "lora"}
 
 
 def error(status: int, message: str, **headers: str) -> JSONResponse:
-    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": status}}
+    body = {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": status,
+        }
+    }
     return JSONResponse(body, status, headers)
 
 
@@ -64,12 +81,18 @@ def pieces(model: str, prompt: str, count: int) -> list[str]:
     return [f"{word} " if model == "tiny-base" else f"{model}:{word} " for word in words]
 
 
-async def answer(fake: Fake, request: Request, body: dict[str, Any], chat: bool) -> AsyncIterator[bytes]:
+async def answer(
+    fake: Fake, request: Request, body: dict[str, Any], chat: bool
+) -> AsyncIterator[bytes]:
     model, count = "+".join(body.get("adapters", {})) or body["model"], body["max_tokens"]
     prompt = body["messages"][-1]["content"] if chat else body["prompt"]
 
     def event(text: str, finish: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "finish_reason": finish, **({"delta": {"content": text}} if chat else {"text": text})}
+        choice = {
+            "index": 0,
+            "finish_reason": finish,
+            **({"delta": {"content": text}} if chat else {"text": text}),
+        }
         return f"data: {json.dumps({'choices': [choice], **more}, ensure_ascii=False)}\n\n"
 
     fake.running += 1
@@ -102,8 +125,14 @@ async def answer(fake: Fake, request: Request, body: dict[str, Any], chat: bool)
 
 
 def metrics(fake: Fake) -> str:
-    lines = ["# HELP veneer_running Rows of the batch\n# TYPE veneer_running gauge", f"veneer_running {fake.running}"]
-    lines += ["veneer_waiting 2.0", f'veneer_generated_tokens_total{{adapter="a}}\\"x 9"}} {fake.tokens}.0']
+    lines = [
+        "# HELP veneer_running Rows of the batch\n# TYPE veneer_running gauge",
+        f"veneer_running {fake.running}",
+    ]
+    lines += [
+        "veneer_waiting 2.0",
+        f'veneer_generated_tokens_total{{adapter="a}}\\"x 9"}} {fake.tokens}.0',
+    ]
     return "\n".join([*lines, 'veneer_generated_tokens_total{adapter="b"} 1e0', ""])
 
 
@@ -132,7 +161,10 @@ def application(fake: Fake) -> FastAPI:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         base = {"id": "tiny-base", "object": "model", "root": "tiny-base", "parent": None}
-        adapters = [{"id": name, "object": "model", "root": name, "parent": "tiny-base"} for name in fake.adapters]
+        adapters = [
+            {"id": name, "object": "model", "root": name, "parent": "tiny-base"}
+            for name in fake.adapters
+        ]
         return {"object": "list", "data": [*([base] if fake.admin else []), *adapters]}
 
     @app.get("/v1/adapters")
@@ -179,7 +211,9 @@ def application(fake: Fake) -> FastAPI:
 @contextmanager
 def served(fake: Fake) -> Iterator[str]:
     """The server in a thread: its address."""
-    config = uvicorn.Config(application(fake), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        application(fake), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,5 +1,5 @@
-"""Several servers of a tiny base as one: on Ray, or behind nginx or HAProxy with the configuration that the docs show.
-And clients that ask for adapters as often as Zipf's law has them."""
+"""Several servers of a tiny base as one: on Ray, or behind nginx or HAProxy with the configuration
+that the docs show. And clients that ask for adapters as often as Zipf's law has them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def program(front: str) -> str | None:
 
 @dataclass
 class Place:
-    """A base, and a library with adapters; ``others`` are folders of another adapter for each name."""
+    """A base, and a library with adapters; ``others`` are folders of another adapter for each
+    name."""
 
     base: Path
     library: Library
@@ -65,14 +66,17 @@ def make_place(folder: Path, adapters: int, renewed: int) -> Place:
     for seed, name in enumerate(names):
         library.add(make_adapter(folder / "made" / name, seed, rank=4, targets="all-linear"), name)
     config = {"rank": 4, "targets": "all-linear"}
-    others = {name: make_adapter(folder / "others" / name, 500 + i, **config) for i, name in enumerate(names[:renewed])}
+    others = {
+        name: make_adapter(folder / "others" / name, 500 + i, **config)
+        for i, name in enumerate(names[:renewed])
+    }
     return Place(base, library, names, others)
 
 
 @dataclass
 class Fleet:
-    """Servers at one address. ``pages``: the addresses at which all metrics are read. ``headers``: of a request for an
-    adapter, as its front wants them."""
+    """Servers at one address. ``pages``: the addresses at which all metrics are read. ``headers``:
+    of a request for an adapter, as its front wants them."""
 
     url: str
     pages: Sequence[str]
@@ -84,16 +88,35 @@ class Fleet:
         """A counter of all servers, with what those had counted that are gone."""
         total = 0.0
         for page in self.pages:
-            for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", httpx.get(page, trust_env=False).text, re.M):
+            for name, value in re.findall(
+                r"^(\w+)(?:\{.*\})? (\S+)$", httpx.get(page, trust_env=False).text, re.M
+            ):
                 total += float(value) * (name == metric)
         return total
 
 
 @contextmanager
-def fleet(front: str, place: Place, folder: Path, *, replicas: int = 3, rows: int = 8, memory: str = "1GiB") -> Any:
+def fleet(
+    front: str,
+    place: Place,
+    folder: Path,
+    *,
+    replicas: int = 3,
+    rows: int = 8,
+    memory: str = "1GiB",
+) -> Any:
     """Start one and wait for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = ["--name", BASE, "--adapters", str(place.library.folder), "--rows", str(rows), "--length", "500"]
+    options = [
+        "--name",
+        BASE,
+        "--adapters",
+        str(place.library.folder),
+        "--rows",
+        str(rows),
+        "--length",
+        "500",
+    ]
     options += ["--memory", memory, "--grace", "20"]
     command = [sys.executable, "-m", "veneer.cli", "serve", str(place.base), *options]
     start = _ray if front == "ray" else _behind
@@ -111,8 +134,12 @@ def _ray(front: str, command: list[str], folder: Path, replicas: int) -> Iterato
 
         def pids() -> list[int]:
             below = psutil.Process(server.process.pid).children(recursive=True)
-            named = [(child.pid, " ".join(child.cmdline())) for child in below if child.is_running()]
-            return sorted(pid for pid, name in named if name.startswith("ray::ServeReplica:veneer:Replica"))
+            named = [
+                (child.pid, " ".join(child.cmdline())) for child in below if child.is_running()
+            ]
+            return sorted(
+                pid for pid, name in named if name.startswith("ray::ServeReplica:veneer:Replica")
+            )
 
         servers.wait(server)
         yield Fleet(server.url, [f"{server.url}/metrics"], pids, lambda adapter: {}, replaces=True)
@@ -124,7 +151,9 @@ def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iter
     port, own = ports[0], ports[1:]
     with ExitStack() as stack:
         behind = [
-            stack.enter_context(_process([*command, "--port", str(number)], folder / f"server-{number}.log", number))
+            stack.enter_context(
+                _process([*command, "--port", str(number)], folder / f"server-{number}.log", number)
+            )
             for number in own
         ]
         for server in behind:
@@ -136,8 +165,16 @@ def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iter
         before = stack.enter_context(_process([*line, str(config)], folder / f"{front}.log", port))
         servers.wait(before)
         pages = [f"{server.url}/metrics" for server in behind]
-        hint = (lambda adapter: {"X-Adapter": adapter}) if front == "nginx" else (lambda adapter: {})
-        yield Fleet(before.url, pages, lambda: [server.process.pid for server in behind], hint, replaces=False)
+        hint = (
+            (lambda adapter: {"X-Adapter": adapter}) if front == "nginx" else (lambda adapter: {})
+        )
+        yield Fleet(
+            before.url,
+            pages,
+            lambda: [server.process.pid for server in behind],
+            hint,
+            replaces=False,
+        )
 
 
 def documented(front: str) -> str:
@@ -148,7 +185,8 @@ def documented(front: str) -> str:
 
 
 def configuration(front: str, port: int, behind: Sequence[int], folder: Path) -> str:
-    """The documented configuration at these ports, and what a run without root's folders needs around it."""
+    """The documented configuration at these ports, and what a run without root's folders needs
+    around it."""
     text = documented(front)
     addresses = iter(behind)
     text, count = re.subn(r"10\.0\.0\.\d:8000", lambda _: f"127.0.0.1:{next(addresses)}", text)
@@ -158,7 +196,8 @@ def configuration(front: str, port: int, behind: Sequence[int], folder: Path) ->
     if front == "haproxy":
         return text
     temporary = "\n".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {folder}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     return (
         f"daemon off; pid {folder}/nginx.pid; error_log stderr;\nevents {{}}\n"
@@ -168,10 +207,16 @@ def configuration(front: str, port: int, behind: Sequence[int], folder: Path) ->
 
 @contextmanager
 def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.Server]:
-    """A process, and all that it starts, as long as the block lasts. Ray's are not all of its process group."""
+    """A process, and all that it starts, as long as the block lasts. Ray's are not all of its
+    process group."""
     import psutil
 
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    settings = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=settings, start_new_session=True
@@ -179,7 +224,9 @@ def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.S
     try:
         yield servers.Server(process, f"http://127.0.0.1:{port}", log)
     finally:
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        below = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         servers.stop(process, 60)
         for child in below:
             with suppress(psutil.NoSuchProcess):
@@ -188,7 +235,8 @@ def _process(command: Sequence[str], log: Path, port: int) -> Iterator[servers.S
 
 @dataclass
 class Answer:
-    """What a client got. ``finish`` is None for a stream that broke off; ``failed`` says what went wrong otherwise."""
+    """What a client got. ``finish`` is None for a stream that broke off; ``failed`` says what went
+    wrong otherwise."""
 
     adapter: str
     began: float
@@ -209,8 +257,9 @@ async def load(
     where: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12, streams: float = 0.0,
     during: Callable[[], Any] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Ask for each of some adapters; each client sends its next request when its last is answered. ``streams``: the
-    share that is streamed. ``during``: called in a thread when a third is asked."""
+    """Ask for each of some adapters; each client sends its next request when its last is answered.
+    ``streams``: the share that is streamed. ``during``: called in a thread when a third is
+    asked."""
     waiting, answers, draw = iter(list(adapters)), [], random.Random(7)
     meanwhile: list[asyncio.Task[Any]] = []
     limits = httpx.Limits(max_connections=2 * clients)
@@ -231,7 +280,12 @@ async def load(
 
 
 async def _ask(http: httpx.AsyncClient, where: Fleet, answer: Answer, tokens: int) -> None:
-    body = {"model": answer.adapter, "prompt": "Good morning", "max_tokens": tokens, "temperature": 0}
+    body = {
+        "model": answer.adapter,
+        "prompt": "Good morning",
+        "max_tokens": tokens,
+        "temperature": 0,
+    }
     body |= {"ignore_eos": True, "stream": answer.streamed}
     target, headers = f"{where.url}/v1/completions", where.headers(answer.adapter)
     try:
@@ -244,7 +298,9 @@ async def _ask(http: httpx.AsyncClient, where: Fleet, answer: Answer, tokens: in
             else:
                 await _read(response, answer)
     except httpx.TransportError as error:
-        if not (answer.streamed and answer.text):  # a connection that breaks in a stream that has begun
+        if not (
+            answer.streamed and answer.text
+        ):  # a connection that breaks in a stream that has begun
             answer.failed = repr(error)
 
 

@@ -1,7 +1,9 @@
-"""Python code as a program of its own, in a process forked from one that has imported the large libraries.
+"""Python code as a program of its own, in a process forked from one that has imported the large
+libraries.
 
-It starts in milliseconds instead of seconds, and what it imports of ours it imports itself. This file is also the
-program that is forked from, so it imports nothing but the standard library at first.
+It starts in milliseconds instead of seconds, and what it imports of ours it imports itself. This
+file is also the program that is forked from, so it imports nothing but the standard library at
+first.
 """
 
 from __future__ import annotations
@@ -25,27 +27,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-#: what a program starts with of which the imports are no matter: with one tuple for all, one process to fork from
-LARGE = ("torch", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "typer", "pydantic")
+# : what a program starts with of which the imports are no matter: with one tuple for all, one
+# process to fork from
+LARGE = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "trl.trainer.sft_trainer",
+    "typer",
+    "pydantic",
+)
 
 
 def printed(code: str, **environment: str) -> str:
-    """What a program prints that succeeds; torch is imported before it begins, and nothing else that is large."""
+    """What a program prints that succeeds; torch is imported before it begins, and nothing else
+    that is large."""
     program = Program(code, "torch", **environment)
     assert program.wait() == 0, program.said
     return program.said
 
 
 class Program:
-    """One that runs in ``folder``, after these libraries were imported; ``strict``: to which a warning is an error."""
+    """One that runs in ``folder``, after these libraries were imported; ``strict``: to which a
+    warning is an error."""
 
     def __init__(
-        self, code: str, *imported: str, folder: Path | None = None, strict: bool = False, **environment: str
+        self,
+        code: str,
+        *imported: str,
+        folder: Path | None = None,
+        strict: bool = False,
+        **environment: str,
     ) -> None:
         self._files = Path(tempfile.mkdtemp(dir=_files()))
         (self._files / "output").touch()
-        wanted = {"code": code, "folder": str(folder or Path.cwd()), "strict": strict, "environment": environment}
-        print(json.dumps({**wanted, "files": str(self._files)}), file=_server(imported).stdin, flush=True)
+        wanted = {
+            "code": code,
+            "folder": str(folder or Path.cwd()),
+            "strict": strict,
+            "environment": environment,
+        }
+        print(
+            json.dumps({**wanted, "files": str(self._files)}),
+            file=_server(imported).stdin,
+            flush=True,
+        )
         self.until((self._files / "pid").exists)
         self.pid = int((self._files / "pid").read_text())
 
@@ -77,7 +102,9 @@ class Program:
 
 @functools.cache
 def _server(imported: tuple[str, ...]) -> subprocess.Popen[str]:
-    server = subprocess.Popen([sys.executable, __file__, *imported], stdin=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__, *imported], stdin=subprocess.PIPE, text=True
+    )
 
     @atexit.register
     def end() -> None:
@@ -94,7 +121,8 @@ def _files() -> str:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- what is forked from
+# ----------------------------------------------------------------------------------------------
+# what is forked from
 
 
 def _serve(imported: list[str]) -> None:
@@ -126,7 +154,9 @@ def _tell(files: str, name: str, number: int) -> None:
     hidden.rename(Path(files, name))
 
 
-def _run(code: str, folder: str, strict: bool, environment: dict[str, str], output: str) -> NoReturn:
+def _run(
+    code: str, folder: str, strict: bool, environment: dict[str, str], output: str
+) -> NoReturn:
     out = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, out)):
         os.dup2(file, number)

@@ -1,5 +1,5 @@
-"""A small hub: the few routes of the Hugging Face hub that pushing and pulling an adapter takes, over HTTP, with
-commits and branches in memory. The client is the real one."""
+"""A small hub: the few routes of the Hugging Face hub that pushing and pulling an adapter takes,
+over HTTP, with commits and branches in memory. The client is the real one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from urllib.parse import unquote, urlsplit
 @dataclass
 class Repo:
     private: bool = False
-    commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {".gitattributes": b""}})
+    commits: dict[str, dict[str, bytes]] = field(
+        default_factory=lambda: {"0" * 40: {".gitattributes": b""}}
+    )
     branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
     messages: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Hub:
-    """``refuse`` answers a route that contains the text with a status: ``hub.refuse["/commit/"] = 403``."""
+    """``refuse`` answers a route that contains the text with a status: ``hub.refuse["/commit/"] =
+    403``."""
 
     repos: dict[str, Repo] = field(default_factory=dict)
     refuse: dict[str, int] = field(default_factory=dict)
@@ -82,12 +85,16 @@ class _Handler(BaseHTTPRequestHandler):
             for part, status in self.hub.refuse.items():
                 if part in path:
                     raise _RefusedError(status, "")
-            content, headers = self._answer([unquote(part) for part in path.strip("/").split("/")], body)
+            content, headers = self._answer(
+                [unquote(part) for part in path.strip("/").split("/")], body
+            )
             self._send(200, content, headers)
         except _RefusedError as refused:
             status, code, *content = refused.args
             self._send(
-                status, json.dumps(content[0] if content else {}).encode(), {"X-Error-Code": code} if code else {}
+                status,
+                json.dumps(content[0] if content else {}).encode(),
+                {"X-Error-Code": code} if code else {},
             )
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
@@ -132,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files = []
                 for path in (file["path"] for file in json.loads(body)["files"]):
                     known = {"oid": _git(there[path])} if path in there else {}
-                    files.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, **known})
+                    files.append(
+                        {"path": path, "uploadMode": "regular", "shouldIgnore": False, **known}
+                    )
                 return self._json({"files": files})
             case ["api", "models", owner, name, "commit", revision]:
                 return self._change(f"{owner}/{name}", revision, body)
@@ -162,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name: str, revision: str) -> tuple[bytes, dict[str, str]]:
         sha, files = self._commit(name, revision)
         siblings = [{"rfilename": path} for path in files]
-        return self._json({"id": name, "sha": sha, "private": self._repo(name).private, "siblings": siblings})
+        return self._json(
+            {"id": name, "sha": sha, "private": self._repo(name).private, "siblings": siblings}
+        )
 
     def _change(self, name: str, branch: str, body: bytes) -> tuple[bytes, dict[str, str]]:
         _, files = self._commit(name, branch)
@@ -181,4 +192,6 @@ class _Handler(BaseHTTPRequestHandler):
                     raise AssertionError(other)
         sha = hashlib.sha1(body + str(len(repo.commits)).encode()).hexdigest()
         repo.commits[sha], repo.branches[branch] = files, sha
-        return self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
+        return self._json(
+            {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"}
+        )

@@ -20,8 +20,11 @@ main()
 """
 
 
-def train(config: Any, folder: Path, processes: int, *flags: str, before: str = "") -> list[Program]:
-    """Start `veneer train` with a configuration. `before`: code that runs first, with `rank` as a name."""
+def train(
+    config: Any, folder: Path, processes: int, *flags: str, before: str = ""
+) -> list[Program]:
+    """Start `veneer train` with a configuration. `before`: code that runs first, with `rank` as a
+    name."""
     file = folder / f"{config.output.name}.yaml"
     file.write_text(yaml.safe_dump(config.content()))
     return start(["train", str(file), *flags], processes, before)
@@ -37,7 +40,11 @@ def code(text: str, processes: int) -> list[Program]:
     store: Any = None
     if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        told |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        told |= {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+        }
         told["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     programs = []
     for rank in range(processes):
@@ -54,7 +61,8 @@ def steps(output: Path) -> int:
 
 
 def reach(program: Program, output: Path, step: int, delay: float = 0.0) -> None:
-    """Wait until `delay` seconds after the log shows `step` steps: any moment, also within a checkpoint."""
+    """Wait until `delay` seconds after the log shows `step` steps: any moment, also within a
+    checkpoint."""
     Program.until(lambda: steps(output) >= step or not program.alive)
     time.sleep(delay)
 

@@ -19,7 +19,8 @@ PATHS = [None, "materialised"]
 
 
 def reference(handle, args):
-    """(y, the float64 leaves, args) in float64 from the definition: the module's own forward on gain ⊙ (W + ΔW)."""
+    """(y, the float64 leaves, args) in float64 from the definition: the module's own forward on
+    gain ⊙ (W + ΔW)."""
     module = copy.deepcopy(handle.model)
     veneer.detach(module)
     module = module.double()
@@ -38,7 +39,9 @@ def reference(handle, args):
             numbers, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
         )
         low = low if change.frozen_input is None else low.without(change.frozen_input)
-        weight = base.detach() + change.layer.fold(torch.einsum("gor,gri->goi", low.B, low.A) * low.scale, base.shape)
+        weight = base.detach() + change.layer.fold(
+            torch.einsum("gor,gri->goi", low.B, low.A) * low.scale, base.shape
+        )
         if gain is not None:
             weight = weight * change.layer.spread(gain, change.dims, base.shape)
         values[path] = weight

@@ -1,5 +1,5 @@
-"""Small models with what real ones have: blocks, attention and MLP names, a tied output head, convolutions, shared
-modules."""
+"""Small models with what real ones have: blocks, attention and MLP names, a tied output head,
+convolutions, shared modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x):
-        return self.o_proj(F.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        return self.o_proj(
+            F.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
 
 
 class Block(nn.Module):
@@ -23,7 +25,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.self_attn = Attention(width)
-        self.mlp = nn.ModuleDict({"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)})
+        self.mlp = nn.ModuleDict(
+            {"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)}
+        )
 
     def forward(self, x):
         x = x + self.self_attn(self.norm(x))
@@ -49,7 +53,9 @@ class TinyLM(nn.Module):
 
     base_model_prefix = "model"
 
-    def __init__(self, tied: bool = False, vocabulary: int = 17, width: int = 8, blocks: int = 2) -> None:
+    def __init__(
+        self, tied: bool = False, vocabulary: int = 17, width: int = 8, blocks: int = 2
+    ) -> None:
         super().__init__()
         self.model = Body(vocabulary, width, blocks)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)

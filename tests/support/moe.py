@@ -84,7 +84,9 @@ def set_way(model, way):
 
 def experts_of(model):
     """The first module of experts."""
-    return next(m for m in model.modules() if "gate_up_proj" in m._parameters and m.gate_up_proj.dim() == 3)
+    return next(
+        m for m in model.modules() if "gate_up_proj" in m._parameters and m.gate_up_proj.dim() == 3
+    )
 
 
 def attached(name, way, dtype, experts=4, rank=2, dropout=0.0):
@@ -100,7 +102,10 @@ def attached(name, way, dtype, experts=4, rank=2, dropout=0.0):
 def inputs_for(module, dtype, tokens=9):
     """Arguments of its forward, with an expert that no token meets where that can be."""
     generator = torch.Generator().manual_seed(1)
-    count, width = len(module.gate_up_proj), module.down_proj.shape[-1 if module.gate_up_proj.shape[1] == 16 else 1]
+    count, width = (
+        len(module.gate_up_proj),
+        module.down_proj.shape[-1 if module.gate_up_proj.shape[1] == 16 else 1],
+    )
     if type(module).__name__.startswith("Llama4"):
         return [torch.randn(count * tokens, width, generator=generator).to(dtype)]
     index = torch.rand(tokens, count - 1, generator=generator).topk(2).indices
@@ -111,14 +116,18 @@ def inputs_for(module, dtype, tokens=9):
 
 
 def definition(module, args, weights=None):
-    """(y, the adapter parameters, x) in float64, of the module's own eager forward on W + Σ weight · ΔW."""
+    """(y, the adapter parameters, x) in float64, of the module's own eager forward on W + Σ weight
+    · ΔW."""
     plain = copy.deepcopy(module)
     plain.__class__ = type(module).veneer_base
     states = plain._modules.pop("veneer")
     leaves, values = [], {}
     for adapter, weight in (weights or {"default": 1.0}).items():
         for name, change in states.get(adapter).changes.items():
-            own = {key: value.detach().double().requires_grad_() for key, value in change._parameters.items()}
+            own = {
+                key: value.detach().double().requires_grad_()
+                for key, value in change._parameters.items()
+            }
             leaves += own.values()
             before = values.get(name, plain._parameters[name].detach().double())
             values[name] = before + weight * change.scale * own["B"] @ own["A"]

@@ -1,5 +1,6 @@
-"""Processes that run functions of the tests, forked from a server that has imported everything: one costs some
-milliseconds. ``forked.py`` is for programs, to which it matters what has been imported."""
+"""Processes that run functions of the tests, forked from a server that has imported everything: one
+costs some milliseconds. ``forked.py`` is for programs, to which it matters what has been
+imported."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 #: not the tests' own files: the server does not know their folder
 CONTEXT.set_forkserver_preload(
-    ["veneer", "veneer.store.library", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+    [
+        "veneer",
+        "veneer.store.library",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 #: what one of several processes does: (rank, a folder that all of them have)
@@ -30,10 +36,14 @@ def together(work: Callable[..., None], count: int, *arguments: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_meet, (work, port, count, arguments), nprocs=count, start_method=CONTEXT.get_start_method())
+    mp.start_processes(
+        _meet, (work, port, count, arguments), nprocs=count, start_method=CONTEXT.get_start_method()
+    )
 
 
-def _meet(rank: int, work: Callable[..., None], port: int, count: int, arguments: Sequence[Any]) -> None:
+def _meet(
+    rank: int, work: Callable[..., None], port: int, count: int, arguments: Sequence[Any]
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -47,9 +57,9 @@ def _meet(rank: int, work: Callable[..., None], port: int, count: int, arguments
 
 
 def done_by_two(tasks: Sequence[Task], folder: Path) -> Callable[[Task], Path]:
-    """Two processes do the tasks, one after the other, each in a folder of its own, until one fails. The function that
-    this returns gives the folder of a task that both have done, and fails with what they said of one that they have
-    not."""
+    """Two processes do the tasks, one after the other, each in a folder of its own, until one
+    fails. The function that this returns gives the folder of a task that both have done, and fails
+    with what they said of one that they have not."""
     together(_in_turn, 2, tasks, folder)
 
     def of(task: Task) -> Path:

@@ -1,5 +1,6 @@
-"""Linear layers as libraries quantise them for transformers: the libraries' own where they run on this machine, else
-stand-ins with the same module, class, attributes and layout of bytes, whose forward dequantises and multiplies.
+"""Linear layers as libraries quantise them for transformers: the libraries' own where they run on
+this machine, else stand-ins with the same module, class, attributes and layout of bytes, whose
+forward dequantises and multiplies.
 
     made("gptq") -> (module, W: what its bytes mean, in float64)
 """
@@ -24,13 +25,15 @@ REAL = {
 }  # fmt: skip
 #: the library's own classes, whose kernels need a GPU: those are replaced
 KERNELS = ("fp8", "fp8 per tensor", "fbgemm", "compressed-tensors fp8")
-#: formats of compressed-tensors, after the first call of their model; w8a8 rounds x too, token by token
+# : formats of compressed-tensors, after the first call of their model; w8a8 rounds x too, token by
+# token
 COMPRESSED = ("w4a16", "w8a8")
 FORMATS = (*REAL, *KERNELS)
 
 
 def integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric 4-bit numbers [out, in], scales and zeros [out, in / group] of a weight [out, in]."""
+    """Asymmetric 4-bit numbers [out, in], scales and zeros [out, in / group] of a weight [out,
+    in]."""
     blocks = weight.view(len(weight), -1, group)
     low, high = blocks.amin(2), blocks.amax(2)
     scale = ((high - low) / 15).half()
@@ -40,7 +43,8 @@ def integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Eight numbers of the last axis in one int32, the number ``order[i]`` in the i-th four bits."""
+    """Eight numbers of the last axis in one int32, the number ``order[i]`` in the i-th four
+    bits."""
     words = torch.zeros(*numbers.shape[:-1], numbers.shape[-1] // 8, dtype=torch.int64)
     for place, source in enumerate(order):
         words |= numbers[..., source::8].long() << 4 * place
@@ -79,12 +83,16 @@ class GptqLinear(BaseQuantLinear):
         self.register_buffer("g_idx", torch.arange(IN) // GROUP)
 
     def dequantized(self) -> Tensor:
-        zeros, numbers = unpacked(self.qzeros)[self.g_idx], unpacked(self.qweight.mT).mT  # [in, out]
+        zeros, numbers = (
+            unpacked(self.qzeros)[self.g_idx],
+            unpacked(self.qweight.mT).mT,
+        )  # [in, out]
         return ((numbers - zeros) * self.scales[self.g_idx]).mT
 
 
 class AwqLinear(BaseQuantLinear):
-    """qweight [in, out / 8], qzeros [groups, out / 8], both in AWQ's order; scales [groups, out]."""
+    """qweight [in, out / 8], qzeros [groups, out / 8], both in AWQ's order; scales [groups,
+    out]."""
 
     ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -102,16 +110,25 @@ class AwqLinear(BaseQuantLinear):
 
 
 class HQQLinear(nn.Module):
-    """W_q holds two numbers a byte, the first half of the groups in the upper four bits; what they mean is in ``meta``,
-    and the bias is no parameter."""
+    """W_q holds two numbers a byte, the first half of the groups in the upper four bits; what they
+    mean is in ``meta``, and the bias is no parameter."""
 
     def __init__(self, weight: Tensor, bias: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.compute_dtype, self.device = IN, OUT, torch.float32, "cpu"
+        self.in_features, self.out_features, self.compute_dtype, self.device = (
+            IN,
+            OUT,
+            torch.float32,
+            "cpu",
+        )
         numbers, scale, zero = integers(weight, GROUP)
         upper, lower = numbers.view(-1, GROUP).to(torch.uint8).chunk(2)
         self.W_q = nn.Parameter(upper << 4 | lower, requires_grad=False)
-        self.meta = {"scale": scale.float().view(-1, 1), "zero": zero.float().view(-1, 1), "shape": weight.shape}
+        self.meta = {
+            "scale": scale.float().view(-1, 1),
+            "zero": zero.float().view(-1, 1),
+            "shape": weight.shape,
+        }
         self.bias = torch.randn(OUT) if bias else None
 
     def dequantize(self) -> Tensor:
@@ -129,14 +146,23 @@ def _gptqmodel(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor
     linear = nn.Linear(IN, OUT, bias=bias)
     linear.weight.data = weight
     _, scale, zero = integers(weight, GROUP)
-    settings = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": False, "in_features": IN, "out_features": OUT}
+    settings = {
+        "bits": 4,
+        "group_size": GROUP,
+        "sym": False,
+        "desc_act": False,
+        "in_features": IN,
+        "out_features": OUT,
+    }
     if kind == "awq":
         from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear  # pyright: ignore[reportMissingImports]
 
         made = AwqTorchLinear(**settings, bias=bias)
         made.pack(linear, scale, zero)
         made.post_init()
-        return made, made._dequantize_weight_for_inference(torch.zeros(1, IN), dtype=torch.float16).mT
+        return made, made._dequantize_weight_for_inference(
+            torch.zeros(1, IN), dtype=torch.float16
+        ).mT
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # pyright: ignore[reportMissingImports]
 
     made = TorchLinear(**settings, bias=bias)
@@ -217,7 +243,8 @@ def _compressed(weight: Tensor, bias: bool, kind: str, real: bool) -> nn.Module:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, Tensor]]:
-    """``made(kind, bias=True, real=False)``: a module of a format, and what its weight means in float64."""
+    """``made(kind, bias=True, real=False)``: a module of a format, and what its weight means in
+    float64."""
 
     def fp8_linear(x, weight, scale, block, bias=None, activation_scale=None, allow_deepgemm=True):
         from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
@@ -235,8 +262,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", whole, raising=False)
             monkeypatch.setattr(tensors, "quantize_fp8_per_row", whole, raising=False)
             rowwise = lambda x, w, sx, sw, **_: _multiplied(x, w, sw, None)  # noqa: E731
-            monkeypatch.setattr(torch.ops, "fbgemm", SimpleNamespace(f8f8bf16_rowwise=rowwise), raising=False)
-            product = lambda x, w, scale_a, scale_b, out_dtype, bias: _multiplied(x, w.mT, scale_b, bias)  # noqa: E731
+            monkeypatch.setattr(
+                torch.ops, "fbgemm", SimpleNamespace(f8f8bf16_rowwise=rowwise), raising=False
+            )
+
+            def product(x, w, scale_a, scale_b, out_dtype, bias):
+                return _multiplied(x, w.mT, scale_b, bias)
+
             monkeypatch.setattr(tensors, "_scaled_mm_rowwise", product)
             return
         if kind in COMPRESSED:
@@ -272,9 +304,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
 
 def variants_of(kinds: tuple[str, ...] = FORMATS) -> list:
     """Each format by a stand-in, and by its library where that is installed."""
-    cells = [pytest.param(kind, False, id=f"{kind}-stand-in" if kind in REAL else kind) for kind in kinds]
+    cells = [
+        pytest.param(kind, False, id=f"{kind}-stand-in" if kind in REAL else kind) for kind in kinds
+    ]
     for kind in kinds:
         if kind in REAL:
-            lacking = pytest.mark.skipif(find_spec(REAL[kind]) is None, reason=f"{REAL[kind]} is not installed")
+            lacking = pytest.mark.skipif(
+                find_spec(REAL[kind]) is None, reason=f"{REAL[kind]} is not installed"
+            )
             cells.append(pytest.param(kind, True, id=f"{kind}-{REAL[kind]}", marks=lacking))
     return cells

@@ -1,7 +1,9 @@
-"""Real architectures, small: what transformers, torchvision and diffusers build from a config, with random weights.
+"""Real architectures, small: what transformers, torchvision and diffusers build from a config, with
+random weights.
 
-``REAL`` maps a name to an entry. ``REAL[name].build()`` makes the same model each time, in eval mode, with an example
-whose loss gives a gradient to every parameter of the model but those that the entry lists, each with its reason.
+``REAL`` maps a name to an entry. ``REAL[name].build()`` makes the same model each time, in eval
+mode, with an example whose loss gives a gradient to every parameter of the model but those that the
+entry lists, each with its reason.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch.nn.modules.conv import _ConvNd
 
 Built = tuple[nn.Module, dict[str, Any], Callable[[Any], Tensor]]
 
-#: softmax(q·(k + b)) is softmax(q·k): a bias of the keys adds the same number to every score of a row
+# : softmax(q·(k + b)) is softmax(q·k): a bias of the keys adds the same number to every score of a
+# row
 KEY_BIAS = "softmax does not see a bias of the keys"
 
 
@@ -28,10 +31,12 @@ class RealModel:
     """One architecture.
 
     Args:
-        make: from a seeded random state to (model, keyword arguments of its forward, loss of its output).
+        make: from a seeded random state to (model, keyword arguments of its forward, loss of its
+            output).
         no_gradient: glob of parameter paths → why the loss has no gradient there.
         fixed: glob of parameter paths → why the model itself freezes them.
-        skipped: glob of module paths → why ``targets="all"`` leaves them out. Nothing else may be left out.
+        skipped: glob of module paths → why ``targets="all"`` leaves them out. Nothing else may be
+            left out.
         biases: whether any parameter is called "bias".
     """
 
@@ -71,10 +76,12 @@ def _real(name: str, **fields: Any) -> Callable[[Callable[[], Built]], Callable[
 
 
 def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
-    """Give a new model the sizes that a trained one has; as it is made, much of it is hidden from a test.
+    """Give a new model the sizes that a trained one has; as it is made, much of it is hidden from a
+    test.
 
-    Zero biases and the ones of a norm get values of their own. Weights that start at 0.02, as if the model were wide,
-    become large enough for attention to differ from an average. Running statistics become those of the example.
+    Zero biases and the ones of a norm get values of their own. Weights that start at 0.02, as if
+    the model were wide, become large enough for attention to differ from an average. Running
+    statistics become those of the example.
     """
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -83,7 +90,9 @@ def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
             if parameter.numel() > 1 and parameter.min() == parameter.max():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.ndim > 1:
-                fan_in = parameter[0].numel() if isinstance(module, _ConvNd) else parameter.shape[-1]
+                fan_in = (
+                    parameter[0].numel() if isinstance(module, _ConvNd) else parameter.shape[-1]
+                )
                 parameter.mul_(max(1.0, (fan_in * parameter.square().mean()).rsqrt().item()))
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -93,7 +102,9 @@ def grow_up(model: nn.Module, example: Mapping[str, Any]) -> None:
         model(**example)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
-        norm.running_var.clamp_(min=0.1)  # an example this small hardly moves some channels, which would explode
+        norm.running_var.clamp_(
+            min=0.1
+        )  # an example this small hardly moves some channels, which would explode
 
 
 # Examples and losses
@@ -113,11 +124,14 @@ def _padded(ids: Tensor, padding: int = 4) -> Tensor:
 def _next_token(ids: Tensor, mask: Tensor | None = None) -> Callable[[Any], Tensor]:
     """Cross-entropy of the next token, over what is not padding."""
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
-    return lambda output: F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return lambda output: F.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
 
 
 def _near(*names: str, seed: int = 1) -> Callable[[Any], Tensor]:
-    """Mean squared distance of the output's tensors (the output itself, if no name is given) to random ones."""
+    """Mean squared distance of the output's tensors (the output itself, if no name is given) to
+    random ones."""
 
     def loss(output: Any) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -160,7 +174,9 @@ def _llama_tied() -> Built:
 def _qwen3() -> Built:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return _causal(Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=8, tie_word_embeddings=True)), 60)
+    return _causal(
+        Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=8, tie_word_embeddings=True)), 60
+    )
 
 
 @_real("qwen3-moe", biases=False)
@@ -200,7 +216,14 @@ def _gpt2() -> Built:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=60,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return _causal(GPT2LMHeadModel(config), 60)
 
@@ -236,7 +259,9 @@ def _pretraining(model: nn.Module, *names: str) -> Built:
 def _bert() -> Built:
     from transformers import BertConfig, BertForPreTraining
 
-    return _pretraining(BertForPreTraining(BertConfig(**_BERT)), "prediction_logits", "seq_relationship_logits")
+    return _pretraining(
+        BertForPreTraining(BertConfig(**_BERT)), "prediction_logits", "seq_relationship_logits"
+    )
 
 
 @_real("albert", no_gradient={"*.attention.key.bias": KEY_BIAS})
@@ -273,7 +298,11 @@ def _t5() -> Built:
         "input_ids": ids, "attention_mask": _padded(ids),
         "decoder_input_ids": answer, "decoder_attention_mask": _padded(answer, 2),
     }  # fmt: skip
-    return T5ForConditionalGeneration(config), example, _next_token(answer, example["decoder_attention_mask"])
+    return (
+        T5ForConditionalGeneration(config),
+        example,
+        _next_token(answer, example["decoder_attention_mask"]),
+    )
 
 
 # Vision
@@ -287,7 +316,11 @@ def _vit() -> Built:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4,
         num_labels=5,
     )  # fmt: skip
-    return ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, _near("logits")
+    return (
+        ViTForImageClassification(config),
+        {"pixel_values": torch.randn(2, 3, 16, 16)},
+        _near("logits"),
+    )
 
 
 @_real("dinov2", no_gradient={"*.k_proj.bias": KEY_BIAS})
@@ -298,7 +331,8 @@ def _dinov2() -> Built:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16, patch_size=4,
         use_swiglu_ffn=True,
     )  # fmt: skip
-    # a larger image than the config's, so that the position embeddings are interpolated; some patches are masked
+    # a larger image than the config's, so that the position embeddings are interpolated; some
+    # patches are masked
     masked = torch.rand(2, 25) < 0.3
     example = {"pixel_values": torch.randn(2, 3, 20, 20), "bool_masked_pos": masked}
     return Dinov2Model(config), example, _near("last_hidden_state")
@@ -312,7 +346,11 @@ def _swin() -> Built:
         image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5,
         use_absolute_embeddings=True,
     )  # fmt: skip
-    return SwinForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}, _near("logits")
+    return (
+        SwinForImageClassification(config),
+        {"pixel_values": torch.randn(2, 3, 32, 32)},
+        _near("logits"),
+    )
 
 
 @_real("convnext")
@@ -320,9 +358,18 @@ def _convnext() -> Built:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(
-        num_stages=2, hidden_sizes=[16, 24], depths=[2, 2], patch_size=4, num_labels=5, layer_scale_init_value=0.5
+        num_stages=2,
+        hidden_sizes=[16, 24],
+        depths=[2, 2],
+        patch_size=4,
+        num_labels=5,
+        layer_scale_init_value=0.5,
     )
-    return ConvNextForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}, _near("logits")
+    return (
+        ConvNextForImageClassification(config),
+        {"pixel_values": torch.randn(2, 3, 32, 32)},
+        _near("logits"),
+    )
 
 
 @_real("resnet18")
@@ -344,20 +391,29 @@ def _resnet18() -> Built:
 def _mobilenet() -> Built:
     from torchvision.models import mobilenet_v3_small
 
-    return mobilenet_v3_small(width_mult=0.5, num_classes=10), {"x": torch.randn(4, 3, 64, 64)}, _near()
+    return (
+        mobilenet_v3_small(width_mult=0.5, num_classes=10),
+        {"x": torch.randn(4, 3, 64, 64)},
+        _near(),
+    )
 
 
 @_real("efficientnet-b0")
 def _efficientnet() -> Built:
     from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 
-    # the stages of b0, one block for each and two for one: expansion, kernel, stride, channels in and out, blocks
+    # the stages of b0, one block for each and two for one: expansion, kernel, stride, channels in
+    # and out, blocks
     stages = [
         (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 1), (6, 3, 2, 40, 80, 1), (6, 5, 1, 80, 112, 1),
         (6, 5, 2, 112, 192, 1), (6, 3, 1, 192, 320, 1),
     ]  # fmt: skip
     blocks = [MBConvConfig(*stage, width_mult=0.25, depth_mult=1.0) for stage in stages]
-    return EfficientNet(blocks, dropout=0.2, num_classes=10), {"x": torch.randn(4, 3, 64, 64)}, _near()
+    return (
+        EfficientNet(blocks, dropout=0.2, num_classes=10),
+        {"x": torch.randn(4, 3, 64, 64)},
+        _near(),
+    )
 
 
 @_real("torchvision-vit")
@@ -365,7 +421,13 @@ def _torchvision_vit() -> Built:
     from torchvision.models import VisionTransformer
 
     model = VisionTransformer(
-        image_size=16, patch_size=4, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=5
+        image_size=16,
+        patch_size=4,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=32,
+        mlp_dim=48,
+        num_classes=5,
     )
     return model, {"x": torch.randn(2, 3, 16, 16)}, _near()
 
@@ -388,23 +450,45 @@ def _torchvision_swin() -> Built:
 def _clip() -> Built:
     from transformers import CLIPConfig, CLIPModel
 
-    layers = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    text = {"vocab_size": 60, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    layers = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+    }
+    text = {
+        "vocab_size": 60,
+        "max_position_embeddings": 16,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = CLIPConfig(
-        text_config={**layers, **text}, vision_config={**layers, "image_size": 16, "patch_size": 4}, projection_dim=16
+        text_config={**layers, **text},
+        vision_config={**layers, "image_size": 16, "patch_size": 4},
+        projection_dim=16,
     )
     ids = _ids(60, rows=3, length=8)
     ids[:, -1] = 59  # the end of the text, from which the tower's output is taken
     ids[-1, 4], ids[-1, 5:] = 59, 0
-    example = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": torch.randn(3, 3, 16, 16)}
+    example = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.randn(3, 3, 16, 16),
+    }
     return CLIPModel(config), example, _near("logits_per_image")
 
 
 @_real("clip-large-image", no_gradient={"*.k_proj.bias": KEY_BIAS})
 def _clip_large_image() -> Built:
-    """CLIP on a larger image than it was made for, for which it interpolates its position embeddings."""
+    """CLIP on a larger image than it was made for, for which it interpolates its position
+    embeddings."""
     model, example, loss = _clip()
-    return model, {**example, "pixel_values": torch.randn(3, 3, 24, 24), "interpolate_pos_encoding": True}, loss
+    return (
+        model,
+        {**example, "pixel_values": torch.randn(3, 3, 24, 24), "interpolate_pos_encoding": True},
+        loss,
+    )
 
 
 @_real("unet2d-condition")
@@ -424,7 +508,10 @@ def _unet() -> Built:
     return model, example, _near("sample")
 
 
-@_real("whisper", fixed={"model.encoder.embed_positions.weight": "sinusoids, which the model does not train"})
+@_real(
+    "whisper",
+    fixed={"model.encoder.embed_positions.weight": "sinusoids, which the model does not train"},
+)
 def _whisper() -> Built:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -456,5 +543,9 @@ def _wav2vec2() -> Built:
     heard[1, 150:] = 0
     hidden = torch.zeros(2, 24, dtype=torch.bool)  # frames that the model has to guess
     hidden[:, 3:6] = True
-    example = {"input_values": torch.randn(2, 200), "attention_mask": heard, "mask_time_indices": hidden}
+    example = {
+        "input_values": torch.randn(2, 200),
+        "attention_mask": heard,
+        "mask_time_indices": hidden,
+    }
     return Wav2Vec2Model(config), example, _near("last_hidden_state")

@@ -1,4 +1,5 @@
-"""Folders whose JSON names code that lies beside them: it writes a file as soon as it is imported."""
+"""Folders whose JSON names code that lies beside them: it writes a file as soon as it is
+imported."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ CLASSES = {
 
 
 def name_own_code(folder: Path, mark: Path, files: tuple[str, ...]) -> Path:
-    """Let the JSON ``files`` of a folder name code beside them, which writes ``mark`` when it is imported."""
+    """Let the JSON ``files`` of a folder name code beside them, which writes ``mark`` when it is
+    imported."""
     (folder / "own_code.py").write_text(CODE.format(mark=str(mark)))
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(

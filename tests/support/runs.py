@@ -14,7 +14,8 @@ from veneer.train.run import Result
 
 
 class Crash(TrainerCallback):
-    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would leave behind."""
+    """Raise at the end of step `step`, after its checkpoint if it has one: what a kill there would
+    leave behind."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -35,7 +36,10 @@ def same(one: Result, other: Result) -> None:
 def same_folders(one: Path, other: Path) -> None:
     """The same of the output folders of runs that ended."""
     names = ("step", "loss", "eval_loss", "tokens")
-    logs = [[[line.get(name) for name in names] for line in checkpoint.read_log(output)] for output in (one, other)]
+    logs = [
+        [[line.get(name) for name in names] for line in checkpoint.read_log(output)]
+        for output in (one, other)
+    ]
     assert logs[0] == logs[1]
     _same_numbers(one / "adapter", other / "adapter")
 

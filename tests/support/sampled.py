@@ -1,7 +1,9 @@
-"""What the quick suite leaves to the slow one: of each of these tests it runs every n-th case, or none (0).
+"""What the quick suite leaves to the slow one: of each of these tests it runs every n-th case, or
+none (0).
 
-They are those that take the most time for what they could find: products in which a fault of one case is a fault of
-its neighbours, and whole programs of which a cheaper test holds the parts. ``make test-slow`` runs all of them.
+They are those that take the most time for what they could find: products in which a fault of one
+case is a fault of its neighbours, and whole programs of which a cheaper test holds the parts.
+``make test-slow`` runs all of them.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ EVERY = {
 
 
 def leave_to_the_slow_suite(items: Iterable[pytest.Item]) -> set[str]:
-    """Mark the cases slow that are not every n-th. Returns the entries that name no test of these."""
+    """Mark the cases slow that are not every n-th. Returns the entries that name no test of
+    these."""
     seen: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0].removeprefix("tests/")

@@ -25,4 +25,7 @@ def make_adapter(path, seed, base_seed=0, **config):
 
 def open_service(base, adapters, *, keys=None, **fields):
     options = {"rows": 8, "length": 200, "timeout": 60.0, "precision": "fp32", **fields}
-    return start(Settings(str(base), "tiny", None if adapters is None else str(adapters), **options), keys or Keyring())
+    return start(
+        Settings(str(base), "tiny", None if adapters is None else str(adapters), **options),
+        keys or Keyring(),
+    )

@@ -1,4 +1,5 @@
-"""What the tests of the engine share: tiny models of several architectures, a bank that only records, a client."""
+"""What the tests of the engine share: tiny models of several architectures, a bank that only
+records, a client."""
 
 from __future__ import annotations
 
@@ -48,14 +49,19 @@ OTHERS = {
         transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=259)
     ),
     "mamba": lambda: transformers.MambaForCausalLM(
-        transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=259, pad_token_id=0)
+        transformers.MambaConfig(
+            hidden_size=32, num_hidden_layers=2, vocab_size=259, pad_token_id=0
+        )
     ),
-    "llama4": lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SHAPE, head_dim=16)),
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**SHAPE, head_dim=16)
+    ),
 }
 
 
 def make(name: str, seed: int = 0):
-    """A model of an architecture with random weights, large enough that its answers differ from prompt to prompt."""
+    """A model of an architecture with random weights, large enough that its answers differ from
+    prompt to prompt."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = {**MODELS, **OTHERS}[name]()
@@ -69,20 +75,34 @@ def make(name: str, seed: int = 0):
 def prompts(count: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Token ids of differing lengths."""
     draw = random.Random(seed)
-    return [tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, longest))) for _ in range(count)]
+    return [
+        tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, longest))) for _ in range(count)
+    ]
 
 
 def alone(model, prompt, tokens: int) -> list[int]:
     """The greedy tokens of transformers' own generate, for one prompt."""
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 
 
-def asked(prompt, tokens: int = 8, *, blend=None, timeout: float = 60, id: str = "", **sampling) -> Request:
-    return Request(tuple(prompt), blend or {}, Sampling(tokens, **{"temperature": 0.0, **sampling}), timeout, id)
+def asked(
+    prompt, tokens: int = 8, *, blend=None, timeout: float = 60, id: str = "", **sampling
+) -> Request:
+    return Request(
+        tuple(prompt),
+        blend or {},
+        Sampling(tokens, **{"temperature": 0.0, **sampling}),
+        timeout,
+        id,
+    )
 
 
 class Client:
@@ -136,7 +156,8 @@ class Lease:
 
 
 class Recorder:
-    """A stand-in for the bank: it holds no adapters and notes who asks for which, and what each call runs with.
+    """A stand-in for the bank: it holds no adapters and notes who asks for which, and what each
+    call runs with.
 
     ``slow`` blends arrive when ``arrive`` is called; ``failing`` maps a name to its error.
     """

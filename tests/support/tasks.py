@@ -1,4 +1,5 @@
-"""Tiny bases and rows for each task of `veneer train`, in which a few steps have something to learn."""
+"""Tiny bases and rows for each task of `veneer train`, in which a few steps have something to
+learn."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ import torch
 import transformers
 from tests.support.tiny import tiny_tokenizer, write_rows, write_tiny
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 RATE = 16000  # samples a second that the tiny Whisper hears, one second at once
 
 REWARDS = '''
@@ -39,7 +45,9 @@ def write_llama(folder: Path) -> Path:
 
 def write_bert(folder: Path) -> Path:
     torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, vocab_size=259, max_position_embeddings=64, pad_token_id=0)
+    config = transformers.BertConfig(
+        **SIZES, vocab_size=259, max_position_embeddings=64, pad_token_id=0
+    )
     return _save(transformers.BertModel(config), folder, tiny_tokenizer())
 
 
@@ -69,11 +77,21 @@ def write_whisper(folder: Path) -> Path:
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=50, pad_token_id=0,
         max_target_positions=32, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    hearing = transformers.WhisperFeatureExtractor(feature_size=8, sampling_rate=RATE, chunk_length=1)
-    return _save(transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), hearing)
+    hearing = transformers.WhisperFeatureExtractor(
+        feature_size=8, sampling_rate=RATE, chunk_length=1
+    )
+    return _save(
+        transformers.WhisperForConditionalGeneration(config), folder, tiny_tokenizer(), hearing
+    )
 
 
-BASES = {"bert": write_bert, "vit": write_vit, "bart": write_bart, "whisper": write_whisper, "llama": write_llama}
+BASES = {
+    "bert": write_bert,
+    "vit": write_vit,
+    "bart": write_bart,
+    "whisper": write_whisper,
+    "llama": write_llama,
+}
 
 
 def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
@@ -85,33 +103,60 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
     generator = np.random.default_rng(0)
     match kind:
         case "text":
-            return [{"text": text, "label": f"is {letter}"} for text, letter in zip(texts, letters, strict=True)]
+            return [
+                {"text": text, "label": f"is {letter}"}
+                for text, letter in zip(texts, letters, strict=True)
+            ]
         case "words":
-            mixed = [[draw.choice("ab") * draw.randint(1, 2) for _ in range(4)] for _ in range(count)]
-            return [{"words": words, "labels": [word[0].upper() for word in words]} for words in mixed]
+            mixed = [
+                [draw.choice("ab") * draw.randint(1, 2) for _ in range(4)] for _ in range(count)
+            ]
+            return [
+                {"words": words, "labels": [word[0].upper() for word in words]} for words in mixed
+            ]
         case "image":
             labels = generator.integers(0, 2, count)
             pixels = generator.integers(0, 60, (count, 8, 8)) + 150 * labels[:, None, None]
-            return [{"image": one.tolist(), "label": int(label)} for one, label in zip(pixels, labels, strict=True)]
+            return [
+                {"image": one.tolist(), "label": int(label)}
+                for one, label in zip(pixels, labels, strict=True)
+            ]
         case "pairs":
-            return [{"prompt": f"{x}?", "chosen": f" {x * 3}", "rejected": f" {other[x] * 4}"} for x in letters]
+            return [
+                {"prompt": f"{x}?", "chosen": f" {x * 3}", "rejected": f" {other[x] * 4}"}
+                for x in letters
+            ]
         case "judged":
             own = [draw.choice([x, other[x]]) for x in letters]
             rows = zip(letters, own, strict=True)
-            return [{"prompt": f"{x}?", "completion": f" {y * 3}", "label": x == y} for x, y in rows]
+            return [
+                {"prompt": f"{x}?", "completion": f" {y * 3}", "label": x == y} for x, y in rows
+            ]
         case "prompts":
             return [{"prompt": f"{x}?", "wanted": x} for x in letters]
         case "close":
-            return [{"anchor": f"{i} {x}", "positive": f"{x} {i}", "negative": f"{i}"} for i, x in enumerate(letters)]
+            return [
+                {"anchor": f"{i} {x}", "positive": f"{x} {i}", "negative": f"{i}"}
+                for i, x in enumerate(letters)
+            ]
         case "scored":
             return [{"anchor": x, "positive": draw.choice("ab") * 2, "label": 0.5} for x in letters]
         case "reversed":
-            return [{"prompt": text, "completion": letter * 3} for text, letter in zip(texts, letters, strict=True)]
+            return [
+                {"prompt": text, "completion": letter * 3}
+                for text, letter in zip(texts, letters, strict=True)
+            ]
         case "sounds":
             tones = {"a": 300.0, "b": 1500.0}
             time = np.arange(RATE // 8) / RATE
-            waves = [np.sin(2 * np.pi * tones[x] * time) + 0.1 * generator.normal(size=len(time)) for x in letters]
-            return [{"audio": one.round(4).tolist(), "text": x * 2} for one, x in zip(waves, letters, strict=True)]
+            waves = [
+                np.sin(2 * np.pi * tones[x] * time) + 0.1 * generator.normal(size=len(time))
+                for x in letters
+            ]
+            return [
+                {"audio": one.round(4).tolist(), "text": x * 2}
+                for one, x in zip(waves, letters, strict=True)
+            ]
     raise ValueError(kind)
 
 
@@ -134,7 +179,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def config_of(name: str, folder: Path, output: str = "run", **changes: Any) -> Any:
-    """The configuration of a case, whose base, rows and reward functions are written to `folder`."""
+    """The configuration of a case, whose base, rows and reward functions are written to
+    `folder`."""
     from veneer.train.config import make_config
 
     base, rows, settings = CASES[name]

@@ -1,10 +1,11 @@
-"""A tiny random Llama and a tiny byte-level tokenizer, built from nothing: no download, no hub, a few milliseconds.
+"""A tiny random Llama and a tiny byte-level tokenizer, built from nothing: no download, no hub, a
+few milliseconds.
 
     write_tiny(folder)          a model folder that `transformers` and `veneer train` load
     write_rows(path, rows)      a JSONL file
 
-The tokenizer is byte-level without merges, so a token is one byte and every text has a length that can be counted by
-hand. The chat template is ChatML.
+The tokenizer is byte-level without merges, so a token is one byte and every text has a length that
+can be counted by hand. The chat template is ChatML.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(**changes: Any) -> Any:
-    """The configuration of the tiny Llama: 2 layers, width 32, 4 heads of which 2 key/value, context 256."""
+    """The configuration of the tiny Llama: 2 layers, width 32, 4 heads of which 2 key/value,
+    context 256."""
     from transformers import LlamaConfig
 
     fields: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""A variant and a layer kind as a user would add them: tests find them through the registries, as they find Veneer's
-own."""
+"""A variant and a layer kind as a user would add them: tests find them through the registries, as
+they find Veneer's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _resolve(parameters, scale, base):
     return LowRank(parameters["A"], parameters["B"], scale), parameters["gain"]
 
 
-#: rescales every output row: the ``gain`` of the equation, which no variant of Veneer's own uses yet
+# : rescales every output row: the ``gain`` of the equation, which no variant of Veneer's own uses
+# yet
 SCALED = replace(LORA, name="toy_scaled", init=_init, resolve=_resolve, peft=None)
 
 
@@ -77,12 +78,15 @@ def register_toys() -> None:
 
 
 def randomise(handle, size: float = 0.3) -> None:
-    """Give every trained number of an adapter a random value, so that nothing is hidden by a zero."""
+    """Give every trained number of an adapter a random value, so that nothing is hidden by a
+    zero."""
     around_one = ("gain", "magnitude")
     for change in handle.changes.values():
         for name, parameter in change.named_parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64) * size
-            parameter.data.copy_(noise + (parameter.detach().cpu().double() if name in around_one else 0))
+            parameter.data.copy_(
+                noise + (parameter.detach().cpu().double() if name in around_one else 0)
+            )
     for part in handle.layers.values():
         for parameter in part.full.parameters():
             parameter.data.add_(torch.randn_like(parameter) * size)
@@ -109,7 +113,11 @@ def example(kind, number=0, dtype=torch.float32):
 def numbers(model, name="a"):
     """Copies of what an adapter trains, under the keys of the model's state dict."""
     marks = {"veneer", name}
-    found = {key: p.detach().clone() for key, p in model.named_parameters() if marks <= set(key.split("."))}
+    found = {
+        key: p.detach().clone()
+        for key, p in model.named_parameters()
+        if marks <= set(key.split("."))
+    }
     assert found
     return found
 
@@ -129,7 +137,9 @@ def definition(module, values, args):
         own = holder._parameters if name in holder._parameters else holder._buffers
         own[name] = value
     if getattr(other, "sparse", False):
-        other.sparse = False  # torch cannot carry a sparse gradient on from a weight that is computed
+        other.sparse = (
+            False  # torch cannot carry a sparse gradient on from a weight that is computed
+        )
     if isinstance(other, nn.RNNBase):
         other._flat_weights = [other._parameters[name] for name in other._flat_weights_names]
     return other(*args)
@@ -137,9 +147,16 @@ def definition(module, values, args):
 
 def flat(output):
     """Every tensor of a nested output, one after the other."""
-    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in pytree.tree_leaves(output)]
+    leaves = [
+        leaf.data if isinstance(leaf, PackedSequence) else leaf
+        for leaf in pytree.tree_leaves(output)
+    ]
     return torch.cat(
-        [leaf.reshape(-1) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        [
+            leaf.reshape(-1)
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        ]
     )
 
 
@@ -149,7 +166,9 @@ def cast(args, dtype):
     def one(leaf):
         if isinstance(leaf, PackedSequence):
             return leaf.to(dtype)
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        return (
+            leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
 
     return pytree.tree_map(one, args)
 
@@ -161,26 +180,35 @@ def error(actual, expected) -> float:
 
 
 def calibration(model, variant, args=(), loss=None) -> dict:
-    """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those of a call."""
+    """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those
+    of a call."""
     needs, given = VARIANTS[variant].needs, {}
     if needs & {"inputs", "gradient"}:
         given["batches"] = [args]
     if "gradient" in needs:
         given["loss"] = loss or (lambda model, batch: flat(model(*batch)).float().square().sum())
     if "original" in needs:
-        state = {path: value for path, value in model.state_dict().items() if value.is_floating_point()}
-        given["original"] = {path: value + 0.1 * torch.randn_like(value) for path, value in state.items()}
+        state = {
+            path: value for path, value in model.state_dict().items() if value.is_floating_point()
+        }
+        given["original"] = {
+            path: value + 0.1 * torch.randn_like(value) for path, value in state.items()
+        }
     return given
 
 
 def bits(model) -> dict:
     """Copies of everything that a model's state dict holds of the base."""
-    return {name: value.clone() for name, value in model.state_dict().items() if "veneer" not in name.split(".")}
+    return {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if "veneer" not in name.split(".")
+    }
 
 
 def works(handle, *args, within=1e-5) -> None:
-    """Assert what every adapter does: it changes the output, the merged weights give that output too, unmerging and
-    detaching give the very bits back."""
+    """Assert what every adapter does: it changes the output, the merged weights give that output
+    too, unmerging and detaching give the very bits back."""
     model, before = handle.model.eval(), bits(handle.model)
     with torch.no_grad():
         forward = flat(model(*args))
@@ -193,4 +221,6 @@ def works(handle, *args, within=1e-5) -> None:
         assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
         assert torch.equal(flat(model(*args)), forward)
         handle.detach()
-        assert error(flat(model(*args)), base) < 1e-6  # what needs no gradient may run another kernel
+        assert (
+            error(flat(model(*args)), base) < 1e-6
+        )  # what needs no gradient may run another kernel

@@ -1,4 +1,5 @@
-"""What each trainer does with an adapter, asked of Veneer and of PEFT alike: every answer is that of a run.
+"""What each trainer does with an adapter, asked of Veneer and of PEFT alike: every answer is that
+of a run.
 
 `docs/trainers.md` shows them; `python -m scripts.trainers` asks again.
 """
@@ -15,7 +16,17 @@ from typing import Any
 
 import torch
 from tests.support import adapter_libraries as libraries
-from tests.support.adapter_libraries import PEFT, VENEER, Library, attached, loaded, outputs, same, size, trained
+from tests.support.adapter_libraries import (
+    PEFT,
+    VENEER,
+    Library,
+    attached,
+    loaded,
+    outputs,
+    same,
+    size,
+    trained,
+)
 from tests.support.trainers import HALF, HEADS, RUNS, STEPS, Outcome, Run, write_bases
 
 YES, NOT_OFFERED = "yes", "not offered by the trainer"
@@ -61,12 +72,16 @@ class Case:
 
     def holds(self) -> str:
         """No weight of the base in a checkpoint."""
-        if any(libraries.holds_the_base(self.checkpoint(step), self.bases, self.run) for step in (HALF, STEPS)):
+        if any(
+            libraries.holds_the_base(self.checkpoint(step), self.bases, self.run)
+            for step in (HALF, STEPS)
+        ):
             return "no: the base is in it"
         return YES
 
     def resume(self) -> str:
-        """From the checkpoint at half to the numbers of the first run, in a model that began elsewhere."""
+        """From the checkpoint at half to the numbers of the first run, in a model that began
+        elsewhere."""
         model, _ = self.first
         again = self.model(2)
         self.train(again, "again", resume=self.folder / "first")
@@ -87,14 +102,20 @@ class Case:
         self.train(model, "best", best=lambda model: seen.append(trained(model)))
         first, _ = self.first
         last = same(trained(first), seen[0])
-        return YES if len(seen) == 1 and same(trained(model), seen[0]) and not last else "no: other numbers"
+        return (
+            YES
+            if len(seen) == 1 and same(trained(model), seen[0]) and not last
+            else "no: other numbers"
+        )
 
     def loads(self) -> str:
         """`from_pretrained` of what the trainer saves gives the trained model."""
         model, outcome = self.first
         outcome.save(self.folder / "saved")
         expected = outputs(model)
-        found = outputs(HEADS[self.run.head].from_pretrained(self.folder / "saved", dtype=torch.float32))
+        found = outputs(
+            HEADS[self.run.head].from_pretrained(self.folder / "saved", dtype=torch.float32)
+        )
         distance = float((found - expected).abs().max())
         if torch.equal(expected, outputs(loaded(self.bases, self.run))):
             return "no: the base"
@@ -106,8 +127,14 @@ class Case:
         if outcome.reference is None:
             return YES
         ours = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-        own = [value for value in outcome.reference.state_dict().values() if isinstance(value, torch.Tensor)]
-        apart = sum(value.numel() for value in own if value.untyped_storage().data_ptr() not in ours)
+        own = [
+            value
+            for value in outcome.reference.state_dict().values()
+            if isinstance(value, torch.Tensor)
+        ]
+        apart = sum(
+            value.numel() for value in own if value.untyped_storage().data_ptr() not in ours
+        )
         return "no: a second copy" if apart or not own else YES
 
 
@@ -147,9 +174,15 @@ def rows(only: Callable[[Run], bool] = lambda run: True) -> Iterator[tuple[str, 
         write_bases(bases)
         for run in filter(only, RUNS):
             folder = Path(temporary) / run.name
-            cases = {library.name: Case(library, run, bases, folder / library.name) for library in (VENEER, PEFT)}
-            found: dict[str, Any] = {name: {cell: answer(case, cell) for cell in CELLS} for name, case in cases.items()}
+            cases = {
+                library.name: Case(library, run, bases, folder / library.name)
+                for library in (VENEER, PEFT)
+            }
+            found: dict[str, Any] = {
+                name: {cell: answer(case, cell) for cell in CELLS} for name, case in cases.items()
+            }
             ratio = max(
-                size(cases["Veneer"].checkpoint(step)) / size(cases["PEFT"].checkpoint(step)) for step in (HALF, STEPS)
+                size(cases["Veneer"].checkpoint(step)) / size(cases["PEFT"].checkpoint(step))
+                for step in (HALF, STEPS)
             )
             yield run.name, {**found, "size": round(ratio, 2)}

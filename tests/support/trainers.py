@@ -1,7 +1,9 @@
-"""Every trainer that a model with an adapter is held against: how it is built, started, stopped and resumed.
+"""Every trainer that a model with an adapter is held against: how it is built, started, stopped and
+resumed.
 
-A `Run` trains a model for six steps in a folder and leaves checkpoints at steps 3 and 6. It knows nothing of adapters,
-so PEFT's models go through it as well as ours (`cells.py` of `scripts/trainers` asks both the same).
+A `Run` trains a model for six steps in a folder and leaves checkpoints at steps 3 and 6. It knows
+nothing of adapters, so PEFT's models go through it as well as ours (`cells.py` of
+`scripts/trainers` asks both the same).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ STEPS, HALF, BATCH = 6, 3, 2
 LINEAR = ["q_proj", "k_proj", "v_proj"]
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------
+# models
 
 
 def write_bases(folder: Path) -> None:
@@ -35,7 +38,12 @@ def write_bases(folder: Path) -> None:
     torch.manual_seed(0)
     from transformers import LlamaForCausalLM
 
-    sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 259}
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "vocab_size": 259,
+    }
     sizes |= {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
     sizes |= {f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
@@ -61,15 +69,17 @@ def token_rows(count: int = 24) -> list[dict[str, Any]]:
     return [{"input_ids": row, "attention_mask": [1] * 12, "labels": row} for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------- trainers
+# ----------------------------------------------------------------------------------------------
+# trainers
 
 Watch = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: `save` writes the model into a folder by the trainer's own means; `model` is what it
-    trained; `reference` is the model that it compared the policy with (None: none, or it switches PEFT's adapter off).
+    """What a run leaves: `save` writes the model into a folder by the trainer's own means; `model`
+    is what it trained; `reference` is the model that it compared the policy with (None: none, or it
+    switches PEFT's adapter off).
     """
 
     save: Callable[[Path], None]
@@ -81,10 +91,11 @@ class Outcome:
 class Run:
     """One trainer.
 
-    `train(model, folder, resume=None, best=None, integration=None)` trains to the last step, from the checkpoint at
-    `HALF` in the folder `resume` if that is given. With `best`, the model at `HALF` is the best one, of which `best`
-    is called with the model, and the trainer is asked for it at the end. `integration` is a callback for the trainer,
-    for accelerate what is called with the accelerator, or further arguments for a trainer of TRL.
+    `train(model, folder, resume=None, best=None, integration=None)` trains to the last step, from
+    the checkpoint at `HALF` in the folder `resume` if that is given. With `best`, the model at
+    `HALF` is the best one, of which `best` is called with the model, and the trainer is asked for
+    it at the end. `integration` is a callback for the trainer, for accelerate what is called with
+    the accelerator, or further arguments for a trainer of TRL.
     """
 
     name: str
@@ -129,16 +140,23 @@ BEST = {
 
 
 def _hugging_face(build: Callable[..., Any]) -> Callable[..., Outcome]:
-    """How everything that is a transformers `Trainer` runs. `build(model, folder, callbacks, more arguments)`."""
+    """How everything that is a transformers `Trainer` runs. `build(model, folder, callbacks, more
+    arguments)`."""
 
     def train(
-        model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+        model: Any,
+        folder: Path,
+        resume: Path | None = None,
+        best: Watch | None = None,
+        integration: Any = None,
     ) -> Outcome:
         given = integration if isinstance(integration, dict) else {}
         own = [] if integration is None or given else [integration]
         callbacks = own + [_best_at_half(best)] * (best is not None)
         trainer = build(model, folder, callbacks, {} if best is None else BEST, **given)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume / f"checkpoint-{HALF}"))
+        trainer.train(
+            resume_from_checkpoint=None if resume is None else str(resume / f"checkpoint-{HALF}")
+        )
         save = lambda path: trainer.save_model(str(path))  # noqa: E731
         return Outcome(save, trainer.model, getattr(trainer, "ref_model", None))
 
@@ -158,10 +176,14 @@ def _of_transformers(trainer: str, settings: str) -> Callable[..., Any]:
     return build
 
 
-def of_trl(name: str, rows: Callable[[], list[dict[str, Any]]], **settings: Any) -> Callable[..., Any]:
+def of_trl(
+    name: str, rows: Callable[[], list[dict[str, Any]]], **settings: Any
+) -> Callable[..., Any]:
     """What builds a trainer of TRL by its short name."""
 
-    def build(model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **given: Any) -> Any:
+    def build(
+        model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **given: Any
+    ) -> Any:
         import importlib
 
         from datasets import Dataset
@@ -184,13 +206,20 @@ def _odd_sum(completions: list[str], **_: Any) -> list[float]:
 
 
 def _preferences() -> list[dict[str, Any]]:
-    return [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in sums(24)]
+    return [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"}
+        for row in sums(24)
+    ]
 
 
 def _judged() -> list[dict[str, Any]]:
     rows = enumerate(sums(24))
     return [
-        {"prompt": row["prompt"], "completion": row["completion"] if i % 2 else " no", "label": bool(i % 2)}
+        {
+            "prompt": row["prompt"],
+            "completion": row["completion"] if i % 2 else " no",
+            "label": bool(i % 2),
+        }
         for i, row in rows
     ]
 
@@ -214,13 +243,20 @@ BUILD = {
 
 
 def batches(count: int) -> Any:
-    rows: Any = [{name: torch.tensor(value) for name, value in row.items()} for row in token_rows(count * BATCH)]
+    rows: Any = [
+        {name: torch.tensor(value) for name, value in row.items()}
+        for row in token_rows(count * BATCH)
+    ]
     return torch.utils.data.DataLoader(rows, batch_size=BATCH)
 
 
 def _lightning(precision: str) -> Callable[..., Outcome]:
     def train(
-        model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+        model: Any,
+        folder: Path,
+        resume: Path | None = None,
+        best: Watch | None = None,
+        integration: Any = None,
     ) -> Outcome:
         import pytorch_lightning as lightning
         from pytorch_lightning.callbacks import ModelCheckpoint
@@ -246,7 +282,11 @@ def _lightning(precision: str) -> Callable[..., Outcome]:
 
         # two epochs, as Lightning goes on within an epoch only if the loader keeps its place
         keep = ModelCheckpoint(
-            folder, filename="checkpoint-{step}", save_on_train_epoch_end=True, save_top_k=-1, monitor="steps_from_half"
+            folder,
+            filename="checkpoint-{step}",
+            save_on_train_epoch_end=True,
+            save_top_k=-1,
+            monitor="steps_from_half",
         )
         keep.CHECKPOINT_EQUALS_CHAR = "-"
         trainer = lightning.Trainer(
@@ -255,21 +295,29 @@ def _lightning(precision: str) -> Callable[..., Outcome]:
             default_root_dir=folder, limit_val_batches=0, num_sanity_val_steps=0,
         )  # fmt: skip
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*many workers.*|.*dirpath has changed.*|.*val_dataloader.*")
+            warnings.filterwarnings(
+                "ignore", message=".*many workers.*|.*dirpath has changed.*|.*val_dataloader.*"
+            )
             torch.manual_seed(4)
             model.train()
             start = None if resume is None else str(resume / f"checkpoint-step-{HALF}.ckpt")
             trainer.fit(Tuned(), batches(HALF), ckpt_path=start)
             if best is not None:
                 trainer.limit_val_batches = 1.0
-                trainer.validate(trainer.lightning_module, batches(1), ckpt_path="best", verbose=False)
+                trainer.validate(
+                    trainer.lightning_module, batches(1), ckpt_path="best", verbose=False
+                )
         return Outcome(model.save_pretrained, model)
 
     return train
 
 
 def _accelerate(
-    model: Any, folder: Path, resume: Path | None = None, best: Watch | None = None, integration: Any = None
+    model: Any,
+    folder: Path,
+    resume: Path | None = None,
+    best: Watch | None = None,
+    integration: Any = None,
 ) -> Outcome:
     from accelerate import Accelerator
 
@@ -283,7 +331,9 @@ def _accelerate(
         loader = accelerator.skip_first_batches(loader, HALF)
     prepared.train()
     for step, batch in enumerate(loader, 1 if resume is None else HALF + 1):
-        torch.manual_seed(step)  # a loader that starts anew draws a number that the first run had drawn before
+        torch.manual_seed(
+            step
+        )  # a loader that starts anew draws a number that the first run had drawn before
         accelerator.backward(prepared(**batch).loss)
         optimiser.step()
         optimiser.zero_grad()
@@ -293,7 +343,10 @@ def _accelerate(
     accelerator.free_memory()
     return Outcome(
         lambda path: accelerator.unwrap_model(prepared).save_pretrained(
-            path, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=state
+            path,
+            is_main_process=accelerator.is_main_process,
+            save_function=accelerator.save,
+            state_dict=state,
         ),
         model,
     )
@@ -302,7 +355,11 @@ def _accelerate(
 CKPT = "checkpoint-step-{}.ckpt"
 RUNS = [
     Run("Trainer", "causal", _hugging_face(_of_transformers("Trainer", "TrainingArguments"))),
-    Run("Seq2SeqTrainer", "seq2seq", _hugging_face(_of_transformers("Seq2SeqTrainer", "Seq2SeqTrainingArguments"))),
+    Run(
+        "Seq2SeqTrainer",
+        "seq2seq",
+        _hugging_face(_of_transformers("Seq2SeqTrainer", "Seq2SeqTrainingArguments")),
+    ),
     Run("SFTTrainer", "causal", _hugging_face(of_trl("SFT", _sums)), of_trl=True),
     Run("RewardTrainer", "reward", _hugging_face(BUILD["Reward"]), of_trl=True),
     *(
@@ -311,6 +368,7 @@ RUNS = [
     ),
     Run("Lightning", "causal", _lightning("32-true"), checkpoint=CKPT),
     Run("Lightning, bf16-mixed", "causal", _lightning("bf16-mixed"), checkpoint=CKPT),
-    # its checkpoints are loaded into an optimiser that has been made; it does not know which of them is the best
+    # its checkpoints are loaded into an optimiser that has been made; it does not know which of
+    # them is the best
     Run("accelerate", "causal", _accelerate, lacks=("bare", "best")),
 ]

@@ -1,4 +1,5 @@
-"""A client of the training service by hand: the requests that the `tinker` SDK sends, and no SDK."""
+"""A client of the training service by hand: the requests that the `tinker` SDK sends, and no
+SDK."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class Client:
     """One client of a server, with a session of its own."""
 
     def __init__(self, url: str, key: str = "tml-any") -> None:
-        self.http = httpx.Client(base_url=f"{url}/api/v1", headers={"x-api-key": key}, timeout=60, trust_env=False)
+        self.http = httpx.Client(
+            base_url=f"{url}/api/v1", headers={"x-api-key": key}, timeout=60, trust_env=False
+        )
         self.session = self.post("create_session", tags=[], sdk_version="0.38.0")["session_id"]
 
     def __del__(self) -> None:
@@ -47,7 +50,9 @@ class Client:
     def result(self, promised: dict[str, Any], kind: str | None = None) -> Any:
         """What a promise comes to: JSON, or a message."""
         while (
-            response := self.http.post("/retrieve_future", json={"request_id": promised["request_id"]})
+            response := self.http.post(
+                "/retrieve_future", json={"request_id": promised["request_id"]}
+            )
         ).status_code == 408:
             pass
         assert response.status_code == 200, f"{response.status_code}: {response.text}"
@@ -62,13 +67,28 @@ class Client:
     def run(self, number: int = 0, rank: int = 4, seed: int = 1, **lora: Any) -> Run:
         config = {"rank": rank, "seed": seed, **lora}
         promised = self.post(
-            "create_model", session_id=self.session, model_seq_id=number, base_model="tiny", lora_config=config
+            "create_model",
+            session_id=self.session,
+            model_seq_id=number,
+            base_model="tiny",
+            lora_config=config,
         )
         return Run(self, self.result(promised)["model_id"])
 
-    def sample(self, session: str | None, prompt: Sequence[int], count: int = 1, number: int = 0, **fields: Any) -> Any:
+    def sample(
+        self,
+        session: str | None,
+        prompt: Sequence[int],
+        count: int = 1,
+        number: int = 0,
+        **fields: Any,
+    ) -> Any:
         params = {"max_tokens": 6, "temperature": 0.0, **fields.pop("params", {})}
-        where = {"base_model": "tiny"} if session is None else {"sampling_session_id": session, "seq_id": number}
+        where = (
+            {"base_model": "tiny"}
+            if session is None
+            else {"sampling_session_id": session, "seq_id": number}
+        )
         promised = self.post(
             "asample", **where, num_samples=count, prompt={"chunks": [{"tokens": [*prompt]}]}, sampling_params=params,
             **fields,
@@ -82,7 +102,9 @@ class Client:
             for one in message.sequences
         ]  # fmt: skip
         return SimpleNamespace(
-            sequences=sequences, message=message, prompt=np.frombuffer(message.prompt_logprobs, "<f4")
+            sequences=sequences,
+            message=message,
+            prompt=np.frombuffer(message.prompt_logprobs, "<f4"),
         )
 
 
@@ -96,8 +118,12 @@ class Run:
         self.number += 1
         return self.number
 
-    def body(self, data: Sequence[dict[str, Any]], loss: str, backward: bool = True, **settings: float) -> Any:
-        message = MESSAGES["ForwardBackwardRequest"](model_id=self.id, loss_fn=loss, forward_only=not backward)
+    def body(
+        self, data: Sequence[dict[str, Any]], loss: str, backward: bool = True, **settings: float
+    ) -> Any:
+        message = MESSAGES["ForwardBackwardRequest"](
+            model_id=self.id, loss_fn=loss, forward_only=not backward
+        )
         for name, value in settings.items():
             message.loss_fn_config_v2.add(key=name).value.number = value
         for one in data:
@@ -107,11 +133,16 @@ class Run:
                 if name != "tokens":
                     array = np.asarray(values, "<i8" if name == "target_tokens" else "<f4")
                     tensor = datum.loss_fn_inputs.add(key=name).value
-                    tensor.dense, tensor.dtype = array.tobytes(), 2 if name == "target_tokens" else 1
+                    tensor.dense, tensor.dtype = (
+                        array.tobytes(),
+                        2 if name == "target_tokens" else 1,
+                    )
                     tensor.shape.extend(array.shape)
         return message
 
-    def ask_pass(self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any) -> dict[str, Any]:
+    def ask_pass(
+        self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any
+    ) -> dict[str, Any]:
         message = self.body(data, loss, **options)
         message.seq_id = self.next()
         return self.send(message.SerializeToString())
@@ -128,12 +159,19 @@ class Run:
         logprobs = []
         for record in message.loss_fn_outputs:
             (field,) = [one.value for one in record.fields if one.key == "logprobs"]
-            offsets, values = np.frombuffer(field.offsets, "<i8") // 4, np.frombuffer(field.data, "<f4")
+            offsets, values = (
+                np.frombuffer(field.offsets, "<i8") // 4,
+                np.frombuffer(field.data, "<f4"),
+            )
             for first, after in itertools.pairwise(offsets):
                 logprobs.append(values[first:after].reshape(-1, *field.trailing_shape))
-        return SimpleNamespace(loss={one.key: one.value for one in message.metrics}["loss:sum"], logprobs=logprobs)
+        return SimpleNamespace(
+            loss={one.key: one.value for one in message.metrics}["loss:sum"], logprobs=logprobs
+        )
 
-    def pass_(self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any) -> Any:
+    def pass_(
+        self, data: Sequence[dict[str, Any]], loss: str = "cross_entropy", **options: Any
+    ) -> Any:
         return self.passed(self.ask_pass(data, loss, **options))
 
     def ask(self, route: str, **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Where a merge of files asks a process of its own for a model's names, the tests' own process answers."""
+"""Where a merge of files asks a process of its own for a model's names, the tests' own process
+answers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ from veneer.tools.compose import compose
 
 
 def trained(model, path, **config):
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 2, "targets": "all-linear", **config}))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(**{"rank": 2, "targets": "all-linear", **config})
+    )
     randomise(handle)
     handle.save(path)
     handle.detach()
@@ -58,9 +60,13 @@ def test_numbers_are_those_of_the_dense_changes(out, in_, ranks, extra):
     assert found.norms == (pytest.approx(float(a.norm())), pytest.approx(float(b.norm())))
     assert found.difference == pytest.approx(float((a - b).norm() / max(a.norm(), b.norm())))
     assert found.cosine == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())), abs=1e-9)
-    for space, one, other in zip((found.rows, found.columns), spaces(a, ranks[0]), spaces(b, ranks[1]), strict=True):
+    for space, one, other in zip(
+        (found.rows, found.columns), spaces(a, ranks[0]), spaces(b, ranks[1]), strict=True
+    ):
         cosines = torch.linalg.svdvals(one.mT @ other).clamp(max=1)
-        assert space.similarity == pytest.approx(float(cosines.square().sum()) / min(ranks), abs=1e-9)
+        assert space.similarity == pytest.approx(
+            float(cosines.square().sum()) / min(ranks), abs=1e-9
+        )
         assert len(space.angles) == min(ranks)
         assert list(space.angles) == pytest.approx(cosines.acos().rad2deg().tolist(), abs=1e-5)
         assert list(space.angles) == sorted(space.angles)
@@ -108,8 +114,12 @@ def test_an_adapter_is_identical_to_itself(variant, tmp_path):
 
 def test_what_only_one_of_them_changes_and_what_differs(tmp_path):
     model = TinyLM()
-    a = trained(model, tmp_path / "a", targets=["q_proj", "up"], train_also=["lm_head", "model.norm"])
-    b = trained(model, tmp_path / "b", targets=["q_proj", "down"], rank=3, train_also=["model.norm"])
+    a = trained(
+        model, tmp_path / "a", targets=["q_proj", "up"], train_also=["lm_head", "model.norm"]
+    )
+    b = trained(
+        model, tmp_path / "b", targets=["q_proj", "down"], rank=3, train_also=["model.norm"]
+    )
     found = compare(a, b)
     assert {at.rpartition(".")[2] for at in found.only_a} == {"up", "weight"}
     assert "lm_head.weight" in found.only_a
@@ -118,7 +128,9 @@ def test_what_only_one_of_them_changes_and_what_differs(tmp_path):
     assert {entry.path for entry in found.full} == {"model.norm.weight", "model.norm.bias"}
     norms = [read(path).full["model.norm"]["weight"] for path in (a, b)]
     entry = next(entry for entry in found.full if entry.path.endswith("weight"))
-    assert entry.difference == pytest.approx(float((norms[0] - norms[1]).norm() / max(n.norm() for n in norms)))
+    assert entry.difference == pytest.approx(
+        float((norms[0] - norms[1]).norm() / max(n.norm() for n in norms))
+    )
     assert found.base == "same"
     assert found.config["rank"] == (2, 3)
     assert not found.identical
@@ -139,9 +151,16 @@ def test_totals_are_those_of_the_whole_change(tmp_path):
     model = TinyLM()
     a, b = (trained(model, tmp_path / name) for name in "ab")
     found = compare(a, b)
-    whole = [torch.cat([low.delta(torch.float64).flatten() for low in read(path).products.values()]) for path in (a, b)]
-    assert found.relative == pytest.approx(float((whole[0] - whole[1]).norm() / max(w.norm() for w in whole)))
-    assert found.cosine == pytest.approx(float(torch.dot(*whole) / (whole[0].norm() * whole[1].norm())))
+    whole = [
+        torch.cat([low.delta(torch.float64).flatten() for low in read(path).products.values()])
+        for path in (a, b)
+    ]
+    assert found.relative == pytest.approx(
+        float((whole[0] - whole[1]).norm() / max(w.norm() for w in whole))
+    )
+    assert found.cosine == pytest.approx(
+        float(torch.dot(*whole) / (whole[0].norm() * whole[1].norm()))
+    )
 
 
 def test_the_same_change_in_another_form(tmp_path):
@@ -170,7 +189,9 @@ def test_other_bases_and_none(tmp_path):
     a, b = trained(TinyLM(), tmp_path / "a"), trained(TinyLM(), tmp_path / "b")
     found = compare(a, b)
     assert found.base == "different"
-    assert {f"{layer.path}.weight" for layer in found.layers} < {*found.base_weights}, "the rest differs too"
+    assert {f"{layer.path}.weight" for layer in found.layers} < {*found.base_weights}, (
+        "the rest differs too"
+    )
     assert "different weights" in str(found)
     assert compare(a, replace(read(b), record=None)).base == "unknown"
     assert "unknown" in str(compare(a, replace(read(b), record=None)))
@@ -191,7 +212,9 @@ def test_magnitudes_of_dora(tmp_path):
     assert [layer.magnitude for layer in found.layers] == [pytest.approx(0.5)] * 2
     assert all(layer.difference == 0 for layer in found.layers)
     assert not found.same_change
-    plain = write_derived(tmp_path / "c", [files], {at: replace(one, extras={}) for at, one in files.low.items()})
+    plain = write_derived(
+        tmp_path / "c", [files], {at: replace(one, extras={}) for at, one in files.low.items()}
+    )
     found = compare(a, plain)
     assert all(layer.magnitude == math.inf for layer in found.layers)
     assert not found.same_change
@@ -229,6 +252,8 @@ def test_pefts_out_projection_counts_as_peft_applies_it(tmp_path):
     assert {layer.path for layer in found.layers} == {"attn", "attn.out_proj"}
     assert found.same_change
     config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.99.0"}))
+    (tmp_path / "theirs" / "adapter_config.json").write_text(
+        json.dumps({**config, "peft_version": "0.99.0"})
+    )
     with pytest.raises(AdapterError, match=r"0\.99"):
         compare(tmp_path / "theirs", tmp_path / "ours")

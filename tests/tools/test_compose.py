@@ -1,4 +1,5 @@
-"""Adapters made of several: equal to float64 arithmetic on the dense changes, for every layer, variant and rank."""
+"""Adapters made of several: equal to float64 arithmetic on the dense changes, for every layer,
+variant and rank."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from veneer.variants import VARIANTS
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
-#: relative, in the Frobenius norm of the change: what storing factors and magnitudes in float32 leaves
+# : relative, in the Frobenius norm of the change: what storing factors and magnitudes in float32
+# leaves
 BOUND = 1e-5
 
 
@@ -53,9 +55,13 @@ def trained(model, path, size=0.3, args=(IDS,), **config):
 
 
 def check(model, out, parts, weights, within=BOUND):
-    """Assert that the composed adapter gives W + Σ w (W_i − W), where merging each of ``parts`` gives W_i. ``weights``
-    may be a function of the name."""
-    base = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
+    """Assert that the composed adapter gives W + Σ w (W_i − W), where merging each of ``parts``
+    gives W_i. ``weights`` may be a function of the name."""
+    base = {
+        name: value.double()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
     each, found, changed = [merged(model, part) for part in parts], merged(model, out), False
     for name, value in base.items():
         own = weights(name) if callable(weights) else weights
@@ -66,7 +72,8 @@ def check(model, out, parts, weights, within=BOUND):
     assert changed
 
 
-# ------------------------------------------------------------------------------------------- exact sums
+# ------------------------------------------------------------------------------------------- exact
+# sums
 
 
 @pytest.mark.parametrize("variants", [("lora", "rslora"), ("dora", "lora")], ids="+".join)
@@ -74,7 +81,10 @@ def check(model, out, parts, weights, within=BOUND):
 def test_a_sum_on_every_layer(kind, number, variants, tmp_path):
     module, args = example(kind, number)
     model = nn.ModuleDict({"layer": module})
-    parts = [trained(model, tmp_path / f"{n}", 0.1, variant=variant, rank=1) for n, variant in enumerate(variants)]
+    parts = [
+        trained(model, tmp_path / f"{n}", 0.1, variant=variant, rank=1)
+        for n, variant in enumerate(variants)
+    ]
     report = compose(parts, tmp_path / "out", weights=[0.7, -0.4], base=model)
     assert report.verified
     assert report.error == 0
@@ -87,12 +97,22 @@ def test_a_sum_on_every_layer(kind, number, variants, tmp_path):
 def test_every_variant_and_plain_lora_on_a_tied_model(variant, tmp_path):
     model = TinyLM(tied=True)
     parts = [
-        trained(model, tmp_path / "a", 0.1, variant=variant, rank=3, train_also=["norm"], exclude=["norm"]),
+        trained(
+            model,
+            tmp_path / "a",
+            0.1,
+            variant=variant,
+            rank=3,
+            train_also=["norm"],
+            exclude=["norm"],
+        ),
         trained(model, tmp_path / "b", rank=1, targets=["q_proj", "embed_tokens", "up"]),
     ]
     compose(parts, tmp_path / "out", weights=[-0.5, 2.0], base=model)
     check(model, tmp_path / "out", parts, [-0.5, 2.0])
-    assert read(tmp_path / "out").config.variant == ("dora" if variant.startswith("dora") else "lora")
+    assert read(tmp_path / "out").config.variant == (
+        "dora" if variant.startswith("dora") else "lora"
+    )
 
 
 @pytest.mark.parametrize("build", [Stack, Shared, ConvNet], ids=lambda build: build.__name__)
@@ -116,7 +136,9 @@ def test_sums_and_their_best_approximation_as_values(data, groups, out, in_, cou
         LowRank(torch.randn(groups, rank, in_), torch.randn(groups, out, rank), scale)
         for rank, scale in zip(ranks, scales, strict=True)
     ]
-    dense = sum(weight * low.delta(torch.float64) for weight, low in zip(weights, lows, strict=True))
+    dense = sum(
+        weight * low.delta(torch.float64) for weight, low in zip(weights, lows, strict=True)
+    )
     size = sum(abs(weight) * low.norm() for weight, low in zip(weights, lows, strict=True))
     total = LowRank.sum(lows, weights)
     assert total.scale > 0
@@ -171,15 +193,20 @@ def test_a_rank_that_no_weight_has_is_compacted(tmp_path):
     check(model, tmp_path / "out", parts, [1, 1, 1])
 
 
-@pytest.mark.parametrize("rows", [[[True, False, True]] * 2, [[True, False, False], [False, False, True]]])
+@pytest.mark.parametrize(
+    "rows", [[[True, False, True]] * 2, [[True, False, False], [False, False, True]]]
+)
 def test_rows_that_change_alone(rows, tmp_path):
     model = nn.Sequential(nn.Linear(6, 9))
     parts = [
-        trained(model, tmp_path / str(n), targets=["0"], rank=3, slices={"0": part}) for n, part in enumerate(rows)
+        trained(model, tmp_path / str(n), targets=["0"], rank=3, slices={"0": part})
+        for n, part in enumerate(rows)
     ]
     for name, more in (("exact", {}), ("small", {"rank": 2})):
         compose(parts, tmp_path / name, **more)
-        veneer.load(model, tmp_path / name).detach()  # refused where a row changes that the record does not name
+        veneer.load(
+            model, tmp_path / name
+        ).detach()  # refused where a row changes that the record does not name
         change = read(tmp_path / name).products["0"].delta()[0]
         assert change[:3].any()
         assert not change[3:6].any()
@@ -197,7 +224,9 @@ def test_a_padding_row_stays_at_rest(tmp_path):
 
 def test_sixteen_bits_are_summed_in_float32(tmp_path):
     model = TinyLM()
-    parts = [trained(model, tmp_path / str(n), targets="all-linear", dtype="bfloat16") for n in range(2)]
+    parts = [
+        trained(model, tmp_path / str(n), targets="all-linear", dtype="bfloat16") for n in range(2)
+    ]
     compose(parts, tmp_path / "out", weights=[0.3, 0.3])
     assert read(tmp_path / "out").config.dtype is None
     check(model, tmp_path / "out", parts, [0.3, 0.3])
@@ -211,7 +240,13 @@ def test_weights_a_layer(tmp_path):
 
     def weights(name):
         factors = (
-            (0, 0) if "layers.0" in name else (1, -3) if "k_proj" in name else (0.5, 0.5) if "up" in name else (1, 1)
+            (0, 0)
+            if "layers.0" in name
+            else (1, -3)
+            if "k_proj" in name
+            else (0.5, 0.5)
+            if "up" in name
+            else (1, 1)
         )
         return factors[0], 2 * factors[1]
 
@@ -236,7 +271,8 @@ def test_a_weight_of_nought_leaves_an_adapter_out_and_says_so(tmp_path):
     check(model, tmp_path / "out", [a], [1])
 
 
-# --------------------------------------------------------------------------------------------------- DoRA
+# ---------------------------------------------------------------------------------------------------
+# DoRA
 
 
 def lying(model):
@@ -289,7 +325,10 @@ def test_a_stack_that_lies_transposed(tmp_path):
             return torch.bmm(x, self.proj)
 
     model = nn.ModuleDict({"experts": Experts()})
-    parts = [trained(model, tmp_path / name, variant=variant) for name, variant in (("a", "dora"), ("b", "rslora"))]
+    parts = [
+        trained(model, tmp_path / name, variant=variant)
+        for name, variant in (("a", "dora"), ("b", "rslora"))
+    ]
     for base in (model, lying(model)):
         compose(parts, tmp_path / "out", weights=[0.5, 0.5], base=base, overwrite=True)
         check(model, tmp_path / "out", parts, [0.5, 0.5])
@@ -304,7 +343,9 @@ def test_a_sum_of_dora_to_a_rank_has_the_error_that_it_says(tmp_path):
     found = merged(model, tmp_path / "out")["layer.weight"] - W
     assert 0.01 < report.error < 1
     assert report.layers[0].norm == pytest.approx(float(expected.norm()), rel=1e-5)
-    assert float((found - expected).norm() / expected.norm()) == pytest.approx(report.error, rel=1e-4)
+    assert float((found - expected).norm() / expected.norm()) == pytest.approx(
+        report.error, rel=1e-4
+    )
 
 
 def test_dora_needs_the_base(tmp_path):
@@ -363,7 +404,8 @@ def test_rows_that_a_sum_scales_to_nothing(tmp_path):
         compose([path], tmp_path / "out", weights=[-1], base=model)  # G = 1 − (2 − 1)
 
 
-# ------------------------------------------------------------------------------- sums of a smaller rank
+# ------------------------------------------------------------------------------- sums of a smaller
+# rank
 
 
 def test_the_error_of_a_rank_is_the_best_there_is(tmp_path):
@@ -377,8 +419,12 @@ def test_the_error_of_a_rank_is_the_best_there_is(tmp_path):
         singular = torch.linalg.svdvals(dense)
         assert layer.rank == 4
         assert layer.norm == pytest.approx(float(dense.norm()), rel=1e-6)
-        assert layer.error == pytest.approx(float(singular[:, 4:].norm() / singular.norm()), rel=1e-5)
-        assert error(out[layer.path].delta(torch.float64), dense) == pytest.approx(layer.error, rel=1e-4)
+        assert layer.error == pytest.approx(
+            float(singular[:, 4:].norm() / singular.norm()), rel=1e-5
+        )
+        assert error(out[layer.path].delta(torch.float64), dense) == pytest.approx(
+            layer.error, rel=1e-4
+        )
         left.append(float(singular[:, 4:].norm()))
         whole.append(float(singular.norm()))
     assert report.error == pytest.approx(math.hypot(*left) / math.hypot(*whole), rel=1e-5)
@@ -403,7 +449,8 @@ def test_a_rank_that_is_large_enough_leaves_nothing_out(tmp_path):
     check(model, tmp_path / "out", parts, [1, 1])
 
 
-# ------------------------------------------------------------------------------------------- mixtures
+# -------------------------------------------------------------------------------------------
+# mixtures
 
 
 def ties_by_hand(vectors, weights, density):
@@ -430,7 +477,9 @@ def ties_by_hand(vectors, weights, density):
 )
 def test_ties_is_the_papers(density, weights):
     vectors = [torch.randn(2, 5, 4, dtype=torch.float64) for _ in weights]
-    found = merged_vector(MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], weights, density, "0")
+    found = merged_vector(
+        MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], weights, density, "0"
+    )
     torch.testing.assert_close(found, ties_by_hand(vectors, weights, density))
 
 
@@ -439,8 +488,12 @@ def test_mixtures_are_pefts_on_dense_vectors(method):
     peers = pytest.importorskip("peft.utils.merge_utils")
     vectors = [torch.randn(1, 20, 10, dtype=torch.float64) for _ in range(3)]
     peer = peers.ties if method == "ties" else peers.magnitude_prune
-    expected = peer([vector.clone() for vector in vectors], torch.full((3,), 0.7, dtype=torch.float64), 0.2)
-    found = merged_vector(MERGE_METHODS[method], [lambda v=v: v for v in vectors], [0.7] * 3, 0.2, "0")
+    expected = peer(
+        [vector.clone() for vector in vectors], torch.full((3,), 0.7, dtype=torch.float64), 0.2
+    )
+    found = merged_vector(
+        MERGE_METHODS[method], [lambda v=v: v for v in vectors], [0.7] * 3, 0.2, "0"
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -457,7 +510,9 @@ def test_dare_drops_at_random_and_rescales(method):
     assert torch.equal(found, run("0"))
     assert not torch.equal(found, run("1"))
     two = merged_vector(merge_method, [lambda: ones, lambda: ones], [1.0, 1.0], 0.25, "0")
-    kinds = {0.0, 4.0, 8.0} if method == "dare" else {0.0, 4.0}  # drawn independently; the mean of those that agree
+    kinds = (
+        {0.0, 4.0, 8.0} if method == "dare" else {0.0, 4.0}
+    )  # drawn independently; the mean of those that agree
     assert set(two.unique().tolist()) == kinds
 
 
@@ -467,20 +522,45 @@ def test_mixtures_of_adapters_are_those_of_their_dense_changes(method, variant, 
     """On models with a tie or fused weights; the rank is all there is, so nothing is left out."""
     model = Stack() if variant == "dora" else TinyLM(tied=True)
     parts = [trained(model, tmp_path / str(n), variant=variant, rank=2) for n in range(2)]
-    report = compose(parts, tmp_path / "out", weights=[1, -0.5], method=method, density=0.5, rank=1000, base=model)
+    report = compose(
+        parts,
+        tmp_path / "out",
+        weights=[1, -0.5],
+        method=method,
+        density=0.5,
+        rank=1000,
+        base=model,
+    )
     assert report.error < 1e-9
     each, found = [merged(model, part) for part in parts], merged(model, tmp_path / "out")
     if MERGE_METHODS[method].random:
-        again = compose(parts, tmp_path / "again", weights=[1, -0.5], method=method, density=0.5, rank=1000, base=model)
+        again = compose(
+            parts,
+            tmp_path / "again",
+            weights=[1, -0.5],
+            method=method,
+            density=0.5,
+            rank=1000,
+            base=model,
+        )
         assert torch.equal(flat(merged(model, again.path)), flat(found))
         other = compose(
-            parts, tmp_path / "other", weights=[1, -0.5], method=method, density=0.5, rank=1000, base=model, seed=1
+            parts,
+            tmp_path / "other",
+            weights=[1, -0.5],
+            method=method,
+            density=0.5,
+            rank=1000,
+            base=model,
+            seed=1,
         )
         assert not torch.equal(flat(merged(model, other.path)), flat(found))
         return
     for name, base in model.state_dict().items():
         vectors = [one[name] - base.double() for one in each]
-        expected = merged_vector(MERGE_METHODS[method], [lambda v=v: v for v in vectors], [1, -0.5], 0.5, "0")
+        expected = merged_vector(
+            MERGE_METHODS[method], [lambda v=v: v for v in vectors], [1, -0.5], 0.5, "0"
+        )
         assert error(found[name] - base.double(), expected) < 1e-4 or not expected.any(), name
 
 
@@ -501,7 +581,9 @@ def test_a_mixture_to_a_rank_tells_its_error(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 90, 120), (1, 120, 90), (1, 5, 4)])
 def test_random_factors_are_nearly_the_best(shape):
-    dense = torch.randn(shape, dtype=torch.float64) @ torch.diag(0.9 ** torch.arange(shape[2])).double()
+    dense = (
+        torch.randn(shape, dtype=torch.float64) @ torch.diag(0.9 ** torch.arange(shape[2])).double()
+    )
     low, left = factored(dense, 3, None, "0")
     best = float(torch.linalg.svdvals(dense)[:, 3:].norm())
     assert low.rank == 3
@@ -509,12 +591,19 @@ def test_random_factors_are_nearly_the_best(shape):
     assert best * (1 - 1e-9) <= left <= 1.001 * best
 
 
-# ------------------------------------------------------------------------------- what is trained in full
+# ------------------------------------------------------------------------------- what is trained in
+# full
 
 
 def heads(tmp_path, model):
     return [
-        trained(model, tmp_path / name, targets=["q_proj"], train_also=["lm_head", "norm"], bias="targets")
+        trained(
+            model,
+            tmp_path / name,
+            targets=["q_proj"],
+            train_also=["lm_head", "norm"],
+            bias="targets",
+        )
         for name in "ab"
     ]
 
@@ -535,16 +624,25 @@ def test_parts_trained_in_full(tmp_path):
     with pytest.raises(AdapterError, match="no base values of"):
         compose(parts, tmp_path / "none", method="ties", density=0.5, weights=[0.5, 0.5])
     with pytest.raises(AdapterError, match="no base values of lm_head"):
-        compose(parts, tmp_path / "none", base={n: v for n, v in model.state_dict().items() if "lm_head" not in n})
+        compose(
+            parts,
+            tmp_path / "none",
+            base={n: v for n, v in model.state_dict().items() if "lm_head" not in n},
+        )
     assert not (tmp_path / "none").exists()
 
 
 def test_a_tied_head_that_is_trained_in_full_stays_tied(tmp_path):
     model = TinyLM(tied=True)
-    parts = [trained(model, tmp_path / n, targets=["q_proj"], train_also=["embed_tokens", "lm_head"]) for n in "ab"]
+    parts = [
+        trained(model, tmp_path / n, targets=["q_proj"], train_also=["embed_tokens", "lm_head"])
+        for n in "ab"
+    ]
     for method in ("sum", "dare"):
         density = None if method == "sum" else 0.5
-        compose(parts, tmp_path / method, weights=[1, 2], base=model, method=method, density=density)
+        compose(
+            parts, tmp_path / method, weights=[1, 2], base=model, method=method, density=density
+        )
         full = read(tmp_path / method).full
         assert torch.equal(full["lm_head"]["weight"], full["model.embed_tokens"]["weight"])
 
@@ -564,7 +662,8 @@ def test_a_variance_below_nought_is_refused(tmp_path):
     check(model, tmp_path / "out", parts, [0.5, 0.5])
 
 
-# ------------------------------------------------------------------------------------------- side by side
+# ------------------------------------------------------------------------------------------- side
+# by side
 
 
 def test_parameters_that_are_nested_otherwise_in_each_file(tmp_path):
@@ -585,7 +684,9 @@ def test_parameters_that_are_nested_otherwise_in_each_file(tmp_path):
         for at, low in read(tmp_path / folder).products.items():
             parts = [(read(part).products.get(at), weight) for part, weight in
                      (((up, 1), (both, 2)) if folder == "a" else ((down, 1), (up, 1)))]  # fmt: skip
-            dense = sum(weight * part.delta(torch.float64) for part, weight in parts if part is not None)
+            dense = sum(
+                weight * part.delta(torch.float64) for part, weight in parts if part is not None
+            )
             assert error(low.delta(torch.float64), dense) < BOUND
 
 
@@ -647,7 +748,9 @@ def test_pefts_adapters_are_summed_as_peft_applies_them(tmp_path):
 
     def build():
         torch.manual_seed(7)
-        return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True), "up": nn.Linear(8, 12)})
+        return nn.ModuleDict(
+            {"attn": nn.MultiheadAttention(8, 2, batch_first=True), "up": nn.Linear(8, 12)}
+        )
 
     def outputs(model):
         x = torch.linspace(-1, 1, 24).reshape(1, 3, 8)
@@ -664,7 +767,10 @@ def test_pefts_adapters_are_summed_as_peft_applies_them(tmp_path):
     x, paths = torch.randn(2, 3, 8), []
     for number, rslora in enumerate((False, True)):
         made = peft.get_peft_model(
-            Both(), peft.LoraConfig(r=2 + number, lora_alpha=4, target_modules=["attn", "up"], use_rslora=rslora)
+            Both(),
+            peft.LoraConfig(
+                r=2 + number, lora_alpha=4, target_modules=["attn", "up"], use_rslora=rslora
+            ),
         )
         for name, parameter in made.named_parameters():
             if "lora_" in name:
@@ -697,7 +803,8 @@ def test_not_for_peft_and_without_a_record_do_not_mix(tmp_path):
         compose([a, replace(read(b), record=None)], tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------
+# options
 
 
 @pytest.mark.parametrize(
@@ -768,7 +875,14 @@ def test_every_method_is_documented():
 def test_the_record_says_what_it_was_made_of(tmp_path):
     model = TinyLM()
     a, b = (trained(model, tmp_path / name, targets=["q_proj"]) for name in "ab")
-    compose([a, b], tmp_path / "out", weights=[1, 0.5], rank=3, provenance={"why": "a test"}, layers={"q_proj": 2})
+    compose(
+        [a, b],
+        tmp_path / "out",
+        weights=[1, 0.5],
+        rank=3,
+        provenance={"why": "a test"},
+        layers={"q_proj": 2},
+    )
     said = json.loads((tmp_path / "out" / "veneer.json").read_text())["provenance"]
     assert said["why"] == "a test"
     assert said["composed"]["method"] == "svd"

@@ -1,5 +1,6 @@
-"""Conversions change nothing: what comes back are the same bits, or the same product where a format has another rule,
-and libraries of the other side compute the same outputs. What a format cannot hold, it says."""
+"""Conversions change nothing: what comes back are the same bits, or the same product where a format
+has another rule, and libraries of the other side compute the same outputs. What a format cannot
+hold, it says."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from veneer.tools.convert import FORMATS, MisreadElsewhere, conversion, convert,
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore::veneer.tools.convert.MisreadElsewhere"),  # asserted where it is meant
+    pytest.mark.filterwarnings(
+        "ignore::veneer.tools.convert.MisreadElsewhere"
+    ),  # asserted where it is meant
 ]
 
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
@@ -39,7 +42,8 @@ PLAIN = ("linear", "conv1d", "conv2d", "conv3d")
 def trained(model, path, dtype=None, **config):
     """A saved adapter with changes that are not zero."""
     handle = veneer.attach(
-        model, veneer.LoraConfig(**{"rank": 2, "targets": "all", "alpha": 3, "dtype": dtype, **config})
+        model,
+        veneer.LoraConfig(**{"rank": 2, "targets": "all", "alpha": 3, "dtype": dtype, **config}),
     )
     randomise(handle)
     handle.save(path)
@@ -55,7 +59,10 @@ def same(one, other):
     """The same tensors, bit by bit, and the same rank, alpha and scale."""
     first, second = tensors(one.path), tensors(other.path)
     assert first.keys() == second.keys()
-    assert all(first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first)
+    assert all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
+    )
     for at, layer in one.low.items():
         found = other.low[at]
         assert (layer.rank, layer.scale) == (found.rank, pytest.approx(found.scale, rel=1e-12))
@@ -124,7 +131,10 @@ def test_every_layer_and_variant_has_a_dense_change(kind, number, variant, tmp_p
         held = plain.get_submodule(path.rpartition(".")[0])
         with torch.no_grad():
             {**held._parameters, **held._buffers}[path.rpartition(".")[2]].add_(delta)
-    if kind not in ("embedding", "embedding_bag"):  # max_norm rewrites the rows of a plain one as it reads them
+    if kind not in (
+        "embedding",
+        "embedding_bag",
+    ):  # max_norm rewrites the rows of a plain one as it reads them
         assert error(flat(plain(*args)), expected) < 1e-5
 
 
@@ -136,7 +146,8 @@ def outputs_of(model, module, path, args):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- the other side
+# ---------------------------------------------------------------------------------------------- the
+# other side
 
 
 class Picture(nn.Module):
@@ -180,7 +191,14 @@ def test_files_of_lycoris_give_its_outputs(name, lycoris, tmp_path):
     torch.manual_seed(0)
     model = Picture()
     lycoris.LycorisNetwork.apply_preset({"target_module": ["Picture"]})
-    options = {"algo": name, "linear_dim": 2, "linear_alpha": 1.0, "conv_dim": 2, "conv_alpha": 1.0, **ALGORITHMS[name]}
+    options = {
+        "algo": name,
+        "linear_dim": 2,
+        "linear_alpha": 1.0,
+        "conv_dim": 2,
+        "conv_alpha": 1.0,
+        **ALGORITHMS[name],
+    }
     theirs = copy.deepcopy(model)
     network = lycoris.create_lycoris(theirs, 1.0, **options)
     network.apply_to()
@@ -188,7 +206,9 @@ def test_files_of_lycoris_give_its_outputs(name, lycoris, tmp_path):
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
         expected = theirs(X)
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "file")
+    save_file(
+        {key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "file"
+    )
     assert detect(tmp_path / "file") == "kohya"
     back = convert(tmp_path / "file", tmp_path / "a", to="veneer", base=model)
     assert error(expected, model(X)) > 0.05
@@ -204,7 +224,10 @@ def test_files_of_lycoris_give_its_outputs(name, lycoris, tmp_path):
 )
 def test_lokr_of_any_shape_is_its_kronecker_product(sizes, kernel, whole, alpha):
     l, m, k, n, r = sizes  # noqa: E741
-    w1, w2 = (torch.randn(l, r), torch.randn(r, m)), (torch.randn(k, r), torch.randn(r, n * math.prod(kernel)))
+    w1, w2 = (
+        (torch.randn(l, r), torch.randn(r, m)),
+        (torch.randn(k, r), torch.randn(r, n * math.prod(kernel))),
+    )
     first, second = (w1[0] @ w1[1]), (w2[0] @ w2[1]).reshape(k, n, *kernel)
     group = {"lokr_w1": first} if whole[0] else {"lokr_w1_a": w1[0], "lokr_w1_b": w1[1]}
     group |= {"lokr_w2": second} if whole[1] else {"lokr_w2_a": w2[0], "lokr_w2_b": w2[1]}
@@ -214,7 +237,9 @@ def test_lokr_of_any_shape_is_its_kronecker_product(sizes, kernel, whole, alpha)
     scale = 1.0 if all(whole) or alpha is None else alpha / r
     left, right = (a.double() @ b.double() for a, b in (w1, w2))
     expected = scale * torch.einsum("lm,knx->lkmnx", left, right.view(k, n, -1)).reshape(l * k, -1)
-    largest = scale * math.prod(factor.double().norm() for factor in (*w1, *w2))  # of the terms, which may cancel
+    largest = scale * math.prod(
+        factor.double().norm() for factor in (*w1, *w2)
+    )  # of the terms, which may cancel
     assert found / len(A) == pytest.approx(scale)
     assert B.shape[1] == len(A) <= max(1, min(l * k, m * n * math.prod(kernel)))
     assert (found / len(A) * B.double() @ A.double() - expected).norm() < 1e-6 * largest
@@ -260,7 +285,8 @@ UNET = ["to_q", "to_v", "to_out.0", "conv1", "proj_in"]
 def test_diffusers_loads_what_is_written(to, variant, unet, tmp_path):
     if (to, variant) == ("kohya", "dora"):
         pytest.skip("diffusers' converter of kohya files expects DoRA on linear layers alone")
-    # of kohya files, diffusers 0.42 loses the alphas of attention where they are not those of all layers
+    # of kohya files, diffusers 0.42 loses the alphas of attention where they are not those of all
+    # layers
     more = {"ranks": {"to_v": 1}, "alphas": {"to_q": 5}} if to == "diffusers" else {}
     first = trained(unet, tmp_path / "a", targets=UNET, variant=variant, **more)
     convert(first.path, tmp_path / "file.safetensors", to=to, part="unet", base=unet)
@@ -274,13 +300,19 @@ def test_diffusers_loads_what_is_written(to, variant, unet, tmp_path):
     else:
         from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
-        state, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / "file.safetensors"))
+        state, alphas = _convert_non_diffusers_lora_to_diffusers(
+            load_file(tmp_path / "file.safetensors")
+        )
         other.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
     assert error(denoised(other), expected) < 1e-5
-    same(first, read(convert(tmp_path / "file.safetensors", tmp_path / "b", to="veneer", base=unet)))
+    same(
+        first, read(convert(tmp_path / "file.safetensors", tmp_path / "b", to="veneer", base=unet))
+    )
 
 
-@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # PEFT's, of what diffusers lost
+@pytest.mark.filterwarnings(
+    "ignore:The following alpha_pattern keys did not match"
+)  # PEFT's, of what diffusers lost
 @pytest.mark.parametrize(
     ("config", "lost"),
     [
@@ -294,7 +326,9 @@ def test_diffusers_loads_what_is_written(to, variant, unet, tmp_path):
     ],
     ids=str,
 )
-def test_what_diffusers_drops_of_a_kohya_file_is_said_as_it_is_written(config, lost, unet, tmp_path):
+def test_what_diffusers_drops_of_a_kohya_file_is_said_as_it_is_written(
+    config, lost, unet, tmp_path
+):
     """By the loader of its pipelines; the way out that the warning names is read right."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
@@ -344,7 +378,9 @@ def test_peft_loads_what_is_written(variant, tmp_path):
     import peft
 
     model = TinyLM()
-    first = trained(model, tmp_path / "a", targets=["q_proj", "up", "embed_tokens"], variant=variant)
+    first = trained(
+        model, tmp_path / "a", targets=["q_proj", "up", "embed_tokens"], variant=variant
+    )
     done = conversion(first.path, tmp_path / "b", to="peft")
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
         "README.md",
@@ -353,7 +389,9 @@ def test_peft_loads_what_is_written(variant, tmp_path):
     ]
     assert read(tmp_path / "b").record is None
     assert any("the record" in reason for reason in done.left_out)
-    assert any("the numbers of variant" in reason for reason in done.left_out) == bool(first.adapter_parameters)
+    assert any("the numbers of variant" in reason for reason in done.left_out) == bool(
+        first.adapter_parameters
+    )
     expected = outputs(model, first.path, IDS)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "b"))
     assert error(flat(theirs(IDS)), expected) < 1e-5
@@ -364,7 +402,9 @@ def test_a_folder_of_peft_becomes_one_that_proves_its_base(tmp_path):
     import peft
 
     model = TinyLM()
-    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False
+    )
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     theirs.save_pretrained(tmp_path / "theirs")
     assert detect(tmp_path / "theirs") == "peft"
@@ -407,7 +447,9 @@ def test_what_peft_applies_in_another_way_is_no_change_of_a_weight(to, tmp_path)
     part = {"part": "model"} if to == "kohya" else {}
     with pytest.raises(AdapterError, match="PEFT leaves out dilation"):
         convert(tmp_path / "theirs", tmp_path / "b", to=to, base=model, **part)
-    with pytest.warns(veneer.UnverifiedAdapter, match="Nobody checked .* a dilation.* Give the model as base"):
+    with pytest.warns(
+        veneer.UnverifiedAdapter, match="Nobody checked .* a dilation.* Give the model as base"
+    ):
         convert(tmp_path / "theirs", tmp_path / "b", to=to, **part)  # without it nobody can tell
 
 
@@ -431,12 +473,15 @@ def test_a_base_may_keep_more_than_tensors_in_its_state(tmp_path):
             return {"no": "tensor"}
 
     by_peft(nn.Sequential(nn.Linear(4, 5)), tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "b", to="kohya", base=Told(nn.Linear(4, 5)), part="model")
+    convert(
+        tmp_path / "theirs", tmp_path / "b", to="kohya", base=Told(nn.Linear(4, 5)), part="model"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_what_a_module_gives_stays_that_beside_its_base(tmp_path):
-    """Mamba reads ``x_proj.weight`` itself too, where PEFT changes what the module gives: a folder of ours says so."""
+    """Mamba reads ``x_proj.weight`` itself too, where PEFT changes what the module gives: a folder
+    of ours says so."""
     import peft
 
     model = REAL["mamba"].build()[0]
@@ -445,7 +490,9 @@ def test_what_a_module_gives_stays_that_beside_its_base(tmp_path):
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "theirs")
     for base in (tmp_path / "base", model):
         convert(tmp_path / "theirs", tmp_path / "b", to="veneer", base=base, overwrite=True)
-        assert any(said.get("module_only") for said in read(tmp_path / "b").metadata["changes"].values())
+        assert any(
+            said.get("module_only") for said in read(tmp_path / "b").metadata["changes"].values()
+        )
         with pytest.raises(AdapterError):
             convert(tmp_path / "theirs", tmp_path / "dense", to="dense", base=base)
 
@@ -456,17 +503,24 @@ def test_a_base_in_a_folder_tells_what_reads_its_weights_past_their_modules(tmp_
     import transformers
 
     sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    attention = {"intermediate_size": 24, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    attention = {
+        "intermediate_size": 24,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+    }
     model = transformers.DebertaForMaskedLM(transformers.DebertaConfig(**sizes, **attention))
     model.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=1, target_modules=["in_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(AdapterError, match=r"in_proj.* reads the weight itself, past the module"):
-        convert(tmp_path / "theirs", tmp_path / "b", to="kohya", base=tmp_path / "base", part="model")
+        convert(
+            tmp_path / "theirs", tmp_path / "b", to="kohya", base=tmp_path / "base", part="model"
+        )
     assert not (tmp_path / "b").exists()
 
 
-# ---------------------------------------------------------------------------------------------- whole models
+# ----------------------------------------------------------------------------------------------
+# whole models
 
 
 @pytest.mark.parametrize("model", [lambda: TinyLM(tied=True), Stack], ids=["tied", "stack"])
@@ -474,7 +528,12 @@ def test_a_base_in_a_folder_tells_what_reads_its_weights_past_their_modules(tmp_
 def test_a_model_with_parts_trained_in_full_as_dense_changes(model, variant, tmp_path):
     base = model().eval()
     also = "norm" if isinstance(base, TinyLM) else "head"
-    config = {"train_also": (f"re:.*{also}",), "exclude": (f"re:.*{also}",), "bias": "targets", "variant": variant}
+    config = {
+        "train_also": (f"re:.*{also}",),
+        "exclude": (f"re:.*{also}",),
+        "bias": "targets",
+        "variant": variant,
+    }
     first = trained(base, tmp_path / "a", **config)
     expected, before = outputs(base, first.path, IDS), flat(base(IDS))
     second = there_and_back(first, base, tmp_path, "dense")
@@ -497,7 +556,9 @@ def test_a_dense_change_needs_no_base_where_the_file_tells_it(kind, tmp_path):
     assert one["layer.weight"].shape == model["layer"].weight.shape
 
 
-@pytest.mark.parametrize("config", [{"variant": "dora"}, {"train_also": ("head",), "targets": ["embed"]}])
+@pytest.mark.parametrize(
+    "config", [{"variant": "dora"}, {"train_also": ("head",), "targets": ["embed"]}]
+)
 def test_a_dense_change_that_depends_on_the_base_asks_for_it(config, tmp_path):
     first = trained(Stack(), tmp_path / "a", **{"targets": ["conv", "head"], **config})
     with pytest.raises(AdapterError, match="the base beside it"):
@@ -505,7 +566,9 @@ def test_a_dense_change_that_depends_on_the_base_asks_for_it(config, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(("choice", "rank"), [({}, 4), ({"rank": 2}, 2), ({"energy": 0.5}, None), ({"energy": 1.0}, 8)])
+@pytest.mark.parametrize(
+    ("choice", "rank"), [({}, 4), ({"rank": 2}, 2), ({"energy": 0.5}, None), ({"energy": 1.0}, 8)]
+)
 def test_the_rank_of_a_product_is_chosen_and_its_error_told(choice, rank, tmp_path):
     model = nn.ModuleDict({"layer": nn.Linear(8, 9, bias=False)})
     first = trained(model, tmp_path / "a", rank=4)
@@ -540,7 +603,8 @@ def test_a_dense_file_knows_its_base(tmp_path):
     convert(tmp_path / "b", tmp_path / "c", to="veneer", base=TinyLM(), verify_base=False)
 
 
-# ---------------------------------------------------------------------------------------------- scales and types
+# ----------------------------------------------------------------------------------------------
+# scales and types
 
 
 @pytest.mark.parametrize("alpha", [1, 3, 0.1, 1 / 3])
@@ -550,7 +614,9 @@ def test_alpha_is_kept_exactly(to, alpha, tmp_path):
     first = trained(model, tmp_path / "a", alpha=alpha, alphas={"b": 7}, ranks={"b": 3})
     second = there_and_back(first, model, tmp_path, to, part="model")
     same(first, second)
-    assert {at: layer.alpha for at, layer in second.low.items()} == {at: layer.alpha for at, layer in first.low.items()}
+    assert {at: layer.alpha for at, layer in second.low.items()} == {
+        at: layer.alpha for at, layer in first.low.items()
+    }
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
@@ -562,7 +628,12 @@ def test_alphas_of_others_mean_what_they_mean_there(to, tmp_path):
         "diffusers": ("mid.to_q", "lora_A.weight", "lora_B.weight"),
     }
     at, A, B = names[to]
-    for alpha, scale in ((None, 1), (4.0, 2), (-3.0, -1.5), *(((0.0, 1),) if to == "kohya" else ())):
+    for alpha, scale in (
+        (None, 1),
+        (4.0, 2),
+        (-3.0, -1.5),
+        *(((0.0, 1),) if to == "kohya" else ()),
+    ):
         more = {} if alpha is None else {f"{at}.alpha": torch.tensor(alpha)}
         save_file({f"{at}.{A}": down, f"{at}.{B}": up, **more}, tmp_path / "file")
         convert(tmp_path / "file", tmp_path / "a", to="veneer", base=Picture(), overwrite=True)
@@ -597,7 +668,9 @@ def test_numbers_are_rounded_once_to_the_type_that_is_asked_for(to, dtype, type_
     out = convert(first.path, tmp_path / "b", to=to, base=model, dtype=dtype, **options)
     held = load_file(out / "adapter_model.safetensors" if out.is_dir() else out)
     convert(first.path, tmp_path / "c", to=to, base=model, **options)
-    exact = load_file(tmp_path / "c" / "adapter_model.safetensors" if out.is_dir() else tmp_path / "c")
+    exact = load_file(
+        tmp_path / "c" / "adapter_model.safetensors" if out.is_dir() else tmp_path / "c"
+    )
     for key, tensor in exact.items():
         assert torch.equal(held[key], tensor if tensor.dim() == 0 else tensor.to(type_)), key
 
@@ -613,7 +686,8 @@ def test_a_type_that_cannot_hold_the_numbers_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-# ---------------------------------------------------------------------------------------------- kohya's names
+# ----------------------------------------------------------------------------------------------
+# kohya's names
 
 
 class Pipeline(nn.Module):
@@ -634,7 +708,9 @@ def test_several_models_are_one_file(tmp_path):
     for to in ("kohya", "diffusers"):
         with pytest.raises(AdapterError, match=r"unet \(4 layers\), text_encoder \(1 layers\)"):
             convert(tmp_path / f"between-{to}", tmp_path / "b", to="veneer", base=model.unet)
-        done = conversion(tmp_path / f"between-{to}", tmp_path / to, to="veneer", base=model.unet, part="unet")
+        done = conversion(
+            tmp_path / f"between-{to}", tmp_path / to, to="veneer", base=model.unet, part="unet"
+        )
         assert len(done.ranks) == 4
         assert [reason.partition(":")[0] for reason in done.left_out] == [
             "1 layers of text_encoder",
@@ -653,7 +729,9 @@ def test_a_name_must_mean_one_module(tmp_path):
     save_file({f"lora_unet_a_b.{key}": value for key, value in pair.items()}, tmp_path / "a")
     with pytest.raises(AdapterError, match=r"which may mean a\.b, a_b"):
         convert(tmp_path / "a", tmp_path / "b", to="veneer", base=Names())
-    save_file({f"lora_unet_input_blocks_1.{key}": value for key, value in pair.items()}, tmp_path / "c")
+    save_file(
+        {f"lora_unet_input_blocks_1.{key}": value for key, value in pair.items()}, tmp_path / "c"
+    )
     with pytest.raises(AdapterError, match="block names of the model as first published"):
         convert(tmp_path / "c", tmp_path / "b", to="veneer", base=Names())
     with pytest.raises(AdapterError, match="names that differ"):
@@ -675,7 +753,11 @@ def test_the_header_is_what_kohyas_tools_read_and_is_kept(tmp_path):
     assert header["ss_network_dim"] == "2"
     assert header["ss_network_alpha"] == "3"
     assert header["ss_network_module"] == "networks.lora"
-    save_file(load_file(tmp_path / "b"), tmp_path / "c", metadata={**header, "ss_base_model_version": "sd_v1"})
+    save_file(
+        load_file(tmp_path / "b"),
+        tmp_path / "c",
+        metadata={**header, "ss_base_model_version": "sd_v1"},
+    )
     convert(tmp_path / "c", tmp_path / "d", to="veneer", base=model)
     assert read(tmp_path / "d").metadata["provenance"]["header"]["ss_base_model_version"] == "sd_v1"
     convert(tmp_path / "d", tmp_path / "e", to="kohya", part="unet")
@@ -739,11 +821,17 @@ def test_all_reasons_are_told_at_once(tmp_path):
     first = trained(model, tmp_path / "a", train_also=("head",), exclude=("head",))
     with pytest.raises(AdapterError) as caught:
         convert(first.path, tmp_path / "b", to="kohya", part="unet", base=model)
-    for reason in ("embed.weight", "in_proj_weight", "recurrent.weight_ih_l0", "'head' trained in full"):
+    for reason in (
+        "embed.weight",
+        "in_proj_weight",
+        "recurrent.weight_ih_l0",
+        "'head' trained in full",
+    ):
         assert reason in str(caught.value), reason
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be read
+# ----------------------------------------------------------------------------------------------
+# what cannot be read
 
 
 def test_pickles_are_refused(tmp_path):
@@ -779,7 +867,13 @@ def test_a_file_that_is_cut_short_is_refused(to, tmp_path):
     model = llama() if to == "gguf" else Picture()
     options = {"part": "unet"} if to in ("kohya", "diffusers") else {}
     targets = ["q_proj", "k_proj"] if to == "gguf" else "all"
-    convert(trained(model, tmp_path / "a", targets=targets).path, tmp_path / "b", to=to, base=model, **options)
+    convert(
+        trained(model, tmp_path / "a", targets=targets).path,
+        tmp_path / "b",
+        to=to,
+        base=model,
+        **options,
+    )
     whole = (tmp_path / "b").read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 40, 12, 3, 0):
         (tmp_path / "b").write_bytes(whole[:size])
@@ -841,7 +935,12 @@ def test_a_new_format_is_one_registration(tmp_path):
         path.write_text(json.dumps(sorted(entry.weight for entry in adapter.changes)))
         return []
 
-    new = replace(FORMATS["kohya"], name="toy", recognises=lambda start, keys, header: start[:1] == b"[", write=write)
+    new = replace(
+        FORMATS["kohya"],
+        name="toy",
+        recognises=lambda start, keys, header: start[:1] == b"[",
+        write=write,
+    )
     FORMATS.add("toy", new)
     try:
         convert(trained(Picture(), tmp_path / "a").path, tmp_path / "b", to="toy")

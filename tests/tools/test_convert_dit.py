@@ -1,4 +1,5 @@
-"""kohya files of DiT models: the names that ComfyUI reads of SD3 and Flux, and what diffusers makes of them."""
+"""kohya files of DiT models: the names that ComfyUI reads of SD3 and Flux, and what diffusers makes
+of them."""
 
 from __future__ import annotations
 
@@ -37,8 +38,14 @@ ATTENTION = ["attn.to_q", "attn.to_v", "attn.add_k_proj", "attn.to_out.0"]
 
 def make(kind: str) -> Any:
     torch.manual_seed(0)
-    classes = {"flux": "FluxTransformer2DModel", "sd3": "SD3Transformer2DModel", "pixart": "PixArtTransformer2DModel"}
-    return getattr(diffusers, classes[kind])(**{"flux": FLUX, "sd3": SD3, "pixart": PIXART}[kind]).eval()
+    classes = {
+        "flux": "FluxTransformer2DModel",
+        "sd3": "SD3Transformer2DModel",
+        "pixart": "PixArtTransformer2DModel",
+    }
+    return getattr(diffusers, classes[kind])(
+        **{"flux": FLUX, "sd3": SD3, "pixart": PIXART}[kind]
+    ).eval()
 
 
 @torch.no_grad()
@@ -48,7 +55,9 @@ def outputs(kind: str, model: Any) -> torch.Tensor:
     if kind == "flux":
         image = torch.randn(1, 4, 4, generator=generator)
         pooled, time = torch.randn(1, 32, generator=generator), torch.tensor([0.5])
-        return model(image, text, pooled, time, torch.zeros(4, 3), torch.zeros(3, 3), return_dict=False)[0]
+        return model(
+            image, text, pooled, time, torch.zeros(4, 3), torch.zeros(3, 3), return_dict=False
+        )[0]
     image = torch.randn(1, 4, 8, 8, generator=generator)
     pooled = torch.randn(1, 64, generator=generator)
     return model(image, text, pooled, torch.tensor([5]), return_dict=False)[0]
@@ -56,10 +65,20 @@ def outputs(kind: str, model: Any) -> torch.Tensor:
 
 def pipeline(kind: str, transformer: Any) -> Any:
     class_: Any = {"flux": diffusers.FluxPipeline, "sd3": diffusers.StableDiffusion3Pipeline}[kind]
-    names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    names = (
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
     rest = {} if kind == "flux" else dict.fromkeys(names)
     rest = rest or dict.fromkeys(name for name in names if not name.endswith("_3"))
-    return class_(transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **rest)
+    return class_(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **rest
+    )
 
 
 def saved(kind: str, targets: list[str], folder: Path) -> torch.Tensor:
@@ -74,7 +93,13 @@ def test_attention_of_flux_is_read_by_diffusers_as_it_is_meant(tmp_path: Path) -
     expected = saved("flux", ATTENTION, tmp_path / "a")
     with warnings.catch_warnings():
         warnings.simplefilter("error", MisreadElsewhere)
-        convert(tmp_path / "a", tmp_path / "a.safetensors", to="kohya", part="transformer", base=make("flux"))
+        convert(
+            tmp_path / "a",
+            tmp_path / "a.safetensors",
+            to="kohya",
+            part="transformer",
+            base=make("flux"),
+        )
     assert all(key.startswith("lora_transformer_") for key in load_file(tmp_path / "a.safetensors"))
     model = make("flux")
     pipe = pipeline("flux", model)
@@ -83,20 +108,34 @@ def test_attention_of_flux_is_read_by_diffusers_as_it_is_meant(tmp_path: Path) -
     assert torch.allclose(outputs("flux", model), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("sd3", ATTENTION), ("flux", ["ff.net.2", "proj_mlp"])])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("sd3", ATTENTION), ("flux", ["ff.net.2", "proj_mlp"])]
+)
 def test_what_diffusers_does_not_read_is_said_and_its_own_format_is_read(
     kind: str, targets: list[str], tmp_path: Path
 ) -> None:
     expected = saved(kind, targets, tmp_path / "a")
     with pytest.warns(MisreadElsewhere, match='convert to "diffusers"'):
-        convert(tmp_path / "a", tmp_path / "k.safetensors", to="kohya", part="transformer", base=make(kind))
+        convert(
+            tmp_path / "a",
+            tmp_path / "k.safetensors",
+            to="kohya",
+            part="transformer",
+            base=make(kind),
+        )
     names = {key.partition(".")[0] for key in load_file(tmp_path / "k.safetensors")}
     assert all(name.startswith("lora_transformer_") for name in names)
     back = make(kind)
     convert(tmp_path / "k.safetensors", tmp_path / "back", to="veneer", base=back)
     veneer.load(back, tmp_path / "back")
     assert torch.allclose(outputs(kind, back), expected, atol=1e-5)
-    convert(tmp_path / "a", tmp_path / "d.safetensors", to="diffusers", part="transformer", base=make(kind))
+    convert(
+        tmp_path / "a",
+        tmp_path / "d.safetensors",
+        to="diffusers",
+        part="transformer",
+        base=make(kind),
+    )
     model = make(kind)
     pipe = pipeline(kind, model)
     pipe.load_lora_weights(tmp_path, weight_name="d.safetensors")
@@ -105,9 +144,17 @@ def test_what_diffusers_does_not_read_is_said_and_its_own_format_is_read(
 
 
 @pytest.mark.parametrize("targets", [["attn1.to_q"], ["ff.net.2"]])
-def test_a_transformer_of_which_nobody_reads_such_names_is_refused(targets: list[str], tmp_path: Path) -> None:
+def test_a_transformer_of_which_nobody_reads_such_names_is_refused(
+    targets: list[str], tmp_path: Path
+) -> None:
     model = make("pixart")
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=targets)).save(tmp_path / "a")
     with pytest.raises(AdapterError, match=r'neither SD3 nor Flux.*"diffusers"'):
-        convert(tmp_path / "a", tmp_path / "k.safetensors", to="kohya", part="transformer", base=make("pixart"))
+        convert(
+            tmp_path / "a",
+            tmp_path / "k.safetensors",
+            to="kohya",
+            part="transformer",
+            base=make("pixart"),
+        )
     assert not (tmp_path / "k.safetensors").exists()

@@ -1,4 +1,5 @@
-"""Extraction: the nearest product of every change, what is written whole, what is lost and named, what is refused."""
+"""Extraction: the nearest product of every change, what is written whole, what is lost and named,
+what is refused."""
 
 from __future__ import annotations
 
@@ -44,13 +45,19 @@ def moved(model, size=0.1, seed=1):
     generator = torch.Generator().manual_seed(seed)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for value in {id(value): value for value in other.state_dict(keep_vars=True).values()}.values():
+        for value in {
+            id(value): value for value in other.state_dict(keep_vars=True).values()
+        }.values():
             if value.is_floating_point():
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-                value.copy_(value + (noise * size).abs() if value.dim() < 2 else value + noise * size)
+                value.copy_(
+                    value + (noise * size).abs() if value.dim() < 2 else value + noise * size
+                )
         for embedding, old in zip(other.modules(), model.modules(), strict=True):
             if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
-                embedding.weight[embedding.padding_idx] = old.weight[old.padding_idx]  # as training leaves it
+                embedding.weight[embedding.padding_idx] = old.weight[
+                    old.padding_idx
+                ]  # as training leaves it
     return other
 
 
@@ -73,7 +80,8 @@ def saved(model, folder):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- the arithmetic
+# ---------------------------------------------------------------------------------------------- the
+# arithmetic
 
 
 def matrix_of(out, in_, decay, seed):
@@ -82,7 +90,9 @@ def matrix_of(out, in_, decay, seed):
     short = min(out, in_)
 
     def orthonormal(rows):
-        return torch.linalg.qr(torch.randn(rows, short, generator=generator, dtype=torch.float64))[0]
+        return torch.linalg.qr(torch.randn(rows, short, generator=generator, dtype=torch.float64))[
+            0
+        ]
 
     values = decay ** torch.arange(short, dtype=torch.float64)
     return (orthonormal(out) * values) @ orthonormal(in_).mT, values
@@ -102,7 +112,9 @@ def test_the_exact_product_is_the_nearest_one(out, in_, rank, decay, seed, dtype
     A, B = svd.split(matrix.to(dtype), vectors)
     assert A.shape == (rank, in_)
     assert B.shape == (out, rank)
-    within = 1e-6 if dtype == torch.float32 else 3e-8  # of the largest: H in float64 knows no smaller ones
+    within = (
+        1e-6 if dtype == torch.float32 else 3e-8
+    )  # of the largest: H in float64 knows no smaller ones
     optimum = values[rank:].norm().item()
     found = svd.distance(matrix, A, B) ** 0.5
     assert abs(found - optimum) <= within * values.norm().item()
@@ -115,8 +127,12 @@ SPECTRA = {
     "noise": torch.randn,
     "slow": lambda m, n: _with(m, n, (1 + torch.arange(min(m, n))) ** -0.5),
     "fast": lambda m, n: _with(m, n, 0.8 ** torch.arange(min(m, n))),
-    "low rank and noise": lambda m, n: _with(m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 1e-3)),
-    "nothing but low rank": lambda m, n: _with(m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 0.0)),
+    "low rank and noise": lambda m, n: _with(
+        m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 1e-3)
+    ),
+    "nothing but low rank": lambda m, n: _with(
+        m, n, torch.where(torch.arange(min(m, n)) < 8, 1.0, 0.0)
+    ),
     "no first one": lambda m, n: _with(m, n, torch.ones(min(m, n))),
     "zero": torch.zeros,
 }
@@ -152,9 +168,16 @@ def test_passes_that_do_not_converge_are_done_exactly(monkeypatch):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=12), st.integers(1, 3), st.floats(0.01, 0.99))
+@given(
+    st.lists(st.floats(0.01, 100), min_size=2, max_size=12),
+    st.integers(1, 3),
+    st.floats(0.01, 0.99),
+)
 def test_the_smallest_rank_keeps_the_share_and_one_less_does_not(values, groups, share):
-    spectra = [torch.tensor(sorted(values, reverse=True), dtype=torch.float64) * (1 + g) for g in range(groups)]
+    spectra = [
+        torch.tensor(sorted(values, reverse=True), dtype=torch.float64) * (1 + g)
+        for g in range(groups)
+    ]
     rank, total = svd.smallest_rank(spectra, share), sum(spectrum.sum() for spectrum in spectra)
     assert sum(spectrum[:rank].sum() for spectrum in spectra) >= share * total * (1 - 1e-12)
     assert sum(spectrum[: rank - 1].sum() for spectrum in spectra) < share * total * (1 + 1e-12)
@@ -165,17 +188,21 @@ def test_a_fingerprint_of_parts_is_that_of_the_whole():
     assert fingerprint_of(weight.shape, weight.split(2)) == fingerprint(weight)
 
 
-# ---------------------------------------------------------------------------------------------- every kind of layer
+# ----------------------------------------------------------------------------------------------
+# every kind of layer
 
 EXAMPLES = [(kind.name, number) for kind in LAYERS for number, _ in enumerate(kind.examples())]
 
 
 @pytest.mark.parametrize(("kind", "number"), EXAMPLES)
 def test_every_kind_of_layer_is_extracted_as_it_was_changed(kind, number, tmp_path):
-    """With the true rank the tuned weights come back, and each measured error is the true one at a lower rank."""
+    """With the true rank the tuned weights come back, and each measured error is the true one at a
+    lower rank."""
     layer, args = example(kind, number)
     base = nn.ModuleDict({"layer": layer})
-    full = 5 if getattr(layer, "max_norm", None) is not None else 2  # a merge bounds rows that may not have changed
+    full = (
+        5 if getattr(layer, "max_norm", None) is not None else 2
+    )  # a merge bounds rows that may not have changed
     tuned = merged(base, veneer.LoraConfig(rank=2, targets="all"))
     before = {path: value.clone() for path, value in base.state_dict().items()}
     report = veneer.extract(base, tuned, tmp_path / "a", rank=full)
@@ -201,7 +228,9 @@ def test_every_kind_of_layer_is_extracted_as_it_was_changed(kind, number, tmp_pa
     for facts in report.layers:
         change = handle.changes[facts.path]
         old = base.get_parameter(facts.path).detach().double()
-        delta = change.layer.unfold(tuned.get_parameter(facts.path).detach().double() - old, change.dims)
+        delta = change.layer.unfold(
+            tuned.get_parameter(facts.path).detach().double() - old, change.dims
+        )
         rest = delta - change.resolve(base.get_parameter(facts.path))[0].delta(torch.float64)
         assert facts.error == pytest.approx((rest.norm() / delta.norm()).item(), abs=1e-6)
         assert facts.change == pytest.approx(delta.norm().item(), rel=1e-5)
@@ -215,7 +244,13 @@ def test_a_model_in_which_everything_moved_comes_back_at_full_rank(build, tmp_pa
     torch.manual_seed(0)
     base = build().eval()
     tuned = moved(base)
-    x = torch.randn(2, 3, 8, 8) if isinstance(base, ConvNet) else torch.randn(2, 6) if isinstance(base, Shared) else IDS
+    x = (
+        torch.randn(2, 3, 8, 8)
+        if isinstance(base, ConvNet)
+        else torch.randn(2, 6)
+        if isinstance(base, Shared)
+        else IDS
+    )
     report = veneer.extract(base, tuned, tmp_path / "a", rank=64)
     assert not report.lost
     assert report.kept == pytest.approx(1, abs=1e-6)
@@ -223,12 +258,16 @@ def test_a_model_in_which_everything_moved_comes_back_at_full_rank(build, tmp_pa
     assert error(flat(base(x)), flat(tuned(x))) < 1e-5
 
 
-STORED = [(storage.name, number) for storage in BASES for number, _ in enumerate(storage.examples())]
+STORED = [
+    (storage.name, number) for storage in BASES for number, _ in enumerate(storage.examples())
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries that pack
 @pytest.mark.parametrize(("name", "number"), STORED)
-def test_a_base_that_is_stored_otherwise_is_read_as_the_numbers_that_it_means(name, number, tmp_path):
+def test_a_base_that_is_stored_otherwise_is_read_as_the_numbers_that_it_means(
+    name, number, tmp_path
+):
     torch.manual_seed(0)
     base = nn.ModuleDict({"layer": list(BASES[name].examples())[number]})
     weight = BASES[name].dense(weight_of(base["layer"], "weight")).detach()
@@ -240,16 +279,21 @@ def test_a_base_that_is_stored_otherwise_is_read_as_the_numbers_that_it_means(na
     assert layer.error < 1e-5
     handle = veneer.load(base, tmp_path / "a")
     torch.testing.assert_close(
-        handle.changes["layer.weight"].resolve(None)[0].delta(torch.float32)[0], change.float(), atol=1e-4, rtol=1e-4
+        handle.changes["layer.weight"].resolve(None)[0].delta(torch.float32)[0],
+        change.float(),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------
+# files
 
 
 @pytest.mark.parametrize("name", transformers_models())
 def test_from_files_it_is_the_same_adapter_as_from_live_models(name, tmp_path):
-    """Every architecture: experts that its files hold one by one, ties, its own forwards, what PEFT may have."""
+    """Every architecture: experts that its files hold one by one, ties, its own forwards, what PEFT
+    may have."""
     base = REAL[name].build()[0]
     tuned = moved(base, 0.05)
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
@@ -259,13 +303,19 @@ def test_from_files_it_is_the_same_adapter_as_from_live_models(name, tmp_path):
     assert [layer.path for layer in live.layers] == [layer.path for layer in filed.layers]
     assert [entry.path for entry in live.whole] == [entry.path for entry in filed.whole]
     assert filed.kept == pytest.approx(live.kept, abs=1e-6)
-    configs = [json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("live", "filed")]
+    configs = [
+        json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("live", "filed")
+    ]
     assert configs[0].pop("base_model_name_or_path") != configs[1].pop("base_model_name_or_path")
     assert configs[0] == configs[1]
-    one, other = (load_file(tmp_path / of / "adapter_model.safetensors") for of in ("live", "filed"))
+    one, other = (
+        load_file(tmp_path / of / "adapter_model.safetensors") for of in ("live", "filed")
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    records = [json.loads((tmp_path / of / "veneer.json").read_text())["base"] for of in ("live", "filed")]
+    records = [
+        json.loads((tmp_path / of / "veneer.json").read_text())["base"] for of in ("live", "filed")
+    ]
     assert records[0]["weights"] == records[1]["weights"]
     assert records[0]["architecture"] == records[1]["architecture"]
     veneer.load(base, tmp_path / "filed")  # fits, and the fingerprints are those of the base
@@ -293,7 +343,8 @@ def test_a_stack_of_experts_is_read_matrix_by_matrix(name, tmp_path, monkeypatch
 
 
 def test_a_forward_of_its_own_is_kept_from_peft_as_from_a_live_model(tmp_path):
-    """OPT's positions are an embedding that counts from 2: PEFT would look its change up elsewhere."""
+    """OPT's positions are an embedding that counts from 2: PEFT would look its change up
+    elsewhere."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
@@ -306,7 +357,9 @@ def test_a_forward_of_its_own_is_kept_from_peft_as_from_a_live_model(tmp_path):
     one, other = saved(base, tmp_path / "base"), saved(tuned, tmp_path / "tuned")
     for folder, sources in {"live": (base, tuned), "filed": (one, other)}.items():
         veneer.extract(*sources, tmp_path / folder, rank=2)
-        types.append(json.loads((tmp_path / folder / "adapter_config.json").read_text())["peft_type"])
+        types.append(
+            json.loads((tmp_path / folder / "adapter_config.json").read_text())["peft_type"]
+        )
     assert types[0] == types[1]
     assert "embed_positions" in types[0]
 
@@ -318,7 +371,9 @@ def test_a_merged_lora_comes_back_within_the_rounding_of_the_merge(dtype, tmp_pa
     adapted = adapt(copy.deepcopy(base), "a", config=config, size=0.1)
     exact = {path: _delta(change) for path, change in _changes(adapted).items()}
     tuned = merged_here(adapted)
-    report = veneer.extract(saved(base, tmp_path / "b"), saved(tuned, tmp_path / "t"), tmp_path / "o", rank=4)
+    report = veneer.extract(
+        saved(base, tmp_path / "b"), saved(tuned, tmp_path / "t"), tmp_path / "o", rank=4
+    )
     assert len(report.layers) == 14
     assert not report.whole
     handle = veneer.load(base, tmp_path / "o")
@@ -373,11 +428,14 @@ def test_peft_computes_the_tuned_model(tmp_path):
     tuned = moved(tiny_model(tie_word_embeddings=False), 0.05)
     report = veneer.extract(base, saved(tuned, tmp_path / "tuned"), tmp_path / "out", rank=32)
     assert report.kept == pytest.approx(1, abs=1e-6)
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "out"
+    ).eval()
     assert error(model(WORDS).logits, tuned(WORDS).logits) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------- dtypes and ties
+# ----------------------------------------------------------------------------------------------
+# dtypes and ties
 
 
 def test_what_rounding_alone_did_is_no_change(tmp_path):
@@ -418,21 +476,31 @@ def test_float64_models_have_float64_adapters(tmp_path):
 
 
 def test_ties_of_either_model(tmp_path):
-    """Base tied, tuned file with both names: fine while they are equal. Base untied, tuned tied: two changes."""
+    """Base tied, tuned file with both names: fine while they are equal. Base untied, tuned tied:
+    two changes."""
     base, tuned = tiny_model(), moved(tiny_model(), 0.02)
     one = saved(base, tmp_path / "base")
     two = saved(tuned, tmp_path / "tuned")
     tensors = load_file(two / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, two / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        two / "model.safetensors",
+    )
     report = veneer.extract(one, two, tmp_path / "a", rank=32)
     assert not report.lost
     head = tensors["model.embed_tokens.weight"] + 1
     save_file({**tensors, "lm_head.weight": head}, two / "model.safetensors")
-    with pytest.raises(ExtractError, match=r"one weight of the base, with different numbers in .*tuned"):
+    with pytest.raises(
+        ExtractError, match=r"one weight of the base, with different numbers in .*tuned"
+    ):
         veneer.extract(one, two, tmp_path / "b", rank=32)
     untied = tiny_model(tie_word_embeddings=False)
-    report = veneer.extract(saved(untied, tmp_path / "untied"), saved(tuned, tmp_path / "t"), tmp_path / "c", rank=32)
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {layer.path for layer in report.layers}
+    report = veneer.extract(
+        saved(untied, tmp_path / "untied"), saved(tuned, tmp_path / "t"), tmp_path / "c", rank=32
+    )
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {
+        layer.path for layer in report.layers
+    }
     veneer.load(untied, tmp_path / "c")
     assert error(untied(WORDS).logits, tuned(WORDS).logits) < 1e-5
 
@@ -450,7 +518,9 @@ def test_state_dicts_and_a_structure_that_transformers_does_not_know(tmp_path):
     save_file(first, tmp_path / "base" / "model.safetensors")
     save_file(state, tmp_path / "tuned" / "model.safetensors")
     structure = moved(base, seed=9)  # its numbers do not matter
-    other = veneer.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=8, model=structure)
+    other = veneer.extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=8, model=structure
+    )
     assert other.kept == report.kept
     veneer.load(base, tmp_path / "b")
     assert error(base(IDS), tuned(IDS)) < 1e-5
@@ -459,7 +529,8 @@ def test_state_dicts_and_a_structure_that_transformers_does_not_know(tmp_path):
     assert veneer.extract(first, state, tmp_path / "c", rank=8, model=structure).kept == report.kept
 
 
-# ---------------------------------------------------------------------------------------------- whole and lost
+# ----------------------------------------------------------------------------------------------
+# whole and lost
 
 
 def test_what_is_kept_whole_and_what_is_named_as_lost(tmp_path):
@@ -474,16 +545,29 @@ def test_what_is_kept_whole_and_what_is_named_as_lost(tmp_path):
     report = veneer.extract(base, tuned, tmp_path / "a", rank=4, targets="all-linear")
     assert (paths(report.whole), paths(report.lost), len(report.layers)) == (norms, ends, 14)
     assert "LOST: 2 that changed (no target)" in str(report)
-    gone = sum(entry.change**2 for entry in report.lost) + sum((x.change * x.error) ** 2 for x in report.layers)
+    gone = sum(entry.change**2 for entry in report.lost) + sum(
+        (x.change * x.error) ** 2 for x in report.layers
+    )
     total = sum(
-        (a - b).double().square().sum().item() for a, b in zip(tuned.parameters(), base.parameters(), strict=True)
+        (a - b).double().square().sum().item()
+        for a, b in zip(tuned.parameters(), base.parameters(), strict=True)
     )
     assert report.kept == pytest.approx(1 - gone / total, abs=1e-9)
 
-    report = veneer.extract(base, tuned, tmp_path / "b", rank=4, targets="all-linear", keep=["lm_head", "none"])
-    assert (paths(report.whole), paths(report.lost)) == ({"lm_head.weight"}, norms | {"model.embed_tokens.weight"})
-    report = veneer.extract(base, tuned, tmp_path / "c", rank=4, exclude=["model.layers.0", "model.norm"])
-    assert all(path.startswith("model.layers.0.") or path == "model.norm.weight" for path in paths(report.lost))
+    report = veneer.extract(
+        base, tuned, tmp_path / "b", rank=4, targets="all-linear", keep=["lm_head", "none"]
+    )
+    assert (paths(report.whole), paths(report.lost)) == (
+        {"lm_head.weight"},
+        norms | {"model.embed_tokens.weight"},
+    )
+    report = veneer.extract(
+        base, tuned, tmp_path / "c", rank=4, exclude=["model.layers.0", "model.norm"]
+    )
+    assert all(
+        path.startswith("model.layers.0.") or path == "model.norm.weight"
+        for path in paths(report.lost)
+    )
     assert {entry.why for entry in report.lost} == {"excluded"}
 
     report = veneer.extract(base, tuned, tmp_path / "d", rank=4, least=0.3)
@@ -518,11 +602,15 @@ def test_only_vectors_changed(tmp_path):
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         tuned.model.norm.weight += 1
-    report = veneer.extract(saved(base, tmp_path / "b"), saved(tuned, tmp_path / "t"), tmp_path / "a", rank=4)
+    report = veneer.extract(
+        saved(base, tmp_path / "b"), saved(tuned, tmp_path / "t"), tmp_path / "a", rank=4
+    )
     assert [entry.path for entry in report.whole] == ["model.norm.weight"]
     veneer.load(base, tmp_path / "a")
     assert torch.equal(base(WORDS).logits, tuned(WORDS).logits)
-    with pytest.raises(ExtractError, match=r"changes of model.norm.weight alone, which nothing asks for"):
+    with pytest.raises(
+        ExtractError, match=r"changes of model.norm.weight alone, which nothing asks for"
+    ):
         veneer.extract(base, tuned, tmp_path / "c", rank=4, keep="none")
 
 
@@ -544,7 +632,9 @@ def test_the_report_is_json_and_the_record_says_where_it_came_from(tmp_path):
         base, moved(base), tmp_path / "a", rank=3, provenance={"who": "me"}, base_name="tiny",
         progress=lambda layer, done, total: seen.append((layer.path, done, total)),
     )  # fmt: skip
-    assert seen == [(layer.path, number, len(report.layers)) for number, layer in enumerate(report.layers, 1)]
+    assert seen == [
+        (layer.path, number, len(report.layers)) for number, layer in enumerate(report.layers, 1)
+    ]
     facts = json.loads(json.dumps(report.to_dict()))
     assert facts["layers"][0]["rank"] == 3
     assert facts["kept"] == report.kept
@@ -555,7 +645,8 @@ def test_the_report_is_json_and_the_record_says_where_it_came_from(tmp_path):
     assert files.parameters == report.numbers
 
 
-# ---------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------------
+# refused
 
 
 def _other_shapes(tuned):
@@ -578,8 +669,14 @@ def _packed(tuned):
 
 
 REFUSED = {
-    "shapes": (_other_shapes, r"model.embed_tokens.weight \[17, 8\] and \[18, 8\].*lm_head.weight \[17, 8\] and"),
-    "names": (_other_names, r"(?s)no model.layers.0.self_attn.q_proj.weight, .*model.layers.0.self_attn.query.bias"),
+    "shapes": (
+        _other_shapes,
+        r"model.embed_tokens.weight \[17, 8\] and \[18, 8\].*lm_head.weight \[17, 8\] and",
+    ),
+    "names": (
+        _other_names,
+        r"(?s)no model.layers.0.self_attn.q_proj.weight, .*model.layers.0.self_attn.query.bias",
+    ),
     "not finite": (_not_finite, r"NaN or infinity in model.norm.bias, lm_head.weight"),
     "nothing": (lambda tuned: None, "no difference between the base and the tuned model"),
     "unmerged": (lambda tuned: adapt(tuned, "a"), r"adapters \(a\) on the tuned model"),
@@ -623,7 +720,9 @@ def test_options_that_mean_nothing(options, kind, words, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_weight_that_cannot_carry_an_adapter_is_refused_before_anything_is_factored(tmp_path, monkeypatch):
+def test_a_weight_that_cannot_carry_an_adapter_is_refused_before_anything_is_factored(
+    tmp_path, monkeypatch
+):
     base = nn.ModuleDict({"a": nn.Linear(4, 4), "veneer": nn.Linear(4, 4)})
     broken = nn.ModuleDict({"b": base["a"], "c": nn.Linear(4, 4)})
     broken["c"].veneer = nn.Linear(4, 4)  # where its adapters would stand
@@ -649,7 +748,9 @@ def test_an_output_that_exists_is_refused_first(tmp_path):
 
 def test_folders_that_are_no_models(tmp_path):
     base = write_tiny(tmp_path / "base")
-    veneer.extract(base, saved(moved(tiny_model()), tmp_path / "tuned"), tmp_path / "adapter", rank=2)
+    veneer.extract(
+        base, saved(moved(tiny_model()), tmp_path / "tuned"), tmp_path / "adapter", rank=2
+    )
     with pytest.raises(ConfigError, match="is an adapter"):
         veneer.extract(base, tmp_path / "adapter", tmp_path / "b", rank=2)
     (tmp_path / "tuned" / "model.safetensors").unlink()
@@ -675,7 +776,8 @@ def test_a_base_with_adapters_keeps_them(tmp_path):
         veneer.extract(base, tuned, tmp_path / "b", rank=8)
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------
+# memory
 
 CHILD = """
 import sys, threading, time
@@ -739,9 +841,13 @@ def large(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_few_times_the_largest_tensor(large):
-    """12 MB of bfloat16 are 24 MB in float32; all of both models would be 320 MB. All of both is compared, some of it
-    factored."""
-    options = {"rank": 4, "targets": ["model.embed_tokens", "model.layers.0.*", "model.layers.1.*"], "keep": "none"}
+    """12 MB of bfloat16 are 24 MB in float32; all of both models would be 320 MB. All of both is
+    compared, some of it factored."""
+    options = {
+        "rank": 4,
+        "targets": ["model.embed_tokens", "model.layers.0.*", "model.layers.1.*"],
+        "keep": "none",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(large), str(options)],
         capture_output=True, text=True, check=False,

@@ -1,5 +1,5 @@
-"""Adapters of linear layers are merged into a checkpoint without the model's code, where fingerprints tell which tensor
-is which; everything else asks the model."""
+"""Adapters of linear layers are merged into a checkpoint without the model's code, where
+fingerprints tell which tensor is which; everything else asks the model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ def asked(monkeypatch):
     """The questions to the process that knows models."""
     questions, run = [], merge_plan.subprocess.run
     monkeypatch.setattr(
-        merge_plan.subprocess, "run", lambda *given, **how: questions.append(given) or run(*given, **how)
+        merge_plan.subprocess,
+        "run",
+        lambda *given, **how: questions.append(given) or run(*given, **how),
     )
     return questions
 
 
-@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS if variant.peft is not None])
+@pytest.mark.parametrize(
+    "variant", [variant.name for variant in VARIANTS if variant.peft is not None]
+)
 def test_the_model_is_not_asked(variant, tmp_path, asked):
     from tests.support.toys import calibration, randomise
 
     model, base = tiny(tmp_path / "base")
     config = veneer.LoraConfig(rank=2, targets="all-linear", variant=variant)
-    given = calibration(model, variant, (torch.arange(5)[None],), lambda m, b: m(*b).logits.float().sum())
+    given = calibration(
+        model, variant, (torch.arange(5)[None],), lambda m, b: m(*b).logits.float().sum()
+    )
     handle = veneer.attach(model, config, **given)
     randomise(handle, 0.05)
     handle.save(tmp_path / "adapter")
@@ -46,7 +52,8 @@ def test_the_model_is_not_asked(variant, tmp_path, asked):
 
 @pytest.mark.parametrize("name", transformers_models())
 def test_whatever_is_drawn_is_right(name, tmp_path):
-    """In every architecture: where a skeleton is drawn, the merge with it is the merge in memory."""
+    """In every architecture: where a skeleton is drawn, the merge with it is the merge in
+    memory."""
     model = REAL[name].build()[0].to(torch.bfloat16)
     base = written(model, tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear")
@@ -75,7 +82,9 @@ def test_an_adapter_that_tells_no_kinds(tmp_path, asked, monkeypatch):
     equal(tensors(tmp_path / "out"), in_memory(model, adapter, tmp_path / "memory"))
 
 
-@pytest.mark.parametrize("fields", [{"targets": "all"}, {"targets": ["q_proj"], "train_also": ["norm"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"targets": "all"}, {"targets": ["q_proj"], "train_also": ["norm"]}], ids=str
+)
 def test_what_may_be_tied_or_is_trained_in_full(fields, tmp_path, asked):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", **fields)
@@ -105,7 +114,8 @@ def test_another_base_is_asked_about_and_refused(tmp_path, asked):
 
 
 def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatch):
-    """Two layers have each other's names in the files: the fingerprints do not fit, and the model is asked."""
+    """Two layers have each other's names in the files: the fingerprints do not fit, and the model
+    is asked."""
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj", "o_proj"])
     exact = in_memory(model, adapter, tmp_path / "memory")
@@ -120,7 +130,11 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
     for file in base.glob("*.safetensors"):
         file.unlink()
     (base / "model.safetensors.index.json").unlink()
-    own = {name: value.contiguous() for name, value in model.state_dict().items() if "lm_head" not in name}
+    own = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if "lm_head" not in name
+    }
     save_file(swapped(own), base / "model.safetensors", metadata={"format": "pt"})
     map_checkpoint_names = merge_plan.models.map_checkpoint_names
 
@@ -129,7 +143,9 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
 
     monkeypatch.setattr(merge_plan.models, "map_checkpoint_names", rule)
     monkeypatch.setattr(
-        merge_plan.subprocess, "run", lambda *given, **how: pytest.fail("the process of its own has other rules")
+        merge_plan.subprocess,
+        "run",
+        lambda *given, **how: pytest.fail("the process of its own has other rules"),
     )
     whole = tiny(tmp_path / "again")[0]
     real = merge_plan.recipe_for
@@ -153,7 +169,9 @@ def test_names_that_no_model_has(weight, tmp_path):
     assert linear_stub_model(checkpoint, [SimpleNamespace(metadata=record, full={})]) is None
 
 
-@pytest.mark.parametrize(("other", "drawn"), [("b.q.weight", False), ("b.k.weight", True), ("b.q.bias", True)])
+@pytest.mark.parametrize(
+    ("other", "drawn"), [("b.q.weight", False), ("b.k.weight", True), ("b.q.bias", True)]
+)
 def test_a_layer_of_the_same_name_and_shape_may_be_the_same(other, drawn, tmp_path):
     """As the shared blocks of some models are, of which a file may hold each."""
     from types import SimpleNamespace
@@ -161,5 +179,10 @@ def test_a_layer_of_the_same_name_and_shape_may_be_the_same(other, drawn, tmp_pa
     (tmp_path / "config.json").write_text("{}")
     where = dict.fromkeys(["a.q.weight", other], "file")
     checkpoint = SimpleNamespace(folder=tmp_path, where=where, shape=lambda name: (3, 4))
-    record = {"base": {"weights": {"a.q.weight": "0"}}, "changes": {"a.q.weight": {"kind": "linear"}}}
-    assert (linear_stub_model(checkpoint, [SimpleNamespace(metadata=record, full={})]) is not None) is drawn
+    record = {
+        "base": {"weights": {"a.q.weight": "0"}},
+        "changes": {"a.q.weight": {"kind": "linear"}},
+    }
+    assert (
+        linear_stub_model(checkpoint, [SimpleNamespace(metadata=record, full={})]) is not None
+    ) is drawn

@@ -1,4 +1,5 @@
-"""A checkpoint is merged tensor by tensor: the bits of a merge in memory, in bounded memory, resumed after a kill."""
+"""A checkpoint is merged tensor by tensor: the bits of a merge in memory, in bounded memory,
+resumed after a kill."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ from veneer.variants import VARIANTS
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written by another library")
 
 
-@pytest.mark.parametrize("variant", [variant.name for variant in VARIANTS if variant.peft is not None])
+@pytest.mark.parametrize(
+    "variant", [variant.name for variant in VARIANTS if variant.peft is not None]
+)
 def test_the_bits_are_those_of_a_merge_in_memory(variant, tmp_path):
     from tests.support.toys import calibration
 
@@ -49,7 +52,9 @@ def test_the_bits_are_those_of_a_merge_in_memory(variant, tmp_path):
     config = veneer.LoraConfig(rank=2, targets="all-linear", variant=variant)
     ids = torch.arange(5)[None]
     handle = veneer.attach(
-        model, config, **calibration(model, variant, (ids,), lambda m, b: m(*b).logits.float().sum())
+        model,
+        config,
+        **calibration(model, variant, (ids,), lambda m, b: m(*b).logits.float().sum()),
     )
     randomise(handle, 0.05)
     handle.save(tmp_path / "adapter")
@@ -64,7 +69,8 @@ def test_the_bits_are_those_of_a_merge_in_memory(variant, tmp_path):
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("name", transformers_models())
 def test_every_architecture(name, variant, tmp_path):
-    """Ties, fused weights, stacks that the files hold expert by expert, convolutions, norms, running statistics."""
+    """Ties, fused weights, stacks that the files hold expert by expert, convolutions, norms,
+    running statistics."""
     model = REAL[name].build()[0].to(torch.bfloat16)
     base = written(model, tmp_path / "base", max_shard_size="40KB")
     # a weight that is computed from others in the files
@@ -130,12 +136,21 @@ def test_another_dtype_on_the_way(stored, dtype, tmp_path):
     adapter = trained(model, tmp_path / "adapter")
     merge_checkpoint(base, [adapter], tmp_path / "out", dtype=dtype, rounding="nearest")
     handle = veneer.load(model, adapter)
-    exact = {name: value.detach().double() for name, value in model.named_parameters() if "veneer" not in name}
+    exact = {
+        name: value.detach().double()
+        for name, value in model.named_parameters()
+        if "veneer" not in name
+    }
     for path, change in handle.changes.items():
         low, _ = change.resolve(model.get_parameter(path))
-        exact[path] = exact[path] + change.layer.fold(low.delta(torch.float64), exact[path].shape).detach()
+        exact[path] = (
+            exact[path] + change.layer.fold(low.delta(torch.float64), exact[path].shape).detach()
+        )
     for path, part in handle.layers.items():
-        exact |= {f"{path}.{name}": value.detach().double() for name, value in part.full.named_parameters()}
+        exact |= {
+            f"{path}.{name}": value.detach().double()
+            for name, value in part.full.named_parameters()
+        }
     found = tensors(tmp_path / "out")
     for name, value in found.items():
         assert torch.equal(value, round_once(exact[name], dtype)), name
@@ -147,22 +162,33 @@ def test_another_dtype_on_the_way(stored, dtype, tmp_path):
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path):
-    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 2), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 2), nn.Flatten()
+    )
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     adapter = trained(model, tmp_path / "adapter")
     with torch.device("meta"):
-        bare = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 4, 2), nn.Flatten())
+        bare = nn.Sequential(
+            nn.Conv2d(4, 6, 3, groups=2),
+            nn.BatchNorm2d(6),
+            nn.ConvTranspose2d(6, 4, 2),
+            nn.Flatten(),
+        )
     for given in (model, bare):
         merge_checkpoint(tmp_path, [adapter], tmp_path / "out", model=given, overwrite=True)
         handle = veneer.load(model, adapter)
         handle.merge()
-        equal(tensors(tmp_path / "out"), {k: v for k, v in model.state_dict().items() if "veneer" not in k.split(".")})
+        equal(
+            tensors(tmp_path / "out"),
+            {k: v for k, v in model.state_dict().items() if "veneer" not in k.split(".")},
+        )
         handle.unmerge()
         handle.detach()
     assert all(value.is_meta for value in bare.state_dict().values())
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------
+# bad input
 
 
 def nothing_left(folder, *names):
@@ -279,7 +305,8 @@ def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
         prove(base, [adapter], tmp_path / "out", dtype=dtype, model=model)
 
 
-# ------------------------------------------------------------------------------------------------ kills
+# ------------------------------------------------------------------------------------------------
+# kills
 
 CHILD = """
 import time
@@ -297,7 +324,8 @@ merging.merge_checkpoint({base!r}, [{adapter!r}], {out!r})
 
 
 def killed_and_resumed(base, adapter, out, kills, seed):
-    """Kill merges at random moments; returns how many tensors the last run found done, and how often it was killed."""
+    """Kill merges at random moments; returns how many tensors the last run found done, and how
+    often it was killed."""
     chance, done, killed = random.Random(seed), 0, 0
     for _ in range(kills):
         code = CHILD.format(base=str(base), adapter=str(adapter), out=str(out))
@@ -311,7 +339,8 @@ def killed_and_resumed(base, adapter, out, kills, seed):
         killed += child.wait() == -signal.SIGKILL
         if out.exists():
             break
-        # killed where the result takes its name, a run has no journal any more: the next one begins anew
+        # killed where the result takes its name, a run has no journal any more: the next one begins
+        # anew
         done = journal.read_text().count("\n") if journal.exists() else 0
     return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None, killed
 
@@ -349,11 +378,15 @@ def test_a_journal_of_another_merge_is_not_gone_on_from(tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         """A merge that ends when all tensors are on the disk, and the journal says so."""
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(merging, "_aux_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                merging, "_aux_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             merge_checkpoint(*arguments, **options)
 
     interrupted(base, [two], tmp_path / "same")
-    assert merge_checkpoint(base, [two], tmp_path / "same").resumed == len(open_checkpoint(base).where)
+    assert merge_checkpoint(base, [two], tmp_path / "same").resumed == len(
+        open_checkpoint(base).where
+    )
     interrupted(base, [one], tmp_path / "out")
     interrupted(base, [two], tmp_path / "out", verify_base=False)
     # a base that was not compared is no start for a run that compares it
@@ -398,20 +431,29 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
     nothing_left(tmp_path, "base", "adapter", "out", "memory")
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------
+# memory
 
 
 @pytest.mark.usefixtures("own_process")
 def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
-    """The child that knows the names is Python too, which would look for modules where the user happens to be. Here it
-    is a real one; other tests answer in its place."""
+    """The child that knows the names is Python too, which would look for modules where the user
+    happens to be. Here it is a real one; other tests answer in its place."""
     model, base = tiny(tmp_path / "base")
-    adapter = trained(model, tmp_path / "adapter", targets="all")  # of norms too, for which the child is asked
+    adapter = trained(
+        model, tmp_path / "adapter", targets="all"
+    )  # of norms too, for which the child is asked
     for name in ("pickle", "torch", "veneer", "transformers"):
-        (adapter / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)")
+        (adapter / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(7)"
+        )
     monkeypatch.chdir(adapter)
     asked, run = [], merge_plan.subprocess.run
-    monkeypatch.setattr(merge_plan.subprocess, "run", lambda *given, **how: asked.append(given) or run(*given, **how))
+    monkeypatch.setattr(
+        merge_plan.subprocess,
+        "run",
+        lambda *given, **how: asked.append(given) or run(*given, **how),
+    )
     merge_checkpoint(base, [adapter], tmp_path / "out")
     assert asked
     assert not (tmp_path / "ran").exists()
@@ -419,7 +461,8 @@ def test_no_code_of_the_folder_at_hand_is_run(tmp_path, monkeypatch):
 
 
 def large(**shape):
-    """A Llama in bfloat16 that costs no drawing of its numbers: what matters is how many are in memory, not which."""
+    """A Llama in bfloat16 that costs no drawing of its numbers: what matters is how many are in
+    memory, not which."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, **shape)
@@ -439,10 +482,12 @@ def large(**shape):
     return model
 
 
-@pytest.mark.parametrize(("vocabulary", "blocks", "compiled"), [(12288, 9, False), (65536, 3, True)])
+@pytest.mark.parametrize(
+    ("vocabulary", "blocks", "compiled"), [(12288, 9, False), (65536, 3, True)]
+)
 def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, tmp_path):
-    """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The second has room for
-    numba's own code."""
+    """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The
+    second has room for numba's own code."""
     model = large(num_hidden_layers=blocks, vocab_size=vocabulary)
     base = written(model, tmp_path / "base", max_shard_size="150MB")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear", rank=4)
@@ -473,7 +518,9 @@ def test_the_other_process_that_merges_is_named(tmp_path):
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     with (
         locked(tmp_path / ".out.merging.lock", AssertionError),
-        pytest.raises(MergeError, match=rf"another process \({os.getpid()} on .*\), which merges into .*out"),
+        pytest.raises(
+            MergeError, match=rf"another process \({os.getpid()} on .*\), which merges into .*out"
+        ),
     ):
         merge_checkpoint(base, [adapter], tmp_path / "out")
     assert merge_checkpoint(base, [adapter], tmp_path / "out")

@@ -1,4 +1,5 @@
-"""`veneer merge` of classifiers: the head that the adapter trained, its labels, and what transformers makes of it."""
+"""`veneer merge` of classifiers: the head that the adapter trained, its labels, and what
+transformers makes of it."""
 
 from __future__ import annotations
 
@@ -53,9 +54,16 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "labels"),
-    [("encoder", ["a", "b"]), ("encoder", ["low", "mid", "high"]), ("shards", [*"abcde"]), ("head", ["x", "y", "z"])],
+    [
+        ("encoder", ["a", "b"]),
+        ("encoder", ["low", "mid", "high"]),
+        ("shards", [*"abcde"]),
+        ("head", ["x", "y", "z"]),
+    ],
 )
-def test_the_merged_classifier_is_the_adapted_one(kind: str, labels: list[str], tmp_path: Path) -> None:
+def test_the_merged_classifier_is_the_adapted_one(
+    kind: str, labels: list[str], tmp_path: Path
+) -> None:
     base = write_base(tmp_path / "base", kind)
     model = trained(base, labels, tmp_path / "adapter")
     done = merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "merged")
@@ -79,7 +87,12 @@ def test_a_record_without_labels_is_known_by_the_size_of_its_head(
     merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged), logits(model), atol=1e-5)
     assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    trained(base, ["a", "b", "c"], tmp_path / "run", task={"name": "classify", "labels": ["p", "q", "r"]})
+    trained(
+        base,
+        ["a", "b", "c"],
+        tmp_path / "run",
+        task={"name": "classify", "labels": ["p", "q", "r"]},
+    )
     merge_checkpoint(base, [tmp_path / "run"], tmp_path / "named")
     assert json.loads((tmp_path / "named" / "config.json").read_text())["id2label"]["2"] == "r"
 
@@ -89,7 +102,9 @@ def test_heads_of_different_labels_are_not_merged_into_one(tmp_path: Path) -> No
     trained(base, ["a", "b", "c"], tmp_path / "one")
     trained(base, ["a", "b", "d"], tmp_path / "other")
     with pytest.raises(MergeError, match=r"a, b, c.*a, b, d"):
-        merge_checkpoint(base, [(tmp_path / "one", 0.5), (tmp_path / "other", 0.5)], tmp_path / "merged")
+        merge_checkpoint(
+            base, [(tmp_path / "one", 0.5), (tmp_path / "other", 0.5)], tmp_path / "merged"
+        )
     assert not (tmp_path / "merged").exists()
 
 
@@ -98,5 +113,7 @@ def test_save_pretrained_says_what_from_pretrained_must_be_told(tmp_path: Path) 
     model = trained(base, ["a", "b", "c"], tmp_path / "adapter")
     with pytest.warns(veneer.LoadedElsewhere, match="num_labels=3"):
         model.save_pretrained(tmp_path / "saved")
-    again: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", num_labels=3)
+    again: Any = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", num_labels=3
+    )
     assert torch.allclose(logits(again), logits(model), atol=1e-5)

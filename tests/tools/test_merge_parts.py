@@ -20,7 +20,8 @@ from veneer.tools.merge_checkpoint import direct_writer
 from veneer.tools.merge_checkpoint.direct_writer import BLOCK, DirectWriter
 from veneer.tools.merge_checkpoint.pipeline import _Writer
 
-# ---------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------
+# files
 
 KINDS = st.sampled_from(["write", "large", "copy", "flush", "again"])
 STEPS = st.lists(st.tuples(KINDS, st.integers(0, 5 * BLOCK)), max_size=12)
@@ -44,7 +45,9 @@ def test_a_stream_holds_what_was_written(direct, steps, seed, tmp_path_factory):
                 part = source[seed : seed + count]
                 if step == "write":
                     own.write(part)
-                elif step == "large":  # in memory as in the file: whole blocks are written from where they lie
+                elif (
+                    step == "large"
+                ):  # in memory as in the file: whole blocks are written from where they lie
                     memory = pages.empty_bytes(len(part), len(expected)).numpy()
                     memory[:] = list(part)
                     own.write(memory.data)
@@ -109,7 +112,10 @@ def test_a_source_that_ends_too_early(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     with (tmp_path / "model.safetensors").open("ab") as file:
         file.truncate(checkpoint.start("a") + 8)
-    writer, target = SimpleNamespace(job=SimpleNamespace(checkpoint=checkpoint)), DirectWriter(tmp_path / "out", 0)
+    writer, target = (
+        SimpleNamespace(job=SimpleNamespace(checkpoint=checkpoint)),
+        DirectWriter(tmp_path / "out", 0),
+    )
     with pytest.raises(CheckpointError, match="became shorter"):
         _Writer._copy(writer, target, "a")
     target.finish()
@@ -120,7 +126,8 @@ def test_a_source_that_ends_too_early(tmp_path):
 
 
 def test_after_a_write_that_failed_none_is_written(monkeypatch):
-    """Several results may wait to be written: those behind one that failed would lie in its place."""
+    """Several results may wait to be written: those behind one that failed would lie in its
+    place."""
     writer, wrote = _Writer.__new__(_Writer), []
     writer._failed = []
 

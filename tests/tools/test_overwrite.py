@@ -1,4 +1,5 @@
-"""``overwrite`` replaces what Veneer wrote and nothing else, whatever it is that writes a folder."""
+"""``overwrite`` replaces what Veneer wrote and nothing else, whatever it is that writes a
+folder."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written by another library")
 
 #: what the scripts of others keep in an output folder
-THEIRS = ("notes.txt", "tokenizer.json", "step_100/optimizer.bin", "step_100/adapter_model.safetensors")
+THEIRS = (
+    "notes.txt",
+    "tokenizer.json",
+    "step_100/optimizer.bin",
+    "step_100/adapter_model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +86,16 @@ def _extract(given, out, *, overwrite):
 def _convert(given, out, *, overwrite, to):
     source = given["adapter"].with_name(f"source-{to}")
     if not source.exists():
-        convert(given["adapter"], source, to="peft" if to == "veneer" else "dense", base=given["model"])
+        convert(
+            given["adapter"], source, to="peft" if to == "veneer" else "dense", base=given["model"]
+        )
     convert(source, out, to=to, base=given["model"], overwrite=overwrite)
 
 
 def _merge(given, out, *, overwrite):
-    merge_checkpoint(given["base"], [given["adapter"]], out, model=given["model"], overwrite=overwrite)
+    merge_checkpoint(
+        given["base"], [given["adapter"]], out, model=given["model"], overwrite=overwrite
+    )
 
 
 def _save_plain(given, out, *, overwrite):
@@ -111,11 +121,15 @@ def fill(folder: Path, *names: str) -> None:
 def test_the_files_of_others_stay(given, tmp_path, writer, exchanges, monkeypatch):
     if not exchanges:
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
-    theirs = [name for name in THEIRS if writer not in MODELS or name != "tokenizer.json"]  # which belongs to a model
+    theirs = [
+        name for name in THEIRS if writer not in MODELS or name != "tokenizer.json"
+    ]  # which belongs to a model
     fill(tmp_path / "out", *theirs)
     WRITERS[writer](given, tmp_path / "out", overwrite=True)
     WRITERS[writer](given, tmp_path / "out", overwrite=True)
-    assert {name: (tmp_path / "out" / name).read_text() for name in theirs} == dict.fromkeys(theirs, "theirs")
+    assert {name: (tmp_path / "out" / name).read_text() for name in theirs} == dict.fromkeys(
+        theirs, "theirs"
+    )
     hidden = [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
     assert hidden == [], "no litter"
     if writer in ADAPTERS:
@@ -133,7 +147,8 @@ def test_a_file_is_refused(given, tmp_path, writer):
 
 
 def test_what_the_old_adapter_had_and_the_new_one_has_not_is_gone(given, tmp_path):
-    """The parameters of a variant that PEFT lacks, beside another adapter, would be refused as a stranger's."""
+    """The parameters of a variant that PEFT lacks, beside another adapter, would be refused as a
+    stranger's."""
     _save(given, tmp_path / "out", overwrite=False, variant="vera")
     fill(tmp_path / "out", *THEIRS)
     assert (tmp_path / "out" / "veneer.safetensors").exists()
@@ -173,7 +188,8 @@ def test_an_adapter_is_not_written_beside_another_model(given, tmp_path, writer)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_during_a_long_merge(given, tmp_path, overwrite):
-    """Without leave it is refused, and the work is kept for another try; with leave, files of others stay."""
+    """Without leave it is refused, and the work is kept for another try; with leave, files of
+    others stay."""
     out = tmp_path / "out"
 
     def appear(done: int, total: int, name: str) -> None:

@@ -1,4 +1,5 @@
-"""A look inside: every number is that of full decompositions in float64, and a repair takes away what it says."""
+"""A look inside: every number is that of full decompositions in float64, and a repair takes away
+what it says."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def reference(W, changed, count, threshold):
     return cosines, (U[:, :count][:, new] * S[:count][new]) @ Vh[:count][new]
 
 
-# ---- singular triples, intruders ------------------------------------------------------------------------------------
+# ---- singular triples, intruders
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(130, 130), (260, 110), (100, 300), (9, 4)])
@@ -82,15 +84,22 @@ def test_a_matrix_that_meets_itself_is_decomposed():
 
 @pytest.mark.parametrize(
     ("kind", "number", "variant"),
-    [*((*which, "lora") for which in EXAMPLES), *((*which, "dora") for which in EXAMPLES if which[1] == 0)],
+    [
+        *((*which, "lora") for which in EXAMPLES),
+        *((*which, "dora") for which in EXAMPLES if which[1] == 0),
+    ],
 )
 def test_intruders_and_their_repair_on_every_layer(kind, number, variant, tmp_path):
     module, _ = example(kind, number)
     model = nn.ModuleDict({"layer": module})
-    check_repair(model, trained(model, tmp_path / "a", variant=variant, rank=1), tmp_path, threshold=0.9)
+    check_repair(
+        model, trained(model, tmp_path / "a", variant=variant, rank=1), tmp_path, threshold=0.9
+    )
 
 
-@pytest.mark.parametrize("build", [lambda: TinyLM(tied=True), ConvNet], ids=["tied", "convolutions"])
+@pytest.mark.parametrize(
+    "build", [lambda: TinyLM(tied=True), ConvNet], ids=["tied", "convolutions"]
+)
 def test_intruders_and_their_repair_in_a_model(build, tmp_path):
     torch.manual_seed(0)
     model = build()
@@ -99,16 +108,21 @@ def test_intruders_and_their_repair_in_a_model(build, tmp_path):
 
 
 def check_repair(model, path, tmp_path, threshold, count=3, factor=0.25):
-    """Cosines, counts and the repaired weights against the reference; how many intruders there are."""
+    """Cosines, counts and the repaired weights against the reference; how many intruders there
+    are."""
     base, changed = model.state_dict(), merged(model, path)
     found = {one.aligned.weight: one for one in find_intruders(read(path), BaseWeights(model), count=count,
                                                                threshold=threshold, control=True)}  # fmt: skip
-    report = repair(path, tmp_path / "out", base=model, factor=factor, count=count, threshold=threshold)
+    report = repair(
+        path, tmp_path / "out", base=model, factor=factor, count=count, threshold=threshold
+    )
     after, total = merged(model, tmp_path / "out"), 0
     assert found.keys() == read(path).metadata["changes"].keys()
     for name, one in found.items():
         W, new = (unfolded(model, name, state[name]) for state in (base, changed))
-        cosines, parts = zip(*(reference(*pair, count, threshold) for pair in zip(W, new, strict=True)), strict=True)
+        cosines, parts = zip(
+            *(reference(*pair, count, threshold) for pair in zip(W, new, strict=True)), strict=True
+        )
         cosines, part = torch.cat(cosines), torch.stack(parts)
         assert (torch.tensor(one.cosines, dtype=torch.float64) - cosines).abs().max() < 1e-4
         assert len(one.control) == len(one.cosines)
@@ -124,7 +138,11 @@ def check_repair(model, path, tmp_path, threshold, count=3, factor=0.25):
         assert report.removed > 0
         assert f"scaled by {factor}" in str(report)
     for name, value in changed.items():  # what is trained in full stays
-        if name not in found and value.is_floating_point() and not any(value is changed[other] for other in found):
+        if (
+            name not in found
+            and value.is_floating_point()
+            and not any(value is changed[other] for other in found)
+        ):
             tied = any(torch.equal(value, changed[other]) for other in found)
             assert tied or torch.equal(after[name], value), name
     return total
@@ -139,11 +157,15 @@ def test_a_direction_that_the_base_has_is_no_intruder_and_a_new_one_is(tmp_path)
     even = torch.tensor([1.0, 1, 1, 1, 1, 0]) / 5**0.5
     with torch.no_grad():
         dict(change.named_parameters())["A"].copy_(torch.stack([torch.eye(6)[5], even]))
-        dict(change.named_parameters())["B"].copy_(torch.stack([20 * torch.eye(6)[5], 100 * even]).mT)
+        dict(change.named_parameters())["B"].copy_(
+            torch.stack([20 * torch.eye(6)[5], 100 * even]).mT
+        )
     handle.save(tmp_path / "a")
     handle.detach()
     (one,) = find_intruders(read(tmp_path / "a"), BaseWeights(model), count=2, threshold=0.75)
-    assert one.count == 1  # five of the six alike, not the last one that was raised to the second place
+    assert (
+        one.count == 1
+    )  # five of the six alike, not the last one that was raised to the second place
     assert one.cosines[0] == pytest.approx(5**-0.5, abs=0.05)
     assert one.cosines[1] == pytest.approx(1)
     assert one.found[0].S.item() == pytest.approx(104, abs=2)
@@ -160,7 +182,8 @@ def test_the_control_is_as_large_as_the_change():
     assert (low.delta(torch.float64)[0] * random).sum().abs() < 0.5 * low.norm() ** 2
 
 
-# ---- the numbers of a report -----------------------------------------------------------------------------------------
+# ---- the numbers of a report
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,7 +207,9 @@ def test_a_report_has_the_numbers_of_the_dense_changes(pair):
         S = torch.linalg.svdvals(dense[layer.path][0])
         assert torch.allclose(torch.tensor(layer.spectrum, dtype=torch.float64)[:3], S[:3])
         shares = S[:3] / S[:3].sum()
-        assert layer.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())))
+        assert layer.effective_rank == pytest.approx(
+            float(torch.exp(-(shares * shares.log()).sum()))
+        )
         assert layer.used == layer.effective_rank / 3
         kept = (S.square().cumsum(0) / S.square().sum())[: layer.rank_90]
         assert kept[-1] >= 0.9 - 1e-12
@@ -228,7 +253,16 @@ def test_an_adapter_that_was_not_trained(tmp_path):
 def layer(rank, spectrum):
     norm = math.hypot(*spectrum)
     return ReportLayer(
-        "0", 0, "x", (1, 9, 9), rank, norm, tuple(spectrum), effective_rank(torch.tensor(spectrum)), 1, 1
+        "0",
+        0,
+        "x",
+        (1, 9, 9),
+        rank,
+        norm,
+        tuple(spectrum),
+        effective_rank(torch.tensor(spectrum)),
+        1,
+        1,
     )
 
 
@@ -244,20 +278,30 @@ def test_the_rank_to_use_next(spectrum, cuts, rank):
     assert _next_rank([layer(4, spectrum)], [Cut(*cut) for cut in cuts])[0] == rank
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_looked_at_or_repaired(pair, tmp_path):
     model, path, _ = pair
     elsewhere = TinyLM()
-    for call in (lambda: examine(path, base=elsewhere), lambda: repair(path, tmp_path / "out", base=elsewhere)):
+    for call in (
+        lambda: examine(path, base=elsewhere),
+        lambda: repair(path, tmp_path / "out", base=elsewhere),
+    ):
         with pytest.raises(BaseMismatchError, match="another weight"):
             call()
     with pytest.raises(AdapterError, match="in the base"):
         examine(path, base={})
     with pytest.raises(ConfigError, match="without the base"):
         repair(path, tmp_path / "out", base=None)
-    for bad in ({"factor": 1.5}, {"factor": math.nan}, {"factor": True}, {"count": -1}, {"threshold": 0}):
+    for bad in (
+        {"factor": 1.5},
+        {"factor": math.nan},
+        {"factor": True},
+        {"count": -1},
+        {"threshold": 0},
+    ):
         with pytest.raises(ConfigError, match="Do: "):
             repair(path, tmp_path / "out", base=model, **bad)
     with pytest.raises(OutputExistsError):
@@ -273,7 +317,9 @@ def test_what_cannot_be_looked_at_or_repaired(pair, tmp_path):
 
 def test_trained_tokens_are_told_and_not_repaired(tmp_path):
     model = TinyLM()
-    handle = veneer.attach(model, veneer.LoraConfig(rank=1, targets=["q_proj"], trainable_tokens=[1, 2]))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=1, targets=["q_proj"], trainable_tokens=[1, 2])
+    )
     randomise(handle)
     handle.save(tmp_path / "a")
     handle.detach()

@@ -33,13 +33,24 @@ def file(tmp_path_factory):
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("look"), TinyLM(blocks=12)
     for name in "ab":
-        handle = veneer.attach(model, veneer.LoraConfig(rank=4, train_also=["norm"], exclude=["norm"]))
+        handle = veneer.attach(
+            model, veneer.LoraConfig(rank=4, train_also=["norm"], exclude=["norm"])
+        )
         randomise(handle)
         handle.save(folder / f"<i>{name}&")
         handle.detach()
-    report = examine(folder / "<i>a&", base=model, base_name="tiny", other=folder / "<i>b&", count=4, threshold=0.9)
+    report = examine(
+        folder / "<i>a&",
+        base=model,
+        base_name="tiny",
+        other=folder / "<i>b&",
+        count=4,
+        threshold=0.9,
+    )
     assert sum(layer.intruders[0] for layer in report.layers) > 0
-    (folder / "look.html").write_text(page({**report.to_dict(), "losses": LOSSES}), encoding="utf-8")
+    (folder / "look.html").write_text(
+        page({**report.to_dict(), "losses": LOSSES}), encoding="utf-8"
+    )
     return folder / "look.html"
 
 

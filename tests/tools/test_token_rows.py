@@ -1,4 +1,5 @@
-"""Trained tokens on the disk: a merge that grows the vocabulary, and what other tools say of them."""
+"""Trained tokens on the disk: a merge that grows the vocabulary, and what other tools say of
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from veneer.tools.compose import compose
 from veneer.tools.convert import convert
 from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and that its adapters carry no fingerprint
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, and that its adapters carry no fingerprint
 
 BASE, NEW = 259, [259, 260, 261]
 IDS = torch.tensor([[1, 259, 7, 260, 261, 3], [9, 5, 6, 9, 40, 2]])
@@ -43,7 +46,9 @@ def trained(base, folder, tied=True, dtype=torch.float32, seed=7):
     torch.manual_seed(seed)
     model.resize_token_embeddings(len(tokenizer))
     tokens = NEW if tied else {"embed_tokens": NEW, "lm_head": NEW}
-    handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=tokens))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(rank=2, targets=["q_proj"], trainable_tokens=tokens)
+    )
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in handle.parameters():
@@ -109,7 +114,9 @@ def test_a_merge_of_several_takes_the_tokenizer_that_knows_all_tokens_or_refuses
     assert tokenizer("<c>").input_ids == [261]
     assert prove(base, [(adapter, 0.5), (fewer, 0.5)], tmp_path / "out") > 0
     other = with_tokenizer(adapter, tmp_path / "other", "<a>", "<x>")
-    with pytest.raises(AdapterError, match=r"other' has '<x>' at 260, where .*/a' has '<b>'.*one of them alone"):
+    with pytest.raises(
+        AdapterError, match=r"other' has '<x>' at 260, where .*/a' has '<b>'.*one of them alone"
+    ):
         merge_checkpoint(base, [adapter, fewer, other], tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -119,9 +126,15 @@ def test_what_has_no_place_for_tokens_says_so(tmp_path):
     handle.detach()
     cases = (
         (r"trained tokens .*merge", lambda: compose([adapter, adapter], tmp_path / "out")),
-        ("a base of 259 rows", lambda: convert(adapter, tmp_path / "out", to="dense", base=tmp_path / "base")),
+        (
+            "a base of 259 rows",
+            lambda: convert(adapter, tmp_path / "out", to="dense", base=tmp_path / "base"),
+        ),
         ("no base from whose rows", lambda: convert(adapter, tmp_path / "out", to="dense")),
-        ("embed_tokens.*embedding", lambda: convert(adapter, tmp_path / "out", to="kohya", base=handle.model)),
+        (
+            "embed_tokens.*embedding",
+            lambda: convert(adapter, tmp_path / "out", to="kohya", base=handle.model),
+        ),
     )
     for message, call in cases:
         with pytest.raises(AdapterError, match=message):
@@ -131,7 +144,9 @@ def test_what_has_no_place_for_tokens_says_so(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("source", ["veneer", "peft"])
-def test_a_dense_file_has_the_changes_of_the_tokens_and_is_of_this_base_alone(tmp_path, source, tied):
+def test_a_dense_file_has_the_changes_of_the_tokens_and_is_of_this_base_alone(
+    tmp_path, source, tied
+):
     adapter, handle = trained(written(tmp_path / "base", tied), tmp_path / "a", tied)
     expected = handle.model(IDS).logits
     handle.detach()
@@ -153,7 +168,9 @@ def test_a_dense_file_has_the_changes_of_the_tokens_and_is_of_this_base_alone(tm
 def test_tokens_of_a_head_alone_are_a_linear_change_of_kohyas(tmp_path):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
-    handle = veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens={"lm_head": [4, 9]}))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(targets=(), trainable_tokens={"lm_head": [4, 9]})
+    )
     with torch.no_grad():
         handle.changes["lm_head.weight"].token_rows.normal_()
     expected = model(IDS % 259).logits
@@ -187,10 +204,14 @@ def test_a_vocabulary_that_grows_in_a_buffer_too_is_not_grown_on_the_disk(tmp_pa
     sizes = {f"{side}_{what}": number for side in ("encoder", "decoder")
              for what, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=40, d_model=16, **sizes))
+    model = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=40, d_model=16, **sizes)
+    )
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(42)
-    veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens=[40, 41])).save(tmp_path / "a")
+    veneer.attach(model, veneer.LoraConfig(targets=(), trainable_tokens=[40, 41])).save(
+        tmp_path / "a"
+    )
     with pytest.raises(MergeError, match=r"final_logits_bias.*resize_token_embeddings\(42\)"):
         merge_checkpoint(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,8 @@ def config_of(base: Path, rows: Path, output: Path, /, **changes: Any) -> Any:
 
 @pytest.fixture
 def make(base: Path, rows: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`make(output="a", rank=2, ...)`: a `TrainConfig` of a small run with dropout and evaluation."""
+    """`make(output="a", rank=2, ...)`: a `TrainConfig` of a small run with dropout and
+    evaluation."""
 
     def build(output: str = "run", **changes: Any) -> Any:
         return config_of(base, rows, tmp_path / output, **changes)

@@ -20,8 +20,12 @@ def test_a_rank_has_as_many_numbers_as_there_are_tokens(learnt: int, rank: int) 
 
 def test_rates_fall_with_the_width_where_that_was_fitted() -> None:
     assert advise._rate(2000, "llama", 1000).value == 5e-4
-    assert advise._rate(4096, "llama", 1000).value == pytest.approx(5e-4 * (2000 / 4096) ** 0.781, rel=0.05)
-    assert advise._rate(4096, "qwen3", 1000).value == pytest.approx(5e-4 * (2000 / 4096) ** 0.0775, rel=0.05)
+    assert advise._rate(4096, "llama", 1000).value == pytest.approx(
+        5e-4 * (2000 / 4096) ** 0.781, rel=0.05
+    )
+    assert advise._rate(4096, "qwen3", 1000).value == pytest.approx(
+        5e-4 * (2000 / 4096) ** 0.0775, rel=0.05
+    )
     assert advise._rate(4096, "gpt_neox", 1000).value == 2e-4
     assert advise._rate(4096, "gpt_neox", 100).value == pytest.approx(3e-4)
     assert "tinker-cookbook" not in advise._rate(4096, "gpt_neox", 100).source

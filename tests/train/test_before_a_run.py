@@ -1,4 +1,5 @@
-"""What `veneer train` does instead of a run: `--dry-run`, `--find-rate`. Neither writes anything."""
+"""What `veneer train` does instead of a run: `--dry-run`, `--find-rate`. Neither writes
+anything."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def test_a_dry_run_says_what_the_run_says_and_writes_nothing(make: Make, tmp_pat
 
 def test_a_dry_run_loads_no_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_base", None)
-    assert "Nothing was written" in said(dry_run, make(variant="dora", cache_lower=True, layers=[1]))
+    assert "Nothing was written" in said(
+        dry_run, make(variant="dora", cache_lower=True, layers=[1])
+    )
     meta = meta_base(make().base, precision="bf16")
     assert {(p.device.type, p.dtype) for p in meta.parameters()} == {("meta", torch.bfloat16)}
 
@@ -89,7 +92,9 @@ def test_a_dry_run_of_an_unfinished_run_says_where_it_goes_on(make: Make) -> Non
     assert "Resuming from step 5" in said(dry_run, make())
 
 
-def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(make: Make, tmp_path: Path) -> None:
+def test_a_sweep_writes_nothing_and_a_run_at_the_found_rate_learns(
+    make: Make, tmp_path: Path
+) -> None:
     config = make(max_steps=30, eval_fraction=0.0, check=False, dropout=0.0)
     sweep = find_rate(config, console=Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
@@ -155,14 +160,19 @@ def test_an_example_is_shown_as_one_reads_it(name: str, tmp_path: Path) -> None:
 
 def test_the_parts_of_an_example_stand_below_each_other(tmp_path: Path) -> None:
     text = said(dry_run, config_of("dpo", tmp_path, eval_fraction=0.0))
-    assert "Example  row 1 of the data:\n  read   prompt   │ b?\n  learnt chosen   │  bbb<|im_end|>\n" in text
+    assert (
+        "Example  row 1 of the data:\n  read   prompt   │ b?\n  learnt chosen   │  bbb<|im_end|>\n"
+        in text
+    )
 
 
 def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
     """Also where only the chats' common beginning says what it is."""
     first = {"role": "user", "content": "a"}
     answers = [[first, {"role": "assistant", "content": text}] for text in ("b", "c")]
-    data = write_rows(tmp_path / "chats.jsonl", [dict(zip(("chosen", "rejected"), answers, strict=True))])
+    data = write_rows(
+        tmp_path / "chats.jsonl", [dict(zip(("chosen", "rejected"), answers, strict=True))]
+    )
     config = config_of("dpo", tmp_path, data=str(data), eval_fraction=0.0)
     task = TASKS["dpo"](config)
     task.open()
@@ -172,7 +182,9 @@ def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
     assert (rejected.learnt, rejected.name, rejected.text[0]) == (True, "rejected", "c")
 
 
-def test_a_base_that_is_quantised_already_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_is_quantised_already_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Loaded(Exception):  # noqa: N818
         pass
 

@@ -1,4 +1,5 @@
-"""`veneer train` trains causal language models on examples to imitate, and refuses what it would train wrongly."""
+"""`veneer train` trains causal language models on examples to imitate, and refuses what it would
+train wrongly."""
 
 from __future__ import annotations
 
@@ -25,9 +26,17 @@ BERT = {
 
 
 def bert(name: str, **changes: Any) -> Any:
-    kind = "Roberta" if name.startswith("Roberta") else "Electra" if name.startswith("Electra") else "Bert"
+    kind = (
+        "Roberta"
+        if name.startswith("Roberta")
+        else "Electra"
+        if name.startswith("Electra")
+        else "Bert"
+    )
     torch.manual_seed(0)
-    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**{**BERT, **changes})).eval()
+    return getattr(transformers, name)(
+        getattr(transformers, f"{kind}Config")(**{**BERT, **changes})
+    ).eval()
 
 
 def bart() -> Any:
@@ -51,7 +60,10 @@ def written(model: Any, folder: Path) -> Path:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "masked": (lambda: bert("BertForMaskedLM"), r"BertForMaskedLM, an encoder: each position sees"),
     "body": (lambda: bert("BertModel"), r"BertModel, an encoder: each position sees"),
-    "a head of the right name": (lambda: bert("BertLMHeadModel"), r"BertLMHeadModel, an encoder: each position sees"),
+    "a head of the right name": (
+        lambda: bert("BertLMHeadModel"),
+        r"BertLMHeadModel, an encoder: each position sees",
+    ),
     "roberta": (lambda: bert("RobertaForMaskedLM"), r"RobertaForMaskedLM, an encoder"),
     "electra": (lambda: bert("ElectraForMaskedLM"), r"ElectraForMaskedLM, an encoder"),
     "translation": (bart, r"BartForConditionalGeneration, an encoder and a decoder"),
@@ -83,14 +95,21 @@ def test_a_decoder_of_a_family_of_encoders_is_causal(tmp_path: Path) -> None:
     must_not_see_later_tokens(models.load_base(folder, precision="fp32").model, "it")
 
 
-def test_what_a_config_does_not_tell_two_rows_tell(make: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_a_config_does_not_tell_two_rows_tell(
+    make: Callable[..., Any], tmp_path: Path
+) -> None:
     must_not_see_later_tokens(tiny_model(), "it")
     must_not_see_later_tokens(tiny_model().bfloat16(), "it")
-    with pytest.raises(ConfigError, match="BertLMHeadModel whose predictions change with the tokens that come after"):
+    with pytest.raises(
+        ConfigError,
+        match="BertLMHeadModel whose predictions change with the tokens that come after",
+    ):
         must_not_see_later_tokens(bert("BertLMHeadModel"), "it")
     torch.manual_seed(0)
     config = transformers.XLNetConfig(vocab_size=259, d_model=32, n_layer=2, n_head=4, d_inner=48)
-    folder = written(transformers.XLNetLMHeadModel(config), tmp_path / "xlnet")  # in transformers' list of causal ones
+    folder = written(
+        transformers.XLNetLMHeadModel(config), tmp_path / "xlnet"
+    )  # in transformers' list of causal ones
     config = make(base=str(folder))
     with pytest.raises(ConfigError, match="XLNetLMHeadModel whose predictions change"):
         fit(config, quiet=True)
@@ -98,10 +117,16 @@ def test_what_a_config_does_not_tell_two_rows_tell(make: Callable[..., Any], tmp
 
 
 PREFERENCES: dict[str, tuple[dict[str, Any], str]] = {
-    "texts": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--prompt-column prompt --completion-column chosen"),
+    "texts": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "--prompt-column prompt --completion-column chosen",
+    ),
     "whole texts": ({"chosen": "a b", "rejected": "a c"}, "--text-column chosen"),
     "chats": (
-        {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]},
+        {
+            "chosen": [{"role": "user", "content": "a"}],
+            "rejected": [{"role": "user", "content": "b"}],
+        },
         "--messages-column chosen",
     ),
     "beside a text": ({"text": "a", "chosen": "b", "rejected": "c"}, "--text-column chosen"),
@@ -109,10 +134,14 @@ PREFERENCES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_preferences_are_refused_with_the_trainer_that_learns_them(name: str, tmp_path: Path) -> None:
+def test_preferences_are_refused_with_the_trainer_that_learns_them(
+    name: str, tmp_path: Path
+) -> None:
     row, flags = PREFERENCES[name]
     file = write_rows(tmp_path / "a.jsonl", [row])
-    with pytest.raises(DataError, match=rf"holds preferences.*\n.*\n.*--task dpo.*alone: {flags}\.$"):
+    with pytest.raises(
+        DataError, match=rf"holds preferences.*\n.*\n.*--task dpo.*alone: {flags}\.$"
+    ):
         data.read(file)
     words = flags.split()
     columns = {
@@ -129,7 +158,10 @@ LABELLED: dict[str, tuple[dict[str, Any], Columns]] = {
         {"prompt": "a", "completion": "b", "label": True},
         Columns(prompt="prompt", completion="completion"),
     ),
-    "chat": ({"messages": [{"role": "user", "content": "a"}], "labels": 0}, Columns(messages="messages")),
+    "chat": (
+        {"messages": [{"role": "user", "content": "a"}], "labels": 0},
+        Columns(messages="messages"),
+    ),
 }
 
 
@@ -137,8 +169,13 @@ LABELLED: dict[str, tuple[dict[str, Any], Columns]] = {
 def test_labels_are_refused_unless_the_columns_are_named(name: str, tmp_path: Path) -> None:
     row, columns = LABELLED[name]
     file = write_rows(tmp_path / "a.jsonl", [row])
-    flags = " ".join(f"--{part}-column {column}" for part, column in vars(columns).items() if column)
-    with pytest.raises(DataError, match=rf"has the column 'labels?' beside .*\n(.*\n)*.*columns to read: {flags}\.$"):
+    flags = " ".join(
+        f"--{part}-column {column}" for part, column in vars(columns).items() if column
+    )
+    with pytest.raises(
+        DataError,
+        match=rf"has the column 'labels?' beside .*\n(.*\n)*.*columns to read: {flags}\.$",
+    ):
         data.read(file)
     assert data.read(file, columns).unused == (next(key for key in row if key.startswith("label")),)
 
@@ -150,6 +187,8 @@ def test_a_run_says_which_columns_it_does_not_use(make: Callable[..., Any], tmp_
 
     rows = [{**row, "source": "me", "score": 1} for row in sums(8)]
     shown = io.StringIO()
-    config = make(data=str(write_rows(tmp_path / "a.jsonl", rows)), epochs=1, max_steps=1, eval_fraction=0.0)
+    config = make(
+        data=str(write_rows(tmp_path / "a.jsonl", rows)), epochs=1, max_steps=1, eval_fraction=0.0
+    )
     fit(config, console=Console(file=shown, width=200))
     assert "columns that are not used: source, score" in shown.getvalue()

@@ -30,7 +30,9 @@ def learnt(examples: tokens.Examples, i: int = 0) -> str:
 
 def _csv(path: Path) -> Path:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer = csv.DictWriter(
+            file, ["prompt", "completion"], delimiter="\t" if path.suffix == ".tsv" else ","
+        )
         writer.writeheader()
         writer.writerows(ROWS)
     return path
@@ -72,12 +74,17 @@ def test_a_text_file_is_one_example_a_line(tmp_path: Path) -> None:
 
 
 def test_completions_alone_are_learnt_unless_told_otherwise(tmp_path: Path) -> None:
-    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "cd", "other": 1}]))
+    rows = data.read(
+        write_rows(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "cd", "other": 1}])
+    )
     examples = tokens.tokenise(rows, TOKENIZER, max_length=10)
     assert TOKENIZER.decode(examples.input_ids[0]) == "abcd<|im_end|>"
     assert learnt(examples) == "cd<|im_end|>"
     assert examples.trained_tokens == 3
-    assert learnt(tokens.tokenise(rows, TOKENIZER, max_length=10, completion_only=False)) == "abcd<|im_end|>"
+    assert (
+        learnt(tokens.tokenise(rows, TOKENIZER, max_length=10, completion_only=False))
+        == "abcd<|im_end|>"
+    )
 
 
 CHAT = [
@@ -109,7 +116,9 @@ def test_generation_marks_of_a_template_are_used(tmp_path: Path) -> None:
 
 
 def test_a_chat_as_prompt_and_completion_learns_the_completion(tmp_path: Path) -> None:
-    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": CHAT[:4], "completion": CHAT[4:]}]))
+    rows = data.read(
+        write_rows(tmp_path / "a.jsonl", [{"prompt": CHAT[:4], "completion": CHAT[4:]}])
+    )
     assert learnt(tokens.tokenise(rows, TOKENIZER, max_length=300)) == "bye<|im_end|>\n"
 
 
@@ -123,8 +132,13 @@ def test_tokens_that_merge_across_the_border_do_not_change_the_prompt(tmp_path: 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE(vocab={"<|end|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend = Tokenizer(
+        models.BPE(vocab={"<|end|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")])
+    )
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}]))
     assert tokens.tokenise(rows, merging, max_length=9).input_ids == [[1, 2, 0]]  # not [3, 0]
@@ -141,7 +155,10 @@ def test_columns_of_other_names_can_be_named(tmp_path: Path) -> None:
 def test_too_long_examples(tmp_path: Path, policy: Any, left: int) -> None:
     lines = [{"text": "a" * 5}, {"text": "b" * 50}]
     rows = data.read(write_rows(tmp_path / "a.jsonl", lines))
-    with pytest.raises(DataError, match=r"1 of 2 examples .* longer than the context of 20 tokens; .*line 2, has 51"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 2 examples .* longer than the context of 20 tokens; .*line 2, has 51",
+    ):
         tokens.tokenise(rows, TOKENIZER, max_length=20)
     examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long=policy)
     assert len(examples) == left
@@ -151,7 +168,9 @@ def test_too_long_examples(tmp_path: Path, policy: Any, left: int) -> None:
 
 
 def test_a_row_whose_completion_is_cut_away_is_dropped(tmp_path: Path) -> None:
-    rows = data.read(write_rows(tmp_path / "a.jsonl", [{"prompt": "a" * 50, "completion": "b"}, ROWS[0]]))
+    rows = data.read(
+        write_rows(tmp_path / "a.jsonl", [{"prompt": "a" * 50, "completion": "b"}, ROWS[0]])
+    )
     examples = tokens.tokenise(rows, TOKENIZER, max_length=20, too_long="truncate")
     assert examples.index == [1]
     assert examples.dropped == 1
@@ -160,26 +179,46 @@ def test_a_row_whose_completion_is_cut_away_is_dropped(tmp_path: Path) -> None:
 BAD: dict[str, tuple[str, str | bytes, str]] = {
     "not JSON": ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
     "not an object": ("a.jsonl", '{"text": "a"}\n[1]\n', r"line 2 is a JSON list"),
-    "a missing column": ("a.jsonl", '{"text": "a"}\n{"texts": "b"}\n', r"line 2 has no column 'text'; it has 'texts'"),
+    "a missing column": (
+        "a.jsonl",
+        '{"text": "a"}\n{"texts": "b"}\n',
+        r"line 2 has no column 'text'; it has 'texts'",
+    ),
     "wrong columns": (
         "a.jsonl",
         '{"promt": "a", "completion": "b"}\n',
         r"'promt' looks like 'prompt'.*\n.*--prompt-column promt",
     ),
-    "a number": ("a.jsonl", '{"prompt": "a", "completion": 4}\n', r"line 1: the column 'completion' holds a number: 4"),
-    "null": ("a.jsonl", '{"text": "a"}\n{"text": null}\n', r"line 2: the column 'text' holds a null"),
+    "a number": (
+        "a.jsonl",
+        '{"prompt": "a", "completion": 4}\n',
+        r"line 1: the column 'completion' holds a number: 4",
+    ),
+    "null": (
+        "a.jsonl",
+        '{"text": "a"}\n{"text": null}\n',
+        r"line 2: the column 'text' holds a null",
+    ),
     "mixed": (
         "a.jsonl",
         '{"prompt": "a", "completion": [{"role": "user", "content": "x"}]}\n',
         r"expected both|Expected both",
     ),
-    "a bad message": ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"line 1 holds a message that is not one"),
+    "a bad message": (
+        "a.jsonl",
+        '{"messages": [{"role": "user"}]}\n',
+        r"line 1 holds a message that is not one",
+    ),
     "no messages": ("a.jsonl", '{"messages": []}\n', r"line 1 holds an empty list of messages"),
     "empty": ("a.jsonl", "\n\n", r"is empty: it holds no example"),
     "an empty CSV": ("a.csv", "text\n", r"is empty"),
     "a ragged CSV": ("a.csv", "prompt,completion\na,b\nc\n", r"line 3 has 1 fields; expected 2"),
     "a long CSV row": ("a.csv", "prompt,completion\na,b,c\n", r"line 2 has 3 fields; expected 2"),
-    "not UTF-8": ("a.jsonl", '{"text": "\xe9"}\n'.encode("latin1"), r"not UTF-8 text: byte 10 is 0xe9"),
+    "not UTF-8": (
+        "a.jsonl",
+        '{"text": "\xe9"}\n'.encode("latin1"),
+        r"not UTF-8 text: byte 10 is 0xe9",
+    ),
     "not Parquet": ("a.parquet", "PAR1 no", r"not a readable Parquet file"),
     "an object in .json": ("a.json", '{"text": "a"}', r"holds a JSON dict; expected a list"),
     "a broken .json": ("a.json", '[\n{"text": "a"},\n', r"line 3 is not JSON"),
@@ -221,7 +260,9 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
     rewriting = tiny_tokenizer()
-    rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rewriting.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     rows = data.read(write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}]))
     with pytest.raises(DataError, match="rewrites earlier turns"):
         tokens.tokenise(rows, rewriting, max_length=99)
@@ -251,14 +292,24 @@ GREETING = [{"role": "user", "content": "Hi"}]
         ([{"chosen": GREETING, "rejected": []}], GREETING),
         ([{"prompt": "a longer one"}, {"prompt": "short"}, {"prompt": "a\nb"}], "short"),
         ([{"prompt": "two\nlines"}, {"prompt": " \n"}], "two\nlines"),
-        ([{"prompt": "a\ttab"}, {"prompt": "a\x1b[2J"}, {"prompt": "\ud800"}, {"prompt": "a " * 200}], None),
+        (
+            [
+                {"prompt": "a\ttab"},
+                {"prompt": "a\x1b[2J"},
+                {"prompt": "\ud800"},
+                {"prompt": "a " * 200},
+            ],
+            None,
+        ),
         ([{"prompt": "", "chosen": "a", "rejected": "b"}], None),
         ([{"text": "one two three four five six seven"}], "one two three four five"),
         ([{"chosen": "one two", "rejected": "three"}], "one two"),
         ([{"words": ["a"], "labels": [1]}], None),
     ],
 )
-def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(rows: list[dict[str, Any]], expected: Any) -> None:
+def test_a_prompt_to_show_is_of_one_short_line_if_there_is_one(
+    rows: list[dict[str, Any]], expected: Any
+) -> None:
     assert prompt_of(rows) == expected
 
 

@@ -13,8 +13,11 @@ from transformers import TrainingArguments
 from veneer.train.run import fit
 
 
-def test_a_run_that_sees_two_gpus_trains_on_one(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would wrap the model in `nn.DataParallel`, which trl refuses with an error of its own."""
+def test_a_run_that_sees_two_gpus_trains_on_one(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would wrap the model in `nn.DataParallel`, which trl refuses with an error of
+    its own."""
     original: Any = TrainingArguments.__dict__["_setup_devices"].func
 
     def devices(self: Any) -> Any:

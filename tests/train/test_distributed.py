@@ -1,4 +1,5 @@
-"""`veneer train` in several processes: the losses and the adapter of one, one writer, one outcome."""
+"""`veneer train` in several processes: the losses and the adapter of one, one writer, one
+outcome."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from veneer.train.run import fit
 
 Make = Callable[..., Any]
 
-#: without dropout, which each process draws for itself; 30 rows leave a process without any at an epoch's end
+# : without dropout, which each process draws for itself; 30 rows leave a process without any at an
+# epoch's end
 CHANGES = {"dropout": 0.0, "batch_size": 4, "eval_fraction": 0.25}
 #: over the end of an epoch, with one evaluation and one checkpoint on the way
 SHORT = {"max_steps": 11, "eval_every": 6, "save_every": 6}
@@ -45,14 +47,20 @@ def equals(output: Path, whole: Path, tolerance: float = 1e-5) -> None:
     """The same losses, and the same folder up to the last digits of its numbers."""
     assert losses(output) == pytest.approx(losses(whole), abs=tolerance)
     assert evaluations(output) == pytest.approx(evaluations(whole), abs=tolerance)
-    tokens = [[line.get("tokens") for line in checkpoint.read_log(folder)] for folder in (output, whole)]
+    tokens = [
+        [line.get("tokens") for line in checkpoint.read_log(folder)] for folder in (output, whole)
+    ]
     assert tokens[0] == tokens[1]
-    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (output, whole))
+    first, second = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (output, whole)
+    )
     assert first.keys() == second.keys()
     for name, value in second.items():
         assert (value.dtype, value.shape) == (first[name].dtype, first[name].shape)
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
-    configs = [(folder / "adapter" / "adapter_config.json").read_text() for folder in (output, whole)]
+    configs = [
+        (folder / "adapter" / "adapter_config.json").read_text() for folder in (output, whole)
+    ]
     assert configs[0] == configs[1]
 
 
@@ -95,15 +103,17 @@ def test_two_processes_train_what_one_does(make: Make, finished: tuple[Any, str]
 
 
 def test_gradients_of_the_adapter_travel_once_a_step(finished: tuple[Any, str]) -> None:
-    """And at the start its values: no weight of the base, nothing for a forward pass. Counts travel once a step, and
-    once an evaluation."""
+    """And at the start its values: no weight of the base, nothing for a forward pass. Counts travel
+    once a step, and once an evaluation."""
     config, said = finished
     sent = json.loads(said.split("sent ")[-1])
     tensors = load_file(config.output / "adapter" / "adapter_model.safetensors")
     numbers = sum(value.numel() for value in tensors.values())
     assert sum(size for name, size in sent if name == "broadcast") == 4 * numbers
     summed = [size for name, size in sent if name == "all_reduce"]
-    assert [size for size in summed if size > 64] == [4 * (numbers + len(tensors))] * 11  # and whether there is one
+    assert [size for size in summed if size > 64] == [
+        4 * (numbers + len(tensors))
+    ] * 11  # and whether there is one
     assert len([size for size in summed if size <= 64]) == 11 + len(evaluations(config.output))
 
 
@@ -141,8 +151,17 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks(base: Path, tmp_path: Path, task: str) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [TASKS[task](i) for i in range(21)])
-    fields = {"base": str(base), "data": str(data), "task": task, "precision": "fp32", "eval_fraction": 0.25}
-    configs = [make_config({**fields, "output": str(tmp_path / name), "epochs": 3}) for name in ("two", "one")]
+    fields = {
+        "base": str(base),
+        "data": str(data),
+        "task": task,
+        "precision": "fp32",
+        "eval_fraction": 0.25,
+    }
+    configs = [
+        make_config({**fields, "output": str(tmp_path / name), "epochs": 3})
+        for name in ("two", "one")
+    ]
     for config, processes in zip(configs, (2, 1), strict=True):
         ended(train(config, tmp_path, processes))
     equals(configs[0].output, configs[1].output)
@@ -152,7 +171,9 @@ def test_tasks(base: Path, tmp_path: Path, task: str) -> None:
         assert first.get("accuracy") == pytest.approx(second.get("accuracy"))
 
 
-def test_what_is_refused_is_refused_once(make: Make, tmp_path: Path, finished: tuple[Any, str]) -> None:
+def test_what_is_refused_is_refused_once(
+    make: Make, tmp_path: Path, finished: tuple[Any, str]
+) -> None:
     said = ended(train(finished[0], tmp_path, 2), 2)
     assert said.count("holds a finished run") == 1
     other = make("other", batch_size=3)
@@ -202,7 +223,9 @@ TOLD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["step", *(pytest.param(w, marks=pytest.mark.slow) for w in FAILS if w != "step")])
+@pytest.mark.parametrize(
+    "where", ["step", *(pytest.param(w, marks=pytest.mark.slow) for w in FAILS if w != "step")]
+)
 def test_an_error_of_one_process_ends_all(make: Make, tmp_path: Path, where: str) -> None:
     config = make("run", **{**CHANGES, "save_every": 2})
     programs = train(config, tmp_path, 2, before=FAILS[where])
@@ -215,7 +238,10 @@ def test_an_error_of_one_process_ends_all(make: Make, tmp_path: Path, where: str
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_any_number_goes_on(make: Make, tmp_path: Path) -> None:
-    changes = {**CHANGES, "max_steps": 12}  # Adam's steps let a rounding grow: to 2e-4 of a loss by step 20
+    changes = {
+        **CHANGES,
+        "max_steps": 12,
+    }  # Adam's steps let a rounding grow: to 2e-4 of a loss by step 20
     config, whole = make("run", **changes, save_every=1000), make("whole", **changes)
     stop = "import os, signal\nfrom transformers import TrainerCallback\n"
     stop += "import veneer.train.callbacks as watch\nbegins = watch.StopOnNan.on_log\n"
@@ -246,7 +272,9 @@ def test_shares() -> None:
     assert own(3, batch_size=7, grad_accum=3) == (7, 1)
     for number, batch, accumulated in itertools.product(range(2, 9), range(1, 9), range(1, 4)):
         config = make_config({**fields, "batch_size": batch, "grad_accum": number * accumulated})
-        mine = share(config, number, compares_rows=True)  # what is advised where a step does not divide
+        mine = share(
+            config, number, compares_rows=True
+        )  # what is advised where a step does not divide
         assert (mine.batch_size, mine.grad_accum) == (batch, accumulated)
     for changes in ({"batch_size": 3}, {"batch_size": 4}):
         with pytest.raises(ConfigError, match="set grad_accum to a multiple of 2"):
@@ -265,14 +293,17 @@ def test_rows_of_a_step_are_those_of_one_process(rows: int, processes: int) -> N
     passes = step // batch // processes
     seen = []
     for start in range(0, len(shares[0]), passes):
-        rows_of_step = [row for own in shares for batch_of in own[start : start + passes] for row in batch_of]
+        rows_of_step = [
+            row for own in shares for batch_of in own[start : start + passes] for row in batch_of
+        ]
         real = [row for row in rows_of_step if row >= 0]
         assert {*real} == {*order[len(seen) : len(seen) + step]}
         seen += real
     assert sorted(seen) == [*range(rows)]
 
 
-#: that the weights of the base are spread, all or those that are cut, and those of the adapter are not; and a run by
+# : that the weights of the base are spread, all or those that are cut, and those of the adapter are
+# not; and a run by
 #: tensor parallelism before the one by FSDP2
 SPREAD = """
 from pathlib import Path
@@ -308,16 +339,22 @@ Checkpoint.read, processes.leave = counted, ends
 """
 
 
-def test_a_base_that_is_spread_or_cut_trains_what_one_process_does(make: Make, tmp_path: Path) -> None:
+def test_a_base_that_is_spread_or_cut_trains_what_one_process_does(
+    make: Make, tmp_path: Path
+) -> None:
     changes = {**CHANGES, **SHORT}
     spread, whole = make("spread", **changes, parallel="fsdp"), make("one", **changes)
     cut = make("cut", **changes, parallel="tp")
     (tmp_path / "cut.yaml").write_text(yaml.safe_dump(cut.content()))
-    said = ended(train(spread, tmp_path, 2, before=SPREAD.format(cut=str(tmp_path / "cut.yaml")) + READ))
+    said = ended(
+        train(spread, tmp_path, 2, before=SPREAD.format(cut=str(tmp_path / "cut.yaml")) + READ)
+    )
     assert re.search(r"\nMemory .* in each\n", said)
     assert "does nothing" not in said
     shares = [json.loads(line[5:]) for line in said.splitlines() if line.startswith("read ")]
-    for own, other in zip(*shares, strict=True):  # of each tensor each process reads a part, both together all of it
+    for own, other in zip(
+        *shares, strict=True
+    ):  # of each tensor each process reads a part, both together all of it
         assert (own[0], own[2], own[1] + other[1]) == (other[0], other[2], own[2])
         assert 0 < own[1] < own[2]
     assert len(shares[0]) == len({name for name, *_ in shares[0]}) == 20
@@ -325,7 +362,10 @@ def test_a_base_that_is_spread_or_cut_trains_what_one_process_does(make: Make, t
     fit(whole, quiet=True)
     for config in (spread, cut):
         equals(config.output, whole.output)
-        record = [(folder / "adapter" / "veneer.json").read_text() for folder in (config.output, whole.output)]
+        record = [
+            (folder / "adapter" / "veneer.json").read_text()
+            for folder in (config.output, whole.output)
+        ]
         bases = [json.loads(text)["base"] for text in record]
         assert bases[0] == bases[1]  # fingerprints of whole weights
 
@@ -357,9 +397,18 @@ def test_fsdp_begins_as_one_process_does(make: Make, tmp_path: Path, name: str) 
 @pytest.mark.slow
 def test_fsdp_with_a_new_head(base: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [TASKS["classify"](i) for i in range(21)])
-    fields = {"base": str(base), "data": str(data), "task": "classify", "precision": "fp32", "eval_fraction": 0.25}
+    fields = {
+        "base": str(base),
+        "data": str(data),
+        "task": "classify",
+        "precision": "fp32",
+        "eval_fraction": 0.25,
+    }
     both = [("fsdp", 2), ("ddp", 1)]
-    configs = [make_config({**fields, "output": str(tmp_path / name), "parallel": name}) for name, _ in both]
+    configs = [
+        make_config({**fields, "output": str(tmp_path / name), "parallel": name})
+        for name, _ in both
+    ]
     for config, (_, processes) in zip(configs, both, strict=True):
         ended(train(config, tmp_path, processes))
     equals(configs[0].output, configs[1].output)
@@ -367,7 +416,8 @@ def test_fsdp_with_a_new_head(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) -> None:
-    """4 processes spread, then 2, then 1, then 3 spread: each stops after some steps, and the next goes on."""
+    """4 processes spread, then 2, then 1, then 3 spread: each stops after some steps, and the next
+    goes on."""
     changes = {**CHANGES, "batch_size": 12, "max_steps": 20, "save_every": 5}
     config, whole = make("run", **changes), make("whole", **changes)
     stop = "import os\nfrom transformers import Trainer\nstep, seen = Trainer.training_step, []\n"
@@ -384,7 +434,10 @@ def test_checkpoints_are_whole_whoever_wrote_them(make: Make, tmp_path: Path) ->
 def test_what_cannot_be_spread_is_refused(make: Make, tmp_path: Path) -> None:
     config = json.loads((Path(make().base) / "config.json").read_text())
     (tmp_path / "packed").mkdir()
-    packed = {**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    packed = {
+        **config,
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
     (tmp_path / "packed" / "config.json").write_text(json.dumps(packed))
     cases = {
         "quantize": {"quantize": "nf4"},

@@ -1,4 +1,5 @@
-"""A process of several that is killed at any moment: the others end, and the same command ends at the same losses."""
+"""A process of several that is killed at any moment: the others end, and the same command ends at
+the same losses."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ CHANGES = {"eval_every": 50, "save_every": 5, "epochs": 6, "batch_size": 8}
 
 
 def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int) -> None:
-    """`kills` times a random process dies at a random moment, also within a checkpoint; then the run is left alone."""
+    """`kills` times a random process dies at a random moment, also within a checkpoint; then the
+    run is left alone."""
     moments, end = random.Random(seed), 30
     for _ in range(kills):
         programs = train(config, folder, processes)
@@ -35,13 +37,19 @@ def killed_run(config: Any, folder: Path, processes: int, kills: int, seed: int)
         moments.choice(programs).kill()
         said = ended(programs, 1, 2, -signal.SIGKILL)
         newest = checkpoint.newest(config.output)
-        assert steps(config.output) - (newest[1] if newest else 0) <= 5 + 1, f"more was lost than since it\n{said}"
+        assert steps(config.output) - (newest[1] if newest else 0) <= 5 + 1, (
+            f"more was lost than since it\n{said}"
+        )
     ended(train(config, folder, processes))
 
 
 @pytest.mark.parametrize(
     ("parallel", "kills"),
-    [("ddp", 1), pytest.param("ddp", 2, marks=pytest.mark.slow), pytest.param("fsdp", 2, marks=pytest.mark.slow)],
+    [
+        ("ddp", 1),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_is_killed(make: Make, tmp_path: Path, parallel: str, kills: int) -> None:
     whole, config = (make(name, **CHANGES, parallel=parallel) for name in ("whole", "killed"))

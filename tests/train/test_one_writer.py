@@ -38,7 +38,9 @@ class AtStep(TrainerCallback):
 
 
 @pytest.mark.parametrize("other", ["train", "train over it", "sweep"])
-def test_a_second_run_on_one_output_is_refused_and_the_first_goes_on(make: Make, whole: Any, other: str) -> None:
+def test_a_second_run_on_one_output_is_refused_and_the_first_goes_on(
+    make: Make, whole: Any, other: str
+) -> None:
     config = make("run")
     words = rf"another process \({os.getpid()} on .*\), which writes its run to .*run"
 

@@ -1,4 +1,5 @@
-"""What a plan says beside what is so: counts are exact, memory and operations are those of the model that runs."""
+"""What a plan says beside what is so: counts are exact, memory and operations are those of the
+model that runs."""
 
 from __future__ import annotations
 
@@ -44,7 +45,12 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }  # fmt: skip
 BASES = {"llama": LLAMA, "qwen3_moe": MIXED, "gpt2": GPT2, "deepseek_v3": DEEPSEEK, "gemma3": GEMMA}
-TINY_VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TINY_VIT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 SETTINGS = make_config({"base": "", "data": "", "output": "", "batch_size": 2}, "a test")
 CONFIGS: dict[str, dict[str, Any]] = {
     "all-linear": {"rank": 4},
@@ -61,13 +67,16 @@ def countable(base: dict[str, Any], dtype: torch.dtype = torch.bfloat16, **confi
 
 
 def real(base: dict[str, Any], dtype: torch.dtype = torch.bfloat16, **config: Any) -> Any:
-    own = AutoConfig.for_model(base["model_type"], **{k: v for k, v in base.items() if k != "model_type"})
+    own = AutoConfig.for_model(
+        base["model_type"], **{k: v for k, v in base.items() if k != "model_type"}
+    )
     model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="sdpa").train()
     veneer.attach(model, veneer.LoraConfig(**{"rank": 4, **config}))
     return model
 
 
-# ---- counts ---------------------------------------------------------------------------------------------------------
+# ---- counts
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -83,16 +92,26 @@ def test_the_numbers_that_train_are_those_of_a_real_attach(base, config):
 
 
 def test_the_operations_are_those_of_the_products():
-    """Forward and backward without gradients of the base; of attention the half that is not masked."""
+    """Forward and backward without gradients of the base; of attention the half that is not
+    masked."""
     batch, length, rank = 2, 32, 2
     step = count.count_step(countable(LLAMA, rank=rank), batch, length)
     tokens, width, inner, kv = batch * length, 64, 160, 32
-    shapes = [(width, width), (width, kv), (width, kv), (width, width), (width, inner), (width, inner), (inner, width)]
+    shapes = [
+        (width, width),
+        (width, kv),
+        (width, kv),
+        (width, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
     base, thin = sum(a * b for a, b in shapes), sum(rank * (a + b) for a, b in shapes)
     attention = 4 * batch * 4 * length * (length + 1) // 2 * 16
     forward, head = 3 * (2 * tokens * (base + thin) + attention), 2 * tokens * width * 300
     assert operations(step.whole.forward) == forward + 2 * head
-    # no gradient goes below the lowest block; flash attention computes its products again, 5 in place of 2
+    # no gradient goes below the lowest block; flash attention computes its products again, 5 in
+    # place of 2
     below = 2 * tokens * sum(a * b for a, b in shapes[:3])
     backward = 3 * (2 * tokens * (base + 2 * thin) + attention * 5 // 2) - below
     thin_below = 2 * tokens * rank * 3 * width  # of A in the lowest block's three first layers
@@ -131,9 +150,13 @@ def test_a_block_saves_what_autograd_keeps(base, dtype, config):
     base, saved = {**base, "hidden_size": 256, "intermediate_size": 512}, []
     for layers in (2, 3):
         model = real({**base, "num_hidden_layers": layers}, dtype, **config)
-        states = model.base_model(input_ids=torch.zeros(4, 128, dtype=torch.long), use_cache=False)[0]
+        states = model.base_model(input_ids=torch.zeros(4, 128, dtype=torch.long), use_cache=False)[
+            0
+        ]
         own = set(storages([*model.parameters(), *model.buffers()]))
-        saved.append(sum(size for place, size in storages(kept(states)).items() if place not in own))
+        saved.append(
+            sum(size for place, size in storages(kept(states)).items() if place not in own)
+        )
     step = count.count_step(countable({**base, "num_hidden_layers": 3}, dtype, **config), 4, 128)
     assert step.blocks[-1].cost.saved == pytest.approx(saved[1] - saved[0], rel=0.03)
 
@@ -147,10 +170,15 @@ def test_blocks_below_the_lowest_adapter_keep_nothing():
 
 @pytest.mark.parametrize("config", [{}, {"layers": [-1]}], ids=["all", "the last"])
 def test_few_blocks_cost_what_each_of_many_does(config):
-    """transformers runs as many blocks as the config says, also where one stands twice to see what it costs."""
+    """transformers runs as many blocks as the config says, also where one stands twice to see what
+    it costs."""
     one, two, three, four = (count.count_step(countable({**LLAMA, "num_hidden_layers": n}, **config), 2, 16).whole
                              for n in (1, 2, 3, 4))  # fmt: skip
-    assert two.forward.total() - one.forward.total() == four.forward.total() - three.forward.total() > 0
+    assert (
+        two.forward.total() - one.forward.total()
+        == four.forward.total() - three.forward.total()
+        > 0
+    )
     assert three.saved - two.saved == four.saved - three.saved
     assert (four.saved > three.saved) is not bool(config)
 
@@ -166,14 +194,18 @@ def test_checkpointing_trades_activations_for_a_forward_pass():
 
 def test_the_loss_is_counted_as_it_is_computed():
     assert count.ROWS == loss.CHUNK
-    few, all_ = (count.count_step(countable(LLAMA), 2, 256, labelled=share).whole for share in (0.25, 1.0))
+    few, all_ = (
+        count.count_step(countable(LLAMA), 2, 256, labelled=share).whole for share in (0.25, 1.0)
+    )
     assert operations(all_.forward) - operations(few.forward) == 2 * 2 * 64 * 300 * 384
 
 
 MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 300}
 
 
-@pytest.mark.parametrize(("base", "dtype"), [(MIXED, torch.float32), (MPT, torch.bfloat16)], ids=["qwen3_moe", "mpt"])
+@pytest.mark.parametrize(
+    ("base", "dtype"), [(MIXED, torch.float32), (MPT, torch.bfloat16)], ids=["qwen3_moe", "mpt"]
+)
 def test_a_model_that_cannot_be_counted_is_refused(base, dtype):
     """Whatever its code raises on tensors that it does not expect: mpt's an AttributeError."""
     with pytest.raises(ConfigError, match="which cannot run without numbers"):
@@ -181,7 +213,8 @@ def test_a_model_that_cannot_be_counted_is_refused(base, dtype):
 
 
 @pytest.mark.parametrize(
-    ("base", "why"), [(MPT, "cannot run without numbers"), ({"model_type": "vit", **TINY_VIT}, "reads no tokens")]
+    ("base", "why"),
+    [(MPT, "cannot run without numbers"), ({"model_type": "vit", **TINY_VIT}, "reads no tokens")],
 )
 def test_a_run_is_told_why_its_activations_are_not_counted(base, why):
     model = AutoModel.from_config(AutoConfig.for_model(**base))
@@ -219,7 +252,9 @@ def test_runs_at_once_hold_the_rows_of_all_that_share_a_forward():
     alone, _ = memory.predict(model, SETTINGS.model_copy(update={"batch_size": 6}), 192, 96)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model = real(LLAMA, rank=2)
-    parameters = {"default": [parameter for parameter in model.parameters() if parameter.requires_grad]}
+    parameters = {
+        "default": [parameter for parameter in model.parameters() if parameter.requires_grad]
+    }
     for name in "bc":
         parameters[name] = veneer.attach(model, veneer.LoraConfig(rank=2), name).parameters()
     numbers = sum(parameter.numel() for parameter in own)
@@ -242,7 +277,9 @@ def test_the_blocks_are_those_of_the_text():
     seeing = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32,
               "image_size": 28, "patch_size": 14}  # fmt: skip
     model = AutoModelForImageTextToText.from_config(
-        AutoConfig.for_model("gemma3", text_config=fields, vision_config=seeing, mm_tokens_per_image=4)
+        AutoConfig.for_model(
+            "gemma3", text_config=fields, vision_config=seeing, mm_tokens_per_image=4
+        )
     )
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["re:.*language_model.*q_proj"]))
     step = memory.step_of(model, 2, 16, 1.0)
@@ -250,7 +287,8 @@ def test_the_blocks_are_those_of_the_text():
     assert step.checkpointed.saved < step.whole.saved
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -281,7 +319,9 @@ def test_gradients_of_one_pass_come_as_its_activations_go():
         assert once["gradients"] == max(0, own - held)
         assert twice["gradients"] == own
     sent = planner.plan(Run(2, 2), "ddp", 2).memory  # beside them, in float32
-    assert sent["gradients"] == own + 4 * planner.trainable - sent["activations"] - sent["workspace"]
+    assert (
+        sent["gradients"] == own + 4 * planner.trainable - sent["activations"] - sent["workspace"]
+    )
 
 
 def test_stacks_of_experts_are_not_packed():
@@ -290,7 +330,8 @@ def test_stacks_of_experts_are_not_packed():
     assert memory.to_be_packed(model, "nf4")[0] > experts > 0
 
 
-# ---- several devices ------------------------------------------------------------------------------------------------
+# ---- several devices
+# ------------------------------------------------------------------------------------------------
 
 
 def test_several_devices_share_the_rows_of_a_step():
@@ -301,8 +342,12 @@ def test_several_devices_share_the_rows_of_a_step():
         for devices, rows in zip((1, 2, 3), shares, strict=False):
             planned = planner.plan(run, strategy, devices)
             assert planned.tokens == 12 * 32
-            assert planned.run.batch * planned.run.accumulate == (12 if strategy == "tp" else 12 // devices)
-            assert planned.run.batch == (min(rows, 4) if strategy == "tp" else {1: 4, 2: 3, 3: 4}[devices])
+            assert planned.run.batch * planned.run.accumulate == (
+                12 if strategy == "tp" else 12 // devices
+            )
+            assert planned.run.batch == (
+                min(rows, 4) if strategy == "tp" else {1: 4, 2: 3, 3: 4}[devices]
+            )
     with pytest.raises(ConfigError, match="= 12 examples a step, over 5 processes"):
         planner.plan(run, "ddp", 5)
 
@@ -324,18 +369,25 @@ def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
     block = sum(p.nbytes for p in model.model.layers[0].parameters() if not p.requires_grad)
     root = 2 * planner.total - 3 * block
     assert planned.memory["base"] == 2 * planner.total // 4
-    assert planned.memory["gathered"] in (root, root + 2 * block)  # at the loss, or while blocks run
+    assert planned.memory["gathered"] in (
+        root,
+        root + 2 * block,
+    )  # at the loss, or while blocks run
     held = [planned.memory[name] for name in ("gathered", "activations", "workspace")]
     cost = planner.step(planned.run, chunked=False).whole
     assert sum(held) == root + max(cost.peak_loss, cost.peak_backward + 2 * block)
     assert planned.run.accumulate == 3  # of one row
-    assert planned.sent == round(3 / 4 * (planned.run.accumulate * (2 * 3 * block + root) + 2 * 4 * planner.trainable))
+    assert planned.sent == round(
+        3 / 4 * (planned.run.accumulate * (2 * 3 * block + root) + 2 * 4 * planner.trainable)
+    )
 
 
 def test_fsdp_has_the_logits_of_all_rows():
     """Its head cannot be called for some rows alone (`loss._body`)."""
     planner = Planner(countable({**LLAMA, "vocab_size": 3000}))
-    ddp, fsdp = (planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp"))
+    ddp, fsdp = (
+        planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp")
+    )
     assert fsdp - ddp >= (512 - count.ROWS) * 3000 * (2 + 4)
 
 
@@ -377,11 +429,14 @@ def test_tp_cuts_experts_too():
 def test_what_cannot_be_planned_is_said(base, strategy, devices, found):
     run = Run(8, 16, quantize=base.get("quantize"))
     with pytest.raises(ConfigError, match=found):
-        Planner(countable({name: base[name] for name in base if name != "quantize"})).plan(run, strategy, devices)
+        Planner(countable({name: base[name] for name in base if name != "quantize"})).plan(
+            run, strategy, devices
+        )
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch": 0}, {"length": 0}, {"accumulate": 0}, {"labelled": 0.0}, {"quantize": "nf5"}]
+    "wrong",
+    [{"batch": 0}, {"length": 0}, {"accumulate": 0}, {"labelled": 0.0}, {"quantize": "nf5"}],
 )
 def test_a_run_is_checked(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -396,7 +451,8 @@ def test_a_plan_leaves_out_what_cannot_be():
     assert "4 devices, and 2 heads" in left_out[1]
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------
+# ---- time
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_time_is_that_of_each_call_at_its_limit():
@@ -404,9 +460,13 @@ def test_time_is_that_of_each_call_at_its_limit():
     large, tiny = (10**12, 10**6, False), (10, 10, True)
     assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PRODUCTS * 989e12))
     assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH)
-    assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(10**12 / (PRODUCTS * 67e12))
+    assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(
+        10**12 / (PRODUCTS * 67e12)
+    )
     assert on.sending(10**9, 8) == pytest.approx(10**9 / (LINKS * 450e9))
-    assert on.sending(10**9, 16) == pytest.approx(10**9 / (LINKS * 400e9))  # eight adapters, of 50 GB/s each
+    assert on.sending(10**9, 16) == pytest.approx(
+        10**9 / (LINKS * 400e9)
+    )  # eight adapters, of 50 GB/s each
 
 
 @pytest.mark.parametrize("one", KNOWN.values(), ids=KNOWN)
@@ -431,12 +491,17 @@ def test_what_is_recommended_fits():
     planner, on = Planner(countable(LLAMA)), hardware("h100")
     assert recommend(planner, Run(1, 32), (1, 2), ("ddp",), on).startswith("one h100: ")
     most, less = (planner.plan(Run(8, 128, checkpointing=how)).total for how in (False, True))
-    small, none = (replace(on, name="small", memory=CONTEXT + size) for size in ((most + less) / 2, 1e4))
-    assert "with activation checkpointing: " in recommend(planner, Run(8, 128), (1,), ("ddp",), small)
+    small, none = (
+        replace(on, name="small", memory=CONTEXT + size) for size in ((most + less) / 2, 1e4)
+    )
+    assert "with activation checkpointing: " in recommend(
+        planner, Run(8, 128), (1,), ("ddp",), small
+    )
     assert "nothing fits" in recommend(planner, Run(8, 128), (1, 2), ("ddp", "fsdp"), none)
 
 
-# ---- serving --------------------------------------------------------------------------------------------------------
+# ---- serving
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [LLAMA, DEEPSEEK, GEMMA], ids=["llama", "deepseek_v3", "gemma3"])
@@ -471,7 +536,8 @@ def test_a_load_is_checked():
         Load(requests=0)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -484,14 +550,18 @@ def config(tmp_path: Path) -> Path:
 def said(*arguments: Any) -> Any:
     from veneer.cli.commands import app
 
-    done = CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    done = CliRunner().invoke(
+        app, ["plan", *map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"}
+    )
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.stdout
 
 
 def test_the_command_plans_from_a_config_alone(config: Path, tmp_path: Path):
-    found = json.loads(said("--base", config, "--rank", 2, "--seq", 64, "--batch", 2, "--devices", 3, "--json"))
+    found = json.loads(
+        said("--base", config, "--rank", 2, "--seq", 64, "--batch", 2, "--devices", 3, "--json")
+    )
     assert found["trainable"] == Planner(countable(LLAMA, rank=2)).trainable
     assert [(one["devices"], one["strategy"]) for one in found["plans"]] == [
         (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "tp"),
@@ -524,7 +594,9 @@ def test_the_command_plans_a_service(config: Path):
     ],
 )
 def test_errors_say_what_to_do(config: Path, arguments: list[str], message: str, capfd: Any):
-    assert command_line(["plan", *(str(config) if one == "CONFIG" else one for one in arguments)]) == 2
+    assert (
+        command_line(["plan", *(str(config) if one == "CONFIG" else one for one in arguments)]) == 2
+    )
     assert message in capfd.readouterr().err
 
 
@@ -534,7 +606,9 @@ def test_another_task_is_refused(config: Path, tmp_path: Path, capfd: Any):
     assert "task dpo" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("fields", [{"model_type": "no-such"}, {}, {"model_type": "llama", "num_hidden_layers": "x"}])
+@pytest.mark.parametrize(
+    "fields", [{"model_type": "no-such"}, {}, {"model_type": "llama", "num_hidden_layers": "x"}]
+)
 def test_a_config_of_no_model_is_refused(fields: dict[str, Any], tmp_path: Path):
     (tmp_path / "c.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError):

@@ -56,8 +56,13 @@ class Signals(TrainerCallback):
 
 
 def test_sigterm_may_come_twice(make: Callable[..., Any]) -> None:
-    """Slurm sends it to every process of a job step, and torchrun, which gets it too, to those that it started."""
-    stopped = fit(make("run", save_every=1000), callbacks=[Signals(signal.SIGTERM, signal.SIGTERM)], quiet=True)
+    """Slurm sends it to every process of a job step, and torchrun, which gets it too, to those that
+    it started."""
+    stopped = fit(
+        make("run", save_every=1000),
+        callbacks=[Signals(signal.SIGTERM, signal.SIGTERM)],
+        quiet=True,
+    )
     assert stopped.interrupted
     assert stopped.steps == 2
     assert stopped.checkpoint is not None
@@ -70,8 +75,14 @@ def test_ctrl_c_after_that_stops_at_once(make: Callable[..., Any]) -> None:
 
 
 def launched(port: int, world: int = 2, **told: str) -> str:
-    """Code that sees the environment of a process that torchrun has started, with a store at this port."""
-    fields = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **told}
+    """Code that sees the environment of a process that torchrun has started, with a store at this
+    port."""
+    fields = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **told,
+    }
     return f"import os\nos.environ.update({fields!r}, RANK=str(rank), LOCAL_RANK=str(rank))\n"
 
 
@@ -91,7 +102,9 @@ def test_processes_whose_launcher_is_gone_end(make: Callable[..., Any], tmp_path
     gone += "    os.getppid = lambda: parent if self.state.global_step < 3 else 1\n"
     gone += "    return step(self, *args, **kwargs)\nTrainer.training_step = orphaned\n"
     config = make("run", save_every=1000)
-    assert "the launcher of this process is gone" in ended(train(config, tmp_path, 2, before=gone), 1, 2)
+    assert "the launcher of this process is gone" in ended(
+        train(config, tmp_path, 2, before=gone), 1, 2
+    )
     assert len(checkpoint.read_log(config.output)) == 3
 
 
@@ -105,5 +118,7 @@ def test_a_run_that_is_finished_is_not_refused_where_a_process_failed_later(
     config = make("run", max_steps=2, save_every=1000, eval_every=1000)
     again = launched(store.port)
     ended(train(config, tmp_path, 2, before=again + failing), 0, -signal.SIGKILL)
-    assert f"The run in {config.output} is finished." in ended(train(config, tmp_path, 2, before=again))
+    assert f"The run in {config.output} is finished." in ended(
+        train(config, tmp_path, 2, before=again)
+    )
     assert "holds a finished run" in ended(train(config, tmp_path, 2), 2)

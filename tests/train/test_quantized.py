@@ -1,4 +1,5 @@
-"""A base that is quantised as it is loaded: what it computes with, what it proves, a run on it, what that takes."""
+"""A base that is quantised as it is loaded: what it computes with, what it proves, a run on it,
+what that takes."""
 
 from __future__ import annotations
 
@@ -55,10 +56,16 @@ def packed(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_linear_layers_are_packed_the_head_is_not_and_each_weight_knows_its_file(wide: Path, kind: str) -> None:
+def test_linear_layers_are_packed_the_head_is_not_and_each_weight_knows_its_file(
+    wide: Path, kind: str
+) -> None:
     model, plain = load(wide, kind), load(wide, None)
     dense, sources = packed(model), quantize.sources_of(model)
-    linear = {f"{name}.weight" for name, module in plain.named_modules() if type(module) is torch.nn.Linear}
+    linear = {
+        f"{name}.weight"
+        for name, module in plain.named_modules()
+        if type(module) is torch.nn.Linear
+    }
     assert dense.keys() == linear - {"lm_head.weight"}
     assert type(model.lm_head) is torch.nn.Linear
     assert not model.training
@@ -70,7 +77,9 @@ def test_linear_layers_are_packed_the_head_is_not_and_each_weight_knows_its_file
         assert prints[name] == fingerprint(plain.get_parameter(name))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what a process has mapped")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="Linux says what a process has mapped"
+)
 def test_no_weight_lies_in_the_files_that_were_packed(wide: Path) -> None:
     model = load(wide)
     assert str(wide) not in Path("/proc/self/maps").read_text()
@@ -87,7 +96,8 @@ def test_products_are_in_the_precision_and_scales_are_quantised_too(wide: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_leaves_the_base_as_it_was(wide: Path, kind: str) -> None:
-    """bitsandbytes repacks 4-bit weights in the first call on some processors, and rounds their scales for good."""
+    """bitsandbytes repacks 4-bit weights in the first call on some processors, and rounds their
+    scales for good."""
     model = load(wide, kind, "bf16")
     before = packed(load(wide, kind, "bf16"))
     with torch.no_grad():
@@ -143,19 +153,25 @@ class StopAt7(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_resumed_run_ends_at_the_same_losses(run: Any, wide: Path, make: Callable[..., Any]) -> None:
+def test_a_resumed_run_ends_at_the_same_losses(
+    run: Any, wide: Path, make: Callable[..., Any]
+) -> None:
     stopped = fit(make(base=str(wide), quantize="nf4", epochs=2), callbacks=[StopAt7()], quiet=True)
     assert stopped.interrupted
     assert fit(make(base=str(wide), quantize="nf4", epochs=2), quiet=True).losses == run.losses
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_an_adapter_trained_on_nf4_proves_its_base_in_every_precision(run: Any, wide: Path, kind: str | None) -> None:
+def test_an_adapter_trained_on_nf4_proves_its_base_in_every_precision(
+    run: Any, wide: Path, kind: str | None
+) -> None:
     veneer.load(load(wide, kind), run.adapter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_the_dense_base_proves_a_quantised_one(wide: Path, tmp_path: Path, kind: str) -> None:
+def test_an_adapter_of_the_dense_base_proves_a_quantised_one(
+    wide: Path, tmp_path: Path, kind: str
+) -> None:
     veneer.attach(load(wide, None), veneer.LoraConfig(rank=2, exclude=["mlp"])).save(tmp_path / "a")
     veneer.load(load(wide, kind), tmp_path / "a")
 
@@ -174,14 +190,18 @@ def test_a_weight_that_changed_since_it_was_loaded_is_not_the_files(run: Any, wi
         veneer.load(model, run.adapter)
 
 
-def test_what_was_merged_and_unmerged_is_the_base_again(run: Any, wide: Path, tmp_path: Path) -> None:
+def test_what_was_merged_and_unmerged_is_the_base_again(
+    run: Any, wide: Path, tmp_path: Path
+) -> None:
     model = load(wide)
     handle = veneer.load(model, run.adapter)
     handle.merge()
     handle.save(tmp_path / "while-merged")
     handle.unmerge()
     handle.save(tmp_path / "after")
-    said = [veneer.adapter_files.read(path).metadata["base"]["weights"] for path in tmp_path.iterdir()]
+    said = [
+        veneer.adapter_files.read(path).metadata["base"]["weights"] for path in tmp_path.iterdir()
+    ]
     assert said == [veneer.adapter_files.read(run.adapter).metadata["base"]["weights"]] * 2
 
 
@@ -197,10 +217,14 @@ def test_it_merges_into_the_16_bit_files(run: Any, wide: Path, tmp_path: Path) -
         assert torch.equal(merged.get_submodule(path).weight, wanted.float())
 
 
-def test_a_model_that_its_owner_quantised_proves_what_it_computes_with(wide: Path, tmp_path: Path) -> None:
+def test_a_model_that_its_owner_quantised_proves_what_it_computes_with(
+    wide: Path, tmp_path: Path
+) -> None:
     config = quantize.quantizer("nf4", torch.float32)
     with models.quiet():
-        own = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32, quantization_config=config)
+        own = AutoModelForCausalLM.from_pretrained(
+            wide, dtype=torch.float32, quantization_config=config
+        )
     veneer.attach(own, veneer.LoraConfig(rank=2)).save(tmp_path / "a")
     assert veneer.adapter_files.read(tmp_path / "a").metadata["base"]["quantized"] == {
         "by": "bitsandbytes", "as": "nf4",
@@ -210,7 +234,8 @@ def test_a_model_that_its_owner_quantised_proves_what_it_computes_with(wide: Pat
         veneer.load(load(wide, None), tmp_path / "a")
 
 
-# ---- what cannot be -------------------------------------------------------------------------------------------------
+# ---- what cannot be
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +249,9 @@ def test_a_model_that_its_owner_quantised_proves_what_it_computes_with(wide: Pat
         ({"quantize": "nf3"}, "nf4, fp4 or int8"),
     ],
 )
-def test_what_cannot_be_loaded_so_is_one_clear_error(wide: Path, options: Any, message: str) -> None:
+def test_what_cannot_be_loaded_so_is_one_clear_error(
+    wide: Path, options: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         models.load_base(wide, **options)
 
@@ -256,7 +283,9 @@ def test_a_map_that_is_the_processor_is_no_gpu(monkeypatch: pytest.MonkeyPatch, 
         arguments.arguments_of(config, Path("out"), None)  # type: ignore[arg-type]
 
 
-def test_without_bitsandbytes_it_says_what_to_install(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_it_says_what_to_install(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         load(wide)
@@ -282,21 +311,32 @@ def test_activations_of_the_processor_are_not_offloaded(make: Callable[..., Any]
 
 
 def test_a_device_map_of_one_device_trains_to_the_same_losses(make: Callable[..., Any]) -> None:
-    losses = [fit(make(f"run-{where}", max_steps=3, device_map=where), quiet=True).losses for where in (None, "auto")]
+    losses = [
+        fit(make(f"run-{where}", max_steps=3, device_map=where), quiet=True).losses
+        for where in (None, "auto")
+    ]
     assert losses[0] == losses[1]
 
 
-# ---- what it takes --------------------------------------------------------------------------------------------------
+# ---- what it takes
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_memory_of_packed_weights_is_what_they_take(wide: Path) -> None:
     numbers = {name: p.numel() for name, p in load(wide, None).named_parameters()}
     linear = {name: count for name, count in numbers.items() if "_proj" in name}
     other = 2 * (sum(numbers.values()) - sum(linear.values()))
-    rows = {name: module.out_features for name, module in load(wide, None).named_modules() if "_proj" in name}
+    rows = {
+        name: module.out_features
+        for name, module in load(wide, None).named_modules()
+        if "_proj" in name
+    }
     int8 = sum(linear.values()) + 4 * sum(rows.values()) + other
-    # half a byte a number, a byte for 64 of them, a float32 for 256 of these, a table and an offset each
-    nf4 = other + sum(n / 2 + n / 64 + 4 * math.ceil(n / 64 / 256) + 4 * 257 for n in linear.values())
+    # half a byte a number, a byte for 64 of them, a float32 for 256 of these, a table and an offset
+    # each
+    nf4 = other + sum(
+        n / 2 + n / 64 + 4 * math.ceil(n / 64 / 256) + 4 * 257 for n in linear.values()
+    )
     for kind, wanted in (("int8", int8), ("nf4", nf4)):
         model = load(wide, kind, "bf16").requires_grad_(False)
         assert memory.weights(model) == (wanted, 2 * max(linear.values()))
@@ -308,7 +348,9 @@ def test_the_memory_of_packed_weights_is_what_they_take(wide: Path) -> None:
         assert memory.to_be_packed(plain, kind) == (wanted, 2 * max(linear.values()))
 
 
-def test_what_a_step_on_packed_weights_holds_is_counted(wide: Path, make: Callable[..., Any]) -> None:
+def test_what_a_step_on_packed_weights_holds_is_counted(
+    wide: Path, make: Callable[..., Any]
+) -> None:
     models = [load(wide, kind, "bf16") for kind in (None, "nf4")]
     for model in models:
         veneer.attach(model, veneer.LoraConfig(rank=4))
@@ -340,10 +382,14 @@ def test_the_memory_of_an_optimiser_is_what_it_keeps(make: Callable[..., Any], n
         for key, value in state.items()
         if torch.is_tensor(value) and value.numel() > 1 and not key.startswith("qmap")
     )
-    assert sum(memory.states(p, config.optimiser) for p in trained) == pytest.approx(found, rel=0.001)
+    assert sum(memory.states(p, config.optimiser) for p in trained) == pytest.approx(
+        found, rel=0.001
+    )
 
 
-def test_the_memory_of_offloaded_activations_is_counted_elsewhere(wide: Path, make: Callable[..., Any]) -> None:
+def test_the_memory_of_offloaded_activations_is_counted_elsewhere(
+    wide: Path, make: Callable[..., Any]
+) -> None:
     model = load(wide, None)
     veneer.attach(model, veneer.LoraConfig(rank=4))
     parts, elsewhere = memory.predict(model, make(), 64, 8)

@@ -32,7 +32,8 @@ Make = Callable[..., Any]
 
 
 class Driver:
-    """`veneer train run.yaml --launcher ray --workers 2`, given in the folder of run.yaml, on a Ray of its own."""
+    """`veneer train run.yaml --launcher ray --workers 2`, given in the folder of run.yaml, on a Ray
+    of its own."""
 
     def __init__(self, config: Any, folder: Path, temporary: Path, *flags: str) -> None:
         file = folder / f"{config.output.name}.yaml"
@@ -67,7 +68,9 @@ class Driver:
         import psutil
 
         return [
-            one for one in psutil.Process(self.process.pid).children(recursive=True) if "RayTrainWorker" in one.name()
+            one
+            for one in psutil.Process(self.process.pid).children(recursive=True)
+            if "RayTrainWorker" in one.name()
         ]
 
     def wait(self) -> int:
@@ -75,12 +78,16 @@ class Driver:
 
 
 @pytest.fixture
-def run_on_ray(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Driver]]:
+def run_on_ray(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Driver]]:
     """`run_on_ray(config)`: starts a `Driver`, which does not outlive the test."""
     import tempfile
 
     drivers: list[Driver] = []
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temporary:  # a socket's path is short
+    with tempfile.TemporaryDirectory(
+        prefix="ray", ignore_cleanup_errors=True
+    ) as temporary:  # a socket's path is short
 
         def start(config: Any, *flags: str) -> Driver:
             drivers.append(Driver(config, tmp_path, Path(temporary), *flags))
@@ -121,14 +128,18 @@ def test_without_ray_it_says_what_to_install(
 
 
 def test_two_launchers() -> None:
-    with pytest.raises(ConfigError, match="--launcher ray in 2 processes that another launcher started"):
+    with pytest.raises(
+        ConfigError, match="--launcher ray in 2 processes that another launcher started"
+    ):
         _agree(2, False, False, "ray", 2, None)
 
 
 @pytest.mark.parametrize("asked_at", [4, None])
 def test_a_run_can_be_told_to_stop(make: Make, whole: Any, asked_at: int | None) -> None:
     config, asked = make("stopped"), []
-    stopped = fit(config, quiet=True, stop_order=lambda: asked.append(None) or len(asked) == asked_at)
+    stopped = fit(
+        config, quiet=True, stop_order=lambda: asked.append(None) or len(asked) == asked_at
+    )
     assert stopped.interrupted is (asked_at is not None)
     assert stopped.steps == (asked_at or whole.steps)
     assert len(asked) == stopped.steps
@@ -157,7 +168,8 @@ class ForeignError(Exception):
         super().__init__(f"{one} and {two}")
 
 
-#: what a worker raises, whether Ray is to start again after it, and what the driver raises if it did so in vain
+# : what a worker raises, whether Ray is to start again after it, and what the driver raises if it
+# did so in vain
 ERRORS: dict[str, tuple[Exception, bool, type[Exception]]] = {
     "setting": (ConfigError("no"), False, ConfigError),
     "not finite": (TrainingError("the loss is nan"), False, TrainingError),
@@ -217,7 +229,9 @@ def test_what_is_tried_again(case: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs("ray", "psutil")
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(make: Make, tmp_path: Path, run_on_ray: Callable[..., Driver]) -> None:
+def test_a_worker_that_is_killed_is_replaced(
+    make: Make, tmp_path: Path, run_on_ray: Callable[..., Driver]
+) -> None:
     whole, config = (make(name, **CHANGES) for name in ("whole", "killed"))
     ended(train(whole, tmp_path, 2))
     driver, moments = run_on_ray(config), random.Random(time.time())
@@ -241,7 +255,9 @@ def test_a_worker_that_is_killed_is_replaced(make: Make, tmp_path: Path, run_on_
 
 @needs("ray", "psutil")
 @pytest.mark.slow
-def test_ctrl_c_ends_with_a_checkpoint(make: Make, tmp_path: Path, run_on_ray: Callable[..., Driver]) -> None:
+def test_ctrl_c_ends_with_a_checkpoint(
+    make: Make, tmp_path: Path, run_on_ray: Callable[..., Driver]
+) -> None:
     changes = {**CHANGES, "max_steps": 400, "save_every": 300}
     whole, config = (make(name, **changes) for name in ("whole", "stopped"))
     ended(train(whole, tmp_path, 2))
@@ -249,7 +265,9 @@ def test_ctrl_c_ends_with_a_checkpoint(make: Make, tmp_path: Path, run_on_ray: C
     driver.until(lambda: steps(config.output) >= 10)
     driver.process.send_signal(signal.SIGINT)
     assert driver.wait() == 130, driver.said
-    assert driver.said.count("Stopping after this step") == driver.said.count("Stopped at step") == 1
+    assert (
+        driver.said.count("Stopping after this step") == driver.said.count("Stopped at step") == 1
+    )
     assert "To go on:  veneer train stopped.yaml --launcher ray --workers 2" in driver.said
     assert "Traceback" not in driver.said
     newest = checkpoint.newest(config.output)

@@ -50,7 +50,8 @@ class Count(TrainerCallback):
         self.steps += 1
 
 
-#: what decides which row comes next goes on over the end of an epoch; the others need some steps. The quick suite takes
+# : what decides which row comes next goes on over the end of an epoch; the others need some steps.
+# The quick suite takes
 #: the first and the fifth
 VARIATIONS = {
     "plain": {},
@@ -85,7 +86,9 @@ def test_a_crash_and_a_resume_change_nothing(make: Make, changes: dict[str, Any]
         pytest.param(13, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_leaves_a_checkpoint_of_that_very_step(make: Make, whole: Any, step: int, number: int) -> None:
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(
+    make: Make, whole: Any, step: int, number: int
+) -> None:
     stopped = fit(make("stopped"), callbacks=[StopAfter(step, number)], quiet=True)
     assert stopped.interrupted
     assert stopped.steps == step
@@ -96,16 +99,26 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(make: Make, whole: Any, 
 
 
 def test_early_stopping_survives_a_resume_and_keeps_the_best(make: Make) -> None:
-    changes = {"early_stopping": 2, "eval_every": 2, "save_every": 2, "learning_rate": 0.3, "epochs": 6}
+    changes = {
+        "early_stopping": 2,
+        "eval_every": 2,
+        "save_every": 2,
+        "learning_rate": 0.3,
+        "epochs": 6,
+    }
     whole = fit(make("whole", **changes), quiet=True)
-    assert len(whole.losses) < 54, "the learning rate is meant to be so high that the evaluation gets worse"
+    assert len(whole.losses) < 54, (
+        "the learning rate is meant to be so high that the evaluation gets worse"
+    )
     config = make("broken", **changes)
     with pytest.raises(ZeroDivisionError):
         fit(config, callbacks=[Crash(5)], quiet=True)
     again = fit(config, quiet=True)
     same(again, whole)
     best = min(whole.eval_losses, key=lambda pair: pair[1])[0]
-    kept = load_file(checkpoint.path_of(whole.output, best) / "adapter" / "adapter_model.safetensors")
+    kept = load_file(
+        checkpoint.path_of(whole.output, best) / "adapter" / "adapter_model.safetensors"
+    )
     saved = load_file(whole.adapter / "adapter_model.safetensors")
     assert all(torch.equal(kept[key], saved[key]) for key in kept)
 
@@ -124,7 +137,8 @@ def test_a_half_written_checkpoint_is_never_resumed(make: Make, whole: Any) -> N
 
 
 def test_the_end_is_not_trained_twice(make: Make, whole: Any) -> None:
-    """Killed after the last checkpoint and before the adapter was written: the rest is done, no step more."""
+    """Killed after the last checkpoint and before the adapter was written: the rest is done, no
+    step more."""
     late = fit(make("late"), quiet=True).output
     shutil.rmtree(late / "adapter")
     run = json.loads((late / "run.json").read_text())
@@ -141,7 +155,9 @@ def test_rotation_keeps_what_it_should(make: Make) -> None:
 
 
 def test_checkpoints_hold_the_adapter_and_not_the_base(whole: Any) -> None:
-    names = {path.name for path in checkpoint.path_of(whole.output, 27).rglob("*") if path.is_file()}
+    names = {
+        path.name for path in checkpoint.path_of(whole.output, 27).rglob("*") if path.is_file()
+    }
     assert names == {
         "adapter_model.safetensors", "adapter_config.json", "veneer.json", "README.md", "optimizer.pt", "scheduler.pt",
         "rng_state.pth", "trainer_state.json",
@@ -173,7 +189,9 @@ def test_a_run_that_began_before_a_setting_existed_had_its_default(make: Make, w
     lacking = {"task", "columns", "dropout", "early_stopping", "reward"}
     older = {name: value for name, value in run["config"].items() if name not in lacking}
     record.write_text(json.dumps({**run, "config": older}))
-    with pytest.raises(ConfigError, match=r"another configuration\.\n  dropout: was 0\.0, is 0\.1\nExpected"):
+    with pytest.raises(
+        ConfigError, match=r"another configuration\.\n  dropout: was 0\.0, is 0\.1\nExpected"
+    ):
         fit(config, quiet=True)
     record.write_text(json.dumps({**run, "config": {**older, "dropout": 0.1}}))
     same(fit(config, quiet=True), whole)
@@ -188,12 +206,18 @@ def test_overwrite_resumes_what_can_be_resumed(make: Make, whole: Any) -> None:
     assert counter.steps == len(whole.losses) - 10
     with pytest.raises(ZeroDivisionError):
         fit(make("new"), callbacks=[Crash(12)], quiet=True)
-    same(fit(make("new", overwrite=True, resume=False), quiet=True, callbacks=[counter := Count()]), whole)
+    same(
+        fit(make("new", overwrite=True, resume=False), quiet=True, callbacks=[counter := Count()]),
+        whole,
+    )
     assert counter.steps == len(whole.losses)
 
 
-def test_a_kill_while_a_run_is_removed_leaves_none(make: Make, whole: Any, monkeypatch: Any) -> None:
-    """Neither a finished one that lacks its adapter, nor an unfinished one with half of a checkpoint."""
+def test_a_kill_while_a_run_is_removed_leaves_none(
+    make: Make, whole: Any, monkeypatch: Any
+) -> None:
+    """Neither a finished one that lacks its adapter, nor an unfinished one with half of a
+    checkpoint."""
 
     def dies(*paths: Path) -> None:
         for path in paths:
@@ -222,11 +246,13 @@ def test_a_finished_run_is_not_overwritten_unasked(make: Make) -> None:
         fit(make("new", resume=True), quiet=True)
 
 
-# ---------------------------------------------------------------------------------------------- a process, killed
+# ---------------------------------------------------------------------------------------------- a
+# process, killed
 
 
 def killed_run(make: Make, folder: Path, kills: int, seed: int, epochs: int) -> None:
-    """Killed so often at random moments of a run of 9 steps an epoch, of which the last ten are left to it."""
+    """Killed so often at random moments of a run of 9 steps an epoch, of which the last ten are
+    left to it."""
     changes = {"epochs": epochs, "save_every": 7, "eval_every": 50, "max_length": 64}
     end = 9 * epochs - 10
     torch.set_num_threads(1)  # as the processes have: another number may round another way
@@ -282,11 +308,16 @@ def test_a_resume_says_which_versions_differ(make: Make) -> None:
     said = []
     for recorded in ({}, {"torch": "2.0.0", "veneer": "0.0.1"}):
         with pytest.raises(ZeroDivisionError):
-            fit(make("run", save_every=2, overwrite=True, resume=False), callbacks=[Crash(5)], quiet=True)
+            fit(
+                make("run", save_every=2, overwrite=True, resume=False),
+                callbacks=[Crash(5)],
+                quiet=True,
+            )
         record = checkpoint.read_json(make("run").output / checkpoint.RUN)
         assert {"veneer", "torch", "transformers"} <= record["versions"].keys()
         checkpoint.write_json(
-            make("run").output / checkpoint.RUN, {**record, "versions": {**record["versions"], **recorded}}
+            make("run").output / checkpoint.RUN,
+            {**record, "versions": {**record["versions"], **recorded}},
         )
         shown = io.StringIO()
         fit(make("run", save_every=2), console=Console(file=shown, width=200))

@@ -43,7 +43,9 @@ def attach(base: Path) -> Any:
     return veneer.attach(model, veneer.LoraConfig(rank=4))
 
 
-def plain_loop(base: Path, rows: Path, grouped: bool = True) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_loop(
+    base: Path, rows: Path, grouped: bool = True
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     handle = attach(base)
     optimiser = torch.optim.AdamW(handle.parameters(), lr=RATE, weight_decay=0.0)
     found, losses = examples(rows), []
@@ -58,10 +60,17 @@ def plain_loop(base: Path, rows: Path, grouped: bool = True) -> tuple[list[float
     return losses, numbers(handle)
 
 
-def plain_trainer(base: Path, rows: Path, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """transformers' own Trainer with the model's own loss; the examples are laid out in the order of our batches."""
+def plain_trainer(
+    base: Path, rows: Path, folder: Path
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """transformers' own Trainer with the model's own loss; the examples are laid out in the order
+    of our batches."""
     handle, found = attach(base), examples(rows)
-    laid = [{"input_ids": found.input_ids[i], "labels": found.labels[i]} for batch in order(rows) for i in batch]
+    laid = [
+        {"input_ids": found.input_ids[i], "labels": found.labels[i]}
+        for batch in order(rows)
+        for i in batch
+    ]
 
     def collator(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids, labels = [row["input_ids"] for row in batch], [row["labels"] for row in batch]
@@ -73,7 +82,9 @@ def plain_trainer(base: Path, rows: Path, folder: Path) -> tuple[list[float], di
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", remove_unused_columns=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Trainer(model=handle.model, args=arguments, train_dataset=laid, data_collator=collator)  # type: ignore[arg-type]
+    trainer = Trainer(
+        model=handle.model, args=arguments, train_dataset=laid, data_collator=collator
+    )  # type: ignore[arg-type]
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line], numbers(handle)
 
@@ -82,7 +93,9 @@ def numbers(handle: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in handle.named_parameters()}
 
 
-def test_three_ways_one_adapter(base: Path, rows: Path, make: Callable[..., Any], tmp_path: Path) -> None:
+def test_three_ways_one_adapter(
+    base: Path, rows: Path, make: Callable[..., Any], tmp_path: Path
+) -> None:
     run = fit(
         make("run", data=str(rows), max_steps=STEPS, batch_size=BATCH, learning_rate=RATE, schedule="constant",
              warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch"),
@@ -98,7 +111,9 @@ def test_three_ways_one_adapter(base: Path, rows: Path, make: Callable[..., Any]
     assert min(moved) > 1e-3, "every B has left zero"
 
 
-def test_rows_by_chance_are_those_of_a_plain_loop(base: Path, rows: Path, make: Callable[..., Any]) -> None:
+def test_rows_by_chance_are_those_of_a_plain_loop(
+    base: Path, rows: Path, make: Callable[..., Any]
+) -> None:
     run = fit(
         make("run", data=str(rows), max_steps=STEPS, batch_size=BATCH, learning_rate=RATE, schedule="constant",
              warmup=0.0, dropout=0.0, eval_fraction=0.0, optimiser="adamw_torch", group_by_length=False),
@@ -106,7 +121,9 @@ def test_rows_by_chance_are_those_of_a_plain_loop(base: Path, rows: Path, make: 
     )  # fmt: skip
     losses, _ = plain_loop(base, rows, grouped=False)
     assert losses == pytest.approx(run.losses, rel=2e-4)
-    assert sorted(row for batch in order(rows, False) for row in batch) == [*range(len(examples(rows)))]
+    assert sorted(row for batch in order(rows, False) for row in batch) == [
+        *range(len(examples(rows)))
+    ]
     assert order(rows, False) != order(rows)
 
 
@@ -116,7 +133,9 @@ def test_a_run_learns_and_its_evaluation_is_a_mean_over_tokens(make: Callable[..
     _, held_rows = split(data.read(make("run").data), 0.1, seed=0)
     found = tokens.tokenise(held_rows, run.tokenizer, max_length=256)
     for size in (1, 3):  # whatever the batch size
-        assert evaluate(run.model, found, batch_size=size).loss == pytest.approx(run.eval_losses[-1][1], rel=1e-5)
+        assert evaluate(run.model, found, batch_size=size).loss == pytest.approx(
+            run.eval_losses[-1][1], rel=1e-5
+        )
 
 
 def test_packing_keeps_examples_apart(base: Path, rows: Path) -> None:
@@ -135,6 +154,8 @@ def test_packing_keeps_examples_apart(base: Path, rows: Path) -> None:
     )
 
 
-def test_a_packed_run_says_what_a_step_has(make: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_packed_run_says_what_a_step_has(
+    make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(make("run", packing=True, max_length=64, batch_size=2, max_steps=1, eval_every=None))
     assert "Steps    1 of 2 packed rows, of at most 64 tokens\n" in capsys.readouterr().err

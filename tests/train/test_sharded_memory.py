@@ -1,4 +1,5 @@
-"""A base that one process may not hold: loaded, trained and merged by processes that each hold a share of it."""
+"""A base that one process may not hold: loaded, trained and merged by processes that each hold a
+share of it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,10 @@ from tests.train.conftest import config_of
 BLOCK, COUNT = 4 * (4 * 512**2 + 3 * 512 * 1408 + 2 * 512), 24
 FULL = BLOCK * COUNT
 
-#: Limits the memory that a process may take from here on, and tells the most that it held beyond what it had. glibc
-#: would keep freed tensors of these sizes for later ones (those of large bases it gives back): it is told not to.
+# : Limits the memory that a process may take from here on, and tells the most that it held beyond
+# what it had. glibc
+# : would keep freed tensors of these sizes for later ones (those of large bases it gives back): it
+# is told not to.
 LIMITED = """
 import ctypes, json, resource
 import torch.distributed.fsdp
@@ -47,8 +50,14 @@ def base_of(folder: Path, width: int, inner: int) -> Path:
     """A Llama of ``COUNT`` blocks with random weights."""
     from transformers import LlamaForCausalLM
 
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"]}
-    config = tiny_config(hidden_size=width, intermediate_size=inner, num_hidden_layers=COUNT, **heads)
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    config = tiny_config(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=COUNT, **heads
+    )
     config.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
@@ -71,13 +80,18 @@ def test_a_process_holds_its_share_and_a_block(rows: Path, tmp_path: Path) -> No
 
     def config(base: Path, name: str) -> Any:
         short = {"max_steps": 3, "save_every": 3, "eval_every": 3, "rank": 2, "targets": ["q_proj"]}
-        few = {"batch_size": 2, "activation_checkpointing": True}  # activations are no part of what is bounded
+        few = {
+            "batch_size": 2,
+            "activation_checkpointing": True,
+        }  # activations are no part of what is bounded
         return config_of(base, rows, tmp_path / name, parallel="fsdp", **short, **few)
 
     def before(load: str = "sharding.load") -> str:
         return LIMITED.format(limit=limit, load=load)
 
-    own = peaks(ended(train(config(small, "of-small"), tmp_path, 2, before=before())))  # of imports, buffers, …
+    own = peaks(
+        ended(train(config(small, "of-small"), tmp_path, 2, before=before()))
+    )  # of imports, buffers, …
     held = peaks(ended(train(config(large, "of-large"), tmp_path, 2, before=before())))
     assert len(own) == len(held) == 2
     for here, other in zip(held, own, strict=True):

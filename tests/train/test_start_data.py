@@ -23,12 +23,16 @@ class AtStart(TrainerCallback):
     def __init__(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.found = adapter_of(model)
 
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
-    return {key: value.detach().clone() for key, value in model.state_dict().items() if "veneer" in key}
+    return {
+        key: value.detach().clone() for key, value in model.state_dict().items() if "veneer" in key
+    }
 
 
 @pytest.mark.parametrize("variant", ["eva", "corda", "lora_ga"])
@@ -45,7 +49,8 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
     task.open()
     rows = task.prepare().train
     batches = [
-        {"input_ids": torch.tensor([rows.input_ids[i]]), "labels": torch.tensor([rows.labels[i]])} for i in range(5)
+        {"input_ids": torch.tensor([rows.input_ids[i]]), "labels": torch.tensor([rows.labels[i]])}
+        for i in range(5)
     ]
     torch.manual_seed(config.seed)
     lora = veneer.LoraConfig(rank=4, variant=variant, targets=["q_proj", "down_proj"], dropout=0.1)
@@ -57,7 +62,9 @@ def test_a_run_starts_where_attach_starts_with_the_first_rows(
 
 
 def test_rows_of_which_nothing_is_learnt_are_passed_by(make: Callable[..., Any]) -> None:
-    examples = start_data.Examples([[1, 2, 3], [4, 5, 6]], [[1, -100, -100], [-100, 5, 6]], [0, 1], 0, 0)
+    examples = start_data.Examples(
+        [[1, 2, 3], [4, 5, 6]], [[1, -100, -100], [-100, 5, 6]], [0, 1], 0, 0
+    )
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     task = TASKS["sft"](make(variant="lora_ga"))

@@ -1,5 +1,5 @@
-"""A sweep: its candidates are the runs that `veneer train` makes of them alone; killed, it ends as one that was not;
-the better candidates go on."""
+"""A sweep: its candidates are the runs that `veneer train` makes of them alone; killed, it ends as
+one that was not; the better candidates go on."""
 
 from __future__ import annotations
 
@@ -44,8 +44,15 @@ GRID = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3]}
 
 def ran(make: Make, output: str, axes: Any, section: Any = None, **changes: Any) -> Any:
     fields = {"eval_every": 4, "epochs": 1, "check": False, **changes}
-    keywords = {name: fields.pop(name) for name in ("keep_going", "shown", "stop_order") if name in fields}
-    return sweep(make(output, **fields), make_sweep({"axes": axes, **(section or {})}), quiet=True, **keywords)
+    keywords = {
+        name: fields.pop(name) for name in ("keep_going", "shown", "stop_order") if name in fields
+    }
+    return sweep(
+        make(output, **fields),
+        make_sweep({"axes": axes, **(section or {})}),
+        quiet=True,
+        **keywords,
+    )
 
 
 #: what candidates differ in, and settings of their run
@@ -54,7 +61,10 @@ ALONE = {
     "seeds": ({"seed": [3, 4]}, {"dropout": 0.0, "epochs": 2}),
     "orders": ({"data_seed": [3, 4]}, {"grad_accum": 2, "batch_size": 3, "weight_decay": 0.1}),
     "variants": ({"variant": ["pissa", "dora", "eva"]}, {"schedule": "linear"}),
-    "targets": ({"targets": ["attention", ["q_proj", "down_proj"]]}, {"train_also": ["norm"], "max_grad_norm": 0.1}),
+    "targets": (
+        {"targets": ["attention", ["q_proj", "down_proj"]]},
+        {"train_also": ["norm"], "max_grad_norm": 0.1},
+    ),
 }
 
 
@@ -65,7 +75,9 @@ def test_a_candidate_is_its_run_alone(make: Make, tmp_path: Path, case: str) -> 
     best = {one["name"]: one for one in found.facts["candidates"]}[found.facts["best"]]
     config = load_config(found.best / "train.yaml")
     assert found.facts["command"] == ["veneer", "train", str(found.best / "train.yaml")]
-    assert len({tuple(one["losses"]) for one in found.facts["candidates"]}) == len(found.facts["candidates"])
+    assert len({tuple(one["losses"]) for one in found.facts["candidates"]}) == len(
+        found.facts["candidates"]
+    )
     alone = fit(config, quiet=True)
     assert best["losses"] == pytest.approx(alone.losses, rel=2e-4)
     assert [step for step, _ in best["evaluations"]] == [step for step, _ in alone.eval_losses]
@@ -79,7 +91,10 @@ def same(one: Path, other: Path) -> None:
     facts = [json.loads((output / "sweep.json").read_text()) for output in (one, other)]
     assert facts[0]["candidates"] == facts[1]["candidates"]
     assert facts[0]["best"] == facts[1]["best"]
-    folders = [load_file(output / "best" / "adapter" / "adapter_model.safetensors") for output in (one, other)]
+    folders = [
+        load_file(output / "best" / "adapter" / "adapter_model.safetensors")
+        for output in (one, other)
+    ]
     assert folders[0].keys() == folders[1].keys()
     assert all(torch.equal(folders[0][key], folders[1][key]) for key in folders[0])
 
@@ -102,7 +117,11 @@ SECTION = {"rungs": [2, 5], "keep": 0.5, "at_once": 3}
     [
         ({}, ((0, 3), (1, 1))),
         pytest.param({}, ((0, 1), (0, 3), (0, 9), (1, 1), (1, 6)), marks=pytest.mark.slow),
-        pytest.param({"sampler": "TPESampler", "candidates": 5}, ((0, 3), (0, 9), (1, 6)), marks=pytest.mark.slow),
+        pytest.param(
+            {"sampler": "TPESampler", "candidates": 5},
+            ((0, 3), (0, 9), (1, 6)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["grid", "grid, five times", "optuna"],
 )
@@ -136,7 +155,14 @@ def test_the_weaker_end_at_rungs_and_free_their_share(make: Make) -> None:
         seen.append([one.name for one in state.candidates if one.status == "running"])
 
     axes = {"learning_rate": [1e-5, 1e-2, 1e-4, 5e-3], "rank": [2, 4]}
-    found = ran(make, "sweep", axes, {"rungs": [2, 0.5], "keep": 0.5, "at_once": 8}, max_steps=8, shown=shown)
+    found = ran(
+        make,
+        "sweep",
+        axes,
+        {"rungs": [2, 0.5], "keep": 0.5, "at_once": 8},
+        max_steps=8,
+        shown=shown,
+    )
     assert found.facts["rungs"] == [2, 4]
     assert [len(names) for names in seen] == [8, 4, 4, 2, 2, 2, 2, 2]
     for number in (0, 1, 2):
@@ -147,25 +173,42 @@ def test_the_weaker_end_at_rungs_and_free_their_share(make: Make) -> None:
     assert found.facts["best"] == min(seen[-1], key=lambda name: candidates(found)[name]["loss"])
     assert {one["status"] for one in found.facts["candidates"]} == {"finished", "ended"}
     assert all(
-        one["changes"]["learning_rate"] > 1e-4 for one in found.facts["candidates"] if one["status"] == "finished"
+        one["changes"]["learning_rate"] > 1e-4
+        for one in found.facts["candidates"]
+        if one["status"] == "finished"
     )
 
 
 def test_the_best_folder_is_one_of_train(make: Make) -> None:
-    found = ran(make, "sweep", {"learning_rate": [1e-3, 5e-3], "seed": [0, 1]}, {"rungs": []}, max_steps=4)
+    found = ran(
+        make, "sweep", {"learning_rate": [1e-3, 5e-3], "seed": [0, 1]}, {"rungs": []}, max_steps=4
+    )
     alone = fit(make("alone", max_steps=4), quiet=True)
-    run, other = (json.loads((folder / "run.json").read_text()) for folder in (found.best, alone.output))
+    run, other = (
+        json.loads((folder / "run.json").read_text()) for folder in (found.best, alone.output)
+    )
     assert run.keys() == other.keys()
     assert run["status"] == "finished"
-    metrics, others = (json.loads((folder / "metrics.json").read_text()) for folder in (found.best, alone.output))
+    metrics, others = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (found.best, alone.output)
+    )
     assert others.keys() - metrics.keys() == {"seconds", "tokens", "peak_memory_bytes"}
-    record, known = (read(folder / "adapter").metadata["provenance"] for folder in (found.best, alone.output))
+    record, known = (
+        read(folder / "adapter").metadata["provenance"] for folder in (found.best, alone.output)
+    )
     assert record.keys() == known.keys()
-    assert [line["step"] for line in checkpoint.read_log(found.best) if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in checkpoint.read_log(found.best) if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     best = candidates(found)[found.facts["best"]]
     assert metrics["eval_loss"] == best["loss"]
     (one, other) = sorted(found.facts["spread"], key=lambda one: one["changes"]["learning_rate"])
-    losses = [one["loss"] for one in found.facts["candidates"] if one["changes"]["learning_rate"] == 5e-3]
+    losses = [
+        one["loss"] for one in found.facts["candidates"] if one["changes"]["learning_rate"] == 5e-3
+    ]
     assert sorted(losses) == sorted(other["losses"])
     assert one["changes"] == {"learning_rate": 1e-3}
     assert other["mean"] == pytest.approx(sum(losses) / 2)
@@ -173,8 +216,12 @@ def test_the_best_folder_is_one_of_train(make: Make) -> None:
 
 def test_who_diverges_ends_and_the_others_do_not_notice(make: Make) -> None:
     rates = [1e-3, 1e30]
-    found = ran(make, "sweep", {"learning_rate": rates}, {"rungs": []}, max_steps=4, max_grad_norm=0.0)
-    fine = ran(make, "fine", {"learning_rate": rates[:1]}, {"rungs": []}, max_steps=4, max_grad_norm=0.0)
+    found = ran(
+        make, "sweep", {"learning_rate": rates}, {"rungs": []}, max_steps=4, max_grad_norm=0.0
+    )
+    fine = ran(
+        make, "fine", {"learning_rate": rates[:1]}, {"rungs": []}, max_steps=4, max_grad_norm=0.0
+    )
     one, bad = found.facts["candidates"]
     assert bad["status"] == "failed"
     assert "at step" in bad["note"]
@@ -185,11 +232,18 @@ def test_who_diverges_ends_and_the_others_do_not_notice(make: Make) -> None:
 
 def test_a_candidate_without_its_targets_is_named_before_any_step(make: Make) -> None:
     axes = {"targets": ["all-linear", "nothing_like_it"], "rank": [2, 10_000]}
-    with pytest.raises(TargetError, match=r"3 problems(.|\n)*candidate c2 (.|\n)*c3 \(targets nothing_like_it"):
+    with pytest.raises(
+        TargetError, match=r"3 problems(.|\n)*candidate c2 (.|\n)*c3 \(targets nothing_like_it"
+    ):
         ran(make, "sweep", axes, {"at_once": 1})
     assert not make("sweep").output.exists()
     found = ran(make, "sweep", axes, {"at_once": 1}, keep_going=True, max_steps=2)
-    assert [one["status"] for one in found.facts["candidates"]] == ["finished", "failed", "failed", "failed"]
+    assert [one["status"] for one in found.facts["candidates"]] == [
+        "finished",
+        "failed",
+        "failed",
+        "failed",
+    ]
     assert "nothing_like_it" in candidates(found)["c3"]["note"]
     with pytest.raises(TargetError, match="c1"):
         ran(make, "none", {"targets": ["nothing_like_it"]}, keep_going=True)
@@ -209,7 +263,9 @@ def test_a_candidate_without_its_targets_is_named_before_any_step(make: Make) ->
         ({"rungs": [2, 90]}, {"max_steps": 8}, "rung 90 in a run of 8 steps"),
     ],
 )  # fmt: skip
-def test_what_a_sweep_has_no_place_for(make: Make, section: Any, changes: Any, message: str) -> None:
+def test_what_a_sweep_has_no_place_for(
+    make: Make, section: Any, changes: Any, message: str
+) -> None:
     if "sampler" in section or "pruner" in section:
         pytest.importorskip("optuna")
     with pytest.raises(VeneerError, match=message):
@@ -277,7 +333,11 @@ def test_a_kill_while_a_sweep_is_removed_leaves_none(make: Make, monkeypatch: An
 
 
 def test_drawn_candidates_are_within_their_ranges_and_the_same_each_time() -> None:
-    axes = {"rank": {"low": 2, "high": 9}, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "seed": [1, 2]}
+    axes = {
+        "rank": {"low": 2, "high": 9},
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        "seed": [1, 2],
+    }
     settings = make_sweep({"axes": axes, "candidates": 40})
     asked = Search(settings, 10).ask(40)
     assert next(iter(asked)) == "c01"
@@ -292,9 +352,15 @@ def test_drawn_candidates_are_within_their_ranges_and_the_same_each_time() -> No
 def test_optunas_pruner_ends_candidates(make: Make) -> None:
     pytest.importorskip("optuna")
     axes = {"learning_rate": [1e-2, 1e-5, 8e-3, 2e-5, 9e-3, 3e-5, 1e-5, 1e-5]}
-    section = {"pruner": {"name": "MedianPruner", "n_startup_trials": 4}, "at_once": 4}  # of those that finished
+    section = {
+        "pruner": {"name": "MedianPruner", "n_startup_trials": 4},
+        "at_once": 4,
+    }  # of those that finished
     found = ran(make, "sweep", axes, section, max_steps=4, eval_every=1)
-    assert [one["status"] for one in found.facts["candidates"]] == [*["finished"] * 5, *["ended"] * 3]
+    assert [one["status"] for one in found.facts["candidates"]] == [
+        *["finished"] * 5,
+        *["ended"] * 3,
+    ]
     assert found.facts["rungs"] == []
     assert candidates(found)[found.facts["best"]]["changes"]["learning_rate"] > 1e-3
 
@@ -308,7 +374,11 @@ def test_a_task_of_one_pass_is_its_run_alone(make: Make, name: str, tmp_path: Pa
     assert best["losses"] == pytest.approx(alone.losses, rel=1e-4)
     assert best["loss"] == pytest.approx(alone.eval_losses[-1][1], rel=1e-4)
     with pytest.raises(ConfigError, match="axis 'seed', and a head"):
-        sweep(make("other", max_steps=4, **rows_of(name, tmp_path)), make_sweep({"axes": {"seed": [1, 2]}}), quiet=True)
+        sweep(
+            make("other", max_steps=4, **rows_of(name, tmp_path)),
+            make_sweep({"axes": {"seed": [1, 2]}}),
+            quiet=True,
+        )
 
 
 def rows_of(task: str, folder: Path) -> dict[str, Any]:
@@ -322,7 +392,11 @@ def test_a_candidate_that_cannot_begin_later_ends_none_of_the_others(make: Make)
     """Each alone: the second one's optimiser is refused when the first has been trained."""
     axes = {"optimiser": ["adamw_torch", "galore_adamw", "sgd"]}
     found = ran(make, "sweep", axes, {"at_once": 1}, keep_going=True, max_steps=2)
-    assert [one["status"] for one in found.facts["candidates"]] == ["finished", "failed", "finished"]
+    assert [one["status"] for one in found.facts["candidates"]] == [
+        "finished",
+        "failed",
+        "finished",
+    ]
     assert "galore" in candidates(found)["c2"]["note"]
     with pytest.raises(TargetError, match=r"The sweep cannot begin(.|\n)*galore"):
         ran(make, "none", {"optimiser": ["galore_adamw"]}, keep_going=True)
@@ -333,7 +407,11 @@ def test_a_sweep_may_be_told_later_to_keep_going(make: Make) -> None:
     with pytest.raises(ZeroDivisionError):
         ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, save_every=1, shown=crash_at((0, 2)))
     seen = []
-    options: Any = {"max_steps": 4, "save_every": 1, "shown": lambda state, steps: seen.append(state.step)}
+    options: Any = {
+        "max_steps": 4,
+        "save_every": 1,
+        "shown": lambda state, steps: seen.append(state.step),
+    }
     ran(make, "sweep", GRID, {"rungs": []}, keep_going=True, **options)
     assert seen == [2, 3, 4]
 
@@ -352,7 +430,9 @@ def test_what_it_took_is_of_the_whole_sweep(make: Make, monkeypatch: pytest.Monk
     assert 2 < found.facts["seconds"] <= time.perf_counter() - began
 
 
-def test_the_report_says_where_the_winner_lies_and_how_far_it_goes_alone(make: Make, tmp_path: Path) -> None:
+def test_the_report_says_where_the_winner_lies_and_how_far_it_goes_alone(
+    make: Make, tmp_path: Path
+) -> None:
     found = ran(make, "sweep", {"learning_rate": [1e-5, 5e-3]}, {"rungs": []}, max_steps=4).facts
     (edge,) = found["edges"]
     assert (edge["axis"], edge["value"], edge["side"]) == ("learning_rate", 5e-3, "highest")
@@ -360,7 +440,10 @@ def test_the_report_says_where_the_winner_lies_and_how_far_it_goes_alone(make: M
     assert alone["steps"] == 4
     assert 0 <= alone["largest"] < 1e-4
     losses = next(one["losses"] for one in found["candidates"] if one["name"] == found["best"])
-    again = fit(load_config(tmp_path / "sweep" / "best" / "train.yaml", output=tmp_path / "again"), quiet=True)
+    again = fit(
+        load_config(tmp_path / "sweep" / "best" / "train.yaml", output=tmp_path / "again"),
+        quiet=True,
+    )
     apart = [abs(one - other) for one, other in zip(again.losses, losses, strict=True)]
     assert alone["largest"] == max(apart)
     page = (tmp_path / "sweep" / "report.html").read_text()
@@ -406,7 +489,14 @@ def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.Mon
 
 def test_rungs_and_the_end_are_evaluations_enough(make: Make) -> None:
     """And what a run alone draws at its own evaluations is drawn: its dropout is the same."""
-    found = ran(make, "sweep", {"learning_rate": [1e-3, 5e-3, 1e-5]}, {"rungs": [3, 5]}, max_steps=10, eval_every=None)
+    found = ran(
+        make,
+        "sweep",
+        {"learning_rate": [1e-3, 5e-3, 1e-5]},
+        {"rungs": [3, 5]},
+        max_steps=10,
+        eval_every=None,
+    )
     evaluated = [[step for step, _ in one["evaluations"]] for one in found.facts["candidates"]]
     assert sorted(evaluated) == [[3], [3], [3, 5, 10]]
     alone = fit(load_config(found.best / "train.yaml"), quiet=True)
@@ -438,20 +528,24 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
     for step, first, left in ((2, 1, 3), (6, 3, 2)):
         losses = {name: sum(one["losses"][first:step]) / (step - first) for name, one in told.items()
                   if len(one["losses"]) >= step}  # fmt: skip
-        assert {name: dict(one["judged"])[step] for name, one in told.items() if name in losses} == pytest.approx(
-            losses
-        )
+        assert {
+            name: dict(one["judged"])[step] for name, one in told.items() if name in losses
+        } == pytest.approx(losses)
         better = sorted(losses, key=losses.__getitem__)[:left]
         assert {*better} == {name for name, one in told.items() if len(one["losses"]) > step}
     assert [step for step, _ in told[found.facts["best"]]["evaluations"]] == [8]
     ended = next(one for one in told.values() if one["status"] == "ended")
     assert ended["loss"] == ended["judged"][-1][1]
-    with pytest.raises(ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"):
+    with pytest.raises(
+        ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"
+    ):
         ran(make, "later", axes, {"rungs": [40], "judged_by": "training"}, epochs=9)
     assert not (found.output.parent / "later").exists()
 
 
-def test_candidates_that_are_attached_alike_are_checked_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_that_are_attached_alike_are_checked_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked = []
     monkeypatch.setattr(cohort, "check", lambda model, example, name: checked.append(name))
     axes = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3], "data_seed": [0, 1]}
@@ -459,7 +553,9 @@ def test_candidates_that_are_attached_alike_are_checked_once(make: Make, monkeyp
     assert checked == ["c1", "c5"]
 
 
-def test_candidates_share_the_passes_of_an_evaluation(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_share_the_passes_of_an_evaluation(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within the budget of tokens, and each with the loss that it has alone."""
     passes: list[tuple[int, ...]] = []
 
@@ -492,7 +588,10 @@ def test_candidates_share_the_passes_of_an_evaluation(make: Make, monkeypatch: p
 def test_who_goes_on_is_the_share_of_those_that_were_there() -> None:
     search = Search(make_sweep({"axes": {"rank": [1, 2]}, "rungs": [1], "keep": 0.55}), 10)
     for count, left in ((100, 55), (99, 55), (3, 2)):
-        assert len(search.judge(1, {f"c{number}": float(number) for number in range(count)})) == count - left
+        assert (
+            len(search.judge(1, {f"c{number}": float(number) for number in range(count)}))
+            == count - left
+        )
 
 
 def test_drawn_from_lists_none_is_drawn_twice() -> None:
@@ -516,7 +615,9 @@ def test_the_spread_is_that_of_seeds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_five_times_it_ends_the_same(base: Path, rows: Path, tmp_path: Path, seed: int) -> None:
+def test_killed_five_times_it_ends_the_same(
+    base: Path, rows: Path, tmp_path: Path, seed: int
+) -> None:
     """A process, by `kill -9` at any moment: within a step, an evaluation, a checkpoint."""
     section = {"axes": {**GRID, "dropout": [0.0, 0.2]}, "rungs": [8, 20], "keep": 0.5, "at_once": 5}
 

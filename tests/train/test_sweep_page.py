@@ -18,7 +18,13 @@ def facts() -> dict:
     candidates = []
     for number in range(12):
         changes = {"rank": 2 << number % 3, "targets": ["<b>q_proj", "v_proj"], "seed": number // 6}
-        one = Candidate(f"c{number:02}", 0, changes, ENDED if number % 2 else FINISHED, parameters=1000 * (number + 1))
+        one = Candidate(
+            f"c{number:02}",
+            0,
+            changes,
+            ENDED if number % 2 else FINISHED,
+            parameters=1000 * (number + 1),
+        )
         one.losses = [3 / (step + 1) + number for step in range(3 if number % 2 else 9)]
         one.evaluations = [(3, {"loss": 2.5 + number})]
         one.evaluations += [] if number % 2 else [(9, {"loss": 1.25 + number / 10})]
@@ -50,7 +56,9 @@ def test_its_numbers_are_those_of_the_facts() -> None:
     assert "2 min 2 s</b><span>of CPU time, in 1 min 1 s" in text
     assert "veneer train out/best/train.yaml" in text
     assert "rank 2 lies at the lowest end of what was tried (2 to 8)" in text
-    assert "for 9 steps, its losses differ from those of the sweep by at most 2.0e-06 (step 7)" in text
+    assert (
+        "for 9 steps, its losses differ from those of the sweep by at most 2.0e-06 (step 7)" in text
+    )
     assert "the loss is nan at step &lt;2&gt;" in text
     assert "<i>" not in text
     assert "<b>q_proj" not in text
@@ -63,7 +71,13 @@ def test_equal_losses_and_one_candidate_can_be_drawn() -> None:
     text = page(found)
     assert "Spread over seeds" not in text
     assert "nan" not in text
-    assert re.findall(r'text-anchor="end">([^<]*)<', text)[-5:] == ["1.19", "1.22", "1.25", "1.28", "1.31"]
+    assert re.findall(r'text-anchor="end">([^<]*)<', text)[-5:] == [
+        "1.19",
+        "1.22",
+        "1.25",
+        "1.28",
+        "1.31",
+    ]
 
 
 def test_what_was_judged_in_training_is_no_curve_of_the_rows_held_out() -> None:

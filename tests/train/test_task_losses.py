@@ -1,4 +1,5 @@
-"""The losses of the tasks are those of trl and sentence-transformers on the same numbers, in float64."""
+"""The losses of the tasks are those of trl and sentence-transformers on the same numbers, in
+float64."""
 
 from __future__ import annotations
 
@@ -33,8 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ours(name: str, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> tuple[float, Any, Any]:
-    """(mean loss, the model, its task): in float64, with an adapter that is no longer at its start."""
+def ours(
+    name: str, folder: Path, rows: list[dict[str, Any]], **changes: Any
+) -> tuple[float, Any, Any]:
+    """(mean loss, the model, its task): in float64, with an adapter that is no longer at its
+    start."""
     task = TASKS[name](config_of(name, folder, **changes))
     task.open()
     records = task.read(task.config.data, "train")
@@ -79,7 +83,9 @@ def test_log_probabilities_and_their_gradients(folder: Path) -> None:
         found = log_probabilities(model, batch, temperature)
         target = batch["labels"][:, 1:]
         logits = model(**inputs).logits[:, :-1] / temperature
-        expected = logits.log_softmax(-1).gather(2, target.clamp(min=0)[..., None])[..., 0] * (target != -100)
+        expected = logits.log_softmax(-1).gather(2, target.clamp(min=0)[..., None])[..., 0] * (
+            target != -100
+        )
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         one = torch.autograd.grad((found * weights).sum(), parameters)
         other = torch.autograd.grad((expected * weights).sum(), parameters)
@@ -145,7 +151,8 @@ def test_reward(folder: Path) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 def test_grpo(beta: float) -> None:
-    """trl's `_compute_loss` on log-probabilities that are given; and its advantages, by their definition."""
+    """trl's `_compute_loss` on log-probabilities that are given; and its advantages, by their
+    definition."""
     from trl import GRPOTrainer
 
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +164,9 @@ def test_grpo(beta: float) -> None:
         expected = (rewards[group] - rewards[group].mean()) / (rewards[group].std() + 1e-4)
         torch.testing.assert_close(own[group], expected)
     none = dict.fromkeys(("vllm", "off_policy_mask_threshold", "delta"))
-    alike = {name: (lambda value, **_: value) for name in ("gather", "gather_for_metrics", "reduce")}
+    alike = {
+        name: (lambda value, **_: value) for name in ("gather", "gather_for_metrics", "reduce")
+    }
     accelerator = SimpleNamespace(**alike, device="cpu")
     peer: Any = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None), beta=beta,
@@ -174,7 +183,9 @@ def test_grpo(beta: float) -> None:
         "advantages": own, "ref_per_token_logps": before,
     }  # fmt: skip
     expected = float(GRPOTrainer._compute_loss(peer, None, inputs))
-    assert float(losses(now, own, there, before if beta else None, beta).mean()) == pytest.approx(expected, rel=1e-12)
+    assert float(losses(now, own, there, before if beta else None, beta).mean()) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 class _Lists(dict):
@@ -188,7 +199,9 @@ def test_ranking(sides: int) -> None:
     generator = torch.Generator().manual_seed(0)
     anchors, *others = torch.randn(1 + sides, 6, 16, generator=generator, dtype=torch.float64)
     found, nearest = ranking_losses(anchors, torch.cat(others))
-    cosines = torch.nn.functional.cosine_similarity(anchors[:, None], torch.cat(others)[None], dim=-1)
+    cosines = torch.nn.functional.cosine_similarity(
+        anchors[:, None], torch.cat(others)[None], dim=-1
+    )
     assert torch.equal(nearest, cosines.argmax(1))
     expected = -(20 * cosines).log_softmax(1).diagonal()
     torch.testing.assert_close(found, expected)
@@ -199,6 +212,8 @@ def test_ranking_beside_sentence_transformers() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [*torch.randn(3, 6, 16, generator=generator, dtype=torch.float64)]
     model = torch.nn.Identity()
-    expected = peers.MultipleNegativesRankingLoss(model, scale=20.0).compute_loss_from_embeddings(parts, None)
+    expected = peers.MultipleNegativesRankingLoss(model, scale=20.0).compute_loss_from_embeddings(
+        parts, None
+    )
     found, _ = ranking_losses(parts[0], torch.cat(parts[1:]))
     torch.testing.assert_close(found.mean(), expected)

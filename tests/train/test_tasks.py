@@ -1,5 +1,5 @@
-"""Every task of `veneer train` learns, resumes bit for bit, says in its adapter what `veneer eval` must know, and tells
-what is wrong with its rows before it reads weights."""
+"""Every task of `veneer train` learns, resumes bit for bit, says in its adapter what `veneer eval`
+must know, and tells what is wrong with its rows before it reads weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from veneer.train.tasks._media import image_of, sound_of
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import TaskTrainer
 
-#: how low an evaluation's loss must fall, as a share of the first step's; None: rewards rise instead
+# : how low an evaluation's loss must fall, as a share of the first step's; None: rewards rise
+# instead
 LEARNT = {
     "classify": 0.5, "classify words": 0.5, "classify images": 0.3, "classify with a decoder": 0.5, "dpo": 0.5,
     "orpo": 0.8, "kto": 0.7, "reward": 0.5, "grpo": None, "embed": 0.8, "embed by cosine": 0.8, "seq2seq": 0.95,
@@ -51,7 +52,9 @@ def logged(result: Any, name: str) -> list[float]:
 
 def test_names_are_those_of_the_files() -> None:
     assert task_names() == sorted(TASKS.names())
-    with pytest.raises(ConfigError, match=r"no such task \(nearest: 'classify'\); expected one of classify, dpo"):
+    with pytest.raises(
+        ConfigError, match=r"no such task \(nearest: 'classify'\); expected one of classify, dpo"
+    ):
         make_config({"base": "b", "data": "d", "output": "o", "task": "clasify"})
 
 
@@ -71,14 +74,20 @@ def test_a_task_learns_and_its_adapter_is_measured_alike(name: str, folder: Path
     record = veneer.adapter_files.read(result.adapter).metadata["provenance"]["task"]
     assert "reward" not in record
     extra = {"reward": config.reward} if name == "grpo" else {}
-    task = task_of(record, config.base, config.data, {"precision": "fp32"}, eval_fraction=0.25, **extra)
+    task = task_of(
+        record, config.base, config.data, {"precision": "fp32"}, eval_fraction=0.25, **extra
+    )
     task.open()
     prepared = task.prepare()
     model: Any = task.load().model
     veneer.load(model, result.adapter)
     found = evaluate_task(task, model, prepared.evaluation, batch_size=8)
     assert found["loss"] == pytest.approx(result.eval_losses[-1][1], rel=1e-5, abs=1e-6)
-    measures = {key: value for key, value in result.metrics.items() if key.removeprefix("eval_") in task.measures}
+    measures = {
+        key: value
+        for key, value in result.metrics.items()
+        if key.removeprefix("eval_") in task.measures
+    }
     assert {f"eval_{key}": value for key, value in found.items() if key in task.measures} == {
         **measures, **{key: pytest.approx(value, abs=1e-4) for key, value in result.metrics.items()
                        if key.startswith("eval_") and key != "eval_loss"}
@@ -102,13 +111,25 @@ def test_a_crash_and_a_resume_change_nothing(name: str, folder: Path) -> None:
     ("name", "rows"),
     [
         ("grpo", [{"prompt": letter, "wanted": letter} for letter in "ab"]),
-        ("classify with a decoder", [{"text": text, "label": len(text)} for text in ("a", "a longer text")]),
+        (
+            "classify with a decoder",
+            [{"text": text, "label": len(text)} for text in ("a", "a longer text")],
+        ),
     ],
 )
-def test_a_check_sees_tokens_that_look_at_others(name: str, rows: list[Any], folder: Path, tmp_path: Path) -> None:
-    """Of a row of one token queries and keys get no gradient, and the check would accuse them of it."""
-    data, own = write_rows(tmp_path / "rows.jsonl", rows * 4), {"max_steps": 1, "eval_fraction": 0.0}
-    assert fit(config_of(name, folder, "checked " + name, data=str(data), **own), quiet=True).steps == 1
+def test_a_check_sees_tokens_that_look_at_others(
+    name: str, rows: list[Any], folder: Path, tmp_path: Path
+) -> None:
+    """Of a row of one token queries and keys get no gradient, and the check would accuse them of
+    it."""
+    data, own = (
+        write_rows(tmp_path / "rows.jsonl", rows * 4),
+        {"max_steps": 1, "eval_fraction": 0.0},
+    )
+    assert (
+        fit(config_of(name, folder, "checked " + name, data=str(data), **own), quiet=True).steps
+        == 1
+    )
 
 
 def test_operations_are_counted_as_transformers_counts_them() -> None:
@@ -132,7 +153,13 @@ def test_trl_is_loaded_for_sft_alone() -> None:
 @pytest.mark.parametrize("name", ["classify words", "dpo"])
 def test_accumulated_batches_are_one(name: str, folder: Path) -> None:
     """Also where batches differ in their items: the loss is a mean over all of them."""
-    own: dict[str, Any] = {"check": False, "max_steps": 2, "dropout": 0.0, "eval_fraction": 0.0, "save_every": 100}
+    own: dict[str, Any] = {
+        "check": False,
+        "max_steps": 2,
+        "dropout": 0.0,
+        "eval_fraction": 0.0,
+        "save_every": 100,
+    }
     one = fit(config_of(name, folder, "one " + name, batch_size=8, **own), quiet=True)
     two = fit(config_of(name, folder, "two " + name, batch_size=4, grad_accum=2, **own), quiet=True)
     if name == "classify words":  # BERT's own dropout differs
@@ -141,7 +168,9 @@ def test_accumulated_batches_are_one(name: str, folder: Path) -> None:
         assert two.losses == pytest.approx(one.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dpo", pytest.param("classify with a decoder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["dpo", pytest.param("classify with a decoder", marks=pytest.mark.slow)]
+)
 def test_a_quantised_base(name: str, folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     own: dict[str, Any] = {"quantize": "int8", "max_steps": 12, "dropout": 0.0, "check": False}
@@ -192,7 +221,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told_before_weights_are_read(name: str, folder: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told_before_weights_are_read(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
     case, changes, rows, message = WRONG[name]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     config = config_of(case, folder, data=str(file), eval_fraction=0.0, **changes)
@@ -207,7 +238,9 @@ def test_what_is_wrong_is_told_before_weights_are_read(name: str, folder: Path, 
     ("task", "base", "message"),
     [("dpo", "bert", "an encoder"), ("seq2seq", "llama", "an encoder with a decoder")],
 )
-def test_a_base_of_another_kind_is_refused(task: str, base: str, message: str, folder: Path) -> None:
+def test_a_base_of_another_kind_is_refused(
+    task: str, base: str, message: str, folder: Path
+) -> None:
     for name in ("embed", "dpo"):
         config_of(name, folder)
     made = config_of("dpo", folder, "refused", base=str(folder / base), task=task)
@@ -241,7 +274,9 @@ def test_settings_that_do_not_agree(changes: dict[str, Any], message: str) -> No
         ("{}/r.py:nan", "8 finite numbers"),
     ],
 )
-def test_a_reward_function_that_is_wrong(spec: str, message: str, folder: Path, tmp_path: Path) -> None:
+def test_a_reward_function_that_is_wrong(
+    spec: str, message: str, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "r.py").write_text(
         "def text(completions): return ['a'] * len(completions)\n"
         "def few(prompts): return [1.0]\n"
@@ -256,10 +291,14 @@ def test_a_reward_function_that_is_wrong(spec: str, message: str, folder: Path, 
 
 
 @pytest.mark.parametrize("varies", [True, False])
-def test_rewards_that_do_not_vary_are_told_at_the_first_step(varies: bool, folder: Path, tmp_path: Path) -> None:
+def test_rewards_that_do_not_vary_are_told_at_the_first_step(
+    varies: bool, folder: Path, tmp_path: Path
+) -> None:
     given = "range(len(completions))" if varies else "[0.5] * len(completions)"
     (tmp_path / "judge.py").write_text(f"def judge(completions): return {given}\n")
-    config = config_of("grpo", folder, f"spread {varies}", reward=[f"{tmp_path}/judge.py:judge"], max_steps=2)
+    config = config_of(
+        "grpo", folder, f"spread {varies}", reward=[f"{tmp_path}/judge.py:judge"], max_steps=2
+    )
     shown = io.StringIO()
     result = fit(config, console=Console(file=shown, width=200))
     assert ("taught nothing" in shown.getvalue()) is not varies
@@ -312,19 +351,25 @@ def test_sound_of_each_form(tmp_path: Path) -> None:
         file.writeframes(b"\x00\x40\x00\xc0")
     expected = [0.5, -0.5]
     assert sound_of("a.wav", "here", tmp_path, 8000).tolist() == expected
-    assert sound_of({"array": expected, "sampling_rate": 8000}, "here", tmp_path, 8000).tolist() == expected
+    assert (
+        sound_of({"array": expected, "sampling_rate": 8000}, "here", tmp_path, 8000).tolist()
+        == expected
+    )
     assert sound_of(expected, "here", tmp_path, 8000).tolist() == expected
     with pytest.raises(DataError, match="8000 samples a second"):
         sound_of("a.wav", "here", tmp_path, 16000)
 
 
 def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -> None:
-    """A base that is a classifier is trained further, in the order of its own labels; others are refused."""
+    """A base that is a classifier is trained further, in the order of its own labels; others are
+    refused."""
     from transformers import AutoModelForSequenceClassification
 
     config_of("classify", folder)
     names = {0: "is b", 1: "is a", 2: "is c"}
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "bert", id2label=names, label2id=None)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder / "bert", id2label=names, label2id=None
+    )
     model.save_pretrained(tmp_path / "head")
     tiny_tokenizer().save_pretrained(tmp_path / "head")
     task: Any = TASKS["classify"](config_of("classify", folder, base=str(tmp_path / "head")))
@@ -334,7 +379,9 @@ def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -
     assert torch.equal(task.load().model.classifier.weight, model.classifier.weight)
     file = write_rows(tmp_path / "a.jsonl", [{"text": "a", "label": x} for x in "xy"])
     task = TASKS["classify"](
-        config_of("classify", folder, base=str(tmp_path / "head"), data=str(file), eval_fraction=0.0)
+        config_of(
+            "classify", folder, base=str(tmp_path / "head"), data=str(file), eval_fraction=0.0
+        )
     )
     task.open()
     task.prepare()
@@ -343,12 +390,16 @@ def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -
 
 
 def test_a_new_head_trains_whatever_the_targets_are(folder: Path) -> None:
-    result = fit(config_of("classify", folder, "attention", targets="attention", max_steps=2, check=False), quiet=True)
+    result = fit(
+        config_of("classify", folder, "attention", targets="attention", max_steps=2, check=False),
+        quiet=True,
+    )
     full = veneer.adapter_files.read(result.adapter).full
     assert any("classifier" in path for path in full)
 
 
-# ---- sft: tools, calls of them, content parts --------------------------------------------------------------------
+# ---- sft: tools, calls of them, content parts
+# --------------------------------------------------------------------
 
 TEMPLATE = (
     "{% if tools %}{{ 'tools ' + (tools | tojson) + '\n' }}{% endif %}"
@@ -358,7 +409,10 @@ TEMPLATE = (
 )
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 CHAT = [
-    {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "more"}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "more"}],
+    },
     {"role": "assistant", "tool_calls": [CALL]},
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "two"},
@@ -371,7 +425,9 @@ def read_chat(tmp_path: Path, tools: Any, messages: Any = CHAT) -> data.Records:
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(tools: Any, tmp_path: Path) -> None:
+def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(
+    tools: Any, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     records = read_chat(tmp_path, tools)
@@ -388,7 +444,9 @@ def test_tools_and_their_calls_reach_the_template_and_calls_are_learnt(tools: An
 
 def test_a_template_without_a_place_for_tools_is_told(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    with pytest.raises(DataError, match="line 1 holds tools, and the base's chat template has no place"):
+    with pytest.raises(
+        DataError, match="line 1 holds tools, and the base's chat template has no place"
+    ):
         tokenise(read_chat(tmp_path, TOOLS), tokenizer, max_length=2000)
     with pytest.raises(DataError, match="line 1 holds tool_calls"):
         tokenise(read_chat(tmp_path, None), tokenizer, max_length=2000)
@@ -397,9 +455,15 @@ def test_a_template_without_a_place_for_tools_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "a message that is not one"),
+        (
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+            "a message that is not one",
+        ),
         ({"role": "user", "content": []}, "a message that is not one"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}, "a tool call"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]},
+            "a tool call",
+        ),
         ({"role": "assistant", "tool_calls": []}, "a message that is not one"),
     ],
 )
@@ -411,6 +475,8 @@ def test_bad_parts_and_calls(message: Any, expected: str, tmp_path: Path) -> Non
 
 
 def test_a_base_of_16_bits_hears_sounds_in_its_check_and_its_steps(folder: Path) -> None:
-    result = fit(config_of("speech", folder, "speech in bf16", precision="bf16", max_steps=1), quiet=True)
+    result = fit(
+        config_of("speech", folder, "speech in bf16", precision="bf16", max_steps=1), quiet=True
+    )
     assert result.model.dtype == torch.bfloat16
     assert len(result.losses) == 1

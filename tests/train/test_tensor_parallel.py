@@ -1,5 +1,5 @@
-"""Tensor parallelism: outputs, gradients, sums and the adapter folder of one process, on a model that is cut by
-transformers' plan. Runs of ``veneer train`` are in ``test_ways.py``."""
+"""Tensor parallelism: outputs, gradients, sums and the adapter folder of one process, on a model
+that is cut by transformers' plan. Runs of ``veneer train`` are in ``test_ways.py``."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ def qwen3() -> Any:
     """Norms of queries and keys between the layers that are cut, and biases of row-wise ones."""
     import transformers
 
-    fields = {**tiny_config(tie_word_embeddings=False).to_diff_dict(), "head_dim": 8, "attention_bias": True}
+    fields = {
+        **tiny_config(tie_word_embeddings=False).to_diff_dict(),
+        "head_dim": 8,
+        "attention_bias": True,
+    }
     torch.manual_seed(0)
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**fields, "model_type": "qwen3"}))
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**{**fields, "model_type": "qwen3"})
+    )
 
 
 def olmo2() -> Any:
@@ -50,7 +56,9 @@ def olmo2() -> Any:
 def gpt2() -> Any:
     import transformers
 
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=50))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_head=4, n_layer=1, vocab_size=50)
+    )
 
 
 def llama() -> Any:
@@ -61,13 +69,25 @@ def llama() -> Any:
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "lora": (llama, {"targets": "all-linear"}),
     "dora": (llama, {"targets": "all-linear", "variant": "dora"}),
-    "in full": (llama, {"targets": ["q_proj"], "train_also": ["lm_head", "norm", "k_proj", "down_proj"]}),
-    "between": (qwen3, {"targets": "all-linear", "train_also": ["q_norm", "k_norm"], "bias": "all"}),
+    "in full": (
+        llama,
+        {"targets": ["q_proj"], "train_also": ["lm_head", "norm", "k_proj", "down_proj"]},
+    ),
+    "between": (
+        qwen3,
+        {"targets": "all-linear", "train_also": ["q_norm", "k_norm"], "bias": "all"},
+    ),
     "biases of dora": (qwen3, {"targets": "all-linear", "variant": "dora", "bias": "targets"}),
     "gathered": (olmo2, {"targets": "all-linear"}),
     "mixtral": (lambda: build("mixtral", torch.float32), {"targets": EXPERTS, "rank": 2}),
-    "experts": (lambda: build("qwen3_moe", torch.float32), {"targets": [EXPERTS, "q_proj", "o_proj"], "rank": 2}),
-    "dora of experts": (lambda: build("mixtral", torch.float32), {"targets": EXPERTS, "rank": 2, "variant": "dora"}),
+    "experts": (
+        lambda: build("qwen3_moe", torch.float32),
+        {"targets": [EXPERTS, "q_proj", "o_proj"], "rank": 2},
+    ),
+    "dora of experts": (
+        lambda: build("mixtral", torch.float32),
+        {"targets": EXPERTS, "rank": 2, "variant": "dora"},
+    ),
 }
 
 
@@ -87,7 +107,8 @@ def differentiated(model: Any, handle: veneer.Handle) -> tuple[torch.Tensor, lis
     return logits.detach(), [parameter.grad for parameter in handle.parameters()]
 
 
-# ------------------------------------------------------------------------------------------ what the ranks do
+# ------------------------------------------------------------------------------------------ what
+# the ranks do
 
 
 def outputs_and_gradients(rank: int, folder: Path) -> None:
@@ -130,7 +151,8 @@ def the_adapter_is_saved_whole(rank: int, folder: Path) -> None:
 
 
 def what_is_summed(rank: int, folder: Path) -> None:
-    """One sum for each row-wise layer, and one for each input of column-wise ones: nothing for the adapter."""
+    """One sum for each row-wise layer, and one for each input of column-wise ones: nothing for the
+    adapter."""
     sent, kept = [], dist.all_reduce
 
     def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -145,15 +167,22 @@ def what_is_summed(rank: int, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dist, "all_reduce", counted)
             differentiated(model, handle)
-        assert sent.count(hidden) == 2 * 2 + (2 * 2 - 1), case  # the first block's input has no gradient
-        assert [size for size in sent if size != hidden] == [32] * norms  # of DoRA: a number an output
+        assert sent.count(hidden) == 2 * 2 + (2 * 2 - 1), (
+            case
+        )  # the first block's input has no gradient
+        assert [size for size in sent if size != hidden] == [
+            32
+        ] * norms  # of DoRA: a number an output
 
 
 def dropout_is_that_of_one_process(rank: int, folder: Path) -> None:
-    """Of a column-wise layer exactly; of a row-wise one, each process drops other places of its part."""
+    """Of a column-wise layer exactly; of a row-wise one, each process drops other places of its
+    part."""
     model, whole = (CASES["lora"][0]().train() for _ in range(2))
     for one in (model, whole):
-        handle = veneer.attach(one, veneer.LoraConfig(rank=4, dropout=0.5, targets=["q_proj", "down_proj"]))
+        handle = veneer.attach(
+            one, veneer.LoraConfig(rank=4, dropout=0.5, targets=["q_proj", "down_proj"])
+        )
         torch.manual_seed(1)
         randomise(handle, 0.1)
     split(model, torch.device("cpu"))
@@ -191,7 +220,8 @@ TASKS = (
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """`ran(task)`: the folder in which two processes did a task, once they have done all of them."""
+    """`ran(task)`: the folder in which two processes did a task, once they have done all of
+    them."""
     return done_by_two(TASKS, tmp_path_factory.mktemp("ranks"))
 
 
@@ -216,20 +246,37 @@ def test_the_adapter_folder_is_that_of_one_process(ran: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "config", "processes", "problem"),
     [
-        (llama, {"targets": "all-linear"}, 3, "num_attention_heads 4, num_key_value_heads 2, 32 outputs of"),
+        (
+            llama,
+            {"targets": "all-linear"},
+            3,
+            "num_attention_heads 4, num_key_value_heads 2, 32 outputs of",
+        ),
         (llama, {"targets": "all-linear"}, 4, "num_key_value_heads 2"),
-        (llama, {"targets": ["down_proj"], "variant": "vera"}, 2, "variant 'vera' at model.layers.0.mlp.down_proj"),
+        (
+            llama,
+            {"targets": ["down_proj"], "variant": "vera"},
+            2,
+            "variant 'vera' at model.layers.0.mlp.down_proj",
+        ),
         (
             lambda: build("gpt_oss", torch.float32),
             {"targets": ["q_proj"]},
             2,
             "no plan of transformers that cuts matrices",
         ),
-        (lambda: build("mixtral", torch.float32), {"targets": EXPERTS, "dropout": 0.1, "rank": 2}, 2, "dropout at"),
+        (
+            lambda: build("mixtral", torch.float32),
+            {"targets": EXPERTS, "dropout": 0.1, "rank": 2},
+            2,
+            "dropout at",
+        ),
         (gpt2, {"targets": ["c_attn"]}, 2, "no plan of transformers that cuts matrices"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(model: Any, config: Any, processes: int, problem: str) -> None:
+def test_what_cannot_be_cut_is_refused(
+    model: Any, config: Any, processes: int, problem: str
+) -> None:
     made = model()
     before = {name: id(value) for name, value in made.named_parameters()}
     veneer.attach(made, veneer.LoraConfig(**config))

@@ -1,5 +1,5 @@
-"""torchrun itself: it is told to end, a process of it dies, a machine is lost and replaced, machines come and go. Two
-machines are two torchruns here."""
+"""torchrun itself: it is told to end, a process of it dies, a machine is lost and replaced,
+machines come and go. Two machines are two torchruns here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ CHANGES = {"epochs": 10, "batch_size": 12, "save_every": 5, "eval_every": 100}
 #: as docs/distributed.md asks for where machines may be replaced
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-#: where a machine is expected to come (its output is named so), the other one waits for it before its eleventh step
+# : where a machine is expected to come (its output is named so), the other one waits for it before
+# its eleventh step
 PROGRAM = """
 import time
 from transformers import Trainer
@@ -49,24 +50,51 @@ main()
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[Start]:
-    """`torchrun(config, "a", nodes="2", processes=1)`: one, whose output is in a.log. All meet at one port."""
+    """`torchrun(config, "a", nodes="2", processes=1)`: one, whose output is in a.log. All meet at
+    one port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ExitStack() as stack:
 
-        def start(config: Any, name: str, nodes: str, processes: int, **environment: str) -> subprocess.Popen[bytes]:
+        def start(
+            config: Any, name: str, nodes: str, processes: int, **environment: str
+        ) -> subprocess.Popen[bytes]:
             file = tmp_path / f"{name}.yaml"
             file.write_text(yaml.safe_dump(config.content()))
-            line = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", nodes]
-            line += ["--nproc-per-node", str(processes), "--max-restarts", "3", "--rdzv-backend", "c10d"]
-            line += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--rdzv-conf", "last_call_timeout=2"]
+            line = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                nodes,
+            ]
+            line += [
+                "--nproc-per-node",
+                str(processes),
+                "--max-restarts",
+                "3",
+                "--rdzv-backend",
+                "c10d",
+            ]
+            line += [
+                "--rdzv-endpoint",
+                f"127.0.0.1:{port}",
+                "--rdzv-id",
+                "test",
+                "--rdzv-conf",
+                "last_call_timeout=2",
+            ]
             told = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
             log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
             program = tmp_path / "program.py"
             program.write_text(PROGRAM)
             line += [str(program), "train", str(file)]
-            return stack.enter_context(ending(subprocess.Popen(line, env=told, stdout=log, stderr=log)))
+            return stack.enter_context(
+                ending(subprocess.Popen(line, env=told, stdout=log, stderr=log))
+            )
 
         yield start
 
@@ -89,7 +117,9 @@ def lose(process: subprocess.Popen[bytes]) -> None:
 
 
 def reach(config: Any, step: int, *running: subprocess.Popen[bytes]) -> None:
-    Program.until(lambda: steps(config.output) >= step or any(one.poll() is not None for one in running), 250)
+    Program.until(
+        lambda: steps(config.output) >= step or any(one.poll() is not None for one in running), 250
+    )
     assert all(one.poll() is None for one in running)
 
 
@@ -126,7 +156,8 @@ def test_a_process_of_one_machine_dies(make: Make, tmp_path: Path, torchrun: Sta
 
 
 def test_a_machine_is_replaced(make: Make, tmp_path: Path, torchrun: Start) -> None:
-    """Not the one at which they meet: with that one all are lost, and the command is given again."""
+    """Not the one at which they meet: with that one all are lost, and the command is given
+    again."""
     config = make("run", **CHANGES)
     stays = torchrun(config, "stays", "2", 1, **OWN_STORE)
     Program.until(lambda: listens(stays), 100)
@@ -139,7 +170,9 @@ def test_a_machine_is_replaced(make: Make, tmp_path: Path, torchrun: Start) -> N
 
 
 def listens(process: subprocess.Popen[bytes]) -> bool:
-    return any(one.status == psutil.CONN_LISTEN for one in psutil.Process(process.pid).net_connections())
+    return any(
+        one.status == psutil.CONN_LISTEN for one in psutil.Process(process.pid).net_connections()
+    )
 
 
 def test_machines_come_and_go(make: Make, tmp_path: Path, torchrun: Start) -> None:

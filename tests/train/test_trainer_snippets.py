@@ -16,7 +16,10 @@ import veneer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainers.md"
 BEGINNING, *EXAMPLES = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore:.*workers.*")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*workers.*"),
+]
 
 
 def lightning_module(model: Any) -> Any:
@@ -39,7 +42,9 @@ def lightning_module(model: Any) -> Any:
     return Tuned()
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=lambda number: EXAMPLES[number].splitlines()[-1][:40])
+@pytest.mark.parametrize(
+    "number", range(len(EXAMPLES)), ids=lambda number: EXAMPLES[number].splitlines()[-1][:40]
+)
 @pytest.mark.filterwarnings("ignore:.*dirpath has changed.*", "ignore:.*val_dataloader.*")
 def test_an_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from datasets import Dataset
@@ -48,16 +53,26 @@ def test_an_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.Monkey
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     veneer.attach(base, veneer.LoraConfig(rank=2)).save(tmp_path / "sft")
     monkeypatch.chdir(tmp_path)
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in sums(24)]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"}
+        for row in sums(24)
+    ]
     names: dict[str, Any] = {
         "texts": Dataset.from_list([dict(row) for row in sums(24)]), "preferences": Dataset.from_list(pairs),
         "batches": batches(3), "Tuned": lightning_module, "again": False,
     }  # fmt: skip
     exec(BEGINNING, names)
-    names["settings"] |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "disable_tqdm": True}
+    names["settings"] |= {
+        "use_cpu": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
     exec(EXAMPLES[number], names)
 
 
 def test_each_is_short():
     assert len(EXAMPLES) >= 8
-    assert all(len([line for line in example.splitlines() if line.strip()]) <= 10 for example in EXAMPLES)
+    assert all(
+        len([line for line in example.splitlines() if line.strip()]) <= 10 for example in EXAMPLES
+    )

@@ -1,5 +1,6 @@
-"""A model with an adapter in other people's trainers: what they save is the adapter, they go on from it, and what they
-compare the policy with is its own base. The cells are those of docs/trainers.md."""
+"""A model with an adapter in other people's trainers: what they save is the adapter, they go on
+from it, and what they compare the policy with is its own base. The cells are those of
+docs/trainers.md."""
 
 from __future__ import annotations
 
@@ -13,9 +14,28 @@ import pytest
 import torch
 import transformers
 from tests.support import trainer_cells
-from tests.support.adapter_libraries import PEFT, VENEER, Library, attached, loaded, outputs, same, trained
+from tests.support.adapter_libraries import (
+    PEFT,
+    VENEER,
+    Library,
+    attached,
+    loaded,
+    outputs,
+    same,
+    trained,
+)
 from tests.support.trainer_cells import CELLS, LARGEST, YES, Case
-from tests.support.trainers import BUILD, HALF, LINEAR, RUNS, Run, arguments, batches, token_rows, write_bases
+from tests.support.trainers import (
+    BUILD,
+    HALF,
+    LINEAR,
+    RUNS,
+    Run,
+    arguments,
+    batches,
+    token_rows,
+    write_bases,
+)
 from torch import nn
 
 import veneer
@@ -24,13 +44,19 @@ from veneer.attach.reference import Reference
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, TargetError
 
 # every one of these trainers uses what the next version of a library that it stands on will lack
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore:.*workers.*")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*workers.*"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {run.name: run for run in RUNS}
 #: one trainer of each way to be integrated, and one cell of the others
 WHOLE = ("Trainer", "DPOTrainer", "Lightning", "accelerate")
-FAST = {(name, cell) for name in WHOLE for cell in CELLS} | {("SFTTrainer", "resume"), ("RewardTrainer", "resume")}
+FAST = {(name, cell) for name in WHOLE for cell in CELLS} | {
+    ("SFTTrainer", "resume"),
+    ("RewardTrainer", "resume"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +80,16 @@ def case(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Lib
     return of
 
 
-# ---- the cells ---------------------------------------------------------------------------------------------------
+# ---- the cells
+# ---------------------------------------------------------------------------------------------------
 
 ASKED = [
-    pytest.param(run, cell, marks=[] if (run.name, cell) in FAST else pytest.mark.slow, id=f"{run.name}-{cell}")
+    pytest.param(
+        run,
+        cell,
+        marks=[] if (run.name, cell) in FAST else pytest.mark.slow,
+        id=f"{run.name}-{cell}",
+    )
     for run in RUNS
     for cell in CELLS
     if trainer_cells.asked(run, cell)
@@ -70,11 +102,17 @@ def test_a_trainer_does_with_an_adapter_what_the_page_says(run: Run, cell: str, 
 
 
 @pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run.name in WHOLE else pytest.mark.slow, id=run.name) for run in RUNS]
+    "run",
+    [
+        pytest.param(run, marks=[] if run.name in WHOLE else pytest.mark.slow, id=run.name)
+        for run in RUNS
+    ],
 )
 def test_a_checkpoint_is_no_larger_than_pefts(run: Run, case):
     for step in (HALF, 2 * HALF):
-        ours, theirs = (trainer_cells.size(case(library, run).checkpoint(step)) for library in (VENEER, PEFT))
+        ours, theirs = (
+            trainer_cells.size(case(library, run).checkpoint(step)) for library in (VENEER, PEFT)
+        )
         assert ours <= LARGEST * theirs
 
 
@@ -88,7 +126,8 @@ def test_the_page_shows_what_the_runs_give():
     assert max(row["size"] for row in found.values()) <= LARGEST
 
 
-# ---- the reference -----------------------------------------------------------------------------------------------
+# ---- the reference
+# -----------------------------------------------------------------------------------------------
 
 
 def with_the_same_numbers(bases: Path, start: float = 0.0, dropout: float = 0.0) -> tuple[Any, Any]:
@@ -98,7 +137,9 @@ def with_the_same_numbers(bases: Path, start: float = 0.0, dropout: float = 0.0)
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=dropout)
     theirs: Any = peft.get_peft_model(loaded(bases, run), config)
     ours = loaded(bases, run)
-    handle = veneer.attach(ours, veneer.LoraConfig(rank=16, alpha=16, targets=LINEAR, dropout=dropout))
+    handle = veneer.attach(
+        ours, veneer.LoraConfig(rank=16, alpha=16, targets=LINEAR, dropout=dropout)
+    )
     for path, change in handle.changes.items():
         layer = theirs.get_submodule(f"base_model.model.{path.removesuffix('.weight')}")
         nn.init.normal_(layer.lora_B["default"].weight, std=start) if start else None
@@ -114,12 +155,17 @@ def losses(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("start", [0.0, 0.05])
 @pytest.mark.parametrize(
-    "name", ["DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "GRPO", "RLOO"))]
+    "name",
+    ["DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "GRPO", "RLOO"))],
 )
-def test_a_policy_is_compared_with_its_own_start_as_pefts_is(name: str, start: float, bases: Path, tmp_path: Path):
-    """TRL copies a PEFT adapter that changes the model already, and compares with the copy. DPO and KTO switch dropout
-    off, that of adapters too."""
-    theirs, ours = with_the_same_numbers(bases, start, dropout=0.5 if name in ("DPO", "KTO") else 0.0)
+def test_a_policy_is_compared_with_its_own_start_as_pefts_is(
+    name: str, start: float, bases: Path, tmp_path: Path
+):
+    """TRL copies a PEFT adapter that changes the model already, and compares with the copy. DPO and
+    KTO switch dropout off, that of adapters too."""
+    theirs, ours = with_the_same_numbers(
+        bases, start, dropout=0.5 if name in ("DPO", "KTO") else 0.0
+    )
     expected = losses(BUILD[name](theirs, tmp_path / "theirs", [], {}))
     trainer = BUILD[name](ours, tmp_path / "ours", [], {})
     assert isinstance(trainer.ref_model, Reference)
@@ -144,7 +190,10 @@ def test_another_adapter_can_be_the_reference(bases: Path, tmp_path: Path):
 def test_a_reference_that_should_move_is_refused(bases: Path, tmp_path: Path):
     model = attached(VENEER, bases, RUN["DPOTrainer"], 1)
     trainer = BUILD["DPO"](model, tmp_path, [], {"sync_ref_model": True})
-    with pytest.raises(ConfigError, match="sync_ref_model=True with a reference model that is the policy's own base"):
+    with pytest.raises(
+        ConfigError,
+        match="sync_ref_model=True with a reference model that is the policy's own base",
+    ):
         trainer.train()
 
 
@@ -156,13 +205,17 @@ def test_texts_of_vllm_would_be_those_of_the_base(bases: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_that_trls_forward_would_pass_by_is_refused(target: str, bases: Path, tmp_path: Path):
+def test_an_adapter_that_trls_forward_would_pass_by_is_refused(
+    target: str, bases: Path, tmp_path: Path
+):
     """The two are tied, so the change of one is that of both."""
     model = loaded(bases, RUN["DPOTrainer"])
     veneer.attach(model, veneer.LoraConfig(rank=4, targets=["q_proj", target]))
     trainer = BUILD["DPO"](model, tmp_path, [], {})
     for call in (trainer.train, trainer.evaluate):
-        with pytest.raises(TargetError, match="an adapter of the output layer for TRL's DPOTrainer"):
+        with pytest.raises(
+            TargetError, match="an adapter of the output layer for TRL's DPOTrainer"
+        ):
             call()
     veneer.save(model, tmp_path / "checkpoint")
     bare = loaded(bases, RUN["DPOTrainer"])
@@ -173,7 +226,8 @@ def test_an_adapter_that_trls_forward_would_pass_by_is_refused(target: str, base
     assert dict(bare.named_modules()) == before
 
 
-# ---- transformers ------------------------------------------------------------------------------------------------
+# ---- transformers
+# ------------------------------------------------------------------------------------------------
 
 
 def plain(model: Any, folder: Path, **more: Any) -> Any:
@@ -189,7 +243,9 @@ def test_one_script_starts_a_run_and_resumes_it(bases: Path, tmp_path: Path):
     config = veneer.LoraConfig(rank=4, targets=LINEAR, dropout=0.1)
 
     def script(folder: Path, resume: bool) -> Any:
-        trainer = plain(loaded(bases, RUN["Trainer"]), folder, callbacks=[integrations.callback(config)])
+        trainer = plain(
+            loaded(bases, RUN["Trainer"]), folder, callbacks=[integrations.callback(config)]
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -199,12 +255,16 @@ def test_one_script_starts_a_run_and_resumes_it(bases: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["DPO", "Reward"])
-def test_an_adapter_that_a_trainer_attaches_drops_nothing_if_told_so(name: str, bases: Path, tmp_path: Path):
+def test_an_adapter_that_a_trainer_attaches_drops_nothing_if_told_so(
+    name: str, bases: Path, tmp_path: Path
+):
     run = RUN[f"{name}Trainer"]
     config = veneer.LoraConfig(rank=2, dropout=0.5, targets=LINEAR)
     trainer = BUILD[name](loaded(bases, run), tmp_path, [integrations.callback(config)], {})
     assert trainer.args.disable_dropout
-    assert {change.dropout for change in veneer.Handle(trainer.model, "default").changes.values()} == {0.0}
+    assert {
+        change.dropout for change in veneer.Handle(trainer.model, "default").changes.values()
+    } == {0.0}
 
 
 def test_the_callback_leaves_an_adapter_that_is_there(bases: Path, tmp_path: Path):
@@ -216,8 +276,11 @@ def test_the_callback_leaves_an_adapter_that_is_there(bases: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_model_that_would_be_trained_whole_is_refused(again: bool, bases: Path, tmp_path: Path):
-    """Without a config and a checkpoint; or because ``model_init`` makes the model anew when training begins."""
-    given: dict[str, Any] = {"callbacks": [integrations.callback(veneer.LoraConfig(rank=2) if again else None)]}
+    """Without a config and a checkpoint; or because ``model_init`` makes the model anew when
+    training begins."""
+    given: dict[str, Any] = {
+        "callbacks": [integrations.callback(veneer.LoraConfig(rank=2) if again else None)]
+    }
     if again:
         trainer = plain(None, tmp_path, model_init=lambda: loaded(bases, RUN["Trainer"]), **given)
     else:
@@ -227,7 +290,9 @@ def test_a_model_that_would_be_trained_whole_is_refused(again: bool, bases: Path
 
 
 def lora_plus(handle: veneer.Handle) -> dict[str, Any]:
-    return {"optimizers": (torch.optim.AdamW(veneer.optim.lora_plus(handle, lr=1e-3, ratio=16)), None)}
+    return {
+        "optimizers": (torch.optim.AdamW(veneer.optim.lora_plus(handle, lr=1e-3, ratio=16)), None)
+    }
 
 
 def lora_plus_by_class(handle: veneer.Handle) -> dict[str, Any]:
@@ -241,7 +306,9 @@ def lora_fa(handle: veneer.Handle) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("optimiser", [lora_plus, lora_plus_by_class, lora_fa])
-def test_optimisers_of_adapters_in_a_trainer(optimiser: Callable[..., dict[str, Any]], bases: Path, tmp_path: Path):
+def test_optimisers_of_adapters_in_a_trainer(
+    optimiser: Callable[..., dict[str, Any]], bases: Path, tmp_path: Path
+):
     def run(seed: int, resume: Path | None) -> tuple[Any, Any]:
         model = attached(VENEER, bases, RUN["Trainer"], seed)
         handle = veneer.Handle(model, "default")
@@ -255,10 +322,14 @@ def test_optimisers_of_adapters_in_a_trainer(optimiser: Callable[..., dict[str, 
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         after = {name: value.detach().clone() for name, value in handle.named_parameters()}
         if optimiser is lora_fa:
-            assert resume or all(torch.equal(before[name], after[name]) for name in before if name.endswith(".A"))
+            assert resume or all(
+                torch.equal(before[name], after[name]) for name in before if name.endswith(".A")
+            )
         else:
             assert all(fast == pytest.approx(16 * slow) for slow, fast in seen if slow)
-        assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith(".B"))
+        assert not any(
+            torch.equal(before[name], after[name]) for name in before if name.endswith(".B")
+        )
         return model, after
 
     _, expected = run(1, None)
@@ -280,7 +351,13 @@ def test_a_trainer_pushes_the_adapter_alone(bases: Path, tmp_path: Path, monkeyp
             return type("Url", (), {"repo_id": repo_id})()
 
         def upload_folder(self, *, folder_path: str, **_: Any) -> Any:
-            pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+            pushed.append(
+                {
+                    path.name: path.read_bytes()
+                    for path in Path(folder_path).iterdir()
+                    if path.is_file()
+                }
+            )
             return Job()
 
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
@@ -304,23 +381,36 @@ def test_a_trainer_pushes_the_adapter_alone(bases: Path, tmp_path: Path, monkeyp
 def test_a_quantised_base_with_an_adapter_may_be_trained(tmp_path: Path, bases: Path):
     pytest.importorskip("bitsandbytes")
     config = transformers.LlamaConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantised
+    )
     with pytest.raises(ValueError, match="purely quantized"):
         plain(model, tmp_path / "none")
     handle = veneer.attach(model, veneer.LoraConfig(rank=4, targets=LINEAR))
     before = {name: value.detach().clone() for name, value in handle.named_parameters()}
     plain(model, tmp_path / "run", settings={"max_steps": 2}).train()
-    assert not any(torch.equal(value, before[name]) for name, value in handle.named_parameters() if ".B" in name)
+    assert not any(
+        torch.equal(value, before[name])
+        for name, value in handle.named_parameters()
+        if ".B" in name
+    )
 
 
-# ---- Lightning ---------------------------------------------------------------------------------------------------
+# ---- Lightning
+# ---------------------------------------------------------------------------------------------------
 
 
-def lightning_run(model: Any, folder: Path, callbacks: list[Any], resume: str | None = None, **more: Any) -> Any:
+def lightning_run(
+    model: Any, folder: Path, callbacks: list[Any], resume: str | None = None, **more: Any
+) -> Any:
     lightning = pytest.importorskip("pytorch_lightning")
 
     class Tuned(lightning.LightningModule):
@@ -348,7 +438,9 @@ def lightning_run(model: Any, folder: Path, callbacks: list[Any], resume: str | 
 
 @pytest.mark.filterwarnings("ignore:.*dirpath has changed.*")
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_lightning_checkpoint_holds_the_rest_of_the_module(weights_only: bool, bases: Path, tmp_path: Path):
+def test_a_lightning_checkpoint_holds_the_rest_of_the_module(
+    weights_only: bool, bases: Path, tmp_path: Path
+):
     run = RUN["Lightning"]
     config = veneer.LoraConfig(rank=4, targets=LINEAR)
     own = [integrations.lightning_callback(config, module="net")]
@@ -392,7 +484,11 @@ def two_parts(folder: Path, callbacks: list[Any], resume: str | None = None) -> 
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.first, self.second, self.bias = nn.Linear(6, 5), nn.Linear(5, 4), nn.Parameter(torch.zeros(4))
+            self.first, self.second, self.bias = (
+                nn.Linear(6, 5),
+                nn.Linear(5, 4),
+                nn.Parameter(torch.zeros(4)),
+            )
 
         def training_step(self, batch: Any, index: int) -> Any:
             return (self.second(self.first(batch)) + self.bias).square().sum()
@@ -426,23 +522,40 @@ def test_a_lightning_checkpoint_holds_an_adapter_for_each_part(attach_again: boo
     trained_pair = two_parts(tmp_path, callbacks(config, "first", "second"))
     path = tmp_path / "pair.ckpt"
     assert set(torch.load(path, weights_only=True)["state_dict"]) == {"bias"}
-    again = two_parts(tmp_path, callbacks(config if attach_again else None, "first", "second"), str(path))
+    again = two_parts(
+        tmp_path, callbacks(config if attach_again else None, "first", "second"), str(path)
+    )
     assert same(dict(again.state_dict()), dict(trained_pair.state_dict()))
-    folder, fresh, x = integrations.unpack(path, tmp_path / "adapter", module="second"), nn.Linear(5, 4), torch.ones(5)
-    fresh.load_state_dict({name: getattr(trained_pair.second, name).detach() for name in ("weight", "bias")})
+    folder, fresh, x = (
+        integrations.unpack(path, tmp_path / "adapter", module="second"),
+        nn.Linear(5, 4),
+        torch.ones(5),
+    )
+    fresh.load_state_dict(
+        {name: getattr(trained_pair.second, name).detach() for name in ("weight", "bias")}
+    )
     assert torch.equal(veneer.load(fresh, folder).model(x), trained_pair.second(x))
-    with pytest.raises(AdapterError, match=r"module=None for .*, which holds the adapters of 'first', 'second'"):
+    with pytest.raises(
+        AdapterError, match=r"module=None for .*, which holds the adapters of 'first', 'second'"
+    ):
         integrations.unpack(path, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"adapters of 'second', and callbacks for 'first' alone"):
         two_parts(tmp_path, callbacks(None, "first"), str(path))
-    with pytest.raises(ConfigError, match=r"two lightning_callbacks for one model \(module='first', module='first'\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"two lightning_callbacks for one model \(module='first', module='first'\)",
+    ):
         two_parts(tmp_path, callbacks(config, "first", "first"))
 
 
 def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
     run = RUN["Lightning"]
     with pytest.raises(ConfigError, match=r"no module 'model' in Tuned.*\(there is net"):
-        lightning_run(loaded(bases, run), tmp_path, [integrations.lightning_callback(veneer.LoraConfig(rank=2))])
+        lightning_run(
+            loaded(bases, run),
+            tmp_path,
+            [integrations.lightning_callback(veneer.LoraConfig(rank=2))],
+        )
     with pytest.raises(ConfigError, match="a model without an adapter as training begins"):
         lightning_run(loaded(bases, run), tmp_path, [integrations.lightning_callback(module="net")])
     torch.save({"state_dict": {}}, tmp_path / "whole.ckpt")
@@ -454,7 +567,8 @@ def test_what_lightning_cannot_do_is_said(bases: Path, tmp_path: Path):
             integrations.unpack(tmp_path / f"{name}.ckpt", tmp_path / "adapter")
 
 
-# ---- accelerate --------------------------------------------------------------------------------------------------
+# ---- accelerate
+# --------------------------------------------------------------------------------------------------
 
 
 def test_accelerate_saves_other_models_as_ever(bases: Path, tmp_path: Path):
@@ -472,7 +586,9 @@ def test_accelerate_saves_other_models_as_ever(bases: Path, tmp_path: Path):
         for parameter in one.parameters():
             parameter.data.add_(parameter.requires_grad)
     accelerator.load_state(str(tmp_path / "state"))
-    assert all(same(trained(one), kept) for one, kept in zip((model, other, second), expected, strict=True))
+    assert all(
+        same(trained(one), kept) for one, kept in zip((model, other, second), expected, strict=True)
+    )
     files = {path.name for path in (tmp_path / "state").iterdir()}
     assert {"veneer", "veneer_1", "model.safetensors"} <= files
     assert "model_1.safetensors" not in files

@@ -1,4 +1,5 @@
-"""Tokens that a run adds: trained, saved with their tokenizer, and what a killed run makes of them is the same."""
+"""Tokens that a run adds: trained, saved with their tokenizer, and what a killed run makes of them
+is the same."""
 
 from __future__ import annotations
 
@@ -24,10 +25,27 @@ TEXT = "<t0> x <t3>"
 
 
 def run(folder, base, output, **changes):
-    rows = [{"prompt": f"{one} {n} =", "completion": f" {NEW[-1 - k]}"} for n in range(3) for k, one in enumerate(NEW)]
-    options = {"rank": 2, "max_steps": 6, "batch_size": 4, "save_every": 2, "learning_rate": 5e-2, "precision": "fp32"}
+    rows = [
+        {"prompt": f"{one} {n} =", "completion": f" {NEW[-1 - k]}"}
+        for n in range(3)
+        for k, one in enumerate(NEW)
+    ]
+    options = {
+        "rank": 2,
+        "max_steps": 6,
+        "batch_size": 4,
+        "save_every": 2,
+        "learning_rate": 5e-2,
+        "precision": "fp32",
+    }
     data = write_rows(folder / "rows.jsonl", rows)
-    given = {"base": str(base), "data": str(data), "output": str(folder / output), "add_tokens": NEW, **options}
+    given = {
+        "base": str(base),
+        "data": str(data),
+        "output": str(folder / output),
+        "add_tokens": NEW,
+        **options,
+    }
     return make_config({**given, **changes})
 
 
@@ -62,7 +80,9 @@ def test_eight_added_tokens_are_trained_and_mean_the_same_everywhere(tmp_path):
     assert error(logits(theirs, tokenizer), expected) < 1e-5
     merge_checkpoint(base, [result.adapter], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert error(logits(merged, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected) < 1e-5
+    assert (
+        error(logits(merged, AutoTokenizer.from_pretrained(tmp_path / "merged")), expected) < 1e-5
+    )
     with pytest.raises(AdapterError, match=r"one weight.*merge"):
         convert(result.adapter, tmp_path / "a.gguf", to="gguf", base=grown(base))
     apart = grown(base)

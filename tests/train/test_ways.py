@@ -1,8 +1,10 @@
-"""1, 2, 3 and 4 processes, by each way to share the work, give the losses and the adapter folder of one process, and
-send what can be foretold. Each number of processes starts once, and trains every kind of adapter.
+"""1, 2, 3 and 4 processes, by each way to share the work, give the losses and the adapter folder of
+one process, and send what can be foretold. Each number of processes starts once, and trains every
+kind of adapter.
 
-A balance of experts is a mean over forward passes, and not linear in their rows: of one batch it is another number than
-the mean of its parts. So a run with that loss is compared with one process that takes the same passes."""
+A balance of experts is a mean over forward passes, and not linear in their rows: of one batch it is
+another number than the mean of its parts. So a run with that loss is compared with one process that
+takes the same passes."""
 
 from __future__ import annotations
 
@@ -37,11 +39,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "in full": ("llama", {"train_also": ["norm", "lm_head"]}),
     "experts": ("mixtral", {"targets": EXPERTS}),
     BALANCED: ("balanced", {"targets": EXPERTS}),
-    "convolutions": ("vit", {"task": "classify", "targets": ["all-linear", "re:.*patch_embeddings.projection"]}),
+    "convolutions": (
+        "vit",
+        {"task": "classify", "targets": ["all-linear", "re:.*patch_embeddings.projection"]},
+    ),
 }
-WAYS = [("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("tp", 2)]
+WAYS = [
+    ("ddp", 2),
+    ("ddp", 3),
+    ("ddp", 4),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp", 4),
+    ("hsdp", 4),
+    ("tp", 2),
+]
 
-#: trains with each configuration, and counts what is sent: bytes by operation, and tokens of each training step
+# : trains with each configuration, and counts what is sent: bytes by operation, and tokens of each
+# training step
 PROGRAM = """
 import json, os
 from pathlib import Path
@@ -77,8 +92,15 @@ leave("")
 
 def write_mixtral(folder: Path, balance: float) -> Path:
     torch.manual_seed(0)
-    fields = {**tiny_config().to_diff_dict(), "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
-    config = transformers.MixtralConfig(**{**fields, "model_type": "mixtral", "router_aux_loss_coef": balance})
+    fields = {
+        **tiny_config().to_diff_dict(),
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+    }
+    config = transformers.MixtralConfig(
+        **{**fields, "model_type": "mixtral", "router_aux_loss_coef": balance}
+    )
     transformers.MixtralForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -91,12 +113,18 @@ def parallel(way: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """`trained(way, processes)`: the configurations by kind, of runs that have ended. With `passes` in a step, of the
-    kind whose loss depends on them."""
+    """`trained(way, processes)`: the configurations by kind, of runs that have ended. With `passes`
+    in a step, of the kind whose loss depends on them."""
     folder = tmp_path_factory.mktemp("ways")
     bases = {"llama": write_tiny(folder / "llama"), "vit": write_vit(folder / "vit")}
-    bases |= {name: write_mixtral(folder / name, balance) for name, balance in (("mixtral", 0.0), ("balanced", 0.1))}
-    texts, images = write_rows(folder / "sums.jsonl", sums(40)), write_rows(folder / "i.jsonl", rows_of("image", 40))
+    bases |= {
+        name: write_mixtral(folder / name, balance)
+        for name, balance in (("mixtral", 0.0), ("balanced", 0.1))
+    }
+    texts, images = (
+        write_rows(folder / "sums.jsonl", sums(40)),
+        write_rows(folder / "i.jsonl", rows_of("image", 40)),
+    )
     known: dict[tuple[str, int, int], dict[str, Any]] = {}
 
     def of(way: str, processes: int, passes: int = 1) -> dict[str, Any]:
@@ -107,8 +135,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
             if (way == "tp" and base == "vit") or (passes > 1 and kind != BALANCED):
                 continue
             output = folder / f"{way}-{processes}-{passes}" / kind
-            fixed = {"dropout": 0.0, "max_steps": STEPS, "eval_fraction": 0.0, "eval_every": None, "save_every": STEPS}
-            fixed |= {"batch_size": 12 // passes, "grad_accum": passes, "learning_rate": 1e-3, **parallel(way)}
+            fixed = {
+                "dropout": 0.0,
+                "max_steps": STEPS,
+                "eval_fraction": 0.0,
+                "eval_every": None,
+                "save_every": STEPS,
+            }
+            fixed |= {
+                "batch_size": 12 // passes,
+                "grad_accum": passes,
+                "learning_rate": 1e-3,
+                **parallel(way),
+            }
             data = images if base == "vit" else texts
             configs[kind] = config_of(bases[base], data, output, **fixed, **changes)
             files.append(folder / f"{way}-{processes}-{passes}-{kind}.yaml")
@@ -135,8 +174,8 @@ def test_every_way_trains_what_one_process_does(trained: Any, way: str, processe
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "processes"), WAYS)
 def test_what_is_sent_is_what_was_foretold(trained: Any, way: str, processes: int) -> None:
-    """In all steps, of numbers that grow with the model; what the processes count (tokens, labels) is below 64 bytes
-    each time."""
+    """In all steps, of numbers that grow with the model; what the processes count (tokens, labels)
+    is below 64 bytes each time."""
     for kind, config in trained(way, processes).items():
         sent, tokens = json.loads((config.output / "sent.json").read_text())
         large = [(name, size) for name, size in sent if size > 64]
@@ -159,9 +198,9 @@ def optimiser(output: Path) -> Any:
 
 
 def _sums(kind: str, tokens: list[int]) -> int:
-    """Bytes of what a cut base sums: in forward, a block's two row-wise layers; in backward, the inputs of its
-    column-wise ones, but for the first, if a frozen embedding gives it. Beside that DoRA's norms of row-wise layers,
-    and the gradients of two routing weights a token."""
+    """Bytes of what a cut base sums: in forward, a block's two row-wise layers; in backward, the
+    inputs of its column-wise ones, but for the first, if a frozen embedding gives it. Beside that
+    DoRA's norms of row-wise layers, and the gradients of two routing weights a token."""
     passed = sum(tokens)
     bytes_ = 4 * HIDDEN * passed * (4 * BLOCKS - (kind != "in full"))  # whose head is the embedding
     if kind == "dora":
@@ -172,9 +211,9 @@ def _sums(kind: str, tokens: list[int]) -> int:
 
 
 def _gathered(base: Path, processes: int) -> int:
-    """Bytes that FSDP2 gathers in a step: what lies in a module that is not split in forward and in backward, all else
-    once; each parameter filled up to rows for every process: of a stack, which files hold as a tensor for each expert,
-    to experts."""
+    """Bytes that FSDP2 gathers in a step: what lies in a module that is not split in forward and in
+    backward, all else once; each parameter filled up to rows for every process: of a stack, which
+    files hold as a tensor for each expert, to experts."""
     model = meta_model(base, "ViTForImageClassification" if base.name == "vit" else None)
     total = 0
     for name, parameter in model.named_parameters():

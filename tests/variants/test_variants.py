@@ -1,4 +1,5 @@
-"""Every variant against its definition on dense matrices, its start, and PEFT's start where PEFT has the same one."""
+"""Every variant against its definition on dense matrices, its start, and PEFT's start where PEFT
+has the same one."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def start_of(groups=1, out=6, in_=8, rank=3, dtype=torch.float32) -> InitContext
     x = torch.randn(groups, 40, in_, dtype=torch.float64)
     G = torch.randn(groups, out, in_, dtype=torch.float64)
     noisy = W.float() + 0.05 * torch.randn(groups, out, in_)
-    return InitContext(groups, out, in_, rank, in_, lambda: W, lambda: x.mT @ x, lambda: G, lambda: noisy)
+    return InitContext(
+        groups, out, in_, rank, in_, lambda: W, lambda: x.mT @ x, lambda: G, lambda: noisy
+    )
 
 
 def trained(variant, start) -> dict[str, torch.Tensor]:
@@ -94,7 +97,8 @@ DEFINITIONS = {
     "lokr": lambda n, s, W: W + s * torch.kron(n["C"], n["B2"] @ n["A2"]),
 }
 
-#: the trained parameters that have a gradient at the very start; every trained parameter has one after a step
+# : the trained parameters that have a gradient at the very start; every trained parameter has one
+# after a step
 FIRST = {
     "lora": {"B"},
     "rslora": {"B"},
@@ -121,7 +125,11 @@ FIRST = {
 
 @settings(max_examples=12, deadline=None)
 @given(
-    st.sampled_from([1, 3]), st.integers(1, 12), st.integers(1, 12), st.data(), st.sampled_from([1.0, 0.5, 2.0, 3.7])
+    st.sampled_from([1, 3]),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.data(),
+    st.sampled_from([1.0, 0.5, 2.0, 3.7]),
 )
 @every
 def test_resolve_is_the_definition(variant, groups, out, in_, data, scale):
@@ -130,11 +138,16 @@ def test_resolve_is_the_definition(variant, groups, out, in_, data, scale):
     parameters, W = trained(variant, start), start.base().double()
     actual = changed(variant, parameters, scale, W)
     whole = {
-        name: value.unflatten(0, (groups, -1)) if name == "magnitude" else value for name, value in parameters.items()
+        name: value.unflatten(0, (groups, -1)) if name == "magnitude" else value
+        for name, value in parameters.items()
     }
     by_group = [{name: value[g] for name, value in whole.items()} for g in range(groups)]
-    expected = torch.stack([DEFINITIONS[variant.name](own, scale, w) for own, w in zip(by_group, W, strict=True)])
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
+    expected = torch.stack(
+        [DEFINITIONS[variant.name](own, scale, w) for own, w in zip(by_group, W, strict=True)]
+    )
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -148,7 +161,9 @@ def test_numbers_of_a_start(variant, groups):
     for name, value in parameters.items():
         assert value.dtype == torch.float32
         assert value.is_contiguous()
-        assert value.untyped_storage().nbytes() == 4 * value.numel()  # no view that keeps a whole SVD alive
+        assert (
+            value.untyped_storage().nbytes() == 4 * value.numel()
+        )  # no view that keeps a whole SVD alive
         assert value.isfinite().all()
         assert value.shape[0] == (groups * start.out if name == "magnitude" else groups)
     low, gain = variant.resolve(parameters, 1.0, start.base)
@@ -182,14 +197,18 @@ def test_the_start_stays_the_base_when_numbers_are_rounded(variant):
 def test_gradients_reach_every_trained_number(variant):
     start = start_of(3)
     W, target = start.base(), torch.randn(3, start.out, start.in_)
-    parameters = {name: nn.Parameter(v, name not in variant.frozen) for name, v in variant.init(start).items()}
+    parameters = {
+        name: nn.Parameter(v, name not in variant.frozen) for name, v in variant.init(start).items()
+    }
     learnt = {name: value for name, value in parameters.items() if name not in variant.frozen}
     optimiser = torch.optim.SGD(learnt.values(), lr=1e-2)
     reached = []
     for _ in range(2):
         optimiser.zero_grad()
         F.mse_loss(changed(variant, parameters, 1.0, W), target).backward()
-        reached.append({name for name, value in learnt.items() if value.grad is not None and value.grad.any()})
+        reached.append(
+            {name for name, value in learnt.items() if value.grad is not None and value.grad.any()}
+        )
         optimiser.step()
     assert reached == [FIRST[variant.name], set(learnt)]
     assert all(parameters[name].grad is None for name in variant.frozen)
@@ -198,9 +217,14 @@ def test_gradients_reach_every_trained_number(variant):
 @every
 def test_resolve_compiles_in_one_piece(variant):
     start = start_of()
-    parameters, W = {name: value.float() for name, value in trained(variant, start).items()}, start.base()
+    parameters, W = (
+        {name: value.float() for name, value in trained(variant, start).items()},
+        start.base(),
+    )
     torch._dynamo.reset()
-    compiled = torch.compile(lambda parameters: changed(variant, parameters, 0.5, W), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda parameters: changed(variant, parameters, 0.5, W), backend="eager", fullgraph=True
+    )
     torch.testing.assert_close(compiled(parameters), changed(variant, parameters, 0.5, W))
 
 
@@ -246,7 +270,8 @@ def test_dora_gives_a_row_of_zeros_gain_one():
 
 
 def test_dora_norms_do_not_cancel():
-    """A row that ΔW nearly undoes keeps its norm to the last digits, and so does one across a boundary of chunks."""
+    """A row that ΔW nearly undoes keeps its norm to the last digits, and so does one across a
+    boundary of chunks."""
     W = torch.randn(1, 3, 5, dtype=torch.float64)
     A, B = -W[:, :1].clone(), torch.tensor([[[1 - 1e-9], [0.5], [0.0]]], dtype=torch.float64)
     norms = dora_file.row_norms(W, LowRank(A, B, 1.0))
@@ -301,7 +326,9 @@ def test_dora_is_pefts():
         "B": layer.lora_B["default"].weight,
         "magnitude": layer.lora_magnitude_vector["default"].weight,
     }
-    torch.testing.assert_close(VARIANTS["dora"].init(start)["magnitude"], theirs["magnitude"].detach())
+    torch.testing.assert_close(
+        VARIANTS["dora"].init(start)["magnitude"], theirs["magnitude"].detach()
+    )
     for name, value in theirs.items():
         value.data.copy_(parameters[name].data.view_as(value))
     y = F.linear(x, changed(VARIANTS["dora"], parameters, 2.0, W)[0])
@@ -310,7 +337,9 @@ def test_dora_is_pefts():
     y.square().sum().backward()
     expected.square().sum().backward()
     for name, value in theirs.items():
-        torch.testing.assert_close(parameters[name].grad.view_as(value), value.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            parameters[name].grad.view_as(value), value.grad, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
@@ -363,7 +392,9 @@ def test_lora_ga_takes_pefts_directions_and_the_papers_scale():
     for mine, theirs in ((ours["A"][0], A), (ours["B"][0].T, B.T)):
         same_up_to_signs(F.normalize(mine, dim=1), F.normalize(theirs, dim=1), axis=1)
         torch.testing.assert_close(mine.norm(dim=1), torch.full((3,), 12**0.25 / 4))
-    assert (ours["B"].mT.double() @ G @ ours["A"].mT.double()).abs().max() < 1e-5  # they share no singular direction
+    assert (
+        ours["B"].mT.double() @ G @ ours["A"].mT.double()
+    ).abs().max() < 1e-5  # they share no singular direction
 
 
 def test_lora_ga_needs_no_more_directions_than_there_are():
@@ -385,7 +416,9 @@ def test_eva_is_pefts_on_centred_inputs():
         [x, x],
         forward_fn=lambda model, x: model(x),
         prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0] if isinstance(inputs, tuple) else inputs,
+        prepare_layer_inputs_fn=lambda inputs, *_: (
+            inputs[0] if isinstance(inputs, tuple) else inputs
+        ),
         show_progress_bar=False,
     )
     A, B = ab(layer)
@@ -398,7 +431,8 @@ def test_eva_is_pefts_on_centred_inputs():
 
 @pytest.mark.parametrize(("name", "method"), [("corda", "ipm"), ("corda_kpm", "kpm")])
 def test_corda_is_pefts(name, method):
-    """PEFT divides the inputs by their largest number: the product B₀ A₀ does not depend on that."""
+    """PEFT divides the inputs by their largest number: the product B₀ A₀ does not depend on
+    that."""
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -409,10 +443,14 @@ def test_corda_is_pefts(name, method):
 
     corda_config = CordaConfig(corda_method=method)
     _, layer = peft_linear(W, 3, 3, prepare, init_lora_weights="corda", corda_config=corda_config)
-    ours = VARIANTS[name].init(InitContext(1, 6, 8, 3, 8, lambda: W[None], inputs=lambda: (x.T @ x).double()[None]))
+    ours = VARIANTS[name].init(
+        InitContext(1, 6, 8, 3, 8, lambda: W[None], inputs=lambda: (x.T @ x).double()[None])
+    )
     A, B = ab(layer)
     torch.testing.assert_close(ours["B"][0] @ ours["A"][0], B @ A, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(W - ours["B"][0] @ ours["A"][0], layer.base_layer.weight.data, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        W - ours["B"][0] @ ours["A"][0], layer.base_layer.weight.data, rtol=1e-3, atol=1e-4
+    )
     ratio = (ours["A"][0].norm(dim=1) / A.norm(dim=1)).log()
     assert (ratio - ratio.mean()).abs().max() < 1e-3  # one factor between A and B
 
@@ -422,7 +460,9 @@ def test_corda_starts_from_inputs_that_do_not_span_the_space():
     x, W = torch.randn(1, 2, 8, dtype=torch.float64), torch.randn(1, 6, 8)
     for moment in (x.mT @ x, torch.zeros(1, 8, 8, dtype=torch.float64)):
         for name in ("corda", "corda_kpm"):
-            ours = VARIANTS[name].init(InitContext(1, 6, 8, 3, 8, lambda: W, inputs=lambda moment=moment: moment))
+            ours = VARIANTS[name].init(
+                InitContext(1, 6, 8, 3, 8, lambda: W, inputs=lambda moment=moment: moment)
+            )
             assert all(value.isfinite().all() for value in ours.values())
             assert torch.linalg.matrix_rank(ours["B"]).item() == 3
 
@@ -440,7 +480,8 @@ def test_mica_is_pefts():
 
 @pytest.mark.parametrize("in_", [32, 24, 7])
 def test_qalora_is_pefts(in_):
-    """PEFT has it for GPTQ layers alone; here its forward runs on a layer with no more than it reads."""
+    """PEFT has it for GPTQ layers alone; here its forward runs on a layer with no more than it
+    reads."""
     from types import SimpleNamespace
 
     from peft.tuners.lora.variants import QALoraLinearVariant
@@ -494,7 +535,9 @@ def test_loftq_starts_at_the_best_approximation_of_what_was_lost(scale):
     loftq, start = VARIANTS["loftq"], start_of(2, 9, 7, 2)
     lost = start.original() - start.base()
     low, _ = loftq.resolve(loftq.init(start), scale, start.base)
-    torch.testing.assert_close(low.delta(), torch.stack([_truncated(d, 2) for d in lost]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        low.delta(), torch.stack([_truncated(d, 2) for d in lost]), rtol=1e-4, atol=1e-5
+    )
     assert (lost - low.delta()).norm() < lost.norm()
 
 
@@ -532,7 +575,8 @@ def start_of_size(groups, out, in_, rank) -> InitContext:
 
 
 def test_veras_pair_never_changes():
-    """No file holds the pair: other parameters here would be another meaning of every VeRA adapter that was saved."""
+    """No file holds the pair: other parameters here would be another meaning of every VeRA adapter
+    that was saved."""
     parameters = VARIANTS["vera"].init(start_of_size(1, 2, 3, 2))
     A = [[-1.4142134, -1.2633338, 0.16206272], [1.0039605, 0.7309137, -1.1094493]]
     B = [[0.092341676, 1.4807701], [0.5213656, 1.4538827]]
@@ -544,7 +588,9 @@ def test_veras_pair_never_changes():
         assert part.abs().max() <= bound
         assert part.mean().abs() < 0.02 * bound
         assert part.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
-        assert torch.linalg.svdvals(part[0]).max() < 1.1 * part.std() * sum(side**0.5 for side in part[0].shape)
+        assert torch.linalg.svdvals(part[0]).max() < 1.1 * part.std() * sum(
+            side**0.5 for side in part[0].shape
+        )
 
 
 def test_adalora_prunes_without_stopping_the_gradient_of_e():
@@ -591,7 +637,9 @@ def test_a_start_from_numbers_that_are_not_finite_names_the_layers(name, number)
             model[layer].weight[2, 1] = number
     config = veneer.LoraConfig(rank=2, variant=name)
     if VARIANTS[name].needs & {"inputs", "gradient"} or name in READS_ITS_WEIGHT:
-        before = {path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()}
+        before = {
+            path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()
+        }
         with pytest.raises(TargetError, match=f"'3.weight'.*{name!r}") as caught:
             veneer.attach(model, config, **data)
         assert "LinAlg" not in str(caught.value)
@@ -599,7 +647,9 @@ def test_a_start_from_numbers_that_are_not_finite_names_the_layers(name, number)
             assert "2 problems" in str(caught.value)
             assert "the weight '1.weight'" in str(caught.value)
             assert "'0.weight'" not in str(caught.value)
-        assert before == {path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()}
+        assert before == {
+            path: (type(module), sorted(module.__dict__)) for path, module in model.named_modules()
+        }
     else:
         veneer.attach(model, config, **data)
 
@@ -608,7 +658,9 @@ def test_a_start_from_numbers_that_are_not_finite_names_the_layers(name, number)
 def test_batches_that_are_not_finite_name_the_layers(name):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.full((5, 4), float("nan"))
     with pytest.raises(TargetError, match="2 problems") as caught:
-        veneer.attach(model, veneer.LoraConfig(rank=2, variant=name), **calibration(model, name, (x,)))
+        veneer.attach(
+            model, veneer.LoraConfig(rank=2, variant=name), **calibration(model, name, (x,))
+        )
     what = {"eva": "inputs", "lora_ga": "gradient"}[name]
     assert f"the {what} of '0.weight'" in str(caught.value)
     assert all(type(layer) is nn.Linear for layer in model)
@@ -616,7 +668,9 @@ def test_batches_that_are_not_finite_name_the_layers(name):
 
 def test_an_original_that_is_not_finite_is_named():
     model = nn.Sequential(nn.Linear(4, 4))
-    state = {path: torch.full_like(value, float("inf")) for path, value in model.state_dict().items()}
+    state = {
+        path: torch.full_like(value, float("inf")) for path, value in model.state_dict().items()
+    }
     with pytest.raises(TargetError, match=r"the original of '0\.weight'"):
         veneer.attach(model, veneer.LoraConfig(rank=2, variant="loftq"), original=state)
 

@@ -26,7 +26,8 @@ CASES: list[Case] = []
 
 
 def case(row: str, **named: dict[str, Any]):
-    """Enter a function into CASES: under its own name, or under each of ``named`` with those arguments."""
+    """Enter a function into CASES: under its own name, or under each of ``named`` with those
+    arguments."""
 
     def enter(function: Callable[..., Result]):
         for name, arguments in (named or {function.__name__: {}}).items():

@@ -20,7 +20,9 @@ def cost_of_the_import(library: Library) -> Result:
         "print(time.perf_counter() - start, len(sys.modules) - modules, memory() - before,"
         " int('transformers' in sys.modules))"
     )
-    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
     seconds, modules, memory, heavy = map(float, answer.stdout.split())
     text = f"{seconds:.2f} s, {modules:.0f} modules and {memory:.0f} MB more than torch"
     text += ", transformers among them" if heavy else ""

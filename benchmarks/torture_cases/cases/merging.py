@@ -23,7 +23,9 @@ from torture_cases.models import Holder, Stack
 DRIFT = "bf16 base: merge + unmerge 1 / 100 / 1000 times"
 
 
-@case(DRIFT, merge_once={"times": 1}, merge_100_times={"times": 100}, merge_1000_times={"times": 1000})
+@case(
+    DRIFT, merge_once={"times": 1}, merge_100_times={"times": 100}, merge_1000_times={"times": 1000}
+)
 def drift(library: Library, times: int) -> Result:
     adapter = library.attach(Holder(nn.Linear(32, 32)).bfloat16(), ["layer"])
     randomise(adapter, 0.05)
@@ -48,10 +50,14 @@ def merge_rounds_once(library: Library) -> Result:
     adapter.merge(safe=True)
     wrong = wrongly_rounded(adapter.weights()["layer.weight"], exact)
     share = wrong / exact.numel()
-    return Result(wrong == 0, f"{share:.1%} of the weights are not correctly rounded", {"wrong": float(wrong)})
+    return Result(
+        wrong == 0, f"{share:.1%} of the weights are not correctly rounded", {"wrong": float(wrong)}
+    )
 
 
-def poisoned(library: Library, dtype: torch.dtype, poison: Callable[[list[nn.Parameter]], object]) -> Adapter:
+def poisoned(
+    library: Library, dtype: torch.dtype, poison: Callable[[list[nn.Parameter]], object]
+) -> Adapter:
     adapter = library.attach(Stack(2).to(dtype), ["linear"])
     randomise(adapter)
     poison(adapter.parameters())
@@ -60,12 +66,20 @@ def poisoned(library: Library, dtype: torch.dtype, poison: Callable[[list[nn.Par
 
 @case(SAFE)
 def merge_is_atomic(library: Library) -> Result:
-    adapter = poisoned(library, torch.float32, lambda parameters: parameters[-1].data.view(-1)[0].fill_(float("nan")))
+    adapter = poisoned(
+        library,
+        torch.float32,
+        lambda parameters: parameters[-1].data.view(-1)[0].fill_(float("nan")),
+    )
     before = bits(adapter)
     try:
         adapter.merge(safe=True)
     except library.refusal as error:
-        changed = [path for path, weight in adapter.weights().items() if not torch.equal(weight, before[path])]
+        changed = [
+            path
+            for path, weight in adapter.weights().items()
+            if not torch.equal(weight, before[path])
+        ]
         text = f"refused ({said(error)}); {', '.join(changed) or 'nothing'} merged"
         return Result(not changed, text, {"changed": float(len(changed))})
     return Result(False, "a NaN in layer 2 is merged without an error")
@@ -80,14 +94,20 @@ NOT_FINITE = "NaN or fp16 overflow without safe merge"
     merge_that_overflows_fp16={"dtype": torch.float16, "value": 3e4},
 )
 def merge_not_finite(library: Library, dtype: torch.dtype, value: float) -> Result:
-    adapter = poisoned(library, dtype, lambda parameters: [p.data.fill_(value) for p in parameters[-2:]])
+    adapter = poisoned(
+        library, dtype, lambda parameters: [p.data.fill_(value) for p in parameters[-2:]]
+    )
     before = bits(adapter)
     try:
         adapter.merge()
     except library.refusal as error:
-        return Result(off(adapter, before) == 0, f"refused: {said(error)}", {"off": off(adapter, before)})
+        return Result(
+            off(adapter, before) == 0, f"refused: {said(error)}", {"off": off(adapter, before)}
+        )
     adapter.unmerge()
-    return Result(False, f"merged without an error; after unmerging, the base {state(off(adapter, before))}")
+    return Result(
+        False, f"merged without an error; after unmerging, the base {state(off(adapter, before))}"
+    )
 
 
 EDITED = "weights edited while merged, then unmerge"

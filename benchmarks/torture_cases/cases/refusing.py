@@ -24,7 +24,10 @@ def flip_a_byte(library: Library, adapter: Adapter, folder: Path) -> None:
     """The lowest bit of the first byte of a trained number."""
     for file in folder.rglob("*"):
         for parameter in adapter.parameters():
-            content, needle = bytearray(file.read_bytes() if file.is_file() else b""), parameter.detach().numpy()
+            content, needle = (
+                bytearray(file.read_bytes() if file.is_file() else b""),
+                parameter.detach().numpy(),
+            )
             position = content.find(needle.tobytes())
             if position >= 0:
                 content[position] ^= 1

@@ -1,4 +1,5 @@
-"""Several adapters on one model: combined, mixed in a batch, in threads, compiled, and many of them."""
+"""Several adapters on one model: combined, mixed in a batch, in threads, compiled, and many of
+them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ WEIGHTED = "add_weighted_adapter with rsLoRA"
 LAYERS = 64
 
 
-def several(library: Library, model: nn.Module, names: Sequence[str], targets=("linear",), **options: Any) -> Adapter:
+def several(
+    library: Library, model: nn.Module, names: Sequence[str], targets=("linear",), **options: Any
+) -> Adapter:
     """Adapters ``names`` on one model, with noise in each; the last is returned."""
     for name in names:
         adapter = library.attach(model, targets, name=name, **options)
@@ -49,7 +52,9 @@ def weighted(library: Library, how: str, variant: str = "rslora") -> Result:
     model, x = Holder(nn.Linear(16, 16)), torch.randn(5, 16)
     adapter = several(library, model, ["one", "two"], ["layer"], variant=variant, rank=4)
     with torch.no_grad():
-        outputs = {name: library.call(adapter.model, x, name).double() for name in ("one", "two", None)}
+        outputs = {
+            name: library.call(adapter.model, x, name).double() for name in ("one", "two", None)
+        }
         try:
             combined = library.combine(adapter, ["one", "two"], [0.7, 0.4], how, "sum")
         except NotOffered:
@@ -60,13 +65,19 @@ def weighted(library: Library, how: str, variant: str = "rslora") -> Result:
     expected = 0.7 * (outputs["one"] - outputs[None]) + 0.4 * (outputs["two"] - outputs[None])
     error = (change - expected).norm().item() / expected.norm().item()
     ratio = change.norm().item() / expected.norm().item()
-    return Result(error < NEAR, f"off by {error:.2g}; {ratio:.2f} times as large as it should be", {"off": error})
+    return Result(
+        error < NEAR,
+        f"off by {error:.2g}; {ratio:.2f} times as large as it should be",
+        {"off": error},
+    )
 
 
 @case(WEIGHTED)
 def weighted_under_an_existing_name(library: Library) -> Result:
     adapter = several(library, Holder(nn.Linear(16, 16)), ["one", "two"], ["layer"])
-    return refused(library, lambda: library.combine(adapter, ["one", "two"], [0.7, 0.4], "cat", "one"))
+    return refused(
+        library, lambda: library.combine(adapter, ["one", "two"], [0.7, 0.4], "cat", "one")
+    )
 
 
 @case("exception during a mixed batch")
@@ -110,13 +121,17 @@ def threads(library: Library, selections: Sequence[Selection], each: int = 300) 
             if not right:
                 wrong.append(selection)
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(selections, expected, strict=True)]
+    workers = [
+        threading.Thread(target=work, args=pair) for pair in zip(selections, expected, strict=True)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     total = each * len(selections)
-    return Result(not wrong, f"{len(wrong)} of {total} results are wrong", {"wrong": float(len(wrong))})
+    return Result(
+        not wrong, f"{len(wrong)} of {total} results are wrong", {"wrong": float(len(wrong))}
+    )
 
 
 @case("switching 12 adapters under torch.compile")
@@ -133,18 +148,28 @@ def twelve_adapters_compiled(library: Library) -> Result:
 
     torch._dynamo.reset()
     compiled, rounds, error = torch.compile(adapter.model, backend=backend), [], 0.0
-    with torch.no_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
         warnings.simplefilter("ignore")  # torch.compile's own deprecations
         expected = [library.call(adapter.model, x, name) for name in names]
         for _ in range(2):
             for name, output in zip(names, expected, strict=True):
                 try:
-                    error = max(error, distance(library.call(adapter.model, x, name, compiled), output))
+                    error = max(
+                        error, distance(library.call(adapter.model, x, name, compiled), output)
+                    )
                 except torch._dynamo.exc.FailOnRecompileLimitHit:
-                    return Result(False, f"hits the recompile limit at adapter {name}, after {graphs} graphs")
+                    return Result(
+                        False, f"hits the recompile limit at adapter {name}, after {graphs} graphs"
+                    )
             rounds.append(graphs)
     text = f"{rounds[0]} graphs for 12 adapters, {rounds[1] - rounds[0]} more in a second round; off by {error:.0e}"
-    return Result(error < NEAR and rounds[0] == rounds[1], text, {"graphs": float(rounds[0]), "off": error})
+    return Result(
+        error < NEAR and rounds[0] == rounds[1], text, {"graphs": float(rounds[0]), "off": error}
+    )
 
 
 @case("128th adapter on 64 layers")

@@ -4,13 +4,14 @@
     base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
     base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
 
-What is no part of it: buffers that the model computes itself (they are in no state dict), and what the adapter holds a
-copy of, such as running statistics.
+What is no part of it: buffers that the model computes itself (they are in no state dict), and what
+the adapter holds a copy of, such as running statistics.
 
-A fingerprint is kept as long as its weight lives, and holds while that has the same memory, shape and type, torch
-counts no write to it, and a sample of its elements is the same. Writes of few elements through ``.data`` are not seen;
-``forget`` is for whoever does that. Rejected: the count alone, as torch does not count what is written through
-``.data``, which is how much code initialises or adds to a weight.
+A fingerprint is kept as long as its weight lives, and holds while that has the same memory, shape
+and type, torch counts no write to it, and a sample of its elements is the same. Writes of few
+elements through ``.data`` are not seen; ``forget`` is for whoever does that. Rejected: the count
+alone, as torch does not count what is written through ``.data``, which is how much code initialises
+or adds to a weight.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ SAMPLE = 1024
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A parameter or lasting buffer of a base. ``weight`` is what its module keeps under its name, ``storage`` how that
-    is stored (None: as it is)."""
+    """A parameter or lasting buffer of a base. ``weight`` is what its module keeps under its name,
+    ``storage`` how that is stored (None: as it is)."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -53,27 +54,31 @@ class BaseTensor:
 
     @property
     def known(self) -> bool:
-        """Whether its values are here and can be read: not on the meta device, nor packed by somebody unknown."""
+        """Whether its values are here and can be read: not on the meta device, nor packed by
+        somebody unknown."""
         own = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
         if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in own):
             return False
         return self.storage is not None or type(self.weight).__module__.partition(".")[0] == "torch"
 
     def content(self, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
-        """What it holds; of a weight into which an adapter is merged what it held before, which ``bits`` has by
-        identity. The storage must be prepared."""
+        """What it holds; of a weight into which an adapter is merged what it held before, which
+        ``bits`` has by identity. The storage must be prepared."""
         before = bits.get(id(self.weight))
         if before:
             stored, anchor = dict(before), next(iter(before.values()))
         else:
-            stored, anchor = {} if self.storage is None else self.storage.stored(self.weight), self.weight
+            stored, anchor = (
+                {} if self.storage is None else self.storage.stored(self.weight),
+                self.weight,
+            )
         return Content(self.weight, self.storage, stored, anchor)
 
 
 @dataclass(frozen=True)
 class Content:
-    """The values of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor`` itself.
-    ``anchor`` lives as long as these."""
+    """The values of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor``
+    itself. ``anchor`` lives as long as these."""
 
     weight: Any
     storage: Storage | None
@@ -81,12 +86,15 @@ class Content:
     anchor: Any
 
     def dense(self, as_loaded: bool = False) -> Tensor:
-        """The weight as its storage settles it, or ``as_loaded``, which is what an earlier Veneer took prints of."""
+        """The weight as its storage settles it, or ``as_loaded``, which is what an earlier Veneer
+        took prints of."""
         with torch.no_grad():
             if self.storage is None:
                 dense = self.anchor
             else:
-                stored = self.stored if as_loaded else self.storage.settled(self.weight, self.stored)
+                stored = (
+                    self.stored if as_loaded else self.storage.settled(self.weight, self.stored)
+                )
                 dense = self.storage.decode(self.weight, stored)
         whole = getattr(dense, "full_tensor", None)  # of a weight that is spread over processes
         return dense if whole is None else whole()
@@ -95,11 +103,15 @@ class Content:
         """What differs once it was written to; None where nothing tells."""
         own = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            deep = self.storage is None or not self.storage.opaque  # below such a module are its adapters alone
+            deep = (
+                self.storage is None or not self.storage.opaque
+            )  # below such a module are its adapters alone
             own = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
         tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
         # one that only stands for others, packed or in other processes, has no memory of its own
-        lie = (t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided)
+        lie = (
+            t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided
+        )
         return tuple(map(_stamp, lie)) or None
 
 
@@ -123,9 +135,10 @@ def fingerprints_of(
     kind: str = XXH3,
     as_loaded: bool = False,
 ) -> list[str]:
-    """The fingerprint of each tensor, computed for those alone that changed since they were last asked for. ``bits``:
-    what merged weights held before, by identity (``merge.kept_bits``). ``kind``: XXH3, or SHA256 to compare with a
-    record that has fingerprints of that kind. ``as_loaded``: as ``Content.dense`` has it."""
+    """The fingerprint of each tensor, computed for those alone that changed since they were last
+    asked for. ``bits``: what merged weights held before, by identity (``merge.kept_bits``).
+    ``kind``: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
+    ``as_loaded``: as ``Content.dense`` has it."""
     with _HASHING, _prepared(tensors):
         contents = [tensor.content(bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
@@ -134,7 +147,9 @@ def fingerprints_of(
             then, value = _KNOWN.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
             if stamp is None or then != stamp:
                 value = fingerprint(content.dense(as_loaded), kind)
-                if stamp is not None and content.stamp() == stamp:  # nobody has written to it meanwhile
+                if (
+                    stamp is not None and content.stamp() == stamp
+                ):  # nobody has written to it meanwhile
                     _KNOWN.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
             found.append(value)
         return found
@@ -142,11 +157,16 @@ def fingerprints_of(
 
 def settling(tensors: Sequence[BaseTensor]) -> list[BaseTensor]:
     """Those that are packed in a way which a call may change for good."""
-    return [one for one in tensors if one.storage is not None and type(one.storage).settled is not Storage.settled]
+    return [
+        one
+        for one in tensors
+        if one.storage is not None and type(one.storage).settled is not Storage.settled
+    ]
 
 
 def earlier_fingerprints(tensors: Sequence[BaseTensor], kind: str = XXH3) -> dict[str, str]:
-    """By name, the fingerprints that an earlier Veneer took of packed weights which a call may change: as loaded."""
+    """By name, the fingerprints that an earlier Veneer took of packed weights which a call may
+    change: as loaded."""
     packed = settling(tensors)
     fingerprints = zip(packed, fingerprints_of(packed, kind=kind, as_loaded=True), strict=True)
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
@@ -160,9 +180,13 @@ def has_settled(tensor: BaseTensor) -> bool:
 
 
 def fingerprint_beside(
-    tensor: BaseTensor, rows: Sequence[int], bits: Mapping[int, Mapping[str, Tensor]] | None = None, kind: str = XXH3
+    tensor: BaseTensor,
+    rows: Sequence[int],
+    bits: Mapping[int, Mapping[str, Tensor]] | None = None,
+    kind: str = XXH3,
 ) -> str:
-    """The fingerprint of a weight without some of its rows, ascending: those that an adapter puts in their place."""
+    """The fingerprint of a weight without some of its rows, ascending: those that an adapter puts
+    in their place."""
     with _HASHING, _prepared([tensor]):
         return hashing.fingerprint_beside(tensor.content(bits or {}).dense(), rows, kind)
 
@@ -198,8 +222,12 @@ def _sample(tensor: Tensor) -> bytes:
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not tensor.numel():
         return b""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    step = max(1, span // SAMPLE) | 1  # odd: an even one may be a multiple of the width, and see few columns
+    span = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    step = (
+        max(1, span // SAMPLE) | 1
+    )  # odd: an even one may be a multiple of the width, and see few columns
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
         some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
         some = some.contiguous()
@@ -212,14 +240,18 @@ def record_of(
     left_out: Collection[int],
     fingerprints_of_all: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
 ) -> dict[str, dict[str, str]]:
-    """The fingerprints of a record, "weights" and "rest". ``changed``: what the adapter changes at a low rank, by path.
-    ``left_out``: the identities of what is neither: what the adapter replaces. ``fingerprints_of_all``: the fingerprint
-    of each tensor, None of one of which nobody knows."""
+    """The fingerprints of a record, "weights" and "rest". ``changed``: what the adapter changes at
+    a low rank, by path. ``left_out``: the identities of what is neither: what the adapter replaces.
+    ``fingerprints_of_all``: the fingerprint of each tensor, None of one of which nobody knows."""
     own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
     rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.known]
     found = fingerprints_of_all([*changed.values(), *rest])
     others = zip(rest, found[len(changed) :], strict=True)
     return {
-        "weights": {at: value for at, value in zip(changed, found, strict=False) if value is not None},
-        "rest": {name: value for tensor, value in others for name in tensor.names if value is not None},
+        "weights": {
+            at: value for at, value in zip(changed, found, strict=False) if value is not None
+        },
+        "rest": {
+            name: value for tensor, value in others for name in tensor.names if value is not None
+        },
     }

@@ -2,9 +2,9 @@
 
     sources: the adapters that it came from        low: path in PEFT's file -> PeftLayer        full: path -> tensors
 
-What the sources prove goes over to the result: the fingerprints of their base, which must be one base, and the weights
-that they change. Where a source proves nothing, as another library wrote it, the result proves nothing either; where
-one knows of adapted layers alone, so does the result.
+What the sources prove goes over to the result: the fingerprints of their base, which must be one
+base, and the weights that they change. Where a source proves nothing, as another library wrote it,
+the result proves nothing either; where one knows of adapted layers alone, so does the result.
 """
 
 from __future__ import annotations
@@ -34,19 +34,26 @@ def write_derived(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder with these changes. ``sources``: at least one; the first lends its config. ``low``: the
-    changes (``PeftLayer.with_low`` makes them; with ``extras`` where ``variant`` has some). ``full``: parameters that
-    are trained in full, by path and name. ``variant``: "lora" or "dora". ``BaseMismatchError``: the sources were made
-    for different bases. ``AdapterError``: a number is not finite or a change absurdly large, or nothing is left.
+    """Write an adapter folder with these changes. ``sources``: at least one; the first lends its
+    config. ``low``: the changes (``PeftLayer.with_low`` makes them; with ``extras`` where
+    ``variant`` has some). ``full``: parameters that are trained in full, by path and name.
+    ``variant``: "lora" or "dora". ``BaseMismatchError``: the sources were made for different bases.
+    ``AdapterError``: a number is not finite or a change absurdly large, or nothing is left.
     ``OutputExistsError``: the path exists and ``overwrite`` is False."""
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")
-    raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))  # ``read`` would refuse it
+    raise_all(
+        AdapterError, f"{path} was not written", list(odd_changes(low))
+    )  # ``read`` would refuse it
     tensors = {
         peft.key(at, suffix): written(tensor)
         for at, layer in low.items()
-        for suffix, tensor in ((layer.suffixes[0], layer.A), (layer.suffixes[1], layer.B), *layer.extras.items())
+        for suffix, tensor in (
+            (layer.suffixes[0], layer.A),
+            (layer.suffixes[1], layer.B),
+            *layer.extras.items(),
+        )
     }
     for at, parameters in full.items():
         # what is trained in full stands below the wrapper of an adapted module
@@ -58,7 +65,9 @@ def write_derived(
     first = sources[0].config
     ranks = [layer.rank for layer in low.values()] or [first.rank]
     # what the numbers were trained in says nothing of the new ones, unless they are in it
-    kept = first.dtype is not None and all(t.dtype == getattr(torch, first.dtype) for t in tensors.values())
+    kept = first.dtype is not None and all(
+        t.dtype == getattr(torch, first.dtype) for t in tensors.values()
+    )
     own = replace(
         first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},
         slices={}, layers=None, exclude=(), targets=tuple(dict.fromkeys(layer.at for layer in low.values())) or "all",
@@ -66,11 +75,17 @@ def write_derived(
     )  # fmt: skip
     if base is not None:
         # what is left out is one of the rest again, what is trained in full is none
-        trained = {f"{peft.unnested(at)[0]}.{name}".lstrip(".") for at, tensors in full.items() for name in tensors}
+        trained = {
+            f"{peft.unnested(at)[0]}.{name}".lstrip(".")
+            for at, tensors in full.items()
+            for name in tensors
+        }
         fingerprints, changed = prints_in(base), changes or {}
         base["weights"] = {at: base["weights"][at] for at in changed}
         if "rest" in base:
-            base["rest"] = {at: print_ for at, print_ in fingerprints.items() if at not in {*changed, *trained}}
+            base["rest"] = {
+                at: print_ for at, print_ in fingerprints.items() if at not in {*changed, *trained}
+            }
             if fresh := [name for name in base.pop("fresh", ()) if name not in trained]:
                 base["fresh"] = fresh
     write(
@@ -81,13 +96,16 @@ def write_derived(
 
 
 def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
-    """What the sources say of their base, with the fingerprints of all of them; None where one of them says nothing.
-    "rest" is there if all of them have it. ``BaseMismatchError``: they speak of different bases. ``AdapterError``:
-    their fingerprints are of different kinds, so that nobody can tell."""
+    """What the sources say of their base, with the fingerprints of all of them; None where one of
+    them says nothing. "rest" is there if all of them have it. ``BaseMismatchError``: they speak of
+    different bases. ``AdapterError``: their fingerprints are of different kinds, so that nobody can
+    tell."""
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]
-    old = [source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != XXH3]
+    old = [
+        source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != XXH3
+    ]
     if 0 < len(old) < len(bases):
         found = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
@@ -95,13 +113,17 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
     known: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
         fingerprints = prints_in(base)
-        differ = [name for name, print_ in fingerprints.items() if known.get(name, print_) != print_]
+        differ = [
+            name for name, print_ in fingerprints.items() if known.get(name, print_) != print_
+        ]
         if differ:
             found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
             raise BaseMismatchError(found, "adapters of one base", "leave one of them out")
         known |= fingerprints
     weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
-    whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {"weights": weights}
+    whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {
+        "weights": weights
+    }
     if all("rest" in base for base in bases):
         whole["rest"] = {name: print_ for name, print_ in known.items() if name not in weights}
         fresh = list(dict.fromkeys(name for base in bases for name in base.get("fresh", ())))
@@ -120,9 +142,13 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
             known = changes.get(weight, said)
             if known.get("module_only", False) != said.get("module_only", False):
                 found = f"a change of {weight!r} that some of them make to what its module gives, as PEFT does, alone"
-                raise AdapterError(found, "changes of one kind", "leave those out, or compose the others")
+                raise AdapterError(
+                    found, "changes of one kind", "leave those out, or compose the others"
+                )
             same = {
-                key: said[key] for key in ("kind", "rows", "module_only") if key in said and known.get(key) == said[key]
+                key: said[key]
+                for key in ("kind", "rows", "module_only")
+                if key in said and known.get(key) == said[key]
             }
             changes[weight] = {"rank": layer.rank, "alpha": layer.alpha, **same}
     return changes
@@ -136,14 +162,22 @@ def _config(
 ) -> dict[str, Any]:
     configs = [source.peft_config for source in sources]
     sizes = {peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()}
-    parameters = list(dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer)))
+    parameters = list(
+        dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer))
+    )
     targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
     said = [config.get("target_modules") for config in configs]
     simple = all(isinstance(names, list) for names in said) and not any(
-        config.get("exclude_modules") or config.get("layers_to_transform") is not None for config in configs
+        config.get("exclude_modules") or config.get("layers_to_transform") is not None
+        for config in configs
     )
     union = sorted({name for names in said for name in names or ()}) if simple else []
-    kept = {layer.at for source in sources for path, layer in source.low.items() if not peft.of_parameter(path, layer)}
+    kept = {
+        layer.at
+        for source in sources
+        for path, layer in source.low.items()
+        if not peft.of_parameter(path, layer)
+    }
     whole = union if union and kept == set(targets) else sorted(set(targets))
     types = [str(config.get("peft_type")) for config in configs]
     modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})

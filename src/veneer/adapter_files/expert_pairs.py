@@ -1,13 +1,13 @@
-"""Adapters of what transformers 4 had otherwise: experts, a linear layer each, as changes of the stacks that they are
-now; routers and modules that have other names, or are none, today.
+"""Adapters of what transformers 4 had otherwise: experts, a linear layer each, as changes of the
+stacks that they are now; routers and modules that have other names, or are none, today.
 
     …experts.3.gate_proj   A₁ B₁ s₁       gate_up_proj[3] += [s₁ B₁    0 ] [A₁]       [out, in] of one expert: gate's
     …experts.3.up_proj     A₂ B₂ s₂                          [   0  s₂ B₂] [A₂]       rows, then those of up
     …experts.3.down_proj   A₃ B₃ s₃       down_proj[3]    += s₃ B₃ A₃
 
-That is exact. The rank of a stack is the largest that one of its experts needs; others are filled up with zeros, and so
-is an expert that the file leaves alone. Which part of which parameter such a layer is, transformers' own rules for
-weights say (``models/meta.py``).
+That is exact. The rank of a stack is the largest that one of its experts needs; others are filled
+up with zeros, and so is an expert that the file leaves alone. Which part of which parameter such a
+layer is, transformers' own rules for weights say (``models/meta.py``).
 """
 
 from __future__ import annotations
@@ -44,10 +44,15 @@ class _Piece(NamedTuple):
 
 
 def with_stacks(saved: AdapterFiles, names: Names, problems: list[str]) -> AdapterFiles:
-    """The folder with a change for each stack in place of those of its experts; as it is, if it has none."""
+    """The folder with a change for each stack in place of those of its experts; as it is, if it has
+    none."""
     if saved.record is not None:
         return saved
-    old = {path: match for path in saved.low if (match := _EXPERT.fullmatch(path)) and path not in names.canonical}
+    old = {
+        path: match
+        for path in saved.low
+        if (match := _EXPERT.fullmatch(path)) and path not in names.canonical
+    }
     renamed = _renamed(saved, names, old)
     if not old and not renamed:
         return saved
@@ -69,15 +74,23 @@ def with_stacks(saved: AdapterFiles, names: Names, problems: list[str]) -> Adapt
     config = dict(saved.peft_config)
     config["target_parameters"] = [*(config.get("target_parameters") or ()), *made]
     for field, value in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-        own = {f"^{re.escape(at)}$": getattr(layer, value) for at, layer in {**made, **modules}.items()}
+        own = {
+            f"^{re.escape(at)}$": getattr(layer, value) for at, layer in {**made, **modules}.items()
+        }
         config[field] = {**own, **(config.get(field) or {})}
-    low = {path: layer for path, layer in saved.low.items() if path not in taken and path not in renamed}
-    return replace(saved, peft_config=config, low={**low, **modules, **_nested(made, names, config)})
+    low = {
+        path: layer
+        for path, layer in saved.low.items()
+        if path not in taken and path not in renamed
+    }
+    return replace(
+        saved, peft_config=config, low={**low, **modules, **_nested(made, names, config)}
+    )
 
 
 def _renamed(saved: AdapterFiles, names: Names, experts: Collection[str]) -> dict[str, str]:
-    """The parameter of today, by the path in the file, of each layer that transformers calls otherwise by now, or that
-    is no layer any more: a router is a parameter of its own."""
+    """The parameter of today, by the path in the file, of each layer that transformers calls
+    otherwise by now, or that is no layer any more: a router is a parameter of its own."""
     found = {}
     for path, layer in saved.low.items():
         known = path in names.canonical
@@ -90,14 +103,16 @@ def _renamed(saved: AdapterFiles, names: Names, experts: Collection[str]) -> dic
     return {
         path: place.path
         for path, (place, *more) in plain.items()
-        if not (more or place.index or place.within) and names.model.get_parameter(place.path).dim() == 2
+        if not (more or place.index or place.within)
+        and names.model.get_parameter(place.path).dim() == 2
     }
 
 
 def _pieces(
     saved: AdapterFiles, names: Names, old: Mapping[str, re.Match[str]]
 ) -> tuple[dict[str, list[_Piece]], set[str]]:
-    """The changes of the experts by the path of their stack, and the paths of those that have one."""
+    """The changes of the experts by the path of their stack, and the paths of those that have
+    one."""
     model = names.model
     count = max((len(p) for p in model.parameters() if p.dim() == 3), default=0)
     asked = {
@@ -119,18 +134,30 @@ def _pieces(
     return stacks, taken
 
 
-def _stacked(at: str, pieces: list[_Piece], names: Names, rooted: bool, problems: list[str]) -> peft.PeftLayer | None:
-    """The change of a stack, as PEFT's file would hold it. ``rooted``: its scale is alpha by the root of the rank."""
+def _stacked(
+    at: str, pieces: list[_Piece], names: Names, rooted: bool, problems: list[str]
+) -> peft.PeftLayer | None:
+    """The change of a stack, as PEFT's file would hold it. ``rooted``: its scale is alpha by the
+    root of the rank."""
     weight: Any = names.model.get_parameter(at)
     experts, out, in_ = weight.shape
     first = pieces[0].layer
     for piece in pieces:
         A, B = piece.layer.A, piece.layer.B
         height = len(range(out)[piece.rows])
-        if piece.layer.extras or A.dim() != 2 or B.dim() != 2 or (len(B), A.shape[1]) != (height, in_):
+        if (
+            piece.layer.extras
+            or A.dim() != 2
+            or B.dim() != 2
+            or (len(B), A.shape[1]) != (height, in_)
+        ):
             found = f"{piece.layer.at!r} with A {tuple(A.shape)}, B {tuple(B.shape)} {' '.join(piece.layer.extras)}"
             problems.append(
-                sentence(found.rstrip(), f"a plain pair for [{height}, {in_}] of {at!r}", "use PEFT for it")
+                sentence(
+                    found.rstrip(),
+                    f"a plain pair for [{height}, {in_}] of {at!r}",
+                    "use PEFT for it",
+                )
             )
             return None
     by_expert: dict[int, list[_Piece]] = {}
@@ -155,13 +182,19 @@ def _scaled(B: Tensor, factor: float) -> Tensor:
     return B if factor == 1 else (B.to(torch.float64) * factor).to(B.dtype)
 
 
-def _nested(made: Mapping[str, peft.PeftLayer], names: Names, config: Mapping[str, Any]) -> dict[str, peft.PeftLayer]:
+def _nested(
+    made: Mapping[str, peft.PeftLayer], names: Names, config: Mapping[str, Any]
+) -> dict[str, peft.PeftLayer]:
     """The stacks' changes under the paths that PEFT gives to several parameters of one module."""
     found = {}
     for at, layer in made.items():
         path, _, name = at.rpartition(".")
         module = names.modules[names.canonical[path]]
-        meant = [other for other in module._parameters if f"{path}.{other}" in config["target_parameters"]]
+        meant = [
+            other
+            for other in module._parameters
+            if f"{path}.{other}" in config["target_parameters"]
+        ]
         depth = len(meant) - 1 - meant.index(name)
         found[".".join([path, *["base_layer"] * depth])] = layer
     return found

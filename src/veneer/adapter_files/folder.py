@@ -1,4 +1,5 @@
-"""The adapter folder: PEFT, vLLM, SGLang and transformers load it unchanged, and it proves what it is.
+"""The adapter folder: PEFT, vLLM, SGLang and transformers load it unchanged, and it proves what it
+is.
 
     adapter_config.json           PEFT's fields
     adapter_model.safetensors     the tensors; its header holds Veneer's record of the adapter
@@ -7,9 +8,9 @@
     veneer.safetensors            the adapter parameters of variants that PEFT does not have; the file above then holds
                                   the plain LoRA that they amount to
 
-``write`` makes all of it in one step. ``read`` checks it without a model and believes nothing that it has not checked
-(``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes; here: types and magnitudes); ``load`` also compares
-the fingerprints with the model at hand.
+``write`` makes all of it in one step. ``read`` checks it without a model and believes nothing that
+it has not checked (``fileio/untrusted.py``: sizes, JSON, links; ``record.py``: hashes; here: types
+and magnitudes); ``load`` also compares the fingerprints with the model at hand.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapter_files import model_card
-from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, must_belong, record_in, sealed
+from veneer.adapter_files.record import (
+    PARAMETERS,
+    RECORD,
+    altered,
+    malformed,
+    must_belong,
+    record_in,
+    sealed,
+)
 from veneer.adapter_files.tuner_folder import TunerFolder, Unsized, tuner_folder
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, ConfigError, OutputExistsError, listing, raise_all, sentence
@@ -48,7 +57,8 @@ from veneer.lowrank import LowRank
 from veneer.models.load import tokenizer_at
 from veneer.variants import VARIANTS
 
-#: the files that are read, and all that an adapter may consist of, none of which runs code when it is read
+# : the files that are read, and all that an adapter may consist of, none of which runs code when it
+# is read
 CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 FILES = (*CORE, model_card.NAME)
 #: a tokenizer that stands beside an adapter which trains tokens that were added
@@ -58,7 +68,8 @@ TOKENIZER = (
 )  # fmt: skip
 #: what a folder that holds a whole model has, of transformers or of a library like it
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
-#: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first product or the next
+# : no number of an adapter, and no norm of a change, is larger: what is would overflow in the first
+# product or the next
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,11 +80,12 @@ WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 class AdapterFiles:
     """An adapter folder that was read and verified, without a model.
 
-    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors of the PEFT file
-    by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by the path of the weight, ``tokens`` rows
-    of embeddings that are trained in full, by the path of the module. ``tuner``: of a folder of another tuner of PEFT
-    than LoRA, which is here as the folder that Veneer would have written of it. ``left_out``: the modules with tensors
-    in the file that the config of another library leaves out (``formats/peft_targets.py``).
+    ``record`` is None for a folder that another library wrote. ``low`` and ``full`` are the tensors
+    of the PEFT file by the path there, ``adapter_parameters`` those of ``veneer.safetensors`` by
+    the path of the weight, ``tokens`` rows of embeddings that are trained in full, by the path of
+    the module. ``tuner``: of a folder of another tuner of PEFT than LoRA, which is here as the
+    folder that Veneer would have written of it. ``left_out``: the modules with tensors in the file
+    that the config of another library leaves out (``formats/peft_targets.py``).
     """
 
     path: Path
@@ -93,11 +105,14 @@ class AdapterFiles:
             rows = listing(f"{len(one.ids)} of {at!r}" for at, one in self.tokens.items())
             found = f"{self.path} with trained tokens ({rows}), for which {what} has no place"
             raise AdapterError(
-                found, "changes of whole weights", "merge it (`veneer merge`), and take the merged model"
+                found,
+                "changes of whole weights",
+                "merge it (`veneer merge`), and take the merged model",
             )
 
     def token_ids(self, weight: str) -> tuple[int, ...]:
-        """The tokens that are trained of a weight, by a path of its own: of a tied one, by that of the file."""
+        """The tokens that are trained of a weight, by a path of its own: of a tied one, by that of
+        the file."""
         entry = self.tokens.get(weight.rpartition(".")[0])
         return () if entry is None else entry.ids
 
@@ -108,16 +123,20 @@ class AdapterFiles:
 
     @cached_property
     def layers(self) -> dict[str, LowRank]:
-        """Each change as a value, by the path of its module (of its parameter, where it changes one by itself).
+        """Each change as a value, by the path of its module (of its parameter, where it changes one
+        by itself).
 
         Raises:
-            AdapterError: some changes are more than a product, such as DoRA's, which also rescales the weight.
+            AdapterError: some changes are more than a product, such as DoRA's, which also rescales
+                the weight.
         """
         more = [entry.at for entry in self.low.values() if entry.extras]
         if more:
             found = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
-            raise AdapterError(f"{found} (at {listing(more, 3)})", "changes of the form scale · B @ A", do)
+            raise AdapterError(
+                f"{found} (at {listing(more, 3)})", "changes of the form scale · B @ A", do
+            )
         return self.products
 
     @cached_property
@@ -127,10 +146,13 @@ class AdapterFiles:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter holds: a variant's own if it has any, else those of the PEFT file."""
+        """How many parameters the adapter holds: a variant's own if it has any, else those of the
+        PEFT file."""
         own = {part for at in self.adapter_parameters for part in (at, at.rpartition(".")[0])}
         if self.tuner is not None:
-            return self.tuner.numbers + sum(tensor.numel() for own in self.full.values() for tensor in own.values())
+            return self.tuner.numbers + sum(
+                tensor.numel() for own in self.full.values() for tensor in own.values()
+            )
         tensors = [tensor for own in self.adapter_parameters.values() for tensor in own.values()]
         tensors += [tensor for named in self.full.values() for tensor in named.values()]
         tensors += [one.rows for one in self.tokens.values()]
@@ -151,21 +173,28 @@ def write(
     overwrite: bool,
     parameters: Mapping[str, Tensor],
 ) -> None:
-    """Write the files as one folder, in one step. Notes in the card of a folder that it replaces are kept.
+    """Write the files as one folder, in one step. Notes in the card of a folder that it replaces
+    are kept.
 
     Args:
-        base: "name", "architecture", "weights": the fingerprint of each changed weight by path, and, where they are
-            known, "rest": those of the other tensors by name, and "fresh": names. None where nobody knows the base: the
-            folder then holds PEFT's two files alone, without a record.
+        base: "name", "architecture", "weights": the fingerprint of each changed weight by path,
+            and, where they are known, "rest": those of the other tensors by name, and "fresh":
+            names. None where nobody knows the base: the folder then holds PEFT's two files alone,
+            without a record.
         changes: what each change is (rank, alpha, rows), by the path of its weight.
         parameters: what goes into ``veneer.safetensors``; nothing if empty.
 
     Raises:
-        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds another whole model.
-        AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is absurdly large, names
-            that no file may hold, a provenance that is not JSON or too long.
+        OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds
+            another whole model.
+        AdapterError: what ``read`` would refuse: a tensor that is not finite, a change that is
+            absurdly large, names that no file may hold, a provenance that is not JSON or too long.
     """
-    raise_all(AdapterError, f"{path} was not written", list(odd_numbers({**tensors, **parameters}, "train it again")))
+    raise_all(
+        AdapterError,
+        f"{path} was not written",
+        list(odd_numbers({**tensors, **parameters}, "train it again")),
+    )
     record = None
     if base is not None:
         record = {"base": dict(base), "changes": dict(changes or {}), "config": config.to_dict()}
@@ -177,12 +206,17 @@ def write(
         texts[RECORD] = json.dumps(record, indent=2) + "\n"
     with _could_be_read(path):
         peft.check_config(peft_config, record is not None, with_base=record is not None)
-        raise_all(AdapterError, "Its record", list(malformed(record, path)) if record is not None else [])
+        raise_all(
+            AdapterError, "Its record", list(malformed(record, path)) if record is not None else []
+        )
         assemble(path, peft_config, record, tensors, parameters)
         for file, text in texts.items():
             json_object(text, file, "give less provenance")
     must_hold_no_model(path, peft_config.get("base_model_name_or_path"))
-    shapes, old = {key: tuple(tensor.shape) for key, tensor in tensors.items()}, path / model_card.NAME
+    shapes, old = (
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        path / model_card.NAME,
+    )
     notes = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else None
     texts[model_card.NAME] = model_card.renewed(model_card.card(peft_config, record, shapes), notes)
     with new_folder(path, overwrite=overwrite, replaces=FILES) as folder:
@@ -190,7 +224,9 @@ def write(
             (folder / file).write_text(text, encoding="utf-8", errors="replace")
         if parameters:
             save_file(dict(parameters), folder / PARAMETERS, metadata={"format": "pt"})
-        header = {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
+        header = (
+            {"format": "pt"} if record is None else {"format": "pt", "veneer": json.dumps(record)}
+        )
         save_file(dict(tensors), folder / peft.TENSORS, metadata=header)
         with _could_be_read(path):
             for file in (peft.TENSORS, *((PARAMETERS,) if parameters else ())):
@@ -198,26 +234,30 @@ def write(
 
 
 def must_hold_no_model(folder: Path, base: str | None) -> None:
-    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must be the base's."""
+    """``from_pretrained`` takes weights in a folder for the base of the adapter in it, so they must
+    be the base's."""
     weights = [path.name for pattern in WHOLE for path in folder.glob(pattern)]
     if not weights or not (folder / "config.json").exists():
         return
     if base is None or Path(base).resolve() != folder.resolve():
         found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
-        raise OutputExistsError(found, expected, "choose another folder, or remove the model from it")
+        raise OutputExistsError(
+            found, expected, "choose another folder, or remove the model from it"
+        )
 
 
 def own_files(path: Path) -> list[str]:
-    """The names of what belongs to the adapter in a folder: its files, and the tokenizer beside trained tokens.
-    ``AdapterError``: one of them is a link out of the folder."""
+    """The names of what belongs to the adapter in a folder: its files, and the tokenizer beside
+    trained tokens. ``AdapterError``: one of them is a link out of the folder."""
     names = (*FILES, *(TOKENIZER if read_tokens(path) else ()))
     raise_all(AdapterError, f"{path} cannot be copied", misplaced(path, names))
     return [name for name in names if (path / name).is_file()]
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy an adapter's own files into ``folder``, with the tokenizer beside trained tokens, and nothing else."""
+    """Copy an adapter's own files into ``folder``, with the tokenizer beside trained tokens, and
+    nothing else."""
     for name in own_files(source):
         shutil.copyfile(source / name, folder / name)
 
@@ -231,23 +271,35 @@ def read_tokens(path: Path) -> bool:
 
 def own_tokenizer(path: Path) -> Path | None:
     """The folder itself where it trains tokens and holds a tokenizer, or None."""
-    there = any((path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2])
+    there = any(
+        (path / name).is_file() and not (path / name).is_symlink() for name in TOKENIZER[:2]
+    )
     return path if there and read_tokens(path) and not any(misplaced(path, TOKENIZER)) else None
 
 
 def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
-    """The folder, among those of adapters by name, whose tokenizer knows all tokens of the adapters' own; None: none of
-    them has one. ``AdapterError``: they mean different tokens by one id, or one token by several."""
-    own = {name: place for name, folder in folders.items() if (place := own_tokenizer(folder)) is not None}
+    """The folder, among those of adapters by name, whose tokenizer knows all tokens of the
+    adapters' own; None: none of them has one. ``AdapterError``: they mean different tokens by one
+    id, or one token by several."""
+    own = {
+        name: place
+        for name, folder in folders.items()
+        if (place := own_tokenizer(folder)) is not None
+    }
     if len(set(own.values())) < 2:
         return next(iter(own.values()), None)
     known = {name: tokenizer_at(str(place), str(place)).get_vocab() for name, place in own.items()}
     largest = max(known, key=lambda name: len(known[name]))
     by_id, problems = {id_: token for token, id_ in known[largest].items()}, []
     for name, vocabulary in known.items():
-        odd = sorted((id_, token) for token, id_ in vocabulary.items() if known[largest].get(token) != id_)
+        odd = sorted(
+            (id_, token) for token, id_ in vocabulary.items() if known[largest].get(token) != id_
+        )
         if odd:
-            said, there = listing((f"{token!r} at {id_}" for id_, token in odd), 3), by_id.get(odd[0][0])
+            said, there = (
+                listing((f"{token!r} at {id_}" for id_, token in odd), 3),
+                by_id.get(odd[0][0]),
+            )
             found = f"{name!r} has {said}, where {largest!r} has {'nothing' if there is None else repr(there)}"
             do = "use one of them alone, or train them again with one tokenizer of all these tokens"
             problems.append(sentence(found, "adapters that one tokenizer serves", do))
@@ -256,18 +308,21 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the names and bytes of all files of an adapter. A hash that covers a tokenizer is of format 2 and
-    says so; all others are as they were in format 1, which left tokenizers out."""
+    """SHA-256 of the names and bytes of all files of an adapter. A hash that covers a tokenizer is
+    of format 2 and says so; all others are as they were in format 1, which left tokenizers out."""
     names = own_files(path)
     tokenizer = [name for name in names if name not in FILES]
     return _hash_files(path, names, b"format 2\n" if tokenizer else b"")
 
 
 def has_content(path: Path, key: str) -> bool:
-    """Whether a hash is that of the adapter in a folder: by ``content_hash``, or as format 1 had it, in which folders
-    were named that are there already."""
+    """Whether a hash is that of the adapter in a folder: by ``content_hash``, or as format 1 had
+    it, in which folders were named that are there already."""
     try:
-        return key in (content_hash(path), _hash_files(path, [name for name in FILES if (path / name).is_file()]))
+        return key in (
+            content_hash(path),
+            _hash_files(path, [name for name in FILES if (path / name).is_file()]),
+        )
     except AdapterError:  # what cannot be read has been altered
         return False
 
@@ -282,27 +337,31 @@ def _hash_files(path: Path, names: Sequence[str], start: bytes = b"") -> str:
 
 @contextmanager
 def _could_be_read(path: Path) -> Iterator[None]:
-    """What ``read`` would refuse is not written: an adapter that nobody can load is a lost training."""
+    """What ``read`` would refuse is not written: an adapter that nobody can load is a lost
+    training."""
     try:
         yield
     except AdapterError as error:
-        raise AdapterError(f"{path} was not written, as it could not be read again. {error}") from error
+        raise AdapterError(
+            f"{path} was not written, as it could not be read again. {error}"
+        ) from error
 
 
 def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     """Read and verify an adapter folder, without a model.
 
     Args:
-        weights: the shapes of the base's weights, where there is a base, without which a few folders of PEFT do not say
-            what they change. The changes of its VeRA are known by their paths alone then, and an error for whoever asks
-            for one.
+        weights: the shapes of the base's weights, where there is a base, without which a few
+            folders of PEFT do not say what they change. The changes of its VeRA are known by their
+            paths alone then, and an error for whoever asks for one.
 
     Raises:
-        AdapterError: something is missing, cut short, altered, not finite or not understood; a pickle; a link out of
-            the folder.
+        AdapterError: something is missing, cut short, altered, not finite or not understood; a
+            pickle; a link out of the folder.
 
     Warns:
-        TensorsLeftOut: tensors of modules that the config of another library leaves out, which PEFT passes over.
+        TensorsLeftOut: tensors of modules that the config of another library leaves out, which PEFT
+            passes over.
     """
     path = Path(path)
     raise_all(AdapterError, f"{path} cannot be read", missing(path))
@@ -311,7 +370,9 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
     record = record_in(path, header)
     parameters: dict[str, Tensor] = {}
     if record is not None:
-        raise_all(AdapterError, f"The record of {path} cannot be used", list(malformed(record, path)))
+        raise_all(
+            AdapterError, f"The record of {path} cannot be used", list(malformed(record, path))
+        )
         parameters = read_parameters(path, record)
         must_belong(altered(path, record, peft_config, tensors, parameters), path)
     lora, every_tensor = peft_tokens.as_lora(peft_config, tensors)
@@ -322,15 +383,20 @@ def read(path: str | Path, weights: Weights | None = None) -> AdapterFiles:
         return assemble(path, lora, record, every_tensor, parameters, weights)
     lora, tensors, left_out = applied(peft_config, tensors)
     if left_out:
-        warnings.warn(f"{path} holds {peft_targets.describe(left_out)}.", peft_targets.TensorsLeftOut, stacklevel=2)
+        warnings.warn(
+            f"{path} holds {peft_targets.describe(left_out)}.",
+            peft_targets.TensorsLeftOut,
+            stacklevel=2,
+        )
     return replace(assemble(path, lora, record, tensors, parameters, weights), left_out=left_out)
 
 
 def applied(
     peft_config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], tuple[str, ...]]:
-    """(the config as LoRA's, the tensors that it means, the modules that it leaves out) of another library's folder, of
-    which ``check_config`` found the config right. ``AdapterError``: tensors of another tuner than the config's."""
+    """(the config as LoRA's, the tensors that it means, the modules that it leaves out) of another
+    library's folder, of which ``check_config`` found the config right. ``AdapterError``: tensors of
+    another tuner than the config's."""
     check_tensors(peft_config, tensors)
     pairs = (suffix for kind in LAYERS for suffix in kind.file_keys)
     extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
@@ -355,7 +421,9 @@ def assemble(
     extras = {key for variant in VARIANTS for key in variant.peft_keys.values()}
     extras |= {peft.LORA_BIAS} if peft_config.get("lora_bias") is True else set()
     tokens, tensors = peft_tokens.split(tensors, peft_config)
-    low, full = peft.split(tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None)
+    low, full = peft.split(
+        tensors, peft_config, {kind.file_keys for kind in LAYERS}, extras, record is not None
+    )
     raise_all(AdapterError, f"{path} cannot be used", [*odd_changes(low), *_odd_statistics(full)])
     by_weight: dict[str, dict[str, Tensor]] = {}
     for key, tensor in parameters.items():
@@ -368,12 +436,15 @@ def assemble(
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
     if held is not None and held.unsized:
-        return AdapterFiles(path, config, peft_config, record, Unsized(held, path), full, by_weight, held)
+        return AdapterFiles(
+            path, config, peft_config, record, Unsized(held, path), full, by_weight, held
+        )
     return AdapterFiles(path, config, peft_config, record, low, full, by_weight, held, tokens)
 
 
 def _how_to_fetch(path: str) -> str:
-    """What to do about a path that is no folder: it may be a remote place, or an adapter's id on the hub."""
+    """What to do about a path that is no folder: it may be a remote place, or an adapter's id on
+    the hub."""
     if url := re.fullmatch(r"https?:/huggingface\.co/([^/]+/[^/]+).*", path):
         path = url[1]
     if remote := re.fullmatch(r"(\w+):/(\w.*)", path):  # a Path has one of two slashes
@@ -383,12 +454,14 @@ def _how_to_fetch(path: str) -> str:
     else:
         return "check the path"
     how = f"fetch it with veneer.store.remote.pull({place!r}), which returns a folder"
-    return how if remote or url else f"check the path; if that is an id on the Hugging Face hub, {how}"
+    return (
+        how if remote or url else f"check the path; if that is an id on the Hugging Face hub, {how}"
+    )
 
 
 def missing(path: Path) -> list[str]:
-    """What keeps a folder from being read at all: files that are not there, are no files, or are pickles. A writer that
-    was killed while it replaced them is finished first."""
+    """What keeps a folder from being read at all: files that are not there, are no files, or are
+    pickles. A writer that was killed while it replaced them is finished first."""
     if not (path / peft.CONFIG).is_file():
         recover(path.resolve())
     if not path.is_dir():
@@ -397,16 +470,21 @@ def missing(path: Path) -> list[str]:
     lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
     if lacking and not problems:
         found = f"no {' and no '.join(lacking)} in {path}"
-        problems.append(sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"))
+        problems.append(
+            sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them")
+        )
     return problems
 
 
 def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``veneer.safetensors``, which must be there if the record speaks of it, and else must not."""
+    """The tensors of ``veneer.safetensors``, which must be there if the record speaks of it, and
+    else must not."""
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
             found = f"{path / PARAMETERS}, of which the record says nothing"
-            raise AdapterError(found, "files that belong together", "remove it, or get another copy")
+            raise AdapterError(
+                found, "files that belong together", "remove it, or get another copy"
+            )
         return {}
     if not (path / PARAMETERS).is_file():
         found = f"no {PARAMETERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
@@ -421,7 +499,9 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
     matching = (v for v in VARIANTS if {flag for flag, on in (v.peft or {}).items() if on} == said)
     variant = next(matching, None) if said else VARIANTS["lora"]
     if variant is None:
-        raise AdapterError(f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it")
+        raise AdapterError(
+            f"{listing(said)} in {peft.CONFIG}", "a variant that Veneer has", "use PEFT for it"
+        )
     targets = config.get("target_modules") or ()
     if not isinstance(targets, str):
         targets = [*targets, *(config.get("target_parameters") or ())]
@@ -435,25 +515,41 @@ def _foreign_config(config: Mapping[str, Any]) -> LoraConfig:
         train_also=config.get("modules_to_save") or (),
         variant=variant.name,
         trainable_tokens=config.get(peft_tokens.FIELD) or (),
-        bias={"none": "none", "lora_only": "targets", "all": "all"}.get(config.get("bias") or "none", "none"),
+        bias={"none": "none", "lora_only": "targets", "all": "all"}.get(
+            config.get("bias") or "none", "none"
+        ),
     )
 
 
 def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
-    """What is wrong with numbers by themselves: their type, what is not finite, what is absurdly large."""
-    types = {key: tensor.dtype for key, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *WHOLE_NUMBERS)}
+    """What is wrong with numbers by themselves: their type, what is not finite, what is absurdly
+    large."""
+    types = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if tensor.dtype not in (*FLOATS, *WHOLE_NUMBERS)
+    }
     if types:
         found = f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in {listing(types)}"
         yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
+    floats = {
+        key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()
+    }
     # one pass over the numbers: the largest is not finite if any is not
-    largest = {key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in throttled(floats.items())}
+    largest = {
+        key: max(map(abs, map(float, tensor.aminmax())))
+        for key, tensor in throttled(floats.items())
+    }
     broken = [key for key, size in largest.items() if not math.isfinite(size)]
     if broken:
         yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
     absurd = [f"{key} ({size:.1e})" for key, size in largest.items() if LARGEST < size < math.inf]
     if absurd:
-        yield sentence(f"numbers beyond {LARGEST:.0e} in {listing(absurd)}", "an adapter that did not diverge", do)
+        yield sentence(
+            f"numbers beyond {LARGEST:.0e} in {listing(absurd)}",
+            "an adapter that did not diverge",
+            do,
+        )
 
 
 def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
@@ -469,7 +565,11 @@ def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
         norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
         if not norm <= LARGEST:
             found = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
-            yield sentence(found, f"one of at most {LARGEST:.0e}", "get another copy; its alpha or numbers are damaged")
+            yield sentence(
+                found,
+                f"one of at most {LARGEST:.0e}",
+                "get another copy; its alpha or numbers are damaged",
+            )
 
 
 def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
@@ -477,4 +577,6 @@ def _odd_statistics(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
     for path, tensors in full.items():
         variance = tensors.get("running_var")
         if variance is not None and variance.dtype in FLOATS and bool((variance < 0).any()):
-            yield sentence(f"a variance below zero in {path}.running_var", "variances", "get the file again")
+            yield sentence(
+                f"a variance below zero in {path}.running_var", "variances", "get the file again"
+            )

@@ -66,7 +66,8 @@ UNTIE = (
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """A folder that fits a model: its plans, its adapter parameters, and what is trained in full, by module."""
+    """A folder that fits a model: its plans, its adapter parameters, and what is trained in full,
+    by module."""
 
     saved: AdapterFiles
     plans: Plans
@@ -83,14 +84,17 @@ class LoadPlan:
 
 @dataclass
 class MatchCache:
-    """What was found out about a model that nobody changes meanwhile, so that further adapters of it are verified in a
-    fraction of the time: the fingerprints of its weights by kind, and what was planned for the same targets."""
+    """What was found out about a model that nobody changes meanwhile, so that further adapters of
+    it are verified in a fraction of the time: the fingerprints of its weights by kind, and what was
+    planned for the same targets."""
 
     names: Names
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     plans: dict[Any, tuple[LowRankPlan, ...]] = field(default_factory=dict)
 
-    def plan(self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> tuple[LowRankPlan, ...]:
+    def plan(
+        self, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
+    ) -> tuple[LowRankPlan, ...]:
         key = tuple(
             (ref, spec.rank, spec.alpha, repr(spec.slices), spec.module_only, spec.tokens)
             for ref, spec in specs.items()
@@ -112,18 +116,22 @@ def match(
     of_weights: bool = False,
     cache: MatchCache | None = None,
 ) -> LoadPlan:
-    """Verify a folder against a model, which stays as it is (see ``install_from``). ``problems``: those that are known
-    already. ``cache``: what is known of the model already; what is found out is added. ``AdapterError``: the folder is
-    damaged, or does not fit the model. ``BaseMismatchError``: the base's weights are others than those it was trained
-    on."""
+    """Verify a folder against a model, which stays as it is (see ``install_from``). ``problems``:
+    those that are known already. ``cache``: what is known of the model already; what is found out
+    is added. ``AdapterError``: the folder is damaged, or does not fit the model.
+    ``BaseMismatchError``: the base's weights are others than those it was trained on."""
     cache = MatchCache(Names(model)) if cache is None else cache
     saved = with_stacks(read(path, weights_of(cache.names)), cache.names, problems)
-    folder = _Match(saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights)
+    folder = _Match(
+        saved, cache.names, problems, by_peft_rules=saved.record is None and not of_weights
+    )
     folder.match_modules()
     folder.plan_low_rank(cache)
     folder.plan_full()
     folder.check_complete()
-    raise_all(AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems)
+    raise_all(
+        AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems
+    )
     if saved.record is None:
         warn_foreign(path)
         warn_module_only(path, [entry.path for entry in folder.low if entry.module_only])
@@ -133,11 +141,19 @@ def match(
 
 
 class _Match:
-    """A folder on its way onto a model. Each step reads what those before it filled in, and adds its problems."""
+    """A folder on its way onto a model. Each step reads what those before it filled in, and adds
+    its problems."""
 
-    def __init__(self, saved: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool) -> None:
+    def __init__(
+        self, saved: AdapterFiles, names: Names, problems: list[str], *, by_peft_rules: bool
+    ) -> None:
         """``by_peft_rules``: another library wrote it, so that PEFT says what its tensors mean."""
-        self.saved, self.names, self.problems, self.by_peft_rules = saved, names, problems, by_peft_rules
+        self.saved, self.names, self.problems, self.by_peft_rules = (
+            saved,
+            names,
+            problems,
+            by_peft_rules,
+        )
         self.layers: dict[ParamRef, peft.PeftLayer] = {}
         #: those that are no changes of the weight to who reads it past its module
         self.module_only: set[ParamRef] = set()
@@ -150,7 +166,9 @@ class _Match:
         #: the parameters among these
         self.full_names: dict[str, tuple[str, ...]] = {}
 
-    def problem(self, found: str, expected: str, do: str = "load it on the model that it was trained on") -> None:
+    def problem(
+        self, found: str, expected: str, do: str = "load it on the model that it was trained on"
+    ) -> None:
         self.problems.append(sentence(found, expected, do))
 
     def lacks(self, at: str, path: str) -> None:
@@ -167,16 +185,22 @@ class _Match:
                 found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
                 self.problem(found, "one", "get the whole file again")
             layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
-            self.layers[ref] = layer if self.saved.record is not None else self.as_change(ref, layer)
-        for path in self.saved.left_out:  # PEFT passes over these too, but here nothing is loaded for another model
+            self.layers[ref] = (
+                layer if self.saved.record is not None else self.as_change(ref, layer)
+            )
+        for path in (
+            self.saved.left_out
+        ):  # PEFT passes over these too, but here nothing is loaded for another model
             if path not in self.names.modules:
                 self.lacks(path, path)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
-            self.tokens = token_rows.matched(self.names, self.saved, self.problems, self.by_peft_rules)
+            self.tokens = token_rows.matched(
+                self.names, self.saved, self.problems, self.by_peft_rules
+            )
 
     def with_strength(self, ref: ParamRef, file_path: str, entry: peft.PeftLayer) -> peft.PeftLayer:
-        """A change with the rank, alpha and scale that the config means for this weight; it is a problem if PEFT would
-        do something else with it than change the weight."""
+        """A change with the rank, alpha and scale that the config means for this weight; it is a
+        problem if PEFT would do something else with it than change the weight."""
         names, config = self.names, self.saved.peft_config
         parameter = means_parameter(names, ref, config)
         nested = attention_above(names, ref) if peft.attention_of(file_path) is not None else None
@@ -199,7 +223,8 @@ class _Match:
         return replace(entry, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change without the bias beside its B, which ``add_biases`` adds to that of its module."""
+        """A change without the bias beside its B, which ``add_biases`` adds to that of its
+        module."""
         if self.saved.peft_config.get("lora_bias") is not True:
             return layer
         extras = dict(layer.extras)
@@ -208,9 +233,17 @@ class _Match:
         if bias is None or bias.shape != (layer.B.shape[0],):
             found = f"no {peft.LORA_BIAS!r} that fits {layer.at!r}"
             self.problem(found, "one number an output", "get the whole file again")
-        elif "bias" not in module._parameters or kind_for(module, ref[1]).name not in peft.WITH_BIAS:
-            self.problem(f"a bias beside the change of {layer.at!r}", "a layer with room for one", "use PEFT for it")
-        elif not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
+        elif (
+            "bias" not in module._parameters or kind_for(module, ref[1]).name not in peft.WITH_BIAS
+        ):
+            self.problem(
+                f"a bias beside the change of {layer.at!r}",
+                "a layer with room for one",
+                "use PEFT for it",
+            )
+        elif (
+            not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point()
+        ):
             found = f"a bias beside the change of {layer.at!r}, whose weight is stored packed or is not here"
             self.problem(found, "a plain weight", "load it on the base in floating point")
         else:
@@ -226,36 +259,50 @@ class _Match:
             full["bias"] = total.to(at_least_float32(total.dtype if own is None else own.dtype))
 
     def as_change(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
-        """A change of another library's as one of the base, of no more rank than its weight can have: PEFT changes some
-        bases as it loads a folder, and takes any rank."""
+        """A change of another library's as one of the base, of no more rank than its weight can
+        have: PEFT changes some bases as it loads a folder, and takes any rank."""
         if peft.starts_from_base(self.saved.peft_config):
             kind = kind_for(self.names.modules[ref[0]], ref[1]).name
             low = without_start(self.names, ref, kind, self.saved.peft_config, layer)
             if isinstance(low, str):
-                self.problem(f"{layer.at!r}: {low}", "a change of the base", "let PEFT convert it when it saves")
+                self.problem(
+                    f"{layer.at!r}: {low}",
+                    "a change of the base",
+                    "let PEFT convert it when it saves",
+                )
                 return layer
             layer = self.as_product(layer, low)
         A, B = layer.A, layer.B
-        fits = not (A.numel() and B.numel()) or layer.rank <= min(A.numel() // len(A), B.numel() // B.shape[1])
+        fits = not (A.numel() and B.numel()) or layer.rank <= min(
+            A.numel() // len(A), B.numel() // B.shape[1]
+        )
         if fits or layer.low.rank != layer.rank:
             return layer
         return self.as_product(layer, layer.low.thin())
 
     def as_product(self, layer: peft.PeftLayer, low: LowRank) -> peft.PeftLayer:
-        """Another product in the place of a change, with the alpha that gives its scale under the config's rule."""
+        """Another product in the place of a change, with the alpha that gives its scale under the
+        config's rule."""
         rooted = self.saved.peft_config.get("use_rslora")
         alpha = low.scale * (math.sqrt(low.rank) if rooted else low.rank)
         return replace(layer.with_low(low), alpha=alpha, extras=layer.extras)
 
     def plan_low_rank(self, cache: MatchCache) -> None:
-        """Plan every change, as the record or else the file says, and take its adapter parameters."""
+        """Plan every change, as the record or else the file says, and take its adapter
+        parameters."""
         saved, layers = self.saved, self.layers
         recorded = saved.metadata.get("changes")
         if recorded is None:
             own = {} if saved.tuner is None else saved.tuner.sizes
-            sizes = {ref: own.get(parameter_path(*ref), (entry.rank, entry.alpha)) for ref, entry in layers.items()}
+            sizes = {
+                ref: own.get(parameter_path(*ref), (entry.rank, entry.alpha))
+                for ref, entry in layers.items()
+            }
             alone = self.module_only
-            specs = {ref: TargetSpec(rank, alpha, module_only=ref in alone) for ref, (rank, alpha) in sizes.items()}
+            specs = {
+                ref: TargetSpec(rank, alpha, module_only=ref in alone)
+                for ref, (rank, alpha) in sizes.items()
+            }
         else:
             specs = self.recorded(recorded)
         for owner, tokens in self.tokens.items():
@@ -274,38 +321,59 @@ class _Match:
                 self.problem(found, "the files as they were saved", COPY)
 
     def rows_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
-        """The rows of one planned weight that are trained in full, by the name of that parameter."""
+        """The rows of one planned weight that are trained in full, by the name of that
+        parameter."""
         tokens = self.tokens.get(entry.ref)
-        if self.saved.record is not None and token_rows.recorded_otherwise(self.saved, entry.where, tokens):
-            self.problem(f"other trained tokens of {entry.where!r} than its record says", "the same", COPY)
+        if self.saved.record is not None and token_rows.recorded_otherwise(
+            self.saved, entry.where, tokens
+        ):
+            self.problem(
+                f"other trained tokens of {entry.where!r} than its record says", "the same", COPY
+            )
         return {} if tokens is None else {ROWS: tokens.rows}
 
     def parameters_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
-        """The adapter parameters of one planned weight, by name. A variant's own are those of ``veneer.safetensors``,
-        where PEFT has none like them; A and B beside it are then the plain change that they amount to."""
+        """The adapter parameters of one planned weight, by name. A variant's own are those of
+        ``veneer.safetensors``, where PEFT has none like them; A and B beside it are then the plain
+        change that they amount to."""
         at, saved, changes = parameter_path(*entry.ref), self.saved, []
         for ref in entry.holders:
             pair = self.pair(ref, entry)
             if pair is None:
                 return {}
             changes.append((*pair, *self.layers[ref].extras.values()))
-        (A, B, *_), layer, variant = changes[0], self.layers[entry.ref], VARIANTS[saved.config.variant]
-        if any(len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0])) for one in changes):
+        (A, B, *_), layer, variant = (
+            changes[0],
+            self.layers[entry.ref],
+            VARIANTS[saved.config.variant],
+        )
+        if any(
+            len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0]))
+            for one in changes
+        ):
             found = f"different changes for {entry.path!r} and the modules that share its weight"
             self.problem(found, "one change of a tied weight", UNTIE)
         frozen_input = entry.layer.frozen_input(self.names.modules[entry.path])
         if frozen_input is not None and A[..., frozen_input].any():
             found = f"a change of the padding row {frozen_input} of {entry.path!r}"
-            self.problem(found, "none, as Veneer keeps that row at rest", "set it to zero, or use PEFT for it")
+            self.problem(
+                found,
+                "none, as Veneer keeps that row at rest",
+                "set it to zero, or use PEFT for it",
+            )
         if layer.extras.keys() != set(variant.peft_keys.values()):
             expected = f"{listing(variant.peft_keys.values())}, as variant {variant.name!r} has"
-            self.problem(f"{listing(layer.extras)} at {entry.path!r}", expected, "get both files again")
+            self.problem(
+                f"{listing(layer.extras)} at {entry.path!r}", expected, "get both files again"
+            )
             return {}
         stored = saved.adapter_parameters.get(at)
         if stored is not None:
             unlike = _unlike(self.names, entry, dict(stored), LowRank(A, B, layer.scale), variant)
             if unlike:
-                self.problem(f"{unlike} in {PARAMETERS} for {at!r}", f"what {peft.TENSORS} holds of it", COPY)
+                self.problem(
+                    f"{unlike} in {PARAMETERS} for {at!r}", f"what {peft.TENSORS} holds of it", COPY
+                )
             return dict(stored)
         lacking = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if lacking and saved.record is not None:
@@ -314,21 +382,32 @@ class _Match:
         scale = variant.scale(entry.alpha, entry.rank)
         if entry.rank != layer.rank or not math.isclose(scale, layer.scale):
             found = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
-            self.problem(found, f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}", COPY)
+            self.problem(
+                found,
+                f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}",
+                COPY,
+            )
         rows = None if entry.rows is None else torch.tensor(entry.rows)
         if rows is not None and B.index_fill(1, rows, 0).any():
-            self.problem(f"a change outside the rows that the record names for {at!r}", "zeros there", COPY)
+            self.problem(
+                f"a change outside the rows that the record names for {at!r}", "zeros there", COPY
+            )
         parameters = {"A": A, "B": B if rows is None else B[:, rows]}
         for name, suffix in variant.peft_keys.items():
             vector = layer.extras[suffix].reshape(-1)
             if vector.numel() != entry.dims.groups * entry.dims.out:
-                self.problem(f"no {suffix!r} that fits {entry.path!r}", "one number an output", "get it again")
+                self.problem(
+                    f"no {suffix!r} that fits {entry.path!r}",
+                    "one number an output",
+                    "get it again",
+                )
                 return {}
             parameters[name] = vector if rows is None else vector[rows]
         return parameters
 
     def pair(self, ref: ParamRef, entry: LowRankPlan) -> tuple[Tensor, Tensor] | None:
-        """A and B that the file holds for one module with the weight, in the shapes of the weight's own layer."""
+        """A and B that the file holds for one module with the weight, in the shapes of the weight's
+        own layer."""
         (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
         if layer is None:
             found = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
@@ -340,11 +419,19 @@ class _Match:
         if means_parameter(self.names, ref, self.saved.peft_config):
             kind = GENERAL_KIND  # as PEFT reads a parameter, whatever its module makes of it
         shape = entry.storage.shape(weight_of(module, name))
-        pair = kind.unpack(layer.A, layer.B, module, shape) if layer.suffixes == kind.file_keys else None
+        pair = (
+            kind.unpack(layer.A, layer.B, module, shape)
+            if layer.suffixes == kind.file_keys
+            else None
+        )
         if pair is not None and kind.out_axis != entry.layer.out_axis:
             pair = pair[1].mT, pair[0].mT
         groups, out, in_ = entry.dims
-        if pair is None or pair[0].shape[::2] != (groups, in_) or pair[1].shape[:2] != (groups, out):
+        if (
+            pair is None
+            or pair[0].shape[::2] != (groups, in_)
+            or pair[1].shape[:2] != (groups, out)
+        ):
             found = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
             expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(module, shape))}"
             self.problem(found, expected)
@@ -364,7 +451,9 @@ class _Match:
                 self.lacks(at, above)
             else:
                 alone, rows = described.get("module_only", False), described.get("rows")
-                specs[path, name] = TargetSpec(described["rank"], described["alpha"], rows, module_only=alone)
+                specs[path, name] = TargetSpec(
+                    described["rank"], described["alpha"], rows, module_only=alone
+                )
         return specs
 
     def plan_full(self) -> None:
@@ -385,45 +474,63 @@ class _Match:
                     self.problem(found, "the same modules", "use its model")
                 elif there[key].shape != tensor.shape:
                     found = f"{path}.{key} of shape {tuple(tensor.shape)}"
-                    self.problem(found, f"{tuple(there[key].shape)}", "use the model that it was trained on")
+                    self.problem(
+                        found, f"{tuple(there[key].shape)}", "use the model that it was trained on"
+                    )
             if module is not None:
                 self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
         check_full(names, self.full_names, self.problems)
         self.problems += overlaps(names, changed_refs(self.low, self.full_names))
 
     def take_base_weight(self, entry: LowRankPlan) -> None:
-        """PEFT writes the frozen weight of an adapted embedding or head along (``save_embedding_layers``). It is no
-        part of the change; it tells whether this is the base."""
+        """PEFT writes the frozen weight of an adapted embedding or head along
+        (``save_embedding_layers``). It is no part of the change; it tells whether this is the
+        base."""
         weight = weight_of(self.names.modules[entry.path], entry.weight)
         for holder, name in entry.holders:
             written = self.full.get(holder, {}).pop(name, None)
             trained = entry.tokens or ()  # rows of which the base's do not count
             dense = entry.storage.dense(weight)
-            if written is not None and fingerprint_beside(written, trained) != fingerprint_beside(dense, trained):
+            if written is not None and fingerprint_beside(written, trained) != fingerprint_beside(
+                dense, trained
+            ):
                 found = f"another weight of {holder!r} in {self.saved.path} than in this model"
                 raise BaseMismatchError(found, "the base that it was trained on", "load that base")
 
     def check_complete(self) -> None:
-        """A file without a record may be cut short at a whole tensor: is there one for every target of its config?"""
+        """A file without a record may be cut short at a whole tensor: is there one for every target
+        of its config?"""
         if self.saved.record is not None:
             return
         names, config = self.names, self.saved.peft_config
-        modules = {path: kind.weight for path, module in names.modules.items() if (kind := kind_of(module)) is not None}
+        modules = {
+            path: kind.weight
+            for path, module in names.modules.items()
+            if (kind := kind_of(module)) is not None
+        }
         expected = {(path, modules[path]) for path in peft.expected_paths(config, modules) or ()}
         expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
         expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         lacking = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
-        if self.saved.tuner is not None and self.saved.tuner.whole:  # its layers are trained in full
+        if (
+            self.saved.tuner is not None and self.saved.tuner.whole
+        ):  # its layers are trained in full
             meant = peft.expected_paths(self.saved.tuner.source, names.modules) or set()
             lacking += sorted(path for path in meant if not self.full.get(names.canonical[path]))
         if lacking:
-            self.problem(f"no tensors for {listing(lacking)}", "those of every target", "get the whole file")
+            self.problem(
+                f"no tensors for {listing(lacking)}", "those of every target", "get the whole file"
+            )
 
     def plan(self) -> LoadPlan:
         names, full = self.names, self.full
-        whole = frozenset(path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors)
+        whole = frozenset(
+            path for path, tensors in full.items() if names.modules[path]._buffers.keys() & tensors
+        )
         readers = full_readers(names, self.full_names)
-        plans = Plans(self.saved.config, self.low, self.full_names, whole, readers, apart(names, full))
+        plans = Plans(
+            self.saved.config, self.low, self.full_names, whole, readers, apart(names, full)
+        )
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)
 
 
@@ -438,9 +545,14 @@ def _parameter_names(variant: str) -> frozenset[str]:
 
 @torch.no_grad()
 def _unlike(
-    names: Names, entry: LowRankPlan, stored: dict[str, Tensor], peft_form: LowRank, variant: Variant
+    names: Names,
+    entry: LowRankPlan,
+    stored: dict[str, Tensor],
+    peft_form: LowRank,
+    variant: Variant,
 ) -> str | None:
-    """Why a variant's own parameters are not those of the plain change that the PEFT file holds, or None."""
+    """Why a variant's own parameters are not those of the plain change that the PEFT file holds, or
+    None."""
     if stored.keys() - variant.derived != _parameter_names(variant.name):
         return f"numbers {listing(sorted(stored))}"
     module, dims = names.modules[entry.path], entry.start_dims
@@ -452,13 +564,18 @@ def _unlike(
 
     try:
         if variant.derived:
-            start = InitContext(dims.groups, dims.out, dims.in_, entry.rank, entry.layer.fan_in(entry.dims))
+            start = InitContext(
+                dims.groups, dims.out, dims.in_, entry.rank, entry.layer.fan_in(entry.dims)
+            )
             stored = {**variant.init(start), **stored}
         low, _ = variant.resolve(stored, variant.scale(entry.alpha, entry.rank), base)
         low = low if entry.rows is None else low.place(torch.tensor(entry.rows), entry.dims.out)
         frozen_input = entry.layer.frozen_input(module)
         low = low if frozen_input is None else low.without(frozen_input)
-        A, B = torch.cat([low.A, peft_form.A], 1), torch.cat([low.B * low.scale, -peft_form.B * peft_form.scale], 2)
+        A, B = (
+            torch.cat([low.A, peft_form.A], 1),
+            torch.cat([low.B * low.scale, -peft_form.B * peft_form.scale], 2),
+        )
         off = LowRank(A, B, 1.0).norm()
     except (RuntimeError, IndexError, ValueError) as error:
         return f"shapes that do not fit ({str(error).splitlines()[0]})"

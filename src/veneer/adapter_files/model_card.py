@@ -1,15 +1,17 @@
 """The model card: the README.md of an adapter folder, for people and for the Hugging Face hub.
 
     ---
-    front matter: one JSON value a line, which is YAML too, so that no YAML library is needed to write it
+    front matter: one JSON value a line, which is YAML too, so that no YAML library is needed to
+        write it
     ---
     what it is, its base, data, training, metrics, licence, how to load and how to verify it
     <!-- … -->
     notes of people
 
-It is made of what is known: PEFT's config and Veneer's record. What is not known is left out or said to be "not
-stated". Nothing reads it back, so people may edit it. Saving again writes anew what stands above the last line of the
-template and keeps what stands below; a card without that line belongs to somebody else and is kept whole.
+It is made of what is known: PEFT's config and Veneer's record. What is not known is left out or
+said to be "not stated". Nothing reads it back, so people may edit it. Saving again writes anew what
+stands above the last line of the template and keeps what stands below; a card without that line
+belongs to somebody else and is kept whole.
 
 The keys of ``provenance`` that it reads, all of them optional:
 
@@ -44,7 +46,8 @@ NAME = "README.md"
 LINE = "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands above. -->"
 UNKNOWN = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-# of a run's config: what is named elsewhere in the card, and what only the machine that trained cares about
+# of a run's config: what is named elsewhere in the card, and what only the machine that trained
+# cares about
 _ELSEWHERE = {
     "base",
     "data",
@@ -63,14 +66,15 @@ def card(
     record: Mapping[str, Any] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
-    """The text of an adapter's README.md. ``peft_config``: the fields of ``adapter_config.json``. ``record``: Veneer's
-    record (``AdapterFiles.record``), or None for an adapter of another library. ``shapes``: of the tensors in its file,
-    by name, which say more of who can load it."""
+    """The text of an adapter's README.md. ``peft_config``: the fields of ``adapter_config.json``.
+    ``record``: Veneer's record (``AdapterFiles.record``), or None for an adapter of another
+    library. ``shapes``: of the tensors in its file, by name, which say more of who can load it."""
     return _Card(peft_config, record or {}, shapes or {}).text()
 
 
 def renewed(new: str, old: str | None) -> str:
-    """The card ``new`` with the notes below the line of the card ``old``; ``old`` itself if it has no such line."""
+    """The card ``new`` with the notes below the line of the card ``old``; ``old`` itself if it has
+    no such line."""
     if old is None:
         return new
     _, line, notes = old.partition(LINE)
@@ -79,18 +83,29 @@ def renewed(new: str, old: str | None) -> str:
 
 class _Card:
     def __init__(
-        self, config: Mapping[str, Any], record: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+        self,
+        config: Mapping[str, Any],
+        record: Mapping[str, Any],
+        shapes: Mapping[str, Sequence[int]],
     ) -> None:
         self.config, self.record, self.shapes, self.told = config, record, shapes, _told(record)
         self.base = record.get("base", {})
         named = config.get("base_model_name_or_path")
         self.base_name = self.base.get("name") or named
         self.variant = record.get("config", {}).get("variant", "lora")
-        self.title = self.told["title"] or ("LoRA adapter" + (f" for {_shown(named)}" if named else ""))
-        self.data, self.eval_data = self.told["config"].get("data"), self.told["config"].get("eval_data")
-        # the class of a base that reads images, sounds or another sequence, as transformers names it
+        self.title = self.told["title"] or (
+            "LoRA adapter" + (f" for {_shown(named)}" if named else "")
+        )
+        self.data, self.eval_data = (
+            self.told["config"].get("data"),
+            self.told["config"].get("eval_data"),
+        )
+        # the class of a base that reads images, sounds or another sequence, as transformers names
+        # it
         name = str(self.base.get("architecture"))
-        self.family = name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
+        self.family = (
+            name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
+        )
         self.generates = config.get("task_type") == "CAUSAL_LM" and self.family is None
         kind = str(config.get("peft_type"))
         self.not_peft = "" if kind == "LORA" else kind.removeprefix(peft.NOT_FOR_PEFT).lstrip(": ")
@@ -107,7 +122,11 @@ class _Card:
         }
         body = [f"# {_line(self.title)}", self.what(), _paragraphs(self.told["description"])]
         body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
-        return f"---\n{front_matter(self.metadata())}---\n\n" + "\n\n".join(filter(None, body)) + f"\n\n{LINE}\n"
+        return (
+            f"---\n{front_matter(self.metadata())}---\n\n"
+            + "\n\n".join(filter(None, body))
+            + f"\n\n{LINE}\n"
+        )
 
     def metadata(self) -> dict[str, Any]:
         base = _hub_id(self.base_name)
@@ -117,7 +136,9 @@ class _Card:
             "base_model": base,
             "base_model_relation": "adapter" if base else None,
             "pipeline_tag": "text-generation" if self.generates else None,
-            "tags": list(dict.fromkeys(["lora", *(["veneer"] if self.record else []), self.variant])),
+            "tags": list(
+                dict.fromkeys(["lora", *(["veneer"] if self.record else []), self.variant])
+            ),
             "language": self.told["language"],
             "datasets": list(dict.fromkeys(filter(None, datasets))),
             **_licence(self.told["license"]),
@@ -174,7 +195,11 @@ class _Card:
         named = {"trained on": self.data, "evaluated on": self.eval_data}
         lines = [f"- {what} {_code(_shown(data))}" for what, data in named.items() if data]
         lines += [f"- {_code(name)}" for name in self.told["datasets"]]
-        lines += [f"- hash of {_line(name)}: {_code(value)}" for name, value in self.told["data"].items() if value]
+        lines += [
+            f"- hash of {_line(name)}: {_code(value)}"
+            for name, value in self.told["data"].items()
+            if value
+        ]
         return "\n".join(lines) or "Not stated."
 
     def settings(self) -> dict[str, Any]:
@@ -182,17 +207,29 @@ class _Card:
         known = {name: value for name, value in trained.items() if value not in (None, [], "")}
         settings = {name: value for name, value in known.items() if name not in _ELSEWHERE}
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
-        return {**settings, **({"finished": self.told["finished"]} if self.told["finished"] else {})}
+        return {
+            **settings,
+            **({"finished": self.told["finished"]} if self.told["finished"] else {}),
+        }
 
     def use(self) -> Iterator[str]:
         name = self.base_name if self.family or self.generates else None
-        plain = name if name and not name.startswith("package:") and not name.endswith(".gguf") else None
+        plain = (
+            name
+            if name and not name.startswith("package:") and not name.endswith(".gguf")
+            else None
+        )
         loader = self.family or "AutoModelForCausalLM"
         by_transformers = [f"from transformers import {loader}"] if plain else []
-        from_transformers = f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
+        from_transformers = (
+            f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
+        )
         ours, by_ours = from_transformers, by_transformers
         if name and not self.family:
-            ours, by_ours = f"model = load_base({_quoted(name)}).model", ["from veneer.models import load_base"]
+            ours, by_ours = (
+                f"model = load_base({_quoted(name)}).model",
+                ["from veneer.models import load_base"],
+            )
         yield _python(["import veneer", *by_ours], ours, 'veneer.load(model, ".")  # this folder')
         if self.not_peft:
             yield f"PEFT and vLLM cannot load it: {_line(self.not_peft)}."
@@ -226,21 +263,30 @@ class _Card:
 
 
 def front_matter(metadata: Mapping[str, Any]) -> str:
-    """Lines ``key: value`` of YAML, each value in JSON's form. What YAML 1.1 reads otherwise than JSON is written so
-    that both agree: floats have a point, and what YAML does not print is escaped."""
+    """Lines ``key: value`` of YAML, each value in JSON's form. What YAML 1.1 reads otherwise than
+    JSON is written so that both agree: floats have a point, and what YAML does not print is
+    escaped."""
     return "".join(f"{key}: {_flow(value)}\n" for key, value in metadata.items())
 
 
 def _flow(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_flow(str(key))}: {_flow(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_flow(str(key))}: {_flow(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, float):
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
     text = json.dumps(value, ensure_ascii=False)
-    return re.sub("[\x7f-\xa0\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text)
+    return re.sub(
+        "[\x7f-\xa0\u2028\u2029\ufeff\ud800-\udfff\ufffe\uffff]",
+        lambda m: f"\\u{ord(m[0]):04x}",
+        text,
+    )
 
 
 def _licence(words: str) -> dict[str, str]:
@@ -249,11 +295,15 @@ def _licence(words: str) -> dict[str, str]:
         return {}
     if re.fullmatch(r"[a-z][a-z0-9.+-]*", words.lower()):
         return {"license": words.lower()}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")}
+    return {
+        "license": "other",
+        "license_name": re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-"),
+    }
 
 
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a provenance that a card reads. It may hold anything: what has another form counts as not told."""
+    """The keys of a provenance that a card reads. It may hold anything: what has another form
+    counts as not told."""
     given = record.get("provenance", {})
     told: dict[str, Any] = {}
     for key in ("title", "description", "license", "finished"):
@@ -262,12 +312,17 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
         told[key] = given[key] if isinstance(given.get(key), Mapping) else {}
     for key in ("language", "datasets"):
         words = [given[key]] if isinstance(given.get(key), str) else given.get(key)
-        told[key] = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+        told[key] = (
+            [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+        )
     return told
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |" for name, value in values.items()]
+    rows = [
+        f"| {_code(name).replace('|', chr(92) + '|')} | {_cell(value)} |"
+        for name, value in values.items()
+    ]
     return "\n".join([f"| {head} | value |", "|---|---|", *rows]) if rows else ""
 
 
@@ -280,7 +335,8 @@ def _some(words: list[str], most: int) -> str:
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it is that of a hub repository, as far as can be told: "owner/name", and no such path here."""
+    """The name if it is that of a hub repository, as far as can be told: "owner/name", and no such
+    path here."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name

@@ -1,10 +1,12 @@
-"""How an adapter of a model lies in PEFT's files: the path, the shapes and the config of each of its changes, and which
-of them PEFT would apply in another way. The other direction too: which weight a path of such a file means.
+"""How an adapter of a model lies in PEFT's files: the path, the shapes and the config of each of
+its changes, and which of them PEFT would apply in another way. The other direction too: which
+weight a path of such a file means.
 
-What PEFT wraps is not what Veneer changes. It adds the change to what a module gives, so it is right where a module's
-output is linear in its weight and nothing else reads that; or it adds it to one parameter for the time of a forward of
-the module. A change that neither of these expresses is still saved, in a folder that PEFT refuses with the reason:
-better than one that loads and computes something else.
+What PEFT wraps is not what Veneer changes. It adds the change to what a module gives, so it is
+right where a module's output is linear in its weight and nothing else reads that; or it adds it to
+one parameter for the time of a forward of the module. A change that neither of these expresses is
+still saved, in a folder that PEFT refuses with the reason: better than one that loads and computes
+something else.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from veneer.variants import VARIANTS
 
 @dataclass(frozen=True)
 class PeftEntry:
-    """One change as the PEFT file holds it, for one of the modules that have its weight. ``where`` is its path in the
-    file, ``target`` what PEFT's config calls it (a parameter's path if ``parameter``), ``low`` what this module reads.
-    ``exact`` says that the file holds the very parameters of the change."""
+    """One change as the PEFT file holds it, for one of the modules that have its weight. ``where``
+    is its path in the file, ``target`` what PEFT's config calls it (a parameter's path if
+    ``parameter``), ``low`` what this module reads. ``exact`` says that the file holds the very
+    parameters of the change."""
 
     where: str
     target: str
@@ -55,7 +58,8 @@ class PeftEntry:
 
 
 def peft_entries(names: Names, name: str) -> list[PeftEntry]:
-    """Every change under every module that holds its weight, as that module reads it: PEFT adapts them one by one."""
+    """Every change under every module that holds its weight, as that module reads it: PEFT adapts
+    them one by one."""
     found: list[tuple[str, nn.Module, str, Change, bool, bool]] = []
     parameters = [parameter_path(*ref) for ref in all_refs(names)]
     for path, module, layer_state in layer_states(names.model):
@@ -63,8 +67,12 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
         for weight in own_parameters(module) if part is not None else ():
             if weight in part.changes and part.changes[weight].rank:
                 kind = kind_for(module, weight).name
-                parameter = kind == GENERAL_KIND.name or (kind == "linear" and peft.taken_for_experts(path, parameters))
-                found.append((path, module, weight, part.changes[weight], layer_state.transposed, parameter))
+                parameter = kind == GENERAL_KIND.name or (
+                    kind == "linear" and peft.taken_for_experts(path, parameters)
+                )
+                found.append(
+                    (path, module, weight, part.changes[weight], layer_state.transposed, parameter)
+                )
     wraps = Counter(path for path, *_, parameter in found if parameter)
     inside, entries = Counter(wraps), []
     for path, module, weight, change, transposed, parameter in found:
@@ -79,7 +87,9 @@ def peft_entries(names: Names, name: str) -> list[PeftEntry]:
         exact = set(change.adapter_parameters) <= {"A", "B", *change.variant.peft_keys}
         alpha = change.alpha if exact else low.scale * low.rank
         low = low.T if transposed else low
-        made = PeftEntry(where, target, parameter, path, module, weight, change, low, transposed, alpha, exact)
+        made = PeftEntry(
+            where, target, parameter, path, module, weight, change, low, transposed, alpha, exact
+        )
         entries.append(made)
     return entries
 
@@ -104,14 +114,18 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
         change, weight = entry.change, weight_of(entry.module, entry.weight)
         kind = GENERAL_KIND if entry.parameter else kind_for(entry.module, entry.weight)
         shape = change.storage.shape(weight)
-        for suffix, tensor in zip(kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True):
+        for suffix, tensor in zip(
+            kind.file_keys, kind.pack(entry.low, entry.module, shape), strict=True
+        ):
             tensors[peft.key(entry.where, suffix)] = written(tensor)
         for number, suffix in change.variant.peft_keys.items():
             whole = _whole(change, weight, change.adapter_parameters[number])
             tensors[peft.key(entry.where, suffix)] = written(kind.pack_vector(whole, shape))
     wraps, biases = _wraps(peft_form), new_biases(model, name)
     for entry in peft_form if biases else ():
-        value = biases.get(entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1]))
+        value = biases.get(
+            entry.path, entry.low.B.new_zeros(entry.low.B.shape[0] * entry.low.B.shape[1])
+        )
         tensors[peft.key(entry.where, peft.LORA_BIAS)] = written(value / (entry.low.scale or 1))
     for path, _, part in adapters(model, name):
         # what is trained in full stands below the wrappers
@@ -124,9 +138,17 @@ def tensors_of(model: nn.Module, name: str, peft_form: list[PeftEntry]) -> dict[
 
 
 def new_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The biases that an adapter has for layers without one, by path. PEFT has room for them beside B."""
-    parts = ((path, module, part.full._parameters.get("bias")) for path, module, part in adapters(model, name))
-    return {path: own for path, module, own in parts if own is not None and module._parameters.get("bias") is None}
+    """The biases that an adapter has for layers without one, by path. PEFT has room for them beside
+    B."""
+    parts = (
+        (path, module, part.full._parameters.get("bias"))
+        for path, module, part in adapters(model, name)
+    )
+    return {
+        path: own
+        for path, module, own in parts
+        if own is not None and module._parameters.get("bias") is None
+    }
 
 
 def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
@@ -134,7 +156,11 @@ def _whole(change: Change, weight: Any, values: Tensor) -> Tensor:
     if change.rows is None:
         return values
     dense = change.storage.dense(weight)
-    norms = change.layer.unfold(dense.to(at_least_float32(dense.dtype)), change.dims).norm(dim=-1).flatten()
+    norms = (
+        change.layer.unfold(dense.to(at_least_float32(dense.dtype)), change.dims)
+        .norm(dim=-1)
+        .flatten()
+    )
     return norms.index_copy(0, change.rows.to(norms.device), values.to(norms.dtype))
 
 
@@ -149,20 +175,28 @@ def peft_config(
     variant = VARIANTS[config.variant]
     # of several weights of one module, for which PEFT has no name, each has a rank of its own
     named = {
-        peft.unnested(e.where)[0] if not e.parameter and _several(e.module, e.weight) else e.target: e
+        peft.unnested(e.where)[0]
+        if not e.parameter and _several(e.module, e.weight)
+        else e.target: e
         for e in peft_form
     }
-    parameters = list(dict.fromkeys(entry.target for entry in peft_form if entry.parameter))  # in the order of wrapping
+    parameters = list(
+        dict.fromkeys(entry.target for entry in peft_form if entry.parameter)
+    )  # in the order of wrapping
     targets = list(dict.fromkeys(entry.target for entry in peft_form if not entry.parameter))
     # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
-    plain = not parameters and not any(isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form)
+    plain = not parameters and not any(
+        isinstance(entry.module, nn.MultiheadAttention) for entry in peft_form
+    )
     kinds = {kind_for(entry.module, entry.weight).name for entry in peft_form}
     fields = {
         "peft_type": _peft_type(names, peft_form),
         "task_type": _task(names.model),
         "base_model_name_or_path": base_name,
         "lora_dropout": config.dropout if plain else 0.0,
-        "target_modules": peft.targets_for(targets, filter(None, names.modules)) if peft_form else peft.NO_TARGETS,
+        "target_modules": peft.targets_for(targets, filter(None, names.modules))
+        if peft_form
+        else peft.NO_TARGETS,
         "modules_to_save": _whole_modules(names, name, _wraps(peft_form)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
@@ -180,7 +214,8 @@ def config_fields(
     usual: tuple[int, float],
     parameters: Sequence[str],
 ) -> dict[str, Any]:
-    """A PEFT config of these fields, with what PEFT has for the rank and alpha of each path, in ``sizes``."""
+    """A PEFT config of these fields, with what PEFT has for the rank and alpha of each path, in
+    ``sizes``."""
     ranks = {at: rank for at, (rank, _) in sizes.items()}
     alphas = {at: alpha for at, (_, alpha) in sizes.items()}
     rank, alpha = peft.common(ranks, alphas, *usual)
@@ -197,7 +232,8 @@ def config_fields(
 
 
 def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[str]:
-    """The modules trained in full that PEFT can replace, by the ends of paths; the rest it loads into the base."""
+    """The modules trained in full that PEFT can replace, by the ends of paths; the rest it loads
+    into the base."""
     trained = {path: part.full._parameters for path, _, part in adapters(names.model, name)}
     above = {path.rpartition(".")[0] for path in names.modules}
     whole = {
@@ -208,11 +244,16 @@ def _whole_modules(names: Names, name: str, wraps: Mapping[str, int]) -> list[st
         and parameters.keys() >= set(own_parameters(names.modules[path]))
         and peft.nested(f"{path}.", wraps) == f"{path}."
     }
-    return sorted(path for path in whole if path and all(o in whole for o in names.modules if o.endswith(path)))
+    return sorted(
+        path
+        for path in whole
+        if path and all(o in whole for o in names.modules if o.endswith(path))
+    )
 
 
 def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
-    """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at all."""
+    """ "LORA", or what keeps PEFT from loading changes that it would apply in another way, or not at
+    all."""
     for entry in peft_form:
         ref = entry.path, entry.weight
         nothing = is_zero(entry.low.A, entry.low.B) and not entry.change.variant.peft_keys
@@ -242,42 +283,60 @@ _TASKS = {
 
 
 def _task(model: nn.Module) -> str | None:
-    """PEFT's task: of a model that generates, by whether it has an encoder, as its config says. None, with which PEFT
-    passes on whatever it is given, where the base's forward does not take what PEFT's would give it: Whisper reads
-    sounds, not tokens. None too for classifiers and question answering: there PEFT expects its own choice of fully
-    trained heads."""
+    """PEFT's task: of a model that generates, by whether it has an encoder, as its config says.
+    None, with which PEFT passes on whatever it is given, where the base's forward does not take
+    what PEFT's would give it: Whisper reads sounds, not tokens. None too for classifiers and
+    question answering: there PEFT expects its own choice of fully trained heads."""
     cls: Any = own_class(model)
     if not (callable(generates := getattr(cls, "can_generate", None)) and generates()):
         return None
-    task = "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    task = (
+        "SEQ_2_SEQ_LM"
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        else "CAUSAL_LM"
+    )
     taken = inspect.signature(cls.forward).parameters
     rest = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-    tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}  # what is in the rest is no input
+    tokens = {
+        name for name in _TASKS[task] if name.endswith("input_ids")
+    }  # what is in the rest is no input
     return task if tokens <= taken.keys() and (rest or _TASKS[task] <= taken.keys()) else None
 
 
 def reads_past(names: Names, ref: ParamRef, nested: str | None = None) -> str | None:
-    """Who reads a weight past the module that PEFT wraps, in words, or None: there PEFT changes what the module gives,
-    and not what they read. ``nested``: the attention that PEFT adapted along with this out-projection."""
+    """Who reads a weight past the module that PEFT wraps, in words, or None: there PEFT changes
+    what the module gives, and not what they read. ``nested``: the attention that PEFT adapted along
+    with this out-projection."""
     above = [
-        weight_reader.path for weight_reader in weight_readers(names, *ref, now=True) if weight_reader.path != nested
+        weight_reader.path
+        for weight_reader in weight_readers(names, *ref, now=True)
+        if weight_reader.path != nested
     ]
-    return f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps" if above else None
+    return (
+        f"{above[0] or 'the model'!r} reads the weight itself, past the module that PEFT wraps"
+        if above
+        else None
+    )
 
 
 def differs(
-    names: Names, ref: ParamRef, parameter: bool, rule: Callable[[str, Any], str | None] = peft.differs
+    names: Names,
+    ref: ParamRef,
+    parameter: bool,
+    rule: Callable[[str, Any], str | None] = peft.differs,
 ) -> str | None:
-    """Why PEFT computes something else at a module than a change of its weight gives, or None. ``parameter``: it
-    changes the parameter, not the module. ``rule``: the reasons in a module of a kind, which another tuner than LoRA
-    has others of."""
+    """Why PEFT computes something else at a module than a change of its weight gives, or None.
+    ``parameter``: it changes the parameter, not the module. ``rule``: the reasons in a module of a
+    kind, which another tuner than LoRA has others of."""
     path, name = ref
     module, kind = names.modules[path], kind_for(names.modules[path], name)
     if path == "":
         return "PEFT cannot wrap the model itself"
     if parameter:
         recurrent = isinstance(module, nn.RNNBase)
-        return "its kernel reads a list of weights that PEFT leaves as it was" if recurrent else None
+        return (
+            "its kernel reads a list of weights that PEFT leaves as it was" if recurrent else None
+        )
     reason = rule(kind.name, module)
     if reason is None and not _plain_forward(kind, module, name):
         reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
@@ -285,36 +344,53 @@ def differs(
 
 
 def otherwise(
-    names: Names, ref: ParamRef, layer: peft.PeftLayer, parameter: bool, tuner: object, nested: str | None = None
+    names: Names,
+    ref: ParamRef,
+    layer: peft.PeftLayer,
+    parameter: bool,
+    tuner: object,
+    nested: str | None = None,
 ) -> tuple[str | None, str | None]:
-    """What PEFT computes otherwise than a change of the weight: who reads it past its module (where the product is zero
-    that is no matter), and what the module does, each in words or None. Arguments as ``differs`` and ``reads_past``
-    have them; ``tuner``: the name of another tuner than LoRA, or None."""
-    past = None if not layer.extras and is_zero(layer.A, layer.B) else reads_past(names, ref, nested)
-    return past, differs(names, ref, parameter, peft.differs if tuner is None else peft_tuners.differs)
+    """What PEFT computes otherwise than a change of the weight: who reads it past its module (where
+    the product is zero that is no matter), and what the module does, each in words or None.
+    Arguments as ``differs`` and ``reads_past`` have them; ``tuner``: the name of another tuner than
+    LoRA, or None."""
+    past = (
+        None if not layer.extras and is_zero(layer.A, layer.B) else reads_past(names, ref, nested)
+    )
+    return past, differs(
+        names, ref, parameter, peft.differs if tuner is None else peft_tuners.differs
+    )
 
 
 def is_zero(A: Tensor, B: Tensor) -> bool:
-    """Whether a product changes nothing, whoever applies it: PEFT never trains a weight that is read past its module
-    alone, such as an attention's out-projection by itself."""
+    """Whether a product changes nothing, whoever applies it: PEFT never trains a weight that is
+    read past its module alone, such as an attention's out-projection by itself."""
     return not (A.any() and B.any())
 
 
 def attention_above(names: Names, ref: ParamRef) -> str | None:
     """The path of the attention whose out-projection's weight this is, or None."""
     above, _, last = ref[0].rpartition(".")
-    return above if last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention) else None
+    return (
+        above
+        if last == "out_proj" and isinstance(names.modules.get(above), nn.MultiheadAttention)
+        else None
+    )
 
 
 def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
-    """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the same."""
+    """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the
+    same."""
     base, weight = own_class(module), weight_of(module, name)
     storage: Any = storage_of(weight)
     if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
         return True
     dense, own = storage.dense(weight), {}
     if not dense.any():  # of a model without weights: with these, every forward gives the same
-        strides = range(dense.dim(), 0, -1)  # numbers that differ along every axis, in little memory
+        strides = range(
+            dense.dim(), 0, -1
+        )  # numbers that differ along every axis, in little memory
         last = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
         numbers = torch.arange(last + 1.0, device=dense.device).sin().to(dense.dtype)
         dense = numbers.as_strided(dense.shape, [*strides])
@@ -322,7 +398,9 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     embeds = kind.name == "embedding"
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
-    sharded = {other: whole(value) for other, value in module._parameters.items() if is_sharded(value)}
+    sharded = {
+        other: whole(value) for other, value in module._parameters.items() if is_sharded(value)
+    }
     module = view(module, base, {**sharded, **own})
     try:
         y = base.forward(module, x)
@@ -335,7 +413,8 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
 
 
 def found_at(names: Names, file_path: str) -> tuple[str, int, str]:
-    """What a path of a PEFT file means: (a module, how many wrappers stand behind it, what follows)."""
+    """What a path of a PEFT file means: (a module, how many wrappers stand behind it, what
+    follows)."""
     parts, above, depth = file_path.split(".") if file_path else [], "", 0
     for count, part in enumerate(parts):
         below = parameter_path(above, part)
@@ -355,12 +434,15 @@ def module_at(names: Names, file_path: str) -> str:
 
 
 def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef | None:
-    """The weight that a path of a PEFT file means: a module's only one, one by its own path, or a nested parameter."""
+    """The weight that a path of a PEFT file means: a module's only one, one by its own path, or a
+    nested parameter."""
     path, depth, rest = found_at(names, file_path)
     module = names.modules[path]
     if rest:
         return (path, rest) if rest in own_parameters(module) else None
-    parameters = [name for name in own_parameters(module) if means_parameter(names, (path, name), config)]
+    parameters = [
+        name for name in own_parameters(module) if means_parameter(names, (path, name), config)
+    ]
     if parameters:
         return (path, parameters[-1 - depth]) if depth < len(parameters) else None
     kind = kind_of(module)
@@ -370,8 +452,14 @@ def ref_at(names: Names, file_path: str, config: Mapping[str, Any]) -> ParamRef 
 def means_parameter(names: Names, ref: ParamRef, config: Mapping[str, Any]) -> bool:
     """Whether a PEFT config means this weight as a parameter, not by its module."""
     path, name = ref
-    return bool(peft.expected_parameters(config, [parameter_path(alias, name) for alias in names.aliases[path]]))
+    return bool(
+        peft.expected_parameters(
+            config, [parameter_path(alias, name) for alias in names.aliases[path]]
+        )
+    )
 
 
 def all_refs(names: Names) -> list[ParamRef]:
-    return [(path, name) for path, module in names.modules.items() for name in own_parameters(module)]
+    return [
+        (path, name) for path, module in names.modules.items() for name in own_parameters(module)
+    ]

@@ -1,16 +1,20 @@
-"""PiSSA and OLoRA as PEFT saves them unless it is asked to convert: A and B, and a start that PEFT takes off the base.
+"""PiSSA and OLoRA as PEFT saves them unless it is asked to convert: A and B, and a start that PEFT
+takes off the base.
 
     loading into PEFT    W₀ = W − s B₀ A₀        A₀, B₀: from W and the rank alone
                          y = op(x; W₀ + s B A)
     here                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]        twice the rank
 
-So such a folder is a plain change of the base that it was made for, once that is there. In 16 bits PEFT rounds W₀ too,
-by as much as W is rounded. Written as above, what was not trained is nearly zero, and no difference of large products.
+So such a folder is a plain change of the base that it was made for, once that is there. In 16 bits
+PEFT rounds W₀ too, by as much as W is rounded. Written as above, what was not trained is nearly
+zero, and no difference of large products.
 
-Rejected: to leave it to PEFT's conversion alone, which needs the start, and that is in no such folder. What cannot be
-made again is refused (``formats/peft.py``): a random approximation (``pissa_niter_…``), a start from data.
+Rejected: to leave it to PEFT's conversion alone, which needs the start, and that is in no such
+folder. What cannot be made again is refused (``formats/peft.py``): a random approximation
+(``pissa_niter_…``), a start from data.
 
-Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and ``olora_init`` of PEFT 0.21.
+Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
+``olora_init`` of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -31,15 +35,22 @@ from veneer.lowrank import LowRank
 def without_start(
     names: Names, ref: ParamRef, kind: str, config: Mapping[str, Any], layer: peft.PeftLayer
 ) -> LowRank | str:
-    """The change of the base that a layer of such a folder is, of twice its rank; or why it is none, in words. ``kind``
-    is that of the layer."""
+    """The change of the base that a layer of such a folder is, of twice its rank; or why it is
+    none, in words. ``kind`` is that of the layer."""
     start = str(config["init_lora_weights"]).lower()
     weight: Any = weight_of(names.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)
     if kind not in ("linear", *(("conv1d_transformers",) if start == "pissa" else ())):
         return f"PEFT has no {start} for a {kind} layer"
-    if storage is None or storage.name != "plain" or not isinstance(weight, nn.Parameter) or weight.is_meta:
-        return f"{start} starts from the values of the weight, which is stored packed or is not here"
+    if (
+        storage is None
+        or storage.name != "plain"
+        or not isinstance(weight, nn.Parameter)
+        or weight.is_meta
+    ):
+        return (
+            f"{start} starts from the values of the weight, which is stored packed or is not here"
+        )
     if layer.scale <= 0 or layer.low.rank > min(weight.shape):
         return f"{start} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight {[*weight.shape]}"
     A0, B0 = _start(start, weight.mT if kind != "linear" else weight, layer.low.rank, layer.scale)
@@ -51,10 +62,13 @@ def without_start(
 
 @torch.no_grad()
 def _start(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A₀ [rank, in] and B₀ [out, rank] for a weight [out, in], in float32 on the CPU, where a file's tensors are."""
+    """A₀ [rank, in] and B₀ [out, rank] for a weight [out, in], in float32 on the CPU, where a
+    file's tensors are."""
     W = weight.detach().to("cpu", torch.float32)
     if start == "olora":
-        Q, _ = torch.linalg.qr(W[:, :rank])  # the first columns of Q depend on the first columns of W alone
+        Q, _ = torch.linalg.qr(
+            W[:, :rank]
+        )  # the first columns of Q depend on the first columns of W alone
         return Q.mT @ W, Q
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:rank] / scale).sqrt()

@@ -1,18 +1,19 @@
-"""The record of an adapter folder: what it says about the adapter, its hashes, and whether the files are still those.
+"""The record of an adapter folder: what it says about the adapter, its hashes, and whether the
+files are still those.
 
     veneer.json, and the same in the header of adapter_model.safetensors:
     format      of the record
     base        name, architecture, the labels of a classifier, the fingerprint of each tensor (``base_proof.py``):
-                those that the adapter changes apart from the rest, of which folders of an earlier Veneer say nothing;
-                quantized: how it was packed as the adapter was trained, and whether the fingerprints are of what it
-                was packed from
+                those that the adapter changes apart from the rest, of which folders of an earlier
+                Veneer say nothing; quantized: how it was packed as the adapter was trained, and
+                whether the fingerprints are of what it was packed from
     changes     rank, alpha and rows of each changed weight; the tokens that are trained, and of how many rows
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
     versions, provenance    of the libraries; what the caller gave
 
-A hash tells what an accident changed; whoever writes a folder can write its hashes. So nothing that a record says
-decides about more than the adapter itself.
+A hash tells what an accident changed; whoever writes a folder can write its hashes. So nothing that
+a record says decides about more than the adapter itself.
 """
 
 from __future__ import annotations
@@ -58,16 +59,21 @@ def sealed(
     if parameters:
         record["hashes"][PARAMETERS] = hash_tensors(parameters)
     try:
-        record = json.loads(json.dumps(record))  # as it will be read: JSON turns the keys of a mapping into strings
+        record = json.loads(
+            json.dumps(record)
+        )  # as it will be read: JSON turns the keys of a mapping into strings
     except TypeError as error:
-        raise AdapterError(f"a provenance that is not JSON ({error})", "plain values", "convert it") from error
+        raise AdapterError(
+            f"a provenance that is not JSON ({error})", "plain values", "convert it"
+        ) from error
     record["hashes"]["record"] = hash_record(record)
     return record
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of the libraries. Each is read from a file of text, which is a quarter of the time that a small save takes."""
+    """Of the libraries. Each is read from a file of text, which is a quarter of the time that a
+    small save takes."""
     found = {}
     for package in ("veneer", "torch", "transformers"):
         with suppress(PackageNotFoundError):
@@ -76,8 +82,8 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such number, and half of a
-    surrogate pair, as a file name may hold one, is "?"."""
+    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such
+    number, and half of a surrogate pair, as a file name may hold one, is "?"."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
@@ -112,8 +118,8 @@ def altered(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """For each part of a folder that the record has a hash of, in words: whether it has changed. ``parameters``: those
-    of ``veneer.safetensors``; None if they could not be read."""
+    """For each part of a folder that the record has a hash of, in words: whether it has changed.
+    ``parameters``: those of ``veneer.safetensors``; None if they could not be read."""
     hashes = record["hashes"]
     checks = {
         "the record in its header": hash_record(record) != hashes.get("record"),
@@ -137,10 +143,13 @@ def must_belong(checks: Mapping[str, bool], path: Path) -> None:
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels of the classifier that a record is of, in the order of its outputs; None: it is of none, or an earlier
-    Veneer wrote it and no run of ``veneer train`` says them either."""
+    """The labels of the classifier that a record is of, in the order of its outputs; None: it is of
+    none, or an earlier Veneer wrote it and no run of ``veneer train`` says them either."""
     task = record.get("provenance", {}).get("task")
-    for labels in (record.get("base", {}).get("labels"), task.get("labels") if isinstance(task, dict) else None):
+    for labels in (
+        record.get("base", {}).get("labels"),
+        task.get("labels") if isinstance(task, dict) else None,
+    ):
         if isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels):
             return tuple(labels)
     return None
@@ -149,38 +158,75 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
     """What is wrong with a record, as far as it can be told without a model."""
     if record.get("format") != FORMAT:
-        yield sentence(f"format {_brief(record.get('format'))} in {path}", f"{FORMAT}", "install a newer Veneer")
+        yield sentence(
+            f"format {_brief(record.get('format'))} in {path}",
+            f"{FORMAT}",
+            "install a newer Veneer",
+        )
         return
     base, changes = record.get("base"), record.get("changes")
     weights = base.get("weights") if isinstance(base, dict) else None
-    if not isinstance(weights, dict) or not isinstance(changes, dict) or not isinstance(record.get("config"), dict):
-        yield sentence("no base, changes or config in it", "all three", "save it again with this Veneer")
+    if (
+        not isinstance(weights, dict)
+        or not isinstance(changes, dict)
+        or not isinstance(record.get("config"), dict)
+    ):
+        yield sentence(
+            "no base, changes or config in it", "all three", "save it again with this Veneer"
+        )
         return
-    texts = [base.get("name") or "", base.get("architecture") or "", *weights.values(), *record["hashes"].values()]
-    tables = [record.get(name, {}) for name in ("versions", "provenance")] + [base.get("quantized", {})]
+    texts = [
+        base.get("name") or "",
+        base.get("architecture") or "",
+        *weights.values(),
+        *record["hashes"].values(),
+    ]
+    tables = [record.get(name, {}) for name in ("versions", "provenance")] + [
+        base.get("quantized", {})
+    ]
     rest, fresh = base.get("rest", {}), base.get("fresh", [])
     if isinstance(rest, dict) and isinstance(fresh, list):
         texts += [*rest.values(), *fresh]
     else:
         tables.append(None)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+    if not all(isinstance(text, str) for text in texts) or not all(
+        isinstance(table, dict) for table in tables
+    ):
         expected = "text for names and hashes; versions, provenance and quantized by name"
         yield sentence("fields of other types", expected, "get another copy")
     if weights.keys() != changes.keys():
         odd = listing(sorted(weights.keys() ^ changes.keys()), 3)
-        yield sentence(f"changes and fingerprints of other weights ({odd})", "the same", "get another copy")
+        yield sentence(
+            f"changes and fingerprints of other weights ({odd})", "the same", "get another copy"
+        )
     for at, change in changes.items():
         said = change if isinstance(change, dict) else {}
         rank, alpha, tokens = said.get("rank"), said.get("alpha"), said.get("tokens")
         least = 0 if tokens else 1
-        if type(rank) is not int or not least <= rank <= peft.MAX_RANK or type(alpha) not in (int, float):
+        if (
+            type(rank) is not int
+            or not least <= rank <= peft.MAX_RANK
+            or type(alpha) not in (int, float)
+        ):
             expected = f"a rank of at least {least} and a number"
-            yield sentence(f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}", expected, "get another copy")
+            yield sentence(
+                f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}",
+                expected,
+                "get another copy",
+            )
         if type(said.get("module_only", False)) is not bool:
-            yield sentence(f"module_only {_brief(said['module_only'])} for {at!r}", "true or false", "get another copy")
+            yield sentence(
+                f"module_only {_brief(said['module_only'])} for {at!r}",
+                "true or false",
+                "get another copy",
+            )
         for field in ("rows", "tokens"):
             if field in said and not _ranges(said[field]):
-                yield sentence(f"{field} {_brief(said[field])} for {at!r}", "(start, stop) pairs", "get another copy")
+                yield sentence(
+                    f"{field} {_brief(said[field])} for {at!r}",
+                    "(start, stop) pairs",
+                    "get another copy",
+                )
         if "tokens" in said and type(said.get("of")) is not int:
             found = f"tokens of {_brief(said.get('of'))} rows for {at!r}"
             yield sentence(found, "the number of rows of its weight", "get another copy")
@@ -188,7 +234,11 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
 
 def _ranges(value: Any) -> bool:
     """Whether these are (start, stop) pairs, ascending or not."""
-    pairs = isinstance(value, list) and bool(value) and all(isinstance(part, list) and len(part) == 2 for part in value)
+    pairs = (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, list) and len(part) == 2 for part in value)
+    )
     return pairs and all(type(end) is int and end >= 0 for part in value for end in part)
 
 

@@ -4,7 +4,8 @@
         an adapter          d is an adapter folder, as ``veneer.save`` writes it and PEFT would
         a merged adapter    d holds the plain model, its changed weights under their own names
 
-Without this, transformers would write all that ``state_dict()`` holds. ``trainers.py`` puts it in place.
+Without this, transformers would write all that ``state_dict()`` holds. ``trainers.py`` puts it in
+place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from veneer.attach.adapted_module import layer_states, own_class, with_values
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters, adapters_of, changes, need_adapters, parameter_path, selected_name, unwrap
+from veneer.attach.lookup import (
+    adapters,
+    adapters_of,
+    changes,
+    need_adapters,
+    parameter_path,
+    selected_name,
+    unwrap,
+)
 from veneer.attach.merge import must_stand
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.state import STATE, ModelAdapters
@@ -42,18 +51,24 @@ SAVE = "save_pretrained"
 
 
 def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """What ``module.save_pretrained(…)`` does, with the arguments of its own method, while there are adapters.
-    ``SelectionError``: several adapters and none selected, or rows of several; ``module`` is but a part of the model
-    that they were attached to. ``AdapterError``: an option or a state dict that an adapter folder cannot follow, and
-    all that ``veneer.save`` refuses. ``OutputExistsError``: the folder holds what ``from_pretrained`` would load
-    along."""
+    """What ``module.save_pretrained(…)`` does, with the arguments of its own method, while there
+    are adapters. ``SelectionError``: several adapters and none selected, or rows of several;
+    ``module`` is but a part of the model that they were attached to. ``AdapterError``: an option or
+    a state dict that an adapter folder cannot follow, and all that ``veneer.save`` refuses.
+    ``OutputExistsError``: the folder holds what ``from_pretrained`` would load along."""
     options = _arguments(module, args, kwargs)
     attached = next((layer_state.attached for _, _, layer_state in layer_states(module)), None)
-    if attached is None or not attached.configs or (attached.merged is not None and not _runs_on_top(attached)):
+    if (
+        attached is None
+        or not attached.configs
+        or (attached.merged is not None and not _runs_on_top(attached))
+    ):
         _save_plain(module, options)
     elif adapters_of(module) is not attached:
         owners = ", ".join(attached.configs)
-        found = f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
+        found = (
+            f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
+        )
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
         raise SelectionError(found, "one folder for all of an adapter", do)
     else:
@@ -61,10 +76,14 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the module's own method, by name. The first one is the folder in every library."""
+    """The arguments of a call of the module's own method, by name. The first one is the folder in
+    every library."""
     method = getattr(without_adapters(module), SAVE)
     bound = inspect.signature(method).bind(*args, **kwargs).arguments
-    rest = next((p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    rest = next(
+        (p.name for p in inspect.signature(method).parameters.values() if p.kind is p.VAR_KEYWORD),
+        "",
+    )
     return {**{name: value for name, value in bound.items() if name != rest}, **bound.get(rest, {})}
 
 
@@ -74,7 +93,9 @@ def _save_plain(module: nn.Module, options: dict[str, Any]) -> None:
     must_hold_no_adapter(folder)
     if options.get("state_dict") is not None:
         ours = module.state_dict().keys() - seen.state_dict().keys()
-        options["state_dict"] = {key: value for key, value in _state(options).items() if key not in ours}
+        options["state_dict"] = {
+            key: value for key, value in _state(options).items() if key not in ours
+        }
     getattr(seen, SAVE)(**options)
 
 
@@ -82,7 +103,11 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     """The selected adapter, or the only one, as a folder beside whatever else lies in it."""
     folder, name = Path(next(iter(options.values()))), selected_name(model, SAVE)
     odd = [option for option in ("variant", "distributed_checkpoint") if options.get(option)]
-    odd += [option for option in ("save_peft_format", "safe_serialization") if options.get(option) is False]
+    odd += [
+        option
+        for option in ("save_peft_format", "safe_serialization")
+        if options.get(option) is False
+    ]
     if odd:
         found = f"{', '.join(f'{one}={options[one]!r}' for one in odd)} for a model with an unmerged adapter"
         do = "leave it out, or merge the adapter to save the whole model"
@@ -90,7 +115,9 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
     state = _state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
-            write_adapter(model, name, folder, alone=False)  # every process has a part of what the main one writes
+            write_adapter(
+                model, name, folder, alone=False
+            )  # every process has a part of what the main one writes
         return
     if state:
         _with_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
@@ -110,7 +137,8 @@ def _runs_on_top(attached: ModelAdapters) -> bool:
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> None:
-    """The files of an adapter among those that a folder holds already. ``alone``: trainers let one process save."""
+    """The files of an adapter among those that a folder holds already. ``alone``: trainers let one
+    process save."""
 
     def put(content: Mapping[str, Any]) -> None:
         write(folder, **content, provenance={}, overwrite=True)
@@ -119,7 +147,8 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, alone: bool) -> 
 
 
 def _tell(model: nn.Module, folder: Path) -> None:
-    """Warn of what ``from_pretrained`` could not do with the folder, in the process that wrote it."""
+    """Warn of what ``from_pretrained`` could not do with the folder, in the process that wrote
+    it."""
     if not (folder / peft.CONFIG).exists():
         return
     written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
@@ -132,19 +161,24 @@ def _tell(model: nn.Module, folder: Path) -> None:
         "them as UNEXPECTED): load it with veneer.load or PEFT": written.get("use_dora"),
         f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
         "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
-        "set model.config._name_or_path before saving": hasattr(model, "config") and base_name_of(model) is None,
+        "set model.config._name_or_path before saving": hasattr(model, "config")
+        and base_name_of(model) is None,
         f"from_pretrained makes a head of 2 labels on a base without one: pass num_labels={_labels_to_pass(model)} to "
-        "it, or load the base so and then the adapter with veneer.load": _labels_to_pass(model) is not None,
+        "it, or load the base so and then the adapter with veneer.load": _labels_to_pass(model)
+        is not None,
         f"{peft.CONFIG} names no base, as this adapter is one of merged weights: merge there first too, or save the "
-        "merged model and name its folder with veneer.save(…, base_name=…)": need_adapters(model).merged is not None,
+        "merged model and name its folder with veneer.save(…, base_name=…)": need_adapters(
+            model
+        ).merged
+        is not None,
     }
     for text in (text for text, applies in texts.items() if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
 
 
 def _labels_to_pass(model: nn.Module) -> int | None:
-    """How many labels ``from_pretrained`` must be told of: those of a head that the base's files, and so its
-    configuration, lack; None where it is right without."""
+    """How many labels ``from_pretrained`` must be told of: those of a head that the base's files,
+    and so its configuration, lack; None where it is right without."""
     labels = labels_of(model)
     return None if labels is None or len(labels) == 2 or not fresh(Names(model)) else len(labels)
 
@@ -155,25 +189,38 @@ def _state(options: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^(_orig_mod\.)?(module\.)?", "", key): value for key, value in state.items()}
 
 
-def _with_state(model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]) -> None:
-    """``write`` while the model holds the tensors of a state dict: its own, or the whole ones of a model whose
-    parameters are sharded. ``AdapterError``: it lacks tensors of the adapter, or has others than the model."""
+def _with_state(
+    model: nn.Module, name: str, state: Mapping[str, Any], write: Callable[[], None]
+) -> None:
+    """``write`` while the model holds the tensors of a state dict: its own, or the whole ones of a
+    model whose parameters are sharded. ``AdapterError``: it lacks tensors of the adapter, or has
+    others than the model."""
     whole = model.state_dict(keep_vars=True)
     own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
     part = f".{STATE}.{name}."
     lacking = [key for key in own if part in f".{key}" and key not in state]
     strange = [key for key in state if key not in whole]
     if lacking or strange:
-        found = f"a state_dict without {listing(lacking, 3)}" if lacking else f"a state_dict with {listing(strange, 3)}"
+        found = (
+            f"a state_dict without {listing(lacking, 3)}"
+            if lacking
+            else f"a state_dict with {listing(strange, 3)}"
+        )
         do = "leave state_dict out, or pass model.state_dict()"
-        raise AdapterError(found, f"the tensors of adapter {name!r} under their names in the model", do)
+        raise AdapterError(
+            found, f"the tensors of adapter {name!r} under their names in the model", do
+        )
     if all(key not in state or _is(state[key], value) for key, value in own.items()):
         write()
         return
-    given: dict[int, Tensor] = {}  # a tied parameter has several names, and the first that is given counts
+    given: dict[
+        int, Tensor
+    ] = {}  # a tied parameter has several names, and the first that is given counts
     for key in (key for key in own if key in state):
         kept = isinstance(own[key], nn.Parameter)
-        given.setdefault(id(own[key]), nn.Parameter(state[key], requires_grad=False) if kept else state[key])
+        given.setdefault(
+            id(own[key]), nn.Parameter(state[key], requires_grad=False) if kept else state[key]
+        )
     with with_values(model.modules(), given):
         write()
 
@@ -185,34 +232,48 @@ def _is(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def refill(model: nn.Module, folder: str | Path) -> None:
-    """Copy the parameters of an adapter folder into those of the selected adapter (or the only one), which an optimiser
-    may hold. ``AdapterError``: the folder is damaged or does not fit the model, or the adapter there is made otherwise
-    (other weights, ranks, strengths, another variant). Nothing was copied. ``BaseMismatchError``: it was made for
-    another base. ``MergeError``: an adapter is merged into the weights."""
+    """Copy the parameters of an adapter folder into those of the selected adapter (or the only
+    one), which an optimiser may hold. ``AdapterError``: the folder is damaged or does not fit the
+    model, or the adapter there is made otherwise (other weights, ranks, strengths, another
+    variant). Nothing was copied. ``BaseMismatchError``: it was made for another base.
+    ``MergeError``: an adapter is merged into the weights."""
     model = unwrap(model)
     name = selected_name(model, SAVE)
     must_stand(need_adapters(model), name, "a checkpoint for")
     load_plan = match(model, folder, [])
     own = {(path, weight): change for path, _, weight, change in changes(model, name)}
     parts = {path: part for path, _, part in adapters(model, name)}
-    raise_all(AdapterError, f"{folder} does not fit the adapter {name!r}", list(_unlike(own, parts, load_plan)))
+    raise_all(
+        AdapterError,
+        f"{folder} does not fit the adapter {name!r}",
+        list(_unlike(own, parts, load_plan)),
+    )
     for ref, change in own.items():
         for key, value in load_plan.adapter_parameters[ref].items():
             {**change.adapter_parameters, **change._parameters}[key].copy_(value)
     load_plan.fill(parts)
 
 
-def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], load_plan: LoadPlan) -> Iterator[str]:
+def _unlike(
+    own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], load_plan: LoadPlan
+) -> Iterator[str]:
     """How the adapter of a folder is made otherwise than the one that is attached."""
     theirs = {entry.ref: entry for entry in load_plan.plans.low}
     do = "attach with the config of the run that wrote it"
-    for found, refs in (("no change of", own.keys() - theirs.keys()), ("a change of", theirs.keys() - own.keys())):
+    for found, refs in (
+        ("no change of", own.keys() - theirs.keys()),
+        ("a change of", theirs.keys() - own.keys()),
+    ):
         if refs:
             expected = "changes of the weights that the attached adapter changes"
-            yield sentence(f"{found} {listing(sorted(parameter_path(*ref) for ref in refs), 3)}", expected, do)
+            yield sentence(
+                f"{found} {listing(sorted(parameter_path(*ref) for ref in refs), 3)}", expected, do
+            )
     for ref in own.keys() & theirs.keys():
         change, entry = own[ref], theirs[ref]
-        rows, tokens = (None if one is None else tuple(one.tolist()) for one in (change.rows, change.tokens))
+        rows, tokens = (
+            None if one is None else tuple(one.tolist()) for one in (change.rows, change.tokens)
+        )
         here = change.variant.name, change.rank, change.alpha, rows, tokens
         there = load_plan.plans.config.variant, entry.rank, entry.alpha, entry.rows, entry.tokens
         if here != there:
@@ -222,4 +283,6 @@ def _unlike(own: Mapping[ParamRef, Change], parts: Mapping[str, LayerAdapter], l
     for path in sorted(parts.keys() | load_plan.full.keys()):
         here = set(parts[path].full.state_dict()) if path in parts else set()
         if here != (there := set(load_plan.full.get(path, ()))):
-            yield sentence(f"{listing(sorted(there))} of {path!r} trained in full", listing(sorted(here)), do)
+            yield sentence(
+                f"{listing(sorted(there))} of {path!r} trained in full", listing(sorted(here)), do
+            )

@@ -1,7 +1,8 @@
-"""Names of tied weights that a folder changes apart: they need weights of their own (``attach/weight_tying.py``).
+"""Names of tied weights that a folder changes apart: they need weights of their own
+(``attach/weight_tying.py``).
 
-PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in full or in some rows,
-and leave the other name as it was. That is no change of the one weight.
+PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in
+full or in some rows, and leave the other name as it was. That is no change of the one weight.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from veneer.formats import peft
 
 
 class TieBroken(UserWarning):
-    """A folder of PEFT changes a tied weight under some of its names alone: until the last adapter is detached, each of
-    these names has a weight of its own."""
+    """A folder of PEFT changes a tied weight under some of its names alone: until the last adapter
+    is detached, each of these names has a weight of its own."""
 
 
 def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Untied | None:
@@ -59,7 +60,10 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
 
 
 def _described(path: str | Path, untied: Untied) -> str:
-    pairs = [f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}" for ref, keeps in untied.names]
+    pairs = [
+        f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}"
+        for ref, keeps in untied.names
+    ]
     config = ", and config.tie_word_embeddings is False" if untied.config else ""
     return (
         f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the last adapter is "
@@ -69,24 +73,33 @@ def _described(path: str | Path, untied: Untied) -> str:
 
 
 def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights that a folder changes apart: at a low rank, where it does not change every name alike;
-    in full, by values of their own; in rows that PEFT gives to one of the names alone."""
+    """The names of tied weights that a folder changes apart: at a low rank, where it does not
+    change every name alike; in full, by values of their own; in rows that PEFT gives to one of the
+    names alone."""
     low = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
     found: list[ParamRef] = []
     tied = [refs for refs in holders(names).values() if len(refs) > 1]
     for refs in tied:
         there = [low[ref] for ref in refs if ref in low]
-        if there and (len(there) < len(refs) or not all(_alike(there[0], other) for other in there)):
+        if there and (
+            len(there) < len(refs) or not all(_alike(there[0], other) for other in there)
+        ):
             found += [ref for ref in refs if ref in low]
     full: dict[str, dict[str, torch.Tensor]] = {}
     for path, tensors in saved.full.items():
         at = module_at(names, path)
         # PEFT writes the frozen weight of an adapted embedding along
-        full.setdefault(at, {}).update({name: value for name, value in tensors.items() if (at, name) not in low})
+        full.setdefault(at, {}).update(
+            {name: value for name, value in tensors.items() if (at, name) not in low}
+        )
     more = [ref for ref in apart(names, full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
     # values in place of a packed weight need no copy of it
-    plain = [ref for ref in dict.fromkeys(more) if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter]
+    plain = [
+        ref
+        for ref in dict.fromkeys(more)
+        if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter
+    ]
     return list(dict.fromkeys([*found, *plain]))
 
 
@@ -104,12 +117,18 @@ def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         if owner is None:
             continue
         ref = token_rows.ref_of(names, at)
-        others = [other for other in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))] if other != ref]
+        others = [
+            other
+            for other in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
+            if other != ref
+        ]
         if saved.record is None:
             alone = token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
             entries = [saved.tokens[path] for path, _ in others if path in saved.tokens]
             own = saved.tokens[at]
-            alone |= any(other.ids != own.ids or not torch.equal(other.rows, own.rows) for other in entries)
+            alone |= any(
+                other.ids != own.ids or not torch.equal(other.rows, own.rows) for other in entries
+            )
         else:  # the record knows the other name as a weight of its own
             alone = any(parameter_path(*other) in known for other in others)
         found += [ref] if alone else []

@@ -1,9 +1,9 @@
-"""Trainers of other libraries, taught what they know of a ``PeftModel`` alone. Nobody has to ask for it: ``cover`` is
-called when an adapter is attached.
+"""Trainers of other libraries, taught what they know of a ``PeftModel`` alone. Nobody has to ask
+for it: ``cover`` is called when an adapter is attached.
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        the parameters in the checkpoint are copied into those that train; a model without an adapter gets the one of
-        the checkpoint
+        the parameters in the checkpoint are copied into those that train; a model without an
+        adapter gets the one of the checkpoint
     Trainer(quantised model with an adapter)
         it can be trained
     DPOTrainer(…), KTOTrainer, GRPOTrainer, RLOOTrainer
@@ -11,8 +11,9 @@ called when an adapter is attached.
     TRL's disable_dropout=True
         is for an adapter's dropout too
 
-Each is one function of a library that asks first whether the model has adapters of ours, put in its place once somebody
-else has imported the library (``when_imported``). What such a trainer would do without a word is refused.
+Each is one function of a library that asks first whether the model has adapters of ours, put in its
+place once somebody else has imported the library (``when_imported``). What such a trainer would do
+without a word is refused.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
 TRAINER = "transformers.trainer"
-#: modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare the policy with
+# : modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare
+# the policy with
 TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
 
 
 def cover(model: nn.Module) -> None:
-    """Let a model with adapters be saved as what it is, also each part of it that could be saved by itself, and
-    trainers that are imported, or will be, know it."""
+    """Let a model with adapters be saved as what it is, also each part of it that could be saved by
+    itself, and trainers that are imported, or will be, know it."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
             put(module, SAVE, save_pretrained)
@@ -70,7 +72,8 @@ def _adapted(model: Any) -> bool:
     return attached is not None and bool(attached.configs)
 
 
-# ---- transformers ------------------------------------------------------------------------------------------------
+# ---- transformers
+# ------------------------------------------------------------------------------------------------
 
 
 def learn(module: Any) -> None:
@@ -90,7 +93,9 @@ def learn(module: Any) -> None:
 
         setattr(trainer, name, method)
 
-    before("_load_best_model", lambda self: _load(self, self.model, self.state.best_model_checkpoint))
+    before(
+        "_load_best_model", lambda self: _load(self, self.model, self.state.best_model_checkpoint)
+    )
     before(
         "_load_from_checkpoint",
         lambda self, resume_from_checkpoint, model=None: _load(
@@ -103,7 +108,9 @@ def learn(module: Any) -> None:
     before("create_model_card", lambda self, *args, **kwargs: _has_a_card(self))
 
     validate = module.validate_quantization_for_training
-    module.validate_quantization_for_training = lambda model: None if _adapted(model) else validate(model)
+    module.validate_quantization_for_training = lambda model: (
+        None if _adapted(model) else validate(model)
+    )
 
 
 def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
@@ -131,33 +138,44 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
 
 
 def _copy_all(trainer: Any, checkpoint_folder: str) -> bool:
-    """Before a push in mid-run, transformers copies an adapter from the checkpoint into the folder that is uploaded:
-    PEFT's files, if PEFT is installed. All of it belongs together, as hashes seal it."""
+    """Before a push in mid-run, transformers copies an adapter from the checkpoint into the folder
+    that is uploaded: PEFT's files, if PEFT is installed. All of it belongs together, as hashes seal
+    it."""
     if _adapted(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
 
 
 def _has_a_card(trainer: Any) -> bool:
-    """The card of an adapter says what it is and how to load it. ``Trainer`` would take it for PEFT's, write another in
-    its place and ask the model, as PEFT's, to mend that. (TRL's trainers write one of their own.)"""
+    """The card of an adapter says what it is and how to load it. ``Trainer`` would take it for
+    PEFT's, write another in its place and ask the model, as PEFT's, to mend that. (TRL's trainers
+    write one of their own.)"""
     card = Path(trainer.args.output_dir) / model_card.NAME
-    return _adapted(trainer.model) and card.is_file() and model_card.LINE in card.read_text(encoding="utf-8")
+    return (
+        _adapted(trainer.model)
+        and card.is_file()
+        and model_card.LINE in card.read_text(encoding="utf-8")
+    )
 
 
 def _must_be_used(trainer: Any) -> bool:
-    """What a trainer would leave out without a word. ``TargetError``: TRL's forward multiplies by the weight of the
-    output layer, past an adapter there (of a ``PeftModel`` TRL refuses that too). ``ConfigError``: a reference that
-    should move and has no weights of its own; vLLM, which TRL would give the weights of the base."""
+    """What a trainer would leave out without a word. ``TargetError``: TRL's forward multiplies by
+    the weight of the output layer, past an adapter there (of a ``PeftModel`` TRL refuses that too).
+    ``ConfigError``: a reference that should move and has no weights of its own; vLLM, which TRL
+    would give the weights of the base."""
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     if isinstance(reference, Reference) and getattr(trainer.args, "sync_ref_model", False):
         found = "sync_ref_model=True with a reference model that is the policy's own base"
-        raise ConfigError(found, "one that stays", "leave sync_ref_model out, or pass a whole model as ref_model")
+        raise ConfigError(
+            found, "one that stays", "leave sync_ref_model out, or pass a whole model as ref_model"
+        )
     if not _adapted(model):
         return False
     if getattr(trainer.args, "use_vllm", False):
         found = "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base"
-        raise ConfigError(found, "texts drawn from the policy", "leave use_vllm out: the model draws them itself")
+        raise ConfigError(
+            found, "texts drawn from the policy", "leave use_vllm out: the model draws them itself"
+        )
     forward: Any = model.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__.__code__.co_name == "_fused_forward":
         head = model.get_output_embeddings()
@@ -166,18 +184,24 @@ def _must_be_used(trainer: Any) -> bool:
         if part is not None and (part.changes or part.full._parameters):
             found = f"an adapter of the output layer for TRL's {type(trainer).__name__}, which multiplies by its weight"
             expected = "one that the forward reaches: it would neither be used nor trained"
-            raise TargetError(found, expected, "leave the output layer (and what is tied to it) out of the targets")
+            raise TargetError(
+                found,
+                expected,
+                "leave the output layer (and what is tied to it) out of the targets",
+            )
     return False
 
 
-# ---- TRL ---------------------------------------------------------------------------------------------------------
+# ---- TRL
+# ---------------------------------------------------------------------------------------------------------
 
 #: the trainer that is being made
 _MAKING: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
 
 
 def learn_trl(module: Any) -> None:
-    """Teach a module of TRL that the reference of a policy with an adapter is no second model, and what drops."""
+    """Teach a module of TRL that the reference of a policy with an adapter is no second model, and
+    what drops."""
     if hasattr(module, "_asks_veneer"):
         return
     module._asks_veneer = True
@@ -185,8 +209,14 @@ def learn_trl(module: Any) -> None:
 
     @functools.wraps(load)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
-        policy = getattr(_MAKING.get(), "model", None)  # None: it is the policy itself that is loaded
-        return reference_of(policy) if policy is not None and _adapted(policy) else load(*args, **kwargs)
+        policy = getattr(
+            _MAKING.get(), "model", None
+        )  # None: it is the policy itself that is loaded
+        return (
+            reference_of(policy)
+            if policy is not None and _adapted(policy)
+            else load(*args, **kwargs)
+        )
 
     def disable_dropout_in_model(model: nn.Module) -> None:
         """TRL looks for ``nn.Dropout``, of which an adapter of PEFT has one a layer."""
@@ -198,7 +228,11 @@ def learn_trl(module: Any) -> None:
     if theirs is not None:
         module.disable_dropout_in_model = functools.wraps(theirs)(disable_dropout_in_model)
     for name, value in vars(module).items():
-        if isinstance(value, type) and value.__module__ == module.__name__ and name.endswith("Trainer"):
+        if (
+            isinstance(value, type)
+            and value.__module__ == module.__name__
+            and name.endswith("Trainer")
+        ):
             value.__init__ = _noted(value.__init__)
 
 
@@ -228,7 +262,8 @@ def _noted(init: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
-# ---- when others are imported ------------------------------------------------------------------------------------
+# ---- when others are imported
+# ------------------------------------------------------------------------------------
 
 
 def when_imported(name: str, call: Callable[[Any], None]) -> None:
@@ -248,7 +283,11 @@ class _Watch(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.name:
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in [*sys.meta_path] if finder is not self)
+        others = (
+            finder.find_spec(fullname, path, target)
+            for finder in [*sys.meta_path]
+            if finder is not self
+        )
         spec: Any = next((spec for spec in others if spec is not None), None)
         if spec is not None:
             run = spec.loader.exec_module

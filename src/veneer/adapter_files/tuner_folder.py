@@ -1,10 +1,11 @@
-"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the one that Veneer would write of it.
+"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the one that Veneer would
+write of it.
 
     plain    LoRA's config and tensors, with the plain change that each of the tuner's amounts to
     own      the variant's parameters, and their rank and alpha, by the path of the weight
 
-So what reads low-rank changes alone (``convert``, ``compose``, ``compare``) reads these folders too, and what installs
-an adapter installs the variant, which trains on.
+So what reads low-rank changes alone (``convert``, ``compose``, ``compare``) reads these folders
+too, and what installs an adapter installs the variant, which trains on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from veneer.formats.peft_tuners import Own, Tuner, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could ask for terabytes
+# : more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could
+# ask for terabytes
 LARGEST = 2**31
 
 
@@ -40,7 +42,8 @@ class TunerFolder:
         config, tensors: LoRA's, of the plain changes.
         parameters: those of the variant, by the path of a weight and their name.
         sizes: the rank and alpha of the variant, by the path of a weight.
-        unsized: only the base tells the shapes of the changes, so that ``tensors`` has none of them.
+        unsized: only the base tells the shapes of the changes, so that ``tensors`` has none of
+            them.
         paths: the modules that change.
         numbers: how many numbers the tuner trained.
     """
@@ -75,7 +78,9 @@ class Unsized(Mapping[str, Any]):
 
     def _error(self) -> AdapterError:
         found = f"{self.path} of PEFT's {self.folder.tuner.type}, which does not tell how many inputs each layer has"
-        return AdapterError(found, "the base beside it", "load it on its base, or convert it with the base first")
+        return AdapterError(
+            found, "the base beside it", "load it on its base, or convert it with the base first"
+        )
 
     def __getitem__(self, key: str) -> Any:
         raise self._error()
@@ -93,7 +98,11 @@ def weights_of(names: Names) -> Weights:
     def found(at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
         path, _, name = at.rpartition(".")
         module = names.modules.get(names.canonical.get(path, path))
-        weight = None if module is None or name not in own_parameters(module) else weight_of(module, name)
+        weight = (
+            None
+            if module is None or name not in own_parameters(module)
+            else weight_of(module, name)
+        )
         storage: Any = None if weight is None else storage_of(weight)
         if storage is None:
             return None
@@ -107,7 +116,8 @@ def weights_of(names: Names) -> Weights:
 def tuner_folder(
     tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
 ) -> TunerFolder:
-    """What a tuner's files hold. ``AdapterError``: tensors that are no change of this tuner, or not of this base."""
+    """What a tuner's files hold. ``AdapterError``: tensors that are no change of this tuner, or not
+    of this base."""
     unsized = peft_tuners.unsized(tuner, weights)
     own, rest = peft_tuners.changes(tuner, config, tensors, weights)
     lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
@@ -120,7 +130,9 @@ def tuner_folder(
         plain[at] = low
         groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
         assert groups == 1
-        rank = min(peft.strength(lora, at)[0], out, in_)  # PEFT gives a layer more than its weight can have
+        rank = min(
+            peft.strength(lora, at)[0], out, in_
+        )  # PEFT gives a layer more than its weight can have
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
         sizes[f"{at}.weight"] = rank, _alpha(tuner, change.scale, rank)
@@ -133,10 +145,14 @@ def tuner_folder(
     scales = {at: (low.rank, low.scale * low.rank) for at, low in plain.items()}
     usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))
     source, config = config, config_fields({**lora, "use_rslora": False}, scales, usual, ())
-    held = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes}
+    held = {
+        key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
+    }
     paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in held}
     numbers = sum(tensor.numel() for tensor in held.values())
-    return TunerFolder(tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths)), numbers)
+    return TunerFolder(
+        tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths)), numbers
+    )
 
 
 def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
@@ -150,7 +166,9 @@ def _plain(tuner: Tuner, at: str, change: Own, problems: list[str]) -> LowRank |
     if _count(tuner, parameters) > LARGEST:
         sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
         expected = f"factors of at most {LARGEST:,} numbers"
-        problems.append(sentence(f"{sizes} at {at!r}", expected, "get another copy; its tensors are damaged"))
+        problems.append(
+            sentence(f"{sizes} at {at!r}", expected, "get another copy; its tensors are damaged")
+        )
         return None
     try:
         low, _ = variant.resolve(parameters, change.scale, lambda: torch.empty(0))
@@ -162,7 +180,10 @@ def _plain(tuner: Tuner, at: str, change: Own, problems: list[str]) -> LowRank |
         return None
     if dense is None:
         return low
-    dense, (out, in_) = dense.to(low.A.dtype), dense.shape[1:]  # ΔW and an identity have fewer numbers
+    dense, (out, in_) = (
+        dense.to(low.A.dtype),
+        dense.shape[1:],
+    )  # ΔW and an identity have fewer numbers
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
     return LowRank(eye, dense, 1.0) if in_ <= out else LowRank(dense, eye, 1.0)
 

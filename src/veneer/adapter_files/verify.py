@@ -1,18 +1,22 @@
-"""Is this adapter what it says it is, and was it made for this base? Every check, not only the first that fails.
+"""Is this adapter what it says it is, and was it made for this base? Every check, not only the
+first that fails.
 
-``read`` and ``load`` refuse at the first thing that is wrong. Whoever is handed a folder wants the whole list, and also
-what is no error: so the same checks run here one by one, and each gives a ``Finding``.
+``read`` and ``load`` refuse at the first thing that is wrong. Whoever is handed a folder wants the
+whole list, and also what is no error: so the same checks run here one by one, and each gives a
+``Finding``.
 
     error      read or load refuses it, or it does not fit the base
     warning    it loads, and somebody should look at it
     ok         what was checked and found right
 
-Norms are compared with those of the adapter's own layers of the same shape: d = |log ‖ΔW‖ − median| against the median
-of all d (MAD), since means and deviations would be moved by the very layer that is looked for (Leys et al. 2013,
-"Detecting outliers"). A layer is odd where d > 6 · 1.4826 · MAD and its norm is also ten times off.
+Norms are compared with those of the adapter's own layers of the same shape: d = |log ‖ΔW‖ − median|
+against the median of all d (MAD), since means and deviations would be moved by the very layer that
+is looked for (Leys et al. 2013, "Detecting outliers"). A layer is odd where d > 6 · 1.4826 · MAD
+and its norm is also ten times off.
 
-The base's weights are read from the files one at a time. Which tensors are which weight is asked of the model on the
-meta device that their config means (``models.meta_model``); of files without such a config the names alone tell.
+The base's weights are read from the files one at a time. Which tensors are which weight is asked of
+the model on the meta device that their config means (``models.meta_model``); of files without such
+a config the names alone tell.
 """
 
 from __future__ import annotations
@@ -35,7 +39,14 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, record_in
 from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
-from veneer.errors import AdapterError, CheckpointError, ConfigError, escape_controls, listing, sentence
+from veneer.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    escape_controls,
+    listing,
+    sentence,
+)
 from veneer.fileio.hashing import fingerprint, fingerprint_beside
 from veneer.fileio.tensors import read_tensors
 from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
@@ -52,8 +63,23 @@ __all__ = ["Finding", "Report", "verify"]
 T = TypeVar("T")
 Level = Literal["ok", "warning", "error"]
 
-_CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".js", ".jar"}
-#: layers of one shape that it takes to call one of them odd; how many deviations and how many times it is off then
+_CODE = {
+    ".py",
+    ".pyc",
+    ".pyd",
+    ".so",
+    ".dll",
+    ".dylib",
+    ".exe",
+    ".sh",
+    ".bat",
+    ".cmd",
+    ".ps1",
+    ".js",
+    ".jar",
+}
+# : layers of one shape that it takes to call one of them odd; how many deviations and how many
+# times it is off then
 ENOUGH, DEVIATIONS, TIMES = 6, 6 * 1.4826, 10
 #: names of which a checkpoint holds one where the model ties them
 TIED = (
@@ -71,13 +97,17 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        """Indented from its second line on: names may hold what looks like another finding, or steers a terminal."""
-        return f"{self.level:<8} {self.check:<8} {escape_controls(self.message)}".replace("\n", "\n" + " " * 18)
+        """Indented from its second line on: names may hold what looks like another finding, or
+        steers a terminal."""
+        return f"{self.level:<8} {self.check:<8} {escape_controls(self.message)}".replace(
+            "\n", "\n" + " " * 18
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found about an adapter folder. ``str(report)`` is a line for each check."""
+    """Everything that was found about an adapter folder. ``str(report)`` is a line for each
+    check."""
 
     path: Path
     findings: tuple[Finding, ...]
@@ -97,23 +127,33 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"path": str(self.path), "ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
     def __str__(self) -> str:
         counts = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
-        return "\n".join([*map(str, self.findings), f"{self.path}: {'good' if self.ok else 'refused'} ({counts})"])
+        return "\n".join(
+            [
+                *map(str, self.findings),
+                f"{self.path}: {'good' if self.ok else 'refused'} ({counts})",
+            ]
+        )
 
 
 def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Report:
     """Check an adapter folder, and whether it was made for ``base``.
 
-    Without a base no model is needed. With one, each weight that the adapter changes is compared with its fingerprint
-    (or, where another library wrote the adapter, by name and shape alone), one weight in memory at a time.
+    Without a base no model is needed. With one, each weight that the adapter changes is compared
+    with its fingerprint (or, where another library wrote the adapter, by name and shape alone), one
+    weight in memory at a time.
 
     Args:
-        base: a folder with safetensors, or a model. Of a folder whose config transformers knows, weights are found
-            as transformers loads them, fused, stacked and tied ones too. Else by name, which may differ by a prefix,
-            and either name of a tied embedding will do.
+        base: a folder with safetensors, or a model. Of a folder whose config transformers knows,
+            weights are found as transformers loads them, fused, stacked and tied ones too. Else by
+            name, which may differ by a prefix, and either name of a tied embedding will do.
 
     Returns:
         a report; what is wrong with the adapter is in it and is never raised.
@@ -153,13 +193,25 @@ class _Checks:
     def run(self) -> None:
         """Everything, as far as the check before allows the next."""
         path = self.path
-        self.judge("files", folder.missing(path), f"{peft.CONFIG} and {peft.TENSORS} are there, and no pickle of them")
+        self.judge(
+            "files",
+            folder.missing(path),
+            f"{peft.CONFIG} and {peft.TENSORS} are there, and no pickle of them",
+        )
         if not path.is_dir():
             return
         self.strangers()
-        usable = {name for name in folder.CORE if (path / name).is_file() and not misplaced(path, [name])}
-        config = self.tried("config", read_json, path / peft.CONFIG) if peft.CONFIG in usable else None
-        content = self.tried("tensors", read_tensors, path / peft.TENSORS) if peft.TENSORS in usable else None
+        usable = {
+            name for name in folder.CORE if (path / name).is_file() and not misplaced(path, [name])
+        }
+        config = (
+            self.tried("config", read_json, path / peft.CONFIG) if peft.CONFIG in usable else None
+        )
+        content = (
+            self.tried("tensors", read_tensors, path / peft.TENSORS)
+            if peft.TENSORS in usable
+            else None
+        )
         if content is None:
             return
         tensors, metadata = content
@@ -167,8 +219,13 @@ class _Checks:
         self.add("ok", "tensors", f"{len(tensors)} tensors, each where the header says")
         record = self.tried("record", record_in, path, metadata)
         parameters: dict[str, Tensor] | None = {}
-        if any(os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)):
-            record, parameters = None, None  # said above; what is no file of the folder is not opened
+        if any(
+            os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)
+        ):
+            record, parameters = (
+                None,
+                None,
+            )  # said above; what is no file of the folder is not opened
         if record is not None:
             sound, parameters = self.recorded(record, config or {}, tensors)
             record = record if sound else None
@@ -192,7 +249,9 @@ class _Checks:
                 self.add("warning", "config", describe(left_out))
         tuned = tuner_of(config) if record is None else None
         shapes = None if self.weights is None or tuned is None else self.weights.facts
-        saved = self.tried("layers", folder.assemble, path, config, record, tensors, parameters, shapes)
+        saved = self.tried(
+            "layers", folder.assemble, path, config, record, tensors, parameters, shapes
+        )
         if saved is not None and saved.tuner is not None and saved.tuner.unsized:
             text = f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only the base tells: "
             self.add("warning", "layers", f"{text}give it to have them checked")
@@ -204,12 +263,20 @@ class _Checks:
     def changes(self, saved: AdapterFiles, products: Mapping[str, LowRank]) -> None:
         rows = sum(len(one.ids) for one in saved.tokens.values())
         tokens = f", {rows} tokens" if rows else ""
-        found = f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
+        found = (
+            f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
+        )
         self.add("ok", "layers", found)
-        if saved.record is None:  # a config and its tensors, as far as they can be compared without the model
+        if (
+            saved.record is None
+        ):  # a config and its tensors, as far as they can be compared without the model
             named = saved.peft_config.get("target_modules") or ()
             single = () if isinstance(named, str) else named
-            idle = [name for name in single if not peft.expected_paths({"target_modules": [name]}, products)]
+            idle = [
+                name
+                for name in single
+                if not peft.expected_paths({"target_modules": [name]}, products)
+            ]
             if idle:
                 self.add("warning", "config", f"targets without a tensor: {listing(idle)}")
         norms = {at: low.norm() for at, low in products.items()}
@@ -231,7 +298,11 @@ class _Checks:
             if file.name in folder.FILES or (file.is_dir() and not file.is_symlink()):
                 continue
             if misplaced(self.path, [file.name]) or not file.is_file():
-                self.add("warning", "files", f"{file.name} is a link that leads elsewhere, or no regular file")
+                self.add(
+                    "warning",
+                    "files",
+                    f"{file.name} is a link that leads elsewhere, or no regular file",
+                )
                 continue
             with file.open("rb") as stream:
                 head = stream.read(16)
@@ -240,20 +311,34 @@ class _Checks:
             if known and "pickle" in known:
                 self.add("warning", "files", f"{file.name} is {known}; Veneer does not open it")
             elif code := _code_named_in(file):
-                found = f"{file.name} names code that is to run when it is loaded ({listing(code, 3)})"
-                self.add("warning", "files", f"{found}; an adapter needs none, and Veneer runs none")
+                found = (
+                    f"{file.name} names code that is to run when it is loaded ({listing(code, 3)})"
+                )
+                self.add(
+                    "warning", "files", f"{found}; an adapter needs none, and Veneer runs none"
+                )
             elif runs or os.access(file, os.X_OK):
-                self.add("warning", "files", f"{file.name} is a program; an adapter needs none, and Veneer runs none")
+                self.add(
+                    "warning",
+                    "files",
+                    f"{file.name} is a program; an adapter needs none, and Veneer runs none",
+                )
 
     def recorded(
         self, record: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[bool, dict[str, Tensor] | None]:
         """(whether the record can be used, the tensors of veneer.safetensors)."""
         problems = list(malformed(record, self.path))
-        parameters = None if problems else self.tried("record", folder.read_parameters, self.path, record)
+        parameters = (
+            None if problems else self.tried("record", folder.read_parameters, self.path, record)
+        )
         checks = self.tried("record", altered, self.path, record, config, tensors, parameters) or {}
         again = "the files as they were saved", "get another copy"
-        problems += [sentence(f"{at} changed after it was written", *again) for at, other in checks.items() if other]
+        problems += [
+            sentence(f"{at} changed after it was written", *again)
+            for at, other in checks.items()
+            if other
+        ]
         for problem in problems:
             self.add("error", "record", problem)
         if checks and not problems:
@@ -261,19 +346,31 @@ class _Checks:
         return bool(checks) and not problems, parameters
 
     def numbers(self, tensors: Mapping[str, Tensor]) -> None:
-        self.judge("numbers", folder.odd_numbers(tensors, "get another copy"), "every number is finite")
+        self.judge(
+            "numbers", folder.odd_numbers(tensors, "get another copy"), "every number is finite"
+        )
         floats = {tensor.dtype for tensor in tensors.values() if tensor.dtype in folder.FLOATS}
         types = sorted(str(dtype).removeprefix("torch.") for dtype in floats)
         if len(types) > 1:
             self.add("warning", "numbers", f"stored in several types: {', '.join(types)}")
         elif types == ["float64"]:
-            self.add("warning", "numbers", "stored as float64, of which nothing that loads it keeps more than float32")
+            self.add(
+                "warning",
+                "numbers",
+                "stored as float64, of which nothing that loads it keeps more than float32",
+            )
 
-    def sizes(self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]) -> None:
+    def sizes(
+        self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float]
+    ) -> None:
         plain = {entry.at for entry in saved.low.values() if not entry.extras}
         zero = [at for at, norm in norms.items() if norm == 0 and at in plain]
         if zero and len(zero) == len(norms) and not saved.full:
-            self.add("warning", "norms", "every change is zero: this adapter changes nothing (was it ever trained?)")
+            self.add(
+                "warning",
+                "norms",
+                "every change is zero: this adapter changes nothing (was it ever trained?)",
+            )
         elif zero:
             self.add("warning", "norms", f"changes of zero, as before training, at {listing(zero)}")
         odd = list(_outliers(products, norms))
@@ -285,13 +382,20 @@ class _Checks:
             self.add("ok", "norms", f"no change stands out among those of its shape ({largest})")
 
     def against(
-        self, saved: AdapterFiles, products: Mapping[str, LowRank], norms: Mapping[str, float], weights: BaseWeights
+        self,
+        saved: AdapterFiles,
+        products: Mapping[str, LowRank],
+        norms: Mapping[str, float],
+        weights: BaseWeights,
     ) -> None:
         """Each weight that the adapter changes, as the base has it."""
         record = saved.metadata.get("base", {})
         recorded = record.get("weights", {})
         # a change goes by the path of its weight, or by its module's
-        wanted = {at: next((key for key in (at, at.rpartition(".")[0]) if key in products), None) for at in recorded}
+        wanted = {
+            at: next((key for key in (at, at.rpartition(".")[0]) if key in products), None)
+            for at in recorded
+        }
         wanted = wanted or {at: at for at in products}
         lacking, shapes, different, large = [], [], [], []
         for at, change in wanted.items():
@@ -302,8 +406,13 @@ class _Checks:
                 lacking.append(at)
             elif change is not None and not _fits(products[change], weight.shape):
                 low = products[change]
-                shapes.append(f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} × {low.A.shape[-1]}")
-            elif recorded and fingerprint_beside(weight, saved.token_ids(at), recorded[at]) != recorded[at]:
+                shapes.append(
+                    f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} × {low.A.shape[-1]}"
+                )
+            elif (
+                recorded
+                and fingerprint_beside(weight, saved.token_ids(at), recorded[at]) != recorded[at]
+            ):
                 different.append(at)
             elif change is not None:
                 ratio = norms[change] / max(weight.float().norm().item(), 1e-30)
@@ -313,33 +422,51 @@ class _Checks:
         problems = (
             (lacking, "weights that the base lacks", "those that the adapter changes"),
             (shapes, "other shapes", "those that the adapter fits"),
-            (different, f"other numbers in {len(different)} of {len(wanted)} weights", "its own base"),
+            (
+                different,
+                f"other numbers in {len(different)} of {len(wanted)} weights",
+                "its own base",
+            ),
         )
-        sentences = [sentence(f"{found} ({listing(at, 4)})", expected, do) for at, found, expected in problems if at]
+        sentences = [
+            sentence(f"{found} ({listing(at, 4)})", expected, do)
+            for at, found, expected in problems
+            if at
+        ]
         right = "have the fingerprints of the record" if recorded else "by name and shape alone"
         self.judge("base", sentences, f"{len(wanted)} weights {right}")
         if recorded:
             self.rest(record, weights, len(recorded) - len(lacking) - len(different), do)
         if large:
-            self.add("warning", "norms", f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large)}")
+            self.add(
+                "warning",
+                "norms",
+                f"changes larger than the weight itself, ‖ΔW‖ / ‖W‖: {listing(large)}",
+            )
         self.in_full(saved, weights)
 
     def rest(self, record: Mapping[str, Any], weights: BaseWeights, proven: int, do: str) -> None:
-        """Each other tensor that the model computes with; ``proven`` of the changed ones are right."""
+        """Each other tensor that the model computes with; ``proven`` of the changed ones are
+        right."""
         rest, changed = record.get("rest"), len(record["weights"])
         if rest is None:
             known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
         held = ((at, weights(at)) for at in rest)
-        fingerprints = {at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held}
+        fingerprints = {
+            at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held
+        }
         lacking = [at for at, value in fingerprints.items() if value is None]
         different = [at for at, value in fingerprints.items() if value not in (None, rest[at])]
         if different:
             found = (
-                f"other numbers in {len(different)} of {len(rest)} tensors that it computes with and does not change"
+                f"other numbers in {len(different)} of {len(rest)} tensors "
+                "that it computes with and does not change"
             )
-            self.add("error", "base", sentence(f"{found} ({listing(different, 4)})", "its own base", do))
+            self.add(
+                "error", "base", sentence(f"{found} ({listing(different, 4)})", "its own base", do)
+            )
         if lacking:
             found = f"{len(lacking)} tensors that it computes with are not in this base: {listing(lacking, 4)}"
             self.add("warning", "base", found)
@@ -347,7 +474,8 @@ class _Checks:
         self.add("ok", "proof", f"{proven} of {len(rest) + changed} tensors proven")
 
     def in_full(self, saved: AdapterFiles, weights: BaseWeights) -> None:
-        """What is trained in full, beside what the base has there; of a tied weight, under each of its names."""
+        """What is trained in full, beside what the base has there; of a tied weight, under each of
+        its names."""
         full = {
             f"{peft.unnested(path)[0]}.{name}".lstrip("."): tensor
             for path, tensors in saved.full.items()
@@ -360,7 +488,11 @@ class _Checks:
                 new.append(at)
             elif weight.shape != tensor.shape:
                 shapes.append(f"{at} {tuple(tensor.shape)}, in the base {tuple(weight.shape)}")
-            elif path in saved.products and name == "weight" and fingerprint(weight) != fingerprint(tensor):
+            elif (
+                path in saved.products
+                and name == "weight"
+                and fingerprint(weight) != fingerprint(tensor)
+            ):
                 other.append(at)  # PEFT writes the frozen weight of an adapted embedding along
         do = "take the base that it was trained on"
         if shapes:
@@ -370,7 +502,11 @@ class _Checks:
             found = f"another weight of {listing(other)} than the file holds of the base"
             self.add("error", "base", sentence(found, "its own base", do))
         if new:
-            self.add("warning", "base", f"trained in full, and not in the base: {listing(new)} (a new head?)")
+            self.add(
+                "warning",
+                "base",
+                f"trained in full, and not in the base: {listing(new)} (a new head?)",
+            )
         for names in dict.fromkeys(tuple(weights.names(at)) for at in full):
             own = {at: full[at] for at in names if at in full}
             first, *others = own.values()
@@ -383,7 +519,8 @@ class _Checks:
 
 
 def _code_named_in(file: Path) -> list[str]:
-    """The classes of code beside a model that a config of transformers names (``auto_map``), or none."""
+    """The classes of code beside a model that a config of transformers names (``auto_map``), or
+    none."""
     if not file.name.endswith("config.json"):
         return []
     with file.open("rb") as stream:
@@ -399,7 +536,9 @@ def _code_named_in(file: Path) -> list[str]:
     return sorted({str(name)[:100] for name in flat if name is not None})
 
 
-def _outliers(products: Mapping[str, LowRank], norms: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
+def _outliers(
+    products: Mapping[str, LowRank], norms: Mapping[str, float]
+) -> Iterator[tuple[str, float, float]]:
     """(path, ‖ΔW‖, the median of its like) of each change that is far from those of its shape."""
     alike: dict[tuple[int, ...], dict[str, float]] = {}
     for at, low in products.items():
@@ -420,14 +559,18 @@ def _sizes(low: LowRank) -> tuple[int, int, int]:
 
 def _fits(low: LowRank, shape: torch.Size) -> bool:
     groups, out, in_ = _sizes(low)
-    return groups * out * in_ == shape.numel() and (len(shape) != 2 or sorted((groups * out, in_)) == sorted(shape))
+    return groups * out * in_ == shape.numel() and (
+        len(shape) != 2 or sorted((groups * out, in_)) == sorted(shape)
+    )
 
 
 class BaseWeights:
-    """The weights of a base: a call reads the one at the path of a parameter, or gives None where there is none.
+    """The weights of a base: a call reads the one at the path of a parameter, or gives None where
+    there is none.
 
-    A folder is read under the paths that its model would have, if its config names one that transformers knows, and
-    else under the names in its files; a path is found there with or without what stands in front of it.
+    A folder is read under the paths that its model would have, if its config names one that
+    transformers knows, and else under the names in its files; a path is found there with or without
+    what stands in front of it.
 
     Raises:
         CheckpointError: no such folder, no safetensors in it, or damaged ones.
@@ -459,13 +602,22 @@ class BaseWeights:
     def names(self, at: str) -> Sequence[str]:
         """All the names by which the base is known to hold that one weight."""
         value = self.known.get(at)
-        return [at] if value is None else [name for name, other in self.known.items() if other is value]
+        return (
+            [at]
+            if value is None
+            else [name for name, other in self.known.items() if other is value]
+        )
 
 
 def _name_in(names: Collection[str], at: str) -> str | None:
-    """What a base calls a parameter: the same, with or without a prefix, or the other name of a tied embedding."""
+    """What a base calls a parameter: the same, with or without a prefix, or the other name of a
+    tied embedding."""
     parts = at.split(".")
-    found = [name for name in (".".join(parts[start:]) for start in range(max(1, len(parts) - 1))) if name in names]
+    found = [
+        name
+        for name in (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
+        if name in names
+    ]
     longer = [] if found else [name for name in names if name.endswith(f".{at}")]
     if len(longer) == 1:
         found = longer

@@ -1,10 +1,11 @@
 """The adapted subclass of a layer's class, whose forward asks which adapter is selected.
 
-    nn.Linear  --install-->  a subclass of nn.Linear with the same name, the child ``veneer`` (LayerState) in the layer
+    nn.Linear --install--> a subclass of nn.Linear with the same name, the child ``veneer``
+    (LayerState) in the layer
                <-uninstall-
 
-The layer stays the same object with the same parameters. There is one subclass for each class of layer and each set of
-methods besides ``forward`` that read a changed weight (``entries``).
+The layer stays the same object with the same parameters. There is one subclass for each class of
+layer and each set of methods besides ``forward`` that read a changed weight (``entries``).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Adapted:
     qconfig = Qconfig()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle and deepcopy name the base class and make it again.
+        # The class is made at run time, so pickle and deepcopy name the base class and make it
+        # again.
         return _rebuild, (type(self).veneer_base, type(self).veneer_entries), self.__getstate__()
 
     def _get_name(self) -> str:
@@ -50,7 +52,8 @@ class Adapted:
 
 @functools.cache
 def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Module]:
-    """The one adapted subclass of ``base``, with its name and the signature of its forward: libraries read both."""
+    """The one adapted subclass of ``base``, with its name and the signature of its forward:
+    libraries read both."""
 
     @functools.wraps(base.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,13 +79,19 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
             now.reached.update(part.seen())
         return part.run(self, base, layer_state, args, kwargs, now)
 
-    about = {"__module__": base.__module__, "__doc__": base.__doc__, "veneer_base": base, "veneer_entries": entries}
+    about = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "veneer_base": base,
+        "veneer_entries": entries,
+    }
     methods = {name: _entry(base, name) for name in entries}
     return type(base.__name__, (Adapted, base), {**about, **methods, "forward": forward})
 
 
 def _entry(base: type[nn.Module], name: str) -> Any:
-    """A method (or property) of ``base`` that reads adapted weights. In a view it is the class's own again."""
+    """A method (or property) of ``base`` that reads adapted weights. In a view it is the class's
+    own again."""
     method = method_of(base, name)
 
     @functools.wraps(method)
@@ -119,12 +128,14 @@ def enter(module: nn.Module, methods: Iterable[str]) -> None:
     """Let these methods of an adapted module see its adapters too."""
     cls: Any = type(module)
     if not {*methods} <= {*cls.veneer_entries}:
-        module.__class__ = adapted_class(cls.veneer_base, tuple(sorted({*cls.veneer_entries, *methods})))
+        module.__class__ = adapted_class(
+            cls.veneer_base, tuple(sorted({*cls.veneer_entries, *methods}))
+        )
 
 
 def weight_of(module: nn.Module, name: str) -> Any:
-    """What a module keeps under a weight's name: its ``Parameter``, the ``ParametrizationList`` that computes it, or,
-    of one whose weight only its own library reads, the module."""
+    """What a module keeps under a weight's name: its ``Parameter``, the ``ParametrizationList``
+    that computes it, or, of one whose weight only its own library reads, the module."""
     own = module._parameters
     weight = own[name] if name in own else None  # noqa: SIM401 (a ScriptModule's parameters are no dict)
     if weight is None and (lists := module._modules.get("parametrizations")) is not None:
@@ -135,16 +146,22 @@ def weight_of(module: nn.Module, name: str) -> Any:
 
 
 def is_opaque_like(module: nn.Module, weight: Any) -> bool:
-    """What any opaque layer is, quickly: no parameter of a wide dtype, unless compressed-tensors has made it."""
+    """What any opaque layer is, quickly: no parameter of a wide dtype, unless compressed-tensors
+    has made it."""
     return weight is None or weight.dtype.itemsize == 1 or "quantization_scheme" in module.__dict__
 
 
 def state_of(module: nn.Module) -> LayerState | None:
-    return cast("LayerState | None", module._modules.get(STATE)) if isinstance(module, Adapted) else None
+    return (
+        cast("LayerState | None", module._modules.get(STATE))
+        if isinstance(module, Adapted)
+        else None
+    )
 
 
 def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Put a child in place, or take it away (None), in a new table: another thread may be walking the old one."""
+    """Put a child in place, or take it away (None), in a new table: another thread may be walking
+    the old one."""
     children = {key: value for key, value in module._modules.items() if key != name}
     module.__dict__["_modules"] = children if child is None else {**children, name: child}
 
@@ -164,21 +181,30 @@ def install(module: nn.Module, layer_state: LayerState) -> None:
 
 
 def wrapped_forward(module: nn.Module) -> bool:
-    """Whether what stands in the place of a module's forward is a wrapper of accelerate's around the class's own, which
-    it keeps as a bound method: its hooks put inputs, and offloaded weights, on the device of a ``device_map``."""
+    """Whether what stands in the place of a module's forward is a wrapper of accelerate's around
+    the class's own, which it keeps as a bound method: its hooks put inputs, and offloaded weights,
+    on the device of a ``device_map``."""
     own = module.__dict__.get(WRAPPED)
     plain = isinstance(own, MethodType) and own.__self__ is module and "_hf_hook" in module.__dict__
     return plain and inspect.unwrap(own.__func__) is inspect.unwrap(own_class(module).forward)
 
 
 def instance_forward(module: nn.Module) -> FunctionType | None:
-    """What stands in the place of a module's forward on the instance, where that is compressed-tensors' wrapper around
-    the class's own: of a quantised layer, which also rounds what goes in, and, once the model has been called, of every
-    module (under ``KEPT``: what moves inputs to its device is around it)."""
+    """What stands in the place of a module's forward on the instance, where that is
+    compressed-tensors' wrapper around the class's own: of a quantised layer, which also rounds what
+    goes in, and, once the model has been called, of every module (under ``KEPT``: what moves inputs
+    to its device is around it)."""
     own, kept = module.__dict__.get("forward"), module.__dict__.get(KEPT)
-    if kept is None and isinstance(own, MethodType) and own.__self__ is module and is_opaque(module):
+    if (
+        kept is None
+        and isinstance(own, MethodType)
+        and own.__self__ is module
+        and is_opaque(module)
+    ):
         kept = own.__func__
-    plain = isinstance(kept, FunctionType) and inspect.unwrap(kept) is inspect.unwrap(own_class(module).forward)
+    plain = isinstance(kept, FunctionType) and inspect.unwrap(kept) is inspect.unwrap(
+        own_class(module).forward
+    )
     return cast("FunctionType | None", kept if plain else None)
 
 
@@ -215,19 +241,22 @@ def uninstall(module: nn.Module) -> None:
 
 
 def _unadapted(cls: Any, own: Any) -> Any:
-    """A class that torch made of an adapted one as a parametrisation was registered after it, made of ``own``."""
+    """A class that torch made of an adapted one as a parametrisation was registered after it, made
+    of ``own``."""
     if not issubclass(cls, Adapted):
         return cls
     if "veneer_base" in vars(cls):
         return own
-    names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    names = {
+        name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
+    }
     make_class: Any = type(cls)
     return make_class(cls.__name__, tuple(_unadapted(base, own) for base in cls.__bases__), names)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) under every name that a module has, in the model's order, without what is inside of layer states
-    and of parametrised weights."""
+    """(path, module) under every name that a module has, in the model's order, without what is
+    inside of layer states and of parametrised weights."""
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
@@ -236,13 +265,15 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [
             (f"{path}.{name}" if path else name, child)
             for name, child in list(module._modules.items())  # another thread may attach
-            if child is not None and not (name in skipped and (name != STATE or isinstance(child, LayerState)))
+            if child is not None
+            and not (name in skipped and (name != STATE or isinstance(child, LayerState)))
         ]
         stack += reversed(children)
 
 
 def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
-    """(path, module, its state) of every adapted module, in the model's order, each once, under its first name."""
+    """(path, module, its state) of every adapted module, in the model's order, each once, under its
+    first name."""
     seen: set[int] = set()
     for path, module in walk(model):
         layer_state = state_of(module)
@@ -253,12 +284,17 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
 
 @contextmanager
 def with_values(modules: Iterable[nn.Module], values: Mapping[int, Tensor]) -> Iterator[None]:
-    """A block in which modules hold other tensors, ``values`` by the identity of those that they stand for."""
-    tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
+    """A block in which modules hold other tensors, ``values`` by the identity of those that they
+    stand for."""
+    tables: list[Any] = [
+        table for module in modules for table in (module._parameters, module._buffers)
+    ]
     before = [dict(table) for table in tables]
     try:
         for table in tables:
-            table.update({key: values[id(value)] for key, value in table.items() if id(value) in values})
+            table.update(
+                {key: values[id(value)] for key, value in table.items() if id(value) in values}
+            )
         yield
     finally:
         for table, own in zip(tables, before, strict=True):

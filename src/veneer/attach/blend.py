@@ -2,10 +2,10 @@
 
     W' = W + Σ wᵢ (W'ᵢ - W)        for each weight, and for each parameter that is trained in full
 
-That defines a blend for every layer and variant, and its gradient. A layer that is linear in its one weight computes it
-in factors, without forming a weight: y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x; ΔWᵢ)) - y₀) with y₀ = op(x; W), which without a
-gain is one product of the ranks' sum. Elsewhere the blended weights are formed. A bank's rows have
-``kernels/batched.py``.
+That defines a blend for every layer and variant, and its gradient. A layer that is linear in its
+one weight computes it in factors, without forming a weight: y = y₀ + Σ wᵢ (gainᵢ ⊙ (y₀ + op(x;
+ΔWᵢ)) - y₀) with y₀ = op(x; W), which without a gain is one product of the ranks' sum. Elsewhere the
+blended weights are formed. A bank's rows have ``kernels/batched.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from veneer import context
 from veneer.attach.adapted_module import own_class
 from veneer.attach.change import frozen_weight
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.layer_adapter import Call, LayerAdapter, factored, is_jagged, on_values, with_update
+from veneer.attach.layer_adapter import (
+    Call,
+    LayerAdapter,
+    factored,
+    is_jagged,
+    on_values,
+    with_update,
+)
 from veneer.attach.state import ActiveAdapter, ModulePath
 from veneer.attach.views import viewed
 from veneer.errors import SelectionError
@@ -50,11 +57,14 @@ def blended(uses: Sequence[tuple[ActiveAdapter, float]]) -> ActiveAdapter:
     if len(uses) == 1 and uses[0][1] == 1:
         return uses[0][0]
     on = same_weights([selected for selected, _ in uses])
-    return ActiveAdapter(" + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses), on)
+    return ActiveAdapter(
+        " + ".join(f"{weight!r} {selected.name}" for selected, weight in uses), _Table(uses), on
+    )
 
 
 def same_weights(selections: Sequence[ActiveAdapter]) -> str | None:
-    """``ActiveAdapter.on`` of what one call uses together; a SelectionError if they are of different weights."""
+    """``ActiveAdapter.on`` of what one call uses together; a SelectionError if they are of
+    different weights."""
     on = {selected.on: selected.name for selected in selections}
     if len(on) > 1:
         (one, first), (other, second), *_ = on.items()
@@ -62,7 +72,9 @@ def same_weights(selections: Sequence[ActiveAdapter]) -> str | None:
                   for at, name in ((one, first), (other, second))]  # fmt: skip
         found = f"{' and '.join(merged)} in one call"
         raise SelectionError(
-            found, "adapters of the same weights", "use one of them alone, or unmerge before attaching"
+            found,
+            "adapters of the same weights",
+            "use one of them alone, or unmerge before attaching",
         )
     return next(iter(on))
 
@@ -72,7 +84,9 @@ class _Table(Mapping[Any, Any]):
         self.uses = uses
 
     def __getitem__(self, key: Any) -> Blend:
-        parts = [(selected.table[key], weight) for selected, weight in self.uses if key in selected.table]
+        parts = [
+            (selected.table[key], weight) for selected, weight in self.uses if key in selected.table
+        ]
         if not parts:
             raise KeyError(key)
         return Blend(parts)
@@ -123,7 +137,9 @@ class Blend:
             do = "call eval() on that module, or train one adapter at a time"
             raise SelectionError(found, "one adapter, whose statistics they are", do)
         low = self.changes  # which another adapter may train in full: ``changed`` has both
-        return self._blended([({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own)
+        return self._blended(
+            [({n: v for n, v in found.items() if n not in low}, w) for found, w in values], own
+        )
 
     def run(
         self,
@@ -137,24 +153,45 @@ class Blend:
         method="forward",
     ) -> Any:
         """As ``LayerAdapter.run``."""
-        if method == "forward" and now.path != cost_model.MATERIALISED and self._factors(layer_state, args, kwargs):
+        if (
+            method == "forward"
+            and now.path != cost_model.MATERIALISED
+            and self._factors(layer_state, args, kwargs)
+        ):
             if is_jagged(args, kwargs) and layer_state.layer.by_position:
                 run = partial(self.run, module, base, layer_state, kwargs={}, now=now)
                 return on_values(run, args, kwargs)
-            call = Call(module, base, layer_state, args, kwargs, self.replacements(module), bool(self.entries))
+            call = Call(
+                module,
+                base,
+                layer_state,
+                args,
+                kwargs,
+                self.replacements(module),
+                bool(self.entries),
+            )
             call.refuse_other_dtype(next(iter(self.changes.values())))
             return self._factored(call)
         return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
 
     def _factors(self, layer_state: Any, args: tuple, kwargs: dict) -> bool:
-        """Whether a call is linear in the one weight of its layer, which each adapter changes at a low rank or not."""
-        if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
+        """Whether a call is linear in the one weight of its layer, which each adapter changes at a
+        low rank or not."""
+        if (
+            not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1)
+            or self.read_below
+        ):
             return False
         own = layer_state.layer.weight
-        if not all(isinstance(part, LayerAdapter) and own not in part.full._parameters for part, _ in self.parts):
+        if not all(
+            isinstance(part, LayerAdapter) and own not in part.full._parameters
+            for part, _ in self.parts
+        ):
             return False  # trained in full, or what a bank made of it
         # rows of ΔW that are rescaled along what a tied layer reads as inputs: only W + ΔW is right
-        return not layer_state.transposed or all(c.variant.resolve is _PLAIN.resolve for c in self.changes.values())
+        return not layer_state.transposed or all(
+            c.variant.resolve is _PLAIN.resolve for c in self.changes.values()
+        )
 
     def _factored(self, call: Call) -> Tensor:
         layer_state, x, weight = call.layer_state, call.x, call.weight
@@ -169,7 +206,9 @@ class Blend:
             if context.current.path is None and layer_state.product and fused.applies(x, weight):
                 loops = cost_model.looped(weight.dtype, weight.device)
                 _, out, in_ = first.dims
-                form = x.numel() // x.shape[-1] > cost_model.forms_above(out, in_, low.rank, weight.dtype, loops)
+                form = x.numel() // x.shape[-1] > cost_model.forms_above(
+                    out, in_, low.rank, weight.dtype, loops
+                )
             return factored(call, first, low, None, 0.0, form)
         y = frozen = call.frozen(first, biased=not gained)
         for low, gain, share, dropout in zip(lows, gains, shares, dropouts, strict=True):
@@ -184,7 +223,8 @@ class Blend:
         return y if bias is None else y + reader.per_output(call.module, bias, y).to(y.dtype)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """As ``LayerAdapter.stacks``: the adapters' changes beside each other, as one of the sum of their ranks."""
+        """As ``LayerAdapter.stacks``: the adapters' changes beside each other, as one of the sum of
+        their ranks."""
         own: dict[str, list[tuple[Any, LowRank, float]]] = {}
         for part, weight in self.parts:
             found = part.stacks(module)
@@ -223,7 +263,11 @@ class Blend:
                 made[name] = next(found[name] for found, _ in values if name in found)
                 continue
             wide = base.to(at_least_float32(base.dtype))
-            moved = (weight * (found[name].to(wide.dtype) - wide) for found, weight in values if name in found)
+            moved = (
+                weight * (found[name].to(wide.dtype) - wide)
+                for found, weight in values
+                if name in found
+            )
             total: Any = sum(moved, wide)
             made[name] = total.to(base.dtype)
         return made

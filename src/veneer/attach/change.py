@@ -28,8 +28,8 @@ PIECES = 8
 
 
 def changed_storage(module: nn.Module, name: str) -> SelectionError:
-    """The error of a call, a merge or a save that meets a parameter which has been pruned, parametrised or taken away
-    since the adapter was attached."""
+    """The error of a call, a merge or a save that meets a parameter which has been pruned,
+    parametrised or taken away since the adapter was attached."""
     layer_state = state_of(module)
     path = None if layer_state is None else layer_state.attached.paths.get(layer_state.key)
     ref = name if path in (None, "") else f"{path}.{name}"
@@ -42,7 +42,8 @@ def changed_storage(module: nn.Module, name: str) -> SelectionError:
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
-    """The weight of a module that a change is of; a SelectionError if it is kept otherwise than as that was made."""
+    """The weight of a module that a change is of; a SelectionError if it is kept otherwise than as
+    that was made."""
     weight = weight_of(module, name)
     computed = isinstance(weight, ParametrizationList)
     if weight is None or computed != (change.storage.name == "parametrized"):
@@ -53,14 +54,19 @@ def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
 def _offloaded(gradient: Tensor) -> None:
     """Who trains would train copies that nobody has after the call."""
     found = "a gradient of adapter parameters that accelerate has offloaded"
-    raise TargetError(sentence(found, "parameters in memory", "offload the base first, then attach; or do not train"))
+    raise TargetError(
+        sentence(
+            found, "parameters in memory", "offload the base first, then attach; or do not train"
+        )
+    )
 
 
 class Change(nn.Module):
-    """One adapter's change of one weight. ``rows`` are the indices of the outputs that change (None: all);
-    ``frozen_input`` is the input that never does. ``module_only``: it is a change of what its modules give, which those
-    who read the weight past them do not see, as in PEFT. ``tokens`` are the rows of an embedding or head that are
-    trained in full; of rank 0, nothing else of it changes."""
+    """One adapter's change of one weight. ``rows`` are the indices of the outputs that change
+    (None: all); ``frozen_input`` is the input that never does. ``module_only``: it is a change of
+    what its modules give, which those who read the weight past them do not see, as in PEFT.
+    ``tokens`` are the rows of an embedding or head that are trained in full; of rank 0, nothing
+    else of it changes."""
 
     #: the trained rows [n, d] of ``tokens``, where there are some
     token_rows: Any
@@ -102,14 +108,17 @@ class Change(nn.Module):
 
     @property
     def adapter_parameters(self) -> dict[str, Any]:
-        """The variant's parameters, trained and frozen, by name; those that accelerate has offloaded, where it runs."""
+        """The variant's parameters, trained and frozen, by name; those that accelerate has
+        offloaded, where it runs."""
         values = self._values()
         values.pop(ROWS, None)
         return values
 
     def _values(self) -> dict[str, Any]:
         hook = self.__dict__.get("_hf_hook")
-        if hook is None or not any(value.is_meta for value in {**self._parameters, **self._buffers}.values()):
+        if hook is None or not any(
+            value.is_meta for value in {**self._parameters, **self._buffers}.values()
+        ):
             return {**self._parameters, **self._buffers}
         hook.pre_forward(self)
         found = {**self._parameters, **self._buffers}
@@ -119,16 +128,23 @@ class Change(nn.Module):
                 value.register_hook(_offloaded)
         return found
 
-    def resolve(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
-        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in ``dtype`` if given."""
-        if self.tokens is None:  # and the rank is not looked at: torch.compile would make a graph for each
+    def resolve(
+        self, weight: Any, dtype: torch.dtype | None = None
+    ) -> tuple[LowRank, Tensor | None]:
+        """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in
+        ``dtype`` if given."""
+        if (
+            self.tokens is None
+        ):  # and the rank is not looked at: torch.compile would make a graph for each
             return self.low_rank(weight, dtype)
         found = self.low_rank(weight, dtype) if self.rank else (None, None)
         rows, dense = self._values()[ROWS], self.storage.dense(weight)
         rows = rows if dtype is None else precision.cast(rows, dtype)
         return with_rows(*found, rows, self._on(rows.device, "tokens"), dense, self.layer)
 
-    def low_rank(self, weight: Any, dtype: torch.dtype | None = None) -> tuple[LowRank, Tensor | None]:
+    def low_rank(
+        self, weight: Any, dtype: torch.dtype | None = None
+    ) -> tuple[LowRank, Tensor | None]:
         """``resolve`` without the trained tokens: what the variant makes of its parameters."""
         parameters = self.adapter_parameters
         if dtype is not None:
@@ -140,11 +156,16 @@ class Change(nn.Module):
         if self.rows is not None:
             rows = self._on(low.B.device, "rows")
             low = low.place(rows, self.dims.out)
-            gain = None if gain is None else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
+            gain = (
+                None
+                if gain is None
+                else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
+            )
         return low if self.frozen_input is None else low.without(self.frozen_input), gain
 
     def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` for a merge, in float64: a gain is the same for one matrix as for a stack of them."""
+        """``resolve`` for a merge, in float64: a gain is the same for one matrix as for a stack of
+        them."""
         return self.resolve(weight, torch.float64)
 
     def _base(self, weight: Any, dtype: torch.dtype | None) -> Any:
@@ -155,7 +176,9 @@ class Change(nn.Module):
 
         lies = self.layer.product and not self.layer.out_axis and self.rows is None
         if lies and dtype is None and self.storage.dense_name is None:
-            vars(base)["pieces"] = lambda: (one[None] for one in self.storage.pieces(weight, PIECES))
+            vars(base)["pieces"] = lambda: (
+                one[None] for one in self.storage.pieces(weight, PIECES)
+            )
         return base
 
     def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -179,14 +202,24 @@ class Change(nn.Module):
         return {**self.__dict__, "_moved": {}}
 
     def changed(
-        self, weight: Any, low: LowRank | None, gain: Tensor | None, dtype: torch.dtype, drop: bool = False
+        self,
+        weight: Any,
+        low: LowRank | None,
+        gain: Tensor | None,
+        dtype: torch.dtype,
+        drop: bool = False,
     ) -> Tensor:
-        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without ``low``, ``gain ⊙ W``.
-        ``drop`` drops whole inputs of ΔW, as the same dropout of every input row would."""
+        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without
+        ``low``, ``gain ⊙ W``. ``drop`` drops whole inputs of ΔW, as the same dropout of every input
+        row would."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low is not None:
             delta = low.delta(dtype)
             if drop and self.training and self.dropout:
-                delta = delta * F.dropout(delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout)
+                delta = delta * F.dropout(
+                    delta.new_ones(delta.shape[0], 1, delta.shape[2]), self.dropout
+                )
             dense = dense + layer.fold(delta, dense.shape)
-        return dense if gain is None else dense * layer.spread(gain.to(dtype), self.dims, dense.shape)
+        return (
+            dense if gain is None else dense * layer.spread(gain.to(dtype), self.dims, dense.shape)
+        )

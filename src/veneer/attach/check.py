@@ -5,8 +5,8 @@
                 once all that trains has moved
     equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
 
-Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to differ is judged in
-float64, where the model runs there.
+Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to
+differ is judged in float64, where the model runs there.
 """
 
 from __future__ import annotations
@@ -39,17 +39,24 @@ from veneer.fileio.spill import aside
 from veneer.layers import kind_of
 from veneer.precision import double, place
 
-#: how far the gradient of a change may be from that of the definition, by the size of the weight's elements in bytes.
-#: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this at most.
+# : how far the gradient of a change may be from that of the definition, by the size of the weight's
+# elements in bytes.
+# : Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this
+# at most.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
-#: gradients that much smaller than the largest are rounding errors of zero, such as that of a key's bias
+# : gradients that much smaller than the largest are rounding errors of zero, such as that of a
+# key's bias
 NOISE = 1e-4
-DEPENDS, REACH = "a layer that the output depends on", "exclude it, or give an example that reaches it"
+DEPENDS, REACH = (
+    "a layer that the output depends on",
+    "exclude it, or give an example that reaches it",
+)
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Which weights were proven to be seen; ``compared`` (those not stored packed) also to the definition."""
+    """Which weights were proven to be seen; ``compared`` (those not stored packed) also to the
+    definition."""
 
     adapter: str
     weights: tuple[str, ...]
@@ -73,17 +80,21 @@ class _Item:
         return sentence(f"{self.where!r} ({own_class(self.module).__name__}) {what}", expected, do)
 
 
-def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None) -> CheckReport:
-    """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of what comes out.
+def check(
+    model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None
+) -> CheckReport:
+    """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of
+    what comes out.
 
-    The model's modes, gradients, parameters and random state are as they were afterwards. It must not run
-    elsewhere meanwhile.
+    The model's modes, gradients, parameters and random state are as they were afterwards. It must
+    not run elsewhere meanwhile.
 
     Args:
         example: a tensor, a tuple of positional or a mapping of keyword arguments.
-        name: the adapter, None takes the only one; or a blend {name: weight}, as ``use`` takes it, whose changes are
-            all proven through it (also those that do not train: an old adapter below a new one). Comparing that with
-            its definition takes as much memory as the weights that change.
+        name: the adapter, None takes the only one; or a blend {name: weight}, as ``use`` takes it,
+            whose changes are all proven through it (also those that do not train: an old adapter
+            below a new one). Comparing that with its definition takes as much memory as the weights
+            that change.
 
     Raises:
         CheckError: names every layer that is not seen, and how.
@@ -93,7 +104,9 @@ def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None
     chosen = selected(model, name if isinstance(name, Mapping) else only_name(model, name))
     if attached.merged != chosen.on:
         found = f"{attached.merged!r} merged into the weights, where {chosen.name!r} does not run"
-        raise CheckError(found, "the weights that it was attached to", "call veneer.unmerge(model) first")
+        raise CheckError(
+            found, "the weights that it was attached to", "call veneer.unmerge(model) first"
+        )
     modules = (module for _, module in walk(model))
     do = "check the model in one process, before it is sharded"
     if not together() and (problem := spread_problem(modules, "a check", do)):
@@ -102,9 +115,15 @@ def check(model: nn.Module, example: Any, name: str | Mapping[str, float] | None
         call = partial(model, **example)
     else:
         call = partial(model, *example) if isinstance(example, tuple) else partial(model, example)
-    names = [key for key, weight in name.items() if weight] if isinstance(name, Mapping) else [str(chosen.name)]
+    names = (
+        [key for key, weight in name.items() if weight]
+        if isinstance(name, Mapping)
+        else [str(chosen.name)]
+    )
     if not names:
-        raise CheckError("a blend in which no adapter has a weight", "something to check", "give one a weight")
+        raise CheckError(
+            "a blend in which no adapter has a weight", "something to check", "give one a weight"
+        )
     items = [item for own in names for item in _items(model, own)]
     trained = list(dict.fromkeys(p for item in items for p in item.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
@@ -122,7 +141,11 @@ def _using(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
 
 
 def _prove(
-    call: partial, chosen: ActiveAdapter, names: list[str], items: list[_Item], trained: list[nn.Parameter]
+    call: partial,
+    chosen: ActiveAdapter,
+    names: list[str],
+    items: list[_Item],
+    trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
     """(problems, how many changes were compared with the definition)."""
     model: Any = call.func
@@ -158,8 +181,12 @@ def _prove(
                 args, kwargs = pytree.tree_map_only(Tensor, _doubled, (call.args, call.keywords))
                 call = partial(model, *args, **kwargs)
                 problems = _differences(call, chosen, compared, trained, packed)
-        except RuntimeError as error:  # a forward that casts by itself, or no memory: the first judgement holds
-            problems[0] = f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+        except (
+            RuntimeError
+        ) as error:  # a forward that casts by itself, or no memory: the first judgement holds
+            problems[0] = (
+                f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+            )
     return problems, len(compared)
 
 
@@ -170,7 +197,8 @@ def _is_there(gradients: Iterable[Tensor | None]) -> bool:
 def _without_gradient(
     call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """A problem for each of these without a gradient at the start, unless it comes once the parameters have moved."""
+    """A problem for each of these without a gradient at the start, unless it comes once the
+    parameters have moved."""
 
     def ask() -> list[bool]:
         gradients = _gradients(call, trained)
@@ -196,7 +224,8 @@ def _without_gradient(
 def _differences(
     call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter], packed
 ) -> list[str]:
-    """A problem for each item whose gradient is not that of the definition, in the dtype that the model has now."""
+    """A problem for each item whose gradient is not that of the definition, in the dtype that the
+    model has now."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
     with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
@@ -208,18 +237,26 @@ def _differences(
             theirs = _gradients(call, trained)
 
     def whole(gradients: Mapping, item: _Item) -> Tensor:
-        own = (torch.zeros_like(p) if gradients[p] is None else gradients[p] for p in item.parameters)
+        own = (
+            torch.zeros_like(p) if gradients[p] is None else gradients[p] for p in item.parameters
+        )
         return torch.cat([double(gradient.flatten()).cpu() for gradient in own])
 
     problems, largest = [], max((whole(theirs, item).norm().item() for item in items), default=0.0)
     for item in items:
         expected = whole(theirs, item)
-        error = (whole(ours, item) - expected).norm().item() / max(expected.norm().item(), NOISE * largest, 1e-30)
+        error = (whole(ours, item) - expected).norm().item() / max(
+            expected.norm().item(), NOISE * largest, 1e-30
+        )
         size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
         if not error < TOLERANCE.get(size, 0.5):
             found = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
             way = "a weight that is read through its layer's forward, or directly by a module above it"
-            problems.append(item.problem(found, way, "exclude it: something else reads this weight past its layer"))
+            problems.append(
+                item.problem(
+                    found, way, "exclude it: something else reads this weight past its layer"
+                )
+            )
     return problems
 
 
@@ -230,7 +267,12 @@ def _doubled(tensor: Tensor) -> Tensor:
 
 def _items(model: nn.Module, name: str) -> list[_Item]:
     items = [
-        _Item(parameter_path(path, weight), module, frozenset([id(change)]), tuple(change.parameters()))
+        _Item(
+            parameter_path(path, weight),
+            module,
+            frozenset([id(change)]),
+            tuple(change.parameters()),
+        )
         for path, module, weight, change in changes(model, name)
     ]
     parts = list(adapters(model, name))
@@ -240,20 +282,30 @@ def _items(model: nn.Module, name: str) -> list[_Item]:
             holders.setdefault(id(parameter), set()).add(id(part))
     for path, module, part in parts:
         for own, parameter in part.full.named_parameters():
-            items.append(_Item(parameter_path(path, own), module, frozenset(holders[id(parameter)]), (parameter,)))
+            items.append(
+                _Item(
+                    parameter_path(path, own),
+                    module,
+                    frozenset(holders[id(parameter)]),
+                    (parameter,),
+                )
+            )
     unique = {item.parameters: item for item in reversed(items) if item.parameters}
     return [item for item in items if unique.get(item.parameters) is item]
 
 
 @contextmanager
 def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Restore modes, the numbers and their ``requires_grad``, and buffers that a pass in training mode moves."""
+    """Restore modes, the numbers and their ``requires_grad``, and buffers that a pass in training
+    mode moves."""
     modes = {module: module.training for module in model.modules()}
     required = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
-    # the adapter's own (what some variants start from, and do not train) stay, and so do quantised weights that are
-    # buffers: both may be as large as the model
-    large = (module for module in model.modules() if isinstance(module, Change) or is_opaque(module))
+    # the adapter's own (what some variants start from, and do not train) stay, and so do quantised
+    # weights that are buffers: both may be as large as the model
+    large = (
+        module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
+    )
     fixed = {id(one) for module in large for one in module.buffers()}
     buffers = [(buffer, aside(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
     try:
@@ -285,8 +337,11 @@ def _perturb(trained: list[nn.Parameter]) -> None:
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
     torch.manual_seed(0)
     with torch.enable_grad():
-        # A random projection: a plain sum is constant after a softmax or a layer norm, and would hide a gradient.
-        projected = ((y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(call()))
+        # A random projection: a plain sum is constant after a softmax or a layer norm, and would
+        # hide a gradient.
+        projected = (
+            (y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(call())
+        )
         total = sum(projected, torch.zeros(()))
     if not total.requires_grad:
         return dict.fromkeys(trained)
@@ -294,7 +349,8 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
 
 
 def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The parts of weights that cannot be replaced, by their state's key; None if they share a module with others."""
+    """The parts of weights that cannot be replaced, by their state's key; None if they share a
+    module with others."""
     packed: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
     for _, module, part in adapters(model, name):
@@ -309,7 +365,9 @@ def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
 
 
 @contextmanager
-def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]) -> Iterator[None]:
+def _defined(
+    model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]
+) -> Iterator[None]:
     """The plain model with W + ΔW in place of every W, differentiable, one weight at a time."""
     undo: list[tuple[dict, Any, Any]] = []
 
@@ -323,16 +381,23 @@ def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, Layer
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, part in chosen.table.items():
-            if key not in modules or id(part) in packed_parts:  # that of a method is that of its layer
+            if (
+                key not in modules or id(part) in packed_parts
+            ):  # that of a method is that of its layer
                 continue
             module = modules[key]
             full = part.replacements(module)
             for own, value in full.items():
-                put(module._parameters if own in module._parameters else module._buffers, own, value)
-            makers: dict[str, Any] = {weight: partial(made.read, change) for weight, change in part.changes.items()}
+                put(
+                    module._parameters if own in module._parameters else module._buffers, own, value
+                )
+            makers: dict[str, Any] = {
+                weight: partial(made.read, change) for weight, change in part.changes.items()
+            }
             if isinstance(part, Blend):
                 makers = {
-                    weight: partial(_blended, part, view(module, own_class(module), {}), weight) for weight in makers
+                    weight: partial(_blended, part, view(module, own_class(module), {}), weight)
+                    for weight in makers
                 }
             if spread:  # FSDP2 puts what it gathers where the adapter's own would be
                 makers |= {own: lambda _, value=value: value for own, value in full.items()}
@@ -343,7 +408,9 @@ def _defined(model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, Layer
                 before = dict(module.__dict__)
                 kind.bind(module, reads.kept())
                 undo.extend(
-                    (module.__dict__, own, before[own]) for own in before if module.__dict__[own] is not before[own]
+                    (module.__dict__, own, before[own])
+                    for own in before
+                    if module.__dict__[own] is not before[own]
                 )
         with _using(model, ActiveAdapter(chosen.name, packed, chosen.on)), made.saving():
             yield

@@ -41,11 +41,14 @@ def gather(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """What the variant of ``plans`` needs, or None if it needs nothing. ``ConfigError``: something that it needs is
-    missing or cannot be had from these layers, or something is given that it would ignore."""
+    """What the variant of ``plans`` needs, or None if it needs nothing. ``ConfigError``: something
+    that it needs is missing or cannot be had from these layers, or something is given that it would
+    ignore."""
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
-    problems = list(_problems(plans, modules, batches is not None, loss is not None, original is not None))
+    problems = list(
+        _problems(plans, modules, batches is not None, loss is not None, original is not None)
+    )
     raise_all(ConfigError, f"Variant {variant.name!r} cannot start", problems)
     found: dict[str, Mapping[ParamRef, Tensor]] = {}
     if batches is not None and "inputs" in variant.needs:
@@ -56,7 +59,9 @@ def gather(
         found["original"] = _originals(plans, original)
     if not found:
         return None
-    return lambda entry: {name: (lambda values=values: values[entry.ref]) for name, values in found.items()}
+    return lambda entry: {
+        name: (lambda values=values: values[entry.ref]) for name, values in found.items()
+    }
 
 
 def _problems(
@@ -66,22 +71,36 @@ def _problems(
     looks_at = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
     for (name, needs), given in zip(looks_at.items(), (batches, original, loss), strict=True):
         if given and not variant.needs & needs:
-            yield sentence(f"{name}=", f"nothing that variant {variant.name!r} would ignore", f"leave {name} out")
+            yield sentence(
+                f"{name}=",
+                f"nothing that variant {variant.name!r} would ignore",
+                f"leave {name} out",
+            )
         elif not given and name != "loss" and variant.needs & needs:
-            yield sentence(f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach")
+            yield sentence(
+                f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach"
+            )
     for entry in filter(_starts, plans.low):
         where = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
             found = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
-            expected = ", ".join(kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs)
+            expected = ", ".join(
+                kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
+            )
             yield sentence(found, f"one of {expected}", "exclude it, or use another variant")
         elif "inputs" in variant.needs and entry.dims.in_ > MOST_INPUTS:
             found = f"{where} with {entry.dims.in_} inputs"
-            yield sentence(found, f"at most {MOST_INPUTS}, whose second moment fits into memory", "exclude it")
+            yield sentence(
+                found, f"at most {MOST_INPUTS}, whose second moment fits into memory", "exclude it"
+            )
         weight = weight_of(modules[entry.path], entry.weight)
-        if "gradient" in variant.needs and not (isinstance(weight, nn.Parameter) and entry.storage.name == "plain"):
+        if "gradient" in variant.needs and not (
+            isinstance(weight, nn.Parameter) and entry.storage.name == "plain"
+        ):
             found = f"{where}, stored as {entry.storage.name}, which has no gradient"
-            yield sentence(found, "a plain parameter", "exclude it, or load the base in a floating-point dtype")
+            yield sentence(
+                found, "a plain parameter", "exclude it, or load the base in a floating-point dtype"
+            )
 
 
 def _starts(entry: LowRankPlan) -> bool:
@@ -111,11 +130,15 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         found = "a model whose output has no .loss for these batches"
-        raise ConfigError(found, "batches with labels, or loss=", "pass loss=lambda model, batch: …")
+        raise ConfigError(
+            found, "batches with labels, or loss=", "pass loss=lambda model, batch: …"
+        )
     return loss
 
 
-def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]):
+def _inputs(
+    model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
+):
     moments: dict[ParamRef, Tensor] = {}
 
     def watch(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
@@ -141,7 +164,8 @@ def _inputs(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], ba
 
 
 def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, Layer, str]:
-    """(module, kind, weight's name below it) of what computes with a weight: its module, or what that is a part of."""
+    """(module, kind, weight's name below it) of what computes with a weight: its module, or what
+    that is a part of."""
     above, _, child = entry.path.rpartition(".")
     weight_reader = modules[above]
     kind = kind_of(weight_reader) if entry.path else None
@@ -150,8 +174,17 @@ def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Mo
     return modules[entry.path], entry.layer, entry.weight
 
 
-def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss):
-    weights = {entry.ref: weight_of(modules[entry.path], entry.weight) for entry in filter(_starts, plans.low)}
+def _gradients(
+    model: nn.Module,
+    plans: Plans,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Loss,
+):
+    weights = {
+        entry.ref: weight_of(modules[entry.path], entry.weight)
+        for entry in filter(_starts, plans.low)
+    }
     if not weights:  # vectors alone, which no variant starts
         return {}
     required = {ref: weight.requires_grad for ref, weight in weights.items()}
@@ -161,7 +194,9 @@ def _gradients(model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module],
             weight.requires_grad_(True)
         with _base_alone(model), torch.enable_grad():
             for batch in batches:
-                found = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
+                found = torch.autograd.grad(
+                    loss(model, batch), list(weights.values()), allow_unused=True
+                )
                 for ref, gradient in zip(weights, found, strict=True):
                     if gradient is not None:
                         own = double(gradient.detach().to_dense())  # of a sparse embedding, sparse
@@ -180,10 +215,18 @@ def _originals(plans: Plans, original: nn.Module | Mapping[str, Tensor]) -> dict
         where = entry.where
         value = state.get(where)
         if value is None:
-            problems.append(sentence(f"no {where!r} in original", "every adapted weight", "pass the unquantised model"))
+            problems.append(
+                sentence(
+                    f"no {where!r} in original",
+                    "every adapted weight",
+                    "pass the unquantised model",
+                )
+            )
         elif not value.is_floating_point() or value.numel() != torch.Size(entry.dims).numel():
             what = f"{where!r} of {value.dtype} and shape {tuple(value.shape)} in original"
-            problems.append(sentence(what, f"the weight of {tuple(entry.dims)}", "pass the model from before"))
+            problems.append(
+                sentence(what, f"the weight of {tuple(entry.dims)}", "pass the model from before")
+            )
         else:
             found[entry.ref] = _chosen(entry, value.detach().float())
     raise_all(ConfigError, "The original weights cannot be used", problems)
@@ -199,5 +242,8 @@ def _chosen(entry: LowRankPlan, dense: Tensor) -> Tensor:
 def _all_seen(plans: Plans, found: Mapping[ParamRef, Tensor], what: str) -> None:
     missing = [entry.where for entry in filter(_starts, plans.low) if entry.ref not in found]
     do = "exclude it"
-    problems = [sentence(f"no {what} of {path!r} in the batches", "batches that reach it", do) for path in missing]
+    problems = [
+        sentence(f"no {what} of {path!r} in the batches", "batches that reach it", do)
+        for path in missing
+    ]
     raise_all(ConfigError, "Nothing was attached", problems)

@@ -1,8 +1,9 @@
 """Which weights that are exactly zero stand between an adapter and the output.
 
-A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies every gradient of what lies
-before it by zero. That looks as if the output did not depend on the adapter; it will, once the gate moves. No code
-shows it, so it is tried: the gradient comes back if the zeros are replaced.
+A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies every
+gradient of what lies before it by zero. That looks as if the output did not depend on the adapter;
+it will, once the gate moves. No code shows it, so it is tried: the gradient comes back if the zeros
+are replaced.
 """
 
 from __future__ import annotations
@@ -29,18 +30,26 @@ def zeros(model: nn.Module, but: Sequence[nn.Parameter]) -> dict[str, nn.Paramet
     plain = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in skipped and type(parameter) is nn.Parameter and parameter.is_floating_point()
+        if id(parameter) not in skipped
+        and type(parameter) is nn.Parameter
+        and parameter.is_floating_point()
     }
-    return {name: one for name, one in plain.items() if one.numel() and not one.is_meta and not bool(one.any())}
+    return {
+        name: one
+        for name, one in plain.items()
+        if one.numel() and not one.is_meta and not bool(one.any())
+    }
 
 
 def blocking(found: dict[str, nn.Parameter], ask: Ask) -> list[tuple[str, ...]]:
-    """For each question, the zero weights without which its answer would be yes; none where they are not the reason."""
+    """For each question, the zero weights without which its answer would be yes; none where they
+    are not the reason."""
     with _filled(found.values()):
         there = list(ask())
     if not any(there):
         return [() for _ in there]
-    # What only adds (a bias that starts at zero) blocks nothing: without it the gradient is there all the same.
+    # What only adds (a bias that starts at zero) blocks nothing: without it the gradient is there
+    # all the same.
     needed: list[list[str]] = [[] for _ in there]
     for name in found if len(found) <= MOST else ():
         with _filled(one for other, one in found.items() if other != name):
@@ -48,7 +57,9 @@ def blocking(found: dict[str, nn.Parameter], ask: Ask) -> list[tuple[str, ...]]:
                 if before and not now:
                     names.append(name)
     # Two ways side by side, each with a zero of its own: neither alone is needed, so all are named.
-    every = tuple(name for name, one in found.items() if one.ndim > 1 or not name.endswith("bias")) or tuple(found)
+    every = tuple(
+        name for name, one in found.items() if one.ndim > 1 or not name.endswith("bias")
+    ) or tuple(found)
     return [tuple(names) or every if was else () for names, was in zip(needed, there, strict=True)]
 
 
@@ -56,7 +67,10 @@ def _filled(parameters: Iterable[nn.Parameter]) -> Any:
     """A block with small random numbers in place of the zeros."""
     generator = torch.Generator().manual_seed(0)
     return replaced(
-        parameters, lambda data: (torch.randn(data.shape, generator=generator) * SIZE).to(data.device, data.dtype)
+        parameters,
+        lambda data: (torch.randn(data.shape, generator=generator) * SIZE).to(
+            data.device, data.dtype
+        ),
     )
 
 

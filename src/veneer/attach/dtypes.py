@@ -1,5 +1,6 @@
-"""Dtypes around an adapted layer: a 16-bit layer computes W + ΔW in float32 and answers in the dtype that it had, as
-a 16-bit sum loses a ΔW that is small beside W. Integers (token ids, masks) pass through unchanged.
+"""Dtypes around an adapted layer: a 16-bit layer computes W + ΔW in float32 and answers in the
+dtype that it had, as a 16-bit sum loses a ΔW that is small beside W. Integers (token ids, masks)
+pass through unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The products with which forwards read a stack of matrices, on W + ΔW that is not formed (``unformed.py``).
+"""The products with which forwards read a stack of matrices, on W + ΔW that is not formed
+(``unformed.py``).
 
     F.linear(x, W[i])   x @ W[i]                     one matrix: the fused kernel of linear layers
     bmm(x, W)   baddbmm(b, x, W.mT)   x @ W          all of them: the low-rank part, onto which x W comes
@@ -35,13 +36,15 @@ _C: Any = torch._C
 _FORMING: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
-# ---------------------------------------------------------------------------------------------- which calls
+# ----------------------------------------------------------------------------------------------
+# which calls
 
 
 def stand_ins(
     part: Any, module: nn.Module, layer_state: LayerState, inputs: Any, formable: bool
 ) -> dict[str, Tensor] | None:
-    """What stands for the changed weights of a module in this call, by name, or None if they must be formed.
+    """What stands for the changed weights of a module in this call, by name, or None if they must
+    be formed.
 
     Args:
         inputs: the arguments of the call.
@@ -99,7 +102,8 @@ def dropped(change: Change, low: LowRank) -> LowRank:
     return LowRank(low.A * kept, low.B, low.scale)
 
 
-# ---------------------------------------------------------------------------------------------- parts of a stack
+# ----------------------------------------------------------------------------------------------
+# parts of a stack
 
 
 def _operation(*functions: Any) -> Callable[[Any], Any]:
@@ -118,7 +122,11 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
         return _chosen(weight, index)
     if isinstance(index, slice):
         return stand_in(weight.stack.sliced(index), None, weight.flipped)
-    if not isinstance(index, Tensor) or isinstance(index, Unformed) or index.dtype not in (torch.int64, torch.int32):
+    if (
+        not isinstance(index, Tensor)
+        or isinstance(index, Unformed)
+        or index.dtype not in (torch.int64, torch.int32)
+    ):
         return NotImplemented
     if index.dim() > 1:
         return NotImplemented
@@ -134,7 +142,12 @@ def _chosen(weight: Unformed, number: int) -> Unformed:
 
 @_operation(torch.index_select, Tensor.index_select)
 def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
-    known = isinstance(weight, Unformed) and weight.index is None and dim in (0, -3) and index.dim() == 1
+    known = (
+        isinstance(weight, Unformed)
+        and weight.index is None
+        and dim in (0, -3)
+        and index.dim() == 1
+    )
     return weight.at(index) if known else NotImplemented
 
 
@@ -183,7 +196,9 @@ def _to(_: Any, weight: Any, *how: Any, **named: Any) -> Any:
     if any(isinstance(value, Tensor | int) for value in wanted):
         return NotImplemented
     same = all(
-        value == weight.dtype if isinstance(value, torch.dtype) else torch.device(value) == weight.device
+        value == weight.dtype
+        if isinstance(value, torch.dtype)
+        else torch.device(value) == weight.device
         for value in wanted
     )
     return weight if same else NotImplemented
@@ -217,12 +232,15 @@ def _pieces(weight: Unformed, sizes: Any, dim: int) -> Any:
     axis = 3 - axis if weight.flipped else axis
     made, first = [], 0
     for size in sizes:
-        made.append(stand_in(weight.stack.narrowed(axis, first, size), weight.index, weight.flipped))
+        made.append(
+            stand_in(weight.stack.narrowed(axis, first, size), weight.index, weight.flipped)
+        )
         first += size
     return tuple(made)
 
 
-# ---------------------------------------------------------------------------------------------- products
+# ----------------------------------------------------------------------------------------------
+# products
 
 
 @_operation(F.linear, _C._nn.linear)
@@ -247,7 +265,9 @@ def _matmul(func: Any, input: Any, other: Any) -> Any:
     if input.ndim == 2:
         if other.ndim > 2:
             return NotImplemented
-        return _matrix(other, input, False) if other.ndim == 1 else _matrix(other.mT, input, False).mT
+        return (
+            _matrix(other, input, False) if other.ndim == 1 else _matrix(other.mT, input, False).mT
+        )
     rows = _rows(other.mT, input) if other.ndim > 1 else None
     return NotImplemented if rows is None else _batched(rows, input, False).mT
 
@@ -272,11 +292,17 @@ def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **how: Any) -> Any:
 def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **how: Any) -> Any:
     if how or _is(input) or not _is(mat2, 2) or _is(mat1):
         return NotImplemented
-    return _matrix(mat1, mat2, True, input) if input.ndim == 1 else _matrix(mat1, mat2, True) + input.to(mat1.dtype)
+    return (
+        _matrix(mat1, mat2, True, input)
+        if input.ndim == 1
+        else _matrix(mat1, mat2, True) + input.to(mat1.dtype)
+    )
 
 
 @_operation(getattr(torch, "_grouped_mm", None))
-def _grouped_mm(func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+def _grouped_mm(
+    func: Any, input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
     if bias is not None or out_dtype is not None:
         return NotImplemented
     return _grouped(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
@@ -300,8 +326,12 @@ def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None =
     W, A, B = weight.oriented(transposed)
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _autocast(x):
-        recorded = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad)
-        if recorded and x.ndim == 2 and bias is None and x.is_cpu:  # of which a call has many, with few rows each
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or A.requires_grad or B.requires_grad
+        )
+        if (
+            recorded and x.ndim == 2 and bias is None and x.is_cpu
+        ):  # of which a call has many, with few rows each
             return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
         return (fused.linear if recorded else fused.unrecorded)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
@@ -310,7 +340,8 @@ def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None =
 
 
 def _batched(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """x [S, t, in] times the matrices [S, out, in] transposed, or [S, in, out] if ``transposed``: [S, t, out]."""
+    """x [S, t, in] times the matrices [S, out, in] transposed, or [S, in, out] if ``transposed``:
+    [S, t, out]."""
     stack = weight.stack
     if isinstance(weight.index, Tensor) and _by_rows(x, weight):
         order, back, where = _rows_by_id(stack, weight.index)
@@ -336,15 +367,24 @@ def _rows_by_id(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None
     known = stack.call.get(id(ids))
     if known is None:
         count = len(stack.W)
-        order, where = grouped.by_id([number + count if number < 0 else number for number in ids.tolist()], count)
+        order, where = grouped.by_id(
+            [number + count if number < 0 else number for number in ids.tolist()], count
+        )
         way = torch.tensor(order) if order != list(range(len(order))) else None
         known = stack.call[id(ids)] = ids, (way, None if way is None else way.argsort(), where)
     return known[1]
 
 
 def _grouped(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> Any:
-    """Rows x [S, in] in the order of the matrices [E, in, out], of which each has those up to its place in ``ends``."""
-    if not _is(weight, 3) or weight.index is not None or type(x) is not Tensor or ends is None or x.ndim != 2:
+    """Rows x [S, in] in the order of the matrices [E, in, out], of which each has those up to its
+    place in ``ends``."""
+    if (
+        not _is(weight, 3)
+        or weight.index is not None
+        or type(x) is not Tensor
+        or ends is None
+        or x.ndim != 2
+    ):
         return NotImplemented
     if x.dtype != weight.dtype or ends.shape != (weight.shape[0],):
         return NotImplemented

@@ -1,9 +1,9 @@
 """The first step of an optimiser after an adapter was attached: does it train the adapter?
 
-An optimiser that was made before ``attach`` holds the frozen base alone, and steps without moving anything. So does one
-of the parameters of an adapter that was loaded without ``trainable=True``, where something else gives the loss a
-gradient. A hook on all optimisers looks at each new adapter until a step has shown either way, and is removed with the
-last of them.
+An optimiser that was made before ``attach`` holds the frozen base alone, and steps without moving
+anything. So does one of the parameters of an adapter that was loaded without ``trainable=True``,
+where something else gives the loss a gradient. A hook on all optimisers looks at each new adapter
+until a step has shown either way, and is removed with the last of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _HOOKS: list[Any] = []
 
 
 def watch_first_step(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> None:
-    """Warn in an optimiser's first step if it shows that this new adapter does not train (``NotTrained``)."""
+    """Warn in an optimiser's first step if it shows that this new adapter does not train
+    (``NotTrained``)."""
     references = tuple(map(weakref.ref, parameters))
     _NEW[:] = [adapter for adapter in _NEW if adapter.alive()]
     if references:
@@ -84,7 +85,8 @@ def _parameters(optimizer: Any) -> dict[int, Any]:
 
 
 def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
-    """The problem of an optimiser that holds a frozen adapter, unless it holds all of a model of which others train."""
+    """The problem of an optimiser that holds a frozen adapter, unless it holds all of a model of
+    which others train."""
     if any(parameter.requires_grad for parameter in held.values()) and _holds_base(adapter, held):
         return []
     found = f"an optimizer of adapter {adapter.name!r}, whose parameters require no gradient"
@@ -93,11 +95,14 @@ def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
 
 
 def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:
-    """Whether some of these are base parameters of the adapter's model. An optimiser of another adapter holds none."""
+    """Whether some of these are base parameters of the adapter's model. An optimiser of another
+    adapter holds none."""
     model = adapter.model()
     if model is None:
         return False
-    of_adapters = {id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()}
+    of_adapters = {
+        id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()
+    }
     return any(key in held and key not in of_adapters for key in map(id, model.parameters()))
 
 

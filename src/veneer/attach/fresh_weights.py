@@ -1,5 +1,6 @@
-"""Weights that no checkpoint held, such as a new classification head: transformers initialises them at random. An
-adapter that neither trains nor stores them is worth little to whoever loads it, as the next load makes other ones.
+"""Weights that no checkpoint held, such as a new classification head: transformers initialises them
+at random. An adapter that neither trains nor stores them is worth little to whoever loads it, as
+the next load makes other ones.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from veneer.errors import listing
 
 
 class FreshWeights(UserWarning):
-    """Parameters that neither the checkpoint nor the adapter holds: who loads the adapter gets other numbers there."""
+    """Parameters that neither the checkpoint nor the adapter holds: who loads the adapter gets
+    other numbers there."""
 
 
 def fresh(names: Names) -> dict[int, ParamRef]:
-    """The parameters that a checkpoint did not hold, where each is first met, by identity. transformers marks what it
-    loads; of a model without such marks nothing is known, nor of weights that are spread over processes once they have
-    been moved, by which all of them lose theirs."""
+    """The parameters that a checkpoint did not hold, where each is first met, by identity.
+    transformers marks what it loads; of a model without such marks nothing is known, nor of weights
+    that are spread over processes once they have been moved, by which all of them lose theirs."""
     found: dict[int, ParamRef] = {}
     own = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
-    marked = {spread for spread, _, parameter in own if getattr(parameter, "_is_hf_initialized", False)}
+    marked = {
+        spread for spread, _, parameter in own if getattr(parameter, "_is_hf_initialized", False)
+    }
     for spread, ref, parameter in own:
         if spread in marked and not getattr(parameter, "_is_hf_initialized", False):
             found.setdefault(id(parameter), ref)
@@ -32,7 +36,8 @@ def fresh(names: Names) -> dict[int, ParamRef]:
 
 
 def has_head(model: nn.Module) -> bool:
-    """Whether a model of transformers is a head on a base model, rather than that base model itself."""
+    """Whether a model of transformers is a head on a base model, rather than that base model
+    itself."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
 

@@ -4,10 +4,11 @@
     peft_problem(model)       why a model that PEFT has adapted cannot be attached to
     translate_config(config)  a config of PEFT, as the LoraConfig of Veneer that means the same
 
-An attached model stays its own class, so that it has none of the methods of a ``PeftModel``, and those that
-transformers and diffusers mix into every model would look for adapters of PEFT. So the object itself gets an attribute
-that raises (``method_overrides.py``). Rejected: ``__getattr__`` of a subclass, as every parameter and child of a module
-is found through it; and doing what PEFT does, as PEFT's methods change what later calls compute.
+An attached model stays its own class, so that it has none of the methods of a ``PeftModel``, and
+those that transformers and diffusers mix into every model would look for adapters of PEFT. So the
+object itself gets an attribute that raises (``method_overrides.py``). Rejected: ``__getattr__`` of
+a subclass, as every parameter and child of a module is found through it; and doing what PEFT does,
+as PEFT's methods change what later calls compute.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from veneer.attach.method_overrides import put
 from veneer.config import PEFT_FIELDS
 from veneer.errors import MethodError, sentence
 
-_MERGE = "handle.merge(), then handle.detach(keep_merged=True): the model itself is then the plain one"
+_MERGE = (
+    "handle.merge(), then handle.detach(keep_merged=True): the model itself is then the plain one"
+)
 _USE = "call the model inside `with veneer.use(model, name):`, or name None for the base"
-#: a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same is done here
+# : a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same
+# is done here
 METHODS = {
     "merge_and_unload": _MERGE,
     "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
@@ -60,18 +64,22 @@ _MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 
 def answer_methods(model: nn.Module) -> None:
-    """Let the methods of ``METHODS`` raise, called on this model. A class's own method of such a name stays, unless it
-    is that of a mixin which looks for adapters of PEFT."""
+    """Let the methods of ``METHODS`` raise, called on this model. A class's own method of such a
+    name stays, unless it is that of a mixin which looks for adapters of PEFT."""
     cls = own_class(model)
     for name in METHODS:
         method = getattr(cls, name, None)
-        if name not in model.__dict__ and (method is None or getattr(method, "__module__", "").startswith(_MIXINS)):
+        if name not in model.__dict__ and (
+            method is None or getattr(method, "__module__", "").startswith(_MIXINS)
+        ):
             put(model, name, partial(_refuse, name))
 
 
 def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     found = f"{name}(), a method of PEFT's models, called on a {own_class(model).__name__} with adapters of Veneer"
-    raise MethodError(found, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name])
+    raise MethodError(
+        found, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name]
+    )
 
 
 def peft_problem(model: nn.Module) -> str | None:
@@ -80,20 +88,23 @@ def peft_problem(model: nn.Module) -> str | None:
     tuned = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if wrapper is not None and isinstance(model, wrapper):
         found = f"a {type(model).__name__}"
-    elif tuned is not None and (path := next((at for at, module in walk(model) if isinstance(module, tuned)), None)):
+    elif tuned is not None and (
+        path := next((at for at, module in walk(model) if isinstance(module, tuned)), None)
+    ):
         found = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
     else:
         return None
     do = (
-        "pass what its unload() returns (or merge_and_unload(), which leaves the change in the weights); to go on from "
+        "pass what its unload() returns (or merge_and_unload(), which leaves the change in the "
+        "weights); to go on from PEFT's adapter, save it with save_pretrained first and "
+        "veneer.load the folder"
     )
-    return sentence(
-        found, "the base model", f"{do}PEFT's adapter, save it with save_pretrained first and veneer.load the folder"
-    )
+    return sentence(found, "the base model", do)
 
 
 def translate_config(config: Any) -> tuple[str, list[str]]:
-    """(the call that makes the same LoraConfig, the fields that it leaves out) for a config object of PEFT."""
+    """(the call that makes the same LoraConfig, the fields that it leaves out) for a config object
+    of PEFT."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     values = {name: getattr(config, name) for name in fields}
     written = {ours: values[theirs] for theirs, ours in PEFT_FIELDS.items() if values.get(theirs)}
@@ -107,8 +118,19 @@ def translate_config(config: Any) -> tuple[str, list[str]]:
     written["variant"] = flags or (start.partition("_niter")[0] if isinstance(start, str) else None)
     said = ", ".join(f"{name}={value!r}" for name, value in written.items() if value)
     known = {*PEFT_FIELDS, "target_parameters", "use_dora", "use_rslora", "init_lora_weights"}
-    known |= {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-    left_out = [name for name, value in values.items() if name not in known and value != _default(fields[name])]
+    known |= {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+    }
+    left_out = [
+        name
+        for name, value in values.items()
+        if name not in known and value != _default(fields[name])
+    ]
     return f"veneer.LoraConfig({said})", left_out
 
 
@@ -124,5 +146,6 @@ def _targets(targets: str | Iterable[str], parameters: Iterable[str]) -> Any:
 
 
 def _pattern(key: str) -> str:
-    """A key of ``rank_pattern``: PEFT takes each for a regular expression that may begin at any dot."""
+    """A key of ``rank_pattern``: PEFT takes each for a regular expression that may begin at any
+    dot."""
     return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?{key}"

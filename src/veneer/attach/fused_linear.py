@@ -1,4 +1,5 @@
-"""How adapted linear layers run through the fused kernel: alone, or together with those that read the same input.
+"""How adapted linear layers run through the fused kernel: alone, or together with those that read
+the same input.
 
     self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three, the others take theirs
 
@@ -43,7 +44,8 @@ class Direct:
         return self.change.dropout if self.change.training else 0.0
 
     def fits(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the layer may be computed on x before its own call: no hook of it gives it another x."""
+        """Whether the layer may be computed on x before its own call: no hook of it gives it
+        another x."""
         weight: Any = module._parameters[self.weight]
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
@@ -57,7 +59,12 @@ class Direct:
     def reads(self, module: nn.Module) -> tuple[Any, ...]:
         """What the layer's output depends on besides x, to be compared."""
         factors, own = self.change._parameters, module._parameters
-        tensors = (own[self.weight], own[self.bias] if self.bias else None, factors["A"], factors["B"])
+        tensors = (
+            own[self.weight],
+            own[self.bias] if self.bias else None,
+            factors["A"],
+            factors["B"],
+        )
         return self.drops, self.change.scale, *identities(tensors)
 
 
@@ -67,8 +74,8 @@ def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
 
 
 class Waiting(threading.local):
-    """What the call of one layer has made for others that read the same x; in each thread, of one x at a time: what an
-    exception has left there goes with the next one."""
+    """What the call of one layer has made for others that read the same x; in each thread, of one x
+    at a time: what an exception has left there goes with the next one."""
 
     def __init__(self) -> None:
         self._of: tuple[Any, int, dict[Any, Any]] = None, 0, {}
@@ -92,12 +99,17 @@ def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
-    forms = cost_model.forms_above(out, in_, change.rank, weight.dtype, cost_model.looped(weight.dtype, weight.device))
+    forms = cost_model.forms_above(
+        out, in_, change.rank, weight.dtype, cost_model.looped(weight.dtype, weight.device)
+    )
     return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
 
 
-def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | None = None) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in]. ``seed``: of their one draw of dropout; None draws it."""
+def outputs(
+    members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x [*, in]. ``seed``: of their one draw of dropout;
+    None draws it."""
     weights, biases, A, B = [], [], [], []
     here = x.is_cpu
     for module, known in members:
@@ -116,20 +128,26 @@ def outputs(members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | 
     if not here:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
     tokens = x.numel() // x.shape[-1]
-    form = not dropout and x.dtype.itemsize >= 4 and all(tokens > known.forms_above for _, known in members)
+    form = (
+        not dropout
+        and x.dtype.itemsize >= 4
+        and all(tokens > known.forms_above for _, known in members)
+    )
     return fused.linears(fused.Settings(scales, dropout, seed, form), x, weights, biases, A, B)
 
 
 class Together:
-    """Layers of one module that read the same input: the first one that is called computes all of them at once, the
-    others then take what is theirs.
+    """Layers of one module that read the same input: the first one that is called computes all of
+    them at once, the others then take what is theirs.
 
-    That is one node in the graph, so it is for an x that has a graph itself: ``backward`` through one output frees what
-    lies below x, and so could not be called through the others later either. With dropout it is for every x that may be
-    seen again in such a graph: the draw is one for all, and checkpointing must meet the same draw without a graph.
+    That is one node in the graph, so it is for an x that has a graph itself: ``backward`` through
+    one output frees what lies below x, and so could not be called through the others later either.
+    With dropout it is for every x that may be seen again in such a graph: the draw is one for all,
+    and checkpointing must meet the same draw without a graph.
 
-    ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output is still that of
-    its layer is seen when it is taken: by the identities and versions of all that it was computed from.
+    ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output
+    is still that of its layer is seen when it is taken: by the identities and versions of all that
+    it was computed from.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
@@ -151,17 +169,26 @@ class Together:
         known = part.direct
         if part is not self.members[0][1] or not known.fits(module, x):
             return outputs([(module, known)], x)[0]
-        others = [(other, own.direct) for other, own in self.members[1:] if own.direct.fits(other, x)]
+        others = [
+            (other, own.direct) for other, own in self.members[1:] if own.direct.fits(other, x)
+        ]
         others = [(other, own) for other, own in others if own.drops == known.drops]
         y, *rest = outputs([(module, known), *others], x)
         if rest:
             parts = {id(own.direct): id(own) for _, own in self.members}
-            _READY.put(x, {parts[id(own)]: (y, own.reads(other)) for (other, own), y in zip(others, rest, strict=True)})
+            _READY.put(
+                x,
+                {
+                    parts[id(own)]: (y, own.reads(other))
+                    for (other, own), y in zip(others, rest, strict=True)
+                },
+            )
         return y
 
     def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
-        """That of the draw of ``module`` on x where its output is computed apart: with the draws of ``output``, one for
-        all members that read this x. Those of several adapters wait at once, where rows of each are in x."""
+        """That of the draw of ``module`` on x where its output is computed apart: with the draws of
+        ``output``, one for all members that read this x. Those of several adapters wait at once,
+        where rows of each are in x."""
         shared_input, version, seeds = getattr(_THREAD, "seeds", (None, 0, {}))
         if shared_input is not x or version != x._version:
             seeds = {}
@@ -177,7 +204,11 @@ class Together:
 
 def seed_of(module: nn.Module, part: Any, x: Tensor) -> int:
     """The seed of the dropout of a part that is direct, on x."""
-    return new_seed() if part.together is None or x.is_inference() else part.together.seed(module, part, x)
+    return (
+        new_seed()
+        if part.together is None or x.is_inference()
+        else part.together.seed(module, part, x)
+    )
 
 
 _READY, _THREAD = Waiting(), threading.local()

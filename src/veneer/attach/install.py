@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import enter, layer_states, own_class, set_child, state_of, uninstall, walk, weight_of
+from veneer.attach.adapted_module import (
+    enter,
+    layer_states,
+    own_class,
+    set_child,
+    state_of,
+    uninstall,
+    walk,
+    weight_of,
+)
 from veneer.attach.adapted_module import install as make_adapted
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
@@ -54,9 +63,9 @@ def install(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> None:
-    """Put a planned adapter in place and freeze the base. All memory is allocated before the model is touched.
-    ``parameters``: the adapter parameters of each weight; made anew without. ``calibration``: what a variant may look
-    at of one weight besides the weight itself, by name."""
+    """Put a planned adapter in place and freeze the base. All memory is allocated before the model
+    is touched. ``parameters``: the adapter parameters of each weight; made anew without.
+    ``calibration``: what a variant may look at of one weight besides the weight itself, by name."""
     problems = list(name_problems(model, name))  # another thread may have been faster
     raise_all(TargetError, "Nothing was attached", problems)
     names = Names(model)
@@ -70,7 +79,9 @@ def install(
         {**attached.configs, name: plans.config},
         {**attached.selections, name: ActiveAdapter(name, selected, on=attached.merged)},
     )
-    watch_first_step(model, name, (parameter for part in parts.values() for parameter in part.parameters()))
+    watch_first_step(
+        model, name, (parameter for part in parts.values() for parameter in part.parameters())
+    )
 
 
 def build(
@@ -81,8 +92,8 @@ def build(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
-    """The parts of a planned adapter by the path of their module. The model does not know them yet. ``TargetError``: a
-    variant cannot start from these weights."""
+    """The parts of a planned adapter by the path of their module. The model does not know them yet.
+    ``TargetError``: a variant cannot start from these weights."""
     modules, given = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
@@ -90,7 +101,9 @@ def build(
     parts: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
     for entry in plans.low:
         try:
-            change = make_change(entry, modules, plans.config, given.get(entry.ref, {}), calibration)
+            change = make_change(
+                entry, modules, plans.config, given.get(entry.ref, {}), calibration
+            )
         except _BadStartError as error:
             problems.append(str(error))
             continue
@@ -102,7 +115,8 @@ def build(
             entry.storage.release(modules[entry.path])
     raise_all(TargetError, "Nothing was attached", problems)
     _copy_full(parts, modules, plans)
-    # who reads past a weight's holder is told of its part, and each module with a fused fast path has one
+    # who reads past a weight's holder is told of its part, and each module with a fused fast path
+    # has one
     readers = [reader for entry in plans.low for reader in entry.weight_readers]
     for reader in (*readers, *plans.full_readers):
         below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
@@ -122,22 +136,36 @@ def build(
     return {path: parts[path] for path in modules if path in parts}
 
 
-def _copy_full(parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans) -> None:
-    """Give the parts copies of what is trained in full; tied parameters have one, but for those in ``apart``. A frozen
-    base keeps its running statistics too: what training would move becomes a copy that the adapter owns."""
-    plain = {path: module for path, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
-    moving = {path: () for path, module in plain.items() if module._buffers.get("running_mean") is not None}
+def _copy_full(
+    parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans
+) -> None:
+    """Give the parts copies of what is trained in full; tied parameters have one, but for those in
+    ``apart``. A frozen base keeps its running statistics too: what training would move becomes a
+    copy that the adapter owns."""
+    plain = {
+        path: module
+        for path, module in modules.items()
+        if not isinstance(module, torch.jit.ScriptModule)
+    }
+    moving = {
+        path: ()
+        for path, module in plain.items()
+        if module._buffers.get("running_mean") is not None
+    }
     copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**moving, **plans.full}.items():
         full, module = parts[path].full, modules[path]
-        # in the module's order, wherever the names come from: an optimiser's state goes by the order of parameters
+        # in the module's order, wherever the names come from: an optimiser's state goes by the
+        # order of parameters
         for name, held in module._parameters.items():
             if name not in parameters:
                 continue
             own: Any = _no_bias(module) if held is None else held
             key: Any = (path, name) if held is None or (path, name) in plans.apart else id(held)
             if key not in copies:
-                copies[key] = nn.Parameter(whole(own.detach()).to(trained_dtype(plans.config, own.dtype), copy=True))
+                copies[key] = nn.Parameter(
+                    whole(own.detach()).to(trained_dtype(plans.config, own.dtype), copy=True)
+                )
             full.register_parameter(name, copies[key])
         for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
             if own is not None and name not in module._non_persistent_buffers_set:
@@ -168,10 +196,15 @@ def enlist(model: nn.Module) -> ModelAdapters:
 def place(
     names: Names, attached: ModelAdapters, plans: Plans, parts: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
-    """Make the modules adapted; return the parts as ``ActiveAdapter`` has them. No layer state holds them yet."""
+    """Make the modules adapted; return the parts as ``ActiveAdapter`` has them. No layer state
+    holds them yet."""
     modules = names.modules
     holders = [(entry, path) for entry in plans.low for path, _ in entry.holders]
-    transposed = {p for entry, p in holders if kind_for(modules[p], entry.weight).out_axis != entry.layer.out_axis}
+    transposed = {
+        p
+        for entry, p in holders
+        if kind_for(modules[p], entry.weight).out_axis != entry.layer.out_axis
+    }
     selected: dict[Any, LayerAdapter] = {}
     for path, part in parts.items():
         module = modules[path]
@@ -202,7 +235,9 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
     for path, module in names.modules.items():
         for children in same_input(own_class(module)):
             by_size: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
-            for p in dict.fromkeys(names.canonical.get(parameter_path(path, child), "") for child in children):
+            for p in dict.fromkeys(
+                names.canonical.get(parameter_path(path, child), "") for child in children
+            ):
                 part = parts.get(p) if p != path else None
                 if part is not None and part.direct is not None and part.together is None:
                     change = part.direct.change
@@ -214,7 +249,8 @@ def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
 
 
 class _BadStartError(TargetError):
-    """Numbers from which a variant starts are not finite, or too near to that for linear algebra."""
+    """Numbers from which a variant starts are not finite, or too near to that for linear
+    algebra."""
 
 
 def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Tensor]) -> Tensor:
@@ -224,7 +260,11 @@ def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Te
         return values
     found = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
     do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
-    raise _BadStartError(f"{found} with NaN or infinity", f"finite numbers, from which variant {variant!r} starts", do)
+    raise _BadStartError(
+        f"{found} with NaN or infinity",
+        f"finite numbers, from which variant {variant!r} starts",
+        do,
+    )
 
 
 def make_change(
@@ -234,7 +274,8 @@ def make_change(
     given: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> Change:
-    """The change of one weight, with its parameters on its device: those that are given, or their start."""
+    """The change of one weight, with its parameters on its device: those that are given, or their
+    start."""
     module = modules[entry.path]
     weight = weight_of(module, entry.weight)
     own = {name: value for name, value in given.items() if name != ROWS}
@@ -256,7 +297,11 @@ def _rows(entry: LowRankPlan) -> Tensor | None:
 
 
 def _variant_parameters(
-    entry: LowRankPlan, weight: Any, config: LoraConfig, given: Mapping[str, Tensor], calibration: Calibration | None
+    entry: LowRankPlan,
+    weight: Any,
+    config: LoraConfig,
+    given: Mapping[str, Tensor],
+    calibration: Calibration | None,
 ) -> dict[str, Tensor]:
     """What the variant trains or holds of one weight: what is given, or how it starts."""
     layer, variant, rows = entry.layer, VARIANTS[config.variant], _rows(entry)
@@ -269,9 +314,12 @@ def _variant_parameters(
     dims = entry.start_dims
     found = calibration(entry) if calibration is not None and not given else {}
     seen: Any = {
-        name: partial(_starting, entry, variant.name, name, read) for name, read in {"base": base, **found}.items()
+        name: partial(_starting, entry, variant.name, name, read)
+        for name, read in {"base": base, **found}.items()
     }
-    begin = InitContext(dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen)
+    begin = InitContext(
+        dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen
+    )
     device = entry.storage.device(weight)
     parameters = {name: value.to(device) for name, value in given.items()}
     if not given or variant.derived:
@@ -285,27 +333,31 @@ def _variant_parameters(
             raise _BadStartError(found, "numbers that have a decomposition", do) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
-        parameters[name] = parameters[name].to(dtype, copy=bool(given), memory_format=torch.contiguous_format)
+        parameters[name] = parameters[name].to(
+            dtype, copy=bool(given), memory_format=torch.contiguous_format
+        )
     return parameters
 
 
 def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """What is trained for a weight of dtype ``base`` has the config's dtype, else float32 or, if wider, ``base``."""
+    """What is trained for a weight of dtype ``base`` has the config's dtype, else float32 or, if
+    wider, ``base``."""
     return getattr(torch, config.dtype) if config.dtype else at_least_float32(base)
 
 
 @in_turn
 def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
-    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the very object graph
-    that it was: classes, modules, parameters, ``requires_grad``.
+    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the
+    very object graph that it was: classes, modules, parameters, ``requires_grad``.
 
     Args:
         keep_merged: leave the weights of a merged adapter merged, and with them a plain model.
 
     Raises:
         SelectionError: there is no such adapter.
-        MergeError: the adapter is merged and ``keep_merged`` is False, or it is merged on top of another that stays, or
-            one that stays was attached while it was merged, which it no longer is. Nothing was changed.
+        MergeError: the adapter is merged and ``keep_merged`` is False, or it is merged on top of
+            another that stays, or one that stays was attached while it was merged, which it no
+            longer is. Nothing was changed.
     """
     model = unwrap(model)
     attached = need_adapters(model, name)
@@ -323,7 +375,10 @@ def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = Fal
         if selected.on in names:  # what is merged stays in the weights, and is theirs from here on
             selected.on = None
     attached.chain = tuple(merged for merged in attached.chain if merged not in names)
-    attached.set_adapters({key: attached.configs[key] for key in kept}, {key: attached.selections[key] for key in kept})
+    attached.set_adapters(
+        {key: attached.configs[key] for key in kept},
+        {key: attached.selections[key] for key in kept},
+    )
     for _, module in walk(model) if not kept else ():
         take_back(module)
     abandon(model, attached)
@@ -346,12 +401,14 @@ def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> Non
     for adapter, selected in attached.selections.items():
         if selected.on in names and selected.on not in merged and adapter not in names:
             found = f"{adapter!r}, attached while {selected.on!r} was merged, which is to go"
-            raise MergeError(found, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first")
+            raise MergeError(
+                found, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
+            )
 
 
 def abandon(model: nn.Module, attached: ModelAdapters) -> None:
-    """Give modules without an adapter their class and storage back, and a model without adapters its
-    ``requires_grad``: unless a bank needs them."""
+    """Give modules without an adapter their class and storage back, and a model without adapters
+    its ``requires_grad``: unless a bank needs them."""
     if attached.banks:
         return
     for _, module, layer_state in list(layer_states(model)):

@@ -11,9 +11,10 @@ factored:      y = gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias      layers tha
 materialised:  y = op(x; gain ⊙ (W + ΔW)) + bias                   the same, by the definition
 viewed:        y = forward(x) of a view whose weights are gain ⊙ (W + ΔW)          every other module there is
 
-Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing ``forward`` on the
-instance (a bound method per copy, lost under pickle), forward hooks (two more calls a layer, and no way to change the
-weight that is used) and ``parametrize`` (materialises always, changes the state dict's keys, cannot be pickled).
+Rejected: wrapping the layer (renames every parameter, breaks ``isinstance`` and ties), replacing
+``forward`` on the instance (a bound method per copy, lost under pickle), forward hooks (two more
+calls a layer, and no way to change the weight that is used) and ``parametrize`` (materialises
+always, changes the state dict's keys, cannot be pickled).
 """
 
 from __future__ import annotations
@@ -44,17 +45,19 @@ from veneer.variants import VARIANTS
 
 
 def _trains_both(change: Change) -> bool:
-    """Whether a change is the product of two parameters A and B, as LoRA's is; MiCA's B is a buffer."""
+    """Whether a change is the product of two parameters A and B, as LoRA's is; MiCA's B is a
+    buffer."""
     return change.variant.resolve is VARIANTS["lora"].resolve and not change.variant.frozen
 
 
 class LayerAdapter(nn.Module):
     """What one adapter does at one layer.
 
-    ``changes`` are the changes of this module's own weights by name; those that no other module registered are in
-    ``low``. ``full`` holds full replacements of parameters and buffers by name. ``read_below`` are the parts of modules
-    below, by path, whose weights this module's forward reads directly; ``entries`` the same of each other method that
-    reads an adapted weight, here or below.
+    ``changes`` are the changes of this module's own weights by name; those that no other module
+    registered are in ``low``. ``full`` holds full replacements of parameters and buffers by name.
+    ``read_below`` are the parts of modules below, by path, whose weights this module's forward
+    reads directly; ``entries`` the same of each other method that reads an adapted weight, here or
+    below.
     """
 
     full: nn.Module
@@ -72,16 +75,26 @@ class LayerAdapter(nn.Module):
         self.entries: dict[str, dict[ModulePath, LayerAdapter]] = {}
 
     def keys(self, layer_state: LayerState) -> Iterator[Any]:
-        """The keys of what this part takes part in: forward, unless it would find nothing changed, and methods."""
-        if self.changes or self.read_below or self.full._parameters or self.full._buffers or layer_state.attributes:
+        """The keys of what this part takes part in: forward, unless it would find nothing changed,
+        and methods."""
+        if (
+            self.changes
+            or self.read_below
+            or self.full._parameters
+            or self.full._buffers
+            or layer_state.attributes
+        ):
             yield layer_state.key
         for method in self.entries:
             yield layer_state.key, method
 
     def finalize(self, module: nn.Module, layer_state: LayerState) -> None:
-        """Once all is in place: is it one product B A for all outputs, for the fused kernel to take as it is?"""
+        """Once all is in place: is it one product B A for all outputs, for the fused kernel to take
+        as it is?"""
         changes = tuple(self.changes.values())
-        alone = len(changes) == 1 and not (self.read_below or self.full._parameters or self.full._buffers)
+        alone = len(changes) == 1 and not (
+            self.read_below or self.full._parameters or self.full._buffers
+        )
         plain = alone and _trains_both(changes[0])
         if (
             plain
@@ -94,7 +107,8 @@ class LayerAdapter(nn.Module):
             self.direct = direct(changes[0], module, cast(Layer, layer_state.layer))
 
     def seen(self, method: str = "forward") -> Iterator[int]:
-        """The identities of what a call of this layer sees: this part, its changes, and the parts that it reads."""
+        """The identities of what a call of this layer sees: this part, its changes, and the parts
+        that it reads."""
         yield id(self)
         yield from map(id, self.changes.values())
         for part in self.below(method).values():
@@ -105,16 +119,21 @@ class LayerAdapter(nn.Module):
         return self.read_below if method == "forward" else self.entries[method]
 
     def replacements(self, module: nn.Module) -> dict[str, Tensor]:
-        """What ``full`` puts in place of the module's own parameters and buffers, in their dtypes."""
+        """What ``full`` puts in place of the module's own parameters and buffers, in their
+        dtypes."""
         full = self.full
         if not full._parameters and not full._buffers:
             return {}
         own: dict[str, Any] = {**module._buffers, **module._parameters}
         for name in full._parameters.keys() - own.keys():
             raise changed_storage(module, name)
-        if "bias" in full._parameters and own["bias"] is None:  # of a layer without one: in the dtype of its weight
+        if (
+            "bias" in full._parameters and own["bias"] is None
+        ):  # of a layer without one: in the dtype of its weight
             own["bias"] = own["weight"]
-        trained: dict[str, Any] = {name: value.to(own[name].dtype) for name, value in full._parameters.items()}
+        trained: dict[str, Any] = {
+            name: value.to(own[name].dtype) for name, value in full._parameters.items()
+        }
         return {**trained, **cast(dict[str, Tensor], full._buffers)}
 
     def run(
@@ -129,9 +148,9 @@ class LayerAdapter(nn.Module):
         method="forward",
         seed: int | None = None,
     ) -> Any:
-        """The adapted forward (or another method) of ``module``, whose class was ``base``, in the context ``now``.
-        ``share`` allows to compute layers that read the same input together. ``seed``: that of dropout, where it is
-        known already."""
+        """The adapted forward (or another method) of ``module``, whose class was ``base``, in the
+        context ``now``. ``share`` allows to compute layers that read the same input together.
+        ``seed``: that of dropout, where it is known already."""
         if method != "forward":
             return viewed(self, module, base, layer_state, args, kwargs, now, method=method)
         known = self.direct
@@ -165,13 +184,20 @@ class LayerAdapter(nn.Module):
         except KeyError as error:
             if known is None or error.args != (known.bias,):
                 raise
-            # this layer, or one that is computed with it, has a bias that is no parameter any more: pruned, say
+            # this layer, or one that is computed with it, has a bias that is no parameter any more:
+            # pruned, say
         return self._run_any(module, base, layer_state, args, kwargs, now)
 
-    def _run_any(self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any) -> Any:
-        """A forward that is not one fused product: in factors, on the changed weight, or on a view."""
+    def _run_any(
+        self, module: Any, base: Any, layer_state: Any, args: tuple, kwargs: dict, now: Any
+    ) -> Any:
+        """A forward that is not one fused product: in factors, on the changed weight, or on a
+        view."""
         full = self.replacements(module)
-        if not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1) or self.read_below:
+        if (
+            not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1)
+            or self.read_below
+        ):
             return viewed(self, module, base, layer_state, args, kwargs, now)
         reader: Any = layer_state.layer
         if is_jagged(args, kwargs) and reader.by_position:
@@ -182,17 +208,22 @@ class LayerAdapter(nn.Module):
         dropout = change.dropout if change.training else 0.0
         call = Call(module, base, layer_state, args, kwargs, full, bool(self.entries))
         call.refuse_other_dtype(change)
-        # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as inputs, only W + ΔW is
-        # right; elsewhere the caller's choice counts
+        # where rows of ΔW are rescaled along what this layer (tied to the adapted one) reads as
+        # inputs, only W + ΔW is right; elsewhere the caller's choice counts
         if now.path == cost_model.MATERIALISED or (gain is not None and layer_state.transposed):
-            return _materialised(change, reader, module, call.x, call.weight, call.bias(change), low, gain)
+            return _materialised(
+                change, reader, module, call.x, call.weight, call.bias(change), low, gain
+            )
         return factored(call, change, low, gain, dropout)
 
     def stacks(self, module: nn.Module) -> dict[str, tuple[Any, LowRank]] | None:
-        """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices without a gain."""
+        """(W, ΔW) of every weight that changes here, by name, if each is a plain stack of matrices
+        without a gain."""
         if self.gained:  # to find that out again takes W + ΔW
             return None
-        weights = {name: frozen_weight(change, module, name) for name, change in self.changes.items()}
+        weights = {
+            name: frozen_weight(change, module, name) for name, change in self.changes.items()
+        }
         if not all(is_stack(change, weights[name]) for name, change in self.changes.items()):
             return None
         found = {}
@@ -208,15 +239,19 @@ class LayerAdapter(nn.Module):
             found[name] = weights[name], dropped(change, low)
         return found
 
-    def _with_others(self, module: nn.Module, known: Direct, x: Tensor, share: bool, seed: int | None) -> Tensor:
-        """The output of a layer that the fused kernel computes, with those of layers that read the same x."""
+    def _with_others(
+        self, module: nn.Module, known: Direct, x: Tensor, share: bool, seed: int | None
+    ) -> Tensor:
+        """The output of a layer that the fused kernel computes, with those of layers that read the
+        same x."""
         if self.together is not None and share and self.together.applies(known, x):
             return self.together.output(module, self, x)
         seed = seed_of(module, self, x) if share and known.drops and seed is None else seed
         return outputs([(module, known)], x, seed)[0]
 
     def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else in its dtype."""
+        """``gain ⊙ (W + ΔW)`` of every weight that changes, in at least float32 if ``wide``, else
+        in its dtype."""
         values = {}
         for name, change in self.changes.items():
             weight = frozen_weight(change, module, name)
@@ -234,16 +269,20 @@ def is_jagged(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 
 
 def on_values(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What a layer makes of a jagged tensor, of which it computes each position alone: of the positions of all rows,
-    which are one plain tensor. The offsets stay the same, so that torch knows the outputs to be of equal shape."""
+    """What a layer makes of a jagged tensor, of which it computes each position alone: of the
+    positions of all rows, which are one plain tensor. The offsets stay the same, so that torch
+    knows the outputs to be of equal shape."""
     x: Any = args[0] if args else next(iter(kwargs.values()))
     y = run(args=(x.values(),))
-    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx)
+    return torch.nested.nested_tensor_from_jagged(
+        y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+    )
 
 
 class Call(NamedTuple):
-    """One call of a layer that has one input and is linear in its one weight. ``full``: what replaces parameters of its
-    own; ``entries``: whether other methods of the module read adapted weights too."""
+    """One call of a layer that has one input and is linear in its one weight. ``full``: what
+    replaces parameters of its own; ``entries``: whether other methods of the module read adapted
+    weights too."""
 
     module: Any
     base: Any
@@ -264,12 +303,18 @@ class Call(NamedTuple):
     def bias(self, change: Change) -> Any:
         parameters = self.module._parameters
         plain = "bias" in parameters and not change.storage.opaque
-        own = parameters["bias"] if plain else getattr(self.module, "bias", None)  # pruned or parametrised, say
+        own = (
+            parameters["bias"] if plain else getattr(self.module, "bias", None)
+        )  # pruned or parametrised, say
         return self.full.get("bias", own)
 
     def refuse_other_dtype(self, change: Change) -> None:
-        """Raise torch's own error where the layer without an adapter takes no input of this dtype."""
-        x, weight = self.x, frozen_weight(change, self.module, cast(Layer, self.layer_state.layer).weight)
+        """Raise torch's own error where the layer without an adapter takes no input of this
+        dtype."""
+        x, weight = (
+            self.x,
+            frozen_weight(change, self.module, cast(Layer, self.layer_state.layer).weight),
+        )
         if change.storage.name != "plain" or not isinstance(x, Tensor) or x.dtype == weight.dtype:
             return
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
@@ -288,42 +333,65 @@ class Call(NamedTuple):
         return reader.op(module, x, dense, self.bias(change) if biased else None)
 
 
-def factored(call: Call, change: Change, low: LowRank, gain: Tensor | None, dropout: float, form: bool = False) -> Any:
-    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form``: W + ΔW may be formed, where nothing else hinders it."""
+def factored(
+    call: Call,
+    change: Change,
+    low: LowRank,
+    gain: Tensor | None,
+    dropout: float,
+    form: bool = False,
+) -> Any:
+    """gain ⊙ (op(x; W) + op(drop(x); ΔW)) + bias. ``form``: W + ΔW may be formed, where nothing
+    else hinders it."""
     module, layer_state, x, weight = call.module, call.layer_state, call.x, call.weight
     reader: Any = layer_state.layer
     bias = call.bias(change)
     if gain is None and layer_state.product and fused.applies(x, weight):
         low = low.T if layer_state.transposed else low
-        settings = fused.Settings((low.scale,), dropout, new_seed() if dropout else 0, form and not dropout)
+        settings = fused.Settings(
+            (low.scale,), dropout, new_seed() if dropout else 0, form and not dropout
+        )
         matrix = weight.mT if reader.out_axis == 1 else weight
         return fused.linears(settings, x, (matrix,), (bias,), (low.A[0],), (low.B[0],))[0]
     if reader.product and device.plain(x):
         y = _on_device(change, reader, layer_state, x, weight, bias, low, gain, dropout)
         if y is not None:
             return y
-    stock = layer_state.stock and gain is None and not layer_state.transposed and not change.storage.opaque
+    stock = (
+        layer_state.stock
+        and gain is None
+        and not layer_state.transposed
+        and not change.storage.opaque
+    )
     if stock and (fused.applies(x, weight) or device.applies_alike(x, weight)):
         y = None if context.current.path else reader.fused(module, x, weight, bias, low, dropout)
         if y is not None:
             return y
     y = call.frozen(change, biased=gain is None)
-    return with_update(reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout)
+    return with_update(
+        reader, module, x, y, low.T if layer_state.transposed else low, gain, bias, dropout
+    )
 
 
 def _on_device(
     change: Change, reader: Any, layer_state: LayerState, x: Tensor, weight: Any, bias: Any, low: LowRank,
     gain: Tensor | None, dropout: float,
 ) -> Tensor | None:  # fmt: skip
-    """A matrix product on a device. A packed weight is read here if it has a gain, so that no dense copy of it is kept
-    for backward; without, its library's own product is as good. None where this is not for the call."""
+    """A matrix product on a device. A packed weight is read here if it has a gain, so that no dense
+    copy of it is kept for backward; without, its library's own product is as good. None where this
+    is not for the call."""
     if layer_state.product:
         if not device.applies(x, weight):
             return None
         read: Any = weight.mT if reader.out_axis == 1 else weight
     else:
         storage = change.storage
-        if gain is None or storage.computed or storage.name == "plain" or storage.device(weight) != x.device:
+        if (
+            gain is None
+            or storage.computed
+            or storage.name == "plain"
+            or storage.device(weight) != x.device
+        ):
             return None
         read = partial(_read, change, weight, reader.out_axis == 1)
     low = low.T if layer_state.transposed else low
@@ -345,7 +413,14 @@ def _read(change: Change, weight: Any, flipped: bool, dtype: torch.dtype) -> Ten
 
 
 def with_update(
-    reader: Any, module: nn.Module, x: Tensor, y: Tensor, low: LowRank, gain: Tensor | None, bias: Any, dropout: float
+    reader: Any,
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    low: LowRank,
+    gain: Tensor | None,
+    bias: Any,
+    dropout: float,
 ) -> Tensor:
     """The factored form, given y = op(x; W), which with a gain has no bias yet."""
     low = low.to(x.dtype if x.is_floating_point() else y.dtype)
@@ -360,12 +435,22 @@ def with_update(
 
 
 def _materialised(
-    change: Change, reader: Any, module: nn.Module, x: Tensor, weight: Any, bias: Any, low: LowRank, gain: Tensor | None
+    change: Change,
+    reader: Any,
+    module: nn.Module,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    low: LowRank,
+    gain: Tensor | None,
 ) -> Tensor:
     own = change.storage.dtype(weight)
     dtype = at_least_float32(own)
-    # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one on a narrow x.
-    narrow_x = x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+    # A 16-bit layer runs in float32, as a 16-bit W + ΔW would lose a small ΔW; so does a packed one
+    # on a narrow x.
+    narrow_x = (
+        x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)
+    )
     wide = dtype != own or narrow_x
     bias = widen(bias, dtype) if wide and bias is not None else bias
     dropout = change.dropout if change.training else 0
@@ -377,7 +462,9 @@ def _materialised(
         else:
             frozen = change.changed(weight, None, gain, dtype)
             dropped = drop(seen, dropout) if reader.drops_input else seen
-            update = reader.op(module, dropped, changed, bias) - reader.op(module, dropped, frozen, bias)
+            update = reader.op(module, dropped, changed, bias) - reader.op(
+                module, dropped, frozen, bias
+            )
             mask = 1 if reader.drops_input else _token_mask(seen, dropout, update.dtype)
             y = reader.op(module, seen, frozen, bias) + update * mask
     return y.to(output_dtype(x, own)) if wide else y

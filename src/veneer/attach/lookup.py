@@ -1,4 +1,5 @@
-"""Find what is attached to a model: its adapters, the layers that one of them changes, the weights that change there.
+"""Find what is attached to a model: its adapters, the layers that one of them changes, the weights
+that change there.
 
 adapters_of(model)      what all adapters of a model share, or None       seen through DDP and ``torch.compile``
 need_adapters(model)    the same, or the error that says what to do
@@ -21,14 +22,18 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 
 
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
-    """What the adapters attached to ``model`` share, seen through DDP's and ``torch.compile``'s wrappers."""
+    """What the adapters attached to ``model`` share, seen through DDP's and ``torch.compile``'s
+    wrappers."""
     return unwrap(model).__dict__.get(ADAPTERS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers. ``TargetError``: it is no module."""
+    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers. ``TargetError``:
+    it is no module."""
     if not isinstance(model, nn.Module):
-        raise TargetError(f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first")
+        raise TargetError(
+            f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
+        )
     while ADAPTERS not in model.__dict__:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None or len(model._modules) != 1:
@@ -38,26 +43,36 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
-    """The model's ``ModelAdapters``; a SelectionError if it has none or none of this name, or if layers belong to
-    another model's. Without ``walk`` those are looked for only while there is a copied layer anywhere."""
+    """The model's ``ModelAdapters``; a SelectionError if it has none or none of this name, or if
+    layers belong to another model's. Without ``walk`` those are looked for only while there is a
+    copied layer anywhere."""
     attached = adapters_of(model)
     if attached is None:
-        raise SelectionError(f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first")
+        raise SelectionError(
+            f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first"
+        )
     attached.claim(unwrap(model))
     if (walk or STRAY) and (problem := strangers(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in attached.configs):
         found = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
-        raise SelectionError(found, f"one of {', '.join(attached.configs)}", "use a name that is attached")
+        raise SelectionError(
+            found, f"one of {', '.join(attached.configs)}", "use a name that is attached"
+        )
     return attached
 
 
 def strangers(model: nn.Module) -> str | None:
-    """The problem of layers with adapters of another model, which a walk over this one's layers would meet, or None."""
+    """The problem of layers with adapters of another model, which a walk over this one's layers
+    would meet, or None."""
 
     def others() -> list[str]:
         attached = adapters_of(model)
-        return [path for path, _, layer_state in layer_states(unwrap(model)) if layer_state.attached is not attached]
+        return [
+            path
+            for path, _, layer_state in layer_states(unwrap(model))
+            if layer_state.attached is not attached
+        ]
 
     if not others() or not (paths := in_turn(others)()):  # another thread may be attaching
         return None
@@ -76,20 +91,23 @@ def only_name(model: nn.Module, name: str | None) -> str:
 
 
 def selected_name(model: nn.Module, method: str = "this") -> str:
-    """The name of the adapter that a call of the model would use here. ``SelectionError``: several adapters and none
-    selected, the base alone, or one for each row; ``method`` is what asks."""
+    """The name of the adapter that a call of the model would use here. ``SelectionError``: several
+    adapters and none selected, the base alone, or one for each row; ``method`` is what asks."""
     attached = need_adapters(model)
     chosen = context.current.selection.get(attached.uid)
     if chosen is None:
         return only_name(model, None)
     if chosen.name is None:
         found = "a selection of the base, or of an adapter for each row"
-        raise SelectionError(found, "one adapter", f"call {method} inside `with veneer.use(model, name):`")
+        raise SelectionError(
+            found, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
+        )
     return only_name(model, chosen.name)
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
-    """(path, module, its part of the adapter) of each module where that does something, in the model's order."""
+    """(path, module, its part of the adapter) of each module where that does something, in the
+    model's order."""
     layers = list(layer_states(model))
     attached = adapters_of(model)
     if attached is not None and name in attached.selections:
@@ -108,9 +126,14 @@ def _holds_parameters(part: LayerAdapter) -> bool:
 
 
 def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
-    """Raise a SelectionError where layers that an adapter changes, by their keys, are no longer in the model."""
+    """Raise a SelectionError where layers that an adapter changes, by their keys, are no longer in
+    the model."""
     parts = attached.selections[name].parts or {}
-    lost = [key for key, part in parts.items() if isinstance(key, int) and key not in keys and _holds_parameters(part)]
+    lost = [
+        key
+        for key, part in parts.items()
+        if isinstance(key, int) and key not in keys and _holds_parameters(part)
+    ]
     if lost:
         paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
         found = f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it was attached"
@@ -119,7 +142,8 @@ def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
-    """(path, module, weight, change) of each weight that the adapter ``name`` changes, once, in the model's order."""
+    """(path, module, weight, change) of each weight that the adapter ``name`` changes, once, in the
+    model's order."""
     for path, module, part in adapters(model, name):
         for weight, change in part.low._modules.items():
             yield path, module, weight, change  # pyright: ignore[reportReturnType]

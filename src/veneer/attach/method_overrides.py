@@ -4,10 +4,10 @@
     take_back(model)                             the objects are as they were
     without_adapters(model)                      a view of the model as it would be without any of this
 
-What stands there is an attribute of the object, found before the method of its class. A function alone would not do: an
-attribute of an object is bound to nothing, and copies and pickles of the model need one that is theirs. Rejected:
-a subclass, as for adapted layers. The forward of every model that has the method would then be ours too, and FSDP2 puts
-classes of its own above.
+What stands there is an attribute of the object, found before the method of its class. A function
+alone would not do: an attribute of an object is bound to nothing, and copies and pickles of the
+model need one that is theirs. Rejected: a subclass, as for adapted layers. The forward of every
+model that has the method would then be ours too, and FSDP2 puts classes of its own above.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from veneer.attach.state import STATE, LayerState
 
 
 class Instead:
-    """What stands in the place of a method: ``function``, given the module. ``before`` is what the object had there."""
+    """What stands in the place of a method: ``function``, given the module. ``before`` is what the
+    object had there."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], before: Any = None) -> None:
         self.module, self.function, self.before = module, function, before
@@ -33,7 +34,8 @@ class Instead:
 
 
 def put(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let ``module.name(…)`` be ``function(module, …)``. ``function`` is a module's own, so that it can be pickled."""
+    """Let ``module.name(…)`` be ``function(module, …)``. ``function`` is a module's own, so that it
+    can be pickled."""
     before = module.__dict__.get(name)
     if not isinstance(before, Instead):
         module.__dict__[name] = Instead(module, function, before)
@@ -46,7 +48,8 @@ def take_back(module: nn.Module) -> None:
 
 
 def original(value: Any, module: nn.Module) -> Any:
-    """What ``module``, the object or a view of it, had in the place of an attribute, bound to it; None if nothing."""
+    """What ``module``, the object or a view of it, had in the place of an attribute, bound to it;
+    None if nothing."""
     before = value.before if isinstance(value, Instead) else value
     return MethodType(before.__func__, module) if isinstance(before, MethodType) else before
 
@@ -56,7 +59,8 @@ def stands(module: nn.Module, name: str) -> bool:
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
-    """A view of a module as it would be without adapters: its own class, no layer states, the same parameters."""
+    """A view of a module as it would be without adapters: its own class, no layer states, the same
+    parameters."""
     seen = object.__new__(own_class(module))
     seen.__dict__.update(module.__dict__)
     take_back(seen)
@@ -70,5 +74,6 @@ def without_adapters(module: nn.Module) -> nn.Module:
 
 def _differs(module: nn.Module) -> bool:
     return any(
-        STATE in below._modules or any(stands(below, name) for name in below.__dict__) for _, below in walk(module)
+        STATE in below._modules or any(stands(below, name) for name in below.__dict__)
+        for _, below in walk(module)
     )

@@ -1,4 +1,5 @@
-"""From (model, config) to a plan: which weight gets which rank, who reads it, and what is trained in full.
+"""From (model, config) to a plan: which weight gets which rank, who reads it, and what is trained
+in full.
 
 plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
 """
@@ -36,10 +37,11 @@ class SkippedLayers(UserWarning):
 
 @dataclass(frozen=True)
 class LowRankPlan:
-    """One weight to change: its owner, every module that holds it (the owner first), and every method that reads it
-    past those. ``rows`` are the outputs to change, None for all of them; ``tokens`` the rows of an embedding
-    or head that are trained in full, beside a change of this rank, or (rank 0) alone. ``module_only``: those who read
-    the weight past its modules read it unchanged, as in PEFT, so that there are no ``weight_readers``."""
+    """One weight to change: its owner, every module that holds it (the owner first), and every
+    method that reads it past those. ``rows`` are the outputs to change, None for all of them;
+    ``tokens`` the rows of an embedding or head that are trained in full, beside a change of this
+    rank, or (rank 0) alone. ``module_only``: those who read the weight past its modules read it
+    unchanged, as in PEFT, so that there are no ``weight_readers``."""
 
     path: str
     weight: str
@@ -70,8 +72,9 @@ class LowRankPlan:
 
 @dataclass(frozen=True)
 class Plans:
-    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are trained in full.
-    ``full_readers`` read those past their modules; ``apart`` are tied ones with values of their own in this adapter."""
+    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are
+    trained in full. ``full_readers`` read those past their modules; ``apart`` are tied ones with
+    values of their own in this adapter."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -83,13 +86,16 @@ class Plans:
 
 @in_turn
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
-    """What ``config`` means for ``model``. Nothing is changed. ``TargetError``: with every problem."""
+    """What ``config`` means for ``model``. Nothing is changed. ``TargetError``: with every
+    problem."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
     problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
     if config.variant not in VARIANTS.names():
         found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
-        problems.append(sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists"))
+        problems.append(
+            sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists")
+        )
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     planner = _Planner(model, config, problems)
@@ -101,8 +107,12 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     refusals.check_full(names, full, problems, planner.frozen)
     for path, name in {ref for entry in low for ref in entry.holders}:
         if name in full.get(path, ()):
-            found = f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
-            problems.append(sentence(found, "one of them", "leave one of the tied modules out of train_also"))
+            found = (
+                f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
+            )
+            problems.append(
+                sentence(found, "one of them", "leave one of the tied modules out of train_also")
+            )
     problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
     if callable(config.targets):
@@ -116,7 +126,9 @@ def _not_a_config(config: Any) -> ConfigError:
         return ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
     found, expected = f"a {type(config).__name__} of PEFT for a config", "a veneer.LoraConfig"
     if config.peft_type != "LORA":
-        return ConfigError(found, expected, "docs/from-peft.md names what Veneer has for PEFT's other tuners")
+        return ConfigError(
+            found, expected, "docs/from-peft.md names what Veneer has for PEFT's other tuners"
+        )
     call, left_out = translate_config(config)
     more = f"; docs/from-peft.md has {listing(left_out)}" if left_out else ""
     return ConfigError(found, expected, f"use {call}{more}")
@@ -132,35 +144,47 @@ class _Planner:
         self.also: list[str] = []
 
     def targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
-        """The targets that are left for the adapter, and those of an untrained head, which is trained in full."""
+        """The targets that are left for the adapter, and those of an untrained head, which is
+        trained in full."""
         names, config = self.names, self.config
         targets, more = targeting.select(names, config)
         self.problems += more
         self.also = targeting.expand(names, config.train_also, "train_also", self.problems)
         explicit = callable(config.targets) or any(word not in WORDS for word in self.words)
-        for path in dict.fromkeys(path for path, _ in targets if path in self.also) if explicit else ():
+        for path in (
+            dict.fromkeys(path for path, _ in targets if path in self.also) if explicit else ()
+        ):
             found = f"{path!r} in targets and in train_also"
             self.problems.append(sentence(found, "one of them", "leave it out of the other"))
         head = [] if explicit else self.untrained_head()
         targets = [ref for ref in targets if ref[0] not in self.also and ref not in head]
         targets = self.attachable(targets) if "all" in self.words else targets
-        for field_name, patterns in (("ranks", config.ranks), ("alphas", config.alphas), ("slices", config.slices)):
+        for field_name, patterns in (
+            ("ranks", config.ranks),
+            ("alphas", config.alphas),
+            ("slices", config.slices),
+        ):
             self.problems += targeting.unmatched(names, patterns, field_name, targets)
         return targets, head
 
     def untrained_head(self) -> list[ParamRef]:
-        """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of random values would
-        leave the head to whoever loads the adapter."""
+        """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of
+        random values would leave the head to whoever loads the adapter."""
         if "all-linear" not in self.words:
             return []
         found, left_out = fresh(self.names), targeting.excluded(self.names, self.config, [])
-        head = targeting.fresh_head(self.names, [ref for key, ref in found.items() if key not in self.frozen])
+        head = targeting.fresh_head(
+            self.names, [ref for key, ref in found.items() if key not in self.frozen]
+        )
         return [ref for ref in head if ref not in left_out]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that can carry an adapter; a warning tells of the others: "all" means all that can."""
+        """The targets that can carry an adapter; a warning tells of the others: "all" means all
+        that can."""
         by_identity = holders(self.names)
-        without = {path: module for path, module in self.names.modules.items() if kind_of(module) is None}
+        without = {
+            path: module for path, module in self.names.modules.items() if kind_of(module) is None
+        }
         refused = {
             (path, ""): problem
             for path, module in without.items()
@@ -174,7 +198,11 @@ class _Planner:
                 refused[ref] = reasons[0]
         if refused:
             lines = "\n".join(f"  {reason}" for reason in refused.values())
-            warnings.warn(f'targets="all" leaves out {len(refused)} weights\n{lines}', SkippedLayers, stacklevel=5)
+            warnings.warn(
+                f'targets="all" leaves out {len(refused)} weights\n{lines}',
+                SkippedLayers,
+                stacklevel=5,
+            )
         return [ref for ref in targets if ref not in refused]
 
     def specs(self, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
@@ -187,16 +215,22 @@ class _Planner:
                 int(targeting.value_for(names, ref, config.ranks, config.rank)),
                 targeting.value_for(names, ref, config.alphas, alpha),
                 targeting.value_for(names, ref, config.slices, None),
-                # "all" means as much as each layer allows; a rank that was asked for a layer by name must fit
-                clamp="all" in self.words and targeting.value_for(names, ref, config.ranks, None) is None,
+                # "all" means as much as each layer allows; a rank that was asked for a layer by
+                # name must fit
+                clamp="all" in self.words
+                and targeting.value_for(names, ref, config.ranks, None) is None,
             )
             for ref in targets
             if is_matrix(names, ref)
         }
 
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
-        """``specs`` with the tokens that are trained: of a target, or (rank 0) of a weight that is none."""
-        tokens, by_identity = token_targets.wanted(self.names, self.config.trainable_tokens, self.problems), None
+        """``specs`` with the tokens that are trained: of a target, or (rank 0) of a weight that is
+        none."""
+        tokens, by_identity = (
+            token_targets.wanted(self.names, self.config.trainable_tokens, self.problems),
+            None,
+        )
         found = dict(specs)
         for ref, spec in specs.items() if tokens else ():
             by_identity = by_identity or holders(self.names)
@@ -205,20 +239,30 @@ class _Planner:
             if found[ref].tokens and self.config.dropout:
                 what = f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of {owner[0]!r}"
                 do = "use dropout=0, or exclude it from the targets"
-                self.problems.append(sentence(what, "one of them: trained rows are never dropped", do))
+                self.problems.append(
+                    sentence(what, "one of them: trained rows are never dropped", do)
+                )
         return found | {owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in tokens.items()}
 
     def full(self, vectors: Sequence[ParamRef], low: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """What is trained in full, by module: ``train_also``, targets without two axes, biases (of the modules ``low``
-        or of all), and their ties."""
+        """What is trained in full, by module: ``train_also``, targets without two axes, biases (of
+        the modules ``low`` or of all), and their ties."""
         names, bias = self.names, self.config.bias
         full = {
-            path: [n for n, own in names.modules[path]._parameters.items() if own is not None] for path in self.also
+            path: [n for n, own in names.modules[path]._parameters.items() if own is not None]
+            for path in self.also
         }
-        left_out = {*((path, "bias") for path in self.also), *targeting.excluded(names, self.config, [])}
+        left_out = {
+            *((path, "bias") for path in self.also),
+            *targeting.excluded(names, self.config, []),
+        }
         others = [path for path in names.modules if (path, "bias") not in left_out]
         candidates = {"none": (), "targets": low, "all": others}[bias]
-        biases = [(path, "bias") for path in candidates if names.modules[path]._parameters.get("bias") is not None]
+        biases = [
+            (path, "bias")
+            for path in candidates
+            if names.modules[path]._parameters.get("bias") is not None
+        ]
         if bias != "none" and not biases:
             found = f"bias={bias!r} and no bias there"
             self.problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
@@ -228,14 +272,18 @@ class _Planner:
 
 
 def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes or replaces, under each name of a tied one."""
+    """(path, name) of every parameter that an adapter changes or replaces, under each name of a
+    tied one."""
     in_full = [(path, name) for path, parameters in full.items() for name in parameters]
     return [*(ref for entry in low for ref in entry.holders), *in_full]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """``full`` with every other module that holds the same parameters: a tie is trained as one."""
-    by_identity, whole = holders(names), {path: dict.fromkeys(parameters) for path, parameters in full.items()}
+    by_identity, whole = (
+        holders(names),
+        {path: dict.fromkeys(parameters) for path, parameters in full.items()},
+    )
     for path, name in changed_refs((), full):
         for other, other_name in by_identity.get(id(names.modules[path]._parameters.get(name)), ()):
             whole.setdefault(other, {})[other_name] = None
@@ -244,11 +292,16 @@ def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tupl
 
 def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
     refs = changed_refs((), full)
-    return tuple(dict.fromkeys(weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)))
+    return tuple(
+        dict.fromkeys(
+            weight_reader for ref in refs for weight_reader in weight_readers(names, *ref)
+        )
+    )
 
 
 def is_matrix(names: Names, ref: ParamRef) -> bool:
-    """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes that count."""
+    """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes
+    that count."""
     path, name = ref
     module = names.modules[path]
     kind = kind_of(module)
@@ -259,9 +312,9 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool for each equal part.
-    ``clamp`` lowers the rank to what the shape allows; rank 0 is no change but that of the ``tokens``. ``module_only``:
-    as in ``LowRankPlan``."""
+    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool
+    for each equal part. ``clamp`` lowers the rank to what the shape allows; rank 0 is no change but
+    that of the ``tokens``. ``module_only``: as in ``LowRankPlan``."""
 
     rank: int
     alpha: float
@@ -271,20 +324,29 @@ class TargetSpec:
     module_only: bool = False
 
 
-def plan_low(names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]) -> list[LowRankPlan]:
-    """A plan for each weight in ``specs``, with every module that holds or reads it; problems are added."""
+def plan_low(
+    names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
+) -> list[LowRankPlan]:
+    """A plan for each weight in ``specs``, with every module that holds or reads it; problems are
+    added."""
     by_identity = holders(names)
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
         found = list(refusals.refusals_of(names, ref, by_identity))
         problems += found
-        entry = None if found else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
+        entry = (
+            None
+            if found
+            else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
+        )
         if entry is not None:
             plans.setdefault(entry.ref, entry)
     return list(plans.values())
 
 
-def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]) -> LowRankPlan | None:
+def _low_plan(
+    names: Names, refs: list[ParamRef], spec: TargetSpec, problems: list[str]
+) -> LowRankPlan | None:
     path, name = refs[0]
     module = names.modules[path]
     layer, weight = kind_for(module, name), weight_of(module, name)
@@ -297,7 +359,9 @@ def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: li
         if rows is None:
             found = f"slices {list(spec.slices)!r} for {where}, which has {dims.out} outputs"
             expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
-            problems.append(sentence(found, expected, "correct them, for instance [True, False, True]"))
+            problems.append(
+                sentence(found, expected, "correct them, for instance [True, False, True]")
+            )
             return None
     if spec.tokens is not None:
         wrong = list(token_targets.token_problems(names, refs[0], spec.tokens, refs))
@@ -314,7 +378,18 @@ def _low_plan(names: Names, refs: list[ParamRef], spec: TargetSpec, problems: li
     past = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
     above = () if spec.module_only else tuple(dict.fromkeys(past))
     return LowRankPlan(
-        path, name, layer, storage, dims, rank, spec.alpha, tuple(refs), above, rows, spec.tokens, spec.module_only
+        path,
+        name,
+        layer,
+        storage,
+        dims,
+        rank,
+        spec.alpha,
+        tuple(refs),
+        above,
+        rows,
+        spec.tokens,
+        spec.module_only,
     )
 
 

@@ -1,9 +1,10 @@
 """A word where torch's quantisation would pass an adapted layer by.
 
-``torch.ao.quantization`` swaps layers by their exact class, which an adapted layer no longer has: it stays in floating
-point, merged or not, and nothing says so. Whatever of that package looks at a layer first gives it an attribute
-``qconfig``; that is where an adapted layer speaks. Rejected: to answer to the exact class. A layer of int8 made
-from one would lose its adapters with everything else.
+``torch.ao.quantization`` swaps layers by their exact class, which an adapted layer no longer has:
+it stays in floating point, merged or not, and nothing says so. Whatever of that package looks at a
+layer first gives it an attribute ``qconfig``; that is where an adapted layer speaks. Rejected: to
+answer to the exact class. A layer of int8 made from one would lose its adapters with everything
+else.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ class Qconfig:
             raise AttributeError("qconfig") from None
 
     def __set__(self, module: Any, value: Any) -> None:
-        if value is None:  # what torch gives a class that it does not know; kept, it would hold for the plain layer too
+        if (
+            value is None
+        ):  # what torch gives a class that it does not know; kept, it would hold for the plain layer too
             module.__dict__.pop("qconfig", None)
         else:
             module.__dict__["qconfig"] = value
         found = "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the exact class"
         do = "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a plain model"
         text = sentence(found, "plain layers to quantise", do)
-        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))  # torch's own wrapper
+        warn_caller(
+            text, NotQuantized, within=("veneer", "torch", "typing_extensions")
+        )  # torch's own wrapper
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__["qconfig"]

@@ -1,10 +1,13 @@
-"""Weights W + ΔW that are made when somebody reads them and again in backward, and held in between by nobody.
+"""Weights W + ΔW that are made when somebody reads them and again in backward, and held in between
+by nobody.
 
-Here a module's table of parameters makes the tensor at each read; what autograd saves of it is a note of how to make it
-again; and the gradient of the weight goes into that of the few adapter parameters before the next one comes.
+Here a module's table of parameters makes the tensor at each read; what autograd saves of it is a
+note of how to make it again; and the gradient of the weight goes into that of the few adapter
+parameters before the next one comes.
 
-Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the base), and a tensor
-subclass that is made by each operation (what a forward does with its type, or below Python, would fail).
+Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the
+base), and a tensor subclass that is made by each operation (what a forward does with its type, or
+below Python, would fail).
 """
 
 from __future__ import annotations
@@ -25,21 +28,24 @@ Make = Callable[[], Tensor]
 
 
 class _Note(NamedTuple):
-    """In place of a saved tensor: how to make it, and its size, strides and offset in what is made."""
+    """In place of a saved tensor: how to make it, and its size, strides and offset in what is
+    made."""
 
     make: Make
     place: tuple[torch.Size, tuple[int, ...], int]
 
 
 class Recomputed:
-    """Makes ``gain ⊙ (W + ΔW)`` of changes, and remembers of which change a tensor is as long as that lives."""
+    """Makes ``gain ⊙ (W + ΔW)`` of changes, and remembers of which change a tensor is as long as
+    that lives."""
 
     def __init__(self) -> None:
         self.living: dict[int, tuple[torch.dtype, Make]] = {}
         self.latest: tuple[int, Tensor] | None = None
 
     def read(self, change: Change, weight: Any) -> Tensor:
-        """The changed weight, in the dtype of ``weight`` and differentiable in the change's parameters."""
+        """The changed weight, in the dtype of ``weight`` and differentiable in the change's
+        parameters."""
         if self.latest is not None and self.latest[0] == id(change):
             return self.latest[1]  # a forward that asks for its dtype first
         self.latest = None
@@ -69,11 +75,13 @@ class Recomputed:
 
 
 class Reads(dict[str, Any]):
-    """A module's table of parameters, in which some are made by each read, of what lies there then: ``made`` takes it.
-    Where weights are ``spread`` over processes, that is what FSDP2 has gathered and put there. Otherwise what somebody
-    writes is what he reads."""
+    """A module's table of parameters, in which some are made by each read, of what lies there then:
+    ``made`` takes it. Where weights are ``spread`` over processes, that is what FSDP2 has gathered
+    and put there. Otherwise what somebody writes is what he reads."""
 
-    def __init__(self, own: dict[str, Any], made: dict[str, Callable[[Any], Tensor]], spread: bool = False) -> None:
+    def __init__(
+        self, own: dict[str, Any], made: dict[str, Callable[[Any], Tensor]], spread: bool = False
+    ) -> None:
         super().__init__(own)
         self.made, self.spread = made, spread
 
@@ -103,7 +111,8 @@ class Reads(dict[str, Any]):
 
 
 class Kept:
-    """The same parameters for whoever keeps what it reads (a recurrence's list): later reads give that same tensor."""
+    """The same parameters for whoever keeps what it reads (a recurrence's list): later reads give
+    that same tensor."""
 
     def __init__(self, reads: Reads) -> None:
         self.reads = reads
@@ -117,7 +126,8 @@ class Kept:
 
 @torch.no_grad()
 def values(change: Change, weight: Any) -> Tensor:
-    """``change.changed`` in the dtype of the weight, computed in at least float32 and in the memory of ΔW."""
+    """``change.changed`` in the dtype of the weight, computed in at least float32 and in the memory
+    of ΔW."""
     low, gain = change.resolve(weight)
     sum_ = _sum(change, weight, low)
     if gain is not None:
@@ -132,9 +142,9 @@ def _sum(change: Change, weight: Any, low: LowRank) -> Tensor:
 
 
 class _Changed(torch.autograd.Function):
-    """``values``, of which nothing is saved: backward asks for the change anew. With s = gain, spread over the weight,
-    and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G and ∂s = G ⊙ (W + ΔW); how both depend on the
-    parameters, autograd knows."""
+    """``values``, of which nothing is saved: backward asks for the change anew. With s = gain,
+    spread over the weight, and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G
+    and ∂s = G ⊙ (W + ΔW); how both depend on the parameters, autograd knows."""
 
     @staticmethod
     def forward(ctx: Any, change: Change, weight: Any, *parameters: Tensor) -> Tensor:
@@ -149,7 +159,11 @@ class _Changed(torch.autograd.Function):
             low, gain = change.resolve(weight)
             delta = change.layer.fold(low.delta(wide), shape)
             scale = None if gain is None else change.layer.spread(gain.to(wide), change.dims, shape)
-            edges = [get_gradient_edge(one) for one in (delta, scale) if one is not None and one.requires_grad]
+            edges = [
+                get_gradient_edge(one)
+                for one in (delta, scale)
+                if one is not None and one.requires_grad
+            ]
             low, there = LowRank(low.A.detach(), low.B.detach(), low.scale), delta.requires_grad
             del delta  # whose memory the gradient may have
         given, parts = gradient.to(wide), []
@@ -160,4 +174,8 @@ class _Changed(torch.autograd.Function):
         del given
         trained = [value for value in change.parameters() if value.requires_grad]
         found = iter(torch.autograd.grad(edges, trained, parts, allow_unused=True))
-        return None, None, *(next(found) if number.requires_grad else None for number in change.parameters())
+        return (
+            None,
+            None,
+            *(next(found) if number.requires_grad else None for number in change.parameters()),
+        )

@@ -1,8 +1,11 @@
-"""How many tokens of each row of a batch a module of experts gets, whose inputs have rows and time as one axis.
+"""How many tokens of each row of a batch a module of experts gets, whose inputs have rows and time
+as one axis.
 
-    hidden [rows, time, n]  --block-->  [rows · time, n], with the experts of each token [rows · time, k] beside it
+    hidden [rows, time, n] --block--> [rows · time, n], with the experts of each token [rows · time,
+    k] beside it
 
-A block of a mixture flattens its input before it routes, so the module of experts below it no longer sees rows.
+A block of a mixture flattens its input before it routes, so the module of experts below it no
+longer sees rows.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from torch.utils import _pytree as pytree
 def tokens_a_row(module: nn.Module, inputs: Any, count: int) -> int | None:
     """Tokens of each of ``count`` rows, or None where that cannot be told.
 
-    It can if the module holds a stack of matrices and is given routed tokens: floats [tokens, n], integers that choose
-    a matrix of the stack for each token, and nothing of another length. If the floats are a view of a tensor with more
-    axes, that must have the rows first.
+    It can if the module holds a stack of matrices and is given routed tokens: floats [tokens, n],
+    integers that choose a matrix of the stack for each token, and nothing of another length. If the
+    floats are a view of a tensor with more axes, that must have the rows first.
     """
     stacks = {len(own) for own in module._parameters.values() if own is not None and own.dim() == 3}
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -31,7 +34,12 @@ def tokens_a_row(module: nn.Module, inputs: Any, count: int) -> int | None:
     if tokens % count or any(leaf.dim() == 0 or len(leaf) != tokens for leaf in tensors):
         return None
     before = hidden._base
-    if before is not None and before.dim() > 2 and before.numel() == hidden.numel() and before.shape[0] != count:
+    if (
+        before is not None
+        and before.dim() > 2
+        and before.numel() == hidden.numel()
+        and before.shape[0] != count
+    ):
         return None
     return tokens // count
 

@@ -1,8 +1,8 @@
 """Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
 
-The selection belongs to the ``with`` block in its thread or asyncio task, and in a generator to the steps of that (see
-``veneer.context``). Activation checkpointing runs layers again during backward, so keep the backward pass inside the
-block too.
+The selection belongs to the ``with`` block in its thread or asyncio task, and in a generator to the
+steps of that (see ``veneer.context``). Activation checkpointing runs layers again during backward,
+so keep the backward pass inside the block too.
 """
 
 from __future__ import annotations
@@ -30,31 +30,37 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class use:
-    """A context manager that selects the adapter ``name`` of ``model``, or the base alone with None.
+    """A context manager that selects the adapter ``name`` of ``model``, or the base alone with
+    None.
 
-    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight, and for each parameter that is trained
-    in full, whatever the adapters' layers, variants and ranks are. The blended weights are formed in every call, and
-    gradients reach each of the adapters. A weight of 0 leaves an adapter out.
+    A mapping {name: weight} selects a blend: W + Σ wᵢ (W′ᵢ − W) for each weight, and for each
+    parameter that is trained in full, whatever the adapters' layers, variants and ranks are. The
+    blended weights are formed in every call, and gradients reach each of the adapters. A weight of
+    0 leaves an adapter out.
 
-    A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a", None, {"a": 0.7,
-    "b": 0.3}]):``. Every layer then runs once for each distinct choice.
+    A sequence of such choices selects one for each row of the batch: ``with veneer.use(model, ["a",
+    None, {"a": 0.7, "b": 0.3}]):``. Every layer then runs once for each distinct choice.
 
-    A block in a generator holds while the generator runs. Between two steps, a call that selects nothing for itself is
-    an error, as its caller may mean the block or not. As a decorator, ``@veneer.use(model, "a")`` selects in each call
-    of a function, and of a generator, asynchronous or not, in its steps alone: nothing holds between them.
+    A block in a generator holds while the generator runs. Between two steps, a call that selects
+    nothing for itself is an error, as its caller may mean the block or not. As a decorator,
+    ``@veneer.use(model, "a")`` selects in each call of a function, and of a generator, asynchronous
+    or not, in its steps alone: nothing holds between them.
 
     Args:
-        path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that have both; None
-            leaves it to the plan.
+        path: "factored" or "materialised" overrides what ``Handle.plan`` says for the layers that
+            have both; None leaves it to the plan.
 
     Raises:
-        SelectionError: there is no such adapter, or no such path; a blend of nothing, a weight that is no finite
-            number. In a call: a blend in training mode at a module with running statistics, which belong to one
-            adapter; between two steps of a generator with an open block. As the block ends: blocks that were entered
-            by hand are left in another order, or in another thread or task.
+        SelectionError: there is no such adapter, or no such path; a blend of nothing, a weight that
+            is no finite number. In a call: a blend in training mode at a module with running
+            statistics, which belong to one adapter; between two steps of a generator with an open
+            block. As the block ends: blocks that were entered by hand are left in another order, or
+            in another thread or task.
     """
 
-    def __init__(self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, name: Choice | Sequence[Choice], *, path: str | None = None
+    ) -> None:
         if path not in (None, cost_model.FACTORED, cost_model.MATERIALISED):
             do = f"use {cost_model.FACTORED!r}, {cost_model.MATERIALISED!r} or None"
             raise SelectionError(f"path={path!r}", "a way to compute an adapted layer", do)
@@ -65,7 +71,9 @@ class use:
         if name is None or isinstance(name, str | Mapping):
             self._selected = selected(model, name)
         elif isinstance(name, Iterable) and not isinstance(name, Set):
-            distinct: dict[str | None, ActiveAdapter] = {}  # a blend's name says its weights to the last digit
+            distinct: dict[
+                str | None, ActiveAdapter
+            ] = {}  # a blend's name says its weights to the last digit
             rows = [selected(model, one) for one in name]
             rows = [distinct.setdefault(one.name, one) for one in rows]
             self._selected = by_rows(unwrap(model), attached, rows)
@@ -81,7 +89,8 @@ class use:
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
             found = (
-                f"`veneer.use(…, {self._name!r})` left out of order, or in another thread or task than it was entered"
+                f"`veneer.use(…, {self._name!r})` left out of order, "
+                "or in another thread or task than it was entered"
             )
             do = "leave blocks where they were entered, the last one first, as `with` does"
             raise SelectionError(found, "the block that was entered last here", do)
@@ -90,15 +99,19 @@ class use:
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
 
     def __call__(self, function: Function) -> Function:
-        """``function`` with this selection in its calls, or in the steps of the generators that it returns."""
+        """``function`` with this selection in its calls, or in the steps of the generators that it
+        returns."""
         self._entered = True
-        return stepwise(lambda: context.changed({self._uid: self._selected}, **self._path), function)
+        return stepwise(
+            lambda: context.changed({self._uid: self._selected}, **self._path), function
+        )
 
     def __del__(self) -> None:
         # A bare call looks like a switch that stays on, and would silently do nothing.
         if not getattr(self, "_entered", True):
             warnings.warn(
-                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing", stacklevel=2
+                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing",
+                stacklevel=2,
             )
 
 
@@ -113,7 +126,10 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
         raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
     finite_weights(choice)
     if None in choice:
-        found, expected = "the weight of None in a blend", "names alone: what is missing to 1 is the base's anyway"
+        found, expected = (
+            "the weight of None in a blend",
+            "names alone: what is missing to 1 is the base's anyway",
+        )
         raise SelectionError(found, expected, "leave it out")
     uses = [(selected(model, name), weight) for name, weight in choice.items()]
     uses = [(one, weight) for one, weight in uses if weight]
@@ -121,8 +137,8 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
 
 
 def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:
-    """A function whose calls run in a new ``block`` each. Of a generator function, asynchronous or not, these are the
-    steps of the generator: no block is open while it is suspended."""
+    """A function whose calls run in a new ``block`` each. Of a generator function, asynchronous or
+    not, these are the steps of the generator: no block is open while it is suspended."""
 
     @functools.wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Any:

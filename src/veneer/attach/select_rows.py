@@ -1,12 +1,15 @@
-"""Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]): model(x)``.
+"""Rows of one batch that use different adapters: ``with veneer.use(model, ["a", None, "b"]):
+model(x)``.
 
-Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts the outputs back in
-order. What such a run calls below uses that one adapter too. That is right for every layer whose inputs hold the rows
-along an axis that its kind knows (``Layer.take``), and an error for any other.
+Every layer takes the rows of each distinct adapter out of its inputs, runs on them alone, and puts
+the outputs back in order. What such a run calls below uses that one adapter too. That is right for
+every layer whose inputs hold the rows along an axis that its kind knows (``Layer.take``), and an
+error for any other.
 
-A linear layer has one product with its weight for all rows instead, where that is plain and frozen: on a processor if
-the rows of an adapter are neighbours (``kernels/spans.py``), with gradients to all of them; on a device, where a launch
-is dear, for plain changes, which are two products of all rows there (``kernels/batched.py``).
+A linear layer has one product with its weight for all rows instead, where that is plain and frozen:
+on a processor if the rows of an adapter are neighbours (``kernels/spans.py``), with gradients to
+all of them; on a device, where a launch is dear, for plain changes, which are two products of all
+rows there (``kernels/batched.py``).
 """
 
 from __future__ import annotations
@@ -42,18 +45,31 @@ _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dt
 
 
 class Parts(Mapping[Any, Any]):
-    """The part at a layer: that of each distinct adapter, for its rows. ``selections``: what the rows use, each once;
-    ``rows`` are the indices of those that use it, ``count`` is how many rows there are in all. ``time_first``: whether
-    the model has a module whose inputs hold the rows along the second axis."""
+    """The part at a layer: that of each distinct adapter, for its rows. ``selections``: what the
+    rows use, each once; ``rows`` are the indices of those that use it, ``count`` is how many rows
+    there are in all. ``time_first``: whether the model has a module whose inputs hold the rows
+    along the second axis."""
 
     def __init__(
-        self, uid: str, selections: Sequence[ActiveAdapter], rows: Sequence[Tensor], count: int, time_first: bool
+        self,
+        uid: str,
+        selections: Sequence[ActiveAdapter],
+        rows: Sequence[Tensor],
+        count: int,
+        time_first: bool,
     ) -> None:
-        self.uid, self.selections, self.rows, self.count, self.time_first = uid, selections, rows, count, time_first
+        self.uid, self.selections, self.rows, self.count, self.time_first = (
+            uid,
+            selections,
+            rows,
+            count,
+            time_first,
+        )
         #: False: every row uses the base alone, and layers only see whether there are so many rows
         self.adapted = any(selected is not BASE for selected in selections)
         self.order = torch.cat(list(rows)).argsort()
-        #: of each of the selections the first row and the one after the last, if its rows are neighbours, in order
+        # : of each of the selections the first row and the one after the last, if its rows are
+        # neighbours, in order
         self.spans = _spans(rows)
         self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
         self._made: dict[Any, Tensor] = {}
@@ -62,7 +78,9 @@ class Parts(Mapping[Any, Any]):
         self.of_row = [places[row] for row in range(count)]
 
     def __getitem__(self, key: Any) -> Any:
-        parts = [selected.table.get(key) for selected in self.selections]  # or an error: one is gone
+        parts = [
+            selected.table.get(key) for selected in self.selections
+        ]  # or an error: one is gone
         known = self._by_rows.get(key)
         if known is None or known.parts != parts:
             if all(part is None for part in parts) and self.adapted:
@@ -80,9 +98,13 @@ class Parts(Mapping[Any, Any]):
         return not (self.time_first and x.ndim > 2 and x.shape[1] == self.count)
 
     def on(self, inputs: Any) -> tuple[Sequence[Tensor], Tensor]:
-        """``rows`` and ``order`` on the device of a call's inputs, brought there at once and kept."""
+        """``rows`` and ``order`` on the device of a call's inputs, brought there at once and
+        kept."""
         if not isinstance(inputs, Tensor):
-            inputs = next((leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), self.order)
+            inputs = next(
+                (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)),
+                self.order,
+            )
         if inputs.is_cpu:
             return self.rows, self.order
         device = inputs.device
@@ -108,14 +130,16 @@ class Parts(Mapping[Any, Any]):
         key = *parts, like.dtype, like.device
         if key not in self._made:
             with torch.inference_mode(False):
-                found = torch.tensor([parts[place] for place in self.of_row], dtype=like.dtype)[:, None, None]
+                found = torch.tensor([parts[place] for place in self.of_row], dtype=like.dtype)[
+                    :, None, None
+                ]
                 self._made[key] = found.to(like.device, non_blocking=True)
         return self._made[key]
 
     @contextmanager
     def only(self, selected: ActiveAdapter, nothing_below: bool = False) -> Iterator[None]:
-        """A block in which one of the adapters is selected alone, with its own random numbers; ``nothing_below`` would
-        ask what is selected."""
+        """A block in which one of the adapters is selected alone, with its own random numbers;
+        ``nothing_below`` would ask what is selected."""
         if selected.stream is None and nothing_below:
             yield
             return
@@ -126,15 +150,18 @@ class Parts(Mapping[Any, Any]):
             yield
 
     def __iter__(self):
-        return iter(dict.fromkeys(key for selected in self.selections for key in selected.parts or ()))
+        return iter(
+            dict.fromkeys(key for selected in self.selections for key in selected.parts or ())
+        )
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
 
 class _ByRows:
-    """Stands where a ``LayerAdapter`` stands, for calls of these rows. ``changes``: those of the parts that change
-    something here, and ``bounds`` the rows of each, if every one is plain and the rows of an adapter are neighbours."""
+    """Stands where a ``LayerAdapter`` stands, for calls of these rows. ``changes``: those of the
+    parts that change something here, and ``bounds`` the rows of each, if every one is plain and the
+    rows of an adapter are neighbours."""
 
     def __init__(self, whole: Parts, parts: Sequence[Any]) -> None:
         self.whole, self.parts = whole, parts
@@ -150,10 +177,13 @@ class _ByRows:
         self.others = self._others() if self.changes else []
 
     def _others(self) -> list[tuple[nn.Module, _ByRows]]:
-        """The layers that read the same x after this one, if they are the same for every adapter that changes it."""
+        """The layers that read the same x after this one, if they are the same for every adapter
+        that changes it."""
         parts = [part for part in self.parts if part is not None]
         members = [part.together.members for part in parts if part.together is not None]
-        if len(members) < len(parts) or any(own[0][1] is not part for own, part in zip(members, parts, strict=True)):
+        if len(members) < len(parts) or any(
+            own[0][1] is not part for own, part in zip(members, parts, strict=True)
+        ):
             return []
         modules = [[module for module, _ in own] for own in members]
         if any(own != modules[0] for own in modules):
@@ -189,8 +219,13 @@ class _ByRows:
             y = self._by_spans(module, layer_state, x, seeds) if y is None else y
             if y is not None:
                 return y
-        whole, kind = self.whole, (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
-        alone = all(child is layer_state for child in module._modules.values())  # nobody below asks what is selected
+        whole, kind = (
+            self.whole,
+            (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL],
+        )
+        alone = all(
+            child is layer_state for child in module._modules.values()
+        )  # nobody below asks what is selected
         tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
         if tokens is not None and tokens > 1 and whole.time_first:
             tokens = None
@@ -199,17 +234,33 @@ class _ByRows:
             raise _cannot_tell(module, refusal)
         outputs = []
         every, order = whole.on(args[0] if args and isinstance(args[0], Tensor) else (args, kwargs))
-        for selected, rows, part, seed in zip(whole.selections, every, self.parts, seeds, strict=True):
+        for selected, rows, part, seed in zip(
+            whole.selections, every, self.parts, seeds, strict=True
+        ):
             drawn = {} if seed is None else {"seed": seed}
             try:
-                own, named = kind.take(module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1))
+                own, named = kind.take(
+                    module, args, kwargs, spread(rows, tokens or 1), whole.count * (tokens or 1)
+                )
             except LookupError:
-                raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
+                raise _cannot_tell(
+                    module, f"whose inputs do not hold the {whole.count} rows of the batch"
+                ) from None
             with whole.only(selected, alone):
                 if part is None:
                     outputs.append(method_of(base, method)(module, *own, **named))
                 else:
-                    y = part.run(module, base, layer_state, own, named, now, share=False, method=method, **drawn)
+                    y = part.run(
+                        module,
+                        base,
+                        layer_state,
+                        own,
+                        named,
+                        now,
+                        share=False,
+                        method=method,
+                        **drawn,
+                    )
                     outputs.append(y)
         return kind.put(module, outputs, spread(order, tokens or 1))
 
@@ -224,21 +275,33 @@ class _ByRows:
         share: bool,
         method: str,
     ) -> Any:
-        """The output where all rows use the same: that of a plain call, if there are so many rows."""
+        """The output where all rows use the same: that of a plain call, if there are so many
+        rows."""
         whole, (part,), (selected,) = self.whole, self.parts, self.whole.selections
         kind = (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL]
         x = args[0] if len(args) == 1 and not kwargs else None
-        if not (type(kind).take is Layer.take and isinstance(x, Tensor) and x.ndim and len(x) == whole.count):
-            tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
+        if not (
+            type(kind).take is Layer.take
+            and isinstance(x, Tensor)
+            and x.ndim
+            and len(x) == whole.count
+        ):
+            tokens = (
+                tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
+            )
             first = spread(whole.rows[0][:1], tokens or 1)
             try:
                 kind.take(module, args, kwargs, first, whole.count * (tokens or 1))
             except LookupError:
-                raise _cannot_tell(module, f"whose inputs do not hold the {whole.count} rows of the batch") from None
+                raise _cannot_tell(
+                    module, f"whose inputs do not hold the {whole.count} rows of the batch"
+                ) from None
         alone = all(child is layer_state for child in module._modules.values())
         with whole.only(selected, alone):
             if part is not None:
-                return part.run(module, base, layer_state, args, kwargs, now, share=share, method=method)
+                return part.run(
+                    module, base, layer_state, args, kwargs, now, share=share, method=method
+                )
             if method == "forward":
                 return own_forward(module, base, *args, **kwargs)
             return method_of(base, method)(module, *args, **kwargs)
@@ -249,23 +312,36 @@ class _ByRows:
         for selected, part in zip(self.whole.selections, self.parts, strict=True):
             known = part.direct if isinstance(part, LayerAdapter) else None
             weight = None if known is None else module._parameters.get(known.weight)
-            if weight is None or not known.drops or not (fused.applies(x, weight) or device.applies(x, weight)):
+            if (
+                weight is None
+                or not known.drops
+                or not (fused.applies(x, weight) or device.applies(x, weight))
+            ):
                 seeds.append(None)  # the paths that take a seed are these
                 continue
             with selected.stream or nullcontext():
                 seeds.append(seed_of(module, part, x))
         return seeds
 
-    def _by_spans(self, module: Any, layer_state: Any, x: Any, seeds: Sequence[int | None]) -> Tensor | None:
-        """The output of a linear layer whose weight is plain, if each part is a low-rank change of that alone."""
+    def _by_spans(
+        self, module: Any, layer_state: Any, x: Any, seeds: Sequence[int | None]
+    ) -> Tensor | None:
+        """The output of a linear layer whose weight is plain, if each part is a low-rank change of
+        that alone."""
         whole, reader = self.whole, layer_state.layer
-        if not (whole.spans and layer_state.factors and layer_state.product and whole.are_rows_of(x)):
+        if not (
+            whole.spans and layer_state.factors and layer_state.product and whole.are_rows_of(x)
+        ):
             return None
         weight = module._parameters.get(reader.weight)
         bias = module._parameters.get("bias")
         if bias is None and getattr(module, "bias", None) is not None:
             return None  # pruned or parametrised since
-        if weight is None or not fused.applies(x, weight) or (bias is not None and bias.requires_grad):
+        if (
+            weight is None
+            or not fused.applies(x, weight)
+            or (bias is not None and bias.requires_grad)
+        ):
             return None
         if not all(part is None or _low_rank_alone(part) for part in self.parts):
             return None
@@ -278,14 +354,25 @@ class _ByRows:
             return None  # rows of ΔW are rescaled along what this layer reads as inputs
         tokens = x.shape[1:-1].numel()
         spans, A, B, gained = [], [], [], {}
-        for i, ((first, after), part, seed) in enumerate(zip(whole.spans, self.parts, seeds, strict=True)):
+        for i, ((first, after), part, seed) in enumerate(
+            zip(whole.spans, self.parts, seeds, strict=True)
+        ):
             if part is None or not part.changes:
                 continue
             if part.direct is not None:  # what `resolve` would say
                 own: Any = part.direct.change
                 A.append(own._parameters["A"])
                 B.append(own._parameters["B"])
-                spans.append(Span(first * tokens, after * tokens, own.rank, own.scale, part.direct.drops, seed or 0))
+                spans.append(
+                    Span(
+                        first * tokens,
+                        after * tokens,
+                        own.rank,
+                        own.scale,
+                        part.direct.drops,
+                        seed or 0,
+                    )
+                )
                 continue
             low, gain = lows[i]
             change = part.changes[reader.weight]
@@ -297,7 +384,9 @@ class _ByRows:
                 with whole.selections[i].stream or nullcontext():
                     seed = new_seed()
             low = low.T if layer_state.transposed else low
-            spans.append(Span(first * tokens, after * tokens, low.rank, low.scale, drops, seed or 0))
+            spans.append(
+                Span(first * tokens, after * tokens, low.rank, low.scale, drops, seed or 0)
+            )
             A.append(low.A)
             B.append(low.B)
         matrix = weight.mT if reader.out_axis == 1 else weight
@@ -305,8 +394,9 @@ class _ByRows:
         return self._with_gains(module, reader, x, y, bias, gained) if gained else y
 
     def _plain(self, module: Any, x: Any) -> Tensor | None:
-        """The output of a linear layer where each part is one plain change that drops nothing in this call, and those
-        of the layers that read the same x, if these are the same for every adapter (``fused_linear.Together``)."""
+        """The output of a linear layer where each part is one plain change that drops nothing in
+        this call, and those of the layers that read the same x, if these are the same for every
+        adapter (``fused_linear.Together``)."""
         spans = self._of_tokens(module, x)
         if spans is None:
             return None
@@ -347,20 +437,29 @@ class _ByRows:
             now += change.rank, change.scale
         if self._spans[0] != now:
             pairs = zip(self.bounds, self.changes, strict=True)
-            spans = (Span(first * tokens, after * tokens, own.rank, own.scale) for (first, after), own in pairs)
+            spans = (
+                Span(first * tokens, after * tokens, own.rank, own.scale)
+                for (first, after), own in pairs
+            )
             self._spans = now, tuple(spans)
         return self._spans[1]
 
     def _reads(self, module: Any) -> list[tuple[int, int]]:
         """What the output depends on besides x and the spans, to be compared."""
         own, known, (A, B) = module._parameters, self.known, self._factors()
-        return [*identities((own[known.weight], None if known.bias is None else own[known.bias], *A, *B))]
+        return [
+            *identities(
+                (own[known.weight], None if known.bias is None else own[known.bias], *A, *B)
+            )
+        ]
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
         factors = [change._parameters for change in self.changes]
         return [each["A"] for each in factors], [each["B"] for each in factors]
 
-    def _with_gains(self, module: Any, reader: Any, x: Tensor, y: Tensor, bias: Any, gained: dict[int, Any]) -> Tensor:
+    def _with_gains(
+        self, module: Any, reader: Any, x: Tensor, y: Tensor, bias: Any, gained: dict[int, Any]
+    ) -> Tensor:
         """y, of which these spans are x Wᵀ alone yet, and none has the bias."""
         spans: Any = self.whole.spans
         sizes, outputs = [after - first for first, after in spans], []
@@ -374,11 +473,15 @@ class _ByRows:
         return torch.cat(outputs)
 
     def _at_once(self, module: Any, x: Any) -> Tensor | None:
-        """The output of a linear layer on a device whose changes are plain; None where it is not that."""
+        """The output of a linear layer on a device whose changes are plain; None where it is not
+        that."""
         if not self.whole.are_rows_of(x) or x.is_cpu:
             return None
         known = next((part.direct for part in self.parts if isinstance(part, LayerAdapter)), None)
-        if known is None or not {known.weight, known.bias or known.weight} <= module._parameters.keys():
+        if (
+            known is None
+            or not {known.weight, known.bias or known.weight} <= module._parameters.keys()
+        ):
             return None
         whole, weight = self.whole, module._parameters[known.weight]
         if not device.applies_alike(x, weight):
@@ -388,7 +491,9 @@ class _ByRows:
             return None  # which is rounded once there
         pairs = [_factors(part, x) for part in self.parts]
         some = next((pair for pair in pairs if pair is not None), None)
-        if some is None or any(part is not None and pair is None for part, pair in zip(self.parts, pairs, strict=True)):
+        if some is None or any(
+            part is not None and pair is None for part, pair in zip(self.parts, pairs, strict=True)
+        ):
             return None
         A, B, scale = some
         if any(one.dtype != A.dtype for pair in pairs if pair is not None for one in pair[:2]):
@@ -398,23 +503,35 @@ class _ByRows:
         downs, ups, _ = zip(*(filled[place] for place in whole.of_row), strict=True)
         zeros = whole.zeros(max(map(len, downs)) * max(weight.shape), A)
         scale = scale if len({*scales}) == 1 else whole.scales(scales, x)
-        return batched.linear(x, weight.mT if known.flipped else weight, bias, downs, ups, scale, zeros)
+        return batched.linear(
+            x, weight.mT if known.flipped else weight, bias, downs, ups, scale, zeros
+        )
 
     def _refusal(self, kind: Layer, inputs: Any, alone: bool, routed: bool) -> str | None:
-        """Why the rows of a call cannot be told, or None: an object that no rows can be taken out of, or two axes that
-        count the rows: in a model that puts time first, or of a mask of [time, time] where a module runs others."""
+        """Why the rows of a call cannot be told, or None: an object that no rows can be taken out
+        of, or two axes that count the rows: in a model that puts time first, or of a mask of [time,
+        time] where a module runs others."""
         for value in () if alone else _objects(inputs):
             return f"given a {type(value).__name__}, which cannot be divided into rows"
         if routed or type(kind).take is not Layer.take:
             return None
-        square, leaves = (self.whole.count,) * 2, [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        square, leaves = (
+            (self.whole.count,) * 2,
+            [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)],
+        )
         masks = not alone and len(leaves) > 1
         unclear = any(
-            masks if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool) else self.whole.time_first
+            masks
+            if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
+            else self.whole.time_first
             for x in leaves
             if x.shape[:2] == square
         )
-        return f"with {self.whole.count} along two axes, of which either may be the rows" if unclear else None
+        return (
+            f"with {self.whole.count} along two axes, of which either may be the rows"
+            if unclear
+            else None
+        )
 
 
 def _factors(part: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
@@ -429,12 +546,20 @@ def _factors(part: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
 
 def _low_rank_alone(part: Any) -> bool:
     """Whether a part does nothing but change weights of its layer at a low rank."""
-    return isinstance(part, LayerAdapter) and not part.read_below and not (part.full._parameters or part.full._buffers)
+    return (
+        isinstance(part, LayerAdapter)
+        and not part.read_below
+        and not (part.full._parameters or part.full._buffers)
+    )
 
 
 def _spans(rows: Sequence[Tensor]) -> list[tuple[int, int]] | None:
     flat = [row for own in rows for row in own.tolist()]
-    return [*pairwise(accumulate(map(len, rows), initial=0))] if flat == list(range(len(flat))) else None
+    return (
+        [*pairwise(accumulate(map(len, rows), initial=0))]
+        if flat == list(range(len(flat)))
+        else None
+    )
 
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
@@ -443,7 +568,8 @@ def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
 
 
 def _objects(value: Any) -> Iterator[Any]:
-    """What in a call's arguments may hold rows where nobody can take them out, such as a cache of keys and values."""
+    """What in a call's arguments may hold rows where nobody can take them out, such as a cache of
+    keys and values."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if type(value) in (tuple, list):
@@ -453,14 +579,24 @@ def _objects(value: Any) -> Iterator[Any]:
         yield value
 
 
-def by_rows(model: nn.Module, attached: ModelAdapters, selections: Sequence[ActiveAdapter]) -> ActiveAdapter:
-    """A selection that uses ``selections[i]`` for row i; rows that use the same hold the same object."""
+def by_rows(
+    model: nn.Module, attached: ModelAdapters, selections: Sequence[ActiveAdapter]
+) -> ActiveAdapter:
+    """A selection that uses ``selections[i]`` for row i; rows that use the same hold the same
+    object."""
     distinct = list(dict.fromkeys(selections))
     if not distinct:
-        raise SelectionError("no names", "one name or None for each row", "name an adapter for each row")
-    rows = [torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu") for own in distinct]
+        raise SelectionError(
+            "no names", "one name or None for each row", "name an adapter for each row"
+        )
+    rows = [
+        torch.tensor([i for i, one in enumerate(selections) if one is own], device="cpu")
+        for own in distinct
+    ]
     parts = Parts(attached.uid, distinct, rows, len(selections), time_first(model))
-    merged = distinct[0].name if len(distinct) == 1 and distinct[0].name == attached.merged else None
+    merged = (
+        distinct[0].name if len(distinct) == 1 and distinct[0].name == attached.merged else None
+    )
     return ActiveAdapter(merged, parts, same_weights(distinct))
 
 

@@ -1,7 +1,9 @@
-"""Parameters that share memory without being one: ``head.weight.data = emb.weight.data``, a transpose, a view.
+"""Parameters that share memory without being one: ``head.weight.data = emb.weight.data``, a
+transpose, a view.
 
-The other one's layer would go on with W where the first has W + ΔW, until a merge, which writes memory, changed both.
-Views into one buffer that share no byte of it (FSDP's) are no overlap, and neither is memory that is not there.
+The other one's layer would go on with W where the first has W + ΔW, until a merge, which writes
+memory, changed both. Views into one buffer that share no byte of it (FSDP's) are no overlap, and
+neither is memory that is not there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ _Span = tuple[str, int, int, int]
 
 
 def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
-    """A problem for each of these parameters that shares memory with another one of the model, or with itself."""
+    """A problem for each of these parameters that shares memory with another one of the model, or
+    with itself."""
     chosen = {id(weight_of(names.modules[path], name)) for path, name in refs}
     parameters: list[tuple[str, Tensor]] = []
     spans: list[_Span] = []
@@ -31,12 +34,21 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
         seen.add(id(parameter))
         where = ".".join(ref).lstrip(".")
         if id(parameter) in chosen and _overlaps_itself(parameter):
-            found = f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
-            yield sentence(found, "a weight whose elements can change one by one", f"set {where} to a clone of it")
+            found = (
+                f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
+            )
+            yield sentence(
+                found,
+                "a weight whose elements can change one by one",
+                f"set {where} to a clone of it",
+            )
         spans.append((str(parameter.device), *ends, len(parameters)))
         parameters.append((where, parameter))
     for one, other in _meeting(sorted(spans)):
-        (first, weight), (second, another) = parameters[min(one, other)], parameters[max(one, other)]
+        (first, weight), (second, another) = (
+            parameters[min(one, other)],
+            parameters[max(one, other)],
+        )
         if chosen & {id(weight), id(another)} and _common(weight, another):
             found = f"{first!r} and {second!r}, two parameters that share memory"
             do = f"tie them properly (`{second} = {first}`, one parameter), or clone one of them"
@@ -51,13 +63,19 @@ def _ends(tensor: Tensor) -> tuple[int, int] | None:
         start = tensor.data_ptr()
     except RuntimeError:  # of a kind of tensor that only holds others
         return None
-    return (start, start + _extent(tensor) * tensor.element_size()) if start and tensor.numel() else None
+    return (
+        (start, start + _extent(tensor) * tensor.element_size())
+        if start and tensor.numel()
+        else None
+    )
 
 
 def _extent(tensor: Tensor) -> int:
     if tensor.is_contiguous():
         return tensor.numel()
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _meeting(spans: list[_Span]) -> Iterator[tuple[int, int]]:
@@ -71,7 +89,8 @@ def _meeting(spans: list[_Span]) -> Iterator[tuple[int, int]]:
 
 
 def _common(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors whose addresses meet have a byte in common: two columns of one matrix have none."""
+    """Whether two tensors whose addresses meet have a byte in common: two columns of one matrix
+    have none."""
     if one.is_contiguous() and other.is_contiguous():
         return True
     first = min(one.data_ptr(), other.data_ptr())
@@ -79,7 +98,9 @@ def _common(one: Tensor, other: Tensor) -> bool:
     bytes_ = torch.zeros(size, dtype=torch.bool, device="cpu")
     mine, others = (
         bytes_.as_strided(
-            (*t.shape, t.element_size()), (*(n * t.element_size() for n in t.stride()), 1), t.data_ptr() - first
+            (*t.shape, t.element_size()),
+            (*(n * t.element_size() for n in t.stride()), 1),
+            t.data_ptr() - first,
         )
         for t in (one, other)
     )

@@ -1,4 +1,5 @@
-"""Questions that are answered by reading the source of a model's Python code; nothing else in Veneer parses source.
+"""Questions that are answered by reading the source of a model's Python code; nothing else in
+Veneer parses source.
 
     reads(cls, method)              which parameters below ``self`` a method reads and writes
     mentions(cls, method)           a superset of the names in it, told without parsing
@@ -12,11 +13,12 @@
     for i, l in enumerate(self.ls): l.weight  ("ls", "*", "weight")           "*" is any index
     project(h, self.emb)                      what project reads of that parameter: ("emb", "weight")
 
-It follows a method into what it calls of its own class, of the classes above and of plain Python functions that are
-given something of ``self``; through local names, loops, tuples, properties and what a call returns. Code in C, or made
-at run time, shows nothing, nor does a class without source; a name that is computed is no name; calls are followed to a
-depth of 16; a branch that never runs counts as read, unless who asks gives the attributes that rule it out. Hence no
-answer is a promise, and each is checked by who asks: ``veneer.check`` finds weights that are read unseen,
+It follows a method into what it calls of its own class, of the classes above and of plain Python
+functions that are given something of ``self``; through local names, loops, tuples, properties and
+what a call returns. Code in C, or made at run time, shows nothing, nor does a class without source;
+a name that is computed is no name; calls are followed to a depth of 16; a branch that never runs
+counts as read, unless who asks gives the attributes that rule it out. Hence no answer is a promise,
+and each is checked by who asks: ``veneer.check`` finds weights that are read unseen,
 ``fused_linear.py`` compares the inputs, ``train/loss.py`` tries.
 """
 
@@ -44,8 +46,9 @@ def reads(
     within: frozenset[str] = frozenset(),
     known: frozenset[tuple[str, Any]] = frozenset(),
 ) -> Reads:
-    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by their names. Where
-    attributes of the module are ``known``, without the branches that they rule out."""
+    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by
+    their names. Where attributes of the module are ``known``, without the branches that they rule
+    out."""
     reader = Reader(cls, within, method == "forward", dict(known))
     reader.follow(plain(attribute(cls, method)), [{()}])
     return reader.found
@@ -64,9 +67,13 @@ def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
         found |= words
         todo += [one for word in words & own.keys() for one in own[word]]
         outside = [function.__globals__.get(word) for word in words]
-        for module in [one for one in outside if isinstance(one, ModuleType) and not of_torch(one.__name__)]:
+        for module in [
+            one for one in outside if isinstance(one, ModuleType) and not of_torch(one.__name__)
+        ]:
             outside += [vars(module).get(word) for word in words]
-        todo += [one for one in outside if isinstance(one, FunctionType) and not of_torch(one.__module__)]
+        todo += [
+            one for one in outside if isinstance(one, FunctionType) and not of_torch(one.__module__)
+        ]
     return frozenset(found)
 
 
@@ -88,8 +95,9 @@ def _words(code: CodeType) -> frozenset[str]:
 
 @functools.cache
 def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The children that a class's forward (and what it calls of itself) calls on the same local value, one after the
-    other. Calls on two branches of an ``if`` are not the same value, nor is a name that has been assigned anew."""
+    """The children that a class's forward (and what it calls of itself) calls on the same local
+    value, one after the other. Calls on two branches of an ``if`` are not the same value, nor is a
+    name that has been assigned anew."""
     children: list[tuple[str, ...]] = []
     for method in reads(cls, "forward").code:
         finder = _SameInput()
@@ -143,7 +151,12 @@ class _SameInput:
     def call(self, called: ast.Attribute, node: ast.Call) -> None:
         """``self.child(name)``, once its argument has been evaluated."""
         of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
-        if of_self and len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name):
+        if (
+            of_self
+            and len(node.args) == 1
+            and not node.keywords
+            and isinstance(node.args[0], ast.Name)
+        ):
             value = node.args[0].id
             names = self.calls.setdefault((self.here, value, self.assigned.get(value, 0)), [])
             if called.attr not in names:
@@ -152,10 +165,10 @@ class _SameInput:
 
 @functools.cache
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
-    """(path, late) of each call `self.path(…)` in the source of a forward. `late`: whether what follows reads another
-    input, such as `input_ids`, whose rows would no longer be those that the call gave, or writes to the module, which
-    would be the view. Left out are the parts of the code that do not run here (with labels, for router logits) or do
-    nothing (`logits_to_keep`)."""
+    """(path, late) of each call `self.path(…)` in the source of a forward. `late`: whether what
+    follows reads another input, such as `input_ids`, whose rows would no longer be those that the
+    call gave, or writes to the module, which would be the view. Left out are the parts of the code
+    that do not run here (with labels, for router logits) or do nothing (`logits_to_keep`)."""
     own = plain(forward)
     function = tree_of(own) if own else None
     if not isinstance(function, ast.FunctionDef):
@@ -168,12 +181,17 @@ def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool
 
     def visit(node: Any) -> None:
         if isinstance(node, ast.If) and (
-            _names_in(node.test) & {"labels", "output_router_logits"} or "logits_to_keep" in _names_in(node)
+            _names_in(node.test) & {"labels", "output_router_logits"}
+            or "logits_to_keep" in _names_in(node)
         ):
             for below in node.orelse:
                 visit(below)
             return
-        writes = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _path_below_self(node)
+        writes = (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and _path_below_self(node)
+        )
         if writes or (isinstance(node, ast.Name) and node.id in inputs):
             uses.append((node.lineno, node.col_offset))
         if isinstance(node, ast.Call) and (path := _path_below_self(node.func)):
@@ -199,15 +217,20 @@ def _path_below_self(node: ast.AST) -> ModulePath | None:
 
 
 #: code that asks whether a model's attention is transformers' "sdpa"
-_ASKS = re.compile(r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)""")
+_ASKS = re.compile(
+    r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)"""
+)
 
 
 def compares_attention(model: nn.Module) -> bool:
-    """Whether code of one of the model's modules, of transformers or that came through it, compares the name of its
-    attention with "sdpa"."""
+    """Whether code of one of the model's modules, of transformers or that came through it, compares
+    the name of its attention with "sdpa"."""
     return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
 
 
 @functools.cache
 def _compares(module: str) -> bool:
-    return module.startswith("transformers") and _ASKS.search(inspect.getsource(sys.modules[module])) is not None
+    return (
+        module.startswith("transformers")
+        and _ASKS.search(inspect.getsource(sys.modules[module])) is not None
+    )

@@ -1,5 +1,6 @@
-"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and writes. ``Reader``
-is the engine of ``source_analysis.reads``, where its results and limits are described.
+"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and
+writes. ``Reader`` is the engine of ``source_analysis.reads``, where its results and limits are
+described.
 """
 
 from __future__ import annotations
@@ -21,10 +22,23 @@ from veneer.attach.state import ModulePath
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 #: What may be asked of a weight without reading its values.
-_ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "itemsize"}
+_ABOUT = {
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "size",
+    "dim",
+    "numel",
+    "requires_grad",
+    "is_cuda",
+    "is_meta",
+    "itemsize",
+}
 _ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
 
-#: Calls that give what they are given, one after the other; the tables and methods of a module that give what is in it.
+# : Calls that give what they are given, one after the other; the tables and methods of a module
+# that give what is in it.
 _SAME = {"list", "tuple", "iter", "reversed", "sorted"}
 _TABLES = {"_modules", "_parameters", "_buffers"}
 _VALUES = {"values", "children"}
@@ -44,7 +58,8 @@ _DEPTH = 16
 
 @dataclass(frozen=True)
 class Reads:
-    """The paths below ``self`` that a method and all it calls reads and writes, and the code of what runs on it."""
+    """The paths below ``self`` that a method and all it calls reads and writes, and the code of
+    what runs on it."""
 
     read: set[ModulePath] = field(default_factory=set)
     written: set[ModulePath] = field(default_factory=set)
@@ -57,8 +72,13 @@ def attribute(cls: type, name: str) -> Any:
 
 
 def plain(value: Any) -> FunctionType | None:
-    """The function in a class's attribute: of a method, whatever it is decorated with, or of a property."""
-    value = getattr(value, "fget", None) or getattr(value, "func", None) or getattr(value, "__func__", value)
+    """The function in a class's attribute: of a method, whatever it is decorated with, or of a
+    property."""
+    value = (
+        getattr(value, "fget", None)
+        or getattr(value, "func", None)
+        or getattr(value, "__func__", value)
+    )
     value = inspect.unwrap(value) if callable(value) else value
     return value if isinstance(value, FunctionType) else None
 
@@ -77,9 +97,18 @@ class Reader(ast.NodeVisitor):
     """Visits a function's code with the paths that each local name may stand for."""
 
     def __init__(
-        self, cls: type[nn.Module], within: frozenset[str], follow_forward: bool, known: Mapping[str, Any]
+        self,
+        cls: type[nn.Module],
+        within: frozenset[str],
+        follow_forward: bool,
+        known: Mapping[str, Any],
     ) -> None:
-        self.cls, self.within, self.follow_forward, self.known_values = cls, within | {"*"}, follow_forward, known
+        self.cls, self.within, self.follow_forward, self.known_values = (
+            cls,
+            within | {"*"},
+            follow_forward,
+            known,
+        )
         self.found = Reads()
         self.returned: dict[Any, set[ModulePath]] = {}  # by function and arguments
         self.stack: list[FunctionType] = []
@@ -98,7 +127,10 @@ class Reader(ast.NodeVisitor):
             return set()
         parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
         names = {**dict(zip(parameters, given, strict=False)), **(named or {})}
-        key = function, frozenset((name, frozenset(paths)) for name, paths in names.items() if paths)
+        key = (
+            function,
+            frozenset((name, frozenset(paths)) for name, paths in names.items() if paths),
+        )
         if key not in self.returned:
             outside = self.names, self.returns
             self.names, self.returns = dict(names), self.returned.setdefault(key, set())
@@ -123,7 +155,11 @@ class Reader(ast.NodeVisitor):
                 return self.attribute(self.paths(node.value), node.attr)
             case ast.Subscript():
                 above = self.paths(node.value)
-                return above if isinstance(node.slice, ast.Slice) else self.attribute(above, _text(node.slice) or "*")
+                return (
+                    above
+                    if isinstance(node.slice, ast.Slice)
+                    else self.attribute(above, _text(node.slice) or "*")
+                )
             case ast.NamedExpr() | ast.Starred() | ast.Await():
                 return self.paths(node.value)
             case ast.IfExp():
@@ -153,7 +189,9 @@ class Reader(ast.NodeVisitor):
                 return first
             case ast.Attribute() if called.attr in _VALUES and not (node.args or node.keywords):
                 return self.paths(called.value)
-            case ast.Attribute() if called.attr in _BY_PATH and node.args and (dotted := _text(node.args[0])):
+            case ast.Attribute() if (
+                called.attr in _BY_PATH and node.args and (dotted := _text(node.args[0]))
+            ):
                 return {(*path, *dotted.split(".")) for path in self.paths(called.value)}
         function, given = self.function(called)
         given = [*given, *map(self.paths, node.args)]
@@ -161,25 +199,40 @@ class Reader(ast.NodeVisitor):
         return self.follow(function, given, named) if any((*given, *named.values())) else set()
 
     def function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
-        """The function that an expression calls, and the arguments that go before those of the call."""
+        """The function that an expression calls, and the arguments that go before those of the
+        call."""
         if () in self.paths(node) and self.follow_forward:
             return plain(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
             if _is_call(node.value, "super"):
                 classes = self.cls.__mro__
-                own = next((i for i, c in enumerate(classes) if self.stack[-1] in map(plain, vars(c).values())), 0)
-                found = next((vars(c)[node.attr] for c in classes[own + 1 :] if node.attr in vars(c)), None)
+                own = next(
+                    (
+                        i
+                        for i, c in enumerate(classes)
+                        if self.stack[-1] in map(plain, vars(c).values())
+                    ),
+                    0,
+                )
+                found = next(
+                    (vars(c)[node.attr] for c in classes[own + 1 :] if node.attr in vars(c)), None
+                )
                 return (None if _of_every_module(node.attr) else plain(found)), [{()}]
             if () in self.paths(node.value):
                 found = attribute(self.cls, node.attr)
-                left = _of_every_module(node.attr) or (node.attr == "forward" and not self.follow_forward)
-                return (None if left else plain(found)), [] if isinstance(found, staticmethod) else [{()}]
+                left = _of_every_module(node.attr) or (
+                    node.attr == "forward" and not self.follow_forward
+                )
+                return (None if left else plain(found)), [] if isinstance(
+                    found, staticmethod
+                ) else [{()}]
         known = self.known(node)
         function = plain(known) if isinstance(known, FunctionType | staticmethod) else None
         return (None if function is None or of_torch(function.__module__) else function), []
 
     def known(self, node: ast.expr) -> Any:
-        """What an expression names outside of the function: a function, a class, a module or something of them."""
+        """What an expression names outside of the function: a function, a class, a module or
+        something of them."""
         if isinstance(node, ast.Name):
             return None if node.id in self.names else self.stack[-1].__globals__.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -189,7 +242,11 @@ class Reader(ast.NodeVisitor):
             if isinstance(holder, type):
                 return attribute(holder, node.attr)
             return vars(holder).get(node.attr) if isinstance(holder, ModuleType) else None
-        return self.cls if _is_call(node, "type") and () in self.paths(cast(ast.Call, node).args[0]) else None
+        return (
+            self.cls
+            if _is_call(node, "type") and () in self.paths(cast(ast.Call, node).args[0])
+            else None
+        )
 
     def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
         """``target`` stands for something of these."""
@@ -243,7 +300,8 @@ class Reader(ast.NodeVisitor):
             self.generic_visit(node)
 
     def write(self, node: ast.AST | None) -> None:
-        """What an expression stands for is written: its paths, and the names in it, whatever those are below."""
+        """What an expression stands for is written: its paths, and the names in it, whatever those
+        are below."""
         self.found.written.update(self.paths(node))
         while isinstance(node, ast.Attribute | ast.Subscript):
             self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
@@ -277,7 +335,9 @@ class Reader(ast.NodeVisitor):
     def visit_If(self, node: ast.If) -> None:
         self.visit(node.test)
         truth = self.value(node.test)
-        runs = [*node.body, *node.orelse] if truth is UNKNOWN else node.body if truth else node.orelse
+        runs = (
+            [*node.body, *node.orelse] if truth is UNKNOWN else node.body if truth else node.orelse
+        )
         for statement in runs:
             self.visit(statement)
 
@@ -301,7 +361,9 @@ class Reader(ast.NodeVisitor):
                 alike = type(one) is type(two) or {type(one), type(two)} <= {int, float, bool}
                 ordered = isinstance(compared, ast.Lt | ast.LtE | ast.Gt | ast.GtE)
                 return (
-                    UNKNOWN if UNKNOWN in (one, two) or (ordered and not alike) else _COMPARED[type(compared)](one, two)
+                    UNKNOWN
+                    if UNKNOWN in (one, two) or (ordered and not alike)
+                    else _COMPARED[type(compared)](one, two)
                 )
         return UNKNOWN
 
@@ -310,7 +372,9 @@ class Reader(ast.NodeVisitor):
             self.loop(one.target, one.iter)
         self.generic_visit(node)
 
-    visit_AsyncFor = visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_For  # noqa: N815
+    visit_AsyncFor = visit_For  # noqa: N815
+    visit_ListComp = visit_SetComp = visit_For  # noqa: N815
+    visit_GeneratorExp = visit_DictComp = visit_For  # noqa: N815
 
     def visit_Return(self, node: ast.Return) -> None:
         self.returns |= self.paths(node.value)

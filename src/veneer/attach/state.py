@@ -4,8 +4,8 @@
     LayerState          one an adapted layer, its child ``veneer``: the adapters of the layer, how it reads its weights
     ActiveAdapter       what one call uses: for the key of each layer, what the adapter does there
 
-A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's ``uid``; without an entry
-it is the model's default.
+A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's
+``uid``; without an entry it is the model's default.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """What one call uses: the adapter's name, and its parts by the key of their layer's state, or by (key, method). No
-    name is the base alone; no parts, that it cannot be told, or that the adapter has been detached. ``on`` is the
-    adapter that was merged into the weights when this one was attached: it changes these. ``stream``: a block in which
-    random numbers are this adapter's own (``train/many``), where its rows share a batch; None: torch's."""
+    """What one call uses: the adapter's name, and its parts by the key of their layer's state, or
+    by (key, method). No name is the base alone; no parts, that it cannot be told, or that the
+    adapter has been detached. ``on`` is the adapter that was merged into the weights when this one
+    was attached: it changes these. ``stream``: a block in which random numbers are this adapter's
+    own (``train/many``), where its rows share a batch; None: torch's."""
 
     name: str | None
     parts: Mapping[Any, Any] | None
@@ -65,8 +66,8 @@ class ActiveAdapter:
 
 
 class OutsideGenerator(ActiveAdapter):
-    """What a call uses between two steps of a generator that is suspended inside of a block: its caller may or may not
-    mean the block to hold for that call. ``block``: how the block reads."""
+    """What a call uses between two steps of a generator that is suspended inside of a block: its
+    caller may or may not mean the block to hold for that call. ``block``: how the block reads."""
 
     def __init__(self, block: str) -> None:
         super().__init__(f"the selection of a suspended generator, {block}", None)
@@ -104,22 +105,26 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
 def detached(name: str | None) -> SelectionError:
     """The error of a call whose adapter is gone."""
     found = f"a call that selects {name!r}, which was detached"
-    return SelectionError(found, "an adapter that stays until the call has ended", "detach it later")
+    return SelectionError(
+        found, "an adapter that stays until the call has ended", "detach it later"
+    )
 
 
-#: between the names of adapters that were merged one over the other, of which the upper one was attached without the
+# : between the names of adapters that were merged one over the other, of which the upper one was
+# attached without the
 #: lower; no adapter's name has it, so that no adapter is one of such weights
 OVER = " + "
 
 
 class ModelAdapters:
-    """What the layers of one model share: the adapters' names, configs and parts, and which of them is merged. ``uid``
-    identifies the model in ``context.Context.selection``. A copy of the model is another model, so it gets another.
-    ``merged`` names the weights as they are: by the adapter that was merged last, where it was attached to those below
-    it; else by all that lie there, joined by ``OVER``. ``chain``: the merged adapters, the first one first.
-    ``root`` is the model; unknown of a copy until it is seen at one. ``merging``: a merge has not come to its end, so
-    that only weights of which a copy is kept may have been written. ``untied``: what is to be tied again with the last
-    adapter (``weight_tying.Untied``)."""
+    """What the layers of one model share: the adapters' names, configs and parts, and which of them
+    is merged. ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is
+    another model, so it gets another. ``merged`` names the weights as they are: by the adapter that
+    was merged last, where it was attached to those below it; else by all that lie there, joined by
+    ``OVER``. ``chain``: the merged adapters, the first one first. ``root`` is the model; unknown of
+    a copy until it is seen at one. ``merging``: a merge has not come to its end, so that only
+    weights of which a copy is kept may have been written. ``untied``: what is to be tied again with
+    the last adapter (``weight_tying.Untied``)."""
 
     root: weakref.ref[nn.Module] | None = None
     merging = False
@@ -137,8 +142,11 @@ class ModelAdapters:
         self.paths: dict[int, str] = {}  # of each layer's key: where it was as it was first adapted
         self.banks = 0  # who need adapted layers although no adapter of the model's own is there
 
-    def set_adapters(self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]) -> None:
-        """Replace the adapters, and with them the default selection: the only adapter, if there is just one."""
+    def set_adapters(
+        self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]
+    ) -> None:
+        """Replace the adapters, and with them the default selection: the only adapter, if there is
+        just one."""
         self.configs, self.selections = configs, selections
         self.set_chain(self.chain)
 
@@ -149,7 +157,13 @@ class ModelAdapters:
         if self.stacked:  # nothing else runs on these weights
             self.default = ActiveAdapter(self.merged, {})
             return
-        self.default = next(iter(selections.values())) if len(selections) == 1 else AMBIGUOUS if selections else BASE
+        self.default = (
+            next(iter(selections.values()))
+            if len(selections) == 1
+            else AMBIGUOUS
+            if selections
+            else BASE
+        )
 
     def _labels(self, chain: tuple[str, ...]) -> list[str]:
         """What ``merged`` is after each of these merges."""
@@ -166,7 +180,8 @@ class ModelAdapters:
         return self.merged is not None and OVER in self.merged
 
     def can_lie_over(self, name: str) -> bool:
-        """Whether an adapter was attached to weights that lie below the merges, or to those as they are."""
+        """Whether an adapter was attached to weights that lie below the merges, or to those as they
+        are."""
         return self.selections[name].on in (None, *self._labels(self.chain))
 
     def merges(self) -> list[str]:
@@ -180,7 +195,11 @@ class ModelAdapters:
             STRAY.discard(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("uid", "default", "root")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("uid", "default", "root")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, uid=uuid.uuid4().hex, banks=0)
@@ -190,12 +209,15 @@ class ModelAdapters:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
         made = memo[id(self)] = object.__new__(ModelAdapters)
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if self.root is not None and (root := memo.get(id(self.root()))) is not None:  # the whole model is copied
+        if (
+            self.root is not None and (root := memo.get(id(self.root()))) is not None
+        ):  # the whole model is copied
             made.claim(root)
         return made
 
 
-#: Those of copies that have not been seen at the root of a model: of layers that were copied out of one, which may by
+# : Those of copies that have not been seen at the root of a model: of layers that were copied out
+# of one, which may by
 #: now be in another, or in the same.
 STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
@@ -203,19 +225,25 @@ STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 class LayerState(nn.Module):
     """The adapters of one layer, by name, and how this layer reads its weights.
 
-    ``layer`` is its kind (None for a module without parameters of its own, which only reads those of others),
-    ``factors`` says that the factored form is right for it, ``product`` that it is a matrix product with a plain
-    weight, which the fused kernel computes, ``stock`` that its class is one that the kind names, as found when it was
-    attached (a compiled call that asked again would be compiled anew after each import), ``transposed`` that it holds
-    the adapted weight transposed (a linear head tied to an embedding), ``attributes`` are those that a view of it gets
-    in place of its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods bound to the
-    module.
-    ``own_forward`` stood in the place of forward on the module, and runs where that would; ``opaque`` is the storage of
-    a module that is its own weight, by which that forward passes gradients on.
+    ``layer`` is its kind (None for a module without parameters of its own, which only reads those
+    of others), ``factors`` says that the factored form is right for it, ``product`` that it is a
+    matrix product with a plain weight, which the fused kernel computes, ``stock`` that its class is
+    one that the kind names, as found when it was attached (a compiled call that asked again would
+    be compiled anew after each import), ``transposed`` that it holds the adapted weight transposed
+    (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place
+    of its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods
+    bound to the module. ``own_forward`` stood in the place of forward on the module, and runs where
+    that would; ``opaque`` is the storage of a module that is its own weight, by which that forward
+    passes gradients on.
     """
 
     def __init__(
-        self, attached: ModelAdapters, layer: Layer | None, factors: bool, attributes: Mapping[str, Any], product: bool
+        self,
+        attached: ModelAdapters,
+        layer: Layer | None,
+        factors: bool,
+        attributes: Mapping[str, Any],
+        product: bool,
     ) -> None:
         super().__init__()
         attached.keys += 1
@@ -238,9 +266,12 @@ class LayerState(nn.Module):
             return SelectionError(found, "one selected adapter, or None for the base", do)
         if merged is None:
             found = (
-                f"a call that selects {chosen.name!r}, attached while {chosen.on!r} was merged, which it no longer is"
+                f"a call that selects {chosen.name!r}, attached while {chosen.on!r} was merged, "
+                "which it no longer is"
             )
-            return SelectionError(found, "the weights that it was attached to", f"merge {chosen.on!r} again")
+            return SelectionError(
+                found, "the weights that it was attached to", f"merge {chosen.on!r} again"
+            )
         found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
         if self.attached.stacked:

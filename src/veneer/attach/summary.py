@@ -1,5 +1,5 @@
-"""What an adapter costs: how many numbers it trains, per kind of layer, in bytes and in percent; and what its linear
-layers add to a call."""
+"""What an adapter costs: how many numbers it trains, per kind of layer, in bytes and in percent;
+and what its linear layers add to a call."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """``trainable`` numbers of an adapter against the ``total`` of the base. ``left_out``: the layers with matrices
-    that targets="all-linear" does not mean, by type, or an empty text."""
+    """``trainable`` numbers of an adapter against the ``total`` of the base. ``left_out``: the
+    layers with matrices that targets="all-linear" does not mean, by type, or an empty text."""
 
     adapter: str
     rows: tuple[Row, ...]
@@ -51,12 +51,15 @@ class Summary:
         total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
         lines = [f"adapter {self.adapter!r}", *lines, total]
         if self.left_out:
-            lines.append(f'  "all-linear" leaves out {self.left_out}: name them in targets, or use targets="all"')
+            lines.append(
+                f'  "all-linear" leaves out {self.left_out}: name them in targets, or use targets="all"'
+            )
         return "\n".join(lines)
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the only one). The base's total counts tied weights once, and no adapter."""
+    """The summary of one adapter (None: the only one). The base's total counts tied weights once,
+    and no adapter."""
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
@@ -72,14 +75,27 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
             entry[2] += sum(p.numel() * p.element_size() for p in own)
 
     for _, module, weight, change in changes(model, name):
-        stored = "" if change.storage.name == "plain" else f" ({change.storage.label(weight_of(module, weight))})"
+        stored = (
+            ""
+            if change.storage.name == "plain"
+            else f" ({change.storage.label(weight_of(module, weight))})"
+        )
         count(f"{change.layer.name}{stored}, {change.variant.name}", change.parameters())
     for _, _, part in adapters(model, name):
         count("trained in full", part.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
-    total = sum(_numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split("."))
+    total = sum(
+        _numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
+    )
     left_out = left_out_of_word(Names(model), need_adapters(model, name).configs[name])
-    return Summary(name, rows, sum(row.parameters for row in rows), total, sum(row.bytes for row in rows), left_out)
+    return Summary(
+        name,
+        rows,
+        sum(row.parameters for row in rows),
+        total,
+        sum(row.bytes for row in rows),
+        left_out,
+    )
 
 
 def _numbers(weight: nn.Parameter) -> int:
@@ -96,7 +112,8 @@ def size(count: float) -> str:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How linear layers compute a call of some tokens: for each (out, in, rank) the layers and both paths' costs."""
+    """How linear layers compute a call of some tokens: for each (out, in, rank) the layers and both
+    paths' costs."""
 
     tokens: int
     training: bool
@@ -108,7 +125,12 @@ class CallPlan:
         lines = [f"{what} of {self.tokens} tokens, by the cost model"]
         for (out, in_, rank), paths, costs in self.rows:
             lines.append(f"  {out} x {in_} at rank {rank}, {len(paths)} layers: {costs}")
-        return "\n".join([*lines, f"  {len(self.together)} groups of layers read one input and are computed together"])
+        return "\n".join(
+            [
+                *lines,
+                f"  {len(self.together)} groups of layers read one input and are computed together",
+            ]
+        )
 
 
 def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
@@ -121,7 +143,9 @@ def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -
             continue
         change, weight = part.direct.change, module._parameters[part.direct.weight]
         size = (change.dims.out, change.dims.in_, change.rank)
-        costs = cost_model.costs(*size, tokens, weight.dtype, training, cost_model.looped(weight.dtype, weight.device))
+        costs = cost_model.costs(
+            *size, tokens, weight.dtype, training, cost_model.looped(weight.dtype, weight.device)
+        )
         rows.setdefault(size, (costs, []))[1].append(path)
         if part.together is not None:
             groups.setdefault(id(part.together), []).append(path)

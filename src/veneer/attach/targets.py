@@ -1,7 +1,8 @@
 """Which weights a config means: patterns over paths, the words, the blocks.
 
-A pattern means modules; where it matches none, it means parameters by their own paths ("experts.gate_up_proj"). A
-module that is reachable under several names counts once, under its first name, and matches under each of them.
+A pattern means modules; where it matches none, it means parameters by their own paths
+("experts.gate_up_proj"). A module that is reachable under several names counts once, under its
+first name, and matches under each of them.
 """
 
 from __future__ import annotations
@@ -49,23 +50,30 @@ class Names:
             name = first.setdefault(id(module), path)
             self.modules.setdefault(name, module)
             self.aliases.setdefault(name, []).append(path)
-        self.canonical = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+        self.canonical = {
+            alias: name for name, aliases in self.aliases.items() for alias in aliases
+        }
 
     @cached_property
     def on_meta_device(self) -> bool:
-        """Whether all of the model is on the meta device: its values come later. Of one with accelerate's hooks they
-        are elsewhere already, offloaded."""
+        """Whether all of the model is on the meta device: its values come later. Of one with
+        accelerate's hooks they are elsewhere already, offloaded."""
         hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
         return not hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
         for path, module in self.modules.items():
-            own = {name: p for name, p in module._parameters.items() if p is not None and not hidden(module, name)}
+            own = {
+                name: p
+                for name, p in module._parameters.items()
+                if p is not None and not hidden(module, name)
+            }
             yield from (((path, name), parameter) for name, parameter in own.items())
 
     def matching(self, pattern: str) -> list[str]:
-        """The first names of the modules with a name that ``pattern`` matches, in the model's order."""
+        """The first names of the modules with a name that ``pattern`` matches, in the model's
+        order."""
         test = path_test(pattern)
         return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
 
@@ -80,7 +88,8 @@ class Names:
         ]
 
     def refs(self, path: str) -> list[ParamRef]:
-        """What there is to change of a module: its weights and vectors, and those of children that are a part of it."""
+        """What there is to change of a module: its weights and vectors, and those of children that
+        are a part of it."""
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
@@ -92,28 +101,41 @@ class Names:
     def children(self, path: str) -> Iterator[str]:
         """``path`` and the first names of everything below it."""
         for name, aliases in self.aliases.items():
-            if any(alias == path or alias.startswith(f"{path}.") or path == "" for alias in aliases):
+            if any(
+                alias == path or alias.startswith(f"{path}.") or path == "" for alias in aliases
+            ):
                 yield name
 
     def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
-        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the paths ``among``; of a
-        regular expression that would match some of these, what it is to begin with."""
-        attachable = [name for name, module in self.modules.items() if kind_of(module)] if among is None else [*among]
+        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the
+        paths ``among``; of a regular expression that would match some of these, what it is to begin
+        with."""
+        attachable = (
+            [name for name, module in self.modules.items() if kind_of(module)]
+            if among is None
+            else [*among]
+        )
         if count := _count_of_regex(pattern, attachable):
             return f" (as a regular expression it matches {count} paths: write {'re:' + pattern!r})"
         return nearest(pattern, [*(name.rpartition(".")[2] for name in attachable), *attachable])
 
     def leaves(self) -> str:
         """The distinct last parts of what can be attached to, for messages."""
-        names = (name.rpartition(".")[2] or "(the model itself)" for name, m in self.modules.items() if kind_of(m))
+        names = (
+            name.rpartition(".")[2] or "(the model itself)"
+            for name, m in self.modules.items()
+            if kind_of(m)
+        )
         return listing(dict.fromkeys(names), limit=12)
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included, and the weight of one that tells nobody what
-    it holds."""
+    """The names of a module's own parameters, parametrised ones included, and the weight of one
+    that tells nobody what it holds."""
     lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    own = [name for name, p in module._parameters.items() if p is not None and not hidden(module, name)]
+    own = [
+        name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
+    ]
     return [*own, *lists, *(["weight"] if "weight" not in own and is_opaque(module) else ())]
 
 
@@ -142,7 +164,12 @@ def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]
     left_out = excluded(names, config, problems)
     chosen = [ref for ref in chosen if ref not in left_out]
     if config.layers is not None:
-        count = max((block for name in names.modules if (block := _block(name)) is not None), default=-1) + 1
+        count = (
+            max(
+                (block for name in names.modules if (block := _block(name)) is not None), default=-1
+            )
+            + 1
+        )
         if bad := [index for index in config.layers if not -count <= index < count]:
             expected = f"block indices in [{-count}, {count})"
             problems.append(sentence(f"layers={bad!r}", expected, f"there are {count} blocks"))
@@ -159,7 +186,11 @@ def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[Param
     """What ``exclude`` matches: modules with everything below them, or parameters."""
     left_out: set[ParamRef] = set()
     for pattern in config.exclude:
-        parameters = [] if pattern in WORDS or names.matching(pattern) else names.parameters_matching(pattern)
+        parameters = (
+            []
+            if pattern in WORDS or names.matching(pattern)
+            else names.parameters_matching(pattern)
+        )
         if parameters:
             left_out.update(parameters)
             continue
@@ -178,7 +209,13 @@ def bad_regex(config: LoraConfig) -> list[str]:
         try:
             re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
         except re.error as error:
-            problems.append(sentence(f"pattern {pattern!r}", f"a regular expression after re: ({error})", "correct it"))
+            problems.append(
+                sentence(
+                    f"pattern {pattern!r}",
+                    f"a regular expression after re: ({error})",
+                    "correct it",
+                )
+            )
     return problems
 
 
@@ -193,7 +230,9 @@ def means(names: Names, pattern: str, ref: ParamRef) -> bool:
     return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
 
 
-def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]) -> list[str]:
+def unmatched(
+    names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]
+) -> list[str]:
     """Problems for the patterns that match none of the parameters in ``among``."""
     paths = dict.fromkeys(path for path, _ in among)
     return [
@@ -208,11 +247,17 @@ def unmatched(names: Names, patterns: Iterable[str], field: str, among: list[Par
 
 
 def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
-    """The paths that patterns of ``train_also`` match, with everything below them that holds parameters of its own."""
+    """The paths that patterns of ``train_also`` match, with everything below them that holds
+    parameters of its own."""
     bearing: dict[str, None] = {}
     for pattern in patterns:
         found = _modules(names, pattern, field, problems)
-        below = [path for above in found for path in names.children(above) if names.modules[path]._parameters]
+        below = [
+            path
+            for above in found
+            for path in names.children(above)
+            if names.modules[path]._parameters
+        ]
         if found and not below:
             what = f"{field} pattern {pattern!r} matches modules without parameters"
             problems.append(sentence(what, "something to train", "remove it"))
@@ -223,15 +268,23 @@ def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str
 def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
     found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
     if not found:
-        known = listing(dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12)
+        known = listing(
+            dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12
+        )
         what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
-        problems.append(sentence(what, f"a name of this model, such as {known}", "correct or remove it"))
+        problems.append(
+            sentence(what, f"a name of this model, such as {known}", "correct or remove it")
+        )
     return found
 
 
 def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
     if callable(targets):
-        paths = [name for name, module in names.modules.items() if kind_of(module) and targets(name, module)]
+        paths = [
+            name
+            for name, module in names.modules.items()
+            if kind_of(module) and targets(name, module)
+        ]
         if not paths:
             do = f"choose among {names.leaves()}"
             problems.append(sentence("targets callable chose no module", "at least one", do))
@@ -247,7 +300,11 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             what = f"targets pattern {pattern!r} matches {others}, without parameters of their own"
             do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
             said = [said for path in found if (said := unreadable(names.modules[path]))]
-            what, do = (f"{what}, {said[0][0]}", f"{said[0][1]}, or leave them out") if said else (what, do)
+            what, do = (
+                (f"{what}, {said[0][0]}", f"{said[0][1]}, or leave them out")
+                if said
+                else (what, do)
+            )
             problems.append(sentence(what, "modules or parameters", do))
         elif not refs and pattern in WORDS:
             what = f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but {_types(names)}"
@@ -259,26 +316,38 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             problems.append(sentence(what, expected, "correct it"))
         chosen.update(refs)
     order = {path: number for number, path in enumerate(names.modules)}
-    rank = {ref: number for path in names.modules for number, ref in enumerate(names.refs(path)) if ref[0] == path}
+    rank = {
+        ref: number
+        for path in names.modules
+        for number, ref in enumerate(names.refs(path))
+        if ref[0] == path
+    }
     return sorted(chosen, key=lambda ref: (order[ref[0]], rank.get(ref, len(rank)), ref[1]))
 
 
 def _types(names: Names) -> str:
     """The layers that can be attached to, by type: "2 Conv2d, 1 BatchNorm2d"."""
-    counts = Counter(own_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path))
+    counts = Counter(
+        own_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path)
+    )
     return listing(f"{count} {name}" for name, count in counts.most_common())
 
 
 def left_out_of_word(names: Names, config: LoraConfig) -> str:
-    """The layers that hold matrices and that "all-linear" does not mean, by type, where nothing else names or excludes
-    them: stacks of experts, convolutions, recurrent layers. An embedding or a table of positions is none of these."""
+    """The layers that hold matrices and that "all-linear" does not mean, by type, where nothing
+    else names or excludes them: stacks of experts, convolutions, recurrent layers. An embedding or
+    a table of positions is none of these."""
     if callable(config.targets) or [*listed(config.targets)] != ["all-linear"]:
         return ""
     linear, excluded_refs = {*_word(names, "all-linear")}, excluded(names, config, [])
     head = _output_head(names)
     also = {path for pattern in config.train_also for path in names.matching(pattern)}
     blocks = {_block(path) for path in names.modules} - {None}
-    kept = blocks if config.layers is None else {index % len(blocks) for index in config.layers if blocks}
+    kept = (
+        blocks
+        if config.layers is None
+        else {index % len(blocks) for index in config.layers if blocks}
+    )
     counts: Counter[str] = Counter()
     for path, module in names.modules.items():
         kind: Any = kind_of(module)
@@ -287,12 +356,15 @@ def left_out_of_word(names: Names, config: LoraConfig) -> str:
         if config.layers is not None and _block(path) not in kept:
             continue
         matrices = [name for name in kind.weights(module) if (path, name) not in excluded_refs]
-        counts[own_class(module).__name__] += any(_is_operator(kind, module, name) for name in matrices)
+        counts[own_class(module).__name__] += any(
+            _is_operator(kind, module, name) for name in matrices
+        )
     return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)
 
 
 def _is_operator(kind: Any, module: nn.Module, name: str) -> bool:
-    """Whether inputs are multiplied by a weight: of a module without a kind of its own, by a stack of matrices."""
+    """Whether inputs are multiplied by a weight: of a module without a kind of its own, by a stack
+    of matrices."""
     if kind.name != GENERAL:
         return kind.drops_input
     return len(squeezed(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
@@ -313,11 +385,16 @@ def _word(names: Names, word: str) -> list[str]:
 
 
 def _body(names: Names) -> set[str]:
-    """Every path but those of the output head: transformers' output embedding, and what is outside ``base_model``."""
+    """Every path but those of the output head: transformers' output embedding, and what is outside
+    ``base_model``."""
     prefix = getattr(names.model, "base_model_prefix", "")
     inner = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
     head = _output_head(names)
-    return {name for name in (names.children(prefix) if inner else names.modules) if names.modules[name] is not head}
+    return {
+        name
+        for name in (names.children(prefix) if inner else names.modules)
+        if names.modules[name] is not head
+    }
 
 
 def _output_head(names: Names) -> Any:
@@ -326,7 +403,8 @@ def _output_head(names: Names) -> Any:
 
 
 def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
-    """Of the parameters that no checkpoint held, those of a head or pooler: outside of blocks, and no embedding."""
+    """Of the parameters that no checkpoint held, those of a head or pooler: outside of blocks, and
+    no embedding."""
     output, body = _output_head(names), _body(names)
     return [
         (path, name)

@@ -1,13 +1,15 @@
-"""Rows of an embedding, or of a head, that are trained in full: the tokens of ``LoraConfig(trainable_tokens=…)``.
+"""Rows of an embedding, or of a head, that are trained in full: the tokens of
+``LoraConfig(trainable_tokens=…)``.
 
     W'[id] = R[id]              for each trained token, whatever else the adapter changes
     ΔW     = (R − W[ids]) at these rows: a product with the one-hot rows of the tokens, so of rank n
 
-R starts as W[ids]. It is kept, not the difference: a vocabulary that is grown again gets other random rows, and a
-token must mean the same on these. As ΔW is a product, each path of a layer, a merge, a blend and a tied head have it
-without a mechanism of their own, and no gradient of the size of the embedding exists where a low-rank one has none.
-It costs n · V numbers for a call. Rejected: a copy of W with other rows in every call (PEFT's index_copy), of which
-autograd keeps the whole and for which it forms a dense gradient.
+R starts as W[ids]. It is kept, not the difference: a vocabulary that is grown again gets other
+random rows, and a token must mean the same on these. As ΔW is a product, each path of a layer, a
+merge, a blend and a tied head have it without a mechanism of their own, and no gradient of the size
+of the embedding exists where a low-rank one has none. It costs n · V numbers for a call. Rejected:
+a copy of W with other rows in every call (PEFT's index_copy), of which autograd keeps the whole and
+for which it forms a dense gradient.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ def start(dense: Tensor, ids: Tensor) -> Tensor:
 def with_rows(
     low: LowRank | None, gain: Tensor | None, rows: Tensor, ids: Tensor, dense: Tensor, layer: Layer
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) of a weight ``dense`` [V, d] that has ``rows`` [n, d] at ``ids`` and elsewhere what ``low`` and
-    ``gain`` make of it."""
+    """(ΔW, gain) of a weight ``dense`` [V, d] that has ``rows`` [n, d] at ``ids`` and elsewhere
+    what ``low`` and ``gain`` make of it."""
     dtype = at_least_float32(rows.dtype)
     rows, count = rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:
@@ -48,4 +50,6 @@ def with_rows(
         low = LowRank(low.A.index_fill(2, ids, 0), low.B, low.scale)
     else:
         low = LowRank(low.A, low.B.index_fill(1, ids, 0), low.scale)
-    return LowRank(torch.cat([low.A, A[None]], 1), torch.cat([low.B * low.scale, B[None]], 2), 1.0), gain
+    return LowRank(
+        torch.cat([low.A, A[None]], 1), torch.cat([low.B * low.scale, B[None]], 2), 1.0
+    ), gain

@@ -1,5 +1,5 @@
-"""Which rows ``LoraConfig(trainable_tokens=…)`` means, and why some cannot be trained. What is computed with them:
-``token_rows.py``."""
+"""Which rows ``LoraConfig(trainable_tokens=…)`` means, and why some cannot be trained. What is
+computed with them: ``token_rows.py``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ KINDS = ("embedding", "linear")
 
 
 def wanted(names: Names, tokens: Any, problems: list[str]) -> dict[ParamRef, tuple[int, ...]]:
-    """The ids of ``LoraConfig.trainable_tokens``, ascending, by the weight that they are rows of: of a tied one, the
-    first of its names."""
+    """The ids of ``LoraConfig.trainable_tokens``, ascending, by the weight that they are rows of:
+    of a tied one, the first of its names."""
     found: dict[ParamRef, tuple[int, ...]] = {}
     by_identity = holders(names)
     for path, ids in _by_module(names, tokens, problems):
@@ -36,17 +36,27 @@ def wanted(names: Names, tokens: Any, problems: list[str]) -> dict[ParamRef, tup
         own = tuple(sorted(ids))
         if found.setdefault(owner, own) != own:
             what = f"other trainable_tokens for {path!r} than for {parameter_path(*owner)!r}, whose weight it shares"
-            problems.append(sentence(what, "the same for every name of one weight", "name one of them, or untie them"))
+            problems.append(
+                sentence(
+                    what, "the same for every name of one weight", "name one of them, or untie them"
+                )
+            )
     return found
 
 
-def _by_module(names: Names, tokens: Any, problems: list[str]) -> Iterator[tuple[str, Sequence[int]]]:
+def _by_module(
+    names: Names, tokens: Any, problems: list[str]
+) -> Iterator[tuple[str, Sequence[int]]]:
     if isinstance(tokens, Mapping):
         for pattern, ids in tokens.items():
             matching = names.matching(pattern)
             if not matching:
                 what = f"trainable_tokens of {pattern!r}, which matches no module{names.suggest(pattern)}"
-                problems.append(sentence(what, "an embedding or a head", f"name one of {listing(_tables(names))}"))
+                problems.append(
+                    sentence(
+                        what, "an embedding or a head", f"name one of {listing(_tables(names))}"
+                    )
+                )
             yield from ((path, ids) for path in matching)
     elif tokens:
         path = _input_embedding(names)
@@ -71,17 +81,28 @@ def _input_embedding(names: Names) -> str | None:
     return tables[0] if len(tables) == 1 else None
 
 
-def token_problems(names: Names, owner: ParamRef, ids: Sequence[int], refs: Iterable[ParamRef]) -> Iterator[str]:
+def token_problems(
+    names: Names, owner: ParamRef, ids: Sequence[int], refs: Iterable[ParamRef]
+) -> Iterator[str]:
     """Why these rows of a weight, which the modules of ``refs`` hold, cannot be trained."""
     storage: Any = storage_of(weight_of(names.modules[owner[0]], owner[1]))
-    where, rows = parameter_path(*owner), storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0]
+    where, rows = (
+        parameter_path(*owner),
+        storage.shape(weight_of(names.modules[owner[0]], owner[1]))[0],
+    )
     beyond = [id_ for id_ in ids if id_ >= rows]
     if beyond:
         do = f"grow the model first: model.resize_token_embeddings({max(ids) + 1})"
-        yield sentence(f"token ids {listing(map(str, beyond), 4)} of {where!r}", f"ids below its {rows} rows", do)
+        yield sentence(
+            f"token ids {listing(map(str, beyond), 4)} of {where!r}",
+            f"ids below its {rows} rows",
+            do,
+        )
     for path, name in refs:
         module = names.modules[path]
         kind = kind_for(module, name)
         if kind.name not in KINDS:
             found = f"trainable_tokens of {where!r}, which {path!r} ({own_class(module).__name__}) reads in another way"
-            yield sentence(found, "embeddings and linear heads", "untie it, or leave these tokens out")
+            yield sentence(
+                found, "embeddings and linear heads", "untie it, or leave these tokens out"
+            )

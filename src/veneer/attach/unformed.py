@@ -1,21 +1,25 @@
-"""W + ΔW of a stack of matrices, as a tensor that is not formed: what the view of a module of experts computes with.
+"""W + ΔW of a stack of matrices, as a tensor that is not formed: what the view of a module of
+experts computes with.
 
     W [E, m, n]     ΔW[e] = scale · B[e] A[e]     W[i], W[ids], W.mT, W.chunk(2, 1)     a part of it, not formed either
     x @ (W + ΔW)[i]   =   x W[i] + scale · (x B[i]) A[i]                                linear, bmm, grouped_mm, …
 
-A call of a mixture uses a few matrices of each stack, or all of them with a few rows each; to form W + ΔW of them all
-costs more than the call. ``Unformed`` is a tensor for whoever asks (class, shape, dtype, device, gradient), without
-memory. The products that a forward reads stacks with (``experts.py``) are the base's own on W and the low-rank part of
-the rows that there are. **Every other operation gets W + ΔW, formed**, so that a forward that nobody has foreseen is
-right, and as slow as it would be without this:
+A call of a mixture uses a few matrices of each stack, or all of them with a few rows each; to form
+W + ΔW of them all costs more than the call. ``Unformed`` is a tensor for whoever asks (class,
+shape, dtype, device, gradient), without memory. The products that a forward reads stacks with
+(``experts.py``) are the base's own on W and the low-rank part of the rows that there are. **Every
+other operation gets W + ΔW, formed**, so that a forward that nobody has foreseen is right, and as
+slow as it would be without this:
 
-- below Python (``__torch_dispatch__``) and in autograd functions too: an ``Unformed`` is the output of a node whose
-  backward carries the gradient of W + ΔW on to A and B;
-- but in 16 bits, where the view of a module is widened to float32 so that a small ΔW survives: there the operation
-  raises ``CannotStandError``, and the call runs again on a widened view. So does a write in place.
+- below Python (``__torch_dispatch__``) and in autograd functions too: an ``Unformed`` is the output
+  of a node whose backward carries the gradient of W + ΔW on to A and B;
+- but in 16 bits, where the view of a module is widened to float32 so that a small ΔW survives:
+  there the operation raises ``CannotStandError``, and the call runs again on a widened view. So
+  does a write in place.
 
-Rejected: W's own memory behind it. Who takes its address would compute with W and lose the adapter without a word;
-without memory that is an error, but on a processor, where the address is asked for its alignment.
+Rejected: W's own memory behind it. Who takes its address would compute with W and lose the adapter
+without a word; without memory that is an error, but on a processor, where the address is asked for
+its alignment.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from veneer.lowrank import LowRank
 #: what a part of a stack is: all of it, one matrix, or these matrices [S]
 Index = int | Tensor | None
 
-#: torch's function, or the qualified name of a library's -> what does the same with an ``Unformed``: (the function,
+# : torch's function, or the qualified name of a library's -> what does the same with an
+# ``Unformed``: (the function,
 #: its arguments) -> a result, or ``NotImplemented``
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
@@ -66,7 +71,8 @@ class Stack:
     pieces: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
     def part(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of these matrices; transposed, W.mT with Bᵀ for A and Aᵀ for B, if ``flipped``."""
+        """(W, A, B) of these matrices; transposed, W.mT with Bᵀ for A and Aᵀ for B, if
+        ``flipped``."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
             if self.trains:  # the gradients of all matrices are one tensor; of a subscript each would be a whole one
@@ -89,7 +95,11 @@ class Stack:
 
     def narrowed(self, axis: int, first: int, size: int) -> Stack:
         """Outputs (axis 1) or inputs (axis 2) of all matrices."""
-        A, B = (self.A, self.B.narrow(1, first, size)) if axis == 1 else (self.A.narrow(2, first, size), self.B)
+        A, B = (
+            (self.A, self.B.narrow(1, first, size))
+            if axis == 1
+            else (self.A.narrow(2, first, size), self.B)
+        )
         return self._with(self.W.narrow(axis, first, size), A, B)
 
     def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
@@ -171,7 +181,11 @@ WRITING = {
 
 def stand_in(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
     """A tensor that stands for W + ΔW of these matrices, transposed if ``flipped``."""
-    return _apply(stack, index, flipped, stack.A, stack.B) if stack.trains else _bare(stack, index, flipped)
+    return (
+        _apply(stack, index, flipped, stack.A, stack.B)
+        if stack.trains
+        else _bare(stack, index, flipped)
+    )
 
 
 def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
@@ -182,12 +196,22 @@ def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
     elif index is not None:
         shape, strides = (len(index), *shape[1:]), (shape[1] * shape[2], shape[2], 1)
     if flipped:
-        shape, strides = (*shape[:-2], shape[-1], shape[-2]), (*strides[:-2], strides[-1], strides[-2])
+        shape, strides = (
+            (*shape[:-2], shape[-1], shape[-2]),
+            (*strides[:-2], strides[-1], strides[-2]),
+        )
     dtype, device = W.dtype, W.device
-    made: Any = Tensor._make_wrapper_subclass(Unformed, shape, strides=strides, dtype=dtype, device=device)
+    made: Any = Tensor._make_wrapper_subclass(
+        Unformed, shape, strides=strides, dtype=dtype, device=device
+    )
     own = made.__dict__
     own["stack"], own["index"], own["flipped"] = stack, index, flipped
-    own["_shape"], own["_dtype"], own["_device"], own["_ndim"] = torch.Size(shape), dtype, device, len(shape)
+    own["_shape"], own["_dtype"], own["_device"], own["_ndim"] = (
+        torch.Size(shape),
+        dtype,
+        device,
+        len(shape),
+    )
     return made
 
 
@@ -196,10 +220,13 @@ for _name in ("shape", "dtype", "device", "ndim"):
 
 
 class _Carried(torch.autograd.Function):
-    """The node whose output an ``Unformed`` is. The products that are known do not pass through it."""
+    """The node whose output an ``Unformed`` is. The products that are known do not pass through
+    it."""
 
     @staticmethod
-    def forward(ctx: Any, stack: Stack, index: Index, flipped: bool, A: Tensor, B: Tensor) -> Unformed:
+    def forward(
+        ctx: Any, stack: Stack, index: Index, flipped: bool, A: Tensor, B: Tensor
+    ) -> Unformed:
         ctx.scale, ctx.index, ctx.flipped = stack.scale, index, flipped
         ctx.save_for_backward(A, B)
         return _bare(stack, index, flipped)
@@ -210,12 +237,21 @@ class _Carried(torch.autograd.Function):
         index = ctx.index
         G = (gradient.mT if ctx.flipped else gradient).to(at_least_float32(A.dtype)) * ctx.scale
         if index is None:
-            return None, None, None, (B.to(G.dtype).mT @ G).to(A.dtype), (G @ A.to(G.dtype).mT).to(B.dtype)
+            return (
+                None,
+                None,
+                None,
+                (B.to(G.dtype).mT @ G).to(A.dtype),
+                (G @ A.to(G.dtype).mT).to(B.dtype),
+            )
         if isinstance(index, int):
             G, index = G[None], torch.tensor([index], device=G.device)
         own = A.index_select(0, index).to(G.dtype), B.index_select(0, index).to(G.dtype)
         dA, dB = own[1].mT @ G, G @ own[0].mT
-        found = (torch.zeros_like(one).index_add(0, index, by.to(one.dtype)) for one, by in ((A, dA), (B, dB)))
+        found = (
+            torch.zeros_like(one).index_add(0, index, by.to(one.dtype))
+            for one, by in ((A, dA), (B, dB))
+        )
         return None, None, None, *found
 
 

@@ -1,4 +1,5 @@
-"""Many adapters on one base: by name, under a budget of bytes, a different one for each row of a batch.
+"""Many adapters on one base: by name, under a budget of bytes, a different one for each row of a
+batch.
 
     bank = veneer.Bank(model, capacity_bytes=2 << 30)
     bank.register("french", "adapters/french")      known; loaded when it is used

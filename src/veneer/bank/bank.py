@@ -1,8 +1,9 @@
-"""The adapters of one model: named, loaded when they are used, evicted when memory is needed, used row by row.
+"""The adapters of one model: named, loaded when they are used, evicted when memory is needed, used
+row by row.
 
-What is in use or pinned stays in memory; of the rest, what was used longest ago makes room. Nothing is registered with
-the model: its ``state_dict`` and its parameters are those of the base. Threads may use one bank at once: each call has
-a batch state to itself.
+What is in use or pinned stays in memory; of the rest, what was used longest ago makes room. Nothing
+is registered with the model: its ``state_dict`` and its parameters are those of the base. Threads
+may use one bank at once: each call has a batch state to itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
 from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
 from veneer.bank.lease import Entry, Lease, Status, weights_of
-from veneer.bank.resident import Recipes, ResidentAdapter, expected_bytes, load_resident, resident_of
+from veneer.bank.resident import (
+    Recipes,
+    ResidentAdapter,
+    expected_bytes,
+    load_resident,
+    resident_of,
+)
 from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fileio import throttle
@@ -46,16 +53,17 @@ class Bank:
     """The adapters of one model.
 
     Args:
-        model: the base; it stays as it is, but that the class of its layers becomes an adapted one and its parameters
-            are frozen. ``close`` gives both back.
-        capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the running calls have laid
-            out comes on top: the factors of the adapters that they use, once more for each of two sets of them.
+        model: the base; it stays as it is, but that the class of its layers becomes an adapted one
+            and its parameters are frozen. ``close`` gives both back.
+        capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the
+            running calls have laid out comes on top: the factors of the adapters that they use,
+            once more for each of two sets of them.
         dtype: of the adapters' parameters in memory; None takes that of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
     Attributes:
-        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a "fail" of a load, from
-            the thread where it happened.
+        on_event: called as (kind, name, seconds) after a "load", an "evict", a "remove" or a "fail"
+            of a load, from the thread where it happened.
     """
 
     def __init__(
@@ -73,7 +81,12 @@ class Bank:
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
         prepare(model, dtype)
-        self.model, self.capacity, self.dtype, self.verify_base = model, capacity_bytes, dtype, verify_base
+        self.model, self.capacity, self.dtype, self.verify_base = (
+            model,
+            capacity_bytes,
+            dtype,
+            verify_base,
+        )
         self.on_event: Callable[[str, str, float], None] | None = None
         with CHANGING:
             self._attached = enlist(model)
@@ -94,8 +107,9 @@ class Bank:
         self._closed = False
 
     def register(self, name: str, path: str | Path, *, replace: bool = False) -> None:
-        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is first used. ``replace``
-        lets it take the place of what has the name already, at once; calls that run end with that one.
+        """Let ``name`` mean the adapter folder ``path``, which is read and verified when it is
+        first used. ``replace`` lets it take the place of what has the name already, at once; calls
+        that run end with that one.
 
         Raises:
             SelectionError: the name is taken, or no name.
@@ -110,14 +124,19 @@ class Bank:
             old = self._entries.get(name)
             if old is not None and not replace:
                 found = f"adapter name {name!r}, which is taken"
-                raise SelectionError(sentence(found, "a new name", "choose another, or remove that one first"))
+                raise SelectionError(
+                    sentence(found, "a new name", "choose another, or remove that one first")
+                )
             self._entries[name] = Entry(name, path)
             if old is not None and not old.users:
                 self._drop(old)
 
-    def add(self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False) -> str:
-        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it now. ``replace`` lets
-        it take the place of what has the name already, at the moment when it is loaded; both are in memory until then.
+    def add(
+        self, path: str | Path, name: str | None = None, *, pin: bool = False, replace: bool = False
+    ) -> str:
+        """Register an adapter (by the name of its folder, unless ``name`` is given) and load it
+        now. ``replace`` lets it take the place of what has the name already, at the moment when it
+        is loaded; both are in memory until then.
 
         Raises:
             AdapterError, BaseMismatchError, BankFullError, SelectionError: the bank is as it was.
@@ -142,10 +161,10 @@ class Bank:
         return name
 
     def put(self, name: str, path: str | Path, adapter: str) -> None:
-        """Let ``name`` mean the adapter folder ``path`` (in place of what has the name already), whose numbers are now
-        those of the model's own adapter ``adapter``: they are copied from it. The folder is read when they have been
-        evicted, where leases hold the memory now (this waits for nobody), and where the adapter is not low rank
-        everywhere.
+        """Let ``name`` mean the adapter folder ``path`` (in place of what has the name already),
+        whose numbers are now those of the model's own adapter ``adapter``: they are copied from it.
+        The folder is read when they have been evicted, where leases hold the memory now (this waits
+        for nobody), and where the adapter is not low rank everywhere.
 
         Raises:
             SelectionError, AdapterError: the bank is as it was.
@@ -178,7 +197,8 @@ class Bank:
             lease.release()
 
     def remove(self, name: str) -> None:
-        """Forget a name. Calls that use the adapter end as they began; its memory is free once the last one has."""
+        """Forget a name. Calls that use the adapter end as they began; its memory is free once the
+        last one has."""
         with self._changed:
             entry = self._need(name)
             del self._entries[name]
@@ -211,7 +231,8 @@ class Bank:
 
     @property
     def crowded(self) -> bool:
-        """Whether a load waits for memory that is in use: the longer, the more leases are taken meanwhile."""
+        """Whether a load waits for memory that is in use: the longer, the more leases are taken
+        meanwhile."""
         return self._crowded > 0
 
     def status(self) -> list[Status]:
@@ -228,12 +249,12 @@ class Bank:
         return name in self._entries
 
     def acquire(self, adapter_weights: Mapping[str, float]) -> Future[Lease]:
-        """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they are in memory: at
-        once, or once a thread has loaded those that are not.
+        """A lease on the adapters of a blend ({name: weight}; nothing is the base alone), when they
+        are in memory: at once, or once a thread has loaded those that are not.
 
         Raises:
-            SelectionError: an unknown name or a weight that is no finite number, at once. What loading raises comes
-                through the future.
+            SelectionError: an unknown name or a weight that is no finite number, at once. What
+                loading raises comes through the future.
         """
         done: Future[Lease] = Future()
         with self._changed:
@@ -242,7 +263,9 @@ class Bank:
                 done.set_result(lease)
                 return done
             if self._loader is None:
-                self._loader = ThreadPoolExecutor(1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads)
+                self._loader = ThreadPoolExecutor(
+                    1, thread_name_prefix="veneer-bank", initializer=self.throttle_loads
+                )
             return self._loader.submit(self._acquire, dict(adapter_weights))
 
     def prefetch(self, name: str) -> Future[Lease]:
@@ -253,30 +276,46 @@ class Bank:
 
     @contextmanager
     def rows(self, choices: Sequence[Any]) -> Iterator[None]:
-        """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a blend {name: weight},
-        or a ``Lease``. Adapters that are not in memory are loaded first. It holds for the calls of this thread or
-        task.
+        """A block in which row i of every input uses ``choices[i]``: None for the base, a name, a
+        blend {name: weight}, or a ``Lease``. Adapters that are not in memory are loaded first. It
+        holds for the calls of this thread or task.
 
         Raises:
             SelectionError: an unknown name, no rows.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
         if isinstance(choices, str | Mapping) or not len(choices):
-            found = "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
-            raise SelectionError(sentence(found, "one choice for each row", "name an adapter or None for each row"))
-        row_weights = [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
-        with self._acquire({name: 1.0 for weights in row_weights if weights for name in weights}) as lease:
-            resident = dict(zip(lease.adapter_weights, (adapter for adapter, _ in lease.uses), strict=True))
+            found = (
+                "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
+            )
+            raise SelectionError(
+                sentence(found, "one choice for each row", "name an adapter or None for each row")
+            )
+        row_weights = [
+            None if isinstance(choice, Lease) else weights_of(choice) for choice in choices
+        ]
+        with self._acquire(
+            {name: 1.0 for weights in row_weights if weights for name in weights}
+        ) as lease:
+            resident = dict(
+                zip(lease.adapter_weights, (adapter for adapter, _ in lease.uses), strict=True)
+            )
             blends = (
-                self._own(choice).uses if weights is None else [(resident[name], w) for name, w in weights.items()]
+                self._own(choice).uses
+                if weights is None
+                else [(resident[name], w) for name, w in weights.items()]
                 for choice, weights in zip(choices, row_weights, strict=True)
             )
-            with self._using(tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)):
+            with self._using(
+                tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)
+            ):
                 yield
 
-    def generate(self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any) -> Any:
-        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams and returned sequences
-        of a row use what the row uses.
+    def generate(
+        self, inputs: Tensor | None = None, *, adapters: Sequence[Any], **kwargs: Any
+    ) -> Any:
+        """``model.generate(inputs, **kwargs)`` with an adapter for each row of the inputs. Beams
+        and returned sequences of a row use what the row uses.
 
         Raises:
             SelectionError: as ``rows``; also where an encoder runs before the rows are multiplied.
@@ -284,17 +323,21 @@ class Bank:
         model: Any = self.model
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         beams, sequences = (
-            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+            kwargs.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
         )
         times = max(beams, sequences)
         if times > 1 and getattr(model.config, "is_encoder_decoder", False):
             found = f"{times} sequences a row from an encoder and a decoder, of which the encoder sees each row once"
-            raise SelectionError(sentence(found, "one sequence a row", "repeat the rows of the inputs yourself"))
+            raise SelectionError(
+                sentence(found, "one sequence a row", "repeat the rows of the inputs yourself")
+            )
         with self.rows([choice for choice in adapters for _ in range(times)]):
             return model.generate(inputs, **kwargs)
 
     def throttle_loads(self) -> None:
-        """From now on, let this thread's loads, of a second each, pause while calls run or one has just ended."""
+        """From now on, let this thread's loads, of a second each, pause while calls run or one has
+        just ended."""
         throttle.throttle_loads(lambda: self._calls > 0 or time.monotonic() - self._ended < QUIET)
 
     def close(self) -> None:
@@ -304,7 +347,9 @@ class Bank:
             SelectionError: an adapter is in use or being loaded. Nothing has changed.
         """
         if not self._loading.acquire(blocking=False):
-            raise SelectionError(sentence("a bank that loads an adapter", "no running load", "let it end first"))
+            raise SelectionError(
+                sentence("a bank that loads an adapter", "no running load", "let it end first")
+            )
         try:
             with self._changed:
                 if self._closed:
@@ -312,7 +357,9 @@ class Bank:
                 used = [entry.name for entry in self._entries.values() if entry.users]
                 if used or self._calls:
                     found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
-                    raise SelectionError(sentence(found, "no running call", "let the calls end first"))
+                    raise SelectionError(
+                        sentence(found, "no running call", "let the calls end first")
+                    )
                 self._closed = True
                 for entry in self._entries.values():
                     self._drop(entry)
@@ -336,12 +383,22 @@ class Bank:
         entry = self._entries.get(name)
         if entry is None:
             found = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
-            raise SelectionError(sentence(found, "a name that is registered", "register it, or check the spelling"))
+            raise SelectionError(
+                sentence(found, "a name that is registered", "register it, or check the spelling")
+            )
         return entry
 
     def _own(self, lease: Any) -> Lease:
-        if not isinstance(lease, Lease) or lease._bank is not self or len(lease._entries) != len(lease.uses):
-            raise SelectionError(sentence("a lease that was released, or of another bank", "a live one", "acquire one"))
+        if (
+            not isinstance(lease, Lease)
+            or lease._bank is not self
+            or len(lease._entries) != len(lease.uses)
+        ):
+            raise SelectionError(
+                sentence(
+                    "a lease that was released, or of another bank", "a live one", "acquire one"
+                )
+            )
         return lease
 
     def _taken(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
@@ -361,7 +418,8 @@ class Bank:
             return Lease(self, adapter_weights, self._taken(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
-        """A lease, now; this thread loads what is cold. It holds nothing while it waits: others may need the room."""
+        """A lease, now; this thread loads what is cold. It holds nothing while it waits: others may
+        need the room."""
         if (lease := self._warm(adapter_weights)) is not None:
             return lease
         with self._loading:  # one at a time: it is work for all cores
@@ -398,8 +456,12 @@ class Bank:
         self._tell("load", entry.name, time.monotonic() - start)
 
     def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
-        if any(key not in self._frame.modules for key in resident.parts):  # modules that no adapter changed before
-            self._frame.modules = {layer_state.key: module for _, module, layer_state in layer_states(self.model)}
+        if any(
+            key not in self._frame.modules for key in resident.parts
+        ):  # modules that no adapter changed before
+            self._frame.modules = {
+                layer_state.key: module for _, module, layer_state in layer_states(self.model)
+            }
         entry.resident, entry.seen = resident, (resident.rank, resident.variant)
         self._bytes += resident.nbytes
         self._alive.add(resident.uid)
@@ -407,7 +469,11 @@ class Bank:
     def _evict(self, count: int) -> bool:
         """Evict what is not used until ``count`` bytes fit; whether they do."""
         while self.capacity is not None and self._bytes + count > self.capacity:
-            idle = [e for e in self._entries.values() if e.resident is not None and not e.users and not e.pinned]
+            idle = [
+                e
+                for e in self._entries.values()
+                if e.resident is not None and not e.users and not e.pinned
+            ]
             if not idle:
                 return False
             oldest = min(idle, key=lambda entry: entry.used)
@@ -459,7 +525,9 @@ class Bank:
         """A block of calls whose rows use these."""
         with self._changed:
             self._open()
-            batch_state = self._batch_states.pop() if self._batch_states else BatchState(self._frame)
+            batch_state = (
+                self._batch_states.pop() if self._batch_states else BatchState(self._frame)
+            )
             self._calls += 1
         selected = None
         try:
@@ -470,7 +538,9 @@ class Bank:
             with context.changed({self._attached.uid: chosen}, outside=outside):
                 yield
         finally:
-            if selected is not None:  # who took this context along must not meet the next call's rows
+            if (
+                selected is not None
+            ):  # who took this context along must not meet the next call's rows
                 selected.name, selected.parts = "the rows of a bank's block that has ended", None
             batch_state.assignment = None
             with self._changed:

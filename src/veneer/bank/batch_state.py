@@ -1,13 +1,15 @@
-"""The adapters of one call, as ``kernels/compiled/mixed_rows.py`` reads them, or laid out for ``kernels/batched.py``.
+"""The adapters of one call, as ``kernels/compiled/mixed_rows.py`` reads them, or laid out for
+``kernels/batched.py``.
 
     BatchState ─ layers         each changed by one of two kernels
                ─ assignments    what the rows of a call use: addresses, runs or lanes; groups of rows, gains and biases
 
-``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and bfloat16 on a
-processor, and of prompts on few threads, as it has one. Where it is turned off, on other devices and in other dtypes it
-is ``batched``, plain tensor code. An assignment lays the factors of its adapters out for that, each in a lane of
-A [lanes, r, in] and B [lanes, r, out], for each layer and size of rank; the next call with the same adapters finds
-them. A layer that an adapter leaves alone, or changes at a smaller rank, has zeros there.
+``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and
+bfloat16 on a processor, and of prompts on few threads, as it has one. Where it is turned off, on
+other devices and in other dtypes it is ``batched``, plain tensor code. An assignment lays the
+factors of its adapters out for that, each in a lane of A [lanes, r, in] and B [lanes, r, out], for
+each layer and size of rank; the next call with the same adapters finds them. A layer that an
+adapter leaves alone, or changes at a smaller rank, has zeros there.
 
 One call at a time has a batch state: nothing moves under it.
 """
@@ -39,7 +41,8 @@ SMALLEST = 8
 KEPT = 2
 #: tokens a row up to which rows are grouped
 FEW = 4
-#: on a device: runs of rows up to which each is a product, and rows an adapter up to which each has factors of its own
+# : on a device: runs of rows up to which each is a product, and rows an adapter up to which each
+# has factors of its own
 RUNS, ROWS = 2, 4
 
 #: what a row uses: adapters and their weights; nothing is the base alone
@@ -47,7 +50,8 @@ Uses = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class Frame:
-    """What a bank knows of its model: the modules by the keys of their layer states, and how calls are selected."""
+    """What a bank knows of its model: the modules by the keys of their layer states, and how calls
+    are selected."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
@@ -55,12 +59,19 @@ class Frame:
 
 
 def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Compile what calls of the model will need, so that none of them waits for it: seconds, once on a machine."""
+    """Compile what calls of the model will need, so that none of them waits for it: seconds, once
+    on a machine."""
     for weight in {weight.dtype: weight for weight in model.parameters()}.values():
         factors = weight.dtype if dtype is None else dtype
         loop = mixed_rows_loop(weight, factors)
         if loop is not None:
-            loop.change(torch.empty(0, 1, dtype=weight.dtype), 1, row_groups([([0], [])]), loop.table([]), factors)
+            loop.change(
+                torch.empty(0, 1, dtype=weight.dtype),
+                1,
+                row_groups([([0], [])]),
+                loop.table([]),
+                factors,
+            )
 
 
 class Layer:
@@ -83,23 +94,32 @@ class Layer:
         """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
         parts = [resident.parts.get(self.key) for resident in members]
         if self.away:
-            A, B = self.side_by_side([[part] if type(part) is ResolvedLowRank else [] for part in parts])
+            A, B = self.side_by_side(
+                [[part] if type(part) is ResolvedLowRank else [] for part in parts]
+            )
             return A, B
-        pairs = [(part.A, part.B) if type(part) is ResolvedLowRank else self.nothing for part in parts]
+        pairs = [
+            (part.A, part.B) if type(part) is ResolvedLowRank else self.nothing for part in parts
+        ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
         # another call, which may be an ordinary one, reads what is made here
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(one) for one in A}) == 1:
                 return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
-            return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(B, batch_first=True).to(self.dtype)
+            return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(
+                B, batch_first=True
+            ).to(self.dtype)
 
     def side_by_side(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
-        """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with zeros below these: one
-        copy each, in the dtype of the weight, that lives as long as a product."""
+        """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with
+        zeros below these: one copy each, in the dtype of the weight, that lives as long as a
+        product."""
         ranks = [sum(len(part.A) for part in parts) for parts in rows]
         most, made = max(ranks), []
         for name, width in (("A", self.in_), ("B", self.out)):
-            zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(most, width)
+            zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(
+                most, width
+            )
             pieces = [
                 piece
                 for parts, rank in zip(rows, ranks, strict=True)
@@ -141,11 +161,15 @@ class Layer:
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // assignment.count
-                if self.compiled is not None and (tokens <= FEW or torch.get_num_threads() <= THREADS):
+                if self.compiled is not None and (
+                    tokens <= FEW or torch.get_num_threads() <= THREADS
+                ):
                     flat = flat if flat.is_contiguous() else flat.contiguous()
                     table = assignment.tables.get(self.key)
                     table = assignment.table_of(self) if table is None else table
-                    delta = self.compiled.change(flat, self.out, assignment.together, table, self.factors)
+                    delta = self.compiled.change(
+                        flat, self.out, assignment.together, table, self.factors
+                    )
                 elif self.away and assignment.apart_on_device(tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
                 elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
@@ -157,7 +181,9 @@ class Layer:
                 else:
                     y = fused.added(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
-        return assignment.apart[self.key].run(module, base, layer_state, args, kwargs, now, method=method)
+        return assignment.apart[self.key].run(
+            module, base, layer_state, args, kwargs, now, method=method
+        )
 
     def grouped(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
         """Δ [N, out]."""
@@ -171,7 +197,12 @@ class Layer:
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
 
     def bent(
-        self, delta: Tensor, flat: Tensor, weight: Tensor, bias: Tensor | None, assignment: BatchAssignment
+        self,
+        delta: Tensor,
+        flat: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        assignment: BatchAssignment,
     ) -> Tensor:
         """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
         gain, own = assignment.extra(self, bias, flat)
@@ -196,27 +227,42 @@ class BatchAssignment:
         self.lanes: dict[int, list[ResidentAdapter]] = {}
         for resident in sorted(self.members, key=lambda resident: resident.uid):
             if resident.rank:  # rounded up, so that adapters of about one rank share a product
-                self.lanes.setdefault(max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []).append(resident)
+                self.lanes.setdefault(
+                    max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []
+                ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
         others = (one for one in batch_state.assignments.values() if one.lanes == self.lanes)
         #: laid out, by layer: for all assignments of the same adapters
-        self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next((one.factors for one in others), {})
+        self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
+            (one.factors for one in others), {}
+        )
         self.made: dict[Any, list[batched.Run]] = {}
         self.by_row: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.tables: dict[Any, Any] = {}
-        self.distinct = {uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)}
+        self.distinct = {
+            uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)
+        }
         selections = [
-            blended([(ActiveAdapter(resident.path.name, resident.parts), weight) for resident, weight in uses])
+            blended(
+                [
+                    (ActiveAdapter(resident.path.name, resident.parts), weight)
+                    for resident, weight in uses
+                ]
+            )
             if uses
             else BASE
             for uses in self.distinct
         ]
         indices = [torch.tensor(own, device="cpu") for own in self.distinct.values()]
-        self.apart = Parts(batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first)
+        self.apart = Parts(
+            batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
+        )
         general = {key for resident in self.members for key in resident.general}
         keys = dict.fromkeys(key for resident in self.members for key in resident.parts)
-        self.table = {key: self.apart[key] if key in general else batch_state.layers[key] for key in keys}
+        self.table = {
+            key: self.apart[key] if key in general else batch_state.layers[key] for key in keys
+        }
         self.bent = {
             key for resident in self.members for key, part in resident.parts.items()
             if isinstance(part, ResolvedLowRank) and (part.gain is not None or part.bias is not None)
@@ -225,12 +271,17 @@ class BatchAssignment:
     @cached_property
     def together(self) -> Any:
         """The rows as the compiled loop has them."""
-        return row_groups([(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()])
+        return row_groups(
+            [(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()]
+        )
 
     def table_of(self, layer: Layer) -> Any:
-        """Where the factors of a layer are that the compiled loop changes; they stay there as long as this."""
+        """Where the factors of a layer are that the compiled loop changes; they stay there as long
+        as this."""
         parts = [resident.parts.get(layer.key) for uses in self.distinct for resident, _ in uses]
-        self.tables[layer.key] = layer.compiled.table([None if one is None else (one.A, one.B) for one in parts])
+        self.tables[layer.key] = layer.compiled.table(
+            [None if one is None else (one.A, one.B) for one in parts]
+        )
         return self.tables[layer.key]
 
     def runs(self, layer: Layer) -> list[batched.Run]:
@@ -240,9 +291,18 @@ class BatchAssignment:
             first = 0
             for row in range(1, self.count + 1):
                 if row == self.count or self.rows[row] != self.rows[first]:
-                    parts = ((resident.parts.get(layer.key), weight) for resident, weight in self.rows[first])
+                    parts = (
+                        (resident.parts.get(layer.key), weight)
+                        for resident, weight in self.rows[first]
+                    )
                     own = [(part.A, part.B, weight) for part, weight in parts if part is not None]
-                    runs.append((first, row, [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in own]))
+                    runs.append(
+                        (
+                            first,
+                            row,
+                            [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in own],
+                        )
+                    )
                     first = row
             self.made[layer.key] = runs
         return self.made[layer.key]
@@ -253,15 +313,23 @@ class BatchAssignment:
 
     def apart_on_device(self, tokens: int) -> bool:
         """Whether each row is multiplied with factors of its own."""
-        return self.run_count > RUNS and (tokens > FEW or self.count <= ROWS * max(len(self.members), 1))
+        return self.run_count > RUNS and (
+            tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
+        )
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights [rows, 1, r]."""
+        """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights
+        [rows, 1, r]."""
         if layer.key not in self.by_row:
-            rows = [[(r.parts[layer.key], weight) for r, weight in uses if layer.key in r.parts] for uses in self.rows]
+            rows = [
+                [(r.parts[layer.key], weight) for r, weight in uses if layer.key in r.parts]
+                for uses in self.rows
+            ]
             parts, weights = [[part for part, _ in own] for own in rows], None
             if any(weight != 1 for own in rows for _, weight in own):
-                each = [torch.tensor([weight for part, weight in own for _ in part.A]) for own in rows]
+                each = [
+                    torch.tensor([weight for part, weight in own for _ in part.A]) for own in rows
+                ]
                 weights = pad_sequence(each, batch_first=True)[:, None]
                 weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
             self.by_row[layer.key] = parts, weights
@@ -270,18 +338,28 @@ class BatchAssignment:
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each size of rank how rows of so many tokens are grouped, and the factors of a layer."""
+        """For each size of rank how rows of so many tokens are grouped, and the factors of a
+        layer."""
         key, lanes = (tokens, layer.device, layer.dtype), self.lanes
         if key not in self.groupings:
-            self.groupings[key] = [_grouping(self.rows, members, *key) for members in lanes.values()]
+            self.groupings[key] = [
+                _grouping(self.rows, members, *key) for members in lanes.values()
+            ]
         if layer.away:
-            return zip(self.groupings[key], [layer.laid_out(members) for members in lanes.values()], strict=True)
+            return zip(
+                self.groupings[key],
+                [layer.laid_out(members) for members in lanes.values()],
+                strict=True,
+            )
         if layer.key not in self.factors:
             self.factors[layer.key] = [layer.laid_out(members) for members in lanes.values()]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
-    def extra(self, layer: Layer, bias: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its own."""
+    def extra(
+        self, layer: Layer, bias: Tensor | None, like: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its
+        own."""
         if layer.key not in self.extras:
             parts = {resident: resident.parts.get(layer.key) for resident in self.members}
 
@@ -296,14 +374,22 @@ class BatchAssignment:
                 return found.to(like.dtype)
 
             gain = of_rows("gain", torch.ones(layer.out, dtype=layer.dtype, device=like.device))
-            self.extras[layer.key] = gain, None if bias is None else of_rows("bias", bias.to(layer.dtype))
+            self.extras[layer.key] = (
+                gain,
+                None if bias is None else of_rows("bias", bias.to(layer.dtype)),
+            )
         return self.extras[layer.key]
 
 
 def _grouping(
-    rows: Sequence[Uses], members: Sequence[ResidentAdapter], tokens: int, device: torch.device, dtype: torch.dtype
+    rows: Sequence[Uses],
+    members: Sequence[ResidentAdapter],
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Grouping:
-    """The rows that use some of these adapters, by their lanes; made on the processor, as nobody waits for it."""
+    """The rows that use some of these adapters, by their lanes; made on the processor, as nobody
+    waits for it."""
     count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
     rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
     mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
@@ -321,13 +407,21 @@ def _grouping(
 
     def of_tokens(indices: Sequence[int]) -> Tensor | None:
         """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
-        wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(tokens, device="cpu")
+        wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(
+            tokens, device="cpu"
+        )
         flat = wide.flatten()
         same = len(flat) == count * size * tokens == len(rows) * tokens
-        return None if same and torch.equal(flat, torch.arange(len(flat), device="cpu")) else there(flat)
+        return (
+            None
+            if same and torch.equal(flat, torch.arange(len(flat), device="cpu"))
+            else there(flat)
+        )
 
     order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
-    strength = torch.tensor([[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu")
+    strength = torch.tensor(
+        [[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu"
+    )
     plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
     weights = None if plain else there(strength.repeat_interleave(tokens, 1)[:, None])
     back = []
@@ -371,12 +465,17 @@ class BatchState:
                 for layer, part in resident.parts.items():
                     if isinstance(part, ResolvedLowRank) and layer not in self.layers:
                         self.layers[layer] = Layer(self, layer, part)
-            with torch.inference_mode(False):  # another call, which may be an ordinary one, uses what is made here
+            with torch.inference_mode(
+                False
+            ):  # another call, which may be an ordinary one, uses what is made here
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment
         return assignment
 
     def keep(self, alive: set[int]) -> None:
-        """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those that are."""
+        """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those
+        that are."""
         kept = self.assignments.items()
-        self.assignments = {key: one for key, one in kept if all(member.uid in alive for member in one.members)}
+        self.assignments = {
+            key: one for key, one in kept if all(member.uid in alive for member in one.members)
+        }

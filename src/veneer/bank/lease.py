@@ -1,4 +1,5 @@
-"""The right to use adapters of a bank while they stay in memory, and what is known of each registered name."""
+"""The right to use adapters of a bank while they stay in memory, and what is known of each
+registered name."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Status:
-    """One name of a bank: whether it is in memory, where it takes ``bytes``, and how many leases are on it (``users``).
-    ``rank`` and ``variant`` are known once it was loaded."""
+    """One name of a bank: whether it is in memory, where it takes ``bytes``, and how many leases
+    are on it (``users``). ``rank`` and ``variant`` are known once it was loaded."""
 
     name: str
     path: Path
@@ -46,10 +47,12 @@ class Entry:
 
 
 class Lease:
-    """The right to use adapters that stay in memory until it is released: ``adapter_weights`` by name, as asked for,
-    and ``uses`` with the adapters in memory."""
+    """The right to use adapters that stay in memory until it is released: ``adapter_weights`` by
+    name, as asked for, and ``uses`` with the adapters in memory."""
 
-    def __init__(self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
+    ) -> None:
         self.adapter_weights = dict(adapter_weights)
         uses: Any = [(entry.resident, adapter_weights[entry.name]) for entry in entries]
         self.uses: Uses = tuple(uses)
@@ -77,4 +80,6 @@ def weights_of(choice: Any) -> dict[str, float]:
         finite_weights(choice)
         return dict(choice)
     found = f"{choice!r} for a row"
-    raise SelectionError(sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these"))
+    raise SelectionError(
+        sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these")
+    )

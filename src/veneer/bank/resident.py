@@ -4,9 +4,9 @@
         ResolvedLowRank     a linear layer's change, resolved once: gain ⊙ (x Wᵀ) + (x Aᵀ) B + bias
         LayerAdapter        everything else there is
 
-A ``ResolvedLowRank`` is a few views of one block of memory that holds all factors of the adapter in the dtype of the
-base, and gives it back at once. What is resolved here (the gain of DoRA, the products of PiSSA) is not resolved again
-in every call: the base is frozen, and nothing trains here.
+A ``ResolvedLowRank`` is a few views of one block of memory that holds all factors of the adapter in
+the dtype of the base, and gives it back at once. What is resolved here (the gain of DoRA, the
+products of PiSSA) is not resolved again in every call: the base is frozen, and nothing trains here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from veneer.layers import Dims
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: how much larger than the adapter parameters the factors that they resolve to may be: a variant that trains little for
+# : how much larger than the adapter parameters the factors that they resolve to may be: a variant
+# that trains little for
 #: a large rank stays as it is
 SWELL = 2.0
 #: bytes that Python takes for a part besides its tensors, about
@@ -100,9 +101,9 @@ class ResolvedLowRank:
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``ActiveAdapter`` has it. ``nbytes``
-    counts tensors and Python's parts, ``rank`` is the largest, ``general`` are the keys of what is no
-    ``ResolvedLowRank``."""
+    """An adapter in memory. ``uid`` is never used again; ``parts`` is a table as ``ActiveAdapter``
+    has it. ``nbytes`` counts tensors and Python's parts, ``rank`` is the largest, ``general`` are
+    the keys of what is no ``ResolvedLowRank``."""
 
     path: Path
     variant: str
@@ -114,20 +115,29 @@ class ResidentAdapter:
 
 
 def expected_bytes(path: Path) -> int:
-    """Bytes that an adapter will take at least about: those of its file, of which a 16-bit base keeps half."""
+    """Bytes that an adapter will take at least about: those of its file, of which a 16-bit base
+    keeps half."""
     file = path / peft.TENSORS
     return file.stat().st_size // 2 if file.is_file() else 0
 
 
 @torch.inference_mode(False)  # calls of any mode use what is made here
 def load_resident(
-    model: nn.Module, path: Path, *, dtype: torch.dtype | None, verify_base: bool, cache: MatchCache, recipes: Recipes
+    model: nn.Module,
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    verify_base: bool,
+    cache: MatchCache,
+    recipes: Recipes,
 ) -> ResidentAdapter:
-    """Verify an adapter folder against a model and make its parts; the modules that they are for become adapted.
+    """Verify an adapter folder against a model and make its parts; the modules that they are for
+    become adapted.
 
     Args:
         dtype: of the factors; None takes that of each weight.
-        cache, recipes: what is known of the model and of such adapters already; what is found out is added.
+        cache, recipes: what is known of the model and of such adapters already; what is found out
+            is added.
 
     Raises:
         AdapterError, BaseMismatchError: as ``veneer.load``.
@@ -136,7 +146,9 @@ def load_resident(
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
         found = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
-        raise SelectionError(sentence(found, "an unmerged model", "call veneer.unmerge(model) first"))
+        raise SelectionError(
+            sentence(found, "an unmerged model", "call veneer.unmerge(model) first")
+        )
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.saved.config, load_plan.plans.low
     recipe = recipes.get(id(low))  # that very tuple is kept in ``cache``
@@ -150,16 +162,21 @@ def load_resident(
     resolved_low, general = _divided(names, parts, dtype)
     tables = {key: resolved_low.get(id(part), part) for key, part in table.items()}
     modules = [names.modules[entry.path] for entry in low]
-    plain = not (general or load_plan.full or VARIANTS[config.variant].derived) and len(table) == len(low)
+    plain = not (general or load_plan.full or VARIANTS[config.variant].derived) and len(
+        table
+    ) == len(low)
     if plain and all(map(_ordinary, low, modules)):
         recipes[id(low)] = Recipe(config, low, modules)
     return _resident(path, config.variant, tables, general, len(parts))
 
 
 @torch.inference_mode(False)
-def resident_of(model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None) -> ResidentAdapter | None:
-    """What ``load_resident`` makes of an adapter folder whose numbers the model's own adapter ``name`` has: copied from
-    there. None where a part is no ``ResolvedLowRank``, which would go on to follow what trains."""
+def resident_of(
+    model: nn.Module, path: Path, name: str, *, dtype: torch.dtype | None
+) -> ResidentAdapter | None:
+    """What ``load_resident`` makes of an adapter folder whose numbers the model's own adapter
+    ``name`` has: copied from there. None where a part is no ``ResolvedLowRank``, which would go on
+    to follow what trains."""
     attached = need_adapters(model, name)
     parts = {place: part for place, _, part in adapters(model, name)}
     resolved_low, general = _divided(Names(model), parts, dtype)
@@ -172,7 +189,8 @@ def resident_of(model: nn.Module, path: Path, name: str, *, dtype: torch.dtype |
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """An adapter that was all ``ResolvedLowRank``: another of the same plan needs no modules made for training."""
+    """An adapter that was all ``ResolvedLowRank``: another of the same plan needs no modules made
+    for training."""
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
@@ -187,7 +205,10 @@ class Recipe:
         for entry, module in throttled(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             trained = trained_dtype(self.config, weight.dtype)
-            own = {name: value.to(weight.device, trained) for name, value in parameters[entry.ref].items()}
+            own = {
+                name: value.to(weight.device, trained)
+                for name, value in parameters[entry.ref].items()
+            }
             low, gain = variant.resolve(
                 own, variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
@@ -196,7 +217,10 @@ class Recipe:
             resolved.append((module, entry.dims, [*_flattened(low, gain, wanted), None]))
         resolved_low = _in_one_block(resolved)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
-        return {layer_state.key: one for layer_state, one in zip(layer_states, resolved_low, strict=True)}
+        return {
+            layer_state.key: one
+            for layer_state, one in zip(layer_states, resolved_low, strict=True)
+        }
 
 
 #: by the identity of a plan
@@ -204,7 +228,8 @@ Recipes = dict[int, Recipe]
 
 
 def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
-    """Whether a change is of all outputs and inputs of its weight, which lies as its layer has it."""
+    """Whether a change is of all outputs and inputs of its weight, which lies as its layer has
+    it."""
     layer_state = state_of(module)
     lies = layer_state is not None and not layer_state.transposed
     return lies and entry.rows is entry.tokens is None and entry.layer.frozen_input(module) is None
@@ -214,17 +239,25 @@ def _resident(
     path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int
 ) -> ResidentAdapter:
     low = {key: one for key, one in tables.items() if isinstance(one, ResolvedLowRank)}
-    tensors = [value for one in low.values() for value in (one.A, one.B, one.gain, one.bias) if value is not None]
+    tensors = [
+        value
+        for one in low.values()
+        for value in (one.A, one.B, one.gain, one.bias)
+        if value is not None
+    ]
     tensors += [value for part in general for value in (*part.parameters(), *part.buffers())]
     size = sum(value.nbytes for value in {id(value): value for value in tensors}.values())
     rank = max((len(one.A) for one in low.values()), default=0)
-    return ResidentAdapter(path, variant, tables, size + OVERHEAD * parts, rank, frozenset(tables.keys() - low.keys()))
+    return ResidentAdapter(
+        path, variant, tables, size + OVERHEAD * parts, rank, frozenset(tables.keys() - low.keys())
+    )
 
 
 def _divided(
     names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
-    """The ``ResolvedLowRank`` parts by the identity of what they were made of, and the parts that stay."""
+    """The ``ResolvedLowRank`` parts by the identity of what they were made of, and the parts that
+    stay."""
     resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
     split, general = [], []
     below = {
@@ -245,23 +278,36 @@ def _divided(
     return dict(zip(split, _in_one_block(resolved), strict=True)), general
 
 
-def _in_one_block(resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]]) -> list[ResolvedLowRank]:
+def _in_one_block(
+    resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
+) -> list[ResolvedLowRank]:
     """The parts of modules with these dims and [A, B, gain, bias], whose tensors lie together."""
     flat = _together([value for *_, tensors in resolved for value in tensors if value is not None])
     made = []
     for module, dims, tensors in throttled(resolved):
         A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in tensors])
         layer_state: Any = state_of(module)
-        made.append(ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims))
+        made.append(
+            ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims)
+        )
     return made
 
 
 @torch.no_grad()
-def _resolved(part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None) -> list[Tensor | None] | None:
-    """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other part."""
+def _resolved(
+    part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
+) -> list[Tensor | None] | None:
+    """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other
+    part."""
     layer_state = state_of(module)
     plain = layer_state is not None and layer_state.product and len(part.changes) == 1
-    if not plain or part.read_below or part.entries or part.full._buffers or part.full._parameters.keys() - {"bias"}:
+    if (
+        not plain
+        or part.read_below
+        or part.entries
+        or part.full._buffers
+        or part.full._parameters.keys() - {"bias"}
+    ):
         return None
     ((name, change),) = part.changes.items()
     weight: Any = weight_of(module, name)
@@ -291,13 +337,16 @@ def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Te
 
 
 def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Copies, one after the other in one block of memory a dtype and device, each at a multiple of 64 bytes."""
+    """Copies, one after the other in one block of memory a dtype and device, each at a multiple of
+    64 bytes."""
     starts: dict[Any, int] = {}
     offsets = []
     for value in values:
         kind, step = (value.dtype, value.device), 64 // value.element_size()
         offsets.append((kind, starts.get(kind, 0)))
         starts[kind] = offsets[-1][1] + -(-value.numel() // step) * step
-    blocks = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()}
+    blocks = {
+        kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in starts.items()
+    }
     for value, (kind, start) in zip(values, offsets, strict=True):
         yield blocks[kind][start : start + value.numel()].view(value.shape).copy_(value)

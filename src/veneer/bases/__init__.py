@@ -1,4 +1,5 @@
-"""How a frozen weight is stored: one file a kind of storage, found through the registry ``BASES``."""
+"""How a frozen weight is stored: one file a kind of storage, found through the registry
+``BASES``."""
 
 from veneer.bases._base import BASES, GridStorage, Storage, register, storage_of
 from veneer.bases.opaque import hidden, is_opaque, unreadable, without_gradient

@@ -1,31 +1,35 @@
-"""Weights that bitsandbytes keeps in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit`` (QLoRA's nf4 and fp4).
+"""Weights that bitsandbytes keeps in 8 or 4 bits: ``Int8Params`` (LLM.int8()) and ``Params4bit``
+(QLoRA's nf4 and fp4).
 
 **8 bits.** One scale a row, the row's largest magnitude:
 
     W[o, i] = values[o, i] · scale[o] / 127            values: int8 [out, in]    scale: float32 [out]
 
-The first call of a ``Linear8bitLt`` moves the scale out of the parameter (``weight.SCB``) into the module
-(``module.state.SCB``), where a weight alone cannot find it; ``prepare`` keeps it at both.
+The first call of a ``Linear8bitLt`` moves the scale out of the parameter (``weight.SCB``) into the
+module (``module.state.SCB``), where a weight alone cannot find it; ``prepare`` keeps it at both.
 
-**4 bits.** The weight, flattened row by row, is cut into blocks (of 64). A block has one scale, its largest magnitude,
-and its elements are numbers of 16 levels; two lie in a byte, the earlier one in the upper half:
+**4 bits.** The weight, flattened row by row, is cut into blocks (of 64). A block has one scale, its
+largest magnitude, and its elements are numbers of 16 levels; two lie in a byte, the earlier one in
+the upper half:
 
     W[64 b + j] = level[number[b, j]] · absmax[b]      packed: bytes [out · in / 2]    absmax: float32 [blocks]
 
-With ``compress_statistics`` the scales are stored in 8 bits themselves, in blocks of 256, around their mean:
+With ``compress_statistics`` the scales are stored in 8 bits themselves, in blocks of 256, around
+their mean:
 
     absmax[256 c + k] = nested_code[byte[c, k]] · nested_absmax[c] + offset
 
 ``quant_storage`` only says as which dtype the bytes are labelled; ``stored`` always gives bytes.
 
-On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place, which rounds the
-scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any more (bitsandbytes 0.50).
-``prepare`` undoes the layout and keeps the module from it. The fingerprint of a weight is that of its rounded scales
-(``settled``), which a base that ran once and a fresh one have in common.
+On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place,
+which rounds the scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any
+more (bitsandbytes 0.50). ``prepare`` undoes the layout and keeps the module from it. The
+fingerprint of a weight is that of its rounded scales (``settled``), which a base that ran once and
+a fresh one have in common.
 
-**Merging** gives each row or block its old scale or its new largest magnitude, whichever comes closer to W + ΔW: under
-the old scale those numbers that did not change stay. Under these scales each number goes to the nearest, or to one of
-its two neighbours (``kernels/error_feedback.py``).
+**Merging** gives each row or block its old scale or its new largest magnitude, whichever comes
+closer to W + ΔW: under the old scale those numbers that did not change stay. Under these scales
+each number goes to the nearest, or to one of its two neighbours (``kernels/error_feedback.py``).
 
 Dettmers et al. 2022, "LLM.int8()"; Dettmers et al. 2023, "QLoRA".
 """
@@ -50,7 +54,8 @@ NESTED_BLOCK = 256
 
 
 def _classes(*names: str) -> tuple[type, ...]:
-    """Classes of bitsandbytes that exist where it has been imported already: a model that holds one has done so."""
+    """Classes of bitsandbytes that exist where it has been imported already: a model that holds one
+    has done so."""
     module = sys.modules.get("bitsandbytes.nn.modules")
     return tuple(getattr(module, name) for name in names if hasattr(module, name))
 
@@ -60,12 +65,17 @@ class Bitsandbytes8bit(GridStorage):
     name = "bitsandbytes_8bit"
 
     def holds(self, weight: object) -> bool:
-        # By its attributes, as pickling makes it a plain Parameter that keeps them. Not before it is quantised, nor
-        # with has_fp16_weights=True: there the module caches what it quantises.
-        return isinstance(weight, nn.Parameter) and weight.dtype == torch.int8 and hasattr(weight, "SCB")
+        # By its attributes, as pickling makes it a plain Parameter that keeps them. Not before it
+        # is quantised, nor with has_fp16_weights=True: there the module caches what it quantises.
+        return (
+            isinstance(weight, nn.Parameter)
+            and weight.dtype == torch.int8
+            and hasattr(weight, "SCB")
+        )
 
     def prepare(self, module: Any) -> None:
-        """Move the scale as the first call would, and let the weight know it too, until the next ``write``."""
+        """Move the scale as the first call would, and let the weight know it too, until the next
+        ``write``."""
         weight, state = module.weight, getattr(module, "state", None)
         if state is not None and weight.CB is not None:
             module.init_8bit_state()
@@ -75,7 +85,9 @@ class Bitsandbytes8bit(GridStorage):
     def stored(self, weight: Any) -> dict[str, Tensor]:
         if weight.SCB is None:
             found = "an 8-bit weight of bitsandbytes without its scale, which the first call moves into its module"
-            raise TargetError(found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first")
+            raise TargetError(
+                found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"
+            )
         return {"values": weight.data, "scale": weight.SCB}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -83,7 +95,11 @@ class Bitsandbytes8bit(GridStorage):
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         def miss(scale: Tensor) -> Tensor:
-            return (self.decode(weight, self.onto(weight, {"scale": scale}, values)) - values).square().sum(1)
+            return (
+                (self.decode(weight, self.onto(weight, {"scale": scale}, values)) - values)
+                .square()
+                .sum(1)
+            )
 
         old, new = self.stored(weight)["scale"], values.abs().amax(1).float()
         return self.onto(weight, {"scale": torch.where(miss(old) <= miss(new), old, new)}, values)
@@ -129,7 +145,8 @@ class Bitsandbytes4bit(GridStorage):
         return isinstance(weight, nn.Parameter) and getattr(weight, "quant_state", None) is not None
 
     def prepare(self, module: Any) -> None:
-        """Keep the weight in the layout that all devices share, and its module from repacking it (see above)."""
+        """Keep the weight in the layout that all devices share, and its module from repacking it
+        (see above)."""
         weight = module.weight
         if _repacked(weight.quant_state):
             self.write(weight, self.stored(weight))
@@ -145,14 +162,22 @@ class Bitsandbytes4bit(GridStorage):
     def stored(self, weight: Any) -> dict[str, Tensor]:
         state = weight.quant_state
         if _repacked(state):
-            return {"packed": _bytes(_unpacked(weight)), "absmax": state.absmax.mT.float().flatten()}
+            return {
+                "packed": _bytes(_unpacked(weight)),
+                "absmax": state.absmax.mT.float().flatten(),
+            }
         found = {"packed": _bytes(weight.data), "absmax": state.absmax}
         if state.nested:
-            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+            found |= {
+                "offset": state.offset,
+                "nested_absmax": state.state2.absmax,
+                "nested_code": state.state2.code,
+            }
         return found
 
     def settled(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """With the scales that the layout of AVX512-BF16 has, on whatever device the weight lies."""
+        """With the scales that the layout of AVX512-BF16 has, on whatever device the weight
+        lies."""
         return {"packed": stored["packed"], "absmax": _scales(stored).bfloat16().float()}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -166,7 +191,9 @@ class Bitsandbytes4bit(GridStorage):
         if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
             return False
         stored = self.stored(weight)
-        numbers = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[: state.shape.numel()]
+        numbers = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[
+            : state.shape.numel()
+        ]
         meant = state.code[numbers.int()].view(state.shape) * self.grid(weight, stored).scale
         return not torch.allclose(self.decode(weight, stored), meant, rtol=1e-5)
 
@@ -219,7 +246,9 @@ class Bitsandbytes4bit(GridStorage):
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         state, old = weight.quant_state, stored["packed"]
-        numbers = _nearest(_blocks(values, state.blocksize) * _inverse(_scales(stored))[:, None], state.code)
+        numbers = _nearest(
+            _blocks(values, state.blocksize) * _inverse(_scales(stored))[:, None], state.code
+        )
         old_numbers = torch.stack([old >> 4, old & 15], 1).view(-1)
         numbers = numbers.view(-1)[: len(old_numbers)]  # a level that occurs twice keeps its number
         alike = state.code[numbers.int()] == state.code[old_numbers.int()]
@@ -251,7 +280,11 @@ class Bitsandbytes4bit(GridStorage):
             for nested in (False, True):
                 yield Linear4bit(64, 32, compress_statistics=nested, quant_type=kind).to("cpu")
         for label in (torch.bfloat16, torch.float32):
-            yield Linear4bit(64, 32, quant_type="nf4", quant_storage=label).to(torch.bfloat16).to("cpu")
+            yield (
+                Linear4bit(64, 32, quant_type="nf4", quant_storage=label)
+                .to(torch.bfloat16)
+                .to("cpu")
+            )
 
     def dtype(self, weight: Any) -> torch.dtype:
         return torch.float32
@@ -260,7 +293,9 @@ class Bitsandbytes4bit(GridStorage):
         return torch.Size(weight.quant_state.shape)
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        return _classes("Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4")
+        return _classes(
+            "Linear4bit", "LinearNF4", "LinearFP4", "Embedding4bit", "EmbeddingNF4", "EmbeddingFP4"
+        )
 
 
 def _repacked(state: Any) -> bool:
@@ -269,7 +304,8 @@ def _repacked(state: Any) -> bool:
 
 
 def _unpacked(weight: Any) -> Tensor:
-    """The packed numbers of a repacked weight in the layout that all devices share. Only the order changes."""
+    """The packed numbers of a repacked weight in the layout that all devices share. Only the order
+    changes."""
     state = copy.copy(weight.quant_state)
     state.original_nested = False  # the scales are read beside this, as they are
     inverse = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
@@ -299,12 +335,19 @@ def _scales(stored: Mapping[str, Tensor]) -> Tensor:
     """The float32 scales of the blocks, [blocks]."""
     if "nested_code" not in stored:
         return stored["absmax"]
-    parts = (stored["absmax"], stored["nested_absmax"], stored["nested_code"], NESTED_BLOCK, torch.float32)
+    parts = (
+        stored["absmax"],
+        stored["nested_absmax"],
+        stored["nested_code"],
+        NESTED_BLOCK,
+        torch.float32,
+    )
     return torch.ops.bitsandbytes.dequantize_blockwise(*parts) + stored["offset"]
 
 
 def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New scales in 8 bits around the old offset; blocks of 256 that are the same keep their bits."""
+    """New scales in 8 bits around the old offset; blocks of 256 that are the same keep their
+    bits."""
     centred = scales.double() - old["offset"].double()
     blocks = _blocks(centred, NESTED_BLOCK)  # [c, 256]
     kept = (_blocks((~same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
@@ -315,7 +358,8 @@ def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """The number of the level nearest to each value, as uint8; the first number of a level that occurs twice."""
+    """The number of the level nearest to each value, as uint8; the first number of a level that
+    occurs twice."""
     ordered, order = levels.double().sort(stable=True)
     first = torch.searchsorted(ordered, ordered)
     between = (ordered[1:] + ordered[:-1]) / 2

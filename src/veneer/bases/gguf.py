@@ -1,17 +1,19 @@
 """GGUF blocks kept packed in memory: ``GGUFParameter`` of diffusers, in its ``GGUFLinear``.
 
-A row of the weight is cut into blocks of ``block`` elements, and each block into ``size`` bytes: its scales, then its
-numbers. For Q8_0, for example, block = 32 and size = 34:
+A row of the weight is cut into blocks of ``block`` elements, and each block into ``size`` bytes:
+its scales, then its numbers. For Q8_0, for example, block = 32 and size = 34:
 
     byte      0  1 | 2 … 33              W[o, 32 b + j] = d[o, b] · q[o, b, j]
     meaning   d    | q₀ … q₃₁            d: float16, q: int8
 
-The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they are. Both directions
-are left to the two libraries that know the types: ``gguf.quants`` (numpy) and the torch port of it in diffusers, which
-is used where it has the type, as it also runs on a GPU. Reading is exact in float32.
+The parameter is the bytes, [out, in / block · size]; ``quant_type`` says which type of GGUF they
+are. Both directions are left to the two libraries that know the types: ``gguf.quants`` (numpy) and
+the torch port of it in diffusers, which is used where it has the type, as it also runs on a GPU.
+Reading is exact in float32.
 
-**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come closer. The k-quants
-and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge refuses them.
+**Merging** quantises W + ΔW again as the same type; a block keeps its old bytes where these come
+closer. The k-quants and i-quants (Q4_K, Q6_K, IQ4_NL, …) have no quantiser in ``gguf``: a merge
+refuses them.
 """
 
 from __future__ import annotations
@@ -51,8 +53,12 @@ class Gguf(Storage):
         block, size = gguf.GGML_QUANT_SIZES[kind]
         port = _diffusers().dequantize_functions.get(kind)
         if port is None:
-            return torch.from_numpy(gguf.quants.dequantize(packed.cpu().numpy(), kind)).to(packed.device)
-        return port(packed.reshape(-1, size), block, size, dtype=torch.float32).view(self.shape(weight))
+            return torch.from_numpy(gguf.quants.dequantize(packed.cpu().numpy(), kind)).to(
+                packed.device
+            )
+        return port(packed.reshape(-1, size), block, size, dtype=torch.float32).view(
+            self.shape(weight)
+        )
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         import gguf
@@ -61,15 +67,22 @@ class Gguf(Storage):
         kind, old = weight.quant_type, self.stored(weight)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         try:
-            with numpy.errstate(all="ignore"):  # what does not fit into a float16 scale becomes infinite
+            with numpy.errstate(
+                all="ignore"
+            ):  # what does not fit into a float16 scale becomes infinite
                 made = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:
             found = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
             do = "keep the adapter unmerged, or merge it into the model that the file was quantised from"
             raise MergeError(found, "a type that it writes, such as Q8_0 or Q4_0", do) from error
         new = {"blocks": torch.from_numpy(made).to(old["blocks"].device)}
-        kept, fresh = ((self.decode(weight, each) - values).square().view(-1, block).sum(1) for each in (old, new))
-        blocks = torch.where((kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new)))
+        kept, fresh = (
+            (self.decode(weight, each) - values).square().view(-1, block).sum(1)
+            for each in (old, new)
+        )
+        blocks = torch.where(
+            (kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new))
+        )
         return {"blocks": blocks.view(old["blocks"].shape)}
 
     def examples(self) -> Iterator[nn.Module]:

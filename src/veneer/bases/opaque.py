@@ -1,22 +1,25 @@
-"""Linear layers that other libraries keep quantised, each with a forward of its own: GPTQ and AWQ by gptqmodel, HQQ,
-FP8 and compressed-tensors as transformers loads them. Their bytes are their library's affair; a call is all that is
-asked:
+"""Linear layers that other libraries keep quantised, each with a forward of its own: GPTQ and AWQ
+by gptqmodel, HQQ, FP8 and compressed-tensors as transformers loads them. Their bytes are their
+library's affair; a call is all that is asked:
 
     y = forward(x) + op(x; ΔW)          forward: the module's own
     ∂L/∂x = ∂L/∂y W                     where forward passes no gradient on: with W read some columns at a time
 
-So what a module keeps as its weight is here the module itself, whatever tensors it holds. Where W is asked for as
-numbers (a variant that starts from it, a gain, W + ΔW), forward is run without bias on the rows of the identity:
+So what a module keeps as its weight is here the module itself, whatever tensors it holds. Where W
+is asked for as numbers (a variant that starts from it, a gain, W + ΔW), forward is run without bias
+on the rows of the identity:
 
     W[:, i] = forward(eᵢ)               in the dtype that the module computes in; exact for what quantises W alone
 
-A forward that rounds x too has no gradient of its own: W's is the one of x as it came (a straight-through estimator,
-as FP8 training has it). Nothing can be written: a merge is refused. Rejected: a storage for each, as all that they have
-in common is what is used here, and their layouts change with their kernels (gptqmodel alone has 40, some of which pack
-the weight anew in the first call).
+A forward that rounds x too has no gradient of its own: W's is the one of x as it came (a
+straight-through estimator, as FP8 training has it). Nothing can be written: a merge is refused.
+Rejected: a storage for each, as all that they have in common is what is used here, and their
+layouts change with their kernels (gptqmodel alone has 40, some of which pack the weight anew in the
+first call).
 
-compressed-tensors has no class but a wrapper of forward on the instance of an ``nn.Linear``, and one call of the model
-makes the weight dense. Its module is its own weight before and after that call: what it means stays the same.
+compressed-tensors has no class but a wrapper of forward on the instance of an ``nn.Linear``, and
+one call of the model makes the weight dense. Its module is its own weight before and after that
+call: what it means stays the same.
 """
 
 from __future__ import annotations
@@ -49,8 +52,12 @@ WITHOUT_GRADIENT = {
     ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
 }
 #: of a linear layer that compressed-tensors quantised
-COMPRESSED = "compressed-tensors", "CompressedTensorsConfig(dequantize=True), which takes no more than its first call"
-#: the same of modules whose weights nothing but their own forward could read, and that forward is no one product
+COMPRESSED = (
+    "compressed-tensors",
+    "CompressedTensorsConfig(dequantize=True), which takes no more than its first call",
+)
+# : the same of modules whose weights nothing but their own forward could read, and that forward is
+# no one product
 EXPERTS = {
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
@@ -84,34 +91,52 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _kind(module: nn.Module) -> tuple[str, str] | None:
-    """The name of the format and the way out, if a module is one of ``LIBRARIES`` or of compressed-tensors."""
+    """The name of the format and the way out, if a module is one of ``LIBRARIES`` or of
+    compressed-tensors."""
     if is_compressed(module):
         return COMPRESSED
-    return next((said for at, said in LIBRARIES.items() if (cls := _class(at)) and isinstance(module, cls)), None)
+    return next(
+        (said for at, said in LIBRARIES.items() if (cls := _class(at)) and isinstance(module, cls)),
+        None,
+    )
 
 
 def is_compressed(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense again in the first call
-    of the model. One that it quantises anew in each call is not: the gradient of its call is not that of its weight."""
+    """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense
+    again in the first call of the model. One that it quantises anew in each call is not: the
+    gradient of its call is not that of its weight."""
     own = module.__dict__
     if (scheme := own.get("quantization_scheme")) is None or not isinstance(module, nn.Linear):
         return False
-    # accelerate's hooks take the place of the library's wrapper, unless an adapter has taken it before
+    # accelerate's hooks take the place of the library's wrapper, unless an adapter has taken it
+    # before
     hooked = "_hf_hook" in own and not hasattr(type(module), "veneer_base")
     known = getattr(scheme, "weights", None) is not None and not hooked
     return known and own.get("quantization_status") in ("compressed", "decompressed")
 
 
 def hidden(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is a part of how compressed-tensors stores the weight, and not for a config to name."""
-    return name.startswith("weight") and "quantization_scheme" in module.__dict__ and is_compressed(module)
+    """Whether a parameter is a part of how compressed-tensors stores the weight, and not for a
+    config to name."""
+    return (
+        name.startswith("weight")
+        and "quantization_scheme" in module.__dict__
+        and is_compressed(module)
+    )
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of which only the forward is known: it is its own weight."""
-    if (cls := _class(("transformers.integrations.finegrained_fp8", "FP8Linear"))) and isinstance(module, cls):
+    """Whether a module is a linear layer of which only the forward is known: it is its own
+    weight."""
+    if (cls := _class(("transformers.integrations.finegrained_fp8", "FP8Linear"))) and isinstance(
+        module, cls
+    ):
         weight: Any = module._parameters.get("weight")
-        return weight is not None and weight.element_size() == 1 and _own_class(module).forward is cls.forward
+        return (
+            weight is not None
+            and weight.element_size() == 1
+            and _own_class(module).forward is cls.forward
+        )
     return _kind(module) is not None
 
 
@@ -122,26 +147,45 @@ def without_gradient(module: nn.Module) -> bool:
         return True
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
-        return any(getattr(scheme, f"{where}_activations", None) is not None for where in ("input", "output"))
-    return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False  # of gptqmodel's kernels
+        return any(
+            getattr(scheme, f"{where}_activations", None) is not None
+            for where in ("input", "output")
+        )
+    return (
+        is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
+    )  # of gptqmodel's kernels
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
     """(what it is, what to do) of a module with quantised weights that cannot carry an adapter."""
-    said = next((said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)), None)
-    if said is None and getattr(module, "quantization_scheme", None) is not None and not is_compressed(module):
+    said = next(
+        (said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)),
+        None,
+    )
+    if (
+        said is None
+        and getattr(module, "quantization_scheme", None) is not None
+        and not is_compressed(module)
+    ):
         said = COMPRESSED
     if said is None and (kind := _kind(module)) is not None and not is_opaque(module):
         weight: Any = module._parameters.get("weight")
         said = kind if weight is not None and weight.element_size() == 1 else None
-    return None if said is None else (f"whose weights are stored as {said[0]}", f"load the base with {said[1]}")
+    return (
+        None
+        if said is None
+        else (f"whose weights are stored as {said[0]}", f"load the base with {said[1]}")
+    )
 
 
 class _Product(torch.autograd.Function):
-    """y = forward(x) of a module, with the gradient that x Wᵀ has: ∂L/∂x = ∂L/∂y W, some columns at a time."""
+    """y = forward(x) of a module, with the gradient that x Wᵀ has: ∂L/∂x = ∂L/∂y W, some columns at
+    a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], weight: nn.Module) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], weight: nn.Module
+    ) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         return forward(x)
 
@@ -170,7 +214,8 @@ def _columns(module: Any) -> Iterator[Tensor]:
 
 
 def _decompressed(module: Any) -> Tensor:
-    """The weight of a layer of compressed-tensors, by the library; the module itself stays packed."""
+    """The weight of a layer of compressed-tensors, by the library; the module itself stays
+    packed."""
     if module.quantization_status == "compressed":
         from compressed_tensors.compressors.base import decompress_module  # pyright: ignore[reportMissingImports]
 
@@ -201,7 +246,9 @@ class Opaque(Storage):
         """Why nothing can be merged into this weight."""
         name, do = _kind(weight) or ("quantised", "the checkpoint that was quantised")
         do = f"load the base in a floating-point dtype ({do}), load the adapter on it and merge there, or leave it"
-        return sentence(f"a weight stored as {name}, which only its own library writes", "numbers to write", do)
+        return sentence(
+            f"a weight stored as {name}, which only its own library writes", "numbers to write", do
+        )
 
     def examples(self) -> Iterator[nn.Module]:
         if find_spec("hqq") is None:
@@ -219,7 +266,9 @@ class Opaque(Storage):
         """What the module computes in."""
         if is_compressed(weight):
             weights = weight._parameters
-            kept = weights["weight" if weight.quantization_status == "decompressed" else "weight_scale"].dtype
+            kept = weights[
+                "weight" if weight.quantization_status == "decompressed" else "weight_scale"
+            ].dtype
             return kept if kept.is_floating_point and kept.itemsize > 1 else torch.bfloat16
         own = getattr(weight, "compute_dtype", None)
         tensors = (getattr(weight, name, None) for name in ("scales", "bias"))
@@ -235,18 +284,25 @@ class Opaque(Storage):
     def modules(self) -> tuple[type[nn.Module], ...]:
         return tuple(below for at in LIBRARIES if (cls := _class(at)) for below in _below(cls))
 
-    def call(self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """y = forward(x, …), the module's own, with a gradient for x whatever forward does: one that cuts the graph
-        would leave all that is trained below with a wrong gradient, silently.
+    def call(
+        self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """y = forward(x, …), the module's own, with a gradient for x whatever forward does: one
+        that cuts the graph would leave all that is trained below with a wrong gradient, silently.
 
         Raises:
-            TargetError: x asks for a gradient, and the module is no linear layer, whose gradient is known.
+            TargetError: x asks for a gradient, and the module is no linear layer, whose gradient is
+                known.
         """
         x = next(iter((*args, *kwargs.values())), None)
         if x is None or not (torch.is_grad_enabled() and x.requires_grad):
             return forward(*args, **kwargs)
         if not is_opaque(module):
-            name, do = next(said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls))
+            name, do = next(
+                said
+                for at, said in EXPERTS.items()
+                if (cls := _class(at)) and isinstance(module, cls)
+            )
             found = f"{_own_class(module).__name__}, whose {name} kernels pass no gradient on to what trains below"
             do = f"load the base with {do} and train on it, or call it under torch.no_grad()"
             raise TargetError(found, "layers that do, above one that trains", do)
@@ -257,15 +313,22 @@ class Opaque(Storage):
 
 
 def _without_bias(module: nn.Module) -> nn.Module:
-    """A second object of a module's own class on the same tensors, but without its bias, wherever that is."""
+    """A second object of a module's own class on the same tensors, but without its bias, wherever
+    that is."""
     seen = object.__new__(_own_class(module))
     seen.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):
         own = getattr(module, table)
-        seen.__dict__[table] = {name: None if name == "bias" else value for name, value in own.items()}
+        seen.__dict__[table] = {
+            name: None if name == "bias" else value for name, value in own.items()
+        }
     if "bias" in seen.__dict__:
         seen.__dict__["bias"] = None
-    seen.__dict__.update(training=False, _modules={})  # below are adapters, whose mode is not to change
-    if "_hf_hook" in seen.__dict__:  # accelerate's wrapper calls forward of ``module`` itself, with its adapter
+    seen.__dict__.update(
+        training=False, _modules={}
+    )  # below are adapters, whose mode is not to change
+    if (
+        "_hf_hook" in seen.__dict__
+    ):  # accelerate's wrapper calls forward of ``module`` itself, with its adapter
         seen.__dict__.pop("forward", None)
     return seen

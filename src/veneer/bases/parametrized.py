@@ -1,16 +1,19 @@
-"""A weight that ``torch.nn.utils.parametrize`` computes at every access: weight norm, spectral norm, orthogonal, …
+"""A weight that ``torch.nn.utils.parametrize`` computes at every access: weight norm, spectral
+norm, orthogonal, …
 
     module.weight = pₙ(… p₁(p₀(original)))        the ``ParametrizationList`` under ``module.parametrizations.weight``
 
-**Reading.** Computing the weight may change state: in training mode spectral norm moves its vectors u and v. The frozen
-weight is what the list computes in evaluation mode from its state as it is now, on a view of the list (the same
-parameters, copied buffers), as switching ``training`` in place would be seen by other threads.
+**Reading.** Computing the weight may change state: in training mode spectral norm moves its vectors
+u and v. The frozen weight is what the list computes in evaluation mode from its state as it is now,
+on a view of the list (the same parameters, copied buffers), as switching ``training`` in place
+would be seen by other threads.
 
-**Merging.** Most parametrizations have no exact inverse. So a merge leaves the originals alone and gives the list
-another class, whose result is the buffer ``merged``, bit for bit, so that u and v rest; it is one more key of the state
-dict. Unmerging gives the class back. Torch itself refuses to pickle parametrized modules (it copies them);
-``parametrize.remove_parametrizations`` on a merged one leaves the merged weight. Rejected: appending a last
-parametrization that ignores its input, as all the others would still run and move their state.
+**Merging.** Most parametrizations have no exact inverse. So a merge leaves the originals alone and
+gives the list another class, whose result is the buffer ``merged``, bit for bit, so that u and v
+rest; it is one more key of the state dict. Unmerging gives the class back. Torch itself refuses to
+pickle parametrized modules (it copies them); ``parametrize.remove_parametrizations`` on a merged
+one leaves the merged weight. Rejected: appending a last parametrization that ignores its input, as
+all the others would still run and move their state.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from veneer.kernels.reference import round_once
 
 
 class Merged(ParametrizationList):
-    """A list whose result is the buffer ``merged``. Never constructed: ``write`` changes a list's class to this."""
+    """A list whose result is the buffer ``merged``. Never constructed: ``write`` changes a list's
+    class to this."""
 
     merged: Tensor
 
@@ -93,15 +97,17 @@ class Parametrized(Storage):
 
 
 def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A second object of class ``cls`` with the same parameters, copies of the buffers and views of the children, in
-    evaluation mode. What it assigns or overwrites is not seen by ``module``."""
+    """A second object of class ``cls`` with the same parameters, copies of the buffers and views of
+    the children, in evaluation mode. What it assigns or overwrites is not seen by ``module``."""
     seen = object.__new__(cls)
     seen.__dict__.update(module.__dict__, training=False)
     seen.__dict__["_parameters"] = dict(module._parameters)
     seen.__dict__["_buffers"] = {
-        name: None if value is None else value.detach().clone() for name, value in module._buffers.items()
+        name: None if value is None else value.detach().clone()
+        for name, value in module._buffers.items()
     }
     seen.__dict__["_modules"] = {
-        name: None if child is None else _view(child, type(child)) for name, child in module._modules.items()
+        name: None if child is None else _view(child, type(child))
+        for name, child in module._modules.items()
     }
     return seen

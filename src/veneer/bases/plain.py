@@ -21,8 +21,9 @@ class Plain(Storage):
     dense_name = "values"
 
     def holds(self, weight: object) -> bool:
-        # torch's own kinds of tensor (DTensor of FSDP2, fake ones) mean their numbers; those of another library may be
-        # packed although their dtype is a floating-point one: another storage holds them, or none does.
+        # torch's own kinds of tensor (DTensor of FSDP2, fake ones) mean their numbers; those of
+        # another library may be packed although their dtype is a floating-point one: another
+        # storage holds them, or none does.
         if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
             return False
         ours = type(weight).__module__.partition(".")[0] == "torch"
@@ -32,7 +33,9 @@ class Plain(Storage):
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        values = stored["values"]  # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
+        values = stored[
+            "values"
+        ]  # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
         return values if type(values) is nn.Parameter else whole(values)
 
     def dtype(self, weight: Any) -> torch.dtype:

@@ -1,18 +1,22 @@
-"""Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with a scale a block.
+"""Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with a
+scale a block.
 
     W[o, i] = (qdata[o, i] - zero_point[b]) · scale[b]         b: the block of [o, i], a row, a group of a row, or all
 
-The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata`` (int8 or float8, of
-the weight's shape) and ``scale`` (and ``zero_point``), one a block. Every such tensor that can be decoded can be
-adapted. Merging writes ``Int8Tensor``, ``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``; the layouts of
-others belong to the kernels of one kind of GPU, and a merge refuses them.
+The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata``
+(int8 or float8, of the weight's shape) and ``scale`` (and ``zero_point``), one a block. Every such
+tensor that can be decoded can be adapted. Merging writes ``Int8Tensor``,
+``IntxUnpackedToInt8Tensor`` (1 to 8 bits) and ``Float8Tensor``; the layouts of others belong to the
+kernels of one kind of GPU, and a merge refuses them.
 
-Weights that also quantise x as it comes (``act_quant_kwargs``, ``activation_quantization``) are not held: torchao's
-call of them passes no gradient to x, so that whatever is trained below such a layer would silently get a wrong one.
+Weights that also quantise x as it comes (``act_quant_kwargs``, ``activation_quantization``) are not
+held: torchao's call of them passes no gradient to x, so that whatever is trained below such a layer
+would silently get a wrong one.
 
-**Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes closer to W + ΔW, and
-rounds under it: a new scale alone would move all elements of a block, and shrink a decoded int4 one by a fifteenth.
-Faithful rounding then chooses among the numbers that these scales allow.
+**Merging** gives each block its old scale or a new one by torchao's own rule, whichever comes
+closer to W + ΔW, and rounds under it: a new scale alone would move all elements of a block, and
+shrink a decoded int4 one by a fifteenth. Faithful rounding then chooses among the numbers that
+these scales allow.
 """
 
 from __future__ import annotations
@@ -40,23 +44,42 @@ class Torchao(GridStorage):
 
     def holds(self, weight: object) -> bool:
         utils = sys.modules.get("torchao.utils")
-        if utils is None or not isinstance(weight, nn.Parameter) or not isinstance(weight, utils.TorchAOBaseTensor):
+        if (
+            utils is None
+            or not isinstance(weight, nn.Parameter)
+            or not isinstance(weight, utils.TorchAOBaseTensor)
+        ):
             return False
-        quantises_x = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
-        return hasattr(weight, "dequantize") and hasattr(weight, "tensor_data_names") and not quantises_x
+        quantises_x = any(
+            getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization")
+        )
+        return (
+            hasattr(weight, "dequantize")
+            and hasattr(weight, "tensor_data_names")
+            and not quantises_x
+        )
 
     def stored(self, weight: Any) -> dict[str, Tensor]:
         names, _ = weight.__tensor_flatten__()
-        kept = [name for name in names if name in REPLACED] if type(weight).__name__ in WRITABLE else names
+        kept = (
+            [name for name in names if name in REPLACED]
+            if type(weight).__name__ in WRITABLE
+            else names
+        )
         return {name: getattr(weight, name) for name in kept}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(stored)
         if type(weight).__name__ in WRITABLE:
-            attributes = {**attributes, "dtype": torch.float32}  # what dequantize returns, so rounded once
+            attributes = {
+                **attributes,
+                "dtype": torch.float32,
+            }  # what dequantize returns, so rounded once
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
-        scale = getattr(weight, "act_pre_scale", None)  # of x, so of the columns of what x is multiplied with
+        scale = getattr(
+            weight, "act_pre_scale", None
+        )  # of x, so of the columns of what x is multiplied with
         return dense if scale is None else dense * scale.float()
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
@@ -67,8 +90,14 @@ class Torchao(GridStorage):
             raise MergeError(found, f"one of {', '.join(WRITABLE)}", do)
         old = self.stored(weight)
         own = _unscaled(weight, values)
-        tries = [_quantised(weight, own, old), _quantised(weight, own, _parameters(weight, own, old))]
-        kept, fresh = (_sums((self.decode(weight, each) - values).square(), old["scale"].shape) for each in tries)
+        tries = [
+            _quantised(weight, own, old),
+            _quantised(weight, own, _parameters(weight, own, old)),
+        ]
+        kept, fresh = (
+            _sums((self.decode(weight, each) - values).square(), old["scale"].shape)
+            for each in tries
+        )
         keep = kept <= fresh  # one a block
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
         return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
@@ -78,7 +107,11 @@ class Torchao(GridStorage):
         columns, zero = getattr(weight, "act_pre_scale", None), stored.get("zero_point")
         scale = _spread(stored["scale"].float(), shape)
         scale = scale if columns is None else scale * columns.float()
-        return Grid(_levels(weight).to(numbers.device), scale, None if zero is None else _spread(zero.float(), shape))
+        return Grid(
+            _levels(weight).to(numbers.device),
+            scale,
+            None if zero is None else _spread(zero.float(), shape),
+        )
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         return _quantised(weight, _unscaled(weight, values), stored)
@@ -140,19 +173,25 @@ def _levels(weight: Any) -> Tensor:
 
 
 def _unscaled(weight: Any, values: Tensor) -> Tensor:
-    """Dense values as ``qdata`` and its scales are to hold them: without the scale of x, if there is one."""
+    """Dense values as ``qdata`` and its scales are to hold them: without the scale of x, if there
+    is one."""
     scale = getattr(weight, "act_pre_scale", None)
     return values if scale is None else values / scale.double()
 
 
 def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A new scale (and zero point) a block. Integers stay symmetric, unless an old zero point says that they are not;
-    in float8 a block's largest magnitude becomes the type's largest finite number."""
+    """A new scale (and zero point) a block. Integers stay symmetric, unless an old zero point says
+    that they are not; in float8 a block's largest magnitude becomes the type's largest finite
+    number."""
     blocks, eps = old["scale"].shape, torch.finfo(torch.float32).eps
     if old["qdata"].dtype.is_floating_point:
         inside = list(range(1, 2 * values.dim(), 2))
         largest = values.abs().reshape(_grid(values.shape, blocks)).amax(inside)
-        return {"scale": (largest / torch.finfo(old["qdata"].dtype).max).clamp_min(eps).to(old["scale"].dtype)}
+        return {
+            "scale": (largest / torch.finfo(old["qdata"].dtype).max)
+            .clamp_min(eps)
+            .to(old["scale"].dtype)
+        }
     primitives: Any = sys.modules["torchao.quantization.quant_primitives"]
     zero = old.get("zero_point")
     symmetric = zero is None or not zero.any()

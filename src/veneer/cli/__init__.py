@@ -1,9 +1,9 @@
 """The command `veneer`: each command's file is imported when that command is called.
 
-`veneer --help` reads the table below and loads none of the libraries of the commands (``commands.py``). This file loads
-none of its own either, so that without them it can say what to install. All errors meet here, in `run`:
-what the user can mend is one readable message on stderr and exit code 2; what nobody expected is a traceback, because
-it is a bug of ours.
+`veneer --help` reads the table below and loads none of the libraries of the commands
+(``commands.py``). This file loads none of its own either, so that without them it can say what to
+install. All errors meet here, in `run`: what the user can mend is one readable message on stderr
+and exit code 2; what nobody expected is a traceback, because it is a bug of ours.
 
     0 done   1 a bug (of `diff --exit-code`: they differ)   2 bad input   130 stopped by Ctrl-C
 """
@@ -19,7 +19,8 @@ from typing import NoReturn
 from veneer.cli.extras import missing_package
 from veneer.errors import VeneerError, sentence
 
-# name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES names.
+# name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES
+# names.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "sweep": "Train many settings of a run at once, and keep the best.",
@@ -45,7 +46,10 @@ COMMANDS = {
     "keygen": "Make an API key for `veneer serve`.",
     "extract": "Write the adapter that best approximates a full fine-tune.",
 }
-FILES = {**dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"), "keygen": "serve"}
+FILES = {
+    **dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"),
+    "keygen": "serve",
+}
 MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
     errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
@@ -59,7 +63,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         from veneer.cli.commands import app
 
-        typer.main.get_command(app).main(args=[*arguments] if arguments is not None else None, prog_name="veneer")
+        typer.main.get_command(app).main(
+            args=[*arguments] if arguments is not None else None, prog_name="veneer"
+        )
     except SystemExit as stop:  # typer ends every command so; its own usage errors carry 2
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except VeneerError as error:
@@ -86,8 +92,8 @@ def main() -> NoReturn:
 
 
 def _report(error: BaseException, message: str) -> int:
-    """Print one readable message, unless another process of a run tells it; with VENEER_DEBUG set, the traceback too.
-    Always 2."""
+    """Print one readable message, unless another process of a run tells it; with VENEER_DEBUG set,
+    the traceback too. Always 2."""
     from rich.text import Text
 
     from veneer.cli.console import SafeConsole
@@ -98,7 +104,10 @@ def _report(error: BaseException, message: str) -> int:
         return 2
     console = SafeConsole(stderr=True)
     text = "\n".join([message, *getattr(error, "__notes__", ())])
-    console.print(Text("Error: ", style="bold red").append(Text(text, style="default not bold")), soft_wrap=True)
+    console.print(
+        Text("Error: ", style="bold red").append(Text(text, style="default not bold")),
+        soft_wrap=True,
+    )
     return 2
 
 
@@ -108,10 +117,22 @@ def _explain(error: OSError) -> str:
     room, allowed = "room for the output", "a path that you may read and write"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return sentence(f"no space left on the disk while writing{where}", room, "free some space and run again")
+            return sentence(
+                f"no space left on the disk while writing{where}",
+                room,
+                "free some space and run again",
+            )
         case errno.EFBIG:
-            return sentence(f"a limit on the size of a file, met by{where}", room, "raise the limit (ulimit -f)")
+            return sentence(
+                f"a limit on the size of a file, met by{where}", room, "raise the limit (ulimit -f)"
+            )
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return sentence(f"no permission for{where}", allowed, "choose another, or change its permissions")
+            return sentence(
+                f"no permission for{where}", allowed, "choose another, or change its permissions"
+            )
         case _:
-            return sentence(f"{error.strerror}{':' + where if where else ''}", allowed, "check the path and the disk")
+            return sentence(
+                f"{error.strerror}{':' + where if where else ''}",
+                allowed,
+                "check the path and the disk",
+            )

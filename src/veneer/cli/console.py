@@ -1,4 +1,5 @@
-"""The two consoles (results to stdout, everything else to stderr), and what several commands share."""
+"""The two consoles (results to stdout, everything else to stderr), and what several commands
+share."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console on which texts of strangers steer nothing: escape sequences in them are shown, not sent."""
+    """A console on which texts of strangers steer nothing: escape sequences in them are shown, not
+    sent."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -31,7 +33,8 @@ class SafeConsole(Console):
             yield segment if control else Segment(escape_controls(text), style)
 
 
-# What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no pictures for them.
+# What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no
+# pictures for them.
 out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
@@ -51,15 +54,20 @@ def setup_logging() -> None:
         logger.propagate = False
 
 
-def sampling_options(model: Any, temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
-    """How `veneer generate` and `veneer chat` sample: as they are told, else as the base's file says, with a note of
-    what it says. A file without do_sample = true asks for the most likely token, whatever else it holds."""
+def sampling_options(
+    model: Any, temperature: float | None, top_p: float | None, top_k: int | None
+) -> dict[str, Any]:
+    """How `veneer generate` and `veneer chat` sample: as they are told, else as the base's file
+    says, with a note of what it says. A file without do_sample = true asks for the most likely
+    token, whatever else it holds."""
     from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
 
     base = sampling_defaults(model)
     applied = {"repetition_penalty", *NEUTRAL} - {*SAMPLER}
     if temperature is None:
-        temperature = (1.0 if base.temperature is None else base.temperature) if base.samples else 0.0
+        temperature = (
+            (1.0 if base.temperature is None else base.temperature) if base.samples else 0.0
+        )
         applied |= {"temperature"} if base.samples else set()
     if temperature:
         applied |= {name for name, value in (("top_p", top_p), ("top_k", top_k)) if value is None}
@@ -69,7 +77,11 @@ def sampling_options(model: Any, temperature: float | None, top_p: float | None,
         err.print(f"Not applied, of the base's {FILE}: {words}.")
     top_p = base.top_p if top_p is None else top_p
     top_k = base.top_k if top_k is None else top_k
-    return {"temperature": temperature, "top_p": 1.0 if top_p is None else top_p, "top_k": top_k or 0}
+    return {
+        "temperature": temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+        "top_k": top_k or 0,
+    }
 
 
 def echo_json(value: Any) -> None:
@@ -82,7 +94,9 @@ def table_of(*heads: str) -> Table:
     for head in heads:
         number = head.startswith(">")
         table.add_column(
-            head[number:], justify="right" if number else "left", overflow="ellipsis" if number else "fold"
+            head[number:],
+            justify="right" if number else "left",
+            overflow="ellipsis" if number else "fold",
         )
     return table
 
@@ -101,15 +115,23 @@ def open_library(folder: Path | None) -> Library:
     return Library(default_folder() if folder is None else folder)
 
 
-def open_base_and_adapter(base: str, adapter: str | None, verify: bool = True, **loading: Any) -> tuple[Base, Any]:
-    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to fail. `loading`: as
-    `load_base` takes it."""
-    loaded, handles = open_base_and_adapters(base, {} if adapter is None else {"default": adapter}, verify, **loading)
+def open_base_and_adapter(
+    base: str, adapter: str | None, verify: bool = True, **loading: Any
+) -> tuple[Base, Any]:
+    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to
+    fail. `loading`: as `load_base` takes it."""
+    loaded, handles = open_base_and_adapters(
+        base, {} if adapter is None else {"default": adapter}, verify, **loading
+    )
     return loaded, handles.get("default")
 
 
 def open_base_and_adapters(
-    base: str, adapters: Mapping[str, str], verify: bool = True, trusted: bool = False, **loading: Any
+    base: str,
+    adapters: Mapping[str, str],
+    verify: bool = True,
+    trusted: bool = False,
+    **loading: Any,
 ) -> tuple[Base, dict[str, Any]]:
     """The same for several adapters, by name. ``trusted``: code beside the base may run."""
     import veneer
@@ -128,7 +150,8 @@ def open_base_and_adapters(
         loaded = load_base(base, **loading)
     names = folders.items()
     handles = {
-        name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True) for name, folder in names
+        name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True)
+        for name, folder in names
     }
     return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
 
@@ -166,17 +189,21 @@ def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
-    """(label, what selects it) of each model that a command runs: the base if ``base``, the adapter if any."""
+    """(label, what selects it) of each model that a command runs: the base if ``base``, the adapter
+    if any."""
     import veneer
 
     if handle is None:
         return [("base", nullcontext())]
-    return [*([("base", veneer.use(handle.model, None))] if base else []), ("adapter", handle.use())]
+    return [
+        *([("base", veneer.use(handle.model, None))] if base else []),
+        ("adapter", handle.use()),
+    ]
 
 
 def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
-    """A base as the tools take it: {"base", "model"}. Of a folder they read the weights that they need; what is packed
-    in the files, or no safetensors, only the model itself can tell."""
+    """A base as the tools take it: {"base", "model"}. Of a folder they read the weights that they
+    need; what is packed in the files, or no safetensors, only the model itself can tell."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
@@ -185,17 +212,21 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
     setup_logging()
     folder = models.folder_of(base)
-    if read_json(folder / "config.json").get("quantization_config") or not any(folder.glob("*.safetensors")):
+    if read_json(folder / "config.json").get("quantization_config") or not any(
+        folder.glob("*.safetensors")
+    ):
         return {"base": models.load_base(base, precision="stored", device="cpu").model}
     record = read(adapter).metadata
-    structure = models.meta_model(folder, record.get("base", {}).get("architecture"), labels_in(record))
+    structure = models.meta_model(
+        folder, record.get("base", {}).get("architecture"), labels_in(record)
+    )
     values = of_folder(structure, folder).values
     return {"base": lambda path: values[path].read(None), "model": structure}
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may hold an equals sign
-    itself."""
+    """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may
+    hold an equals sign itself."""
     from veneer.store.library import resolve
 
     path, equals, weight = text.rpartition("=")

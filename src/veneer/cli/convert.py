@@ -11,27 +11,37 @@ from typer import Argument, Option
 from veneer.cli.options import ADAPTER_HELP, AsJson, Verify
 
 Part = Annotated[
-    Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"] | None,
+    Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"]
+    | None,
     Option(help="Which model of an image pipeline the adapter is of."),
 ]
 
 
 def convert_command(
-    adapter: Annotated[str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")],
+    adapter: Annotated[
+        str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")
+    ],
     output: Annotated[Path, Argument(metavar="OUT", help="New folder or file.")],
     to: Annotated[  # the registry of formats decides what it may be, so that a new one needs no line here
         str, Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
     ],
     base: Annotated[
         str | None,
-        Option(help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."),
+        Option(
+            help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."
+        ),
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, Option(help="Type of the numbers; as they are without.")
+        Literal["fp32", "bf16", "fp16"] | None,
+        Option(help="Type of the numbers; as they are without."),
     ] = None,
     part: Part = None,
-    rank: Annotated[int | None, Option(help="Of dense changes: the rank of the product.", min=1)] = None,
-    energy: Annotated[float | None, Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")] = None,
+    rank: Annotated[
+        int | None, Option(help="Of dense changes: the rank of the product.", min=1)
+    ] = None,
+    energy: Annotated[
+        float | None, Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")
+    ] = None,
     whole: Annotated[bool, Option("--whole", help="Of dense changes: keep them whole.")] = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what exists.")] = False,
     verify: Verify = True,

@@ -14,14 +14,18 @@ from veneer.cli.options import ADAPTER_HELP, AsJson
 def diff_command(
     a: Annotated[str, Argument(metavar="A", help=ADAPTER_HELP)],
     b: Annotated[str, Argument(metavar="B", help=ADAPTER_HELP)],
-    layers: Annotated[int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)] = 12,
+    layers: Annotated[
+        int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)
+    ] = 12,
     as_json: AsJson = False,
-    exit_code: Annotated[bool, Option("--exit-code", help="End with code 1 if they differ.")] = False,
+    exit_code: Annotated[
+        bool, Option("--exit-code", help="End with code 1 if they differ.")
+    ] = False,
 ) -> None:
     """Show where two adapters change a model, how much, and how far their directions lie apart.
 
-    φ is the similarity of the spaces that they read from and write to: 1 if one lies within the other, 0 if they share
-    no direction.
+    φ is the similarity of the spaces that they read from and write to: 1 if one lies within the
+    other, 0 if they share no direction.
 
     \b
     Examples:
@@ -35,7 +39,11 @@ def diff_command(
     found = compare(resolve(a), resolve(b))
     if as_json:
         facts = asdict(found) | {"a": str(found.a), "b": str(found.b), "identical": found.identical}
-        facts |= {"same_change": found.same_change, "difference": found.relative, "cosine": found.cosine}
+        facts |= {
+            "same_change": found.same_change,
+            "difference": found.relative,
+            "cosine": found.cosine,
+        }
         # JSON has no infinity: null stands for what has no number
         echo_json(json.loads(json.dumps(facts), parse_constant=lambda _: None))
     else:
@@ -50,12 +58,23 @@ def _table(entries: Any, count: int) -> Any:
     from veneer.cli.console import shown, table_of
 
     ordered = sorted(entries, key=lambda entry: entry.difference * max(entry.norms), reverse=True)
-    gains = [">magnitude"] if any(entry.magnitude is not None for entry in ordered[: count or None]) else []
-    table = table_of("layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out", *gains)
+    gains = (
+        [">magnitude"]
+        if any(entry.magnitude is not None for entry in ordered[: count or None])
+        else []
+    )
+    table = table_of(
+        "layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out", *gains
+    )
     for entry in shown(table, ordered, count, "layers that differ less"):
         numbers = [f"{entry.ranks[0]}, {entry.ranks[1]}", *(f"{norm:.4g}" for norm in entry.norms)]
         numbers += [f"{entry.difference:.3g}", f"{entry.cosine:.3f}"]
-        numbers += ["–" if space is None else f"{space.similarity:.3f}" for space in (entry.rows, entry.columns)]
-        numbers += (["–"] if entry.magnitude is None else [f"{entry.magnitude:.3g}"]) if gains else []
+        numbers += [
+            "–" if space is None else f"{space.similarity:.3f}"
+            for space in (entry.rows, entry.columns)
+        ]
+        numbers += (
+            (["–"] if entry.magnitude is None else [f"{entry.magnitude:.3g}"]) if gains else []
+        )
         table.add_row(entry.path, *numbers)
     return table

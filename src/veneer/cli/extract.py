@@ -15,11 +15,18 @@ def extract_command(
     tuned: Annotated[str, Argument(help="The same model, fine-tuned in full.")],
     output: Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")],
     rank: Annotated[int | None, Option(help="Rank of every product.")] = None,
-    energy: Annotated[float | None, Option(help="Or the share of each change to keep, such as 0.95.")] = None,
-    targets: Annotated[
-        list[str] | None, Option(help="Which weights get a product: words or patterns, comma separated (default: all).")
+    energy: Annotated[
+        float | None, Option(help="Or the share of each change to keep, such as 0.95.")
     ] = None,
-    exclude: Annotated[list[str] | None, Option(help="What is left out, however it changed; comma separated.")] = None,
+    targets: Annotated[
+        list[str] | None,
+        Option(
+            help="Which weights get a product: words or patterns, comma separated (default: all)."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, Option(help="What is left out, however it changed; comma separated.")
+    ] = None,
     keep: Annotated[
         list[str] | None,
         Option(
@@ -27,15 +34,19 @@ def extract_command(
             "keep too little), or patterns beside them; comma separated (default: auto)."
         ),
     ] = None,
-    least: Annotated[float, Option(help="The share of its change below which a weight is lossy.")] = 0.5,
+    least: Annotated[
+        float, Option(help="The share of its change below which a weight is lossy.")
+    ] = 0.5,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
-    layers: Annotated[int, Option(help="Show the so many layers that keep least; 0 shows all.", min=0)] = 12,
+    layers: Annotated[
+        int, Option(help="Show the so many layers that keep least; 0 shows all.", min=0)
+    ] = 12,
 ) -> None:
     """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.
 
-    Both models are read weight by weight, so that neither has to fit into memory. What changed and is not in the
-    adapter is named.
+    Both models are read weight by weight, so that neither has to fit into memory. What changed and
+    is not in the adapter is named.
 
     \b
     Examples:
@@ -60,8 +71,15 @@ def extract_command(
         echo_json(report.to_dict())
         return
     table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
-    for layer in shown(table, sorted(report.layers, key=lambda layer: layer.kept), layers, "that keep more"):
-        cells = (f"{layer.rank}", f"{layer.relative:.2e}", f"{layer.kept:.2%}", f"{layer.error:.2e}")
+    for layer in shown(
+        table, sorted(report.layers, key=lambda layer: layer.kept), layers, "that keep more"
+    ):
+        cells = (
+            f"{layer.rank}",
+            f"{layer.relative:.2e}",
+            f"{layer.kept:.2%}",
+            f"{layer.error:.2e}",
+        )
         table.add_row(layer.path, *cells, f"{layer.seconds:.2f}", layer.method)
     out.print(table)
     out.print(str(report), soft_wrap=True)

@@ -26,7 +26,10 @@ from veneer.cli.options import (
     Verify,
 )
 
-Prompts = Annotated[list[str] | None, Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line.")]
+Prompts = Annotated[
+    list[str] | None,
+    Option("--prompt", "-p", help=f"A prompt; {MANY}. Default: stdin, one a line."),
+]
 
 
 def generate_command(
@@ -34,7 +37,9 @@ def generate_command(
     prompt: Prompts = None,
     adapter: Annotated[str | None, Option(help=ADAPTER_HELP)] = None,
     both: Annotated[bool, Option("--both", help="Base and adapter side by side.")] = False,
-    chat: Annotated[bool, Option(help="Put the prompt through the chat template, as a user's message.")] = False,
+    chat: Annotated[
+        bool, Option(help="Put the prompt through the chat template, as a user's message.")
+    ] = False,
     system: Annotated[str | None, Option(help="System message, with --chat.")] = None,
     max_new_tokens: MaxNewTokens = NEW_TOKENS,
     temperature: Temperature = None,
@@ -62,24 +67,36 @@ def generate_command(
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.cli.console import base_and_adapter, err, open_base_and_adapter, out, sampling_options
+    from veneer.cli.console import (
+        base_and_adapter,
+        err,
+        open_base_and_adapter,
+        out,
+        sampling_options,
+    )
     from veneer.errors import ConfigError, DataError
     from veneer.train.generate import generate as write
 
     if both and adapter is None:
-        raise ConfigError("Found: --both without --adapter. Expected: an adapter to compare. Do: name its folder.")
+        raise ConfigError(
+            "Found: --both without --adapter. Expected: an adapter to compare. Do: name its folder."
+        )
     if system is not None and not chat:
         raise ConfigError("Found: --system without --chat. Expected: both. Do: add --chat.")
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
-        raise DataError("Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one.")
+        raise DataError(
+            "Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one."
+        )
     loaded, handle = open_base_and_adapter(
         base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
     sampling = sampling_options(loaded.model, temperature, top_p, top_k)
     first = [{"role": "system", "content": system}] if system is not None else []
-    inputs: list[Any] = [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
+    inputs: list[Any] = (
+        [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
+    )
     answers: dict[str, list[str]] = {}
     for label, selected in base_and_adapter(handle, base=both):
         with err.status(f"The {label} writes …"), selected:

@@ -17,28 +17,45 @@ from veneer.errors import ConfigError
 def inspect_command(
     adapter: Adapter,
     as_json: AsJson = False,
-    layers: Annotated[int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)] = 12,
+    layers: Annotated[
+        int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
+    ] = 12,
     report: Annotated[
-        Path | None, Option(metavar="FILE.html", help="Write a look inside: ranks, where the change went, forgetting.")
+        Path | None,
+        Option(
+            metavar="FILE.html",
+            help="Write a look inside: ranks, where the change went, forgetting.",
+        ),
     ] = None,
-    other: Annotated[str | None, Option("--with", help=f"For the report. Beside it. {ADAPTER_HELP}")] = None,
+    other: Annotated[
+        str | None, Option("--with", help=f"For the report. Beside it. {ADAPTER_HELP}")
+    ] = None,
     base: Annotated[str | None, Option(help="For the report. The adapter's base model.")] = None,
     data: Annotated[
         str | None,
-        Option(help="For the report. Held-out rows of the task: what smaller ranks and a repair lose there."),
+        Option(
+            help="For the report. Held-out rows of the task: what smaller ranks and a repair lose there."
+        ),
     ] = None,
     general: Annotated[
         str | None,
-        Option(help="For the report. General text (.txt, .jsonl): what was forgotten, what a repair regains."),
+        Option(
+            help="For the report. General text (.txt, .jsonl): what was forgotten, what a repair regains."
+        ),
     ] = None,
     intruders: Annotated[
-        int, Option(help="For the report. Leading singular vectors to look at, of each weight; 0: none.", min=0)
+        int,
+        Option(
+            help="For the report. Leading singular vectors to look at, of each weight; 0: none.",
+            min=0,
+        ),
     ] = 10,
     batch_size: Annotated[int, Option(help="For the report. Rows in one forward pass.", min=1)] = 8,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its base.
+    """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its
+    base.
 
     Reading verifies: a truncated or altered file is an error.
 
@@ -81,7 +98,9 @@ def _facts(saved: Any) -> dict[str, Any]:
     # of some of PEFT's tuners only the base tells the shapes
     unsized = saved.tuner.paths if saved.tuner is not None and saved.tuner.unsized else ()
     products = {} if unsized else saved.products
-    base = {name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")}
+    base = {
+        name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")
+    }
     return {
         "path": str(saved.path),
         "base": base or {"name": saved.peft_config.get("base_model_name_or_path")},
@@ -101,8 +120,13 @@ def _facts(saved: Any) -> dict[str, Any]:
 
 
 def _fingerprint(weights: dict[str, str]) -> str | None:
-    """One hash of the fingerprints of all adapted base weights: equal for equal bases and targets."""
-    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32] if weights else None
+    """One hash of the fingerprints of all adapted base weights: equal for equal bases and
+    targets."""
+    return (
+        hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
+        if weights
+        else None
+    )
 
 
 def _head(facts: dict[str, Any]) -> Any:
@@ -119,18 +143,22 @@ def _head(facts: dict[str, Any]) -> Any:
     training += [f"on {run['data']}"] if training and "data" in run else []
     how = facts["base"].get("quantized")
     packed = f", trained on it in {how.get('as', 'packed form')} ({how.get('by')})" if how else ""
-    unverified = "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
+    unverified = (
+        "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
+    )
     rows = {
         "adapter": f"{facts['path']}{unverified}",
         "base": f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}{packed}",
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
         "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
-        "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none",
+        "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items())
+        or "none",
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
         "size": f"{facts['parameters']:,} numbers, {size(facts['bytes'])}",
         **({"training": ", ".join(training)} if training else {}),
-        "written by": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "unknown",
+        "written by": ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        or "unknown",
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -146,5 +174,7 @@ def _norms(facts: dict[str, Any], count: int) -> Any:
     norms = sorted(facts["norms"].items(), key=lambda item: item[1], reverse=True)
     table = table_of("layer", ">‖ΔW‖", "")
     for path, norm in shown(table, norms, count, "layers with smaller changes"):
-        table.add_row(path, f"{norm:.4g}", "█" * max(1, round(24 * norm / norms[0][1])) if norm > 0 else "")
+        table.add_row(
+            path, f"{norm:.4g}", "█" * max(1, round(24 * norm / norms[0][1])) if norm > 0 else ""
+        )
     return table

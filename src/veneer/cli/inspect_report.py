@@ -1,7 +1,8 @@
 """`veneer inspect --report`: the look inside of an adapter, measured and written.
 
-The numbers are ``tools/report``'s. What needs a model that runs is measured here, one derived adapter after the other,
-each a folder that is gone afterwards: truncations to smaller ranks, repairs, and their control.
+The numbers are ``tools/report``'s. What needs a model that runs is measured here, one derived
+adapter after the other, each a folder that is gone afterwards: truncations to smaller ranks,
+repairs, and their control.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Asked(NamedTuple):
 
 
 def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
-    """Write the page; what it shows, for JSON. Bad input is an error before anything is computed."""
+    """Write the page; what it shows, for JSON. Bad input is an error before anything is
+    computed."""
     from veneer.adapter_files import read
     from veneer.cli.console import base_files, err
     from veneer.fileio.atomic import write_whole
@@ -43,12 +45,18 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
     from veneer.tools.report.page import page
     from veneer.train.data import read as read_rows
 
-    measures = {name: source for name in ("data", "general") if (source := getattr(asked, name)) is not None}
+    measures = {
+        name: source for name in ("data", "general") if (source := getattr(asked, name)) is not None
+    }
     if asked.report.suffix.lower() not in (".html", ".htm") or not asked.report.parent.is_dir():
         found = f"--report {asked.report}"
-        raise ConfigError(found, "a file .html in a folder that exists", "name, for instance, report.html")
+        raise ConfigError(
+            found, "a file .html in a folder that exists", "name, for instance, report.html"
+        )
     if measures and asked.base is None:
-        raise ConfigError(f"--{next(iter(measures))} without --base", "the model to measure", "add --base MODEL")
+        raise ConfigError(
+            f"--{next(iter(measures))} without --base", "the model to measure", "add --base MODEL"
+        )
     other = None if asked.other is None else read(resolve(asked.other))
     rows = {name: read_rows(source) for name, source in measures.items()}
     files = {} if asked.base is None else base_files(asked.base, saved.path)
@@ -61,13 +69,17 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
         facts = report.to_dict()
         if examples:
             losses = facts["losses"] = _losses(saved, report, asked, files, examples, status)
-            facts["next_rank"], facts["why"] = _by_loss(losses["rows"]) or (report.next_rank, report.why)
+            facts["next_rank"], facts["why"] = _by_loss(losses["rows"]) or (
+                report.next_rank,
+                report.why,
+            )
     write_whole(asked.report, page(facts))
     return facts
 
 
 def _examples(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
-    """The rows of each source as token ids. The ends of rows that are longer than the model reads are left out."""
+    """The rows of each source as token ids. The ends of rows that are longer than the model reads
+    are left out."""
     from veneer.cli.console import tokenizer_for
     from veneer.models.load import context_length
     from veneer.train.tokens import tokenise
@@ -75,13 +87,20 @@ def _examples(base: str, adapter: Path, rows: dict[str, Any]) -> dict[str, Any]:
     length = min(context_length(base) or 2048, 2048)
     tokenizer = tokenizer_for(base, str(adapter)) if rows else None
     return {
-        name: tokenise(own, tokenizer, max_length=length, too_long="truncate", completion_only=name == "data")
+        name: tokenise(
+            own, tokenizer, max_length=length, too_long="truncate", completion_only=name == "data"
+        )
         for name, own in rows.items()
     }
 
 
 def _losses(
-    saved: Any, report: Any, asked: Asked, files: dict[str, Any], examples: dict[str, Any], status: Any
+    saved: Any,
+    report: Any,
+    asked: Asked,
+    files: dict[str, Any],
+    examples: dict[str, Any],
+    status: Any,
 ) -> dict[str, Any]:
     import veneer
     from veneer.cli.console import open_base_and_adapter
@@ -90,10 +109,20 @@ def _losses(
     loaded, handle = open_base_and_adapter(str(asked.base), str(saved.path), **asked.loading)
     tokens: dict[str, int] = {}
 
-    def measured(what: str, at: float | None, removed: float | None, using: Any, names: Any = None) -> dict[str, Any]:
-        row: dict[str, Any] = {"what": what, "at": at, "removed": removed, "data": None, "general": None}
+    def measured(
+        what: str, at: float | None, removed: float | None, using: Any, names: Any = None
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "what": what,
+            "at": at,
+            "removed": removed,
+            "data": None,
+            "general": None,
+        }
         for name in names or examples:
-            status.update(f"Measuring {what} {at if at is not None else ''} on {asked._asdict()[name]} …")
+            status.update(
+                f"Measuring {what} {at if at is not None else ''} on {asked._asdict()[name]} …"
+            )
             with using():
                 found = evaluate(loaded.model, examples[name], batch_size=asked.batch_size)
             row[name], tokens[name] = found.loss, found.tokens
@@ -107,24 +136,34 @@ def _losses(
     else:
         handle.detach()
         with TemporaryDirectory() as folder:
-            for what, at, removed, path in _derived(saved, report, "data" in examples, files, Path(folder)):
-                derived = veneer.load(loaded.model, path, verify_base=False)  # its base was proven above
+            for what, at, removed, path in _derived(
+                saved, report, "data" in examples, files, Path(folder)
+            ):
+                derived = veneer.load(
+                    loaded.model, path, verify_base=False
+                )  # its base was proven above
                 names = ["data"] if what == "rank" else None
                 rows.append(measured(what, at, removed, derived.use, names))
                 derived.detach()
-    sources = {name: {"source": Path(asked._asdict()[name]).name, "tokens": tokens[name]} for name in examples}
+    sources = {
+        name: {"source": Path(asked._asdict()[name]).name, "tokens": tokens[name]}
+        for name in examples
+    }
     return {"data": None, "general": None, **sources, "note": note, "rows": rows}
 
 
 def _derived(
     saved: Any, report: Any, cuts: bool, files: dict[str, Any], folder: Path
 ) -> Iterator[tuple[str, float, float | None, Path]]:
-    """(what, rank or factor, share of the change that it lacks, folder) of each adapter to measure."""
+    """(what, rank or factor, share of the change that it lacks, folder) of each adapter to
+    measure."""
     from veneer.tools.compose import compose
     from veneer.tools.compose.repair import repair
 
     for cut in report.cuts[:-1] if cuts else ():
-        path = compose(saved, folder / f"rank-{cut.rank}", method="svd", rank=cut.rank, **files).path
+        path = compose(
+            saved, folder / f"rank-{cut.rank}", method="svd", rank=cut.rank, **files
+        ).path
         yield "rank", cut.rank, cut.lost, path
 
     def weaker(weight: float) -> tuple[str, float, float, Path]:
@@ -133,7 +172,9 @@ def _derived(
 
     found = any(one.count for one in report.found)
     for factor in FACTORS if found else ():
-        repaired = repair(saved, folder / f"repaired-{factor}", **files, factor=factor, found=report.found)
+        repaired = repair(
+            saved, folder / f"repaired-{factor}", **files, factor=factor, found=report.found
+        )
         yield "repaired", factor, repaired.removed, repaired.path
         if repaired.removed < 1:
             yield weaker(1 - repaired.removed)
@@ -141,7 +182,8 @@ def _derived(
 
 
 def _by_loss(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """(the smallest rank that keeps nearly all of the gain on the data, why), or None where none smaller does."""
+    """(the smallest rank that keeps nearly all of the gain on the data, why), or None where none
+    smaller does."""
     base, adapter, *others = rows
     if adapter["data"] is None or adapter["data"] >= base["data"]:
         return None
@@ -149,6 +191,8 @@ def _by_loss(rows: list[dict[str, Any]]) -> tuple[int, str] | None:
     for row in others:
         kept = (base["data"] - row["data"]) / gain if row["what"] == "rank" else 0.0
         if kept >= ENOUGH:
-            said = f"truncated to rank {row['at']} it keeps {kept:.1%} of what it gained on the data"
+            said = (
+                f"truncated to rank {row['at']} it keeps {kept:.1%} of what it gained on the data"
+            )
             return row["at"], said
     return None

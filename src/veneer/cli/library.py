@@ -1,4 +1,5 @@
-"""The commands of a library of adapters (`list`, `add`, `rm`, `tag`, `gc`) and of remote places (`push`, `pull`)."""
+"""The commands of a library of adapters (`list`, `add`, `rm`, `tag`, `gc`) and of remote places
+(`push`, `pull`)."""
 
 from __future__ import annotations
 
@@ -44,10 +45,14 @@ def list_command(
 
 
 def add_command(
-    adapter: Annotated[str, Argument(help="Adapter folder, or a remote place such as hf://owner/name.")],
+    adapter: Annotated[
+        str, Argument(help="Adapter folder, or a remote place such as hf://owner/name.")
+    ],
     name: Annotated[str, Argument(help="Its name there: letters, digits, _ - .")],
     tag: Annotated[list[str] | None, Option(help="A tag; may be given several times.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what the name stands for.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace what the name stands for.")
+    ] = False,
     library: Library = None,
 ) -> None:
     """Verify an adapter and copy it into a library. Other commands take it as library:NAME.
@@ -65,8 +70,11 @@ def add_command(
     out.print(f"{entry.name}  {store.get(name)}", soft_wrap=True)
 
 
-def rm_command(names: Annotated[list[str], Argument(help="Names of adapters.")], library: Library = None) -> None:
-    """Take names out of a library. The files go with the next `veneer gc`, an hour later at the earliest.
+def rm_command(
+    names: Annotated[list[str], Argument(help="Names of adapters.")], library: Library = None
+) -> None:
+    """Take names out of a library. The files go with the next `veneer gc`, an hour later at the
+    earliest.
 
     \b
     Example:
@@ -84,7 +92,9 @@ def rm_command(names: Annotated[list[str], Argument(help="Names of adapters.")],
 def tag_command(
     name: Annotated[str, Argument(help="Name of an adapter.")],
     tags: Annotated[list[str] | None, Argument(help="Tags to add.")] = None,
-    remove: Annotated[list[str] | None, Option(help="A tag to take away; may be given several times.")] = None,
+    remove: Annotated[
+        list[str] | None, Option(help="A tag to take away; may be given several times.")
+    ] = None,
     library: Library = None,
 ) -> None:
     """Add tags to an adapter of a library, or take them away.
@@ -102,10 +112,16 @@ def tag_command(
 
 def gc_command(
     grace: Annotated[
-        float, Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0)
+        float,
+        Option(
+            help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0
+        ),
     ] = 3600.0,
     rebuild: Annotated[
-        bool, Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters.")
+        bool,
+        Option(
+            "--rebuild", help="First make a damaged index anew, from its copy and the adapters."
+        ),
     ] = False,
     library: Library = None,
 ) -> None:
@@ -123,9 +139,13 @@ def gc_command(
     store = open_library(library)
     if rebuild:
         made = store.rebuild()
-        out.print(f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}")
+        out.print(
+            f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}"
+        )
     done = store.gc(grace=grace)
-    out.print(f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}")
+    out.print(
+        f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}"
+    )
 
 
 def push_command(
@@ -137,7 +157,8 @@ def push_command(
         bool | None, Option("--private/--public", help="Of a repository that is made on the hub.")
     ] = None,
 ) -> None:
-    """Verify an adapter and put it at a remote place. Prints the place with the revision that it has there.
+    """Verify an adapter and put it at a remote place. Prints the place with the revision that it
+    has there.
 
     \b
     Examples:
@@ -152,12 +173,16 @@ def push_command(
 
 def pull_command(
     place: Annotated[str, Argument(help="hf://owner/name[@revision], s3://bucket/folder, …")],
-    output: Annotated[Path | None, Argument(metavar="OUT", help="New folder (default: the cache).")] = None,
+    output: Annotated[
+        Path | None, Argument(metavar="OUT", help="New folder (default: the cache).")
+    ] = None,
     revision: Annotated[
-        str | None, Option(help="Branch, tag or commit on the hub; else what push printed after the @.")
+        str | None,
+        Option(help="Branch, tag or commit on the hub; else what push printed after the @."),
     ] = None,
 ) -> None:
-    """Fetch an adapter, verify it, and print its folder. Other commands take a remote place for ADAPTER too.
+    """Fetch an adapter, verify it, and print its folder. Other commands take a remote place for
+    ADAPTER too.
 
     \b
     Examples:

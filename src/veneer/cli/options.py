@@ -15,11 +15,14 @@ NEW_TOKENS = 128
 
 
 def joined(values: Sequence[str] | None) -> str | list[str] | None:
-    """A flag that takes several values between commas and may be given several times: all that it was given. One text
-    is left as it is, and a regular expression (re:) may hold commas of its own."""
+    """A flag that takes several values between commas and may be given several times: all that it
+    was given. One text is left as it is, and a regular expression (re:) may hold commas of its
+    own."""
     if not values or len(values) == 1:
         return values[0] if values else None
-    return [part for text in values for part in ([text] if text.startswith("re:") else listed(text))]
+    return [
+        part for text in values for part in ([text] if text.startswith("re:") else listed(text))
+    ]
 
 
 def listed(text: str) -> list[str]:
@@ -29,18 +32,33 @@ def listed(text: str) -> list[str]:
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]
 Adapter = Annotated[str, Argument(help=ADAPTER_HELP)]
 Library = Annotated[
-    Path | None, Option(help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME).")
+    Path | None,
+    Option(
+        help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."
+    ),
 ]
-Precision = Annotated[Literal["auto", "stored", "fp32", "bf16"], Option(help="Type of the base weights.")]
+Precision = Annotated[
+    Literal["auto", "stored", "fp32", "bf16"], Option(help="Type of the base weights.")
+]
 Quantize = Annotated[
-    Literal["nf4", "fp4", "int8"] | None, Option(help="Keep the base's linear layers in 4 or 8 bits (bitsandbytes).")
+    Literal["nf4", "fp4", "int8"] | None,
+    Option(help="Keep the base's linear layers in 4 or 8 bits (bitsandbytes)."),
 ]
-Device = Annotated[str | None, Option(help="Where to put the base: cpu, cuda:1, … Default: the GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    Option(help="Where to put the base: cpu, cuda:1, … Default: the GPU if there is one."),
+]
 DeviceMap = Annotated[
-    str | None, Option(help="Spread the base over several GPUs: auto, balanced, … as transformers takes it.")
+    str | None,
+    Option(help="Spread the base over several GPUs: auto, balanced, … as transformers takes it."),
 ]
 Attention = Annotated[
-    str, Option("--attention", "--attn", help="Attention code: auto, products, eager, sdpa, flash_attention_2, …")
+    str,
+    Option(
+        "--attention",
+        "--attn",
+        help="Attention code: auto, products, eager, sdpa, flash_attention_2, …",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -59,12 +77,22 @@ Temperature = Annotated[
 ]
 TopP = Annotated[
     float | None,
-    Option(help="Sample from the likeliest tokens of this share. Default: the base's, else 1.", min=0.01, max=1),
+    Option(
+        help="Sample from the likeliest tokens of this share. Default: the base's, else 1.",
+        min=0.01,
+        max=1,
+    ),
 ]
 TopK = Annotated[
-    int | None, Option(help="Sample from so many likeliest tokens; 0: from all. Default: the base's, else 0.", min=0)
+    int | None,
+    Option(
+        help="Sample from so many likeliest tokens; 0: from all. Default: the base's, else 0.",
+        min=0,
+    ),
 ]
 Seed = Annotated[int, Option(help="Seed of the sampling.", min=0)]
 Verify = Annotated[bool, Option(help="Refuse an adapter of another base.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what Veneer wrote in the folder; other files stay.")]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace what Veneer wrote in the folder; other files stay.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]

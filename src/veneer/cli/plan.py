@@ -16,50 +16,69 @@ GIB = 2**30
 
 
 def plan_command(
-    config: Annotated[Path | None, Argument(help="YAML file of `veneer train`; flags win over it.")] = None,
+    config: Annotated[
+        Path | None, Argument(help="YAML file of `veneer train`; flags win over it.")
+    ] = None,
     base: Annotated[
-        str | None, Option(help="Folder, hub id, package:NAME or a config.json: no weights are read.")
+        str | None,
+        Option(help="Folder, hub id, package:NAME or a config.json: no weights are read."),
     ] = None,
     rank: Annotated[int | None, Option(help="Rank r of the adapter (default: 16).")] = None,
     targets: Annotated[
-        list[str] | None, Option("--targets", "--target", help="Layers to adapt (default: all-linear).")
+        list[str] | None,
+        Option("--targets", "--target", help="Layers to adapt (default: all-linear)."),
     ] = None,
     variant: Annotated[str | None, Option(help="Adapter variant (default: lora).")] = None,
     length: Annotated[
-        int | None, Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048).")
+        int | None,
+        Option("--max-length", "--seq", help="Tokens of a row, padding included (default: 2048)."),
     ] = None,
     batch: Annotated[
-        int | None, Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8).")
+        int | None,
+        Option("--batch-size", "--batch", help="Rows in one forward pass, at most (default: 8)."),
     ] = None,
-    accumulate: Annotated[int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")] = None,
+    accumulate: Annotated[
+        int | None, Option("--grad-accum", help="Forward passes in one step (default: 1).")
+    ] = None,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None, Option("--precision", "--dtype", help="Base weights (default: bf16).")
+        Literal["auto", "fp32", "bf16"] | None,
+        Option("--precision", "--dtype", help="Base weights (default: bf16)."),
     ] = None,
     quantize: Annotated[
-        Literal["nf4", "fp4", "int8"] | None, Option(help="Linear layers in 4 or 8 bits (not stacks of experts).")
+        Literal["nf4", "fp4", "int8"] | None,
+        Option(help="Linear layers in 4 or 8 bits (not stacks of experts)."),
     ] = None,
-    optimiser: Annotated[str | None, Option("--optimiser", "--optimizer", help="As `veneer train` takes it.")] = None,
+    optimiser: Annotated[
+        str | None, Option("--optimiser", "--optimizer", help="As `veneer train` takes it.")
+    ] = None,
     checkpointing: Annotated[
-        bool | None, Option("--activation-checkpointing/--no-activation-checkpointing", help="Recompute activations.")
+        bool | None,
+        Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="Recompute activations.",
+        ),
     ] = None,
     devices: Annotated[int, Option(help="Plan for 1, 2, 4, … up to so many devices.", min=1)] = 1,
     hardware: Annotated[
         str, Option(help="Device: l4, a10, rtx3090, rtx4090, l40s, a100, h100, h200, b200, mi300x.")
     ] = "h100",
     strategy: Annotated[
-        Literal["ddp", "fsdp", "tp"] | None, Option(help="How several devices share the work (default: all three).")
+        Literal["ddp", "fsdp", "tp"] | None,
+        Option(help="How several devices share the work (default: all three)."),
     ] = None,
     serve: Annotated[bool, Option("--serve", help="Plan a service instead of a run.")] = False,
     adapters: Annotated[int, Option(help="--serve: adapters that are served.", min=1)] = 1,
     requests: Annotated[float, Option(help="--serve: requests a second.")] = 1.0,
     prompt: Annotated[int, Option(help="--serve: tokens of a prompt.", min=1)] = 512,
     answer: Annotated[int, Option(help="--serve: tokens of an answer.", min=1)] = 256,
-    rows: Annotated[int, Option(help="--serve: answers that a replica writes at once.", min=1)] = 64,
+    rows: Annotated[
+        int, Option(help="--serve: answers that a replica writes at once.", min=1)
+    ] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what a run takes before anything is rented: trained parameters, memory of each device, operations,
-    bytes sent and time of a step, for 1 to N devices that share its rows, and each strategy; or, with --serve, what a
-    service takes.
+    """Predict what a run takes before anything is rented: trained parameters, memory of each
+    device, operations, bytes sent and time of a step, for 1 to N devices that share its rows, and
+    each strategy; or, with --serve, what a service takes.
 
     Only a config is read: the model is made without weights, and its step is counted.
     How far off that is, is measured in docs/plan.md.
@@ -91,7 +110,9 @@ def plan_command(
     _plan_run(settings, model, strategy, devices, on, as_json)
 
 
-def _plan_run(settings: Any, model: Any, strategy: str | None, devices: int, on: Any, as_json: bool) -> None:
+def _plan_run(
+    settings: Any, model: Any, strategy: str | None, devices: int, on: Any, as_json: bool
+) -> None:
     """Print what a training run takes, for 1 to `devices` devices."""
     from veneer.train.plan.training import STRATEGIES, Planner, recommend, table
 
@@ -115,14 +136,20 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Any:
 
     fields = {} if config is None else read_yaml(config)
     fields |= {
-        name: value for name, value in {**given, "targets": joined(given["targets"])}.items() if value is not None
+        name: value
+        for name, value in {**given, "targets": joined(given["targets"])}.items()
+        if value is not None
     }
     if "base" not in fields:
         raise ConfigError("no base", "a YAML file that names one, or --base", "give one of them")
-    settings = make_config({"data": "", "output": "", **fields}, "the arguments" if config is None else str(config))
+    settings = make_config(
+        {"data": "", "output": "", **fields}, "the arguments" if config is None else str(config)
+    )
     if settings.task != "sft":
         found = f"task {settings.task}, whose steps have other passes than one forward and one backward of each row"
-        raise ConfigError(found, "task sft", "plan an sft run with as many rows (--base, --batch-size)")
+        raise ConfigError(
+            found, "task sft", "plan an sft run with as many rows (--base, --batch-size)"
+        )
     return settings
 
 
@@ -134,10 +161,14 @@ def _model(settings: Any) -> Any:
     from veneer.models.remote_code import trust_remote_code
     from veneer.variants import VARIANTS
 
-    dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
+    dtype = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}[
+        settings.precision
+    ]
     with trust_remote_code(settings.base if settings.trust_remote_code else None):
         model = countable_model(settings.base, dtype)
-    variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"  # their shapes are the same
+    variant = (
+        settings.variant if not VARIANTS[settings.variant].needs else "lora"
+    )  # their shapes are the same
     config = veneer.LoraConfig(
         rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets,
         exclude=settings.exclude, layers=settings.layers, train_also=settings.train_also, bias=settings.bias,
@@ -179,7 +210,10 @@ def _finite(value: Any) -> Any:
 def _tables(settings: Any, planner: Any, plans: Any, left_out: list[str], advice: str) -> list[Any]:
     from veneer.cli.console import table_of
 
-    rows, how = settings.batch_size * settings.grad_accum, f", {settings.quantize}" if settings.quantize else ""
+    rows, how = (
+        settings.batch_size * settings.grad_accum,
+        f", {settings.quantize}" if settings.quantize else "",
+    )
     lines: list[Any] = [
         f"Base     {settings.base} ({planner.total:,} numbers{how})",
         f"Adapter  {settings.variant}, rank {settings.rank}: {planner.trainable:,} numbers train",
@@ -191,18 +225,24 @@ def _tables(settings: Any, planner: Any, plans: Any, left_out: list[str], advice
         cells = [f"{one.run.batch} × {one.run.accumulate}", f"{one.total / GIB:.1f}"]
         cells += ["fits" if one.fits else "does not", f"{one.operations / 1e12:,.1f}"]
         cells += [f"{one.sent / 1e9:,.2f}", f"{one.seconds:.3g}", f"{one.speed:,.0f}"]
-        table.add_row(f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", *cells)
+        table.add_row(
+            f"{one.devices} × {one.hardware}", one.strategy if one.devices > 1 else "", *cells
+        )
     names = dict.fromkeys(name for one in plans for name in one.memory)
     parts = table_of("GiB", "", *(f">{name}" for name in names))
     for one in plans:
         by = one.strategy if one.devices > 1 else ""
-        parts.add_row(str(one.devices), by, *(f"{one.memory.get(name, 0) / GIB:.2f}" for name in names))
+        parts.add_row(
+            str(one.devices), by, *(f"{one.memory.get(name, 0) / GIB:.2f}" for name in names)
+        )
     return [*lines, table, "", parts, "", *left_out, f"Take     {advice}"]
 
 
 def _service_lines(service: Any) -> list[str]:
     load = service.load
-    where = f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
+    where = (
+        f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
+    )
     head = [
         f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys and values of "
         f"{load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"

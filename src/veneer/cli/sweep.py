@@ -15,20 +15,33 @@ from veneer.errors import ConfigError
 
 def sweep_command(
     config: Annotated[Path, Argument(help="YAML file of `veneer train` with a section `sweep:`.")],
-    output: Annotated[Path | None, Option(help="Folder of the sweep, instead of the file's.")] = None,
+    output: Annotated[
+        Path | None, Option(help="Folder of the sweep, instead of the file's.")
+    ] = None,
     keep_going: Annotated[
-        bool, Option("--keep-going", help="Leave candidates out that cannot begin, such as one without its targets.")
+        bool,
+        Option(
+            "--keep-going",
+            help="Leave candidates out that cannot begin, such as one without its targets.",
+        ),
     ] = False,
     resume: Annotated[
-        bool | None, Option("--resume/--no-resume", help="Continue an unfinished sweep (default: if there is one).")
+        bool | None,
+        Option(
+            "--resume/--no-resume", help="Continue an unfinished sweep (default: if there is one)."
+        ),
     ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier sweep left.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace what an earlier sweep left.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try many settings of one training run: candidates share each pass of the base, the weaker ones end early, and
-    the best is kept with its adapter, a report (HTML), the same as JSON, and the configuration that trains it alone.
+    """Try many settings of one training run: candidates share each pass of the base, the weaker
+    ones end early, and the best is kept with its adapter, a report (HTML), the same as JSON, and
+    the configuration that trains it alone.
 
-    A sweep that was stopped or killed goes on when the same command is given again, and ends with the same numbers.
+    A sweep that was stopped or killed goes on when the same command is given again, and ends with
+    the same numbers.
 
     \b
     Examples:
@@ -73,4 +86,7 @@ def sweep_command(
         return
     say(console.err, "\nNext:")
     say(console.err, f"  {shlex.join(found.facts['command'])}")
-    say(console.err, f"  {shlex.join(['veneer', 'inspect', str(found.output / 'best' / 'adapter')])}")
+    say(
+        console.err,
+        f"  {shlex.join(['veneer', 'inspect', str(found.output / 'best' / 'adapter')])}",
+    )

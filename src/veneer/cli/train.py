@@ -1,4 +1,5 @@
-"""`veneer train`: a run from a YAML file, from flags, or from both. The flags are made from `TrainConfig`'s fields."""
+"""`veneer train`: a run from a YAML file, from flags, or from both. The flags are made from
+`TrainConfig`'s fields."""
 
 from __future__ import annotations
 
@@ -38,8 +39,16 @@ INSTEAD = {
 RESTARTS = 3
 #: what starts the processes of a run, where that is not torchrun: the flag's type, help and limits
 LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "launcher": (Literal["ray"], "ray: start workers on a Ray cluster, or on this machine if there is none.", {}),
-    "workers": (int, "With --launcher: how many, each with a GPU if the cluster has any.", {"min": 1}),
+    "launcher": (
+        Literal["ray"],
+        "ray: start workers on a Ray cluster, or on this machine if there is none.",
+        {},
+    ),
+    "workers": (
+        int,
+        "With --launcher: how many, each with a GPU if the cluster has any.",
+        {"min": 1},
+    ),
     "max_restarts": (
         int,
         f"With --launcher: how often they start again when one dies (default: {RESTARTS}).",
@@ -52,9 +61,11 @@ def train_command(
     config: Path | None, *, dry_run: bool = False, find_rate: bool = False, launcher: str | None = None,
     workers: int | None = None, max_restarts: int | None = None, **flags: Any,
 ) -> None:  # fmt: skip
-    """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a flag; the flag wins.
+    """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a
+    flag; the flag wins.
 
-    A run that was stopped or killed goes on when the same command is given again, and ends at the same losses.
+    A run that was stopped or killed goes on when the same command is given again, and ends at the
+    same losses.
 
     \b
     Examples:
@@ -96,7 +107,10 @@ def train_command(
     if launcher is None:
         stopped = work()
     else:
-        restarts, gpus = RESTARTS if max_restarts is None else max_restarts, False if settings.device == "cpu" else None
+        restarts, gpus = (
+            RESTARTS if max_restarts is None else max_restarts,
+            False if settings.device == "cpu" else None,
+        )
         stopped = _ray().launch(work, workers, restarts, say, gpus)
     if stopped is not None:
         if processes.first:
@@ -106,11 +120,18 @@ def train_command(
 
 
 def _agree(
-    processes: int, dry_run: bool, find_rate: bool, launcher: str | None, workers: int | None, max_restarts: int | None
+    processes: int,
+    dry_run: bool,
+    find_rate: bool,
+    launcher: str | None,
+    workers: int | None,
+    max_restarts: int | None,
 ) -> None:
     """Raise where what stands on the command line beside the settings does not go together."""
     if dry_run and find_rate:
-        raise ConfigError("--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out")
+        raise ConfigError(
+            "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
+        )
     if (dry_run or find_rate) and (processes > 1 or launcher):
         found = f"--{'dry-run' if dry_run else 'find-rate'} "
         found += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
@@ -119,10 +140,14 @@ def _agree(
         found = f"--launcher {launcher} in {processes} processes that another launcher started"
         raise ConfigError(found, "one launcher", "run it without torchrun")
     if launcher and workers is None:
-        raise ConfigError(f"--launcher {launcher} without --workers", "how many to start", "add --workers N")
+        raise ConfigError(
+            f"--launcher {launcher} without --workers", "how many to start", "add --workers N"
+        )
     for flag, value in (("--workers", workers), ("--max-restarts", max_restarts)):
         if value is not None and launcher is None:
-            raise ConfigError(f"{flag} without --launcher", "a launcher that starts them", "add --launcher ray")
+            raise ConfigError(
+                f"{flag} without --launcher", "a launcher that starts them", "add --launcher ray"
+            )
 
 
 def _ray() -> Any:
@@ -130,7 +155,9 @@ def _ray() -> Any:
     try:
         from veneer.train import ray
     except ImportError as error:
-        raise ConfigError(f"--launcher ray, and {error}", "Ray Train", "pip install 'veneer[cluster]'") from error
+        raise ConfigError(
+            f"--launcher ray, and {error}", "Ray Train", "pip install 'veneer[cluster]'"
+        ) from error
     return ray
 
 
@@ -169,8 +196,8 @@ def _content(settings: TrainConfig) -> str:
 
 
 def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands that make sense after a run: who learnt from chats is talked to, who learnt to continue texts is
-    given one, and either is merged; the rest is measured."""
+    """The commands that make sense after a run: who learnt from chats is talked to, who learnt to
+    continue texts is given one, and either is merged; the rest is measured."""
     from veneer.train.tasks import TASKS
 
     base, adapter, how = settings.base, ["--adapter", str(result.adapter)], []
@@ -184,7 +211,16 @@ def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
     elif isinstance(result.prompt, list):
         first = ["chat", base, *how, *adapter]
     else:
-        first = ["generate", base, *how, *adapter, "--both", *_room(result.prompt, result), "--prompt", result.prompt]
+        first = [
+            "generate",
+            base,
+            *how,
+            *adapter,
+            "--both",
+            *_room(result.prompt, result),
+            "--prompt",
+            result.prompt,
+        ]
     return [first, ["merge", base, str(result.adapter), f"{result.output}-merged"]]
 
 
@@ -214,11 +250,14 @@ def _find_rate(settings: TrainConfig) -> None:
 def _without(flag: str, words: list[str]) -> list[str]:
     """A command line without a flag and its value."""
     kept = [word for word in words if not word.startswith(f"{flag}=")]
-    return [word for at, word in enumerate(kept) if word != flag and (at == 0 or kept[at - 1] != flag)]
+    return [
+        word for at, word in enumerate(kept) if word != flag and (at == 0 or kept[at - 1] != flag)
+    ]
 
 
 def _value(name: str, value: Any) -> Any:
-    """What `TrainConfig` reads of a flag: lists and tables are written with commas, or as the flag several times."""
+    """What `TrainConfig` reads of a flag: lists and tables are written with commas, or as the flag
+    several times."""
     if not isinstance(value, list):
         return value
     return ",".join(value) or None if name == "columns" else joined(value)
@@ -240,27 +279,40 @@ def _signature() -> inspect.Signature:
     for name, info in TrainConfig.model_fields.items():
         extra: Any = info.json_schema_extra
         word = name.replace("_", "-")
-        flag = f"--{word}/--no-{word}" if bool in (info.annotation, *get_args(info.annotation)) else f"--{word}"
+        flag = (
+            f"--{word}/--no-{word}"
+            if bool in (info.annotation, *get_args(info.annotation))
+            else f"--{word}"
+        )
         option = Option(flag, *ALSO.get(name, ()), help=_help(info), rich_help_panel=extra["panel"])
         types[name] = Annotated[_flag_type(info.annotation), option]
     kind = inspect.Parameter.KEYWORD_ONLY
     defaults: dict[str, Any] = {}
     for name, help in INSTEAD.items():
-        option = Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel="Instead of a run")
+        option = Option(
+            f"--{name.replace('_', '-')}", help=help, rich_help_panel="Instead of a run"
+        )
         types[name], defaults[name] = Annotated[bool, option], False
     for name, (kind_of, help, limits) in LAUNCH.items():
-        option = Option(f"--{name.replace('_', '-')}", help=help, rich_help_panel="Several processes", **limits)
+        option = Option(
+            f"--{name.replace('_', '-')}", help=help, rich_help_panel="Several processes", **limits
+        )
         types[name] = Annotated[kind_of | None, option]
-    parameters = (inspect.Parameter(n, kind, default=defaults.get(n), annotation=types[n]) for n in types)
+    parameters = (
+        inspect.Parameter(n, kind, default=defaults.get(n), annotation=types[n]) for n in types
+    )
     return inspect.Signature([*parameters])
 
 
 def _help(info: Any) -> str:
-    """The field's description with its default, which the flag cannot carry: a flag that is not given is None."""
+    """The field's description with its default, which the flag cannot carry: a flag that is not
+    given is None."""
     text = info.description or ""
     if info.is_required() or info.default in (None, [], {}, "") or "(default" in text:
         return text
-    shown = {True: "yes", False: "no"}[info.default] if isinstance(info.default, bool) else info.default
+    shown = (
+        {True: "yes", False: "no"}[info.default] if isinstance(info.default, bool) else info.default
+    )
     return f"{text} (default: {shown})"
 
 

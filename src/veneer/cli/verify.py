@@ -1,4 +1,5 @@
-"""`veneer verify`: every check of an adapter folder, and of the base that it is said to be made for."""
+"""`veneer verify`: every check of an adapter folder, and of the base that it is said to be made
+for."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ from veneer.cli.options import Adapter, AsJson
 
 def verify_command(
     adapter: Adapter,
-    base: Annotated[str | None, Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.")] = None,
+    base: Annotated[
+        str | None, Argument(help="The base: a folder, a .gguf file, package:NAME or a hub id.")
+    ] = None,
     as_json: AsJson = False,
-    strict: Annotated[bool, Option("--strict", help="Refuse an adapter with warnings too.")] = False,
+    strict: Annotated[
+        bool, Option("--strict", help="Refuse an adapter with warnings too.")
+    ] = False,
 ) -> None:
-    """Check an adapter: its files, header, hashes, config, numbers and norms, and that it was made for a base.
+    """Check an adapter: its files, header, hashes, config, numbers and norms, and that it was made
+    for a base.
 
-    Nothing in the folder is run, and no pickle is opened. The base is read one weight at a time. The exit code is 0
-    for a good adapter and 2 for one that is refused.
+    Nothing in the folder is run, and no pickle is opened. The base is read one weight at a time.
+    The exit code is 0 for a good adapter and 2 for one that is refused.
 
     \b
     Examples:
@@ -34,7 +40,9 @@ def verify_command(
 
     adapter_folder = resolve(adapter)
     folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
-    if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):  # which need no config
+    if (
+        base is not None and folder is not None and not any(folder.glob(f"*{ENDING}"))
+    ):  # which need no config
         folder = folder_of(base)
     report = verify(adapter_folder, folder)
     if as_json:

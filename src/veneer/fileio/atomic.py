@@ -1,8 +1,9 @@
 """Writing a folder or a file so that a crash leaves the old one or the new one, never a half.
 
-A new folder gets its name by a rename. Where a folder of that name may be replaced, the two are exchanged in one step,
-if all that the old one holds is to be replaced and the system can. Otherwise the files are replaced in place, one by
-one, and those of others stay where they are (``temporary.py``).
+A new folder gets its name by a rename. Where a folder of that name may be replaced, the two are
+exchanged in one step, if all that the old one holds is to be replaced and the system can. Otherwise
+the files are replaced in place, one by one, and those of others stay where they are
+(``temporary.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from veneer.errors import OutputExistsError, listing
-from veneer.fileio.temporary import NEW, WITHIN, files_in, flush_folder, move_files, recover, temporary, write_plan
+from veneer.fileio.temporary import (
+    NEW,
+    WITHIN,
+    files_in,
+    flush_folder,
+    move_files,
+    recover,
+    temporary,
+    write_plan,
+)
 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 #: as a pattern: whatever the folder holds is replaced, as nobody but Veneer writes to it
@@ -28,31 +38,39 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUS
 
 
 def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
-    """Raise OutputExistsError if ``path`` is there and may not be replaced; an empty folder counts as nothing. A file
-    is never replaced by a folder, nor a folder by a file (``folder``: which of them is to be written)."""
+    """Raise OutputExistsError if ``path`` is there and may not be replaced; an empty folder counts
+    as nothing. A file is never replaced by a folder, nor a folder by a file (``folder``: which of
+    them is to be written)."""
     if overwrite and folder and path.exists() and not path.is_dir():
-        raise OutputExistsError(f"{path}, which is a file", "a path for a folder", "choose another, or remove the file")
+        raise OutputExistsError(
+            f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
+        )
     if not folder and path.is_dir():
         raise OutputExistsError(f"the folder {path}", "a path for a file", "name a file in it")
     if overwrite or not path.exists() or _is_empty(path):
         return
-    raise OutputExistsError(f"{path}, which exists", "a new path", "choose another, or allow overwriting")
+    raise OutputExistsError(
+        f"{path}, which exists", "a new path", "choose another, or allow overwriting"
+    )
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk first. When the block
-    raises, nothing of it stays and ``path`` is as it was.
+def new_folder(
+    path: str | Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
+) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk
+    first. When the block raises, nothing of it stays and ``path`` is as it was.
 
     Args:
-        overwrite: replace files of a folder that exists: those that are written anew, and those of ``replaces``. All
-            others stay.
-        replaces: patterns of names that an earlier one of the same kind may hold; "*" for a folder that is replaced
-            whole. The file without which nobody reads such a folder matches the first one.
+        overwrite: replace files of a folder that exists: those that are written anew, and those of
+            ``replaces``. All others stay.
+        replaces: patterns of names that an earlier one of the same kind may hold; "*" for a folder
+            that is replaced whole. The file without which nobody reads such a folder matches the
+            first one.
 
     Raises:
-        OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or it is a file. That is
-            looked at before the block, and as the folder gets its name.
+        OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
+            it is a file. That is looked at before the block, and as the folder gets its name.
     """
     path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     recover(path)
@@ -66,8 +84,9 @@ def new_folder(path: str | Path, *, overwrite: bool = False, replaces: Sequence[
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """The path of a temporary file to write, which becomes ``path`` when the block ends, as with ``new_folder``.
-    ``OutputExistsError``: ``path`` exists and ``overwrite`` is False, or is a folder."""
+    """The path of a temporary file to write, which becomes ``path`` when the block ends, as with
+    ``new_folder``. ``OutputExistsError``: ``path`` exists and ``overwrite`` is False, or is a
+    folder."""
     path = Path(path).resolve()
     must_not_exist(path, overwrite, folder=False)
     with disk_errors(path), temporary(path) as folder:
@@ -89,9 +108,11 @@ def write_whole(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def publish(folder: Path, path: Path, *, overwrite: bool = False, replaces: Sequence[str] = ()) -> None:
-    """Let a folder that is whole, beside ``path``, take its name, as with ``new_folder``. After an error ``folder`` is
-    where it was."""
+def publish(
+    folder: Path, path: Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
+) -> None:
+    """Let a folder that is whole, beside ``path``, take its name, as with ``new_folder``. After an
+    error ``folder`` is where it was."""
     with temporary(path) as container:
         folder.rename(container / NEW)
         try:
@@ -117,7 +138,9 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
         try:
             new.rename(path)  # an empty folder gives way
             return
-        except OSError as error:  # something is there by now, or the empty folder is one that is mounted
+        except (
+            OSError
+        ) as error:  # something is there by now, or the empty folder is one that is mounted
             if error.errno not in _TAKEN:
                 raise
     must_not_exist(path, overwrite)
@@ -127,10 +150,16 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
             (new / name).rename(path / name)
         return
     writes = sorted(files_in(new), key=lambda name: (_rank(name, replaces), name))
-    if taken := [name for name in writes if (path / name).is_dir() and not (path / name).is_symlink()]:
+    if taken := [
+        name for name in writes if (path / name).is_dir() and not (path / name).is_symlink()
+    ]:
         found = f"{path}, in which {listing(taken, 3)} is a folder"
         raise OutputExistsError(found, "a file, or nothing, in its place", "choose another path")
-    old = files_in(path) if EVERYTHING in replaces else [file.name for file in path.iterdir() if not _is_folder(file)]
+    old = (
+        files_in(path)
+        if EVERYTHING in replaces
+        else [file.name for file in path.iterdir() if not _is_folder(file)]
+    )
     removes = [name for name in old if name not in writes and _rank(name, replaces) < len(replaces)]
     write_plan(container, writes[0], writes, removes)
     move_files(container, path)
@@ -138,17 +167,21 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
 
 def _rank(name: str, patterns: Sequence[str]) -> int:
     """The number of the first pattern that a name matches, or how many there are."""
-    return next((rank for rank, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), len(patterns))
+    return next(
+        (rank for rank, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), len(patterns)
+    )
 
 
 def _others(folder: Path, written: Sequence[str], replaces: Sequence[str]) -> list[str]:
-    """What of a folder is not replaced: files that are not ``written`` and match no pattern, and all folders."""
+    """What of a folder is not replaced: files that are not ``written`` and match no pattern, and
+    all folders."""
     if EVERYTHING in replaces:
         return []
     return [
         file.name
         for file in folder.iterdir()
-        if _is_folder(file) or (_rank(file.name, replaces) == len(replaces) and file.name not in written)
+        if _is_folder(file)
+        or (_rank(file.name, replaces) == len(replaces) and file.name not in written)
     ]
 
 
@@ -174,7 +207,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:
-    """Rename in one step, as a flag of Linux's renameat2 says; False if the system or the disk cannot."""
+    """Rename in one step, as a flag of Linux's renameat2 says; False if the system or the disk
+    cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -190,7 +224,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         found = re.search(r"os error (\d+)", text)
-        if isinstance(error, OSError) or not (found or "PytorchStreamWriter" in text or "inline_container" in text):
+        if isinstance(error, OSError) or not (
+            found or "PytorchStreamWriter" in text or "inline_container" in text
+        ):
             raise
         # torch's writer says only that it failed; a disk without room is by far the usual reason
         room = shutil.disk_usage(path.parent).free
@@ -211,8 +247,9 @@ def _flush(folder: Path, mode: int) -> None:
 
 
 def _mode(folder: Path) -> int:
-    """The mode that a new folder gets in ``folder``. Asking the umask itself means setting it, for all threads: files
-    that others make meanwhile would be anybody's, and of two that ask at once one would leave it so."""
+    """The mode that a new folder gets in ``folder``. Asking the umask itself means setting it, for
+    all threads: files that others make meanwhile would be anybody's, and of two that ask at once
+    one would leave it so."""
     probe = folder / ".mode"
     probe.mkdir(exist_ok=True)  # a run that was killed may have left one
     try:

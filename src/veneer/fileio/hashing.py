@@ -1,4 +1,5 @@
-"""Hashes of tensors and of JSON values, the fingerprint of a base weight, and what a record says with them."""
+"""Hashes of tensors and of JSON values, the fingerprint of a base weight, and what a record says
+with them."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: what a fingerprint begins with, by its hash. XXH3 is as fast as memory; like every hash of a record, it tells what an
+# : what a fingerprint begins with, by its hash. XXH3 is as fast as memory; like every hash of a
+# record, it tells what an
 #: accident or an edit changed, and keeps out nobody who means harm.
 XXH3, SHA256 = "xxh3:", ""
-#: numbers that are rounded and hashed at once: few enough that they stay in the cache in between, and that torch rounds
+# : numbers that are rounded and hashed at once: few enough that they stay in the cache in between,
+# and that torch rounds
 #: them in this thread alone; and from another device, where each transfer takes time of its own
 PIECE, TRANSFER = 1 << 15, 1 << 24
 
@@ -24,17 +27,17 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(weight: Tensor, like: str = XXH3) -> str:
-    """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16: "xxh3:" and 32
-    hexadecimal digits, or without "xxh3:" as folders hold it that were written before (then it is SHA-256). A base
-    is published in float32 or bfloat16 and loaded in either; the rounding makes it recognisable in both. Whole numbers
-    and booleans are taken as they are. ``like``: the kind, or a fingerprint of it: what the result is to be compared
-    with."""
+    """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16:
+    "xxh3:" and 32 hexadecimal digits, or without "xxh3:" as folders hold it that were written
+    before (then it is SHA-256). A base is published in float32 or bfloat16 and loaded in either;
+    the rounding makes it recognisable in both. Whole numbers and booleans are taken as they are.
+    ``like``: the kind, or a fingerprint of it: what the result is to be compared with."""
     return fingerprint_of(weight.shape, [weight], like)
 
 
 def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XXH3) -> str:
-    """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other along its first
-    axis."""
+    """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other
+    along its first axis."""
     from xxhash import xxh3_128
 
     kind = kind_of(like)
@@ -46,12 +49,14 @@ def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XX
 
 
 def fingerprint_beside(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
-    """The ``fingerprint`` of a weight without some rows, ascending, of which those beyond its end do not count: an
-    embedding that grew by just these has that of the one from before."""
+    """The ``fingerprint`` of a weight without some rows, ascending, of which those beyond its end
+    do not count: an embedding that grew by just these has that of the one from before."""
     ends = [*(row for row in rows if row < len(weight)), len(weight)]
     starts = [0, *(row + 1 for row in ends[:-1])]
     shape = len(weight) - len(ends) + 1, *weight.shape[1:]
-    return fingerprint_of(shape, (weight[a:b] for a, b in zip(starts, ends, strict=True) if a < b), like)
+    return fingerprint_of(
+        shape, (weight[a:b] for a, b in zip(starts, ends, strict=True) if a < b), like
+    )
 
 
 def kind_of(fingerprint: str) -> str:
@@ -65,7 +70,9 @@ def _feed(whole: Any, tensor: Tensor) -> None:
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)  # a small one, which stays in the cache
+        buffer = torch.empty(
+            min(PIECE, len(flat)), dtype=torch.bfloat16
+        )  # a small one, which stays in the cache
         raw = memory_of(buffer)
         for piece in flat.split(PIECE) if len(flat) else ():
             buffer[: len(piece)].copy_(piece)
@@ -78,10 +85,15 @@ def _feed(whole: Any, tensor: Tensor) -> None:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in main memory, which must outlive the result. Not through numpy: torch never
-    again resizes a storage that numpy has seen, and FSDP1 resizes that of gathered weights to let go of them."""
+    """The bytes of a contiguous tensor in main memory, which must outlive the result. Not through
+    numpy: torch never again resizes a storage that numpy has seen, and FSDP1 resizes that of
+    gathered weights to let go of them."""
     count = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * count).from_address(tensor.data_ptr())) if count else memoryview(b"")
+    return (
+        memoryview((ctypes.c_ubyte * count).from_address(tensor.data_ptr()))
+        if count
+        else memoryview(b"")
+    )
 
 
 def prints_in(base: Mapping[str, Any]) -> dict[str, str]:

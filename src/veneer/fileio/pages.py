@@ -1,7 +1,7 @@
 """Memory for whole weights, in large pages where the system has them.
 
-A weight that is read or merged gets fresh memory, and the system hands that out a page at a time, with an interruption
-each: a tenth of the time of a merge in pages of 4 KiB.
+A weight that is read or merged gets fresh memory, and the system hands that out a page at a time,
+with an interruption each: a tenth of the time of a merge in pages of 4 KiB.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def empty_bytes(count: int, offset: int = 0) -> Tensor:
-    """So many bytes in main memory, [count] in uint8: zeros or whatever lies there. They do not grow (no ``resize_``).
-    Many of them begin ``offset`` bytes behind a page, so that they can be written there in a file past its cache."""
+    """So many bytes in main memory, [count] in uint8: zeros or whatever lies there. They do not
+    grow (no ``resize_``). Many of them begin ``offset`` bytes behind a page, so that they can be
+    written there in a file past its cache."""
     if count < LARGE or HUGE is None:
         return torch.empty(count, dtype=torch.uint8, device="cpu")
     offset %= mmap.PAGESIZE

@@ -1,7 +1,9 @@
-"""Put tensors aside outside of the memory that computes: in the host's, and past a few MiB in a temporary file.
+"""Put tensors aside outside of the memory that computes: in the host's, and past a few MiB in a
+temporary file.
 
-What is put aside is read again only if something goes wrong, so its place need not be fast: the file has no name, and
-is gone with its last reader. Plain reads and writes: the pages of a memory map would count as the process's memory.
+What is put aside is read again only if something goes wrong, so its place need not be fast: the
+file has no name, and is gone with its last reader. Plain reads and writes: the pages of a memory
+map would count as the process's memory.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ class Spilled:
     strides: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor, in memory of the processor, with the strides that it had. ``OSError``: the file cannot be
-        read."""
+        """The tensor, in memory of the processor, with the strides that it had. ``OSError``: the
+        file cannot be read."""
         size = self.shape.numel() * self.dtype.itemsize
         self.spill.file.seek(self.offset)
         raw = numpy.fromfile(self.spill.file, numpy.uint8, size)
         if len(raw) != size:
-            raise OSError(f"a temporary file ended at {self.offset + len(raw):,} bytes: something has cut it")
+            raise OSError(
+                f"a temporary file ended at {self.offset + len(raw):,} bytes: something has cut it"
+            )
         made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
         return made.copy_(torch.from_numpy(raw).view(self.dtype).view(self.shape))
 
@@ -49,8 +53,9 @@ class Spilled:
 
 
 class Spill:
-    """Where ``put`` leaves its tensors: ``ROOM`` bytes in memory, then a file without a name, closed with the last who
-    refers to it. Where none can be written (a disk that is full, or read-only), they stay in memory."""
+    """Where ``put`` leaves its tensors: ``ROOM`` bytes in memory, then a file without a name,
+    closed with the last who refers to it. Where none can be written (a disk that is full, or
+    read-only), they stay in memory."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -72,7 +77,8 @@ class Spill:
 
     def _written(self, tensor: Tensor) -> Spilled:
         if self.file is None:
-            # The usual folder is memory on many systems; /var/tmp is for what is large, unless the user named another.
+            # The usual folder is memory on many systems; /var/tmp is for what is large, unless the
+            # user named another.
             named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
             folder = "/var/tmp" if not named and os.access("/var/tmp", os.W_OK) else None
             self.file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115

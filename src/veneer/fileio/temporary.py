@@ -1,15 +1,17 @@
-"""Temporary folders: where something is written before it gets its name, and how a killed writer's are settled.
+"""Temporary folders: where something is written before it gets its name, and how a killed writer's
+are settled.
 
     .NAME.abcd1234.tmp/       beside NAME, or .veneer-abcd1234.tmp/ within the folder NAME
       lock                    held by the process that writes
       new/                    what is to become NAME, or the file that is
       plan.json               {"entry", "writes", "removes"}: new/ is whole, and its files move into NAME one by one
 
-A folder that holds files of others is not exchanged for another one: its files are replaced in place. The first step
-takes away ``entry``, the file without which nobody reads the folder, and the last one puts the new one there. So a
-reader meets the old files, or the new ones, or none; and a writer that is killed in between leaves the plan and the
-rest of the files, with which ``recover`` goes on. Rejected: hard links to the others' files in a new folder, which
-takes their folders from processes that work in them.
+A folder that holds files of others is not exchanged for another one: its files are replaced in
+place. The first step takes away ``entry``, the file without which nobody reads the folder, and the
+last one puts the new one there. So a reader meets the old files, or the new ones, or none; and a
+writer that is killed in between leaves the plan and the rest of the files, with which ``recover``
+goes on. Rejected: hard links to the others' files in a new folder, which takes their folders from
+processes that work in them.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ _ASIDE = re.compile(r"\.(.+)\.replaced")
 
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
-    """A temporary folder for what is to become ``path``: beside it, or within it. It is gone when the block ends,
-    unless files were being moved out of it."""
+    """A temporary folder for what is to become ``path``: beside it, or within it. It is gone when
+    the block ends, unless files were being moved out of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
@@ -55,8 +57,8 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Settle what killed writers of ``path`` left: go on where they were replacing files, and remove the rest. What a
-    living process writes stays."""
+    """Settle what killed writers of ``path`` left: go on where they were replacing files, and
+    remove the rest. What a living process writes stays."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
@@ -97,7 +99,8 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """A folder that an earlier version moved aside: it is the only one where ``path`` did not take its place."""
+    """A folder that an earlier version moved aside: it is the only one where ``path`` did not take
+    its place."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if os.path.lexists(path):
@@ -111,9 +114,12 @@ def _plan(temporary_folder: Path) -> dict[str, Any]:
 
 
 def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: list[str]) -> None:
-    """Say that the files in ``new`` are whole and on the disk: from here on they become those of the folder."""
+    """Say that the files in ``new`` are whole and on the disk: from here on they become those of
+    the folder."""
     written = temporary_folder / f"{PLAN}.new"
-    written.write_text(json.dumps({"entry": entry, "writes": writes, "removes": removes}), encoding="utf-8")
+    written.write_text(
+        json.dumps({"entry": entry, "writes": writes, "removes": removes}), encoding="utf-8"
+    )
     with written.open("rb") as stream:
         os.fsync(stream.fileno())
     written.replace(temporary_folder / PLAN)
@@ -149,12 +155,17 @@ def _remove_empty(folders: set[Path]) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The files below a folder, and links, by their relative paths; temporary folders and locks left out."""
+    """The files below a folder, and links, by their relative paths; temporary folders and locks
+    left out."""
     found = []
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if Path(root, name).is_symlink()]
         folders[:] = [name for name in folders if not WITHIN.fullmatch(name)]
-        found += [Path(root, name).relative_to(folder).as_posix() for name in (*files, *links) if name != FOLDER_LOCK]
+        found += [
+            Path(root, name).relative_to(folder).as_posix()
+            for name in (*files, *links)
+            if name != FOLDER_LOCK
+        ]
     return sorted(found)
 
 

@@ -1,7 +1,7 @@
 """The tensors of a safetensors file, read into memory of their own.
 
-The safetensors library maps the file: numbers that were checked would change with a later write to it, and a file that
-becomes shorter would end the process.
+The safetensors library maps the file: numbers that were checked would change with a later write to
+it, and a file that becomes shorter would end the process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ DTYPES = {
 
 
 def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file and its metadata, once its header was found to be true. ``AdapterError``: it is no whole
-    safetensors file, or holds a type of numbers that torch lacks."""
+    """All tensors of a file and its metadata, once its header was found to be true.
+    ``AdapterError``: it is no whole safetensors file, or holds a type of numbers that torch
+    lacks."""
     file = Path(file)
     header, tensors = read_header(file), {}
-    odd = [f"{name!r} ({entry.dtype})" for name, entry in header.tensors.items() if entry.dtype not in DTYPES]
+    odd = [
+        f"{name!r} ({entry.dtype})"
+        for name, entry in header.tensors.items()
+        if entry.dtype not in DTYPES
+    ]
     if odd:
         found = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
         raise AdapterError(found, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
@@ -41,7 +46,11 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             flat = read_bytes(stream, header.data_start + entry.start, entry.stop - entry.start)
             if flat is None:
                 found = f"{file} cannot be read (it ended within {name!r}, while it was read)"
-                raise AdapterError(found, "a whole safetensors file", "get the file again, or let nobody write to it")
+                raise AdapterError(
+                    found,
+                    "a whole safetensors file",
+                    "get the file again, or let nobody write to it",
+                )
             tensors[name] = flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
     return tensors, dict(header.metadata)
 

@@ -1,8 +1,10 @@
-"""Long Python work beside somebody who must not wait for it: loops that pause, if their thread was told to give way.
+"""Long Python work beside somebody who must not wait for it: loops that pause, if their thread was
+told to give way.
 
-Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another thread computes
-takes about as much from its next step. In slices it takes a little from each of many steps. Rejected: the lowest
-priority for the thread on top of that. It made the others' gaps longer, as it keeps Python while it waits for a core.
+Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another
+thread computes takes about as much from its next step. In slices it takes a little from each of
+many steps. Rejected: the lowest priority for the thread on top of that. It made the others' gaps
+longer, as it keeps Python while it waits for a core.
 """
 
 from __future__ import annotations

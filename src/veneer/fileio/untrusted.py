@@ -1,14 +1,17 @@
-"""Reading files that nobody vouches for: the header of a safetensors file, JSON, and where a folder's own files lie.
+"""Reading files that nobody vouches for: the header of a safetensors file, JSON, and where a
+folder's own files lie.
 
     8 bytes          n, the length of the header, little-endian
     n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …, "__metadata__": {…}}
     the rest         the numbers, each tensor in its own range, without a gap
 
-A file says of itself what it holds, and everything here treats that as a claim: each number is compared with the size
-on the disk before anything is allocated by it. Layout: https://github.com/huggingface/safetensors.
+A file says of itself what it holds, and everything here treats that as a claim: each number is
+compared with the size on the disk before anything is allocated by it. Layout:
+https://github.com/huggingface/safetensors.
 
-The safetensors library refuses most of this, but names neither the file nor the tensor; and JSON has traps of its own:
-keys that are there twice, NaN, numbers of a million digits, lists nested so deep that a reader runs out of stack.
+The safetensors library refuses most of this, but names neither the file nor the tensor; and JSON
+has traps of its own: keys that are there twice, NaN, numbers of a million digits, lists nested so
+deep that a reader runs out of stack.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-#: bytes of a header, which is the safetensors library's own limit, and of all strings in its metadata
+# : bytes of a header, which is the safetensors library's own limit, and of all strings in its
+# metadata
 MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
-#: bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON may hold: a list of
+# : bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON
+# may hold: a list of
 #: empty lists is thirty times larger in memory than as text
 MAX_JSON, MAX_DEPTH, MAX_MARKS = 16 * 2**20, 64, 1_000_000
 #: characters of a tensor's name, and its axes
@@ -43,7 +48,9 @@ MAX_NAME, MAX_AXES = 512, 64
 MAX_COUNT = 2**63 - 1
 
 #: files that hold an adapter's tensors as a pickle
-PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle"))
+PICKLES = tuple(
+    f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle")
+)
 _BEGINNINGS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes one: a pickle, which runs code when it is read",
     b"version https://": "a pointer of Git LFS, not the file that it points to (run git lfs pull)",
@@ -56,7 +63,8 @@ _MARKS = (b",", b":", b"[", b"{")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its numbers are the bytes [start, stop), counted from ``Header.data_start``."""
+    """One tensor of a file: its numbers are the bytes [start, stop), counted from
+    ``Header.data_start``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -74,8 +82,9 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of a safetensors file. No number of a tensor is read. ``AdapterError``: names the file,
-    and each tensor that is not what the file's size allows. ``OSError``: the system does not let us read it."""
+    """Read and check the header of a safetensors file. No number of a tensor is read.
+    ``AdapterError``: names the file, and each tensor that is not what the file's size allows.
+    ``OSError``: the system does not let us read it."""
     path = Path(path)
     if not path.is_file():  # opening a pipe or a device could wait forever
         raise AdapterError(_unreadable(path, "it is no regular file"))
@@ -92,7 +101,9 @@ def read_header(path: str | Path) -> Header:
     except ValueError as error:
         raise AdapterError(_unreadable(path, f"its header is not JSON: {error}")) from error
     metadata = content.pop("__metadata__", {})
-    tensors = {name: _entry(name, claim, size - 8 - length) for name, claim in throttled(content.items())}
+    tensors = {
+        name: _entry(name, claim, size - 8 - length) for name, claim in throttled(content.items())
+    }
     wrong = [claim for claim in tensors.values() if isinstance(claim, str)]
     problems = [_metadata_problem(metadata), *(wrong or [_gap(tensors, size - 8 - length)])]
     if any(problems):
@@ -101,7 +112,9 @@ def read_header(path: str | Path) -> Header:
 
 
 def _unreadable(path: Path, why: str) -> str:
-    return sentence(f"{path} cannot be read ({why})", "a whole safetensors file", "get the file again")
+    return sentence(
+        f"{path} cannot be read ({why})", "a whole safetensors file", "get the file again"
+    )
 
 
 def _not_a_header(head: bytes, size: int, length: int) -> str:
@@ -118,24 +131,38 @@ def _not_a_header(head: bytes, size: int, length: int) -> str:
 
 
 def what_it_is(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is one of the things that are taken for tensors; None if not known."""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[2:8] != bytes(6):
+    """What a file is by its first bytes, if it is one of the things that are taken for tensors;
+    None if not known."""
+    if (
+        head[:1] == b"\x80"
+        and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+        and head[2:8] != bytes(6)
+    ):
         return "a pickle, which runs code when it is read"
     return next((words for start, words in _BEGINNINGS.items() if head.startswith(start)), None)
 
 
 def _metadata_problem(metadata: Any) -> str | None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         return "its __metadata__ is no mapping of text to text"
     size = sum(len(key) + len(value) for key, value in metadata.items())
-    return f"its __metadata__ has {size:,} characters, of {MAX_METADATA:,} at most" if size > MAX_METADATA else None
+    return (
+        f"its __metadata__ has {size:,} characters, of {MAX_METADATA:,} at most"
+        if size > MAX_METADATA
+        else None
+    )
 
 
 def _entry(name: str, claim: Any, room: int) -> Entry | str:
-    """What the header says of one tensor, or what is wrong with that. ``room`` is how many bytes of data there are."""
+    """What the header says of one tensor, or what is wrong with that. ``room`` is how many bytes of
+    data there are."""
     shown = f"tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
-        return f"{shown} has a name that is empty, longer than {MAX_NAME} characters or not printable"
+        return (
+            f"{shown} has a name that is empty, longer than {MAX_NAME} characters or not printable"
+        )
     if not isinstance(claim, dict) or claim.keys() != _FIELDS:
         return f"{shown} is not described by dtype, shape and data_offsets alone"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
@@ -148,7 +175,9 @@ def _entry(name: str, claim: Any, room: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= room:
         return f"{shown} claims the bytes {start:,} to {stop:,} of {room:,}"
-    if math.prod(axis or 1 for axis in shape) > MAX_COUNT:  # strides are computed of an empty tensor too
+    if (
+        math.prod(axis or 1 for axis in shape) > MAX_COUNT
+    ):  # strides are computed of an empty tensor too
         return f"{shown} has a shape {_short(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
@@ -177,9 +206,9 @@ def _gap(tensors: Mapping[str, Any], room: int) -> str | None:
 
 
 def parse(text: str | bytes) -> Any:
-    """A JSON value, more strictly than ``json`` reads it: no key twice, no NaN or infinity, no whole number beyond 64
-    bits, no half of a surrogate pair (which no file can be written with), and bounded depth and memory. ASCII or UTF-8.
-    ``ValueError``: says what was found."""
+    """A JSON value, more strictly than ``json`` reads it: no key twice, no NaN or infinity, no
+    whole number beyond 64 bits, no half of a surrogate pair (which no file can be written with),
+    and bounded depth and memory. ASCII or UTF-8. ``ValueError``: says what was found."""
     raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(raw) > MAX_HEADER or sum(map(raw.count, _MARKS)) > MAX_MARKS:
         raise ValueError(f"more than {MAX_MARKS:,} values")
@@ -191,7 +220,11 @@ def parse(text: str | bytes) -> Any:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        nested = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        nested = (
+            one.values() if isinstance(one, dict) else one
+            for one in level
+            if isinstance(one, dict | list)
+        )
         level = [below for values in nested for below in values]
     if level:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
@@ -231,10 +264,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, file: str, do: str = "get the file again") -> dict[str, Any]:
-    """A JSON object of at most ``MAX_JSON`` bytes. ``AdapterError``: it is larger, no JSON, or no object; says where
-    and why."""
+    """A JSON object of at most ``MAX_JSON`` bytes. ``AdapterError``: it is larger, no JSON, or no
+    object; says where and why."""
     if len(text) > MAX_JSON:
-        raise AdapterError(f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do)
+        raise AdapterError(
+            f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do
+        )
     try:
         content = parse(text)
     except ValueError as error:
@@ -245,9 +280,10 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a link to one. One
-    exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into ``models--…/blobs``. So
-    the files of a folder in such a snapshot may lie in the blobs of the same repository."""
+    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a
+    link to one. One exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as
+    a link into ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the
+    blobs of the same repository."""
     places, problems = _places(folder), []
     for name in names:
         file = folder / name
@@ -256,18 +292,31 @@ def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
         real = Path(os.path.realpath(file))
         if not any(real.is_relative_to(place) for place in places):
             found = f"{file}, a link to {real}, which lies outside the folder"
-            problems.append(sentence(found, "files of the folder's own", "put a copy of the file in its place"))
+            problems.append(
+                sentence(found, "files of the folder's own", "put a copy of the file in its place")
+            )
         elif not file.is_file():
             mode = real.stat().st_mode if real.exists() else 0
-            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file" if mode else "a link to nothing"
+            kind = (
+                "a folder"
+                if stat.S_ISDIR(mode)
+                else "no regular file"
+                if mode
+                else "a link to nothing"
+            )
             problems.append(sentence(f"{file}, {kind}", "a regular file", "get the folder again"))
     return problems
 
 
 def _places(folder: Path) -> list[Path]:
     real = Path(os.path.realpath(folder))
-    cached = (above.parent.parent for above in (real, *real.parents) if above.parent.name == "snapshots")
-    return [real, *(repository / "blobs" for repository in cached if repository.name.startswith("models--"))]
+    cached = (
+        above.parent.parent for above in (real, *real.parents) if above.parent.name == "snapshots"
+    )
+    return [
+        real,
+        *(repository / "blobs" for repository in cached if repository.name.startswith("models--")),
+    ]
 
 
 def pickled(folder: Path) -> list[str]:

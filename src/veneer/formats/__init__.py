@@ -5,8 +5,8 @@
     kohya, diffusers, gguf, vllm, dense     one file a format; a new one is one new file, found through the registry
     parts, gguf_claims      weights that a file splits or joins; sizes that a GGUF file claims
 
-In: tensors by key, and the fields beside them. Out: changes by module path, and back. A format knows keys and shapes;
-what a path means in a model is asked of whoever calls.
+In: tensors by key, and the fields beside them. Out: changes by module path, and back. A format
+knows keys and shapes; what a path means in a model is asked of whoever calls.
 """
 
 from veneer.formats._base import (

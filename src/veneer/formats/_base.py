@@ -3,9 +3,9 @@
     read(path, base, options)                  -> Contents    what the file says, in PEFT's terms
     write(adapter, path, base, options)        -> [notes]     one file from a whole adapter
 
-PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every format holds them. To
-add a format: a file here that calls ``register(Format(...))``. Rejected: a pair of functions for each pair of formats.
-Six formats would be thirty conversions.
+PEFT's terms are the common ones: ``PeftLayer`` holds A and B in the shapes in which nearly every
+format holds them. To add a format: a file here that calls ``register(Format(...))``. Rejected: a
+pair of functions for each pair of formats. Six formats would be thirty conversions.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MisreadElsewhere(UserWarning):
-    """A file that is right by its format, and that a common reader of this format takes for another adapter."""
+    """A file that is right by its format, and that a common reader of this format takes for another
+    adapter."""
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a format may know of the base: the shape of every parameter by its name, ``config.json``, its name."""
+    """What a format may know of the base: the shape of every parameter by its name,
+    ``config.json``, its name."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class Options:
 
     Fields:
         dtype: of the numbers in the new file; None keeps each as it is.
-        part: the model that an adapter without one in its paths belongs to ("unet", "text_encoder", …).
+        part: the model that an adapter without one in its paths belongs to ("unet", "text_encoder",
+            …).
         rank, energy, whole: of dense changes, as ``convert`` takes them.
     """
 
@@ -62,9 +65,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds. ``deltas`` are whole ΔW by the name of the parameter, for formats without factors; ``full``
-    names those of them that are to be kept whole. ``about`` is worth keeping as provenance, ``left_out`` has the
-    reasons for what was not read."""
+    """What a file holds. ``deltas`` are whole ΔW by the name of the parameter, for formats without
+    factors; ``full`` names those of them that are to be kept whole. ``about`` is worth keeping as
+    provenance, ``left_out`` has the reasons for what was not read."""
 
     low: Mapping[str, PeftLayer] = field(default_factory=dict)
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
@@ -104,7 +107,8 @@ class Adapter:
         changes: its low-rank changes, each once under every name that its weight has.
         full: parameters that are trained in full, by path and name.
         about: its record without hashes, or what is known of it.
-        deltas: makes every ΔW by the name of its parameter, with the reasons for those that cannot be told.
+        deltas: makes every ΔW by the name of its parameter, with the reasons for those that cannot
+            be told.
     """
 
     changes: tuple[LowRankChange, ...]
@@ -121,9 +125,11 @@ class Format:
         name, title: what the user types, and what it is in a few words.
         lacks: what it cannot express.
         suffix: the ending of its file; "" for a folder.
-        recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a file is one.
+        recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a
+            file is one.
         parts: its names may say which model of a pipeline a layer is of.
-        peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other formats mean weights.
+        peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other
+            formats mean weights.
         read, write: see the top; None where ``convert`` itself does it.
     """
 
@@ -131,7 +137,9 @@ class Format:
     title: str
     lacks: str
     suffix: str = ""
-    recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool] = lambda start, keys, header: False
+    recognises: Callable[[bytes, Iterable[str], Mapping[str, str]], bool] = (
+        lambda start, keys, header: False
+    )
     parts: bool = False
     peft: bool = False
     read: Callable[[Path, BaseFacts, Options], Contents] | None = None
@@ -146,7 +154,9 @@ def register(format_: Format) -> Format:
     return FORMATS.add(format_.name, format_)
 
 
-def kind_of_change(path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None) -> str:
+def kind_of_change(
+    path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None
+) -> str:
     """What kind of change one of a PEFT file is, as far as the file and the weight's shape tell."""
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
@@ -189,18 +199,28 @@ def layer_of(
         raise AdapterError(found, "A [rank, in, …] of at least rank 1", "get the whole file again")
     if shape is not None and suffixes == PAIR:
         if A.numel() != rank * math.prod(shape[1:]) or B.numel() != shape[0] * rank:
-            raise AdapterError(found, f"those of a weight {shape}", "give the base that it was made for")
+            raise AdapterError(
+                found, f"those of a weight {shape}", "give the base that it was made for"
+            )
         A, B = A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
     if B.dim() < 2 or B.shape[1] != rank:
-        raise AdapterError(found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again")
+        raise AdapterError(
+            found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"
+        )
     alpha = float(rank if alpha is None else alpha)
     A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
     return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, {}).with_magnitude(magnitude)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As it goes into a file: on the CPU, contiguous, its own memory; AdapterError where ``dtype`` is too narrow."""
-    made = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous().clone()
+    """As it goes into a file: on the CPU, contiguous, its own memory; AdapterError where ``dtype``
+    is too narrow."""
+    made = (
+        tensor.detach()
+        .to("cpu", dtype if tensor.is_floating_point() else None)
+        .contiguous()
+        .clone()
+    )
     if dtype is not None and tensor.isfinite().all() and not made.isfinite().all():
         found = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
         raise AdapterError(found, "finite numbers", "choose fp32")
@@ -226,14 +246,17 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
         found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
-        raise AdapterError(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+        raise AdapterError(
+            found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"
+        )
     if broken := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
         found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
         raise AdapterError(found, "finite ones", "get another copy")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file; AdapterError where it is cut short, or not finite."""
+    """The tensors and the header of a safetensors file; AdapterError where it is cut short, or not
+    finite."""
     tensors, header = tensor_files.read_tensors(path)
     require_finite(tensors, path)
     return tensors, header

@@ -3,9 +3,10 @@
     <parameter>                 ΔW in the parameter's own shape: base[name] += file[name] is the adapted model
     header "veneer_dense"       {"format": 1, "base": {name, architecture, fingerprints}, "full": […], "variant": …}
 
-The form that every tool can add, and the only one that holds any variant on any layer: DoRA's change is W' - W. It is
-as large as the weights. ``full`` names the parameters that the adapter trained in full; on the way back these stay
-whole. Rejected: the changed weights themselves. A change is exact where W' would be rounded.
+The form that every tool can add, and the only one that holds any variant on any layer: DoRA's
+change is W' - W. It is as large as the weights. ``full`` names the parameters that the adapter
+trained in full; on the way back these stay whole. Rejected: the changed weights themselves. A
+change is exact where W' would be rounded.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _well_formed(full: Any, base: Any, number: Any) -> bool:
-    """Whether the fields of the header have their types: names in a list, a base as Veneer's record has it."""
+    """Whether the fields of the header have their types: names in a list, a base as Veneer's record
+    has it."""
     names = isinstance(full, list) and all(isinstance(name, str) for name in full)
     if not names or type(number) is not int or not isinstance(base, dict):
         return False
     tables = [base.get("weights") or {}, base.get("rest") or {}]
-    hashes = all(isinstance(table, dict) and all(isinstance(h, str) for h in table.values()) for table in tables)
+    hashes = all(
+        isinstance(table, dict) and all(isinstance(h, str) for h in table.values())
+        for table in tables
+    )
     return hashes and isinstance(base.get("name"), str | None)
 
 
@@ -72,4 +77,14 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 LACKS = "the factors: what is read back is a product of the same change, not the same numbers"
-register(Format("dense", "safetensors of ΔW by parameter", LACKS, ".safetensors", recognises, read=read, write=write))
+register(
+    Format(
+        "dense",
+        "safetensors of ΔW by parameter",
+        LACKS,
+        ".safetensors",
+        recognises,
+        read=read,
+        write=write,
+    )
+)

@@ -4,13 +4,15 @@
     <part>.<path>.lora_magnitude_vector                 DoRA's magnitude
     header "lora_adapter_metadata"                      {"<part>.r": …, "<part>.lora_alpha": …, …}, PEFT's fields
 
-Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``, ``.lora_linear_layer.down.weight``, processors of
-attention (``.processor.to_q_lora.down.weight``), and alphas as tensors (``<part>.<path>.alpha``) or not at all, which
-means alpha = r. All of these are read; the first is written. A file of one model has paths without a part.
+Older releases wrote ``.lora.down.weight`` and ``.lora.up.weight``,
+``.lora_linear_layer.down.weight``, processors of attention (``.processor.to_q_lora.down.weight``),
+and alphas as tensors (``<part>.<path>.alpha``) or not at all, which means alpha = r. All of these
+are read; the first is written. A file of one model has paths without a part.
 
-Text encoders are written by two keys of their own, which diffusers 0.42 needs and others read too: magnitudes under
-``….weight``, since transformers' loader looks for that name and starts them anew where it is not, and, where no
-projection of attention is among the changes, factors as ``lora_linear_layer``, by which diffusers tells the format.
+Text encoders are written by two keys of their own, which diffusers 0.42 needs and others read too:
+magnitudes under ``….weight``, since transformers' loader looks for that name and starts them anew
+where it is not, and, where no projection of attention is among the changes, factors as
+``lora_linear_layer``, by which diffusers tells the format.
 
 rsLoRA is written as plain LoRA with alpha' = scale · r: the flag is newer than many loaders.
 """
@@ -27,7 +29,17 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.fileio.untrusted import parse
-from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, Options, parts, peft, register
+from veneer.formats import (
+    Adapter,
+    BaseFacts,
+    Contents,
+    Format,
+    LowRankChange,
+    Options,
+    parts,
+    peft,
+    register,
+)
 from veneer.formats._base import PAIR, cast, layer_of, read_tensors, scalar
 from veneer.formats.kohya import ATTENTION, LACKS, alpha_of
 
@@ -56,7 +68,9 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     for key, tensor in tensors.items():
         at, side = _split(key)
         if side is None:
-            problems.append(sentence(f"tensor {key!r}", "a LoRA's factors", "use the library that made it"))
+            problems.append(
+                sentence(f"tensor {key!r}", "a LoRA's factors", "use the library that made it")
+            )
         else:
             groups.setdefault(at, {})[side] = tensor
     raise_all(AdapterError, f"{path} cannot be read", problems)
@@ -71,14 +85,18 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             continue
         inside = at if part == "model" else at.partition(".")[2]
         start = before[part]
-        there = parts.path_in_base(part, inside, lambda path, start=start: f"{start}{path}.weight" in base.shapes)
+        there = parts.path_in_base(
+            part, inside, lambda path, start=start: f"{start}{path}.weight" in base.shapes
+        )
         where = at if part == "model" else f"{start}{there}"
         try:
             low[where] = _layer(at, inside, where, group, configs[part], base)
         except AdapterError as error:
             problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    return Contents(low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out)
+    return Contents(
+        low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out
+    )
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -92,19 +110,30 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _layer(
-    at: str, inside: str, where: str, group: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseFacts
+    at: str,
+    inside: str,
+    where: str,
+    group: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    base: BaseFacts,
 ) -> peft.PeftLayer:
     """One module's change: its path in the file, in its part, and in the base."""
     if not {"A", "B"} <= set(group):
         raise AdapterError(f"half a pair at {at!r}", "both factors", "get the whole file again")
     shape = base.shapes.get(f"{where}.weight")
     if base.shapes and shape is None:
-        raise AdapterError(f"{at!r}, which this base lacks", "one of its modules", "give the base that it was made for")
+        raise AdapterError(
+            f"{at!r}, which this base lacks",
+            "one of its modules",
+            "give the base that it was made for",
+        )
     alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
     if alpha is None and config:
         rank, _, scale = peft.strength(config, inside)
         alpha = scale * rank
-    return layer_of(where, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude"))
+    return layer_of(
+        where, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude")
+    )
 
 
 def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -120,7 +149,11 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """PEFT's fields for one part of a pipeline, checked; nothing where the header has none."""
-    own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+    own = {
+        key.removeprefix(f"{part}."): value
+        for key, value in config.items()
+        if key.startswith(f"{part}.")
+    }
     own = own or (dict(config) if part == "model" else {})
     if own.get("r") is None:
         return {}
@@ -132,10 +165,15 @@ def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     problems = parts.refusals(adapter)
     where = parts.written(adapter.changes, options.part, "diffusers") if not problems else {}
-    by_part: dict[str, list[LowRankChange]] = {part: [] for part in sorted({part for part, _ in where.values()})}
+    by_part: dict[str, list[LowRankChange]] = {
+        part: [] for part in sorted({part for part, _ in where.values()})
+    }
     for change in adapter.changes if by_part else ():
         by_part[where[change.weight][0]].append(change)
-    dora = {part: {change.magnitude is not None for change in changes} for part, changes in by_part.items()}
+    dora = {
+        part: {change.magnitude is not None for change in changes}
+        for part, changes in by_part.items()
+    }
     problems += [  # PEFT's flag is one for all layers
         sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart")
         for part in by_part
@@ -167,12 +205,17 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             "lora_bias": False,
         }
         config |= {f"{start}{key}": value for key, value in fields.items()}
-    save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(config, indent=2, sort_keys=True)})
+    save_file(
+        tensors,
+        path,
+        metadata={"format": "pt", HEADER: json.dumps(config, indent=2, sort_keys=True)},
+    )
     return []
 
 
 def _suffixes(part: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """What follows a module's path in the keys of A, B and the magnitude, in a part with these modules."""
+    """What follows a module's path in the keys of A, B and the magnitude, in a part with these
+    modules."""
     if not part.startswith("text_encoder"):
         return PAIR[0], PAIR[1], peft.MAGNITUDE
     down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED
@@ -180,4 +223,16 @@ def _suffixes(part: str, modules: Iterable[str]) -> tuple[str, str, str]:
 
 
 TITLE = "safetensors of diffusers pipelines"
-register(Format("diffusers", TITLE, LACKS, ".safetensors", recognises, parts=True, peft=True, read=read, write=write))
+register(
+    Format(
+        "diffusers",
+        TITLE,
+        LACKS,
+        ".safetensors",
+        recognises,
+        parts=True,
+        peft=True,
+        read=read,
+        write=write,
+    )
+)

@@ -8,22 +8,25 @@
 
 llama.cpp stores some weights otherwise than transformers does, and a change of a weight follows it:
 
-- rotary embeddings turn neighbouring pairs there and halves here, so for the architectures in ``ARCHITECTURES`` that
-  say so the rows of q and k are permuted within each head, and with them the rows of B;
+- rotary embeddings turn neighbouring pairs there and halves here, so for the architectures in
+  ``ARCHITECTURES`` that say so the rows of q and k are permuted within each head, and with them the
+  rows of B;
 - ``gate_up_proj`` of experts is split into gate and up, which share A;
 - GPT-2's Conv1D is transposed to [out, in], which A and B are already.
 
-Only architectures whose conversion does nothing else to matrices are known here: another one may split or reorder rows
-in a way of its own, and its adapter would load and be wrong. alpha is stored in float32; a layer
-whose scale is another than alpha / r has the rest multiplied into B.
+Only architectures whose conversion does nothing else to matrices are known here: another one may
+split or reorder rows in a way of its own, and its adapter would load and be wrong. alpha is stored
+in float32; a layer whose scale is another than alpha / r has the rest multiplied into B.
 
-Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader skips norms without
-a word), and an embedding or head where both are one weight, whose change it would read in two orientations: a row of
-lora_a for a token, and lora_a as a matrix [r, d] for the head, of which it asserts the shape as it runs. A base that
-was saved with a head of its own becomes a GGUF with ``output.weight``, and that holds both.
+Refused, since llama.cpp has no form for it: convolutions, DoRA, what is trained in full (its loader
+skips norms without a word), and an embedding or head where both are one weight, whose change it
+would read in two orientations: a row of lora_a for a token, and lora_a as a matrix [r, d] for the
+head, of which it asserts the shape as it runs. A base that was saved with a head of its own becomes
+a GGUF with ``output.weight``, and that holds both.
 
-Read from llama.cpp's sources (as of llama-cpp-python 0.3.36). The tests run four families in it; all other
-``ARCHITECTURES`` were compared with it once, as tiny random models of its own converter: logits within 1e-3.
+Read from llama.cpp's sources (as of llama-cpp-python 0.3.36). The tests run four families in it;
+all other ``ARCHITECTURES`` were compared with it once, as tiny random models of its own converter:
+logits within 1e-3.
 """
 
 from __future__ import annotations
@@ -37,15 +40,24 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentence
-from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, Options, gguf_claims, register
+from veneer.formats import (
+    Adapter,
+    BaseFacts,
+    Contents,
+    Format,
+    LowRankChange,
+    Options,
+    gguf_claims,
+    register,
+)
 from veneer.formats._base import EMBEDDING, cast, layer_of, require_finite
 from veneer.formats.kohya import alpha_of
 from veneer.formats.peft import PeftLayer
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts are stacked, whether
-    the head is the embedding whatever the config says."""
+    """How llama.cpp stores a family: its name there, whether q and k are permuted, whether experts
+    are stacked, whether the head is the embedding whatever the config says."""
 
     name: str
     permutes: bool = False
@@ -106,30 +118,42 @@ class _Names:
             raise AdapterError(found, "one that names its architecture", "give the base's folder")
         if type_ not in ARCHITECTURES or not hasattr(library.MODEL_ARCH, ARCHITECTURES[type_].name):
             found = f"model_type {type_!r}, whose conversion to GGUF is not known here"
-            raise AdapterError(found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model")
+            raise AdapterError(
+                found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"
+            )
         self.family = ARCHITECTURES[type_]
         arch = getattr(library.MODEL_ARCH, self.family.name)
         self.name = library.MODEL_ARCH_NAMES[arch]
         blocks = config.get("num_hidden_layers") or config.get("n_layer") or 0
         self.map = library.get_tensor_name_map(arch, int(blocks))
         heads = config.get("num_attention_heads") or config.get("n_head") or 1
-        self.heads = {"q_proj": int(heads), "k_proj": int(config.get("num_key_value_heads") or heads)}
+        self.heads = {
+            "q_proj": int(heads),
+            "k_proj": int(config.get("num_key_value_heads") or heads),
+        }
         lm_head = any(name.endswith("lm_head.weight") for name in base.shapes)
         said = config.get("tie_word_embeddings", not lm_head if base.shapes else False)
         self.tied = bool(said) or self.family.tied
 
     def of(self, weight: str) -> tuple[str, ...]:
-        """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp has no name."""
+        """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp
+        has no name."""
         at = weight.removesuffix(".weight")
         above = at.removesuffix(".gate_up_proj")
         both = above != at and above.endswith(".experts")
-        found = list(map(self.map.get_name, [f"{above}.gate_proj", f"{above}.up_proj"] if both else [at]))
+        found = list(
+            map(self.map.get_name, [f"{above}.gate_proj", f"{above}.up_proj"] if both else [at])
+        )
         return tuple(f"{name}.weight" for name in found) if all(found) else ()
 
     def order(self, weight: str, rows: int) -> Tensor | None:
-        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same. A head's rows are (half,
-        pair) here and (pair, half) there."""
-        heads = self.heads.get(weight.removesuffix(".weight").rpartition(".")[2]) if self.family.permutes else None
+        """Which rows of transformers' weight llama.cpp's has, in its order; None for the same. A
+        head's rows are (half, pair) here and (pair, half) there."""
+        heads = (
+            self.heads.get(weight.removesuffix(".weight").rpartition(".")[2])
+            if self.family.permutes
+            else None
+        )
         if heads is None:
             return None
         return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
@@ -141,7 +165,9 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
     if adapter.full:
         found = f"{listing([at or 'the model' for at in adapter.full], 3)} trained in full"
-        problems.append(sentence(found, "low-rank changes alone", "merge the adapter and convert the model"))
+        problems.append(
+            sentence(found, "low-rank changes alone", "merge the adapter and convert the model")
+        )
     raise_all(AdapterError, "GGUF cannot hold this adapter", problems)
     alphas = [alpha_of(change.layer) for change in adapter.changes if alpha_of(change.layer)]
     # 0 means scale 1 to llama.cpp, so an adapter of scale 0 has alpha 1 and B zero
@@ -157,8 +183,16 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             for side, tensor in zip("ab", factors, strict=True):
                 made = cast(tensor, options.dtype)
                 kind = library.GGMLQuantizationType.BF16 if made.dtype == torch.bfloat16 else None
-                made = made if made.dtype == torch.float16 else made.float() if kind is None else made.view(torch.uint8)
-                writer.add_tensor(f"{name}.lora_{side}", made.numpy(), raw_dtype=kind)  # numpy has no bfloat16
+                made = (
+                    made
+                    if made.dtype == torch.float16
+                    else made.float()
+                    if kind is None
+                    else made.view(torch.uint8)
+                )
+                writer.add_tensor(
+                    f"{name}.lora_{side}", made.numpy(), raw_dtype=kind
+                )  # numpy has no bfloat16
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,12 +207,19 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
     if change.kind == "stack" and not (names.family.experts and ".experts." in weight):
         yield sentence(f"{weight!r}, a stack of matrices", f"none in {names.name}", _DO_MERGE)
     elif change.kind not in ("linear", "Conv1D", "embedding", "parameter", "stack"):
-        yield sentence(f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE)
+        yield sentence(
+            f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE
+        )
     elif not made:
-        yield sentence(f"{weight!r}, for which {names.name} has no tensor in llama.cpp", "one that it has", _DO_MERGE)
+        yield sentence(
+            f"{weight!r}, for which {names.name} has no tensor in llama.cpp",
+            "one that it has",
+            _DO_MERGE,
+        )
     elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
         found = (
-            f"{weight!r} of a base whose embedding and head are one weight, which llama.cpp reads in two orientations"
+            f"{weight!r} of a base whose embedding and head are one weight, "
+            "which llama.cpp reads in two orientations"
         )
         do = _DO_MERGE if names.family.tied else f"{_DO_UNTIE}; {_DO_MERGE}"
         yield sentence(found, "two weights, or changes elsewhere", do)
@@ -186,7 +227,9 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
         yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
 
 
-def _tensors(change: LowRankChange, names: _Names, alpha: float) -> Iterable[tuple[str, Tensor, Tensor]]:
+def _tensors(
+    change: LowRankChange, names: _Names, alpha: float
+) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor that a change becomes."""
     layer, low, made = change.layer, change.layer.low, names.of(change.weight)
     A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # [g, r, in], [g, out, r]
@@ -210,7 +253,10 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     try:
         file = library.GGUFReader(path)
         said = {key: field.contents() for key, field in file.fields.items()}
-        said = {key: value if isinstance(value, str | int | float) else str(value) for key, value in said.items()}
+        said = {
+            key: value if isinstance(value, str | int | float) else str(value)
+            for key, value in said.items()
+        }
         tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader raises what it meets in a damaged file
         found = f"{path}, which cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else error!r})"
@@ -232,16 +278,30 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     # the shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149
     alpha = float(str(numpy.float32(said.get("adapter.lora.alpha") or 0.0)))
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
-        A, B, weight = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b"), weights.get(name)
+        A, B, weight = (
+            tensors.get(f"{name}.lora_a"),
+            tensors.get(f"{name}.lora_b"),
+            weights.get(name),
+        )
         if A is None or B is None:
-            problems.append(sentence(f"half a pair at {name!r}", "lora_a and lora_b", "get the whole file again"))
+            problems.append(
+                sentence(
+                    f"half a pair at {name!r}", "lora_a and lora_b", "get the whole file again"
+                )
+            )
         elif weight is None:
-            problems.append(sentence(f"{name!r}, which this base lacks", "one of its tensors", "give its own base"))
+            problems.append(
+                sentence(
+                    f"{name!r}, which this base lacks", "one of its tensors", "give its own base"
+                )
+            )
         elif A.dim() == 3 or B.dim() == 3:
             stacks.setdefault(weight, {})[name] = A, B
         else:
             try:
-                low[weight.removesuffix(".weight")] = _layer(weight, name, A, B, alpha or None, names, base)
+                low[weight.removesuffix(".weight")] = _layer(
+                    weight, name, A, B, alpha or None, names, base
+                )
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} does not fit this base", problems)
@@ -253,10 +313,19 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
 
 
 def _layer(
-    weight: str, name: str, A: Tensor, B: Tensor, alpha: float | None, names: _Names, base: BaseFacts
+    weight: str,
+    name: str,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | None,
+    names: _Names,
+    base: BaseFacts,
 ) -> PeftLayer:
     at, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
-    embeds, lies = name == _EMBEDDING, names.family.name == "GPT2" and name not in (_EMBEDDING, _HEAD)
+    embeds, lies = (
+        name == _EMBEDDING,
+        names.family.name == "GPT2" and name not in (_EMBEDDING, _HEAD),
+    )
     across = A.mT if embeds and A.dim() == 2 else A  # [r, in]
     sizes = (*B.shape[:1], *across.shape[1:])  # (out, in)
     if A.dim() != 2 or B.dim() != 2 or sizes != (shape[::-1] if embeds or lies else shape):
@@ -269,16 +338,25 @@ def _layer(
 
 
 def _stacked(
-    stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], names: _Names, alpha: float, base: BaseFacts
+    stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    names: _Names,
+    alpha: float,
+    base: BaseFacts,
 ) -> dict[str, PeftLayer]:
-    """Changes of experts, as PEFT's file has them: A [E·r, in] and B [out, r·E], of which the first of several in one
-    module stands below a wrapper."""
+    """Changes of experts, as PEFT's file has them: A [E·r, in] and B [out, r·E], of which the first
+    of several in one module stands below a wrapper."""
     low: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         above, found = weight.rpartition(".")[0], stacks[weight]
-        later = any(other in stacks for other in base.shapes if other.startswith(f"{above}.") and other != weight)
+        later = any(
+            other in stacks
+            for other in base.shapes
+            if other.startswith(f"{above}.") and other != weight
+        )
         first = later and all(layer.at.rpartition(".")[0] != above for layer in low.values())
-        A, B = _joined([found.get(name) for name in names.of(weight)], base.shapes[weight], weight, alpha)
+        A, B = _joined(
+            [found.get(name) for name in names.of(weight)], base.shapes[weight], weight, alpha
+        )
         rank, size = A.shape[1], alpha or A.shape[1]
         layer = layer_of(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
         layer = replace(layer, rank=rank, alpha=float(size), scale=size / rank)
@@ -293,7 +371,9 @@ def _joined(
     given = [part for part in parts if part is not None]
     out, fits = shape[1] // len(parts), len(shape) == 3
     for a, B in given:  # [E, r, in], [E, out, r] of a stack [E, out, in]
-        fits = fits and a.dim() == 3 and a.shape[1] > 0 and a.shape == (shape[0], a.shape[1], shape[2])
+        fits = (
+            fits and a.dim() == 3 and a.shape[1] > 0 and a.shape == (shape[0], a.shape[1], shape[2])
+        )
         fits = fits and B.shape == (shape[0], out, a.shape[1])
     if not fits:
         found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
@@ -324,4 +404,6 @@ def _tensor(library: Any, tensor: Any) -> Tensor:
 
 
 LACKS = "convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders weights"
-register(Format("gguf", "GGUF adapters of llama.cpp", LACKS, ".gguf", recognises, read=read, write=write))
+register(
+    Format("gguf", "GGUF adapters of llama.cpp", LACKS, ".gguf", recognises, read=read, write=write)
+)

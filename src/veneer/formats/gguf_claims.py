@@ -1,12 +1,14 @@
-"""What a GGUF file says of its own sizes, compared with its size on the disk before anything is read by it.
+"""What a GGUF file says of its own sizes, compared with its size on the disk before anything is
+read by it.
 
     "GGUF"  version u32   tensors u64   pairs u64
     pair    key, type u32, value                    key: length u64 and its bytes; value: by the type
     tensor  name, axes u32, sizes u64 …, type u32, offset u64
     data    from the next multiple of the alignment on
 
-The gguf package goes by what the file claims: an array of 2⁶⁰ numbers makes it loop and fill the memory long after the
-file has ended. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The gguf package goes by what the file claims: an array of 2⁶⁰ numbers makes it loop and fill the
+memory long after the file has ended. Layout:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -29,10 +31,13 @@ MAX_AXES = 4
 
 
 def check(path: Path, most: int = MAX_COUNT) -> None:
-    """Go through everything in front of the numbers. ``AdapterError``: the file is cut short, or claims what its size
-    does not allow. ``most``: pairs, tensors and values of arrays."""
+    """Go through everything in front of the numbers. ``AdapterError``: the file is cut short, or
+    claims what its size does not allow. ``most``: pairs, tensors and values of arrays."""
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             _check(data, most)
     except (ValueError, struct.error) as error:  # of an empty file too
         why = "it ends within its header" if isinstance(error, struct.error) else str(error)
@@ -62,7 +67,9 @@ def _check(data: mmap.mmap, most: int) -> None:
 
 def _spent(left: int, count: int, data: mmap.mmap) -> int:
     if count > min(left, len(data)):
-        raise ValueError(f"it claims {count:,} values in {len(data):,} bytes, of {left:,} that may be left")
+        raise ValueError(
+            f"it claims {count:,} values in {len(data):,} bytes, of {left:,} that may be left"
+        )
     return left - count
 
 

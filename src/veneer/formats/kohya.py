@@ -8,16 +8,19 @@
     lora_unet_….hada_w1_a, _w1_b, _w2_a, _w2_b        (w1_a w1_b) ⊙ (w2_a w2_b)
     lora_unet_….lokr_w1 or _w1_a, _w1_b; _w2 …        w1 ⊗ w2
 
-A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its paths, and a name must
-mean exactly one of them. Rejected: tables of known names, as other converters have. A name that no table foresaw would
-be lost or, worse, mean another layer. LoHa and LoKr are read as the one product that they amount to (see
-``variants/loha.py`` and ``lokr.py``). Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
+A flattened path is ambiguous: ``a_b_c`` may be a.b_c or a_b.c. So reading asks the base for its
+paths, and a name must mean exactly one of them. Rejected: tables of known names, as other
+converters have. A name that no table foresaw would be lost or, worse, mean another layer. LoHa and
+LoKr are read as the one product that they amount to (see ``variants/loha.py`` and ``lokr.py``).
+Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
 
-**DiT models.** sd-scripts trains Flux and SD3 under the block names of the models as first published, whose q, k and v
-are one weight. ComfyUI also reads OneTrainer's names of the two, ``lora_transformer_<path in diffusers>``, and these
-are written. Of PixArt and all other transformers it reads diffusers' own format alone, so they are refused here.
+**DiT models.** sd-scripts trains Flux and SD3 under the block names of the models as first
+published, whose q, k and v are one weight. ComfyUI also reads OneTrainer's names of the two,
+``lora_transformer_<path in diffusers>``, and these are written. Of PixArt and all other
+transformers it reads diffusers' own format alone, so they are refused here.
 
-Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run on the files.
+Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run
+on the files.
 """
 
 from __future__ import annotations
@@ -34,7 +37,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
-from veneer.formats import Adapter, BaseFacts, Contents, Format, LowRankChange, MisreadElsewhere, Options, register
+from veneer.formats import (
+    Adapter,
+    BaseFacts,
+    Contents,
+    Format,
+    LowRankChange,
+    MisreadElsewhere,
+    Options,
+    register,
+)
 from veneer.formats._base import cast, exact_scalar, layer_of, read_tensors, scalar
 from veneer.formats.parts import chosen, path_before, refusals, written
 from veneer.formats.peft import PeftLayer
@@ -71,7 +83,9 @@ _MMDIT = re.compile(
     r"|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
 )
 #: of these, what diffusers reads of Flux
-_FLUX_KNOWN = re.compile(r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*")
+_FLUX_KNOWN = re.compile(
+    r".*\.attn\..*|context_embedder|x_embedder|proj_out|norm_out\.linear|time_text_embed\..*"
+)
 
 
 def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> bool:
@@ -91,12 +105,21 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         groups.setdefault(name, {})[suffix] = tensor
     if not base.shapes:
         found = f"{path}, whose names have _ for every dot"
-        raise AdapterError(found, "a base to tell what they mean", "give the base that it was made for")
+        raise AdapterError(
+            found, "a base to tell what they mean", "give the base that it was made for"
+        )
     here = {name.partition(".")[0] for name in base.shapes}
-    parts = {prefix: next((p for p in means if p in here), means[0]) for prefix, means in PREFIXES.items()}
+    parts = {
+        prefix: next((p for p in means if p in here), means[0])
+        for prefix, means in PREFIXES.items()
+    }
     part_by_name = {name: parts.get(_prefix(name) or "", "") for name in groups}
     begin = f"names that begin with {listing(PREFIXES)}"
-    problems = [sentence(repr(name), begin, "check the file") for name, part in part_by_name.items() if not part]
+    problems = [
+        sentence(repr(name), begin, "check the file")
+        for name, part in part_by_name.items()
+        if not part
+    ]
     raise_all(AdapterError, f"{path} cannot be read", problems)
     before, left_out = chosen(part_by_name.values(), base, options.part)
     names = {part: _flattened(base, part, start) for part, start in before.items()}
@@ -109,11 +132,14 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    return Contents(low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out)
+    return Contents(
+        low, base_name=base.name, about={"header": header} if header else {}, left_out=left_out
+    )
 
 
 def _flattened(base: BaseFacts, part: str, start: str) -> dict[str, list[str]]:
-    """The modules of a part that each flattened name may mean; ``start`` is what stands before their paths."""
+    """The modules of a part that each flattened name may mean; ``start`` is what stands before
+    their paths."""
     names: dict[str, list[str]] = {}
     for weight, shape in base.shapes.items():
         if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
@@ -128,12 +154,16 @@ def _module(name: str, names: Mapping[str, list[str]]) -> str:
     flat = name.removeprefix(f"{_prefix(name)}_")
     found = names.get(flat, [])
     if len(found) > 1:
-        raise AdapterError(f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them")
+        raise AdapterError(
+            f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"
+        )
     if not found:
         do = "give the base that it was made for"
         if any(mark in flat for mark in _ORIGINAL):
             do += ": these are block names of the model as first published, not those of diffusers"
-        raise AdapterError(f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do)
+        raise AdapterError(
+            f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do
+        )
     return found[0]
 
 
@@ -141,14 +171,18 @@ def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...])
     keys, magnitude = set(group), group.get("dora_scale")
     if keys & _TUCKER:
         found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
-        raise AdapterError(found, "factors whose product is short", "merge it with LyCORIS, and extract")
+        raise AdapterError(
+            found, "factors whose product is short", "merge it with LyCORIS, and extract"
+        )
     if keys - _KNOWN:
         found = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
         raise AdapterError(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         low = _low(group)
         if low is None:
-            raise AdapterError(f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file")
+            raise AdapterError(
+                f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file"
+            )
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
             found = f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"  # another method
             do = "merge it with LyCORIS (wd_on_output was off)"
@@ -168,9 +202,13 @@ def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | N
     alpha = alpha or None  # 0 is no alpha to sd-scripts and to LyCORIS
     if keys >= _LORA:
         A, B = group["lora_down.weight"], group["lora_up.weight"]
-        if (mid := group.get("lora_mid.weight")) is not None:  # M A, of the pointwise A [r, in, 1…], is A [r, in, *k]
+        if (
+            mid := group.get("lora_mid.weight")
+        ) is not None:  # M A, of the pointwise A [r, in, 1…], is A [r, in, *k]
             wide = torch.promote_types(A.dtype, torch.float32)
-            A = torch.einsum("mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()).to(wide)
+            A = torch.einsum(
+                "mn...,ni->mi...", mid.double(), A.reshape(A.shape[0], -1).double()
+            ).to(wide)
         return A, B, alpha
     if keys >= _HADA:
         return _hada(group, alpha)
@@ -184,19 +222,24 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 def _hada(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float]:
     rank = group["hada_w1_b"].shape[0]
-    w1_a, w1_b, w2_a, w2_b = (part[None] for part in _wide(*(group[name] for name in sorted(_HADA))))
+    w1_a, w1_b, w2_a, w2_b = (
+        part[None] for part in _wide(*(group[name] for name in sorted(_HADA)))
+    )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
     return _made(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
 
 
 def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
-    """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the shorter."""
+    """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the
+    shorter."""
     pairs = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
     if not all(whole <= set(group) or both <= set(group) for whole, both in pairs):
         return None
     rank = next((group[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in group), None)
-    scale = 1.0 if rank is None or alpha is None else alpha / rank  # with both whole, LyCORIS takes no scale
+    scale = (
+        1.0 if rank is None or alpha is None else alpha / rank
+    )  # with both whole, LyCORIS takes no scale
     if "lokr_w1" in group:
         (w1,) = _wide(group["lokr_w1"])
     else:
@@ -215,11 +258,13 @@ def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
 
 
 def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
-    """(A, B, alpha) of a rank of at most min(out, in): where the factors have more, ΔW itself (made in float64) takes
-    the place of one and the identity that of the other."""
+    """(A, B, alpha) of a rank of at most min(out, in): where the factors have more, ΔW itself (made
+    in float64) takes the place of one and the identity that of the other."""
     out, in_ = low.B.shape[1], low.A.shape[2]
     if low.rank > min(out, in_):
-        delta = (low.B.double() @ low.A.double()).to(torch.promote_types(low.A.dtype, torch.float32))
+        delta = (low.B.double() @ low.A.double()).to(
+            torch.promote_types(low.A.dtype, torch.float32)
+        )
         eye = torch.eye(min(out, in_), dtype=delta.dtype)[None]
         low = LowRank(eye, delta, low.scale) if in_ <= out else LowRank(delta, eye, low.scale)
     return low.A[0], low.B[0], low.scale * low.rank
@@ -232,11 +277,16 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         found = f"a transformer with {listing(strange, 3)}, which is neither SD3 nor Flux"
         expected = "a model of which ComfyUI or sd-scripts reads kohya's names"
         raise AdapterError(found, expected, 'convert to "diffusers", whose names ComfyUI reads too')
-    encoders = "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
+    encoders = (
+        "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
+    )
     prefixes = {names[0]: prefix for prefix, names in PREFIXES.items()}
     prefixes |= {"text_encoder": encoders}
     named = {weight: (part, path_before(part, module)) for weight, (part, module) in where.items()}
-    flat = {weight: f"{prefixes[part]}_{module.replace('.', '_')}" for weight, (part, module) in named.items()}
+    flat = {
+        weight: f"{prefixes[part]}_{module.replace('.', '_')}"
+        for weight, (part, module) in named.items()
+    }
     twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
     if twice:
         found = f"modules that have one name with _ for . ({listing(twice, 3)})"
@@ -261,21 +311,29 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _outside_of_mmdit(where: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
-    """The modules of a transformer, of the changed ones and of the base's own, that neither SD3 nor Flux has."""
+    """The modules of a transformer, of the changed ones and of the base's own, that neither SD3 nor
+    Flux has."""
     changed = {module: weight for weight, (part, module) in where.items() if part == "transformer"}
     if not changed:
         return []
     start = next(weight.removesuffix(f"{module}.weight") for module, weight in changed.items())
-    matrices = (name for name, shape in base.shapes.items() if name.startswith(start) and len(shape) > 1)
-    modules = {name.removeprefix(start).removesuffix(".weight") for name in matrices if name.endswith(".weight")}
+    matrices = (
+        name for name, shape in base.shapes.items() if name.startswith(start) and len(shape) > 1
+    )
+    modules = {
+        name.removeprefix(start).removesuffix(".weight")
+        for name in matrices
+        if name.endswith(".weight")
+    }
     return sorted(module for module in modules | changed.keys() if not _MMDIT.fullmatch(module))
 
 
 def _lost_in_diffusers(
     changes: Sequence[LowRankChange], where: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> Iterator[str]:
-    """What diffusers drops of a kohya file that its pipelines load, as its converter is written. It gives the attention
-    of a model the alpha that most layers have there, and knows that of a text encoder by an out-projection."""
+    """What diffusers drops of a kohya file that its pipelines load, as its converter is written. It
+    gives the attention of a model the alpha that most layers have there, and knows that of a text
+    encoder by an out-projection."""
     transformer = [module for part, module in where.values() if part == "transformer"]
     if any("single_transformer_blocks." in name for name in (*base.shapes, *where)):
         if unread := [module for module in transformer if not _FLUX_KNOWN.fullmatch(module)]:
@@ -288,7 +346,9 @@ def _lost_in_diffusers(
     for change in changes:
         alphas.setdefault(where[change.weight][0], set()).add(alpha_of(change.layer))
     projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
-    attention = {(part, module) for part, module in where.values() if f".{module}".endswith(projections)}
+    attention = {
+        (part, module) for part, module in where.values() if f".{module}".endswith(projections)
+    }
     if any(len(alphas[part]) > 1 for part, _ in attention if part != "transformer"):
         yield "the alphas of attention's projections, which are not those of all layers here"
     encoders = {part for part, _ in attention if part.startswith("text_encoder")}
@@ -297,12 +357,14 @@ def _lost_in_diffusers(
 
 
 def alpha_of(layer: PeftLayer) -> float:
-    """The alpha for which alpha / rank is the scale: the layer's own, but for variants with another rule."""
+    """The alpha for which alpha / rank is the scale: the layer's own, but for variants with another
+    rule."""
     return layer.alpha if layer.alpha / layer.rank == layer.scale else layer.scale * layer.rank
 
 
 def _header(adapter: Adapter) -> dict[str, str]:
-    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and the sizes."""
+    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and
+    the sizes."""
     earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
     ranks = {change.layer.rank for change in adapter.changes}
     alphas = {alpha_of(change.layer) for change in adapter.changes}
@@ -318,5 +380,9 @@ def _header(adapter: Adapter) -> dict[str, str]:
 
 
 TITLE = "safetensors of sd-scripts, ComfyUI and LyCORIS"
-LACKS = "embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training"
-register(Format("kohya", TITLE, LACKS, ".safetensors", recognises, parts=True, read=read, write=write))
+LACKS = (
+    "embeddings, attention's in-projection, grouped convolutions, parameters, Conv1D, full training"
+)
+register(
+    Format("kohya", TITLE, LACKS, ".safetensors", recognises, parts=True, read=read, write=write)
+)

@@ -7,12 +7,12 @@
     text_encoder_2    text_encoder_2.<path>    lora_te2_…
     model             <path>                   lycoris_…
 
-The text encoder of a first Stable Diffusion is CLIP's. Its paths began with ``text_model.`` until transformers 5, and
-do in kohya's files (``lora_te_text_model_encoder_layers_0_…``), which other programs read, so kohya's are written so.
-What is read may begin so or not (``path_in_base``).
+The text encoder of a first Stable Diffusion is CLIP's. Its paths began with ``text_model.`` until
+transformers 5, and do in kohya's files (``lora_te_text_model_encoder_layers_0_…``), which other
+programs read, so kohya's are written so. What is read may begin so or not (``path_in_base``).
 
-An adapter of Veneer belongs to one module. That is either a module that holds the parts as its children, whose paths
-then begin with a part's name, or one part alone, whose paths do not.
+An adapter of Veneer belongs to one module. That is either a module that holds the parts as its
+children, whose paths then begin with a part's name, or one part alone, whose paths do not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def part_of(path: str) -> str:
     return first if first in PARTS and first != "model" and first != path else ""
 
 
-#: what stood before the paths of CLIP's text encoder until transformers 5, and does in every file and in its twin with
+# : what stood before the paths of CLIP's text encoder until transformers 5, and does in every file
+# and in its twin with
 #: a projection
 _CLIP, _BELOW = "text_model.", "encoder.layers."
 
@@ -43,8 +44,13 @@ def path_before(part: str, path: str) -> str:
 
 
 def path_in_base(part: str, path: str, there: Callable[[str], bool]) -> str:
-    """The path of a module that a file names, before or since, in a base of which ``there`` knows the paths."""
-    names = path, path_before(part, path), path.removeprefix(_CLIP) if part.startswith("text_encoder") else path
+    """The path of a module that a file names, before or since, in a base of which ``there`` knows
+    the paths."""
+    names = (
+        path,
+        path_before(part, path),
+        path.removeprefix(_CLIP) if part.startswith("text_encoder") else path,
+    )
     return next(filter(there, names), path)
 
 
@@ -52,37 +58,54 @@ def refusals(adapter: Adapter) -> list[str]:
     """Why a file with the factors of each module cannot hold an adapter."""
     expected, do = "linear layers and convolutions in one group", "leave it out, or merge"
     odd = [change for change in adapter.changes if change.kind not in ("linear", "conv")]
-    problems = [sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do) for change in odd]
+    problems = [
+        sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
+        for change in odd
+    ]
     full = [at or "the model" for at in adapter.full]
     return problems + [
-        sentence(f"{at!r} trained in full", "low-rank changes", "merge the adapter instead") for at in full
+        sentence(f"{at!r} trained in full", "low-rank changes", "merge the adapter instead")
+        for at in full
     ]
 
 
-def written(changes: Sequence[LowRankChange], part: str | None, kind: str) -> dict[str, tuple[str, str]]:
-    """(part, the path in it) of each change's module, by its weight. ``AdapterError``: no part in the paths and none
-    given, or both."""
+def written(
+    changes: Sequence[LowRankChange], part: str | None, kind: str
+) -> dict[str, tuple[str, str]]:
+    """(part, the path in it) of each change's module, by its weight. ``AdapterError``: no part in
+    the paths and none given, or both."""
     inside = {change.weight: part_of(change.module) for change in changes}
     if part is None and all(inside.values()):
-        return {change.weight: (inside[change.weight], change.module.partition(".")[2]) for change in changes}
+        return {
+            change.weight: (inside[change.weight], change.module.partition(".")[2])
+            for change in changes
+        }
     if part is None:
         bare = next(weight for weight, first in inside.items() if not first)
         found = f"{bare!r}, which does not say which model of a pipeline it belongs to"
-        raise AdapterError(found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}")
+        raise AdapterError(
+            found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}"
+        )
     if any(inside.values()):
         both = next(weight for weight, first in inside.items() if first)
-        raise AdapterError(f"part {part!r} and a path {both!r} with one", "one of both", "leave part out")
+        raise AdapterError(
+            f"part {part!r} and a path {both!r} with one", "one of both", "leave part out"
+        )
     return {change.weight: (part, change.module) for change in changes}
 
 
-def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Which parts of a file to read: (what to put before the paths of each, what is left out). ``layers``: the part of
-    each layer of the file. ``AdapterError``: several parts for a base that is one of them, or a part that the file
-    lacks."""
+def chosen(
+    layers: Iterable[str], base: BaseFacts, part: str | None
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Which parts of a file to read: (what to put before the paths of each, what is left out).
+    ``layers``: the part of each layer of the file. ``AdapterError``: several parts for a base that
+    is one of them, or a part that the file lacks."""
     counts = Counter(layers)
     found = {name: counts[name] for name in PARTS if name in counts}
     if part is not None and part not in found:
-        raise AdapterError(f"part {part!r}, of which the file has nothing", listing(found), "choose one")
+        raise AdapterError(
+            f"part {part!r}, of which the file has nothing", listing(found), "choose one"
+        )
     # a language model's own child "model" is no part: that one is the base itself
     whole = {name.partition(".")[0] for name in base.shapes} & (set(found) - {"model"})
     if part is None and len(found) == 1 and not whole:
@@ -91,11 +114,17 @@ def chosen(layers: Iterable[str], base: BaseFacts, part: str | None) -> tuple[di
         lacking = set(found) - whole if base.shapes else set()
         if lacking:
             found_ = f"layers of {listing(sorted(lacking))}, which this base lacks"
-            raise AdapterError(found_, f"those of {listing(sorted(whole))}", "choose a part, or give both")
+            raise AdapterError(
+                found_, f"those of {listing(sorted(whole))}", "choose a part, or give both"
+            )
         return {name: f"{name}." for name in found}, ()
     if part is None:
         counts = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
         do = "choose one with part, or give a module that holds them as children of these names"
         raise AdapterError(f"several models in one file: {counts}", "those of the base", do)
-    left = [f"{count} layers of {name}: another part was asked for" for name, count in found.items() if name != part]
+    left = [
+        f"{count} layers of {name}: another part was asked for"
+        for name, count in found.items()
+        if name != part
+    ]
     return {part: f"{part}." if part in whole else ""}, tuple(left)

@@ -1,11 +1,13 @@
 """The regular expressions of a PEFT config: what ``re`` says of them, within a limit of time.
 
-A config comes from strangers, and a matcher that goes back over its choices takes 2ⁿ steps for ``(a|a)*b`` on n
-letters, in which ``re`` cannot be stopped. The package ``regex`` takes a time limit. It reads more than ``re`` does, so
-``re`` compiles each expression first, and the little that both compile but read differently is refused.
+A config comes from strangers, and a matcher that goes back over its choices takes 2ⁿ steps for
+``(a|a)*b`` on n letters, in which ``re`` cannot be stopped. The package ``regex`` takes a time
+limit. It reads more than ``re`` does, so ``re`` compiles each expression first, and the little that
+both compile but read differently is refused.
 
-Rejected: a matcher in linear time (RE2), as it has no look-around, which adapters in use have in their targets; a
-process of its own that runs ``re`` and can be killed, which costs each load tens of milliseconds.
+Rejected: a matcher in linear time (RE2), as it has no look-around, which adapters in use have in
+their targets; a process of its own that runs ``re`` and can be killed, which costs each load tens
+of milliseconds.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-#: characters of the expressions of one field together, and of all copies that counted repetitions make of one
+# : characters of the expressions of one field together, and of all copies that counted repetitions
+# make of one
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
-#: characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second for so many
+# : characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second
+# for so many
 MAX_READ = 65_536
 #: seconds for the expressions of one field in all, besides those that any path may take
 SECONDS, PER_PATH = 0.5, 1e-4
@@ -34,8 +38,9 @@ class TooSlowError(AdapterError):
 
 
 class Expressions:
-    """Several expressions that share one limit of time. ``ValueError``: one is no regular expression, or none that
-    ``regex`` reads as ``re`` does, or they are too large. ``TooSlowError``: of ``matching``: they take too long."""
+    """Several expressions that share one limit of time. ``ValueError``: one is no regular
+    expression, or none that ``regex`` reads as ``re`` does, or they are too large.
+    ``TooSlowError``: of ``matching``: they take too long."""
 
     def __init__(self, sources: Iterable[str], written: str = "{}", *, whole: bool = True) -> None:
         sources = tuple(sources)
@@ -47,7 +52,9 @@ class Expressions:
 
     def matching(self, text: str) -> Iterator[int]:
         """The numbers of the expressions that match a text, in their order."""
-        return (number for number, matcher in enumerate(self._matchers) if self._matched(matcher, text))
+        return (
+            number for number, matcher in enumerate(self._matchers) if self._matched(matcher, text)
+        )
 
     def matches(self, text: str) -> bool:
         return next(self.matching(text), None) is not None
@@ -62,7 +69,9 @@ class Expressions:
         if self._left <= PER_PATH:  # too little for one more path
             self._left = PER_PATH
             wrong = "an expression that takes longer than any that people use"
-            raise TooSlowError(wrong, "a plain regular expression", "name the modules by the ends of their paths")
+            raise TooSlowError(
+                wrong, "a plain regular expression", "name the modules by the ends of their paths"
+            )
         return found is not None
 
 
@@ -92,14 +101,19 @@ def readable(source: str) -> int:
         raise ValueError(f"an expression of {len(source):,} characters, of {MAX_READ:,} at most")
     try:
         return re.compile(source).flags
-    except (re.error, RecursionError, OverflowError, FutureWarning) as error:  # a warning, if those are errors
+    except (
+        re.error,
+        RecursionError,
+        OverflowError,
+        FutureWarning,
+    ) as error:  # a warning, if those are errors
         raise ValueError(f"no regular expression ({error})") from error
 
 
 @lru_cache(maxsize=256)
 def whole(source: str) -> Callable[[str], bool]:
-    """What whole texts an expression means, made once; those that it lists, as Veneer writes where the ends of paths do
-    not suffice, are looked up. Raises ValueError as ``Expressions`` does."""
+    """What whole texts an expression means, made once; those that it lists, as Veneer writes where
+    the ends of paths do not suffice, are looked up. Raises ValueError as ``Expressions`` does."""
     words = {literal(part) for part in source.split("|")}
     return Expressions((source,)).matches if None in words else words.__contains__
 
@@ -111,9 +125,10 @@ def containers(sources: tuple[str, ...]) -> Expressions:
 
 
 class Ends:
-    """Which of several expressions first means a path, as PEFT looks a rank up: ``(.*\\.)?(expression)$``. Most are
-    whole paths. With their dots escaped, as Veneer writes them, they are looked up. Without, as PEFT does, they make no
-    choice that ``re`` could go back over."""
+    """Which of several expressions first means a path, as PEFT looks a rank up:
+    ``(.*\\.)?(expression)$``. Most are whole paths. With their dots escaped, as Veneer writes them,
+    they are looked up. Without, as PEFT does, they make no choice that ``re`` could go back
+    over."""
 
     def __init__(self, sources: Iterable[str]) -> None:
         self.sources = tuple(sources)
@@ -128,7 +143,9 @@ class Ends:
                 self._plain.append((number, re.compile(rf"(.*\.)?({source})$").match))
             else:
                 self._others.append(number)
-        self._expressions = Expressions((self.sources[n] for n in self._others), r"(.*\.)?({})$", whole=False)
+        self._expressions = Expressions(
+            (self.sources[n] for n in self._others), r"(.*\.)?({})$", whole=False
+        )
 
     def first(self, path: str) -> str | None:
         parts = path.split(".")
@@ -147,7 +164,7 @@ ends = lru_cache(maxsize=16)(Ends)
 
 
 def literal(source: str) -> str | None:
-    """The one text that an expression means, or None if it may mean several. A dot that is not escaped means any
-    character, as it does to PEFT."""
+    """The one text that an expression means, or None if it may mean several. A dot that is not
+    escaped means any character, as it does to PEFT."""
     word = re.sub(r"\\(.)", r"\1", source)
     return word if re.escape(word) == source else None

@@ -1,9 +1,10 @@
 """Which tensors of a folder PEFT applies.
 
-PEFT wraps the modules that the config means, and passes over the tensors of all others. So a folder whose
-``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is the narrower
-adapter. Rejected: to refuse it, since PEFT loads it and a config is easier to edit than a file of tensors; to apply
-every tensor, which is another adapter than PEFT's. What is left out is named in a warning.
+PEFT wraps the modules that the config means, and passes over the tensors of all others. So a folder
+whose ``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is the
+narrower adapter. Rejected: to refuse it, since PEFT loads it and a config is easier to edit than a
+file of tensors; to apply every tensor, which is another adapter than PEFT's. What is left out is
+named in a warning.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-#: what narrows the targets of LoRA, and which of it the configs of other types do not have, which PEFT then passes over
+# : what narrows the targets of LoRA, and which of it the configs of other types do not have, which
+# PEFT then passes over
 _FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _LACKED = {"VERA": _FIELDS[:1], "LN_TUNING": _FIELDS[1:3], peft_tokens.TYPE: _FIELDS}
 
 
 class TensorsLeftOut(UserWarning):
-    """A folder holds tensors of modules that its config leaves out: they are no part of the adapter."""
+    """A folder holds tensors of modules that its config leaves out: they are no part of the
+    adapter."""
 
 
 def left_out(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor | None], suffixes: Iterable[str]
 ) -> dict[str, list[str]]:
-    """The keys of tensors that PEFT passes over, by the path of their module. Nothing is left out by an expression that
-    is not run.
+    """The keys of tensors that PEFT passes over, by the path of their module. Nothing is left out
+    by an expression that is not run.
 
     Args:
         tensors: None for one of which only the key is known.
@@ -46,24 +49,34 @@ def left_out(
     if config.get("target_modules") == "all-linear":
         config["target_modules"] = ".*"
     # PEFT adapts the out-projection of an attention along with it, whatever it is called
-    names = {path: {peft.unnested(name)[0] for name in (path, peft.attention_of(path) or path)} for path in by_module}
+    names = {
+        path: {peft.unnested(name)[0] for name in (path, peft.attention_of(path) or path)}
+        for path in by_module
+    }
     expected = peft.expected_paths(config, set().union(*names.values()))
     if expected is None:
         return {}
     inside = [key for path, keys in by_module.items() for key in keys if names[path] & expected]
     outside: dict[str, list[str]] = {}
     for path, keys in by_module.items():
-        if names[path] & expected or (config.get("ensure_weight_tying") and _are_tied(keys, inside, tensors)):
+        if names[path] & expected or (
+            config.get("ensure_weight_tying") and _are_tied(keys, inside, tensors)
+        ):
             continue
         below = f"{peft.PREFIX}{path}.base_layer."  # a trained bias of the layer, an embedding's frozen weight
-        keys += [key for key in tensors if key.startswith(below) and "." not in key.removeprefix(below)]
+        keys += [
+            key for key in tensors if key.startswith(below) and "." not in key.removeprefix(below)
+        ]
         outside.setdefault(peft.unnested(path)[0], []).extend(keys)
     return outside
 
 
-def _are_tied(keys: Iterable[str], others: Iterable[str], tensors: Mapping[str, Tensor | None]) -> bool:
-    """Whether the factors at ``keys`` are those of others as well, as they lie there or turned: those of a module that
-    PEFT adapts because its weight is tied to a target's. Factors that are not known may be."""
+def _are_tied(
+    keys: Iterable[str], others: Iterable[str], tensors: Mapping[str, Tensor | None]
+) -> bool:
+    """Whether the factors at ``keys`` are those of others as well, as they lie there or turned:
+    those of a module that PEFT adapts because its weight is tied to a target's. Factors that are
+    not known may be."""
 
     def alike(factor: Tensor | None, other: Tensor | None) -> bool:
         if factor is None or other is None:
@@ -78,37 +91,50 @@ def _are_tied(keys: Iterable[str], others: Iterable[str], tensors: Mapping[str, 
 def applied(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], suffixes: Iterable[str]
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """(the tensors of an adapter of PEFT that PEFT applies, the modules that its config leaves out). ``AdapterError``:
-    it leaves out every one, or calls for their modules in full, which the file does not hold."""
+    """(the tensors of an adapter of PEFT that PEFT applies, the modules that its config leaves
+    out). ``AdapterError``: it leaves out every one, or calls for their modules in full, which the
+    file does not hold."""
     suffixes = tuple(suffixes)
     modules = left_out(config, tensors, suffixes)
     if not modules:
         return tensors, ()
-    if full := modules.keys() - left_out({**config, "modules_to_save": None}, tensors, suffixes).keys():
+    if (
+        full := modules.keys()
+        - left_out({**config, "modules_to_save": None}, tensors, suffixes).keys()
+    ):
         found = f"low-rank changes of {listing(sorted(full), 3)}, which modules_to_save in {peft.CONFIG} names"
-        raise AdapterError(found, "these modules in full", "correct modules_to_save, or get both files again")
+        raise AdapterError(
+            found, "these modules in full", "correct modules_to_save, or get both files again"
+        )
     outside = {key for keys in modules.values() for key in keys}
     rest = {key: tensor for key, tensor in tensors.items() if key not in outside}
     if rest.keys() <= {*PROJECTIONS}:
         found = f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of {listing(modules, 3)}"
         fields = "target_modules, exclude_modules and layers_to_transform"
-        raise AdapterError(found, "tensors of its targets", f"correct {fields}, or get both files again")
+        raise AdapterError(
+            found, "tensors of its targets", f"correct {fields}, or get both files again"
+        )
     return rest, tuple(sorted(modules))
 
 
 def describe(modules: Iterable[str]) -> str:
     """What was left out, in words."""
     modules = list(modules)
-    found = f"tensors of {len(modules)} modules that {peft.CONFIG} leaves out ({listing(modules, 3)})"
+    found = (
+        f"tensors of {len(modules)} modules that {peft.CONFIG} leaves out ({listing(modules, 3)})"
+    )
     return f"{found}: they are no part of the adapter, as in PEFT"
 
 
 def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> str | None:
-    """The path in the file of the module that a tensor adapts, or None for a tensor of any other kind."""
+    """The path in the file of the module that a tensor adapts, or None for a tensor of any other
+    kind."""
     bare, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
     if bare == key:
         return None
-    if config.get("peft_type") == peft_tokens.TYPE:  # without targets PEFT takes the input embedding
+    if (
+        config.get("peft_type") == peft_tokens.TYPE
+    ):  # without targets PEFT takes the input embedding
         suffixes = (peft_tokens.ALONE,) if config.get("target_modules") else ()
     elif tuner is not None and not tuner.needs:
         above, _, suffix = bare.rpartition(".")

@@ -1,11 +1,13 @@
-"""PEFT's layout of trained tokens: the rows of an embedding, or head, that an adapter puts in place of the base's.
+"""PEFT's layout of trained tokens: the rows of an embedding, or head, that an adapter puts in place
+of the base's.
 
     base_model.model.<path>.token_adapter.trainable_tokens_delta    the rows [n, d] themselves, no difference
     trainable_token_indices                                         their ids: a list, or {the end of a path: a list}
 
-A weight that is tied to the input embedding has the same rows, and none in the file. A folder of peft_type
-TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``) says the same without a low-rank change.
-Read from PEFT 0.21's source, which refuses a low-rank change of the same module.
+A weight that is tied to the input embedding has the same rows, and none in the file. A folder of
+peft_type TRAINABLE_TOKENS (``token_indices``, key ``<path>.trainable_tokens_delta``) says the same
+without a low-rank change. Read from PEFT 0.21's source, which refuses a low-rank change of the same
+module.
 """
 
 from __future__ import annotations
@@ -32,33 +34,52 @@ class TokenRows:
     rows: Tensor
 
 
-def as_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    """A folder of PEFT's TRAINABLE_TOKENS as the LORA that computes the same; any other as it is."""
+def as_lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """A folder of PEFT's TRAINABLE_TOKENS as the LORA that computes the same; any other as it
+    is."""
     if config.get("peft_type") != TYPE:
         return config, tensors
     ends = [key.removesuffix(f".{ALONE}") for key in tensors if key.endswith(f".{ALONE}")]
     said = {end.removeprefix(peft.PREFIX): config.get("token_indices") for end in ends}
     dropped = ("peft_type", "token_indices", "target_modules", "init_weights", "exclude_modules")
     rest = {name: value for name, value in config.items() if name not in dropped}
-    lora = {**rest, "peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": peft.NO_TARGETS, FIELD: said}
+    lora = {
+        **rest,
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": peft.NO_TARGETS,
+        FIELD: said,
+    }
     renamed = {f"{end}.{ALONE}": f"{end}.{SUFFIX}" for end in ends}
     return lora, {renamed.get(key, key): value for key, value in tensors.items()}
 
 
-def split(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
-    """(the trained rows by the path of their module, the other tensors). ``AdapterError``: rows without ids, or as
-    many as there are ids of."""
+def split(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, TokenRows], dict[str, Tensor]]:
+    """(the trained rows by the path of their module, the other tensors). ``AdapterError``: rows
+    without ids, or as many as there are ids of."""
     rest = {key: value for key, value in tensors.items() if not key.endswith(f".{SUFFIX}")}
     # what PEFT writes along of a vocabulary that grew: the frozen embedding below the wrapper
     rest = {key.replace(".token_adapter.base_layer.", "."): value for key, value in rest.items()}
     found: dict[str, TokenRows] = {}
     problems: list[str] = []
     for key in sorted(key for key in tensors if key.endswith(f".{SUFFIX}")):
-        rows, at = tensors[key], peft.unnested(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0]
+        rows, at = (
+            tensors[key],
+            peft.unnested(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0],
+        )
         ids = indices(config, at)
         if rows.dim() != 2 or len(ids) != len(rows) or len(set(ids)) != len(ids) or not ids:
-            said = f"rows {tuple(rows.shape)} of tokens at {at!r}, and {len(ids)} ids in {peft.CONFIG}"
-            problems.append(sentence(said, "a row for each of different ids", "get both files again"))
+            said = (
+                f"rows {tuple(rows.shape)} of tokens at {at!r}, and {len(ids)} ids in {peft.CONFIG}"
+            )
+            problems.append(
+                sentence(said, "a row for each of different ids", "get both files again")
+            )
             continue
         order = sorted(range(len(ids)), key=ids.__getitem__)
         found[at] = TokenRows(at, tuple(ids[place] for place in order), rows[order])

@@ -1,18 +1,21 @@
-"""The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of Veneer's variants.
+"""The files of PEFT's tuners besides LoRA whose changes are changes of weights, in the terms of
+Veneer's variants.
 
     ADALORA    <path>.lora_A [r, in]  lora_B [out, r]  lora_E [r, 1]          ΔW = alpha / (init_r + 1e-5) · B diag(E) A
     LOHA       <path>.hada_w1_a, w1_b, w2_a, w2_b, t1, t2                     ΔW = alpha / r · (B1 A1) ⊙ (B2 A2)
     LOKR       <path>.lokr_w1 or w1_a, w1_b; lokr_w2 or w2_a, w2_b, t2        ΔW = alpha / r · C ⊗ (B2 A2)
     VERA       <path>.vera_lambda_b [out]  vera_lambda_d [r]                  ΔW = diag(b) B[:out] diag(d) A[:, :in]
-               base_model.vera_A [r, largest in]  base_model.vera_B [largest out, r], if save_projection
+               base_model.vera_A [r, largest in] base_model.vera_B [largest out, r], if
+               save_projection
     LN_TUNING  <path>.ln_tuning_layers.<parameter>                             the layer, trained in full
 
-Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition (``t``, of a
-convolution with use_effective_conv2d) is multiplied into the factor of the inputs, a w2 that is held whole is the
-product of itself and an identity: the ΔW is the same one.
+Read from PEFT 0.21's source and checked against it in the tests. The core of a Tucker decomposition
+(``t``, of a convolution with use_effective_conv2d) is multiplied into the factor of the inputs, a
+w2 that is held whole is the product of itself and an identity: the ΔW is the same one.
 
-A file says nothing of the shape of a weight but what its tensors say: VeRA's leave open how many inputs a layer has,
-and those of a convolution may be flat. ``Weights`` tells, where there is a base.
+A file says nothing of the shape of a weight but what its tensors say: VeRA's leave open how many
+inputs a layer has, and those of a convolution may be flat. ``Weights`` tells, where there is a
+base.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from torch import Tensor
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft
 
-#: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the base lacks it
+# : the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the
+# base lacks it
 Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 
 #: what PEFT adds to the rank that AdaLoRA divides by
@@ -38,8 +42,8 @@ PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
 class Own(NamedTuple):
-    """One change in its variant's terms: the parameters, with an axis for one group in front, and the scale of the
-    variant's product."""
+    """One change in its variant's terms: the parameters, with an axis for one group in front, and
+    the scale of the variant's product."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -47,8 +51,8 @@ class Own(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """What a file holds of one module: its tensors by suffix, the rank and scale that the config means, the pattern of
-    AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
+    """What a file holds of one module: its tensors by suffix, the rank and scale that the config
+    means, the pattern of AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
 
     at: str
     tensors: Mapping[str, Tensor]
@@ -65,9 +69,11 @@ class Tuner:
     Fields:
         type: ``peft_type``.
         variant: Veneer's variant whose parameters its tensors are.
-        suffixes: of a module's tensors; each of ``needs`` is one of these, or a choice of several that go together.
+        suffixes: of a module's tensors; each of ``needs`` is one of these, or a choice of several
+            that go together.
         fields: the tuner's own name of a field of LoRA's config.
-        own: its own further fields, which change nothing that is computed from the file, with the test of each.
+        own: its own further fields, which change nothing that is computed from the file, with the
+            test of each.
         read: what a file holds of one module -> its change.
     """
 
@@ -104,12 +110,19 @@ def _masks(value: Any) -> bool:
 def _adalora(held: Held) -> Own:
     A, B, E = (held.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    if held.pattern is not None and len(held.pattern) == rank:  # the masked triplets are still there
+    if (
+        held.pattern is not None and len(held.pattern) == rank
+    ):  # the masked triplets are still there
         mask = torch.tensor(held.pattern, dtype=torch.float32)
     elif rank != (held.rank if held.pattern is None else sum(held.pattern)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # every triplet was taken away, and PEFT keeps none
-        A, B, E, mask = A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1), E.new_zeros(1, 1), mask.new_zeros(1)
+        A, B, E, mask = (
+            A.new_zeros(1, A.shape[1]),
+            B.new_zeros(len(B), 1),
+            E.new_zeros(1, 1),
+            mask.new_zeros(1),
+        )
     return Own({"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, held.scale)
 
 
@@ -131,7 +144,9 @@ def _lokr(held: Held) -> Own:
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        if w2.dim() == 3:  # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
+        if (
+            w2.dim() == 3
+        ):  # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
         w2 = w2.flatten(1)
@@ -160,7 +175,12 @@ _AXES = {
     **dict.fromkeys(("hada_t1", "hada_t2", "lokr_t2"), (4,)), "lokr_w2": (2, 3, 4),
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), (1,)),
 }  # fmt: skip
-_LYCORIS = {"rank_dropout": _number, "module_dropout": _number, "init_weights": _any, "use_effective_conv2d": _flag}
+_LYCORIS = {
+    "rank_dropout": _number,
+    "module_dropout": _number,
+    "init_weights": _any,
+    "use_effective_conv2d": _flag,
+}
 _BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _whole)
 _BUDGET |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _number)
 TUNERS = {
@@ -208,15 +228,26 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
         value = config.get(name)
         if value is not None and not test(value):
             found = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
-            problems.append(sentence(found, f"what PEFT writes there for {config['peft_type']}", "get the file again"))
+            problems.append(
+                sentence(
+                    found, f"what PEFT writes there for {config['peft_type']}", "get the file again"
+                )
+            )
     for name in _NOT_THEIRS if tuner is not None else ():
         if config.get(name):
-            problems.append(sentence(f"{name} in {peft.CONFIG} of {config['peft_type']}", "none", "get the file again"))
+            problems.append(
+                sentence(
+                    f"{name} in {peft.CONFIG} of {config['peft_type']}",
+                    "none",
+                    "get the file again",
+                )
+            )
     raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
     peft.check_config(config if tuner is None else as_lora(tuner, config), ours, with_base)
 
 
-#: how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind them
+# : how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind
+# them
 _MARKS = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l", "oft_R", "boft_",
     "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_", "c3a_kernel", "delora_", "gralora_", "hira_",
@@ -225,14 +256,17 @@ _TOKENS = "TRAINABLE_TOKENS"
 
 
 def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise AdapterError for tensors of another tuner than that of the config. ``peft.split`` judges LoRA's further."""
+    """Raise AdapterError for tensors of another tuner than that of the config. ``peft.split``
+    judges LoRA's further."""
     type_, tuner = config.get("peft_type"), tuner_of(config)
     strange = []
     for key in keys:
         *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
         marked = [part for part in (above, last) if part.startswith(_MARKS)]
         if tuner is not None:
-            known = "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
+            known = (
+                "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
+            )
             known = known or (type_ == "VERA" and key in PROJECTIONS)
         elif type_ == _TOKENS:
             known = last == "trainable_tokens_delta"
@@ -246,8 +280,8 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 
 def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a change comes from.
-    A field that neither knows is still there."""
+    """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a
+    change comes from. A field that neither knows is still there."""
     known = {*tuner.own, *tuner.fields.values(), *(_UNUSED if tuner.type == "ADALORA" else ())}
     lora = {name: value for name, value in config.items() if name not in known}
     lora |= {name: config.get(own) for name, own in tuner.fields.items()}
@@ -261,15 +295,21 @@ def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
         named = targets if isinstance(targets, list) else []
         more = config.get("modules_to_save")
         whole = [*named, *(more if isinstance(more, list) else [])]
-        lora |= {"r": 1, "lora_alpha": 1, "target_modules": peft.NO_TARGETS, "modules_to_save": whole}
+        lora |= {
+            "r": 1,
+            "lora_alpha": 1,
+            "target_modules": peft.NO_TARGETS,
+            "modules_to_save": whole,
+        }
     return {**lora, "peft_type": "LORA"}
 
 
 def changes(
     tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
 ) -> tuple[dict[str, Own], dict[str, Tensor]]:
-    """The changes of a file by the path of their module, and its other tensors under the keys that LoRA's file gives
-    them. ``AdapterError``: tensors that are no change of this tuner. Needs ``weights`` for VeRA (see ``unsized``)."""
+    """The changes of a file by the path of their module, and its other tensors under the keys that
+    LoRA's file gives them. ``AdapterError``: tensors that are no change of this tuner. Needs
+    ``weights`` for VeRA (see ``unsized``)."""
     by_module: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -282,7 +322,9 @@ def changes(
             by_module.setdefault(peft.unnested(path)[0], {})[suffix] = tensor
         elif key not in PROJECTIONS or tuner.type != "VERA":
             rest[key] = tensor
-    cut = _projections(config, tensors, by_module, weights, problems) if tuner.type == "VERA" else {}
+    cut = (
+        _projections(config, tensors, by_module, weights, problems) if tuner.type == "VERA" else {}
+    )
     lora, patterns, found = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
     for at, own in by_module.items():
         rank, alpha, scale = peft.strength(lora, at)
@@ -290,15 +332,23 @@ def changes(
         if tuner.type == "ADALORA":
             scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{at}.lora_E")
         pattern = None if pattern is None else tuple(pattern)
-        lacking = [choice for choice in tuner.needs if not any(own.keys() >= {*names} for names in choice)]
+        lacking = [
+            choice for choice in tuner.needs if not any(own.keys() >= {*names} for names in choice)
+        ]
         odd = [name for name, tensor in own.items() if tensor.dim() not in _AXES.get(name, (2,))]
         if odd:
             sizes = ", ".join(f"{name} {tuple(own[name].shape)}" for name in odd)
             axes = " or ".join(map(str, _AXES.get(odd[0], (2,))))
-            problems.append(sentence(f"{sizes} at {at!r}", f"{axes} axes in {odd[0]}", "get both files again"))
+            problems.append(
+                sentence(f"{sizes} at {at!r}", f"{axes} axes in {odd[0]}", "get both files again")
+            )
         elif lacking:
-            wanted = " and ".join(" or ".join(", ".join(names) for names in choice) for choice in lacking)
-            problems.append(sentence(f"no {wanted} at {at!r}", "a whole change", "get the whole file again"))
+            wanted = " and ".join(
+                " or ".join(", ".join(names) for names in choice) for choice in lacking
+            )
+            problems.append(
+                sentence(f"no {wanted} at {at!r}", "a whole change", "get the whole file again")
+            )
         elif tuner.type != "VERA" or at in cut:
             try:
                 found[at] = tuner.read(Held(at, own, rank, scale, pattern, cut.get(at)))
@@ -319,17 +369,24 @@ def _projections(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], by_module: Mapping[str, Mapping[str, Tensor]],
     weights: Weights | None, problems: list[str],
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """VeRA's A [r, in] and B [out, r] of each module, cut to the layer: the file's, or those that PEFT draws from the
-    config's key."""
+    """VeRA's A [r, in] and B [out, r] of each module, cut to the layer: the file's, or those that
+    PEFT draws from the config's key."""
     if weights is None:
         return {}
     sizes: dict[str, tuple[int, int, torch.dtype | None]] = {}
     for at, own in by_module.items():
-        found, out = weights(f"{at}.weight"), own["vera_lambda_b"].numel() if "vera_lambda_b" in own else 0
+        found, out = (
+            weights(f"{at}.weight"),
+            own["vera_lambda_b"].numel() if "vera_lambda_b" in own else 0,
+        )
         if found is None or not out or len(found[0]) != 2 or math.prod(found[0]) % out:
             shape = "none" if found is None else tuple(found[0])
             expected = "a weight with as many outputs"
-            problems.append(sentence(f"{out} outputs at {at!r}, where the base has {shape}", expected, "use its base"))
+            problems.append(
+                sentence(
+                    f"{out} outputs at {at!r}, where the base has {shape}", expected, "use its base"
+                )
+            )
         else:
             sizes[at] = out, math.prod(found[0]) // out, found[1]
     if problems or not sizes:
@@ -343,7 +400,9 @@ def _projections(
         return {}
     if drawn and not _whole(config.get("projection_prng_key")):
         found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and no projection_prng_key"
-        problems.append(sentence(found, "the projections, or what they are drawn from", "get both files again"))
+        problems.append(
+            sentence(found, "the projections, or what they are drawn from", "get both files again")
+        )
         return {}
     if A is None or B is None:
         A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)
@@ -361,10 +420,14 @@ def _projections(
 
 
 def drawn_projections(key: int, rank: int, out: int, in_: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in_] and B [out, rank] as PEFT draws them for VeRA: Kaiming-uniform with gain √2, from torch's generator
-    with this seed. One dtype, float32, and one device, the CPU, as another would draw other numbers."""
+    """A [rank, in_] and B [out, rank] as PEFT draws them for VeRA: Kaiming-uniform with gain √2,
+    from torch's generator with this seed. One dtype, float32, and one device, the CPU, as another
+    would draw other numbers."""
     generator = torch.Generator(device="cpu").manual_seed(key)
-    A, B = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((rank, in_), (out, rank)))
+    A, B = (
+        torch.empty(shape, dtype=torch.float32, device="cpu")
+        for shape in ((rank, in_), (out, rank))
+    )
     for matrix in (A, B):
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(matrix.shape[1]))
         matrix.uniform_(-bound, bound, generator=generator)
@@ -372,18 +435,26 @@ def drawn_projections(key: int, rank: int, out: int, in_: int) -> tuple[Tensor, 
 
 
 def differs(kind: str, module: Any) -> str | None:
-    """As ``peft.differs``, for these tuners: why PEFT computes something else than a change of the weight gives, or
-    why the change is none that a variant has; None if neither."""
+    """As ``peft.differs``, for these tuners: why PEFT computes something else than a change of the
+    weight gives, or why the change is none that a variant has; None if neither."""
     if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
         if module.groups != 1:
             return f"one product for all {module.groups} groups of a convolution, of which Veneer has one each"
-        return None if module.padding_mode == "zeros" else f"PEFT leaves out padding_mode={module.padding_mode!r}"
-    return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer of this tuner"
+        return (
+            None
+            if module.padding_mode == "zeros"
+            else f"PEFT leaves out padding_mode={module.padding_mode!r}"
+        )
+    return (
+        None
+        if kind in ("linear", "conv1d_transformers")
+        else f"PEFT has no {kind} layer of this tuner"
+    )
 
 
 def plain_shapes(at: str, A: Tensor, B: Tensor, weights: Weights | None) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer, where a base tells
-    them."""
+    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer,
+    where a base tells them."""
     found = None if weights is None else weights(f"{at}.weight")
     shape = () if found is None else found[0]
     conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]

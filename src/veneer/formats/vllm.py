@@ -4,8 +4,8 @@
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
     what holds a LoRA      vllm/lora/lora_model.py: ``check_unexpected_modules``, by the last part of a path
 
-Which modules of a model vLLM has layers for is known to vLLM alone: it wraps linear layers, and embeddings of the
-models that name them. What no model of its can load is known here.
+Which modules of a model vLLM has layers for is known to vLLM alone: it wraps linear layers, and
+embeddings of the models that name them. What no model of its can load is known here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ __all__ = ["problems"]
 #: vLLM's own default of ``max_lora_rank``, and the ranks that it may be set to
 MAX_RANK = 16
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_SIDES = re.compile(r"^(?:base_model\.model\.)?(.*?)\.?(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$")
+_SIDES = re.compile(
+    r"^(?:base_model\.model\.)?(.*?)\.?(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<emb>[AB]))$"
+)
 
 
 def parse(name: str) -> tuple[str, str] | None:
-    """(module, "lora_a" or "lora_b") of a tensor's name, as vLLM reads it; None for a name that it refuses."""
+    """(module, "lora_a" or "lora_b") of a tensor's name, as vLLM reads it; None for a name that it
+    refuses."""
     found = _SIDES.match(name)
     if found is None or not found[1]:
         return None
@@ -46,13 +49,21 @@ def problems(
         config: ``adapter_config.json``.
         names: the names in ``adapter_model.safetensors``.
         shapes: their shapes, which tell convolutions.
-        max_rank: ``max_lora_rank`` of the server; None leaves the rank open up to the largest that vLLM knows.
+        max_rank: ``max_lora_rank`` of the server; None leaves the rank open up to the largest that
+            vLLM knows.
     """
-    names, (rank, limit) = list(names), (largest_rank(config), RANKS[-1] if max_rank is None else max_rank)
+    names, (rank, limit) = (
+        list(names),
+        (largest_rank(config), RANKS[-1] if max_rank is None else max_rank),
+    )
     saved, bias = config.get("modules_to_save"), config.get("bias") or "none"
-    dora = config.get("use_dora") or any(name.rpartition(".")[2] == peft.MAGNITUDE for name in names)
+    dora = config.get("use_dora") or any(
+        name.rpartition(".")[2] == peft.MAGNITUDE for name in names
+    )
     left_out = _left_out(config, names)
-    deep = {name.removeprefix(peft.PREFIX) for name, shape in (shapes or {}).items() if len(shape) > 2}
+    deep = {
+        name.removeprefix(peft.PREFIX) for name, shape in (shapes or {}).items() if len(shape) > 2
+    }
     checks = [
         (config.get("peft_type") != "LORA", f"its peft_type is {config.get('peft_type')!r}"),
         (not isinstance(config.get("target_modules"), list | str), "it names no target modules"),
@@ -61,7 +72,10 @@ def problems(
         (saved, f"it trains modules in full ({listing(saved or (), 3)})"),
         (bias != "none", f"it trains biases (bias={bias!r})"),
         *((True, reason) for reason in (*_scales(config, names), *_names(names))),
-        (left_out, f"its config leaves out {listing(left_out, 2)}, of which vLLM applies the tensors"),
+        (
+            left_out,
+            f"its config leaves out {listing(left_out, 2)}, of which vLLM applies the tensors",
+        ),
         (deep, f"it changes convolutions ({listing(sorted(deep), 2)})"),
     ]
     return [reason for wrong, reason in checks if wrong]
@@ -80,12 +94,15 @@ def _left_out(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Releases that do not read rank_pattern and alpha_pattern give every layer the one scale of r and lora_alpha."""
+    """Releases that do not read rank_pattern and alpha_pattern give every layer the one scale of r
+    and lora_alpha."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
     one = peft.strength(config)[2]  # of no path: no pattern applies
     paths = {parsed[0] for parsed in map(parse, names) if parsed is not None}
-    other = sorted(path for path in paths if abs(peft.strength(config, path)[2] - one) > 1e-6 * abs(one))
+    other = sorted(
+        path for path in paths if abs(peft.strength(config, path)[2] - one) > 1e-6 * abs(one)
+    )
     text = f"layers have scales of their own ({listing(other, 2)}), which releases of vLLM have ignored"
     return [text] if other else []
 
@@ -100,7 +117,11 @@ def _names(names: Iterable[str]) -> list[str]:
     if unknown := [name for name in unknown if not name.endswith(peft.MAGNITUDE)]:
         found.append(f"it holds tensors besides the factors ({listing(unknown, 3)})")
     modules = {what[0] for what in parsed.values() if what is not None}
-    wrapped = sorted(at for at in modules if "base_layer" in at.split(".") and not at.endswith(".experts.base_layer"))
+    wrapped = sorted(
+        at
+        for at in modules
+        if "base_layer" in at.split(".") and not at.endswith(".experts.base_layer")
+    )
     if wrapped:
         found.append(f"it changes what stands below a wrapper ({listing(wrapped, 2)})")
     return found

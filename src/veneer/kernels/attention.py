@@ -1,11 +1,13 @@
-"""Attention on a CPU, where torch's fused kernel is slow on short rows in 16 bits, and under a causal mask anyway.
+"""Attention on a CPU, where torch's fused kernel is slow on short rows in 16 bits, and under a
+causal mask anyway.
 
     scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ,    chances = softmax(scores),    output = chances value
 
-A key-value head serves the g query heads of its group in one product. Under a causal mask alone (``causal``) a few rows
-and heads are taken at a time, with the keys up to the last of these rows: scores that nobody sees are not computed, the
-others stay in the processor's cache, and none are kept, as backward makes them again (Dao et al. 2022,
-arXiv:2205.14135). In 16 bits scores are rounded before the softmax, as in transformers' "eager".
+A key-value head serves the g query heads of its group in one product. Under a causal mask alone
+(``causal``) a few rows and heads are taken at a time, with the keys up to the last of these rows:
+scores that nobody sees are not computed, the others stay in the processor's cache, and none are
+kept, as backward makes them again (Dao et al. 2022, arXiv:2205.14135). In 16 bits scores are
+rounded before the softmax, as in transformers' "eager".
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivate
 LONGEST = 288
 #: Keys from which on and up to which ``causal`` is, by the bytes of a number.
 SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
-#: Rows of a query head that it takes at a time: in float32 where a key-value head serves several, and else; and scores
+# : Rows of a query head that it takes at a time: in float32 where a key-value head serves several,
+# and else; and scores
 #: for each of torch's threads.
 PIECES, SCORES = (32, 64), 1 << 19
 #: Keys from which on torch's softmax of 16 bits takes several at a time, and is the faster one.
@@ -39,36 +42,49 @@ PIECE = 128
 
 
 def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
-    """Whether the products are the faster way for a call; ``causal``: there is a causal mask and no other."""
+    """Whether the products are the faster way for a call; ``causal``: there is a causal mask and no
+    other."""
     length, size = key.shape[2], query.element_size()
     if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
         return False
-    eager = _eager(query, key)  # first: torch.compile knows neither threads nor what a processor has
+    eager = _eager(
+        query, key
+    )  # first: torch.compile knows neither threads nor what a processor has
     if size == 4:  # of chunks so small torch's many threads would have little to do
         known = causal and eager and query.dtype is torch.float32
-        return known and SHORTEST <= length <= LONGEST_PIECES[size] and torch.get_num_threads() <= THREADS
+        return (
+            known
+            and SHORTEST <= length <= LONGEST_PIECES[size]
+            and torch.get_num_threads() <= THREADS
+        )
     backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return length <= (LONGEST_PIECES[size] if causal and not (backward and (not eager or has_tiles())) else LONGEST)
+    return length <= (
+        LONGEST_PIECES[size]
+        if causal and not (backward and (not eager or has_tiles()))
+        else LONGEST
+    )
 
 
 def _eager(*tensors: Tensor) -> bool:
-    """Whether a function of our own may be called: on plain tensors, and not under ``torch.compile``, ``torch.func``,
-    forward-mode AD or autocast."""
+    """Whether a function of our own may be called: on plain tensors, and not under
+    ``torch.compile``, ``torch.func``, forward-mode AD or autocast."""
     if not untransformed() or _C._is_any_autocast_enabled():
         return False
     return all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale · query keyᵀ) value where row i sees no key behind the i-th: ``products`` without a bias.
+    """softmax(scale · query keyᵀ) value where row i sees no key behind the i-th: ``products``
+    without a bias.
 
     Args:
-        query, key, value: [b, h, s, d], [b, kv, s, d] and [b, kv, s, e] of one dtype, with h a multiple of kv.
+        query, key, value: [b, h, s, d], [b, kv, s, d] and [b, kv, s, e] of one dtype, with h a
+            multiple of kv.
         scale: 1 / √d if None.
 
     Returns:
-        [b, h, s, e], differentiable. Scores are kept for backward where rows are few, and for the gradient of a
-        gradient.
+        [b, h, s, e], differentiable. Scores are kept for backward where rows are few, and for the
+        gradient of a gradient.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] < SHORTEST or not _eager(query, key, value):
@@ -87,7 +103,9 @@ class _Causal(torch.autograd.Function):
         output = query.new_empty(b, s, h, value.shape[-1])
         own = _by_head(output.transpose(1, 2), key)
         for some, turns in _chunks(query, key, value, scale, 2):
-            for place, (_, _, values, _, chances) in zip(own[some].split(_size(own), 3), turns, strict=True):
+            for place, (_, _, values, _, chances) in zip(
+                own[some].split(_size(own), 3), turns, strict=True
+            ):
                 place.copy_((chances @ values).view(place.shape))
         return output
 
@@ -95,29 +113,45 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (query, key, value), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         graph = torch.is_grad_enabled()
-        many = _C._functorch.is_legacy_batchedtensor(gradient) or _C._functorch.peek_interpreter_stack() is not None
+        many = (
+            _C._functorch.is_legacy_batchedtensor(gradient)
+            or _C._functorch.peek_interpreter_stack() is not None
+        )
         with torch.autocast(gradient.device.type, enabled=False):
             if not graph and not many:
                 return *_gradients(query, key, value, gradient.transpose(1, 2), ctx.scale), None
             with torch.enable_grad():
-                own = [one.view_as(one) if graph else one.detach().requires_grad_() for one in (query, key, value)]
-                output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(1, 2)
+                own = [
+                    one.view_as(one) if graph else one.detach().requires_grad_()
+                    for one in (query, key, value)
+                ]
+                output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(
+                    1, 2
+                )
             wanted = [one for one, need in zip(own, needs, strict=True) if need]
             found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=graph))
             return *(next(found) if need else None for need in needs), None
 
 
-def _gradients(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     """Those of query, key and value, of one of the output [b, h, s, e]."""
     b, h, s, d = query.shape
     of_query = query.new_empty(b, s, h, d).transpose(1, 2)
-    wide = torch.promote_types(query.dtype, torch.float32)  # sums over pieces are rounded to 16 bits once
-    of_key, of_value = (torch.zeros(one.shape, dtype=wide, device=one.device) for one in (key, value))
+    wide = torch.promote_types(
+        query.dtype, torch.float32
+    )  # sums over pieces are rounded to 16 bits once
+    of_key, of_value = (
+        torch.zeros(one.shape, dtype=wide, device=one.device) for one in (key, value)
+    )
     above, own = _by_head(gradient, key), _by_head(of_query, key)
     for some, turns in _chunks(query, key, value, scale, 3):
         gradients, places = (one[some].split(_size(own), 3) for one in (above, own))
         totals = [one[some].flatten(0, 1) for one in (of_key, of_value)]
-        for below, place, (rows, keys, values, scores, chances, onward) in zip(gradients, places, turns, strict=True):
+        for below, place, (rows, keys, values, scores, chances, onward) in zip(
+            gradients, places, turns, strict=True
+        ):
             below = below.reshape(len(rows), rows.shape[1], -1)
             torch.bmm(below, values.mT, out=scores)
             _of_softmax(scores, chances, -1, scores.dtype, grad_input=onward)
@@ -150,7 +184,9 @@ def _chunks(
         yield some, _turns(own, key[some].flatten(0, 1), value[some].flatten(0, 1), scale, places)
 
 
-def _turns(own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list) -> Iterator[tuple[Tensor, ...]]:
+def _turns(
+    own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list
+) -> Iterator[tuple[Tensor, ...]]:
     """A few rows at a time, of heads [., ., g, s, d] with keys [n, s, d] and values [n, s, e].
 
     Yields:
@@ -160,7 +196,9 @@ def _turns(own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list
     """
     lowest = torch.finfo(own.dtype).min
     hidden = torch.ones(_size(own), _size(own), dtype=torch.bool, device=own.device).triu_(1)
-    for part, (lying, rows, corner, scores, chances, *rest) in zip(own.split(_size(own), 3), places, strict=True):
+    for part, (lying, rows, corner, scores, chances, *rest) in zip(
+        own.split(_size(own), 3), places, strict=True
+    ):
         torch.mul(part, scale, out=lying)
         seen = keys[:, : scores.shape[2]]
         torch.bmm(rows, seen.mT, out=scores)
@@ -170,8 +208,9 @@ def _turns(own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list
 
 
 def _places(own: Tensor, count: int) -> list[tuple[Tensor, ...]]:
-    """Memory for the turns of heads [., ., g, s, d], each time the same: for rows as [., ., g, r, d] and [n, g · r, d],
-    for scores that some rows do not see [n, g, r, r], and ``count`` of [n, g · r, k], the first of which has these."""
+    """Memory for the turns of heads [., ., g, s, d], each time the same: for rows as [., ., g, r,
+    d] and [n, g · r, d], for scores that some rows do not see [n, g, r, r], and ``count`` of [n, g
+    · r, k], the first of which has these."""
     *heads, group, s, d = own.shape
     n, most = heads[0] * heads[1], min(_size(own), s)
     scaled, memory = own.new_empty(n * group * most * d), own.new_empty(count, n * group * most * s)
@@ -222,7 +261,9 @@ def products(
             tall = tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
             scores = torch.baddbmm(tall, rows, keys)
         return _output(scores, values, dropout).view(b, h, s, -1)
-    hidden = torch.full((PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu_(1)
+    hidden = torch.full(
+        (PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device
+    ).triu_(1)
     found = []
     for first in range(0, s, PIECE):
         after = min(first + PIECE, s)
@@ -242,35 +283,49 @@ def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """What is added to the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand already; ``causal``
-    counts where there is none."""
+    """What is added to the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand
+    already; ``causal`` counts where there is none."""
     if mask is None:
         if not causal:
             return None
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask.to(query.dtype)
     # finite: a row that sees nothing, such as one of padding, stays a number
     lowest = torch.finfo(query.dtype).min
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
+        ~mask, lowest
+    )
 
 
 def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) -> bool:
-    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart: whether there are at
-    most half as many scores then, with each row filled up to the longest."""
-    if not isinstance(starts, Tensor) or longest is None or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart:
+    whether there are at most half as many scores then, with each row filled up to the longest."""
+    if (
+        not isinstance(starts, Tensor)
+        or longest is None
+        or not isinstance(mask, Tensor)
+        or mask.dtype != torch.bool
+    ):
         return False
     length = query.shape[2]
     if query.device.type != "cpu" or not _eager(query, key) or mask.shape != (1, 1, length, length):
         return False
-    return query.shape[0] == 1 and key.shape[2] == length and 2 * (len(starts) - 1) * longest**2 <= length**2
+    return (
+        query.shape[0] == 1
+        and key.shape[2] == length
+        and 2 * (len(starts) - 1) * longest**2 <= length**2
+    )
 
 
 class Packed:
-    """Rows in one: row i is the tokens from ``starts[i]`` to ``starts[i + 1]``, at most ``longest``.
+    """Rows in one: row i is the tokens from ``starts[i]`` to ``starts[i + 1]``, at most
+    ``longest``.
 
-    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row filled up on the right with its last token.
-    [n, longest, h, d] -> ``together`` -> [1, s, h, d]."""
+    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row filled up on the right with its last
+    token. [n, longest, h, d] -> ``together`` -> [1, s, h, d]."""
 
     def __init__(self, starts: Tensor, longest: int) -> None:
         first, lengths = starts[:-1, None].long(), starts.diff()[:, None]
@@ -280,11 +335,18 @@ class Packed:
         self.back = self.real.flatten().nonzero()[:, 0]
 
     def apart(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)[0].index_select(0, self.place.flatten()).unflatten(0, self.place.shape).transpose(1, 2)
+        return (
+            x.transpose(1, 2)[0]
+            .index_select(0, self.place.flatten())
+            .unflatten(0, self.place.shape)
+            .transpose(1, 2)
+        )
 
     def together(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.back)[None]
 
     def seen(self, mask: Any) -> Tensor:
         """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
-        return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[:, None]
+        return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[
+            :, None
+        ]

@@ -1,25 +1,27 @@
-"""Many adapters in one batch of linear layers: each row's x ΔWᵀ, [N, out], by tensors (``mixed_rows.py``: in one loop).
+"""Many adapters in one batch of linear layers: each row's x ΔWᵀ, [N, out], by tensors
+(``mixed_rows.py``: in one loop).
 
-**Few tokens** (decoding): rows are put into groups by their adapter, each as large as the largest, and all groups are
-two batched products:
+**Few tokens** (decoding): rows are put into groups by their adapter, each as large as the largest,
+and all groups are two batched products:
 
     h = A xᵀ            A: [S, r, in]   x, grouped: [S, n, in]   h: [S, r, n]
     Δ = hᵀ B            B: [S, r, out]                           Δ: [S, n, out]
 
-On a processor adapters' numbers are float32 whatever the base is: its batched products of thin matrices take several
-times as long in 16 bits. A row that blends k adapters stands in k groups.
+On a processor adapters' numbers are float32 whatever the base is: its batched products of thin
+matrices take several times as long in 16 bits. A row that blends k adapters stands in k groups.
 
-**Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with theirs.
+**Many tokens** (prompts): each run of neighbouring rows with the same adapters is multiplied with
+theirs.
 
-**On a device** a launch is dear and a copy of thin factors is not: each row is multiplied with factors of its own, laid
-side by side for the call by one launch, and nothing of them is kept:
+**On a device** a launch is dear and a copy of thin factors is not: each row is multiplied with
+factors of its own, laid side by side for the call by one launch, and nothing of them is kept:
 
     Δ = (x Aᵀ) B        x: [N, t, in]   A: [N, r, in]   B: [N, r, out]
 
-Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, where groups take 15 µs
-and the layer itself 246 in float32: all adapters side by side and a mask over the ranks (48 µs), a product an adapter
-(3 to 5 µs each), gathering each row's factors (copies every adapter once a row; Chen et al. 2023, "Punica",
-arXiv:2310.18547, gathers in a kernel of its own).
+Measured and rejected, for 16 rows, 8 adapters of rank 8 and a layer of 576 × 576 on one core, where
+groups take 15 µs and the layer itself 246 in float32: all adapters side by side and a mask over the
+ranks (48 µs), a product an adapter (3 to 5 µs each), gathering each row's factors (copies every
+adapter once a row; Chen et al. 2023, "Punica", arXiv:2310.18547, gathers in a kernel of its own).
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ class Grouping:
         first, groups: the slots that are used, and those between them.
         order: [S · n] the row of each place; None where rows lie in their places already.
         weights: [S, 1, n] of a place, 0 where no row is meant; None for all 1.
-        back: for each row the place of its result, [N] (None: as they lie), and which rows have none, [N, 1] of bool
-            (None: all have one); several such, of which a row's result is the sum.
+        back: for each row the place of its result, [N] (None: as they lie), and which rows have
+            none, [N, 1] of bool (None: all have one); several such, of which a row's result is the
+            sum.
     """
 
     first: int
@@ -88,36 +91,51 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor], scale: float | Tensor,
     zeros: Tensor,
 ) -> Tensor:  # fmt: skip
-    """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias [N, *, out], row n with factors of its own; differentiable in all but W.
+    """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias [N, *, out], row n with factors of its own;
+    differentiable in all but W.
 
     Args:
         x: [N, *, in], on a device.
-        A, B: [r_n, in] and [out, r_n] of each row, of one dtype. The same tensor may stand for several rows.
+        A, B: [r_n, in] and [out, r_n] of each row, of one dtype. The same tensor may stand for
+            several rows.
         scale: of all rows, or [N, 1, 1].
         zeros: of the dtype of A and B, as many as the largest of these has numbers.
     """
-    recorded, rows, most = torch.is_grad_enabled(), x.reshape(len(A), -1, x.shape[-1]), max(map(len, A))
+    recorded, rows, most = (
+        torch.is_grad_enabled(),
+        x.reshape(len(A), -1, x.shape[-1]),
+        max(map(len, A)),
+    )
     joined = []
     for factors in (A, [one.mT for one in B]):
         width = factors[0].shape[1]
         nothing = zeros[: most * width].view(most, width)
         pieces = [piece for one in factors for piece in (one, nothing[len(one) :]) if len(piece)]
         joined.append(torch.cat(pieces).view(len(factors), most, width))
-    downs, ups = [one.to(x.dtype) for one in joined] if recorded else cast(Any, device.same_dtype(joined, x.dtype))
+    downs, ups = (
+        [one.to(x.dtype) for one in joined]
+        if recorded
+        else cast(Any, device.same_dtype(joined, x.dtype))
+    )
     h = torch.bmm(rows, downs.mT)
     h, alpha = (h * scale, 1) if isinstance(scale, Tensor) else (h, scale)
-    delta = torch.baddbmm(h.detach().view(-1)[:1], h, ups, beta=0, alpha=alpha).view(-1, weight.shape[0])
+    delta = torch.baddbmm(h.detach().view(-1)[:1], h, ups, beta=0, alpha=alpha).view(
+        -1, weight.shape[0]
+    )
     tokens = rows.reshape(-1, x.shape[-1])
     if not recorded:
         y = fused.added(delta, tokens, weight, bias)
     elif bias is None:
-        y = torch.addmm(delta, tokens, weight.mT)  # in place, the graph would copy what this is a view of
+        y = torch.addmm(
+            delta, tokens, weight.mT
+        )  # in place, the graph would copy what this is a view of
     else:
         y = torch.addmm(delta + bias, tokens, weight.mT)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-#: rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out], weight), …))
+# : rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out],
+# weight), …))
 Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
 
 

@@ -5,13 +5,15 @@
 
 Against the two convolutions and their sum in autograd:
 
-- with many positions, W + s B A is formed in float32, in forward and in backward: the bottleneck's way through an
-  output and through the gradient of x falls away, and the gradients of A and B need thin products only;
+- with many positions, W + s B A is formed in float32, in forward and in backward: the bottleneck's
+  way through an output and through the gradient of x falls away, and the gradients of A and B need
+  thin products only;
 - with few, or in 16 bits, the bottleneck's part is added in place by a batched matrix product;
-- a kernel of one position is a matrix product, and one with strides copies the positions of x that it reads once, and
-  saves those in place of x;
-- where channels lie last in memory (``torch.channels_last``), positions are rows of a matrix: a kernel of one position
-  is a linear layer, and goes the way of those (``fused``), and so do the products with B;
+- a kernel of one position is a matrix product, and one with strides copies the positions of x that
+  it reads once, and saves those in place of x;
+- where channels lie last in memory (``torch.channels_last``), positions are rows of a matrix: a
+  kernel of one position is a linear layer, and goes the way of those (``fused``), and so do the
+  products with B;
 - saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed.
 
 The backward of the backward goes through plain differentiable code.
@@ -27,14 +29,16 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-#: numbers in x up to which two convolutions and a sum, which are less Python, take no longer; measured on a CPU core
+# : numbers in x up to which two convolutions and a sum, which are less Python, take no longer;
+# measured on a CPU core
 SMALL = 1 << 17
 #: how channels lie last, by the number of axes
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
-    """The options of a convolution with one group and zeros around x, a number each spatial axis."""
+    """The options of a convolution with one group and zeros around x, a number each spatial
+    axis."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -47,8 +51,8 @@ class Geometry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as ``fused.Settings`` has it, and
-    ``last`` whether channels lie last."""
+    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as
+    ``fused.Settings`` has it, and ``last`` whether channels lie last."""
 
     geometry: Geometry
     scale: float
@@ -79,10 +83,11 @@ def conv(
 
     Args:
         x: [n, in, *size], contiguous or with its channels last.
-        weight: [out, in, *k] of the dtype of x, laid out one way or the other; it gets no gradient. Where either
-            has its channels last, y has.
+        weight: [out, in, *k] of the dtype of x, laid out one way or the other; it gets no gradient.
+            Where either has its channels last, y has.
         bias: [out] or None, of the dtype of x.
-        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x, gradients in their own.
+        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x,
+            gradients in their own.
         drops: probability of dropping an entry of x on the low-rank path.
     """
     last = bool(lies(x) or lies(weight))
@@ -97,13 +102,15 @@ def conv(
     tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
     product = last and _is_product(geometry, weight)
     loops = product and cost_model.looped(x.dtype, x.device)
-    form = not drops and tokens > cost_model.forms_above(weight.shape[0], in_, B.shape[1], x.dtype, loops)
+    form = not drops and tokens > cost_model.forms_above(
+        weight.shape[0], in_, B.shape[1], x.dtype, loops
+    )
     seed = dropout.seed() if drops else 0
     if product and not x.is_cpu:
         tokens_ = x.movedim(1, -1)
-        return device.linears([scale], tokens_, [weight.flatten(1)], [bias], [A], [B], None, drops, seed)[0].movedim(
-            -1, 1
-        )
+        return device.linears(
+            [scale], tokens_, [weight.flatten(1)], [bias], [A], [B], None, drops, seed
+        )[0].movedim(-1, 1)
     if product:
         settings = fused.Settings((scale,), drops, seed, form)
         y = fused.linears(settings, x.movedim(1, -1), [weight.flatten(1)], [bias], [A], [B])[0]
@@ -135,7 +142,9 @@ class _Conv(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             plain = functools.partial(_definition, settings)
-            return None, *reference.gradients_of(plain, (x, weight, bias, A, B), needs, [dy], settings.drops)
+            return None, *reference.gradients_of(
+                plain, (x, weight, bias, A, B), needs, [dy], settings.drops
+            )
         need_x, _, need_bias, need_A, need_B = needs
         with torch.autocast(x.device.type, enabled=False):
             dy, down, up = _laid(dy, settings.last), A.to(x.dtype), B.to(x.dtype)
@@ -145,11 +154,18 @@ class _Conv(torch.autograd.Function):
             dh, dB = _through_up(settings, dy, up, h if need_B else None)
             dB = None if dB is None else dB.to(B.dtype)
             if need_A or need_x:
-                dx, dA = _through_thin(settings, x, down, weight, dh, need_x and not settings.form, need_A)
+                dx, dA = _through_thin(
+                    settings, x, down, weight, dh, need_x and not settings.form, need_A
+                )
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
                 through = _formed(weight, down, up, settings.scale) if settings.form else weight
-                onto, dx = dx, _laid(_backward(settings, dy, x, through, (True, False, False))[0], settings.last)
+                onto, dx = (
+                    dx,
+                    _laid(
+                        _backward(settings, dy, x, through, (True, False, False))[0], settings.last
+                    ),
+                )
                 dx = dx if onto is None else dx.add_(onto)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
@@ -172,14 +188,22 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
 
 def _dropped(settings: Settings, x: Tensor) -> Tensor | None:
     """The entries of x, in the order of memory, that the low-rank path does not see."""
-    return dropout.entries(x.numel(), settings.drops, settings.seed, x.device) if settings.drops else None
+    return (
+        dropout.entries(x.numel(), settings.drops, settings.seed, x.device)
+        if settings.drops
+        else None
+    )
 
 
 def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
     """x with zeros in these entries."""
     if dropped is None:
         return x
-    return dropout.without(x.movedim(1, -1), dropped).movedim(-1, 1) if settings.last else dropout.without(x, dropped)
+    return (
+        dropout.without(x.movedim(1, -1), dropped).movedim(-1, 1)
+        if settings.last
+        else dropout.without(x, dropped)
+    )
 
 
 def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -205,7 +229,9 @@ def _thin(settings: Settings, x: Tensor, down: Tensor, weight: Tensor) -> Tensor
     return _plain(settings, x, down.view(-1, *weight.shape[1:]), None)
 
 
-def _through_up(settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _through_up(
+    settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(the gradient of h [n, r, *positions], that of B [out, r] if there is h), from that of y."""
     if settings.last:
         rows, narrow = _rows(dy), (up * settings.scale).mT
@@ -214,7 +240,9 @@ def _through_up(settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None) ->
         dh, dB = fused.thin_twice(narrow, rows, _rows(h).mT)
         return _images(dh.mT.contiguous(), dy), dB.mT * settings.scale
     flat = dy.flatten(2)  # [n, out, p]
-    dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(len(dy), -1, *dy.shape[2:])
+    dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(
+        len(dy), -1, *dy.shape[2:]
+    )
     return dh, None if h is None else torch.bmm(flat, h.flatten(2).mT).sum(0) * settings.scale
 
 
@@ -237,7 +265,9 @@ def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A:
     return dx, dA
 
 
-def _backward(settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]) -> Any:
+def _backward(
+    settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]
+) -> Any:
     """The gradients of x, of the weight and of a bias, those that are asked for."""
     none, geometry = [0] * len(settings.geometry.stride), settings.geometry
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)

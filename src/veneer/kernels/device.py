@@ -1,22 +1,27 @@
-"""Linear layers that read one input, with their low-rank changes, on a device with its own memory (a GPU).
+"""Linear layers that read one input, with their low-rank changes, on a device with its own memory
+(a GPU).
 
     y_i = gain_i ⊙ (x W_iᵀ + s_i · (drop(x) A_iᵀ) B_iᵀ) + bias_i
     x: [*, in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]   gain_i: [out_i] or None
 
-The function that ``fused.py`` computes on a processor, by other means, since other things are dear here: a launch takes
-as long as the thin products themselves, and to read a number back stops the host until the device has caught up.
+The function that ``fused.py`` computes on a processor, by other means, since other things are dear
+here: a launch takes as long as the thin products themselves, and to read a number back stops the
+host until the device has caught up.
 
-- **Few launches.** Whatever is not of the dtype that the products run in is cast by one launch, the gradients in
-  backward too; a scale is a product's ``alpha``; x Wᵀ is added inside its own product to what the change has written
-  there. One layer with a float32 adapter in bfloat16: 4 forward and 6 backward (``tests/cuda/test_counts.py``).
-- **No waits.** Dropout is a mask from a seed, drawn again in backward: a processor draws the few entries that it drops,
-  whose number must be known before there is memory for them.
-- **Autocast** is seen to here, as torch's own would take each product apart: x, W, A and B are cast together.
-- **16-bit outputs are rounded once**, with bias and change in them, where the device has products that sum up in
-  float32 (``_sums_wide``); with a gain, the product is rounded before it.
+- **Few launches.** Whatever is not of the dtype that the products run in is cast by one launch, the
+  gradients in backward too; a scale is a product's ``alpha``; x Wᵀ is added inside its own product
+  to what the change has written there. One layer with a float32 adapter in bfloat16: 4 forward and
+  6 backward (``tests/cuda/test_counts.py``).
+- **No waits.** Dropout is a mask from a seed, drawn again in backward: a processor draws the few
+  entries that it drops, whose number must be known before there is memory for them.
+- **Autocast** is seen to here, as torch's own would take each product apart: x, W, A and B are cast
+  together.
+- **16-bit outputs are rounded once**, with bias and change in them, where the device has products
+  that sum up in float32 (``_sums_wide``); with a gain, the product is rounded before it.
 
-Saved are x (or what it was made of), the thin factors in the dtype of the products, h if it is small, and with a gain
-what it multiplies. A weight may be given as a function that reads it (4 bits): it is read anew in backward.
+Saved are x (or what it was made of), the thin factors in the dtype of the products, h if it is
+small, and with a gain what it multiplies. A weight may be given as a function that reads it (4
+bits): it is read anew in backward.
 """
 
 from __future__ import annotations
@@ -46,7 +51,8 @@ class Settings(NamedTuple):
         scales: s_i.
         dtype: that of the products and of y.
         dropout, seed: as in ``fused.Settings``.
-        reads: for each layer what reads its weight in a dtype, [out, in], where that is no tensor; else None.
+        reads: for each layer what reads its weight in a dtype, [out, in], where that is no tensor;
+            else None.
     """
 
     scales: tuple[float, ...]
@@ -62,8 +68,8 @@ _COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
 
 @contextmanager
 def counted() -> Iterator[None]:
-    """A block in which tensors on the meta device take the path of a device, so that what a step there computes and
-    saves can be counted without one."""
+    """A block in which tensors on the meta device take the path of a device, so that what a step
+    there computes and saves can be counted without one."""
     token = _COUNTED.set(True)
     try:
         yield
@@ -92,14 +98,20 @@ def dtype_of(x: Tensor) -> torch.dtype:
 
 
 def _autocast(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; torch has none for meta, and raises if it is asked."""
+    """Whether autocast is on for a kind of device; torch has none for meta, and raises if it is
+    asked."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def applies(x: Tensor, weight: Any) -> bool:
-    """Whether ``linears`` is right for a call: ``plain``, on a frozen weight of the same dtype, or one that autocast
-    gives the same."""
-    if not plain(x) or type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
+    """Whether ``linears`` is right for a call: ``plain``, on a frozen weight of the same dtype, or
+    one that autocast gives the same."""
+    if (
+        not plain(x)
+        or type(weight) is not nn.Parameter
+        or weight.requires_grad
+        or weight.device != x.device
+    ):
         return False
     return weight.is_floating_point() and dtype_of(weight) == dtype_of(x)
 
@@ -120,13 +132,14 @@ def linears(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    """y_i for each layer, in the dtype that autocast says, else in that of x; differentiable once more often than
-    backward needs, in x, the biases, A, B and the gains.
+    """y_i for each layer, in the dtype that autocast says, else in that of x; differentiable once
+    more often than backward needs, in x, the biases, A, B and the gains.
 
     Args:
         x: [*, in], for which ``plain`` holds.
         weights: [out_i, in], or what reads it; they get no gradient.
-        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any floating-point dtype.
+        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any
+            floating-point dtype.
         gains: [out_i] or None.
 
     Raises:
@@ -152,7 +165,9 @@ def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Ten
         if one is not None and one.dtype != dtype:
             casts.setdefault(one.dtype, []).append(place)
     for places in casts.values():
-        for place, one in zip(places, _cast([cast(Tensor, tensors[place]) for place in places], dtype), strict=True):
+        for place, one in zip(
+            places, _cast([cast(Tensor, tensors[place]) for place in places], dtype), strict=True
+        ):
             found[place] = one
     return found
 
@@ -164,13 +179,17 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
         made = [torch.empty_like(one, dtype=dtype, requires_grad=False) for one in tensors]
         vars(torch)["_foreach_copy_"](made, tensors)
         return made
-    places = [place for place, one in enumerate(tensors) if one.is_contiguous()]  # joined, and cast meanwhile
+    places = [
+        place for place, one in enumerate(tensors) if one.is_contiguous()
+    ]  # joined, and cast meanwhile
     sizes = [tensors[place].numel() for place in places]
     flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
     if places:
         torch.cat([tensors[place].view(-1) for place in places], out=flat)
     parts = dict(zip(places, flat.split(sizes), strict=True))
-    return [parts[i].view(one.shape) if i in parts else one.to(dtype) for i, one in enumerate(tensors)]
+    return [
+        parts[i].view(one.shape) if i in parts else one.to(dtype) for i, one in enumerate(tensors)
+    ]
 
 
 @functools.cache
@@ -182,12 +201,17 @@ def _copies_lists() -> bool:
 def product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale · left right."""
     out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
-    return torch.mm(left, right, out=out) if scale == 1 else out.addmm_(left, right, beta=0, alpha=scale)
+    return (
+        torch.mm(left, right, out=out)
+        if scale == 1
+        else out.addmm_(left, right, beta=0, alpha=scale)
+    )
 
 
 @functools.cache
 def _sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of 16-bit numbers may be had in float32. Asked by making one: torch has them for some."""
+    """Whether products of 16-bit numbers may be had in float32. Asked by making one: torch has them
+    for some."""
     if dtype.itemsize > 2:
         return False
     try:
@@ -198,7 +222,9 @@ def _sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def added(h: Tensor, up: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def added(
+    h: Tensor, up: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     """x Wᵀ + scale · h upᵀ + bias [T, out], rounded once where the device can."""
     up, weight = up.mT, weight.mT
     if bias is None:
@@ -253,7 +279,14 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         scale, gain, weight = settings.scales[number] / keep, gains[number], weights_[number]
         weight = settings.reads[number](dtype) if weight is None else weight  # pyright: ignore[reportOptionalCall]
         bias = biases_[number]
-        y = added(h[:, first:after], ups[number], scale, tokens, weight, None if gain is not None else bias)
+        y = added(
+            h[:, first:after],
+            ups[number],
+            scale,
+            tokens,
+            weight,
+            None if gain is not None else bias,
+        )
         before.append(None if gain is None else y)
         if gain is not None:
             y = torch.mul(y, gain, out=torch.empty_like(y))
@@ -283,7 +316,8 @@ class _LinearsOnDevice(torch.autograd.Function):
             return _gradients(ctx, *gradients)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``plain``).
+# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
+# (``plain``).
 _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 
 
@@ -302,7 +336,9 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
             )
         function = functools.partial(_definition, settings)
         needed = ctx.needs_input_grad[1:]
-        return None, *reference.gradients_of(function, (x, *tensors), needed, gradients, settings.dropout)
+        return None, *reference.gradients_of(
+            function, (x, *tensors), needed, gradients, settings.dropout
+        )
     _, needs_bias, needs_A, needs_B, needs_gain = needs
     weights, biases, A, B, gains = _apart(tensors)
     weights = [own if one is None else one for one, own in zip(casts, weights, strict=True)]
@@ -322,12 +358,20 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
         dy = dy.reshape(-1, dy.shape[-1])
         db[number] = dy.sum(0) if needs_bias[number] else None
         if gains[number] is not None:
-            dgain[number] = (dy * before[number]).sum(0, dtype=gains[number].dtype) if needs_gain[number] else None
+            dgain[number] = (
+                (dy * before[number]).sum(0, dtype=gains[number].dtype)
+                if needs_gain[number]
+                else None
+            )
             dy = torch.mul(dy, gains[number], out=torch.empty_like(dy))
         product(dy, ups[number], scale, U[:, start:end])
         dB[number] = product(dy.mT, h[:, start:end], scale) if needs_B[number] else None
         dys[number] = dy
-    dA = (U.mT @ read).split([end - start for start, end in _spans(ups)]) if True in needs_A else [None] * count
+    dA = (
+        (U.mT @ read).split([end - start for start, end in _spans(ups)])
+        if True in needs_A
+        else [None] * count
+    )
     dx = None
     if needs_x:
         dx = U @ joined
@@ -336,8 +380,14 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
             if dy is not None:
                 dx.addmm_(dy, reading(settings.dtype) if weight is None else weight)
         dx = dx.view(ctx.shape)
-    dA = [one if need and dy is not None else None for one, dy, need in zip(dA, gradients, needs_A, strict=True)]
-    dtypes = [ctx.cast or x.dtype, *(None if one is None else one.dtype for one in (*biases, *A, *B))]
+    dA = [
+        one if need and dy is not None else None
+        for one, dy, need in zip(dA, gradients, needs_A, strict=True)
+    ]
+    dtypes = [
+        ctx.cast or x.dtype,
+        *(None if one is None else one.dtype for one in (*biases, *A, *B)),
+    ]
     dx, *found = _own_dtypes([dx, *db, *dA, *dB], dtypes)
     db, dA, dB = _apart(found, 3)
     dA, dB = (
@@ -347,13 +397,17 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     return None, dx, *[None] * count, *db, *dA, *dB, *dgain
 
 
-def _own_dtypes(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+def _own_dtypes(
+    gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
     """Each gradient in the dtype of what it is of."""
     found = list(gradients)
     for dtype in {*dtypes} - {None}:
         places = [place for place, own in enumerate(dtypes) if own == dtype]
         for place, one in zip(
-            places, same_dtype([gradients[place] for place in places], cast(Any, dtype)), strict=True
+            places,
+            same_dtype([gradients[place] for place in places], cast(Any, dtype)),
+            strict=True,
         ):
             found[place] = one
     return found
@@ -372,7 +426,9 @@ def _definition(settings: Settings, x: Tensor, *tensors: Any) -> list[Tensor]:
     for number, (weight, bias, down, up, gain) in enumerate(zip(*_apart(tensors), strict=True)):
         weight = settings.reads[number](dtype) if weight is None else weight.to(dtype)  # pyright: ignore[reportOptionalCall]
         y = torch.nn.functional.linear(x, weight)
-        y = reference.matmul_update(x, _matrix(down).to(dtype), _matrix(up).to(dtype), settings.scales[number], y)
+        y = reference.matmul_update(
+            x, _matrix(down).to(dtype), _matrix(up).to(dtype), settings.scales[number], y
+        )
         y = y if gain is None else (y * gain).to(dtype)
         ys.append(y if bias is None else y + bias.to(dtype))
     return ys

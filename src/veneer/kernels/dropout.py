@@ -1,11 +1,13 @@
 """Dropout for a small probability: draw the entries that are dropped, not a random number for each.
 
-A Poisson number of draws with replacement, with λ = -ln(1 - p) an entry, hits each entry a Poisson(λ) number of times,
-independently of the others: it is missed with probability exp(-λ) = 1 - p (Kingman 1993, "Poisson Processes", section
-5.1). That is exactly the distribution of a mask of independent entries, from about p · count random numbers.
+A Poisson number of draws with replacement, with λ = -ln(1 - p) an entry, hits each entry a
+Poisson(λ) number of times, independently of the others: it is missed with probability exp(-λ) = 1 -
+p (Kingman 1993, "Poisson Processes", section
+5.1). That is exactly the distribution of a mask of independent entries, from about p · count random
+numbers.
 
-The numbers of a matrix are drawn a few rows at a time, each such group with a Poisson number of its own, so that a loop
-over rows (``compiled/thin_matmul.py``) meets the draws in its order.
+The numbers of a matrix are drawn a few rows at a time, each such group with a Poisson number of its
+own, so that a loop over rows (``compiled/thin_matmul.py``) meets the draws in its order.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class Dropped(NamedTuple):
     """Entries that are dropped of ``count`` numbers, which lie in groups of ``width``.
 
     Fields:
-        places: int64, within the groups; group by group, in no order, some twice, and some of the last group may lie
-            behind the numbers.
+        places: int64, within the groups; group by group, in no order, some twice, and some of the
+            last group may lie behind the numbers.
         ends: int64, for each group the number of places up to its last.
         width: numbers in a group.
         count: numbers in all.
@@ -57,8 +59,11 @@ class Dropped(NamedTuple):
         return found if self.count % max(self.width, 1) == 0 else found[found < self.count]
 
 
-def drawn(count: int, p: float, seed: int, device: torch.device, width: int | None = None) -> Dropped:
-    """What is dropped of ``count`` numbers: each with probability p, independently. One group without ``width``."""
+def drawn(
+    count: int, p: float, seed: int, device: torch.device, width: int | None = None
+) -> Dropped:
+    """What is dropped of ``count`` numbers: each with probability p, independently. One group
+    without ``width``."""
     width = width or count
     groups = -(-count // width) if count else 0
     generator = torch.Generator(device).manual_seed(seed)
@@ -68,7 +73,12 @@ def drawn(count: int, p: float, seed: int, device: torch.device, width: int | No
     means = torch.full((groups,), -math.log1p(-p) * width, dtype=torch.float64, device=device)
     ends = torch.poisson(means, generator=generator).long().cumsum(0)
     draws = int(ends[-1]) if groups else 0
-    return Dropped(torch.randint(max(width, 1), (draws,), generator=generator, device=device), ends, width, count)
+    return Dropped(
+        torch.randint(max(width, 1), (draws,), generator=generator, device=device),
+        ends,
+        width,
+        count,
+    )
 
 
 def mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -> Tensor:
@@ -85,23 +95,28 @@ def of_rows(x: Tensor, p: float, seed: int) -> Dropped:
 
 
 def entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """What is dropped of ``count`` numbers, for ``without``: entries, or on a device a mask of what is kept. There the
-    number of entries could not be read without waiting for all that runs."""
+    """What is dropped of ``count`` numbers, for ``without``: entries, or on a device a mask of what
+    is kept. There the number of entries could not be read without waiting for all that runs."""
     if device.type != "cpu":
         return mask((count,), p, seed, device)
     return drawn(count, p, seed, device).entries()
 
 
 def without(x: Tensor, entries: Tensor) -> Tensor:
-    """A copy of x, of any shape, with zeros in these entries, or where this mask is False; differentiable."""
+    """A copy of x, of any shape, with zeros in these entries, or where this mask is False;
+    differentiable."""
     if entries.dtype is torch.bool:
         return x * entries.view(x.shape)
     return x.reshape(-1).index_fill(0, entries, 0).view(x.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``F.dropout(x, p)``, and that itself where a number of draws cannot vary (a compiled graph) or random numbers are
-    under rules of their own (``torch.func``), and on a device."""
-    if not x.is_cpu or torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None:
+    """``F.dropout(x, p)``, and that itself where a number of draws cannot vary (a compiled graph)
+    or random numbers are under rules of their own (``torch.func``), and on a device."""
+    if (
+        not x.is_cpu
+        or torch.compiler.is_compiling()
+        or _C._functorch.peek_interpreter_stack() is not None
+    ):
         return F.dropout(x, p)
     return without(x, drawn(x.numel(), p, seed(), x.device).entries()) / (1 - p)

@@ -4,25 +4,27 @@
                                     neighbours      E = W' - V
     minimise  ‖E Fᵀ‖² + λ ‖E‖²      F: [k, in], the directions to protect: those of A's rows, and given ones
 
-A change that is small beside the grid's step is lost to nearest where it does not reach the next tie, and that loss
-has the shape of ΔW itself. But what an adapter adds is B (A x): of all the errors of a row of numbers, only the k
-numbers E Fᵀ stand against it, and there are many more roundings to choose than that. So the columns are rounded one
-after the other, each number up or down, whichever leaves the smaller residual R = E Fᵀ of its row: error feedback, as
-in sigma-delta converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, repairs an error by moving the columns still to
-come, which are then rounded to nearest: small repairs would vanish as ΔW does.) λ weighs the plain error, which keeps
-numbers from going far for little.
+A change that is small beside the grid's step is lost to nearest where it does not reach the next
+tie, and that loss has the shape of ΔW itself. But what an adapter adds is B (A x): of all the
+errors of a row of numbers, only the k numbers E Fᵀ stand against it, and there are many more
+roundings to choose than that. So the columns are rounded one after the other, each number up or
+down, whichever leaves the smaller residual R = E Fᵀ of its row: error feedback, as in sigma-delta
+converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, repairs an error by moving the columns
+still to come, which are then rounded to nearest: small repairs would vanish as ΔW does.) λ weighs
+the plain error, which keeps numbers from going far for little.
 
     e = mid - copysign(half, t)     t = fᵀ R + mid (‖f‖² + λ)     f: the column of F;  its cell, less V: mid ± half
 
-Rows do not touch each other: a column is one vector operation over all of them. Within a chunk of columns, residuals
-are brought forward by the Gram matrix FᵀF of the chunk, in blocks, so that most of the work is matrix products. All is
-float64: V's neighbours are then V's own, and the order in which a product is summed (by another machine, or count of
-threads) turns one choice in 10¹² or so.
+Rows do not touch each other: a column is one vector operation over all of them. Within a chunk of
+columns, residuals are brought forward by the Gram matrix FᵀF of the chunk, in blocks, so that most
+of the work is matrix products. All is float64: V's neighbours are then V's own, and the order in
+which a product is summed (by another machine, or count of threads) turns one choice in 10¹² or so.
 
-Other inputs than those in the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ = 10⁻³ ‖W‖ (three times
-at 10⁻⁴), three quarters of that of stochastic rounding (``benchmarks/results/before/merge_fidelity.json``). B's columns
-in place of A's rows (the transposed problem) pay no more on a real model, so they are for embeddings alone, whose
-inputs are indices and have no directions. Measured inputs are best by far, if they can be had.
+Other inputs than those in the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ =
+10⁻³ ‖W‖ (three times at 10⁻⁴), three quarters of that of stochastic rounding
+(``benchmarks/results/before/merge_fidelity.json``). B's columns in place of A's rows (the
+transposed problem) pay no more on a real model, so they are for embeddings alone, whose inputs are
+indices and have no directions. Measured inputs are best by far, if they can be had.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ from veneer.lowrank import LowRank
 CHUNK, BLOCK = 32, 8
 #: the same on a device, at most: each column takes two launches, each chunk some twenty more
 DEVICE_CHUNK, DEVICE_BLOCK = 128, 32
-#: numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each worker
+# : numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each
+# worker
 ROWS, HELD = 1 << 11, 1 << 23
 WORKERS = 2
-#: directions of the inputs, and how often they are refined (subspace iteration: every half of a digit or so)
+# : directions of the inputs, and how often they are refined (subspace iteration: every half of a
+# digit or so)
 MORE, SWEEPS = 16, 6
 #: λ, in mean squared lengths of a column of F
 PLAIN = 0.05
@@ -54,16 +58,19 @@ EXPONENT = 0x7FF0000000000000
 
 
 def basis(A: Float[Tensor, "g r in_"], cutoff: float = 1e-10) -> Float[Tensor, "g k in_"]:
-    """Orthonormal rows that span those of A (float64); rows of zeros where A has a smaller rank than r."""
+    """Orthonormal rows that span those of A (float64); rows of zeros where A has a smaller rank
+    than r."""
     Q, upper = torch.linalg.qr(A.mT)  # [g, in, k], [g, k, r]
     left, sizes, _ = torch.linalg.svd(upper, full_matrices=False)
     kept = sizes > cutoff * sizes[:, :1]
     return (Q @ (left * kept[:, None])).mT
 
 
-def directions(A: Float[Tensor, "g r in_"], inputs: Float[Tensor, "g in_ in_"] | None) -> Float[Tensor, "g k in_"]:
-    """F: the span of A's rows, then the directions in which ``inputs`` (Σ xᵀx) vary most, as long as they vary there
-    beside the first."""
+def directions(
+    A: Float[Tensor, "g r in_"], inputs: Float[Tensor, "g in_ in_"] | None
+) -> Float[Tensor, "g k in_"]:
+    """F: the span of A's rows, then the directions in which ``inputs`` (Σ xᵀx) vary most, as long
+    as they vary there beside the first."""
     own = basis(A)
     if inputs is None:
         return own
@@ -86,14 +93,16 @@ def faithful(
     out: Float[Tensor, "g out in_"],
     grid: Grid | None = None,
 ) -> float:
-    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded as above; all of it must round to finite numbers.
+    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded as above; all of it must round to finite
+    numbers.
 
     Args:
         low: in float64.
-        gain: [g, out, 1] or [g, 1, in] in float64. What it changes of a row lies outside of A's rows: then the row's
-            own change is a direction to protect too.
+        gain: [g, out, 1] or [g, 1, in] in float64. What it changes of a row lies outside of A's
+            rows: then the row's own change is a direction to protect too.
         protect: F in float64.
-        grid: of a weight of this shape, whose numbers ``out`` gets; without, those of its 16-bit dtype.
+        grid: of a weight of this shape, whose numbers ``out`` gets; without, those of its 16-bit
+            dtype.
 
     Returns:
         ⟨ΔW, E⟩, where ΔW is all that changes.
@@ -118,13 +127,23 @@ def faithful(
 
     def round_rows(piece: tuple[slice, slice], _: None) -> float:
         own, some = piece
-        F, A, B = protect[own], low.A[own], (low.B[own] * low.scale).mT  # [g, k, in], [g, r, in], [g, r, out]
+        F, A, B = (
+            protect[own],
+            low.A[own],
+            (low.B[own] * low.scale).mT,
+        )  # [g, k, in], [g, r, in], [g, r, out]
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (one.gather(2, order[:, None].expand_as(one)) for one in (F, A))
         kept = _transposed(weight[piece]).to(held)  # [g, in, rows]
         factor = gain
-        if gain is not None:  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
-            factor = gain[own, some].mT if gain.shape[2] == 1 else gain[own].mT.gather(1, order[:, :, None])
+        if (
+            gain is not None
+        ):  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
+            factor = (
+                gain[own, some].mT
+                if gain.shape[2] == 1
+                else gain[own].mT.gather(1, order[:, :, None])
+            )
         cells = _cells(out.dtype, grid, piece)
         inner = _Rows(kept, order, F, A, B[:, :, some], factor, cells, chunk, block).run()
         _transposed(kept.to(out.dtype), out[piece])
@@ -143,24 +162,29 @@ def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:
     return into
 
 
-#: fill the last two with the cells of values [g, count, rows] at these places; the third is for whatever it takes
+# : fill the last two with the cells of values [g, count, rows] at these places; the third is for
+# whatever it takes
 _Cells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _Cells:
     if grid is None:
         return lambda _, value, free, mid, half: neighbours(value, dtype, free, mid, half)
-    whole = grid.reshaped(lambda one: _transposed(one[piece]).flatten(0, 1))  # [g · in, rows], as ``_Rows.kept``
+    whole = grid.reshaped(
+        lambda one: _transposed(one[piece]).flatten(0, 1)
+    )  # [g · in, rows], as ``_Rows.kept``
 
     def cells(places: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
-        whole.reshaped(lambda one: one.index_select(0, places).view(value.shape)).cells(value, mid, half)
+        whole.reshaped(lambda one: one.index_select(0, places).view(value.shape)).cells(
+            value, mid, half
+        )
 
     return cells
 
 
 class _Rows:
-    """Some rows of some groups, from their first column to the last, in ``order``: the longest columns of F first, so
-    that the last can trim the residual finely."""
+    """Some rows of some groups, from their first column to the last, in ``order``: the longest
+    columns of F first, so that the last can trim the residual finely."""
 
     def __init__(
         self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, cells: _Cells,
@@ -177,7 +201,9 @@ class _Rows:
         self.lower = F.new_ones(wide, wide).tril(-1).neg_()
         self.buffers = F.new_empty(4 if gain is None else 5, self.groups, wide, self.rows).unbind()
         # [g, 1, rows], one a column
-        self.tilts, self.mids, self.halves, *self.changes = (one.unsqueeze(2).unbind(1) for one in self.buffers[1:])
+        self.tilts, self.mids, self.halves, *self.changes = (
+            one.unsqueeze(2).unbind(1) for one in self.buffers[1:]
+        )
 
     def run(self) -> float:
         starts = range(0, self.columns, self.chunk)
@@ -221,7 +247,9 @@ class _Rows:
             change /= self.size + (self.size == 0)
             tilt += mid * change.square()
         ahead *= self.lower[:count, :count]
-        tilt.baddbmm_(F.mT, self.residual).baddbmm_(ahead, mid, alpha=-1)  # as if all went to the middle of their cells
+        tilt.baddbmm_(F.mT, self.residual).baddbmm_(
+            ahead, mid, alpha=-1
+        )  # as if all went to the middle of their cells
         for first in range(0, count, self.block):
             last = min(first + self.block, count)
             self._block(first, ahead[:, first:last, first:last, None], tilt[:, first:last])
@@ -229,10 +257,13 @@ class _Rows:
                 tilt[:, last:].baddbmm_(ahead[:, last:, first:last], half[:, first:last])
         error = mid.sub_(half)
         self.residual.baddbmm_(F, error)
-        self.kept.index_copy_(0, self._places(columns), value.add_(error).to(self.kept.dtype).reshape(-1, self.rows))
+        self.kept.index_copy_(
+            0, self._places(columns), value.add_(error).to(self.kept.dtype).reshape(-1, self.rows)
+        )
 
     def _block(self, first: int, ahead: Tensor, tilt: Tensor) -> None:
-        """Choose a few columns, one after the other: their ``halves`` get the sign by which e = mid - half."""
+        """Choose a few columns, one after the other: their ``halves`` get the sign by which e = mid
+        - half."""
         for column, factor in enumerate(ahead.unbind(2), first):
             half = self.halves[column]
             if self.gain is not None:
@@ -244,9 +275,9 @@ class _Rows:
 
 
 def neighbours(value: Tensor, dtype: torch.dtype, step: Tensor, mid: Tensor, half: Tensor) -> None:
-    """The cell of the grid in which each float64 ``value`` lies: half its width (with either sign), and its middle less
-    the value; both 0 for a number of the grid. Values beyond the largest finite number become that. ``step`` is
-    overwritten."""
+    """The cell of the grid in which each float64 ``value`` lies: half its width (with either sign),
+    and its middle less the value; both 0 for a number of the grid. Values beyond the largest finite
+    number become that. ``step`` is overwritten."""
     digits, smallest = GRID[dtype]
     largest = torch.finfo(dtype).max
     value.clamp_(-largest, largest)

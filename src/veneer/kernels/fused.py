@@ -5,17 +5,19 @@
 
 Against ``reference.matmul_update`` layer by layer in autograd:
 
-- h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once; skinny products are oriented
-  (rank, tokens), which BLAS runs up to several times faster than (tokens, rank);
-- ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient of x too. That
-  costs no pass of its own, and 16-bit outputs are rounded once, with the change in them: added to an output that has
-  been rounded already, a change below half a step of its grid would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
-- saved are x, once for all layers, or what it was made of if that is saved anyway (``saved_inputs.py``), and h if it is
-  small;
+- h = A xᵀ for all layers is one product [R, T] (R = Σ r_i, T tokens) that reads x once; skinny
+  products are oriented (rank, tokens), which BLAS runs up to several times faster than (tokens,
+  rank);
+- ΔW's part comes first and x Wᵀ is added to it inside its own product (``addmm_``), in the gradient
+  of x too. That costs no pass of its own, and 16-bit outputs are rounded once, with the change in
+  them: added to an output that has been rounded already, a change below half a step of its grid
+  would vanish (at ‖ΔW‖ = 1e-4 ‖W‖, 93 % of it);
+- saved are x, once for all layers, or what it was made of if that is saved anyway
+  (``saved_inputs.py``), and h if it is small;
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
-The backward of the backward (``create_graph=True``) goes through the reference. ``kernels.compiled`` is asked first for
-thin products and for what to save of x.
+The backward of the backward (``create_graph=True``) goes through the reference.
+``kernels.compiled`` is asked first for thin products and for what to save of x.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ _C: Any = torch._C
 
 
 def applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype, with a frozen weight.
-    Everything else (torch.compile, torch.func, autocast, tensor subclasses, …) takes the reference, and what lies on
-    a device ``device.py``."""
+    """Whether the kernel is right for a call: an eager one on plain dense tensors of one dtype,
+    with a frozen weight. Everything else (torch.compile, torch.func, autocast, tensor subclasses,
+    …) takes the reference, and what lies on a device ``device.py``."""
     return (
         type(x) is Tensor
         and type(weight) is nn.Parameter
@@ -50,7 +52,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
         and x.layout is torch.strided
         and not (torch.compiler.is_dynamo_compiling() or torch.compiler._is_compiling_flag)
         and x.ndim > 0
-        and type(x.shape[0]) is int  # a tensor while torch.jit.trace runs, which this costs no call to ask
+        and type(x.shape[0])
+        is int  # a tensor while torch.jit.trace runs, which this costs no call to ask
         and not _C._is_any_autocast_enabled()
         and _C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
@@ -59,7 +62,8 @@ def applies(x: Tensor, weight: Tensor) -> bool:
 
 #: tokens up to which float32 is the faster dtype of a thin product
 FEW = 32
-#: bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next one
+# : bytes that a float32 thin product reads at a time on a CPU: they stay in its cache for the next
+# one
 CACHE = 3 << 18
 
 
@@ -68,9 +72,11 @@ class Settings(NamedTuple):
 
     Fields:
         scales: s_i.
-        dropout: probability of dropping an entry of x on the low-rank path; one draw, by ``seed``, serves all layers.
-        form: x is multiplied by W_i + s_i B_i A_i, formed anew in forward and in backward, in place of adding the
-            product of the thin factors. Not with dropout, and not in 16 bits, where the sum would lose a small change.
+        dropout: probability of dropping an entry of x on the low-rank path; one draw, by ``seed``,
+            serves all layers.
+        form: x is multiplied by W_i + s_i B_i A_i, formed anew in forward and in backward, in place
+            of adding the product of the thin factors. Not with dropout, and not in 16 bits, where
+            the sum would lose a small change.
     """
 
     scales: tuple[float, ...]
@@ -93,8 +99,8 @@ def linears(
         x: [*, in], floating point.
         weights: [out_i, in] of the dtype of x; they get no gradient.
         biases: [out_i] or None, of the dtype of x.
-        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any floating-point dtype: computed
-            in that of x, gradients in their own.
+        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any
+            floating-point dtype: computed in that of x, gradients in their own.
 
     Raises:
         ValueError: ``form`` with dropout or in 16 bits.
@@ -104,7 +110,9 @@ def linears(
     return _apply(settings, x, *weights, *biases, *A, *B)
 
 
-def _cast(A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+def _cast(
+    A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Sequence[Tensor]]:
     """The factors A below each other [R, in], and each B [out, r], in a dtype."""
     joined = _matrix(A[0] if len(A) == 1 else torch.cat(tuple(A), -2), dtype)
     return joined, [_matrix(up, dtype) for up in B]
@@ -115,9 +123,9 @@ def _dropped(settings: Settings, x: Tensor) -> Dropped | None:
 
 
 def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
-    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32 the other way round
-    may take a processor's library five times as long; in 16 bits it is this way which takes longer, so there the result
-    lies transposed."""
+    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32
+    the other way round may take a processor's library five times as long; in 16 bits it is this way
+    which takes longer, so there the result lies transposed."""
     loops = compiled.thin_loops(x, None, x.shape[1])
     if loops is not None:
         return loops.down(narrow, x, dropped)
@@ -165,7 +173,8 @@ def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """part + x Wᵀ + bias, in place and rounded once, where torch has a product that takes a bias and a summand."""
+    """part + x Wᵀ + bias, in place and rounded once, where torch has a product that takes a bias
+    and a summand."""
     if bias is None:
         return part.addmm_(tokens, weight.mT)
     if part.dtype.itemsize >= 4:
@@ -209,13 +218,16 @@ class _Linears(torch.autograd.Function):
         h, cast_ = None, (None,) * (1 + len(B))
         if settings.form:
             factors = zip(weights, biases, A, B, settings.scales, strict=True)
-            ys = [F.linear(tokens, _formed(W, down, up, s), bias) for W, bias, down, up, s in factors]
+            ys = [
+                F.linear(tokens, _formed(W, down, up, s), bias) for W, bias, down, up, s in factors
+            ]
         else:
             joined, ups = _cast(A, B, x.dtype)
             h = _scaled(thin(joined, tokens, _dropped(settings, tokens)), ups, settings)  # [R, T]
             factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
             ys = [onto(part, up, tokens, W, bias) for part, up, W, bias in factors]
-            # h is a small part of x unless ranks are large; then it is cheaper to compute than to keep
+            # h is a small part of x unless ranks are large; then it is cheaper to compute than to
+            # keep
             h = h if h.shape[0] * 8 <= x.shape[-1] else None
             if A[0].dtype != x.dtype:  # backward needs what was cast
                 cast_ = joined, *ups
@@ -223,15 +235,16 @@ class _Linears(torch.autograd.Function):
         ctx.settings, ctx.shape = settings, x.shape
         *made_of, ctx.gate = kept(x)
         ctx.save_for_backward(*made_of, h, *cast_, *tensors)
-        # `data` forgets that it is a view: those that a function makes may not be modified in place, as
-        # ``nn.ReLU(inplace=True)`` does
+        # `data` forgets that it is a view: those that a function makes may not be modified in
+        # place, as ``nn.ReLU(inplace=True)`` does
         return tuple(y.view(*x.shape[:-1], y.shape[1]).data for y in ys)
 
     backward = staticmethod(_backward)
 
 
 class _Linear(torch.autograd.Function):
-    """The same for one layer without dropout, in as few Python calls as can be. Without ctx nothing is kept."""
+    """The same for one layer without dropout, in as few Python calls as can be. Without ctx nothing
+    is kept."""
 
     @staticmethod
     def forward(ctx, scale: float, x, weight, bias, A, B):
@@ -257,22 +270,37 @@ class _Linear(torch.autograd.Function):
             keep = h if h.shape[0] * 8 <= x.shape[-1] else None
             # what ctx.save_for_backward does, without a call
             x, second, third, ctx.gate = (x, None, None, None) if x.grad_fn is None else kept(x)
-            ctx.to_save = x, second, third, keep, down if cast else None, up if cast else None, weight, bias, A, B
+            ctx.to_save = (
+                x,
+                second,
+                third,
+                keep,
+                down if cast else None,
+                up if cast else None,
+                weight,
+                bias,
+                A,
+                B,
+            )
         return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
     backward = staticmethod(_backward)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``applies``).
+# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
+# (``applies``).
 _apply = cast(Any, super(torch.autograd.Function, _Linears)).apply
-#: (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python calls as can be
+# : (scale, x, weight, bias, A, B) -> y: ``linears`` of one layer without dropout, in as few Python
+# calls as can be
 linear = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
-def unrecorded(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors form B A x in
-    float32, where products so small cost less, and a compiled loop takes these and many bfloat16 tokens where it
-    can."""
+def unrecorded(
+    scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+) -> Tensor:
+    """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors
+    form B A x in float32, where products so small cost less, and a compiled loop takes these and
+    many bfloat16 tokens where it can."""
     dtype = x.dtype
     if dtype.itemsize >= 4:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
@@ -301,8 +329,13 @@ def _gradients(ctx, *gradients):
     settings, weights, _, A, B = ctx.settings, *_apart(tensors)
     if torch.is_grad_enabled():
         plain, needs = functools.partial(_definition, settings.scales), ctx.needs_input_grad[1:]
-        return None, *reference.gradients_of(plain, (x, *tensors), needs, gradients, settings.dropout)
-    need_x, (_, need_bias, need_A, need_B) = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
+        return None, *reference.gradients_of(
+            plain, (x, *tensors), needs, gradients, settings.dropout
+        )
+    need_x, (_, need_bias, need_A, need_B) = (
+        ctx.needs_input_grad[1],
+        _apart(ctx.needs_input_grad[2:]),
+    )
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
     dropped = _dropped(settings, tokens)
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
@@ -319,8 +352,13 @@ def _gradients(ctx, *gradients):
         rows.append(carried)
         dB.append(gradient)
     U = _scaled(_stacked(rows), ups, settings)  # s (dy B)ᵀ, [R, T]
-    db = [dy.sum(0) if need and dy is not None else None for dy, need in zip(dys, need_bias, strict=True)]
-    part, grown = thin_back(U, joined, tokens, dropped, need_x and not settings.form, True in need_A)
+    db = [
+        dy.sum(0) if need and dy is not None else None
+        for dy, need in zip(dys, need_bias, strict=True)
+    ]
+    part, grown = thin_back(
+        U, joined, tokens, dropped, need_x and not settings.form, True in need_A
+    )
     dx = part
     if need_x:  # dy W of all layers onto that of the thin products, or dy (W + ΔW)
         for dy, weight, down, up, scale in zip(dys, weights, A, B, settings.scales, strict=True):
@@ -331,14 +369,17 @@ def _gradients(ctx, *gradients):
     dA: list[Any] = [None] * len(A)
     if grown is not None:
         parts = _by_layer(grown, ups)
-        dA = [None if dy is None else as_factor(part, down) for dy, part, down in zip(dys, parts, A, strict=True)]
+        dA = [
+            None if dy is None else as_factor(part, down)
+            for dy, part, down in zip(dys, parts, A, strict=True)
+        ]
     dB = [None if part is None else as_factor(part.mT, up) for part, up in zip(dB, B, strict=True)]
     return None, dx, *[None] * len(A), *db, *dA, *dB
 
 
 def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32 both of a chunk of
-    tokens that is still in the processor's cache."""
+    """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32
+    both of a chunk of tokens that is still in the processor's cache."""
     loops = compiled.thin_loops(dy, h, dy.shape[1])
     if loops is not None:
         return loops.down_grown(narrow, dy, h)
@@ -346,7 +387,9 @@ def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), h @ dy
     rows, found = torch.empty_like(h), None
-    pieces = zip(dy.unsafe_split(chunk), rows.unsafe_split(chunk, 1), h.unsafe_split(chunk, 1), strict=True)
+    pieces = zip(
+        dy.unsafe_split(chunk), rows.unsafe_split(chunk, 1), h.unsafe_split(chunk, 1), strict=True
+    )
     for piece, place, part in pieces:
         torch.mm(narrow, piece.mT, out=place)
         found = part @ piece if found is None else found.addmm_(part, piece)
@@ -357,7 +400,11 @@ def _stacked(rows: Sequence[Tensor]) -> Tensor:
     """Each layer's [r_i, T] below each other, laid out as ``thin`` does."""
     if len(rows) == 1:
         return rows[0]
-    return torch.cat(tuple(rows)) if rows[0].is_contiguous() else torch.cat([one.mT for one in rows], 1).mT
+    return (
+        torch.cat(tuple(rows))
+        if rows[0].is_contiguous()
+        else torch.cat([one.mT for one in rows], 1).mT
+    )
 
 
 def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -370,8 +417,8 @@ def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
 def thin_back(
     U: Tensor, joined: Tensor, x: Tensor, dropped: Dropped | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without what is dropped; None
-    for what is not needed."""
+    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without
+    what is dropped; None for what is not needed."""
     loops = compiled.thin_loops(x, U, x.shape[1]) if need_x and need_A else None
     if loops is not None:
         return loops.up_grown(U, joined, x, dropped)
@@ -391,6 +438,8 @@ def _apart(items: Sequence):
 
 def _definition(scales: Sequence[float], x: Tensor, *tensors) -> list[Tensor]:
     return [
-        reference.matmul_update(x, _matrix(down, x.dtype), _matrix(up, x.dtype), scale, F.linear(x, weight, bias))
+        reference.matmul_update(
+            x, _matrix(down, x.dtype), _matrix(up, x.dtype), scale, F.linear(x, weight, bias)
+        )
         for weight, bias, down, up, scale in zip(*_apart(tensors), scales, strict=True)
     ]

@@ -1,4 +1,5 @@
-"""The numbers that a weight may hold if integers, or codes of a table, times a scale are what is stored.
+"""The numbers that a weight may hold if integers, or codes of a table, times a scale are what is
+stored.
 
     W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] }      level: one of n ≤ 256, the same for all numbers
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """``levels`` [n] ascend; ``scale`` (and ``zero``, if there is one) has the weight's shape. All float32, as is the
-    product, which is how such a weight is read."""
+    """``levels`` [n] ascend; ``scale`` (and ``zero``, if there is one) has the weight's shape. All
+    float32, as is the product, which is how such a weight is read."""
 
     levels: Float[Tensor, " n"]
     scale: Tensor
@@ -26,12 +27,14 @@ class Grid:
 
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> Grid:
         """The same grid for a weight of another shape, which ``change`` makes of this one's."""
-        return Grid(self.levels, change(self.scale), None if self.zero is None else change(self.zero))
+        return Grid(
+            self.levels, change(self.scale), None if self.zero is None else change(self.zero)
+        )
 
     def cells(self, value: Tensor, mid: Tensor, half: Tensor) -> None:
-        """The cell in which each float64 ``value`` lies, a tensor of the weight's shape: half its width (with either
-        sign), and its middle less the value; both 0 for a number of the grid. Beyond the last number a cell has no
-        width: then that number is all there is."""
+        """The cell in which each float64 ``value`` lies, a tensor of the weight's shape: half its
+        width (with either sign), and its middle less the value; both 0 for a number of the grid.
+        Beyond the last number a cell has no width: then that number is all there is."""
         levels, scale = self.levels.double(), self.scale
         own = torch.where(scale == 0, 0.0, value / scale)
         own = own if self.zero is None else own + self.zero

@@ -1,16 +1,20 @@
-"""Rows that each meet one matrix of a stack, and that matrix's low-rank change: the experts of a mixture.
+"""Rows that each meet one matrix of a stack, and that matrix's low-rank change: the experts of a
+mixture.
 
     y_s = x_s W_eᵀ + scale · (x_s A_eᵀ) B_eᵀ        e: the matrix of row s
     x: [S, in]   W: [E, out, in]   A: [E, r, in]   B: [E, out, r]
 
-As in ``fused.py``: the thin part comes first and x W_eᵀ is added to it within its own product, so that 16-bit outputs
-are rounded once, with the change in them; x is all that is saved. A matrix that no row meets costs nothing.
+As in ``fused.py``: the thin part comes first and x W_eᵀ is added to it within its own product, so
+that 16-bit outputs are rounded once, with the change in them; x is all that is saved. A matrix that
+no row meets costs nothing.
 
-On a processor the rows of each matrix are a segment, and each segment is a few products: a grouped product of torch
-is such a loop too there. Elsewhere the products are torch's grouped ones, which wait for nothing on the host; these
-cannot add to what is there, so 16-bit outputs are rounded twice.
+On a processor the rows of each matrix are a segment, and each segment is a few products: a grouped
+product of torch is such a loop too there. Elsewhere the products are torch's grouped ones, which
+wait for nothing on the host; these cannot add to what is there, so 16-bit outputs are rounded
+twice.
 
-Rejected: gathering A and B for each row. For a batch of training that is more memory than the rows take.
+Rejected: gathering A and B for each row. For a batch of training that is more memory than the rows
+take.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ class Segments(NamedTuple):
     """Which rows meet which matrix, on the host.
 
     Fields:
-        bounds: (matrix, first row, the one after its last), for those that any row meets, in the order of the rows.
+        bounds: (matrix, first row, the one after its last), for those that any row meets, in the
+            order of the rows.
         sizes: numbers of rows of these, and of the rest that meets none.
         rows: the number of rows that meet a matrix.
         loop: what a compiled loop makes of it, once for all stacks that are read with it.
@@ -49,7 +54,8 @@ class Segments(NamedTuple):
 
 
 def segments(ends: Sequence[int], rows: int) -> Segments:
-    """Of rows in the order of their matrices, of which each has rows up to its place in ``ends``."""
+    """Of rows in the order of their matrices, of which each has rows up to its place in
+    ``ends``."""
     bounds, first = [], 0
     for matrix, end in enumerate(ends):
         if end > first:
@@ -70,12 +76,20 @@ def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
 
 
 def linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None, source: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    where: Segments | None,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and B. On a processor.
+    """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and
+    B. On a processor.
 
     Args:
-        where: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in], [r, in], [out, r].
+        where: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in],
+            [r, in], [out, r].
         source: a tensor that x may be rows of; then its rows are saved in place of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
@@ -84,9 +98,16 @@ def linear(
 
 
 def elsewhere(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor, product: Callable[..., Tensor]
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    ends: Tensor,
+    product: Callable[..., Tensor],
 ) -> Tensor:
-    """The same on other devices, where ``product`` is the one that the model uses for x and the stack [E, in, out]."""
+    """The same on other devices, where ``product`` is the one that the model uses for x and the
+    stack [E, in, out]."""
     down, up = _aligned(A.to(x.dtype), 1), _aligned(B.to(x.dtype) * scale, 2)
     return product(x, weight.mT, ends) + product(product(x, down.mT, ends), up.mT, ends)
 
@@ -98,17 +119,23 @@ def _aligned(factor: Tensor, axis: int) -> Tensor:
     return F.pad(factor, (0, lacks) if axis == 2 else (0, 0, 0, lacks)) if lacks else factor
 
 
-def definition(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None) -> Tensor:
+def definition(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None
+) -> Tensor:
     """What ``linear`` must equal, by operations that have derivatives of any order."""
     if where is None:
         return reference.matmul_update(x, A.to(x.dtype), B.to(x.dtype), scale, F.linear(x, weight))
     ys = [x.new_zeros(x.shape[0] - where.rows, weight.shape[1])]
-    for (matrix, *_), piece in reversed([*zip(where.bounds, x.split_with_sizes(where.sizes), strict=False)]):
+    for (matrix, *_), piece in reversed(
+        [*zip(where.bounds, x.split_with_sizes(where.sizes), strict=False)]
+    ):
         ys.insert(0, definition(piece, weight[matrix], A[matrix], B[matrix], scale, None))
     return torch.cat(ys)
 
 
-def _forward(scale: float, where: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def _forward(
+    scale: float, where: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
+) -> Tensor:
     y = compiled.expert_change(x, A, B, scale, where)
     if y is None:
         y = x.new_empty(x.shape[0], weight.shape[-2])
@@ -120,8 +147,11 @@ def _forward(scale: float, where: Segments | None, x: Tensor, weight: Tensor, A:
     return _added(y, x, weight, where)
 
 
-def _pieces(where: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]) -> Iterator[Any]:
-    """Of each matrix that rows meet, these rows of the first tensors and itself in the others, as a tuple."""
+def _pieces(
+    where: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
+) -> Iterator[Any]:
+    """Of each matrix that rows meet, these rows of the first tensors and itself in the others, as a
+    tuple."""
     if where is None:
         yield *rows, stacks
         return
@@ -149,7 +179,9 @@ def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments | None) -> T
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale: float, where: Segments | None, source: Tensor | None, x, weight, A, B):
+    def forward(
+        ctx: Any, scale: float, where: Segments | None, source: Tensor | None, x, weight, A, B
+    ):
         ctx.scale, ctx.where = scale, where
         index = _picked(x, source, where is None)
         if index is not None:
@@ -162,18 +194,22 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not _C._is_any_autocast_enabled():  # to turn off what is off takes as long as a thin product
+        if (
+            not _C._is_any_autocast_enabled()
+        ):  # to turn off what is off takes as long as a thin product
             return _backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here (``eager``).
+# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
+# (``eager``).
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
 def _picked(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
-    """The rows of ``source`` that x is, if its node says so, and those of ``source`` are fewer or picked ``often``."""
+    """The rows of ``source`` that x is, if its node says so, and those of ``source`` are fewer or
+    picked ``often``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
         return None
@@ -183,8 +219,17 @@ def _picked(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
         picks = node._saved_indices
     except RuntimeError:  # a backward has freed them
         return None
-    fewer = len(picks) == 1 and picks[0] is not None and picks[0].dim() == 1 and (often or len(source) < len(x))
-    return picks[0] if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:] else None
+    fewer = (
+        len(picks) == 1
+        and picks[0] is not None
+        and picks[0].dim() == 1
+        and (often or len(source) < len(x))
+    )
+    return (
+        picks[0]
+        if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
+        else None
+    )
 
 
 def _backward(ctx: Any, dy: Tensor):
@@ -203,7 +248,9 @@ def _backward(ctx: Any, dy: Tensor):
     return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
-def _thin_gradients(scale: float, where: Segments | None, x, index, dy, A, B, need_x: bool, need_factors: bool) -> Any:
+def _thin_gradients(
+    scale: float, where: Segments | None, x, index, dy, A, B, need_x: bool, need_factors: bool
+) -> Any:
     """(s dy B A [S, in], that of A, that of B)."""
     found = compiled.expert_gradients(x, index, dy, A, B, scale, where, need_x, need_factors)
     if found is not None:
@@ -212,7 +259,9 @@ def _thin_gradients(scale: float, where: Segments | None, x, index, dy, A, B, ne
     down, up = A.to(x.dtype), B.to(x.dtype)
     dx, make = torch.empty_like(x), torch.zeros_like if need_factors else torch.empty_like
     factors = make(down), make(up)
-    for rows, carried, to, (one, other, d_one, d_other) in _pieces(where, (x, dy, dx), (down, up, *factors)):
+    for rows, carried, to, (one, other, d_one, d_other) in _pieces(
+        where, (x, dy, dx), (down, up, *factors)
+    ):
         u = carried @ other
         u *= scale
         if need_x:

@@ -2,8 +2,8 @@
 
     y + scale · (x Aᵀ) Bᵀ        x: [*, in]   A: [r, in]   B: [out, r]   y: [*, out]
 
-The product with B and the sum are one ``addmm``, which reads y once; ``y + (h @ Bᵀ) · scale`` writes two more tensors
-of y's size.
+The product with B and the sum are one ``addmm``, which reads y once; ``y + (h @ Bᵀ) · scale``
+writes two more tensors of y's size.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def matmul_update(
     h = F.linear(x, A)  # [*, r]
     if y is None:
         return F.linear(h, B * scale)
-    # Under autocast h may be of another dtype than y, as y may come from a layer that autocast leaves alone.
+    # Under autocast h may be of another dtype than y, as y may come from a layer that autocast
+    # leaves alone.
     if torch.compiler.is_compiling():
-        h, scale = h * scale, 1  # `alpha` is a constant of a compiled graph, which each adapter would compile anew
+        h, scale = (
+            h * scale,
+            1,
+        )  # `alpha` is a constant of a compiled graph, which each adapter would compile anew
     h = h.reshape(-1, h.shape[-1]).to(y.dtype)
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.mT.to(y.dtype), alpha=scale).view(y.shape)
 
@@ -42,11 +46,13 @@ def gradients_of(
     gradients: Sequence[Tensor | None],
     dropout: float,
 ) -> list[Tensor | None]:
-    """The gradients of ``values`` from those of the outputs of ``function(*values)``, as functions that have gradients
-    themselves. It runs on aliases: x may itself depend on the bias, if a layer is called twice, and that is not this
-    call's part of its gradient."""
+    """The gradients of ``values`` from those of the outputs of ``function(*values)``, as functions
+    that have gradients themselves. It runs on aliases: x may itself depend on the bias, if a layer
+    is called twice, and that is not this call's part of its gradient."""
     if dropout:
-        raise NotImplementedError("a gradient of a gradient through dropout: call eval(), or set dropout to 0")
+        raise NotImplementedError(
+            "a gradient of a gradient through dropout: call eval(), or set dropout to 0"
+        )
     own = [None if one is None else one.view_as(one) for one in values]
     known = [pair for pair in zip(function(*own), gradients, strict=True) if pair[1] is not None]
     outputs, given = zip(*known, strict=True)
@@ -58,10 +64,11 @@ def gradients_of(
 def round_once(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """float64 values, correctly rounded (to nearest, ties to even) to ``dtype``.
 
-    torch casts float64 to a 16-bit type through float32, which rounds twice: a value just above a tie of the 16-bit
-    grid first lands on the tie, then goes to the even side. Rounding to float32 "to odd" keeps the information that
-    decides: an inexact result takes the neighbour whose last bit is 1, so that it never looks like a tie (Boldo and
-    Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    torch casts float64 to a 16-bit type through float32, which rounds twice: a value just above a
+    tie of the 16-bit grid first lands on the tie, then goes to the even side. Rounding to float32
+    "to odd" keeps the information that decides: an inexact result takes the neighbour whose last
+    bit is 1, so that it never looks like a tie (Boldo and Melquiond 2008, "Emulation of FMA and
+    correctly rounded sums: proved algorithms using rounding to odd").
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)

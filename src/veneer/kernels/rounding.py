@@ -2,21 +2,24 @@
 
     W' = round(gain ⊙ (W + scale · B @ A))        W: [g, out, in]   A: [g, r, in]   B: [g, out, r]
 
-**Once.** The stored number is the one nearest to the float64 result (ties to even); whatever is computed faster must
-give these bits. For 16-bit targets W + ΔW is v in float32, with a proven bound of its error, and both ends of the
-interval that must hold the exact number are rounded. Where they round alike, so does everything between; the few
-numbers (about one in 5,000) whose interval holds a tie of the 16-bit grid are computed again in float64 (Ziv 1991,
-"Fast evaluation of elementary mathematical functions with correctly rounded last bit"). That covers subnormals,
-overflow and cancellation without a case of its own.
+**Once.** The stored number is the one nearest to the float64 result (ties to even); whatever is
+computed faster must give these bits. For 16-bit targets W + ΔW is v in float32, with a proven bound
+of its error, and both ends of the interval that must hold the exact number are rounded. Where they
+round alike, so does everything between; the few numbers (about one in 5,000) whose interval holds a
+tie of the 16-bit grid are computed again in float64 (Ziv 1991, "Fast evaluation of elementary
+mathematical functions with correctly rounded last bit"). That covers subnormals, overflow and
+cancellation without a case of its own.
 
     |v - exact|  ≤  2⁻²⁴ |v|  +  1.01 (r + 6) · 2⁻²⁴ · Σₖ |scale · B[row, k]| · maxⱼ |A[k, j]|  +  what underflows
 
-The second term: r products and their sums, in any order, and the roundings of scale · B and of A to float32. An end of
-the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each, which its factor covers.
+The second term: r products and their sums, in any order, and the roundings of scale · B and of A to
+float32. An end of the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each,
+which its factor covers.
 
-**In one loop** over the numbers where numba is installed and a weight is large (``round_nearest.py``), else **in
-tiles** of ``TILE`` numbers, whose buffers stay in the cache. Rejected: comparing the low bits of v with those of a tie,
-one pass less (v's own last bit says nothing about its error after a cancellation).
+**In one loop** over the numbers where numba is installed and a weight is large
+(``round_nearest.py``), else **in tiles** of ``TILE`` numbers, whose buffers stay in the cache.
+Rejected: comparing the low bits of v with those of a tie, one pass less (v's own last bit says
+nothing about its error after a cancellation).
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ from veneer.precision import has_float64, place
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
-#: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers that a compiled loop
+# : numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers
+# that a compiled loop
 #: gets at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
-#: of a weight on another device: the share of it that is a tile, numbers in one at least, the share of free memory that
+# : of a weight on another device: the share of it that is a tile, numbers in one at least, the
+# share of free memory that
 #: is for the temporaries of a tile, and how many bytes these are for a number, about
 SHARE, SMALLEST, FREE, WIDE = 8, 1 << 10, 16, 40
 #: numbers whose squares are summed at once: the float32 sum of more drifts
@@ -64,7 +69,8 @@ Piece = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Sums:
-    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩ of rounding to nearest; those of parts add up."""
+    """⟨ΔW, ΔW⟩, ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩ of rounding to nearest; those of parts
+    add up."""
 
     size: float
     realised: float
@@ -81,17 +87,22 @@ class Sums:
     @property
     def error(self) -> float:
         """‖W' - W - ΔW‖ / ‖ΔW‖"""
-        return (max(self.moved - 2 * self.realised + self.size, 0.0) / self.size) ** 0.5 if self.size else 0.0
+        return (
+            (max(self.moved - 2 * self.realised + self.size, 0.0) / self.size) ** 0.5
+            if self.size
+            else 0.0
+        )
 
 
 @dataclass(frozen=True)
 class Folded:
     """A weight with a change in it, and what rounding did to the change.
 
-    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the share of ΔW that
-    the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing changes; near 1 where W is finer than the
-    target, as W' - W then also holds the rounding of W itself. ``rounding`` is what was done, "nearest" or "faithful".
-    Unless ``finite``, the weight holds infinities or NaN. ``sums`` are those of nearest.
+    ``change`` is ‖ΔW‖ / ‖W‖ (Frobenius; ΔW is all that changes, a gain included), ``retention`` the
+    share of ΔW that the stored weight realises: ⟨ΔW, W' - W⟩ / ⟨ΔW, ΔW⟩, and 1.0 where nothing
+    changes; near 1 where W is finer than the target, as W' - W then also holds the rounding of W
+    itself. ``rounding`` is what was done, "nearest" or "faithful". Unless ``finite``, the weight
+    holds infinities or NaN. ``sums`` are those of nearest.
     """
 
     weight: Float[Tensor, "g out in_"]
@@ -119,17 +130,19 @@ def fold(
     Args:
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
         gain: one factor a row, [g · out].
-        rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto": faithful where nearest
-            would change the change by more than 1 % (see ``wanting``).
-        side: what faithful rounding protects: "inputs", those that A reads, or "outputs", those that B writes.
+        rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto":
+            faithful where nearest would change the change by more than 1 % (see ``wanting``).
+        side: what faithful rounding protects: "inputs", those that A reads, or "outputs", those
+            that B writes.
         inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
-        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``; by default a tensor
-            that lies in memory as ``weight`` does.
+        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``;
+            by default a tensor that lies in memory as ``weight`` does.
         compiled: whether numba may be used: the same bits sooner, and 100 MiB for its code.
 
-    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a processor; on another
-    device, about 2.5 times as much as a 16-bit weight takes. Without float64 there (MPS) the processor does it. The
-    bits depend on neither strides nor threads. A result that is not finite in ``dtype`` is not rounded faithfully.
+    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a
+    processor; on another device, about 2.5 times as much as a 16-bit weight takes. Without float64
+    there (MPS) the processor does it. The bits depend on neither strides nor threads. A result that
+    is not finite in ``dtype`` is not rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -141,7 +154,11 @@ def fold(
     if not has_float64(weight.device):
         home = place(weight.device)
         low, gain = low.on(home), None if gain is None else gain.to(home)
-        options: Any = {"rounding": rounding, "side": side, "inputs": None if inputs is None else inputs.to(home)}
+        options: Any = {
+            "rounding": rounding,
+            "side": side,
+            "inputs": None if inputs is None else inputs.to(home),
+        }
         folded = fold(weight.to(home), low, gain, dtype, compiled=compiled, **options)
         return replace(folded, weight=out.copy_(folded.weight))
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -152,7 +169,9 @@ def fold(
         sums, finite = _nearest(old, exact, spread, new, compiled)
         (change, retention), done = _told(sums), "nearest"
         if dtype in HALF and finite and _asked(rounding, sums):
-            retention = 1 + faithful(old, exact, spread, directions(exact.A, inputs), new) / sums.size
+            retention = (
+                1 + faithful(old, exact, spread, directions(exact.A, inputs), new) / sums.size
+            )
             done = "faithful"
     return Folded(out, change, retention, done, finite, sums)
 
@@ -173,7 +192,8 @@ def fold_onto(
     Args:
         grid: the numbers that there are, if they are asked for.
         weight: what is stored now.
-        nearest: what rounding to nearest makes of it; the result is this, or a float32 tensor of its own.
+        nearest: what rounding to nearest makes of it; the result is this, or a float32 tensor of
+            its own.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         exact = low.to(torch.float64)
@@ -187,7 +207,10 @@ def fold_onto(
         old, new, known = weight, out, grid()
         if side == "outputs":
             old, new, exact = old.mT, new.mT, exact.T
-            known, spread = known.reshaped(lambda one: one.mT), None if spread is None else spread.mT
+            known, spread = (
+                known.reshaped(lambda one: one.mT),
+                None if spread is None else spread.mT,
+            )
         lost = faithful(old, exact, spread, directions(exact.A, inputs), new, known)
         return replace(folded, weight=out, retention=1 + lost / sums.size, rounding="faithful")
 
@@ -209,18 +232,22 @@ def known_rounding(rounding: str) -> None:
         ConfigError: it is none of ``ROUNDINGS``.
     """
     if rounding not in ROUNDINGS:
-        raise ConfigError(sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one"))
+        raise ConfigError(
+            sentence(f"rounding={rounding!r}", f"one of {', '.join(ROUNDINGS)}", "choose one")
+        )
 
 
 def wanting(sums: Sums) -> bool:
-    """Whether rounding to nearest is not good enough for ΔW: it keeps less or more than 99 to 101 % of it. Losing 1 %
-    adds an error of a tenth of ΔW; less is chance, in a weight of few numbers. Where W is finer than the target, what
-    is lost hides in the rounding of W: there the error alone tells, a third of ΔW, as nearest adds to a W of the grid
-    when it comes to lose that 1 %."""
+    """Whether rounding to nearest is not good enough for ΔW: it keeps less or more than 99 to 101 %
+    of it. Losing 1 % adds an error of a tenth of ΔW; less is chance, in a weight of few numbers.
+    Where W is finer than the target, what is lost hides in the rounding of W: there the error alone
+    tells, a third of ΔW, as nearest adds to a W of the grid when it comes to lose that 1 %."""
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
-def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool) -> tuple[Sums, bool]:
+def _nearest(
+    weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool
+) -> tuple[Sums, bool]:
     old, new, factors, spread = weight, out, low, gain
     if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
         old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
@@ -239,9 +266,10 @@ def _nearest(weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, com
 
 
 def _tile(like: Tensor) -> int:
-    """Numbers in a tile at most. On a processor they fit into its cache. On a device each operation has the time of a
-    launch: there it is a share of the weight, so that as many are launched for every weight, and the temporaries in
-    float64 are a few times as large as a 16-bit weight; fewer where memory is short."""
+    """Numbers in a tile at most. On a processor they fit into its cache. On a device each operation
+    has the time of a launch: there it is a share of the weight, so that as many are launched for
+    every weight, and the temporaries in float64 are a few times as large as a 16-bit weight; fewer
+    where memory is short."""
     if like.device.type == "cpu":
         return TILE
     tile = max(-(-like.numel() // SHARE), SMALLEST)
@@ -255,8 +283,8 @@ def _free(device: torch.device) -> int:
 
 
 def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator[Piece]:
-    """Slices of [g, out, in] with about ``most`` numbers: groups if those are small, else rows of one, or what of these
-    lies in ``widest`` columns."""
+    """Slices of [g, out, in] with about ``most`` numbers: groups if those are small, else rows of
+    one, or what of these lies in ``widest`` columns."""
     groups, rows, columns = shape
     wide = max(1, min(columns, widest or columns, most if widest else columns))
     high = max(1, min(rows, most // wide))
@@ -271,9 +299,11 @@ def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator
                 )
 
 
-def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None, made: Tensor | None = None) -> Sums:
-    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of no rounding or of
-    what is ``made`` already. ``gain`` is [g, out, 1] or [g, 1, in]."""
+def _in_float64(
+    old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None, made: Tensor | None = None
+) -> Sums:
+    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of
+    no rounding or of what is ``made`` already. ``gain`` is [g, out, 1] or [g, 1, in]."""
     if gain is not None and gain.shape[2] == 1:
         gain = gain.expand(-1, old.shape[1], -1)
 
@@ -286,25 +316,44 @@ def _in_float64(old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | No
         if made is not None:
             rounded = made[tile].double()
         else:
-            rounded = value.clone() if new is None else new[tile].copy_(round_once(value, new.dtype)).double()
+            rounded = (
+                value.clone()
+                if new is None
+                else new[tile].copy_(round_once(value, new.dtype)).double()
+            )
         change, realised = value.sub_(base).flatten(), (rounded - base).flatten()
         base = base.flatten()
-        return torch.stack([change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)])
+        return torch.stack(
+            [change.dot(change), change.dot(realised), realised.dot(realised), base.dot(base)]
+        )
 
     tiles = list(_pieces(old.shape, _tile(old), WIDEST))
     sums = spread(tiles, lambda: None, of_tile, threads_for(old, WORKERS))
-    return Sums(*torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)]).sum(0).tolist())
+    return Sums(
+        *torch.stack([*sums, torch.zeros(4, dtype=torch.float64, device=old.device)])
+        .sum(0)
+        .tolist()
+    )
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
-    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path is not for it: a
-    target or a weight of more bits, numbers beyond its range, products that torch may compute in less than float32."""
-    if not old.numel() or dtype not in HALF or old.dtype not in (*HALF, torch.float32) or old.device.type != "cpu":
+    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path
+    is not for it: a target or a weight of more bits, numbers beyond its range, products that torch
+    may compute in less than float32."""
+    if (
+        not old.numel()
+        or dtype not in HALF
+        or old.dtype not in (*HALF, torch.float32)
+        or old.device.type != "cpu"
+    ):
         return None
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     if products.fp32_precision not in ("none", "ieee"):
         return None
-    B, widest = (low.B * low.scale).abs(), low.A.abs().amax(2, keepdim=True)  # [g, out, r], [g, r, 1]
+    B, widest = (
+        (low.B * low.scale).abs(),
+        low.A.abs().amax(2, keepdim=True),
+    )  # [g, out, r], [g, r, 1]
     reach = B @ widest  # [g, out, 1]
     if not max(float(one.max()) for one in (B, widest, reach)) < 2.0**120:
         return None
@@ -330,11 +379,18 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
             groups, rows, _all = piece
             place, first = (groups, rows), (groups.start * old.shape[1] + rows.start) * old.shape[2]
             slab = old[place]
-            sums, doubtful = tile(slab.shape).fold(slab, B[place], A[groups], bound[place], new[place])
+            sums, doubtful = tile(slab.shape).fold(
+                slab, B[place], A[groups], bound[place], new[place]
+            )
             return sums, doubtful + first
 
         pieces = list(_pieces(old.shape, TILE))
-        found = spread(pieces, lambda: functools.cache(lambda shape: _Tile(shape, new.dtype)), in_tiles, threads)
+        found = spread(
+            pieces,
+            lambda: functools.cache(lambda shape: _Tile(shape, new.dtype)),
+            in_tiles,
+            threads,
+        )
         sums, doubtful = zip(*found, strict=True)
         more = _again(torch.cat(doubtful), old, low, new)
     realised, moved, base = torch.stack(sums).double().sum(0).tolist()
@@ -347,7 +403,9 @@ class _Tile:
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         count = shape.numel()
         whole = -(-count // LINE) * LINE
-        wide = torch.zeros(4, whole, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+        wide = torch.zeros(
+            4, whole, dtype=torch.float32, device="cpu"
+        )  # whatever the caller's defaults are
         half, marks = (torch.zeros(whole, dtype=one, device="cpu") for one in (dtype, torch.int16))
         self.lines, self.words = wide[0].view(-1, LINE), marks.view(torch.int64)
         _, self.flat_change, _, self.flat_end = wide[:, :count].unbind()
@@ -355,23 +413,34 @@ class _Tile:
         self.half, self.marks = half[:count].view(shape), marks[:count].view(shape)
         self.bits = self.half.view(torch.int16)
 
-    def fold(self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill ``new``; returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩, and the positions of what is in doubt."""
+    def fold(
+        self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fill ``new``; returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩, and the positions of
+        what is in doubt."""
         self.base.copy_(old)
         torch.bmm(B, A, out=self.change)
         torch.add(self.base, self.change, out=self.value)
         torch.copysign(bound, self.value, out=self.end)
         self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
         self.half.copy_(self.end)
-        new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))  # 2 v less that end: the other one
+        new.copy_(
+            torch.lerp(self.end, self.value, 2.0, out=self.end)
+        )  # 2 v less that end: the other one
         torch.bitwise_xor(self.bits, new.view(torch.int16), out=self.marks)
         self.end.copy_(new)
         self.end.sub_(self.base)
-        change, moved, base = self.flat_change, self.flat_end, torch.linalg.vector_norm(self.lines, dim=1)
+        change, moved, base = (
+            self.flat_change,
+            self.flat_end,
+            torch.linalg.vector_norm(self.lines, dim=1),
+        )
         # nearly none is in doubt: four are looked at as one word
         words = self.words.nonzero().squeeze(1)
         word, part = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
-        return torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]), words[word] * 4 + part
+        return torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]), words[
+            word
+        ] * 4 + part
 
 
 def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
@@ -381,7 +450,9 @@ def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
     for each in places.split(AGAIN):
         at = each // (out * in_), each // in_ % out, each % in_
         change = torch.zeros(len(each), dtype=torch.float64, device=each.device)
-        for k in range(low.rank):  # one after the other, as the compiled loop does: the bits are to be the same
+        for k in range(
+            low.rank
+        ):  # one after the other, as the compiled loop does: the bits are to be the same
             change += low.B[at[0], at[1], k] * low.A[at[0], k, at[2]]
         change *= low.scale
         rounded = round_once(old[at].double() + change, new.dtype)

@@ -1,16 +1,19 @@
-"""One linear layer on rows of which each span has low-rank factors of its own, as one differentiable function.
+"""One linear layer on rows of which each span has low-rank factors of its own, as one
+differentiable function.
 
     y = x Wᵀ + bias,  and on the tokens of span i:  + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W: [out, in]   A_i: [r_i, in]   B_i: [out, r_i]
 
-The products with W are one for all rows, forward and backward, as W is frozen. What is thin runs on each span's own
-tokens, so that nothing of one span, a NaN included, reaches another's output or gradient: spans of one length without
-dropout as batched products, smaller ranks filled up with zeros, and of all layers that read one x where that can be one
-product; others one after another (``fused.py`` has the products). The change comes first and x Wᵀ is added to it, as in
-``fused.py``. Saved are x, and h where it is small.
+The products with W are one for all rows, forward and backward, as W is frozen. What is thin runs on
+each span's own tokens, so that nothing of one span, a NaN included, reaches another's output or
+gradient: spans of one length without dropout as batched products, smaller ranks filled up with
+zeros, and of all layers that read one x where that can be one product; others one after another
+(``fused.py`` has the products). The change comes first and x Wᵀ is added to it, as in ``fused.py``.
+Saved are x, and h where it is small.
 
-All factors of a layer are one tensor to the function, joined by autograd's own ``cat``: eight adapters' are sixteen,
-and to take each by itself, here and in backward, took longer than the products of 16 tokens.
+All factors of a layer are one tensor to the function, joined by autograd's own ``cat``: eight
+adapters' are sixteen, and to take each by itself, here and in backward, took longer than the
+products of 16 tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _C: Any = torch._C
 
 
 class Span(NamedTuple):
-    """Tokens ``first`` up to ``after``, the rank and scale of their change, and the probability and seed of dropout."""
+    """Tokens ``first`` up to ``after``, the rank and scale of their change, and the probability and
+    seed of dropout."""
 
     first: int
     after: int
@@ -49,18 +53,26 @@ class Span(NamedTuple):
         return x[self.first : self.after]
 
     def dropped(self, x: Tensor) -> Dropped | None:
-        """What is dropped of the span's own tokens [t, in]: drawn as for a call that holds these alone."""
+        """What is dropped of the span's own tokens [t, in]: drawn as for a call that holds these
+        alone."""
         return dropout.of_rows(x, self.dropout, self.seed) if self.dropout else None
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, spans: Sequence[Span], A: Sequence[Tensor], B: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spans: Sequence[Span],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
 ) -> Tensor:
-    """y [*, out] in the dtype of x; differentiable in x and all factors. Where ``fused.applies`` alone.
+    """y [*, out] in the dtype of x; differentiable in x and all factors. Where ``fused.applies``
+    alone.
 
     Args:
         spans: in order, none over another; tokens in no span are the base's.
-        A, B: [1, r_i, in] and [1, out, r_i] of each span, of any floating-point dtype: computed in that of x.
+        A, B: [1, r_i, in] and [1, out, r_i] of each span, of any floating-point dtype: computed in
+            that of x.
     """
     if not spans:
         return F.linear(x, weight, bias)
@@ -78,37 +90,47 @@ def linears(
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """``linear`` of several layers that read one x, of each the factors of all spans, which are ``alike``."""
+    """``linear`` of several layers that read one x, of each the factors of all spans, which are
+    ``alike``."""
     most = max(span.rank for span in spans)
     if any(span.rank != most for span in spans):
         A = [[F.pad(one, (0, 0, 0, most - one.shape[1])) for one in own] for own in A]
         B = [[F.pad(one, (0, most - one.shape[2])) for one in own] for own in B]
-    # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets a part
-    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(x.dtype)  # [spans · layers, r, in]
+    # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets
+    # a part
+    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(
+        x.dtype
+    )  # [spans · layers, r, in]
     ups = [torch.cat(tuple(own)).to(x.dtype) for own in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
 def alike(spans: Sequence[Span]) -> bool:
-    """Whether spans can be one batch: neighbours of one length, of ranks that are not far from each other."""
+    """Whether spans can be one batch: neighbours of one length, of ranks that are not far from each
+    other."""
     start, length = spans[0].first, spans[0].after - spans[0].first
     ranks = [span.rank for span in spans]
     return (
         len(spans) > 1
         and max(ranks) * len(ranks) <= 2 * sum(ranks)
         and all(
-            span.first == start + i * length and span.after == span.first + length and not span.dropout
+            span.first == start + i * length
+            and span.after == span.first + length
+            and not span.dropout
             for i, span in enumerate(spans)
         )
     )
 
 
 class _Linears(Function):
-    """``tensors``: of each layer what is up, weight and bias. Factors are [spans · layers, r, in] and [spans, out, r]
-    of spans that are alike, or [R, in] and [R, out], those of each span below each other, of one layer."""
+    """``tensors``: of each layer what is up, weight and bias. Factors are [spans · layers, r, in]
+    and [spans, out, r] of spans that are alike, or [R, in] and [R, out], those of each span below
+    each other, of one layer."""
 
     @staticmethod
-    def forward(ctx: Any, spans: tuple[Span, ...], x: Tensor, downs: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, spans: tuple[Span, ...], x: Tensor, downs: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         count = len(tensors) // 3
         ups, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
@@ -119,7 +141,10 @@ class _Linears(Function):
                 part[spans[-1].after :] = 0
         way: Any = _Batched if downs.ndim == 3 else _Each
         h = way.forward(spans, tokens, downs, ups, parts)
-        ys = [fused.added(part, tokens, *own) for part, *own in zip(parts, weights, biases, strict=True)]
+        ys = [
+            fused.added(part, tokens, *own)
+            for part, *own in zip(parts, weights, biases, strict=True)
+        ]
         ctx.spans, ctx.shape, ctx.way = spans, x.shape, way
         *made_of, ctx.gate = kept(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
@@ -135,12 +160,14 @@ class _Linears(Function):
             return _gradients(ctx, dys)
 
 
-# as in ``fused.py``: what ``Function.apply`` does for ``torch.func``, whose transforms never come here
+# as in ``fused.py``: what ``Function.apply`` does for ``torch.func``, whose transforms never come
+# here
 _apply = cast(Any, super(Function, _Linears)).apply
 
 
 class _Gradients(NamedTuple):
-    """What ``backward`` of a way makes: part [T, in] of dx, and those of the factors, laid out as these are."""
+    """What ``backward`` of a way makes: part [T, in] of dx, and those of the factors, laid out as
+    these are."""
 
     x: Tensor | None
     downs: Tensor | None
@@ -148,10 +175,13 @@ class _Gradients(NamedTuple):
 
 
 class _Batched:
-    """All spans in one product each. float32 products are quicker with the tokens last, and so are those of 16 bits."""
+    """All spans in one product each. float32 products are quicker with the tokens last, and so are
+    those of 16 bits."""
 
     @staticmethod
-    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any) -> list[Tensor | None]:
+    def forward(
+        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any
+    ) -> list[Tensor | None]:
         x, count = _Batched.of(spans, tokens), len(spans)
         h = torch.bmm(downs.view(count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
         h *= _Batched.scales(spans, x)
@@ -161,7 +191,13 @@ class _Batched:
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dys: Sequence[Tensor], downs: Tensor, ups: Any, h: list[Any], needs: Any
+        spans: Sequence[Span],
+        tokens: Tensor,
+        dys: Sequence[Tensor],
+        downs: Tensor,
+        ups: Any,
+        h: list[Any],
+        needs: Any,
     ) -> _Gradients:
         need_x, need_downs, *need_ups = needs
         x, count, rank = _Batched.of(spans, tokens), len(spans), downs.shape[1]
@@ -173,12 +209,18 @@ class _Batched:
         grown: list[Tensor | None] = [None] * len(ups)
         if any(need_ups):
             whole = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
-            for i, (own, dy, need) in enumerate(zip(whole.split(rank, 1), dys, need_ups, strict=True)):
+            for i, (own, dy, need) in enumerate(
+                zip(whole.split(rank, 1), dys, need_ups, strict=True)
+            ):
                 grown[i] = torch.bmm(own, dy).mT.contiguous() if need else None
         dA = torch.bmm(carried, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
-            dx = tokens.new_zeros(tokens.shape) if x.numel() < tokens.numel() else tokens.new_empty(tokens.shape)
+            dx = (
+                tokens.new_zeros(tokens.shape)
+                if x.numel() < tokens.numel()
+                else tokens.new_empty(tokens.shape)
+            )
             torch.bmm(carried.mT, A, out=_Batched.of(spans, dx))
         return _Gradients(dx, dA, grown)
 
@@ -190,14 +232,20 @@ class _Batched:
     @staticmethod
     def scales(spans: Sequence[Span], x: Tensor) -> Any:
         scales = [span.scale for span in spans]
-        return scales[0] if scales.count(scales[0]) == len(scales) else x.new_tensor(scales)[:, None, None]
+        return (
+            scales[0]
+            if scales.count(scales[0]) == len(scales)
+            else x.new_tensor(scales)[:, None, None]
+        )
 
 
 class _Each:
     """One span after another."""
 
     @staticmethod
-    def forward(spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any) -> list[Tensor | None]:
+    def forward(
+        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any
+    ) -> list[Tensor | None]:
         h: list[Tensor | None] = []
         for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
             own = span.of(tokens)
@@ -211,7 +259,13 @@ class _Each:
 
     @staticmethod
     def backward(
-        spans: Sequence[Span], tokens: Tensor, dys: Sequence[Tensor], downs: Tensor, ups: Any, h: list[Any], needs: Any
+        spans: Sequence[Span],
+        tokens: Tensor,
+        dys: Sequence[Tensor],
+        downs: Tensor,
+        ups: Any,
+        h: list[Any],
+        needs: Any,
     ) -> _Gradients:
         need_x, need_A, need_B = needs
         dx = torch.zeros_like(tokens) if need_x else None
@@ -222,14 +276,18 @@ class _Each:
             dropped, narrow = span.dropped(own), h[i]
             if narrow is None:
                 narrow = fused.thin(down, own, dropped) * span.strength
-            carried, grown = fused.thin_twice(up, given, narrow) if need_B else (fused.thin(up, given), None)
+            carried, grown = (
+                fused.thin_twice(up, given, narrow) if need_B else (fused.thin(up, given), None)
+            )
             dB.append(grown)
             carried *= span.strength  # s (dy B)ᵀ, [r, t]
             part, grown = fused.thin_back(carried, down, own, dropped, need_x, need_A)
             dA.append(grown)
             if dx is not None:
                 span.of(dx).copy_(part)
-        return _Gradients(dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None])
+        return _Gradients(
+            dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
+        )
 
     @staticmethod
     def of(spans: Sequence[Span], downs: Tensor, ups: Tensor) -> Any:
@@ -261,7 +319,11 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _definition(
-    spans: Sequence[Span], x: Tensor, downs: Tensor, ups: Sequence[Tensor], weights: Sequence[Tensor]
+    spans: Sequence[Span],
+    x: Tensor,
+    downs: Tensor,
+    ups: Sequence[Tensor],
+    weights: Sequence[Tensor],
 ) -> list[Tensor]:
     """Without biases, whose gradient nobody asks for, and without dropout."""
     tokens, layers = x.reshape(-1, x.shape[-1]), len(weights)

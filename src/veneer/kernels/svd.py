@@ -2,20 +2,22 @@
 
     D ≈ B A        D: [out, in]   A: [r, in] = √S Vᵀ   B: [out, r] = U √S        U S Vᵀ: the r largest singular triples
 
-No other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936). What is sought is V, the leading
-eigenvectors of H = TᵀT, where T is D or Dᵀ, whichever is tall: [long, short]. The rest is one product, T V, whose
-columns have the singular values as their norms.
+No other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936). What is sought
+is V, the leading eigenvectors of H = TᵀT, where T is D or Dᵀ, whichever is tall: [long, short]. The
+rest is one product, T V, whose columns have the singular values as their norms.
 
-- Exactly: H is formed in float64 and decomposed. A direction whose singular value is below 1e-8 of the largest drowns
-  in the rounding of H, and so do 1e-16 of ‖D‖² at most.
-- Randomised (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.3): H is applied again and again
-  to more random directions than are wanted, orthonormal each time, and never formed. After a pass it is known how much
-  of ‖D‖² the r best directions hold; as the gains of the passes fall like powers, the last two of them tell what the
-  limit holds. Directions that are within ``FACTOR`` of that limit are taken; if ``PASSES`` do not get there, the exact
-  way is gone.
+- Exactly: H is formed in float64 and decomposed. A direction whose singular value is below 1e-8 of
+  the largest drowns in the rounding of H, and so do 1e-16 of ‖D‖² at most.
+- Randomised (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.3): H is
+  applied again and again to more random directions than are wanted, orthonormal each time, and
+  never formed. After a pass it is known how much of ‖D‖² the r best directions hold; as the gains
+  of the passes fall like powers, the last two of them tell what the limit holds. Directions that
+  are within ``FACTOR`` of that limit are taken; if ``PASSES`` do not get there, the exact way is
+  gone.
 
-Everything is summed in float64, in pieces of D that are cast one at a time. Rejected: ``torch.linalg.svd`` of D, 3 to 6
-times slower than H and its eigenvectors, in several times the memory.
+Everything is summed in float64, in pieces of D that are cast one at a time. Rejected:
+``torch.linalg.svd`` of D, 3 to 6 times slower than H and its eigenvectors, in several times the
+memory.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-#: a randomised product is at most this much farther from D than the nearest one is, by the estimate from its passes
+# : a randomised product is at most this much farther from D than the nearest one is, by the
+# estimate from its passes
 FACTOR = 1.005
 PASSES = 10
-#: how many directions are tried at least: those beyond the rank make the passes converge, and MKL's QR of 24 to 30
+# : how many directions are tried at least: those beyond the rank make the passes converge, and
+# MKL's QR of 24 to 30
 #: columns takes 100 times as long on two threads (576 × 30: 25 ms, 576 × 32: 0.1 ms)
 FEWEST = 32
 #: how many numbers are cast to float64 at once
@@ -43,7 +47,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
         seed: of the random directions.
 
     Returns:
-        orthonormal [min(out, in), rank] in float64, and how they were found: "exact" or "randomised".
+        orthonormal [min(out, in), rank] in float64, and how they were found: "exact" or
+        "randomised".
     """
     out, in_ = matrix.shape
     long, short = max(out, in_), min(out, in_)
@@ -57,8 +62,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
 
 
 def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The squares of the singular values of ``matrix`` [out, in], descending, and their directions [short, short], in
-    float64."""
+    """The squares of the singular values of ``matrix`` [out, in], descending, and their directions
+    [short, short], in float64."""
     short = min(matrix.shape)
     H = torch.zeros(short, short, dtype=torch.float64, device=matrix.device)
     for piece in _pieces(matrix):
@@ -68,16 +73,16 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest_rank(spectra: Sequence[Tensor], share: float) -> int:
-    """The smallest rank at which products of that rank, one for each of the matrices with these squared singular values
-    (descending), keep ``share`` of the sum of all."""
+    """The smallest rank at which products of that rank, one for each of the matrices with these
+    squared singular values (descending), keep ``share`` of the sum of all."""
     together = torch.stack(list(spectra)).sum(0).cumsum(0)
     reached = together >= share * together[-1]
     return int(reached.to(torch.uint8).argmax()) + 1
 
 
 def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] in float64, with the singular values in equal parts: the product is ``matrix`` in these
-    directions (``vectors``: [short, r], orthonormal) and zero across them."""
+    """A [r, in] and B [out, r] in float64, with the singular values in equal parts: the product is
+    ``matrix`` in these directions (``vectors``: [short, r], orthonormal) and zero across them."""
     along = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
     root = along.norm(dim=0).sqrt()
     along = along / torch.where(root > 0, root, 1)
@@ -103,10 +108,14 @@ def energy(matrix: Tensor) -> float:
 
 def _randomised(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
     """The leading directions, or None where the passes do not come near enough to their limit."""
-    matrix = matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix  # cast once, not in each pass
+    matrix = (
+        matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix
+    )  # cast once, not in each pass
     short, total = min(matrix.shape), energy(matrix)
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(short, directions, dtype=torch.float64, generator=generator).to(matrix.device)
+    start = torch.randn(short, directions, dtype=torch.float64, generator=generator).to(
+        matrix.device
+    )
     basis, lost, gain = torch.linalg.qr(start)[0], total, 0.0
     for _ in range(PASSES):
         image = torch.zeros_like(basis)  # H applied to the basis

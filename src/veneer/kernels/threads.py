@@ -1,9 +1,10 @@
 """Run independent pieces of work on as many threads as torch may use, each piece on one.
 
-torch splits a single operation over its threads, and waits for all of them after each; a chain of short operations on
-a piece that fits into one core's cache is faster with a thread a piece. So each worker tells torch to use no other
-threads than itself. Threads that start later begin with the last such setting made anywhere: so the caller makes its
-own again as soon as all workers have made theirs.
+torch splits a single operation over its threads, and waits for all of them after each; a chain of
+short operations on a piece that fits into one core's cache is faster with a thread a piece. So each
+worker tells torch to use no other threads than itself. Threads that start later begin with the last
+such setting made anywhere: so the caller makes its own again as soon as all workers have made
+theirs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _APART: ContextVar[int] = ContextVar("apart")
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """In the block, what is spread takes as many threads as torch has, and torch itself one: those of its own wait for
-    its next operation by spinning, on cores that others could use."""
+    """In the block, what is spread takes as many threads as torch has, and torch itself one: those
+    of its own wait for its next operation by spinning, on cores that others could use."""
     count = torch.get_num_threads()
     token = _APART.set(count)
     torch.set_num_threads(1)
@@ -40,18 +41,24 @@ def apart() -> Iterator[None]:
 
 
 def threads_for(tensor: Tensor, most: int) -> int:
-    """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than ``most`` (each
-    needs memory, and they share its bandwidth); 0, the caller itself, on another device, where one stream is enough."""
+    """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than
+    ``most`` (each needs memory, and they share its bandwidth); 0, the caller itself, on another
+    device, where one stream is enough."""
     return min(_APART.get(torch.get_num_threads()), most) if tensor.device.type == "cpu" else 0
 
 
 def spread(
-    items: Sequence[Item], state: Callable[[], State], work: Callable[[Item, State], Result], threads: int
+    items: Sequence[Item],
+    state: Callable[[], State],
+    work: Callable[[Item, State], Result],
+    threads: int,
 ) -> list[Result]:
-    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without autograd. The caller does
-    it itself where torch has one thread anyway, or if there is to be none.
+    """``[work(item, …) for item in items]``, in this order, over so many ``threads``, without
+    autograd. The caller does it itself where torch has one thread anyway, or if there is to be
+    none.
 
-    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads and is raised.
+    ``state`` makes what one thread keeps from piece to piece. The first exception ends all threads
+    and is raised.
     """
     threads = min(threads, len(items))
     if threads == 0 or _APART.get(torch.get_num_threads()) == 1:
@@ -77,7 +84,9 @@ def spread(
         try:
             workers = [pool.submit(run) for _ in range(threads)]
             ready.wait()
-        except BaseException:  # the system gives no more threads, or an interrupt: let those that wait go
+        except (
+            BaseException
+        ):  # the system gives no more threads, or an interrupt: let those that wait go
             ready.abort()
             pool.shutdown()  # before torch's setting is made again, as the last one counts
             raise

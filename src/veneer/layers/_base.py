@@ -2,9 +2,10 @@
 
     y = op(x; W) + bias        update(x) = op(x; ΔW)        ΔW: [g, out, in] folded into the weight's own shape
 
-A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies in the weight
-(``fold`` and ``unfold``). That is enough: the module's own forward then runs on W + ΔW. A kind whose output is linear
-in its one weight also offers ``op`` and ``update``, and gets the factored path. How to add one: CONTRIBUTING.md.
+A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies
+in the weight (``fold`` and ``unfold``). That is enough: the module's own forward then runs on W +
+ΔW. A kind whose output is linear in its one weight also offers ``op`` and ``update``, and gets the
+factored path. How to add one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Dims(NamedTuple):
 
 
 class Layer(ABC):
-    """One kind of layer, without state. Subclasses are abstract or final; the registry holds one instance of each."""
+    """One kind of layer, without state. Subclasses are abstract or final; the registry holds one
+    instance of each."""
 
     name: str
     #: the weight's name in a module with one weight
@@ -49,7 +51,8 @@ class Layer(ABC):
     linear: bool = False
     #: whether forward is y = x Wᵀ + bias and nothing else (W lies transposed if out_axis is 1)
     product: bool = False
-    #: whether each position of the one input is computed alone, so that the axes before the last may be any
+    # : whether each position of the one input is computed alone, so that the axes before the last
+    # may be any
     by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,8 +64,8 @@ class Layer(ABC):
 
     @abstractmethod
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
-        """Small modules of this kind with an input each (a tensor, or a tuple of arguments), one for every option
-        that changes the arithmetic."""
+        """Small modules of this kind with an input each (a tensor, or a tuple of arguments), one
+        for every option that changes the arithmetic."""
 
     def weights(self, module: Any) -> tuple[str, ...]:
         """The names of the weights that a low-rank change fits."""
@@ -73,12 +76,13 @@ class Layer(ABC):
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
-        """The names of children that are a part of this layer: who names the layer as a target means them too."""
+        """The names of children that are a part of this layer: who names the layer as a target
+        means them too."""
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        """The size of a change of a weight of this shape (the dense weight's, however it is stored): by default that of
-        a matrix [out, in], or [in, out] if ``out_axis`` is 1."""
+        """The size of a change of a weight of this shape (the dense weight's, however it is
+        stored): by default that of a matrix [out, in], or [in, out] if ``out_axis`` is 1."""
         return Dims(1, *(shape[::-1] if self.out_axis else shape))
 
     def fold(self, delta: Tensor, shape: torch.Size) -> Tensor:
@@ -100,7 +104,8 @@ class Layer(ABC):
         return dims.in_
 
     def frozen_input(self, module: Any) -> int | None:
-        """The input (a column of ΔW) that never changes, such as a padding token; None if there is none."""
+        """The input (a column of ΔW) that never changes, such as a padding token; None if there is
+        none."""
         return None
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
@@ -118,18 +123,27 @@ class Layer(ABC):
         raise NotImplementedError
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
-        """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype of x."""
+        """``y + op(x; ΔW)`` through the bottleneck (``op(x; ΔW)`` alone if y is None), in the dtype
+        of x."""
         raise NotImplementedError
 
     def fused(
-        self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
+        self,
+        module: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: LowRank,
+        drops: float,
     ) -> Tensor | None:
-        """``update(drop(x), low, op(x, weight, bias))``, with ``drops`` the probability, as one function of
-        ``kernels``, or None where there is none for this call. Only where ``fused.applies`` does."""
+        """``update(drop(x), low, op(x, weight, bias))``, with ``drops`` the probability, as one
+        function of ``kernels``, or None where there is none for this call. Only where
+        ``fused.applies`` does."""
         return None
 
     def factors(self, module: Any) -> bool:
-        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its options are."""
+        """Whether ``update`` equals ``op(x; ΔW)`` for this module, gradients included, whatever its
+        options are."""
         return True
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
@@ -137,19 +151,21 @@ class Layer(ABC):
         return values
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call with these arguments,
-        [g, tokens, in]."""
+        """The rows that ΔW of this weight (of a child's by its path below) multiplies in a call
+        with these arguments, [g, tokens, in]."""
         raise NotImplementedError
 
     # The materialised path runs the module's own forward on a view of it.
 
     def bind(self, seen: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
-        """Put changed weights, ``values.get(name)``, where a view's forward looks for them, if that is not under their
-        names."""
+        """Put changed weights, ``values.get(name)``, where a view's forward looks for them, if that
+        is not under their names."""
 
     # Rows of a batch that use different adapters.
 
-    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+    def take(
+        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+    ) -> tuple[tuple, dict]:
         """The arguments of a call that holds only these rows of a batch of ``count``.
 
         Raises:
@@ -170,29 +186,37 @@ class Layer(ABC):
         return taken
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
-        """The outputs of such calls, one after the other, as that of the whole batch in its order."""
+        """The outputs of such calls, one after the other, as that of the whole batch in its
+        order."""
         return joined(outputs, order, lambda _: 0)
 
     # The layout of a PEFT file.
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a PEFT file; groups, of which PEFT has none here, one below the other."""
+        """A and B in the shapes of a PEFT file; groups, of which PEFT has none here, one below the
+        other."""
         return low.A.flatten(0, 1), low.B.flatten(0, 1)
 
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
         """One value an output, [g · out], in the shape of a PEFT file."""
         return values
 
-    def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
-        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if those do not fit this layer."""
+    def unpack(
+        self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
+    ) -> tuple[Tensor, Tensor] | None:
+        """A [g, r, in] and B [g, out, r] from the shapes of a PEFT file; None if those do not fit
+        this layer."""
         groups, out, in_ = self.dims(module, shape)
         rank = B.shape[1] if B.dim() == 2 else 0
         fits = A.shape == (groups * rank, in_) and B.shape == (groups * out, rank)
-        return (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
+        return (
+            (A.reshape(groups, rank, in_), B.reshape(groups, out, rank)) if fits and rank else None
+        )
 
 
 def joined(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
-    """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and reorder that axis."""
+    """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and
+    reorder that axis."""
     spec, whole = pytree.tree_structure(outputs[0]), []
     for position, parts in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
         if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
@@ -207,12 +231,14 @@ LAYERS: Registry[Layer] = Registry("layer kind")
 
 
 def layer_named(name: str):
-    """The registered layer of this name; a pickle holds this call, so that a copy is the one instance."""
+    """The registered layer of this name; a pickle holds this call, so that a copy is the one
+    instance."""
     return LAYERS[name]
 
 
 def register(kind: type[Layer]) -> type[Layer]:
-    """Class decorator: put one instance into the registry. The kinds that are registered last are asked first."""
+    """Class decorator: put one instance into the registry. The kinds that are registered last are
+    asked first."""
     LAYERS.add(kind.name, kind())
     return kind
 
@@ -222,15 +248,20 @@ GENERAL = "parameter"
 
 
 def kind_of(module: Any) -> Layer | None:
-    """The kind of a module with something to change; a user's own kind comes before ours, as it was registered
-    later. None for a module without parameters of its own."""
-    kind = next((kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())), LAYERS[GENERAL])
+    """The kind of a module with something to change; a user's own kind comes before ours, as it was
+    registered later. None for a module without parameters of its own."""
+    kind = next(
+        (kind for kind in reversed(tuple(LAYERS)) if isinstance(module, kind.types())),
+        LAYERS[GENERAL],
+    )
     return kind if kind.weights(module) or kind.vectors(module) else None
 
 
-def factors(kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Whether the factored form is right for ``module``: its class runs the forward that ``kind.op`` mirrors (or one
-    of ``trusted``), not one of its own."""
+def factors(
+    kind: Layer, module: Any, base: type[nn.Module], trusted: tuple[type[nn.Module], ...] = ()
+) -> bool:
+    """Whether the factored form is right for ``module``: its class runs the forward that
+    ``kind.op`` mirrors (or one of ``trusted``), not one of its own."""
     if type(kind).update is Layer.update or not kind.factors(module):
         return False
     return any(base.forward is stock.forward for stock in (*kind.types(), *trusted))

@@ -1,7 +1,9 @@
-"""``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and values.
+"""``nn.MultiheadAttention``: the in-projection, fused [3E, E] or separate for queries, keys and
+values.
 
-The out-projection is a linear layer below it, a target of its own, whose weight this module reads directly
-(``attach/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries: ``LoraConfig(slices=…)`` changes those rows.
+The out-projection is a linear layer below it, a target of its own, whose weight this module reads
+directly (``attach/weight_readers.py``). ``in_proj_weight[:E]`` makes the queries:
+``LoraConfig(slices=…)`` changes those rows.
 """
 
 from __future__ import annotations
@@ -43,16 +45,21 @@ class Attention(Layer):
         return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in found], dim=1)
 
     def _heads(self, module: Any, args: tuple) -> Tensor:
-        """What the out-projection reads: the forward of a view of the module whose out-projection is the identity."""
+        """What the out-projection reads: the forward of a view of the module whose out-projection
+        is the identity."""
         size, query = module.embed_dim, args[0]
-        identity: Any = nn.utils.skip_init(nn.Linear, size, size, device=query.device, dtype=query.dtype)
+        identity: Any = nn.utils.skip_init(
+            nn.Linear, size, size, device=query.device, dtype=query.dtype
+        )
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
         seen = object.__new__(type(module))
         seen.__dict__.update(module.__dict__, _modules={**module._modules, "out_proj": identity})
         return type(module).forward(seen, *args)[0]
 
-    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+    def take(
+        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+    ) -> tuple[tuple, dict]:
         names, more = _ARGUMENTS, args[len(_ARGUMENTS) :]  # of a subclass
         given = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1
@@ -65,11 +72,17 @@ class Attention(Layer):
         mask = given.get("attn_mask")
         if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
             heads = torch.arange(module.num_heads, device=rows.device)
-            given["attn_mask"] = mask.index_select(0, (rows[:, None] * module.num_heads + heads).reshape(-1))
-        return (*(given[name] for name in names[: len(args)]), *more), {name: given[name] for name in kwargs}
+            given["attn_mask"] = mask.index_select(
+                0, (rows[:, None] * module.num_heads + heads).reshape(-1)
+            )
+        return (*(given[name] for name in names[: len(args)]), *more), {
+            name: given[name] for name in kwargs
+        }
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
-        return joined(outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0)
+        return joined(
+            outputs, order, lambda position: 1 if position == 0 and not module.batch_first else 0
+        )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         x, mask = randn(4, 3, 8), torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)

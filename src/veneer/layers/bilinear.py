@@ -27,7 +27,9 @@ class Bilinear(Layer):
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         left, right = args
-        return (left[..., :, None] * right[..., None, :]).reshape(1, -1, left.shape[-1] * right.shape[-1])
+        return (left[..., :, None] * right[..., None, :]).reshape(
+            1, -1, left.shape[-1] * right.shape[-1]
+        )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         yield nn.Bilinear(4, 3, 5), (randn(2, 4), randn(2, 3))

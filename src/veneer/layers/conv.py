@@ -1,13 +1,15 @@
-"""Convolutions over 1 to 3 axes with every option: ``nn.Conv1d`` …, weight [out, in/g, *k], ``nn.ConvTranspose1d`` …,
-weight [in, out/g, *k].
+"""Convolutions over 1 to 3 axes with every option: ``nn.Conv1d`` …, weight [out, in/g, *k],
+``nn.ConvTranspose1d`` …, weight [in, out/g, *k].
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in/g · |k|]   B: [g, out/g, r]
 
-A convolution is linear in its weight, so its bottleneck is the same convolution with A as the weight (g · r outputs in
-g groups, and the module's other options), followed by a 1 × 1 convolution with B. A change of a grouped weight is
-grouped itself; PEFT's is not (its A spans all groups), which is why that can't be merged.
+A convolution is linear in its weight, so its bottleneck is the same convolution with A as the
+weight (g · r outputs in g groups, and the module's other options), followed by a 1 × 1 convolution
+with B. A change of a grouped weight is grouped itself; PEFT's is not (its A spans all groups),
+which is why that can't be merged.
 
-In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1. It has none of transposed ones.
+In a file A is [g·r, in/g, *k] and B [out, r, 1, …]: PEFT's layout wherever g = 1. It has none of
+transposed ones.
 """
 
 from __future__ import annotations
@@ -42,15 +44,22 @@ class _Convolution(Layer):
 
     def update(self, module: Any, x: Tensor, low: LowRank, y: Tensor | None) -> Tensor:
         B = (low.B * low.scale).reshape(-1, low.rank, *[1] * self.spatial)  # [out, r, 1, …]
-        change = _POINTWISE[self.spatial - 1](self.bottleneck(module, x, low.A), B, groups=module.groups)
+        change = _POINTWISE[self.spatial - 1](
+            self.bottleneck(module, x, low.A), B, groups=module.groups
+        )
         return change if y is None else y + change
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The rows of ΔW's input are the patches that meet at each output: a bottleneck that is the identity.
+        # The rows of ΔW's input are the patches that meet at each output: a bottleneck that is the
+        # identity.
         x, (groups, _, in_) = args[0], self.dims(module, module.weight.shape)
-        patches = self.bottleneck(module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_))
+        patches = self.bottleneck(
+            module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)
+        )
         batched = patches if patches.dim() == self.spatial + 2 else patches[None]
-        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)  # [g, positions, in/g · |k|]
+        return (
+            batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
+        )  # [g, positions, in/g · |k|]
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
@@ -70,10 +79,20 @@ class Conv(_Convolution):
         return module._conv_forward(x, A.reshape(-1, *module.weight.shape[1:]), None)
 
     def fused(
-        self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank, drops: float
+        self,
+        module: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: LowRank,
+        drops: float,
     ) -> Tensor | None:
         plain = x.numel() > conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
-        whole = x.dim() == self.spatial + 2 and conv.lies(x) is not None and conv.lies(weight) is not None
+        whole = (
+            x.dim() == self.spatial + 2
+            and conv.lies(x) is not None
+            and conv.lies(weight) is not None
+        )
         if not (plain and whole) or isinstance(module.padding, str):
             return None
         geometry = conv.Geometry(module.stride, module.padding, module.dilation)
@@ -85,7 +104,9 @@ class Conv(_Convolution):
     def pack_vector(self, values: Tensor, shape: torch.Size) -> Tensor:
         return values.reshape(1, -1, *[1] * self.spatial)
 
-    def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    def unpack(
+        self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
+    ) -> tuple[Tensor, Tensor] | None:
         if A.shape[1:] != shape[1:] or B.shape[2:] != (1,) * self.spatial:
             return None
         return super().unpack(A.flatten(1), B.flatten(1), module, shape)
@@ -116,7 +137,9 @@ class ConvTranspose(_Convolution):
 
     def unfold(self, weight: Tensor, dims: Dims) -> Tensor:
         groups, out, _ = dims
-        return weight.reshape(groups, weight.shape[0] // groups, out, -1).transpose(1, 2).reshape(dims)
+        return (
+            weight.reshape(groups, weight.shape[0] // groups, out, -1).transpose(1, 2).reshape(dims)
+        )
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
         groups, out, _ = dims
@@ -124,7 +147,13 @@ class ConvTranspose(_Convolution):
         return channels.reshape(shape[0], out, *[1] * self.spatial)
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        options = module.stride, module.padding, module.output_padding, module.groups, module.dilation
+        options = (
+            module.stride,
+            module.padding,
+            module.output_padding,
+            module.groups,
+            module.dilation,
+        )
         return _TRANSPOSED[self.spatial - 1](x, weight, bias, *options)
 
     def bottleneck(self, module: Any, x: Tensor, A: Tensor) -> Tensor:
@@ -141,5 +170,9 @@ class ConvTranspose(_Convolution):
 
 for number, plain in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
     LAYERS.add(f"conv{number}d", Conv(f"conv{number}d", number, plain))
-for number, transposed in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1):
-    LAYERS.add(f"conv_transpose{number}d", ConvTranspose(f"conv_transpose{number}d", number, transposed))
+for number, transposed in enumerate(
+    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1
+):
+    LAYERS.add(
+        f"conv_transpose{number}d", ConvTranspose(f"conv_transpose{number}d", number, transposed)
+    )

@@ -1,10 +1,12 @@
-"""``nn.Embedding``, y = W[ids], weight [V, d], and ``nn.EmbeddingBag``, sums, means or maxima of such rows. As a linear
-map an embedding takes one-hot rows: in = V, out = d, ΔW[id] = (B @ A)[:, id].
+"""``nn.Embedding``, y = W[ids], weight [V, d], and ``nn.EmbeddingBag``, sums, means or maxima of
+such rows. As a linear map an embedding takes one-hot rows: in = V, out = d, ΔW[id] = (B @ A)[:,
+id].
 
 So the bottleneck is a lookup in A and a product with B. What follows from the one-hot reading:
 
 - dropout drops whole tokens of the update;
-- one input is active at a time, so A's Kaiming fan-in is 1, not V (with V the update would start √V times too small);
+- one input is active at a time, so A's Kaiming fan-in is 1, not V (with V the update would start √V
+  times too small);
 - the row of ``padding_idx`` never changes: ΔW's column for it is zero.
 """
 
@@ -31,7 +33,9 @@ class _Lookup(Layer):
         if module.max_norm is None:
             return weight
         norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1, keepdim=True)
-        return torch.where(norms > module.max_norm, weight * (module.max_norm / (norms + 1e-7)), weight)
+        return torch.where(
+            norms > module.max_norm, weight * (module.max_norm / (norms + 1e-7)), weight
+        )
 
     def fan_in(self, dims: Dims) -> int:
         return 1
@@ -61,7 +65,8 @@ class Embedding(_Lookup):
         return change if y is None else y + change
 
     def factors(self, module: Any) -> bool:
-        # A gradient that is divided by how often a row occurs is none of B alone; a row of bounded norm is not linear.
+        # A gradient that is divided by how often a row occurs is none of B alone; a row of bounded
+        # norm is not linear.
         return not module.scale_grad_by_freq and module.max_norm is None
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
@@ -84,28 +89,45 @@ class EmbeddingBag(_Lookup):
         return (nn.EmbeddingBag,)
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a maximum, the rows alone.
+        # The forward on the identity: each bag as the sum or mean of its one-hot rows; of a
+        # maximum, the rows alone.
         ids, (offsets, weights) = args[0], (*args[1:], None, None)[:2]
-        identity = torch.eye(module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device)
+        identity = torch.eye(
+            module.num_embeddings, dtype=module.weight.dtype, device=module.weight.device
+        )
         if module.mode == "max":
             return identity[ids.reshape(1, -1)]
         last, padding = module.include_last_offset, module.padding_idx
         options = {"mode": module.mode, "include_last_offset": last, "padding_idx": padding}
         return F.embedding_bag(ids, identity, offsets, per_sample_weights=weights, **options)[None]
 
-    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+    def take(
+        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+    ) -> tuple[tuple, dict]:
         given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
-        ids, offsets, weights = given["input"], given.get("offsets"), given.get("per_sample_weights")
+        ids, offsets, weights = (
+            given["input"],
+            given.get("offsets"),
+            given.get("per_sample_weights"),
+        )
         if offsets is None:
             return super().take(module, args, kwargs, rows, count)
         if len(offsets) - module.include_last_offset != count:
             raise LookupError
-        ends = offsets[1:] if module.include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        ends = (
+            offsets[1:]
+            if module.include_last_offset
+            else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        )
         spans = [torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows]
         lengths = torch.tensor([0, *map(len, spans)], device=ids.device).cumsum(0)
         where = torch.cat(spans)
         starts = lengths if module.include_last_offset else lengths[:-1]
-        return (ids[where], starts.to(offsets.dtype), None if weights is None else weights[where]), {}
+        return (
+            ids[where],
+            starts.to(offsets.dtype),
+            None if weights is None else weights[where],
+        ), {}
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         bags, offsets = torch.tensor([[0, 3, 3], [8, 1, 0]]), torch.tensor([0, 2])

@@ -1,8 +1,9 @@
-"""``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D`` (GPT-2), the same with a
-weight that lies transposed, [in, out]; and other libraries' linear layers: quantised ones, PyTorch Geometric's.
+"""``nn.Linear``: y = x Wᵀ + bias, weight [out, in]; and ``transformers.pytorch_utils.Conv1D``
+(GPT-2), the same with a weight that lies transposed, [in, out]; and other libraries' linear layers:
+quantised ones, PyTorch Geometric's.
 
-Others' classes are looked up where they have been imported already: a model that holds one has imported its library,
-and ``import veneer`` must not.
+Others' classes are looked up where they have been imported already: a model that holds one has
+imported its library, and ``import veneer`` must not.
 """
 
 from __future__ import annotations

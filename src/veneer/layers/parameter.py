@@ -1,10 +1,11 @@
-"""Any module with parameters of its own: stacked experts, learned positions, a layer that nobody has described.
+"""Any module with parameters of its own: stacked experts, learned positions, a layer that nobody
+has described.
 
     [out, in]        one change of that size; leading axes of size 1 do not count
     [E, out, in]     a stack of E matrices, each with a change of its own: g = E
 
-The module's own forward runs on W + ΔW, so nothing needs to be known of it. Vectors (norms, scales) are trained at
-their full shape. Its biases are left to ``LoraConfig(bias=…)``.
+The module's own forward runs on W + ΔW, so nothing needs to be known of it. Vectors (norms, scales)
+are trained at their full shape. Its biases are left to ``LoraConfig(bias=…)``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from veneer.lowrank import LowRank
 
 
 class Experts(nn.Module):
-    """A stack of linear layers as mixture-of-experts models hold them; x: [E, tokens, in]. For the examples."""
+    """A stack of linear layers as mixture-of-experts models hold them; x: [E, tokens, in]. For the
+    examples."""
 
     def __init__(self, experts: int, out: int, in_: int) -> None:
         super().__init__()
@@ -76,11 +78,14 @@ class Parameters(Layer):
         return values.reshape(*lead, *[1] * (len(sizes) - len(lead)))
 
     def pack(self, low: LowRank, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        # PEFT: A [E·r, in], B [out, r·E] with the expert counting fastest; in and out swap for modules that say so.
+        # PEFT: A [E·r, in], B [out, r·E] with the expert counting fastest; in and out swap for
+        # modules that say so.
         low = low.T if swapped_stack(module, shape) else low
         return low.A.flatten(0, 1), low.B.permute(1, 2, 0).flatten(1)
 
-    def unpack(self, A: Tensor, B: Tensor, module: Any, shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    def unpack(
+        self, A: Tensor, B: Tensor, module: Any, shape: torch.Size
+    ) -> tuple[Tensor, Tensor] | None:
         groups, out, in_ = self.dims(module, shape)
         swapped = swapped_stack(module, shape)
         out, in_ = (in_, out) if swapped else (out, in_)
@@ -106,5 +111,8 @@ def _own(module: Any) -> dict[str, int]:
     return {
         name: len(squeezed(p.shape))
         for name, p in module._parameters.items()
-        if p is not None and "bias" not in name and p.is_floating_point() and not nn.parameter.is_lazy(p)
+        if p is not None
+        and "bias" not in name
+        and p.is_floating_point()
+        and not nn.parameter.is_lazy(p)
     }

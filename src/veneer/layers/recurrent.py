@@ -2,7 +2,8 @@
 
     weight_ih_l0 [gates · hidden, in]   weight_hh_l0 [gates · hidden, hidden]   weight_hr_l0 [projection, hidden]   …
 
-Each has a change of its own. A recurrence is not linear in its weights, so the module's own forward runs on W + ΔW.
+Each has a change of its own. A recurrence is not linear in its weights, so the module's own forward
+runs on W + ΔW.
 """
 
 from __future__ import annotations
@@ -27,17 +28,26 @@ class Recurrent(Layer):
         return (nn.RNNBase,)
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for names in module._all_weights for name in names if name.startswith("weight"))
+        return tuple(
+            name for names in module._all_weights for name in names if name.startswith("weight")
+        )
 
     def bind(self, seen: Any, values: Any) -> None:
-        # A recurrent module hands its kernel a list of its parameters, made when it was built. With references that
-        # fit, forward does not make another, which would then be taken for something that it wrote to the module.
-        weights = [values.get(name, seen._parameters.get(name)) for name in seen._flat_weights_names]
+        # A recurrent module hands its kernel a list of its parameters, made when it was built. With
+        # references that fit, forward does not make another, which would then be taken for
+        # something that it wrote to the module.
+        weights = [
+            values.get(name, seen._parameters.get(name)) for name in seen._flat_weights_names
+        ]
         seen.__dict__["_flat_weights"] = weights
-        seen.__dict__["_flat_weight_refs"] = [None if weight is None else weakref.ref(weight) for weight in weights]
+        seen.__dict__["_flat_weight_refs"] = [
+            None if weight is None else weakref.ref(weight) for weight in weights
+        ]
         seen.flatten_parameters()
 
-    def take(self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int) -> tuple[tuple, dict]:
+    def take(
+        self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
+    ) -> tuple[tuple, dict]:
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
         x, states = given["input"], given.get("hx")
         axis = 0 if module.batch_first else 1
@@ -50,22 +60,34 @@ class Recurrent(Layer):
             raise LookupError
         else:
             x = x.index_select(axis, rows.to(x.device))
-        return (x, pytree.tree_map_only(Tensor, lambda state: state.index_select(1, rows.to(state.device)), states)), {}
+        return (
+            x,
+            pytree.tree_map_only(
+                Tensor, lambda state: state.index_select(1, rows.to(state.device)), states
+            ),
+        ), {}
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         if isinstance(outputs[0][0], PackedSequence):
             sequences, states = zip(*outputs, strict=True)
             padded, lengths = zip(*map(pad_packed_sequence, sequences), strict=True)
             longest = max(len(y) for y in padded)
-            whole = torch.cat([nn.functional.pad(y, (0, 0, 0, 0, 0, longest - len(y))) for y in padded], dim=1)
+            whole = torch.cat(
+                [nn.functional.pad(y, (0, 0, 0, 0, 0, longest - len(y))) for y in padded], dim=1
+            )
             y = _packed(whole.index_select(1, order.to(whole.device)), torch.cat(lengths)[order])
             return y, joined(list(states), order, lambda _: 1)
-        return joined(outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1)
+        return joined(
+            outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1
+        )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:
         x = randn(4, 3, 5)
         yield nn.LSTM(5, 4), x
-        yield nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True), (x, (randn(4, 4, 4), randn(4, 4, 4)))
+        yield (
+            nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True),
+            (x, (randn(4, 4, 4), randn(4, 4, 4))),
+        )
         yield nn.LSTM(5, 4, proj_size=3, bias=False), x
         yield nn.GRU(5, 4, num_layers=2, bidirectional=True), (x, randn(4, 3, 4))
         yield nn.RNN(5, 4, nonlinearity="relu"), x
@@ -73,9 +95,11 @@ class Recurrent(Layer):
 
 
 def _packed(padded: Tensor, lengths: Tensor) -> PackedSequence:
-    """Sequences [time, batch, width] packed as torch would: in their order if that is by length, else with the indices
-    that sort them."""
-    return pack_padded_sequence(padded, lengths, enforce_sorted=bool((lengths[1:] <= lengths[:-1]).all()))
+    """Sequences [time, batch, width] packed as torch would: in their order if that is by length,
+    else with the indices that sort them."""
+    return pack_padded_sequence(
+        padded, lengths, enforce_sorted=bool((lengths[1:] <= lengths[:-1]).all())
+    )
 
 
 @register

@@ -1,7 +1,7 @@
 """Base models and their files: found, loaded, converted, read tensor by tensor.
 
-In: what a user calls a base. Out: modules, or tensors by name. The one room below train/ and serve/ that imports
-transformers, and only when it is called.
+In: what a user calls a base. Out: modules, or tensors by name. The one room below train/ and serve/
+that imports transformers, and only when it is called.
 """
 
 from veneer.models.attention import use_products

@@ -1,8 +1,9 @@
-"""Attention as plain matrix products, for transformers' models, in the calls in which torch's fused kernel is slower.
+"""Attention as plain matrix products, for transformers' models, in the calls in which torch's fused
+kernel is slower.
 
-On a CPU that is so for short rows in 16 bits, and under a causal mask (``kernels/attention.py`` says when).
-``use_products`` registers an attention function with transformers that chooses call by call, and else is transformers'
-own "sdpa".
+On a CPU that is so for short rows in 16 bits, and under a causal mask (``kernels/attention.py``
+says when). ``use_products`` registers an attention function with transformers that chooses call by
+call, and else is transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ PRODUCTS = "veneer_products"
 
 
 def use_products(model: PreTrainedModel) -> None:
-    """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls in which these are
-    the faster way, and as transformers' "sdpa" in all others.
+    """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls
+    in which these are the faster way, and as transformers' "sdpa" in all others.
 
     Raises:
-        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model does something else
-            with an attention of another name than "sdpa", such as leaving out the mask of a sparse one.
+        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model
+            does something else with an attention of another name than "sdpa", such as leaving out
+            the mask of a sparse one.
     """
     if compares_attention(model):
         found = f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
-        raise ValueError(sentence(found, "one that treats every attention alike", 'keep attention="sdpa"'))
+        raise ValueError(
+            sentence(found, "one that treats every attention alike", 'keep attention="sdpa"')
+        )
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -46,7 +50,8 @@ def use_products(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _attention() -> Callable[..., tuple[Any, None]]:
-    """What transformers' models call: query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h, d]."""
+    """What transformers' models call: query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h,
+    d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from veneer.kernels import attention
@@ -56,12 +61,16 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Any, None]:  # fmt: skip
         starts, longest = (kwargs.pop(name, None) for name in LENGTHS)
-        alike = kwargs.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
+        alike = kwargs.get("position_bias") is None and (
+            attention_mask is None or attention_mask.shape[1] == 1
+        )
         if alike and attention.is_packed(query, key, attention_mask, starts, longest):
             rows = attention.Packed(starts, longest)
             query, key, value = (rows.apart(one) for one in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-            return rows.together(attend(module, query, key, value, rows.seen(attention_mask), **options)[0]), None
+            return rows.together(
+                attend(module, query, key, value, rows.seen(attention_mask), **options)[0]
+            ), None
         if query.shape[2] > 1 and alike:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             alone = causal and attention_mask is None
@@ -72,7 +81,15 @@ def _attention() -> Callable[..., tuple[Any, None]]:
                 output = attention.products(query, key, value, bias, scaling, dropout, causal=alone)
                 return output.transpose(1, 2), None
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
 
     return attend

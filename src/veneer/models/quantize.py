@@ -3,13 +3,14 @@
     base = load_base("folder", quantize="nf4")      bitsandbytes' Linear4bit or Linear8bitLt in all but the output head
     sources_of(base.model)                          {fingerprint of a packed weight: that of the file's weight}
 
-**One base, in another precision.** A fingerprint rounds to bfloat16, so that a base in float32 and in bfloat16 is one.
-What was quantised here is the same base too, and the files it came from are at hand: each packed weight goes by the
-fingerprint of the weight in the file. So an adapter that was trained on nf4 proves its base against the 16-bit files
-(``veneer merge``), against these in nf4, and against int8. A packed weight is known by its own fingerprint, so that one
-which was merged into is no longer taken for the file's. Rejected: a record with both fingerprints, as each reader would
-have to choose; asking the quantiser of transformers for the weights that pass through it, as it has no interface for
-that.
+**One base, in another precision.** A fingerprint rounds to bfloat16, so that a base in float32 and
+in bfloat16 is one. What was quantised here is the same base too, and the files it came from are at
+hand: each packed weight goes by the fingerprint of the weight in the file. So an adapter that was
+trained on nf4 proves its base against the 16-bit files (``veneer merge``), against these in nf4,
+and against int8. A packed weight is known by its own fingerprint, so that one which was merged into
+is no longer taken for the file's. Rejected: a record with both fingerprints, as each reader would
+have to choose; asking the quantiser of transformers for the weights that pass through it, as it has
+no interface for that.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _SOURCES = "veneer_quantized_from"
 
 
 def quantizer(kind: Quantize, dtype: Any) -> Any:
-    """What ``from_pretrained`` takes as quantization_config. 4 bits: blocks of 64 with doubly quantised scales (QLoRA,
-    arXiv:2305.14314), products in ``dtype``. 8 bits: LLM.int8() (arXiv:2208.07339).
+    """What ``from_pretrained`` takes as quantization_config. 4 bits: blocks of 64 with doubly
+    quantised scales (QLoRA, arXiv:2305.14314), products in ``dtype``. 8 bits: LLM.int8()
+    (arXiv:2208.07339).
 
     Raises:
         ConfigError: an unknown kind; bitsandbytes or accelerate is not installed.
@@ -48,7 +50,9 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
     lacking = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if lacking:
         found = f"a base to be quantised to {kind}, and no {' nor '.join(lacking)}"
-        raise ConfigError(found, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}")
+        raise ConfigError(
+            found, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}"
+        )
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -64,24 +68,26 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
 
 
 def keep_packed(model: nn.Module) -> None:
-    """Keep every 4-bit weight in the layout in which it was made. On a CPU with AVX512-BF16 a call in evaluation mode
-    repacks them, which rounds their scales for good: the base would be another one after its first call."""
+    """Keep every 4-bit weight in the layout in which it was made. On a CPU with AVX512-BF16 a call
+    in evaluation mode repacks them, which rounds their scales for good: the base would be another
+    one after its first call."""
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in module.__dict__:
             module.__dict__["support_avx512bf16_for_cpu"] = False
 
 
 def leave_files(model: nn.Module) -> None:
-    """Give each plain weight in main memory a place of its own. They lie in the file as it is mapped, of which all that
-    was read to be packed would stay resident beside what it was packed to."""
+    """Give each plain weight in main memory a place of its own. They lie in the file as it is
+    mapped, of which all that was read to be packed would stay resident beside what it was packed
+    to."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 
 
 def must_have_whole_blocks(model: nn.Module, name: str) -> None:
-    """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers: bitsandbytes (0.50) reads
-    them there with the scales of other blocks."""
+    """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers:
+    bitsandbytes (0.50) reads them there with the scales of other blocks."""
     odd = [
         f"{path} ({module.in_features})"
         for path, module in model.named_modules()
@@ -91,13 +97,16 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
     ]
     if odd:
         found = f"{name} in 4 bits on a CPU, where the rows of {listing(odd, 2)} are no multiples of {BLOCK}"
-        raise ConfigError(found, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU")
+        raise ConfigError(
+            found, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"
+        )
 
 
 def note_sources(model: nn.Module, folder: str | Path) -> None:
-    """Find, in the files at ``folder``, of which weight each packed one of ``model`` was made. Reads these files once
-    more, tensor by tensor. Weights that are no safetensors, that lie otherwise in the model (GPT-2's), or of a class
-    that transformers lacks, stay known by what they are packed to alone."""
+    """Find, in the files at ``folder``, of which weight each packed one of ``model`` was made.
+    Reads these files once more, tensor by tensor. Weights that are no safetensors, that lie
+    otherwise in the model (GPT-2's), or of a class that transformers lacks, stay known by what they
+    are packed to alone."""
     from veneer.models.meta import meta_model
     from veneer.models.named_weights import named, of_folder
 
@@ -109,7 +118,12 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
     for entry in named(names):
         weight, storage = entry.held(names)
         value = files.find(entry.names)
-        if storage is None or storage.name == "plain" or value is None or value.shape != storage.shape(weight):
+        if (
+            storage is None
+            or storage.name == "plain"
+            or value is None
+            or value.shape != storage.shape(weight)
+        ):
             continue
         module: Any = names.modules[entry.ref[0]]
         storage.prepare(module)
@@ -120,19 +134,30 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
 
 
 def sources_of(model: nn.Module) -> Mapping[str, str]:
-    """The fingerprint of the file's weight by that of the packed one; empty for a model that ``load_base`` did not
-    quantise."""
+    """The fingerprint of the file's weight by that of the packed one; empty for a model that
+    ``load_base`` did not quantise."""
     return model.__dict__.get(_SOURCES, {})
 
 
 def quantization_in(model: nn.Module) -> dict[str, Any] | None:
-    """How a model of transformers is quantised, as a record says it: {"by": "bitsandbytes", "as": "nf4"}; with
-    "original": true where its weights go by the fingerprints of those that they were made of. None: not at all."""
+    """How a model of transformers is quantised, as a record says it: {"by": "bitsandbytes", "as":
+    "nf4"}; with "original": true where its weights go by the fingerprints of those that they were
+    made of. None: not at all."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None
     said = config if isinstance(config, dict) else config.to_dict()
     method = getattr(said.get("quant_method"), "value", said.get("quant_method"))
-    kind = said.get("bnb_4bit_quant_type") if said.get("load_in_4bit") else "int8" if said.get("load_in_8bit") else None
-    about = {"by": str(method), "as": str(kind) if kind else None, "original": True if sources_of(model) else None}
+    kind = (
+        said.get("bnb_4bit_quant_type")
+        if said.get("load_in_4bit")
+        else "int8"
+        if said.get("load_in_8bit")
+        else None
+    )
+    about = {
+        "by": str(method),
+        "as": str(kind) if kind else None,
+        "original": True if sources_of(model) else None,
+    }
     return {name: value for name, value in about.items() if value is not None}

@@ -4,7 +4,8 @@
     model-00001-of-00002.safetensors, …                 shards, and
     model.safetensors.index.json                        which tensor is in which shard
 
-A tensor is read with plain reads into memory of its own: the pages of a map would count as the process's memory.
+A tensor is read with plain reads into memory of its own: the pages of a map would count as the
+process's memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, CheckpointError, OutputExistsError, listing, raise_all, sentence
+from veneer.errors import (
+    AdapterError,
+    CheckpointError,
+    OutputExistsError,
+    listing,
+    raise_all,
+    sentence,
+)
 from veneer.fileio import tensors
 from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
 from veneer.formats import peft
@@ -26,10 +34,24 @@ from veneer.formats import peft
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
 #: torch's dtypes of the weights of models, by the names that safetensors has
-_WEIGHTS = ("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
+_WEIGHTS = (
+    "F64",
+    "F32",
+    "BF16",
+    "F16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+)
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: patterns of the files that a whole model may consist of, and that another one in its place replaces
+# : patterns of the files that a whole model may consist of, and that another one in its place
+# replaces
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
@@ -38,17 +60,21 @@ MODEL_FILES = (
 
 
 def must_hold_no_adapter(folder: Path) -> None:
-    """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be written."""
+    """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be
+    written."""
     if (folder / peft.CONFIG).exists():
         found = f"{folder}, which holds an adapter, for a whole model"
-        expected = "a folder of its own: from_pretrained would load both, and change the weights twice"
+        expected = (
+            "a folder of its own: from_pretrained would load both, and change the weights twice"
+        )
         raise OutputExistsError(found, expected, "choose another folder")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files. ``files`` are their headers by name, ``index`` what the index says (None for a
-    single file), ``where`` the file of each tensor, in the order of files and of the bytes in them."""
+    """A folder of safetensors files. ``files`` are their headers by name, ``index`` what the index
+    says (None for a single file), ``where`` the file of each tensor, in the order of files and of
+    the bytes in them."""
 
     folder: Path
     files: Mapping[str, Header]
@@ -73,13 +99,17 @@ class Checkpoint:
         return self.files[self.where[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some ``rows`` of its first axis, in memory of its own. ``KeyError``: no such tensor.
-        ``CheckpointError``: the file became shorter since its header was read."""
+        """One tensor, or some ``rows`` of its first axis, in memory of its own. ``KeyError``: no
+        such tensor. ``CheckpointError``: the file became shorter since its header was read."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
             row = size // shape[0] if shape[0] else 0
-            shape, size, start = (last - first, *shape[1:]), (last - first) * row, start + first * row
+            shape, size, start = (
+                (last - first, *shape[1:]),
+                (last - first) * row,
+                start + first * row,
+            )
         with (self.folder / self.where[name]).open("rb") as stream:
             flat = tensors.read_bytes(stream, start, size)
         if flat is None:
@@ -89,17 +119,21 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint in a folder: its headers, checked; no number of it is read. ``CheckpointError``: no safetensors
-    there, or several that no index tells apart, an index that names other files or tensors than there are, a damaged
-    file; with every problem at once."""
+    """The checkpoint in a folder: its headers, checked; no number of it is read.
+    ``CheckpointError``: no safetensors there, or several that no index tells apart, an index that
+    names other files or tensors than there are, a damaged file; with every problem at once."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
     refuse = partial(raise_all, CheckpointError, f"The checkpoint {folder} cannot be used")
     index, index_name, names = None, None, sorted(path.name for path in folder.iterdir())
-    indices, names = ([name for name in names if name.endswith(ending)] for ending in (INDEX, ENDING))
+    indices, names = (
+        [name for name in names if name.endswith(ending)] for ending in (INDEX, ENDING)
+    )
     if len(indices) > 1:
-        raise CheckpointError(f"{listing(indices)} in {folder}", "one index", "keep the files of one model")
+        raise CheckpointError(
+            f"{listing(indices)} in {folder}", "one index", "keep the files of one model"
+        )
     if indices:
         index_name = indices[0]
         refuse(misplaced(folder, indices))
@@ -119,7 +153,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def in_order(header: Header) -> list[str]:
-    return sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop))
+    return sorted(
+        header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].stop)
+    )
 
 
 def _checked(reader: Any, path: Path) -> Any:
@@ -133,7 +169,11 @@ def _checked(reader: Any, path: Path) -> Any:
 def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The files that an index names: plain names in its own folder."""
     weights = index.get("weight_map")
-    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(name, str) for name in weights.values())
+    ):
         raise CheckpointError(f"no weight_map of names in {path}", "one", "get the file again")
     names = sorted(set(weights.values()))
     odd = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
@@ -149,23 +189,39 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
     for file, header in files.items():
         for name, entry in header.tensors.items():
             if name in seen:
-                yield sentence(f"{name!r} in {seen[name]} and in {file}", "one of them", "get the whole model again")
+                yield sentence(
+                    f"{name!r} in {seen[name]} and in {file}",
+                    "one of them",
+                    "get the whole model again",
+                )
             if index is not None and said.get(name) != file:
                 found = f"{name!r} in {file}, where the index says {said.get(name)!r}"
-                yield sentence(found, "an index of these files", "get the index and its shards together")
+                yield sentence(
+                    found, "an index of these files", "get the index and its shards together"
+                )
             if entry.dtype not in DTYPES:
-                yield sentence(f"{name!r} of dtype {entry.dtype}", listing(DTYPES), "convert the model first")
+                yield sentence(
+                    f"{name!r} of dtype {entry.dtype}", listing(DTYPES), "convert the model first"
+                )
             seen[name] = file
     lacking = sorted(said.keys() - seen.keys())
     if lacking:
-        yield sentence(f"no {listing(lacking, 3)}, of which the index speaks", "it", "get the whole model")
+        yield sentence(
+            f"no {listing(lacking, 3)}, of which the index speaks", "it", "get the whole model"
+        )
 
 
 def _which(folder: Path, names: list[str]) -> str:
     if names:
         found = f"{len(names)} files ending in {ENDING} in {folder} and no index"
         return sentence(found, f"one, or *{INDEX} beside them", "keep the files of one model there")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    found = f"no {ENDING} file in {folder}" + (f", but {listing(others, 3)}, which are pickles" if others else "")
+    others = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    found = f"no {ENDING} file in {folder}" + (
+        f", but {listing(others, 3)}, which are pickles" if others else ""
+    )
     do = "save the model with save_pretrained of a current transformers, which writes safetensors"
-    return sentence(found, f"a model as {ENDING}", do if others else "name the folder that holds the weights")
+    return sentence(
+        found, f"a model as {ENDING}", do if others else "name the folder that holds the weights"
+    )

@@ -1,4 +1,5 @@
-"""What a base's ``generation_config.json`` says of sampling: the defaults of requests that say nothing themselves."""
+"""What a base's ``generation_config.json`` says of sampling: the defaults of requests that say
+nothing themselves."""
 
 from __future__ import annotations
 
@@ -20,13 +21,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,), "stop_strings": ([],), "watermarking_config": (),
 }  # fmt: skip
 #: those of them that only a sampler of transformers' own applies; `veneer generate` has another
-SAMPLER = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "penalty_alpha")
+SAMPLER = (
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "num_beams",
+    "penalty_alpha",
+)
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Fields that a file gives; None for those that it leaves out. ``samples``: whether it asks for sampling rather
-    than the most likely token. ``others``: fields besides these that change which tokens are sampled."""
+    """Fields that a file gives; None for those that it leaves out. ``samples``: whether it asks for
+    sampling rather than the most likely token. ``others``: fields besides these that change which
+    tokens are sampled."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -36,9 +46,14 @@ class SamplingDefaults:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, names: Iterable[str]) -> str:
-        """These fields with their values, of those that the file gives: "temperature 0.6, top_k 20"."""
+        """These fields with their values, of those that the file gives: "temperature 0.6, top_k
+        20"."""
         values = {**vars(self), **self.others}
-        return ", ".join(f"{name} {str(values[name])[:60]}" for name in sorted(names) if values.get(name) is not None)
+        return ", ".join(
+            f"{name} {str(values[name])[:60]}"
+            for name in sorted(names)
+            if values.get(name) is not None
+        )
 
 
 def sampling_defaults(model: Any) -> SamplingDefaults:
@@ -62,8 +77,14 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
     fields = {name: getattr(config, name, None) for name in NEUTRAL}
-    others = {name: value for name, value in fields.items() if value is not None and value not in NEUTRAL[name]}
-    return SamplingDefaults(**values, samples=bool(getattr(config, "do_sample", False)), others=others)
+    others = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and value not in NEUTRAL[name]
+    }
+    return SamplingDefaults(
+        **values, samples=bool(getattr(config, "do_sample", False)), others=others
+    )
 
 
 def _finite(value: Any) -> bool:

@@ -4,13 +4,15 @@
     spread              ``fully_shard``: each parameter becomes a DTensor, whose part here is still there
     _read_shares        each part is read
 
-transformers makes the model: it is given the tensors' shapes for tensors, so that it renames, casts, ties and checks
-them, and initialises what the files lack (a new head) as it always does. Its own rules then say which rows of which
-tensors a part consists of, of a stack of experts too (``named_weights.in_checkpoint``). Where they make a parameter in
-another way, ``WholeOnlyError`` says so.
+transformers makes the model: it is given the tensors' shapes for tensors, so that it renames,
+casts, ties and checks them, and initialises what the files lack (a new head) as it always does. Its
+own rules then say which rows of which tensors a part consists of, of a stack of experts too
+(``named_weights.in_checkpoint``). Where they make a parameter in another way, ``WholeOnlyError``
+says so.
 
-Rejected: transformers' own reading into DTensors (its ``DistributedConfig``). It maps whole files into memory, cuts
-each tensor before it joins or splits several along the axis that is cut, and cannot be asked which it did.
+Rejected: transformers' own reading into DTensors (its ``DistributedConfig``). It maps whole files
+into memory, cuts each tensor before it joins or splits several along the axis that is cut, and
+cannot be asked which it did.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class WholeOnlyError(ConfigError):
 
 
 class _Shape:
-    """Stands for a tensor of the files where transformers reads it: an empty one on the meta device."""
+    """Stands for a tensor of the files where transformers reads it: an empty one on the meta
+    device."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -48,9 +51,15 @@ class _Shape:
 
 
 def load_shares(
-    folder: Path, auto: str, spread: Callable[[Any], None], device: torch.device, fields: Mapping[str, Any], **own: Any
+    folder: Path,
+    auto: str,
+    spread: Callable[[Any], None],
+    device: torch.device,
+    fields: Mapping[str, Any],
+    **own: Any,
 ) -> Any:
-    """The model of a folder as transformers' class ``auto`` makes it, frozen, and spread over processes.
+    """The model of a folder as transformers' class ``auto`` makes it, frozen, and spread over
+    processes.
 
     Args:
         spread: makes DTensors of its parameters, in place.
@@ -58,7 +67,8 @@ def load_shares(
         own: of ``from_pretrained``.
 
     Raises:
-        WholeOnlyError: no safetensors, packed weights, or a parameter that is not made of rows of tensors.
+        WholeOnlyError: no safetensors, packed weights, or a parameter that is not made of rows of
+            tensors.
     """
     try:
         checkpoint = open_checkpoint(folder)
@@ -71,20 +81,28 @@ def load_shares(
     return model
 
 
-def without_weights(checkpoint: Checkpoint, auto: str, fields: Mapping[str, Any], dtype: Any, **options: Any) -> Any:
-    """The model with its parameters and buffers on the meta device where the files hold them, and as transformers
-    initialises them where not."""
+def without_weights(
+    checkpoint: Checkpoint, auto: str, fields: Mapping[str, Any], dtype: Any, **options: Any
+) -> Any:
+    """The model with its parameters and buffers on the meta device where the files hold them, and
+    as transformers initialises them where not."""
     import transformers
 
     folder, code = checkpoint.folder, {"trust_remote_code": options.pop("trust_remote_code", False)}
     config = transformers.AutoConfig.from_pretrained(folder, **code, **fields)
     if getattr(config, "quantization_config", None) is not None:
-        raise WholeOnlyError(f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it")
+        raise WholeOnlyError(
+            f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it"
+        )
     own = _dtype(checkpoint, config) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        shell = getattr(transformers, auto).from_config(without_hub_kernel(config), dtype=own, **code)
+        shell = getattr(transformers, auto).from_config(
+            without_hub_kernel(config), dtype=own, **code
+        )
     shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.where}
-    model = type(shell).from_pretrained(None, config=shell.config, state_dict=shapes, dtype=own, **code, **options)
+    model = type(shell).from_pretrained(
+        None, config=shell.config, state_dict=shapes, dtype=own, **code, **options
+    )
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, **code)
@@ -98,7 +116,8 @@ def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], Any]]:
-    """(name, (the table that holds it, its name there), value) of all parameters and buffers, under all their names."""
+    """(name, (the table that holds it, its name there), value) of all parameters and buffers, under
+    all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
@@ -108,19 +127,28 @@ def _held(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], A
 
 
 def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Value]:
-    """What the files hold of all that is on the meta device, by every name. Those that transformers ties where both are
-    in the files and equal, it could not compare: they are tied here."""
+    """What the files hold of all that is on the meta device, by every name. Those that transformers
+    ties where both are in the files and equal, it could not compare: they are tied here."""
     values, _ = in_checkpoint(model, checkpoint)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         own, other = model.get_parameter(target), model.get_parameter(source)
-        if own is not other and own.is_meta and other.is_meta and _equal(values.get(target), values.get(source)):
+        if (
+            own is not other
+            and own.is_meta
+            and other.is_meta
+            and _equal(values.get(target), values.get(source))
+        ):
             path, _, name = target.rpartition(".")
             setattr(model.get_submodule(path), name, other)
     held = {name: value for name, _, value in _held(model) if value.is_meta}
     found = {id(value): values[name] for name, value in held.items() if name in values}
     if unknown := [name for name, value in held.items() if id(value) not in found]:
-        problem = f"{checkpoint.folder}, whose {listing(unknown, 3)} is not made of rows of its tensors"
-        raise WholeOnlyError(problem, "a tensor a parameter, or stacked or joined ones", "read all of it")
+        problem = (
+            f"{checkpoint.folder}, whose {listing(unknown, 3)} is not made of rows of its tensors"
+        )
+        raise WholeOnlyError(
+            problem, "a tensor a parameter, or stacked or joined ones", "read all of it"
+        )
     return {name: found[id(value)] for name, value in held.items()}
 
 
@@ -131,9 +159,11 @@ def _equal(one: Value | None, other: Value | None) -> bool:
 
 
 def _read_shares(model: nn.Module, sources: Mapping[str, Value], device: torch.device) -> None:
-    """Read what of a model is on the meta device: of a DTensor the rows that are this process's, of all else all.
+    """Read what of a model is on the meta device: of a DTensor the rows that are this process's, of
+    all else all.
 
-    A parameter at a time is in memory twice if ``device`` is not the processor, or its dtype is not that of the files.
+    A parameter at a time is in memory twice if ``device`` is not the processor, or its dtype is not
+    that of the files.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as part_of
@@ -148,12 +178,23 @@ def _read_shares(model: nn.Module, sources: Mapping[str, Value], device: torch.d
                 shape, first = part_of(value.shape, value.device_mesh, value.placements)
                 here = read(slice(first[0], first[0] + shape[0]))
                 new = DTensor.from_local(
-                    here, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+                    here,
+                    value.device_mesh,
+                    value.placements,
+                    run_check=False,
+                    shape=value.shape,
+                    stride=value.stride(),
                 )
             else:
                 new = read(None)
-            made[id(value)] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
-            made[id(value)]._is_hf_initialized = True  # as transformers marks what it has read (``fresh_weights``)
+            made[id(value)] = (
+                nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+            )
+            made[
+                id(value)
+            ]._is_hf_initialized = (
+                True  # as transformers marks what it has read (``fresh_weights``)
+            )
         table[own] = made[id(value)]
 
 

@@ -5,5 +5,6 @@
                access    slots
                answers   sampling, text
 
-Routes know nothing of tensors, and the engine nothing of HTTP: they meet in ``requests.py``, three values.
+Routes know nothing of tensors, and the engine nothing of HTTP: they meet in ``requests.py``, three
+values.
 """

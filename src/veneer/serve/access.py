@@ -12,7 +12,8 @@
     bytes = 1000000000                day (UTC) that are trained on or sampled; no limit by default
     tokens = 1000000
 
-A key is 256 random bits, so its plain hash cannot be searched (``docs/decisions/072-a-key-is-a-hash.md``).
+A key is 256 random bits, so its plain hash cannot be searched
+(``docs/decisions/072-a-key-is-a-hash.md``).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Key:
 
     @property
     def owner(self) -> str:
-        """For whom its requests are counted; "" on a server without keys, where everybody is one."""
+        """For whom its requests are counted; "" on a server without keys, where everybody is
+        one."""
         return self.name if self.sha256 else ""
 
     def may_use(self, names: Iterable[str]) -> bool:
@@ -91,7 +93,9 @@ class Keyring:
         sent = sent.strip()
         if scheme.lower() != "bearer" or not sent or len(sent) > MAX_KEY:
             return None
-        digest = hash_of(sent)  # compared with all of them: a loop that stops early tells how far it got
+        digest = hash_of(
+            sent
+        )  # compared with all of them: a loop that stops early tells how far it got
         found = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
         return found[0] if found else None
 
@@ -101,7 +105,8 @@ def hash_of(key: str) -> str:
 
 
 def read_keys(path: str | Path) -> Keyring:
-    """The keys of a file. ``ConfigError`` says every entry that is wrong; a file without a key locks everybody out."""
+    """The keys of a file. ``ConfigError`` says every entry that is wrong; a file without a key
+    locks everybody out."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE:
@@ -109,10 +114,14 @@ def read_keys(path: str | Path) -> Keyring:
         entries: Any = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = f"a key file {path} that cannot be read ({error})"
-        raise ConfigError(problem, "a list of keys in TOML", "see `veneer keygen --help`") from error
+        raise ConfigError(
+            problem, "a list of keys in TOML", "see `veneer keygen --help`"
+        ) from error
     found = entries.get("keys") if entries.keys() <= {"keys"} else None
     if not isinstance(found, list) or not found:
-        raise ConfigError(f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`")
+        raise ConfigError(
+            f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"
+        )
     keys, problems = [], []
     for number, entry in enumerate(found, 1):
         if reasons := [f"Key {number}: {reason}" for reason in _wrong(entry)]:
@@ -120,8 +129,14 @@ def read_keys(path: str | Path) -> Keyring:
         else:
             keys.append(Key(**{**entry, "adapters": tuple(entry.get("adapters", ()))}))
     for field in ("name", "sha256"):
-        twice = sorted(value for value, count in Counter(getattr(key, field) for key in keys).items() if count > 1)
-        problems += [sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in twice]
+        twice = sorted(
+            value
+            for value, count in Counter(getattr(key, field) for key in keys).items()
+            if count > 1
+        )
+        problems += [
+            sentence(f"{field} {value!r} twice", "once", "take one of them out") for value in twice
+        ]
     raise_all(ConfigError, f"The key file {path} was not taken", problems)
     return Keyring(tuple(keys))
 
@@ -133,28 +148,56 @@ def _wrong(entry: Any) -> Iterable[str]:
     if unknown := sorted(entry.keys() - FIELDS):
         yield sentence(f"fields {unknown}", ", ".join(FIELDS), "check the spelling")
     if not isinstance(entry.get("name"), str) or not _NAME.fullmatch(entry["name"]):
-        yield sentence(f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key")
+        yield sentence(
+            f"name {entry.get('name')!r}", "1 to 64 letters, digits and '._@-'", "name the key"
+        )
     if not isinstance(entry.get("sha256"), str) or not _HASH.fullmatch(entry["sha256"]):
-        yield sentence("no sha256 of 64 small hexadecimal digits", "the hash of the key", "run `veneer keygen NAME`")
+        yield sentence(
+            "no sha256 of 64 small hexadecimal digits",
+            "the hash of the key",
+            "run `veneer keygen NAME`",
+        )
     patterns = entry.get("adapters", [])
-    sound = isinstance(patterns, list) and all(isinstance(one, str) and one.isprintable() and one for one in patterns)
+    sound = isinstance(patterns, list) and all(
+        isinstance(one, str) and one.isprintable() and one for one in patterns
+    )
     if not sound:
-        yield sentence(f"adapters {patterns!r}", "a list of names or patterns", 'write, for instance, ["french-*"]')
+        yield sentence(
+            f"adapters {patterns!r}",
+            "a list of names or patterns",
+            'write, for instance, ["french-*"]',
+        )
     for field in QUOTAS:
         limit = entry.get(field, 0)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            yield sentence(f"{field} {limit!r}", "a number, 0 or more", "write one, or leave it out for no limit")
+            yield sentence(
+                f"{field} {limit!r}",
+                "a number, 0 or more",
+                "write one, or leave it out for no limit",
+            )
     for field in ("base", "admin", "train"):
         if not isinstance(entry.get(field, False), bool):
             yield sentence(f"{field} {entry[field]!r}", "true or false", "write one of them")
 
 
 def generate(
-    name: str, *, adapters: Iterable[str] = (), base: bool = True, admin: bool = False, train: bool = False
+    name: str,
+    *,
+    adapters: Iterable[str] = (),
+    base: bool = True,
+    admin: bool = False,
+    train: bool = False,
 ) -> tuple[str, str]:
-    """A new key, and its entry for the file. ``ConfigError``: a name or a pattern that the file could not hold."""
+    """A new key, and its entry for the file. ``ConfigError``: a name or a pattern that the file
+    could not hold."""
     key = PREFIX + secrets.token_urlsafe(32)
-    entry = {"name": name, "sha256": hash_of(key), "adapters": list(adapters), "base": base, "admin": admin}
+    entry = {
+        "name": name,
+        "sha256": hash_of(key),
+        "adapters": list(adapters),
+        "base": base,
+        "admin": admin,
+    }
     entry |= {"train": True} if train else {}
     raise_all(ConfigError, "No key was made", list(_wrong(entry)))
     lines = [f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in entry.items()]

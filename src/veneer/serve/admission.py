@@ -1,10 +1,12 @@
-"""Which queued requests have their adapters loaded: those whose turn is near, a few more than there are free rows.
+"""Which queued requests have their adapters loaded: those whose turn is near, a few more than there
+are free rows.
 
     queue  --admit-->  loading  →  loaded  --take-->  a row
 
-Nobody else is admitted for adapters that are being loaded: these requests would take the places of others, and hold in
-memory what the load may be waiting for. And while a load waits for memory, no other adapters are admitted beside those
-that hold it: their requests would follow one another for ever.
+Nobody else is admitted for adapters that are being loaded: these requests would take the places of
+others, and hold in memory what the load may be waiting for. And while a load waits for memory, no
+other adapters are admitted beside those that hold it: their requests would follow one another for
+ever.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ AHEAD = 4
 
 
 class Admission:
-    """The requests between the queue and the rows. The engine's thread alone calls it. ``lock``: guards the scheduler.
-    ``wake``: called, in any thread, when adapters have been loaded. ``end``: ends a request: (state, "error", what went
-    wrong, its cause)."""
+    """The requests between the queue and the rows. The engine's thread alone calls it. ``lock``:
+    guards the scheduler. ``wake``: called, in any thread, when adapters have been loaded. ``end``:
+    ends a request: (state, "error", what went wrong, its cause)."""
 
     def __init__(
         self, bank: Any, scheduler: Scheduler[RequestState], lock: AbstractContextManager[Any], rows: int,
@@ -39,28 +41,37 @@ class Admission:
         self.admitted: list[RequestState] = []  # whose adapters are loading or loaded
         self._bank, self._scheduler, self._lock, self._rows = bank, scheduler, lock, rows
         self._wake, self._end = wake, end
-        self._without: set[Key] = set()  # adapters for which there is no memory before a lease is given back
+        self._without: set[Key] = (
+            set()
+        )  # adapters for which there is no memory before a lease is given back
 
     @property
     def loaded(self) -> list[RequestState]:
         return [state for state in self.admitted if state.lease is not None]
 
     def admit(self, running: int) -> None:
-        """Ask for the adapters of those who are next, and see whose are there. ``running``: rows that are taken."""
+        """Ask for the adapters of those who are next, and see whose are there. ``running``: rows
+        that are taken."""
         for state in [each for each in self.admitted if each.lease is None]:
             self._receive(state, running)
         loading = {state.key for state in self.admitted if state.lease is None}
         while len(self.loaded) < self._rows - running + AHEAD and len(loading) < self._rows:
             crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
             with self._lock:
-                others = {state.key for state in self._scheduler.waiting_requests() if state.key} if crowded else set()
+                others = (
+                    {state.key for state in self._scheduler.waiting_requests() if state.key}
+                    if crowded
+                    else set()
+                )
                 state = self._scheduler.take(self._without | loading | others)
             if state is None:
                 break
             state.taken = True
             self.admitted.append(state)
             try:
-                state.future = _base_alone() if self._bank is None else self._bank.acquire(state.request.blend)
+                state.future = (
+                    _base_alone() if self._bank is None else self._bank.acquire(state.request.blend)
+                )
             except Exception as error:
                 self._refuse(state, error, running)
                 continue

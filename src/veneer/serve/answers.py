@@ -1,9 +1,10 @@
 """From pieces of the engine to answers in OpenAI's form, whole or as a stream of events.
 
-    engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶ ``whole`` or ``events``
+    engine's thread ── Piece ──▶ call_soon_threadsafe ──▶ queue ──▶ ``Answers.pieces()`` ──▶
+    ``whole`` or ``events``
 
-The queue needs no bound of its own: an answer has at most ``max_tokens`` pieces. When a client goes away, the task that
-reads is cancelled or closed, and ``Answers`` cancels what still runs.
+The queue needs no bound of its own: an answer has at most ``max_tokens`` pieces. When a client goes
+away, the task that reads is cancelled or closed, and ``Answers`` cancels what still runs.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Answers:
         self, engine: Any, requests: Sequence[Request], loop: asyncio.AbstractEventLoop,
         charge: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
-        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge`` is called once,
-        with the number of tokens of prompts and answers: when all have ended or are cancelled. It is not called if
-        they are not submitted."""
+        """Submit them (``Engine.submit``), from any thread; pieces are read in ``loop``. ``charge``
+        is called once, with the number of tokens of prompts and answers: when all have ended or are
+        cancelled. It is not called if they are not submitted."""
         self._loop, self._open = loop, len(requests)
         self._charge, self._tokens = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -53,14 +54,17 @@ class Answers:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
     async def pieces(self) -> Pieces:
-        """(number of the request, piece), until the last of each. Cancels what runs when it is left early."""
+        """(number of the request, piece), until the last of each. Cancels what runs when it is left
+        early."""
         try:
             while self._open:
                 index, piece = await self._queue.get()
                 self._open -= piece.finish is not None
                 self._tokens += len(piece.tokens)
                 yield index, piece
-                await asyncio.sleep(0)  # a full queue never waits, and others (and a client's leaving) need a turn
+                await asyncio.sleep(
+                    0
+                )  # a full queue never waits, and others (and a client's leaving) need a turn
         finally:
             self.cancel()
 
@@ -74,11 +78,18 @@ class Answers:
 
 
 class Form:
-    """How one call wants its answers. ``heads`` is the text that goes before each of them (``echo``), or empty;
-    ``candid`` is whether the client may read the words of an error inside the server."""
+    """How one call wants its answers. ``heads`` is the text that goes before each of them
+    (``echo``), or empty; ``candid`` is whether the client may read the words of an error inside the
+    server."""
 
-    def __init__(self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool) -> None:
-        self.chat, self.model, self.created = isinstance(body, ChatRequest), body.model, int(time.time())
+    def __init__(
+        self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool
+    ) -> None:
+        self.chat, self.model, self.created = (
+            isinstance(body, ChatRequest),
+            body.model,
+            int(time.time()),
+        )
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
         self.heads, self.candid = heads or [""] * self.count, candid
@@ -87,7 +98,11 @@ class Form:
 
     def counts(self, generated: int) -> dict[str, int]:
         total = self.prompt_tokens + generated
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated, "total_tokens": total}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": total,
+        }
 
     def frame(self, choices: list[Any], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
         kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
@@ -100,10 +115,14 @@ def failure(piece: Piece, candid: bool) -> Refusal | None:
     """What a client is told of an answer that did not come to its end."""
     match piece.finish:
         case "timeout":
-            message = sentence("an answer that took too long", "one within the time limit", "ask for fewer tokens")
+            message = sentence(
+                "an answer that took too long", "one within the time limit", "ask for fewer tokens"
+            )
             return Refusal(504, message, code="timeout", headers={"x-should-retry": "false"})
         case "cancelled":
-            message = sentence("an answer that was cancelled", "one that ends", "send the request again")
+            message = sentence(
+                "an answer that was cancelled", "one that ends", "send the request again"
+            )
             return Refusal(503, message, code="cancelled", headers={RETRY: "5"})
         case "error":
             return of_cause(piece.error or "no reason given", piece.cause, candid)
@@ -119,7 +138,11 @@ def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
         case "out_of_memory":
             return Refusal(503, why, code=cause, headers={RETRY: "5"})
         case "bad_adapter":
-            said = "an adapter that cannot be loaded", "a whole one of this base", "tell whoever runs the server"
+            said = (
+                "an adapter that cannot be loaded",
+                "a whole one of this base",
+                "tell whoever runs the server",
+            )
             status, param = 400, "model"
         case "model_not_found":
             said = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
@@ -127,7 +150,9 @@ def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
         case _:
             said = "an error in the server", "an answer", "tell whoever runs it"
             status, param = 500, None
-    return Refusal(status, why if candid else sentence(*said), param=param, code=cause or "engine_error")
+    return Refusal(
+        status, why if candid else sentence(*said), param=param, code=cause or "engine_error"
+    )
 
 
 async def whole(answers: Answers, form: Form) -> dict[str, Any]:
@@ -159,12 +184,17 @@ def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
 def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
     if not form.logprobs:
         return None
-    return {"content": chat_logprobs(tokens), "refusal": None} if form.chat else text_logprobs(tokens, start)
+    return (
+        {"content": chat_logprobs(tokens), "refusal": None}
+        if form.chat
+        else text_logprobs(tokens, start)
+    )
 
 
 async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
-    """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that there is an answer.
-    An answer that breaks off ends the stream with an event {"error": …} and without [DONE]."""
+    """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that
+    there is an answer. An answer that breaks off ends the stream with an event {"error": …} and
+    without [DONE]."""
     generated, at = 0, [len(head) for head in form.heads]
     item: tuple[int, Piece] | None = first
     async with aclosing(pieces):
@@ -194,20 +224,26 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
         yield b"data: [DONE]\n\n"
 
 
-def _event(form: Form, index: int, said: dict[str, Any], shown: Any = None, finish: str | None = None) -> bytes:
+def _event(
+    form: Form, index: int, said: dict[str, Any], shown: Any = None, finish: str | None = None
+) -> bytes:
     choice = {"index": index, **said, "logprobs": shown, "finish_reason": finish}
     more = {"usage": None} if form.usage else {}
     return _data(form.frame([choice], chunk=True, **more))
 
 
 def _data(content: dict[str, Any]) -> bytes:
-    """An event, in ASCII: some readers of lines take U+2028 for an end, and a model could write an event of its own."""
+    """An event, in ASCII: some readers of lines take U+2028 for an end, and a model could write an
+    event of its own."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     return [
-        {**_named(token.text, token.logprob), "top_logprobs": [_named(text, logprob) for _, text, logprob in token.top]}
+        {
+            **_named(token.text, token.logprob),
+            "top_logprobs": [_named(text, logprob) for _, text, logprob in token.top],
+        }
         for token in tokens
     ]
 
@@ -217,12 +253,15 @@ def _named(text: str, logprob: float | None) -> dict[str, Any]:
 
 
 def text_logprobs(tokens: Sequence[Token], start: int) -> dict[str, Any]:
-    """Probabilities as completions show them; ``start`` is where in the text the first token begins."""
+    """Probabilities as completions show them; ``start`` is where in the text the first token
+    begins."""
     offsets = [*accumulate((len(token.text) for token in tokens), initial=start)][: len(tokens)]
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [_json_logprob(token.logprob) for token in tokens],
-        "top_logprobs": [{text: _json_logprob(logprob) for _, text, logprob in token.top} for token in tokens],
+        "top_logprobs": [
+            {text: _json_logprob(logprob) for _, text, logprob in token.top} for token in tokens
+        ],
         "text_offset": offsets,
     }
 

@@ -1,4 +1,5 @@
-"""The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes only.
+"""The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes
+only.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
@@ -28,8 +29,24 @@ from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, cause_of
 from veneer.serve.requests import Request as Job
-from veneer.serve.schemas import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, LoadRequest, UnloadRequest
-from veneer.serve.service import Admin, Asker, Route, Service, Serving, in_text_thread, requested_adapters, unless_gone
+from veneer.serve.schemas import (
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    LoadRequest,
+    UnloadRequest,
+)
+from veneer.serve.service import (
+    Admin,
+    Asker,
+    Route,
+    Service,
+    Serving,
+    in_text_thread,
+    requested_adapters,
+    unless_gone,
+)
 
 Tokens = list[tuple[int, ...]]
 
@@ -73,14 +90,18 @@ def _http(request: Request, error: Any) -> Response:
 
 def _veneer(request: Request, error: Any) -> Response:
     service: Service = request.app.state.service
-    if isinstance(error, Busy) and not service.ready:  # it ended while a prompt was read, or its engine died
+    if (
+        isinstance(error, Busy) and not service.ready
+    ):  # it ended while a prompt was read, or its engine died
         error = service.unready()
     return refusal.of(error).response()
 
 
 def _bug(request: Request, error: Exception) -> Response:
     """starlette raises it again when this is sent, so that it is in the log."""
-    return Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug").response()
+    return Refusal(
+        500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
+    ).response()
 
 
 @router.get("/health")
@@ -114,7 +135,10 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
 async def models(service: Serving, key: Asker) -> dict[str, Any]:
     names = await asyncio.to_thread(service.catalogue.refresh)
     cards = [_card(service, None)] if key.base else []
-    return {"object": "list", "data": cards + [_card(service, name) for name in names if key.sees(name)]}
+    return {
+        "object": "list",
+        "data": cards + [_card(service, name) for name in names if key.sees(name)],
+    }
 
 
 @router.get("/v1/models/{model:path}")
@@ -130,7 +154,8 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     status = await asyncio.to_thread(service.bank.status)
     known = service.catalogue.known  # the bank may hold more: what clients train
     seen = sorted(
-        (entry for entry in status if known(entry.name) and key.sees(entry.name)), key=lambda entry: entry.name
+        (entry for entry in status if known(entry.name) and key.sees(entry.name)),
+        key=lambda entry: entry.name,
     )
     return [{field: getattr(entry, field) for field in fields} for entry in seen]
 
@@ -138,36 +163,50 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadRequest, service: Serving, key: Admin) -> Response:
     load = partial(service.catalogue.load, inplace=body.load_inplace, pin=body.pin)
-    await asyncio.get_running_loop().run_in_executor(service.admin, load, body.lora_name, body.lora_path)
+    await asyncio.get_running_loop().run_in_executor(
+        service.admin, load, body.lora_name, body.lora_path
+    )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin) -> Response:
-    await asyncio.get_running_loop().run_in_executor(service.admin, service.catalogue.unload, body.lora_name)
+    await asyncio.get_running_loop().run_in_executor(
+        service.admin, service.catalogue.unload, body.lora_name
+    )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(body: ChatRequest, request: Request, service: Serving, key: Asker) -> Response:
+async def chat_completions(
+    body: ChatRequest, request: Request, service: Serving, key: Asker
+) -> Response:
     blend = await _may_generate(service, key, body)
     size = sum(len(message.text) for message in body.messages)
-    prompt = await in_text_thread(service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length))
+    prompt = await in_text_thread(
+        service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length)
+    )
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     most = prompts.room([prompt], asked, service.length, short=False)
     return await _answer(request, body, blend, [prompt], most)
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionRequest, request: Request, service: Serving, key: Asker) -> Response:
+async def completions(
+    body: CompletionRequest, request: Request, service: Serving, key: Asker
+) -> Response:
     blend = await _may_generate(service, key, body)
     sent = body.prompt
     if body.echo and body.logprobs is not None:
-        message = sentence("echo with logprobs", "one of them", "probabilities of a prompt are not computed here")
+        message = sentence(
+            "echo with logprobs", "one of them", "probabilities of a prompt are not computed here"
+        )
         raise Refusal(400, message, param="echo")
     if len(sent) * body.n > limits.ANSWERS:
         found = f"{len(sent)} prompts with n = {body.n}"
-        raise Refusal(400, found, f"at most {limits.ANSWERS} answers", "send several requests", param="n")
+        raise Refusal(
+            400, found, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
+        )
     tokens = await _read(service, sent, "prompt")
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
 
@@ -175,7 +214,9 @@ async def completions(body: CompletionRequest, request: Request, service: Servin
         return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
 
     texts = await in_text_thread(service, sum(map(len, tokens)), echoed) if body.echo else []
-    return await _answer(request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)])
+    return await _answer(
+        request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)]
+    )
 
 
 async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
@@ -186,7 +227,9 @@ async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
         return prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param)
 
     for group in prompts.groups(sent):
-        tokens += await in_text_thread(service, sum(map(len, group)), lambda texts=group: list(map(read, texts)))
+        tokens += await in_text_thread(
+            service, sum(map(len, group)), lambda texts=group: list(map(read, texts))
+        )
     return tokens
 
 
@@ -198,16 +241,24 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
     else:
         blend = await requested_adapters(service, key, body.model, body.adapters)
     if service.engine is None:
-        message = sentence("an encoder", "a causal language model", "use /v1/embeddings, or serve another base")
+        message = sentence(
+            "an encoder", "a causal language model", "use /v1/embeddings, or serve another base"
+        )
         raise Refusal(400, message, param="model", code="not_generative")
     prompts.check_schema(body.schema_of_answer())
     return blend
 
 
 async def _answer(
-    request: Request, body: Asked, blend: dict[str, float], tokens: Tokens, most: int, heads: Sequence[str] = ()
+    request: Request,
+    body: Asked,
+    blend: dict[str, float],
+    tokens: Tokens,
+    most: int,
+    heads: Sequence[str] = (),
 ) -> Response:
-    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each; ``heads`` go before them."""
+    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each; ``heads`` go
+    before them."""
     service: Service = request.app.state.service
     key: Key = request.state.key
     form = Form(body, tokens, heads, key.admin)
@@ -228,11 +279,17 @@ async def _answer(
             content = await unless_gone(request, whole(answers, form))
         finally:
             answers.cancel()  # also where it was never begun
-        return await asyncio.to_thread(JSONResponse, content) if form.logprobs else JSONResponse(content)
+        return (
+            await asyncio.to_thread(JSONResponse, content)
+            if form.logprobs
+            else JSONResponse(content)
+        )
     with ExitStack() as otherwise:
         otherwise.callback(answers.cancel)
         pieces = answers.pieces()
-        first = await unless_gone(request, anext(pieces))  # an answer that never starts gets a status of its own
+        first = await unless_gone(
+            request, anext(pieces)
+        )  # an answer that never starts gets a status of its own
         if refused := failure(first[1], form.candid):
             raise refused
         otherwise.pop_all()
@@ -275,10 +332,13 @@ async def _compiled(service: Service, submit: Callable[[], Answers]) -> Answers:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events, which take their answers with them when the client goes away at any moment."""
+    """Server-sent events, which take their answers with them when the client goes away at any
+    moment."""
 
     def __init__(self, answers: Answers, content: Any) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        super().__init__(
+            content, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+        )
         self._answers = answers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -289,19 +349,29 @@ class _Stream(StreamingResponse):
 
 
 @router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingRequest, request: Request, service: Serving, key: Asker) -> Response:
+async def embeddings(
+    body: EmbeddingRequest, request: Request, service: Serving, key: Asker
+) -> Response:
     blend = await requested_adapters(service, key, body.model, body.adapters)
     embedder = service.embedder
     if embedder is None:
-        message = sentence("a causal language model", "an encoder", "serve one, such as a sentence-transformers model")
+        message = sentence(
+            "a causal language model",
+            "an encoder",
+            "serve one, such as a sentence-transformers model",
+        )
         raise Refusal(400, message, param="model", code="no_embeddings")
     if body.dimensions not in (None, embedder.width):
-        message = sentence(f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out")
+        message = sentence(
+            f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out"
+        )
         raise Refusal(400, message, param="dimensions")
     tokens = await _read(service, body.input, "input")
     longest = max(map(len, tokens))
     if longest > service.length:
-        message = sentence(f"an input of {longest} tokens", f"at most {service.length}", "shorten it")
+        message = sentence(
+            f"an input of {longest} tokens", f"at most {service.length}", "shorten it"
+        )
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
         made = embedder.submit(tokens, blend, service.timeout, key.owner)
@@ -311,6 +381,9 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: Serving,
             raise
         raise of_cause(str(error), cause_of(error), key.admin) from error
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
-    data = [{"object": "embedding", "index": i, "embedding": form(vector)} for i, vector in enumerate(vectors)]
+    data = [
+        {"object": "embedding", "index": i, "embedding": form(vector)}
+        for i, vector in enumerate(vectors)
+    ]
     usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, tokens)))
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})

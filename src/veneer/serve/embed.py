@@ -2,8 +2,9 @@
 
     vector = pool over the tokens of (encoder(text)), of length 1 if the model's files say so
 
-One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``), until the batch is
-full; so a call with 256 texts holds up a call with one for a batch, and no longer.
+One thread computes. It takes one text after the other, each of whose turn it is (``scheduler``),
+until the batch is full; so a call with 256 texts holds up a call with one for a batch, and no
+longer.
 """
 
 from __future__ import annotations
@@ -53,13 +54,17 @@ class _Call:
 
     def __post_init__(self) -> None:
         self.key, self.flow = key_of(self.blend), counted_as(self.blend)
-        self.holder = (self.owner, "" if self.owner else self.flow)  # for whom the texts that wait are counted
+        self.holder = (
+            self.owner,
+            "" if self.owner else self.flow,
+        )  # for whom the texts that wait are counted
 
 
 class Embedder:
-    """Answers calls for embeddings in a thread of its own. ``model``: an encoder of transformers; ``pad`` is the token
-    that fills short rows. ``how``, ``normal``: see ``pool``. ``rows``, ``tokens``: the most texts, and tokens with
-    padding, of one batch. ``queue``: the most texts that wait. ``observer``: as the engine's."""
+    """Answers calls for embeddings in a thread of its own. ``model``: an encoder of transformers;
+    ``pad`` is the token that fills short rows. ``how``, ``normal``: see ``pool``. ``rows``,
+    ``tokens``: the most texts, and tokens with padding, of one batch. ``queue``: the most texts
+    that wait. ``observer``: as the engine's."""
 
     def __init__(
         self, model: Any, bank: Any, *, pad: int = 0, how: str = "mean", normal: bool = True, rows: int = 32,
@@ -69,7 +74,9 @@ class Embedder:
         self.rows, self.tokens, self.queue, self.observer = rows, tokens, queue, observer
         self.width = int(model.config.hidden_size)
         self._calls: Scheduler[_Call] = Scheduler(sys.maxsize)  # texts are counted here, not calls
-        self._held: Counter[tuple[str, str]] = Counter()  # texts that wait, by key, or by adapter where there is none
+        self._held: Counter[tuple[str, str]] = (
+            Counter()
+        )  # texts that wait, by key, or by adapter where there is none
         self.running = self.waiting = 0  # calls, and texts
         self._closed = self._refuses = False
         self._changed = threading.Condition()
@@ -77,18 +84,29 @@ class Embedder:
         self._thread.start()
 
     def submit(
-        self, texts: Sequence[tuple[int, ...]], blend: Mapping[str, float], timeout: float, owner: str = ""
+        self,
+        texts: Sequence[tuple[int, ...]],
+        blend: Mapping[str, float],
+        timeout: float,
+        owner: str = "",
     ) -> Future[list[Tensor]]:
-        """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many texts wait, or too
-        many of them are of the same key (without keys: of the same adapter)."""
+        """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many
+        texts wait, or too many of them are of the same key (without keys: of the same adapter)."""
         now = time.monotonic()
         call = _Call(texts, blend, now + timeout, now, owner)
         with self._changed:
             own, left = self._held[call.holder], self.queue - self.waiting
-            crowded = self.waiting and (len(texts) > left or (own and own + len(texts) > SHARE * left))
+            crowded = self.waiting and (
+                len(texts) > left or (own and own + len(texts) > SHARE * left)
+            )
             if self._refuses or crowded:
                 found = f"{self.waiting} texts that wait, {own} of them of the same {'key' if owner else 'adapter'}"
-                raise Busy(sentence(found, f"at most {self.queue}, with room for others", "send it again later"), 1.0)
+                raise Busy(
+                    sentence(
+                        found, f"at most {self.queue}, with room for others", "send it again later"
+                    ),
+                    1.0,
+                )
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
             self._held[call.holder] += len(texts)
         try:
@@ -145,7 +163,9 @@ class Embedder:
         while (call := self._calls.take()) is not None:
             begun = any(other is call for other, _ in batch)
             if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
-                late = Refusal(504, "texts that took too long", "an answer in time", "send fewer at once")
+                late = Refusal(
+                    504, "texts that took too long", "an answer in time", "send fewer at once"
+                )
                 self._end(call, late)
                 continue
             length = max(longest, len(call.texts[call.next]))
@@ -168,7 +188,10 @@ class Embedder:
             vectors = self._vectors(batch)
         except Exception as error:
             log.exception("A batch of embeddings failed")
-            vectors, why = torch.full((len(calls), 1), torch.nan), f"{type(error).__name__}: {error}"
+            vectors, why = (
+                torch.full((len(calls), 1), torch.nan),
+                f"{type(error).__name__}: {error}",
+            )
         sound = torch.isfinite(vectors).all(-1).tolist()
         failed = {call for call, right in zip(calls, sound, strict=True) if not right}
         for call in failed:
@@ -184,7 +207,10 @@ class Embedder:
 
     def _vectors(self, batch: list[tuple[_Call, int]]) -> Tensor:
         """[texts of the batch, width], on the CPU."""
-        texts, device = [torch.tensor(call.texts[index]) for call, index in batch], self.model.device
+        texts, device = (
+            [torch.tensor(call.texts[index]) for call, index in batch],
+            self.model.device,
+        )
         ids = pad_sequence(texts, batch_first=True, padding_value=self.pad).to(device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
         with torch.inference_mode(), self.bank.rows([call.lease for call, _ in batch]):
@@ -201,7 +227,9 @@ class Embedder:
             elif error is not None:
                 call.done.set_exception(error)
         if self.observer is not None:
-            reason = "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
+            reason = (
+                "cancelled" if call.done.cancelled() else "error" if error is not None else "stop"
+            )
             self.observer.finished(call.blend, reason, time.monotonic() - call.began)
         with self._changed:
             if call.queued and not self._calls.remove(call):
@@ -213,4 +241,6 @@ class Embedder:
 
 
 def _stopping() -> Refusal:
-    return Refusal(503, "a server that stops", "one that runs", "send it to another", code="draining")
+    return Refusal(
+        503, "a server that stops", "one that runs", "send it to another", code="draining"
+    )

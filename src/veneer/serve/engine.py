@@ -2,10 +2,12 @@
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and one call for a token
-of each running row. A longer prompt is computed in pieces, beside the running rows, and joins them when it is whole.
+One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and
+one call for a token of each running row. A longer prompt is computed in pieces, beside the running
+rows, and joins them when it is whole.
 
-    submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running → end
+    submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running →
+    end
 """
 
 from __future__ import annotations
@@ -43,16 +45,17 @@ class Engine:
     """Answers requests with one model, many at a time, each with adapters of its own.
 
     Args:
-        model: a causal language model of transformers. It is put into eval mode; while the engine is open its attention
-            is the engine's in the engine's calls. Let nothing else call it in training mode.
+        model: a causal language model of transformers. It is put into eval mode; while the engine
+            is open its attention is the engine's in the engine's calls. Let nothing else call it in
+            training mode.
         tokenizer: of the model.
         bank: the adapters; None serves the base alone.
         rows, queue: requests that run at a time, and that wait.
         length: tokens of a prompt and its answer together; the model's own limit, if that is less.
         prefill: tokens of prompts that are computed in one call.
-        observer: is told what happens: queued(blend), started(blend, waited), first_token(blend, seconds),
-            tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by the engine's thread, queued by
-            the client's.
+        observer: is told what happens: queued(blend), started(blend, waited), first_token(blend,
+            seconds), tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by
+            the engine's thread, queued by the client's.
         turn: a block around each step, for what must not change the model's layers meanwhile.
 
     Raises:
@@ -75,12 +78,20 @@ class Engine:
             raise
         self._slots, self._aside = self._new_slots()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+        sources = (
+            getattr(model, "generation_config", None),
+            model.config.get_text_config(),
+            tokenizer,
+        )
         ends: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
-        self._eos = frozenset(id for one in ends for id in (one if isinstance(one, list | tuple) else [one])) - {None}
+        self._eos = frozenset(
+            id for one in ends for id in (one if isinstance(one, list | tuple) else [one])
+        ) - {None}
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
-        self._wake = threading.Condition()  # guards what follows; notified when there is something to do or to know
+        self._wake = (
+            threading.Condition()
+        )  # guards what follows; notified when there is something to do or to know
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
         self._live = 0
@@ -98,25 +109,36 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> RequestState:
-        """Queue a request, from any thread; what is returned can ``cancel`` it. ``deliver`` is called with each piece,
-        in the engine's thread, and must return at once; the last piece, and no other, has ``finish``. ``RequestError``:
-        a prompt that is empty, too long or of unknown tokens; a schema that is not understood. ``Busy``: the queue is
-        full, or the engine is draining."""
-        size, most, schema = len(request.prompt), request.sampling.max_tokens, request.sampling.schema
+        """Queue a request, from any thread; what is returned can ``cancel`` it. ``deliver`` is
+        called with each piece, in the engine's thread, and must return at once; the last piece, and
+        no other, has ``finish``. ``RequestError``: a prompt that is empty, too long or of unknown
+        tokens; a schema that is not understood. ``Busy``: the queue is full, or the engine is
+        draining."""
+        size, most, schema = (
+            len(request.prompt),
+            request.sampling.max_tokens,
+            request.sampling.schema,
+        )
         if not 0 < size < self.length:
             expected = f"1 to {self.length - 1}, and room for an answer"
             raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
             expected = f"ids from 0 to {self._vocabulary - 1}"
-            raise RequestError("a token that the model does not have", expected, "use its tokenizer")
+            raise RequestError(
+                "a token that the model does not have", expected, "use its tokenizer"
+            )
         if most < 1:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
         limit = min(most, self.length - size)
-        sampler = Sampler(request.sampling, None if schema is None else self._schemas.matcher(schema))
+        sampler = Sampler(
+            request.sampling, None if schema is None else self._schemas.matcher(schema)
+        )
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
             if self._draining:
-                raise Busy(sentence("an engine that ends", "one that runs", "try another server"), 5.0)
+                raise Busy(
+                    sentence("an engine that ends", "one that runs", "try another server"), 5.0
+                )
             self._scheduler.add(state)
             self._live += 1
             self._tell("queued", request.blend)
@@ -124,7 +146,8 @@ class Engine:
         return state
 
     def drain(self, seconds: float) -> bool:
-        """Refuse new requests and wait, at most so long, until all others are over; whether they are."""
+        """Refuse new requests and wait, at most so long, until all others are over; whether they
+        are."""
         with self._wake:
             self._draining = True
             return self._wake.wait_for(lambda: not self._live, timeout=seconds)
@@ -184,7 +207,10 @@ class Engine:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
             while not (self._poked or self.running or self._admission.loaded):
-                until = min((state.deadline for state in self._all()), default=math.inf) - time.monotonic()
+                until = (
+                    min((state.deadline for state in self._all()), default=math.inf)
+                    - time.monotonic()
+                )
                 if until <= 0:
                     break
                 pause = min(until, IDLE if self._worked else threading.TIMEOUT_MAX)
@@ -195,7 +221,8 @@ class Engine:
             return not self._closing
 
     def _step_or_restart(self) -> None:
-        """A step; one that fails between its calls ends all that ran, and the slots are made anew."""
+        """A step; one that fails between its calls ends all that ran, and the slots are made
+        anew."""
         try:
             with self._turn:
                 self.step()
@@ -223,7 +250,10 @@ class Engine:
             self._long = ready[0]
         else:
             short = [one for one in ready if len(one.request.prompt) <= self.prefill]
-            group = [short[i] for i in fit_budget([len(one.request.prompt) for one in short], self.prefill)]
+            group = [
+                short[i]
+                for i in fit_budget([len(one.request.prompt) for one in short], self.prefill)
+            ]
         now = time.monotonic()
         for state in group:
             self._admission.remove(state)
@@ -232,22 +262,29 @@ class Engine:
                 self._scheduler.began(now)
         return group
 
-    def _compute(self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]) -> None:
-        """One call of the model for some requests, and what follows from it. A failure ends these alone."""
+    def _compute(
+        self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]
+    ) -> None:
+        """One call of the model for some requests, and what follows from it. A failure ends these
+        alone."""
         if not states:
             return
         self._called = states
         try:
             with self._selected([state.lease for state in states]):
                 logits = call(states)
-            sampled_tokens = [] if logits is None else sample(logits, [state.sampler for state in states])
+            sampled_tokens = (
+                [] if logits is None else sample(logits, [state.sampler for state in states])
+            )
         except Exception as error:
             log.exception("a call for %d requests failed", len(states))
             self._slots.clear(len(self._running), len(states))
             for state in states:
                 self._end(state, "error", f"{type(error).__name__}: {error}")
             sampled_tokens = []
-        for state, sampled in zip(states, sampled_tokens, strict=False):  # none, where a prompt is not whole yet
+        for state, sampled in zip(
+            states, sampled_tokens, strict=False
+        ):  # none, where a prompt is not whole yet
             self._accept(state, sampled)
         self._called = []
 
@@ -255,8 +292,13 @@ class Engine:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
     def _fill(self, states: list[RequestState]) -> Tensor | None:
-        """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is not whole yet."""
-        prompts, row, long = [state.request.prompt for state in states], len(self._running), self._long
+        """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is
+        not whole yet."""
+        prompts, row, long = (
+            [state.request.prompt for state in states],
+            len(self._running),
+            self._long,
+        )
         if long is None:
             logits = self._forward.fill(self._slots, row, prompts)
         else:  # the next piece
@@ -274,7 +316,9 @@ class Engine:
         return logits
 
     def _decode(self, states: list[RequestState]) -> Tensor:
-        logits = self._forward.decode(self._slots, [state.last for state in states], [state.length for state in states])
+        logits = self._forward.decode(
+            self._slots, [state.last for state in states], [state.length for state in states]
+        )
         for state in states:
             state.length += 1
         return logits
@@ -298,8 +342,15 @@ class Engine:
             if finish is not None:
                 self._end(state, finish)
 
-    def _end(self, state: RequestState, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
-        """A request is over, wherever it is: its row, its lease and its place are free, and its client knows."""
+    def _end(
+        self,
+        state: RequestState,
+        finish: Finish,
+        error: str | None = None,
+        cause: Cause | None = None,
+    ) -> None:
+        """A request is over, wherever it is: its row, its lease and its place are free, and its
+        client knows."""
         if state.done:
             return
         if state.row is not None:
@@ -344,7 +395,8 @@ class Engine:
 
 
 def give_back() -> None:
-    """Let the C library give memory that nothing uses back to the system, where it can be told to (glibc)."""
+    """Let the C library give memory that nothing uses back to the system, where it can be told to
+    (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -2,9 +2,10 @@
 
     logits = forward.fill(slots, …) | forward.decode(slots, …)      [rows, vocabulary], of each row's last token
 
-The model is changed in two ways while a Forward is open: its attention is taken from the slots in calls of the engine
-(and is what it was in all others), and in these calls the output head is given the last hidden state of each row
-alone. Whether the architecture can be served so is not believed but tried, once.
+The model is changed in two ways while a Forward is open: its attention is taken from the slots in
+calls of the engine (and is what it was in all others), and in these calls the output head is given
+the last hidden state of each row alone. Whether the architecture can be served so is not believed
+but tried, once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ SelectRows = Callable[[int], AbstractContextManager[Any]]
 
 
 class Forward:
-    """Calls of one causal language model of transformers, in eval mode; ``close`` gives it back as it was. A token has
-    so many ``logits``. ``ConfigError``: an architecture that cannot be called on slots."""
+    """Calls of one causal language model of transformers, in eval mode; ``close`` gives it back as
+    it was. A token has so many ``logits``. ``ConfigError``: an architecture that cannot be called
+    on slots."""
 
     def __init__(self, model: Any) -> None:
         if model.training:
@@ -39,7 +41,9 @@ class Forward:
         self.model, self.device = model, next(model.parameters()).device
         self.attention = model.config._attn_implementation
         parameters = inspect.signature(type(model).forward).parameters
-        self.cache: Any = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        self.cache: Any = next(
+            (name for name in ("cache", "past_key_values") if name in parameters), None
+        )
         if self.cache is None or "position_ids" not in parameters:
             raise self._refusal("its forward takes no cache and position_ids")
         config = model.config.get_text_config()
@@ -49,7 +53,9 @@ class Forward:
         if getattr(config, "kv_sharing_modes", None) is not None:
             raise self._refusal("layers that share keys and values")
         if self.attention.startswith(PREFIX):
-            raise ConfigError("a model that an engine serves", "one that none does", "close that engine first")
+            raise ConfigError(
+                "a model that an engine serves", "one that none does", "close that engine first"
+            )
         name = PREFIX + self.attention
         ALL_ATTENTION_FUNCTIONS.register(name, _attention(self.attention))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask(self.attention))
@@ -66,7 +72,9 @@ class Forward:
     def _refusal(self, found: str) -> ConfigError:
         attention = "an architecture whose attention goes through transformers' attention functions, causal, over all "
         expected = f"{attention}tokens or a sliding window"
-        return ConfigError(f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm")
+        return ConfigError(
+            f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm"
+        )
 
     def close(self) -> None:
         """Give the model its own attention back."""
@@ -75,11 +83,15 @@ class Forward:
             self._hook = None
             self.model.set_attn_implementation(self.attention)
 
-    def fill(self, slots: Slots, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> Tensor:
-        """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1, … hold from column
-        ``start`` on."""
+    def fill(
+        self, slots: Slots, first: int, prompts: Sequence[Sequence[int]], start: int = 0
+    ) -> Tensor:
+        """Logits [rows, vocabulary] of the last token of each prompt, which rows first, first + 1,
+        … hold from column ``start`` on."""
         width = max(map(len, prompts))
-        if width > BLOCK:  # fewer shapes: a processor's library keeps a kernel for each that it meets
+        if (
+            width > BLOCK
+        ):  # fewer shapes: a processor's library keeps a kernel for each that it meets
             width = max(width, min(-(-width // BLOCK) * BLOCK, slots.length - start))
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
         ids = self._there([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
@@ -93,7 +105,8 @@ class Forward:
         return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
 
     def decode(self, slots: Slots, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits [rows, vocabulary] behind one more token for each running row, of which it has ``lengths``."""
+        """Logits [rows, vocabulary] behind one more token for each running row, of which it has
+        ``lengths``."""
         ids, positions = self._there([tokens, lengths]).unbind()
         with slots.decode(lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
@@ -101,7 +114,9 @@ class Forward:
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last
         try:
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **{self.cache: slots}).logits
+            logits = self.model(
+                input_ids=ids, position_ids=positions, use_cache=True, **{self.cache: slots}
+            ).logits
         finally:
             NOW.last = None
         if logits.shape[1] > 1 and last is not None:  # a head that is no module
@@ -109,17 +124,28 @@ class Forward:
         return logits[:, -1]
 
     def prove(self, length: int, rows: SelectRows = lambda count: nullcontext()) -> None:
-        """Try the calls on a few tokens, beside the model's own forward. ``ConfigError``: the logits differ."""
+        """Try the calls on a few tokens, beside the model's own forward. ``ConfigError``: the
+        logits differ."""
         steps = min(9, length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = [(37 * i + 11) % vocabulary for i in range(steps)]
         with torch.inference_mode():
             with rows(1):
-                wanted = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+                wanted = self.model(
+                    input_ids=torch.tensor([ids], device=self.device), use_cache=False
+                ).logits[0]
             try:
                 found = dict(self._trial(ids, rows))
-            except (NotImplementedError, AttributeError, TypeError, RuntimeError, KeyError) as error:
-                raise self._refusal(f"which failed in a trial ({type(error).__name__}: {error})") from error
+            except (
+                NotImplementedError,
+                AttributeError,
+                TypeError,
+                RuntimeError,
+                KeyError,
+            ) as error:
+                raise self._refusal(
+                    f"which failed in a trial ({type(error).__name__}: {error})"
+                ) from error
         size = wanted.abs().amax().clamp_min(1e-3)
         allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
         for column, logits in found.items():
@@ -128,7 +154,8 @@ class Forward:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
 
     def _trial(self, ids: Sequence[int], rows: SelectRows) -> Any:
-        """Logits by column: of two rows that are filled and decode together, and of one that is extended."""
+        """Logits by column: of two rows that are filled and decode together, and of one that is
+        extended."""
         whole, half = len(ids), (len(ids) + 1) // 2
         slots, lengths = Slots(2, whole, self.device), [max(1, half - 1), half]
         with rows(2):
@@ -144,9 +171,9 @@ class Forward:
 
 
 def context(config: Any) -> int | None:
-    """Positions that a row may have; None where the architecture sets no limit. Rotary frequencies that change beyond a
-    length are chosen for all rows of a call by its longest one. So rows end before that length: no row's numbers may
-    follow from its neighbours."""
+    """Positions that a row may have; None where the architecture sets no limit. Rotary frequencies
+    that change beyond a length are chosen for all rows of a call by its longest one. So rows end
+    before that length: no row's numbers may follow from its neighbours."""
     config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -158,7 +185,8 @@ def context(config: Any) -> int | None:
 
 
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the head to read."""
+    """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the
+    head to read."""
     last = getattr(NOW, "last", None)
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
@@ -171,7 +199,8 @@ def _last(values: Tensor, last: Tensor) -> Tensor:
 
 
 def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function under which slots and, outside of the engine's calls, the model's ``own`` are found."""
+    """The attention function under which slots and, outside of the engine's calls, the model's
+    ``own`` are found."""
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any,
@@ -183,7 +212,9 @@ def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
             function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
             function = ALL_ATTENTION_FUNCTIONS[own]
-        return function(module, query, key, value, attention_mask, *args, scaling=scaling, **further)
+        return function(
+            module, query, key, value, attention_mask, *args, scaling=scaling, **further
+        )
 
     return attention
 

@@ -1,13 +1,16 @@
-"""What stands before every route: who asks, whether a body is small and comes in time, and a line in the log.
+"""What stands before every route: who asks, whether a body is small and comes in time, and a line
+in the log.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
-A body is read whole before a route runs, against a count and a clock. Under /v1 a request without a valid key is
-refused before a byte of its body is read. The log names no query, no header and no body.
+A body is read whole before a route runs, against a count and a clock. Under /v1 a request without a
+valid key is refused before a byte of its body is read. The log names no query, no header and no
+body.
 
-A server without keys answers loopback names in the Host header alone: a web page that points a name of its own at
-127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another origin cannot send
-without being asked first, and no answer allows it.
+A server without keys answers loopback names in the Host header alone: a web page that points a name
+of its own at
+127.0.0.1 (DNS rebinding) is refused. Bodies must be application/json, which a page of another
+origin cannot send without being asked first, and no answer allows it.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ log = logging.getLogger("veneer.serve.access")
 
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
-#: where a key is needed, and where below it none is: what asks whether anybody is there, addresses that are secrets
+# : where a key is needed, and where below it none is: what asks whether anybody is there, addresses
+# that are secrets
 FILES = "/api/v1/files/"
 KEYED, KEYLESS = ("/v1", "/api/v1"), ("/api/v1/healthz", FILES)
 #: the prefix that the tinker SDK wants to see on a key
@@ -44,7 +48,9 @@ class Guard:
 
     def __init__(self, app: Any, service: Any) -> None:
         self.app, self.service = app, service
-        self.held: Counter[str | None] = Counter()  # bytes of bodies, by the owner of the key; None: without one
+        self.held: Counter[str | None] = (
+            Counter()
+        )  # bytes of bodies, by the owner of the key; None: without one
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -57,7 +63,9 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.service.metrics.responses.labels(str(status)).inc()
-                private = [(b"cache-control", b"no-store")] if scope["path"].startswith(KEYED) else []
+                private = (
+                    [(b"cache-control", b"no-store")] if scope["path"].startswith(KEYED) else []
+                )
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
             await send(message)
 
@@ -97,7 +105,8 @@ class Guard:
             fresh = iter([{"type": "http.request", "body": body, "more_body": False}])
 
             async def again() -> Any:
-                """As if the body had not been read yet; afterwards it waits for the client to go away."""
+                """As if the body had not been read yet; afterwards it waits for the client to go
+                away."""
                 return next(fresh, None) or await receive()
 
             await self.app(scope, again, send)
@@ -107,29 +116,39 @@ class Guard:
                 del self.held[holder]
 
     def _check_room(self, holder: str | None, count: int) -> None:
-        """``Refusal``: so many bytes more are too many for all bodies together, or for those of one key."""
+        """``Refusal``: so many bytes more are too many for all bodies together, or for those of one
+        key."""
         room = limits.BODIES - self.held.total()
         if holder != "":  # on a server without keys everybody is one
             room = min(room, room - self.held[holder])
         if count > room:
             found = "more bodies at one time than this server holds"
-            expected = f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
+            expected = (
+                f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
+            )
             message = sentence(found, expected, "send it again in a second")
             raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
-        if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] == "1.0"):
-            # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the next request
+        if "transfer-encoding" in headers and (
+            "content-length" in headers or scope["http_version"] == "1.0"
+        ):
+            # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
+            # next request
             found = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
             raise Refusal(400, found, "one way to say where it ends", "send Content-Length alone")
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
-            raise Refusal(431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer")
+            raise Refusal(
+                431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"
+            )
         host = headers.get("host", "").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         hosts = self.service.hosts
         if hosts is not None and name not in hosts:
             expected = f"one of {', '.join(hosts)}, as this server has no keys"
-            raise Refusal(403, f"host {host[:100]!r}", expected, "use that address, or start it with --keys")
+            raise Refusal(
+                403, f"host {host[:100]!r}", expected, "use that address, or start it with --keys"
+            )
         path = scope["path"]
         if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
             raise draining()
@@ -144,20 +163,27 @@ def _shown(path: str) -> str:
 
 
 def credentials(headers: Any) -> str | None:
-    """The key that is sent, as an Authorization header has it; the tinker SDK has a header of its own."""
+    """The key that is sent, as an Authorization header has it; the tinker SDK has a header of its
+    own."""
     own = headers.get("x-api-key")
-    return headers.get("authorization") or (None if own is None else f"Bearer {own.removeprefix(FOREIGN)}")
+    return headers.get("authorization") or (
+        None if own is None else f"Bearer {own.removeprefix(FOREIGN)}"
+    )
 
 
 def no_key(headers: Any) -> Refusal:
     found = "a key that is not known" if credentials(headers) else "no key"
-    message = sentence(found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key")
+    message = sentence(
+        found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key"
+    )
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _body(headers: Headers, receive: Any, most: int, hold: Callable[[int], None]) -> bytes | None:
-    """The whole body; None if the client went away. ``hold`` is called with the size of each part. ``Refusal``: it is
-    too large, or too slow."""
+async def _body(
+    headers: Headers, receive: Any, most: int, hold: Callable[[int], None]
+) -> bytes | None:
+    """The whole body; None if the client went away. ``hold`` is called with the size of each part.
+    ``Refusal``: it is too large, or too slow."""
     too_large = sentence("a body that is too large", f"at most {most:,} bytes", "send less at once")
     declared, body = headers.get("content-length", "0"), bytearray()
     if not declared.isdecimal() or len(declared) > 18 or int(declared) > most:

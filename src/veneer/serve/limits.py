@@ -1,7 +1,8 @@
 """How much one client may send, hold or wait: every bound of the server in one place.
 
-A bound is there for each thing whose size a client decides. What a request costs the engine (tokens, choices) is
-bounded by the context and the queue; these bound what it costs before it gets there.
+A bound is there for each thing whose size a client decides. What a request costs the engine
+(tokens, choices) is bounded by the context and the queue; these bound what it costs before it gets
+there.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ HEADERS = 16 * 2**10
 BODY = 2**20
 #: bytes of a body of data to train on; a client is told to send less than a third of it at once
 DATA = 16 * 2**20
-#: bytes of the bodies of all requests together, from the first byte until the request has its answer. The requests of
+# : bytes of the bodies of all requests together, from the first byte until the request has its
+# answer. The requests of
 #: a key, and those without one, have at most as many as are left for others
 BODIES = 256 * 2**20
 #: bytes of a body that the event loop reads itself; a thread parses larger ones
 PARSED_INLINE = 16 * 2**10
-#: seconds for a request's line and headers to arrive, for its body, and for a reader to take what was written
+# : seconds for a request's line and headers to arrive, for its body, and for a reader to take what
+# was written
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 #: connections that are open at one time
 CONNECTIONS = 1024
 
-#: characters that wait for the tokenizer, of all clients together (one call is always taken), and what a schema counts
+# : characters that wait for the tokenizer, of all clients together (one call is always taken), and
+# what a schema counts
 READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 #: characters of a model's or an adapter's name
 NAME = 256

@@ -32,7 +32,8 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: clos
 
 
 class Connection(H11Protocol):
-    """One connection, with bounds on how many there are, and how long each may keep the server waiting."""
+    """One connection, with bounds on how many there are, and how long each may keep the server
+    waiting."""
 
     _timer: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -67,7 +68,8 @@ class Connection(H11Protocol):
         self.transport.abort()  # to close would wait for a client that does not read
 
     def _wait_for_head(self) -> None:
-        """Start the clock when a head is awaited, and stop it when there is one. More bytes do not start it anew."""
+        """Start the clock when a head is awaited, and stop it when there is one. More bytes do not
+        start it anew."""
         inside = self.cycle is not None and not self.cycle.response_complete
         if inside and self._timer is not None:
             self._timer.cancel()
@@ -82,8 +84,9 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with a drain of our own before it stops: ``drain`` blocks until nothing runs, at most ``grace`` seconds;
-    ``started`` is called when the server listens, ``reload`` on SIGHUP, in a thread of its own."""
+    """uvicorn, with a drain of our own before it stops: ``drain`` blocks until nothing runs, at
+    most ``grace`` seconds; ``started`` is called when the server listens, ``reload`` on SIGHUP, in
+    a thread of its own."""
 
     def __init__(
         self, config: uvicorn.Config, drain: Callable[[float], Any], grace: float, started: Callable[[], None],
@@ -134,16 +137,23 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address. ``ConfigError``: the port is taken, or the address not this machine's."""
+    """A socket that listens at an address. ``ConfigError``: the port is taken, or the address not
+    this machine's."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" is IPv4's addresses too
+        both = (
+            family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        )  # "::" is IPv4's addresses too
         listening = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=both)
-        # for the connections too: asyncio does that by itself only for sockets that name their protocol
+        # for the connections too: asyncio does that by itself only for sockets that name their
+        # protocol
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
-        found, do = f"{host}:{port}, {error.strerror or error}", "choose another with --host and --port"
+        found, do = (
+            f"{host}:{port}, {error.strerror or error}",
+            "choose another with --host and --port",
+        )
         raise ConfigError(found, "a free address of this machine", do) from error
 
 
@@ -159,8 +169,11 @@ def make(
     app: Any, drain: Callable[[float], Any], grace: float, started: Callable[[], None] = lambda: None,
     reload: Callable[[], None] | None = None,
 ) -> Server:  # fmt: skip
-    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or ``should_exit``, ends it."""
-    config = uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False)
+    """A server of an application; ``run([bind(host, port)])`` serves until a signal, or
+    ``should_exit``, ends it."""
+    config = uvicorn.Config(
+        app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False
+    )
     config.server_header = config.proxy_headers = False
     config.timeout_keep_alive, config.timeout_graceful_shutdown = 30, CLOSING
     return Server(config, drain, grace, started, reload)

@@ -1,10 +1,13 @@
-"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole, times and memory.
+"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole,
+times and memory.
 
-A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones, and when an adapter
-goes its series go with it. (An adapter that is itself called "base" or "blend" has the label "adapter:base".)
+A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones,
+and when an adapter goes its series go with it. (An adapter that is itself called "base" or "blend"
+has the label "adapter:base".)
 
-A histogram is a dozen series, and a server has hundreds of adapters; so an adapter has counters alone, and histograms
-are of all together. ``?adapters=0`` leaves the adapters' names out and gives sums, whose size does not grow with them.
+A histogram is a dozen series, and a server has hundreds of adapters; so an adapter has counters
+alone, and histograms are of all together. ``?adapters=0`` leaves the adapters' names out and gives
+sums, whose size does not grow with them.
 """
 
 from __future__ import annotations
@@ -23,27 +26,49 @@ WAITS = (0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60)
 
 
 class Metrics:
-    """An observer of the engine and of the bank. Its methods are cheap and may be called in any thread."""
+    """An observer of the engine and of the bank. Its methods are cheap and may be called in any
+    thread."""
 
     def __init__(self, known: Callable[[str], bool] = lambda name: True) -> None:
         self.registry = CollectorRegistry()
         self._known = known
         adapter: Any = ["adapter"]
         own: Any = {"registry": self.registry}
-        self.requests = Counter("veneer_requests", "Answers that ended, by outcome.", ["adapter", "outcome"], **own)
-        self.prompt_tokens = Counter("veneer_prompt_tokens", "Tokens of prompts that were read.", adapter, **own)
-        self.generated_tokens = Counter("veneer_generated_tokens", "Tokens of answers.", adapter, **own)
-        self.queue = Histogram("veneer_queue_seconds", "From request to start.", buckets=WAITS, **own)
-        self.first = Histogram("veneer_first_token_seconds", "To the first token.", buckets=WAITS, **own)
-        self.load_seconds = Histogram("veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own)
+        self.requests = Counter(
+            "veneer_requests", "Answers that ended, by outcome.", ["adapter", "outcome"], **own
+        )
+        self.prompt_tokens = Counter(
+            "veneer_prompt_tokens", "Tokens of prompts that were read.", adapter, **own
+        )
+        self.generated_tokens = Counter(
+            "veneer_generated_tokens", "Tokens of answers.", adapter, **own
+        )
+        self.queue = Histogram(
+            "veneer_queue_seconds", "From request to start.", buckets=WAITS, **own
+        )
+        self.first = Histogram(
+            "veneer_first_token_seconds", "To the first token.", buckets=WAITS, **own
+        )
+        self.load_seconds = Histogram(
+            "veneer_adapter_load_seconds", "Time to load.", buckets=WAITS, **own
+        )
         self.events = {
             "load": Counter("veneer_adapter_loads", "Adapters loaded into memory.", adapter, **own),
-            "evict": Counter("veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own),
+            "evict": Counter(
+                "veneer_adapter_evictions", "Adapters put out of memory.", adapter, **own
+            ),
             "fail": Counter("veneer_adapter_load_failures", "Loads that failed.", adapter, **own),
         }
-        self.responses = Counter("veneer_http_responses", "HTTP answers by status.", ["status"], **own)
+        self.responses = Counter(
+            "veneer_http_responses", "HTTP answers by status.", ["status"], **own
+        )
         self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
-        self._labelled = (self.requests, self.prompt_tokens, self.generated_tokens, *self.events.values())
+        self._labelled = (
+            self.requests,
+            self.prompt_tokens,
+            self.generated_tokens,
+            *self.events.values(),
+        )
 
     def queued(self, blend: Mapping[str, float]) -> None:
         """Nothing is counted before a request ends; gauges say what waits."""
@@ -91,7 +116,11 @@ class Metrics:
         for name, help_, read in (
             ("veneer_running", "Answers that are being written.", lambda: engine.running),
             ("veneer_waiting", "Requests that wait.", lambda: engine.waiting),
-            ("veneer_registered_adapters", "Adapters that can be used.", lambda: len(bank.status())),
+            (
+                "veneer_registered_adapters",
+                "Adapters that can be used.",
+                lambda: len(bank.status()),
+            ),
             ("veneer_resident_adapters", "Adapters in memory.", lambda: len(resident())),
             ("veneer_resident_bytes", "Bytes of the adapters in memory.", lambda: sum(resident())),
         ):
@@ -104,7 +133,8 @@ class Metrics:
 
 @dataclass
 class _Shown:
-    """The metrics of a registry, without the times at which series were made, which are a third of all."""
+    """The metrics of a registry, without the times at which series were made, which are a third of
+    all."""
 
     registry: CollectorRegistry
     adapters: bool
@@ -115,7 +145,9 @@ class _Shown:
             sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
             for sample in metric.samples:
                 if not sample.name.endswith("_created"):
-                    labels = tuple(one for one in sample.labels.items() if self.adapters or one[0] != "adapter")
+                    labels = tuple(
+                        one for one in sample.labels.items() if self.adapters or one[0] != "adapter"
+                    )
                     sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
             for (name, labels), value in sums.items():
                 shown.add_sample(name, dict(labels), value)
@@ -127,11 +159,14 @@ def _label_of(name: str) -> str:
 
 
 def merged(pages: Mapping[str, bytes]) -> bytes:
-    """The pages of several servers as one, each sample with the label ``replica``: the name of its server."""
+    """The pages of several servers as one, each sample with the label ``replica``: the name of its
+    server."""
     families: dict[str, Metric] = {}
     for replica, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
-            one = families.setdefault(family.name, Metric(family.name, family.documentation, family.type, family.unit))
+            one = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type, family.unit)
+            )
             for sample in family.samples:
                 one.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
     registry: Any = SimpleNamespace(collect=families.values)

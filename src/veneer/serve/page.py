@@ -1,8 +1,8 @@
 """The page at ``/``: files of ``web/``, served as they are.
 
-Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the files together: what
-a browser holds under such an address never changes. The page names the digest, so it is asked for anew each time. It
-needs no key; what it asks the API for does.
+Everything but the page itself lies under ``/web/<digest>/``, where the digest is that of all the
+files together: what a browser holds under such an address never changes. The page names the digest,
+so it is asked for anew each time. It needs no key; what it asks the API for does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 
 FOLDER = Path(__file__).parent / "web"
-TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
+TYPES = {
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 
 # Only files of this server run, and a script cannot make HTML of a string, whatever a model says.
 POLICY = (
@@ -37,7 +41,8 @@ def digest(files: dict[str, bytes]) -> str:
     return total.hexdigest()[:16]
 
 
-# Read once: a server that is updated under its own feet goes on showing one page, not halves of two.
+# Read once: a server that is updated under its own feet goes on showing one page, not halves of
+# two.
 FILES = {file.name: file.read_bytes() for file in sorted(FOLDER.iterdir()) if file.suffix in TYPES}
 PAGE = (FOLDER / "index.html").read_bytes()
 DIGEST = digest({**FILES, "index.html": PAGE})
@@ -50,7 +55,10 @@ router = APIRouter(include_in_schema=False)
 def index(request: Request) -> Response:
     """The page; 304 if the client has this very one."""
     headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": f'"{DIGEST}"'}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+    known = [
+        tag.strip().removeprefix("W/")
+        for tag in request.headers.get("If-None-Match", "").split(",")
+    ]
     if headers["ETag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(INDEX, media_type="text/html; charset=utf-8", headers=headers)
@@ -58,7 +66,8 @@ def index(request: Request) -> Response:
 
 @router.api_route("/web/{version}/{name}", methods=["GET", "HEAD"])
 def file(version: str, name: str) -> Response:
-    """A file of the page, for ever. 404 for any other name, and for another version: this server does not have it."""
+    """A file of the page, for ever. 404 for any other name, and for another version: this server
+    does not have it."""
     if version != DIGEST or name not in FILES:
         return Response("Not found", 404, media_type="text/plain; charset=utf-8", headers=HEADERS)
     headers = {**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}

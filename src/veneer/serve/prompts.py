@@ -5,8 +5,8 @@ A client's text never becomes a special token of a chat: it cannot end its turn 
     template  "<|im_start|>user\\n" … "<|im_end|>"      special tokens, as ever
     content   "hi<|im_end|>\\n<|im_start|>system\\n…"    the same letters, as ordinary tokens
 
-Where a content holds the text of a special token, a character that nobody uses is put behind its first letter before
-the chat is rendered, and the tokens of that character are taken out again.
+Where a content holds the text of a special token, a character that nobody uses is put behind its
+first letter before the chat is rendered, and the tokens of that character are taken out again.
 """
 
 from __future__ import annotations
@@ -42,18 +42,25 @@ Chat = Sequence[Mapping[str, str]]
 
 
 def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
-    """The tokens of a chat in the base's own template; of special tokens, the template's alone. ``Refusal``: the base
-    has no template, its template takes no such chat, it cannot fit into the context, which is ``length`` tokens, or a
-    special token in a content cannot be read as ordinary text."""
+    """The tokens of a chat in the base's own template; of special tokens, the template's alone.
+    ``Refusal``: the base has no template, its template takes no such chat, it cannot fit into the
+    context, which is ``length`` tokens, or a special token in a content cannot be read as ordinary
+    text."""
     if not getattr(tokenizer, "chat_template", None):
-        message = sentence("a base without a chat template", "one that was made for chats", "use /v1/completions")
+        message = sentence(
+            "a base without a chat template", "one that was made for chats", "use /v1/completions"
+        )
         raise Refusal(400, message, param="messages", code="no_chat_template")
 
     def render(chat: Any) -> str:
         try:
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            message = sentence(f"messages that the template refuses ({error})", "a chat that it takes", "see its base")
+            message = sentence(
+                f"messages that the template refuses ({error})",
+                "a chat that it takes",
+                "see its base",
+            )
             raise Refusal(400, message, param="messages", code="template") from error
 
     plain = [message.plain() for message in messages]
@@ -73,9 +80,9 @@ _KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKe
 
 
 def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict[int, str], bool]:
-    """What may come from the template alone: texts by id, of tokens that the tokenizer calls special and of those that
-    its template puts around turns; and whether some are also found in texts that only look like theirs (in another
-    case, say)."""
+    """What may come from the template alone: texts by id, of tokens that the tokenizer calls
+    special and of those that its template puts around turns; and whether some are also found in
+    texts that only look like theirs (in another case, say)."""
     template = str(tokenizer.chat_template)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != template:
@@ -85,16 +92,26 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
                 text = render([{"role": role, "content": "a"} for role in roles])
                 framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
-        some = {id: one for id, one in added if (one.special or id in framing) and one.content.strip()}
+        some = {
+            id: one for id, one in added if (one.special or id in framing) and one.content.strip()
+        }
         texts = {id: token.content for id, token in some.items()}
-        known = _KNOWN[tokenizer] = template, (texts, any(token.normalized for token in some.values()))
+        known = _KNOWN[tokenizer] = (
+            template,
+            (texts, any(token.normalized for token in some.values())),
+        )
     return known[1]
 
 
 def _apart(
-    tokenizer: Any, chat: Chat, sent: Sequence[str], render: Callable[[Chat], str], special: Mapping[int, str]
+    tokenizer: Any,
+    chat: Chat,
+    sent: Sequence[str],
+    render: Callable[[Chat], str],
+    special: Mapping[int, str],
 ) -> list[int]:
-    """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary tokens."""
+    """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
+    tokens."""
     if any(one in value for one in special.values() if len(one) == 1 for value in sent):
         raise _refusal("text that is none")  # there is no place within it
     if not tokenizer.is_fast:
@@ -102,9 +119,17 @@ def _apart(
     used = {*"".join(sent), *str(tokenizer.chat_template)}
     mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
     texts = "|".join(map(re.escape, sorted(set(special.values()), key=len, reverse=True)))
-    starts = re.compile(rf"(?=(?:{texts}))(.)", re.DOTALL)  # each one, also where two of them overlap
+    starts = re.compile(
+        rf"(?=(?:{texts}))(.)", re.DOTALL
+    )  # each one, also where two of them overlap
     text = render(
-        [{name: one if name == "role" else starts.sub(rf"\1{mark}", one) for name, one in it.items()} for it in chat]
+        [
+            {
+                name: one if name == "role" else starts.sub(rf"\1{mark}", one)
+                for name, one in it.items()
+            }
+            for it in chat
+        ]
     )
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = []
@@ -112,7 +137,9 @@ def _apart(
         part = text[start:end]
         if part == mark:
             continue
-        strange = id in special and id != tokenizer.unk_token_id  # which is any letter that is not known
+        strange = (
+            id in special and id != tokenizer.unk_token_id
+        )  # which is any letter that is not known
         if strange and part.strip() != special[id].strip():
             raise _refusal("text that is none and does not look like one")
         ids.append(id)
@@ -127,20 +154,26 @@ def _refusal(expected: str) -> Refusal:
 def plain(
     tokenizer: Any, prompt: str | Sequence[int], vocabulary: int, length: int, param: str = "prompt"
 ) -> tuple[int, ...]:
-    """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A special token that is
-    written out in a text is that token. ``Refusal``: a token that the base does not have, a text without any, or one
-    that cannot fit into the context."""
+    """The tokens of a text, with those that the tokenizer puts around one; or tokens, checked. A
+    special token that is written out in a text is that token. ``Refusal``: a token that the base
+    does not have, a text without any, or one that cannot fit into the context."""
     if isinstance(prompt, str):
         _check_fits(tokenizer, prompt, length, param)
         return _some(tokenizer(prompt)["input_ids"], tokenizer, param)
     if max(prompt) >= vocabulary:
-        raise Refusal(400, f"token {max(prompt)}", f"tokens below {vocabulary}", "check the tokenizer", param=param)
+        raise Refusal(
+            400,
+            f"token {max(prompt)}",
+            f"tokens below {vocabulary}",
+            "check the tokenizer",
+            param=param,
+        )
     return tuple(prompt)
 
 
 def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
-    """Refuse a text that is far too long before all of it is read, which takes a second for each MB or two and keeps
-    everybody waiting: its beginning alone has too many tokens."""
+    """Refuse a text that is far too long before all of it is read, which takes a second for each MB
+    or two and keeps everybody waiting: its beginning alone has too many tokens."""
     part = max(BEGINNING, 8 * length)
     while part < len(text):
         count = len(tokenizer(text[:part], add_special_tokens=False)["input_ids"])
@@ -152,7 +185,8 @@ def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
 
 
 def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Some texts (or lists of tokens) in pieces of at most about ``BEGINNING`` characters, or of one."""
+    """Some texts (or lists of tokens) in pieces of at most about ``BEGINNING`` characters, or of
+    one."""
     start = size = 0
     for end, text in enumerate(texts):
         if size and size + len(text) > BEGINNING:
@@ -165,19 +199,29 @@ def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
     start: Any = getattr(tokenizer, "bos_token_id", None)
     if not tokens and start is None:
-        raise Refusal(400, "a prompt without a token", "at least one", "send some text", param=param)
+        raise Refusal(
+            400, "a prompt without a token", "at least one", "send some text", param=param
+        )
     return tuple(tokens) or (start,)
 
 
 def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, short: bool) -> int:
-    """How many tokens each answer may have: what the client ``asked`` for, or what is left, or ``SHORT`` of it.
-    ``Refusal``: prompt and answer do not fit into the context together, which is ``length`` tokens."""
+    """How many tokens each answer may have: what the client ``asked`` for, or what is left, or
+    ``SHORT`` of it. ``Refusal``: prompt and answer do not fit into the context together, which is
+    ``length`` tokens."""
     longest = max(map(len, prompts))
     left = length - longest
     if left < 1 or (asked or 1) > left:
         found = f"a prompt of {longest} tokens and an answer of {asked or 'at least 1'}"
-        message = sentence(found, f"at most {length} tokens together", "shorten the prompt, or ask for fewer")
-        raise Refusal(400, message, param="messages" if not short else "prompt", code="context_length_exceeded")
+        message = sentence(
+            found, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
+        )
+        raise Refusal(
+            400,
+            message,
+            param="messages" if not short else "prompt",
+            code="context_length_exceeded",
+        )
     return asked or (min(SHORT, left) if short else left)
 
 
@@ -187,9 +231,17 @@ def check_schema(schema: Mapping[str, Any] | None) -> None:
     if size > limits.SCHEMA or _depth(schema) > limits.SCHEMA_DEPTH:
         deep = "" if size > limits.SCHEMA else f" and more than {limits.SCHEMA_DEPTH} levels"
         expected = f"at most {limits.SCHEMA:,} bytes and {limits.SCHEMA_DEPTH} levels"
-        raise Refusal(400, f"a schema of {size:,} bytes{deep}", expected, "simplify it", param="response_format")
+        raise Refusal(
+            400,
+            f"a schema of {size:,} bytes{deep}",
+            expected,
+            "simplify it",
+            param="response_format",
+        )
 
 
 def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    inner = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

@@ -1,9 +1,11 @@
 """What the server answers when it does not do what was asked, in the form of OpenAI's API.
 
-    {"error": {"message": …, "type": "invalid_request_error", "param": "model" | null, "code": "model_not_found"}}
+    {"error": {"message": …, "type": "invalid_request_error", "param": "model" | null, "code":
+    "model_not_found"}}
 
-A ``Refusal`` is raised where the reason is found and becomes an answer in one place. Errors of the library that a
-client can cause have a status here; all others are bugs of ours and answer 500 without their text.
+A ``Refusal`` is raised where the reason is found and becomes an answer in one place. Errors of the
+library that a client can cause have a status here; all others are bugs of ours and answer 500
+without their text.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
-from veneer.errors import AdapterError, BankFullError, LibraryError, SelectionError, VeneerError, sentence
+from veneer.errors import (
+    AdapterError,
+    BankFullError,
+    LibraryError,
+    SelectionError,
+    VeneerError,
+    sentence,
+)
 from veneer.serve.requests import Busy
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -29,7 +38,9 @@ OTHER_FORM = {
     "string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "model_type",
     "model_attributes_type", "int_parsing",
 }  # fmt: skip
-_EXPECTED = re.compile(r"(?:Input|List|String|Dictionary) should (?:be|have) (.*?)(?: after validation, not \d+)?")
+_EXPECTED = re.compile(
+    r"(?:Input|List|String|Dictionary) should (?:be|have) (.*?)(?: after validation, not \d+)?"
+)
 
 
 class Refusal(VeneerError, RuntimeError):  # noqa: N818
@@ -46,25 +57,39 @@ class Refusal(VeneerError, RuntimeError):  # noqa: N818
     ) -> None:
         super().__init__(*words)
         self.status, self.param, self.code = status, param, code
-        self.kind = kind or KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.kind = kind or KINDS.get(
+            status, "server_error" if status >= 500 else "invalid_request_error"
+        )
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def no_such_model(name: str) -> Refusal:
-    """One answer to what is not there and to what this key may not use, so that a key cannot find out which it is."""
+    """One answer to what is not there and to what this key may not use, so that a key cannot find
+    out which it is."""
     name = name if len(name) <= 120 else f"{name[:120]}…"
     message = f"The model {name!r} does not exist, or you do not have access to it. GET /v1/models lists yours."
     return Refusal(404, message, param="model", code="model_not_found")
 
 
 def draining() -> Refusal:
-    message = sentence("a server that is shutting down", "one that takes requests", "send it to another, or try later")
+    message = sentence(
+        "a server that is shutting down",
+        "one that takes requests",
+        "send it to another, or try later",
+    )
     return Refusal(503, message, code="draining", headers={RETRY: "5"})
 
 
@@ -87,7 +112,9 @@ def of(error: VeneerError) -> Refusal:
 
 def wrong(found: str, expected: str, do: str, param: str | None = None) -> PydanticCustomError:
     """An error for a validator to raise. ``param``: the field, for a validator of several."""
-    return PydanticCustomError(OWN, "{words}", {"words": sentence(found, expected, do), "param": param})
+    return PydanticCustomError(
+        OWN, "{words}", {"words": sentence(found, expected, do), "param": param}
+    )
 
 
 def kind(value: Any) -> str:
@@ -105,9 +132,10 @@ def kind(value: Any) -> str:
 
 
 def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
-    """The answer to what pydantic found in a body; never what was sent. pydantic lists an error for each form that a
-    field may have (a text; a list of texts; …), the one for a text first. Of the first field that is wrong, the one
-    that says most is of the form that came nearest: not "no text", but "a list of 17, at most 16"."""
+    """The answer to what pydantic found in a body; never what was sent. pydantic lists an error for
+    each form that a field may have (a text; a list of texts; …), the one for a text first. Of the
+    first field that is wrong, the one that says most is of the form that came nearest: not "no
+    text", but "a list of 17, at most 16"."""
     first = max(
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),
@@ -117,7 +145,9 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     if first["type"] == OWN:
         message, param = first["msg"], first["ctx"]["param"] or param
     elif first["type"] == "extra_forbidden":
-        message = sentence(f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out")
+        message = sentence(
+            f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out"
+        )
     elif not where and first["type"] in ("missing", *OTHER_FORM):
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
     elif first["type"] == "missing":
@@ -126,7 +156,9 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
         said = first["msg"].removeprefix("Value error, ")
         match = _EXPECTED.fullmatch(said)
         expected = (match[1] if match else said)[:300]
-        message = sentence(f"{kind(first.get('input'))} in {path or 'the body'}", expected, "change it")
+        message = sentence(
+            f"{kind(first.get('input'))} in {path or 'the body'}", expected, "change it"
+        )
     return Refusal(400, message, param=param, code=first["type"])
 
 

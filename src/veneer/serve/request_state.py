@@ -19,14 +19,24 @@ Wake = Callable[[], None]
 
 
 class RequestState:
-    """What the engine knows of a request, of which ``limit`` tokens may be generated. The engine's thread alone changes
-    it; its client may ``cancel`` it."""
+    """What the engine knows of a request, of which ``limit`` tokens may be generated. The engine's
+    thread alone changes it; its client may ``cancel`` it."""
 
     def __init__(
-        self, request: Request, deliver: Deliver, sampler: Sampler, detokenizer: Detokenizer, limit: int, wake: Wake
+        self,
+        request: Request,
+        deliver: Deliver,
+        sampler: Sampler,
+        detokenizer: Detokenizer,
+        limit: int,
+        wake: Wake,
     ) -> None:
         self.request, self.sampler, self.limit = request, sampler, limit
-        self.key, self.flow, self.owner = key_of(request.blend), counted_as(request.blend), request.owner
+        self.key, self.flow, self.owner = (
+            key_of(request.blend),
+            counted_as(request.blend),
+            request.owner,
+        )
         self.text = Text(detokenizer, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout
@@ -76,12 +86,17 @@ class RequestState:
                 finish, error = "error", f"{type(problem).__name__}: {problem}"
         self._send(finish, error, cause)
 
-    def _send(self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None) -> None:
+    def _send(
+        self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None
+    ) -> None:
         text, self._new = self._new, ""
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
             self._deliver(Piece(text, tokens, finish, error, cause))
         except Exception:
-            log.exception("request %s: its client could not be given a piece; it is cancelled", self.request.id)
+            log.exception(
+                "request %s: its client could not be given a piece; it is cancelled",
+                self.request.id,
+            )
             self.cancelled = True

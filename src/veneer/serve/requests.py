@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
 
-#: why a request ended: a stop string or the end-of-text token, its limit of tokens, its client, its time, a failure
+# : why a request ended: a stop string or the end-of-text token, its limit of tokens, its client,
+# its time, a failure
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 #: what kind of failure it was, where it has a cause outside the server
@@ -21,11 +22,16 @@ class Sampling:
 
     max_tokens: int  # at most so many; the engine's ``length`` may end the answer before
     temperature: float = 1.0  # logits are divided by it; 0 takes the most likely token each time
-    top_p: float = 1.0  # from the smallest set of tokens with this much probability (after ``top_k``)
+    top_p: float = (
+        1.0  # from the smallest set of tokens with this much probability (after ``top_k``)
+    )
     top_k: int = 0  # from so many most likely tokens; 0 is off
-    seed: int | None = None  # the same one gives the same tokens, in float32 also in another batch; None draws one
+    seed: int | None = (
+        None  # the same one gives the same tokens, in float32 also in another batch; None draws one
+    )
     stop: tuple[str, ...] = ()  # strings that end the answer and are not part of it
-    #: how many alternatives are told with the sampled token; None tells no probabilities at all. They are those of the
+    # : how many alternatives are told with the sampled token; None tells no probabilities at all.
+    # They are those of the
     #: model, before temperature, top_k, top_p and schema
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer follows
@@ -47,7 +53,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled token. ``logprob`` and ``top`` (id, text, logprob; the most likely first) where they were asked for."""
+    """A sampled token. ``logprob`` and ``top`` (id, text, logprob; the most likely first) where
+    they were asked for."""
 
     id: int
     text: str
@@ -57,9 +64,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What became certain of an answer since the piece before: its text and its tokens. Texts joined are the answer's
-    text, without a stop string; tokens joined are all that were generated. The last piece alone has ``finish``, and one
-    that says "error" has words and, if it is known, a cause."""
+    """What became certain of an answer since the piece before: its text and its tokens. Texts
+    joined are the answer's text, without a stop string; tokens joined are all that were generated.
+    The last piece alone has ``finish``, and one that says "error" has words and, if it is known, a
+    cause."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -69,11 +77,13 @@ class Piece:
 
 
 class RequestError(VeneerError, ValueError):
-    """A request that cannot be answered as it is: a prompt that does not fit, a schema that is not understood."""
+    """A request that cannot be answered as it is: a prompt that does not fit, a schema that is not
+    understood."""
 
 
 class Busy(VeneerError, RuntimeError):  # noqa: N818
-    """The queue is full, or the engine is draining. ``retry_after``: seconds after which there may be room."""
+    """The queue is full, or the engine is draining. ``retry_after``: seconds after which there may
+    be room."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)

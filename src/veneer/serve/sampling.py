@@ -1,10 +1,11 @@
 """Logits → the next token of each row.
 
-    schema's mask  →  temperature  →  top_k  →  top_p  →  argmin of E_i / p_i, with exponential numbers E_i  →  token
+    schema's mask → temperature → top_k → top_p → argmin of E_i / p_i, with exponential numbers E_i
+    → token
 
-A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else in the batch moves
-it. The vocabulary is sorted as little as possible: the 1,024 most likely tokens are taken, and a row whose top_p needs
-more of them is sorted alone.
+A row draws from a generator of its own, one number for each token of the vocabulary: so nobody else
+in the batch moves it. The vocabulary is sorted as little as possible: the 1,024 most likely tokens
+are taken, and a row whose top_p needs more of them is sorted alone.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ log = logging.getLogger("veneer.serve")
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
 
-#: What a schema allows between two parts of a JSON text: nothing, a space, or a line break with its indentation.
-#: llguidance's default is any amount, and a small model that has nothing else to say fills its answer with it. None at
+# : What a schema allows between two parts of a JSON text: nothing, a space, or a line break with
+# its indentation.
+# : llguidance's default is any amount, and a small model that has nothing else to say fills its
+# answer with it. None at
 #: all would forbid the ", " and the line breaks that models were trained to write.
 LAYOUT: Any = {"whitespace_flexible": True, "whitespace_pattern": r" |\r?\n[ \t]{0,24}"}
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A row's next token, with what ``Sampling.logprobs`` asked for: ``top`` are (id, log-probability). ``token`` is
-    None where none can be chosen, for the reason that ``error`` says."""
+    """A row's next token, with what ``Sampling.logprobs`` asked for: ``top`` are (id,
+    log-probability). ``token`` is None where none can be chosen, for the reason that ``error``
+    says."""
 
     token: int | None
     logprob: float | None = None
@@ -48,7 +52,8 @@ NOT_FINITE = SampledToken(None, error="the model's logits are no finite numbers"
 
 
 class Sampler:
-    """Samples a row's tokens: how, the generator that it draws from, and where it is in its schema."""
+    """Samples a row's tokens: how, the generator that it draws from, and where it is in its
+    schema."""
 
     def __init__(self, sampling: Sampling, matcher: Any = None) -> None:
         self.sampling, self.matcher = sampling, matcher
@@ -63,12 +68,14 @@ class Sampler:
         clocks.exponential_(generator=self._generator)
 
     def accept(self, token: int) -> bool:
-        """Go on behind ``token``; whether the schema ends there. ``RequestError``: the grammar goes no further, since
-        the schema is more than llguidance's limits allow, or no value fits it."""
+        """Go on behind ``token``; whether the schema ends there. ``RequestError``: the grammar goes
+        no further, since the schema is more than llguidance's limits allow, or no value fits it."""
         if self.matcher is None:
             return False
         if not self.matcher.consume_token(token) or self.matcher.is_error():
-            raise _bad_schema("that an answer cannot follow", self.matcher.get_error().partition("\n")[0])
+            raise _bad_schema(
+                "that an answer cannot follow", self.matcher.get_error().partition("\n")[0]
+            )
         return self.matcher.is_stopped()
 
 
@@ -91,15 +98,23 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         draw = _Draw(_rows_of(free, drawn).float(), [rows[i] for i in drawn])
-        facts[1] = draw.tokens if len(drawn) == len(rows) else tokens.index_copy(0, _there(drawn, tokens), draw.tokens)
-        facts.append(draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows)))
+        facts[1] = (
+            draw.tokens
+            if len(drawn) == len(rows)
+            else tokens.index_copy(0, _there(drawn, tokens), draw.tokens)
+        )
+        facts.append(
+            draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows))
+        )
     # all that the processor must know, at once: it waits for a device
     finite, chosen, *short = torch.stack([fact.to(tokens.dtype) for fact in facts]).tolist()
     for number, i in enumerate(drawn):
         if finite[i] and short[0][i]:
             chosen[i] = draw.again(number)  # pyright: ignore[reportPossiblyUnboundVariable]
     asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
-    sampled = {i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)} | failed
+    sampled = {
+        i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)
+    } | failed
     if asked:
         sampled |= zip(asked, _with_probabilities(logits, asked, chosen, rows), strict=True)
     return list(sampled.values())
@@ -121,8 +136,8 @@ def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
 
 
 class _Draw:
-    """Tokens for rows of logits [rows, vocabulary] in fp32. Of those in ``short`` top_p needs more tokens than were
-    sorted: ``again`` draws theirs, with the same clocks."""
+    """Tokens for rows of logits [rows, vocabulary] in fp32. Of those in ``short`` top_p needs more
+    tokens than were sorted: ``again`` draws theirs, with the same clocks."""
 
     def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
         self.settings = [row.sampling for row in rows]
@@ -130,12 +145,15 @@ class _Draw:
         for row, own in zip(rows, clocks, strict=True):
             row.draw(own)
         self.noise = clocks.log_()
-        # below this temperature logits overflow; the most likely token has all of the probability long before
+        # below this temperature logits overflow; the most likely token has all of the probability
+        # long before
         warm = _there([max(one.temperature, 1e-5) for one in self.settings], logits)[:, None]
         self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
         self.short = logits.new_zeros(len(rows), dtype=torch.bool)
         cut = [i for i, one in enumerate(self.settings) if one.top_k or one.top_p < 1]
-        self.tokens = (self.scaled - self.noise).argmax(-1) if len(cut) < len(rows) else self.short.long()
+        self.tokens = (
+            (self.scaled - self.noise).argmax(-1) if len(cut) < len(rows) else self.short.long()
+        )
         if cut:
             found, short = self._nucleus(cut)
             all_ = len(cut) == len(rows)
@@ -143,7 +161,8 @@ class _Draw:
             self.short = short if all_ else _spread(short, cut, len(rows))
 
     def _nucleus(self, cut: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of rows with top_k or top_p: a token each, and whether more would have to be sorted for it."""
+        """Of rows with top_k or top_p: a token each, and whether more would have to be sorted for
+        it."""
         scaled, noise = _rows_of(self.scaled, cut), _rows_of(self.noise, cut)
         settings, vocabulary = [self.settings[i] for i in cut], scaled.shape[-1]
         most = min(vocabulary, max(CANDIDATES, *(one.top_k for one in settings)))
@@ -169,13 +188,15 @@ class _Draw:
 
 
 def _first(values: Tensor, ids: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
-    """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first: [rows]."""
+    """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first:
+    [rows]."""
     rings = (values - noise.gather(-1, ids)).masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
     return ids.gather(-1, rings)[:, 0]
 
 
 def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
-    """Of sorted probabilities [rows, n] the first that reach ``top_p``, as a mask; the first one always is."""
+    """Of sorted probabilities [rows, n] the first that reach ``top_p``, as a mask; the first one
+    always is."""
     kept = chances.cumsum(-1) - chances < top_p
     kept[:, 0] = True
     return kept
@@ -184,7 +205,8 @@ def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
 def _with_probabilities(
     logits: Tensor, asked: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
 ) -> list[SampledToken]:
-    """The chosen tokens of the rows that ask, with log-probabilities of them and of the most likely ones."""
+    """The chosen tokens of the rows that ask, with log-probabilities of them and of the most likely
+    ones."""
     counts = [rows[i].sampling.logprobs or 0 for i in asked]
     some = logits[list(asked)].float()
     total = some.logsumexp(-1, keepdim=True)
@@ -203,37 +225,53 @@ def _allowed(matcher: Any, logits: Tensor) -> Tensor:
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
     places, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
     allowed = ((bits[:, None] >> places) & 1).bool().view(-1)[:size]
-    return F.pad(allowed, (0, size - len(allowed))).to(logits.device)  # there may be logits of no token
+    return F.pad(allowed, (0, size - len(allowed))).to(
+        logits.device
+    )  # there may be logits of no token
 
 
 class Schemas:
-    """Matchers of JSON schemas for one tokenizer, by llguidance. ``vocabulary`` is the number of logits, ``eos`` the
-    tokens that end a text."""
+    """Matchers of JSON schemas for one tokenizer, by llguidance. ``vocabulary`` is the number of
+    logits, ``eos`` the tokens that end a text."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
-        self._tokenizer, self._vocabulary, self._eos, self._known = tokenizer, vocabulary, list(eos), None
+        self._tokenizer, self._vocabulary, self._eos, self._known = (
+            tokenizer,
+            vocabulary,
+            list(eos),
+            None,
+        )
 
     def matcher(self, schema: Mapping[str, Any]) -> Any:
-        """A new matcher; it takes some milliseconds, and about a second for the first one. ``RequestError``: a schema
-        that is not understood, a tokenizer of another kind, or llguidance is not installed."""
+        """A new matcher; it takes some milliseconds, and about a second for the first one.
+        ``RequestError``: a schema that is not understood, a tokenizer of another kind, or
+        llguidance is not installed."""
         try:
             import llguidance.hf
         except ImportError as error:
             expected = "the library that keeps answers to schemas"
-            raise RequestError("a schema, and no llguidance", expected, "pip install 'veneer[serve]'") from error
+            raise RequestError(
+                "a schema, and no llguidance", expected, "pip install 'veneer[serve]'"
+            ) from error
         if self._known is None:
             do = "ask without a schema"
             if not self._eos:
-                raise RequestError("a base without an end-of-text token", "one, to end what a schema describes", do)
+                raise RequestError(
+                    "a base without an end-of-text token", "one, to end what a schema describes", do
+                )
             try:
                 self._known = llguidance.hf.from_tokenizer(
                     self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
                 )
             except Exception as error:
-                found = f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
+                found = (
+                    f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
+                )
                 raise RequestError(found, "a fast tokenizer", do) from error
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides=LAYOUT
+            )
         except (TypeError, ValueError) as error:
             raise _bad_schema("that is not understood", error) from error
         matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)

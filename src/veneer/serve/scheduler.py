@@ -1,10 +1,12 @@
-"""Who runs next: the key that was served least, within it the adapter that was, and within an adapter who came first.
+"""Who runs next: the key that was served least, within it the adapter that was, and within an
+adapter who came first.
 
     key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
-This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens; ``docs/decisions/064-least-served-first.md`` has
-the rules and the reasons. A server without keys has one key. The queue is bounded: an adapter, and each key, may hold
-at most three times as many places as are left.
+This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
+``docs/decisions/064-least-served-first.md`` has the rules and the reasons. A server without keys
+has one key. The queue is bounded: an adapter, and each key, may hold at most three times as many
+places as are left.
 """
 
 from __future__ import annotations
@@ -34,8 +36,13 @@ def key_of(blend: Mapping[str, float]) -> Key:
 
 
 def counted_as(blend: Mapping[str, float]) -> str:
-    """The adapter for which a blend is counted: the one with the largest weight, by size; "" for the base."""
-    return min((name for name in blend if blend[name]), key=lambda name: (-abs(blend[name]), name), default="")
+    """The adapter for which a blend is counted: the one with the largest weight, by size; "" for
+    the base."""
+    return min(
+        (name for name in blend if blend[name]),
+        key=lambda name: (-abs(blend[name]), name),
+        default="",
+    )
 
 
 class Waiting(Protocol):
@@ -88,7 +95,8 @@ class Shares:
         self._served[name] += tokens
 
     def _forget(self) -> None:
-        """Drop the counts of the idle that virtual time has passed; of more than ``KEPT`` others, the smallest."""
+        """Drop the counts of the idle that virtual time has passed; of more than ``KEPT`` others,
+        the smallest."""
         idle = [name for name in self._served if name not in self._busy]
         gone = [name for name in idle if not self._busy or self._served[name] <= self.now]
         if len(idle) - len(gone) > KEPT:
@@ -112,10 +120,14 @@ class Scheduler(Generic[E]):
         lines = self._lines.get(request.owner, {})
         theirs, own = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         room = float(self.places - self.waiting)
-        if request.owner:  # what the key may still add, before it has three times as many places as are left
+        if (
+            request.owner
+        ):  # what the key may still add, before it has three times as many places as are left
             room = (SHARE * room - theirs) / (1 + SHARE)
         if room <= 0 or own >= SHARE * room:
-            whose = f"{theirs} of them of the same key and {own}" if request.owner else f"{own} of them"
+            whose = (
+                f"{theirs} of them of the same key and {own}" if request.owner else f"{own} of them"
+            )
             raise Busy(
                 f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected: at most "
                 f"{self.places}, with room for others. Do: try again in {self.retry_after():.0f} seconds.",
@@ -134,11 +146,14 @@ class Scheduler(Generic[E]):
         self._grow(request).append(request)
 
     def take(self, without: Collection[Key] = ()) -> E | None:
-        """Remove and return who runs next, of other blends than ``without``. It counts as running until ``ended``."""
+        """Remove and return who runs next, of other blends than ``without``. It counts as running
+        until ``ended``."""
         first: dict[str, dict[str, E]] = {}  # by owner and flow, who is next
         for owner, lines in self._lines.items():
             for flow, line in lines.items():
-                if (request := next((one for one in line if one.key not in without), None)) is not None:
+                if (
+                    request := next((one for one in line if one.key not in without), None)
+                ) is not None:
                     first.setdefault(owner, {})[flow] = request
         if not first:
             return None
@@ -158,7 +173,9 @@ class Scheduler(Generic[E]):
         return True
 
     def waiting_requests(self) -> list[E]:
-        return [request for lines in self._lines.values() for line in lines.values() for request in line]
+        return [
+            request for lines in self._lines.values() for line in lines.values() for request in line
+        ]
 
     def charge(self, request: E, tokens: float) -> None:
         """Count tokens that were computed for a request that runs."""
@@ -198,9 +215,9 @@ class Scheduler(Generic[E]):
 
 
 def fit_budget(lengths: list[int], budget: int) -> list[int]:
-    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to the longest. The
-    first always is. Others join while rows × longest stays within ``budget`` tokens and at most a quarter of it is
-    padding."""
+    """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to
+    the longest. The first always is. Others join while rows × longest stays within ``budget``
+    tokens and at most a quarter of it is padding."""
     taken: list[int] = []
     longest = real = 0
     for place, length in enumerate(lengths):

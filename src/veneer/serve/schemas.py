@@ -4,8 +4,9 @@
     HARMLESS    fields that say who asks or how to file it: dropped
     NEUTRAL     fields that are not supported, with the value at which they ask for nothing: dropped at that value
 
-Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at the first thing that
-is wrong in a list: a body holds hundreds of thousands of them, and an error for each would take seconds of the loop.
+Types are strict ("1" is no number) and every size has a bound (``limits.py``). Checking stops at
+the first thing that is wrong in a list: a body holds hundreds of thousands of them, and an error
+for each would take seconds of the loop.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ UNKNOWN = 8
 def _few(value: Any) -> Any:
     """A mapping is counted before anything in it is looked at."""
     if isinstance(value, dict) and len(value) > limits.BLEND:
-        raise wrong(f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out")
+        raise wrong(
+            f"{len(value):,} adapters in a blend", f"at most {limits.BLEND}", "leave some out"
+        )
     return value
 
 
 def _prompts(what: str, most: int) -> Callable[[Any], Any]:
-    """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all of them."""
+    """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all
+    of them."""
     expected = f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such lists"
     nouns = {str: "texts", int: "numbers", list: "lists"}
 
@@ -60,7 +64,9 @@ def _prompts(what: str, most: int) -> Callable[[Any], Any]:
         kinds = {type(item) for item in value}
         if len(kinds) > 1 or not kinds <= nouns.keys():
             names = sorted({nouns.get(one, "something else") for one in kinds})
-            raise wrong(f"a list of {' and '.join(names)} in {what}", expected, "send items of one kind")
+            raise wrong(
+                f"a list of {' and '.join(names)} in {what}", expected, "send items of one kind"
+            )
         if kinds != {int} and len(value) > most:
             found = f"{len(value):,} {'texts' if kinds == {str} else 'lists of tokens'} in {what}"
             raise wrong(found, f"at most {most}", "send several requests")
@@ -76,8 +82,14 @@ def _as_list(value: Any) -> Any:
 def _stops(value: Any) -> Any:
     few = isinstance(value, list) and len(value) <= limits.STOPS
     if not (isinstance(value, str) or (few and all(isinstance(one, str) for one in value))):
-        found = f"{len(value):,} items in stop" if isinstance(value, list) and not few else f"{kind(value)} in stop"
-        raise wrong(found, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others")
+        found = (
+            f"{len(value):,} items in stop"
+            if isinstance(value, list) and not few
+            else f"{kind(value)} in stop"
+        )
+        raise wrong(
+            found, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others"
+        )
     return value
 
 
@@ -87,14 +99,19 @@ Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=limits.STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=2**20)]
 Weight = Annotated[float, Field(ge=-limits.WEIGHT, le=limits.WEIGHT)]
-Blend = Annotated[dict[Name, Weight], BeforeValidator(_few), Field(min_length=1, max_length=limits.BLEND)]
+Blend = Annotated[
+    dict[Name, Weight], BeforeValidator(_few), Field(min_length=1, max_length=limits.BLEND)
+]
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
     if value is None or name in HARMLESS:
         return True
     # a bool equals a number, and would pass for one
-    return any(value == at and isinstance(value, bool) == isinstance(at, bool) for at in NEUTRAL.get(name, ()))
+    return any(
+        value == at and isinstance(value, bool) == isinstance(at, bool)
+        for at in NEUTRAL.get(name, ())
+    )
 
 
 def _first(*values: T | None) -> T:
@@ -103,11 +120,15 @@ def _first(*values: T | None) -> T:
 
 
 def few_unknown(
-    data: dict[str, Any], known: Container[str], harmless: Callable[[str, Any], bool] = lambda name, value: False
+    data: dict[str, Any],
+    known: Container[str],
+    harmless: Callable[[str, Any], bool] = lambda name, value: False,
 ) -> dict[str, Any]:
-    """An object of a body without its ``harmless`` fields, and with few of those that are unknown: an error for each
-    of them would take seconds."""
-    unknown = (name for name, value in data.items() if name not in known and not harmless(name, value))
+    """An object of a body without its ``harmless`` fields, and with few of those that are unknown:
+    an error for each of them would take seconds."""
+    unknown = (
+        name for name, value in data.items() if name not in known and not harmless(name, value)
+    )
     shown = {*islice(unknown, UNKNOWN)}
     return {name: value for name, value in data.items() if name in known or name in shown}
 
@@ -115,7 +136,9 @@ def few_unknown(
 class Strict(BaseModel):
     """The rules of the page's top, for one object of a body."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +146,9 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        own = {name: value for name, value in data.items() if name not in known or value is not None}
+        own = {
+            name: value for name, value in data.items() if name not in known or value is not None
+        }
         return few_unknown(own, known, _asks_nothing)
 
 
@@ -136,16 +161,27 @@ class Message(Strict):
     """One message of a chat. "developer" is what OpenAI calls "system" now."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+    content: (
+        str
+        | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
+    )
     name: Annotated[str, Field(max_length=limits.NAME)] | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
     def plain(self) -> dict[str, str]:
         named = {"name": self.name} if self.name else {}
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text, **named}
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.text,
+            **named,
+        }
 
 
 class StreamOptions(Strict):
@@ -176,7 +212,8 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator
 
 
 class Asked(Strict, ABC):
-    """What both kinds of completion have in common. ``adapters``, ``top_k`` and ``ignore_eos`` are not OpenAI's."""
+    """What both kinds of completion have in common. ``adapters``, ``top_k`` and ``ignore_eos`` are
+    not OpenAI's."""
 
     model: Name
     adapters: Blend | None = None
@@ -195,12 +232,17 @@ class Asked(Strict, ABC):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise wrong("stream_options without stream", "both, or neither", "add stream = true", "stream_options")
+            raise wrong(
+                "stream_options without stream",
+                "both, or neither",
+                "add stream = true",
+                "stream_options",
+            )
         return self
 
     def sampling(self, max_tokens: int, choice: int, base: SamplingDefaults) -> Sampling:
-        """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``: of the fields that
-        the client leaves out."""
+        """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``:
+        of the fields that the client leaves out."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
         temperature = _first(self.temperature, base.temperature, 1.0)
@@ -212,7 +254,8 @@ class Asked(Strict, ABC):
 
     @abstractmethod
     def alternatives(self) -> int | None:
-        """How many alternatives beside each token are asked for; None for no probabilities at all."""
+        """How many alternatives beside each token are asked for; None for no probabilities at
+        all."""
 
     def schema_of_answer(self) -> dict[str, Any] | None:
         if isinstance(self.response_format, SchemaFormat):
@@ -221,7 +264,9 @@ class Asked(Strict, ABC):
 
 
 class ChatRequest(Asked):
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)]
+    messages: Annotated[
+        list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
@@ -229,8 +274,16 @@ class ChatRequest(Asked):
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise wrong("top_logprobs without logprobs", "both, or neither", "add logprobs = true", "top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise wrong(
+                "top_logprobs without logprobs",
+                "both, or neither",
+                "add logprobs = true",
+                "top_logprobs",
+            )
+        if (
+            None not in (self.max_tokens, self.max_completion_tokens)
+            and self.max_tokens != self.max_completion_tokens
+        ):
             found = f"max_tokens {self.max_tokens} beside max_completion_tokens {self.max_completion_tokens}"
             raise wrong(found, "one of them", "leave out max_tokens, the older name", "max_tokens")
         return self

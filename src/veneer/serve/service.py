@@ -1,4 +1,5 @@
-"""What is served, and what every route begins with: the service, the key that asks, the adapters that are meant."""
+"""What is served, and what every route begins with: the service, the key that asks, the adapters
+that are meant."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class Service:
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
     training: Any = None  # runs of clients (serve/training), where the server trains
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # of requests that say nothing of it
+    sampling: SamplingDefaults = field(
+        default_factory=SamplingDefaults
+    )  # of requests that say nothing of it
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, in torch's word
     hosts: tuple[str, ...] | None = None  # that are answered; None: all
@@ -60,7 +63,9 @@ class Service:
     reading: int = 0  # characters that wait for the tokenizer; the event loop's alone
     started: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-text"))
-    bodies: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-bodies"))
+    bodies: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "veneer-bodies")
+    )
     admin: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +79,9 @@ class Service:
     def unready(self) -> Refusal:
         if self.draining:
             return refusal.draining()
-        message = sentence("an engine that does not run", "one that does", "look at the log, start it again")
+        message = sentence(
+            "an engine that does not run", "one that does", "look at the log, start it again"
+        )
         return Refusal(503, message, code="engine_stopped")
 
     def drain(self, seconds: float) -> None:
@@ -86,7 +93,8 @@ class Service:
             worker.drain(seconds)
 
     def reload_keys(self, path: Path) -> None:
-        """Take the keys of a file from now on. A file that is wrong changes nothing, and the log says so."""
+        """Take the keys of a file from now on. A file that is wrong changes nothing, and the log
+        says so."""
         try:
             self.keys = read_keys(path)
         except ConfigError as error:
@@ -102,7 +110,9 @@ class Service:
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)
         self.bodies.shutdown(wait=False, cancel_futures=True)
-        self.admin.shutdown(cancel_futures=True)  # an adapter that is being loaded may be written down yet
+        self.admin.shutdown(
+            cancel_futures=True
+        )  # an adapter that is being loaded may be written down yet
 
 
 async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
@@ -117,11 +127,14 @@ def _read_json(body: bytes) -> Any:
         return parse(body)
     except ValueError as error:
         # the one kind of exception that FastAPI lets through here
-        raise HTTPException(400, sentence(f"no JSON ({error})", "a JSON object", "check the body")) from error
+        raise HTTPException(
+            400, sentence(f"no JSON ({error})", "a JSON object", "check the body")
+        ) from error
 
 
 class _Strict(Request):
-    """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair, bounded depth."""
+    """A request whose JSON is read strictly: no key twice, no NaN, no half of a surrogate pair,
+    bounded depth."""
 
     _content: Any = None
 
@@ -129,10 +142,13 @@ class _Strict(Request):
         return _read_json(await self.body()) if self._content is None else self._content
 
     async def read_large(self, model: Any) -> None:
-        """Have a large body read by a thread, and made a ``model`` of, which FastAPI then takes as it is."""
+        """Have a large body read by a thread, and made a ``model`` of, which FastAPI then takes as
+        it is."""
         body = await self.body()
         if len(body) > limits.PARSED_INLINE and "json" in self.headers.get("content-type", ""):
-            self._content = await beside_loop(self.app.state.service, body, partial(_read_model, model))
+            self._content = await beside_loop(
+                self.app.state.service, body, partial(_read_model, model)
+            )
 
 
 def _read_model(model: Any, body: bytes) -> Any:
@@ -165,12 +181,14 @@ class Route(APIRoute):
 
         return strict
 
-    async def respond(self, handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    async def respond(
+        self, handle: Callable[[Request], Awaitable[Response]], request: Request
+    ) -> Response:
         """The answer of this route, where ``handle`` gives it or raises."""
         return await handle(request)
 
-    # RFC 9110, 9.1: a server answers HEAD wherever it answers GET; uvicorn leaves the body out. In `methods` it would
-    # be a second operation of the same id for OpenAPI.
+    # RFC 9110, 9.1: a server answers HEAD wherever it answers GET; uvicorn leaves the body out. In
+    # `methods` it would be a second operation of the same id for OpenAPI.
 
     def matches(self, scope: Any) -> Any:
         return super().matches({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope)
@@ -198,7 +216,9 @@ async def _key(request: Request) -> Key:
 
 async def _admin(key: Annotated[Key, Depends(_key)]) -> Key:
     if not key.admin:
-        message = sentence(f"key {key.name!r}, which is no admin key", "one with admin = true", "use another")
+        message = sentence(
+            f"key {key.name!r}, which is no admin key", "one with admin = true", "use another"
+        )
         raise Refusal(403, message, code="admin_only")
     return key
 
@@ -211,15 +231,19 @@ Admin = Annotated[Key, Depends(_admin)]
 async def requested_adapters(
     service: Service, key: Key, model: str, blend: dict[str, float] | None
 ) -> dict[str, float]:
-    """The adapters that a call means: {name: weight}, {} for the base. ``Refusal``: 404 for a name that is absent and
-    for one that the key may not use, in the same words."""
+    """The adapters that a call means: {name: weight}, {} for the base. ``Refusal``: 404 for a name
+    that is absent and for one that the key may not use, in the same words."""
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
         found = f"adapters beside the model {model[:120]!r}"
-        message = sentence(found, f"model {service.base!r}", "name the base, and each adapter in adapters")
+        message = sentence(
+            found, f"model {service.base!r}", "name the base, and each adapter in adapters"
+        )
         raise Refusal(400, message, param="adapters")
-    if not key.may_use(blend) or not (any(blend.values()) or key.base):  # weights of zero are the base alone
+    if not key.may_use(blend) or not (
+        any(blend.values()) or key.base
+    ):  # weights of zero are the base alone
         raise refusal.no_such_model(next(iter(blend)) if len(blend) == 1 else model)
     if not all(map(service.catalogue.known, blend)):
         await asyncio.to_thread(service.catalogue.refresh)
@@ -230,9 +254,9 @@ async def requested_adapters(
 
 
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits for it is bounded
-    by its size, in characters: a large text takes a second, and a short one behind forty of them would seem to hang.
-    ``Busy``: too much waits already."""
+    """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits
+    for it is bounded by its size, in characters: a large text takes a second, and a short one
+    behind forty of them would seem to hang. ``Busy``: too much waits already."""
     if service.reading and service.reading + size > limits.READING:
         found = f"{service.reading:,} characters that wait to be read"
         raise Busy(sentence(found, f"at most {limits.READING:,}", "send it again later"), 2.0)
@@ -247,7 +271,8 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
-    """What ``work`` gives. ``Refusal``: the client went away first, and it is cancelled; nobody reads the answer."""
+    """What ``work`` gives. ``Refusal``: the client went away first, and it is cancelled; nobody
+    reads the answer."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -9,7 +9,17 @@ from typing import Any
 
 from veneer.errors import ConfigError, listing
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 #: torch's words for what a base is loaded in, and ``load_base``'s
 _TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISIONS = ("auto", "stored", *_TORCH.values())
@@ -39,9 +49,14 @@ class Settings:
 
 
 def settings_of(base: str, **words: Any) -> Settings:
-    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` as "2GiB", torch's words for a
-    ``precision``, one ``pin`` or several. ``ConfigError``: a word that means nothing."""
-    memory, pin, precision = words.get("memory"), words.get("pin") or (), words.get("precision", Settings.precision)
+    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` as "2GiB",
+    torch's words for a ``precision``, one ``pin`` or several. ``ConfigError``: a word that means
+    nothing."""
+    memory, pin, precision = (
+        words.get("memory"),
+        words.get("pin") or (),
+        words.get("precision", Settings.precision),
+    )
     precision = _TORCH.get(precision, precision)
     if precision not in _PRECISIONS:
         found, expected = f"--precision {precision!r}", f"one of {listing((*_PRECISIONS, *_TORCH))}"
@@ -59,7 +74,9 @@ def bytes_in(text: str | None) -> int | None:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if count < 1:
-        raise ConfigError(f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB")
+        raise ConfigError(
+            f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"
+        )
     return count
 
 
@@ -75,4 +92,8 @@ def called_by_default(base: str) -> str:
 
 def given(options: dict[str, Any]) -> list[str]:
     """The flags of these options that were given."""
-    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value not in (None, "auto")]
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if value not in (None, "auto")
+    ]

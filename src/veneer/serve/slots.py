@@ -1,16 +1,18 @@
-"""Keys and values of the running rows: a transformers Cache, and the attention function that reads it.
+"""Keys and values of the running rows: a transformers Cache, and the attention function that reads
+it.
 
     keys, values of a layer   [rows, kv heads, columns, head dim]     row r holds its tokens in columns 0 … length − 1
 
-The running rows are a dense prefix of the first axis, so a decode step reads views. A row that ends is replaced by the
-last one. Three ways to call the model, each of which says where the tokens of its rows lie:
+The running rows are a dense prefix of the first axis, so a decode step reads views. A row that ends
+is replaced by the last one. Three ways to call the model, each of which says where the tokens of
+its rows lie:
 
     fill      new rows, right-padded, from column 0: attention is causal within the call
     extend    one row goes on from a column: for prompts longer than a call
     decode    one token for each running row, each at its own column
 
-Columns of a row at and behind its length are never seen, and are zero again once the row has left. Rotary positions
-are in the keys already: a row may be moved.
+Columns of a row at and behind its length are never seen, and are zero again once the row has left.
+Rotary positions are in the keys already: a row may be moved.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-#: columns are shown in multiples of this: views are made anew so rarely, and a mask has the alignment that GPUs want
+# : columns are shown in multiples of this: views are made anew so rarely, and a mask has the
+# alignment that GPUs want
 BLOCK = 16
 
 #: what the attention function reads: the Slots whose call runs in this thread
@@ -40,13 +43,20 @@ class Layer:
 
     def place(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values  # [rows, kv, columns, d], [rows, kv, columns, e]
-        self.flat = (keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1]))  # a row of memory each
+        self.flat = (
+            keys.view(-1, keys.shape[-1]),
+            values.view(-1, values.shape[-1]),
+        )  # a row of memory each
         self.shown: tuple[Any, ...] = (None,)
 
     def show(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Views [rows, kv, columns, ·], the same ones while the numbers stay."""
         if self.shown[0] != (rows, columns):
-            self.shown = ((rows, columns), self.keys[:rows, :, :columns], self.values[:rows, :, :columns])
+            self.shown = (
+                (rows, columns),
+                self.keys[:rows, :, :columns],
+                self.values[:rows, :, :columns],
+            )
         return self.shown[1], self.shown[2]
 
 
@@ -57,14 +67,17 @@ class Slots(Cache):
         self.kept: list[Layer] = []
         super().__init__(layers=self.kept)  # pyright: ignore[reportArgumentType]
         self.rows, self.length, self.device = rows, length, device
-        self.allocated = (0, 0)  # rows and columns of each layer; some have more, where memory ran out while it grew
+        self.allocated = (
+            0,
+            0,
+        )  # rows and columns of each layer; some have more, where memory ran out while it grew
         self.touched = [0] * rows  # columns of a row that may hold anything but zeros
         self.call: _Fill | _Decode | None = None
 
     @contextlib.contextmanager
     def fill(self, first: int, count: int, width: int, start: int = 0) -> Iterator[None]:
-        """The call in here computes ``width`` tokens of rows first … first + count − 1, from column ``start`` on. A
-        start beyond 0 is for one row alone."""
+        """The call in here computes ``width`` tokens of rows first … first + count − 1, from column
+        ``start`` on. A start beyond 0 is for one row alone."""
         self.reserve(first + count, start + width)
         for row in range(first, first + count):
             self.touched[row] = max(self.touched[row], start + width)
@@ -73,8 +86,8 @@ class Slots(Cache):
 
     @contextlib.contextmanager
     def decode(self, lengths: Sequence[int], positions: Tensor) -> Iterator[None]:
-        """The call in here computes one token for each of the first rows, behind the ``lengths`` tokens that it has.
-        ``positions`` are these numbers as a tensor [n]."""
+        """The call in here computes one token for each of the first rows, behind the ``lengths``
+        tokens that it has. ``positions`` are these numbers as a tensor [n]."""
         longest = max(lengths) + 1
         self.reserve(len(lengths), longest)
         for row, length in enumerate(lengths):
@@ -103,7 +116,9 @@ class Slots(Cache):
         if rows > old_rows:
             rows = min(max(rows, 2 * old_rows), self.rows)
         if columns > old_columns:
-            columns = min(_ceil(max(columns, old_columns * 3 // 2), 8 * BLOCK), _ceil(self.length, BLOCK))
+            columns = min(
+                _ceil(max(columns, old_columns * 3 // 2), 8 * BLOCK), _ceil(self.length, BLOCK)
+            )
         rows, columns = max(rows, old_rows), max(columns, old_columns)
         for layer in self.kept:
             if layer.keys.shape[0] >= rows and layer.keys.shape[2] >= columns:
@@ -117,7 +132,8 @@ class Slots(Cache):
         self.allocated = (rows, columns)
 
     def leave(self, row: int, last: int) -> None:
-        """Row ``row`` is over; row ``last`` takes its place, if that is another. No number of it stays."""
+        """Row ``row`` is over; row ``last`` takes its place, if that is another. No number of it
+        stays."""
         columns = max(self.touched[row], self.touched[last])
         for layer in self.kept:
             for whole in (layer.keys, layer.values):
@@ -128,12 +144,14 @@ class Slots(Cache):
         self.touched[last] = 0
 
     def clear(self, first: int, count: int) -> None:
-        """Rows first … first + count − 1 are zero again, whatever a call that failed has left in them."""
+        """Rows first … first + count − 1 are zero again, whatever a call that failed has left in
+        them."""
         for row in range(first, min(first + count, self.allocated[0])):
             self.leave(row, row)
 
     def adopt(self, row: int, other: Slots, columns: int) -> None:
-        """Row ``row`` becomes what row 0 of ``other`` is, in ``columns`` columns; that one is over."""
+        """Row ``row`` becomes what row 0 of ``other`` is, in ``columns`` columns; that one is
+        over."""
         self.reserve(row + 1, columns)
         for index, theirs in enumerate(other.kept):
             mine = self._layer(index, theirs.keys, theirs.values)
@@ -146,7 +164,14 @@ class Slots(Cache):
         """The layer's memory, which the first keys and values give its form."""
         rows, columns = self.allocated
         while len(self.kept) <= index:
-            self.kept.append(Layer(*(key.new_zeros(rows, one.shape[1], columns, one.shape[3]) for one in (key, value))))
+            self.kept.append(
+                Layer(
+                    *(
+                        key.new_zeros(rows, one.shape[1], columns, one.shape[3])
+                        for one in (key, value)
+                    )
+                )
+            )
         return self.kept[index]
 
     def update(
@@ -154,7 +179,9 @@ class Slots(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Keep new keys and values [b, kv, s, d]; returns those that the call's attention reads."""
         if self.call is None:
-            raise RuntimeError("Slots hold the rows of an engine: call the model within fill, extend or decode")
+            raise RuntimeError(
+                "Slots hold the rows of an engine: call the model within fill, extend or decode"
+            )
         layer = self._layer(layer_idx, key_states, value_states)
         self.call.kept += 1
         return self.call.keep(layer, key_states, value_states)
@@ -177,7 +204,11 @@ class _Fill:
     """New tokens of rows side by side, [count, kv, width, d] from column ``start``."""
 
     def __init__(self, first: int, count: int, width: int, start: int) -> None:
-        self.rows, self.columns, self.start = slice(first, first + count), slice(start, start + width), start
+        self.rows, self.columns, self.start = (
+            slice(first, first + count),
+            slice(start, start + width),
+            start,
+        )
         self.masks: dict[tuple[int | None, torch.device], Tensor | None] = {}
         self.kept = self.attended = 0  # layers
 
@@ -186,18 +217,34 @@ class _Fill:
         layer.values[self.rows, :, self.columns] = value
         if not self.start:
             return key, value
-        return layer.keys[self.rows, :, : self.columns.stop], layer.values[self.rows, :, : self.columns.stop]
+        return layer.keys[self.rows, :, : self.columns.stop], layer.values[
+            self.rows, :, : self.columns.stop
+        ]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, cap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        cap: float | None,
     ) -> Tensor:
         mask = self._mask(window, query.device)
         if cap is not None:
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            return _capped(query, key, value, seen.tril_(self.start) if mask is None else mask, scale, cap)
+            return _capped(
+                query, key, value, seen.tril_(self.start) if mask is None else mask, scale, cap
+            )
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=grouped,
         )
         return out.transpose(1, 2)
 
@@ -221,7 +268,9 @@ class _Decode:
 
     def __init__(self, positions: Tensor, columns: int) -> None:
         self.positions, self.n, self.columns = positions, len(positions), columns
-        self.places: dict[tuple[int, int, torch.device], Tensor] = {}  # a model may lie on several devices
+        self.places: dict[
+            tuple[int, int, torch.device], Tensor
+        ] = {}  # a model may lie on several devices
         self.masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
         self.kept = self.attended = 0  # layers
 
@@ -236,14 +285,26 @@ class _Decode:
         return layer.show(self.n, self.columns)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, cap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        cap: float | None,
     ) -> Tensor:
         n, h, _, d = query.shape
         heads = key.shape[1]
         mask = self._mask(window, query)
-        grouped = query.reshape(n, heads, h // heads, d)  # the queries of a key-value head are its rows
+        grouped = query.reshape(
+            n, heads, h // heads, d
+        )  # the queries of a key-value head are its rows
         if cap is not None:
-            return _capped(grouped, key, value, mask == 0, scale, cap).transpose(1, 2).reshape(n, 1, h, -1)
+            return (
+                _capped(grouped, key, value, mask == 0, scale, cap)
+                .transpose(1, 2)
+                .reshape(n, 1, h, -1)
+            )
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         return out.reshape(n, 1, h, -1)
 
@@ -251,17 +312,25 @@ class _Decode:
         """What is added to the scores, [n, 1, 1, columns]."""
         form = window, query.dtype, query.device
         if (mask := self.masks.get(form)) is None:
-            columns, now = torch.arange(self.columns, device=query.device), self.positions.to(query.device)[:, None]
+            columns, now = (
+                torch.arange(self.columns, device=query.device),
+                self.positions.to(query.device)[:, None],
+            )
             unseen = columns > now
             if window is not None:
                 unseen |= columns <= now - window
-            flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
+            flat = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(
+                unseen, -torch.inf
+            )
             mask = self.masks[form] = flat[:, None, None]
         return mask
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, cap: float) -> Tensor:
-    """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for -> [b, s, h, e]."""
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, cap: float
+) -> Tensor:
+    """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for ->
+    [b, s, h, e]."""
     b, h, s, d = query.shape
     heads = key.shape[1]
     grouped = query.reshape(b, heads, h // heads, s, d)
@@ -277,10 +346,14 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
 UNKNOWN = ("position_bias", "s_aux", "head_mask")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, further: dict[str, Any]) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, further: dict[str, Any]
+) -> Tensor:
     """Attention of the running call -> [b, s, h, e]."""
     if unknown := [name for name in UNKNOWN if further.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     call = NOW.slots.call
     call.attended += 1
-    return call.attend(query, key, value, scaling, further.get("sliding_window"), further.get("softcap"))
+    return call.attend(
+        query, key, value, scaling, further.get("sliding_window"), further.get("softcap")
+    )

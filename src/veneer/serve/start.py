@@ -1,4 +1,5 @@
-"""From a base and adapters on the disk to a service: what `veneer serve` does, and each replica of a cluster."""
+"""From a base and adapters on the disk to a service: what `veneer serve` does, and each replica of
+a cluster."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ log = logging.getLogger("veneer.serve")
 
 def prepare_process() -> None:
     """What this process needs, before a model runs in it."""
-    # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds of MiB
+    # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds
+    # of MiB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many seconds, not after 5 ms
+    # whoever loads an adapter or answers HTTP gives Python back to the engine after so many
+    # seconds, not after 5 ms
     sys.setswitchinterval(1e-4)
 
 
@@ -55,17 +58,34 @@ def start(settings: Settings, keys: Keyring) -> Service:
     rows = settings.rows
     if causal:
         if settings.train is not None:
-            from veneer.serve.training.trainer import Turn  # torch's optimisers and TRL: not where nothing trains
+            from veneer.serve.training.trainer import (
+                Turn,
+            )  # torch's optimisers and TRL: not where nothing trains
 
             turn = Turn()
         engine = Engine(
-            model, tokenizer, bank, rows=rows, length=length, queue=settings.queue, observer=metrics, turn=turn
+            model,
+            tokenizer,
+            bank,
+            rows=rows,
+            length=length,
+            queue=settings.queue,
+            observer=metrics,
+            turn=turn,
         )
         engine.start()
         length = engine.length
     else:
         pad = tokenizer.pad_token_id or 0
-        embedder = Embedder(model, bank, pad=pad, how=loaded.pooling, normal=loaded.normal, rows=rows, observer=metrics)
+        embedder = Embedder(
+            model,
+            bank,
+            pad=pad,
+            how=loaded.pooling,
+            normal=loaded.normal,
+            rows=rows,
+            observer=metrics,
+        )
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
@@ -83,13 +103,18 @@ def start(settings: Settings, keys: Keyring) -> Service:
 
 
 def _must_be_there(settings: Settings) -> None:
-    """Judge the adapters before the base is converted or loaded; of a remote place, that takes a download."""
+    """Judge the adapters before the base is converted or loaded; of a remote place, that takes a
+    download."""
     if settings.adapters is not None and is_remote(settings.adapters):
         return
     known = {} if settings.adapters is None else folders(settings.adapters)
     if unknown := [name for name in settings.pin if name not in known]:
         found = f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], known)}"
-        raise ConfigError(found, f"one of {listing(known, 8)}" if known else "an adapter", "check --pin and --adapters")
+        raise ConfigError(
+            found,
+            f"one of {listing(known, 8)}" if known else "an adapter",
+            "check --pin and --adapters",
+        )
 
 
 def _training(settings: Settings, service: Service, model: Any, turn: Any) -> Any:
@@ -97,10 +122,14 @@ def _training(settings: Settings, service: Service, model: Any, turn: Any) -> An
         from veneer.serve.training.live import watch
         from veneer.serve.training.training import open_training
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--train without {error.name}", "it", "pip install 'veneer[tinker]'") from error
+        raise ConfigError(
+            f"--train without {error.name}", "it", "pip install 'veneer[tinker]'"
+        ) from error
     base = settings.base
     tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
-    made = open_training(str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs)
+    made = open_training(
+        str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs
+    )
     watch(service.metrics, made)
     return made
 

@@ -1,7 +1,9 @@
-"""Tokens → text, as it becomes certain: no half character, and nothing that may turn out to be a stop string.
+"""Tokens → text, as it becomes certain: no half character, and nothing that may turn out to be a
+stop string.
 
-A token is a few bytes, and a character may take several tokens: until they are there, decoding shows the replacement
-character U+FFFD at the end. And a text that ends in the first letters of a stop string waits for the next ones.
+A token is a few bytes, and a character may take several tokens: until they are there, decoding
+shows the replacement character U+FFFD at the end. And a text that ends in the first letters of a
+stop string waits for the next ones.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
-#: what decoding shows for bytes that are no character (yet); at most three bytes of one can be waiting for the rest
+# : what decoding shows for bytes that are no character (yet); at most three bytes of one can be
+# waiting for the rest
 UNKNOWN, MOST = "\ufffd", 3
 
-#: tokens of the prompt before which the answer is decoded: some tokenizers drop a space at the very beginning
+# : tokens of the prompt before which the answer is decoded: some tokenizers drop a space at the
+# very beginning
 BEFORE = 6
 
 
@@ -22,10 +26,14 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        backend = getattr(tokenizer, "backend_tokenizer", None)  # a fast one, without the layers of Python around it
+        backend = getattr(
+            tokenizer, "backend_tokenizer", None
+        )  # a fast one, without the layers of Python around it
         self._decode: Callable[..., str] = decode if backend is None else backend.decode
         #: the text of one token, special tokens by name; U+FFFD for a part of a character
-        self.text: Callable[[int], str] = cache(lambda token: decode([token], skip_special_tokens=False))
+        self.text: Callable[[int], str] = cache(
+            lambda token: decode([token], skip_special_tokens=False)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -35,13 +43,19 @@ class Detokenizer:
 class Text:
     """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end."""
 
-    def __init__(self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
+    ) -> None:
         self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
-        self._ids = list(prompt[-BEFORE:])  # what is decoded with each new token: a few tokens of context, then news
+        self._ids = list(
+            prompt[-BEFORE:]
+        )  # what is decoded with each new token: a few tokens of context, then news
         self._context = len(self._ids)
         self._shown = detokenizer.decode(self._ids)  # the part of their text that is out
         self._held = ""  # text that is decoded, and may be a part of a stop string
-        if self._shown.endswith(UNKNOWN):  # the prompt ends within a character: the answer does not begin with its rest
+        if self._shown.endswith(
+            UNKNOWN
+        ):  # the prompt ends within a character: the answer does not begin with its rest
             self._ids, self._context, self._shown = [], 0, ""
 
     def add(self, token: int) -> tuple[str, bool]:
@@ -50,15 +64,22 @@ class Text:
         return self._give(self._decoded(final=False), final=False)
 
     def end(self) -> str:
-        """What is left when no token follows: also bytes that are no character, and beginnings of stop strings."""
+        """What is left when no token follows: also bytes that are no character, and beginnings of
+        stop strings."""
         return self._give(self._decoded(final=True), final=True)[0]
 
     def _decoded(self, *, final: bool) -> str:
-        """The text of the tokens at hand that is not out yet, without the beginning of a character at its end."""
+        """The text of the tokens at hand that is not out yet, without the beginning of a character
+        at its end."""
         whole, shown = self._detokenizer.decode(self._ids), self._shown
         out = len(shown)
-        if not whole.startswith(shown):  # bytes that had been no character read otherwise with those that follow
-            out = next((i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b), len(whole))
+        if not whole.startswith(
+            shown
+        ):  # bytes that had been no character read otherwise with those that follow
+            out = next(
+                (i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b),
+                len(whole),
+            )
         new = whole[out:]
         waiting = 0 if final else min(len(new) - len(new.rstrip(UNKNOWN)), MOST)
         if new and not waiting:  # these tokens are the context of the next ones
@@ -78,7 +99,12 @@ class Text:
         if found >= 0:
             return text[:found], True
         # letters at the end of the text with which a stop string begins
-        sizes = (n for word in self._stop for n in range(min(len(word), len(text) + 1)) if text.endswith(word[:n]))
+        sizes = (
+            n
+            for word in self._stop
+            for n in range(min(len(word), len(text) + 1))
+            if text.endswith(word[:n])
+        )
         keep = 0 if final else max(sizes)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -1,9 +1,11 @@
-"""`veneer serve --engine vllm`: the same adapters, served by vLLM, which takes the place of this process.
+"""`veneer serve --engine vllm`: the same adapters, served by vLLM, which takes the place of this
+process.
 
     vllm serve BASE --enable-lora --lora-modules name=path … --max-lora-rank R --max-loras N
 
-vLLM registers adapters at its start, takes ranks of a fixed list, and has no DoRA, no biases and no modules that are
-trained in full (``formats/vllm.py`` has the rules). An adapter that it could not serve is named here before it starts.
+vLLM registers adapters at its start, takes ranks of a fixed list, and has no DoRA, no biases and no
+modules that are trained in full (``formats/vllm.py`` has the rules). An adapter that it could not
+serve is named here before it starts.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from veneer.formats import peft, vllm
 #: distinct adapters in one of vLLM's batches: each takes memory for the largest rank
 MOST = 8
 #: what was expected of an adapter that it cannot load, and what to do
-ADVICE = "one that vLLM can load", "`veneer compose` or `veneer merge` makes one that it can, or leave it out"
+ADVICE = (
+    "one that vLLM can load",
+    "`veneer compose` or `veneer merge` makes one that it can, or leave it out",
+)
 
 
 def command(
@@ -37,19 +42,32 @@ def command(
     dtype: str | None = None,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to vLLM as it is.
-    ``AdapterError`` names each adapter that vLLM cannot load, and why."""
+    """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to
+    vLLM as it is. ``AdapterError`` names each adapter that vLLM cannot load, and why."""
     ranks, found = [1], []
     for adapter, path in adapters.items():
         found += [sentence(f"adapter {adapter!r}: {why}", *ADVICE) for why in reasons_against(path)]
         ranks.append(vllm.largest_rank(read_json(path / peft.CONFIG)))
     raise_all(AdapterError, "vLLM was not started", found)
     line = ["vllm", "serve", base, "--host", host, "--port", str(port)]
-    options = {"served-model-name": name, "max-model-len": length, "max-num-seqs": rows, "dtype": dtype}
-    line += [word for option, value in options.items() if value for word in (f"--{option}", str(value))]
+    options = {
+        "served-model-name": name,
+        "max-model-len": length,
+        "max-num-seqs": rows,
+        "dtype": dtype,
+    }
+    line += [
+        word for option, value in options.items() if value for word in (f"--{option}", str(value))
+    ]
     if adapters:
         rank = next(rank for rank in vllm.RANKS if rank >= max(ranks))
-        line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(min(MOST, len(adapters)))]
+        line += [
+            "--enable-lora",
+            "--max-lora-rank",
+            str(rank),
+            "--max-loras",
+            str(min(MOST, len(adapters))),
+        ]
         line += ["--max-cpu-loras", str(len(adapters)), "--lora-modules"]
         line += [f"{adapter}={path}" for adapter, path in sorted(adapters.items())]
     return [*line, *more]
@@ -63,8 +81,12 @@ def reasons_against(path: Path) -> list[str]:
 
 def run(line: Sequence[str]) -> NoReturn:
     """Become vLLM. ``ConfigError``: it is not installed."""
-    program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    program = shutil.which(
+        "vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     if program is None:
-        raise ConfigError("no vLLM here", "the command `vllm`", "pip install vllm, or serve with --engine veneer")
+        raise ConfigError(
+            "no vLLM here", "the command `vllm`", "pip install vllm, or serve with --engine veneer"
+        )
     sys.stdout.flush()
     os.execv(program, [program, *line[1:]])

@@ -1,10 +1,13 @@
-"""The plug-in that vLLM finds by the entry point ``vllm.general_plugins``: adapters by name, verified.
+"""The plug-in that vLLM finds by the entry point ``vllm.general_plugins``: adapters by name,
+verified.
 
     VENEER_LIBRARY        a library or a remote place (``vllm_resolver.py``); without it, nothing is registered
-    VENEER_VERIFY_BASE=0  do not compare the base with the adapters' records: for one that is quantised
+    VENEER_VERIFY_BASE=0 do not compare the base with the adapters' records: for one that is
+    quantised
 
-vLLM asks a ``LoRAResolver`` for each model name that it does not know, if VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. It loads
-plug-ins in every process that it starts, and asks in one of them: nothing else is imported before the first question.
+vLLM asks a ``LoRAResolver`` for each model name that it does not know, if
+VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. It loads plug-ins in every process that it starts, and asks in
+one of them: nothing else is imported before the first question.
 """
 
 from __future__ import annotations
@@ -33,14 +36,17 @@ def register() -> None:
     verify_base = os.environ.get("VENEER_VERIFY_BASE", "1") != "0"
 
     class VeneerResolver(LoRAResolver):
-        """None for a name that is not to be served: vLLM answers 404, as it does where no resolver knows a name."""
+        """None for a name that is not to be served: vLLM answers 404, as it does where no resolver
+        knows a name."""
 
         adapters: Adapters | None = None
         lock = threading.Lock()
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             found = await asyncio.to_thread(self.find, base_model_name, lora_name)
-            return found and LoRARequest(lora_name=lora_name, lora_int_id=found.number, lora_path=str(found.path))
+            return found and LoRARequest(
+                lora_name=lora_name, lora_int_id=found.number, lora_path=str(found.path)
+            )
 
         def find(self, base: str, name: str) -> Any:
             from veneer.errors import VeneerError

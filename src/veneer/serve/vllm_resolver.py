@@ -1,4 +1,5 @@
-"""Adapters for vLLM, by the name in a request: found, verified, handed over as a folder that stays what it is.
+"""Adapters for vLLM, by the name in a request: found, verified, handed over as a folder that stays
+what it is.
 
     VENEER_LIBRARY=DIR              a library; "french" is a name of it
     VENEER_LIBRARY=s3://…           a remote place; "french" is what was pushed to s3://…/french
@@ -6,13 +7,15 @@
     "french@HASH"                   the same name while it stands for these very files: `Entry.object` in a library, at
                                     a remote place what `push` returned after the "@"
 
-vLLM keeps the path that it is given: it reads the files again, and checks nothing, when an adapter comes back after it
-had to make room, and its cache of keys and values goes by name and path. So the path is that of a copy in our own
-cache, by hash: another adapter has another path, and neither `gc` nor whoever writes to the library reaches it. (In
-vLLM 0.32 an adapter whose files are gone by then ends the engine, and with it the server.)
+vLLM keeps the path that it is given: it reads the files again, and checks nothing, when an adapter
+comes back after it had to make room, and its cache of keys and values goes by name and path. So the
+path is that of a copy in our own cache, by hash: another adapter has another path, and neither `gc`
+nor whoever writes to the library reaches it. (In vLLM 0.32 an adapter whose files are gone by then
+ends the engine, and with it the server.)
 
-The base is proven as elsewhere, by the fingerprints in the adapter's record, each weight read once a process. vLLM
-names its base by a folder or a hub id; one whose files are not on this machine goes by its name alone.
+The base is proven as elsewhere, by the fingerprints in the adapter's record, each weight read once
+a process. vLLM names its base by a folder or a hub id; one whose files are not on this machine goes
+by its name alone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,15 @@ from typing import Any, NamedTuple
 
 from veneer.adapter_files.record import record_in
 from veneer.adapter_files.verify import BaseWeights
-from veneer.errors import AdapterError, BaseMismatchError, CheckpointError, LibraryError, listing, raise_all, sentence
+from veneer.errors import (
+    AdapterError,
+    BaseMismatchError,
+    CheckpointError,
+    LibraryError,
+    listing,
+    raise_all,
+    sentence,
+)
 from veneer.fileio.hashing import fingerprint, kind_in, prints_in
 from veneer.fileio.untrusted import read_header
 from veneer.formats import peft
@@ -39,7 +50,8 @@ _VERSION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Found(NamedTuple):
-    """An adapter for vLLM: its folder, and a number that goes by the folder's name, which is a hash."""
+    """An adapter for vLLM: its folder, and a number that goes by the folder's name, which is a
+    hash."""
 
     path: Path
     number: int
@@ -49,25 +61,36 @@ class Adapters:
     """The adapters of one place. Several threads may ask at once."""
 
     def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
-        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+        """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME``
+        or ``~/.cache``."""
         self.place, self.verify_base, self._cache = place.rstrip("/"), verify_base, cache
         self._lock = threading.Lock()
         self._weights: dict[str, BaseWeights | None] = {}
         self._fingerprints: dict[tuple[str, str, str], str | None] = {}
 
     def find(self, base: str, name: str) -> Found | None:
-        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name of ours.
+        """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name
+        of ours.
 
         Raises:
             LibraryError, RemoteError: there is no such adapter, or no longer with this hash.
-            AdapterError: it was altered, was made for another base, or is one that vLLM cannot serve.
+            AdapterError: it was altered, was made for another base, or is one that vLLM cannot
+                serve.
         """
         plain, at, version = name.partition("@")
         if not NAME.fullmatch(plain) or (at and not _VERSION.fullmatch(version)):
             return None
         path = self._fetch(plain, version)
-        raise_all(AdapterError, "vLLM cannot load it", [sentence(why, *ADVICE) for why in reasons_against(path)])
-        proven = self._must_be_base(base, path) if self.verify_base else "not compared, as VENEER_VERIFY_BASE=0 says"
+        raise_all(
+            AdapterError,
+            "vLLM cannot load it",
+            [sentence(why, *ADVICE) for why in reasons_against(path)],
+        )
+        proven = (
+            self._must_be_base(base, path)
+            if self.verify_base
+            else "not compared, as VENEER_VERIFY_BASE=0 says"
+        )
         log.info("Adapter %r: %s, base: %s", name, path, proven)
         return Found(path, 1 + int(path.name[:15], 16))
 
@@ -78,12 +101,17 @@ class Adapters:
         path = library.pull(name, cache=self._cache)
         if version not in ("", path.name):
             found = f"{name!r} of {self.place}, which is now {path.name}"
-            raise LibraryError(found, version, "ask for what it is now, or give each of them a name of its own")
+            raise LibraryError(
+                found, version, "ask for what it is now, or give each of them a name of its own"
+            )
         return path
 
     def _must_be_base(self, base: str, path: Path) -> str:
-        """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is not."""
-        saved = record_in(path, read_header(path / peft.TENSORS).metadata)  # the rest was verified as it was pulled
+        """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is
+        not."""
+        saved = record_in(
+            path, read_header(path / peft.TENSORS).metadata
+        )  # the rest was verified as it was pulled
         if saved is None:
             return "unknown, as another library wrote the adapter"
         record = saved["base"]
@@ -104,7 +132,9 @@ class Adapters:
             expected = f"the base that it was trained on, {record.get('name') or record.get('architecture')}"
             do = "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights, quantised"
             found = f"{' and '.join(parts)} in {base}"
-            raise BaseMismatchError(f"The adapter was made for another base. {sentence(found, expected, do)}")
+            raise BaseMismatchError(
+                f"The adapter was made for another base. {sentence(found, expected, do)}"
+            )
         return f"{sum(value is not None for value in known.values())} of {len(recorded)} tensors proven"
 
     def _fingerprint(self, base: str, weights: BaseWeights, at: str, kind: str) -> str | None:
@@ -116,7 +146,8 @@ class Adapters:
 
 
 def _weights(base: str) -> BaseWeights | None:
-    """The weights of a base, if they are on this machine in safetensors; a hub id is looked for in the hub's cache."""
+    """The weights of a base, if they are on this machine in safetensors; a hub id is looked for in
+    the hub's cache."""
     folder = Path(base).expanduser()
     try:
         if not folder.is_dir():
@@ -124,6 +155,11 @@ def _weights(base: str) -> BaseWeights | None:
 
             folder = Path(snapshot_download(base, local_files_only=True))
         return BaseWeights(folder)
-    except (ImportError, OSError, ValueError, CheckpointError) as error:  # neither a folder nor there
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        CheckpointError,
+    ) as error:  # neither a folder nor there
         log.warning("The weights of the base %s cannot be compared: %s", base, error)
         return None

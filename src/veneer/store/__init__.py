@@ -3,6 +3,7 @@
     library     names and tags over folders that are stored once, by the hash of their content
     remote      push to and pull from the Hugging Face hub and whatever fsspec reaches
 
-In: an adapter folder, and a name or a place. Out: a place that names these very bytes for good, or a folder to load.
-Several processes may use one library at once; a crash at any moment leaves the old index or the new one.
+In: an adapter folder, and a name or a place. Out: a place that names these very bytes for good, or
+a folder to load. Several processes may use one library at once; a crash at any moment leaves the
+old index or the new one.
 """

@@ -5,14 +5,15 @@
     objects/<hash>/         an adapter folder, named by the hash of its files; never written to again
     lock                    whoever changes anything holds it (filelock)
 
-A name is a line in the index, an object is content. A change is: take the lock, read the index, put a whole object in
-place, replace the index by a rename. So a crash, at any moment, leaves the old index or the new one, and every object
-that an index speaks of is whole. Readers take no lock.
+A name is a line in the index, an object is content. A change is: take the lock, read the index, put
+a whole object in place, replace the index by a rename. So a crash, at any moment, leaves the old
+index or the new one, and every object that an index speaks of is whole. Readers take no lock.
 
-One lock is held for the whole of a change, the copying too: a folder under a temporary name is then always the leftover
-of a writer that died. An object that no name refers to is deleted by ``gc`` after a grace period, counted from the
-moment when its last name went (the folder's own time of change, which ``remove`` sets); so a path from ``get`` is good
-for that long. It needs atomic renames of folders: not Windows.
+One lock is held for the whole of a change, the copying too: a folder under a temporary name is then
+always the leftover of a writer that died. An object that no name refers to is deleted by ``gc``
+after a grace period, counted from the moment when its last name went (the folder's own time of
+change, which ``remove`` sets); so a path from ``get`` is good for that long. It needs atomic
+renames of folders: not Windows.
 """
 
 from __future__ import annotations
@@ -28,8 +29,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter_files.folder import FILES, content_hash, copy_files, has_content, own_files, read
-from veneer.errors import AdapterError, LibraryError, OutputExistsError, listing, nearest, raise_all, sentence
+from veneer.adapter_files.folder import (
+    FILES,
+    content_hash,
+    copy_files,
+    has_content,
+    own_files,
+    read,
+)
+from veneer.errors import (
+    AdapterError,
+    LibraryError,
+    OutputExistsError,
+    listing,
+    nearest,
+    raise_all,
+    sentence,
+)
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
 from veneer.models.gguf import cache_dir
@@ -51,8 +67,8 @@ _DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError)
 
 @dataclass(frozen=True)
 class Entry:
-    """One name of a library. ``object`` is the hash of its files, ``added`` is in UTC, ``size`` in bytes, ``base`` what
-    the adapter calls its base."""
+    """One name of a library. ``object`` is the hash of its files, ``added`` is in UTC, ``size`` in
+    bytes, ``base`` what the adapter calls its base."""
 
     name: str
     object: str
@@ -66,7 +82,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collected:
-    """What ``gc`` deleted: objects by hash, how many leftovers of writers that died, and how many bytes in all."""
+    """What ``gc`` deleted: objects by hash, how many leftovers of writers that died, and how many
+    bytes in all."""
 
     objects: tuple[str, ...]
     leftovers: int
@@ -75,8 +92,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What ``rebuild`` made of a library: names that it kept, names that it gave to objects without one, and what it
-    had to give up (names whose object is gone or altered)."""
+    """What ``rebuild`` made of a library: names that it kept, names that it gave to objects without
+    one, and what it had to give up (names whose object is gone or altered)."""
 
     kept: tuple[str, ...]
     recovered: tuple[str, ...]
@@ -85,7 +102,8 @@ class Rebuilt:
 
 @dataclass(frozen=True, init=False)
 class Library:
-    """The adapters in a folder, which need not exist yet. To read takes no lock; one at a time writes."""
+    """The adapters in a folder, which need not exist yet. To read takes no lock; one at a time
+    writes."""
 
     folder: Path
 
@@ -97,7 +115,8 @@ class Library:
         return self._need(self._names(), name)
 
     def get(self, name: str) -> Path:
-        """The adapter folder of a name: to be read, never written to, and good for the grace period at least."""
+        """The adapter folder of a name: to be read, never written to, and good for the grace period
+        at least."""
         path = self._object(self.entry(name).object)
         if not path.is_dir():
             found = f"no folder {path}, which {name!r} stands for"
@@ -105,8 +124,8 @@ class Library:
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
-        """A copy of the adapter of a name in the cache, verified by its hash: for what reads it again later, when
-        the library may have changed. It is not to be written to.
+        """A copy of the adapter of a name in the cache, verified by its hash: for what reads it
+        again later, when the library may have changed. It is not to be written to.
 
         Args:
             cache: the folder to keep it in, as ``store.remote.pull`` takes it.
@@ -120,15 +139,21 @@ class Library:
         return kept(target, str(source), lambda folder: copy_files(source, folder), source.name)
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
-        """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls it)."""
-        entries = (entry for _, entry in sorted(self._names().items()) if tag is None or tag in entry.tags)
+        """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls
+        it)."""
+        entries = (
+            entry for _, entry in sorted(self._names().items()) if tag is None or tag in entry.tags
+        )
         return tuple(entry for entry in entries if base is None or base == entry.base)
 
-    def add(self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False) -> Entry:
+    def add(
+        self, path: str | Path, name: str, *, tags: Iterable[str] = (), overwrite: bool = False
+    ) -> Entry:
         """Copy an adapter folder into the library under a name.
 
-        The adapter is verified first. Of the folder only an adapter's own files are copied. ``overwrite`` replaces what
-        the name stands for, its tags included: what a tag said of the old adapter need not be so of the new one.
+        The adapter is verified first. Of the folder only an adapter's own files are copied.
+        ``overwrite`` replaces what the name stands for, its tags included: what a tag said of the
+        old adapter need not be so of the new one.
 
         Raises:
             AdapterError: the folder is no intact adapter.
@@ -150,8 +175,8 @@ class Library:
         return entry
 
     def remove(self, name: str) -> Entry:
-        """Take a name out of the library and return what it was. ``gc`` deletes the files later, if no other name
-        stands for them."""
+        """Take a name out of the library and return what it was. ``gc`` deletes the files later, if
+        no other name stands for them."""
         with self._change() as names:
             entry = self._need(names, name)
             self._retire(entry.object)
@@ -162,7 +187,8 @@ class Library:
         """Add tags to a name and take others away; return its new entry.
 
         Raises:
-            LibraryError: no such name, a tag that cannot be one, one to take away that is not there.
+            LibraryError: no such name, a tag that cannot be one, one to take away that is not
+                there.
         """
         remove = tuple(remove)
         if not tags and not remove:
@@ -178,11 +204,18 @@ class Library:
         return names[name]
 
     def gc(self, *, grace: float = GRACE) -> Collected:
-        """Delete the objects that have had no name for ``grace`` seconds, and what killed writers left."""
+        """Delete the objects that have had no name for ``grace`` seconds, and what killed writers
+        left."""
         with self._locked():
-            used = {entry.object for entry in self._names().values()}  # a damaged index raises: nothing is deleted
+            used = {
+                entry.object for entry in self._names().values()
+            }  # a damaged index raises: nothing is deleted
             objects = self.folder / OBJECTS
-            leftovers = [*self.folder.glob(".*.tmp"), *objects.glob(".*.tmp"), *objects.glob(".*.replaced")]
+            leftovers = [
+                *self.folder.glob(".*.tmp"),
+                *objects.glob(".*.tmp"),
+                *objects.glob(".*.replaced"),
+            ]
             freed = sum(map(_size, leftovers))
             sweep(objects)  # first, as the rest of an object may be in one of them
             for path in leftovers:
@@ -199,9 +232,10 @@ class Library:
     def rebuild(self) -> Rebuilt:
         """Make a damaged index anew, from its copy and from the objects, each of which is verified.
 
-        Where the index itself can be read, names whose object is gone or altered are taken out. Where it cannot, the
-        copy counts, which is at most one change behind; objects that it does not know are named "recovered-…" and
-        tagged "recovered". The files of what is lost stay for the grace period from now.
+        Where the index itself can be read, names whose object is gone or altered are taken out.
+        Where it cannot, the copy counts, which is at most one change behind; objects that it does
+        not know are named "recovered-…" and tagged "recovered". The files of what is lost stay for
+        the grace period from now.
         """
         with self._locked():
             names, whole = self._readable()
@@ -210,13 +244,23 @@ class Library:
             lost, recovered = sorted(names.keys() - kept.keys()), {}
             unknown = intact - {entry.object for entry in kept.values()}
             for key in () if whole else sorted(unknown):
-                name = f"recovered-{key[:12]}" if f"recovered-{key[:12]}" not in kept else f"recovered-{key}"
+                name = (
+                    f"recovered-{key[:12]}"
+                    if f"recovered-{key[:12]}" not in kept
+                    else f"recovered-{key}"
+                )
                 try:
                     recovered[name] = _entry(self._object(key), name, key, ("recovered",))
-                except AdapterError:  # of a variant that this installation lacks, say: its files stay for the period
+                except (
+                    AdapterError
+                ):  # of a variant that this installation lacks, say: its files stay for the period
                     lost.append(key)
             after = {**kept, **recovered}
-            unnamed = {path.name for path in self._objects()} if not whole else {names[name].object for name in lost}
+            unnamed = (
+                {path.name for path in self._objects()}
+                if not whole
+                else {names[name].object for name in lost}
+            )
             for key in unnamed - {entry.object for entry in after.values()}:
                 self._retire(key)  # somebody may want the files of what is lost
             self._write(after)
@@ -227,7 +271,11 @@ class Library:
 
     def _objects(self) -> list[Path]:
         folder = self.folder / OBJECTS
-        return [path for path in folder.iterdir() if _HASH.fullmatch(path.name)] if folder.is_dir() else []
+        return (
+            [path for path in folder.iterdir() if _HASH.fullmatch(path.name)]
+            if folder.is_dir()
+            else []
+        )
 
     def _store(self, path: Path, key: str) -> None:
         """Put the files into place, unless they are there, and intact, already."""
@@ -247,15 +295,22 @@ class Library:
 
     @contextmanager
     def _locked(self, *, create: bool = False) -> Iterator[None]:
-        """One writer at a time. Only ``create`` makes the folder: a mistyped one must not appear."""
+        """One writer at a time. Only ``create`` makes the folder: a mistyped one must not
+        appear."""
         if not create and not (self.folder / OBJECTS).is_dir():
-            raise LibraryError(f"no library in {self.folder}", "a folder with adapters", "check the path, or add one")
+            raise LibraryError(
+                f"no library in {self.folder}",
+                "a folder with adapters",
+                "check the path, or add one",
+            )
         import filelock  # here, as it takes a tenth of a second
 
         lock = filelock.FileLock(self.folder / LOCK)
         soft: type = filelock.SoftFileLock  # a type checker is told that every lock is one
         if isinstance(lock, soft):  # a killed writer would leave it locked
-            raise LibraryError("a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders")
+            raise LibraryError(
+                "a system without flock", "Linux, macOS or a BSD", "keep adapters in plain folders"
+            )
         (self.folder / OBJECTS).mkdir(parents=True, exist_ok=True)
         with lock:
             yield
@@ -266,25 +321,33 @@ class Library:
         with self._locked(create=create):
             names = self._names()
             if not (self.folder / INDEX).exists():
-                self._write(names)  # before the first object, so that objects without an index mean a lost one
+                self._write(
+                    names
+                )  # before the first object, so that objects without an index mean a lost one
             yield names
             self._write(names)
 
     def _write(self, names: dict[str, Entry]) -> None:
-        content = {"format": FORMAT, "names": {name: asdict(entry) for name, entry in sorted(names.items())}}
+        content = {
+            "format": FORMAT,
+            "names": {name: asdict(entry) for name, entry in sorted(names.items())},
+        }
         text = json.dumps(content, indent=1) + "\n"
         write_whole(self.folder / INDEX, text)  # from here on it is done
         write_whole(self.folder / COPY, text)
 
     def _names(self) -> dict[str, Entry]:
         index = self.folder / INDEX
-        # In this order: a first writer may come in between, and it writes the index before the first object.
+        # In this order: a first writer may come in between, and it writes the index before the
+        # first object.
         if not index.exists() and not (self.folder / COPY).exists() and not self._objects():
             return {}
         try:
             return _parse(index)
         except _DAMAGED as error:
-            what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            what = (
+                "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            )
             found, do = f"an index {index} that {what}", f"run {self._mend()}"
             raise LibraryError(found, "the index of a library", do) from error
 
@@ -309,14 +372,24 @@ class Library:
 def _parse(file: Path) -> dict[str, Entry]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if content["format"] != FORMAT:
-        raise LibraryError(f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer")
+        raise LibraryError(
+            f"format {content['format']!r} in {file}", str(FORMAT), "install a newer Veneer"
+        )
     names = {}
     for name, fields in content["names"].items():
         entry = Entry(**{**fields, "tags": tuple(fields["tags"])})
         texts = entry.added, entry.variant, entry.base or "", *entry.tags
-        sound = all(isinstance(text, str) for text in texts) and type(entry.size) is type(entry.rank) is int
+        sound = (
+            all(isinstance(text, str) for text in texts)
+            and type(entry.size) is type(entry.rank) is int
+        )
         # an index from elsewhere must not lead out of the folder either
-        if not sound or entry.name != name or not NAME.fullmatch(name) or not _HASH.fullmatch(entry.object):
+        if (
+            not sound
+            or entry.name != name
+            or not NAME.fullmatch(name)
+            or not _HASH.fullmatch(entry.object)
+        ):
             raise ValueError(f"the entry of {name!r} is none")
         names[name] = entry
     return names
@@ -324,7 +397,9 @@ def _parse(file: Path) -> dict[str, Entry]:
 
 def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
     saved = read(path)
-    base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get("base_model_name_or_path")
+    base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get(
+        "base_model_name_or_path"
+    )
     size = sum((path / file).stat().st_size for file in own_files(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(name, key, tags, added, size, base, saved.config.variant, saved.config.rank)
@@ -340,12 +415,19 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
+    return sum(
+        file.stat().st_size
+        for file in (path.rglob("*") if path.is_dir() else (path,))
+        if file.is_file()
+    )
 
 
 def default_folder() -> Path:
     """``$VENEER_LIBRARY``, or ``veneer/adapters`` in ``$XDG_DATA_HOME`` or ``~/.local/share``."""
-    data, place = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", os.environ.get("VENEER_LIBRARY")
+    data, place = (
+        os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share",
+        os.environ.get("VENEER_LIBRARY"),
+    )
     if place and is_remote(place):
         found = f"VENEER_LIBRARY is {place}, a remote place, of which vLLM's plug-in alone makes a library"
         raise LibraryError(found, "a folder", "unset it here, or name a folder with --library")
@@ -353,8 +435,8 @@ def default_folder() -> Path:
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:
-    """The folder that a command's ADAPTER means: ``library:NAME`` in a library (None: the default one), a remote place,
-    which is pulled, or a path."""
+    """The folder that a command's ADAPTER means: ``library:NAME`` in a library (None: the default
+    one), a remote place, which is pulled, or a path."""
     text = str(adapter)
     if text.startswith(SCHEME):
         return (library or Library(default_folder())).get(text.removeprefix(SCHEME))

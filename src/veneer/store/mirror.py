@@ -4,9 +4,9 @@
     PLACE/french/<hash>/…      its files
     PLACE/german/…             or the files of an adapter alone, copied there by other means
 
-``Mirror.look`` lists the place, fetches what is new and returns {name: folder}. A folder is one of the cache of
-``pull``: verified, named by its content and never written to again, so that a changed adapter has another folder. One
-listing tells what has changed; what has not is not read again.
+``Mirror.look`` lists the place, fetches what is new and returns {name: folder}. A folder is one of
+the cache of ``pull``: verified, named by its content and never written to again, so that a changed
+adapter has another folder. One listing tells what has changed; what has not is not read again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Mirror:
         return self._place.where
 
     def look(self) -> Mapping[str, Path]:
-        """The adapters that are there now. What cannot be fetched is named in the log; an older one of its name stays.
+        """The adapters that are there now. What cannot be fetched is named in the log; an older one
+        of its name stays.
 
         Raises:
             RemoteError: the place cannot be read.
@@ -59,7 +60,9 @@ class Mirror:
             del self._folders[name]
         # files that were copied there by other means are whole when they are the same at two looks
         now = {name: stamp for name, (stamp, _) in there.items()}
-        before = now if self._before is None else self._before  # at the start there is nothing to compare with
+        before = (
+            now if self._before is None else self._before
+        )  # at the start there is nothing to compare with
         new = [
             name
             for name, (stamp, pushed) in there.items()
@@ -85,13 +88,16 @@ class Mirror:
 
 
 def stamps(root: str, files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, bool]]:
-    """What a listing says of each adapter: a text that changes when the adapter does, and whether it was pushed (else
-    it is plain files). ``files``: what fsspec knows of each file below ``root``, by path."""
+    """What a listing says of each adapter: a text that changes when the adapter does, and whether
+    it was pushed (else it is plain files). ``files``: what fsspec knows of each file below
+    ``root``, by path."""
     direct: dict[str, dict[str, str]] = {}
     for path, known in files.items():
         parts = PurePosixPath(path).relative_to(root).parts
         if len(parts) == 2 and NAME.fullmatch(parts[0]):
-            direct.setdefault(parts[0], {})[parts[1]] = repr(sorted((key, repr(known[key])) for key in known))
+            direct.setdefault(parts[0], {})[parts[1]] = repr(
+                sorted((key, repr(known[key])) for key in known)
+            )
     found = {}
     for name, own in sorted(direct.items()):
         if LATEST in own:

@@ -4,14 +4,16 @@
     s3://… gs://… memory:// file:// anything that fsspec knows; a place is a folder there
     anything without "://"          a folder here: pulling it is reading it, pushing to it is copying
 
-``push`` returns the place with the revision that it made, which names these bytes for good. On the hub that is a
-commit. Elsewhere it is the hash of the files, and nothing that a reader may be reading is written over:
+``push`` returns the place with the revision that it made, which names these bytes for good. On the
+hub that is a commit. Elsewhere it is the hash of the files, and nothing that a reader may be
+reading is written over:
 
     <place>/<hash>/…     the files, first
     <place>/latest       the hash, last: one small object, which every store replaces at once
 
-A place that holds an adapter's files without ``latest`` can be pulled too; it has no revisions. What is pulled is
-verified under a temporary name and then renamed. Only an adapter's own files are ever fetched: no pickles, no code.
+A place that holds an adapter's files without ``latest`` can be pulled too; it has no revisions.
+What is pulled is verified under a temporary name and then renamed. Only an adapter's own files are
+ever fetched: no pickles, no code.
 """
 
 from __future__ import annotations
@@ -74,18 +76,22 @@ def push(
         private: whether a repository that is made is private; None leaves that to the hub.
 
     Returns:
-        the place with the revision that holds what was pushed, which ``pull`` takes; a path for a path.
+        the place with the revision that holds what was pushed, which ``pull`` takes; a path for a
+        path.
 
     Raises:
         AdapterError: the folder is no intact adapter.
-        RemoteError: no such place, no network, no permission, or options that the place does not have.
+        RemoteError: no such place, no network, no permission, or options that the place does not
+            have.
         OutputExistsError: the place is a path that holds something.
     """
     path, target = Path(path), parse_place(place, revision)
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
         found = f"a revision, a message or private for {target.where}"
-        raise RemoteError(found, "none: they are the hub's", "leave them out; a push returns its revision")
+        raise RemoteError(
+            found, "none: they are the hub's", "leave them out; a push returns its revision"
+        )
     match target.kind:
         case "hub":
             return _push_hub(path, target, message or "Upload adapter", private)
@@ -102,10 +108,11 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
 
     Args:
         place: see above; a path is itself, read and verified.
-        revision: a branch, a tag or a commit of the hub's repository; elsewhere what ``push`` returned after the "@".
-            It may stand in ``place`` too. None takes the newest. With a commit or a hash that was pulled before, no
-            network is needed.
-        cache: the folder to keep it in; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        revision: a branch, a tag or a commit of the hub's repository; elsewhere what ``push``
+            returned after the "@". It may stand in ``place`` too. None takes the newest. With a
+            commit or a hash that was pulled before, no network is needed.
+        cache: the folder to keep it in; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME`` or
+            ``~/.cache``.
 
     Raises:
         AdapterError: what is there is no intact adapter. The cache is as it was.
@@ -117,7 +124,10 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
             raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
         return read(source.where).path
     # a name for people to find it by in the cache, and one for us
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.where).name)[:60].strip(".-") or "adapter"
+    slug = (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.where).name)[:60].strip(".-")
+        or "adapter"
+    )
     named = f"{slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
     keep = (cache or cache_dir() / "adapters") / named
     return _pull_hub(source, keep) if source.kind == "hub" else _pull_store(source, keep)
@@ -133,13 +143,16 @@ class Place:
 
 
 def parse_place(place: str, revision: str | None) -> Place:
-    """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and paths."""
+    """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and
+    paths."""
     kind, where, own = "path", place, ""
     if place.startswith(HUB):
         kind, (where, _, own) = "hub", place.partition("@")
         where = where.rstrip("/")
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB), re.ASCII):
-            raise RemoteError(f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so")
+            raise RemoteError(
+                f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so"
+            )
     elif is_remote(place):
         if _HASH.fullmatch(place.rpartition("@")[2]):
             where, _, own = place.rpartition("@")
@@ -158,15 +171,17 @@ def _package(name: str) -> Any:
 
 
 def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
-    """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch`` fills a new one
-    with, verified; ``key`` is the ``content_hash`` that it must have."""
+    """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch``
+    fills a new one with, verified; ``key`` is the ``content_hash`` that it must have."""
     if _intact(target, key):
         return target
     with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
         fetch(folder)
         if key is not None and not has_content(folder, key):
             raise AdapterError(
-                f"other files at {place} than were put there", "those of that hash", "put them there again"
+                f"other files at {place} than were put there",
+                "those of that hash",
+                "put them there again",
             )
         try:
             read(folder)
@@ -177,7 +192,8 @@ def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | Non
 
 
 def _intact(folder: Path, key: str | None = None) -> bool:
-    """Whether it is an adapter, and the very one of this hash: many have no hashes of their own that would tell."""
+    """Whether it is an adapter, and the very one of this hash: many have no hashes of their own
+    that would tell."""
     with suppress(AdapterError):
         if folder.is_dir():
             read(folder)
@@ -190,18 +206,25 @@ def _api() -> Any:
 
 
 def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> str:
-    """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make several."""
+    """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make
+    several."""
     hub, api, repo = _package("huggingface_hub"), _api(), target.where.removeprefix(HUB)
     with _hub_errors(target, "write to"):
         api.create_repo(repo, private=private, exist_ok=True)
-        if private is not None and bool(api.model_info(repo).private) != private:  # the hub ignores it then
+        if (
+            private is not None and bool(api.model_info(repo).private) != private
+        ):  # the hub ignores it then
             found = f"{target.where}, which exists and is {'public' if private else 'private'}"
-            raise RemoteError(found, "the other", "change it in its settings on the hub, or choose another name")
+            raise RemoteError(
+                found, "the other", "change it in its settings on the hub, or choose another name"
+            )
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=target.revision))
         here, ours = own_files(path), (*FILES, *(TOKENIZER if read_tokens(path) else ()))
-        stale = [name for name in ours if name in there and name not in here]  # another variant's numbers, say
+        stale = [
+            name for name in ours if name in there and name not in here
+        ]  # another variant's numbers, say
         operations = [hub.CommitOperationAdd(name, str(path / name)) for name in here]
         operations += [hub.CommitOperationDelete(name) for name in stale]
         done = api.create_commit(repo, operations, commit_message=message, revision=target.revision)
@@ -215,14 +238,22 @@ def _pull_hub(source: Place, keep: Path) -> Path:
     with _hub_errors(source, "read"):
         commit = str(_api().model_info(repo, revision=source.revision).sha)
     if not _COMMIT.fullmatch(commit):  # it becomes a path
-        raise RemoteError(f"the commit {commit!r} of {source.where}", "40 hexadecimal digits", "check HF_ENDPOINT")
+        raise RemoteError(
+            f"the commit {commit!r} of {source.where}", "40 hexadecimal digits", "check HF_ENDPOINT"
+        )
 
     def fetch(folder: Path) -> None:
         with _hub_errors(source, "read"):
-            _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(FILES))
+            _api().snapshot_download(
+                repo, revision=commit, local_dir=folder, allow_patterns=list(FILES)
+            )
             if read_tokens(folder):
-                _api().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER))
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes about the download
+                _api().snapshot_download(
+                    repo, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER)
+                )
+        shutil.rmtree(
+            folder / ".cache", ignore_errors=True
+        )  # the hub client's notes about the download
 
     return kept(keep / commit, f"{source.where}@{commit}", fetch)
 
@@ -236,16 +267,30 @@ def _hub_errors(place: Place, what: str) -> Iterator[None]:
         yield
     except VeneerError:
         raise
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError, ValueError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.HTTPError,
+        OSError,
+        ValueError,
+    ) as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
         answers = (getattr(cause, "response", None) for cause in (error, error.__cause__))
         status = next((answer.status_code for answer in answers if answer is not None), None)
         login = "log in with `hf auth login`"
         if isinstance(error, errors.GatedRepoError):
-            words = f"{where} is gated", f"leave to {what} it", f"accept its terms on its page, and {login}"
+            words = (
+                f"{where} is gated",
+                f"leave to {what} it",
+                f"accept its terms on its page, and {login}",
+            )
         elif isinstance(error, errors.RevisionNotFoundError):
-            words = f"no revision {place.revision!r} of {where}", "a branch, a tag or a commit", "check the spelling"
+            words = (
+                f"no revision {place.revision!r} of {where}",
+                "a branch, a tag or a commit",
+                "check the spelling",
+            )
         elif isinstance(error, errors.RepositoryNotFoundError):
             do = f"check the spelling; for a private one {login}"
             words = f"no repository {where}, or one that you may not see", f"one to {what}", do
@@ -268,7 +313,9 @@ def file_system(place: Place) -> tuple[Any, str]:
         system, root = fsspec.core.url_to_fs(place.where)
     except ImportError as error:
         do = f"install it ({_said(error)})"
-        raise RemoteError(f"no package for {scheme}:// places", "one that fsspec uses", do) from error
+        raise RemoteError(
+            f"no package for {scheme}:// places", "one that fsspec uses", do
+        ) from error
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
         raise RemoteError(f"the place {place.where!r} ({error})", expected, "check it") from error
@@ -298,7 +345,10 @@ def _push_store(path: Path, target: Place) -> str:
 def _pull_store(source: Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
-        found, do = f"the revision {key!r} of {source.where}", "give that, or leave it out for the newest"
+        found, do = (
+            f"the revision {key!r} of {source.where}",
+            "give that, or leave it out for the newest",
+        )
         raise RemoteError(found, "what `push` returned after the '@'", do)
     if key is not None and _intact(keep / key, key):
         return keep / key  # without a network
@@ -321,7 +371,9 @@ def _pull_store(source: Place, keep: Path) -> Path:
 
     if key is not None:
         return kept(keep / key, f"{source.where}@{key}", fetch, key)
-    with TemporaryDirectory() as name:  # a place without revisions: fetched each time, and kept by its content
+    with (
+        TemporaryDirectory() as name
+    ):  # a place without revisions: fetched each time, and kept by its content
         fetched = Path(name)
         fetch(fetched)
         found = content_hash(fetched)
@@ -330,7 +382,8 @@ def _pull_store(source: Place, keep: Path) -> Path:
 
 @contextmanager
 def store_errors(place: Place, what: str) -> Iterator[None]:
-    """What a file system raises, which is anything that its client library raises, as one clear error."""
+    """What a file system raises, which is anything that its client library raises, as one clear
+    error."""
     try:
         yield
     except Exception as error:
@@ -344,7 +397,11 @@ def store_errors(place: Place, what: str) -> Iterator[None]:
             words = f"no permission to {what} {where} ({said})", "it", "check the credentials"
         else:
             do = "check the network, the place and the credentials"
-            words = f"{where} cannot be used ({type(error).__name__}: {said})", f"a place to {what}", do
+            words = (
+                f"{where} cannot be used ({type(error).__name__}: {said})",
+                f"a place to {what}",
+                do,
+            )
         raise RemoteError(*words) from error
 
 

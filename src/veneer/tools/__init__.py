@@ -8,7 +8,7 @@
     compare             two adapters side by side: norms, angles between their subspaces
     intruders           directions of W + ΔW that W has none like
 
-In: folders (of adapters, of models). Out: a folder written in one step, and a report of what was done and lost. Rooms
-that write folders of different kinds do not know each other; compare, intruders and report line weights up as compose
-does.
+In: folders (of adapters, of models). Out: a folder written in one step, and a report of what was
+done and lost. Rooms that write folders of different kinds do not know each other; compare,
+intruders and report line weights up as compose does.
 """

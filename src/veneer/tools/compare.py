@@ -9,10 +9,11 @@
     similarity     φ = ‖U_Aᵀ U_B‖² / min(rank_A, rank_B) in [0, 1], of the same spaces: Hu et al. 2021,
                    arXiv:2106.09685, section 7.2 and appendix G
 
-All from the thin factors in float64; ΔW is never formed. A space is that of ΔW, not of a factor: of factors that lack
-rank, or that were scaled against each other, only the product means anything.
+All from the thin factors in float64; ΔW is never formed. A space is that of ΔW, not of a factor: of
+factors that lack rank, or that were scaled against each other, only the product means anything.
 
-Of DoRA the products are compared, and the magnitudes beside them: what they amount to depends on the base.
+Of DoRA the products are compared, and the magnitudes beside them: what they amount to depends on
+the base.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Space:
-    """How two subspaces lie to each other: φ, and the principal angles in degrees, the smallest first."""
+    """How two subspaces lie to each other: φ, and the principal angles in degrees, the smallest
+    first."""
 
     similarity: float
     angles: tuple[float, ...]
@@ -50,8 +52,9 @@ class Space:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One weight that both change. ``rows`` and ``columns`` are None where one of the changes is zero. ``magnitude`` is
-    ‖m_A − m_B‖ as a share of the larger norm: inf where one alone is DoRA's, None where neither is."""
+    """One weight that both change. ``rows`` and ``columns`` are None where one of the changes is
+    zero. ``magnitude`` is ‖m_A − m_B‖ as a share of the larger norm: inf where one alone is DoRA's,
+    None where neither is."""
 
     path: str
     ranks: tuple[int, int]
@@ -65,7 +68,8 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class FullDifference:
-    """One parameter that both train in full: ‖P_A − P_B‖ as a share of the larger norm; inf for other shapes."""
+    """One parameter that both train in full: ‖P_A − P_B‖ as a share of the larger norm; inf for
+    other shapes."""
 
     path: str
     difference: float
@@ -77,12 +81,15 @@ class Difference:
 
     a: Path
     b: Path
-    only_a: tuple[str, ...]  # weights that A alone changes, and parameters that it alone trains in full
+    only_a: tuple[
+        str, ...
+    ]  # weights that A alone changes, and parameters that it alone trains in full
     only_b: tuple[str, ...]
     layers: tuple[LayerDifference, ...]  # what both change
     full: tuple[FullDifference, ...]
     config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
-    #: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of different kinds)
+    # : "same", "different" or "unknown" (no record, no weight in common, or fingerprints of
+    # different kinds)
     base: str
     base_weights: tuple[str, ...]  # those whose fingerprints differ
 
@@ -90,7 +97,12 @@ class Difference:
     def same_change(self) -> bool:
         """Whether they change the same weights by the same numbers."""
         exact = all(not layer.difference and not layer.magnitude for layer in self.layers)
-        return exact and not self.only_a and not self.only_b and not any(entry.difference for entry in self.full)
+        return (
+            exact
+            and not self.only_a
+            and not self.only_b
+            and not any(entry.difference for entry in self.full)
+        )
 
     @property
     def identical(self) -> bool:
@@ -120,7 +132,11 @@ class Difference:
     def _lines(self) -> Iterator[str]:
         yield f"A  {self.a}"
         yield f"B  {self.b}"
-        base = {"same": "the same weights", "unknown": "unknown whether the same", "different": "different weights"}
+        base = {
+            "same": "the same weights",
+            "unknown": "unknown whether the same",
+            "different": "different weights",
+        }
         yield f"base    {base[self.base]}{f' ({listing(self.base_weights, 3)})' if self.base_weights else ''}"
         if self.identical:
             yield "identical: the same numbers, the same config"
@@ -147,13 +163,17 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
     """How two adapters differ; neither needs its base.
 
     Raises:
-        AdapterError: one cannot be read, or their changes have other shapes, so that they are of no one model.
+        AdapterError: one cannot be read, or their changes have other shapes, so that they are of no
+            one model.
     """
     pair = [each if isinstance(each, AdapterFiles) else read(each) for each in (a, b)]
     products, problems = [applied(each) for each in pair], []
     both = [at for at in products[0] if at in products[1]]
     for at in both:
-        sizes = [(low.A.shape[0], low.B.shape[1], low.A.shape[2]) for low in (changes[at] for changes in products)]
+        sizes = [
+            (low.A.shape[0], low.B.shape[1], low.A.shape[2])
+            for low in (changes[at] for changes in products)
+        ]
         if sizes[0] != sizes[1]:
             found = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
             problems.append(sentence(found, "adapters of one model", "compare those"))
@@ -161,7 +181,12 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
     magnitudes = [{layer.at: layer.extras for layer in each.low.values()} for each in pair]
     full = [_full(each) for each in pair]
     only = [
-        tuple(name for changes in (products, full) for name in changes[side] if name not in changes[1 - side])
+        tuple(
+            name
+            for changes in (products, full)
+            for name in changes[side]
+            if name not in changes[1 - side]
+        )
         for side in (0, 1)
     ]
     mine, theirs = (each.config.to_dict() for each in pair)
@@ -176,14 +201,24 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
 
 
 def _layer(
-    at: str, a: LowRank, b: LowRank, magnitudes_a: Mapping[str, Tensor], magnitudes_b: Mapping[str, Tensor]
+    at: str,
+    a: LowRank,
+    b: LowRank,
+    magnitudes_a: Mapping[str, Tensor],
+    magnitudes_b: Mapping[str, Tensor],
 ) -> LayerDifference:
     norms = float(a.core().norm()), float(b.core().norm())
     same = a.scale == b.scale and torch.equal(a.A, b.A) and torch.equal(a.B, b.B)
-    apart = 0.0 if same else float(LowRank.sum([a.to(torch.float64), b.to(torch.float64)], [1, -1]).core().norm())
+    apart = (
+        0.0
+        if same
+        else float(LowRank.sum([a.to(torch.float64), b.to(torch.float64)], [1, -1]).core().norm())
+    )
     rows, columns = _spaces(a, b)
     known = magnitudes_a.keys() == magnitudes_b.keys()
-    differences = [_apart(m, magnitudes_b[name]) for name, m in magnitudes_a.items()] if known else [math.inf]
+    differences = (
+        [_apart(m, magnitudes_b[name]) for name, m in magnitudes_a.items()] if known else [math.inf]
+    )
     larger, product = max(norms), norms[0] * norms[1]
     cosine = 1.0 if same and larger else a.inner(b) / product if product else 0.0
     return LayerDifference(
@@ -196,7 +231,9 @@ def _spaces(a: LowRank, b: LowRank) -> tuple[Space | None, Space | None]:
     rows, columns = [], []
     one, other = a.svd(), b.svd()
     for group in range(a.A.shape[0]):
-        rank, more = (int((svd.S[group] > ROUNDING * svd.S[group, 0]).sum()) for svd in (one, other))
+        rank, more = (
+            int((svd.S[group] > ROUNDING * svd.S[group, 0]).sum()) for svd in (one, other)
+        )
         if rank and more:
             rows.append((one.V[group, :rank].mT, other.V[group, :more].mT))
             columns.append((one.U[group, :, :rank], other.U[group, :, :more]))
@@ -222,8 +259,14 @@ def _space(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 
 def _full(saved: AdapterFiles) -> dict[str, Tensor]:
     items = ((peft.unnested(path)[0], tensors) for path, tensors in saved.full.items())
-    full = {parameter_path(at, name): tensor for at, tensors in items for name, tensor in tensors.items()}
-    tokens = ((one, *row) for one in saved.tokens.values() for row in zip(one.ids, one.rows, strict=True))
+    full = {
+        parameter_path(at, name): tensor
+        for at, tensors in items
+        for name, tensor in tensors.items()
+    }
+    tokens = (
+        (one, *row) for one in saved.tokens.values() for row in zip(one.ids, one.rows, strict=True)
+    )
     return full | {f"{parameter_path(one.at, 'weight')}[{id_}]": row for one, id_, row in tokens}
 
 

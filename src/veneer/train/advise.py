@@ -6,7 +6,8 @@
     scale   alpha / r with alpha 32, so that the rate does not hang on the rank
     where   all linear layers
 
-It is where to begin a search, and no more: `try_out` trains a few of its neighbours for a short while, at once.
+It is where to begin a search, and no more: `try_out` trains a few of its neighbours for a short
+while, at once.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from veneer.train.tasks import TASKS
 
 REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 PRIMER = "Tinker's documentation, LoRA Primer, tinker-docs.thinkingmachines.ai"
-COOKBOOK = "tinker-cookbook, hyperparam_utils.get_lr, github.com/thinking-machines-lab/tinker-cookbook"
+COOKBOOK = (
+    "tinker-cookbook, hyperparam_utils.get_lr, github.com/thinking-machines-lab/tinker-cookbook"
+)
 QLORA = "Dettmers et al. 2023, QLoRA, arXiv:2305.14314"
 LORA = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
 #: the smallest and the largest rank that is advised
 RANKS = 4, 512
-#: the exponent p by which rates fall with the width, where somebody fitted it, and the rate elsewhere
+# : the exponent p by which rates fall with the width, where somebody fitted it, and the rate
+# elsewhere
 EXPONENTS, USUAL = {"llama": 0.781, "qwen": 0.0775}, 2e-4
 #: steps of a run that counts as short, and how much higher its rate is; steps of a trial
 SHORT, FASTER, TRIAL = 100, 1.5, 48
@@ -47,10 +51,13 @@ class Advice(NamedTuple):
 
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
-    """What to start from on the data and base of `config`; and its data, read. No weights are. Raises as `fit`."""
+    """What to start from on the data and base of `config`; and its data, read. No weights are.
+    Raises as `fit`."""
     if config.task != "sft":
         found = f"task {config.task}, of whose rows nobody knows how much they teach"
-        raise ConfigError(found, "task sft", "start from the defaults, and try a few rates with `veneer sweep`")
+        raise ConfigError(
+            found, "task sft", "start from the defaults, and try a few rates with `veneer sweep`"
+        )
     task = TASKS["sft"](config)
     task.read_data()
     task.open()
@@ -64,17 +71,27 @@ def _rank(learnt: int, numbers: int) -> Advice:
     wanted = 2 ** math.ceil(math.log2(max(learnt / numbers, 1)))
     rank = min(max(wanted, low), high)
     why = f"{learnt:,} tokens are learnt, and a rank has {numbers:,} numbers: {rank * numbers:,} "
-    why += "are at least as many" if wanted <= high else "are fewer, so training everything may learn more"
+    why += (
+        "are at least as many"
+        if wanted <= high
+        else "are fewer, so training everything may learn more"
+    )
     return Advice("rank", rank, why, PRIMER)
 
 
 def _rate(width: int, kind: str, steps: int) -> Advice:
     family = next((name for name in EXPONENTS if name in kind), None)
     if family is None:
-        rate, why, source = USUAL, f"ten times {USUAL / 10:g}, which is usual for training everything", REGRET
+        rate, why, source = (
+            USUAL,
+            f"ten times {USUAL / 10:g}, which is usual for training everything",
+            REGRET,
+        )
     else:
         rate, source = 10 * 5e-5 * (2000 / width) ** EXPONENTS[family], COOKBOOK
-        why = f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
+        why = (
+            f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
+        )
     if steps <= SHORT:
         rate, source = rate * FASTER, REGRET if source == REGRET else f"{source}; {REGRET}"
         why += f"; half as much again for a run of {steps} steps, since B begins at 0"
@@ -83,9 +100,21 @@ def _rate(width: int, kind: str, steps: int) -> Advice:
 
 def _rest() -> list[Advice]:
     return [
-        Advice("alpha", 32.0, "alpha / r: the best rate is then nearly the same for every rank", f"{LORA}; {REGRET}"),
-        Advice("targets", "all-linear", "attention alone learns less, at as many numbers too", f"{REGRET}; {QLORA}"),
-        Advice("batch_size", 8, "adapters lose more by a large batch than full training does", REGRET),
+        Advice(
+            "alpha",
+            32.0,
+            "alpha / r: the best rate is then nearly the same for every rank",
+            f"{LORA}; {REGRET}",
+        ),
+        Advice(
+            "targets",
+            "all-linear",
+            "attention alone learns less, at as many numbers too",
+            f"{REGRET}; {QLORA}",
+        ),
+        Advice(
+            "batch_size", 8, "adapters lose more by a large batch than full training does", REGRET
+        ),
     ]
 
 
@@ -114,9 +143,9 @@ def configured(config: TrainConfig, advice: Sequence[Advice]) -> TrainConfig:
 def try_out(
     config: TrainConfig, advice: Sequence[Advice], steps: int, folder: Path, **options: Any
 ) -> list[Advice] | None:
-    """The advice, with the rank and the rate that did best in a short sweep of its neighbours in `folder`: a third and
-    three times the rate, and a quarter of the rank. None: it was interrupted, with a checkpoint. ``options``: as
-    `sweep` takes them."""
+    """The advice, with the rank and the rate that did best in a short sweep of its neighbours in
+    `folder`: a third and three times the rate, and a quarter of the rank. None: it was interrupted,
+    with a checkpoint. ``options``: as `sweep` takes them."""
     from veneer.train.sweep.run import sweep
     from veneer.train.sweep.settings import make_sweep
 

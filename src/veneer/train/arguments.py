@@ -1,4 +1,5 @@
-"""From a configuration to the arguments of transformers' `Trainer`, or for the task sft of trl's `SFTTrainer`."""
+"""From a configuration to the arguments of transformers' `Trainer`, or for the task sft of trl's
+`SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import math
 from pathlib import Path
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from veneer.errors import ConfigError, listing, nearest
@@ -16,24 +20,34 @@ from veneer.train.prepare import Prepared
 
 
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> TrainingArguments:
-    """What the trainer is told. Raises `ConfigError` for an optimiser or a tracker that transformers does not know, and
-    for activations to be offloaded to where they are."""
+    """What the trainer is told. Raises `ConfigError` for an optimiser or a tracker that
+    transformers does not know, and for activations to be offloaded to where they are."""
     on_cpu = "cpu" in (config.device_map, config.device or best_device())
     if config.offload_activations and on_cpu:
         found = "offload_activations, and a run on the processor, whose activations are in main memory already"
         do = "leave it out; to hold fewer of them, set activation_checkpointing or a smaller batch_size"
         raise ConfigError(found, "a GPU", do)
     early = config.early_stopping  # then the best checkpoint must be one that was evaluated
-    eval_every = config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
-    save_every = config.save_every or (eval_every if early else max(1, math.ceil(prepared.steps / 10)))
+    eval_every = (
+        config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
+    )
+    save_every = config.save_every or (
+        eval_every if early else max(1, math.ceil(prepared.steps / 10))
+    )
     optimisers = [str(name.value) for name in OptimizerNames]
-    if config.optimiser not in optimisers:  # which transformers would refuse later, with a traceback
+    if (
+        config.optimiser not in optimisers
+    ):  # which transformers would refuse later, with a traceback
         found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
-        raise ConfigError(found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}")
+        raise ConfigError(
+            found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
+        )
     for tracker in config.trackers:
         if tracker not in (ready := get_available_reporting_integrations()):
             found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
-            raise ConfigError(found, f"one that is (here: {listing(ready)})", "install its package, or correct it")
+            raise ConfigError(
+                found, f"one that is (here: {listing(ready)})", "install its package, or correct it"
+            )
     make, own = TrainingArguments, {}
     if config.task == "sft":  # trl, whose import takes half a second, is for no other task
         from trl.trainer.sft_config import SFTConfig
@@ -50,7 +64,9 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.grad_accum,
         learning_rate=config.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            config.schedule, config.schedule
+        ),
         warmup_steps=config.warmup,
         optim=config.optimiser,
         weight_decay=config.weight_decay,

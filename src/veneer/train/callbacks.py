@@ -1,5 +1,5 @@
-"""What watches a run: the log file, the progress display, the stop on a signal, the stop on a loss that is not a
-number."""
+"""What watches a run: the log file, the progress display, the stop on a signal, the stop on a loss
+that is not a number."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ ALIKE = (
 
 
 class LossLog(TrainerCallback):
-    """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch, tokens, seconds.
-    `seconds` and `tokens` go on from `before`, the last line of the run that is resumed."""
+    """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch,
+    tokens, seconds. `seconds` and `tokens` go on from `before`, the last line of the run that is
+    resumed."""
 
     def __init__(self, output: Path, before: list[dict[str, Any]], task: Task) -> None:
         self.path, self.measures = output / LOG, task.measures
@@ -44,12 +45,17 @@ class LossLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter() - self.before
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
         keep = {"loss", "grad_norm", "learning_rate", "epoch", "eval_loss", *self.measures}
         keep |= {f"eval_{name}" for name in self.measures}
-        line: dict[str, Any] = {"step": state.global_step, **{name: logs[name] for name in logs if name in keep}}
+        line: dict[str, Any] = {
+            "step": state.global_step,
+            **{name: logs[name] for name in logs if name in keep},
+        }
         if not line.keys() & {"loss", "eval_loss"}:
             return  # the summary at the end of a run
         if "num_tokens" in logs:
@@ -62,29 +68,41 @@ class LossLog(TrainerCallback):
 class StopOnNan(TrainerCallback):
     """Raise when the loss or the gradient is not finite: going on would only spoil the adapter."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 found = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
                 do = "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32)"
-                raise TrainingError(found, "a finite number", f"{do}; the last checkpoint is intact")
+                raise TrainingError(
+                    found, "a finite number", f"{do}; the last checkpoint is intact"
+                )
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A Ctrl-C after that ends it at once;
-    a SIGTERM does not, since a scheduler may send one to each process, and torchrun another. Use as a context manager
-    around `trainer.train()`. `asked` says whether a signal came, or `order` was given; `stopped`, whether the run ends:
-    of several processes (not `alone`), all must end after the same step, so the trainer sets it for all at once."""
+    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A Ctrl-C after
+    that ends it at once; a SIGTERM does not, since a scheduler may send one to each process, and
+    torchrun another. Use as a context manager around `trainer.train()`. `asked` says whether a
+    signal came, or `order` was given; `stopped`, whether the run ends: of several processes (not
+    `alone`), all must end after the same step, so the trainer sets it for all at once."""
 
-    def __init__(self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None
+    ) -> None:
         self.asked, self.stopped, self.alone, self.console = False, False, alone, console
         self._order = order
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows handlers nowhere else
+            self._before = {
+                number: signal.signal(number, self._handle)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,14 +124,17 @@ class StopOnSignal(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log file."""
+    """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log
+    file."""
 
     def __init__(self, console: Console, start: int, task: Task) -> None:
         self.measures = {f"eval_{name}": measured(name, task.item) for name in task.measures}
         self.console, self.start = console, start  # the step at which this session begins
         self.bar: Progress | None = None
         self.task: Any = None
-        self.recent: deque[tuple[float, int, int]] = deque(maxlen=51)  # (seconds, tokens, step) of the last 50 steps
+        self.recent: deque[tuple[float, int, int]] = deque(
+            maxlen=51
+        )  # (seconds, tokens, step) of the last 50 steps
         self.printed = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -124,22 +145,30 @@ class ProgressBar(TrainerCallback):
                 SpinnerColumn(), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                 console=self.console, expand=True, refresh_per_second=4,
             )  # fmt: skip
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, text="first step …")
+            self.task = self.bar.add_task(
+                "", total=state.max_steps, completed=state.global_step, text="first step …"
+            )
             self.bar.start()
         self.printed = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
         step, now = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
-            told = "".join(f", {tell(logs[name])}" for name, tell in self.measures.items() if name in logs)
+            told = "".join(
+                f", {tell(logs[name])}" for name, tell in self.measures.items() if name in logs
+            )
             say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{told}")
         if "loss" not in logs:
             return
         self.recent.append((now, int(logs.get("num_tokens", 0)), step))
         text = f"loss {logs['loss']:.4f}{_reward(logs)}{self._speed(state.max_steps)}"
-        if step == self.start + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(1.0, abs(logs.get("reward", 0.0))):
+        if step == self.start + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
+            1.0, abs(logs.get("reward", 0.0))
+        ):
             say(self.console, ALIKE.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
@@ -162,14 +191,16 @@ class ProgressBar(TrainerCallback):
 
 
 def _reward(logs: dict[str, Any]) -> str:
-    """The mean reward of a step and its spread among the answers to one prompt, where there are rewards."""
+    """The mean reward of a step and its spread among the answers to one prompt, where there are
+    rewards."""
     if "reward_spread" not in logs:
         return ""
     return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: a path may hold brackets, which rich would read as markup, and must not be broken."""
+    """Print a line as it is: a path may hold brackets, which rich would read as markup, and must
+    not be broken."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -184,4 +215,10 @@ def duration(seconds: float) -> str:
     """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 10 min."""
     minutes, left = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {left} s"
+        if minutes
+        else f"{left} s"
+    )

@@ -26,7 +26,13 @@ from veneer.fileio.locks import locked
 from veneer.fileio.temporary import remove, sweep
 from veneer.train.processes import Processes
 
-ADAPTER, STATE, RUN, LOG, METRICS = "adapter", "trainer_state.json", "run.json", "log.jsonl", "metrics.json"
+ADAPTER, STATE, RUN, LOG, METRICS = (
+    "adapter",
+    "trainer_state.json",
+    "run.json",
+    "log.jsonl",
+    "metrics.json",
+)
 CLEARED, LOCK = "cleared", ".run.lock"
 
 
@@ -35,14 +41,19 @@ def path_of(output: str | Path, step: int) -> Path:
 
 
 def newest(output: Path) -> tuple[Path, int] | None:
-    steps = {path: path.name.removeprefix("checkpoint-") for path in output.glob("checkpoint-*") if path.is_dir()}
+    steps = {
+        path: path.name.removeprefix("checkpoint-")
+        for path in output.glob("checkpoint-*")
+        if path.is_dir()
+    }
     found = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
     return max(found, key=lambda pair: pair[1], default=None)
 
 
 def clear(output: Path, *names: str) -> None:
-    """Remove what an earlier run wrote under these names, and its checkpoints. Its record says so first, and stays
-    until another takes its place: what a kill leaves of a run that is being removed is none to go on with."""
+    """Remove what an earlier run wrote under these names, and its checkpoints. Its record says so
+    first, and stays until another takes its place: what a kill leaves of a run that is being
+    removed is none to go on with."""
     if (found := read_json(output / RUN)) is not None:
         write_json(output / RUN, {**found, "status": CLEARED})
     for path in (*(output / name for name in names), *output.glob("checkpoint-*")):
@@ -51,12 +62,14 @@ def clear(output: Path, *names: str) -> None:
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`, which begins without what killed ones left half-written.
-    `OutputExistsError`: another process has it."""
+    """A block in which no other run writes to `output`, which begins without what killed ones left
+    half-written. `OutputExistsError`: another process has it."""
 
     def refusal(holder: str) -> OutputExistsError:
         found = f"{holder}, which writes its run to {output}"
-        return OutputExistsError(found, "one run for an output folder", "wait for it, or choose another output")
+        return OutputExistsError(
+            found, "one run for an output folder", "wait for it, or choose another output"
+        )
 
     def hold() -> None:
         if not output.is_file():  # which is refused soon
@@ -74,13 +87,19 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
 
 
 def is_taken(output: Path) -> bool:
-    """Whether the folder holds more than the lock of this run, and a record that was never whole."""
-    return output.is_dir() and not all(file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir())
+    """Whether the folder holds more than the lock of this run, and a record that was never
+    whole."""
+    return output.is_dir() and not all(
+        file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()
+    )
 
 
-def write(output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes) -> None:
-    """checkpoint-`step`: a folder that every process fills, and that gets its name when all have; when one fails, it
-    vanishes, and all raise. A failed write, whichever library noticed it, comes out as an `OSError`."""
+def write(
+    output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes
+) -> None:
+    """checkpoint-`step`: a folder that every process fills, and that gets its name when all have;
+    when one fails, it vanishes, and all raise. A failed write, whichever library noticed it, comes
+    out as an `OSError`."""
     target = path_of(output, step)
 
     def filled(folder: Path) -> None:
@@ -94,7 +113,9 @@ def write(output: str | Path, step: int, fill: Callable[[Path], None], processes
             processes.each(lambda: filled(folder))
             processes.each(stack.close)
         except BaseException:
-            if not processes.first:  # the first one's went, and this one, still writing, may have made it again
+            if (
+                not processes.first
+            ):  # the first one's went, and this one, still writing, may have made it again
                 shutil.rmtree(folder.parent, ignore_errors=True)
             raise
 

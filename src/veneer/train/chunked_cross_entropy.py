@@ -1,8 +1,10 @@
-"""Cross-entropy over rows of logits that come a chunk at a time, each differentiated as soon as it is known.
+"""Cross-entropy over rows of logits that come a chunk at a time, each differentiated as soon as it
+is known.
 
     for each chunk:  logits [1, c, v]  →  Σ -log p,  ∂/∂rows [c, h],  ∂/∂(the head's parameters)
 
-The sum of the chunks is then a scalar whose gradients are known: no logits and no graph of the head are kept.
+The sum of the chunks is then a scalar whose gradients are known: no logits and no graph of the head
+are kept.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ TINY = 1e-30
 
 
 class ChunkedCrossEntropy:
-    """Sums over the chunks: of the loss, of its gradients, of the right answers. ``like``: logits [1, c, v] of the
-    largest chunk, for the shape, dtype and device of the sums. ``accuracy``: whether right answers are counted."""
+    """Sums over the chunks: of the loss, of its gradients, of the right answers. ``like``: logits
+    [1, c, v] of the largest chunk, for the shape, dtype and device of the sums. ``accuracy``:
+    whether right answers are counted."""
 
     def __init__(self, like: Tensor, accuracy: bool) -> None:
         self.accuracy = accuracy
@@ -31,12 +34,14 @@ class ChunkedCrossEntropy:
         self.right: list[Tensor] = []  # of each label, as `accuracy` asks for
         self.rows: list[Tensor] = []
         self.gradients: dict[Tensor, Tensor] = {}  # by the head's own parameters
-        # of all chunks: fresh memory for each would cost more than the exponentials that are written to it
+        # of all chunks: fresh memory for each would cost more than the exponentials that are
+        # written to it
         self.shares = like.new_empty(like.shape[-2:], dtype=self.total.dtype)
         self.wide = None if like.dtype == self.shares.dtype else torch.empty_like(self.shares)
 
     def add(self, leaf: Tensor, logits: Tensor, answers: Tensor) -> None:
-        """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say [c]."""
+        """One chunk: rows [c, h] without a graph, their logits [1, c, v], what these should say
+        [c]."""
         answers = answers.to(logits.device)[:, None]
         wide = logits.detach()[0]
         if self.wide is not None:
@@ -67,14 +72,22 @@ class ChunkedCrossEntropy:
     def differentiable(self, rows: Tensor) -> Tensor:
         """The total, as a function of all rows and of the head's own parameters."""
         known = {rows: torch.cat(self.rows)} if self.rows else {}
-        known |= {parameter: gradient.to(parameter.dtype) for parameter, gradient in self.gradients.items()}
-        return _KnownGradients.apply(self.total, list(known.values()), *known) if known else self.total  # pyright: ignore[reportReturnType]
+        known |= {
+            parameter: gradient.to(parameter.dtype)
+            for parameter, gradient in self.gradients.items()
+        }
+        return (
+            _KnownGradients.apply(self.total, list(known.values()), *known) if known else self.total
+        )  # pyright: ignore[reportReturnType]
 
     def label_losses(self, rows: Tensor) -> Tensor:
-        """The loss of each label [n], as a function of the rows [n, h] alone: the head has nothing that trains."""
+        """The loss of each label [n], as a function of the rows [n, h] alone: the head has nothing
+        that trains."""
         if self.gradients:
             found = "the losses of each label of a head that trains, whose gradient is known of their sum"
-            raise NotImplementedError(sentence(found, "a frozen head", "use token_loss or log_probabilities"))
+            raise NotImplementedError(
+                sentence(found, "a frozen head", "use token_loss or log_probabilities")
+            )
         losses = -torch.cat(self.told).squeeze(1)
         return _KnownRows.apply(losses, torch.cat(self.rows), rows) if self.rows else losses  # pyright: ignore[reportReturnType]
 
@@ -95,7 +108,9 @@ class _KnownRows(torch.autograd.Function):
 def _once() -> None:
     if torch.is_grad_enabled():  # the known gradients would silently pass for constants
         found = "create_graph=True through token_loss, which keeps no graph of the head"
-        raise NotImplementedError(sentence(found, "one derivative", "differentiate model(**inputs).loss instead"))
+        raise NotImplementedError(
+            sentence(found, "one derivative", "differentiate model(**inputs).loss instead")
+        )
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -108,11 +123,16 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         _once()
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(known * upstream.to(known.device) if needed else None for known, needed in pairs)
+        return (
+            None,
+            None,
+            *(known * upstream.to(known.device) if needed else None for known, needed in pairs),
+        )
 
 
 def _shares(logits: Tensor, answers: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill ``out`` with the softmax of logits [c, v]; returns those of the answers [c, 1], and their logarithms."""
+    """Fill ``out`` with the softmax of logits [c, v]; returns those of the answers [c, 1], and
+    their logarithms."""
     if not logits.is_cpu:  # where to ask whether a share is small is to wait
         torch.sub(logits, logits.logsumexp(dim=-1, keepdim=True), out=out)
         told = out.gather(1, answers)

@@ -1,4 +1,5 @@
-"""Names that columns have in data sets that people share, for the advice of an error: nothing is read by a guess.
+"""Names that columns have in data sets that people share, for the advice of an error: nothing is
+read by a guess.
 
 advice(["instruction", "input", "output"], first_row)   what to do, with the flags that name the columns
 likely("label", ["sentence", "intent"])                 the column that plays a part by its name, or None
@@ -14,9 +15,36 @@ from veneer.errors import listing
 
 #: usual names of a part, the most usual first
 NAMES = {
-    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns"),
-    "prompt": ("prompt", "instruction", "question", "query", "problem", "input", "user", "human", "source"),
-    "completion": ("completion", "output", "response", "answer", "solution", "target", "assistant", "reply"),
+    "messages": (
+        "messages",
+        "conversations",
+        "conversation",
+        "chat",
+        "dialog",
+        "dialogue",
+        "turns",
+    ),
+    "prompt": (
+        "prompt",
+        "instruction",
+        "question",
+        "query",
+        "problem",
+        "input",
+        "user",
+        "human",
+        "source",
+    ),
+    "completion": (
+        "completion",
+        "output",
+        "response",
+        "answer",
+        "solution",
+        "target",
+        "assistant",
+        "reply",
+    ),
     "text": ("text", "sentence", "content", "document", "body"),
     "chosen": ("chosen", "preferred", "accepted", "winner", "better"),
     "rejected": ("rejected", "dispreferred", "loser", "worse"),
@@ -28,8 +56,12 @@ NAMES = {
     "anchor": ("anchor", "query", "question", "sentence1", "premise"),
     "positive": ("positive", "pos", "answer", "passage", "document", "sentence2", "hypothesis"),
 }
-#: data sets with a column that belongs to the prompt where it holds something: (name, prompt, that column, completion)
-FORMS = (("alpaca", "instruction", "input", "output"), ("dolly", "instruction", "context", "response"))
+# : data sets with a column that belongs to the prompt where it holds something: (name, prompt, that
+# column, completion)
+FORMS = (
+    ("alpaca", "instruction", "input", "output"),
+    ("dolly", "instruction", "context", "response"),
+)
 
 
 def likely(part: str, names: Sequence[str]) -> str | None:
@@ -42,8 +74,11 @@ def likely(part: str, names: Sequence[str]) -> str | None:
     return lower[near[0]] if near else None
 
 
-def advice(names: Sequence[str], first: Mapping[str, Any], prompt: str | None, completion: str | None) -> str:
-    """What to do about columns that no shape of sft has. ``prompt``, ``completion``: those that were named already."""
+def advice(
+    names: Sequence[str], first: Mapping[str, Any], prompt: str | None, completion: str | None
+) -> str:
+    """What to do about columns that no shape of sft has. ``prompt``, ``completion``: those that
+    were named already."""
     chats = [name for name in names if _is_chat(first.get(name))]
     if prompt is None and completion is None and (chats or likely("messages", names)):
         chat = chats[0] if chats else likely("messages", names)
@@ -59,13 +94,17 @@ def advice(names: Sequence[str], first: Mapping[str, Any], prompt: str | None, c
                 f"`{context}` out."
             )
     asked = prompt or likely("prompt", [name for name in names if name != completion])
-    answer = completion or likely("completion", [name for name in names if name not in (asked, prompt)])
+    answer = completion or likely(
+        "completion", [name for name in names if name not in (asked, prompt)]
+    )
     if asked is not None and answer is not None:
         guess = "" if prompt and completion else " (by their names: check that they mean it)"
         return f"rename the columns, or name them: --prompt-column {asked} --completion-column {answer}{guess}."
     if len(names) == 1:
         return f"if it is plain text, name it: --text-column {names[0]}."
-    known = f"--prompt-column {asked} " if asked else f"--completion-column {answer} " if answer else ""
+    known = (
+        f"--prompt-column {asked} " if asked else f"--completion-column {answer} " if answer else ""
+    )
     open_ = "completion" if asked else "prompt" if answer else "prompt and which the completion"
     rest = listing((repr(name) for name in names if name not in (asked, answer)), 8)
     flags = known or "--prompt-column COLUMN "
@@ -74,5 +113,9 @@ def advice(names: Sequence[str], first: Mapping[str, Any], prompt: str | None, c
 
 
 def _is_chat(value: Any) -> bool:
-    turns = isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
-    return turns and all({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys() for turn in value)
+    turns = (
+        isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+    )
+    return turns and all(
+        {"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys() for turn in value
+    )

@@ -1,9 +1,10 @@
-"""The configuration of a training run: one pydantic model, from which the YAML file, the flags and the help are made.
+"""The configuration of a training run: one pydantic model, from which the YAML file, the flags and
+the help are made.
 
     veneer train run.yaml --rank 32        the file first, then the flags over it
 
-An unknown field is an error that names the nearest known one. Nothing here imports torch, so `veneer train --help`
-stays fast.
+An unknown field is an error that names the nearest known one. Nothing here imports torch, so
+`veneer train --help` stays fast.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from veneer.errors import ConfigError, nearest
 
-# Fields that may differ when a run is resumed: they change what is kept or shown, not what is computed.
+# Fields that may differ when a run is resumed: they change what is kept or shown, not what is
+# computed.
 FREE_ON_RESUME = frozenset(
     {
         "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations",
@@ -41,7 +51,9 @@ def _panel(title: str) -> Any:
     return field
 
 
-_data, _task, _adapter, _optimiser, _run = map(_panel, ("Base and data", "Task", "Adapter", "Optimiser", "Run"))
+_data, _task, _adapter, _optimiser, _run = map(
+    _panel, ("Base and data", "Task", "Adapter", "Optimiser", "Run")
+)
 
 
 def task_names() -> list[str]:
@@ -52,45 +64,64 @@ def task_names() -> list[str]:
 class TrainConfig(BaseModel):
     """Everything that `veneer train` can be told. Only `base`, `data` and `output` have no default.
 
-    Defaults and their sources: rank 16 on all linear layers and a learning rate ten times that of full fine-tuning
-    (2e-4 against the usual 2e-5) follow "LoRA Without Regret" (Schulman and Thinking Machines, 2025), which finds the
-    factor of ten independent of rank and model size, attention-only adapters worse at equal parameters, and small
-    batches better than large ones. A short warm-up and no weight decay: B starts at zero and the update is small
-    anyway.
+    Defaults and their sources: rank 16 on all linear layers and a learning rate ten times that of
+    full fine-tuning (2e-4 against the usual 2e-5) follow "LoRA Without Regret" (Schulman and
+    Thinking Machines, 2025), which finds the factor of ten independent of rank and model size,
+    attention-only adapters worse at equal parameters, and small batches better than large ones. A
+    short warm-up and no weight decay: B starts at zero and the update is small anyway.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=False
+    )
 
     base: str = _data(..., "Base model: a folder, a .gguf file, or a model id on the hub.")
     data: str = _data(
-        ..., "Training data: .jsonl .json .csv .parquet .txt, a hub data set id, or a folder of images by label."
+        ...,
+        "Training data: .jsonl .json .csv .parquet .txt, a hub data set id, or a folder of images by label.",
     )
     output: Path = _run(..., "Folder for the adapter, the checkpoints and the log.")
 
     trust_remote_code: bool = _data(
-        False, "Run code that lies beside the base, for a class that transformers lacks. Never an adapter's."
+        False,
+        "Run code that lies beside the base, for a class that transformers lacks. Never an adapter's.",
     )
-    eval_data: str | None = _data(None, "Data to evaluate on, in the same form as the training data.")
-    eval_fraction: float = _data(0.0, "Without eval_data: hold out this share of the data.", ge=0, lt=1)
-    eval_seed: int | None = _data(None, "Seed that chooses the rows of eval_fraction (default: seed).", ge=0)
+    eval_data: str | None = _data(
+        None, "Data to evaluate on, in the same form as the training data."
+    )
+    eval_fraction: float = _data(
+        0.0, "Without eval_data: hold out this share of the data.", ge=0, lt=1
+    )
+    eval_seed: int | None = _data(
+        None, "Seed that chooses the rows of eval_fraction (default: seed).", ge=0
+    )
     split: str = _data("train", "Which split of a hub data set to train on.")
     messages_column: str | None = _data(None, "Column with the chat messages (default: messages).")
     prompt_column: str | None = _data(None, "Column with the prompt (default: prompt).")
     completion_column: str | None = _data(None, "Column with the completion (default: completion).")
     text_column: str | None = _data(None, "Column with plain text (default: text).")
-    completion_only: bool = _data(True, "Learn completions and assistant turns only, not the prompts.")
+    completion_only: bool = _data(
+        True, "Learn completions and assistant turns only, not the prompts."
+    )
     max_length: int | None = _data(
         None, "Longest example in tokens (default: the model's context, at most 2048).", ge=2
     )
-    too_long: Literal["error", "truncate", "drop"] = _data("error", "What to do with a longer example.")
-    packing: bool = _data(False, "Pack several examples into one row, kept apart by the attention mask.")
+    too_long: Literal["error", "truncate", "drop"] = _data(
+        "error", "What to do with a longer example."
+    )
+    packing: bool = _data(
+        False, "Pack several examples into one row, kept apart by the attention mask."
+    )
 
     task: str = _task("sft", f"What to learn from the rows: {', '.join(task_names())}.")
     columns: dict[str, str] = _task(
-        {}, "Columns by their part in a task other than sft: label=intent,text=query (default: those very names)."
+        {},
+        "Columns by their part in a task other than sft: label=intent,text=query (default: those very names).",
     )
     beta: float | None = _task(
-        None, "dpo, kto, orpo: strength of the preference; grpo: of the KL to the base (default: 0.1, grpo 0).", ge=0
+        None,
+        "dpo, kto, orpo: strength of the preference; grpo: of the KL to the base (default: 0.1, grpo 0).",
+        ge=0,
     )
     reward: list[str] = _task([], "grpo: reward functions, FILE.py:NAME; their sum counts.")
     answers: int = _task(8, "grpo: answers to each prompt.", ge=2)
@@ -105,47 +136,74 @@ class TrainConfig(BaseModel):
     rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
     alpha: float | None = _adapter(None, "Numerator of the scale alpha / rank (default: 32).", gt=0)
     dropout: float = _adapter(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
-    targets: str | list[str] = _adapter("all-linear", "Layers to adapt: all-linear, attention, mlp, names or globs.")
+    targets: str | list[str] = _adapter(
+        "all-linear", "Layers to adapt: all-linear, attention, mlp, names or globs."
+    )
     exclude: list[str] = _adapter([], "Layers to leave out.")
     train_also: list[str] = _adapter([], "Modules to train fully besides.")
-    add_tokens: list[str] = _adapter([], "Tokens to add to the tokenizer, and to train (saved beside the adapter).")
-    trainable_tokens: list[str] = _adapter([], "Tokens of the tokenizer to train besides, by their texts.")
+    add_tokens: list[str] = _adapter(
+        [], "Tokens to add to the tokenizer, and to train (saved beside the adapter)."
+    )
+    trainable_tokens: list[str] = _adapter(
+        [], "Tokens of the tokenizer to train besides, by their texts."
+    )
     variant: str = _adapter(
-        "lora", "Adapter variant: lora, rslora, …; eva, corda and lora_ga start from the first rows of the data."
+        "lora",
+        "Adapter variant: lora, rslora, …; eva, corda and lora_ga start from the first rows of the data.",
     )
     bias: Literal["none", "targets", "all"] = _adapter("none", "Which biases train besides.")
-    layers: list[int] | None = _adapter(None, "Which blocks to adapt, by index; -1 is the last (default: all).")
-    adapter_dtype: Literal["auto", "fp32", "bf16"] = _adapter("auto", "Adapter's numbers; auto: fp32 on a 16-bit base.")
+    layers: list[int] | None = _adapter(
+        None, "Which blocks to adapt, by index; -1 is the last (default: all)."
+    )
+    adapter_dtype: Literal["auto", "fp32", "bf16"] = _adapter(
+        "auto", "Adapter's numbers; auto: fp32 on a 16-bit base."
+    )
 
-    learning_rate: float = _optimiser(2e-4, "Peak learning rate; about 10 × that of full fine-tuning.", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = _optimiser("cosine", "Learning rate after the warm-up.")
+    learning_rate: float = _optimiser(
+        2e-4, "Peak learning rate; about 10 × that of full fine-tuning.", gt=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] = _optimiser(
+        "cosine", "Learning rate after the warm-up."
+    )
     warmup: float = _optimiser(0.03, "Warm-up: steps if ≥ 1, else a share of the run.", ge=0)
     epochs: float = _optimiser(1.0, "Passes over the data, unless max_steps is given.", gt=0)
     max_steps: int | None = _optimiser(None, "Stop after this many steps instead.", ge=1)
     batch_size: int = _optimiser(8, "Examples in one forward pass.", ge=1)
     grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
     group_by_length: bool = _optimiser(
-        True, "Rows of like length share a batch: less padding; off: rows by chance, which teaches more in a step."
+        True,
+        "Rows of like length share a batch: less padding; off: rows by chance, which teaches more in a step.",
     )
     optimiser: str = _optimiser(
-        "adamw_torch_fused", "Any optimiser that transformers knows: adamw, paged_adamw_8bit, lion_8bit, …"
+        "adamw_torch_fused",
+        "Any optimiser that transformers knows: adamw, paged_adamw_8bit, lion_8bit, …",
     )
     weight_decay: float = _optimiser(0.0, "Weight decay.", ge=0)
     adam_beta2: float = _optimiser(0.999, "Adam's second-moment decay.", gt=0, lt=1)
     max_grad_norm: float = _optimiser(1.0, "Clip gradients to this norm; 0 switches it off.", ge=0)
 
-    eval_every: int | None = _run(None, "Evaluate every so many steps (default: five times in a run).", ge=1)
-    save_every: int | None = _run(None, "Checkpoint every so many steps (default: ten times in a run).", ge=1)
+    eval_every: int | None = _run(
+        None, "Evaluate every so many steps (default: five times in a run).", ge=1
+    )
+    save_every: int | None = _run(
+        None, "Checkpoint every so many steps (default: ten times in a run).", ge=1
+    )
     keep_checkpoints: int = _run(2, "How many checkpoints to keep.", ge=1)
-    early_stopping: int | None = _run(None, "Stop after so many evaluations without a gain; keep the best.", ge=1)
+    early_stopping: int | None = _run(
+        None, "Stop after so many evaluations without a gain; keep the best.", ge=1
+    )
     seed: int = _run(0, "Seed of the initialisation, the order of the data and the dropout.", ge=0)
     data_seed: int | None = _run(None, "Seed of the order of the data (default: seed).", ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = _run("auto", "Base weights; auto: bf16 where the hardware has it.")
+    precision: Literal["auto", "fp32", "bf16"] = _run(
+        "auto", "Base weights; auto: bf16 where the hardware has it."
+    )
     quantize: Literal["nf4", "fp4", "int8"] | None = _run(
-        None, "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the products."
+        None,
+        "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the products.",
     )
     device: Literal["cpu", "cuda", "mps", "xpu"] | None = _run(
-        None, "Where to train (default: the GPU if there is one; CUDA_VISIBLE_DEVICES chooses among several)."
+        None,
+        "Where to train (default: the GPU if there is one; CUDA_VISIBLE_DEVICES chooses among several).",
     )
     device_map: str | dict[str, int | str] | None = _run(
         None, "Spread the base over several GPUs: auto, balanced, … as transformers takes it."
@@ -165,14 +223,25 @@ class TrainConfig(BaseModel):
         "Attention code: products, or any that transformers knows (eager, sdpa, flash_attention_2, …); auto: "
         "transformers' choice, and products where they are faster on a CPU.",
     )
-    activation_checkpointing: bool = _run(False, "Recompute activations: less memory, about a third slower.")
-    offload_activations: bool = _run(False, "Keep activations in main memory until backward: less memory of the GPU.")
-    cache_lower: bool = _run(
-        False, "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory."
+    activation_checkpointing: bool = _run(
+        False, "Recompute activations: less memory, about a third slower."
     )
-    check: bool = _run(True, "Check before training that every adapter is reached and gets a gradient.")
-    trackers: list[str] = _run([], "Report to these trackers as well: tensorboard, wandb, mlflow, …")
-    resume: bool | None = _run(None, "Continue an unfinished run (default: if there is one with this configuration).")
+    offload_activations: bool = _run(
+        False, "Keep activations in main memory until backward: less memory of the GPU."
+    )
+    cache_lower: bool = _run(
+        False,
+        "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory.",
+    )
+    check: bool = _run(
+        True, "Check before training that every adapter is reached and gets a gradient."
+    )
+    trackers: list[str] = _run(
+        [], "Report to these trackers as well: tensorboard, wandb, mlflow, …"
+    )
+    resume: bool | None = _run(
+        None, "Continue an unfinished run (default: if there is one with this configuration)."
+    )
     overwrite: bool = _run(False, "Replace what an earlier run left in the output folder.")
 
     @field_validator("columns", mode="before")
@@ -195,7 +264,8 @@ class TrainConfig(BaseModel):
     )  # fmt: skip
     @classmethod
     def _listed(cls, value: Any, info: ValidationInfo) -> Any:
-        """A comma-separated text is a list: the flags write it so. One value is a list of one, but for `targets`."""
+        """A comma-separated text is a list: the flags write it so. One value is a list of one, but
+        for `targets`."""
         if info.field_name == "resume":
             return None if value == "auto" else value
         if isinstance(value, str) and "," in value and not value.startswith("re:"):
@@ -214,13 +284,17 @@ class TrainConfig(BaseModel):
     def _known(cls, value: str) -> str:
         names = task_names()
         if value not in names:
-            raise ValueError(f"no such task{nearest(value, names)}; expected one of {', '.join(names)}")
+            raise ValueError(
+                f"no such task{nearest(value, names)}; expected one of {', '.join(names)}"
+            )
         return value
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
         if self.task == "sft" and self.columns:
-            raise ValueError("columns is for the other tasks; name the columns of sft with prompt_column and its like")
+            raise ValueError(
+                "columns is for the other tasks; name the columns of sft with prompt_column and its like"
+            )
         if bool(self.reward) is not (self.task == "grpo"):
             raise ValueError(
                 "task grpo needs reward: FILE.py:NAME of a function"
@@ -228,12 +302,21 @@ class TrainConfig(BaseModel):
                 else "reward needs task grpo"
             )
         if self.task != "sft" and (self.packing or self.cache_lower or self.offload_activations):
-            raise ValueError(f"packing, cache_lower and offload_activations are for task sft; found task {self.task}")
+            raise ValueError(
+                f"packing, cache_lower and offload_activations are for task sft; found task {self.task}"
+            )
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; expected one of them")
         if self.early_stopping and self.eval_data is None and not self.eval_fraction:
-            raise ValueError("early_stopping needs something to evaluate on: give eval_data or eval_fraction")
-        if self.early_stopping and self.save_every and self.eval_every and self.save_every % self.eval_every:
+            raise ValueError(
+                "early_stopping needs something to evaluate on: give eval_data or eval_fraction"
+            )
+        if (
+            self.early_stopping
+            and self.save_every
+            and self.eval_every
+            and self.save_every % self.eval_every
+        ):
             raise ValueError(
                 f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must be a multiple of "
                 f"eval_every ({self.eval_every})"
@@ -241,11 +324,19 @@ class TrainConfig(BaseModel):
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(f"shard_size is for parallel fsdp; found parallel {self.parallel}")
         if self.device is not None and self.device_map is not None:
-            raise ValueError("device and device_map are both given; expected one: a map places all of the model")
+            raise ValueError(
+                "device and device_map are both given; expected one: a map places all of the model"
+            )
         if self.adapter is not None:
-            told = [name for name in ITS_OWN if getattr(self, name) != type(self).model_fields[name].default]
+            told = [
+                name
+                for name in ITS_OWN
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
             if told:
-                raise ValueError(f"{', '.join(told)} beside adapter, which has its own: leave one of them out")
+                raise ValueError(
+                    f"{', '.join(told)} beside adapter, which has its own: leave one of them out"
+                )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both given; expected one of them")
         return self
@@ -256,16 +347,22 @@ class TrainConfig(BaseModel):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The fields that need not be given, as `content` has them."""
-        return {name: info.default for name, info in cls.model_fields.items() if not info.is_required()}
+        return {
+            name: info.default for name, info in cls.model_fields.items() if not info.is_required()
+        }
 
 
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
-    """The configuration in the YAML file at `path` with `changes` over it (those that are not None).
+    """The configuration in the YAML file at `path` with `changes` over it (those that are not
+    None).
 
-    Raises `ConfigError` for a file that cannot be read or parsed; for all unknown fields and wrong values at once.
+    Raises `ConfigError` for a file that cannot be read or parsed; for all unknown fields and wrong
+    values at once.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    return make_config(given) if path is None else make_config({**read_yaml(path), **given}, str(path))
+    return (
+        make_config(given) if path is None else make_config({**read_yaml(path), **given}, str(path))
+    )
 
 
 def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainConfig:
@@ -274,7 +371,10 @@ def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainC
         return TrainConfig(**fields)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-    raise ConfigError(f"{source} is not a valid training configuration:\n" + "\n".join(f"  - {line}" for line in lines))
+    raise ConfigError(
+        f"{source} is not a valid training configuration:\n"
+        + "\n".join(f"  - {line}" for line in lines)
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -282,22 +382,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         near = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
-        raise ConfigError(f"The configuration {path} does not exist{near}.\nDo: check the path.") from error
+        raise ConfigError(
+            f"The configuration {path} does not exist{near}.\nDo: check the path."
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).\nDo: save it as UTF-8.") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text (byte {error.start}).\nDo: save it as UTF-8."
+        ) from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        mark, problem = (
+            getattr(error, "problem_mark", None),
+            getattr(error, "problem", None) or str(error),
+        )
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         message = f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo: fix it."
         raise ConfigError(message) from error
     except RecursionError as error:
-        raise ConfigError(f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it") from error
+        raise ConfigError(
+            f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it"
+        ) from error
     except ValueError as error:  # a number of thousands of digits, a date that is none
         raise ConfigError(
-            f"{path}, with a value that cannot be read ({error})"[:300], "lines such as `rank: 16`", "fix it"
+            f"{path}, with a value that cannot be read ({error})"[:300],
+            "lines such as `rank: 16`",
+            "fix it",
         ) from error
     except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}.\nDo: check its permissions.") from error
+        raise ConfigError(
+            f"Cannot read {path}: {error.strerror}.\nDo: check its permissions."
+        ) from error
     document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError(
@@ -313,7 +426,9 @@ def _explain(problem: Any) -> str:
         if name == "sweep":
             return "sweep is a section for `veneer sweep`"
         near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1, cutoff=0.4)
-        return f"unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see `veneer train --help`")
+        return f"unknown field {name!r}" + (
+            f"; did you mean {near[0]!r}?" if near else "; see `veneer train --help`"
+        )
     if kind == "missing":
         about = TrainConfig.model_fields[name].description
         return f"{name} is missing: {about} (add `{name}: …` or --{name.replace('_', '-')})"

@@ -1,10 +1,11 @@
 """Records from a file or the hub, checked.
 
-    source (jsonl json csv tsv parquet txt | hub id)  ->  rows of one shape (chat | prompt + completion | text)
+    source (jsonl json csv tsv parquet txt | hub id) -> rows of one shape (chat | prompt +
+    completion | text)
 
-Every row is checked before any model is loaded, and the error names the line. Files are read with the plainest reader
-there is (`json`, `csv`, `pyarrow.parquet`): a type guesser would turn the completion `42` into a number. A `.txt` file
-holds one example a line; empty lines are skipped.
+Every row is checked before any model is loaded, and the error names the line. Files are read with
+the plainest reader there is (`json`, `csv`, `pyarrow.parquet`): a type guesser would turn the
+completion `42` into a number. A `.txt` file holds one example a line; empty lines are skipped.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Records:
-    """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"}, ...]}), "prompt" (each
-    row {"prompt", "completion"}, both strings or both message lists), "text" (each row {"text"}), or "columns" (each
-    row by the parts of another task). A row of chats may hold "tools". `places[i]` says where row i came from ("line
-    12"), `sha256` is the hash of the source's bytes (of the rows themselves for a hub data set), `unused` are the
-    columns of the first row that play no part."""
+    """Raw rows of one shape. `kind` is "messages" (each row {"messages": [{"role", "content"},
+    ...]}), "prompt" (each row {"prompt", "completion"}, both strings or both message lists), "text"
+    (each row {"text"}), or "columns" (each row by the parts of another task). A row of chats may
+    hold "tools". `places[i]` says where row i came from ("line 12"), `sha256` is the hash of the
+    source's bytes (of the rows themselves for a hub data set), `unused` are the columns of the
+    first row that play no part."""
 
     kind: Kind
     rows: list[dict[str, Any]]
@@ -63,20 +65,22 @@ class Records:
         return len(self.rows)
 
     def select(self, indices: Sequence[int]) -> Records:
-        return replace(self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices])
+        return replace(
+            self, rows=[self.rows[i] for i in indices], places=[self.places[i] for i in indices]
+        )
 
 
 def read(source: str | Path, columns: Columns | None = None, *, split: str = "train") -> Records:
-    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the hub. Raises
-    `DataError` for a missing, unreadable or empty source, a line that is not JSON (with its number), missing columns
-    (with the names found and the nearest) and wrong types."""
+    """Read and check every row of `source`: a file (see `READERS`) or the id of a data set on the
+    hub. Raises `DataError` for a missing, unreadable or empty source, a line that is not JSON (with
+    its number), missing columns (with the names found and the nearest) and wrong types."""
     raw, digest = raw_rows(source, split)
     return _shape(raw, columns or Columns(), str(source), digest)
 
 
 def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, Any]], str]:
-    """([(place, row)], hash of the bytes) of a source as it lies; at least one row, each an object. Raises as `read`,
-    but for columns."""
+    """([(place, row)], hash of the bytes) of a source as it lies; at least one row, each an object.
+    Raises as `read`, but for columns."""
     if is_local(source):
         raw, digest = _read_file(Path(source).expanduser())
     else:
@@ -96,24 +100,30 @@ def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, 
 
 
 def is_local(source: str | Path) -> bool:
-    """Whether a source is a file or a folder here, or would be one; otherwise it is a data set of the hub."""
+    """Whether a source is a file or a folder here, or would be one; otherwise it is a data set of
+    the hub."""
     path = Path(source).expanduser()
-    return path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~"))
+    return (
+        path.suffix.lower() in READERS or path.exists() or str(source).startswith((".", "/", "~"))
+    )
 
 
 def by_part(
     raw: list[tuple[str, Any]], source: str, digest: str, wanted: Sequence[str], optional: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Records:  # fmt: skip
-    """Rows of a task other than sft: the columns that are `wanted`, and those that are `optional` if the first row has
-    them, by part. `renamed` maps a part to its column. Values are as they lie. Raises `DataError` for a part or a
-    column that there is not, with the nearest, and for a row without a column of the first."""
+    """Rows of a task other than sft: the columns that are `wanted`, and those that are `optional`
+    if the first row has them, by part. `renamed` maps a part to its column. Values are as they lie.
+    Raises `DataError` for a part or a column that there is not, with the nearest, and for a row
+    without a column of the first."""
     renamed, names = renamed or {}, list(raw[0][1])
     if unknown := [part for part in renamed if part not in (*wanted, *optional)]:
         found = f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*wanted, *optional])}"
         raise DataError(found, f"one of {', '.join([*wanted, *optional])}", "correct it")
     picked = {part: renamed.get(part, part) for part in wanted}
-    picked |= {part: renamed.get(part, part) for part in optional if part in renamed or part in names}
+    picked |= {
+        part: renamed.get(part, part) for part in optional if part in renamed or part in names
+    }
     if lacking := [column for column in picked.values() if column not in names]:
         parts = [part for part, column in picked.items() if column in lacking]
         found = f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has {_list(names)}"
@@ -124,7 +134,9 @@ def by_part(
     for place, row in raw:
         if lost := [column for column in picked.values() if row.get(column) is None]:
             found = f"{source}, {place} holds nothing in {lost[0]!r}; it has {_list(row)}"
-            raise DataError(found, f"{lost[0]!r} in every row, as in the first", "add it, or remove that row")
+            raise DataError(
+                found, f"{lost[0]!r} in every row, as in the first", "add it, or remove that row"
+            )
     rows = [{part: row[column] for part, column in picked.items()} for _, row in raw]
     unused = tuple(name for name in names if name not in picked.values())
     return Records("columns", rows, [place for place, _ in raw], source, digest, unused)
@@ -136,7 +148,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         where = "" if folder.is_dir() else f" (its folder {folder} does not exist either)"
         near = nearest(path.name, [file.name for file in folder.glob("*")])
         do = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
-        raise DataError(f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: {do}.")
+        raise DataError(
+            f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: {do}."
+        )
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
         raise DataError(
@@ -158,7 +172,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
             f"Expected UTF-8.\nDo: convert it, for example: iconv -f latin1 -t utf8 {path.name} > utf8-{path.name}"
         ) from error
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.\nDo: check the file's permissions.") from error
+        raise DataError(
+            f"Cannot read {path}: {error.strerror or error}.\nDo: check the file's permissions."
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -183,16 +199,21 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(text: str, place: str) -> Any:
-    """A JSON value. Raises `DataError` for what Python's reader gives up at, besides what is no JSON."""
+    """A JSON value. Raises `DataError` for what Python's reader gives up at, besides what is no
+    JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
-        raise DataError(f"{place}, which is nested too deep", "rows of text", "fix or remove it") from error
+        raise DataError(
+            f"{place}, which is nested too deep", "rows of text", "fix or remove it"
+        ) from error
     except ValueError as error:
         found = f"{place}, with a number that cannot be read ({first_line(error)})"
-        raise DataError(found, "numbers of a usual size", "fix or remove it, or write it as text") from error
+        raise DataError(
+            found, "numbers of a usual size", "fix or remove it, or write it as text"
+        ) from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -216,7 +237,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.reader(
+            file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+        )
         try:
             names = next(reader, [])
             _must_differ(names, path)
@@ -227,7 +250,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{found}, as in the header.\nDo: {do}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}.\nDo: fix the quoting.") from error
+            raise DataError(
+                f"{path}, line {reader.line_num} is not CSV: {error}.\nDo: fix the quoting."
+            ) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -265,14 +290,18 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
     try:
         with quiet():
             table = load_dataset(identifier, config or None, split=split)
-    except Exception as error:  # `datasets` raises a score of unrelated types here; all mean the same to the user
+    except (
+        Exception
+    ) as error:  # `datasets` raises a score of unrelated types here; all mean the same to the user
         raise DataError(
             f"No data at {name!r}: there is no such file here, and the hub says: {first_line(error)}\n"
             f"Expected a file ({', '.join(READERS)}) or the id of a data set on the Hugging Face hub.\n"
             "Do: check the path or the id; for a private data set log in with `hf auth login`."
         ) from error
     rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
-    digest = hashlib.sha256(json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([row for _, row in rows], sort_keys=True, default=str).encode()
+    ).hexdigest()
     return rows, digest
 
 
@@ -288,8 +317,13 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
                     f"{source}, {place} has no column {column!r}; it has {_list(row)}.\n"
                     f"Expected {column!r} in every row, as in the first.\nDo: add it, or remove that row."
                 )
-        shaped = {part: _value(row[column], part, column, f"{source}, {place}") for part, column in picked.items()}
-        if kind == "prompt" and isinstance(shaped["prompt"], str) is not isinstance(shaped["completion"], str):
+        shaped = {
+            part: _value(row[column], part, column, f"{source}, {place}")
+            for part, column in picked.items()
+        }
+        if kind == "prompt" and isinstance(shaped["prompt"], str) is not isinstance(
+            shaped["completion"], str
+        ):
             raise DataError(
                 f"{source}, {place}: prompt is {_name(shaped['prompt'])}, completion {_name(shaped['completion'])}.\n"
                 "Expected both to be text, or both to be lists of messages.\nDo: bring both into one form."
@@ -303,8 +337,11 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
     return Records(kind, rows, [place for place, _ in raw], source, digest, unused)
 
 
-def _detect(names: list[str], first: dict[str, Any], columns: Columns, source: str) -> tuple[Kind, dict[str, str]]:
-    """Which of the three shapes: what the options name, else the usual names, most specific first."""
+def _detect(
+    names: list[str], first: dict[str, Any], columns: Columns, source: str
+) -> tuple[Kind, dict[str, str]]:
+    """Which of the three shapes: what the options name, else the usual names, most specific
+    first."""
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
@@ -344,10 +381,14 @@ def _chat(names: list[str]) -> str | None:
 
 
 def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
-    """Records of other tasks (preferences, labels), of which a language model would learn something else than they say.
-    Whoever names the columns to read has said what the others are worth."""
+    """Records of other tasks (preferences, labels), of which a language model would learn something
+    else than they say. Whoever names the columns to read has said what the others are worth."""
     if {"chosen", "rejected"} <= {*names}:
-        alone = "--messages-column chosen" if isinstance(first["chosen"], list) else "--text-column chosen"
+        alone = (
+            "--messages-column chosen"
+            if isinstance(first["chosen"], list)
+            else "--text-column chosen"
+        )
         asked = likely("prompt", names)
         alone = alone if asked is None else f"--prompt-column {asked} --completion-column chosen"
         raise DataError(
@@ -360,7 +401,9 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         others = [name for name in names if name not in labels]
         text = next((name for name in ("text", *others) if name in names), "TEXT")
         shown = (
-            "--prompt-column prompt --completion-column completion" if "prompt" in names else f"--text-column {text}"
+            "--prompt-column prompt --completion-column completion"
+            if "prompt" in names
+            else f"--text-column {text}"
         )
         shown = f"--messages-column {chat}" if (chat := _chat(names)) else shown
         raise DataError(
@@ -372,11 +415,16 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
 
 
 def shaped(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A row of prompt and completion, or of text, whose values are texts or chats, checked. Raises `DataError`."""
+    """A row of prompt and completion, or of text, whose values are texts or chats, checked. Raises
+    `DataError`."""
     checked = {part: _value(value, part, part, where) for part, value in row.items()}
     if len({isinstance(value, str) for value in checked.values()}) > 1:
-        found = f"{where}: {', '.join(f'{part} is {_name(value)}' for part, value in checked.items())}"
-        raise DataError(found, "all of them text, or all lists of messages", "bring them into one form")
+        found = (
+            f"{where}: {', '.join(f'{part} is {_name(value)}' for part, value in checked.items())}"
+        )
+        raise DataError(
+            found, "all of them text, or all lists of messages", "bring them into one form"
+        )
     return checked
 
 
@@ -385,9 +433,13 @@ def _value(value: Any, part: str, column: str, where: str) -> Any:
         return value
     if part != "text" and isinstance(value, list):
         if not value:
-            raise DataError(f"{where} holds an empty list of messages.\nDo: fix or remove that row.")
+            raise DataError(
+                f"{where} holds an empty list of messages.\nDo: fix or remove that row."
+            )
         return [_message(message, where) for message in value]
-    expected = {"messages": "a list of messages", "text": "text"}.get(part, "text or a list of messages")
+    expected = {"messages": "a list of messages", "text": "text"}.get(
+        part, "text or a list of messages"
+    )
     raise DataError(
         f"{where}: the column {column!r} holds a {_name(value)}: {_snippet(_written(value))}\n"
         f"Expected {expected}.\nDo: fix or remove that row."
@@ -395,19 +447,27 @@ def _value(value: Any, part: str, column: str, where: str) -> Any:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """One chat message; the ShareGPT form {"from", "value"} is brought into {"role", "content"}, a content of text
-    parts into one text, and arguments of tool calls from JSON text (OpenAI's form) into tables, as templates do."""
+    """One chat message; the ShareGPT form {"from", "value"} is brought into {"role", "content"}, a
+    content of text parts into one text, and arguments of tool calls from JSON text (OpenAI's form)
+    into tables, as templates do."""
     match message:
         case {"from": str(role), "value": content}:
-            message = {"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}
+            message = {
+                "role": {"human": "user", "gpt": "assistant"}.get(role, role),
+                "content": content,
+            }
     match message:
         case {"role": str()}:
-            message = {key: value for key, value in message.items() if value is not None}  # parquet's absent keys
+            message = {
+                key: value for key, value in message.items() if value is not None
+            }  # parquet's absent keys
     match message:
         case {"role": str(), "content": [*parts]} if parts and all(map(_is_text, parts)):
             message = {**message, "content": "".join(part["text"] for part in parts)}
     match message:
-        case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(message.get("content", ""), str):
+        case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(
+            message.get("content", ""), str
+        ):
             return {
                 **message,
                 "content": message.get("content", ""),
@@ -424,7 +484,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -434,7 +496,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(arguments, dict)
+    ):
         raise DataError(
             f"{where} holds a tool call that is not one: {_snippet(_written(call))}\n"
             'Expected {"type": "function", "function": {"name": "...", "arguments": {...}}}.\n'
@@ -444,12 +510,21 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         "name": function["name"],
         "arguments": {name: value for name, value in arguments.items() if value is not None},
     }
-    more = {name: value for name, value in call.items() if name not in ("function", "name", "arguments", "type")}
-    return {"type": "function", **{name: value for name, value in more.items() if value is not None}, "function": own}
+    more = {
+        name: value
+        for name, value in call.items()
+        if name not in ("function", "name", "arguments", "type")
+    }
+    return {
+        "type": "function",
+        **{name: value for name, value in more.items() if value is not None},
+        "function": own,
+    }
 
 
 def _tools(value: Any, where: str) -> list[Any]:
-    """The tools of a row: a list of JSON schemas, or that list as JSON text, as a table's column must hold it."""
+    """The tools of a row: a list of JSON schemas, or that list as JSON text, as a table's column
+    must hold it."""
     try:
         tools = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -465,7 +540,13 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _name(value: Any) -> str:
-    names = {"str": "text", "NoneType": "null", "dict": "object", "float": "number", "int": "number"}
+    names = {
+        "str": "text",
+        "NoneType": "null",
+        "dict": "object",
+        "float": "number",
+        "int": "number",
+    }
     return names.get(type(value).__name__, type(value).__name__)
 
 

@@ -1,9 +1,10 @@
 """`veneer train --dry-run`: everything up to the first step, and nothing written.
 
-The output folder, the data, the tokens and the targets are judged as a run judges them. The base is on the meta device,
-where it has shapes and no weights, unless it is quantised or to be, gets more tokens or the head of another task than
-language, the variant starts from data or an adapter is trained further: then it is loaded.
-What only weights tell is left to the run: whether every adapter is reached, and whether the loss is a number.
+The output folder, the data, the tokens and the targets are judged as a run judges them. The base is
+on the meta device, where it has shapes and no weights, unless it is quantised or to be, gets more
+tokens or the head of another task than language, the variant starts from data or an adapter is
+trained further: then it is loaded. What only weights tell is left to the run: whether every adapter
+is reached, and whether the loss is a number.
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ SHOWN = 1000
 
 @with_trust_of_config
 def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
-    """Print what the run would do, how much memory and at least how much time it takes, and its first example.
+    """Print what the run would do, how much memory and at least how much time it takes, and its
+    first example.
 
     Raises: as ``fit`` does before its first step.
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
     task, ids, prepared, found, _ = begin(config, output, console, Processes())
-    packed = config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
-    shapes_do = not packed and not ids and not VARIANTS[config.variant].needs and config.adapter is None
+    packed = (
+        config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
+    )
+    shapes_do = (
+        not packed and not ids and not VARIANTS[config.variant].needs and config.adapter is None
+    )
     if shapes_do and task.continues():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
@@ -51,7 +57,8 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     cached = HiddenStateCache(model) if config.cache_lower else None
     describe(task, model, handle, prepared, cached, console)
     done = 0 if found is None else found[1]
-    # an answer that is still to be drawn may be short, and half of the layers read what the other half writes to
+    # an answer that is still to be drawn may be short, and half of the layers read what the other
+    # half writes to
     bounded = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
     if bounded and any(prepared.train.lengths):
         say(console, f"Time     {_time(task, model, prepared, prepared.steps - done)}")
@@ -60,10 +67,13 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
 
 
 def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
-    """A lower bound: the products of the base alone, forward and back through it, at the speed that this machine's have
-    now. Backward ends at the lowest adapted block, which is not counted; nor is what else a step does."""
+    """A lower bound: the products of the base alone, forward and back through it, at the speed that
+    this machine's have now. Backward ends at the lowest adapted block, which is not counted; nor is
+    what else a step does."""
     config = task.config
-    tokens = sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
+    tokens = (
+        sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
+    )
     embedding = model.get_input_embeddings()
     tables = {id(embedding.weight)} if embedding is not None else set()
     head = model.get_output_embeddings()
@@ -71,7 +81,9 @@ def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
         parameter.numel() for parameter in model.parameters()
         if parameter.dim() > 1 and id(parameter) not in tables and not parameter.requires_grad
     )  # fmt: skip
-    labelled = 0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
+    labelled = (
+        0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
+    )
     if head is not None and id(head.weight) not in tables:
         weights -= head.weight.numel()
     of_head = 0 if head is None else head.weight.numel() * labelled

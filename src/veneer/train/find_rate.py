@@ -1,10 +1,12 @@
-"""`veneer train --find-rate`: which learning rate suits a run, from a short sweep over its own data.
+"""`veneer train --find-rate`: which learning rate suits a run, from a short sweep over its own
+data.
 
     rate_k = low · (high / low)^(k / steps)        one step each, from the run's own start, with its optimiser
 
-The loss falls first, faster as the rate grows, and rises where the rate is too high. Suggested is a tenth of the rate
-at the lowest smoothed loss: at the lowest one a step is about to be too long. Smith 2017, "Cyclical Learning Rates for
-Training Neural Networks", arXiv:1506.01186, has the sweep. Nothing is written, and what the sweep trained is dropped.
+The loss falls first, faster as the rate grows, and rises where the rate is too high. Suggested is a
+tenth of the rate at the lowest smoothed loss: at the lowest one a step is about to be too long.
+Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, has the sweep.
+Nothing is written, and what the sweep trained is dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from veneer.train.tasks import TASKS
 from veneer.train.trainer import trainer_of
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
-#: a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the rates
+# : a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the
+# rates
 WORSE = 1.5
 #: of the losses' running mean
 KEPT = 0.8
@@ -40,8 +43,8 @@ KEPT = 0.8
 
 @dataclass(frozen=True)
 class RateSweep:
-    """``rates``, and the ``losses`` (sft: nats a token) of the step before each was applied; ``smoothed``: their
-    running mean."""
+    """``rates``, and the ``losses`` (sft: nats a token) of the step before each was applied;
+    ``smoothed``: their running mean."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -60,7 +63,9 @@ class RateSweep:
         smoothed = self.smoothed
         best = min(range(len(smoothed)), key=smoothed.__getitem__)
         if best == 0 or smoothed[best] > 0.995 * smoothed[0]:
-            found = f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
+            found = (
+                f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
+            )
             do = "look at the data (--dry-run shows an example), or start with the default rate"
             raise TrainingError(found, "one that falls somewhere", do)
         rate = self.rates[best] / 10
@@ -75,24 +80,31 @@ class RateSweep:
         lines = ["     rate     loss"]
         for k in shown:
             share = min(max((smoothed[k] - low) / ((high - low) or 1.0), 0.0), 1.2)
-            lines.append(f"{self.rates[k]:9.1e} {smoothed[k]:8.4f}  {'█' * (1 + round(28 * share))}")
+            lines.append(
+                f"{self.rates[k]:9.1e} {smoothed[k]:8.4f}  {'█' * (1 + round(28 * share))}"
+            )
         return lines
 
 
 class _Sweep(TrainerCallback):
-    """Gives each step its rate and keeps its loss; ends where the loss has left the lowest one behind."""
+    """Gives each step its rate and keeps its loss; ends where the loss has left the lowest one
+    behind."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
         self.losses: list[float] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
         rate = LOW * (HIGH / LOW) ** (state.global_step / (STEPS - 1))
         self.rates.append(rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -113,11 +125,14 @@ class _Sweep(TrainerCallback):
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
     """Sweep the rates on the data of ``config``, one step each. The output folder is not looked at.
 
-    Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss tells nothing;
-    ``TrainingError``: not even the first loss is a number.
+    Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss
+    tells nothing; ``TrainingError``: not even the first loss is a number.
     """
     if config.task == "grpo":
-        found, do = "task grpo, whose loss is zero at every rate", "try a few rates, and watch reward in log.jsonl"
+        found, do = (
+            "task grpo, whose loss is zero at every rate",
+            "try a few rates, and watch reward in log.jsonl",
+        )
         raise ConfigError(found, "a task whose loss falls as it learns", do)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
@@ -128,7 +143,10 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments = arguments_of(config, Path(folder), prepared)
         arguments.max_steps, arguments.warmup_steps = STEPS, 0
         arguments.eval_strategy = arguments.save_strategy = IntervalStrategy.NO
-        arguments.lr_scheduler_type, arguments.load_best_model_at_end = SchedulerType.CONSTANT, False
+        arguments.lr_scheduler_type, arguments.load_best_model_at_end = (
+            SchedulerType.CONSTANT,
+            False,
+        )
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
         base = task.load()._replace(tokenizer=task.processor)
@@ -147,6 +165,9 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         with as_reference(base.model, task.further, task.refers()):
             trainer.train()
     if not sweep.losses:
-        found, do = "a loss that is not a number at the first step", "train in fp32 (--precision fp32)"
+        found, do = (
+            "a loss that is not a number at the first step",
+            "train in fp32 (--precision fp32)",
+        )
         raise TrainingError(found, "a finite number", do)
     return sweep.result

@@ -2,9 +2,9 @@
 
     texts = generate(model, tokenizer, ["2 + 2 =", …], max_new_tokens=32)
 
-Prompts of similar length share a batch, padded on the left so that every row goes on from its last token. A row ends at
-the end-of-text token, at a stop string, or at `max_new_tokens`; the longest prompts run first, so that too little
-memory shows at once.
+Prompts of similar length share a batch, padded on the left so that every row goes on from its last
+token. A row ends at the end-of-text token, at a stop string, or at `max_new_tokens`; the longest
+prompts run first, so that too little memory shows at once.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ def generate(
     say: Callable[[str], None] | None = None,
     until: Callable[[], bool] | None = None,
 ) -> list[str]:
-    """The continuation of each prompt, in order, without the prompt and without the stop string. ``prompts``: texts, or
-    chats (lists of {"role", "content"}), which go through the tokenizer's chat template. ``temperature``: 0 takes the
-    most likely token each time; above 0 samples. ``top_p``: when sampling, from the smallest set of tokens with this
-    much probability. ``top_k``: and from so many tokens; 0 is all. ``stop``: strings that end a row. ``seed``: of the
-    sampling. Prompt i draws from ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from torch's
-    generator; otherwise the global random state is left as it was. ``say``: called with each piece of the text of a
-    single prompt as it is written. ``until``: asked after each token; what is written when it says True is the text.
-    Penalties of the base's generation_config.json apply. ``DataError``: an empty prompt, or a prompt with
-    `max_new_tokens` is longer than the model's context."""
+    """The continuation of each prompt, in order, without the prompt and without the stop string.
+    ``prompts``: texts, or chats (lists of {"role", "content"}), which go through the tokenizer's
+    chat template. ``temperature``: 0 takes the most likely token each time; above 0 samples.
+    ``top_p``: when sampling, from the smallest set of tokens with this much probability. ``top_k``:
+    and from so many tokens; 0 is all. ``stop``: strings that end a row. ``seed``: of the sampling.
+    Prompt i draws from ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from
+    torch's generator; otherwise the global random state is left as it was. ``say``: called with
+    each piece of the text of a single prompt as it is written. ``until``: asked after each token;
+    what is written when it says True is the text. Penalties of the base's generation_config.json
+    apply. ``DataError``: an empty prompt, or a prompt with `max_new_tokens` is longer than the
+    model's context."""
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
     sampled = continuations(
         model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
@@ -73,14 +75,19 @@ def continuations(
     until: Callable[[], bool] | None = None,
     penalties: bool = False,
 ) -> list[list[int]]:
-    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with it. ``penalties``:
-    apply those of the base's generation_config.json. Without them the tokens are samples of the model itself, as the
-    loss of a policy needs them. Other arguments and errors as of ``generate``."""
+    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with
+    it. ``penalties``: apply those of the base's generation_config.json. Without them the tokens are
+    samples of the model itself, as the loss of a policy needs them. Other arguments and errors as
+    of ``generate``."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
     context = context_of(model)
-    if context is not None and encoded and (longest := len(encoded[order[0]])) + max_new_tokens > context:
+    if (
+        context is not None
+        and encoded
+        and (longest := len(encoded[order[0]])) + max_new_tokens > context
+    ):
         found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
         do = "shorten the prompt, or ask for fewer new tokens"
         raise DataError(found, f"at most {context:,} together, the model's context", do)
@@ -120,7 +127,9 @@ def continuations(
     return answers
 
 
-def _pad_left(prompts: Sequence[list[int]], width: int, pad: int, device: Any) -> dict[str, torch.Tensor]:
+def _pad_left(
+    prompts: Sequence[list[int]], width: int, pad: int, device: Any
+) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, [b, width]."""
     short = [width - len(prompt) for prompt in prompts]
     ids = [[pad] * count + prompt for count, prompt in zip(short, prompts, strict=True)]
@@ -130,9 +139,14 @@ def _pad_left(prompts: Sequence[list[int]], width: int, pad: int, device: Any) -
 
 
 def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]) -> list[Any]:
-    """What makes the most likely token of a greedy run a draw. transformers' own sampling draws a batch's tokens from
-    one generator, so that the answer to a prompt would depend on the others."""
-    from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    """What makes the most likely token of a greedy run a draw. transformers' own sampling draws a
+    batch's tokens from one generator, so that the answer to a prompt would depend on the others."""
+    from transformers import (
+        LogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     class Perturb(LogitsProcessor):
         def __init__(self) -> None:
@@ -153,7 +167,9 @@ def context_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _watched(say: Callable[[str], None] | None, until: Callable[[], bool] | None, tokenizer: Any) -> dict[str, Any]:
+def _watched(
+    say: Callable[[str], None] | None, until: Callable[[], bool] | None, tokenizer: Any
+) -> dict[str, Any]:
     """The arguments of transformers' ``generate`` for who reads along, and for who ends it."""
     from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
@@ -164,20 +180,35 @@ def _watched(say: Callable[[str], None] | None, until: Callable[[], bool] | None
 
     class Until(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), until is not None and until(), device=input_ids.device)
+            return torch.full(
+                (len(input_ids),), until is not None and until(), device=input_ids.device
+            )
 
-    aloud = {} if say is None else {"streamer": Aloud(tokenizer, skip_prompt=True, skip_special_tokens=True)}
-    return aloud if until is None else {**aloud, "stopping_criteria": StoppingCriteriaList([Until()])}
+    aloud = (
+        {}
+        if say is None
+        else {"streamer": Aloud(tokenizer, skip_prompt=True, skip_special_tokens=True)}
+    )
+    return (
+        aloud if until is None else {**aloud, "stopping_criteria": StoppingCriteriaList([Until()])}
+    )
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The token ids of a text, or of a chat through the tokenizer's template, up to where its answer begins."""
+    """The token ids of a text, or of a chat through the tokenizer's template, up to where its
+    answer begins."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:
-        raise DataError("a chat prompt, and a base without a chat template", "a chat model", "pass the prompt as text")
+        raise DataError(
+            "a chat prompt, and a base without a chat template",
+            "a chat model",
+            "pass the prompt as text",
+        )
     else:
-        chat = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+        chat = tokenizer.apply_chat_template(
+            prompt, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
         ids = list(chat["input_ids"])
     if not ids:
         raise DataError("an empty prompt", "at least one token", "write something to continue")

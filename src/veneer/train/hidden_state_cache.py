@@ -33,14 +33,17 @@ INSTEAD = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The frozen lower blocks of a model, and their output for each row. ``model``: one of transformers' causal
-    language models, with everything that trains in the upper ones of its blocks. ``ConfigError``: something outside
-    those blocks trains, nothing lies below, or what lies below is random."""
+    """The frozen lower blocks of a model, and their output for each row. ``model``: one of
+    transformers' causal language models, with everything that trains in the upper ones of its
+    blocks. ``ConfigError``: something outside those blocks trains, nothing lies below, or what lies
+    below is random."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks, self.count = _below(model)
         self.known: dict[bytes, Tensor] = {}  # hidden states [s, h] of a row, in main memory
-        self.extra_outputs: tuple[Any, ...] | None = None  # what a block gives besides them; None if it gives no tuple
+        self.extra_outputs: tuple[Any, ...] | None = (
+            None  # what a block gives besides them; None if it gives no tuple
+        )
 
     @property
     def bytes(self) -> int:
@@ -49,13 +52,16 @@ class HiddenStateCache:
 
     @contextmanager
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within the block the model's forward takes the hidden states of this batch from memory, computed if need be.
-        ``inputs``: the model's keyword arguments: input_ids [b, s], and attention_mask, with padding on the right, or
-        the position_ids of packed rows, or neither. ``ConfigError``: another input, or padding on the left; what the
-        blocks above compute depends on more than the hidden states (seen when the first row is computed)."""
+        """Within the block the model's forward takes the hidden states of this batch from memory,
+        computed if need be. ``inputs``: the model's keyword arguments: input_ids [b, s], and
+        attention_mask, with padding on the right, or the position_ids of packed rows, or neither.
+        ``ConfigError``: another input, or padding on the left; what the blocks above compute
+        depends on more than the hidden states (seen when the first row is computed)."""
         hidden = []
         for row in _rows(inputs):
-            content = b"".join(name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row))
+            content = b"".join(
+                name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
+            )
             key, first = hashlib.blake2b(content, digest_size=16).digest(), not self.known
             if key not in self.known:
                 self.known[key] = self._computed(unwrap(model), row)
@@ -85,14 +91,19 @@ class HiddenStateCache:
             return found[0]
         finally:
             hook.remove()
-        raise ConfigError("a forward that does not run the model's blocks", "one that does", INSTEAD)
+        raise ConfigError(
+            "a forward that does not run the model's blocks", "one that does", INSTEAD
+        )
 
     @contextmanager
     def _standing_in(self, hidden: Tensor) -> Iterator[None]:
-        """The last of the lower blocks answers with these hidden states, the others with what they are given."""
+        """The last of the lower blocks answers with these hidden states, the others with what they
+        are given."""
 
         def answer(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            output = hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
+            output = (
+                hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
+            )
             return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
         before = [block.__dict__.get("forward") for block in self.blocks]
@@ -123,7 +134,9 @@ class HiddenStateCache:
         if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
             self.known.clear()
             what = "blocks above that read more of the lower ones than their hidden states"
-            raise ConfigError(what, "a stack of blocks, each on the output of the one before", INSTEAD)
+            raise ConfigError(
+                what, "a stack of blocks, each on the output of the one before", INSTEAD
+            )
 
 
 class _Reached(Exception):  # noqa: N818 (it is no error)
@@ -136,13 +149,17 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ConfigError("a base that is sharded over processes", "a whole one", INSTEAD)
-    stacks = {path: stack for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)}
+    stacks = {
+        path: stack for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList)
+    }
     for path, stack in stacks.items():
         if trained and all(name.startswith(f"{path}.") for name in trained):
             lowest = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained)
             if not lowest:
                 raise ConfigError("an adapter in block 0", expected, f"set layers, or {INSTEAD}")
-            drops = [module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)]
+            drops = [
+                module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)
+            ]
             config = vars(model.config).items()
             drops += [value for name, value in config if name.endswith(("dropout", "_pdrop"))]
             if any(isinstance(p, float | int) and p > 0 for p in drops):
@@ -150,7 +167,9 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
                 raise ConfigError(found, "dropout of 0 in the base's configuration", INSTEAD)
             return list(stack[:lowest]), len(stack)
     stack = max(stacks, key=lambda path: len(stacks[path]), default="")
-    outside = next((name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains")
+    outside = next(
+        (name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains"
+    )
     raise ConfigError(f"{outside!r}, outside the blocks", expected, f"set targets, or {INSTEAD}")
 
 
@@ -161,7 +180,9 @@ def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     mask = inputs.get("attention_mask")
     rows = []
     for number in range(len(inputs["input_ids"])):
-        row = {name: inputs[name][number : number + 1] for name in READ if inputs.get(name) is not None}
+        row = {
+            name: inputs[name][number : number + 1] for name in READ if inputs.get(name) is not None
+        }
         if mask is not None:
             length = int(mask[number].sum())
             if not bool(mask[number, :length].all()):

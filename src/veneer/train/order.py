@@ -1,10 +1,12 @@
-"""Which rows a forward pass takes: in which order, and, of several processes, which of them are whose.
+"""Which rows a forward pass takes: in which order, and, of several processes, which of them are
+whose.
 
     epoch       every row once, in an order that depends on (seed, epoch) alone
     batches     0 1 2 3 4 5 6 …                  in that order, as many rows in each
     process p   p, p + n, p + 2n, …              of n processes: the n that follow each other run at once
 
-A step takes as many batches from each process, so the rows of a step are those that one process would take.
+A step takes as many batches from each process, so the rows of a step are those that one process
+would take.
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ SPARE = "veneer_spare"
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on (seed, epoch) alone; neighbours, if `grouped`, are of like length.
-    transformers sorts each stretch of fifty batches by length, longest first, so the batches of a stretch come in
-    falling order of length; here the batches are shuffled after that, all but the first, which holds the longest
-    example and so shows at once whether memory suffices. `batch`: the examples of a step."""
+    """Every index once, in an order that depends on (seed, epoch) alone; neighbours, if `grouped`,
+    are of like length. transformers sorts each stretch of fifty batches by length, longest first,
+    so the batches of a stretch come in falling order of length; here the batches are shuffled after
+    that, all but the first, which holds the longest example and so shows at once whether memory
+    suffices. `batch`: the examples of a step."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int, grouped: bool = True) -> None:
-        self.lengths, self.batch, self.seed, self.grouped, self.epoch = lengths, batch, seed, grouped, 0
+        self.lengths, self.batch, self.seed, self.grouped, self.epoch = (
+            lengths,
+            batch,
+            seed,
+            grouped,
+            0,
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -44,15 +53,17 @@ class EpochSampler(Sampler[int]):
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
         first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
-        last = batches.pop() if batches and len(indices) % self.batch else []  # short: it would shift all the others
+        last = (
+            batches.pop() if batches and len(indices) % self.batch else []
+        )  # short: it would shift all the others
         order = torch.randperm(len(batches), generator=generator).tolist()
         return chain(first, *(batches[number] for number in order), last)
 
 
 class ShareSampler(BatchSampler):
-    """The batches of one of several processes: as many for each. accelerate fills up the end of an epoch with rows that
-    were there before; here a process for which no batch is left gets one row that counts for nothing, written ~index,
-    so that no other process waits for it."""
+    """The batches of one of several processes: as many for each. accelerate fills up the end of an
+    epoch with rows that were there before; here a process for which no batch is left gets one row
+    that counts for nothing, written ~index, so that no other process waits for it."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, processes: int) -> None:
         self.sampler: Any = sampler
@@ -83,16 +94,21 @@ class _WithSpare(Dataset[Any]):
 
 
 def shared(
-    loader: DataLoader[Any], rank: int, processes: int, spare: Callable[[dict[str, Any]], dict[str, Any]]
+    loader: DataLoader[Any],
+    rank: int,
+    processes: int,
+    spare: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> DataLoader[Any]:
-    """What one of several processes loads of what `loader`, accelerate's of such a process, has. `spare`: makes a batch
-    one that counts for nothing."""
+    """What one of several processes loads of what `loader`, accelerate's of such a process, has.
+    `spare`: makes a batch one that counts for nothing."""
     whole: Any = loader.batch_sampler
     batches = ShareSampler(whole.batch_sampler.sampler, whole.batch_size, rank, processes)
     collate: Callable[[Any], Any] = loader.collate_fn
 
     def marked(rows: list[dict[str, Any]]) -> Any:
-        batch = collate([{name: value for name, value in row.items() if name != SPARE} for row in rows])
+        batch = collate(
+            [{name: value for name, value in row.items() if name != SPARE} for row in rows]
+        )
         return {**spare(batch), SPARE: True} if SPARE in rows[0] else batch
 
     rows = _WithSpare(loader.dataset)

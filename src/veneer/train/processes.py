@@ -4,8 +4,9 @@
     gradients   averaged over the processes once a step: nothing else travels
     files       the first process writes; it alone prints
 
-Every process does everything else: it reads the data and the base, and attaches the adapter. They do so stage by stage,
-and a stage ends with one outcome: all are through, or all raise what one of them met (`distributed.Ranks`).
+Every process does everything else: it reads the data and the base, and attaches the adapter. They
+do so stage by stage, and a stage ends with one outcome: all are through, or all raise what one of
+them met (`distributed.Ranks`).
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """Those of one run. A run in one process has no `ranks`, and waits for nobody. `same_rows`: each computes on all
-    rows, with a part of the base, instead of on its share of them."""
+    """Those of one run. A run in one process has no `ranks`, and waits for nobody. `same_rows`:
+    each computes on all rows, with a part of the base, instead of on its share of them."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks, self.same_rows, self.parent = ranks, False, os.getppid()
@@ -79,13 +80,17 @@ class Processes:
         return self.ranks is None or self.ranks.writes
 
     def must_have_parent(self) -> None:
-        """`TrainingError` if what started this process is gone: started again, it would start others beside this one,
-        which write to the same output."""
+        """`TrainingError` if what started this process is gone: started again, it would start
+        others beside this one, which write to the same output."""
         if self.ranks is not None and os.getppid() != self.parent:
             do = "start it again: it goes on from the last checkpoint"
-            raise TrainingError("the launcher of this process is gone", "torchrun, until the end", do)
+            raise TrainingError(
+                "the launcher of this process is gone", "torchrun, until the end", do
+            )
 
-    def each(self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", what: str = "") -> T:
+    def each(
+        self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", what: str = ""
+    ) -> T:
         """As `Ranks.each`."""
         return work() if self.ranks is None else self.ranks.each(work, summary, what)
 
@@ -95,17 +100,22 @@ class Processes:
 
 
 def join() -> Processes:
-    """The processes that a launcher started, which find each other here; or this one, if there was none.
+    """The processes that a launcher started, which find each other here; or this one, if there was
+    none.
 
     Raises:
         ConfigError: the environment names several, and not where they meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        os.environ.pop("LOCAL_RANK", None)  # accelerate would make one process a group, and wrap the model into DDP
+        os.environ.pop(
+            "LOCAL_RANK", None
+        )  # accelerate would make one process a group, and wrap the model into DDP
         return Processes()
     if missing := [name for name in TOLD if name not in os.environ]:
         found = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
-        raise ConfigError(found, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE")
+        raise ConfigError(
+            found, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE"
+        )
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -125,10 +135,11 @@ def join() -> Processes:
 
 
 def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
-    """A part of `store` for these processes alone, which holds nothing yet. torchrun's store outlives the processes
-    that it starts again and keeps what they wrote: torch 2.13 would connect to their addresses. Machines count restarts
-    each for itself, so the first process gives the part a name. Each other one writes a number of its own under the
-    name that it finds, and knows that it is none of an earlier start once its number is among those listed there.
+    """A part of `store` for these processes alone, which holds nothing yet. torchrun's store
+    outlives the processes that it starts again and keeps what they wrote: torch 2.13 would connect
+    to their addresses. Machines count restarts each for itself, so the first process gives the part
+    a name. Each other one writes a number of its own under the name that it finds, and knows that
+    it is none of an earlier start once its number is among those listed there.
 
     Raises:
         TrainingError: some do not come in time.
@@ -149,7 +160,9 @@ def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> An
         if store.check(["veneer/start"]):
             name = store.get("veneer/start").decode()
             store.set(f"veneer/{name}/{rank}", own)
-            if store.check([f"veneer/{name}/all"]) and own in json.loads(store.get(f"veneer/{name}/all")):
+            if store.check([f"veneer/{name}/all"]) and own in json.loads(
+                store.get(f"veneer/{name}/all")
+            ):
                 return PrefixStore(name, store)
         time.sleep(0.02)
     raise _alone("the first process did not come", patience)
@@ -157,12 +170,15 @@ def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> An
 
 def _alone(found: str, patience: float) -> TrainingError:
     return TrainingError(
-        f"{found} within {patience:g} s", "all of them", "see what they printed, on their machines too"
+        f"{found} within {patience:g} s",
+        "all of them",
+        "see what they printed, on their machines too",
     )
 
 
 def leave(output: str) -> None:
-    """Leave the others, after a run that all of them ended, and whose result, if it has one, is in `output`."""
+    """Leave the others, after a run that all of them ended, and whose result, if it has one, is in
+    `output`."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -173,8 +189,8 @@ def leave(output: str) -> None:
 
 
 def finished_before(output: str) -> bool:
-    """Whether processes of the same launcher have finished the run in `output`: one of them failed as it left, so all
-    were started again."""
+    """Whether processes of the same launcher have finished the run in `output`: one of them failed
+    as it left, so all were started again."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -193,11 +209,12 @@ def _launchers_store() -> Any:
 
 
 def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
-    """The configuration of one of several processes, in whose steps all of them together see as many examples as
-    `config` says (`divided`).
+    """The configuration of one of several processes, in whose steps all of them together see as
+    many examples as `config` says (`divided`).
 
     Args:
-        compares_rows: the loss compares the examples of one forward pass, so their number must stay.
+        compares_rows: the loss compares the examples of one forward pass, so their number must
+            stay.
 
     Raises:
         ConfigError: the examples of a step do not divide.
@@ -216,13 +233,14 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
 
 
 def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
-    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp) over `count` processes.
-    ``refers``: whether the loss measures from a reference."""
+    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp) over
+    `count` processes. ``refers``: whether the loss measures from a reference."""
     from veneer.models.locate import config_of
 
     there = {
         "quantize": config.quantize,
-        "a quantised base": getattr(config_of(config.base), "quantization_config", None) is not None,
+        "a quantised base": getattr(config_of(config.base), "quantization_config", None)
+        is not None,
         "cache_lower": config.cache_lower,
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
@@ -234,15 +252,20 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
             raise ConfigError(found, "one of them", "set parallel to ddp, or leave the other out")
     if config.shard_size is not None and count % config.shard_size:
         found = f"shard_size {config.shard_size} of {count} processes"
-        raise ConfigError(found, "a number that divides them", "set it to the processes of a machine")
+        raise ConfigError(
+            found, "a number that divides them", "set it to the processes of a machine"
+        )
 
 
 def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:
-    """(examples of a forward pass, forward passes) in a step of one of several processes that share the examples: as
-    few passes as hold `batch_size` examples at most. `ConfigError`: they do not divide."""
+    """(examples of a forward pass, forward passes) in a step of one of several processes that share
+    the examples: as few passes as hold `batch_size` examples at most. `ConfigError`: they do not
+    divide."""
     own, rest = divmod(batch_size * grad_accum, processes)
     if rest:
-        raise ConfigError(_step(batch_size, grad_accum, processes), "as many for each process", _advice(processes))
+        raise ConfigError(
+            _step(batch_size, grad_accum, processes), "as many for each process", _advice(processes)
+        )
     passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= batch_size)
     return own // passes, passes
 

@@ -5,9 +5,10 @@
     prints                  ◀─ lines ──────      what the first one writes to stderr
     Ctrl-C                  ── asked() ───▶      looked at after each step
 
-Ray places the workers, has them find each other, and replaces all of them when one is gone. Everything else is as under
-torchrun: checkpoints are ours, in the output folder that all of them reach, and new workers go on from the newest.
-An error that would come again ends the run at once, and reaches the driver as it was raised.
+Ray places the workers, has them find each other, and replaces all of them when one is gone.
+Everything else is as under torchrun: checkpoints are ours, in the output folder that all of them
+reach, and new workers go on from the newest. An error that would come again ends the run at once,
+and reaches the driver as it was raised.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ LOOK = 0.2
 
 Asked = Callable[[], bool]
 Say = Callable[[str], Any]
-#: what each worker does, while `asked()` says whether the run is to stop; the driver gets what the first one's gives
+# : what each worker does, while `asked()` says whether the run is to stop; the driver gets what the
+# first one's gives
 Work = Callable[[Asked], Any]
 
 
@@ -89,10 +91,13 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         gpus: one for each worker. None: if the cluster has any.
 
     Raises:
-        what a worker raised; TrainingError: workers died more often than that; ConfigError: no cluster where one was
-        named. KeyboardInterrupt: a second Ctrl-C.
+        what a worker raised; TrainingError: workers died more often than that; ConfigError: no
+        cluster where one was named. KeyboardInterrupt: a second Ctrl-C.
     """
-    for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):  # Ray's log would hold, and tell again, what is printed
+    for name in (
+        "PRINT_PATCH",
+        "WORKER_STRUCTURED_LOGGING",
+    ):  # Ray's log would hold, and tell again, what is printed
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -105,7 +110,9 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         gpu = has.get("GPU", 0) > 0 if gpus is None else gpus
         for kind in ("CPU", "GPU") if gpu else ("CPU",):
             if (count := int(has.get(kind, 0))) < workers:
-                say(f"The cluster has {count} {kind}s for {workers} workers, which wait for more (or Ctrl-C).")
+                say(
+                    f"The cluster has {count} {kind}s for {workers} workers, which wait for more (or Ctrl-C)."
+                )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +186,9 @@ def _outcome(error: BaseException | None, max_restarts: int) -> None:
         if error is not None:
             raise error
         return
-    for failure in error.worker_failures.values():  # what a worker could still say, rather than that it died
+    for (
+        failure
+    ) in error.worker_failures.values():  # what a worker could still say, rather than that it died
         if hasattr(failure, "comes_again") and not getattr(failure, "told_elsewhere", False):
             raise failure from None
     died = f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts} restarts"
@@ -194,11 +203,14 @@ class Watch(UserCallback):
         self.line, self.workers = line, workers
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise an error that would come again: Ray then ends the run. Say what else befell the workers."""
+        """Raise an error that would come again: Ray then ends the run. Say what else befell the
+        workers."""
         for error in worker_exceptions.values():
             if getattr(error, "comes_again", False):
                 raise error
-        ranks = [rank for rank, error in worker_exceptions.items() if not hasattr(error, "comes_again")]
+        ranks = [
+            rank for rank, error in worker_exceptions.items() if not hasattr(error, "comes_again")
+        ]
         if ranks:
             found = f"Worker {listing(map(str, sorted(ranks)))} of {self.workers} died"
         else:
@@ -228,7 +240,9 @@ def _worker(config: dict[str, Any]) -> None:
             os.chdir(config["folder"])  # so that paths mean what they mean in the driver
         except OSError as error:
             found = f"no folder {config['folder']} on the node {os.uname().nodename}"
-            raise ConfigError(found, "the driver's, on a file system that all share", "start it in such one") from error
+            raise ConfigError(
+                found, "the driver's, on a file system that all share", "start it in such one"
+            ) from error
         with redirect_stderr(_Said(line)) if first else nullcontext():
             value = config["work"](lambda: first and ray.get(line.asked.remote()))
         if first:
@@ -236,7 +250,9 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         told: Any = error
         if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
-            told = RuntimeError(f"{type(error).__name__}: {error}")  # another library's may not travel
+            told = RuntimeError(
+                f"{type(error).__name__}: {error}"
+            )  # another library's may not travel
         if not isinstance(error, VeneerError | OSError):
             told.add_note(f"In a worker:\n{traceback.format_exc()}")
         told.comes_again = _comes_again(error)
@@ -246,8 +262,11 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _comes_again(error: Exception) -> bool:
-    """Whether new workers would end like this. Not what comes of another worker that is gone, and not what torch
-    raises of a device or a connection."""
+    """Whether new workers would end like this. Not what comes of another worker that is gone, and
+    not what torch raises of a device or a connection."""
     if isinstance(error, VeneerError):
-        return not (error.told_elsewhere or (isinstance(error, TrainingError) and error.__cause__ is not None))
+        return not (
+            error.told_elsewhere
+            or (isinstance(error, TrainingError) and error.__cause__ is not None)
+        )
     return not isinstance(error, RuntimeError)

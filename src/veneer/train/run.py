@@ -3,9 +3,10 @@
     result = fit(TrainConfig(base="…", data="…", output="…"))
     result.adapter     the folder to merge, to serve, to load
 
-The cheapest check is first: the output folder, the base's config, the data, the tokens, then the weights. A run that
-was stopped or killed goes on from its newest complete checkpoint when it is started again with the same configuration,
-and ends at the same losses, bit for bit, as one that was not.
+The cheapest check is first: the output folder, the base's config, the data, the tokens, then the
+weights. A run that was stopped or killed goes on from its newest complete checkpoint when it is
+started again with the same configuration, and ends at the same losses, bit for bit, as one that was
+not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from veneer.attach.check import check
 from veneer.attach.fresh_weights import fresh
@@ -58,10 +65,10 @@ Found = tuple[Path, int] | None  # the checkpoint to go on from, and its step
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave. `losses[i]` is the loss of step i + 1 (sft: nats a token) and `eval_losses` [(step, loss)], both
-    from the first step on, whichever session computed them; `seconds` and `tokens` likewise. After an interruption
-    `adapter` is the newest checkpoint's, and `interrupted` is true. `prompt` is one of the data's, a text or a chat, if
-    the base continues texts."""
+    """What a run gave. `losses[i]` is the loss of step i + 1 (sft: nats a token) and `eval_losses`
+    [(step, loss)], both from the first step on, whichever session computed them; `seconds` and
+    `tokens` likewise. After an interruption `adapter` is the newest checkpoint's, and `interrupted`
+    is true. `prompt` is one of the data's, a text or a chat, if the base continues texts."""
 
     adapter: Path
     output: Path
@@ -93,18 +100,22 @@ def fit(
     Args:
         callbacks: more `transformers.TrainerCallback`s.
         console: where to print; stderr by default. `quiet` prints nothing there.
-        stop_order: asked after each step; once it says true, the run ends with a checkpoint, as after Ctrl-C.
+        stop_order: asked after each step; once it says true, the run ends with a checkpoint, as
+            after Ctrl-C.
 
     Raises:
-        OutputExistsError: the output folder holds a finished run, or something that is no run, or another process
-            writes its run there.
-        ConfigError: an unfinished run there has another configuration; a base that cannot be loaded, or is no causal
-            language model.
-        DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not writable.
+        OutputExistsError: the output folder holds a finished run, or something that is no run, or
+            another process writes its run there.
+        ConfigError: an unfinished run there has another configuration; a base that cannot be
+            loaded, or is no causal language model.
+        DataError, TargetError, CheckError: as the parts say. OSError: the disk is full or not
+            writable.
     """
     processes = join()
     processes.same_rows = config.parallel == "tp"
-    console = (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
+    console = (
+        (console or Console(stderr=True, quiet=quiet)) if processes.first else Console(quiet=True)
+    )
     output = config.output.expanduser()
     with checkpoint.only_writer(output, processes):
         return _fit(config, output, callbacks, console, stop_order, processes)
@@ -127,7 +138,9 @@ def _fit(
     set_seed(config.seed)
     way = config.parallel if processes.count > 1 else "ddp"
     read = partial(sharding.load, task, arguments.device, console) if way == "fsdp" else task.load
-    base, handle, cached = processes.each(lambda: _model(task, read, prepared, ids, found), _size, "a model")
+    base, handle, cached = processes.each(
+        lambda: _model(task, read, prepared, ids, found), _size, "a model"
+    )
     describe(task, base.model, handle, prepared, cached, console, processes)
     if config.check:
         processes.each(lambda: _check(task, base.model, prepared))
@@ -148,7 +161,11 @@ def _fit(
         base_name=config.base,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    trainer.processes, trainer.stop, trainer.group_by_length = processes, stop, config.group_by_length
+    trainer.processes, trainer.stop, trainer.group_by_length = (
+        processes,
+        stop,
+        config.group_by_length,
+    )
     if processes.share:
         # other rows, other dropout and answers; numpy's generator takes 32 bits
         set_seed(sample_seed(config.seed, processes.share) % 2**32)
@@ -167,14 +184,24 @@ def _fit(
 def begin(
     config: TrainConfig, output: Path, console: Console, processes: Processes
 ) -> tuple[Task, tuple[int, ...], Prepared, Found, TrainingArguments]:
-    """What is judged before any weights are read: the task with the share of this process in a step, the ids of the
-    tokens that it trains, its data, the checkpoint to go on from if there is one, and the trainer's arguments. Writes
-    nothing."""
+    """What is judged before any weights are read: the task with the share of this process in a
+    step, the ids of the tokens that it trains, its data, the checkpoint to go on from if there is
+    one, and the trainer's arguments. Writes nothing."""
     resume = processes.one(lambda: unfinished(config, output))
     task = processes.each(lambda: _task(config, processes))
     ids, prepared = processes.each(lambda: _data(task), _content, "data")
-    found = _place(processes.one(lambda: found_in(config, output, prepared, console))) if resume else None
-    return task, ids, prepared, found, processes.each(lambda: arguments_of(task.config, output, prepared))
+    found = (
+        _place(processes.one(lambda: found_in(config, output, prepared, console)))
+        if resume
+        else None
+    )
+    return (
+        task,
+        ids,
+        prepared,
+        found,
+        processes.each(lambda: arguments_of(task.config, output, prepared)),
+    )
 
 
 def _task(config: TrainConfig, processes: Processes) -> Task:
@@ -219,9 +246,13 @@ def _size(loaded: tuple[Base, Any, Any]) -> str:
     return hash_json([summary.trainable, summary.total])
 
 
-def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -> list[dict[str, Any]]:
+def _open(
+    config: TrainConfig, output: Path, prepared: Prepared, found: Found
+) -> list[dict[str, Any]]:
     """Make the output folder ready; what its log ends with."""
-    if found is None and (output / checkpoint.RUN).exists():  # only now: a run that cannot begin leaves nothing behind
+    if (
+        found is None and (output / checkpoint.RUN).exists()
+    ):  # only now: a run that cannot begin leaves nothing behind
         checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
     output.mkdir(parents=True, exist_ok=True)
     write_status(output, "running", config, prepared)
@@ -229,25 +260,39 @@ def _open(config: TrainConfig, output: Path, prepared: Prepared, found: Found) -
 
 
 def unfinished(config: TrainConfig, output: Path) -> bool:
-    """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is right. `overwrite`
-    gives leave to replace what cannot be resumed; a run that can be is resumed all the same."""
+    """Whether `output` holds a run to go on with; False for a fresh start. Raises where neither is
+    right. `overwrite` gives leave to replace what cannot be resumed; a run that can be is resumed
+    all the same."""
     if output.is_file():
-        raise OutputExistsError(f"{output} is a file", "a folder for the run", "choose another output")
+        raise OutputExistsError(
+            f"{output} is a file", "a folder for the run", "choose another output"
+        )
     run = checkpoint.read_json(output / checkpoint.RUN)
     if run is None and checkpoint.is_taken(output):
         do = "choose another output; Veneer replaces nothing that it did not write"
-        raise OutputExistsError(f"{output} is not empty and holds no Veneer run", "a new folder", do)
+        raise OutputExistsError(
+            f"{output} is not empty and holds no Veneer run", "a new folder", do
+        )
     if run is None or run["status"] == checkpoint.CLEARED:
         if config.resume:
-            raise ConfigError(f"no run in {output}", "one to resume", "leave out --resume, or check the path")
+            raise ConfigError(
+                f"no run in {output}", "one to resume", "leave out --resume, or check the path"
+            )
         return False
     if run["status"] == "finished" and config.overwrite:
         return False
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
         raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
-    old, new = {**TrainConfig.defaults(), **run["config"]}, config.content()  # an older run lacks newer settings
-    changed = [name for name in {**old, **new} if name not in FREE_ON_RESUME and old.get(name) != new.get(name)]
+    old, new = (
+        {**TrainConfig.defaults(), **run["config"]},
+        config.content(),
+    )  # an older run lacks newer settings
+    changed = [
+        name
+        for name in {**old, **new}
+        if name not in FREE_ON_RESUME and old.get(name) != new.get(name)
+    ]
     if not changed and config.resume is not False:
         return True
     if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
@@ -260,8 +305,11 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     )
 
 
-def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Console) -> tuple[str, int] | None:
-    """The newest checkpoint of the run in `output`, which began with the same data, and its step."""
+def found_in(
+    config: TrainConfig, output: Path, prepared: Prepared, console: Console
+) -> tuple[str, int] | None:
+    """The newest checkpoint of the run in `output`, which began with the same data, and its
+    step."""
     if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
         if (newest := checkpoint.newest(output)) is None:
             return None
@@ -270,44 +318,65 @@ def found_in(config: TrainConfig, output: Path, prepared: Prepared, console: Con
         return str(newest[0]), newest[1]
     if config.overwrite:
         return None
-    what = "the data" if config.adapter is None else "the data, or the adapter that it trains further,"
+    what = (
+        "the data" if config.adapter is None else "the data, or the adapter that it trains further,"
+    )
     found = f"{what} have changed since the unfinished run in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
     raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
 
 def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
-    about = {"status": status, "config": config.content(), "data": prepared.hashes, "steps": prepared.steps}
+    about = {
+        "status": status,
+        "config": config.content(),
+        "data": prepared.hashes,
+        "steps": prepared.steps,
+    }
     checkpoint.write_json(output / checkpoint.RUN, {**about, "versions": versions()})
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    named = {name: version(name) for name in ("veneer", "torch", "transformers", "trl", "accelerate")}
+    named = {
+        name: version(name) for name in ("veneer", "torch", "transformers", "trl", "accelerate")
+    }
     return {**named, "python": platform.python_version()}
 
 
 def tell_versions(run: Mapping[str, Any], console: Console) -> None:
     """Say which libraries a run goes on with, where they are not those that it began with."""
     before, now = run.get("versions", {}), versions()
-    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    changed = [
+        f"{name} {before[name]}, now {now[name]}"
+        for name in now
+        if before.get(name, now[name]) != now[name]
+    ]
     if changed:
         say(
             console,
             f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those of a run that",
         )
-        say(console, "         was not interrupted. Install the versions of before to go on exactly.")
+        say(
+            console,
+            "         was not interrupted. Install the versions of before to go on exactly.",
+        )
 
 
-def attach_as(task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], found: Found = None) -> Any:
-    """A new adapter, which trains the tokens ``ids`` too, that which is trained further, or that of the checkpoint."""
+def attach_as(
+    task: Task, model: Any, prepared: Prepared, ids: tuple[int, ...], found: Found = None
+) -> Any:
+    """A new adapter, which trains the tokens ``ids`` too, that which is trained further, or that of
+    the checkpoint."""
     config, tokens = task.config, vocabulary.grow(model, task.processor, ids, task.config.seed)
     if found is not None:
         return load(model, found[0] / checkpoint.ADAPTER, name=OWN, trainable=True)
     if task.further is not None:
         return load_to_train(model, task.further)
     torch.manual_seed(config.seed)
-    return attach(model, lora_of(config, model, tokens), name=OWN, **start_data(task, prepared.train, model))
+    return attach(
+        model, lora_of(config, model, tokens), name=OWN, **start_data(task, prepared.train, model)
+    )
 
 
 def lora_of(config: TrainConfig, model: Any, tokens: Mapping[str, tuple[int, ...]]) -> LoraConfig:
@@ -321,11 +390,14 @@ def lora_of(config: TrainConfig, model: Any, tokens: Mapping[str, tuple[int, ...
 
 
 def _new_heads(model: Any, config: TrainConfig) -> list[str]:
-    """The modules of a task's head that no checkpoint held: they train in full, as "all-linear" sees to by itself."""
+    """The modules of a task's head that no checkpoint held: they train in full, as "all-linear"
+    sees to by itself."""
     if "all-linear" in listed(config.targets):
         return []
     names = Names(model)
-    return sorted({path for path, _ in fresh_head(names, fresh(names).values())} - {*config.train_also})
+    return sorted(
+        {path for path, _ in fresh_head(names, fresh(names).values())} - {*config.train_also}
+    )
 
 
 def describe(
@@ -358,30 +430,46 @@ def describe(
             f"         parallel {config.parallel} does nothing here: this is one process (torchrun starts several)",
         )
     if not console.quiet:  # a step is counted for it
-        later = {"ddp": "", "fsdp": ", before the base is spread", "tp": ", before the base is cut"}[config.parallel]
-        each = f" in each{'' if is_spread(model.modules()) else later}" if processes.count > 1 else ""
+        later = {
+            "ddp": "",
+            "fsdp": ", before the base is spread",
+            "tp": ", before the base is cut",
+        }[config.parallel]
+        each = (
+            f" in each{'' if is_spread(model.modules()) else later}" if processes.count > 1 else ""
+        )
         say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{each}")
     if cached is not None:
         tokens = sum(sum(part.lengths) for part in (train, prepared.evaluation) if part is not None)
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
-        say(console, f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept")
+        say(
+            console,
+            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept",
+        )
     say(console, str(handle.summary()))
 
 
 def _check(task: Task, model: Any, prepared: Prepared) -> None:
-    """Every adapter must be reached and get a gradient: on a short example, with the random state put back."""
+    """Every adapter must be reached and get a gradient: on a short example, with the random state
+    put back."""
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         check(model, task.example(prepared, model.device))
 
 
-def _train(trainer: Any, task: Task, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path) -> None:
+def _train(
+    trainer: Any, task: Task, found: Found, prepared: Prepared, stop: Any, bar: Any, output: Path
+) -> None:
     if found is not None and found[1] >= prepared.steps:
         return  # killed between the last checkpoint and the end: nothing is left to train
     try:
         with stop, as_reference(trainer.model, task.further, task.refers()):
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
-    except ImportError as error:  # an optimiser or a tracker whose package is missing says so itself
-        raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
+    except (
+        ImportError
+    ) as error:  # an optimiser or a tracker whose package is missing says so itself
+        raise ConfigError(
+            f"Found: {error}. Do: install the package, or choose another setting."
+        ) from error
     except OSError as error:
         note = "There is no checkpoint yet; the same command starts over."
         if (last := checkpoint.newest(output)) is not None:
@@ -394,11 +482,14 @@ def _train(trainer: Any, task: Task, found: Found, prepared: Prepared, stop: Any
 
 @contextmanager
 def _gone() -> Iterator[None]:
-    """Around what processes do together, where it is known who failed first: of one that could say why, that is told;
-    what is left comes of one that went without a word."""
+    """Around what processes do together, where it is known who failed first: of one that could say
+    why, that is told; what is left comes of one that went without a word."""
     try:
         yield
-    except (RuntimeError, AdapterError) as error:  # of several that were left, the first one's is on the others, too
+    except (
+        RuntimeError,
+        AdapterError,
+    ) as error:  # of several that were left, the first one's is on the others, too
         if "losed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
         found = "a process of this run that is gone, in the middle of a step"
@@ -424,9 +515,15 @@ def _told(output: Path, interrupted: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _result(told: dict[str, Any], output: Path, base: Base, handle: Any, interrupted: bool) -> Result:
+def _result(
+    told: dict[str, Any], output: Path, base: Base, handle: Any, interrupted: bool
+) -> Result:
     last = told["checkpoint"]
-    paths = {"adapter": Path(told["adapter"]), "checkpoint": None if last is None else Path(last), "output": output}
+    paths = {
+        "adapter": Path(told["adapter"]),
+        "checkpoint": None if last is None else Path(last),
+        "output": output,
+    }
     evaluations = [(step, loss) for step, loss in told["eval_losses"]]
     return Result(
         **{**told, **paths, "eval_losses": evaluations}, metrics={}, model=base.model, tokenizer=base.tokenizer,
@@ -435,9 +532,15 @@ def _result(told: dict[str, Any], output: Path, base: Base, handle: Any, interru
 
 
 def _finish(
-    config: TrainConfig, task: Task, result: Result, prepared: Prepared, console: Console, processes: Processes
+    config: TrainConfig,
+    task: Task,
+    result: Result,
+    prepared: Prepared,
+    console: Console,
+    processes: Processes,
 ) -> Result:
-    """Write the adapter and metrics.json, then mark the run as finished: the last thing that is done."""
+    """Write the adapter and metrics.json, then mark the run as finished: the last thing that is
+    done."""
     metrics = processes.one(lambda: _metrics(config, task, result))
     provenance = provenance_of(config, task, prepared, result.model, metrics)
 
@@ -448,7 +551,9 @@ def _finish(
         write_status(result.output, "finished", config, prepared)
 
     processes.each(
-        lambda: result.handle.save(result.adapter, base_name=config.base, provenance=provenance, overwrite=True)
+        lambda: result.handle.save(
+            result.adapter, base_name=config.base, provenance=provenance, overwrite=True
+        )
     )
     processes.one(put)
     result.model.eval()
@@ -469,7 +574,9 @@ def provenance_of(
         "task": task.record(),
         "data": prepared.hashes,
         "base_dtype": str(model.dtype).removeprefix("torch."),
-        "metrics": {name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")},
+        "metrics": {
+            name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")
+        },
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -477,12 +584,24 @@ def provenance_of(
 
 def _metrics(config: TrainConfig, task: Task, result: Result) -> dict[str, Any]:
     losses, summary = result.losses, result.handle.summary()
-    metrics: dict[str, Any] = {"steps": result.steps, "first_loss": losses[0], "last_loss": losses[-1]}
-    metrics |= {"seconds": result.seconds, "tokens": result.tokens, "trainable_parameters": summary.trainable}
+    metrics: dict[str, Any] = {
+        "steps": result.steps,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+    metrics |= {
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+        "trainable_parameters": summary.trainable,
+    }
     metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
-        lines = [line for line in checkpoint.read_log(result.output) if line.get("eval_loss") == metrics["eval_loss"]]
+        lines = [
+            line
+            for line in checkpoint.read_log(result.output)
+            if line.get("eval_loss") == metrics["eval_loss"]
+        ]
         names = [f"eval_{name}" for name in task.measures]
         metrics |= {name: lines[-1][name] for name in names if name in lines[-1]}
     return metrics

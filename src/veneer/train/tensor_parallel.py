@@ -1,17 +1,18 @@
-"""A base of which each process computes a part of every matrix, by transformers' own plan for the model (tensor
-parallelism). All processes see the same rows.
+"""A base of which each process computes a part of every matrix, by transformers' own plan for the
+model (tensor parallelism). All processes see the same rows.
 
     column-wise   y_p = x W_pᵀ + s (x Aᵀ) B_pᵀ                rows p of W, of B, of the bias, of DoRA's magnitude
     row-wise      y = Σ_p [x_p W_pᵀ + s (x_p A_pᵀ) Bᵀ] + bias      columns p of W and of A: one sum, that of the base
 
-The adapter is whole in each process, as without: a layer's call sees the part of it that belongs to the process's part
-of W. So what a process has of a gradient is one term of a sum, in every parameter of a layer that is cut, and that sum
-is taken where gradients are averaged anyway, once a step (``Part``). Rejected: parts of A and B as parameters. A's
-gradient in a column-wise layer and B's in a row-wise one would still be summed, and checkpoints, optimiser states and
-starts would have to be put together and taken apart.
+The adapter is whole in each process, as without: a layer's call sees the part of it that belongs to
+the process's part of W. So what a process has of a gradient is one term of a sum, in every
+parameter of a layer that is cut, and that sum is taken where gradients are averaged anyway, once a
+step (``Part``). Rejected: parts of A and B as parameters. A's gradient in a column-wise layer and
+B's in a row-wise one would still be summed, and checkpoints, optimiser states and starts would have
+to be put together and taken apart.
 
-Layers whose input and output are whole by the plan (an embedding, a head, a fused projection that transformers gathers)
-stay whole here. Base: Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
+Layers whose input and output are whole by the plan (an embedding, a head, a fused projection that
+transformers gathers) stay whole here. Base: Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ SIDES = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
 
 
 class Cut(NamedTuple):
-    """How one weight is cut: along ``axis``, counted from the end; ``kept`` [k] are the places that this process keeps
-    of it."""
+    """How one weight is cut: along ``axis``, counted from the end; ``kept`` [k] are the places that
+    this process keeps of it."""
 
     how: str
     axis: int
@@ -64,8 +65,8 @@ class Cut(NamedTuple):
 
 @dataclass(eq=False)
 class CutLayer:
-    """A layer of which this process computes a part, by ``how``. ``weights`` are the cuts of its own, by name;
-    ``values`` what stands for its own parameters in a call, by their identity."""
+    """A layer of which this process computes a part, by ``how``. ``weights`` are the cuts of its
+    own, by name; ``values`` what stands for its own parameters in a call, by their identity."""
 
     module: Any
     how: str
@@ -73,15 +74,17 @@ class CutLayer:
     values: dict[int, Any] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------ what is cut
+# ------------------------------------------------------------------------------------------ what is
+# cut
 
 
 def split(model: Any, device: torch.device) -> None:
-    """Cut the matrices of a model with adapters by its plan, and put all else on ``device``, where the processes meet.
+    """Cut the matrices of a model with adapters by its plan, and put all else on ``device``, where
+    the processes meet.
 
     Raises:
-        ConfigError: transformers has no plan for the model, or one that is not understood; a number of processes that
-            does not divide what is cut; an adapter that a cut layer cannot carry.
+        ConfigError: transformers has no plan for the model, or one that is not understood; a number
+            of processes that does not divide what is cut; an adapter that a cut layer cannot carry.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -99,7 +102,9 @@ def split(model: Any, device: torch.device) -> None:
                 elif value is not None and not is_sharded(value):
                     table[name] = value.to(device)
     for layer in layers:
-        layer.weights = {name: cut._replace(kept=cut.kept.to(device)) for name, cut in layer.weights.items()}
+        layer.weights = {
+            name: cut._replace(kept=cut.kept.to(device)) for name, cut in layer.weights.items()
+        }
         layer.module.__dict__["forward"] = _forward_of(layer, state)
 
 
@@ -134,13 +139,15 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
     if problems:
         found = f"parallel tp over {processes} processes of {type(model).__name__}, with {listing(problems)}"
         do = "set parallel to fsdp or ddp"
-        raise ConfigError(found, "a model that transformers' plan cuts evenly, and adapters A, B", do)
+        raise ConfigError(
+            found, "a model that transformers' plan cuts evenly, and adapters A, B", do
+        )
     return layers
 
 
 def style_of(plan: Mapping[str, str], path: str, name: str | None = None) -> str:
-    """What a plan says of a module, or of its parameter ``name``: then what it says of that, if it does. Plans write
-    ``*`` for numbers."""
+    """What a plan says of a module, or of its parameter ``name``: then what it says of that, if it
+    does. Plans write ``*`` for numbers."""
     key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
     return (plan.get(f"{key}.{name}") if name else None) or plan.get(key, "")
 
@@ -156,7 +163,11 @@ def _heads(config: Any, processes: int) -> Iterator[str]:
 def _parts(module: nn.Module) -> Iterator[LayerAdapter]:
     """What each adapter does at a layer."""
     layer_state = state_of(module)
-    return iter(()) if layer_state is None else (cast(LayerAdapter, part) for part in layer_state._modules.values())
+    return (
+        iter(())
+        if layer_state is None
+        else (cast(LayerAdapter, part) for part in layer_state._modules.values())
+    )
 
 
 def _misfits(path: str, layer: CutLayer) -> Iterator[str]:
@@ -169,36 +180,50 @@ def _misfits(path: str, layer: CutLayer) -> Iterator[str]:
             resolves = (VARIANTS["lora"].resolve, VARIANTS["dora"].resolve)
             if names or change.variant.resolve not in resolves:
                 yield f"variant {change.variant.name!r} at {path}"
-            if change.rows is not None or change.tokens is not None or change.frozen_input is not None:
+            if (
+                change.rows is not None
+                or change.tokens is not None
+                or change.frozen_input is not None
+            ):
                 yield f"an adapter of some rows of {path}"
-            if change.storage.name != "plain" or change.layer.out_axis or name not in (layer.weights or {name}):
+            if (
+                change.storage.name != "plain"
+                or change.layer.out_axis
+                or name not in (layer.weights or {name})
+            ):
                 yield f"{path}, whose {name} is no plain matrix [out, in]"
             if layer.how == EXPERTS and change.dropout:
                 yield f"dropout at {path}: each process would drop the same places of its part"
 
 
 def _keep_part(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.device) -> None:
-    """Put this process's part of a weight in the place of all of it, as a DTensor: whoever needs the whole gathers."""
+    """Put this process's part of a weight in the place of all of it, as a DTensor: whoever needs
+    the whole gathers."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
     weight: Any = layer.module._parameters[name]
-    own = weight.detach().index_select(cut.axis % weight.ndim, cut.kept.to(weight.device)).to(device)
+    own = (
+        weight.detach().index_select(cut.axis % weight.ndim, cut.kept.to(weight.device)).to(device)
+    )
     jumps = int((cut.kept.diff() != 1).sum()) if mesh.size() > 1 else 0
     axis = cut.axis % weight.ndim
     placement = _StridedShard(axis, split_factor=jumps + 1) if jumps else Shard(axis)
-    whole = DTensor.from_local(own, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride())
+    whole = DTensor.from_local(
+        own, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
+    )
     whole = nn.Parameter(whole, requires_grad=False)
     layer.module._parameters[name] = whole
     layer.values[id(whole)] = nn.Parameter(own, requires_grad=False)
 
 
-# ------------------------------------------------------------------------------------------ one call
+# ------------------------------------------------------------------------------------------ one
+# call
 
 
 class _Mesh:
-    """The processes, and the input of column-wise layers that was seen last: those that read the same one share it, so
-    that its gradients are added up before they travel."""
+    """The processes, and the input of column-wise layers that was seen last: those that read the
+    same one share it, so that its gradients are added up before they travel."""
 
     def __init__(self, group: Any, count: int, rank: int) -> None:
         self.group, self.count, self.rank = group, count, rank
@@ -206,7 +231,9 @@ class _Mesh:
 
     def enter(self, x: Any) -> Any:
         """A whole tensor that goes into a cut layer: its gradient is a sum over the processes."""
-        if not (isinstance(x, Tensor) and is_float(x) and x.requires_grad and torch.is_grad_enabled()):
+        if not (
+            isinstance(x, Tensor) and is_float(x) and x.requires_grad and torch.is_grad_enabled()
+        ):
             return x
         if self.seen is None or self.seen[0] is not x:
             self.seen = x, cast(Tensor, _SummedGradient.apply(x, self.group))
@@ -243,8 +270,9 @@ class _Summed(torch.autograd.Function):
 
 
 class Part(torch.autograd.Function):
-    """The part ``kept`` (None: all) of a parameter that is whole in each process. What backward finds is one of ``n``
-    terms of its gradient; n times that, averaged over the processes, is their sum."""
+    """The part ``kept`` (None: all) of a parameter that is whole in each process. What backward
+    finds is one of ``n`` terms of its gradient; n times that, averaged over the processes, is their
+    sum."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, axis: int, kept: Tensor | None, n: int) -> Tensor:
@@ -260,8 +288,8 @@ class Part(torch.autograd.Function):
 
 
 def _forward_of(layer: CutLayer, mesh: _Mesh) -> Callable[..., Any]:
-    """The forward of a layer that is cut: its class's own, or its adapter's, on the parts that belong to the
-    process."""
+    """The forward of a layer that is cut: its class's own, or its adapter's, on the parts that
+    belong to the process."""
     module = layer.module
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -304,7 +332,9 @@ def _full(part: LayerAdapter, layer: CutLayer, mesh: Any) -> dict[int, Any]:
         if value is None:
             continue
         cut = layer.weights.get(name)
-        if cut is None and name == "bias" and layer.how == COLUMNS:  # of a layer that has none of its own
+        if (
+            cut is None and name == "bias" and layer.how == COLUMNS
+        ):  # of a layer that has none of its own
             cut = next(iter(layer.weights.values()))._replace(axis=-1)
         if layer.how == ROWS and name == "bias" and mesh.rank:
             values[id(value)] = torch.zeros_like(value)
@@ -316,7 +346,8 @@ def _full(part: LayerAdapter, layer: CutLayer, mesh: Any) -> dict[int, Any]:
 
 
 def _factors(change: Change, cut: Cut | None, mesh: Any) -> dict[int, Any]:
-    """What stands for the parameters of a change: A [g, r, in], B [g, out, r], magnitude [g · out]."""
+    """What stands for the parameters of a change: A [g, r, in], B [g, out, r], magnitude [g ·
+    out]."""
     values: dict[int, Any] = {}
     tables: Mapping[str, Any] = {**change._parameters, **change._buffers}
     for name, value in tables.items():
@@ -348,8 +379,8 @@ def _as_part(change: Change, cut: Cut | None, mesh: Any) -> Iterator[None]:
 
 
 def _dora_of(group: Any) -> Callable[..., Any]:
-    """DoRA where each process has some columns of W: the norm of a row is known once all have said theirs, one number
-    an output."""
+    """DoRA where each process has some columns of W: the norm of a row is known once all have said
+    theirs, one number an output."""
 
     def resolve(parameters: Mapping[str, Tensor], scale: float, base: Callable[[], Tensor]) -> Any:
         low = LowRank(parameters["A"], parameters["B"], scale)
@@ -362,8 +393,8 @@ def _dora_of(group: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _draws(mesh: Any) -> Iterator[None]:
-    """A block in which each process draws other numbers: it drops places of another part of the input. After it, all
-    go on with the same ones, of which whole inputs are dropped."""
+    """A block in which each process draws other numbers: it drops places of another part of the
+    input. After it, all go on with the same ones, of which whole inputs are dropped."""
     own = (new_seed() + mesh.rank) % 2**62
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -2,7 +2,8 @@
 
     row  ->  input_ids [s], labels [s]            labels = input_ids where the loss counts, -100 elsewhere
 
-The loss counts on what the model must write: the completion, the assistant's turns, or the whole of a plain text.
+The loss counts on what the model must write: the completion, the assistant's turns, or the whole of
+a plain text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows: `input_ids[i]` and `labels[i]` are lists of equal length; `index[i]` is the row it came from."""
+    """Tokenised rows: `input_ids[i]` and `labels[i]` are lists of equal length; `index[i]` is the
+    row it came from."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -44,7 +46,8 @@ class Examples:
         return sum(label != IGNORED for labels in self.labels for label in labels[1:])
 
     def dataset(self) -> Any:
-        """A `datasets.Dataset` with the columns input_ids and labels, which `trl.SFTTrainer` takes as prepared."""
+        """A `datasets.Dataset` with the columns input_ids and labels, which `trl.SFTTrainer` takes
+        as prepared."""
         from datasets import Dataset
 
         return Dataset.from_dict({"input_ids": self.input_ids, "labels": self.labels})
@@ -58,17 +61,20 @@ def tokenise(
     too_long: Literal["error", "truncate", "drop"] = "error",
     completion_only: bool = True,
 ) -> Examples:
-    """Token ids and labels of every row, at most `max_length` tokens each. `too_long` says what happens to a longer
-    row; "truncate" keeps the start, if there is a token to learn from in it. Raises `DataError` when a row is too long
-    and `too_long` is "error", when a row has nothing to learn from, and when chat rows meet a tokenizer without a chat
-    template."""
+    """Token ids and labels of every row, at most `max_length` tokens each. `too_long` says what
+    happens to a longer row; "truncate" keeps the start, if there is a token to learn from in it.
+    Raises `DataError` when a row is too long and `too_long` is "error", when a row has nothing to
+    learn from, and when chat rows meet a tokenizer without a chat template."""
     encode, learn_all = _encoder(rows, tokenizer), rows.kind != "text" and not completion_only
     kept: list[tuple[list[int], list[int], int]] = []
     long: list[tuple[int, int]] = []
     truncated = 0
     for i, row in enumerate(rows.rows):
         tokens, learn = encode(row, rows.places[i])
-        targets = [token if flag or learn_all else IGNORED for token, flag in zip(tokens, learn, strict=True)]
+        targets = [
+            token if flag or learn_all else IGNORED
+            for token, flag in zip(tokens, learn, strict=True)
+        ]
         # a first token has no context to be predicted from, so it never counts
         learns = any(target != IGNORED for target in targets[1:max_length])
         if len(tokens) > max_length:
@@ -77,7 +83,9 @@ def tokenise(
                 continue
             truncated += 1
         elif not learns:
-            part = {"messages": "assistant's part", "prompt": "completion", "text": "text"}[rows.kind]
+            part = {"messages": "assistant's part", "prompt": "completion", "text": "text"}[
+                rows.kind
+            ]
             raise DataError(
                 f"{rows.source}, {rows.places[i]} has nothing to learn from: its {part} is empty.\n"
                 "Expected at least one token that the loss counts.\nDo: fix or remove that row."
@@ -105,7 +113,8 @@ Encoder = Callable[[dict[str, Any], str], tuple[list[int], list[bool]]]
 
 
 def _encoder(rows: Records, tokenizer: Any) -> Encoder:
-    """The function from one row (and its place, for errors) to its tokens and which of them are of completions."""
+    """The function from one row (and its place, for errors) to its tokens and which of them are of
+    completions."""
     if rows.kind == "text":
         return lambda row, place: _encode_text(row["text"], tokenizer)
     if rows.kind == "prompt" and isinstance(rows.rows[0]["prompt"], str):
@@ -117,10 +126,14 @@ def _encoder(rows: Records, tokenizer: Any) -> Encoder:
         )
     _must_show_tools(rows, tokenizer)
     if rows.kind == "prompt":
-        return lambda row, place: _encode_turns(row["prompt"], row["completion"], tokenizer, place, row.get(TOOLS))
+        return lambda row, place: _encode_turns(
+            row["prompt"], row["completion"], tokenizer, place, row.get(TOOLS)
+        )
     template = _training_template(tokenizer)
     if template is not None:
-        return lambda row, place: _encode_marked(row["messages"], tokenizer, template, row.get(TOOLS))
+        return lambda row, place: _encode_marked(
+            row["messages"], tokenizer, template, row.get(TOOLS)
+        )
     return lambda row, place: _encode_turns([], row["messages"], tokenizer, place, row.get(TOOLS))
 
 
@@ -133,7 +146,10 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
             for value in (row.get(part) for part in ("messages", "prompt", "completion"))
             for message in value or []
         ]
-        used = {TOOLS: bool(row.get(TOOLS)), "tool_calls": any("tool_calls" in message for message in messages)}
+        used = {
+            TOOLS: bool(row.get(TOOLS)),
+            "tool_calls": any("tool_calls" in message for message in messages),
+        }
         if lost := [word for word, there in used.items() if there and word not in template]:
             found = f"{rows.source}, {place} holds {lost[0]}, and the base's chat template has no place for them"
             do = "choose a base whose template has, or write the calls as the content of the messages"
@@ -143,17 +159,21 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
 def _ended(tokens: list[int], learn: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
     """With the end-of-text token, which teaches the model to stop."""
     end = tokenizer.eos_token_id
-    return (tokens, learn) if end is None or tokens[-1:] == [end] else ([*tokens, end], [*learn, True])
+    return (
+        (tokens, learn) if end is None or tokens[-1:] == [end] else ([*tokens, end], [*learn, True])
+    )
 
 
 def _encode_text(text: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
     tokens = list(tokenizer(text)["input_ids"])
-    return _ended(tokens, [True] * len(tokens), tokenizer) if text else (tokens, [False] * len(tokens))
+    return (
+        _ended(tokens, [True] * len(tokens), tokenizer) if text else (tokens, [False] * len(tokens))
+    )
 
 
 def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Prompt and completion as text. Where tokens merge across the border, the completion is encoded by itself: the
-    prompt's tokens are those that generation will see."""
+    """Prompt and completion as text. Where tokens merge across the border, the completion is
+    encoded by itself: the prompt's tokens are those that generation will see."""
     head = list(tokenizer(prompt)["input_ids"])
     tokens = list(tokenizer(prompt + completion)["input_ids"])
     if tokens[: len(head)] != head:
@@ -163,7 +183,8 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
 
 
 def _training_template(tokenizer: Any) -> str | None:
-    """A chat template that marks the assistant's turns: the tokenizer's own, or trl's version, if there is one."""
+    """A chat template that marks the assistant's turns: the tokenizer's own, or trl's version, if
+    there is one."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     template = tokenizer.chat_template
@@ -175,7 +196,9 @@ def _training_template(tokenizer: Any) -> str | None:
         return None
 
 
-def _encode_marked(messages: list[Any], tokenizer: Any, template: str, tools: Any) -> tuple[list[int], list[bool]]:
+def _encode_marked(
+    messages: list[Any], tokenizer: Any, template: str, tools: Any
+) -> tuple[list[int], list[bool]]:
     encoded = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=template, tokenize=True, return_dict=True,
         return_assistant_tokens_mask=True,
@@ -186,8 +209,8 @@ def _encode_marked(messages: list[Any], tokenizer: Any, template: str, tools: An
 def _encode_turns(
     prompt: list[Any], completion: list[Any], tokenizer: Any, place: str, tools: Any
 ) -> tuple[list[int], list[bool]]:
-    """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in `completion` are
-    learnt. A template that rewrites earlier turns is an error."""
+    """Chat by prefixes: what a turn adds to the chat before it is that turn; the assistant's in
+    `completion` are learnt. A template that rewrites earlier turns is an error."""
     messages = [*prompt, *completion]
     cuts: list[tuple[int, bool]] = [(0, False)]
     full = chat_tokens(messages, tokenizer, tools=tools)
@@ -195,18 +218,38 @@ def _encode_turns(
         learn = number >= len(prompt) and message["role"] == "assistant"
         if learn:  # the header ("<|im_start|>assistant") is given at generation, not learnt
             cuts.append(
-                (_prefix(chat_tokens(messages[:number], tokenizer, header=True, tools=tools), full, place), False)
+                (
+                    _prefix(
+                        chat_tokens(messages[:number], tokenizer, header=True, tools=tools),
+                        full,
+                        place,
+                    ),
+                    False,
+                )
             )
-        cuts.append((_prefix(chat_tokens(messages[: number + 1], tokenizer, tools=tools), full, place), learn))
+        cuts.append(
+            (
+                _prefix(chat_tokens(messages[: number + 1], tokenizer, tools=tools), full, place),
+                learn,
+            )
+        )
     flags = [False] * len(full)
     for (start, _), (end, learn) in pairwise(cuts):
         flags[start:end] = [learn] * (end - start)
     return full, flags
 
 
-def chat_tokens(messages: list[Any], tokenizer: Any, *, header: bool = False, tools: Any = None) -> list[int]:
-    """A chat through the tokenizer's template; with `header`, up to where the assistant's next turn begins."""
-    options = {"tools": tools, "tokenize": True, "return_dict": True, "add_generation_prompt": header}
+def chat_tokens(
+    messages: list[Any], tokenizer: Any, *, header: bool = False, tools: Any = None
+) -> list[int]:
+    """A chat through the tokenizer's template; with `header`, up to where the assistant's next turn
+    begins."""
+    options = {
+        "tools": tools,
+        "tokenize": True,
+        "return_dict": True,
+        "add_generation_prompt": header,
+    }
     return list(tokenizer.apply_chat_template(messages, **options)["input_ids"]) if messages else []
 
 

@@ -1,15 +1,20 @@
-"""transformers' trainers with Veneer's adapters in them: lean loss, exact order of the data, atomic checkpoints.
+"""transformers' trainers with Veneer's adapters in them: lean loss, exact order of the data, atomic
+checkpoints.
 
-`TaskTrainer` is the plain `Trainer` with the loss of a task; for the task sft, `sft_trainer.AdapterTrainer` is trl's.
+`TaskTrainer` is the plain `Trainer` with the loss of a task; for the task sft,
+`sft_trainer.AdapterTrainer` is trl's.
 
-What is taken from trl and transformers: the loop, accumulation, precision, devices, schedules, optimisers, packing,
-collation, trackers. What is replaced, and why:
+What is taken from trl and transformers: the loop, accumulation, precision, devices, schedules,
+optimisers, packing, collation, trackers. What is replaced, and why:
 
-- the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so bypasses an adapter there;
-- the order of the examples: a function of (seed, epoch), because one drawn from the global generator differs after a
-  resume; examples of similar length share a batch, because padding is computed too;
+- the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so
+  bypasses an adapter there;
+- the order of the examples: a function of (seed, epoch), because one drawn from the global
+  generator differs after a resume; examples of similar length share a batch, because padding is
+  computed too;
 - the evaluation loss: a mean over tokens, because a mean over batches depends on the batch size;
-- checkpoints: the adapter instead of the model, under a temporary name that is renamed when complete.
+- checkpoints: the adapter instead of the model, under a temporary name that is renamed when
+  complete.
 """
 
 from __future__ import annotations
@@ -40,8 +45,8 @@ from veneer.train.tasks import Rows, Task, TaskLoss
 
 @contextmanager
 def seen_as_adapted(model: Any) -> Iterator[None]:
-    """A block in which transformers' trainer sees that a quantised model has adapters, as it asks by PEFT's mark. Only
-    there: elsewhere the mark makes methods of the model call PEFT."""
+    """A block in which transformers' trainer sees that a quantised model has adapters, as it asks
+    by PEFT's mark. Only there: elsewhere the mark makes methods of the model call PEFT."""
     model.__dict__["_hf_peft_config_loaded"] = True
     try:
         yield
@@ -50,28 +55,40 @@ def seen_as_adapted(model: Any) -> Iterator[None]:
 
 
 class TrainsAdapter(Trainer):
-    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation, checkpoints, and the
-    sums over several processes. `processes`, `stop` and `group_by_length` are set by who runs it."""
+    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation,
+    checkpoints, and the sums over several processes. `processes`, `stop` and `group_by_length` are
+    set by who runs it."""
 
     adapter: Any
     base_name: str
     processes = Processes()
     stop: StopOnSignal | None = None
     group_by_length = True
-    _eval_total: torch.Tensor | None = None  # sums over the evaluation so far: loss, items, measures
+    _eval_total: torch.Tensor | None = (
+        None  # sums over the evaluation so far: loss, items, measures
+    )
     measures: tuple[str, ...] = ("accuracy",)
     provenance: dict[str, Any] = {}  # what a checkpoint's adapter says of its run beside the step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = dataset.lengths if isinstance(dataset, Rows) else [len(ids) for ids in dataset["input_ids"]]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.processes.shares
+        lengths = (
+            dataset.lengths
+            if isinstance(dataset, Rows)
+            else [len(ids) for ids in dataset["input_ids"]]
+        )
+        batch = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.processes.shares
+        )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return EpochSampler(lengths, batch, seed, self.group_by_length)
 
     @functools.cached_property
     def _flops_per_entry(self) -> int:
-        """What transformers says of one entry of a batch, which is the same for all, and walks the whole model."""
+        """What transformers says of one entry of a batch, which is the same for all, and walks the
+        whole model."""
         name = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({name: torch.empty(1)})
 
@@ -85,16 +102,19 @@ class TrainsAdapter(Trainer):
         if self.processes.count == 1:
             return loader
         own = shared(loader, self.processes.share, self.processes.shares, self._spare)
-        return prepare_data_loader(own, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            own, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of rows that another process has, as one that counts for nothing."""
         return batch
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Without a wrapper around the model. torch's DDP sends all weights of the base when it is made, hides the
-        model from the loss, which then needs whole logits, and must be told which parameters a pass may leave out.
-        `average_gradients` sends those of the adapter once a step, and asks for nothing else."""
+        """Without a wrapper around the model. torch's DDP sends all weights of the base when it is
+        made, hides the model from the loss, which then needs whole logits, and must be told which
+        parameters a pass may leave out. `average_gradients` sends those of the adapter once a step,
+        and asks for nothing else."""
         # transformers' word for a model that sees to its own processes: it is not wrapped
         self.is_distributed_loading_by_transformers = self.processes.count > 1
         return super()._prepare_for_training(*args, **kwargs)
@@ -107,7 +127,9 @@ class TrainsAdapter(Trainer):
 
     @functools.cached_property
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad]
+        return [
+            parameter for parameter in self.adapter.model.parameters() if parameter.requires_grad
+        ]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -127,8 +149,8 @@ class TrainsAdapter(Trainer):
         return value
 
     def _over_all(self, *seen: torch.Tensor) -> torch.Tensor:
-        """Counts of this step, summed over all shares of the rows; of several processes, then how many of them got a
-        signal to stop."""
+        """Counts of this step, summed over all shares of the rows; of several processes, then how
+        many of them got a signal to stop."""
         if self.processes.count == 1:
             return torch.stack(seen)
         asked = self.stop is not None and self.stop.asked
@@ -163,7 +185,8 @@ class TrainsAdapter(Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """checkpoint-N: adapter, optimiser, schedule, random states, trainer state. Complete, or not there at all."""
+        """checkpoint-N: adapter, optimiser, schedule, random states, trainer state. Complete, or
+        not there at all."""
         from transformers.trainer_callback import ExportableState
         from transformers.trainer_utils import rotate_checkpoints
 
@@ -172,9 +195,13 @@ class TrainsAdapter(Trainer):
         callbacks: Any = self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
 
-        def fill(folder: Path) -> None:  # on every rank: they compare what they hold, and the main one writes
+        def fill(
+            folder: Path,
+        ) -> None:  # on every rank: they compare what they hold, and the main one writes
             about = {"step": step, **self.provenance}
-            self.adapter.save(folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=about)
+            self.adapter.save(
+                folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=about
+            )
             if main and self.adapter.config.trainable_tokens:
                 tokenizer: Any = self.processing_class
                 tokenizer.save_pretrained(str(folder / checkpoint.ADAPTER))
@@ -182,7 +209,9 @@ class TrainsAdapter(Trainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
             if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(checkpoint.path_of(run_dir, self.state.best_global_step))
+                self.state.best_model_checkpoint = str(
+                    checkpoint.path_of(run_dir, self.state.best_global_step)
+                )
             if main:
                 for item in [*self.callback_handler.callbacks, self.control]:
                     if isinstance(item, ExportableState):
@@ -192,7 +221,9 @@ class TrainsAdapter(Trainer):
         checkpoint.write(run_dir, step, fill, self.processes)
         if main:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False)
+            rotate_checkpoints(
+                run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `run.fit` has loaded the checkpoint's adapter instead of attaching a new one."""
@@ -204,18 +235,29 @@ class TrainsAdapter(Trainer):
 
 
 class TaskTrainer(TrainsAdapter):
-    """A `Trainer` whose loss is a task's. Takes `Trainer`'s arguments, with `Rows` as data sets; `adapter` and
-    `base_name` as `AdapterTrainer`."""
+    """A `Trainer` whose loss is a task's. Takes `Trainer`'s arguments, with `Rows` as data sets;
+    `adapter` and `base_name` as `AdapterTrainer`."""
 
-    def __init__(self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any
+    ) -> None:
         with seen_as_adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
-        self.task, self.adapter, self.base_name, self.measures = task, adapter, base_name, task.measures
+        self.task, self.adapter, self.base_name, self.measures = (
+            task,
+            adapter,
+            base_name,
+            task.measures,
+        )
         self.provenance = {"task": task.record()}
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # by the items of the accumulated batch
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = (
+            True  # by the items of the accumulated batch
+        )
         self._total_train_tokens, self._train_sums = 0, {}
         if self.args.activation_checkpointing:  # pyright: ignore[reportAttributeAccessIssue] (SFTConfig's)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
 
     def get_batch_samples(self, *args: Any) -> Any:
         samples, _ = super().get_batch_samples(*args)
@@ -234,9 +276,13 @@ class TaskTrainer(TrainsAdapter):
     ) -> Any:
         """The task's loss, and its measures."""
         spare = SPARE in inputs
-        found = self.task.loss(model, {name: value for name, value in inputs.items() if name != SPARE})
+        found = self.task.loss(
+            model, {name: value for name, value in inputs.items() if name != SPARE}
+        )
         if spare:
-            found = TaskLoss(found.total * 0.0, 0, {name: value * 0 for name, value in found.sums.items()})
+            found = TaskLoss(
+                found.total * 0.0, 0, {name: value * 0 for name, value in found.sums.items()}
+            )
         sums = [torch.as_tensor(found.sums.get(name, math.nan)) for name in self.measures]
         items = torch.tensor(float(found.items))
         if not model.training:
@@ -253,19 +299,30 @@ class TaskTrainer(TrainsAdapter):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the tokens seen so far, and the measures of the step where the task takes them in training."""
+        """With the tokens seen so far, and the measures of the step where the task takes them in
+        training."""
         if "loss" in logs:
-            names, own = [*self._train_sums], torch.tensor([*self._train_sums.values()], dtype=torch.float32)
-            sums = dict(zip(names, self._sum(own.to(self.accelerator.device)).tolist(), strict=True))
+            names, own = (
+                [*self._train_sums],
+                torch.tensor([*self._train_sums.values()], dtype=torch.float32),
+            )
+            sums = dict(
+                zip(names, self._sum(own.to(self.accelerator.device)).tolist(), strict=True)
+            )
             items = sums.pop("items", 0.0)
-            logs |= {name: value / max(items, 1.0) for name, value in sums.items() if not math.isnan(value)}
+            logs |= {
+                name: value / max(items, 1.0)
+                for name, value in sums.items()
+                if not math.isnan(value)
+            }
             logs["num_tokens"] = self._total_train_tokens
             self._train_sums = {}
         super().log(logs, start_time)
 
 
 def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
-    """The trainer of a task: trl's for sft, which packs and offloads; else the plain one with the task's loss."""
+    """The trainer of a task: trl's for sft, which packs and offloads; else the plain one with the
+    task's loss."""
     if task.name == "sft":  # only then: trl takes half a second to import
         from veneer.train.sft_trainer import AdapterTrainer
 

@@ -1,7 +1,15 @@
 """How adapter parameters become ΔW: one file a variant, found through the registry ``VARIANTS``."""
 
 from veneer.registry import import_all
-from veneer.variants._base import CALIBRATION, VARIANTS, Base, InitContext, Variant, kaiming_uniform, register
+from veneer.variants._base import (
+    CALIBRATION,
+    VARIANTS,
+    Base,
+    InitContext,
+    Variant,
+    kaiming_uniform,
+    register,
+)
 
 import_all(__name__, list(__path__))
 
@@ -11,4 +19,13 @@ def names() -> tuple[str, ...]:
     return VARIANTS.names()
 
 
-__all__ = ["CALIBRATION", "VARIANTS", "Base", "InitContext", "Variant", "kaiming_uniform", "names", "register"]
+__all__ = [
+    "CALIBRATION",
+    "VARIANTS",
+    "Base",
+    "InitContext",
+    "Variant",
+    "kaiming_uniform",
+    "names",
+    "register",
+]

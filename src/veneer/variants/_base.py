@@ -1,11 +1,12 @@
-"""The contract of a variant: which parameters an adapter has, how they start, and how they become (LowRank, gain).
+"""The contract of a variant: which parameters an adapter has, how they start, and how they become
+(LowRank, gain).
 
     init(start) -> {"A": [g, r, in], "B": [g, out, r], …}
     resolve(parameters, scale, base) -> (LowRank, gain [g · out], or None for 1)
     y = gain ⊙ (op(x; W) + op(x; ΔW)) + bias
 
-A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense [g, out, in], and
-only if it asks. The base is never written. How to add one: CONTRIBUTING.md.
+A variant is a value, and knows no layer and no storage: it sees the frozen weight only as a dense
+[g, out, in], and only if it asks. The base is never written. How to add one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-#: returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own dtype for ``resolve``
+# : returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own
+# dtype for ``resolve``
 Base = Callable[[], Tensor]
 
-#: the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or None for 1
+# : the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or
+# None for 1
 Parameters = Mapping[str, Tensor]
 Resolved = tuple[LowRank, Tensor | None]
 
@@ -69,14 +72,17 @@ class Variant:
         default_alpha: of ``LoraConfig(alpha=None)``.
         scale: (alpha, rank) -> the factor of B @ A.
         init: (start) -> the parameters, float32, on the current default device.
-        resolve: (parameters, scale, base) -> (LowRank, gain [g · out] or None), differentiable in the parameters. The
-            LowRank may have another rank than the config's.
+        resolve: (parameters, scale, base) -> (LowRank, gain [g · out] or None), differentiable in
+            the parameters. The LowRank may have another rank than the config's.
         frozen: names of parameters that are not trained: they are buffers.
         derived: names of frozen parameters that the sizes alone determine: no file holds them.
-        needs: what of ``CALIBRATION`` init asks for; ``attach`` then wants ``batches=`` or ``original=``.
+        needs: what of ``CALIBRATION`` init asks for; ``attach`` then wants ``batches=`` or
+            ``original=``.
         exact_start: the attached model equals its base before the first step.
-        peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that PEFT could read.
-        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the module's path.
+        peft: fields of ``adapter_config.json`` that say this variant; None if it has no form that
+            PEFT could read.
+        peft_keys: parameters besides A and B that PEFT knows: our name -> PEFT's key after the
+            module's path.
     """
 
     name: str
@@ -100,18 +106,20 @@ VARIANTS: Registry[Variant] = Registry("variant")
 
 
 def variant_named(name: str):
-    """The registered variant of this name; a pickle holds this call, so that a copy is the one instance."""
+    """The registered variant of this name; a pickle holds this call, so that a copy is the one
+    instance."""
     return VARIANTS[name]
 
 
 def register(variant: Variant, **other: Any) -> Variant:
-    """Put a variant into the registry: this one, or one that is like it but for ``other`` fields."""
+    """Put a variant into the registry: this one, or one that is like it but for ``other``
+    fields."""
     variant = replace(variant, **other) if other else variant
     return VARIANTS.add(variant.name, variant)
 
 
 def kaiming_uniform(start: InitContext) -> Tensor:
-    """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al. 2015,
-    arXiv:1502.01852)."""
+    """A [g, r, in] from U(±1/√fan_in): Kaiming with a = √5, as ``nn.Linear`` starts (He et al.
+    2015, arXiv:1502.01852)."""
     bound = 1 / math.sqrt(start.fan_in)
     return torch.empty(start.groups, start.rank, start.in_).uniform_(-bound, bound)

@@ -1,9 +1,10 @@
-"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A: a singular value decomposition P Λ Q that is trained, and from which
-triplets are taken away. Zhang et al. 2023, arXiv:2303.10512.
+"""AdaLoRA: ΔW = alpha / rank · B diag(E ⊙ mask) A: a singular value decomposition P Λ Q that is
+trained, and from which triplets are taken away. Zhang et al. 2023, arXiv:2303.10512.
 
-B is the paper's P, A its Q, E its Λ. ``veneer.optim.RankBudget`` decides which triplets a layer keeps, by writing 0 or
-1 into ``mask``; ``veneer.optim.regulariser`` keeps A and B near orthogonal. The gradient of E ignores the mask, as the
-paper's does: a triplet that was taken away goes on being judged, and may come back.
+B is the paper's P, A its Q, E its Λ. ``veneer.optim.RankBudget`` decides which triplets a layer
+keeps, by writing 0 or 1 into ``mask``; ``veneer.optim.regulariser`` keeps A and B near orthogonal.
+The gradient of E ignores the mask, as the paper's does: a triplet that was taken away goes on being
+judged, and may come back.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ DEVIATION = 0.02
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] and B [g, out, r] normal, E [g, r] zero, mask [g, r] ones. E has a gradient at the first step, A and
-    B from the second."""
+    """A [g, r, in] and B [g, out, r] normal, E [g, r] zero, mask [g, r] ones. E has a gradient at
+    the first step, A and B from the second."""
     return {
         "A": torch.empty(start.groups, start.rank, start.in_).normal_(std=DEVIATION),
         "B": torch.empty(start.groups, start.out, start.rank).normal_(std=DEVIATION),

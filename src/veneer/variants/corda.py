@@ -1,14 +1,15 @@
-"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀), from W as the layer's inputs see it: with C = Σ xᵀx of the inputs,
+"""CorDA: ΔW = alpha / rank · (B A − B₀ A₀), from W as the layer's inputs see it: with C = Σ xᵀx of
+the inputs,
 
     W C = U S Vᵀ        A₀ = √S Vᵀ C⁻¹        B₀ = U √S        of r singular values
 
-``corda`` takes the largest, the directions that the data use, to learn their task (the paper's instruction-previewed
-mode); ``corda_kpm`` the smallest, for data whose knowledge is to be kept, here untouched (knowledge-preserved mode).
-Yang et al. 2024, arXiv:2406.05223; PEFT's ``init_lora_weights="corda"``. alpha defaults to 16: scale 1 at the default
-rank.
+``corda`` takes the largest, the directions that the data use, to learn their task (the paper's
+instruction-previewed mode); ``corda_kpm`` the smallest, for data whose knowledge is to be kept,
+here untouched (knowledge-preserved mode). Yang et al. 2024, arXiv:2406.05223; PEFT's
+``init_lora_weights="corda"``. alpha defaults to 16: scale 1 at the default rank.
 
-C is taken with mean diagonal 1, which moves size between A₀ and B₀ and nothing else, and damped by 0.01 as in the
-paper's code; the damping is doubled until C C⁻¹ is the identity.
+C is taken with mean diagonal 1, which moves size between A₀ and B₀ and nothing else, and damped by
+0.01 as in the paper's code; the damping is doubled until C C⁻¹ is the identity.
 """
 
 from __future__ import annotations
@@ -54,4 +55,10 @@ def damped(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 PAPER = "Yang et al. 2024, arXiv:2406.05223"
 register(PISSA, name="corda", paper=PAPER, init=init, needs=frozenset({"inputs"}))
-register(PISSA, name="corda_kpm", paper=PAPER, init=partial(init, triplets=minor), needs=frozenset({"inputs"}))
+register(
+    PISSA,
+    name="corda_kpm",
+    paper=PAPER,
+    init=partial(init, triplets=minor),
+    needs=frozenset({"inputs"}),
+)

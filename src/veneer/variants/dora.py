@@ -1,11 +1,13 @@
-"""DoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ per output row, ΔW = alpha / rank · B @ A. Liu et al. 2024, arXiv:2402.09353.
+"""DoRA: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖ per output row, ΔW = alpha / rank · B @ A. Liu et al. 2024,
+arXiv:2402.09353.
 
-So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖: every gain starts at 1. As in section
+So gain = m / ‖W + ΔW‖, with a trained magnitude m [g · out] that starts at ‖W‖: every gain starts
+at 1. As in section
 4.3 of the paper no gradient flows through the norm.
 
-The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few rows at a time, which
-stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but cancels where ΔW undoes a row: a norm of
-‖W‖ / 100 would lose four digits.
+The norm is taken of the sum itself, in float32 or more whatever autocast says, and on a CPU a few
+rows at a time, which stay in the cache. Rejected: ‖W‖² + 2⟨W, ΔW⟩ + ‖ΔW‖², which is as fast but
+cancels where ΔW undoes a row: a norm of ‖W‖ / 100 would lose four digits.
 
 A row whose norm is zero has gain 1: there y is 0 for every gain, and 1 lets B learn.
 """
@@ -30,14 +32,20 @@ CHUNK = 1 << 20
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at least float32)."""
+    """A and B as LoRA's, ``magnitude`` [g · out] the row norms of W, in the dtype of W as read (at
+    least float32)."""
     parameters = LORA.init(start)
-    return {**parameters, "magnitude": row_norms(start.base(), LowRank(parameters["A"], parameters["B"], 1.0))}
+    return {
+        **parameters,
+        "magnitude": row_norms(start.base(), LowRank(parameters["A"], parameters["B"], 1.0)),
+    }
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
-    pieces: Any = getattr(base, "pieces", None)  # of a packed weight, which is never dense as a whole
+    pieces: Any = getattr(
+        base, "pieces", None
+    )  # of a packed weight, which is never dense as a whole
     if pieces is None or low.B.is_cpu or torch.compiler.is_compiling():
         norms = row_norms(base(), low)
     else:
@@ -61,7 +69,8 @@ def _launches(tensor: Tensor) -> bool:
 
 
 class _Gain(torch.autograd.Function):
-    """The same gain where each operation is a launch: what a norm of zero has made is put right afterwards."""
+    """The same gain where each operation is a launch: what a norm of zero has made is put right
+    afterwards."""
 
     @staticmethod
     def forward(ctx: Any, magnitude: Tensor, norms: Tensor) -> Tensor:
@@ -88,14 +97,18 @@ def _norms_of_pieces(pieces: Iterator[Tensor], low: LowRank) -> Tensor:
 
 @torch.no_grad()
 def row_norms(weight: Tensor, low: LowRank) -> Tensor:
-    """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W and ΔW, and at least
-    float32. A part of W at a time is in that dtype."""
+    """‖W + ΔW‖ of every output row of ``weight`` [g, out, in]: [g · out], in the wider dtype of W
+    and ΔW, and at least float32. A part of W at a time is in that dtype."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32)
     low, device = low.to(dtype), weight.device.type
     whole = device != "cpu" or torch.compiler.is_compiling()
     rows = weight.shape[1] if whole else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
     parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    plain = (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else nullcontext()
+    )
     with plain:
         if _launches(weight) and len(weight) == 1:  # baddbmm copies once more
             one = weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)

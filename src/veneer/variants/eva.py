@@ -1,8 +1,9 @@
-"""EVA: ΔW = alpha / rank · B @ A, where the rows of A are the r directions in which the layer's inputs vary most: the
-right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx. Paischer et al. 2024, arXiv:2410.07170.
+"""EVA: ΔW = alpha / rank · B @ A, where the rows of A are the r directions in which the layer's
+inputs vary most: the right singular vectors of the inputs, which are the eigenvectors of Σ xᵀx.
+Paischer et al. 2024, arXiv:2410.07170.
 
-B starts at zero. A row of A has norm 1, of Kaiming's 1 / √3. The paper may also move ranks between layers; here every
-layer has the rank that the config gives it. PEFT centres the inputs first.
+B starts at zero. A row of A has norm 1, of Kaiming's 1 / √3. The paper may also move ranks between
+layers; here every layer has the rank that the config gives it. PEFT centres the inputs first.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A [g, r, in] with orthonormal rows, B [g, out, r] zero. B has a gradient at the first step, A from the second."""
+    """A [g, r, in] with orthonormal rows, B [g, out, r] zero. B has a gradient at the first step, A
+    from the second."""
     _, _, Vh = principal(start.inputs(), start.rank)
     A = own(Vh)
     return {"A": A, "B": A.new_zeros(start.groups, start.out, start.rank)}
 
 
-register(LORA, name="eva", paper="Paischer et al. 2024, arXiv:2410.07170", init=init, needs=frozenset({"inputs"}))
+register(
+    LORA,
+    name="eva",
+    paper="Paischer et al. 2024, arXiv:2410.07170",
+    init=init,
+    needs=frozenset({"inputs"}),
+)

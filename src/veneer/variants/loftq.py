@@ -1,11 +1,12 @@
-"""LoftQ: ΔW starts as the best rank-r approximation of what quantising took from the weight, so that base and adapter
-together start near the original. Li et al. 2023, arXiv:2310.08659.
+"""LoftQ: ΔW starts as the best rank-r approximation of what quantising took from the weight, so
+that base and adapter together start near the original. Li et al. 2023, arXiv:2310.08659.
 
     ΔW = B₀ A₀ + alpha / rank · (B A − B₀ A₀)        A₀ = √S Vᵀ, B₀ = U √S of original − base
 
-This is one step of the paper's alternation, with the quantised base as it is. The start is B₀ A₀ at every scale; the
-scale multiplies the step that training takes. The paper has none: alpha defaults to 16, which gives scale 1 at the
-default rank of 16, and ΔW = B A of rank r. At other scales the ``LowRank`` has rank 2r.
+This is one step of the paper's alternation, with the quantised base as it is. The start is B₀ A₀ at
+every scale; the scale multiplies the step that training takes. The paper has none: alpha defaults
+to 16, which gives scale 1 at the default rank of 16, and ΔW = B A of rank r. At other scales the
+``LowRank`` has rank 2r.
 """
 
 from __future__ import annotations

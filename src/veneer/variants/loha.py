@@ -1,10 +1,11 @@
-"""LoHa: ΔW = alpha / rank · (B1 A1) ⊙ (B2 A2), an elementwise product whose rank may reach r². Hyeon-Woo et al. 2021
-(FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
+"""LoHa: ΔW = alpha / rank · (B1 A1) ⊙ (B2 A2), an elementwise product whose rank may reach r².
+Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
 
     ΔW[i, j] = scale · Σₖₗ B1[i, k] B2[i, l] · A1[k, j] A2[l, j]
 
-is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four. They start as in LyCORIS: B1
-normal with deviation 0.1, A1 and A2 with deviation 1, B2 zero; alpha defaults to 1, as there.
+is one ``LowRank`` of rank r², whose factors are the Khatri–Rao products of the four. They start as
+in LyCORIS: B1 normal with deviation 0.1, A1 and A2 with deviation 1, B2 zero; alpha defaults to 1,
+as there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient at the first step, the others from the second."""
+    """A1, A2 [g, r, in] and B1, B2 [g, out, r]. B2 has a gradient at the first step, the others
+    from the second."""
     groups, out, in_, rank = start.groups, start.out, start.in_, start.rank
     return {
         "A1": torch.empty(groups, rank, in_).normal_(std=1),

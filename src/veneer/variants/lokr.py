@@ -1,12 +1,13 @@
-"""LoKr: ΔW = alpha / rank · C ⊗ (B2 A2), a Kronecker product of a small full matrix with a low-rank one. Edalati et al.
-2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
+"""LoKr: ΔW = alpha / rank · C ⊗ (B2 A2), a Kronecker product of a small full matrix with a low-rank
+one. Edalati et al. 2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
 
     out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]     l ≤ k and m ≤ n, as near as can be
 
-With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank min(l, m) · q. q is the
-rank, or min(k, n) if that is less: more could express nothing else (LyCORIS then trains one full matrix instead). C
-and A2 start Kaiming-uniform, so that their product has the size of LoRA's A, and B2 zero, as LoRA's B does (LyCORIS
-zeroes the other). A convolution's kernel positions count as inputs.
+With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank
+min(l, m) · q. q is the rank, or min(k, n) if that is less: more could express nothing else (LyCORIS
+then trains one full matrix instead). C and A2 start Kaiming-uniform, so that their product has the
+size of LoRA's A, and B2 zero, as LoRA's B does (LyCORIS zeroes the other). A convolution's kernel
+positions count as inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from veneer.variants.lora import LORA
 
 
 def factors(length: int) -> tuple[int, int]:
-    """(a, b) with a · b = ``length`` and a ≤ b as near to each other as can be: (1, length) for a prime."""
+    """(a, b) with a · b = ``length`` and a ≤ b as near to each other as can be: (1, length) for a
+    prime."""
     small = next(a for a in range(math.isqrt(length), 0, -1) if length % a == 0)
     return small, length // small
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from veneer.lowrank import LowRank
-from veneer.variants._base import Base, InitContext, Parameters, Resolved, Variant, kaiming_uniform, register
+from veneer.variants._base import (
+    Base,
+    InitContext,
+    Parameters,
+    Resolved,
+    Variant,
+    kaiming_uniform,
+    register,
+)
 
 __all__ = ["LORA"]
 

@@ -1,10 +1,11 @@
-"""LoRA-GA: ΔW = alpha / √rank · (B A − B₀ A₀), from the gradient G = U S Vᵀ of the loss by W, so that the first step
-of A and B moves W as a step of full fine-tuning would. Wang et al. 2024, arXiv:2407.05000, algorithm 1.
+"""LoRA-GA: ΔW = alpha / √rank · (B A − B₀ A₀), from the gradient G = U S Vᵀ of the loss by W, so
+that the first step of A and B moves W as a step of full fine-tuning would. Wang et al. 2024,
+arXiv:2407.05000, algorithm 1.
 
     A₀ = ⁴√out / √γ · V[:, :r]ᵀ        B₀ = ⁴√out / √γ · U[:, r:2r]        γ = 16
 
-alpha defaults to 16, the paper's. Where W has fewer than 2r singular values, B₀ takes the last r of those there are.
-PEFT differs from the paper: it scales B₀ alone, and by S too.
+alpha defaults to 16, the paper's. Where W has fewer than 2r singular values, B₀ takes the last r of
+those there are. PEFT differs from the paper: it scales B₀ alone, and by S too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""MiCA: ΔW = alpha / rank · B @ A with frozen B, the left singular vectors of the r smallest singular values of W; only
-A is trained. Rüdiger and Raschka 2026, arXiv:2604.01694; PEFT's ``init_lora_weights="mica"``.
+"""MiCA: ΔW = alpha / rank · B @ A with frozen B, the left singular vectors of the r smallest
+singular values of W; only A is trained. Rüdiger and Raschka 2026, arXiv:2604.01694; PEFT's
+``init_lora_weights="mica"``.
 
-A starts at zero, so that the attached model equals its base; its gradient Bᵀ G is not zero there. The start costs a
-full SVD of each weight.
+A starts at zero, so that the attached model equals its base; its gradient Bᵀ G is not zero there.
+The start costs a full SVD of each weight.
 """
 
 from __future__ import annotations
@@ -21,4 +22,10 @@ def init(start: InitContext) -> dict[str, Tensor]:
     return {"A": B.new_zeros(start.groups, start.rank, start.in_), "B": B}
 
 
-register(LORA, name="mica", paper="Rüdiger and Raschka 2026, arXiv:2604.01694", init=init, frozen=frozenset({"B"}))
+register(
+    LORA,
+    name="mica",
+    paper="Rüdiger and Raschka 2026, arXiv:2604.01694",
+    init=init,
+    frozen=frozenset({"B"}),
+)

@@ -1,6 +1,6 @@
-"""MiLoRA: ΔW = alpha / rank · (B A − B₀ A₀), from the minor part of W: A₀ = √S Vᵀ, B₀ = U √S of its r smallest singular
-values, so that what W knows well is left alone. Wang et al. 2024, arXiv:2406.09044. alpha defaults to 16: scale 1 at
-the default rank.
+"""MiLoRA: ΔW = alpha / rank · (B A − B₀ A₀), from the minor part of W: A₀ = √S Vᵀ, B₀ = U √S of its
+r smallest singular values, so that what W knows well is left alone. Wang et al. 2024,
+arXiv:2406.09044. alpha defaults to 16: scale 1 at the default rank.
 
 The start costs a full SVD of each weight: seconds at 2,048, and the cube of it beyond.
 """

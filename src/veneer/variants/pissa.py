@@ -1,10 +1,12 @@
-"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀), from the principal part of W: A₀ = √S Vᵀ, B₀ = U √S of its r largest
-singular values. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16: the paper's scale, 1, at the default rank.
+"""PiSSA: ΔW = alpha / rank · (B A − B₀ A₀), from the principal part of W: A₀ = √S Vᵀ, B₀ = U √S of
+its r largest singular values. Meng et al. 2024, arXiv:2404.02948. alpha defaults to 16: the paper's
+scale, 1, at the default rank.
 
     ΔW = scale · [B − B₀, B₀] @ [A ; A − A₀]        rank 2r, A₀ and B₀ frozen
 
-The start stays beside the base weight and is subtracted. [B, −B₀] @ [A ; A₀] would be a difference of two large
-products, whose rounding error in 16 bits is as large as a small ΔW; written as above ΔW is exactly zero at the start.
+The start stays beside the base weight and is subtracted. [B, −B₀] @ [A ; A₀] would be a difference
+of two large products, whose rounding error in 16 bits is as large as a small ΔW; written as above
+ΔW is exactly zero at the start.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""VeRA: ΔW = alpha · diag(b) B diag(d) A. A and B are random, frozen and shared by all layers of equal sizes; only the
-vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
+"""VeRA: ΔW = alpha · diag(b) B diag(d) A. A and B are random, frozen and shared by all layers of
+equal sizes; only the vectors d and b are trained. Kopiczko et al. 2023, arXiv:2310.11454.
 
-b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, and defaults to 1. A [g, r, in] and
-B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their elements are hashes of their positions: no
-file holds them, so they must be the same on every device, machine and release, which no seeded generator promises.
-While any layer holds a pair, ``init`` gives that very pair. (The paper and PEFT slice one pair of the largest sizes for
-all layers, which then depends on which layers are attached.)
+b starts at zero and d at 0.1. The paper has no scale: alpha is the factor itself, and defaults to
+1. A [g, r, in] and B [g, out, r] are uniform with the paper's Kaiming bound √(6 / fan_in). Their
+elements are hashes of their positions: no file holds them, so they must be the same on every
+device, machine and release, which no seeded generator promises. While any layer holds a pair,
+``init`` gives that very pair. (The paper and PEFT slice one pair of the largest sizes for all
+layers, which then depends on which layers are attached.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _SHARED: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    """Shared A and B, d [g, r] and b [g, out]. b has a gradient at the first step, d from the second."""
+    """Shared A and B, d [g, r] and b [g, out]. b has a gradient at the first step, d from the
+    second."""
     d = torch.full((start.groups, start.rank), D_START)
     sizes = (start.groups, start.out, start.in_, start.rank, start.fan_in, d.device)
     A, B = _SHARED.get(("A", *sizes)), _SHARED.get(("B", *sizes))
@@ -39,8 +41,9 @@ def init(start: InitContext) -> dict[str, Tensor]:
 
 
 def _spread(shape: tuple[int, ...], fan_in: int, stream: int, device: torch.device) -> Tensor:
-    """Numbers that look uniform in ±√(6 / fan_in), the same everywhere: the top 24 bits of a hash of the position. The
-    hash is Wellons' 32-bit mixer, with constants below 2³¹ so that no product leaves an int64."""
+    """Numbers that look uniform in ±√(6 / fan_in), the same everywhere: the top 24 bits of a hash
+    of the position. The hash is Wellons' 32-bit mixer, with constants below 2³¹ so that no product
+    leaves an int64."""
     x = torch.arange(math.prod(shape), dtype=torch.int64, device=device) * 2 + stream
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

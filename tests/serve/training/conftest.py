@@ -44,13 +44,19 @@ class Local:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.handle = veneer.attach(self.model, veneer.LoraConfig(rank=rank, targets=targets))
-        self.optimizer = torch.optim.AdamW(self.handle.parameters(), betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.handle.parameters(), betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0
+        )
 
     def logprobs(self, data):
         found = []
         for one in data:
             logits = self.model(torch.tensor([one["tokens"]])).logits[0]
-            found.append(F.log_softmax(logits, -1).gather(-1, torch.tensor(one["target_tokens"])[:, None])[:, 0])
+            found.append(
+                F.log_softmax(logits, -1).gather(-1, torch.tensor(one["target_tokens"])[:, None])[
+                    :, 0
+                ]
+            )
         return found
 
     def pass_(self, data):

@@ -1,7 +1,8 @@
-"""Recipes of `tinker-cookbook` as they are, by a Python that has it: argv[1] is a file of JSON that says which, with
-which settings, and on which data. Data sets and the tokenizer are local; a policy recipe's reward is whether an answer
-begins with a letter that is asked for, in the place of GSM8K's. What they log goes to the file's folder, and beside
-it what they were given to learn, for whoever does the same without a server."""
+"""Recipes of `tinker-cookbook` as they are, by a Python that has it: argv[1] is a file of JSON that
+says which, with which settings, and on which data. Data sets and the tokenizer are local; a policy
+recipe's reward is whether an answer begins with a letter that is asked for, in the place of
+GSM8K's. What they log goes to the file's folder, and beside it what they were given to learn, for
+whoever does the same without a server."""
 
 from __future__ import annotations
 
@@ -37,8 +38,15 @@ def rows_of(data):
 
 
 def tables(name, rows):
-    datasets.load_dataset = lambda *_: datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
-    return {"log_path": str(FOLDER / name), "base_url": TOLD["url"], "model_name": TOLD["base"], "ttl_seconds": None}
+    datasets.load_dataset = lambda *_: datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows)}
+    )
+    return {
+        "log_path": str(FOLDER / name),
+        "base_url": TOLD["url"],
+        "model_name": TOLD["base"],
+        "ttl_seconds": None,
+    }
 
 
 def supervised(name, rows, batch_size, **settings):
@@ -51,7 +59,12 @@ def supervised(name, rows, batch_size, **settings):
     for start in range(0, len(shuffled) - batch_size + 1, batch_size):
         own = shuffled.select(range(start, start + batch_size))
         batches.append(
-            [conversation_to_datum(row["messages"], renderer, config.max_length, config.train_on_what) for row in own]
+            [
+                conversation_to_datum(
+                    row["messages"], renderer, config.max_length, config.train_on_what
+                )
+                for row in own
+            ]
         )
     return [rows_of(batch) for batch in batches]
 
@@ -63,13 +76,21 @@ def preference(name, rows, batch_size, max_length, **settings):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     builder = dpo_datasets.DPODatasetBuilderFromComparisons(
         common_config=ChatDatasetBuilderCommonConfig(
-            model_name_for_tokenizer=TOLD["base"], renderer_name=RENDERER, max_length=max_length, batch_size=batch_size
+            model_name_for_tokenizer=TOLD["base"],
+            renderer_name=RENDERER,
+            max_length=max_length,
+            batch_size=batch_size,
         ),
         comparison_builder=preference_datasets.ComparisonBuilderFromJsonl(train_path=str(file)),
     )
     train_dpo.main(
         train_dpo.Config(
-            **common, recipe_name="dpo", renderer_name=RENDERER, dataset_builder=builder, eval_every=0, **settings
+            **common,
+            recipe_name="dpo",
+            renderer_name=RENDERER,
+            dataset_builder=builder,
+            eval_every=0,
+            **settings,
         )
     )
     again, _ = builder()
@@ -79,7 +100,9 @@ def preference(name, rows, batch_size, max_length, **settings):
 
 def policy(name, rows, **settings):
     """Rows of "question" and "answer", the letters of which an answer's first one shall be."""
-    rl_loop.get_reward = lambda content, answer: float(content.strip().lower().startswith(tuple(answer)))
+    rl_loop.get_reward = lambda content, answer: float(
+        content.strip().lower().startswith(tuple(answer))
+    )
     rl_loop.main(rl_loop.Config(**tables(name, rows), **settings))
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint is a row and its files: a crash, a deletion or an expiry at any moment leaves both or neither."""
+"""A checkpoint is a row and its files: a crash, a deletion or an expiry at any moment leaves both
+or neither."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from veneer.serve.training.store import place_of
 
 
 def files(training, path):
-    return sorted(file.name for file in training.store.files_of(place_of(path)).rglob("*") if file.is_file())
+    return sorted(
+        file.name for file in training.store.files_of(place_of(path)).rglob("*") if file.is_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,9 @@ def files(training, path):
         ("save_weights_for_sampler", {"path": "a"}),
     ],
 )
-def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(base, tmp_path, monkeypatch, route, fields):
+def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
+    base, tmp_path, monkeypatch, route, fields
+):
     """It is done again when the server is back: the same request."""
     service = open_service(base, None, train=str(tmp_path))
     with listening(service) as (url, _):
@@ -147,7 +152,9 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
         whole, held = files(training, path), threading.Event()
         training.worker.do(held.wait)
         with ThreadPoolExecutor(2) as pool:
-            deleted = pool.submit(client.http.delete, f"/training_runs/{run.id}/checkpoints/weights/a")
+            deleted = pool.submit(
+                client.http.delete, f"/training_runs/{run.id}/checkpoints/weights/a"
+            )
             until(lambda: training.worker._others)
             copied = pool.submit(client.send, "copy_weights", source_path=path)
             until(lambda: len(training.worker._others) == 2)
@@ -156,9 +163,13 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
             assert copied.result().status_code == 404
         path = run.save("b")
         copied = client.post("copy_weights", source_path=path)["tinker_path"]
-        assert client.http.delete(f"/training_runs/{run.id}/checkpoints/weights/b").status_code == 204
+        assert (
+            client.http.delete(f"/training_runs/{run.id}/checkpoints/weights/b").status_code == 204
+        )
         assert files(training, copied) == whole
-        asked = client.post("load_weights", session_id=client.session, model_seq_id=9, path=copied, optimizer=True)
+        asked = client.post(
+            "load_weights", session_id=client.session, model_seq_id=9, path=copied, optimizer=True
+        )
         assert Run(client, client.result(asked)["model_id"]).pass_(texts(0)).loss > 0
 
 

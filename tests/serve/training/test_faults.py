@@ -1,5 +1,5 @@
-"""What a stranger looked for in the training service: half states, promises that never come, one tenant in another's
-way."""
+"""What a stranger looked for in the training service: half states, promises that never come, one
+tenant in another's way."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ from veneer.serve.training.wire import MESSAGES, read_pass
 from veneer.serve.training.worker import PASS, Worker
 
 
-def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(base, tmp_path, monkeypatch):
+def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
+    base, tmp_path, monkeypatch
+):
     monkeypatch.setattr(worker_, "PAUSE", 0.01)
     service = open_service(base, None, train=str(tmp_path))
     worker, store = service.training.worker, service.training.store
     with listening(service) as (url, _):
         runs = [Client(url).run(seed=number) for number in range(3)]
         data = [[datum(TEXT[number:][:8])] for number in range(3)]  # of one length: one batch
-        expected = [run.pass_(own, backward=False).loss for run, own in zip(runs, data, strict=True)]
+        expected = [
+            run.pass_(own, backward=False).loss for run, own in zip(runs, data, strict=True)
+        ]
         real, failures = store.answer, iter([1])
 
         def full(*args):
@@ -66,7 +70,9 @@ def test_a_run_that_did_not_begin_takes_nothing_of_a_quota(base, tmp_path):
             client.run(0, rank=99)
         run = client.run(1)
         assert run.pass_(texts(0)).loss > 0
-        response = client.send("optim_step", model_id=f"{client.session}:train:0", seq_id=1, adam_params={})
+        response = client.send(
+            "optim_step", model_id=f"{client.session}:train:0", seq_id=1, adam_params={}
+        )
         assert response.status_code == 410
         assert "did not begin" in response.json()["error"]["message"]
 
@@ -92,20 +98,27 @@ class Death(BaseException):
 
 
 def ends_again_and_again(base, folder, monkeypatch, asked):
-    """(how often the process died, what each of these passes came to) of servers that are started until one lasts."""
+    """(how often the process died, what each of these passes came to) of servers that are started
+    until one lasts."""
     deaths = 0
     monkeypatch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
-    monkeypatch.setattr(Worker, "close", lambda worker: None)  # a process that is gone writes nothing
+    monkeypatch.setattr(
+        Worker, "close", lambda worker: None
+    )  # a process that is gone writes nothing
     while deaths < 9:
         service = open_service(base, None, train=str(folder))
         worker = service.training.worker
         if not deaths:
             for run, data in asked.items():
-                worker.accept(run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString())
+                worker.accept(
+                    run.id, run.next(), PASS, run.body(data, "cross_entropy").SerializeToString()
+                )
         try:
             while worker.queue.active():
                 worker.turn()
-            return deaths, [service.training.store.request(run.id, run.number)["answer"] for run in asked]
+            return deaths, [
+                service.training.store.request(run.id, run.number)["answer"] for run in asked
+            ]
         except Death:
             deaths += 1
         finally:
@@ -131,7 +144,9 @@ def test_a_request_that_ends_the_process_again_and_again_is_given_up(base, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compute", compute)
-        deaths, answers = ends_again_and_again(base, tmp_path, patch, {good: texts(0), bad: texts(0, count=5)})
+        deaths, answers = ends_again_and_again(
+            base, tmp_path, patch, {good: texts(0), bad: texts(0, count=5)}
+        )
     assert deaths == 1 + 3  # of both at first, then of the bad one alone
     assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)
     told = json.loads(answers[1])
@@ -140,10 +155,14 @@ def test_a_request_that_ends_the_process_again_and_again_is_given_up(base, tmp_p
     with opened(base, tmp_path) as (url, _):
         again = Client(url)
         again.session = bad.client.session
-        assert Run(again, bad.id, bad.number).pass_(texts(0)).loss == pytest.approx(expected, rel=1e-6)
+        assert Run(again, bad.id, bad.number).pass_(texts(0)).loss == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
-def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_it(base, tmp_path, monkeypatch):
+def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_it(
+    base, tmp_path, monkeypatch
+):
     with opened(base, tmp_path) as (url, _):
         run = trained_run(Client(url))
         expected = run.pass_(texts(0), backward=False).loss
@@ -175,9 +194,13 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
         service = open_service(base, None, train=str(tmp_path))
         worker = service.training.worker
         if not number:
-            worker.accept(run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString())
+            worker.accept(
+                run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString()
+            )
         if number < 5:
-            monkeypatch.setattr(worker.trainer, "compute", lambda passes, worker=worker: closing(worker))
+            monkeypatch.setattr(
+                worker.trainer, "compute", lambda passes, worker=worker: closing(worker)
+            )
         while worker.queue.active() and not worker._closing:
             worker.turn()
         answer = service.training.store.request(run.id, run.number)["answer"]
@@ -204,7 +227,9 @@ def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch)
         copied = other.post("copy_weights", **asked)
         assert other.post("copy_weights", **asked) == copied  # as after a connection that broke
         assert client.post("weights_info", tinker_path=copied["tinker_path"])["lora_rank"] == 4
-        begun = other.send("create_model", session_id=other.session, model_seq_id=0, base_model="tiny")
+        begun = other.send(
+            "create_model", session_id=other.session, model_seq_id=0, base_model="tiny"
+        )
         assert begun.status_code == 409
         trained = other.run(1)
         again = other.send("copy_weights", **{**asked, "model_seq_id": 1})
@@ -212,8 +237,11 @@ def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch)
         assert trained.id in again.json()["error"]["message"]
 
 
-def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(base, tmp_path, monkeypatch):
-    """With more clients than adapters that are held, each pushes out another's between its call and its turn."""
+def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(
+    base, tmp_path, monkeypatch
+):
+    """With more clients than adapters that are held, each pushes out another's between its call and
+    its turn."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
     training = service.training
     with listening(service) as (url, _):
@@ -251,7 +279,8 @@ def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
     assert all(token in it.training._files for token in tokens)
 
 
-# ---------------------------------------------------------------------------------------------- samples of many
+# ----------------------------------------------------------------------------------------------
+# samples of many
 
 
 @pytest.mark.parametrize(
@@ -264,7 +293,8 @@ def test_addresses_that_are_asked_for_at_once_are_all_good(it, client):
     ],
 )
 def test_no_tensor_of_a_request_ends_the_process(shape, crow):
-    """Rows whose differences overflow were a segmentation fault, of a request that is computed again at each start."""
+    """Rows whose differences overflow were a segmentation fault, of a request that is computed
+    again at each start."""
     message = MESSAGES["ForwardBackwardRequest"](model_id="x", loss_fn="cross_entropy", seq_id=1)
     datum = message.data.add()
     datum.model_input.add().encoded_text.tokens = np.arange(11, dtype="<i4").tobytes()
@@ -344,7 +374,9 @@ def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, c
     run = trained_run(client)
     session = run.sampler()
     path, bank = it.training.store.sampler(session)["path"], it.training.bank
-    bank.register(path, it.training.store.files_of(worker_place(path)) / "adapter", replace=True)  # which is cold
+    bank.register(
+        path, it.training.store.files_of(worker_place(path)) / "adapter", replace=True
+    )  # which is cold
     reads, go = threading.Event(), threading.Event()
     real = bank._acquire
 
@@ -367,7 +399,9 @@ def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, c
         bank._acquire = real
     until(lambda: bank._loader is not None and bank._loader.submit(lambda: True).result())
     until(lambda: not any(one.users for one in bank.status() if one.name == path))
-    assert np.isfinite(client.sample(session, TEXT, number=78, prompt_logprobs=True).prompt[1:]).all()
+    assert np.isfinite(
+        client.sample(session, TEXT, number=78, prompt_logprobs=True).prompt[1:]
+    ).all()
 
 
 def worker_place(path):

@@ -1,5 +1,6 @@
-"""A run begins from an adapter that exists: of the server's folder or library, or weights that the service wrote for
-samples and archives; and an archive can be encrypted for its reader, as the cookbook's download asks."""
+"""A run begins from an adapter that exists: of the server's folder or library, or weights that the
+service wrote for samples and archives; and an archive can be encrypted for its reader, as the
+cookbook's download asks."""
 
 from __future__ import annotations
 
@@ -18,10 +19,14 @@ from veneer.serve.access import Key, Keyring, hash_of
 
 def adapter_at(path, **config):
     model = tiny_model(**SHAPE)
-    handle = veneer.attach(model, veneer.LoraConfig(**{"rank": 4, "targets": ["attention", "mlp"], **config}))
+    handle = veneer.attach(
+        model, veneer.LoraConfig(**{"rank": 4, "targets": ["attention", "mlp"], **config})
+    )
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.2)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.2
+            )
     handle.save(path)
     return path
 
@@ -44,7 +49,9 @@ def test_a_run_from_weights_without_an_optimiser(client, it, kind):
     before = other.pass_(texts(7), backward=False).loss
     other.step(0.001)
     assert other.pass_(texts(7), backward=False).loss < before
-    client.result(run.ask("load_weights", path=path, optimizer=False))  # also into a run that goes on
+    client.result(
+        run.ask("load_weights", path=path, optimizer=False)
+    )  # also into a run that goes on
     with pytest.raises(Failed, match="holds no optimizer"):
         client.result(run.ask("load_weights", path=path, optimizer=True))
     with pytest.raises(Failed, match="holds no optimizer"):
@@ -52,7 +59,9 @@ def test_a_run_from_weights_without_an_optimiser(client, it, kind):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"rank": 2, "targets": "all-linear"}, {"variant": "dora"}, {"dtype": "bfloat16"}], ids=str
+    "config",
+    [{}, {"rank": 2, "targets": "all-linear"}, {"variant": "dora"}, {"dtype": "bfloat16"}],
+    ids=str,
 )
 def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
     adapter_at(tmp_path / "adapters" / "style", **config)
@@ -67,17 +76,25 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
         client = Client(url, "tml-vnr-a")
         run = begun(client, "style")
         ids = torch.tensor([TEXT])
-        loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+        )
         assert run.pass_([datum(TEXT)]).loss == pytest.approx(float(loss.detach()), rel=1e-3)
         run.step(0.01)
         loss.backward()
-        optimizer = torch.optim.AdamW(handle.parameters(), 0.01, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            handle.parameters(), 0.01, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0
+        )
         optimizer.step()
         after = run.pass_([datum(TEXT)], backward=False).loss
         trainer = service.training.worker.trainer
-        assert {parameter.dtype for own in trainer.runs.values() for parameter in own.parameters()} == {torch.float32}
+        assert {
+            parameter.dtype for own in trainer.runs.values() for parameter in own.parameters()
+        } == {torch.float32}
         if config.get("dtype") is None:
-            loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+            loss = torch.nn.functional.cross_entropy(
+                model(ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+            )
             assert after == pytest.approx(float(loss.detach()), rel=1e-2)
         info = client.post("get_info", model_id=run.id)
         assert info["lora_rank"] == config.get("rank", 4)
@@ -86,7 +103,10 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
         assert client.post("weights_info", tinker_path=path)["train_mlp"] is True
         assert client.sample(run.sampler(), TEXT).sequences[0].tokens
         refused = Client(url, "tml-vnr-b")
-        for name in ("style", "none"):  # one is not this key's, the other is not there: in the same words
+        for name in (
+            "style",
+            "none",
+        ):  # one is not this key's, the other is not there: in the same words
             answer = refused.send(
                 "load_weights", session_id=refused.session, model_seq_id=0, path=name, optimizer=False
             )  # fmt: skip
@@ -94,10 +114,15 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
             assert f"the adapter '{name}'" in answer.json()["error"]["message"]
         with pytest.raises(Failed, match="holds no optimizer"):
             begun(client, "style", 9, optimizer=True)
-    with listening(open_service(base, None, train=folder, keys=Keyring(keys))) as (url, _):  # the folder is gone
+    with listening(open_service(base, None, train=folder, keys=Keyring(keys))) as (
+        url,
+        _,
+    ):  # the folder is gone
         again = Client(url, "tml-vnr-a")
         again.session = client.session
-        assert Run(again, run.id, run.number).pass_([datum(TEXT)]).loss == pytest.approx(after, rel=1e-4)
+        assert Run(again, run.id, run.number).pass_([datum(TEXT)]).loss == pytest.approx(
+            after, rel=1e-4
+        )
 
 
 def test_an_archive_for_a_reader(client, it, tmp_path):
@@ -117,12 +142,16 @@ def test_an_archive_for_a_reader(client, it, tmp_path):
         begun(client, path)
     for wrong in ("age1x", "x"):
         with pytest.raises(Failed, match="a public key of age or SSH"):
-            client.result(run.ask("save_weights_external", path="no", age_encryption_recipients=[wrong]))
+            client.result(
+                run.ask("save_weights_external", path="no", age_encryption_recipients=[wrong])
+            )
 
 
 def test_a_server_without_the_cipher_says_so(client, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrage", None)
     run = trained_run(client, 1)
     with pytest.raises(Failed, match="pyrage"):
-        client.result(run.ask("save_weights_external", path="out", age_encryption_recipients=["age1x"]))
+        client.result(
+            run.ask("save_weights_external", path="out", age_encryption_recipients=["age1x"])
+        )
     assert client.result(run.ask("save_weights_external", path="out"))["path"]

@@ -1,4 +1,5 @@
-"""What fails of one run stays with that run: its owner is told, the others go on, the server ends cleanly."""
+"""What fails of one run stays with that run: its owner is told, the others go on, the server ends
+cleanly."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ WILD = {"rate": 10.0, "beta2": 0.0, "eps": 1e-20}
 
 
 def failure_of(ask):
-    """(words, category) of the error that a request comes to. The error itself would keep its client for long."""
+    """(words, category) of the error that a request comes to. The error itself would keep its
+    client for long."""
     try:
         ask()
     except Failed as error:
@@ -70,9 +72,16 @@ def test_a_run_that_diverges_is_told_and_holds_up_nobody(base, tmp_path):
         assert not service.training.worker.trainer.runs
         other = Client(url).run(seed=1)
         assert other.pass_(texts(0)).loss == pytest.approx(Local(seed=1).pass_(texts(0)), rel=1e-4)
-        for ask in (diverged.step, lambda: diverged.pass_(texts(0)), lambda: diverged.save("bad"), diverged.sampler):
+        for ask in (
+            diverged.step,
+            lambda: diverged.pass_(texts(0)),
+            lambda: diverged.save("bad"),
+            diverged.sampler,
+        ):
             assert failure_of(ask) == failed
-        assert [*service.training.worker.trainer.runs] == [service.training.worker.lines[other.id].name]
+        assert [*service.training.worker.trainer.runs] == [
+            service.training.worker.lines[other.id].name
+        ]
         bodies = [row["body"] for row in service.training.store.requests_after(diverged.id, -1)]
         assert all(bodies[-8:])  # the journal is kept
     with opened(base, tmp_path, runs=1) as (url, _):
@@ -85,19 +94,28 @@ def test_a_run_that_diverges_is_told_and_holds_up_nobody(base, tmp_path):
         twin = client.run(seed=1)
         client.result(twin.ask("load_weights", path=saved, optimizer=True))
         assert twin.pass_(texts(2)).loss == pytest.approx(revived, rel=1e-4)
-        assert continued(diverged, url).pass_(texts(2), backward=False).loss == pytest.approx(revived, rel=1e-4)
+        assert continued(diverged, url).pass_(texts(2), backward=False).loss == pytest.approx(
+            revived, rel=1e-4
+        )
 
 
 def test_a_run_that_diverged_can_be_unloaded(base, tmp_path):
     with opened(base, tmp_path, runs=1) as (url, _):
         run = Client(url).run()
         diverge(run)
-        assert run.client.result(run.client.post("unload_model", model_id=run.id))["model_id"] == run.id
+        assert (
+            run.client.result(run.client.post("unload_model", model_id=run.id))["model_id"]
+            == run.id
+        )
 
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), sqlite3.OperationalError("disk I/O error"), RuntimeError("a fault")],
+    [
+        OSError(28, "No space left on device"),
+        sqlite3.OperationalError("disk I/O error"),
+        RuntimeError("a fault"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, monkeypatch, error):
@@ -110,7 +128,9 @@ def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, mon
         fail_saves(monkeypatch, worker.trainer, worker.lines[run.id].name, error)
         other = Client(url).run(seed=2)
         assert other.pass_(texts(1)).loss == pytest.approx(Local(seed=2).pass_(texts(1)), rel=1e-4)
-        assert run.pass_(texts(1)).loss == pytest.approx(local.pass_(texts(1)), rel=1e-3)  # out of the journal
+        assert run.pass_(texts(1)).loss == pytest.approx(
+            local.pass_(texts(1)), rel=1e-3
+        )  # out of the journal
 
 
 def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, monkeypatch):
@@ -119,7 +139,12 @@ def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, m
     with listening(service) as (url, _):
         run = trained_run(Client(url))
         path = str(tmp_path / "runs" / "1")
-        fail_saves(monkeypatch, worker.trainer, worker.lines[run.id].name, AdapterError(f"{path} was not written"))
+        fail_saves(
+            monkeypatch,
+            worker.trainer,
+            worker.lines[run.id].name,
+            AdapterError(f"{path} was not written"),
+        )
         other = trained_run(Client(url), 5)
         assert [*worker.trainer.runs] == [worker.lines[other.id].name]
         words, category = failure_of(run.step)
@@ -134,7 +159,9 @@ def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path
     worker, store = service.training.worker, service.training.store
     with listening(service) as (url, _):
         runs = [trained_run(Client(url), number) for number in range(3)]
-        fail_saves(monkeypatch, worker.trainer, worker.lines[runs[0].id].name, OSError("no space left"))
+        fail_saves(
+            monkeypatch, worker.trainer, worker.lines[runs[0].id].name, OSError("no space left")
+        )
         service.drain(1.0)  # as SIGTERM does, before the server is closed
         states = [store.run(run.id)["state"] for run in runs]
         assert states == [-1, runs[1].number, runs[2].number]
@@ -149,13 +176,17 @@ def test_a_load_whose_state_cannot_be_written_holds_up_nobody(base, tmp_path, mo
         fail_saves(monkeypatch, worker.trainer, worker.lines[run.id].name, OSError("no space left"))
         turns = []
         monkeypatch.setattr("veneer.serve.training.worker.PAUSE", 0.0)
-        monkeypatch.setattr("veneer.serve.training.worker.log.exception", lambda *args: turns.append(args))
+        monkeypatch.setattr(
+            "veneer.serve.training.worker.log.exception", lambda *args: turns.append(args)
+        )
         run.client.result(run.ask("load_weights", path=saved, optimizer=True))
         other.pass_(texts(0)), run.pass_(texts(0))
         assert not [words for words in turns if "a turn" in words[0]]
 
 
-def test_a_run_of_an_older_journal_that_diverges_as_it_is_computed_again_is_told_once(base, tmp_path, monkeypatch):
+def test_a_run_of_an_older_journal_that_diverges_as_it_is_computed_again_is_told_once(
+    base, tmp_path, monkeypatch
+):
     """A server that did not look at what a step made has acknowledged it."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
     trainer = service.training.worker.trainer
@@ -164,13 +195,17 @@ def test_a_run_of_an_older_journal_that_diverges_as_it_is_computed_again_is_told
         failed = diverge(run)
     base_ = sqlite3.connect(Path(tmp_path) / "index.sqlite")
     with base_:
-        base_.execute("UPDATE requests SET done = 1, answer = ? WHERE done = 2", (b'{"metrics": {}}',))
+        base_.execute(
+            "UPDATE requests SET done = 1, answer = ? WHERE done = 2", (b'{"metrics": {}}',)
+        )
         base_.execute("DELETE FROM failed_runs")
     base_.close()
     assert not trainer.runs
     service = open_service(base, None, train=str(tmp_path), runs=1)
     steps, real = [], service.training.worker.trainer.step
-    monkeypatch.setattr(service.training.worker.trainer, "step", lambda *args: steps.append(args) or real(*args))
+    monkeypatch.setattr(
+        service.training.worker.trainer, "step", lambda *args: steps.append(args) or real(*args)
+    )
     with listening(service) as (url, _):
         run = continued(run, url)
         for _ in range(2):
@@ -190,7 +225,9 @@ def test_a_folder_of_a_run_that_is_gone_is_that_runs_failure(base, tmp_path):
         other.step()
 
 
-def test_an_adapter_that_cannot_be_read_any_more_is_not_the_failure_of_who_pushes_it_out(base, tmp_path):
+def test_an_adapter_that_cannot_be_read_any_more_is_not_the_failure_of_who_pushes_it_out(
+    base, tmp_path
+):
     service = open_service(base, None, train=str(tmp_path), runs=1)
     with listening(service) as (url, _):
         clients = [Client(url) for _ in range(2)]
@@ -202,7 +239,9 @@ def test_an_adapter_that_cannot_be_read_any_more_is_not_the_failure_of_who_pushe
         assert path not in service.bank
 
 
-def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(base, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(
+    base, tmp_path, monkeypatch
+):
     service = open_service(base, None, train=str(tmp_path))
     training = service.training
     with listening(service) as (url, _):
@@ -250,11 +289,14 @@ def test_a_client_that_comes_during_a_look_at_the_sessions_fails_none(it, monkey
         assert training._seen.keys() == {"new"}
 
 
-# ---------------------------------------------------------------------------------------------- room in memory
+# ----------------------------------------------------------------------------------------------
+# room in memory
 
 
 @pytest.mark.parametrize("kind", ["step", "save", "sampler", "create", "load", "now"])
-def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(base, tmp_path, monkeypatch, kind):
+def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(
+    base, tmp_path, monkeypatch, kind
+):
     service = open_service(base, None, train=str(tmp_path), runs=1)
     worker, started, go = service.training.worker, threading.Event(), threading.Event()
     with listening(service) as (url, _), ThreadPoolExecutor(1) as pool:
@@ -276,7 +318,12 @@ def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(base, tmp_p
         monkeypatch.setattr(worker.trainer, "tokens", 16)  # of one row in a batch
         passed = computed.ask_pass(texts(0, count=4))
         assert started.wait(20)
-        create = {"session_id": client.session, "model_seq_id": 2, "base_model": "tiny", "lora_config": {"rank": 4}}
+        create = {
+            "session_id": client.session,
+            "model_seq_id": 2,
+            "base_model": "tiny",
+            "lora_config": {"rank": 4},
+        }
         now = {"model": f"tinker://{run.id}/now", "prompt": "a", "max_tokens": 2}
         asks = {
             "step": lambda: run.ask_step(0.03),
@@ -284,7 +331,9 @@ def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(base, tmp_p
             "sampler": lambda: run.ask("save_weights_for_sampler", path="c"),
             "create": lambda: client.post("create_model", **create),
             "load": lambda: run.ask("load_weights", path=saved, optimizer=True),
-            "now": lambda: pool.submit(httpx.post, f"{url}/v1/completions", json=now, timeout=60, trust_env=False),
+            "now": lambda: pool.submit(
+                httpx.post, f"{url}/v1/completions", json=now, timeout=60, trust_env=False
+            ),
         }
         asked = asks[kind]()
         if kind == "now":
@@ -314,9 +363,18 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
         endless, other = runs
         promises = [endless.next() for _ in range(8)]
         for number in promises:
-            worker.accept(endless.id, number, PASS, endless.body(texts(2), "cross_entropy").SerializeToString())
+            worker.accept(
+                endless.id,
+                number,
+                PASS,
+                endless.body(texts(2), "cross_entropy").SerializeToString(),
+            )
         worker.turn()  # the first one has the place
-        body = other.body(texts(3), "cross_entropy").SerializeToString() if kind == "pass" else b'{"rate": 0.01}'
+        body = (
+            other.body(texts(3), "cross_entropy").SerializeToString()
+            if kind == "pass"
+            else b'{"rate": 0.01}'
+        )
         worker.accept(other.id, other.next(), PASS if kind == "pass" else "step", body)
         promise = worker.promise(other.id, other.number)
         while not promise.done():

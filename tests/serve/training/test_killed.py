@@ -1,4 +1,5 @@
-"""A server that is killed again and again while clients train: each ends as if nothing had happened."""
+"""A server that is killed again and again while clients train: each ends as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Server:
 
 
 def patiently(work):
-    """What ``work`` gives once a server answers. What was promised is not asked for anew: a promise holds."""
+    """What ``work`` gives once a server answers. What was promised is not asked for anew: a promise
+    holds."""
     while True:
         try:
             return work()
@@ -96,7 +98,11 @@ def test_no_promised_step_is_lost_in_twenty_kills(base, tmp_path):
             body = run.body(rows(100 * number + len(losses)), "cross_entropy")
             body.seq_id = run.number + 1
             passed = patiently(lambda: run.send(body.SerializeToString()))  # noqa: B023
-            step = {"model_id": run.id, "seq_id": run.number + 2, "adam_params": {"learning_rate": 0.005}}
+            step = {
+                "model_id": run.id,
+                "seq_id": run.number + 2,
+                "adam_params": {"learning_rate": 0.005},
+            }
             stepped = patiently(lambda: client.post("optim_step", **step))  # noqa: B023
             run.number += 2
             losses.append(patiently(lambda: run.passed(passed)).loss)  # noqa: B023

@@ -1,4 +1,5 @@
-"""Requests that wait, by run: what is kept of runs at rest, and of clients that ask again and again."""
+"""Requests that wait, by run: what is kept of runs at rest, and of clients that ask again and
+again."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_a_request_whose_turn_does_not_come_costs_no_turn_anything(base, tmp_pat
         assert not worker.queue.busy
 
 
-def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(base, tmp_path, monkeypatch):
+def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
+    base, tmp_path, monkeypatch
+):
     service = open_service(base, None, train=str(tmp_path))
     worker, store = service.training.worker, service.training.store
     with listening(service) as (url, _):
@@ -98,7 +101,9 @@ def test_a_client_that_polls_leaves_nothing_at_its_promise(it, client):
     try:
         for _ in range(3):
             with pytest.raises(Exception, match="timed out"):
-                client.http.post("/retrieve_future", json={"request_id": promised["request_id"]}, timeout=0.2)
+                client.http.post(
+                    "/retrieve_future", json={"request_id": promised["request_id"]}, timeout=0.2
+                )
         assert len(worker_promise._done_callbacks) <= 1
     finally:
         go.set()

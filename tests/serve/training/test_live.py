@@ -1,4 +1,5 @@
-"""What the page shows of runs: curves that no kill shortens, the route, samples of runs by name, numbers."""
+"""What the page shows of runs: curves that no kill shortens, the route, samples of runs by name,
+numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def stepped(curve, losses):
 
 
 def seen(url, key="tml-any", **query):
-    answer = httpx.get(f"{url}/api/v1/live", headers={"x-api-key": key}, params=query, trust_env=False)
+    answer = httpx.get(
+        f"{url}/api/v1/live", headers={"x-api-key": key}, params=query, trust_env=False
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -37,10 +40,13 @@ def seen(url, key="tml-any", **query):
 def completed(url, model, key="none", **fields):
     body = {"model": model, "prompt": TEXT, "max_tokens": 6, "temperature": 0.0, **fields}
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(f"{url}/v1/completions", headers=headers, json=body, timeout=60, trust_env=False)
+    return httpx.post(
+        f"{url}/v1/completions", headers=headers, json=body, timeout=60, trust_env=False
+    )
 
 
-# ---------------------------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------------------------
+# curves
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 1000, 5000])
@@ -63,13 +69,19 @@ def test_a_loss_is_of_the_tokens_that_count():
     own, rest = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 2.0])
     data = [Datum(torch.arange(4), torch.arange(4), {"weights": own})]
     curve.passed(6.0, "cross_entropy", data)
-    curve.passed(3.0, "cross_entropy", [Datum(torch.arange(4), torch.arange(4), {"weights": rest / 2})])
+    curve.passed(
+        3.0, "cross_entropy", [Datum(torch.arange(4), torch.arange(4), {"weights": rest / 2})]
+    )
     curve.stepped()
     curve.stepped()  # without a pass
-    curve.passed(8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})])
+    curve.passed(
+        8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})]
+    )
     curve.loaded()  # which takes the gradients
     curve.stepped()
-    curve.passed(8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})])
+    curve.passed(
+        8.0, "ppo", [Datum(torch.arange(4), torch.arange(4), {"advantages": -own, "logprobs": own})]
+    )
     curve.stepped()
     assert curve.shown() == [(1, 3.0), (4, 4.0)]
     assert curve.tokens == 16
@@ -89,7 +101,8 @@ def test_a_rate_is_of_the_last_seconds():
     assert rate.at(201.0) == pytest.approx(1000)
 
 
-# ---------------------------------------------------------------------------------------------- the route
+# ---------------------------------------------------------------------------------------------- the
+# route
 
 
 def test_a_run_as_it_goes_on(client, it):
@@ -121,7 +134,8 @@ def test_a_run_as_it_goes_on(client, it):
 
 
 def test_a_kill_loses_no_point(base, tmp_path):
-    """Of a run with a state in between, of one that was never written, and of one with a gradient that waits."""
+    """Of a run with a state in between, of one that was never written, and of one with a gradient
+    that waits."""
     service = open_service(base, None, train=str(tmp_path))
     worker = service.training.worker
     with listening(service) as (url, _):
@@ -148,14 +162,23 @@ def test_a_kill_loses_no_point(base, tmp_path):
         counts = {one["id"]: (one["steps"], len(one["losses"])) for one in seen(url)["runs"]}
         assert counts == dict.fromkeys(before, (4, 4))
     with opened(base, tmp_path) as (url, _):  # closed as it should be: read off the states
-        assert {one["id"]: (one["steps"], len(one["losses"])) for one in seen(url)["runs"]} == counts
+        assert {
+            one["id"]: (one["steps"], len(one["losses"])) for one in seen(url)["runs"]
+        } == counts
 
 
 def test_names_and_bounds(it, client, monkeypatch):
     store = it.training.store
     titled = store.new_session("", None, "<b>sweep</b>" * 40)
     config = {"rank": 2, "targets": ["mlp"]}
-    store.new_run(f"{titled}:train:3", titled, "", config, 0, {str(i) * 200: {"x": "y" * 500} for i in range(9)})
+    store.new_run(
+        f"{titled}:train:3",
+        titled,
+        "",
+        config,
+        0,
+        {str(i) * 200: {"x": "y" * 500} for i in range(9)},
+    )
     store.new_run(f"{titled}:train:4", titled, "", config, 0, {"name": "wide", "lr": 0.1})
     found = seen(it.url, limit=2)["runs"]
     assert [one["name"] for one in found] == ["wide", f"{('<b>sweep</b>' * 40)[:80]} · 3"]
@@ -167,14 +190,17 @@ def test_names_and_bounds(it, client, monkeypatch):
         assert httpx.get(f"{it.url}/api/v1/live?limit={wrong}", trust_env=False).status_code == 400
 
 
-# ---------------------------------------------------------------------------------------------- samples, tenants
+# ----------------------------------------------------------------------------------------------
+# samples, tenants
 
 
 def test_samples_of_the_base_of_a_run_now_and_of_a_checkpoint(client, it):
     run = client.run()
     now = f"tinker://{run.id}/now"
     first = run.pass_([datum(TEXT)]).loss
-    untrained, base = (completed(it.url, model).json()["choices"][0]["text"] for model in (now, "tiny"))
+    untrained, base = (
+        completed(it.url, model).json()["choices"][0]["text"] for model in (now, "tiny")
+    )
     assert untrained == base
     run.step(0.5)
     path = run.save("one")
@@ -192,7 +218,9 @@ def test_samples_of_the_base_of_a_run_now_and_of_a_checkpoint(client, it):
     assert answer["model"] == now
     stored = completed(it.url, path).json()["choices"][0]["text"]
     other = client.result(
-        client.post("load_weights", session_id=client.session, model_seq_id=7, path=path, optimizer=False)
+        client.post(
+            "load_weights", session_id=client.session, model_seq_id=7, path=path, optimizer=False
+        )
     )
     back = type(run)(client, other["model_id"])
     assert stored == expected(back.sampler(1))
@@ -222,19 +250,26 @@ def test_a_run_on_the_disk_is_read_and_goes_back(base, tmp_path):
 )  # fmt: skip
 def test_names_that_mean_nothing(it, model, status):
     if it.training.store.run("copy:train:0") is None:  # as copy_weights makes it
-        it.training.store.new_run("copy:train:0", "copy", "", {"rank": 2, "targets": ["mlp"]}, 0, None)
+        it.training.store.new_run(
+            "copy:train:0", "copy", "", {"rank": 2, "targets": ["mlp"]}, 0, None
+        )
     answer = completed(it.url, model)
     assert answer.status_code == status, answer.text
     assert "Expected" in answer.json()["error"]["message"]
 
 
 def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
-    keys = (Key("a", hash_of("vnr-a"), train=True), Key("b", hash_of("vnr-b"), tokens=60, train=True))
+    keys = (
+        Key("a", hash_of("vnr-a"), train=True),
+        Key("b", hash_of("vnr-b"), tokens=60, train=True),
+    )
     service = open_service(base, None, train=str(tmp_path), keys=Keyring(keys))
     with listening(service) as (url, _):
         own, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run, theirs = own.run(), other.run()
-        together = SimpleNamespace(runs=(run.id, theirs.id, "gone"), ended=service.training.worker._last)
+        together = SimpleNamespace(
+            runs=(run.id, theirs.id, "gone"), ended=service.training.worker._last
+        )
         service.training.worker.batch = together
         found = seen(url, "tml-vnr-a")
         assert [one["id"] for one in found["runs"]] == [run.id]

@@ -1,5 +1,5 @@
-"""The order of locks that the package's page gives, held by a server that is used by all at once; and that nobody
-waits for memory of the bank while another waits for them."""
+"""The order of locks that the package's page gives, held by a server that is used by all at once;
+and that nobody waits for memory of the bank while another waits for them."""
 
 from __future__ import annotations
 
@@ -93,13 +93,18 @@ class WatchedAgain(Watched):
 @pytest.fixture
 def watch(monkeypatch):
     """Of each lock that is made from now on, and the model's."""
-    watch, real = Watch(), {name: getattr(threading, name) for name in ("Lock", "RLock", "Condition")}
+    watch, real = (
+        Watch(),
+        {name: getattr(threading, name) for name in ("Lock", "RLock", "Condition")},
+    )
 
     def named():
         frame = sys._getframe(2)
         if not re.search(r"veneer/(serve|bank)/", frame.f_code.co_filename):
             return None
-        attribute = re.search(r"self\.(\w+)", linecache.getline(frame.f_code.co_filename, frame.f_lineno))
+        attribute = re.search(
+            r"self\.(\w+)", linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        )
         return f"{type(frame.f_locals['self']).__name__}.{attribute[1]}" if attribute else None
 
     def lock():
@@ -119,7 +124,9 @@ def watch(monkeypatch):
     for name, make in (("Lock", lock), ("RLock", rlock), ("Condition", condition)):
         monkeypatch.setattr(threading, name, make)
     changing = WatchedAgain(watch, "CHANGING", state_.CHANGING)
-    for module in [module for name, module in list(sys.modules.items()) if name.startswith("veneer.")]:
+    for module in [
+        module for name, module in list(sys.modules.items()) if name.startswith("veneer.")
+    ]:
         if getattr(module, "CHANGING", None) is changing.lock:
             monkeypatch.setattr(module, "CHANGING", changing)
     return watch
@@ -138,7 +145,9 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
             for step in range(3):
                 run.pass_(texts(step)), run.step(0.01)
                 client.sample(session, TEXT, number=10 * step, prompt_logprobs=True)
-                client.sample(run.sampler(10 * number + step + 1), TEXT, number=step, prompt_logprobs=True)
+                client.sample(
+                    run.sampler(10 * number + step + 1), TEXT, number=step, prompt_logprobs=True
+                )
                 run.save(f"at-{step}", overwrite=True)
                 httpx.get(f"{url}/api/v1/live", trust_env=False)
                 httpx.get(f"{url}/metrics", trust_env=False)
@@ -153,7 +162,11 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         service.bank.capacity = None
     names = {name for pair in watch.pairs for name in pair} | {name for _, name in watch.takes}
     assert names <= {*ORDER}, f"not in the order of the page: {names - {*ORDER}}"
-    against = {pair: thread for pair, thread in watch.pairs.items() if not ORDER.index(pair[0]) < ORDER.index(pair[1])}
+    against = {
+        pair: thread
+        for pair, thread in watch.pairs.items()
+        if not ORDER.index(pair[0]) < ORDER.index(pair[1])
+    }
     assert not against
     assert {"Bank._loading", "Turn._now", "Queue.wake", "Store._lock"} <= names
     loaders = {thread for thread, name in watch.takes if name == "Bank._loading"}
@@ -166,8 +179,11 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
     assert {held for _, name, held in watch.waits if name != "Bank._changed"} <= {()}
 
 
-def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(base, tmp_path, monkeypatch):
-    """There is memory for one adapter. That of the prompt was in memory, another one pushes it out before its turn."""
+def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
+    base, tmp_path, monkeypatch
+):
+    """There is memory for one adapter. That of the prompt was in memory, another one pushes it out
+    before its turn."""
     monkeypatch.setattr("veneer.bank.bank.PATIENCE", 20.0)
     service = open_service(base, None, train=str(tmp_path))
     engine, bank, worker = service.engine, service.bank, service.training.worker
@@ -178,12 +194,16 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(base, tm
         run.pass_(texts(0)), run.step()
         sessions.append(run.sampler(1))
         paths = [service.training.store.sampler(session)["path"] for session in sessions]
-        expected = client.sample(sessions[0], TEXT, number=5, prompt_logprobs=True, params={"max_tokens": 1}).prompt
+        expected = client.sample(
+            sessions[0], TEXT, number=5, prompt_logprobs=True, params={"max_tokens": 1}
+        ).prompt
         bank.capacity = int(1.5 * max(status.bytes for status in bank.status()))
         bank.register(paths[1], service.training.folder_of(paths[1]), replace=True)
         bank.prefetch(paths[0]).result(timeout=20)
         pieces, real, began = [], worker.do, threading.Event()
-        request = Request(TEXT, {paths[1]: 1.0}, Sampling(max_tokens=100, ignore_eos=True), 60.0, "other")
+        request = Request(
+            TEXT, {paths[1]: 1.0}, Sampling(max_tokens=100, ignore_eos=True), 60.0, "other"
+        )
 
         def do(work, *args):
             if not began.is_set():
@@ -195,7 +215,12 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(base, tm
         monkeypatch.setattr(worker, "do", do)
         with ThreadPoolExecutor(1) as pool:
             told = pool.submit(
-                client.sample, sessions[0], TEXT, number=6, prompt_logprobs=True, params={"max_tokens": 1}
+                client.sample,
+                sessions[0],
+                TEXT,
+                number=6,
+                prompt_logprobs=True,
+                params={"max_tokens": 1},
             )
             found = told.result(timeout=10).prompt
         np.testing.assert_allclose(found[1:], expected[1:], atol=1e-4)

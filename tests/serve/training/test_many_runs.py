@@ -20,7 +20,11 @@ RUNS, RESIDENT, EARLY = 1000, 50, 200
 
 
 def resident_bytes() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -59,6 +63,9 @@ def test_a_thousand_runs_of_which_fifty_are_in_memory(base, tmp_path, capsys):
             print(
                 f"\n{RUNS} runs of {size / 1e3:.0f} kB and as much twice of their optimiser: {grown / 1e3:.1f} kB more"
             )
-            print(f"memory each; a step {statistics.median(warm) * 1e3:.0f} ms, of one that comes back", end=" ")
+            print(
+                f"memory each; a step {statistics.median(warm) * 1e3:.0f} ms, of one that comes back",
+                end=" ",
+            )
             print(f"{statistics.median(cold) * 1e3:.0f} ms (at most {max(cold) * 1e3:.0f})")
         assert grown < size  # of each, were it held, there would be three times as much

@@ -1,4 +1,5 @@
-"""Who may train: an untrained run answers as the base does, so a key has no runs unless its entry says so."""
+"""Who may train: an untrained run answers as the base does, so a key has no runs unless its entry
+says so."""
 
 from __future__ import annotations
 
@@ -42,9 +43,14 @@ ROUTES = [
 
 @pytest.mark.parametrize(("method", "route", "body"), ROUTES)
 @pytest.mark.parametrize("key", ["reader", "operator"])
-def test_a_key_that_may_not_train_reaches_nothing_of_the_service(addresses, method, route, body, key):
+def test_a_key_that_may_not_train_reaches_nothing_of_the_service(
+    addresses, method, route, body, key
+):
     url, run, path = addresses
-    fields = {n: {"PATH": path, "RUN": run.id, "RUN:1": f"{run.id}:1"}.get(str(v), v) for n, v in (body or {}).items()}
+    fields = {
+        n: {"PATH": path, "RUN": run.id, "RUN:1": f"{run.id}:1"}.get(str(v), v)
+        for n, v in (body or {}).items()
+    }
     options = {} if body is None else {"json": fields}
     headers = {"x-api-key": f"tml-vnr-{key}"}
     with httpx.Client(base_url=f"{url}/api/v1", headers=headers, trust_env=False) as http:
@@ -70,7 +76,9 @@ def test_neither_do_models_by_their_paths(addresses):
 def test_files_by_their_addresses_and_health_need_no_key(addresses):
     url, run, _ = addresses
     client = run.client
-    place = client.result(run.ask("save_weights_external", path="out"))["path"].partition(f"{run.id}/")[2]
+    place = client.result(run.ask("save_weights_external", path="out"))["path"].partition(
+        f"{run.id}/"
+    )[2]
     urls = client.get(f"training_runs/{run.id}/checkpoints/{place}/external_weights_urls")["urls"]
     assert httpx.get(urls["adapter_config.json"], trust_env=False).status_code == 200
     assert httpx.get(f"{url}/api/v1/healthz", trust_env=False).status_code == 200

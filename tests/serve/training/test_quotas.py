@@ -23,7 +23,11 @@ def limited(**limits):
 
 
 def saved(run, kind, name):
-    route = {"weights": "save_weights", "external": "save_weights_external", "sampler": "save_weights_for_sampler"}
+    route = {
+        "weights": "save_weights",
+        "external": "save_weights_external",
+        "sampler": "save_weights_for_sampler",
+    }
     fields = {"sampling_session_seq_id": 0} if name is None else {"path": name}
     return run.client.result(run.ask(route[kind], **fields))
 
@@ -32,7 +36,9 @@ def used(client):
     return sum(one["size_bytes"] for one in client.get("checkpoints")["checkpoints"])
 
 
-@pytest.mark.parametrize(("kind", "name"), [("weights", "s"), ("external", "s"), ("sampler", "s"), ("sampler", None)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("weights", "s"), ("external", "s"), ("sampler", "s"), ("sampler", None)]
+)
 def test_no_checkpoint_goes_past_the_bytes_of_its_key(base, tmp_path, kind, name):
     with opened(base, tmp_path / "size") as (url, _):
         client = Client(url)
@@ -44,7 +50,9 @@ def test_no_checkpoint_goes_past_the_bytes_of_its_key(base, tmp_path, kind, name
         with pytest.raises(Failed, match="bytes of key 'a'"):
             saved(run, kind, name)
         assert client.get("checkpoints")["checkpoints"] == []
-        assert list((tmp_path / "runs" / "runs").rglob("*.safetensors")) == []  # and nothing is left of it
+        assert (
+            list((tmp_path / "runs" / "runs").rglob("*.safetensors")) == []
+        )  # and nothing is left of it
 
 
 def test_a_checkpoint_may_take_the_room_of_the_one_that_it_replaces(base, tmp_path):
@@ -106,7 +114,10 @@ def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
         assert sorted(answers) == [200, 200, *[403] * 6]
         assert begin(answers.index(200)) == 200  # asked for again
         assert len(client.get("training_runs")["training_runs"]) == 2
-        assert Run(client, f"{client.session}:train:{answers.index(200)}").pass_([datum(TEXT)]).loss > 0
+        assert (
+            Run(client, f"{client.session}:train:{answers.index(200)}").pass_([datum(TEXT)]).loss
+            > 0
+        )
 
 
 @pytest.mark.parametrize("route", ["asample", "completions"])
@@ -124,7 +135,10 @@ def test_samples_that_begin_at_once_stay_within_the_tokens_of_a_day(base, tmp_pa
                 return httpx.post(f"{url}/v1/completions", json=body, headers=BEARER, timeout=60)
             sampling = {"max_tokens": most, "stop": []}
             response = client.send(
-                "asample", base_model="tiny", prompt={"chunks": [{"tokens": prompt}]}, sampling_params=sampling
+                "asample",
+                base_model="tiny",
+                prompt={"chunks": [{"tokens": prompt}]},
+                sampling_params=sampling,
             )
             if response.status_code == 200:
                 client.result(response.json(), "SampleResponse")
@@ -146,10 +160,16 @@ def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
     with listening(service) as (url, _):
         client, store = Client(url, "tml-vnr-a"), service.training.store
         path = client.run().save("x")
-        first = client.sample(None, TEXT[:4], params={"max_tokens": 1, "stop": []}).sequences[0].tokens[0]
+        first = (
+            client.sample(None, TEXT[:4], params={"max_tokens": 1, "stop": []})
+            .sequences[0]
+            .tokens[0]
+        )
         until(lambda: store.tokens_of("a") == 5)
         if route == "asample":
-            (short,) = client.sample(None, TEXT[:4], params={"max_tokens": 150, "stop": [first]}).sequences
+            (short,) = client.sample(
+                None, TEXT[:4], params={"max_tokens": 150, "stop": [first]}
+            ).sequences
             assert short.tokens == [first]
             with pytest.raises(Failed, match="token 1000000"):
                 client.sample(None, [10**6], params={"max_tokens": 9})

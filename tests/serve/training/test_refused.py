@@ -1,4 +1,5 @@
-"""A request that is refused, or never comes, leaves no number of its run out: what follows is computed."""
+"""A request that is refused, or never comes, leaves no number of its run out: what follows is
+computed."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def send(run, route, body, number):
     address = json.dumps({"model_id": run.id, "seq_id": number})[:-1]
     rest = body if isinstance(body, str) else json.dumps(body)[1:-1]
     content = f"{address}{', ' if rest else ''}{rest}}}"
-    return run.client.http.post(f"/{route}", content=content, headers={"content-type": "application/json"})
+    return run.client.http.post(
+        f"/{route}", content=content, headers={"content-type": "application/json"}
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -72,7 +75,9 @@ def test_what_has_no_number_of_the_keys_own_run_is_refused_as_it_is(base, tmp_pa
         assert client.send(STEP, sharpness=3, seq_id=1).status_code == 400
         foreign = send(Run(other, run.id), STEP, {"sharpness": 3}, 1)
         assert foreign.status_code == 400
-        broken = client.http.post("/optim_step", content=b'{"model_id": ', headers={"content-type": "application/json"})
+        broken = client.http.post(
+            "/optim_step", content=b'{"model_id": ', headers={"content-type": "application/json"}
+        )
         assert broken.status_code == 400
         assert run.step(0.0)["metrics"]  # number 1 was nobody's
         client.result(client.post("unload_model", model_id=run.id))
@@ -113,7 +118,11 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
     monkeypatch.setattr(lines_, "MOST_BYTES", len(bodies[1].SerializeToString()))
     last = run.send(bodies[1].SerializeToString())
     headers = {"content-type": "application/x-protobuf"}
-    sent = lambda body: client.http.post("/forward_backward", content=body.SerializeToString(), headers=headers)  # noqa: E731
+
+    def sent(body):
+        content = body.SerializeToString()
+        return client.http.post("/forward_backward", content=content, headers=headers)
+
     assert sent(bodies[2]).status_code == 429
     assert sent(bodies[0]).status_code == 200
     assert run.passed(last).loss > 0

@@ -34,12 +34,17 @@ def it(base, tmp_path_factory):
     service = open_service(base, None, train=str(tmp_path_factory.mktemp("runs")))
     with listening(service, 1.0, files.router) as (url, _):
         client = Client(url)
-        runs = [named(client, number, name) for number, name in enumerate(["alpha", "beta", "gamma", None])]
+        runs = [
+            named(client, number, name)
+            for number, name in enumerate(["alpha", "beta", "gamma", None])
+        ]
         for step in range(3):
             for run in runs:
                 run.pass_(texts(step))
                 run.step(0.3)
-        yield SimpleNamespace(url=url, service=service, training=service.training, client=client, runs=runs)
+        yield SimpleNamespace(
+            url=url, service=service, training=service.training, client=client, runs=runs
+        )
     files.FILES["page.js"] = script
 
 
@@ -122,7 +127,9 @@ def test_runs_are_seen_as_they_train(show, it):
     expect(page.locator("#runs-batch")).to_contain_text(
         "Nothing is trained now. The last batch, 5 min ago, was of alpha"
     )
-    it.training.worker.do(lambda: it.training.worker.let_go(it.training.worker.lines[run.id])).result()
+    it.training.worker.do(
+        lambda: it.training.worker.let_go(it.training.worker.lines[run.id])
+    ).result()
     expect(said).to_contain_text("on disk")
     expect(page.locator("#notice")).to_be_hidden()
 
@@ -135,7 +142,9 @@ def test_the_base_a_run_and_a_checkpoint_answer_side_by_side(show, it):
     expect(beta.locator(".checkpoints")).to_be_hidden()
     path = run.save("early")
     beta.get_by_text("1 checkpoint", exact=True).click()
-    expect(beta.locator(".checkpoint .facts")).to_have_text(re.compile(r"^training state · [\d.]+ KiB · .*20\d\d"))
+    expect(beta.locator(".checkpoint .facts")).to_have_text(
+        re.compile(r"^training state · [\d.]+ KiB · .*20\d\d")
+    )
     expect(beta.locator(".checkpoint .path")).to_have_text(path)
     for _ in range(3):
         run.pass_([datum(TEXT)])
@@ -153,10 +162,16 @@ def test_the_base_a_run_and_a_checkpoint_answer_side_by_side(show, it):
     run.step(0.5)
     ask(page)  # the run has gone on; base and checkpoint are what they were
     ended(page, "done", "done", "done")
-    assert [said[place] == answer(page, place).text_content() for place in range(3)] == [True, False, True]
+    assert [said[place] == answer(page, place).text_content() for place in range(3)] == [
+        True,
+        False,
+        True,
+    ]
     it.client.http.delete(f"/training_runs/{run.id}/checkpoints/weights/early")
     expect(beta.locator(".checkpoints")).to_be_hidden()
-    expect(column(page, 2).locator(".model option:checked")).to_have_text("beta, early (not on the server)")
+    expect(column(page, 2).locator(".model option:checked")).to_have_text(
+        "beta, early (not on the server)"
+    )
     ask(page)
     ended(page, "done", "done", "failed")
     expect(column(page, 2).get_by_role("alert")).to_contain_text("the checkpoint")
@@ -179,7 +194,9 @@ def test_many_runs_and_names_of_strangers(show, it):
         expect(rows.nth(number)).to_have_text(f"{NASTY} ({session[:8]} · {number})")
     expect(rows.nth(2)).to_have_text(f"{NASTY} · 2")
     expect(page.locator(".run > .facts").nth(0)).to_contain_text(f"{NASTY} {NASTY}")
-    expect(page.locator(".run > .facts").nth(2)).to_have_text("rank 2 · attention alone · 0 tokens · on disk")
+    expect(page.locator(".run > .facts").nth(2)).to_have_text(
+        "rank 2 · attention alone · 0 tokens · on disk"
+    )
     assert page.evaluate("window.pwned") is None
     assert page.locator("body img, body script, body b").count() == 0
     store._do("DELETE FROM runs WHERE session = ?", session)
@@ -191,15 +208,22 @@ def test_on_small_and_wide_screens_in_light_and_dark(show, it, width, scheme):
     phone = width < 1000
     options = {**(PHONE if phone else {}), "viewport": {"width": width, "height": 844}}
     page = show(it.url, color_scheme=scheme, reduced_motion="reduce", **options)
-    it.runs[2].result = it.runs[2].save("a-name-of-a-checkpoint-without-a-space" * 3, overwrite=True)
+    it.runs[2].result = it.runs[2].save(
+        "a-name-of-a-checkpoint-without-a-space" * 3, overwrite=True
+    )
     gamma = row(page, "gamma")
     gamma.locator("summary").click()
     expect(gamma.locator(".checkpoint .path")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert page.evaluate(
+        "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    )
     assert page.evaluate("document.getAnimations().length") == 0
     assert page.evaluate(CONTRAST) == []
     assert not phone or page.evaluate(SMALL) == []
-    boxes = [each.bounding_box() for each in (gamma, gamma.locator(".curve"), gamma.locator(".checkpoint .path"))]
+    boxes = [
+        each.bounding_box()
+        for each in (gamma, gamma.locator(".curve"), gamma.locator(".checkpoint .path"))
+    ]
     for box in boxes:  # nothing sticks out of its run
         assert box["x"] >= boxes[0]["x"]
         assert box["x"] + box["width"] <= boxes[0]["x"] + boxes[0]["width"]
@@ -247,7 +271,9 @@ def test_each_key_sees_its_own(show, base, tmp_path):
                 expect(page.get_by_text(f'tinker.ServiceClient(base_url="{url}")')).to_be_visible()
                 break
             expect(page.locator(".run > .name")).to_have_text([f"of-{key}"])
-        service.training.worker.batch = Batch(tuple(run.id for run in runs.values()), time.monotonic())
+        service.training.worker.batch = Batch(
+            tuple(run.id for run in runs.values()), time.monotonic()
+        )
         page.reload()
         assert "of-" not in page.locator("body").inner_text()
         page.context.close()

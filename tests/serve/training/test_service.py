@@ -1,4 +1,5 @@
-"""The training service over HTTP, by handmade requests: what it computes, in which order, for whom; what it refuses.
+"""The training service over HTTP, by handmade requests: what it computes, in which order, for whom;
+what it refuses.
 
 The `tinker` SDK itself, from the registry, drives it in test_tinker.py."""
 
@@ -33,10 +34,13 @@ TEXT = [40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 150, 161]
 
 def texts(seed, count=3):
     draw = random.Random(seed)
-    return [datum([draw.randrange(3, 259) for _ in range(draw.randint(2, 14))]) for _ in range(count)]
+    return [
+        datum([draw.randrange(3, 259) for _ in range(draw.randint(2, 14))]) for _ in range(count)
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------
+# training
 
 
 def test_a_run_ends_at_the_losses_of_the_same_run_by_hand(client):
@@ -132,7 +136,8 @@ def test_a_step_without_a_pass_changes_nothing(client):
     np.testing.assert_array_equal(run.pass_([datum(TEXT)], backward=False).logprobs[0], before)
 
 
-# ---------------------------------------------------------------------------------------------- what is wrong
+# ----------------------------------------------------------------------------------------------
+# what is wrong
 
 
 BAD = {
@@ -175,7 +180,9 @@ def test_settings_that_would_not_end_in_numbers(client):
         with pytest.raises(Failed, match="a number from"):
             client.result(run.ask("optim_step", adam_params=adam))
     with pytest.raises(Failed, match="another optimizer"):
-        client.result(run.ask("optim_step", optimizer_params={"type": "dimuon", "learning_rate": 1.0}))
+        client.result(
+            run.ask("optim_step", optimizer_params={"type": "dimuon", "learning_rate": 1.0})
+        )
     assert run.step()["metrics"]
 
 
@@ -188,7 +195,12 @@ def test_what_is_not_here_is_refused_with_words(client):
             400,
             "base model 'other'",
         ),
-        ("create_model", {"session_id": "none", "model_seq_id": 9, "base_model": "tiny"}, 404, "the session 'none'"),
+        (
+            "create_model",
+            {"session_id": "none", "model_seq_id": 9, "base_model": "tiny"},
+            404,
+            "the session 'none'",
+        ),
         (
             "create_model",
             {
@@ -206,15 +218,30 @@ def test_what_is_not_here_is_refused_with_words(client):
                 "session_id": client.session,
                 "model_seq_id": 9,
                 "base_model": "tiny",
-                "lora_config": {"rank": 4, "train_attn": False, "train_mlp": False, "train_unembed": False},
+                "lora_config": {
+                    "rank": 4,
+                    "train_attn": False,
+                    "train_mlp": False,
+                    "train_unembed": False,
+                },
             },
             400,
             "nothing to train",
         ),
         ("create_custom_loss", {}, 400, "one that the client computes"),
         ("optim_step", {"model_id": "none:train:0", "adam_params": {}}, 404, "training run"),
-        ("optim_step", {"model_id": run.id, "adam_params": {"learning_rate": "fast"}}, 400, "learning_rate"),
-        ("optim_step", {"model_id": run.id, "adam_params": {}, "sharpness": 3}, 400, "field 'sharpness'"),
+        (
+            "optim_step",
+            {"model_id": run.id, "adam_params": {"learning_rate": "fast"}},
+            400,
+            "learning_rate",
+        ),
+        (
+            "optim_step",
+            {"model_id": run.id, "adam_params": {}, "sharpness": 3},
+            400,
+            "field 'sharpness'",
+        ),
         (
             "create_sampling_session",
             {"session_id": client.session, "sampling_session_seq_id": 0},
@@ -233,7 +260,11 @@ def test_what_is_not_here_is_refused_with_words(client):
         ),
         (
             "create_sampling_session",
-            {"session_id": client.session, "sampling_session_seq_id": 0, "model_path": "tinker://a/../b"},
+            {
+                "session_id": client.session,
+                "sampling_session_seq_id": 0,
+                "model_path": "tinker://a/../b",
+            },
             400,
             "the path",
         ),
@@ -250,7 +281,11 @@ def test_what_is_not_here_is_refused_with_words(client):
 
 def test_a_rank_that_does_not_fit_fails_its_run(client):
     promised = client.post(
-        "create_model", session_id=client.session, model_seq_id=3, base_model="tiny", lora_config={"rank": 99}
+        "create_model",
+        session_id=client.session,
+        model_seq_id=3,
+        base_model="tiny",
+        lora_config={"rank": 99},
     )
     with pytest.raises(Failed, match="rank"):
         client.result(promised)
@@ -272,7 +307,10 @@ def test_no_body_is_a_bug(client):
                 body[place] = draw.randrange(256)
             else:
                 del body[place : place + draw.randint(1, 9)]
-        assert client.http.post("/forward_backward", content=bytes(body), headers=headers).status_code < 500
+        assert (
+            client.http.post("/forward_backward", content=bytes(body), headers=headers).status_code
+            < 500
+        )
     routes = [
         "create_session",
         "create_model",
@@ -315,15 +353,26 @@ def test_no_body_is_a_bug(client):
         response = client.send(draw.choice(routes), **body)
         assert response.status_code < 500, (body, response.text)
     assert (
-        client.http.post("/optim_step", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+        client.http.post(
+            "/optim_step", content=b"{", headers={"content-type": "application/json"}
+        ).status_code
+        == 400
     )
-    packed = client.http.post("/forward_backward", content=whole, headers={**headers, "content-encoding": "zstd"})
+    packed = client.http.post(
+        "/forward_backward", content=whole, headers={**headers, "content-encoding": "zstd"}
+    )
     assert packed.status_code == 415
-    assert client.http.post("/forward_backward", content=b"x" * (2**24 + 1), headers=headers).status_code == 413
+    assert (
+        client.http.post(
+            "/forward_backward", content=b"x" * (2**24 + 1), headers=headers
+        ).status_code
+        == 413
+    )
     assert client.run(1).pass_(texts(0)).loss > 0
 
 
-# ---------------------------------------------------------------------------------------------- samples
+# ----------------------------------------------------------------------------------------------
+# samples
 
 
 def trained_run(client, steps=3):
@@ -366,25 +415,40 @@ def test_inflight_weights_follow_the_run(client):
 
 
 def test_samples_of_the_base_with_seeds_and_stops(client, it):
-    found = client.sample(None, TEXT, count=3, params={"temperature": 1.0, "seed": 5, "max_tokens": 8})
-    again = client.sample(None, TEXT, count=3, params={"temperature": 1.0, "seed": 5, "max_tokens": 8})
+    found = client.sample(
+        None, TEXT, count=3, params={"temperature": 1.0, "seed": 5, "max_tokens": 8}
+    )
+    again = client.sample(
+        None, TEXT, count=3, params={"temperature": 1.0, "seed": 5, "max_tokens": 8}
+    )
     assert [one.tokens for one in found.sequences] == [one.tokens for one in again.sequences]
     assert len({tuple(one.tokens) for one in found.sequences}) == 3
     (greedy,) = client.sample(None, TEXT, params={"max_tokens": 8, "stop": []}).sequences
     with torch.no_grad():
         expected = tiny_model(tie_word_embeddings=False).generate(
-            torch.tensor([TEXT]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+            torch.tensor([TEXT]),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
         )
     assert greedy.tokens == expected[0, len(TEXT) :].tolist()
     place = next(i for i in range(1, 8) if greedy.tokens[i] not in greedy.tokens[:i])
-    (cut,) = client.sample(None, TEXT, params={"max_tokens": 8, "stop": [greedy.tokens[place]]}).sequences
+    (cut,) = client.sample(
+        None, TEXT, params={"max_tokens": 8, "stop": [greedy.tokens[place]]}
+    ).sequences
     assert cut.tokens == greedy.tokens[: place + 1]
     assert cut.stop == "stop"
 
 
 def test_what_is_said_of_a_prompt(client):
     with torch.no_grad():
-        logprobs = tiny_model(tie_word_embeddings=False)(torch.tensor([TEXT])).logits[0].log_softmax(-1)[:-1].numpy()
+        logprobs = (
+            tiny_model(tie_word_embeddings=False)(torch.tensor([TEXT]))
+            .logits[0]
+            .log_softmax(-1)[:-1]
+            .numpy()
+        )
     targets = np.full((11, 2), -1)
     targets[4], targets[7, 1] = (5, 6), 8
     sparse = {"data": [5, 6, 8], "dtype": "int64", "shape": [11, 2], "sparse_col_indices": [0, 1, 1],
@@ -417,7 +481,9 @@ def test_what_is_said_of_a_prompt(client):
     found = client.sample(None, TEXT, target_prompt_logprobs=sparse).message.target_prompt_logprobs
     assert list(found.shape) == [11, 2]
     np.testing.assert_allclose(
-        np.frombuffer(found.sparse_csr.values, "<f4"), [*logprobs[4, [5, 6]], logprobs[7, 8]], atol=1e-5
+        np.frombuffer(found.sparse_csr.values, "<f4"),
+        [*logprobs[4, [5, 6]], logprobs[7, 8]],
+        atol=1e-5,
     )
 
 
@@ -428,8 +494,14 @@ def test_what_is_said_of_a_prompt(client):
         ({"prompt": []}, "a prompt of 0 tokens"),
         ({"prompt": [5] * 300}, "a prompt of 300 tokens"),
         ({"prompt_logprobs_last_n": 3}, "with prompt_logprobs"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "a row for each token"),
-        ({"target_prompt_logprobs": {"data": [999] * 11, "dtype": "int64", "shape": [11, 1]}}, "ids below 259"),
+        (
+            {"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}},
+            "a row for each token",
+        ),
+        (
+            {"target_prompt_logprobs": {"data": [999] * 11, "dtype": "int64", "shape": [11, 1]}},
+            "ids below 259",
+        ),
         ({"record_stability_info": True}, "stable_reinforce"),
     ],
 )
@@ -441,7 +513,10 @@ def test_samples_that_cannot_be_drawn(client, fields, words):
 
 def test_a_sample_can_be_cancelled_and_clones_have_numbers(client):
     session = trained_run(client, 1).sampler()
-    assert [client.post("join_sampling_session", sampling_session_id=session)["client_counter"] for _ in range(2)] == [
+    assert [
+        client.post("join_sampling_session", sampling_session_id=session)["client_counter"]
+        for _ in range(2)
+    ] == [
         1,
         2,
     ]
@@ -455,7 +530,8 @@ def test_a_sample_can_be_cancelled_and_clones_have_numbers(client):
     assert client.get(f"samplers/{session}")["base_model"] == "tiny"
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def test_a_checkpoint_goes_on_with_its_optimiser(client, it):
@@ -468,7 +544,9 @@ def test_a_checkpoint_goes_on_with_its_optimiser(client, it):
     for step in range(3, 6):
         after.append(run.pass_(texts(step)).loss)
         run.step(0.02)
-    asked = client.post("load_weights", session_id=client.session, model_seq_id=5, path=path, optimizer=True)
+    asked = client.post(
+        "load_weights", session_id=client.session, model_seq_id=5, path=path, optimizer=True
+    )
     other = type(run)(client, client.result(asked)["model_id"])
     for step in range(3, 6):
         assert other.pass_(texts(step)).loss == pytest.approx(after[step - 3], rel=1e-5)
@@ -481,7 +559,10 @@ def test_a_checkpoint_goes_on_with_its_optimiser(client, it):
     with pytest.raises(Failed, match="which exists"):
         run.save("third")
     assert run.save("third", overwrite=True) == path
-    for name, fields, words in (("a/b", {}, "the name"), ("short", {"ttl_seconds": 3}, "ttl_seconds 3")):
+    for name, fields, words in (
+        ("a/b", {}, "the name"),
+        ("short", {"ttl_seconds": 3}, "ttl_seconds 3"),
+    ):
         with pytest.raises(Failed, match=words):
             run.save(name, **fields)
 
@@ -500,25 +581,40 @@ def test_checkpoints_are_listed_published_copied_and_deleted(client):
     described = client.get(f"training_runs/{run.id}")
     assert described["last_checkpoint"]["tinker_path"] == path
     assert described["lora_rank"] == 4
-    assert run.id in [one["training_run_id"] for one in client.get("training_runs?limit=1000")["training_runs"]]
+    assert run.id in [
+        one["training_run_id"] for one in client.get("training_runs?limit=1000")["training_runs"]
+    ]
     info = client.post("weights_info", tinker_path=path)
     assert info["train_unembed"] is info["train_attn"] is True
     place = f"training_runs/{run.id}/checkpoints/weights/a"
     assert client.http.put(f"/{place}/ttl", json={"ttl_seconds": 7200}).status_code == 204
-    assert client.get(f"training_runs/{run.id}/checkpoints")["checkpoints"][-1]["expires_at"] is not None
+    assert (
+        client.get(f"training_runs/{run.id}/checkpoints")["checkpoints"][-1]["expires_at"]
+        is not None
+    )
     copied = client.post("copy_weights", source_path=path)["tinker_path"]
     assert client.http.delete(f"/{place}").status_code == 204
     assert client.send("weights_info", tinker_path=path).status_code == 404
     assert client.post("weights_info", tinker_path=copied)["lora_rank"] == 4
     session = client.post(
-        "create_sampling_session", session_id=client.session, sampling_session_seq_id=4, model_path=copied
+        "create_sampling_session",
+        session_id=client.session,
+        sampling_session_seq_id=4,
+        model_path=copied,
     )["sampling_session_id"]
     trained = run.pass_([datum(TEXT)], backward=False).logprobs[0]
-    np.testing.assert_allclose(client.sample(session, TEXT, prompt_logprobs=True).prompt[1:], trained, atol=1e-4)
+    np.testing.assert_allclose(
+        client.sample(session, TEXT, prompt_logprobs=True).prompt[1:], trained, atol=1e-4
+    )
     own = client.get(f"sessions/{client.session}")
     assert run.id in own["training_run_ids"]
     assert client.session in client.get("sessions?limit=1000")["sessions"]
-    assert client.post("sessions/search", session_id=client.session)["sessions"][0]["checkpoints_count"] == 1
+    assert (
+        client.post("sessions/search", session_id=client.session)["sessions"][0][
+            "checkpoints_count"
+        ]
+        == 1
+    )
 
 
 def test_an_archive_is_an_adapter_folder_that_verify_proves(client, it, tmp_path, base):
@@ -533,7 +629,9 @@ def test_an_archive_is_an_adapter_folder_that_verify_proves(client, it, tmp_path
     veneer.load(model, tmp_path)
     with torch.no_grad():
         logprobs = model(torch.tensor([TEXT])).logits[0].log_softmax(-1)[np.arange(11), TEXT[1:]]
-    np.testing.assert_allclose(run.pass_([datum(TEXT)], backward=False).logprobs[0], logprobs, atol=1e-4)
+    np.testing.assert_allclose(
+        run.pass_([datum(TEXT)], backward=False).logprobs[0], logprobs, atol=1e-4
+    )
     token = next(iter(urls.values())).split("/files/")[1].split("/")[0]
     assert client.http.get(f"/files/{token}/nothing").status_code == 404
     for name in ("../optimizer.safetensors", "/etc/hostname", ""):
@@ -550,7 +648,8 @@ def test_a_run_that_was_unloaded_takes_nothing_more(client):
     assert client.post("weights_info", tinker_path=path)["lora_rank"] == 4
 
 
-# ---------------------------------------------------------------------------------------------- memory, disk, tenants
+# ----------------------------------------------------------------------------------------------
+# memory, disk, tenants
 
 
 def opened(base, folder, **options):
@@ -603,7 +702,10 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
 def test_more_runs_than_memory_holds(base, tmp_path):
     with opened(base, tmp_path, runs=2) as (url, _server):
         client = Client(url)
-        runs, locals_ = [client.run(number, seed=number) for number in range(5)], [Local(seed=n) for n in range(5)]
+        runs, locals_ = (
+            [client.run(number, seed=number) for number in range(5)],
+            [Local(seed=n) for n in range(5)],
+        )
         for step in range(3):
             for number, (run, local) in enumerate(zip(runs, locals_, strict=True)):
                 assert run.pass_(texts(step + number)).loss == pytest.approx(
@@ -616,7 +718,8 @@ def test_more_runs_than_memory_holds(base, tmp_path):
 
 @pytest.mark.parametrize("at", ["step", "compute"])
 def test_a_run_that_could_not_come_back_is_not_there_in_part(base, tmp_path, monkeypatch, at):
-    """What failed while its requests were computed again fails the one that needed it; the next begins anew."""
+    """What failed while its requests were computed again fails the one that needed it; the next
+    begins anew."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
     trainer = service.training.worker.trainer
     with listening(service) as (url, _):
@@ -640,7 +743,10 @@ def test_a_run_that_could_not_come_back_is_not_there_in_part(base, tmp_path, mon
             one.step(0.02)
         one.step(0.02)
         local.step(0.02)
-        found, expected = one.pass_(texts(0)).loss, local.pass_(texts(0))  # what a step is lost of is seen on its data
+        found, expected = (
+            one.pass_(texts(0)).loss,
+            local.pass_(texts(0)),
+        )  # what a step is lost of is seen on its data
         assert found == pytest.approx(expected, rel=1e-3)
 
 
@@ -685,7 +791,9 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
             raise sqlite3.OperationalError("database or disk is full")
 
         monkeypatch.setattr(store, "add_request", nowhere)
-        response = run.client.send("optim_step", model_id=run.id, seq_id=run.number + 1, adam_params={})
+        response = run.client.send(
+            "optim_step", model_id=run.id, seq_id=run.number + 1, adam_params={}
+        )
         assert response.status_code == 503
         assert "disk is full" in response.json()["error"]["message"]
 
@@ -694,7 +802,12 @@ def test_a_run_has_so_many_waiting(client, monkeypatch):
     monkeypatch.setattr(lines_, "MOST_WAITING", 3)
     run = client.run()
     bodies = [{"model_id": run.id, "seq_id": 2 + number, "adam_params": {}} for number in range(4)]
-    assert [client.send("optim_step", **body).status_code for body in bodies] == [200, 200, 429, 429]
+    assert [client.send("optim_step", **body).status_code for body in bodies] == [
+        200,
+        200,
+        429,
+        429,
+    ]
 
 
 def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
@@ -710,7 +823,9 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
         until(lambda: not training.worker.trainer.runs)
         np.testing.assert_array_equal(run.pass_([datum(TEXT)], backward=False).logprobs[0], before)
         assert (
-            client.http.post(f"/sessions/{client.session}/finish", json={"reason": {"type": "success"}}).status_code
+            client.http.post(
+                f"/sessions/{client.session}/finish", json={"reason": {"type": "success"}}
+            ).status_code
             == 204
         )
         until(lambda: not training.worker.trainer.runs)
@@ -718,7 +833,9 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
 
 
 def test_keys_see_their_own(base, tmp_path):
-    ring = Keyring(tuple(Key(name, hash_of(f"vnr-{name}"), base=name != "b", train=True) for name in "ab"))
+    ring = Keyring(
+        tuple(Key(name, hash_of(f"vnr-{name}"), base=name != "b", train=True) for name in "ab")
+    )
     with opened(base, tmp_path, keys=ring) as (url, _):
         a, b = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run = a.run()
@@ -748,7 +865,9 @@ def test_keys_see_their_own(base, tmp_path):
 
 def test_quotas_of_a_key(base, tmp_path):
     limits: Any = {"runs": 2, "bytes": 50_000, "tokens": 60}
-    ring = Keyring((Key("a", hash_of("vnr-a"), train=True, **limits), Key("b", hash_of("vnr-b"), train=True)))
+    ring = Keyring(
+        (Key("a", hash_of("vnr-a"), train=True, **limits), Key("b", hash_of("vnr-b"), train=True))
+    )
     with opened(base, tmp_path, keys=ring) as (url, _):
         client, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b").run()
         run = client.run(0)
@@ -762,8 +881,14 @@ def test_quotas_of_a_key(base, tmp_path):
             run.save("two")
         run.pass_([datum([5] * 41)])
         params = {"max_tokens": 9, "stop": []}
-        asked = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": TEXT}]}, "sampling_params": params}
-        assert client.send("asample", **asked).status_code == 403  # it could take 21 tokens of the 20 that are left
+        asked = {
+            "base_model": "tiny",
+            "prompt": {"chunks": [{"tokens": TEXT}]},
+            "sampling_params": params,
+        }
+        assert (
+            client.send("asample", **asked).status_code == 403
+        )  # it could take 21 tokens of the 20 that are left
         client.sample(None, TEXT, params={**params, "max_tokens": 8})
         with pytest.raises(Failed, match="60 tokens of key 'a'"):
             run.pass_([datum(TEXT)])
@@ -800,7 +925,9 @@ def test_a_tied_head_is_said_not_to_train(tmp_path):
         run.step(0.05)
         session = run.sampler()
         trained = run.pass_([datum(TEXT)], backward=False).logprobs[0]
-        np.testing.assert_allclose(client.sample(session, TEXT, prompt_logprobs=True).prompt[1:], trained, atol=1e-4)
+        np.testing.assert_allclose(
+            client.sample(session, TEXT, prompt_logprobs=True).prompt[1:], trained, atol=1e-4
+        )
 
 
 def test_json_of_failures_is_the_clients(monkeypatch):

@@ -81,7 +81,9 @@ def change_fact(folder, name, value):
 
 
 @pytest.mark.parametrize("value", ["2", "0", None])
-def test_a_folder_of_another_format_is_refused_with_the_version_that_wrote_it(store, tmp_path, value):
+def test_a_folder_of_another_format_is_refused_with_the_version_that_wrote_it(
+    store, tmp_path, value
+):
     store.close()
     change_fact(tmp_path, "format", value)
     change_fact(tmp_path, "veneer", "9.9")

@@ -1,4 +1,5 @@
-"""The `tinker` SDK as it is in the registry, against the running service. `make test-tinker TINKER=/path/to/python`."""
+"""The `tinker` SDK as it is in the registry, against the running service. `make test-tinker
+TINKER=/path/to/python`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
-        not os.environ.get("TINKER"), reason="TINKER names no Python that has tinker (make test-tinker)"
+        not os.environ.get("TINKER"),
+        reason="TINKER names no Python that has tinker (make test-tinker)",
     ),
 ]
 
@@ -41,7 +43,9 @@ def test_the_cookbook_downloads_a_checkpoint(it, base, tmp_path):
     """Through an archive that the server encrypts for it."""
     pytest.importorskip("pyrage")
     python, folder = os.environ["TINKER"], tmp_path / "adapter"
-    if subprocess.run([python, "-c", "import tinker_cookbook"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [python, "-c", "import tinker_cookbook"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("TINKER names a Python without tinker-cookbook")
     environment = {**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -56,23 +60,42 @@ def test_every_method_of_its_clients_that_concerns_text(it, base, tmp_path):
     script = Path(__file__).with_name("tinker_client.py")
     environment = {**os.environ, "PYTHONPATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [os.environ["TINKER"], str(script), it.url, "tml-any"]
-    (tmp_path / "tiny").symlink_to(base)  # a sampler's client looks for a tokenizer by the base's name
+    (tmp_path / "tiny").symlink_to(
+        base
+    )  # a sampler's client looks for a tokenizer by the base's name
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["uncalled"] == []
 
-    data = [[40, 51, 62, 73, 84, 95], [106, 117, 128, 139], [150, 161, 172, 183, 194, 205, 216, 227]]
-    rows, local = [{"tokens": one[:-1], "target_tokens": one[1:]} for one in data], Local(rank=4, seed=1)
+    data = [
+        [40, 51, 62, 73, 84, 95],
+        [106, 117, 128, 139],
+        [150, 161, 172, 183, 194, 205, 216, 227],
+    ]
+    rows, local = (
+        [{"tokens": one[:-1], "target_tokens": one[1:]} for one in data],
+        Local(rank=4, seed=1),
+    )
     for loss in found["losses"]:
         assert loss == pytest.approx(local.pass_(rows), rel=0.01)
         local.step(0.02)
     logprobs = local.logprobs(rows)
     np.testing.assert_allclose(found["logprobs"], logprobs[0].detach(), atol=1e-3)
-    assert found["custom"] == pytest.approx(sum(float(own.detach().exp().sum()) for own in logprobs), rel=1e-3)
-    assert found["handle"] == pytest.approx(-sum(float(own.detach().sum()) for own in logprobs), rel=1e-3)
+    assert found["custom"] == pytest.approx(
+        sum(float(own.detach().exp().sum()) for own in logprobs), rel=1e-3
+    )
+    assert found["handle"] == pytest.approx(
+        -sum(float(own.detach().sum()) for own in logprobs), rel=1e-3
+    )
     assert found["several"] == pytest.approx(-float(logprobs[0].detach().sum()), rel=1e-3)
     assert found["losses_async"] == pytest.approx(found["losses"][:2], rel=1e-5)
     assert found["resumed_async"] == pytest.approx([1.0, 1.0], rel=1e-5)

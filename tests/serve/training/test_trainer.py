@@ -1,4 +1,5 @@
-"""What the training service computes: each run as alone, whoever else is there, and samples from the same numbers."""
+"""What the training service computes: each run as alone, whoever else is there, and samples from
+the same numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def datum(draw, loss, size=None, k=None):
     if "logprobs" in inputs:
         inputs["logprobs"] = inputs["logprobs"] * 0.5 - 5.6  # near those of a tiny random model
     tokens = torch.tensor([draw.randrange(3, 259) for _ in range(size)])
-    return checked(Datum(tokens, torch.randint(3, 259, shape, generator=numbers), inputs), loss, 0, 259, 200)
+    return checked(
+        Datum(tokens, torch.randint(3, 259, shape, generator=numbers), inputs), loss, 0, 259, 200
+    )
 
 
 def run_all(trainer, passes):
@@ -95,7 +98,11 @@ def test_each_loss_is_its_definition_in_a_batch_of_all(trainer, loss):
 def test_the_definitions():
     """By hand, for one token: ratio e^0.5, advantage 2."""
     logprobs, advantage = torch.tensor([-1.0]), torch.tensor([2.0])
-    inputs = {"logprobs": torch.tensor([-1.5]), "advantages": advantage, "weights": torch.tensor([0.5])}
+    inputs = {
+        "logprobs": torch.tensor([-1.5]),
+        "advantages": advantage,
+        "weights": torch.tensor([0.5]),
+    }
     inputs["sequence_ratio_mask"] = torch.ones(1)
     ratio = float(torch.tensor(0.5).exp())
     expected = {
@@ -110,13 +117,17 @@ def test_the_definitions():
 
 
 def test_the_ratio_of_a_row_in_gspo():
-    """Tokens of ratios e^0.2 and e^0.4, and one that the mask leaves out: e^0.3 for each, with its own gradient."""
+    """Tokens of ratios e^0.2 and e^0.4, and one that the mask leaves out: e^0.3 for each, with its
+    own gradient."""
     logprobs = torch.tensor([-1.0, -1.0, -9.0], requires_grad=True)
     inputs = {
         "logprobs": torch.tensor([-1.2, -1.4, 0.0]), "advantages": torch.tensor([1.0, -2.0, 0.0]),
         "sequence_ratio_mask": torch.tensor([1.0, 1.0, 0.0]),
     }  # fmt: skip
-    wide, ratio = {"clip_low_threshold": 0.0, "clip_high_threshold": 9.0}, float(torch.tensor(0.3).exp())
+    wide, ratio = (
+        {"clip_low_threshold": 0.0, "clip_high_threshold": 9.0},
+        float(torch.tensor(0.3).exp()),
+    )
     terms = LOSSES["gspo"].terms(logprobs, inputs, wide)
     terms.sum().backward()
     assert terms.tolist() == pytest.approx([-ratio, 2 * ratio, 0.0], rel=1e-6)
@@ -130,7 +141,9 @@ def test_the_ratio_of_a_row_in_gspo():
 
 def test_a_token_that_does_not_count_may_be_impossible():
     logprobs = torch.tensor([-torch.inf, -1.0], requires_grad=True)
-    LOSSES["cross_entropy"].terms(logprobs, {"weights": torch.tensor([0.0, 1.0])}, {}).sum().backward()
+    LOSSES["cross_entropy"].terms(
+        logprobs, {"weights": torch.tensor([0.0, 1.0])}, {}
+    ).sum().backward()
     assert logprobs.grad.tolist() == [0.0, -1.0]
 
 
@@ -139,7 +152,13 @@ def test_several_targets_a_token(trainer):
     data = [datum(draw, "cross_entropy", k=3) for _ in range(3)]
     told = [Pass("c", data, "cross_entropy", backward=backward) for backward in (False, True)]
     for one in told:
-        run_all(trainer, [one, Pass("a", [datum(draw, "cross_entropy")], "cross_entropy", backward=one.backward)])
+        run_all(
+            trainer,
+            [
+                one,
+                Pass("a", [datum(draw, "cross_entropy")], "cross_entropy", backward=one.backward),
+            ],
+        )
         assert one.error is None
     total, logprobs, gradients = alone(CONFIGS["c"], 2, data, "cross_entropy", {})
     for one in told:
@@ -152,11 +171,18 @@ def test_several_targets_a_token(trainer):
 
 def test_rows_of_waiting_passes_share_a_batch(trainer, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer.runs, "backward", lambda batches, losses: seen.append(dict(batches)))
+    monkeypatch.setattr(
+        trainer.runs, "backward", lambda batches, losses: seen.append(dict(batches))
+    )
     draw = random.Random(3)
-    passes = [Pass(name, [datum(draw, "ppo", size=size) for size in (16, 15, 2)], "ppo", {}) for name in CONFIGS]
+    passes = [
+        Pass(name, [datum(draw, "ppo", size=size) for size in (16, 15, 2)], "ppo", {})
+        for name in CONFIGS
+    ]
     run_all(trainer, passes)
-    widths = [{name: batch["input_ids"].shape[1] for name, batch in batches.items()} for batches in seen]
+    widths = [
+        {name: batch["input_ids"].shape[1] for name, batch in batches.items()} for batches in seen
+    ]
     assert widths[0] == dict.fromkeys("abc", 17)
     assert len(widths) == 2  # at most a quarter of a batch is padding
 
@@ -188,7 +214,9 @@ def test_steps_are_adamws_with_settings_of_their_own(trainer):
         by_hand(model, handle, data, "cross_entropy", {})[0].backward()
         total = torch.nn.utils.clip_grad_norm_(handle.parameters(), adam.clip or torch.inf)
         assert norm == pytest.approx(float(total), rel=1e-4)
-        own.param_groups[0].update(lr=adam.rate, betas=(0.8, 0.9), eps=1e-8, weight_decay=adam.decay)
+        own.param_groups[0].update(
+            lr=adam.rate, betas=(0.8, 0.9), eps=1e-8, weight_decay=adam.decay
+        )
         own.step()
         own.zero_grad()
     for one, other in zip(trainer._parameters("a"), handle.parameters(), strict=True):
@@ -198,13 +226,20 @@ def test_steps_are_adamws_with_settings_of_their_own(trainer):
 def test_what_is_not_finite_stays_with_its_run(trainer):
     draw = random.Random(6)
     good, bad = ([datum(draw, "importance_sampling", size=9) for _ in range(2)] for _ in range(2))
-    bad[1] = Datum(bad[1].tokens, bad[1].targets, {**bad[1].inputs, "logprobs": torch.full((9,), -1e4)})
+    bad[1] = Datum(
+        bad[1].tokens, bad[1].targets, {**bad[1].inputs, "logprobs": torch.full((9,), -1e4)}
+    )
     run_all(trainer, [Pass("b", [good[0]], "importance_sampling")])
     kept = [parameter.grad.clone() for parameter in trainer._parameters("b")]
-    passes = run_all(trainer, [Pass("a", good, "importance_sampling"), Pass("b", bad, "importance_sampling")])
+    passes = run_all(
+        trainer, [Pass("a", good, "importance_sampling"), Pass("b", bad, "importance_sampling")]
+    )
     assert passes[0].error is None
     assert isinstance(passes[1].error, TrainingError)
-    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(trainer._parameters("b"), kept, strict=True))
+    assert all(
+        torch.equal(parameter.grad, own)
+        for parameter, own in zip(trainer._parameters("b"), kept, strict=True)
+    )
     total, _, gradients = alone(CONFIGS["a"], 0, good, "importance_sampling", {})
     assert passes[0].total == pytest.approx(total, rel=1e-4)
     for own, expected in zip(trainer._parameters("a"), gradients, strict=True):
@@ -220,7 +255,10 @@ def test_a_batch_that_fails_is_tried_run_by_run(trainer, monkeypatch):
         return real(batches, losses)
 
     monkeypatch.setattr(trainer.runs, "backward", broken)
-    passes = run_all(trainer, [Pass(name, [datum(draw, "cross_entropy", size=5)], "cross_entropy") for name in "abc"])
+    passes = run_all(
+        trainer,
+        [Pass(name, [datum(draw, "cross_entropy", size=5)], "cross_entropy") for name in "abc"],
+    )
     assert [type(one.error) for one in passes] == [type(None), MemoryError, type(None)]
     assert [trainer.pending(name) for name in "abc"] == [True, False, True]
 
@@ -241,7 +279,9 @@ def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
     whole = [parameter.detach().clone() for parameter in trainer._parameters("a")]
     trainer.load("a", tmp_path / "state", optimizer=True)
     steps("a", data[2:])
-    assert all(torch.equal(one, other) for one, other in zip(whole, trainer._parameters("a"), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(whole, trainer._parameters("a"), strict=True)
+    )
     trainer.load("b", tmp_path / "state", optimizer=False)
     assert not trainer._optimizers["b"].state
     trainer.end("b")
@@ -251,7 +291,9 @@ def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
 def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_path):
     draw = random.Random(9)
     for name in "ac":
-        run_all(trainer, [Pass(name, [datum(draw, "cross_entropy") for _ in range(3)], "cross_entropy")])
+        run_all(
+            trainer, [Pass(name, [datum(draw, "cross_entropy") for _ in range(3)], "cross_entropy")]
+        )
         trainer.step(name, Adam(0.02))
         trainer.export(name, tmp_path / name, None)
         trainer._bank.put(f"of-{name}", tmp_path / name, name)
@@ -259,19 +301,28 @@ def test_samples_are_drawn_from_the_numbers_that_were_published(trainer, tmp_pat
     run_all(trainer, [one])
     ids = one.data[0].tokens
     with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
-        logprobs = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
+        logprobs = F.log_softmax(model(ids[None]).logits[0], -1).gather(
+            -1, one.data[0].targets[:, None]
+        )[:, 0]
     torch.testing.assert_close(logprobs, one.logprobs[0], atol=1e-4, rtol=0)
     for _ in range(2):
         run_all(trainer, [Pass("c", one.data, "cross_entropy")])
         trainer.step("c", Adam(0.1))
     with trainer._bank.acquire({"of-c": 1.0}).result() as lease, trainer.sampled([lease]) as model:
-        again = F.log_softmax(model(ids[None]).logits[0], -1).gather(-1, one.data[0].targets[:, None])[:, 0]
+        again = F.log_softmax(model(ids[None]).logits[0], -1).gather(
+            -1, one.data[0].targets[:, None]
+        )[:, 0]
     torch.testing.assert_close(again, logprobs)
 
 
 def test_the_base_is_as_it_was(trainer, model):
-    draw, before = random.Random(10), copy.deepcopy(tiny_model(tie_word_embeddings=False).state_dict())
-    run_all(trainer, [Pass(name, [datum(draw, "cross_entropy")], "cross_entropy") for name in "abc"])
+    draw, before = (
+        random.Random(10),
+        copy.deepcopy(tiny_model(tie_word_embeddings=False).state_dict()),
+    )
+    run_all(
+        trainer, [Pass(name, [datum(draw, "cross_entropy")], "cross_entropy") for name in "abc"]
+    )
     for name in "abc":
         trainer.step(name, Adam(0.1))
         trainer.end(name)
@@ -292,7 +343,12 @@ def test_the_base_is_as_it_was(trainer, model):
     ],
 )
 def test_bad_data_are_named(change, words):
-    fields = {"tokens": torch.tensor([1, 2, 3]), "targets": torch.tensor([2, 3, 4]), "inputs": {}, **change}
+    fields = {
+        "tokens": torch.tensor([1, 2, 3]),
+        "targets": torch.tensor([2, 3, 4]),
+        "inputs": {},
+        **change,
+    }
     with pytest.raises(DataError, match=words):
         checked(Datum(**fields), "cross_entropy", 3, 259, 200)
 
@@ -321,7 +377,8 @@ def test_bad_settings_are_named(trainer):
     assert list(trainer.runs) == ["a", "b", "c"]
 
 
-# ---------------------------------------------------------------------------------------------- numbers too large
+# ----------------------------------------------------------------------------------------------
+# numbers too large
 
 
 def weighted(draw, weight):
@@ -342,7 +399,10 @@ def test_a_sum_of_gradients_that_is_too_large_fails_the_pass_that_made_it(traine
     passed = Pass("a", [wide], "cross_entropy")
     run_all(trainer, [passed])
     assert isinstance(passed.error, TrainingError)
-    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(trainer._parameters("a"), kept, strict=True))
+    assert all(
+        torch.equal(parameter.grad, own)
+        for parameter, own in zip(trainer._parameters("a"), kept, strict=True)
+    )
     for parameter in trainer._parameters("a"):
         parameter.grad = None
     run_all(trainer, [again := Pass("a", [wide], "cross_entropy")])
@@ -350,7 +410,8 @@ def test_a_sum_of_gradients_that_is_too_large_fails_the_pass_that_made_it(traine
 
 
 def test_a_gradient_whose_square_overflows_fails_its_pass(trainer):
-    """AdamW's second moment would be infinite from then on, and each later step of that weight nothing."""
+    """AdamW's second moment would be infinite from then on, and each later step of that weight
+    nothing."""
     draw = random.Random(12)
     one = Pass("a", [weighted(draw, 1e24)], "cross_entropy")
     run_all(trainer, [one])
@@ -367,7 +428,9 @@ def test_the_norm_of_a_gradient_is_right_where_float32_would_overflow(trainer):
     before = [parameter.detach().clone() for parameter in parameters]
     told = trainer.step("a", Adam(0.01, clip=1.0))
     assert told["unclipped_grad_l2:mean"] == pytest.approx(9e17 * count**0.5, rel=1e-6)
-    moved = [float((own.detach() - old).abs().max()) for own, old in zip(parameters, before, strict=True)]
+    moved = [
+        float((own.detach() - old).abs().max()) for own, old in zip(parameters, before, strict=True)
+    ]
     assert moved == pytest.approx([0.01] * len(moved), rel=1e-3)
 
 
@@ -381,7 +444,10 @@ def test_a_state_of_an_optimiser_that_is_not_finite_is_not_loaded(trainer, tmp_p
     weights = [parameter.detach().clone() for parameter in trainer._parameters("b")]
     with pytest.raises(AdapterError, match="not finite"):
         trainer.load("b", tmp_path / "state", optimizer=True)
-    assert all(torch.equal(one, other) for one, other in zip(weights, trainer._parameters("b"), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(weights, trainer._parameters("b"), strict=True)
+    )
 
 
 def test_a_step_beyond_what_a_folder_can_hold_is_the_runs_end(trainer):

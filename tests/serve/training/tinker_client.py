@@ -1,5 +1,6 @@
-"""What a program of the `tinker` SDK does, run by a Python that has it and not veneer: every public method that
-concerns text, against the server at argv[1]. It prints a line of JSON: what test_tinker.py compares."""
+"""What a program of the `tinker` SDK does, run by a Python that has it and not veneer: every public
+method that concerns text, against the server at argv[1]. It prints a line of JSON: what
+test_tinker.py compares."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ NOT_TEXT = {
 
 
 class Watched:
-    """A client whose public methods are noted as they are called; by this program, not by the client itself."""
+    """A client whose public methods are noted as they are called; by this program, not by the
+    client itself."""
 
     called: set[tuple[str, str]] = set()
 
@@ -42,11 +44,21 @@ class Watched:
 
 
 def uncalled():
-    """The public methods of the installed clients that this program did not call and has no reason not to."""
+    """The public methods of the installed clients that this program did not call and has no reason
+    not to."""
     found = []
-    for client in (tinker.ServiceClient, tinker.TrainingClient, tinker.SamplingClient, tinker.RestClient):
+    for client in (
+        tinker.ServiceClient,
+        tinker.TrainingClient,
+        tinker.SamplingClient,
+        tinker.RestClient,
+    ):
         for name, _ in inspect.getmembers(client, callable):
-            if not name.startswith("_") and name not in NOT_TEXT and (client.__name__, name) not in Watched.called:
+            if (
+                not name.startswith("_")
+                and name not in NOT_TEXT
+                and (client.__name__, name) not in Watched.called
+            ):
                 found.append(f"{client.__name__}.{name}")
     return found
 
@@ -64,14 +76,21 @@ def refused(work):
     """The words of the client's own error."""
     try:
         work()
-    except (tinker.APIStatusError, tinker.RequestFailedError, RuntimeError, tinker.TinkerError) as error:
+    except (
+        tinker.APIStatusError,
+        tinker.RequestFailedError,
+        RuntimeError,
+        tinker.TinkerError,
+    ) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("it was not refused")
 
 
 def training(service, found):
     client = Watched(
-        service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"who": "test"}).result()
+        service.create_lora_training_client(
+            "tiny", rank=4, seed=1, user_metadata={"who": "test"}
+        ).result()
     )
     found["run"], found["losses"] = client.model_id, []
     for _ in range(4):
@@ -81,9 +100,15 @@ def training(service, found):
         )
         found["losses"].append(passed.result().metrics["loss:sum"])
         step.result()
-    found["logprobs"] = client.forward(supervised(), "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()
+    found["logprobs"] = (
+        client.forward(supervised(), "cross_entropy")
+        .result()
+        .loss_fn_outputs[0]["logprobs"]
+        .tolist()
+    )
     policy = [
-        datum(tokens, logprobs=[-5.0] * (len(tokens) - 1), advantages=[0.5] * (len(tokens) - 1)) for tokens in DATA
+        datum(tokens, logprobs=[-5.0] * (len(tokens) - 1), advantages=[0.5] * (len(tokens) - 1))
+        for tokens in DATA
     ]
     for loss, settings in (
         ("importance_sampling", None),
@@ -91,13 +116,17 @@ def training(service, found):
         ("cispo", None),
         ("dro", {"beta": 0.1}),
     ):
-        assert client.forward_backward(policy, loss, settings).result().metrics["loss:sum"] < 0 or loss in (
+        assert client.forward_backward(policy, loss, settings).result().metrics[
+            "loss:sum"
+        ] < 0 or loss in (
             "cispo",
             "dro",
         )
 
     for one in policy:
-        one.loss_fn_inputs["sequence_ratio_mask"] = types.TensorData.from_torch(torch.ones(one.model_input.length))
+        one.loss_fn_inputs["sequence_ratio_mask"] = types.TensorData.from_torch(
+            torch.ones(one.model_input.length)
+        )
     assert client.forward_backward(policy, "gspo").result().metrics["loss:sum"] < 0
 
     def custom(data, logprobs):
@@ -106,16 +135,21 @@ def training(service, found):
 
     found["custom"] = client.forward_backward_custom(supervised(), custom).result().metrics["own"]
     handle = service.create_custom_loss(per_datum, {"logprobs": 1, "weights": 1}).result()
-    found["handle"] = client.forward_backward_custom(supervised(), handle).result().metrics["loss:sum"]
+    found["handle"] = (
+        client.forward_backward_custom(supervised(), handle).result().metrics["loss:sum"]
+    )
     wide = torch.zeros(5, 3, dtype=torch.int64)
     wide[:, 0], weights = torch.tensor(DATA[0][1:]), torch.zeros(5, 3)
     weights[:, 0] = 1.0
     several = types.Datum(
-        model_input=types.ModelInput.from_ints(DATA[0][:-1]), loss_fn_inputs={"target_tokens": wide, "weights": weights}
+        model_input=types.ModelInput.from_ints(DATA[0][:-1]),
+        loss_fn_inputs={"target_tokens": wide, "weights": weights},
     )
     found["several"] = client.forward([several], "cross_entropy").result().metrics["loss:sum"]
     found["info"] = client.get_info().model_dump(mode="json")
-    found["bad"] = refused(lambda: client.forward_backward([datum([1, 999])], "cross_entropy").result())
+    found["bad"] = refused(
+        lambda: client.forward_backward([datum([1, 999])], "cross_entropy").result()
+    )
     found["unknown"] = refused(lambda: client.forward(supervised(), "stable_reinforce").result())
     assert client.get_tokenizer().encode("a")
     assert client.get_console_url()
@@ -134,7 +168,10 @@ def checkpoints(service, client, found):
     found["taken"] = refused(
         lambda: service.create_training_client_from_state(state).result().save_state("a/b").result()
     )
-    for create in (service.create_training_client_from_state, service.create_training_client_from_state_with_optimizer):
+    for create in (
+        service.create_training_client_from_state,
+        service.create_training_client_from_state_with_optimizer,
+    ):
         other = Watched(create(state).result())
         found.setdefault("resumed", []).append(
             other.forward(supervised(), "cross_entropy").result().metrics["loss:sum"]
@@ -155,7 +192,8 @@ def sampling(service, client, sampler, found):
     )
     also = client.create_sampling_client(sampler).result()
     found["samples"] = [
-        one.sample(PROMPT, 1, params).result().sequences[0].tokens for one in (own, inflight, named, also)
+        one.sample(PROMPT, 1, params).result().sequences[0].tokens
+        for one in (own, inflight, named, also)
     ]
     found["base"] = base.sample(PROMPT, 1, params).result().sequences[0].tokens
     whole = DATA[0] + found["samples"][0]
@@ -177,30 +215,45 @@ def sampling(service, client, sampler, found):
     assert len(answer.topk_prompt_logprobs[-1]) == 2
     assert len(answer.sequences[0].topk_logprobs[0]) == 3
     found["scored"] = own.compute_logprobs(types.ModelInput.from_ints(whole)).result()
-    found["trained"] = client.forward([datum(whole)], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()
+    found["trained"] = (
+        client.forward([datum(whole)], "cross_entropy")
+        .result()
+        .loss_fn_outputs[0]["logprobs"]
+        .tolist()
+    )
     found["drawn"] = own.sample(PROMPT, 1, params).result().sequences[0].logprobs
     assert own.get_tokenizer().encode("a")
     clone = own.from_sampler_handle(own.get_sampler_handle(), api_key=KEY)
     assert clone.sample(PROMPT, 1, params).result().sequences[0].tokens == found["samples"][0]
     assert own.get_base_model() == "tiny"
-    found["long"] = refused(lambda: own.sample(types.ModelInput.from_ints([5] * 500), 1, params).result())
+    found["long"] = refused(
+        lambda: own.sample(types.ModelInput.from_ints([5] * 500), 1, params).result()
+    )
     return own
 
 
 def rest(service, client, paths, sampler, found):
     state, _, external = paths
     client_ = Watched(tinker.RestClient(base_url=URL, api_key=KEY))
-    found["models"] = [one.model_name for one in client_.get_server_capabilities().result().supported_models]
+    found["models"] = [
+        one.model_name for one in client_.get_server_capabilities().result().supported_models
+    ]
     run = client_.get_training_run(client.model_id).result()
     assert run.lora_rank == 4
     assert run.user_metadata == {"who": "test"}
-    assert client_.get_training_run_by_tinker_path(state).result().training_run_id == client.model_id
+    assert (
+        client_.get_training_run_by_tinker_path(state).result().training_run_id == client.model_id
+    )
     assert client_.get_weights_info_by_tinker_path(state).result().lora_rank == 4
     assert client.model_id in [
         one.training_run_id for one in client_.list_training_runs(limit=100).result().training_runs
     ]
-    assert {one.tinker_path for one in client_.list_checkpoints(client.model_id).result().checkpoints} == set(paths)
-    assert set(paths) <= {one.tinker_path for one in client_.list_user_checkpoints().result().checkpoints}
+    assert {
+        one.tinker_path for one in client_.list_checkpoints(client.model_id).result().checkpoints
+    } == set(paths)
+    assert set(paths) <= {
+        one.tinker_path for one in client_.list_user_checkpoints().result().checkpoints
+    }
     urls = client_.get_external_weights_urls(external).result().urls
     found["files"] = {name: len(urllib.request.urlopen(url).read()) for name, url in urls.items()}
     found["urls"] = urls
@@ -218,7 +271,9 @@ def rest(service, client, paths, sampler, found):
     assert session in client_.list_sessions(limit=100).result().sessions
     assert session in [
         one.session_id
-        for one in client_.search_sessions(types.SessionSearchRequest(session_id=session)).result().sessions
+        for one in client_.search_sessions(types.SessionSearchRequest(session_id=session))
+        .result()
+        .sessions
     ]
     assert client_.get_sampler(sampler._sampling_session_id).result().base_model == "tiny"
     for work in (
@@ -236,7 +291,12 @@ def rest(service, client, paths, sampler, found):
 async def refused_async(work):
     try:
         await work
-    except (tinker.APIStatusError, tinker.RequestFailedError, RuntimeError, tinker.TinkerError) as error:
+    except (
+        tinker.APIStatusError,
+        tinker.RequestFailedError,
+        RuntimeError,
+        tinker.TinkerError,
+    ) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("it was not refused")
 
@@ -251,8 +311,14 @@ async def training_async(service, found):
         stepped = await client.optim_step_async(types.AdamParams(learning_rate=0.02))
         found["losses_async"].append((await passed).metrics["loss:sum"])
         await stepped
-    forward = (await (await client.forward_async(supervised(), "cross_entropy"))).metrics["loss:sum"]
-    await (await client.forward_backward_custom_async(supervised(), lambda data, own: (torch.cat(own).sum(), {})))
+    forward = (await (await client.forward_async(supervised(), "cross_entropy"))).metrics[
+        "loss:sum"
+    ]
+    await (
+        await client.forward_backward_custom_async(
+            supervised(), lambda data, own: (torch.cat(own).sum(), {})
+        )
+    )
     assert (await client.get_info_async()).model_data.model_name == "tiny"
     state = (await (await client.save_state_async("state"))).path
     for create in (
@@ -261,7 +327,8 @@ async def training_async(service, found):
     ):
         other = Watched(await create(state))
         found.setdefault("resumed_async", []).append(
-            (await (await other.forward_async(supervised(), "cross_entropy"))).metrics["loss:sum"] / forward
+            (await (await other.forward_async(supervised(), "cross_entropy"))).metrics["loss:sum"]
+            / forward
         )
     await (await other.load_state_async(state))
     await (await other.load_state_with_optimizer_async(state))
@@ -280,7 +347,10 @@ async def sampling_async(service, client):
     ):
         assert (await other.sample(PROMPT, 1, params)).sequences[0].tokens == expected.tokens
     scored = await own.compute_logprobs_async(types.ModelInput.from_ints(DATA[0] + expected.tokens))
-    assert max(abs(one - other) for one, other in zip(scored[6:], expected.logprobs, strict=True)) < 1e-4
+    assert (
+        max(abs(one - other) for one, other in zip(scored[6:], expected.logprobs, strict=True))
+        < 1e-4
+    )
     assert await own.get_base_model_async() == "tiny"
     return own
 
@@ -289,10 +359,17 @@ async def rest_async(client_, client, state, sampler, found):
     run, session = client.model_id, client.model_id.split(":")[0]
     assert (await client_.get_training_run_async(run)).lora_rank == 4
     assert (await client_.get_training_run_by_tinker_path_async(state)).training_run_id == run
-    assert run in [one.training_run_id for one in (await client_.list_training_runs_async(limit=100)).training_runs]
+    assert run in [
+        one.training_run_id
+        for one in (await client_.list_training_runs_async(limit=100)).training_runs
+    ]
     external = (await (await client.save_weights_external_async("external"))).path
-    assert state in [one.tinker_path for one in (await client_.list_checkpoints_async(run)).checkpoints]
-    assert state in [one.tinker_path for one in (await client_.list_user_checkpoints_async()).checkpoints]
+    assert state in [
+        one.tinker_path for one in (await client_.list_checkpoints_async(run)).checkpoints
+    ]
+    assert state in [
+        one.tinker_path for one in (await client_.list_user_checkpoints_async()).checkpoints
+    ]
     assert (await client_.get_external_weights_urls_async(external)).urls
     copied = await client_.copy_weights_async(state, "any")
     await client_.publish_checkpoint_from_tinker_path_async(state)

@@ -1,12 +1,13 @@
-"""Everything that is compiled or edits what autograd saved, behind functions of tensors. All of it can be turned off.
+"""Everything that is compiled or edits what autograd saved, behind functions of tensors. All of it
+can be turned off.
 
     VENEER_COMPILED=0                          none of it: plain torch throughout
     VENEER_COMPILED=mixed_rows,bf16_dot        these alone
     VENEER_COMPILED=1                          all of it, as without the variable
 
-Each function below returns None where its loop is turned off, numba is missing (the extra ``fast``) or the tensors are
-not ones it is for; the caller then does the same with torch. Only ``rounding_loop`` gives the same bits as torch; the
-others round as any product of matrices may.
+Each function below returns None where its loop is turned off, numba is missing (the extra ``fast``)
+or the tensors are not ones it is for; the caller then does the same with torch. Only
+``rounding_loop`` gives the same bits as torch; the others round as any product of matrices may.
 
 Name                   What is computed, and what the loop gains over torch (one thread, rank 8)
 thin_matmul            float32 products with A and B of 64 tokens or more: about half the time of torch's products
@@ -18,8 +19,9 @@ round_nearest          W + ΔW rounded to bfloat16: 0.7 ns a number in place of 
 saved_inputs           no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
                        keeps is made again in backward, for a percent of the layers' time
 
-numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop, and a model whose
-layers are all narrower than ``MIN_WIDTH`` (or in float64, or on a device) never loads it.
+numba takes half a second and 100 MiB to load, so that happens in the first call that uses a loop,
+and a model whose layers are all narrower than ``MIN_WIDTH`` (or in float64, or on a device) never
+loads it.
 """
 
 from __future__ import annotations
@@ -34,24 +36,28 @@ from torch import Tensor
 
 from veneer.kernels.compiled.switch import on
 
-#: torch's threads up to which a loop, which runs on one, is ahead of torch's thin products on all of them
+# : torch's threads up to which a loop, which runs on one, is ahead of torch's thin products on all
+# of them
 THREADS = 3
 #: tokens from which on float32 thin products are loops
 MIN_TOKENS = 64
-#: inputs or outputs from which on a layer's products are loops: below, torch's take as long (64 to 192 wide, a step of
-#: 256 to 1024 tokens: 0.7 to 0.9 of the loops' time, at 128 and 1024 1.04); a run on a model that narrow may be over
+# : inputs or outputs from which on a layer's products are loops: below, torch's take as long (64 to
+# 192 wide, a step of
+# : 256 to 1024 tokens: 0.7 to 0.9 of the loops' time, at 128 and 1024 1.04); a run on a model that
+# narrow may be over
 #: before numba's loading is paid for
 MIN_WIDTH = 256
 
 
 def thin_products_pay() -> bool:
-    """Whether loops are ahead of torch's thin products of many float32 tokens on a processor, on its threads of now."""
+    """Whether loops are ahead of torch's thin products of many float32 tokens on a processor, on
+    its threads of now."""
     return on("thin_matmul") and torch.get_num_threads() <= THREADS
 
 
 def thin_loops(x: Tensor | None, h: Tensor | None, width: int) -> Any:
-    """The functions of ``thin_matmul``, where they take less time than torch's products with x [T, n] and h [r, T], of
-    which n is ``width``."""
+    """The functions of ``thin_matmul``, where they take less time than torch's products with x [T,
+    n] and h [r, T], of which n is ``width``."""
     like: Any = h if x is None else x
     many = width >= MIN_WIDTH and like.shape[x is None] >= MIN_TOKENS
     if not many or like.dtype is not torch.float32 or not thin_products_pay():
@@ -71,8 +77,8 @@ def single_adapter_change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
 
 
 def expert_change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> Tensor | None:
-    """scale · x A_eᵀ B_eᵀ [S, out] of x [S, in], A [E, r, in] and B [E, out, r], for the segments of
-    ``kernels.grouped``. No gradient."""
+    """scale · x A_eᵀ B_eᵀ [S, out] of x [S, in], A [E, r, in] and B [E, out, r], for the segments
+    of ``kernels.grouped``. No gradient."""
     loops = _experts(x, A, B, where)
     return None if loops is None else loops.change(x, A, B, scale, where)
 
@@ -81,10 +87,14 @@ def expert_gradients(
     x: Tensor, picks: Tensor | None, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool,
     need_factors: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
-    """The gradients of ``expert_change`` by x (or its rows ``picks``), A and B, given dy [S, out]; None for those that
-    are not needed."""
+    """The gradients of ``expert_change`` by x (or its rows ``picks``), A and B, given dy [S, out];
+    None for those that are not needed."""
     loops = _experts(x, A, B, where)
-    return None if loops is None else loops.gradients(x, picks, dy, A, B, scale, where, need_x, need_factors)
+    return (
+        None
+        if loops is None
+        else loops.gradients(x, picks, dy, A, B, scale, where, need_x, need_factors)
+    )
 
 
 def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
@@ -98,8 +108,9 @@ def _experts(x: Tensor, A: Tensor, B: Tensor, where: Any) -> Any:
 
 
 def mixed_rows_loop(weight: Tensor, factors: torch.dtype) -> Any:
-    """The functions ``table`` and ``change`` of ``mixed_rows``, for a layer with this weight and adapters of dtype
-    ``factors``. A table of a layer's adapters is made once for all calls that use them."""
+    """The functions ``table`` and ``change`` of ``mixed_rows``, for a layer with this weight and
+    adapters of dtype ``factors``. A table of a layer's adapters is made once for all calls that use
+    them."""
     if weight.device.type != "cpu" or max(weight.shape) < MIN_WIDTH or not on("mixed_rows"):
         return None
     loop = _module("mixed_rows")
@@ -107,14 +118,14 @@ def mixed_rows_loop(weight: Tensor, factors: torch.dtype) -> Any:
 
 
 def row_groups(groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Any:
-    """What ``change`` of a ``mixed_rows_loop`` takes as rows: for each group its rows and the weights of the adapters
-    that they use."""
+    """What ``change`` of a ``mixed_rows_loop`` takes as rows: for each group its rows and the
+    weights of the adapters that they use."""
     return _module("mixed_rows").rows(groups)
 
 
 def rounding_loop(old: Tensor, new: Tensor) -> Any:
-    """The functions ``padded`` and ``rounded`` of ``round_nearest``, for rounding ``old`` with a change into ``new``,
-    both [g, out, in]."""
+    """The functions ``padded`` and ``rounded`` of ``round_nearest``, for rounding ``old`` with a
+    change into ``new``, both [g, out, in]."""
     if not on("round_nearest"):
         return None
     loop = _module("round_nearest")
@@ -123,5 +134,6 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
 
 @functools.cache
 def _module(name: str) -> Any:
-    """A file of this folder that loads numba. Cached, as an import statement in each call takes as long as a token."""
+    """A file of this folder that loads numba. Cached, as an import statement in each call takes as
+    long as a token."""
     return importlib.import_module(f"veneer.kernels.compiled.{name}")

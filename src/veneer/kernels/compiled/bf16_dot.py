@@ -1,8 +1,10 @@
-"""``mixed_rows`` for bfloat16 throughout, by the processor's own products of pairs of bfloat16 numbers (AVX512-BF16).
+"""``mixed_rows`` for bfloat16 throughout, by the processor's own products of pairs of bfloat16
+numbers (AVX512-BF16).
 
-One instruction multiplies 32 pairs of numbers and adds them to 16 sums in float32. So A meets x as both lie; B meets h
-two rows at a time, h rounded to bfloat16 as any 16-bit product takes it; and y is rounded once, by an instruction of
-its own. That is a quarter of the instructions of widening every number first.
+One instruction multiplies 32 pairs of numbers and adds them to 16 sums in float32. So A meets x as
+both lie; B meets h two rows at a time, h rounded to bfloat16 as any 16-bit product takes it; and y
+is rounded once, by an instruction of its own. That is a quarter of the instructions of widening
+every number first.
 
     down    h[t, k] = x_t · a_k                          four tokens by four rows, 32 columns at a time
     up      y[t, j] = Σₚ h[t, p] b_p[j] + h[t, p'] b_p'[j]      four tokens by 64 columns, over all pairs of rows
@@ -58,14 +60,20 @@ class _BFloat(ir.Type):
 
 
 _I64, _I32, _F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
-_SUMS, _PAIRS, _STORED = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16), ir.VectorType(ir.IntType(16), 16)
+_SUMS, _PAIRS, _STORED = (
+    ir.VectorType(_F32, 16),
+    ir.VectorType(_I32, 16),
+    ir.VectorType(ir.IntType(16), 16),
+)
 _OPERAND, _ROUNDED = ir.VectorType(_BFloat(), 32), ir.VectorType(_BFloat(), 16)
 _NONE = ir.Constant(_SUMS, [0.0] * 16)
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], **how: Any) -> Any:
     kind = ir.FunctionType(result, [one.type for one in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments, **how)
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, name), arguments, **how
+    )
 
 
 def _dot(builder: Any, sums: Any, one: Any, other: Any) -> Any:
@@ -92,8 +100,9 @@ def _sums(builder: Any, count: int) -> list[Any]:
 
 
 def _down(tokens: int, rows: int) -> Any:
-    """Into h [tokens, rows] of float32, whose tokens are ``step`` bytes apart, the sums over 32 · ``count`` columns.
-    Of four addresses of tokens the first ``tokens`` count; A's rows are ``next_row`` bytes apart."""
+    """Into h [tokens, rows] of float32, whose tokens are ``step`` bytes apart, the sums over 32 ·
+    ``count`` columns. Of four addresses of tokens the first ``tokens`` count; A's rows are
+    ``next_row`` bytes apart."""
 
     def code(context: Any, builder: Any, _: Any, args: Any) -> Any:
         xs, (A, next_row, count, h, step) = args[:BLOCK], args[BLOCK:]
@@ -108,21 +117,35 @@ def _down(tokens: int, rows: int) -> Any:
                 builder.store(found, one)
         for number, one in enumerate(sums):
             whole = [ir.Constant(_F32, -0.0), builder.load(one)]
-            found = _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, whole, fastmath=("reassoc",))
+            found = _call(
+                builder, "llvm.vector.reduce.fadd.v16f32", _F32, whole, fastmath=("reassoc",)
+            )
             token = builder.add(h, builder.mul(step, _I64(number // rows)))
             _store(builder, found, builder.add(token, _I64(4 * (number % rows))))
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(context: Any, x0: Any, x1: Any, x2: Any, x3: Any, A: Any, next_row: Any, count: Any, h: Any, step: Any):
+    def tile(
+        context: Any,
+        x0: Any,
+        x1: Any,
+        x2: Any,
+        x3: Any,
+        A: Any,
+        next_row: Any,
+        count: Any,
+        h: Any,
+        step: Any,
+    ):
         return types.void(*[types.int64] * 9), code
 
     return tile
 
 
 def _up(tokens: int, vectors: int) -> Any:
-    """Into 16 · ``vectors`` columns of y from ``column`` on, of the first ``tokens`` of four, the sums over ``count``
-    pairs: ``rows`` are the addresses of two rows of B for each, ``h`` two bfloat16 numbers for each of four tokens."""
+    """Into 16 · ``vectors`` columns of y from ``column`` on, of the first ``tokens`` of four, the
+    sums over ``count`` pairs: ``rows`` are the addresses of two rows of B for each, ``h`` two
+    bfloat16 numbers for each of four tokens."""
 
     def code(context: Any, builder: Any, _: Any, args: Any) -> Any:
         ys, (rows, h, count, column) = args[:BLOCK], args[BLOCK:]
@@ -130,7 +153,8 @@ def _up(tokens: int, vectors: int) -> Any:
         with cgutils.for_range(builder, count) as loop:
             of_pair = builder.mul(loop.index, _I64(16))
             one, other = (
-                _load(builder, builder.add(builder.add(rows, of_pair), _I64(8 * side)), _I64) for side in (0, 1)
+                _load(builder, builder.add(builder.add(rows, of_pair), _I64(8 * side)), _I64)
+                for side in (0, 1)
             )
             strengths = []
             for t in range(tokens):
@@ -140,20 +164,27 @@ def _up(tokens: int, vectors: int) -> Any:
             for part in range(vectors):
                 ahead = builder.add(along, _I64(2 * MADE * part))
                 low, high = (
-                    builder.zext(_load(builder, builder.add(row, ahead), _STORED), _PAIRS) for row in (one, other)
+                    builder.zext(_load(builder, builder.add(row, ahead), _STORED), _PAIRS)
+                    for row in (one, other)
                 )
                 pairs = builder.or_(low, builder.shl(high, ir.Constant(_PAIRS, [16] * 16)))
                 for t in range(tokens):
                     place = sums[t * vectors + part]
                     builder.store(_dot(builder, builder.load(place), strengths[t], pairs), place)
         for number, one in enumerate(sums):
-            found = _call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _ROUNDED, [builder.load(one)])
-            place = builder.add(builder.add(ys[number // vectors], along), _I64(2 * MADE * (number % vectors)))
+            found = _call(
+                builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _ROUNDED, [builder.load(one)]
+            )
+            place = builder.add(
+                builder.add(ys[number // vectors], along), _I64(2 * MADE * (number % vectors))
+            )
             _store(builder, builder.bitcast(found, _STORED), place)
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(context: Any, y0: Any, y1: Any, y2: Any, y3: Any, rows: Any, h: Any, count: Any, column: Any):
+    def tile(
+        context: Any, y0: Any, y1: Any, y2: Any, y3: Any, rows: Any, h: Any, count: Any, column: Any
+    ):
         return types.void(*[types.int64] * 8), code
 
     return tile
@@ -223,7 +254,10 @@ def change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
     rank = pairs = 0
     for g in range(len(groups)):
         ranks = table[groups[g, 2] : groups[g, 3], 2]
-        rank, pairs = max(rank, ranks.max() if len(ranks) else 0), max(pairs, ((ranks + 1) // 2).sum())
+        rank, pairs = (
+            max(rank, ranks.max() if len(ranks) else 0),
+            max(pairs, ((ranks + 1) // 2).sum()),
+        )
     h, halves = np.empty((BLOCK, rank), np.float32), np.zeros((pairs, BLOCK, 2), np.uint16)
     rows, zeros = np.empty((pairs, 2), np.int64), np.zeros(out, np.uint16)
     own, x, y = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
@@ -248,6 +282,8 @@ def change(x_at, y_at, tokens, in_, out, order, groups, weights, table):
                 for k in range(0, rank, 2):
                     for i in range(count):
                         halves[p, i, 0] = narrow(h[i, k], halves[p, i, 0])
-                        halves[p, i, 1] = narrow(h[i, k + 1], halves[p, i, 1]) if k + 1 < rank else np.uint16(0)
+                        halves[p, i, 1] = (
+                            narrow(h[i, k + 1], halves[p, i, 1]) if k + 1 < rank else np.uint16(0)
+                        )
                     p += 1
             _widened(y, count, rows, halves, p, out)

@@ -1,13 +1,14 @@
-"""Rows in segments, one a matrix of a stack, and the thin products of each with that matrix's A and B, by numba.
+"""Rows in segments, one a matrix of a stack, and the thin products of each with that matrix's A and
+B, by numba.
 
     change       y_s = scale · B_e A_e x_s                                  x: [S, in]    A: [E, r, in]
     gradients    dx_s = scale · A_eᵀ B_eᵀ dy_s                              dy: [S, out]   B: [E, out, r]
                  dA_e = Σ_s scale · (B_eᵀ dy_s) x_sᵀ     dB_e = Σ_s scale · dy_s (A_e x_s)ᵀ
 
-A and B of a matrix are taken once, by their strides, into float32 and with the rank first, and the sums of their
-gradients are kept there until its last row; so no copy of a stack is made, whichever way it lies. ``gradients`` reads
-x and dy once and computes the rank-r activations again. torch's products of a segment cost microseconds each, of 64
-segments more than what they compute.
+A and B of a matrix are taken once, by their strides, into float32 and with the rank first, and the
+sums of their gradients are kept there until its last row; so no copy of a stack is made, whichever
+way it lies. ``gradients`` reads x and dy once and computes the rank-r activations again. torch's
+products of a segment cost microseconds each, of 64 segments more than what they compute.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -36,8 +37,8 @@ def able(x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 
 def _table(where: Any) -> tuple[int, int]:
-    """(address, length) of the matrices and the bounds of their rows, [n, 3]; made once for all stacks that are read
-    with these segments. The address is 0 for one matrix that all rows meet."""
+    """(address, length) of the matrices and the bounds of their rows, [n, 3]; made once for all
+    stacks that are read with these segments. The address is 0 for one matrix that all rows meet."""
     if where is None:
         return 0, 1
     if not where.loop:
@@ -46,23 +47,31 @@ def _table(where: Any) -> tuple[int, int]:
 
 
 def _lies(factor: Tensor, rank_first: bool) -> tuple[int, int, int, int]:
-    """Where a factor [E, r, n] or [r, n] lies ([E, n, r], [n, r] if not ``rank_first``): its address, and how far
-    matrices, ranks and numbers are apart."""
+    """Where a factor [E, r, n] or [r, n] lies ([E, n, r], [n, r] if not ``rank_first``): its
+    address, and how far matrices, ranks and numbers are apart."""
     *before, next_rank, next_number = factor.stride()
     apart = (next_rank, next_number) if rank_first else (next_number, next_rank)
     return factor.data_ptr(), before[0] if before else 0, *apart
 
 
 def change(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, given: bool = True) -> Tensor:
-    """y [S, out] of x [S, in], A [E, r, in] and B [E, out, r]; zero in rows that meet no matrix. Without ``where``, A
-    and B are those of one matrix. ``given``: as they stand, else in each other's place and transposed."""
+    """y [S, out] of x [S, in], A [E, r, in] and B [E, out, r]; zero in rows that meet no matrix.
+    Without ``where``, A and B are those of one matrix. ``given``: as they stand, else in each
+    other's place and transposed."""
     x = x.contiguous()
-    if x.dtype is A.dtype is torch.bfloat16 and where is not None and where.rows >= len(A) and bf16_dot.able():
+    if (
+        x.dtype is A.dtype is torch.bfloat16
+        and where is not None
+        and where.rows >= len(A)
+        and bf16_dot.able()
+    ):
         return _by_pairs(x, A, B, scale, where) if given else _by_pairs(x, B.mT, A.mT, scale, where)
     rows, in_ = x.shape
     rank, out = A.shape[-2], B.shape[-2] if given else A.shape[-1]
     y = x.new_empty(rows, out)
-    first, second = (_lies(A, True), _lies(B, False)) if given else (_lies(B, False), _lies(A, True))
+    first, second = (
+        (_lies(A, True), _lies(B, False)) if given else (_lies(B, False), _lies(A, True))
+    )
     _change(
         x.data_ptr(), y.data_ptr(), first, second, rows, rank, in_, out, scale, *_table(where), _STORED[x.dtype],
         _STORED[A.dtype],
@@ -78,7 +87,9 @@ def _by_pairs(x: Tensor, A: Tensor, B: Tensor, scale: float, where: Any) -> Tens
     groups = np.stack([table[:, 1], table[:, 2], places, places + 1], 1)
     addresses = np.empty((count, 3), np.int64)
     for column, factor in enumerate((down, up)):
-        addresses[:, column] = table[:, 0] * (factor.stride(0) * factor.element_size()) + factor.data_ptr()
+        addresses[:, column] = (
+            table[:, 0] * (factor.stride(0) * factor.element_size()) + factor.data_ptr()
+        )
     addresses[:, 2] = down.shape[1]
     rows = np.arange(where.rows), groups, np.full(count, scale, np.float32)
     y = mixed_rows.change(x[: where.rows], up.shape[2], rows, addresses, down.dtype)
@@ -90,8 +101,8 @@ def gradients(
     x: Tensor, picks: Tensor | None, dy: Tensor, A: Tensor, B: Tensor, scale: float, where: Any, need_x: bool,
     need_factors: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx [S, in] as ``change`` gives it, that of A, that of B), None for what is not needed. The rows are x [S, in],
-    or the rows ``picks`` [S] of x."""
+    """(dx [S, in] as ``change`` gives it, that of A, that of B), None for what is not needed. The
+    rows are x [S, in], or the rows ``picks`` [S] of x."""
     dy = dy.contiguous()
     if not need_factors:
         return change(dy, A, B, scale, where, False), None, None
@@ -167,7 +178,8 @@ def _put(lies, e, own, like):
 
 @numba.njit
 def _segment(table, g, rows):
-    """Matrix, first row and the one after the last; all rows and the first matrix if there is no table."""
+    """Matrix, first row and the one after the last; all rows and the first matrix if there is no
+    table."""
     if len(table) == 0:
         return 0, 0, rows
     return table[g, 0], table[g, 1], table[g, 2]
@@ -196,11 +208,21 @@ def _change(x_at, y_at, A_lies, B_lies, rows, rank, in_, out, scale, table_at, c
     lone = A_lies[2:] == (in_, 1) and B_lies[2:] == (1, rank)
     for g in range(count):
         e, start, end = _segment(table, g, rows)
-        if lone and end - start == 1:  # a token of a mixture: each number is read once, where it lies
+        if (
+            lone and end - start == 1
+        ):  # a token of a mixture: each number is read once, where it lies
             _widened(x[:1], xs[start:end])
-            dots_one(h[0], x[0], numba.carray(at(A_lies[0] + e * A_lies[1] * factor.itemsize, factor), (rank, in_)))
+            dots_one(
+                h[0],
+                x[0],
+                numba.carray(at(A_lies[0] + e * A_lies[1] * factor.itemsize, factor), (rank, in_)),
+            )
             h[:1] *= strength
-            dots_one(y[0], h[0], numba.carray(at(B_lies[0] + e * B_lies[1] * factor.itemsize, factor), (out, rank)))
+            dots_one(
+                y[0],
+                h[0],
+                numba.carray(at(B_lies[0] + e * B_lies[1] * factor.itemsize, factor), (out, rank)),
+            )
             _narrowed(ys[start:end], y[:1])
             done = end
             continue

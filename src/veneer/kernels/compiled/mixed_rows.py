@@ -1,13 +1,14 @@
-"""Many adapters in one batch of linear layers, in one loop over the tokens, by numba: each row's x ΔWᵀ, [N, out].
+"""Many adapters in one batch of linear layers, in one loop over the tokens, by numba: each row's x
+ΔWᵀ, [N, out].
 
     h = A x        y = Σ weight · hᵀ B        A: [r, in]   B: [r, out]   of each adapter that the row uses
 
-Rows that use the same stand together. Four of their tokens at a time meet each number of A and of B, which are read
-where they lie, by address: nothing is gathered, padded or laid out. Sums are float32, and y is rounded to the dtype of
-x once.
+Rows that use the same stand together. Four of their tokens at a time meet each number of A and of
+B, which are read where they lie, by address: nothing is gathered, padded or laid out. Sums are
+float32, and y is rounded to the dtype of x once.
 
-Where all is bfloat16 and the processor multiplies it itself, ``bf16_dot`` takes the place of the loop here. Rejected:
-numba's own threads, beside those of torch.
+Where all is bfloat16 and the processor multiplies it itself, ``bf16_dot`` takes the place of the
+loop here. Rejected: numba's own threads, beside those of torch.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -30,8 +31,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 _STORED = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
 
 
-#: order: [N] rows, those that use the same beside each other (int64); groups: [G, 4] of such rows, the first place in
-#: ``order`` and the one after the last, and the same of their adapters in ``weights`` (int64); weights: [E] float32
+# : order: [N] rows, those that use the same beside each other (int64); groups: [G, 4] of such rows,
+# the first place in
+# : ``order`` and the one after the last, and the same of their adapters in ``weights`` (int64);
+# weights: [E] float32
 Rows = tuple[Any, Any, Any]
 
 
@@ -39,16 +42,24 @@ def rows(groups: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Rows:
     """Of (rows, weights of the adapters that they use) for each group."""
     order, bounds, weights = [], [], []
     for own, strengths in groups:
-        bounds.append((len(order), len(order) + len(own), len(weights), len(weights) + len(strengths)))
+        bounds.append(
+            (len(order), len(order) + len(own), len(weights), len(weights) + len(strengths))
+        )
         order.extend(own)
         weights.extend(strengths)
-    return np.array(order, np.int64), np.array(bounds, np.int64).reshape(-1, 4), np.array(weights, np.float32)
+    return (
+        np.array(order, np.int64),
+        np.array(bounds, np.int64).reshape(-1, 4),
+        np.array(weights, np.float32),
+    )
 
 
 def table(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Any:
-    """The addresses and rank of each A [r, in] and B [r, out], [E, 3]; None changes nothing. Whoever has the table
-    keeps the tensors, which are contiguous."""
-    rows = [(one[0].data_ptr(), one[1].data_ptr(), len(one[0])) if one else (0, 0, 0) for one in factors]
+    """The addresses and rank of each A [r, in] and B [r, out], [E, 3]; None changes nothing.
+    Whoever has the table keeps the tensors, which are contiguous."""
+    rows = [
+        (one[0].data_ptr(), one[1].data_ptr(), len(one[0])) if one else (0, 0, 0) for one in factors
+    ]
     return np.array(rows, np.int64).reshape(-1, 3)
 
 

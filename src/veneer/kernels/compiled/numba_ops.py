@@ -1,4 +1,5 @@
-"""What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free order, addresses."""
+"""What loops over numbers have in common that numba compiles: bfloat16 as its bits, sums of free
+order, addresses."""
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
 
@@ -20,8 +21,9 @@ WORD = ir.IntType(32)
 
 
 def sources() -> str:
-    """What the code of all kernels comes to. numba keeps a compiled loop under its name until its own file changes,
-    whatever becomes of the functions that it calls from others; so this is part of the name."""
+    """What the code of all kernels comes to. numba keeps a compiled loop under its name until its
+    own file changes, whatever becomes of the functions that it calls from others; so this is part
+    of the name."""
     whole = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         whole.update(file.read_bytes())
@@ -29,7 +31,8 @@ def sources() -> str:
 
 
 def compiled(loop: Any) -> Any:
-    """``loop``, compiled once for each machine and kind of arguments; other threads run beside it."""
+    """``loop``, compiled once for each machine and kind of arguments; other threads run beside
+    it."""
     loop.__qualname__ += f"_{sources()}"
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
@@ -39,7 +42,8 @@ def compiled(loop: Any) -> Any:
 
 
 def raised(builder: Any, value: Any) -> Any:
-    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
+    even."""
     bits = builder.bitcast(value, WORD)
     odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
     return builder.add(builder.add(bits, WORD(0x7FFF)), odd)
@@ -48,7 +52,9 @@ def raised(builder: Any, value: Any) -> Any:
 @intrinsic
 def as_float(context: Any, bits: Any):
     """32 bits as the float32 that they are."""
-    return numba.float32(numba.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+    return numba.float32(numba.uint32), lambda _, builder, __, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )
 
 
 @intrinsic
@@ -93,7 +99,8 @@ def at(context: Any, address: Any, like: Any):
 
 @intrinsic
 def narrow(context: Any, value: Any, like: Any):
-    """A float32 as a number is stored that is ``like`` this one: itself, or the bits of the nearest bfloat16."""
+    """A float32 as a number is stored that is ``like`` this one: itself, or the bits of the nearest
+    bfloat16."""
 
     def code(_, builder: Any, __, args: Any):
         if like == numba.float32:

@@ -1,16 +1,20 @@
-"""Rounding W + ΔW to nearest in one loop over the numbers, by numba: memory is read once and written once.
+"""Rounding W + ΔW to nearest in one loop over the numbers, by numba: memory is read once and
+written once.
 
     Δ = Σₖ (scale · B)[row, k] · A[k, column]        v = W + Δ        W' = bf16(either end of the interval around v)
 
-Arithmetic and proof are those of ``kernels.rounding``; the numbers in doubt of a block are computed in float64 at once.
+Arithmetic and proof are those of ``kernels.rounding``; the numbers in doubt of a block are computed
+in float64 at once.
 
-What the compiler may do: contract a product and a sum into one operation, which rounds once where the bound allows
-for twice. What it may not: reorder. It would cancel v against the ends of its interval. The sums of the report alone
-are free of order (``plus``), as they could not run on vectors otherwise. Integers are words of 32 bits in LLVM's own
-terms, as numba makes 64 of each sum of them, and vectors of half as many numbers.
+What the compiler may do: contract a product and a sum into one operation, which rounds once where
+the bound allows for twice. What it may not: reorder. It would cancel v against the ends of its
+interval. The sums of the report alone are free of order (``plus``), as they could not run on
+vectors otherwise. Integers are words of 32 bits in LLVM's own terms, as numba makes 64 of each sum
+of them, and vectors of half as many numbers.
 
-Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache. Rejected: C, which must
-be built for every system; torch.compile, which wants a C++ compiler where it runs.
+Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache.
+Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where
+it runs.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -27,7 +31,16 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from veneer.kernels.compiled.numba_ops import NAN, WORD, as_bits, as_float, compiled, plus, raised, wide
+from veneer.kernels.compiled.numba_ops import (
+    NAN,
+    WORD,
+    as_bits,
+    as_float,
+    compiled,
+    plus,
+    raised,
+    wide,
+)
 
 #: columns of a block: what begins and ends one costs as much as a hundred numbers
 WIDE = 4096
@@ -42,7 +55,8 @@ FARTHER = np.float32(2.0**-22)
 
 @intrinsic
 def _raised(context: Any, value: Any):
-    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to even."""
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
+    even."""
     return types.uint32(types.float32), lambda _, builder, __, args: raised(builder, args[0])
 
 
@@ -80,8 +94,8 @@ def _rounded(context: Any, bits: Any):
 
 @numba.njit(fastmath={"contract"})
 def _change(into, B, A, row, first, count):
-    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last ``PRODUCTS``; zeros, which it
-    has from the beginning, if there are no others."""
+    """``into[:count]`` = Σₖ B[row, k] · A[k, first : first + count] of all k but the last
+    ``PRODUCTS``; zeros, which it has from the beginning, if there are no others."""
     if B.shape[1] == PRODUCTS:
         return
     last = first + count
@@ -90,8 +104,18 @@ def _change(into, B, A, row, first, count):
     for k in range(0, B.shape[1] - PRODUCTS, PRODUCTS):
         b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
         b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
-        a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
-        a4, a5, a6, a7 = A[k + 4, first:last], A[k + 5, first:last], A[k + 6, first:last], A[k + 7, first:last]
+        a0, a1, a2, a3 = (
+            A[k, first:last],
+            A[k + 1, first:last],
+            A[k + 2, first:last],
+            A[k + 3, first:last],
+        )
+        a4, a5, a6, a7 = (
+            A[k + 4, first:last],
+            A[k + 5, first:last],
+            A[k + 6, first:last],
+            A[k + 7, first:last],
+        )
         for j in range(count):
             into[j] = (
                 into[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
@@ -101,13 +125,24 @@ def _change(into, B, A, row, first, count):
 
 @numba.njit(fastmath={"contract"})
 def _round(old, change, B, A, row, first, bound, new, marks, sums):
-    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether any is. ``change``
-    has all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩."""
+    """Fill ``new``, and ``marks`` with something else than 0 where it is in doubt; returns whether
+    any is. ``change`` has all products but the last; ``sums`` gets ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩
+    and ⟨W, W⟩."""
     k, last = B.shape[1] - PRODUCTS, first + len(old)
     b0, b1, b2, b3 = B[row, k], B[row, k + 1], B[row, k + 2], B[row, k + 3]
     b4, b5, b6, b7 = B[row, k + 4], B[row, k + 5], B[row, k + 6], B[row, k + 7]
-    a0, a1, a2, a3 = A[k, first:last], A[k + 1, first:last], A[k + 2, first:last], A[k + 3, first:last]
-    a4, a5, a6, a7 = A[k + 4, first:last], A[k + 5, first:last], A[k + 6, first:last], A[k + 7, first:last]
+    a0, a1, a2, a3 = (
+        A[k, first:last],
+        A[k + 1, first:last],
+        A[k + 2, first:last],
+        A[k + 3, first:last],
+    )
+    a4, a5, a6, a7 = (
+        A[k + 4, first:last],
+        A[k + 5, first:last],
+        A[k + 6, first:last],
+        A[k + 7, first:last],
+    )
     doubt = np.uint32(0)
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
@@ -123,11 +158,17 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         doubt = _either(doubt, differs)
         new[j], marks[j] = _upper(one), _upper(differs)
         step = _rounded(one) - W
-        realised, moved, base = plus(realised, delta * step), plus(moved, step * step), plus(base, W * W)
+        realised, moved, base = (
+            plus(realised, delta * step),
+            plus(moved, step * step),
+            plus(base, W * W),
+        )
     sums[0] += realised
     sums[1] += moved
     sums[2] += base
-    if realised != realised or moved != moved:  # something is no number, whose marks may say anything
+    if (
+        realised != realised or moved != moved
+    ):  # something is no number, whose marks may say anything
         marks[: len(old)] = NAN
         return True
     return _upper(doubt) != 0
@@ -135,8 +176,9 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
 
 @numba.njit
 def _nearest(value):
-    """The bits of the bfloat16 nearest to a float64, ties to even: by way of a float32 that is rounded to odd, so that
-    rounding twice is rounding once (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums")."""
+    """The bits of the bfloat16 nearest to a float64, ties to even: by way of a float32 that is
+    rounded to odd, so that rounding twice is rounding once (Boldo & Melquiond 2008, "Emulation of
+    FMA and correctly rounded sums")."""
     if value != value:
         return NAN
     near = np.float32(value)
@@ -150,8 +192,8 @@ def _nearest(value):
 
 @numba.njit
 def _again(old, words, B, A, scale, row, first, new, sums):
-    """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks are looked at as one
-    of the ``words``, and ``LOOK`` words as one."""
+    """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks
+    are looked at as one of the ``words``, and ``LOOK`` words as one."""
     found = 0
     for begin in range(0, len(words), LOOK):
         seen = np.uint64(0)
@@ -179,10 +221,12 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
 
 
 @compiled
-def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums):
-    """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the last, with the distance
-    from group to group and from row to row; the wide factors are float64, and B there is without its scale. Returns
-    how many numbers were in doubt."""
+def _slab(
+    old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums
+):
+    """Some rows of some groups. ``old`` and ``new`` are the memory from the first number to the
+    last, with the distance from group to group and from row to row; the wide factors are float64,
+    and B there is without its scale. Returns how many numbers were in doubt."""
     groups, rows, _ = B.shape
     columns = A.shape[2]
     change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
@@ -194,12 +238,18 @@ def _slab(old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B,
                 _change(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
                 into = group * new_group + row * new_row + first
-                own, made, error = old[start : start + count], new[into : into + count], bound[group, row]
+                own, made, error = (
+                    old[start : start + count],
+                    new[into : into + count],
+                    bound[group, row],
+                )
                 if _round(own, change, B[group], A[group], row, first, error, made, marks, sums):
                     looked = -(-count // LINE)
                     marks[count : LINE * looked] = 0
                     marked = words[: LOOK * looked]
-                    found += _again(own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums)
+                    found += _again(
+                        own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums
+                    )
     return found
 
 
@@ -217,21 +267,33 @@ def padded(factor: Tensor, axis: int) -> Tensor:
 
 
 def rounded(
-    old: Tensor, B: Tensor, A: Tensor, bound: Tensor, wide_B: Tensor, wide_A: Tensor, scale: float, new: Tensor
+    old: Tensor,
+    B: Tensor,
+    A: Tensor,
+    bound: Tensor,
+    wide_B: Tensor,
+    wide_A: Tensor,
+    scale: float,
+    new: Tensor,
 ) -> Tensor:
     """Round a slab into ``new``; returns the sums [3] in float64.
 
     Args:
         B, A: float32 and ``padded``; B with its scale.
-        wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in doubt reads a column.
+        wide_B, wide_A: the same in float64, as they are, but A transposed [g, in, r]: what is in
+            doubt reads a column.
     """
-    sums, factors = np.zeros(3), [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)]
+    sums, factors = (
+        np.zeros(3),
+        [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)],
+    )
     _slab(*_memory(old), *_memory(new), *factors, float(scale), sums)
     return torch.from_numpy(sums)
 
 
 def _memory(one: Tensor) -> tuple[Any, int, int]:
-    """From the first number of [g, rows, columns] to the last, and how far groups and rows are apart."""
+    """From the first number of [g, rows, columns] to the last, and how far groups and rows are
+    apart."""
     (groups, rows, columns), (group, row, _) = one.shape, one.stride()
     flat = one.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
     return (flat if one.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row

@@ -1,12 +1,14 @@
-"""What a function keeps of its input for backward: the input, or what it was made of, where autograd keeps that anyway.
+"""What a function keeps of its input for backward: the input, or what it was made of, where
+autograd keeps that anyway.
 
     x = a · b          a gated MLP's last layer reads this; the product's node keeps a and b       kept: a, b
     x = act(g) · b     its node would keep act(g) as well, whose node keeps g                      kept: g, b
     x = (h · r) · w    what reads a normed h; h · r keeps h and r, and w is frozen                 kept: h, r, w
 
-In each x is made again in backward, to the same bits, by a pass or two over memory. In the second, act(g) is taken from
-the product's node too, which gets it from the function that has just made it again. It is read off the graph, whatever
-the model calls its modules. Small inputs are kept as they are.
+In each x is made again in backward, to the same bits, by a pass or two over memory. In the second,
+act(g) is taken from the product's node too, which gets it from the function that has just made it
+again. It is read off the graph, whatever the model calls its modules. Small inputs are kept as they
+are.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 class Gate:
-    """An activation that is computed again. What it has made is held for the node that needs it next; where a backward
-    ends before that, until another one or the end of the graph."""
+    """An activation that is computed again. What it has made is held for the node that needs it
+    next; where a backward ends before that, until another one or the end of the graph."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
@@ -50,7 +52,8 @@ class Gate:
 
 
 class SavedInput(NamedTuple):
-    """x, or its factors from the left; the first of them is what ``gate`` makes of ``first``, if there is one."""
+    """x, or its factors from the left; the first of them is what ``gate`` makes of ``first``, if
+    there is one."""
 
     first: Tensor
     second: Tensor | None = None
@@ -59,10 +62,16 @@ class SavedInput(NamedTuple):
 
 
 def kept(x: Tensor, piece: bool = False) -> SavedInput:
-    """What to keep of an x that is read by a function with a graph. ``piece``: it is one of many small ones, which
-    together are worth what one of them is not; a gate is not, as it takes longer than the product."""
+    """What to keep of an x that is read by a function with a graph. ``piece``: it is one of many
+    small ones, which together are worth what one of them is not; a gate is not, as it takes longer
+    than the product."""
     node: Any = x.grad_fn
-    if node is None or not (piece or x.numel() > MANY) or not on("saved_inputs") or node.name() != "MulBackward0":
+    if (
+        node is None
+        or not (piece or x.numel() > MANY)
+        or not on("saved_inputs")
+        or node.name() != "MulBackward0"
+    ):
         return SavedInput(x)
     if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return SavedInput(x)  # checkpointing would compute what autograd keeps again to show it
@@ -98,11 +107,15 @@ def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
     if Gate in node.metadata:  # another function reads this x too
         place, gate = node.metadata[Gate]
-        return SavedInput(node.next_functions[place][0]._saved_self, _saved(node, 1 - place), None, gate)
+        return SavedInput(
+            node.next_functions[place][0]._saved_self, _saved(node, 1 - place), None, gate
+        )
     one, other = _saved(node, 0), _saved(node, 1)
     if one is not None and other is not None:
         return _gated(node, one, other) if _makes(x, one, other) else None
-    weight = other if one is None else one  # no gradient goes to it, so nothing of the rest was kept here
+    weight = (
+        other if one is None else one
+    )  # no gradient goes to it, so nothing of the rest was kept here
     inner: Any = node.next_functions[0 if one is None else 1][0]
     if weight is None or inner is None or inner.name() != "MulBackward0":
         return None

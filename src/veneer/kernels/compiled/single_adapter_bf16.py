@@ -1,9 +1,10 @@
-"""The change of one adapter for bfloat16 rows, without a graph, from its factors as a module has them.
+"""The change of one adapter for bfloat16 rows, without a graph, from its factors as a module has
+them.
 
     y_t = s · B (A x_t)        x: [T, in]   A: [r, in]   B: [out, r]   y: [T, out]
 
-A few tokens are computed in float32; many take the processor's own products of bfloat16 numbers (``bf16_dot``), for
-which the factors are rounded to bfloat16 first.
+A few tokens are computed in float32; many take the processor's own products of bfloat16 numbers
+(``bf16_dot``), for which the factors are rounded to bfloat16 first.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -27,8 +28,9 @@ _STORED = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 
 
 def able(x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether this is for x [T, in] and factors [r, in] and [out, r]: each of them contiguous, on the processor and of
-    a dtype that it knows, and tokens few, or the processor one that has the products."""
+    """Whether this is for x [T, in] and factors [r, in] and [out, r]: each of them contiguous, on
+    the processor and of a dtype that it knows, and tokens few, or the processor one that has the
+    products."""
     here = x.is_cpu and x.dtype is torch.bfloat16 and A.dtype is B.dtype and A.dtype in _STORED
     whole = x.is_contiguous() and A.is_contiguous() and B.is_contiguous()
     return here and whole and (x.shape[0] < MANY or bf16_dot.able())
@@ -45,7 +47,11 @@ def change(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 @compiled
 def _few(x_at, y_at, tokens, in_, out, A_at, B_at, rank, scale, factor):
-    A, given, weight = carray(at(A_at, factor), (rank, in_)), carray(at(B_at, factor), (out, rank)), np.float32(scale)
+    A, given, weight = (
+        carray(at(A_at, factor), (rank, in_)),
+        carray(at(B_at, factor), (out, rank)),
+        np.float32(scale),
+    )
     x, h, y = np.empty(in_, np.float32), np.empty(rank, np.float32), np.empty(out, np.float32)
     B = np.empty((rank, out), np.float32)
     for k in range(rank):
@@ -53,7 +59,10 @@ def _few(x_at, y_at, tokens, in_, out, A_at, B_at, rank, scale, factor):
         for j in range(out):
             row[j] = wide(given[j, k])
     for t in range(tokens):
-        own, into = carray(at(x_at, HALF), (tokens, in_))[t], carray(at(y_at, HALF), (tokens, out))[t]
+        own, into = (
+            carray(at(x_at, HALF), (tokens, in_))[t],
+            carray(at(y_at, HALF), (tokens, out))[t],
+        )
         for j in range(in_):
             x[j] = wide(own[j])
         for j in range(out):

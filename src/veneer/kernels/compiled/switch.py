@@ -10,12 +10,20 @@ from veneer.errors import ConfigError, sentence
 
 VARIABLE = "VENEER_COMPILED"
 #: what numba compiles, and what needs no numba
-LOOPS = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows", "round_nearest")
+LOOPS = (
+    "thin_matmul",
+    "single_adapter_bf16",
+    "mixed_rows",
+    "bf16_dot",
+    "expert_rows",
+    "round_nearest",
+)
 NAMES = (*LOOPS, "saved_inputs")
 
 
 def names(text: str) -> frozenset[str]:
-    """The names that a value of the variable turns on: "1" all of them, "0" none, else those listed with commas.
+    """The names that a value of the variable turns on: "1" all of them, "0" none, else those listed
+    with commas.
 
     Raises:
         ConfigError: another name.
@@ -27,7 +35,9 @@ def names(text: str) -> frozenset[str]:
     listed = {name.strip() for name in text.split(",")}
     if unknown := sorted(listed - {*NAMES}):
         expected = f"0, 1, or some of {', '.join(NAMES)}, with commas"
-        raise ConfigError(sentence(f"{VARIABLE}={text} (unknown: {', '.join(unknown)})", expected, "correct it"))
+        raise ConfigError(
+            sentence(f"{VARIABLE}={text} (unknown: {', '.join(unknown)})", expected, "correct it")
+        )
     return frozenset(listed)
 
 

@@ -1,10 +1,11 @@
-"""The two thin products of a low-rank change in compiled loops, four by four: a number that is read meets four others.
+"""The two thin products of a low-rank change in compiled loops, four by four: a number that is read
+meets four others.
 
     dots    H[i, k] = x_i · a_k            x: [T, n]   A: [r, n]    H: [T, r]
     add     Y[i] += Σₖ H[i, k] · b_k       H: [T, r]   B: [r, n]    Y: [T, n]
 
-The gradients are the same two: of B, ``add`` of tokens onto ranks, with H transposed. Sums are float32 and of free
-order; A and B may be bfloat16 (``compiled.wide``).
+The gradients are the same two: of B, ``add`` of tokens onto ranks, with H transposed. Sums are
+float32 and of free order; A and B may be bfloat16 (``compiled.wide``).
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -29,10 +30,30 @@ def _dots_4x4(h, x, A, k, count):
     for j in range(count):
         v0, v1, v2, v3 = x0[j], x1[j], x2[j], x3[j]
         w0, w1, w2, w3 = wide(a0[j]), wide(a1[j]), wide(a2[j]), wide(a3[j])
-        s00, s01, s02, s03 = plus(s00, v0 * w0), plus(s01, v0 * w1), plus(s02, v0 * w2), plus(s03, v0 * w3)
-        s10, s11, s12, s13 = plus(s10, v1 * w0), plus(s11, v1 * w1), plus(s12, v1 * w2), plus(s13, v1 * w3)
-        s20, s21, s22, s23 = plus(s20, v2 * w0), plus(s21, v2 * w1), plus(s22, v2 * w2), plus(s23, v2 * w3)
-        s30, s31, s32, s33 = plus(s30, v3 * w0), plus(s31, v3 * w1), plus(s32, v3 * w2), plus(s33, v3 * w3)
+        s00, s01, s02, s03 = (
+            plus(s00, v0 * w0),
+            plus(s01, v0 * w1),
+            plus(s02, v0 * w2),
+            plus(s03, v0 * w3),
+        )
+        s10, s11, s12, s13 = (
+            plus(s10, v1 * w0),
+            plus(s11, v1 * w1),
+            plus(s12, v1 * w2),
+            plus(s13, v1 * w3),
+        )
+        s20, s21, s22, s23 = (
+            plus(s20, v2 * w0),
+            plus(s21, v2 * w1),
+            plus(s22, v2 * w2),
+            plus(s23, v2 * w3),
+        )
+        s30, s31, s32, s33 = (
+            plus(s30, v3 * w0),
+            plus(s31, v3 * w1),
+            plus(s32, v3 * w2),
+            plus(s33, v3 * w3),
+        )
     h[0, k], h[0, k + 1], h[0, k + 2], h[0, k + 3] = s00, s01, s02, s03
     h[1, k], h[1, k + 1], h[1, k + 2], h[1, k + 3] = s10, s11, s12, s13
     h[2, k], h[2, k + 1], h[2, k + 2], h[2, k + 3] = s20, s21, s22, s23
@@ -45,7 +66,12 @@ def _dots_4x1(h, x, A, k, count):
     x0, x1, x2, x3, a = x[0], x[1], x[2], x[3], A[k]
     for j in range(count):
         w = wide(a[j])
-        s0, s1, s2, s3 = plus(s0, x0[j] * w), plus(s1, x1[j] * w), plus(s2, x2[j] * w), plus(s3, x3[j] * w)
+        s0, s1, s2, s3 = (
+            plus(s0, x0[j] * w),
+            plus(s1, x1[j] * w),
+            plus(s2, x2[j] * w),
+            plus(s3, x3[j] * w),
+        )
     h[0, k], h[1, k], h[2, k], h[3, k] = s0, s1, s2, s3
 
 
@@ -73,10 +99,30 @@ def _add_4x4(y, h, B, k, count, weight):
     """Add four rows of B, times their h, to four tokens."""
     y0, y1, y2, y3 = y[0], y[1], y[2], y[3]
     b0, b1, b2, b3 = B[k], B[k + 1], B[k + 2], B[k + 3]
-    h00, h01, h02, h03 = weight * h[0, k], weight * h[0, k + 1], weight * h[0, k + 2], weight * h[0, k + 3]
-    h10, h11, h12, h13 = weight * h[1, k], weight * h[1, k + 1], weight * h[1, k + 2], weight * h[1, k + 3]
-    h20, h21, h22, h23 = weight * h[2, k], weight * h[2, k + 1], weight * h[2, k + 2], weight * h[2, k + 3]
-    h30, h31, h32, h33 = weight * h[3, k], weight * h[3, k + 1], weight * h[3, k + 2], weight * h[3, k + 3]
+    h00, h01, h02, h03 = (
+        weight * h[0, k],
+        weight * h[0, k + 1],
+        weight * h[0, k + 2],
+        weight * h[0, k + 3],
+    )
+    h10, h11, h12, h13 = (
+        weight * h[1, k],
+        weight * h[1, k + 1],
+        weight * h[1, k + 2],
+        weight * h[1, k + 3],
+    )
+    h20, h21, h22, h23 = (
+        weight * h[2, k],
+        weight * h[2, k + 1],
+        weight * h[2, k + 2],
+        weight * h[2, k + 3],
+    )
+    h30, h31, h32, h33 = (
+        weight * h[3, k],
+        weight * h[3, k + 1],
+        weight * h[3, k + 2],
+        weight * h[3, k + 3],
+    )
     for j in range(count):
         w0, w1, w2, w3 = wide(b0[j]), wide(b1[j]), wide(b2[j]), wide(b3[j])
         y0[j] = y0[j] + h00 * w0 + h01 * w1 + h02 * w2 + h03 * w3
@@ -175,8 +221,8 @@ def add(Y, H, B, top, bottom, start, end):
 
 @numba.njit
 def take(own, count, order, place, token, tokens):
-    """The next ``count`` tokens of the rows in ``order``, each of so many ``tokens``, into ``own``; returns the place
-    in ``order`` and the token in its row that come then."""
+    """The next ``count`` tokens of the rows in ``order``, each of so many ``tokens``, into ``own``;
+    returns the place in ``order`` and the token in its row that come then."""
     for i in range(count):
         own[i] = order[place] * tokens + token
         token += 1

@@ -1,11 +1,12 @@
-"""The thin products of a training step over a frozen layer, float32 on a processor, by ``thin_blocks``.
+"""The thin products of a training step over a frozen layer, float32 on a processor, by
+``thin_blocks``.
 
     forward     h = A x        part = hᵀ B + bias, onto which x Wᵀ comes   A: [R, in]   x: [T, in]   h: [R, T]
     backward    u = B dyᵀ      dB = h dy       in one pass over dy         B: [r, out]   dy: [T, out]
                 part = uᵀ A    dA = u x        in one pass over x
 
-h and u lie as [T, R], so that a token's numbers are beside each other. With dropout a loop copies a few rows of x at a
-time, within the processor's nearest cache, and puts zeros where they are drawn.
+h and u lie as [T, R], so that a token's numbers are beside each other. With dropout a loop copies a
+few rows of x at a time, within the processor's nearest cache, and puts zeros where they are drawn.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
@@ -45,12 +46,24 @@ def down_grown(B: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(u = B dyᵀ [r, T], h dy [r, n]) of B [r, n], dy [T, n] and h [r, T], in one pass over dy."""
     B, u = B.contiguous(), dy.new_empty(dy.shape[0], B.shape[0])
     dB = torch.empty_like(B)
-    _down_grown(u.data_ptr(), dB.data_ptr(), dy.data_ptr(), B.data_ptr(), h.data_ptr(), _step(h), *dy.shape, len(B))
+    _down_grown(
+        u.data_ptr(),
+        dB.data_ptr(),
+        dy.data_ptr(),
+        B.data_ptr(),
+        h.data_ptr(),
+        _step(h),
+        *dy.shape,
+        len(B),
+    )
     return u.mT, dB
 
 
-def up_grown(u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None) -> tuple[Tensor, Tensor]:
-    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped, in one pass."""
+def up_grown(
+    u: Tensor, A: Tensor, x: Tensor, dropped: Dropped | None = None
+) -> tuple[Tensor, Tensor]:
+    """(uᵀ A [T, n], u x [R, n]) of u [R, T], A [R, n] and x [T, n], both without what is dropped,
+    in one pass."""
     A = A.contiguous()
     part, dA = torch.empty_like(x), torch.empty_like(A)
     at_, sizes = (one.data_ptr() for one in (part, dA, u, A, x)), (_step(u), *x.shape, len(A))
@@ -71,7 +84,8 @@ def _step(h: Tensor) -> int:
 
 
 def able(x: Tensor | None, h: Tensor | None) -> bool:
-    """Whether the loops are for x [T, n] and h [r, T]: float32, on a processor, each token's numbers together."""
+    """Whether the loops are for x [T, n] and h [r, T]: float32, on a processor, each token's
+    numbers together."""
     whole = x is None or (x.dtype is torch.float32 and x.is_cpu and x.is_contiguous())
     return whole and (h is None or (h.dtype is torch.float32 and h.is_cpu and h.stride(0) == 1))
 
@@ -117,7 +131,10 @@ def _cleared(own, rows, drawn, group):
 @compiled
 def _down(h_at, x_at, A_at, tokens, count, rank, places_at, ends_at, groups):
     h, x, A = _matrix(h_at, tokens, rank), _matrix(x_at, tokens, count), _matrix(A_at, rank, count)
-    drawn, own = _drawings(places_at, ends_at, groups), np.empty((BLOCK if groups else 0, count), np.float32)
+    drawn, own = (
+        _drawings(places_at, ends_at, groups),
+        np.empty((BLOCK if groups else 0, count), np.float32),
+    )
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
         dots(h[first:last], _cleared(own, x[first:last], drawn, first // BLOCK), A, 0, last - first)
@@ -136,7 +153,11 @@ def _up(y_at, h_at, step, B_at, bias_at, tokens, count, rank):
 
 @compiled
 def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
-    u, dB, dy = _matrix(u_at, tokens, rank), _matrix(dB_at, rank, count), _matrix(dy_at, tokens, count)
+    u, dB, dy = (
+        _matrix(u_at, tokens, rank),
+        _matrix(dB_at, rank, count),
+        _matrix(dy_at, tokens, count),
+    )
     B, h = _matrix(B_at, rank, count), _matrix(h_at, tokens, step).T
     dB[:] = np.float32(0)
     for first in range(0, tokens, BLOCK):
@@ -146,11 +167,20 @@ def _down_grown(u_at, dB_at, dy_at, B_at, h_at, step, tokens, count, rank):
 
 
 @compiled
-def _up_grown(part_at, dA_at, u_at, A_at, x_at, step, tokens, count, rank, places_at, ends_at, groups):
-    part, dA, x = _matrix(part_at, tokens, count), _matrix(dA_at, rank, count), _matrix(x_at, tokens, count)
+def _up_grown(
+    part_at, dA_at, u_at, A_at, x_at, step, tokens, count, rank, places_at, ends_at, groups
+):
+    part, dA, x = (
+        _matrix(part_at, tokens, count),
+        _matrix(dA_at, rank, count),
+        _matrix(x_at, tokens, count),
+    )
     A, u = _matrix(A_at, rank, count), _matrix(u_at, tokens, step)
     by_rank = u.T
-    drawn, own = _drawings(places_at, ends_at, groups), np.empty((BLOCK if groups else 0, count), np.float32)
+    drawn, own = (
+        _drawings(places_at, ends_at, groups),
+        np.empty((BLOCK if groups else 0, count), np.float32),
+    )
     dA[:] = np.float32(0)
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)

@@ -1,9 +1,10 @@
-"""What stands before the replicas: it reads a request, finds a replica for it, and passes its answer on.
+"""What stands before the replicas: it reads a request, finds a replica for it, and passes its
+answer on.
 
-A request whose replica dies is sent to another one, as long as no byte of its answer has been passed on: an answer that
-is no stream is passed on when it is whole, and a stream from its first token. A stream that breaks off later ends with
-an error event and without [DONE], like any answer that cannot be finished (serve/answers.py): another replica would
-draw other words.
+A request whose replica dies is sent to another one, as long as no byte of its answer has been
+passed on: an answer that is no stream is passed on when it is whole, and a stream from its first
+token. A stream that breaks off later ends with an error event and without [DONE], like any answer
+that cannot be finished (serve/answers.py): another replica would draw other words.
 
 Keys and the bounds of bodies hold here too (serve/guard.py), before anything is sent to a replica.
 """
@@ -47,8 +48,9 @@ class Whole:
 
 
 class Gateway:
-    """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a replica and gives its
-    ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they raise when a replica has died."""
+    """An ASGI application (``app``). ``ask`` sends a request, as (adapter, scope, body), to a
+    replica and gives its ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they
+    raise when a replica has died."""
 
     draining = False  # `Guard` asks
 
@@ -76,13 +78,18 @@ class Gateway:
             adapter = OPERATOR
             if body:
                 large = len(body) > limits.PARSED_INLINE
-                adapter = await asyncio.to_thread(adapter_of, body, self.base) if large else adapter_of(body, self.base)
+                adapter = (
+                    await asyncio.to_thread(adapter_of, body, self.base)
+                    if large
+                    else adapter_of(body, self.base)
+                )
             await relay(lambda: self._ask(adapter, asked, body), send, self._lost)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
 
     async def _metrics(self, asked: Message, body: bytes, send: Any) -> None:
-        """The numbers of all replicas, each with its label; or what the first of them says that refuses."""
+        """The numbers of all replicas, each with its label; or what the first of them says that
+        refuses."""
         try:
             answers = await self._ask_all(asked, body)
         except self._lost as error:
@@ -91,10 +98,14 @@ class Gateway:
             raise no_replica()
         answer = next((answer for answer in answers if answer.status != 200), answers[0])
         if answer.status == 200:
-            page = await asyncio.to_thread(merged, {answer.replica: answer.body for answer in answers})
+            page = await asyncio.to_thread(
+                merged, {answer.replica: answer.body for answer in answers}
+            )
             headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
             answer = Whole("", 200, [*headers, (b"content-length", b"%d" % len(page))], page)
-        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await send(
+            {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+        )
         await send({"type": "http.response.body", "body": answer.body})
 
 
@@ -102,7 +113,8 @@ async def relay(
     attempt: Callable[[], AsyncGenerator[Message]], send: Callable[[Message], Awaitable[None]],
     lost: tuple[type[Exception], ...],
 ) -> None:  # fmt: skip
-    """Pass an answer on, of a first attempt or of a later one. ``Refusal``: all attempts were lost."""
+    """Pass an answer on, of a first attempt or of a later one. ``Refusal``: all attempts were
+    lost."""
     for number in range(TRIES):
         head: Message | None = None  # it waits for the first byte
         begun = ended = False
@@ -110,7 +122,11 @@ async def relay(
             async with aclosing(attempt()) as messages:
                 async for message in messages:
                     if message["type"] == "http.response.start":
-                        headers = [(name, value) for name, value in message["headers"] if name.lower() not in _OWN]
+                        headers = [
+                            (name, value)
+                            for name, value in message["headers"]
+                            if name.lower() not in _OWN
+                        ]
                         head = {**message, "headers": headers}
                         continue
                     if not begun and head is not None:
@@ -127,7 +143,9 @@ async def relay(
                 return
             continue
         if not begun:
-            raise Refusal(500, "a bug in the server", "an answer", "tell whoever runs it", code="bug")
+            raise Refusal(
+                500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
+            )
         return
     raise no_replica()
 
@@ -139,14 +157,28 @@ def no_replica() -> Refusal:
 
 def broken_off() -> bytes:
     """The last event of a stream whose replica has died."""
-    message = sentence("a replica that was lost in the middle of an answer", "one that ends", "send the request again")
+    message = sentence(
+        "a replica that was lost in the middle of an answer",
+        "one that ends",
+        "send the request again",
+    )
     refusal = Refusal(503, message, code="replica_lost")
     return f"data: {json.dumps(refusal.body(), separators=(',', ':'))}\n\n".encode()
 
 
 def request_of(scope: Message) -> Message:
     """What of an ASGI scope goes to another process."""
-    kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
+    kept = (
+        "type",
+        "asgi",
+        "http_version",
+        "method",
+        "scheme",
+        "path",
+        "raw_path",
+        "query_string",
+        "root_path",
+    )
     request = {name: scope[name] for name in kept if name in scope}
     return {**request, "headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
 

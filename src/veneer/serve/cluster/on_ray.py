@@ -1,11 +1,12 @@
-"""Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in Ray's config file.
+"""Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in
+Ray's config file.
 
     Gateway   no model; reads the body of a request, since Ray's proxy routes by headers alone
     Replica   the server of one base, with all of its routes
 
-Ray places the replicas, starts a new one for each that dies, makes more or fewer of them, and knows how many requests
-each has (https://docs.ray.io/en/latest/serve/). Which replica has which adapter is routing.py's, by way of Ray's
-request router.
+Ray places the replicas, starts a new one for each that dies, makes more or fewer of them, and knows
+how many requests each has (https://docs.ray.io/en/latest/serve/). Which replica has which adapter
+is routing.py's, by way of Ray's request router.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ HEALTH = 2.0
 
 
 class AdapterRouter(RequestRouter):
-    """``routing.groups`` as a request router of Ray's; the adapter comes as the id of a multiplexed model."""
+    """``routing.groups`` as a request router of Ray's; the adapter comes as the id of a multiplexed
+    model."""
 
     def initialize_state(self, rows: int = 16) -> None:
         self._rows = rows
 
     async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         known = self.replica_queue_len_cache
@@ -54,7 +58,10 @@ class AdapterRouter(RequestRouter):
         if pending_request is not None:
             adapter = pending_request.metadata.multiplexed_model_id
             pending_request.routing_context.should_backoff = True  # when all of them are full
-        return [[named[name] for name in group] for group in routing.groups(adapter, running, self._rows)]
+        return [
+            [named[name] for name in group]
+            for group in routing.groups(adapter, running, self._rows)
+        ]
 
 
 class Replica:
@@ -94,7 +101,9 @@ class Replica:
 class Gateway:
     """What Ray's proxy hands requests to."""
 
-    def __init__(self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None
+    ) -> None:
         _log_to_stderr()
         lost = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
@@ -103,8 +112,12 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
 
-    async def _ask(self, adapter: str, request: dict[str, Any], body: bytes) -> AsyncGenerator[dict[str, Any]]:
-        answer = self._replicas.options(stream=True, multiplexed_model_id=adapter).stream.remote(request, body)
+    async def _ask(
+        self, adapter: str, request: dict[str, Any], body: bytes
+    ) -> AsyncGenerator[dict[str, Any]]:
+        answer = self._replicas.options(stream=True, multiplexed_model_id=adapter).stream.remote(
+            request, body
+        )
         try:
             async for message in answer:
                 yield message
@@ -125,7 +138,9 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
     known = {field.name for field in fields(Settings)}
     if unknown := sorted(given.keys() - known):
         expected = listing(sorted(known | {"replicas", "grace", "keys", "allow_open"}))
-        raise ConfigError(f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling")
+        raise ConfigError(
+            f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling"
+        )
     if not given.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")
     hosts = None if keys is not None or open_to_all else LOOPBACK
@@ -137,8 +152,13 @@ def application(
     actor: Mapping[str, float] | None = None,
 ) -> serve.Application:  # fmt: skip
     """Gateway and replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to Ray."""
-    _keyring(keys)  # a file that is wrong is told here, not in the log of a process that does not start
-    router: dict[str, Any] = {"request_router_class": AdapterRouter, "request_router_kwargs": {"rows": settings.rows}}
+    _keyring(
+        keys
+    )  # a file that is wrong is told here, not in the log of a process that does not start
+    router: dict[str, Any] = {
+        "request_router_class": AdapterRouter,
+        "request_router_kwargs": {"rows": settings.rows},
+    }
     common = {"health_check_period_s": HEALTH, "graceful_shutdown_timeout_s": grace}
     replica = serve.deployment(Replica, name="Replica").options(
         **common, **scale(replicas, settings.rows), request_router_config=RequestRouterConfig(**router),
@@ -151,14 +171,20 @@ def application(
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
-    """What Ray calls so many replicas: "3", or "1-8", of which there are as many as keep their rows busy."""
+    """What Ray calls so many replicas: "3", or "1-8", of which there are as many as keep their rows
+    busy."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
         raise ConfigError(f"--replicas {replicas!r}", "a number, or two such as 1-8", "change it")
     if least == most:
         return {"num_replicas": least}
-    policy = {"min_replicas": least, "max_replicas": most, "initial_replicas": least, "target_ongoing_requests": rows}
+    policy = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "initial_replicas": least,
+        "target_ongoing_requests": rows,
+    }
     return {"autoscaling_config": policy}
 
 
@@ -166,8 +192,8 @@ def run(
     settings: Settings, *, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str,
     grace: float, started: Callable[[], None], until: Callable[[], Any],
 ) -> None:  # fmt: skip
-    """Serve on the Ray cluster of $RAY_ADDRESS, or on one of this machine that lives as long. ``started`` is called
-    when all replicas answer; ``until`` returns when they are to end."""
+    """Serve on the Ray cluster of $RAY_ADDRESS, or on one of this machine that lives as long.
+    ``started`` is called when all replicas answer; ``until`` returns when they are to end."""
     most = scale(replicas, settings.rows)  # told before Ray is started
     most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
     ours = "RAY_ADDRESS" not in os.environ
@@ -176,7 +202,9 @@ def run(
     try:
         actor = share(ray.cluster_resources(), most, settings.device)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        serve.run(application(settings, keys, hosts, replicas, grace, actor), name=NAME, route_prefix="/")
+        serve.run(
+            application(settings, keys, hosts, replicas, grace, actor), name=NAME, route_prefix="/"
+        )
         started()
         until()
     finally:
@@ -189,7 +217,8 @@ def run(
 
 
 def share(resources: Mapping[str, float], replicas: int, device: str | None) -> dict[str, float]:
-    """CPUs and GPUs of one of so many replicas: its share of what the cluster has, one GPU where there are some."""
+    """CPUs and GPUs of one of so many replicas: its share of what the cluster has, one GPU where
+    there are some."""
     cpus = resources.get("CPU", 1.0) / replicas
     gpus = 1.0 if resources.get("GPU", 0.0) >= replicas and device != "cpu" else 0.0
     return {"num_cpus": float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100, "num_gpus": gpus}

@@ -3,9 +3,10 @@
     body → valid, within the quota → the run's queue
          → refused                 → the run's queue, as a request that fails with the words of the refusal
 
-A client numbers the requests of a run, and they are computed in that order: a number that is left out stops all later
-ones. So a refusal of a request whose run and number can be read takes that number. A refusal of anything else, and of
-what the client may repeat (a full queue, a disk without room), is an answer of HTTP.
+A client numbers the requests of a run, and they are computed in that order: a number that is left
+out stops all later ones. So a refusal of a request whose run and number can be read takes that
+number. A refusal of anything else, and of what the client may repeat (a full queue, a disk without
+room), is an answer of HTTP.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ async def queue_request(
     body: Mapping[str, Any] | bytes,
     header: PassHeader | None = None,
 ) -> dict[str, str]:
-    """The promise of a request of a run that a key has; ``header``: of a pass. ``Refusal``: there is no such run, or it
-    takes no more."""
+    """The promise of a request of a run that a key has; ``header``: of a pass. ``Refusal``: there
+    is no such run, or it takes no more."""
     row = run_of(training, key, run)
     training.seen(row["session"])
     if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
@@ -98,8 +99,11 @@ async def queue_request(
 
 
 def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) -> dict[str, str]:
-    """The promise of a pass whose tokens count from now on; of one that would be past the quota, a failure."""
-    if header.seq and training.worker.promise(header.run, header.seq) is not None:  # it is sent again
+    """The promise of a pass whose tokens count from now on; of one that would be past the quota, a
+    failure."""
+    if (
+        header.seq and training.worker.promise(header.run, header.seq) is not None
+    ):  # it is sent again
         return _promise(training, header.run, header.seq, PASS, body)
     problem = over_quota(training.store, key.owner, "tokens", key.tokens, header.tokens)
     if problem is not None:
@@ -113,7 +117,9 @@ def _accept_pass(training: Training, key: Key, header: PassHeader, body: bytes) 
 class NumberedRoute(Route):
     """A route of requests in JSON that a run numbers."""
 
-    async def respond(self, handle: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    async def respond(
+        self, handle: Callable[[Request], Awaitable[Response]], request: Request
+    ) -> Response:
         try:
             return await handle(request)
         except (RequestValidationError, HTTPException, Refusal) as error:
@@ -127,7 +133,9 @@ class NumberedRoute(Route):
             row = training.store.run(run)
             if row is None or not owned(key, row) or row["unloaded"]:
                 raise
-            return JSONResponse(await queue_request(training, key, run, number, REFUSED, {"error": str(refused)}))
+            return JSONResponse(
+                await queue_request(training, key, run, number, REFUSED, {"error": str(refused)})
+            )
 
 
 def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refusal:
@@ -139,12 +147,15 @@ def _refusal_of(error: RequestValidationError | HTTPException | Refusal) -> Refu
 
 
 def _read_address(body: bytes) -> tuple[str, int] | None:
-    """The run and the number of a request, also of one whose other fields are no JSON; None if it has none."""
+    """The run and the number of a request, also of one whose other fields are no JSON; None if it
+    has none."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    run, number = (fields.get("model_id"), fields.get("seq_id")) if isinstance(fields, dict) else (None, None)
+    run, number = (
+        (fields.get("model_id"), fields.get("seq_id")) if isinstance(fields, dict) else (None, None)
+    )
     if not isinstance(run, str) or not isinstance(number, int) or isinstance(number, bool):
         return None
     return (run, number) if 0 < number < 2**31 else None  # 0 is how it began

@@ -1,7 +1,7 @@
 """The JSON bodies of the `tinker` SDK (tinker/types, 0.38) as this server takes them.
 
-A field that is not here is refused by its name: nothing that a client asks for is passed over. What is of no meaning
-here but harmless (tags, a version) is taken.
+A field that is not here is refused by its name: nothing that a client asks for is passed over. What
+is of no meaning here but harmless (tags, a version) is taken.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few(cls, data: Any) -> Any:
-        known = {name for field, info in cls.model_fields.items() for name in (field, *_aliases(info))}
+        known = {
+            name for field, info in cls.model_fields.items() for name in (field, *_aliases(info))
+        }
         return few_unknown(data, known) if isinstance(data, dict) else data
 
 
@@ -115,7 +117,9 @@ class AdamParams(Body):
 
 
 class OptimStep(OfModel):
-    adam_params: AdamParams | None = Field(None, validation_alias=AliasChoices("adam_params", "optim_params"))
+    adam_params: AdamParams | None = Field(
+        None, validation_alias=AliasChoices("adam_params", "optim_params")
+    )
     optimizer_params: OptimizerFamily | None = None
     seq_id: Seq | None = None
 
@@ -141,7 +145,9 @@ class SaveExternal(OfModel):
     path: Annotated[str, Field(max_length=256)]
     seq_id: Seq | None = None
     ttl_seconds: int | None = None
-    age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = None
+    age_encryption_recipients: Annotated[list[str], Field(fail_fast=True, max_length=10)] | None = (
+        None
+    )
 
 
 class Load(Typed):
@@ -186,7 +192,10 @@ class SamplingParams(Body):
     stop: (
         Annotated[str, Field(max_length=256)]
         | Annotated[list[TokenId], Field(fail_fast=True, max_length=256)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True, max_length=64)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=256)]],
+            Field(fail_fast=True, max_length=64),
+        ]
         | None
     ) = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=100)] = 1.0
@@ -199,7 +208,10 @@ class Targets(Body):
 
     data: Annotated[list[Annotated[int, Field(ge=-1, lt=2**31)]], Field(fail_fast=True)]
     dtype: Literal["int64"]
-    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True, min_length=2, max_length=2)]
+    shape: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]],
+        Field(fail_fast=True, min_length=2, max_length=2),
+    ]
     sparse_crow_indices: Annotated[list[int], Field(fail_fast=True)] | None = None
     sparse_col_indices: Annotated[list[int], Field(fail_fast=True)] | None = None
 

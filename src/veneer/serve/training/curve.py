@@ -2,8 +2,9 @@
 
     pass, pass, step  ──>  the loss a token of these passes  ──>  a point, or a part of one
 
-A curve lies in its run's state. What came after that state is read off the journal: bodies and answers of requests say
-how large a loss was and of how many tokens. So a kill loses no point of it, though nothing is written at a step.
+A curve lies in its run's state. What came after that state is read off the journal: bodies and
+answers of requests say how large a loss was and of how many tokens. So a kill loses no point of it,
+though nothing is written at a step.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ LOSS = "loss:sum"
 
 @dataclass(eq=False)
 class Curve:
-    """``points``: (step, loss a token), each the mean of the last ``every`` losses. One thread changes it; others may
-    read it meanwhile."""
+    """``points``: (step, loss a token), each the mean of the last ``every`` losses. One thread
+    changes it; others may read it meanwhile."""
 
     steps: int = 0
     tokens: int = 0  # that it was trained on
     every: int = 1
     points: list[tuple[int, float]] = field(default_factory=list)
     begun: tuple[int, float] = (0, 0.0)  # of the next point: losses, and their sum
-    passes: tuple[float, float] = (0.0, 0.0)  # since the last step: the sum of their losses, and of its weights
+    passes: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # since the last step: the sum of their losses, and of its weights
 
     def passed(self, loss: float, name: str, data: Sequence[Datum]) -> None:
         """A pass with a backward, of the loss ``name``, whose sum over all tokens is ``loss``."""
@@ -53,7 +57,10 @@ class Curve:
             points, self.begun = self.shown(), (0, 0.0)
             if len(points) == MOST:
                 pairs = zip(points[::2], points[1::2], strict=True)
-                points, self.every = [(last, (one + other) / 2) for (_, one), (last, other) in pairs], 2 * self.every
+                points, self.every = (
+                    [(last, (one + other) / 2) for (_, one), (last, other) in pairs],
+                    2 * self.every,
+                )
             self.points = points
 
     def loaded(self) -> None:
@@ -102,7 +109,8 @@ def state_folder(store: Store, run: str, seq: int) -> Path:
 
 
 def read_curve(store: Store, run: str, state: int) -> Curve:
-    """A run's curve after all of its requests that are done; ``state``: the request that its state follows, or -1."""
+    """A run's curve after all of its requests that are done; ``state``: the request that its state
+    follows, or -1."""
     curve, file = Curve(), state_folder(store, run, state) / FILE
     if state >= 0 and file.is_file():  # a state of an earlier release has none
         kept = json.loads(file.read_text("utf-8"))
@@ -123,7 +131,8 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Rate:
-    """How many tokens a second, lately. ``spans``: (began, ended, tokens) of batches, the oldest first."""
+    """How many tokens a second, lately. ``spans``: (began, ended, tokens) of batches, the oldest
+    first."""
 
     spans: tuple[tuple[float, float, int], ...] = ()
 
@@ -135,4 +144,6 @@ class Rate:
         spans: Any = [span for span in self.spans if span[1] > now - WINDOW]
         if not spans:
             return 0.0
-        return sum(tokens for _, _, tokens in spans) / max(now - max(spans[0][0], now - WINDOW), 1e-3)
+        return sum(tokens for _, _, tokens in spans) / max(
+            now - max(spans[0][0], now - WINDOW), 1e-3
+        )

@@ -1,4 +1,5 @@
-"""Archives for a reader: each file encrypted to public keys, in the format of age (age-encryption.org)."""
+"""Archives for a reader: each file encrypted to public keys, in the format of age
+(age-encryption.org)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
         pyrage = _import_pyrage()
     except ModuleNotFoundError as error:
         found = "age_encryption_recipients on a server without pyrage"
-        raise DataError(found, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded") from error
+        raise DataError(
+            found, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded"
+        ) from error
     recipients = []
     for text in texts:
         kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
@@ -28,7 +31,9 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
             recipients.append(kind.Recipient.from_str(text))
         except pyrage.RecipientError as error:
             expected = "a public key of age or SSH (age1…, ssh-ed25519 …, ssh-rsa …)"
-            raise DataError(f"the recipient {text[:80]!r} ({error})", expected, "check it") from error
+            raise DataError(
+                f"the recipient {text[:80]!r} ({error})", expected, "check it"
+            ) from error
     return recipients
 
 
@@ -41,5 +46,6 @@ def encrypt_files(folder: Path, recipients: Sequence[Any]) -> None:
 
 
 def _import_pyrage() -> Any:
-    # a module of Rust without type stubs: only an untyped value passes the type check with it and without it
+    # a module of Rust without type stubs: only an untyped value passes the type check with it and
+    # without it
     return import_module("pyrage")

@@ -1,6 +1,7 @@
 """Requests of runs in each run's order, and what their promises come to.
 
-accept → the store → the line of its run → at the head, when all before it are answered → answer → promise
+accept → the store → the line of its run → at the head, when all before it are answered → answer →
+promise
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Promise(Future[Answer]):
         self._awaitable: asyncio.Future[Answer] | None = None
 
     def awaitable(self) -> asyncio.Future[Answer]:
-        """The promise for the event loop, which calls this. A client may ask a thousand times before the answer is
-        there: all of these wait for the same future, since one for each would stay until then."""
+        """The promise for the event loop, which calls this. A client may ask a thousand times
+        before the answer is there: all of these wait for the same future, since one for each would
+        stay until then."""
         if self._awaitable is None or self._awaitable.get_loop() is not asyncio.get_running_loop():
             self._awaitable = asyncio.wrap_future(self)
         return self._awaitable
@@ -51,10 +53,11 @@ class Asked(NamedTuple):
 
 @dataclass(eq=False)
 class Line:
-    """A run's requests. ``next``: the number of the one whose turn it is. ``spent``: seconds of computing since its
-    state was written. ``curve``: of its losses, once one is added to it. ``failed``: why it takes nothing any more but
-    a checkpoint to load. ``since``: when its next request began to wait for room in memory. ``again``: when that is
-    tried again, after a failure."""
+    """A run's requests. ``next``: the number of the one whose turn it is. ``spent``: seconds of
+    computing since its state was written. ``curve``: of its losses, once one is added to it.
+    ``failed``: why it takes nothing any more but a checkpoint to load. ``since``: when its next
+    request began to wait for room in memory. ``again``: when that is tried again, after a
+    failure."""
 
     run: str
     name: str  # of the run's adapter on the model
@@ -77,9 +80,10 @@ class Line:
 
 
 class Queue:
-    """The lines of runs that have requests which wait, or are in memory (``runs``, by the names of their adapters). The
-    line of any other run is made from the store when it is used, so that a turn costs nothing for runs at rest.
-    ``wake`` guards all of this, and is notified when there is something to do."""
+    """The lines of runs that have requests which wait, or are in memory (``runs``, by the names of
+    their adapters). The line of any other run is made from the store when it is used, so that a
+    turn costs nothing for runs at rest. ``wake`` guards all of this, and is notified when there is
+    something to do."""
 
     def __init__(self, store: Store, runs: Container[str]) -> None:
         self.store, self._runs = store, runs
@@ -98,8 +102,9 @@ class Queue:
     # any thread
 
     def accept(self, run: str, seq: int | None, kind: str, body: bytes) -> int:
-        """Write a request down, and queue it; its number. The same number again is the same request. ``Busy``: too much
-        of its run waits, or too many numbers are missing before it; the one whose turn it is always has room."""
+        """Write a request down, and queue it; its number. The same number again is the same
+        request. ``Busy``: too much of its run waits, or too many numbers are missing before it; the
+        one whose turn it is always has room."""
         with self.wake:
             line = self.line(run)
             number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
@@ -139,7 +144,9 @@ class Queue:
                 row = self.store.run(run)
                 assert row is not None
                 name, first = f"run{row['number']}", self.store.next_seq(run)
-                line = Line(run, name, row["owner"], first, row["state"], self.store.failure_of(run))
+                line = Line(
+                    run, name, row["owner"], first, row["state"], self.store.failure_of(run)
+                )
                 self.lines[run] = self.named[name] = line
             return self.lines[run]
 
@@ -174,8 +181,8 @@ class Queue:
             promise.set_result(answer)
 
     def drop(self, line: Line) -> None:
-        """Forget the line of a run at rest. The worker's thread alone may: dropped by another one while the run comes
-        back, it would be a second line of that run."""
+        """Forget the line of a run at rest. The worker's thread alone may: dropped by another one
+        while the run comes back, it would be a second line of that run."""
         with self.wake:
             rests = not line.waiting and line.current is None and line.name not in self._runs
             if rests and self.lines.get(line.run) is line:

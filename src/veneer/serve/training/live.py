@@ -1,4 +1,5 @@
-"""What the page at / shows of runs, and what it asks them: routes and numbers for people who look on.
+"""What the page at / shows of runs, and what it asks them: routes and numbers for people who look
+on.
 
 GET  live                                  a key's runs: losses, tokens a second, who shares the batch, checkpoints
 model tinker://RUN/KIND/NAME               a checkpoint, in /v1/completions and /v1/chat/completions
@@ -31,12 +32,15 @@ from veneer.serve.training.worker import PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
-#: runs of an answer at most, checkpoints of a run, entries of what a client says of it, characters of each
+# : runs of an answer at most, checkpoints of a run, entries of what a client says of it, characters
+# of each
 MOST_RUNS, MOST_CHECKPOINTS, MOST_METADATA, MOST_WORDS = 100, 16, 8, 80
 
 
 @router.get("/live")
-def live(training: On, key: Asker, limit: Annotated[int, Query(ge=1, le=MOST_RUNS)] = 20) -> JSONResponse:
+def live(
+    training: On, key: Asker, limit: Annotated[int, Query(ge=1, le=MOST_RUNS)] = 20
+) -> JSONResponse:
     """The runs that were used last. Its size is bounded, however long they train."""
     rows = training.store.runs(key.owner)
     held = set(training.worker.trainer.runs)
@@ -52,9 +56,17 @@ def _batch(training: Training, key: Key) -> dict[str, Any] | None:
     batch = training.worker.batch
     if batch is None:
         return None
-    own = [row for row in map(training.store.run, batch.runs) if row is not None and row["owner"] == key.owner]
+    own = [
+        row
+        for row in map(training.store.run, batch.runs)
+        if row is not None and row["owner"] == key.owner
+    ]
     runs = [{"id": row["id"], "name": _name(training, row)} for row in own[:MOST_RUNS]]
-    return {"runs": runs, "others": len(batch.runs) - len(own), "seconds_ago": round(time.monotonic() - batch.ended, 1)}
+    return {
+        "runs": runs,
+        "others": len(batch.runs) - len(own),
+        "seconds_ago": round(time.monotonic() - batch.ended, 1),
+    }
 
 
 def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
@@ -85,7 +97,8 @@ def _checkpoint(row: Any) -> dict[str, Any]:
 
 
 def _name(training: Training, row: Any) -> str:
-    """What a client calls its run or, with a number, its session; else the beginning of the session's id."""
+    """What a client calls its run or, with a number, its session; else the beginning of the
+    session's id."""
     own = (json.loads(row["metadata"] or "{}") or {}).get("name")
     if own:
         return str(own)[:MOST_WORDS]
@@ -99,12 +112,13 @@ def _metadata(text: str | None) -> dict[str, str]:
     return {name[:MOST_WORDS]: str(value)[:MOST_WORDS] for name, value in entries if name != "name"}
 
 
-# ---------------------------------------------------------------------------------------------- samples
+# ----------------------------------------------------------------------------------------------
+# samples
 
 
 async def requested_run(training: Training, key: Key, model: str) -> dict[str, float]:
-    """The adapter that a model's name tinker://… means. ``Refusal``: there is none that the key may read, or it has no
-    tokens left today."""
+    """The adapter that a model's name tinker://… means. ``Refusal``: there is none that the key may
+    read, or it has no tokens left today."""
     if not key.train:
         raise no_such_model(model)
     run, _, last = model.removeprefix("tinker://").rpartition("/")
@@ -122,12 +136,15 @@ async def requested_run(training: Training, key: Key, model: str) -> dict[str, f
 
 
 def publish(training: Training, run: str) -> str:
-    """Let the bank have a run as it is now, by the name that is returned; the training thread's. Whether it is in
-    memory stays as it was. ``SelectionError``: it is a copy, or has not begun. ``TrainingError``: it has failed."""
+    """Let the bank have a run as it is now, by the name that is returned; the training thread's.
+    Whether it is in memory stays as it was. ``SelectionError``: it is a copy, or has not begun.
+    ``TrainingError``: it has failed."""
     worker, bank, name = training.worker, training.bank, f"tinker://{run}/{NOW}"
     line = worker.queue.line(run)
     if not line.next:
-        raise SelectionError(f"{name}, a run without requests", "one that trains", "name one of its checkpoints")
+        raise SelectionError(
+            f"{name}, a run without requests", "one that trains", "name one of its checkpoints"
+        )
     if name in bank and worker.published.get(run) == line.next:
         worker.queue.drop(line)
         return name
@@ -145,7 +162,8 @@ def publish(training: Training, run: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------------------- numbers
+# ----------------------------------------------------------------------------------------------
+# numbers
 
 
 class _Numbers:

@@ -1,6 +1,7 @@
 """What requests of a run do besides passes and steps: begin, save, load, publish for samples, end.
 
-The worker's thread calls them, each with the run's line and what was asked. What they return is the answer's JSON.
+The worker's thread calls them, each with the run's line and what was asked. What they return is the
+answer's JSON.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ class Operations:
             self.worker.make_room()
         adapter = "" if "folder" in given else ADAPTER
         self.trainer.load(line.name, folder, optimizer=given["optimizer"], adapter=adapter)
-        self.store.configured(line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config)
+        self.store.configured(
+            line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config
+        )
         return {"path": path, "model_id": line.run, "type": "load_weights"}
 
     def _source(self, given: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
-        """(path, folder, config) of what is loaded: a checkpoint, or an adapter of the server's folder or library.
-        ``DataError``: it is not there, is encrypted, or lacks the optimiser that is asked for."""
+        """(path, folder, config) of what is loaded: a checkpoint, or an adapter of the server's
+        folder or library. ``DataError``: it is not there, is encrypted, or lacks the optimiser that
+        is asked for."""
         path = given["path"]
         if "folder" in given:
             holds, folder, config = False, Path(given["folder"]), given["config"]
@@ -77,19 +81,37 @@ class Operations:
             place = place_of(path)
             row = self.store.checkpoint(place)
             if row is None:
-                raise DataError(f"{path}, which is not there", "a checkpoint that is", "list the run's checkpoints")
-            holds, folder, config = place.kind == "weights", self.store.files_of(place), json.loads(row["config"])
+                raise DataError(
+                    f"{path}, which is not there",
+                    "a checkpoint that is",
+                    "list the run's checkpoints",
+                )
+            holds, folder, config = (
+                place.kind == "weights",
+                self.store.files_of(place),
+                json.loads(row["config"]),
+            )
             if any((folder / ADAPTER).glob(f"*{SUFFIX}")):
-                raise DataError(f"{path}, which is encrypted", "weights that are not", "load what they were saved from")
+                raise DataError(
+                    f"{path}, which is encrypted",
+                    "weights that are not",
+                    "load what they were saved from",
+                )
         if given["optimizer"] and not holds:
-            found, do = f"{path}, which holds no optimizer", "load the weights alone: create_training_client_from_state"
+            found, do = (
+                f"{path}, which holds no optimizer",
+                "load the weights alone: create_training_client_from_state",
+            )
             raise DataError(found, "a checkpoint of save_state", do)
         return path, folder, config
 
     def save(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         place = self._new(line, "weights", given)
         if not self._is_saved(line, place):
-            check, provenance = partial(self._check_bytes, line, place, given), {"run": line.run, "request": line.next}
+            check, provenance = (
+                partial(self._check_bytes, line, place, given),
+                {"run": line.run, "request": line.next},
+            )
             self.trainer.save(line.name, self.store.files_of(place), self.base, provenance, check)
             self._added(line, place, given)
         return {"path": place.path, "type": "save_weights"}
@@ -103,7 +125,13 @@ class Operations:
 
     def sampler(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
         hidden = given.get("sampler")  # a sampling session of its own, whose weights have no name
-        name = given["name"] if hidden is None else "inflight" if given["kind"] == "inflight" else f"of-{line.next}"
+        name = (
+            given["name"]
+            if hidden is None
+            else "inflight"
+            if given["kind"] == "inflight"
+            else f"of-{line.next}"
+        )
         place = self._new(line, "sampler_weights", {**given, "name": name, "overwrite": True})
         self._publish(line, place, given)
         self.bank.put(place.path, self.store.files_of(place) / ADAPTER, line.name)
@@ -119,40 +147,54 @@ class Operations:
         return {"model_id": line.run, "type": "unload_model"}
 
     def _new(self, line: Line, kind: str, given: Mapping[str, Any]) -> Place:
-        """A place for a checkpoint. ``DataError``: a name that is none, or taken; a time to stay that is none."""
+        """A place for a checkpoint. ``DataError``: a name that is none, or taken; a time to stay
+        that is none."""
         name, seconds = given.get("name") or f"step-{line.next}", given.get("ttl_seconds")
         if not NAME.fullmatch(name):
             expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
             raise DataError(f"the name {name[:200]!r}", expected, "choose another")
         if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
-            raise DataError(f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it")
+            raise DataError(
+                f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
+            )
         place = Place(line.run, kind, name)
         there = self.store.checkpoint(place) is not None and not self._is_saved(line, place)
         if there and not given.get("overwrite"):
-            raise DataError(f"{place.path}, which exists", "a new name", "choose another, or say overwrite=True")
+            raise DataError(
+                f"{place.path}, which exists", "a new name", "choose another, or say overwrite=True"
+            )
         return place
 
     def _is_saved(self, line: Line, place: Place) -> bool:
-        """Whether this very request saved it before: the server ended, or its disk was full, before the answer."""
+        """Whether this very request saved it before: the server ended, or its disk was full, before
+        the answer."""
         row = self.store.checkpoint(place)
         return row is not None and row["request"] == line.next
 
     def _publish(self, line: Line, place: Place, given: Mapping[str, Any]) -> None:
         provenance = {"run": line.run, "request": line.next}
         recipients = read_recipients(given.get("age_encryption_recipients") or ())
-        with new_folder(self.store.files_of(place), overwrite=True, replaces=[EVERYTHING]) as folder:
+        with new_folder(
+            self.store.files_of(place), overwrite=True, replaces=[EVERYTHING]
+        ) as folder:
             self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
             self._check_bytes(line, place, given, folder)
 
-    def _check_bytes(self, line: Line, place: Place, given: Mapping[str, Any], folder: Path) -> None:
+    def _check_bytes(
+        self, line: Line, place: Place, given: Mapping[str, Any], folder: Path
+    ) -> None:
         """``DataError``: a checkpoint that is written to a folder is more than its key may have."""
         limit, size = given.get("most_bytes"), folder_bytes(folder)
-        if (problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=place)) is not None:
+        if (
+            problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=place)
+        ) is not None:
             raise DataError(problem)
 
-    def _added(self, line: Line, place: Place, given: Mapping[str, Any], hidden: bool = False) -> None:
+    def _added(
+        self, line: Line, place: Place, given: Mapping[str, Any], hidden: bool = False
+    ) -> None:
         row = self.store.run(line.run)
         assert row is not None
         self.store.add_checkpoint(
@@ -169,9 +211,14 @@ class Operations:
         self.store.delete_checkpoint(place)
 
     def copy(self, source: Place, target: Place) -> None:
-        """The files of a checkpoint under another run. No file of one is ever changed, so they are shared."""
-        with new_folder(self.store.files_of(target), overwrite=True, replaces=[EVERYTHING]) as folder:
-            shutil.copytree(self.store.files_of(source), folder, copy_function=_link, dirs_exist_ok=True)
+        """The files of a checkpoint under another run. No file of one is ever changed, so they are
+        shared."""
+        with new_folder(
+            self.store.files_of(target), overwrite=True, replaces=[EVERYTHING]
+        ) as folder:
+            shutil.copytree(
+                self.store.files_of(source), folder, copy_function=_link, dirs_exist_ok=True
+            )
 
 
 def _link(source: str, target: str) -> None:
@@ -182,12 +229,16 @@ def _link(source: str, target: str) -> None:
 
 
 def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:
-    """What to attach. A head that shares the embedding's weight is not trained: it would change the embedding too.
-    ``ConfigError``: nothing would be."""
+    """What to attach. A head that shares the embedding's weight is not trained: it would change the
+    embedding too. ``ConfigError``: nothing would be."""
     layer, found = model.get_output_embeddings(), None
     if head and layer is not None and layer.weight is not model.get_input_embeddings().weight:
         found = next(name for name, module in model.named_modules() if module is layer)
-    targets = [*(["attention"] if attention else ()), *(["mlp"] if mlp else ()), *([found] if found else ())]
+    targets = [
+        *(["attention"] if attention else ()),
+        *(["mlp"] if mlp else ()),
+        *([found] if found else ()),
+    ]
     if not targets:
         do = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
         raise ConfigError("nothing to train", "at least one kind of layers", do)

@@ -1,5 +1,6 @@
-"""What a key may use: adapters in training, bytes of checkpoints, tokens a day. What a request takes is counted with
-it, so none goes past a limit: tokens when a pass is accepted, bytes before a checkpoint is published."""
+"""What a key may use: adapters in training, bytes of checkpoints, tokens a day. What a request
+takes is counted with it, so none goes past a limit: tokens when a pass is accepted, bytes before a
+checkpoint is published."""
 
 from __future__ import annotations
 
@@ -10,10 +11,16 @@ _ADVICE = {"runs": "unload one", "bytes": "delete checkpoints", "tokens": "go on
 
 
 def over_quota(
-    store: Store, owner: str, resource: str, limit: int | None, amount: int = 1, *, replaced: Place | None = None
+    store: Store,
+    owner: str,
+    resource: str,
+    limit: int | None,
+    amount: int = 1,
+    *,
+    replaced: Place | None = None,
 ) -> str | None:
-    """Why the key of an owner may not have so much more of "runs", "bytes" or "tokens"; None where it may.
-    ``replaced``: a checkpoint whose bytes do not count, as others take their place."""
+    """Why the key of an owner may not have so much more of "runs", "bytes" or "tokens"; None where
+    it may. ``replaced``: a checkpoint whose bytes do not count, as others take their place."""
     if limit is None:
         return None
     match resource:

@@ -1,5 +1,5 @@
-"""The routes under /api/v1 by which a client of the `tinker` SDK looks at sessions, runs and checkpoints, and changes
-or fetches checkpoints. Routes only.
+"""The routes under /api/v1 by which a client of the `tinker` SDK looks at sessions, runs and
+checkpoints, and changes or fetches checkpoints. Routes only.
 
 GET         training_runs  training_runs/{run}  training_runs/{run}/checkpoints  checkpoints
 GET         sessions  sessions/{id}  samplers/{id}        POST  sessions/search  weights_info  copy_weights
@@ -45,7 +45,11 @@ def _time(seconds: float | None) -> str | None:
 
 
 def _metadata(text: str | None) -> dict[str, str] | None:
-    return None if text is None else {name: str(value) for name, value in (json.loads(text) or {}).items()}
+    return (
+        None
+        if text is None
+        else {name: str(value) for name, value in (json.loads(text) or {}).items()}
+    )
 
 
 def _checkpoint(row: Any) -> dict[str, Any]:
@@ -59,7 +63,10 @@ def _checkpoint(row: Any) -> dict[str, Any]:
 
 def _run(training: Training, row: Any) -> dict[str, Any]:
     found = [_checkpoint(one) for one in training.store.checkpoints(None, row["id"])]
-    last = {kind: next((one for one in found if one["checkpoint_type"] == kind), None) for kind in KINDS.values()}
+    last = {
+        kind: next((one for one in found if one["checkpoint_type"] == kind), None)
+        for kind in KINDS.values()
+    }
     return {
         "training_run_id": row["id"], "base_model": training.base, "model_owner": row["owner"], "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"], "last_request_time": _time(row["used"]),
@@ -69,11 +76,17 @@ def _run(training: Training, row: Any) -> dict[str, Any]:
 
 
 def _page(rows: Sequence[Any], limit: int, offset: int) -> tuple[Sequence[Any], dict[str, int]]:
-    return rows[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(rows)}
+    return rows[offset : offset + limit], {
+        "offset": offset,
+        "limit": limit,
+        "total_count": len(rows),
+    }
 
 
 @router.get("/training_runs")
-def training_runs(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+def training_runs(
+    training: On, key: Asker, limit: Limit = 20, offset: Offset = 0
+) -> dict[str, Any]:
     rows, cursor = _page(training.store.runs(key.owner), limit, offset)
     return {"training_runs": [_run(training, row) for row in rows], "cursor": cursor}
 
@@ -132,18 +145,25 @@ def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key:
 
 def _stay(seconds: int | None) -> None:
     if seconds is not None and not LEAST_STAY <= seconds <= MOST_STAY:
-        raise Refusal(400, f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it")
+        raise Refusal(
+            400, f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
+        )
 
 
 @router.get("/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls")
-def external_urls(run: str, kind: str, name: str, request: Request, training: On, key: Asker) -> dict[str, Any]:
+def external_urls(
+    run: str, kind: str, name: str, request: Request, training: On, key: Asker
+) -> dict[str, Any]:
     """Addresses of the files of an adapter folder, in PEFT's layout."""
     place, _ = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
     folder = training.store.files_of(place) / ADAPTER
     token = training.address(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     top = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
-    return {"urls": {name: f"{top}/{name}" for name in names}, "expires": _time(time.time() + FILES)}
+    return {
+        "urls": {name: f"{top}/{name}" for name in names},
+        "expires": _time(time.time() + FILES),
+    }
 
 
 @router.get("/files/{token}/{name:path}")
@@ -151,7 +171,12 @@ def file(token: str, name: str, service: Serving) -> Response:
     """The address is the secret: it needs no key."""
     found = service.training.file(token, name)
     if found is None:
-        raise Refusal(404, "an address that is not known, or not any more", "one of the last hour", "ask for a new one")
+        raise Refusal(
+            404,
+            "an address that is not known, or not any more",
+            "one of the last hour",
+            "ask for a new one",
+        )
     return FileResponse(found, media_type="application/octet-stream")
 
 
@@ -160,7 +185,9 @@ def weights_info(body: bodies.OfPath, training: On, key: Asker) -> dict[str, Any
     _, row = checkpoint_of(training, key, body.tinker_path)
     config = json.loads(row["config"])
     targets = [config["targets"]] if isinstance(config["targets"], str) else config["targets"]
-    linear = bool({"all", "all-linear"}.intersection(targets))  # of an adapter that was not begun here
+    linear = bool(
+        {"all", "all-linear"}.intersection(targets)
+    )  # of an adapter that was not begun here
     return {
         "base_model": training.base, "optimizer_config": {"type": "adamw"}, "is_lora": True,
         "lora_rank": config["rank"], "train_attn": linear or "attention" in targets,
@@ -182,8 +209,15 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
     def copy() -> str:
         source, row = checkpoint_of(training, key, body.source_path)
         place, before = Place(run, source.kind, source.name), training.store.run(run)
-        if before is not None and not (training.store.copied(run) and before["config"] == row["config"]):
-            raise Refusal(409, f"the training run {run}, which exists", "a new one", "choose another model_seq_id")
+        if before is not None and not (
+            training.store.copied(run) and before["config"] == row["config"]
+        ):
+            raise Refusal(
+                409,
+                f"the training run {run}, which exists",
+                "a new one",
+                "choose another model_seq_id",
+            )
         if before is None or training.store.checkpoint(place) is None:
             within(training, key, "bytes", row["bytes"])
         if training.store.run(run) is None:
@@ -198,7 +232,8 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
     return {"tinker_path": await training.changed(copy)}
 
 
-# ---------------------------------------------------------------------------------------------- sessions
+# ----------------------------------------------------------------------------------------------
+# sessions
 
 
 @router.get("/sessions")
@@ -210,7 +245,12 @@ def sessions(training: On, key: Asker, limit: Limit = 20, offset: Offset = 0) ->
 @router.post("/sessions/search")
 def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> dict[str, Any]:
     """One page: the newest that fit."""
-    if body.cursor or body.project_ids or body.statuses or body.owner.get("type") not in ("own", "accessible"):
+    if (
+        body.cursor
+        or body.project_ids
+        or body.statuses
+        or body.owner.get("type") not in ("own", "accessible")
+    ):
         found = "a search by cursor, project, status or owner"
         raise Refusal(400, found, "one by id, name or metadata among your own", "leave it out")
     found = []
@@ -220,7 +260,9 @@ def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> di
             word in title.lower() for word in body.display_name.lower().split()
         )
         either = body.session_id is None and body.display_name is None
-        if (either or row["id"] == body.session_id or named) and body.user_metadata.items() <= metadata.items():
+        if (
+            either or row["id"] == body.session_id or named
+        ) and body.user_metadata.items() <= metadata.items():
             found.append(_session(training, row))
     return {"sessions": found[: body.limit]}
 
@@ -228,7 +270,11 @@ def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> di
 def _session(training: Training, row: Any) -> dict[str, Any]:
     runs = training.store.runs(row["owner"], row["id"])
     made = [one for run in runs for one in training.store.checkpoints(None, run["id"])]
-    reason = None if row["finished"] is None else {"type": "client_finished", "reason": {"type": row["finished"]}}
+    reason = (
+        None
+        if row["finished"] is None
+        else {"type": "client_finished", "reason": {"type": row["finished"]}}
+    )
     return {
         "session_id": row["id"], "created_at": _time(row["created"]), "owner": row["owner"], "project_id": "",
         "status": reason, "checkpoints_count": len(made), "display_name": row["title"],
@@ -252,7 +298,8 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
     return {"sampler_id": row["id"], "base_model": training.base, "model_path": row["path"]}
 
 
-# ---------------------------------------------------------------------------------------------- not here
+# ---------------------------------------------------------------------------------------------- not
+# here
 
 
 @router.put("/sessions/{session}/project")
@@ -263,4 +310,6 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
     found = f"{request.method} {request.url.path[:200]}, of the hosted service"
-    raise Refusal(400, found, "what trains, samples and keeps checkpoints", "see docs/training-service.md")
+    raise Refusal(
+        400, found, "what trains, samples and keeps checkpoints", "see docs/training-service.md"
+    )

@@ -7,8 +7,8 @@ POST client/config  client/dynamic_config  telemetry
      save_weights  save_weights_for_sampler  save_weights_external  load_weights
      create_sampling_session  join_sampling_session  asample  cancel_future  retrieve_future
 
-A request of a run is numbered by its client (``seq_id``) and computed in that order; what is wrong with one is its
-promise's failure, so that no number is left out (accept.py).
+A request of a run is numbered by its client (``seq_id``) and computed in that order; what is wrong
+with one is its promise's failure, so that no number is left out (accept.py).
 """
 
 from __future__ import annotations
@@ -58,9 +58,12 @@ numbered = APIRouter(prefix="/api/v1", route_class=NumberedRoute)
 
 
 async def _training(service: Serving, key: Asker) -> Training:
-    """``Refusal``: the key may not train. An untrained run answers as the base does, which is a permission too."""
+    """``Refusal``: the key may not train. An untrained run answers as the base does, which is a
+    permission too."""
     if not key.train:
-        message = sentence(f"key {key.name!r}, which may not train", "one with train = true", "ask for another")
+        message = sentence(
+            f"key {key.name!r}, which may not train", "one with train = true", "ask for another"
+        )
         raise Refusal(403, message, code="training_only")
     return service.training
 
@@ -90,7 +93,12 @@ def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Place, Any]:
 def _active(training: Training, key: Key, id: str) -> Any:
     row = session_of(training, key, id)
     if row["finished"]:
-        raise Refusal(410, f"a session that has finished ({row['finished']})", "one that goes on", "begin a new one")
+        raise Refusal(
+            410,
+            f"a session that has finished ({row['finished']})",
+            "one that goes on",
+            "begin a new one",
+        )
     training.seen(id)
     return row
 
@@ -98,12 +106,20 @@ def _active(training: Training, key: Key, id: str) -> Any:
 def _of_base(training: Training, name: str | None) -> None:
     if name is not None and name != training.base:
         found = f"the base model {name[:200]!r}"
-        raise Refusal(400, found, f"{training.base!r}, which this server has", "name that one", param="base_model")
+        raise Refusal(
+            400,
+            found,
+            f"{training.base!r}, which this server has",
+            "name that one",
+            param="base_model",
+        )
 
 
 def _adam(family: bodies.OptimizerFamily | None) -> None:
     if family is not None and family.type != "adamw":
-        raise Refusal(400, f"the optimizer {family.type!r}", "adamw, which this server has", "leave it out")
+        raise Refusal(
+            400, f"the optimizer {family.type!r}", "adamw, which this server has", "leave it out"
+        )
 
 
 @router.get("/healthz")
@@ -130,18 +146,27 @@ async def telemetry(key: Asker) -> dict[str, str]:
 @router.get("/get_server_capabilities")
 async def capabilities(training: On, key: Asker) -> dict[str, Any]:
     length = training.worker.length
-    model = {"model_name": training.base, "max_context_length": length, "trainable": True, "sampleable": True}
+    model = {
+        "model_name": training.base,
+        "max_context_length": length,
+        "trainable": True,
+        "sampleable": True,
+    }
     return {"supported_models": [model]}
 
 
 @router.post("/create_session")
 async def create_session(body: bodies.CreateSession, training: On, key: Asker) -> dict[str, Any]:
-    made = await training.written(training.store.new_session, key.owner, body.user_metadata, body.display_name)
+    made = await training.written(
+        training.store.new_session, key.owner, body.user_metadata, body.display_name
+    )
     training.seen(made)
     answer = {"type": "create_session", "session_id": made}
     said = []
     if training.tied:
-        said.append("The base ties its output head to its embedding: train_unembed trains nothing here.")
+        said.append(
+            "The base ties its output head to its embedding: train_unembed trains nothing here."
+        )
     if body.project_id is not None:
         said.append("There are no projects here: project_id is not kept.")
     return {**answer, "warning_message": " ".join(said)} if said else answer
@@ -162,14 +187,22 @@ async def finish(session: str, body: bodies.Finish, training: On, key: Asker) ->
     return Response(status_code=204)
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------
+# training
 
 
-def _new_run(training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any) -> str:
+def _new_run(
+    training: Training, key: Key, session: str, number: int, config: Any, seed: int, metadata: Any
+) -> str:
     """A run that may begin, unless it is asked for again."""
     run = f"{session}:train:{number}"
     if training.store.copied(run):
-        raise Refusal(409, f"{run}, which is a copy of a checkpoint", "a new run", "choose another model_seq_id")
+        raise Refusal(
+            409,
+            f"{run}, which is a copy of a checkpoint",
+            "a new run",
+            "choose another model_seq_id",
+        )
     if training.store.run(run) is None:
         within(training, key, "runs")
         training.store.new_run(run, session, key.owner, config, seed, metadata)
@@ -186,14 +219,21 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     config = lora_config(training.model, asked.rank, **parts).to_dict()
     seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**63
     run = await training.written(
-        _new_run, training, key, body.session_id, body.model_seq_id, config, seed, body.user_metadata
+        _new_run,
+        training,
+        key,
+        body.session_id,
+        body.model_seq_id,
+        config,
+        seed,
+        body.user_metadata,
     )
     return await accept_request(training, run, 0, "create", {})
 
 
 async def _adapter(service: Serving, key: Key, name: str) -> dict[str, Any]:
-    """Where an adapter is that the server serves, and its config. ``Refusal``: the key may not use it, or there is
-    none; ``AdapterError``: it is damaged."""
+    """Where an adapter is that the server serves, and its config. ``Refusal``: the key may not use
+    it, or there is none; ``AdapterError``: it is damaged."""
     await asyncio.to_thread(service.catalogue.refresh)
     folder = service.catalogue.folder_of(name) if key.sees(name) else None
     if folder is None:
@@ -212,7 +252,9 @@ async def load_weights(body: bodies.Load, training: On, service: Serving, key: A
         given |= await _adapter(service, key, body.path)
     if body.session_id is None or body.model_seq_id is None:
         if body.model_id is None:
-            raise Refusal(400, "no run to load into", "model_id, or session_id and model_seq_id", "name one")
+            raise Refusal(
+                400, "no run to load into", "model_id, or session_id and model_seq_id", "name one"
+            )
         if "folder" not in given:
             checkpoint_of(training, key, body.path)
         return await queue_request(training, key, body.model_id, body.seq_id, "load", given)
@@ -227,7 +269,11 @@ async def load_weights(body: bodies.Load, training: On, service: Serving, key: A
 @router.post("/get_info")
 async def get_info(body: bodies.OfModel, training: On, key: Asker) -> dict[str, Any]:
     row = run_of(training, key, body.model_id)
-    data = {"arch": type(training.model).__name__, "model_name": training.base, "tokenizer_id": training.tokenizer}
+    data = {
+        "arch": type(training.model).__name__,
+        "model_name": training.base,
+        "tokenizer_id": training.tokenizer,
+    }
     return {
         "type": "get_info", "model_data": data, "model_id": row["id"], "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"], "model_name": training.base,
@@ -243,7 +289,12 @@ async def unload_model(body: bodies.OfModel, training: On, key: Asker) -> Any:
 @router.post("/forward_backward")
 async def forward_backward(request: Request, service: Serving, training: On, key: Asker) -> Any:
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refusal(415, "a body that is packed", "one that is not, as client/config says", "send it as it is")
+        raise Refusal(
+            415,
+            "a body that is packed",
+            "one that is not, as client/config says",
+            "send it as it is",
+        )
     body = await request.body()
     try:
         header = await beside_loop(service, body, read_header)
@@ -259,7 +310,12 @@ async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
     if body.optimizer_params is not None or body.adam_params is None:
         raise Refusal(400, "parameters of another optimizer", "adam_params", "use AdamParams")
     given = body.adam_params
-    adam = {"rate": given.learning_rate, "beta1": given.beta1, "beta2": given.beta2, "eps": given.eps}
+    adam = {
+        "rate": given.learning_rate,
+        "beta1": given.beta1,
+        "beta2": given.beta2,
+        "eps": given.eps,
+    }
     adam |= {"decay": given.weight_decay, "clip": max(given.grad_clip_norm, 0.0)}
     return await queue_request(training, key, body.model_id, body.seq_id, "step", adam)
 
@@ -267,13 +323,17 @@ async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
 @numbered.post("/save_weights")
 async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
     given = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
-    return await queue_request(training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path})
+    return await queue_request(
+        training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path}
+    )
 
 
 @numbered.post("/save_weights_external")
 async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> Any:
     given = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
-    return await queue_request(training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path})
+    return await queue_request(
+        training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path}
+    )
 
 
 @numbered.post("/save_weights_for_sampler")
@@ -286,7 +346,8 @@ async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker
     return await queue_request(training, key, body.model_id, body.seq_id, "sampler", given)
 
 
-# ---------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------------
+# sampling
 
 
 @router.post("/create_sampling_session")
@@ -296,11 +357,15 @@ async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -
     if body.model_path is not None:
         checkpoint_of(training, key, body.model_path)
     elif body.base_model is None:
-        raise Refusal(400, "no weights to sample from", "model_path or base_model", "name one of them")
+        raise Refusal(
+            400, "no weights to sample from", "model_path or base_model", "name one of them"
+        )
     elif not key.base:
         raise no_such("the base model", body.base_model)
     made = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
-    await training.written(training.store.add_sampler, made, body.session_id, key.owner, body.model_path)
+    await training.written(
+        training.store.add_sampler, made, body.session_id, key.owner, body.model_path
+    )
     return {"type": "create_sampling_session", "sampling_session_id": made}
 
 
@@ -337,7 +402,10 @@ async def asample(body: bodies.Sample, training: On, key: Asker) -> dict[str, An
     if training.samples.find(id, key.owner) is None:
         charge = await training.reserve_tokens(key, training.samples.most_tokens(body))
         training.samples.begin(id, key.owner, session, name, body, charge)
-    return {"request_id": id, "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)]}
+    return {
+        "request_id": id,
+        "sample_sequence_ids": [f"{id}:{number}" for number in range(body.num_samples)],
+    }
 
 
 @router.post("/cancel_future")
@@ -357,11 +425,14 @@ def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | 
 
 @router.post("/retrieve_future")
 async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Response:
-    """The answer, once it is there; 408 says to ask again, 410 that it is not known any more: ask anew."""
+    """The answer, once it is there; 408 says to ask again, 410 that it is not known any more: ask
+    anew."""
     promise = _promise(training, key, body.request_id)
     if promise is None:
         found = f"the request {body.request_id[:200]!r}"
-        raise Refusal(410, found, "one that waits or was answered of late", "send it anew", code="gone")
+        raise Refusal(
+            410, found, "one that waits or was answered of late", "send it anew", code="gone"
+        )
     await asyncio.wait([promise], timeout=POLL)
     if not promise.done():
         content = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
@@ -375,5 +446,9 @@ async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Re
 
 @router.post("/create_custom_loss")
 async def create_custom_loss(key: Asker) -> Response:
-    words = "a loss to be computed here", "one that the client computes", "use forward_backward_custom"
+    words = (
+        "a loss to be computed here",
+        "one that the client computes",
+        "use forward_backward_custom",
+    )
     raise Refusal(400, *words, code="not_supported")

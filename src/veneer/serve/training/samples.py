@@ -1,9 +1,12 @@
-"""Samples, and what the model says of a prompt: by the engine, from the numbers that a run published.
+"""Samples, and what the model says of a prompt: by the engine, from the numbers that a run
+published.
 
-    asample → promise;  the engine's queue (fair, full: it waits here) → tokens with their log-probabilities
+    asample → promise; the engine's queue (fair, full: it waits here) → tokens with their
+    log-probabilities
                         the training thread, between two batches → log-probabilities of the prompt
 
-Log-probabilities are the model's own, before temperature, top_k and top_p, as those of a training pass are.
+Log-probabilities are the model's own, before temperature, top_k and top_p, as those of a training
+pass are.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ log = logging.getLogger("veneer.serve.training")
 
 #: samples that wait or run, and calls that are kept for their clients, so many seconds
 MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 16384, 4096, 1800.0
-#: samples of a key in the engine, or that try for a place there, for each row of its; seconds between two tries
+# : samples of a key in the engine, or that try for a place there, for each row of its; seconds
+# between two tries
 TRYING, PATIENCE = 4, 0.05
 
 
@@ -65,7 +69,8 @@ class Samples:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def most_tokens(self, asked: Sample) -> int:
-        """What a call takes of a quota at most: its prompt, and the longest answers that it allows."""
+        """What a call takes of a quota at most: its prompt, and the longest answers that it
+        allows."""
         size, limit = len(asked.prompt.tokens), self._engine.length
         left = max(0, limit - size)
         return size + asked.num_samples * min(left, asked.sampling_params.max_tokens or left)
@@ -79,8 +84,9 @@ class Samples:
         asked: Sample,
         charge: Callable[[int], None] = lambda used: None,
     ) -> None:
-        """``name``: the bank's, of the adapter; None for the base. ``charge`` is called with the tokens of prompt and
-        answers that were computed. ``Busy``: too many wait. The same id again is the same call."""
+        """``name``: the bank's, of the adapter; None for the base. ``charge`` is called with the
+        tokens of prompt and answers that were computed. ``Busy``: too many wait. The same id again
+        is the same call."""
         if id in self._calls:
             charge(0)
             return
@@ -91,7 +97,12 @@ class Samples:
         if room < asked.num_samples:
             charge(0)
             raise Busy(
-                sentence("too many samples that wait", f"at most {MOST_WAITING:,}", "try again in a second"), 1.0
+                sentence(
+                    "too many samples that wait",
+                    f"at most {MOST_WAITING:,}",
+                    "try again in a second",
+                ),
+                1.0,
             )
         self._loop = asyncio.get_running_loop()
         usage = Usage()
@@ -136,10 +147,16 @@ class Samples:
             prompt, blend = asked.prompt.tokens, {} if name is None else {name: 1.0}
             if not 0 < len(prompt) < self._engine.length:
                 found = f"a prompt of {len(prompt)} tokens"
-                raise DataError(found, f"1 to {self._engine.length - 1}, and room for an answer", "shorten it")
+                raise DataError(
+                    found, f"1 to {self._engine.length - 1}, and room for an answer", "shorten it"
+                )
             if max(prompt) >= self._worker.vocabulary:
                 found = f"token {max(prompt)} in a prompt"
-                raise DataError(found, f"ids from 0 to {self._worker.vocabulary - 1}", "use the base's tokenizer")
+                raise DataError(
+                    found,
+                    f"ids from 0 to {self._worker.vocabulary - 1}",
+                    "use the base's tokenizer",
+                )
             check_prompt(asked, len(prompt))
             sequences = asyncio.gather(
                 *[self._sequence(owner, blend, asked, i, usage) for i in range(asked.num_samples)]
@@ -174,12 +191,23 @@ class Samples:
         async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
             tokens, piece = await self._drawn(request, deliver, pieces, usage)
         if piece.finish not in ("stop", "length"):
-            raise RequestError(piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again")
+            raise RequestError(
+                piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again"
+            )
         top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
-        return Sequence_([one.id for one in tokens], [one.logprob for one in tokens], top, piece.finish == "length")
+        return Sequence_(
+            [one.id for one in tokens],
+            [one.logprob for one in tokens],
+            top,
+            piece.finish == "length",
+        )
 
     async def _drawn(
-        self, request: Request, deliver: Callable[[Piece], None], pieces: asyncio.Queue[Piece], usage: Usage
+        self,
+        request: Request,
+        deliver: Callable[[Piece], None],
+        pieces: asyncio.Queue[Piece],
+        usage: Usage,
     ) -> tuple[list[Any], Piece]:
         """The tokens of a sample, and the last piece of it."""
         while True:
@@ -202,13 +230,17 @@ class Samples:
             state.cancel()
             raise
 
-    async def _scores(self, name: str | None, prompt: tuple[int, ...], asked: Sample) -> dict[str, Any]:
+    async def _scores(
+        self, name: str | None, prompt: tuple[int, ...], asked: Sample
+    ) -> dict[str, Any]:
         wanted = asked.prompt_logprobs or asked.topk_prompt_logprobs or asked.target_prompt_logprobs
         if not (wanted or asked.prompt_alt_tokens_k):
             return {}
         if name is None:
             return await self._scored(None, prompt, asked)
-        leasing = self._bank.acquire({name: 1.0})  # before the turn at the model: see the order of locks
+        leasing = self._bank.acquire(
+            {name: 1.0}
+        )  # before the turn at the model: see the order of locks
         try:
             lease = await asyncio.shield(asyncio.wrap_future(leasing))
         except asyncio.CancelledError:
@@ -229,10 +261,13 @@ def _release(leasing: Future[Any]) -> None:
 
 
 def check_prompt(asked: Sample, size: int) -> None:
-    """``DataError``: what is asked of a prompt of so many tokens is none of it, or not to be had here."""
+    """``DataError``: what is asked of a prompt of so many tokens is none of it, or not to be had
+    here."""
     last, targets = asked.prompt_logprobs_last_n, asked.target_prompt_logprobs
     if asked.record_stability_info:
-        raise DataError("record_stability_info", "none: there is no stable_reinforce here", "leave it out")
+        raise DataError(
+            "record_stability_info", "none: there is no stable_reinforce here", "leave it out"
+        )
     if last is not None and not (asked.prompt_logprobs and last < size):
         found = f"prompt_logprobs_last_n {last} for a prompt of {size} tokens"
         raise DataError(found, f"1 to {size - 1}, with prompt_logprobs", "change it")
@@ -245,10 +280,19 @@ def check_prompt(asked: Sample, size: int) -> None:
         sound = sound and crow is col is None and len(targets.data) == rows * width
     else:
         sound = sound and len(crow) == rows + 1 and len(col) == len(targets.data) and crow[0] == 0
-        sound = sound and crow[-1] == len(col) and sorted(crow) == crow and all(0 <= one < width for one in col)
+        sound = (
+            sound
+            and crow[-1] == len(col)
+            and sorted(crow) == crow
+            and all(0 <= one < width for one in col)
+        )
     if not sound:
         found = f"target_prompt_logprobs {targets.shape} for a prompt of {size} tokens"
-        raise DataError(found, f"[{size - 1}, at most 256], dense or in CSR", "send a row for each token but the first")
+        raise DataError(
+            found,
+            f"[{size - 1}, at most 256], dense or in CSR",
+            "send a row for each token but the first",
+        )
 
 
 def _sampling(asked: Sample, number: int, most: int) -> Sampling:
@@ -263,13 +307,17 @@ def _sampling(asked: Sample, number: int, most: int) -> Sampling:
     )  # fmt: skip
 
 
-def scorer(worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample) -> Callable[[], dict[str, Any]]:
+def scorer(
+    worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample
+) -> Callable[[], dict[str, Any]]:
     """What the training thread does for a prompt. ``lease``: on the adapter; None for the base."""
 
     def work() -> dict[str, Any]:
         ids = torch.tensor([prompt], device=worker.trainer.device)
         with worker.trainer.sampled([lease]) as model:
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [n - 1, v]: of tokens 1 to n - 1
+            logits = model(input_ids=ids, use_cache=False).logits[
+                0, :-1
+            ]  # [n - 1, v]: of tokens 1 to n - 1
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return _scored(wide, ids[0, 1:], asked)
 
@@ -277,10 +325,14 @@ def scorer(worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample) -
 
 
 def _scored(logits: Tensor, following: Tensor, asked: Sample) -> dict[str, Any]:
-    """Of logits [n - 1, v] what is asked: rows of a prompt of n tokens, of which the first has nothing before it."""
+    """Of logits [n - 1, v] what is asked: rows of a prompt of n tokens, of which the first has
+    nothing before it."""
     found: dict[str, Any] = {}
     total = logits.logsumexp(-1, keepdim=True)
-    size, first = len(following) + 1, len(following) + 1 - (asked.prompt_logprobs_last_n or len(following))
+    size, first = (
+        len(following) + 1,
+        len(following) + 1 - (asked.prompt_logprobs_last_n or len(following)),
+    )
     if asked.prompt_logprobs:
         own = np.full(size, np.nan, np.float32)
         own[1:] = (logits.gather(-1, following[:, None]) - total)[:, 0].float().cpu().numpy()
@@ -312,7 +364,9 @@ def _of_targets(logits: Tensor, total: Tensor, targets: Targets) -> dict[str, An
     rows, width = targets.shape
     ids = torch.tensor(targets.data, dtype=torch.long, device=logits.device)
     if len(ids) and int(ids.max()) >= logits.shape[-1]:
-        raise DataError("a token of target_prompt_logprobs", f"ids below {logits.shape[-1]}, or -1", "change it")
+        raise DataError(
+            "a token of target_prompt_logprobs", f"ids below {logits.shape[-1]}, or -1", "change it"
+        )
     crow, col = targets.sparse_crow_indices, targets.sparse_col_indices
     if crow is None or col is None:
         row = torch.arange(rows, device=logits.device).repeat_interleave(width)
@@ -320,7 +374,9 @@ def _of_targets(logits: Tensor, total: Tensor, targets: Targets) -> dict[str, An
         row = torch.arange(rows, device=logits.device).repeat_interleave(
             torch.tensor(crow, device=logits.device).diff()
         )
-    values = torch.where(ids < 0, 0.0, logits[row, ids.clamp(0)] - total[row, 0]).float().cpu().numpy()
+    values = (
+        torch.where(ids < 0, 0.0, logits[row, ids.clamp(0)] - total[row, 0]).float().cpu().numpy()
+    )
     if crow is None or col is None:
         return {"target_prompt_logprobs": values.reshape(rows, width)}
     return {"target_prompt_logprobs": values, "csr": (crow, col, targets.shape)}

@@ -4,8 +4,8 @@
     FOLDER/runs/7/state/        a run as it was after one of its requests: adapter, optimiser
     FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…  adapters alone
 
-A request is written before its promise is given. So whatever a client was promised is either in a state, or among the
-requests after it, from which it is computed again: see docs/decisions/128.
+A request is written before its promise is given. So whatever a client was promised is either in a
+state, or among the requests after it, from which it is computed again: see docs/decisions/128.
 """
 
 from __future__ import annotations
@@ -74,15 +74,24 @@ class Place(NamedTuple):
 def place_of(path: str) -> Place:
     """``DataError``: it is no such path."""
     parts = path.removeprefix("tinker://").split("/")
-    if not path.startswith("tinker://") or len(parts) != 3 or parts[1] not in KINDS or not NAME.fullmatch(parts[2]):
-        raise DataError(f"the path {path[:200]!r}", "tinker://RUN/weights/NAME, or another kind", "check the path")
+    if (
+        not path.startswith("tinker://")
+        or len(parts) != 3
+        or parts[1] not in KINDS
+        or not NAME.fullmatch(parts[2])
+    ):
+        raise DataError(
+            f"the path {path[:200]!r}",
+            "tinker://RUN/weights/NAME, or another kind",
+            "check the path",
+        )
     return Place(*parts)
 
 
 class Store:
-    """The index. Any thread may call it; each call is one transaction, on the disk when it returns. Reads have
-    connections of their own, so that none waits for a writer's disk. ``ConfigError``: another server has the folder, or
-    it holds something else."""
+    """The index. Any thread may call it; each call is one transaction, on the disk when it returns.
+    Reads have connections of their own, so that none waits for a writer's disk. ``ConfigError``:
+    another server has the folder, or it holds something else."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
@@ -91,7 +100,9 @@ class Store:
         try:
             self._file_lock.acquire(timeout=0)
         except Timeout as error:
-            raise ConfigError(f"{folder}, which another server has", "a folder of its own", "stop that one") from error
+            raise ConfigError(
+                f"{folder}, which another server has", "a folder of its own", "stop that one"
+            ) from error
         self._lock = threading.RLock()
         private_file(self.folder / INDEX)
         self._reserved: Counter[str] = Counter()  # tokens by owner
@@ -108,7 +119,9 @@ class Store:
         except sqlite3.DatabaseError as error:
             self.close()
             found = f"{folder}, whose {INDEX} cannot be read ({error})"
-            raise ConfigError(found, "what a server wrote", "restore it, or give another folder") from error
+            raise ConfigError(
+                found, "what a server wrote", "restore it, or give another folder"
+            ) from error
 
     def _connect(self) -> sqlite3.Connection:
         made = sqlite3.connect(self.folder / INDEX, check_same_thread=False, isolation_level=None)
@@ -128,17 +141,22 @@ class Store:
                 self._readers.pop().close()
 
     def of_base(self, name: str, mark: str) -> None:
-        """``ConfigError``: the folder's runs were trained on another base, or written in another format."""
+        """``ConfigError``: the folder's runs were trained on another base, or written in another
+        format."""
         versions = {"format": str(FORMAT), "veneer": version("veneer"), "torch": version("torch")}
         with self._writing() as base:
             found = {row["name"]: row["value"] for row in base.execute("SELECT * FROM facts")}
             if found and found.get("format") != versions["format"]:
                 by = f"veneer {found.get('veneer', 'of an unknown version')}"
                 what = f"{self.folder}, of format {found.get('format')!r}, as {by} writes it"
-                raise ConfigError(what, f"format {FORMAT}", "serve it with that version, or give another folder")
+                raise ConfigError(
+                    what, f"format {FORMAT}", "serve it with that version, or give another folder"
+                )
             if found and found.get("mark") != mark:
                 what = f"{self.folder}, whose runs are of {found.get('base')}"
-                raise ConfigError(what, f"runs of this base, {name}", "serve that base, or give another folder")
+                raise ConfigError(
+                    what, f"runs of this base, {name}", "serve that base, or give another folder"
+                )
             changed = [f"{key} {found[key]} (now {versions[key]})" for key in versions
                        if found.get(key, versions[key]) != versions[key]]  # fmt: skip
             if changed:
@@ -185,21 +203,33 @@ class Store:
 
     def new_session(self, owner: str, metadata: Mapping[str, Any] | None, title: str | None) -> str:
         made, now = secrets.token_hex(16), time.time()
-        self._do("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)", made, owner, _text(metadata), title, now, now)
+        self._do(
+            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            made,
+            owner,
+            _text(metadata),
+            title,
+            now,
+            now,
+        )
         return made
 
     def session(self, id: str) -> sqlite3.Row | None:
         return self._one("SELECT * FROM sessions WHERE id = ?", id)
 
     def sessions(self, owner: str | None) -> list[sqlite3.Row]:
-        return self._all("SELECT * FROM sessions WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC", owner)
+        return self._all(
+            "SELECT * FROM sessions WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC", owner
+        )
 
     def seen(self, session: str, now: float) -> None:
         self._do("UPDATE sessions SET seen = ? WHERE id = ?", now, session)
 
     def finish(self, session: str, reason: str) -> None:
         """The first reason stays."""
-        self._do("UPDATE sessions SET finished = ? WHERE id = ? AND finished IS NULL", reason, session)
+        self._do(
+            "UPDATE sessions SET finished = ? WHERE id = ? AND finished IS NULL", reason, session
+        )
 
     # runs
 
@@ -219,7 +249,9 @@ class Store:
 
     def runs(self, owner: str | None, session: str | None = None) -> list[sqlite3.Row]:
         where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
-        return self._all(f"SELECT * FROM runs WHERE {where} ORDER BY used DESC, number DESC", owner, session)
+        return self._all(
+            f"SELECT * FROM runs WHERE {where} ORDER BY used DESC, number DESC", owner, session
+        )
 
     def unload(self, id: str) -> None:
         self._do("UPDATE runs SET unloaded = 1 WHERE id = ?", id)
@@ -250,7 +282,9 @@ class Store:
         """Whether it is new."""
         with self._writing() as base:
             columns = "(run, seq, kind, body) VALUES (?, ?, ?, ?)"
-            added = base.execute(f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)).rowcount
+            added = base.execute(
+                f"INSERT OR IGNORE INTO requests {columns}", (run, seq, kind, body)
+            ).rowcount
             base.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), run))
             return bool(added)
 
@@ -258,18 +292,22 @@ class Store:
         return self._one("SELECT * FROM requests WHERE run = ? AND seq = ?", run, seq)
 
     def answer(self, run: str, seq: int, done: int, binary: bool, answer: bytes) -> None:
-        """``done``: 1 for what counts, 2 for what failed and changed nothing, 3 for what failed and would have changed
-        the next step."""
+        """``done``: 1 for what counts, 2 for what failed and changed nothing, 3 for what failed and
+        would have changed the next step."""
         with self._writing() as base:
             values = "done = ?, binary = ?, answer = ?"
             base.execute(
-                f"UPDATE requests SET {values} WHERE run = ? AND seq = ?", (done, int(binary), answer, run, seq)
+                f"UPDATE requests SET {values} WHERE run = ? AND seq = ?",
+                (done, int(binary), answer, run, seq),
             )
             base.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
 
     def failures(self, run: str) -> dict[str, float]:
-        """What a run's next step lacks, as metrics: passes that failed, and numbers that did not come."""
-        last = "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
+        """What a run's next step lacks, as metrics: passes that failed, and numbers that did not
+        come."""
+        last = (
+            "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
+        )
         rows = self._all(
             "SELECT kind = 'missing' AS missing, COUNT(*) AS count, MAX(seq) AS last FROM requests"
             f" WHERE run = ?1 AND done = 3 AND seq > COALESCE(({last}), -1) GROUP BY 1", run,
@@ -283,7 +321,8 @@ class Store:
         return metrics
 
     def begin(self, run: str, seq: int) -> int:
-        """Write down that a request is about to be done, alone; how often that was written until it had an answer."""
+        """Write down that a request is about to be done, alone; how often that was written until it
+        had an answer."""
         query = "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
         with self._writing() as base:
             base.execute(query, (run, seq))
@@ -324,13 +363,22 @@ class Store:
         now = time.time()
         size = folder_bytes(self.files_of(place))
         expires = None if seconds is None else now + seconds
-        columns = "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
+        columns = (
+            "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
+        )
         values = (*place, owner, now, size, _text(metadata), expires, int(hidden), config, request)
-        self._do(f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+        self._do(
+            f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *values,
+        )
 
     def checkpoint(self, place: Place) -> sqlite3.Row | None:
-        found = self._one("SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
-        return None if found is None or (found["expires"] or time.time() + 1) < time.time() else found
+        found = self._one(
+            "SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place
+        )
+        return (
+            None if found is None or (found["expires"] or time.time() + 1) < time.time() else found
+        )
 
     def checkpoints(self, owner: str | None = None, run: str | None = None) -> list[sqlite3.Row]:
         where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2) AND NOT hidden AND COALESCE(expires, ?3) >= ?3"
@@ -339,7 +387,11 @@ class Store:
 
     def change_checkpoint(self, place: Place, **values: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in values)
-        self._do(f"UPDATE checkpoints SET {names} WHERE run = ? AND kind = ? AND name = ?", *values.values(), *place)
+        self._do(
+            f"UPDATE checkpoints SET {names} WHERE run = ? AND kind = ? AND name = ?",
+            *values.values(),
+            *place,
+        )
 
     def delete_checkpoint(self, place: Place) -> None:
         self._do("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
@@ -369,18 +421,23 @@ class Store:
 
     def runs_of(self, owner: str | None) -> int:
         """Those that take requests."""
-        query = "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
+        query = (
+            "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
+        )
         row = self._one(query, owner)
         return 0 if row is None else row["count"]
 
     def tokens_of(self, owner: str) -> int:
         """Tokens of today."""
-        reserved = self._reserved[owner]  # first: what is settled meanwhile counts twice rather than not at all
+        reserved = self._reserved[
+            owner
+        ]  # first: what is settled meanwhile counts twice rather than not at all
         row = self._one("SELECT count FROM tokens WHERE owner = ? AND day = ?", owner, _today())
         return reserved + (0 if row is None else row["count"])
 
     def reserve_tokens(self, owner: str, count: int) -> None:
-        """Count tokens that samples may take until ``settle_tokens``, or the end of the process, which ends them."""
+        """Count tokens that samples may take until ``settle_tokens``, or the end of the process,
+        which ends them."""
         with self._lock:
             self._reserved[owner] += count
 
@@ -398,7 +455,11 @@ class Store:
 
     def add_sampler(self, id: str, session: str, owner: str, path: str | None) -> None:
         self._do(
-            "INSERT OR REPLACE INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)", id, session, owner, path
+            "INSERT OR REPLACE INTO samplers (id, session, owner, path) VALUES (?, ?, ?, ?)",
+            id,
+            session,
+            owner,
+            path,
         )
 
     def sampler(self, id: str) -> sqlite3.Row | None:
@@ -411,7 +472,9 @@ class Store:
         """The number of a further client of a sampler."""
         with self._writing() as base:
             base.execute("UPDATE samplers SET clients = clients + 1 WHERE id = ?", (sampler,))
-            return base.execute("SELECT clients FROM samplers WHERE id = ?", (sampler,)).fetchone()["clients"]
+            return base.execute("SELECT clients FROM samplers WHERE id = ?", (sampler,)).fetchone()[
+                "clients"
+            ]
 
 
 def folder_bytes(folder: Path) -> int:

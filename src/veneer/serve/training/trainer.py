@@ -1,10 +1,12 @@
-"""Runs that train on one base at once: what the service computes, without clients, queues and files of its own.
+"""Runs that train on one base at once: what the service computes, without clients, queues and files
+of its own.
 
-    passes of several runs  ─ rows of like length ─>  one forward and backward of the base  ─>  logprobs, gradients
+    passes of several runs ─ rows of like length ─> one forward and backward of the base ─>
+    logprobs, gradients
 
-A ``Pass`` is a forward, and a backward if asked, of one run over data of any number and length. ``compute`` takes rows
-of several of them, padded on the right to the longest, which a causal model does not see. What fails of one run leaves
-its gradients as they were, and the others go on.
+A ``Pass`` is a forward, and a backward if asked, of one run over data of any number and length.
+``compute`` takes rows of several of them, padded on the right to the longest, which a causal model
+does not see. What fails of one run leaves its gradients as they were, and the others go on.
 """
 
 from __future__ import annotations
@@ -35,21 +37,25 @@ from veneer.serve.training.losses import LOSSES, Datum
 from veneer.train.many import LabelLoss, Runs
 from veneer.train.tokens import IGNORED
 
-#: tokens of rows that share a batch, on a processor and on a device: what samples meanwhile waits for a batch
+# : tokens of rows that share a batch, on a processor and on a device: what samples meanwhile waits
+# for a batch
 TOKENS, DEVICE_TOKENS = 512, 8192
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
-#: learning rates, and what a step may take of a weight by decay: beyond, numbers overflow sooner or later
+# : learning rates, and what a step may take of a weight by decay: beyond, numbers overflow sooner
+# or later
 MOST_RATE, LEAST_EPS = 10.0, 1e-20
 #: of a gradient's numbers: AdamW keeps their squares, which float32 holds up to 3e38
 MOST_GRADIENT = 1e18
 
 
 class DivergenceError(TrainingError):
-    """A step after which a run is no adapter any more: its numbers are of no use, and it can only be loaded anew."""
+    """A step after which a run is no adapter any more: its numbers are of no use, and it can only
+    be loaded anew."""
 
 
 class Turn:
-    """A lock that whoever waits has next: it goes back and forth between two threads, however often one asks."""
+    """A lock that whoever waits has next: it goes back and forth between two threads, however often
+    one asks."""
 
     def __init__(self) -> None:
         self._next = threading.Lock()
@@ -65,7 +71,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Product:
-    """Which of a run's parameters are the two factors of a change, by their indices, and the change's scale."""
+    """Which of a run's parameters are the two factors of a change, by their indices, and the
+    change's scale."""
 
     A: int
     B: int
@@ -74,7 +81,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Adam:
-    """The settings of one step, as torch's AdamW has them; ``clip``: the largest norm of a gradient, 0 for any."""
+    """The settings of one step, as torch's AdamW has them; ``clip``: the largest norm of a
+    gradient, 0 for any."""
 
     rate: float = 1e-4
     beta1: float = 0.9
@@ -91,13 +99,16 @@ class Adam:
             ("grad_clip_norm", self.clip, 0.0, math.inf),
         ):  # fmt: skip
             if not least <= value <= most or math.isinf(value):
-                raise DataError(f"{name} {value:g}", f"a number from {least:g} to {most:g}", "change it")
+                raise DataError(
+                    f"{name} {value:g}", f"a number from {least:g} to {most:g}", "change it"
+                )
 
 
 @dataclass(eq=False)
 class Pass:
-    """A forward of a run over some data, and a backward unless ``backward`` is False. ``left``: rows that were not
-    computed yet, the longest first. ``logprobs``: of each datum's targets, as they become known."""
+    """A forward of a run over some data, and a backward unless ``backward`` is False. ``left``:
+    rows that were not computed yet, the longest first. ``logprobs``: of each datum's targets, as
+    they become known."""
 
     run: str
     data: Sequence[Datum]
@@ -121,10 +132,12 @@ class Pass:
 
 
 class Trainer:
-    """Runs on one base by name. One thread calls it; ``turn`` is a block around whatever calls the model or changes its
-    layers. ``model`` is in eval mode."""
+    """Runs on one base by name. One thread calls it; ``turn`` is a block around whatever calls the
+    model or changes its layers. ``model`` is in eval mode."""
 
-    def __init__(self, model: nn.Module, bank: Any, turn: AbstractContextManager[Any] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, bank: Any, turn: AbstractContextManager[Any] | None = None
+    ) -> None:
         self.model, self._bank, self._turn = model, bank, nullcontext() if turn is None else turn
         self.runs = Runs(model, keep_going=True)
         self.device = next(model.parameters()).device
@@ -161,12 +174,14 @@ class Trainer:
         return self._optimizers[run].param_groups[0]["params"]
 
     def compute(self, passes: Sequence[Pass]) -> int:
-        """Compute rows of some passes, of different runs, as many as fit into one batch; those of the first one always
-        do. How many tokens these were."""
+        """Compute rows of some passes, of different runs, as many as fit into one batch; those of
+        the first one always do. How many tokens these were."""
         passes = [one for one in passes if one.backward == passes[0].backward]
         order = [(one, place) for place in range(max(len(one.left) for one in passes)) for one in passes
                  if place < len(one.left)]  # fmt: skip
-        taken = fit_budget([len(one.data[one.left[place]].tokens) for one, place in order], self.tokens)
+        taken = fit_budget(
+            [len(one.data[one.left[place]].tokens) for one, place in order], self.tokens
+        )
         rows: dict[str, list[int]] = {}
         for one, place in (order[number] for number in taken):
             rows.setdefault(one.run, []).append(one.left[place])
@@ -215,7 +230,9 @@ class Trainer:
         for one in passes:
             one.error = self.runs.failed.get(one.run, one.error)
 
-    def _forward(self, passes: Sequence[Pass], rows: Mapping[str, Sequence[int]], batches: Mapping[str, Any]) -> None:
+    def _forward(
+        self, passes: Sequence[Pass], rows: Mapping[str, Sequence[int]], batches: Mapping[str, Any]
+    ) -> None:
         simple = {one.run: batches[one.run] for one in passes if isinstance(batches[one.run], dict)}
         told = self.runs.label_losses(simple) if simple else {}
         for one in passes:
@@ -224,10 +241,13 @@ class Trainer:
                 continue
             ids = batches[one.run][0]["input_ids"]
             with torch.no_grad(), self.runs[one.run].use():
-                self._of_logits(one, rows[one.run], self.model(input_ids=ids, use_cache=False), None)
+                self._of_logits(
+                    one, rows[one.run], self.model(input_ids=ids, use_cache=False), None
+                )
 
     def _padded(self, one: Pass, rows: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels [rows, width + 1]: labels stand at the token that they are, one place on."""
+        """Tokens and labels [rows, width + 1]: labels stand at the token that they are, one place
+        on."""
         ids = torch.zeros(len(rows), width + 1, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         for place, number in enumerate(rows):
@@ -248,7 +268,9 @@ class Trainer:
         for own, number in zip(output.logits, rows, strict=True):
             targets = one.data[number].targets.to(own.device)
             wide = own[: len(targets)].to(torch.promote_types(own.dtype, torch.float32))
-            told = wide.gather(-1, targets.view(len(targets), -1)) - wide.logsumexp(-1, keepdim=True)
+            told = wide.gather(-1, targets.view(len(targets), -1)) - wide.logsumexp(
+                -1, keepdim=True
+            )
             logprobs.append(told.view(targets.shape))
         return self._summed(one, rows, logprobs)
 
@@ -256,20 +278,24 @@ class Trainer:
         """The loss of these rows; what it was made of is kept."""
         total, loss = None, LOSSES[one.loss]
         for number, own in zip(rows, logprobs, strict=True):
-            inputs = {name: values.to(own.device) for name, values in one.data[number].inputs.items()}
+            inputs = {
+                name: values.to(own.device) for name, values in one.data[number].inputs.items()
+            }
             value = loss.terms(own, inputs, one.settings).sum()
             one.logprobs[number] = own.detach().float().cpu()
             total = value if total is None else total + value
         assert total is not None
         if not torch.isfinite(total):
             do = "look at the data and the learning rate, and go on from a checkpoint"
-            raise TrainingError(f"a {one.loss} loss of {float(total.detach())}", "a finite number", do)
+            raise TrainingError(
+                f"a {one.loss} loss of {float(total.detach())}", "a finite number", do
+            )
         one.total += float(total.detach())
         return total
 
     def _finish(self, one: Pass) -> None:
-        """The gradients of a pass join those from before it; one that fails, or whose sum with these is out of bounds,
-        leaves them as they were."""
+        """The gradients of a pass join those from before it; one that fails, or whose sum with
+        these is out of bounds, leaves them as they were."""
         if one.before is None:
             return
         parameters = self._parameters(one.run)
@@ -279,9 +305,14 @@ class Trainer:
                     parameter.grad = before
                 elif before is not None:
                     parameter.grad += before
-            largest = _largest([parameter.grad for parameter in parameters if parameter.grad is not None])
+            largest = _largest(
+                [parameter.grad for parameter in parameters if parameter.grad is not None]
+            )
             if not largest <= MOST_GRADIENT:  # NaN is not, either
-                found, do = f"a gradient of up to {largest:.3g}", "look at the data and their weights"
+                found, do = (
+                    f"a gradient of up to {largest:.3g}",
+                    "look at the data and their weights",
+                )
                 one.error = TrainingError(found, f"numbers of at most {MOST_GRADIENT:g}", do)
         if one.error is not None:
             for parameter, before in zip(parameters, one.before, strict=True):
@@ -293,7 +324,8 @@ class Trainer:
 
         Raises:
             DataError: settings that would not end in numbers; nothing has changed.
-            DivergenceError: the step made numbers that no adapter folder can hold. The run is of no use any more.
+            DivergenceError: the step made numbers that no adapter folder can hold. The run is of no
+                use any more.
         """
         adam.check()
         optimizer, parameters = self._optimizers[run], self._parameters(run)
@@ -311,16 +343,22 @@ class Trainer:
         return {"unclipped_grad_l2:mean": norm}
 
     def _check_bounds(self, run: str) -> None:
-        """``DivergenceError``: a run's numbers are such as ``adapter_files.folder`` neither writes nor reads."""
+        """``DivergenceError``: a run's numbers are such as ``adapter_files.folder`` neither writes
+        nor reads."""
         norms = _norms(self._parameters(run))
         sizes = [abs(pair.scale) * norms[pair.A] * norms[pair.B] for pair in self._products[run]]
-        # no number is larger than the norm of its tensor, so that few runs are looked at number by number
+        # no number is larger than the norm of its tensor, so that few runs are looked at number by
+        # number
         largest = 0.0 if all(norm <= LARGEST for norm in norms) else _largest(self._parameters(run))
-        worst = next((size for size in (*sizes, largest) if not size <= LARGEST), None)  # NaN is not, either
+        worst = next(
+            (size for size in (*sizes, largest) if not size <= LARGEST), None
+        )  # NaN is not, either
         if worst is not None:
             found = f"a run that diverged: a step made numbers of up to {worst:.3g}"
             do = "load a checkpoint into it and go on with a smaller learning rate, or begin a new run"
-            raise DivergenceError(found, f"weights, and changes of weights, of at most {LARGEST:g}", do)
+            raise DivergenceError(
+                found, f"weights, and changes of weights, of at most {LARGEST:g}", do
+            )
 
     def save(
         self,
@@ -330,7 +368,8 @@ class Trainer:
         provenance: Mapping[str, Any] | None = None,
         check: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """The adapter and its optimiser, as one folder, over what is there, unless ``check`` raises for it."""
+        """The adapter and its optimiser, as one folder, over what is there, unless ``check`` raises
+        for it."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         state = self._optimizers[run].state_dict()["state"]
         tensors = {
@@ -344,8 +383,8 @@ class Trainer:
             check(made)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
-        """A run from a saved one, in place of what it was; ``adapter``: where in the folder its adapter is.
-        ``AdapterError``: there is none; the run is as it was."""
+        """A run from a saved one, in place of what it was; ``adapter``: where in the folder its
+        adapter is. ``AdapterError``: there is none; the run is as it was."""
         with self._turn:
             if run in self.runs:  # tried beside it first
                 self.runs.add(f"{run}-new", folder / adapter)
@@ -361,21 +400,25 @@ class Trainer:
             places = _by_place(state, [name for name, _ in handle.named_parameters()])
             own.load_state_dict({**own.state_dict(), "state": places})
 
-    def export(self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None) -> None:
+    def export(
+        self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
+    ) -> None:
         """The adapter alone, over what is there."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
 
     @contextmanager
     def sampled(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
-        """A block in which the model answers as samples would be drawn, for a row of each of these leases of the bank;
-        None is the base. To load an adapter here would keep the turn from those who hold the memory for it."""
+        """A block in which the model answers as samples would be drawn, for a row of each of these
+        leases of the bank; None is the base. To load an adapter here would keep the turn from those
+        who hold the memory for it."""
         with self._turn, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
 
 def _widen(handle: Handle) -> None:
-    """Let an adapter that was saved in 16 bits train in float32: a step of usual size is lost in their rounding."""
+    """Let an adapter that was saved in 16 bits train in float32: a step of usual size is lost in
+    their rounding."""
     if handle.config.dtype not in ("bfloat16", "float16"):
         return
     for parameter in handle.parameters():
@@ -396,7 +439,8 @@ def _by_place(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[int, 
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """The norm of each tensor, in float64 where the device has that: float32 cannot hold the squares of large ones."""
+    """The norm of each tensor, in float64 where the device has that: float32 cannot hold the
+    squares of large ones."""
     if not tensors:
         return []
     device = tensors[0].device  # a base may be spread over several

@@ -1,8 +1,8 @@
 """A service that trains: what belongs together, and who is still there.
 
-A session's client says every ten seconds that it is there. One that has been silent for ``VANISHED`` seconds, or has
-finished, holds nothing any more: its runs write their states and leave the memory, its samples are cancelled. It may
-come back: all that it was promised is on the disk.
+A session's client says every ten seconds that it is there. One that has been silent for
+``VANISHED`` seconds, or has finished, holds nothing any more: its runs write their states and leave
+the memory, its samples are cancelled. It may come back: all that it was promised is on the disk.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ log = logging.getLogger("veneer.serve.training")
 
 #: seconds after which a silent client is gone, and between two looks
 VANISHED, LOOK = 120.0, 10.0
-#: seconds for which a run waits for a number while later ones are there: the SDK sends a request again for five minutes
+# : seconds for which a run waits for a number while later ones are there: the SDK sends a request
+# again for five minutes
 OVERDUE = 330.0
-#: unnamed weights of a run that stay whether they are used or not, and seconds after their last use that others do
+# : unnamed weights of a run that stay whether they are used or not, and seconds after their last
+# use that others do
 UNNAMED, UNUSED = 8, 3600.0
 #: seconds that an address of a file is good for
 FILES = 3600.0
@@ -67,23 +69,37 @@ class Training:
     worker: Worker = field(init=False)
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
-    disk: ThreadPoolExecutor = field(init=False)  # for what writes: the event loop waits for no disk
-    curves: Callable[[str, int, int], Curve] = field(init=False)  # of runs at rest: (run, state, next request)
+    disk: ThreadPoolExecutor = field(
+        init=False
+    )  # for what writes: the event loop waits for no disk
+    curves: Callable[[str, int, int], Curve] = field(
+        init=False
+    )  # of runs at rest: (run, state, next request)
 
     def __post_init__(self) -> None:
         self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         trainer = Trainer(self.model, self.bank, self.turn)
         self.worker = Worker(
-            trainer, self.store, length=self.engine.length, vocabulary=vocabulary, resident=self.resident
+            trainer,
+            self.store,
+            length=self.engine.length,
+            vocabulary=vocabulary,
+            resident=self.resident,
         )
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
         self.disk = ThreadPoolExecutor(1, "veneer-journal")
-        self.curves = lru_cache(CURVES)(lambda run, state, following: read_curve(self.store, run, state))
+        self.curves = lru_cache(CURVES)(
+            lambda run, state, following: read_curve(self.store, run, state)
+        )
         self._seen: dict[str, float] = {}
-        self._used: OrderedDict[str, float] = OrderedDict()  # when a checkpoint was last sampled from
-        self._gaps: dict[str, tuple[int, float]] = {}  # by run: the number that is missing, and since when
+        self._used: OrderedDict[str, float] = (
+            OrderedDict()
+        )  # when a checkpoint was last sampled from
+        self._gaps: dict[
+            str, tuple[int, float]
+        ] = {}  # by run: the number that is missing, and since when
         self._files: dict[str, tuple[Path, float]] = {}
         self._lock = threading.Lock()  # of these
         self._stop = threading.Event()
@@ -107,11 +123,13 @@ class Training:
 
     async def written(self, work: Callable[..., Any], *args: Any) -> Any:
         """What writes to the index, done by its thread. ``Refusal``: it cannot be written now."""
-        return await self._on_disk(asyncio.get_running_loop().run_in_executor(self.disk, work, *args))
+        return await self._on_disk(
+            asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
+        )
 
     async def changed(self, work: Callable[[], Any]) -> Any:
-        """What changes checkpoints, done by the training thread as all such changes are: a row and its files are of one
-        save, copy or deletion. ``Refusal``: it cannot be written now."""
+        """What changes checkpoints, done by the training thread as all such changes are: a row and
+        its files are of one save, copy or deletion. ``Refusal``: it cannot be written now."""
         return await self._on_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
 
     async def _on_disk(self, work: Awaitable[Any]) -> Any:
@@ -120,7 +138,11 @@ class Training:
         except (sqlite3.Error, OSError) as error:
             found = f"a folder that cannot be written ({error})"
             raise Refusal(
-                503, found, "one that can", "try again, or tell whoever runs the server", code="disk"
+                503,
+                found,
+                "one that can",
+                "try again, or tell whoever runs the server",
+                code="disk",
             ) from error
 
     def seen(self, session: str) -> None:
@@ -133,12 +155,14 @@ class Training:
         return path
 
     def keep(self, name: str) -> None:
-        """It is used now. Of what the bank holds beside runs, the least used one goes from memory; it is read again for
-        whoever waits for it."""
+        """It is used now. Of what the bank holds beside runs, the least used one goes from memory;
+        it is read again for whoever waits for it."""
         with self._lock:
             self._used[name] = time.monotonic()
             self._used.move_to_end(name)
-            excess = [self._used.popitem(last=False)[0] for _ in range(len(self._used) - self.resident)]
+            excess = [
+                self._used.popitem(last=False)[0] for _ in range(len(self._used) - self.resident)
+            ]
         for old in excess:
             try:
                 if old in self.bank:
@@ -149,13 +173,17 @@ class Training:
                     self.bank.remove(old)
 
     def folder_of(self, name: str) -> Path:
-        """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a run as it is now."""
+        """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a
+        run as it is now."""
         run, _, last = name.removeprefix("tinker://").rpartition("/")
-        return (self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))) / ADAPTER
+        return (
+            self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))
+        ) / ADAPTER
 
     async def reserve_tokens(self, key: Key, most: int) -> Callable[[int], None]:
-        """Count the tokens that a call for samples may take at most. What is returned is to be called with those that
-        it took; the first time counts. ``Refusal``: they are past the key's quota."""
+        """Count the tokens that a call for samples may take at most. What is returned is to be
+        called with those that it took; the first time counts. ``Refusal``: they are past the key's
+        quota."""
         if not key.owner:
             return lambda used: None
         await self.written(self._reserve, key, most)
@@ -166,7 +194,9 @@ class Training:
             if next(unused, None) is None:
                 return
             done = self.disk.submit(self.store.settle_tokens, key.owner, most, used)
-            done.add_done_callback(partial(_logged, f"{used} tokens of {key.owner} were not counted"))
+            done.add_done_callback(
+                partial(_logged, f"{used} tokens of {key.owner} were not counted")
+            )
 
         return charge
 
@@ -188,7 +218,9 @@ class Training:
         found = self._files.get(token)
         if found is None or found[1] < time.monotonic():
             return None
-        names = {str(file.relative_to(found[0])): file for file in found[0].rglob("*") if file.is_file()}
+        names = {
+            str(file.relative_to(found[0])): file for file in found[0].rglob("*") if file.is_file()
+        }
         return names.get(name)
 
     def leave(self, session: str) -> None:
@@ -201,7 +233,9 @@ class Training:
                 if line is not None and line.current is None and not line.waiting:
                     self.worker.let_go(line)
 
-        self.worker.do(go).add_done_callback(partial(_logged, f"the runs of session {session} are still in memory"))
+        self.worker.do(go).add_done_callback(
+            partial(_logged, f"the runs of session {session} are still in memory")
+        )
 
     def _look(self) -> None:
         while not self._stop.wait(LOOK):
@@ -211,8 +245,8 @@ class Training:
                 log.exception("a look at the sessions failed")
 
     def sweep(self) -> None:
-        """Free what vanished clients hold; go on where numbers do not come; delete what has expired, and weights
-        without a name that nobody uses."""
+        """Free what vanished clients hold; go on where numbers do not come; delete what has
+        expired, and weights without a name that nobody uses."""
         now = time.monotonic()
         self._fill_gaps(now)
         with self._lock:  # clients are seen meanwhile
@@ -222,7 +256,9 @@ class Training:
         for session in vanished:
             self.samples.leave_soon(session)
             self.leave(session)
-        self.worker.do(self._delete_old).add_done_callback(partial(_logged, "old checkpoints are still there"))
+        self.worker.do(self._delete_old).add_done_callback(
+            partial(_logged, "old checkpoints are still there")
+        )
 
     def _delete_old(self) -> None:
         """The training thread's: what has expired by then, and was not saved anew."""
@@ -236,7 +272,8 @@ class Training:
                     self._used.pop(place.path, None)
 
     def _fill_gaps(self, now: float) -> None:
-        """Answer numbers that did not come for too long, as errors that say so: those after them go on."""
+        """Answer numbers that did not come for too long, as errors that say so: those after them go
+        on."""
         gaps: dict[str, tuple[int, float]] = {}
         for line in list(self.worker.lines.values()):
             first, after = line.next, min(list(line.waiting), default=0)
@@ -247,9 +284,17 @@ class Training:
                 gaps[line.run] = first, now
             if now - gaps[line.run][1] < OVERDUE:
                 continue
-            log.warning("%s: requests %d to %d did not come: it goes on without them", line.run, first, after - 1)
+            log.warning(
+                "%s: requests %d to %d did not come: it goes on without them",
+                line.run,
+                first,
+                after - 1,
+            )
             for number in range(first, after):
-                found, expected = f"no request {number} for {OVERDUE:g} s, though later ones came", "each number once"
+                found, expected = (
+                    f"no request {number} for {OVERDUE:g} s, though later ones came",
+                    "each number once",
+                )
                 error = sentence(found, expected, "send it again, with the next number")
                 self.worker.accept(line.run, number, MISSING, json.dumps({"error": error}).encode())
         self._gaps = gaps
@@ -269,15 +314,34 @@ def _logged(failure: str, done: Future[None]) -> None:
 
 
 def open_training(
-    folder: str | Path, service: Any, model: Any, turn: Turn, *, tokenizer: str | None, resident: int = 50
+    folder: str | Path,
+    service: Any,
+    model: Any,
+    turn: Turn,
+    *,
+    tokenizer: str | None,
+    resident: int = 50,
 ) -> Training:
-    """The training service beside what a service serves. ``ConfigError``: an encoder, a folder that is not its own."""
+    """The training service beside what a service serves. ``ConfigError``: an encoder, a folder that
+    is not its own."""
     if service.engine is None:
-        raise ConfigError("an encoder to train", "a causal language model", "serve another base, or leave out --train")
+        raise ConfigError(
+            "an encoder to train",
+            "a causal language model",
+            "serve another base, or leave out --train",
+        )
     store = Store(folder)
     try:
         made = Training(
-            service.base, tokenizer, model, service.bank, service.engine, turn, store, service.timeout, resident
+            service.base,
+            tokenizer,
+            model,
+            service.bank,
+            service.engine,
+            turn,
+            store,
+            service.timeout,
+            resident,
         )
     except BaseException:
         store.close()

@@ -1,8 +1,10 @@
-"""Bodies in protobuf, as the `tinker` SDK sends and reads them: data to learn from, log-probabilities, samples.
+"""Bodies in protobuf, as the `tinker` SDK sends and reads them: data to learn from,
+log-probabilities, samples.
 
-Which messages there are, and the numbers of their fields, is the SDK's (tinker/proto/tinker_public_pb2.py, 0.38). They
-are declared here and read by Google's library: a server needs no client. Maps stand as the repeated entries that they
-are on the wire; fields that are not used here (images, audio, provenance) are passed over, or refused by name.
+Which messages there are, and the numbers of their fields, is the SDK's
+(tinker/proto/tinker_public_pb2.py, 0.38). They are declared here and read by Google's library: a
+server needs no client. Maps stand as the repeated entries that they are on the wire; fields that
+are not used here (images, audio, provenance) are passed over, or refused by name.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ MOST_TARGETS = 256
 
 
 def _declared() -> dict[str, Any]:
-    file = descriptor_pb2.FileDescriptorProto(name="veneer_training.proto", package="veneer.training", syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="veneer_training.proto", package="veneer.training", syntax="proto3"
+    )
     kinds = descriptor_pb2.FieldDescriptorProto
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
@@ -105,7 +109,8 @@ def failure(error: BaseException, own: bool = False) -> Answer:
 
 
 class PassRequest(NamedTuple):
-    """A forward of a run, and a backward if it is asked for. ``problem``: why its data cannot be read."""
+    """A forward of a run, and a backward if it is asked for. ``problem``: why its data cannot be
+    read."""
 
     run: str
     seq: int
@@ -145,7 +150,9 @@ def read_pass(body: bytes) -> PassRequest:
     if not message.data:
         raise DataError("no data", "at least one datum", "send some")
     data = [_datum(one, number) for number, one in enumerate(message.data)]
-    return PassRequest(message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only)
+    return PassRequest(
+        message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only
+    )
 
 
 def _parsed(body: bytes) -> Any:
@@ -153,7 +160,9 @@ def _parsed(body: bytes) -> Any:
         return MESSAGES["ForwardBackwardRequest"].FromString(body)
     except DecodeError as error:
         found = f"a body that is no ForwardBackwardRequest ({error})"
-        raise DataError(found, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it") from error
+        raise DataError(
+            found, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it"
+        ) from error
 
 
 def _datum(message: Any, number: int) -> Datum:
@@ -164,12 +173,19 @@ def _datum(message: Any, number: int) -> Datum:
             raise DataError(found, "text", "leave it out: this server trains on tokens")
         raw = chunk.encoded_text.tokens
         if len(raw) % 4:
-            raise DataError(f"tokens of {len(raw)} bytes in {where}", "four bytes each", "check the client")
+            raise DataError(
+                f"tokens of {len(raw)} bytes in {where}", "four bytes each", "check the client"
+            )
         tokens.append(np.frombuffer(raw, "<i4").astype(np.int64))
     ids = torch.from_numpy(np.concatenate(tokens) if tokens else np.zeros(0, np.int64))
-    inputs = {one.key: _tensor(one.value, f"{one.key[:80]!r} of {where}", len(ids)) for one in message.loss_fn_inputs}
+    inputs = {
+        one.key: _tensor(one.value, f"{one.key[:80]!r} of {where}", len(ids))
+        for one in message.loss_fn_inputs
+    }
     if "target_tokens" not in inputs:
-        raise DataError(f"no target_tokens in {where}", "one for each token", "add them to loss_fn_inputs")
+        raise DataError(
+            f"no target_tokens in {where}", "one for each token", "add them to loss_fn_inputs"
+        )
     targets = inputs.pop("target_tokens")
     if targets.is_floating_point():
         raise DataError(f"target_tokens of {where} in float32", "int64", "send ids")
@@ -180,14 +196,20 @@ def _numbers(raw: bytes, kind: int, where: str) -> np.ndarray:
     if kind not in _TYPES:
         raise DataError(f"element type {kind} in {where}", "float32 or int64", "convert the tensor")
     if len(raw) % _TYPES[kind].itemsize:
-        raise DataError(f"{len(raw)} bytes in {where}", f"{_TYPES[kind].itemsize} a number", "check the client")
+        raise DataError(
+            f"{len(raw)} bytes in {where}", f"{_TYPES[kind].itemsize} a number", "check the client"
+        )
     return np.frombuffer(raw, _TYPES[kind])
 
 
 def _tensor(message: Any, where: str, rows: int) -> Tensor:
     """A tensor of so many rows, dense; what a sparse one leaves out is 0."""
     values, shape = (
-        _numbers(message.sparse_csr.values if message.HasField("sparse_csr") else message.dense, message.dtype, where),
+        _numbers(
+            message.sparse_csr.values if message.HasField("sparse_csr") else message.dense,
+            message.dtype,
+            where,
+        ),
         list(message.shape),
     )
     if not message.HasField("sparse_csr"):
@@ -198,9 +220,16 @@ def _tensor(message: Any, where: str, rows: int) -> Tensor:
         return torch.from_numpy(values.copy()).view(shape)
     crow = _numbers(message.sparse_csr.crow_indices, _INT64, where)
     col = _numbers(message.sparse_csr.col_indices, _INT64, where)
-    sound = len(shape) == 2 and shape[0] == rows and 0 < shape[1] <= MOST_TARGETS and len(crow) == rows + 1
+    sound = (
+        len(shape) == 2
+        and shape[0] == rows
+        and 0 < shape[1] <= MOST_TARGETS
+        and len(crow) == rows + 1
+    )
     sound = sound and len(col) == len(values) and crow[0] == 0 and crow[-1] == len(col)
-    sound = sound and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()  # a difference may overflow
+    sound = (
+        sound and crow.max() == len(col) and (crow[1:] >= crow[:-1]).all()
+    )  # a difference may overflow
     if not (sound and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
         expected = f"{rows} rows of at most {MOST_TARGETS}, in CSR"
         raise DataError(f"a sparse tensor {shape} in {where}", expected, "check the client")
@@ -231,7 +260,8 @@ def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> byt
 
 
 class Sequence_(NamedTuple):
-    """One sample: its tokens, their log-probabilities, of each the most likely ones, and whether it was cut."""
+    """One sample: its tokens, their log-probabilities, of each the most likely ones, and whether it
+    was cut."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -240,8 +270,9 @@ class Sequence_(NamedTuple):
 
 
 def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str, Any]) -> bytes:
-    """The answer to a call for samples. ``top``: how many likely tokens stand beside each that was sampled. ``scores``:
-    what was asked of the prompt, by the names of the fields: arrays, and (tokens, logprobs) of the likely ones."""
+    """The answer to a call for samples. ``top``: how many likely tokens stand beside each that was
+    sampled. ``scores``: what was asked of the prompt, by the names of the fields: arrays, and
+    (tokens, logprobs) of the likely ones."""
     made = MESSAGES["SampleResponse"]()
     for one in sequences:
         sequence = made.sequences.add(stop_reason=int(one.cut))
@@ -250,14 +281,18 @@ def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str,
         if top:
             rows = [[*own[:top], *[(NO_TOKEN, NO_LOGPROB)] * (top - len(own))] for own in one.top]
             ids = np.asarray([[token for token, _ in own] for own in rows], "<i4").reshape(-1, top)
-            numbers = np.asarray([[logprob for _, logprob in own] for own in rows], "<f4").reshape(-1, top)
+            numbers = np.asarray([[logprob for _, logprob in own] for own in rows], "<f4").reshape(
+                -1, top
+            )
             _set_top(sequence.topk_sampled_logprobs, ids, numbers)
     if "prompt_logprobs" in scores:
         made.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
     if "topk_prompt_logprobs" in scores:
         _set_top(made.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
     if "target_prompt_logprobs" in scores:
-        _set_tensor(made.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr"))
+        _set_tensor(
+            made.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
+        )
     if "prompt_alt_tokens" in scores:
         tokens, logprobs = scores["prompt_alt_tokens"]
         _set_tensor(made.prompt_alt_tokens.tokens, tokens, None)
@@ -267,11 +302,17 @@ def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str,
 
 def _set_top(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:
     message.length, message.k = ids.shape
-    message.token_ids, message.logprobs = ids.astype("<i4").tobytes(), logprobs.astype("<f4").tobytes()
+    message.token_ids, message.logprobs = (
+        ids.astype("<i4").tobytes(),
+        logprobs.astype("<f4").tobytes(),
+    )
 
 
-def _set_tensor(message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None) -> None:
-    """``csr``: crow and col indices and the shape, where ``values`` are those of a sparse tensor."""
+def _set_tensor(
+    message: Any, values: np.ndarray, csr: tuple[Any, Any, Sequence[int]] | None
+) -> None:
+    """``csr``: crow and col indices and the shape, where ``values`` are those of a sparse
+    tensor."""
     message.dtype = _INT64 if values.dtype.kind == "i" else _FLOAT32
     raw = values.astype(_TYPES[message.dtype]).tobytes()
     if csr is None:

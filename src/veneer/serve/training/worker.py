@@ -1,13 +1,16 @@
 """The thread that trains: requests of each run in their order, passes of many runs in one batch.
 
-    accept → journal → line of the run → at the head: an operation, or a pass → batch (trainer) → answer
+    accept → journal → line of the run → at the head: an operation, or a pass → batch (trainer) →
+    answer
 
-A run is in memory while it is used; of more than ``resident`` the one that was used longest ago writes its state and
-goes. It comes back from that state and the requests after it, which is also how a server that was killed goes on.
-A request that needs room waits at the head of its run's line while all runs in memory are computed.
+A run is in memory while it is used; of more than ``resident`` the one that was used longest ago
+writes its state and goes. It comes back from that state and the requests after it, which is also
+how a server that was killed goes on. A request that needs room waits at the head of its run's line
+while all runs in memory are computed.
 
-What fails of a run is that run's: a state that cannot be written now is computed again from its requests, and a run
-whose numbers no state can hold is marked as failed. It takes nothing any more but a checkpoint to load.
+What fails of a run is that run's: a state that cannot be written now is computed again from its
+requests, and a run whose numbers no state can hold is marked as failed. It takes nothing any more
+but a checkpoint to load.
 """
 
 from __future__ import annotations
@@ -25,7 +28,14 @@ from concurrent.futures import Future
 from typing import Any
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterError, BankFullError, DataError, TrainingError, VeneerError, sentence
+from veneer.errors import (
+    AdapterError,
+    BankFullError,
+    DataError,
+    TrainingError,
+    VeneerError,
+    sentence,
+)
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import Shares
 from veneer.serve.training.curve import LOSS, Batch, Curve, read_curve, state_folder
@@ -33,20 +43,30 @@ from veneer.serve.training.lines import Asked, Line, Promise, Queue
 from veneer.serve.training.losses import checked, checked_settings
 from veneer.serve.training.store import Store
 from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
-from veneer.serve.training.wire import Answer, failure, has_backward, pass_output, read_header, read_pass
+from veneer.serve.training.wire import (
+    Answer,
+    failure,
+    has_backward,
+    pass_output,
+    read_header,
+    read_pass,
+)
 
 log = logging.getLogger("veneer.serve.training")
 
 #: seconds of computing after which a state is written: what a restart computes again is less
 STATE_AFTER = 30.0
-#: how long a batch waits for runs that were in the last one: a part of its time, at most so many seconds
+# : how long a batch waits for runs that were in the last one: a part of its time, at most so many
+# seconds
 LINGER, MOST_LINGER = 0.25, 0.05
-#: seconds after a failure of the thread itself, such as a full disk, and after one to write a run's answer
+# : seconds after a failure of the thread itself, such as a full disk, and after one to write a
+# run's answer
 PAUSE = 1.0
 #: deaths of the process while it did one request alone, after which that is not tried again
 DEATHS = 3
 PASS, REFUSED = "pass", "refused"
-#: what is refused and concerns the next step: a pass with a backward, and a number that did not come
+# : what is refused and concerns the next step: a pass with a backward, and a number that did not
+# come
 REFUSED_PASS, MISSING = "refused_pass", "missing"
 #: what is computed again from the requests after a state
 REPLAYED = (PASS, "step", "load")
@@ -59,7 +79,9 @@ PUBLISHED = 512
 
 def _concerns_step(asked: Asked) -> bool:
     """Whether the next step is not what its client meant when this request fails."""
-    return asked.kind in (REFUSED_PASS, MISSING) or (asked.kind == PASS and has_backward(asked.body))
+    return asked.kind in (REFUSED_PASS, MISSING) or (
+        asked.kind == PASS and has_backward(asked.body)
+    )
 
 
 #: an operation on a run: (line, what was asked) -> what its promise comes to
@@ -67,16 +89,20 @@ Operation = Callable[[Line, Mapping[str, Any]], Any]
 
 
 class Worker:
-    """One thread, the only one that calls the trainer. ``operations``: what a request of a kind does, but for passes.
-    ``length``, ``vocabulary``: of the base."""
+    """One thread, the only one that calls the trainer. ``operations``: what a request of a kind
+    does, but for passes. ``length``, ``vocabulary``: of the base."""
 
-    def __init__(self, trainer: Trainer, store: Store, *, length: int, vocabulary: int, resident: int = 50) -> None:
+    def __init__(
+        self, trainer: Trainer, store: Store, *, length: int, vocabulary: int, resident: int = 50
+    ) -> None:
         self.trainer, self.store, self.resident = trainer, store, resident
         self.length, self.vocabulary = length, vocabulary
         self.operations: dict[str, Operation] = {"step": self._step}
         self.queue = Queue(store, trainer.runs)
         self.lines = self.queue.lines
-        self.published: dict[str, int] = {}  # the next request of a run, as samples of it as it is now were drawn
+        self.published: dict[
+            str, int
+        ] = {}  # the next request of a run, as samples of it as it is now were drawn
         self.steps = self.tokens = 0  # that were made, and trained on, by this server
         self.batch: Batch | None = None  # the last one
         self._wake = self.queue.wake
@@ -115,7 +141,8 @@ class Worker:
         return self.queue.promise(run, seq)
 
     def do(self, work: Callable[[], Any], run: str | None = None) -> Future[Any]:
-        """Let the thread do something between two batches; for ``run``, when that is in memory or has room there."""
+        """Let the thread do something between two batches; for ``run``, when that is in memory or
+        has room there."""
         done: Future[Any] = Future()
         done.set_running_or_notify_cancel()
         with self._wake:
@@ -132,7 +159,9 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._closing or self._others or self.queue.active()):
-                    self._wake.wait(PAUSE if self.queue.busy else None)  # those that are busy had a failure
+                    self._wake.wait(
+                        PAUSE if self.queue.busy else None
+                    )  # those that are busy had a failure
                 if self._closing:
                     break
             try:
@@ -145,8 +174,8 @@ class Worker:
             done.set_exception(_closing())
 
     def _each(self, lines: Iterable[Line], work: Callable[[Line], Any]) -> None:
-        """Do something for each of some lines. What fails of one, such as to write its answer down, is tried again
-        after a while, and leaves the others alone."""
+        """Do something for each of some lines. What fails of one, such as to write its answer down,
+        is tried again after a while, and leaves the others alone."""
         for line in lines:
             try:
                 work(line)
@@ -167,7 +196,8 @@ class Worker:
                 done.set_exception(error)
 
     def turn(self) -> None:
-        """Other work; then what may have ended the server before, or operations at the heads of lines and one batch."""
+        """Other work; then what may have ended the server before, or operations at the heads of
+        lines and one batch."""
         self._do_others()
         if self._suspects:
             self._alone(self._suspects.pop())
@@ -181,21 +211,30 @@ class Worker:
             self._compute(passes)
 
     def _alone(self, line: Line) -> None:
-        """Do the first request of a run that waited when the server began, apart from those of others: what ends the
-        process again and again is known then, and given up."""
+        """Do the first request of a run that waited when the server began, apart from those of
+        others: what ends the process again and again is known then, and given up."""
         asked = line.head
         if asked is None:
             return
-        if asked.kind not in UNMADE:  # to have the run back takes longer than most requests, and is no fault of theirs
+        if (
+            asked.kind not in UNMADE
+        ):  # to have the run back takes longer than most requests, and is no fault of theirs
             try:
                 self.ensure(line)
             except Exception:
                 return  # it fails again, and is answered, in its turn among the others
         if self.store.begin(line.run, asked.seq) > DEATHS:
-            log.error("%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS)
+            log.error(
+                "%s: request %d ended the server %d times: given up", line.run, asked.seq, DEATHS
+            )
             found = f"a request during which the server's process ended {DEATHS} times"
-            told = sentence(found, "one for which it has the memory", "ask for fewer or shorter rows at a time")
-            body, kind = json.dumps({"error": told}).encode(), REFUSED_PASS if _concerns_step(asked) else REFUSED
+            told = sentence(
+                found, "one for which it has the memory", "ask for fewer or shorter rows at a time"
+            )
+            body, kind = (
+                json.dumps({"error": told}).encode(),
+                REFUSED_PASS if _concerns_step(asked) else REFUSED,
+            )
             asked = asked._replace(kind=kind, body=body)
         if asked.kind != PASS:
             self._answer(line, asked, lambda: self._operate(line, asked))
@@ -235,7 +274,9 @@ class Worker:
         except Exception as error:
             log.exception("%s: request %d failed", line.run, asked.seq)
             answer, done = failure(error, own=True), 2
-            if asked.kind in REPLAYED and line.name in self.trainer.runs:  # in memory it may be done in part
+            if (
+                asked.kind in REPLAYED and line.name in self.trainer.runs
+            ):  # in memory it may be done in part
                 self.trainer.end(line.name)
         if done == 2 and asked.seq == 0:
             self.store.unload(line.run)  # it did not begin
@@ -259,8 +300,9 @@ class Worker:
         self.queue.answer(line, seq, answer)
 
     def _do_operations(self) -> None:
-        """Operations at the heads of lines: of runs in memory first, which leave no gradient that waits for a step if
-        they make room for others, then of those that have waited longest for it."""
+        """Operations at the heads of lines: of runs in memory first, which leave no gradient that
+        waits for a step if they make room for others, then of those that have waited longest for
+        it."""
 
         def operate(line: Line) -> None:
             asked = line.head
@@ -272,7 +314,9 @@ class Worker:
 
     def _admit(self) -> None:
         """Passes at the heads of lines begin: first those that have waited longest for room."""
-        self._each(sorted(self.queue.active(), key=lambda line: line.since or math.inf), self._begin)
+        self._each(
+            sorted(self.queue.active(), key=lambda line: line.since or math.inf), self._begin
+        )
 
     def _begin(self, line: Line) -> None:
         asked = line.head
@@ -295,14 +339,20 @@ class Worker:
     def _made(self, line: Line, body: bytes) -> Pass:
         asked = read_pass(body)
         settings = checked_settings(asked.loss, asked.settings)
-        data = [checked(one, asked.loss, number, self.vocabulary, self.length) for number, one in enumerate(asked.data)]
+        data = [
+            checked(one, asked.loss, number, self.vocabulary, self.length)
+            for number, one in enumerate(asked.data)
+        ]
         return Pass(line.name, data, asked.loss, settings, asked.backward, line.owner)
 
     def _linger(self) -> None:
-        """Wait a little for runs that shared the last batch: else who comes a moment later is alone, for ever."""
+        """Wait a little for runs that shared the last batch: else who comes a moment later is
+        alone, for ever."""
         with self._wake:
             fresh = [line for line in self.queue.active() if line.current]
-            if not fresh or any(len(line.current.left) < len(line.current.data) for line in fresh if line.current):
+            if not fresh or any(
+                len(line.current.left) < len(line.current.data) for line in fresh if line.current
+            ):
                 return
         deadline = time.monotonic() + min(MOST_LINGER, LINGER * self._last)
         while (left := deadline - time.monotonic()) > 0:
@@ -342,7 +392,8 @@ class Worker:
         self._end_passes()
 
     def _end_passes(self) -> None:
-        """Of those that are computed: also of one that could not be ended with its batch, as the disk failed."""
+        """Of those that are computed: also of one that could not be ended with its batch, as the
+        disk failed."""
 
         def end(line: Line) -> None:
             if line.current is not None and line.current.over:
@@ -356,7 +407,10 @@ class Worker:
             found: list[Any] = one.logprobs
             answer, done = Answer(pass_output(found, {LOSS: one.total}), True), 1
         else:
-            answer, done = failure(one.error, not isinstance(one.error, VeneerError | MemoryError)), 2
+            answer, done = (
+                failure(one.error, not isinstance(one.error, VeneerError | MemoryError)),
+                2,
+            )
         self._shares.leave(line.owner)
         self._ended[line.run] = time.monotonic()
         if len(self._ended) > 256:
@@ -368,7 +422,12 @@ class Worker:
             self.tokens += sum(len(datum.tokens) for datum in one.data)
 
     def _step(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"metrics": {**self.trainer.step(line.name, Adam(**given)), **self.store.failures(line.run)}}
+        return {
+            "metrics": {
+                **self.trainer.step(line.name, Adam(**given)),
+                **self.store.failures(line.run),
+            }
+        }
 
     # runs in memory
 
@@ -382,7 +441,8 @@ class Worker:
         return line in held or len(held) < self.resident or any(one.current is None for one in held)
 
     def _has_room(self, line: Line, kind: str) -> bool:
-        """Whether a request of a run can be done now: it needs no room in memory, or there is some."""
+        """Whether a request of a run can be done now: it needs no room in memory, or there is
+        some."""
         needs = kind not in ROOMLESS and (line.failed is None or kind == "load")
         if needs and not self._room(line):
             line.since = line.since or time.monotonic()
@@ -391,7 +451,8 @@ class Worker:
         return True
 
     def ensure(self, line: Line) -> None:
-        """Have a run in memory, as it is after all its requests that are done. ``TrainingError``: it has failed."""
+        """Have a run in memory, as it is after all its requests that are done. ``TrainingError``:
+        it has failed."""
         self._curve(line)
         if line.name in self.trainer.runs and line.spent > STATE_AFTER:
             self._write_state(line)
@@ -403,9 +464,13 @@ class Worker:
         row, began = self.store.run(line.run), time.monotonic()
         assert row is not None
         if row["state"] >= 0:
-            self.trainer.load(line.name, state_folder(self.store, line.run, row["state"]), optimizer=True)
+            self.trainer.load(
+                line.name, state_folder(self.store, line.run, row["state"]), optimizer=True
+            )
         else:
-            self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
+            self.trainer.begin(
+                line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"]
+            )
         try:
             for asked in self.store.requests_after(line.run, row["state"]):
                 if asked["done"] == 1 and asked["kind"] in REPLAYED and asked["seq"] < line.next:
@@ -451,8 +516,8 @@ class Worker:
         self.queue.drop(line)
 
     def _fail(self, line: Line, reason: str) -> None:
-        """A run is of no use any more: its memory is free, its requests stay on the disk, and its owner is told by each
-        answer until a checkpoint is loaded into it."""
+        """A run is of no use any more: its memory is free, its requests stay on the disk, and its
+        owner is told by each answer until a checkpoint is loaded into it."""
         if line.name in self.trainer.runs:
             self.trainer.end(line.name)
         if line.failed is not None:
@@ -465,22 +530,28 @@ class Worker:
             log.exception("%s: that it has failed could not be written", line.run)
 
     def _write_state(self, line: Line) -> None:
-        """Unless there is none newer, or gradients wait for a step: they are computed again. So is all that a disk does
-        not take now. Numbers that no folder may hold are the run's failure."""
+        """Unless there is none newer, or gradients wait for a step: they are computed again. So is
+        all that a disk does not take now. Numbers that no folder may hold are the run's failure."""
         if line.next - 1 <= line.state or self.trainer.pending(line.name):
             return
         try:
             self.state(line)
         except AdapterError:
             log.exception("%s: its state cannot be written", line.run)
-            found, do = "a run whose numbers cannot be kept", "load a checkpoint into it, or begin a new run"
+            found, do = (
+                "a run whose numbers cannot be kept",
+                "load a checkpoint into it, or begin a new run",
+            )
             self._fail(line, sentence(found, "numbers that an adapter folder can hold", do))
         except Exception:
-            log.exception("%s: its state could not be written; its requests are kept until it can", line.run)
+            log.exception(
+                "%s: its state could not be written; its requests are kept until it can", line.run
+            )
             line.spent = 0.0  # it is tried again after as much computing
 
     def state(self, line: Line, seq: int | None = None) -> None:
-        """Write a run's state, as it is after its request ``seq`` (None: the last one that is done)."""
+        """Write a run's state, as it is after its request ``seq`` (None: the last one that is
+        done)."""
         seq = line.next - 1 if seq is None else seq
         folder, before = state_folder(self.store, line.run, seq), line.state
         self.trainer.save(line.name, folder, None)

@@ -1,10 +1,11 @@
 """Several adapters side by side: which of their changes are of the same weight.
 
-    align(adapter files)  ->  an AlignedWeight for each weight that any of them changes: at, path, who changes it
+    align(adapter files) -> an AlignedWeight for each weight that any of them changes: at, path, who
+    changes it
 
-Changes are matched by ``PeftLayer.at``, as PEFT nests what it wraps. A tied weight stands in a file under each of its
-names; the record lists the first. The others are its aliases, of which the changes are the same product, transposed
-where one module reads the weight so.
+Changes are matched by ``PeftLayer.at``, as PEFT nests what it wraps. A tied weight stands in a file
+under each of its names; the record lists the first. The others are its aliases, of which the
+changes are the same product, transposed where one module reads the weight so.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ class AlignedWeight:
     path: str  # in a file with all the changes
     parameter: bool  # whether a file means the parameter, not the module
     weight: str | None  # the path of the weight, where a record says it
-    layers: Mapping[int, peft.PeftLayer]  # the change that each adapter has here, by the adapter's number
-    alias_of: tuple[str, bool] | None = None  # (at, transposed) of the weight that it is tied to, if that comes first
+    layers: Mapping[
+        int, peft.PeftLayer
+    ]  # the change that each adapter has here, by the adapter's number
+    alias_of: tuple[str, bool] | None = (
+        None  # (at, transposed) of the weight that it is tied to, if that comes first
+    )
 
     @property
     def template(self) -> peft.PeftLayer:
@@ -44,16 +49,22 @@ Order = Callable[[str], Sequence[str]]
 Changes = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
-def align(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) -> list[AlignedWeight]:
-    """The weights that these adapters change, in the first one's order. ``AdapterError``: with every problem at once:
-    shapes that differ, a weight that is tied in one and not in another, a module in one and its parameter in another,
-    parameters whose order in a file nobody knows."""
+def align(
+    saved_adapters: Sequence[AdapterFiles], order: Order | None = None
+) -> list[AlignedWeight]:
+    """The weights that these adapters change, in the first one's order. ``AdapterError``: with
+    every problem at once: shapes that differ, a weight that is tied in one and not in another, a
+    module in one and its parameter in another, parameters whose order in a file nobody knows."""
     problems: list[str] = []
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for number, saved in enumerate(saved_adapters):
         for path, layer in saved.low.items():
             changes.setdefault(layer.at, {})[number] = path, layer
-    parameters = {at for at, entries in changes.items() if any(peft.of_parameter(*entry) for entry in entries.values())}
+    parameters = {
+        at
+        for at, entries in changes.items()
+        if any(peft.of_parameter(*entry) for entry in entries.values())
+    }
     problems += _unlike(saved_adapters, changes, parameters)
     weights, aliases = _weights(saved_adapters, problems)
     paths = _paths(changes, parameters, order, problems)
@@ -67,7 +78,9 @@ def align(saved_adapters: Sequence[AdapterFiles], order: Order | None = None) ->
     ]  # fmt: skip
 
 
-def _unlike(saved_adapters: Sequence[AdapterFiles], changes: Changes, parameters: set[str]) -> Iterator[str]:
+def _unlike(
+    saved_adapters: Sequence[AdapterFiles], changes: Changes, parameters: set[str]
+) -> Iterator[str]:
     """Changes of one place that cannot be changes of one weight."""
     for at, entries in changes.items():
         shapes: dict[tuple, int] = {}
@@ -77,12 +90,20 @@ def _unlike(saved_adapters: Sequence[AdapterFiles], changes: Changes, parameters
         if len(shapes) > 1:
             sizes = [(form[2], saved_adapters[number].path) for form, number in shapes.items()]
             said = [f"(groups, out, in) = {dims} in {path}" for dims, path in sizes]
-            yield sentence(f"changes of {at!r} of {listing(said, 3)}", "changes of one weight", "leave one of them out")
+            yield sentence(
+                f"changes of {at!r} of {listing(said, 3)}",
+                "changes of one weight",
+                "leave one of them out",
+            )
     for at in parameters:
         above = at.rpartition(".")[0]
         if above in changes and above not in parameters:
             found = f"a change of the module {above!r} in one adapter and of its parameter {at!r} in another"
-            yield sentence(found, "one of the two", "load one on its model, attach it by the other name and save it")
+            yield sentence(
+                found,
+                "one of the two",
+                "load one on its model, attach it by the other name and save it",
+            )
 
 
 def _weights(
@@ -94,16 +115,25 @@ def _weights(
     by_at = [{layer.at: layer for layer in saved.low.values()} for saved in saved_adapters]
     for saved, layers in zip(saved_adapters, by_at, strict=True):
         # the path of each weight that the record lists, by ``at``
-        own = {w if w in layers else w.rpartition(".")[0]: w for w in saved.metadata.get("changes", {})}
+        own = {
+            w if w in layers else w.rpartition(".")[0]: w for w in saved.metadata.get("changes", {})
+        }
         weights |= own
         for at in layers.keys() - own.keys() if saved.record is not None else ():
-            found = {(other, t): None for other in own if other in layers for t in _ties(layers[at], layers[other])}
+            found = {
+                (other, t): None
+                for other in own
+                if other in layers
+                for t in _ties(layers[at], layers[other])
+            }
             candidates[at] = {c: None for c in candidates.get(at, found) if c in found}
     aliases: dict[str, tuple[str, bool]] = {}
     for at, found in candidates.items():
         # if several fit, their changes are equal in every adapter, and so is any sum of them
         for other, transposed in found:
-            pairs = [(layers.get(at), layers.get(other)) for layers in by_at]  # by one change, or neither
+            pairs = [
+                (layers.get(at), layers.get(other)) for layers in by_at
+            ]  # by one change, or neither
             if all(transposed in _ties(a, b) if a and b else a is b for a, b in pairs):
                 aliases[at] = other, transposed
                 break
@@ -116,12 +146,19 @@ def _weights(
 def _ties(one: peft.PeftLayer, other: peft.PeftLayer) -> Iterator[bool]:
     for transposed in (False, True):
         low = other.low.T if transposed else other.low
-        if one.scale == other.scale and torch.equal(one.low.A, low.A) and torch.equal(one.low.B, low.B):
+        if (
+            one.scale == other.scale
+            and torch.equal(one.low.A, low.A)
+            and torch.equal(one.low.B, low.B)
+        ):
             yield transposed
 
 
-def _paths(changes: Changes, parameters: set[str], order: Order | None, problems: list[str]) -> dict[str, str]:
-    """The path of each change in a file of all of them, with the wrappers that PEFT puts around modules."""
+def _paths(
+    changes: Changes, parameters: set[str], order: Order | None, problems: list[str]
+) -> dict[str, str]:
+    """The path of each change in a file of all of them, with the wrappers that PEFT puts around
+    modules."""
     inside: dict[str, list[str]] = {}
     for at in filter(parameters.__contains__, changes):
         inside.setdefault(at.rpartition(".")[0], []).append(at)
@@ -141,15 +178,19 @@ def _paths(changes: Changes, parameters: set[str], order: Order | None, problems
     return paths
 
 
-def _ordered(module: str, ats: list[str], changes: Changes, order: Order | None, problems: list[str]) -> list[str]:
-    """The parameters of one module in the model's order, in which PEFT wraps them. A file tells it by their depth: the
-    first one is nested deepest."""
+def _ordered(
+    module: str, ats: list[str], changes: Changes, order: Order | None, problems: list[str]
+) -> list[str]:
+    """The parameters of one module in the model's order, in which PEFT wraps them. A file tells it
+    by their depth: the first one is nested deepest."""
     if len(ats) < 2:
         return ats
     if order is not None:
         return sorted(ats, key=[parameter_path(module, name) for name in order(module)].index)
     for number in {number for at in ats for number in changes[at]}:
-        depths = {at: peft.unnested(changes[at][number][0])[1] for at in ats if number in changes[at]}
+        depths = {
+            at: peft.unnested(changes[at][number][0])[1] for at in ats if number in changes[at]
+        }
         if len(depths) == len(ats):
             return sorted(ats, key=lambda at: -depths[at])
     found = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"
@@ -159,13 +200,16 @@ def _ordered(module: str, ats: list[str], changes: Changes, order: Order | None,
 
 
 def applied(saved: AdapterFiles) -> dict[str, LowRank]:
-    """The product of each change by ``at``, as the library that wrote it applies it: PEFT adds that of an attention's
-    out-projection ``peft.TIMES`` times. AdapterError where this is not known of its version."""
+    """The product of each change by ``at``, as the library that wrote it applies it: PEFT adds that
+    of an attention's out-projection ``peft.TIMES`` times. AdapterError where this is not known of
+    its version."""
     products = {}
     for path, layer in saved.low.items():
         twice = saved.record is None and peft.attention_of(path) is not None
         if twice and (reason := peft.unsure(saved.peft_config)) is not None:
             found = f"a change of {layer.at!r} in {saved.path}: {reason}"
             raise AdapterError(found, "a known meaning", "use PEFT for it")
-        products[layer.at] = replace(layer.low, scale=layer.scale * peft.TIMES) if twice else layer.low
+        products[layer.at] = (
+            replace(layer.low, scale=layer.scale * peft.TIMES) if twice else layer.low
+        )
     return products

@@ -1,9 +1,11 @@
-"""The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g, out, in].
+"""The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g,
+out, in].
 
     base_weights.base_weight(aligned)  ->  BaseWeight(weight [g, out, in], swapped)      a gain rescales each of out
 
-A model says how each of its layers uses its weight. The shapes of tensors alone, with those of A and B, tell the kind
-nearly always; where they do not (a square matrix may lie either way), that is an error which asks for the model.
+A model says how each of its layers uses its weight. The shapes of tensors alone, with those of A
+and B, tell the kind nearly always; where they do not (a square matrix may lie either way), that is
+an error which asks for the model.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class BaseWeight(NamedTuple):
-    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of its transpose;
-    ``dense``: as it is stored, for its fingerprint."""
+    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of
+    its transpose; ``dense``: as it is stored, for its fingerprint."""
 
     weight: Tensor
     swapped: bool
@@ -44,15 +46,17 @@ class BaseWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Base weights by path: of a model, a mapping, or a function that raises KeyError for a path that it lacks; None:
-    no base. ``structure`` is the model that tensors are of, on the meta device if need be."""
+    """Base weights by path: of a model, a mapping, or a function that raises KeyError for a path
+    that it lacks; None: no base. ``structure`` is the model that tensors are of, on the meta device
+    if need be."""
 
     source: Source | None
     structure: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
-        """The modules by path, where there is a model; AdapterError where an adapter is merged into it."""
+        """The modules by path, where there is a model; AdapterError where an adapter is merged into
+        it."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
@@ -64,10 +68,15 @@ class BaseWeights:
     def order(self) -> Order | None:
         """The names of a module's parameters in the model's order, where there is a model."""
         names = self.names
-        return None if names is None else lambda module: own_parameters(names.modules[names.canonical[module]])
+        return (
+            None
+            if names is None
+            else lambda module: own_parameters(names.modules[names.canonical[module]])
+        )
 
     def get(self, path: str) -> Tensor | None:
-        """The dense parameter or buffer at this path, None where there is none; AdapterError where it has no values."""
+        """The dense parameter or buffer at this path, None where there is none; AdapterError where
+        it has no values."""
         source: Any = self.source
         if source is None or isinstance(source, nn.Module):
             tensor = None if source is None else self._of_model(path)
@@ -77,7 +86,9 @@ class BaseWeights:
             except KeyError:
                 return None
         if tensor is not None and tensor.is_meta:
-            raise AdapterError(f"{path!r} on the meta device", "values", "load the base's weights first")
+            raise AdapterError(
+                f"{path!r} on the meta device", "values", "load the base's weights first"
+            )
         return None if tensor is None else tensor.detach().cpu()
 
     def _of_model(self, path: str) -> Tensor | None:
@@ -93,21 +104,36 @@ class BaseWeights:
         if storage is not None:
             return storage.dense(stored)
         if isinstance(stored, Tensor) and not stored.is_floating_point():
-            raise AdapterError(f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense")
+            raise AdapterError(
+                f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense"
+            )
         return stored
 
     def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
-        """The weight that these changes are of; ``config`` is the PEFT config of an adapter that changes it.
-        ``AdapterError``: there is no such weight, or it cannot be told how it is used."""
+        """The weight that these changes are of; ``config`` is the PEFT config of an adapter that
+        changes it. ``AdapterError``: there is no such weight, or it cannot be told how it is
+        used."""
         path = aligned.weight
-        if path is None and self.names is not None and (ref := ref_at(self.names, aligned.path, config)) is not None:
+        if (
+            path is None
+            and self.names is not None
+            and (ref := ref_at(self.names, aligned.path, config)) is not None
+        ):
             path = parameter_path(*ref)
         at = aligned.at
-        paths = [path] if path else [parameter_path(at, "weight"), at, parameter_path(at, "in_proj_weight")]
-        path, dense = next(((p, found) for p in paths if (found := self.get(p)) is not None), ("", None))
+        paths = (
+            [path]
+            if path
+            else [parameter_path(at, "weight"), at, parameter_path(at, "in_proj_weight")]
+        )
+        path, dense = next(
+            ((p, found) for p in paths if (found := self.get(p)) is not None), ("", None)
+        )
         if dense is None:
             found = f"no {' or '.join(map(repr, paths))} in the base"
-            raise AdapterError(found, "the weight that the adapters change", "pass the base that they are of")
+            raise AdapterError(
+                found, "the weight that the adapters change", "pass the base that they are of"
+            )
         if self.names is not None:
             above, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[above]]
@@ -117,7 +143,8 @@ class BaseWeights:
             swapped = swapped != (peft_form.out_axis != kind.out_axis)
             weight = kind.unfold(dense, kind.dims(module, dense.shape))
         else:
-            # with changes of parameters a file does not say that its layers are transposed: see peft_mapping
+            # with changes of parameters a file does not say that its layers are transposed: see
+            # peft_mapping
             lying = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
             weight, swapped = _by_shape(path, dense, aligned, lying)
         groups, out, in_ = aligned.template.dims
@@ -128,33 +155,43 @@ class BaseWeights:
         return BaseWeight(weight, swapped, dense)
 
     def proven_weight(self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]) -> BaseWeight:
-        """The weight below the changes of these adapters, which must be the one that they were made for:
-        ``BaseMismatchError`` by the fingerprints of their records. ``AdapterError`` as ``base_weight``."""
+        """The weight below the changes of these adapters, which must be the one that they were made
+        for: ``BaseMismatchError`` by the fingerprints of their records. ``AdapterError`` as
+        ``base_weight``."""
         found = self.base_weight(aligned, sources[0].peft_config)
         printed = None
         for source in sources:
             expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight)
             printed = printed or (None if expected is None else fingerprint(found.dense, expected))
             if printed != expected and expected is not None:
-                what = f"another weight {aligned.weight!r} in the base than {source.path} was made for"
+                what = (
+                    f"another weight {aligned.weight!r} in the base than {source.path} was made for"
+                )
                 raise BaseMismatchError(what, "the base of the adapters", "pass that base")
         return found
 
 
 def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:
     found = dict(_readings(dense, aligned))
-    if len(found) == 2 and dense.dim() == 2 and not lying:  # square, and no layer of this file lies transposed
+    if (
+        len(found) == 2 and dense.dim() == 2 and not lying
+    ):  # square, and no layer of this file lies transposed
         del found["transposed"]
     first = next(iter(found.values()), None)
-    if first is None or not all(s == first[1] and torch.equal(w, first[0]) for w, s in found.values()):
+    if first is None or not all(
+        s == first[1] and torch.equal(w, first[0]) for w, s in found.values()
+    ):
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
         what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(aligned.template.A.shape)}, {ways}"
-        raise AdapterError(what, "a weight of which it can be told how it is used", "pass model= too")
+        raise AdapterError(
+            what, "a weight of which it can be told how it is used", "pass model= too"
+        )
     return first
 
 
 def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """The ways in which a weight of this shape can be what a change of this shape changes: its kind's unfold."""
+    """The ways in which a weight of this shape can be what a change of this shape changes: its
+    kind's unfold."""
     layer, sizes = aligned.template, squeezed(dense.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
@@ -162,7 +199,11 @@ def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tupl
             yield "embedding", (dense.mT[None], False)
         return
     if layer.A.dim() > 2:
-        if dense.dim() == layer.A.dim() and dense.shape[0] == groups * out and dense.numel() == groups * out * in_:
+        if (
+            dense.dim() == layer.A.dim()
+            and dense.shape[0] == groups * out
+            and dense.numel() == groups * out * in_
+        ):
             yield "convolution", (dense.reshape(groups, out, in_), False)
         return
     if dense.numel() != groups * out * in_:
@@ -173,6 +214,11 @@ def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tupl
         yield "transposed", (dense.mT[None], False)
     if sizes == (groups, in_, out):
         yield "stack of transposed matrices", (dense.reshape(groups, in_, out), True)
-    if dense.dim() > 2 and dense.shape[1] == out and dense.shape[0] % groups == 0 and not aligned.parameter:
+    if (
+        dense.dim() > 2
+        and dense.shape[1] == out
+        and dense.shape[0] % groups == 0
+        and not aligned.parameter
+    ):
         parts = dense.reshape(groups, dense.shape[0] // groups, out, -1)
         yield "transposed convolution", (parts.transpose(1, 2).reshape(groups, out, in_), False)

@@ -1,7 +1,7 @@
 """What several adapters train in full, combined: P = P₀ + Σ wᵢ (Pᵢ − P₀), with P₀ the base's.
 
-Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and no base is needed. The merge methods
-(TIES and the like) take Pᵢ − P₀ as they take ΔWᵢ.
+Where the weights of the adapters that have a parameter add up to 1, P₀ cancels and no base is
+needed. The merge methods (TIES and the like) take Pᵢ − P₀ as they take ΔWᵢ.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def combined(
     sources: Sequence[AdapterFiles], aligned_weights: Sequence[AlignedWeight], weigh: Weigh, how: ComposeOptions,
     base_weights: BaseWeights,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """The parameters and running statistics by path in a file and name. ``AdapterError``: the base is needed and not
-    there, shapes differ, or a running variance would be negative; with every problem at once. ``BaseMismatchError``:
-    adapters that carry frozen weights along carry different ones."""
+    """The parameters and running statistics by path in a file and name. ``AdapterError``: the base
+    is needed and not there, shapes differ, or a running variance would be negative; with every
+    problem at once. ``BaseMismatchError``: adapters that carry frozen weights along carry different
+    ones."""
     params: dict[tuple[str, str], dict[int, Tensor]] = {}
     where: dict[str, str] = {}
     for number, source in enumerate(sources):
@@ -49,14 +50,24 @@ def combined(
     for (at, name), tensors in params.items():
         path = parameter_path(at, name)
         if len({tensor.shape for tensor in tensors.values()}) > 1:
-            problems.append(sentence(f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"))
-        elif name == "weight" and at in changed:  # a base weight that PEFT writes along with its change
+            problems.append(
+                sentence(
+                    f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"
+                )
+            )
+        elif (
+            name == "weight" and at in changed
+        ):  # a base weight that PEFT writes along with its change
             first, *others = tensors.values()
             if not all(torch.equal(tensor, first) for tensor in others):
-                raise BaseMismatchError(f"different frozen weights of {path!r}", "one base", "leave one out")
+                raise BaseMismatchError(
+                    f"different frozen weights of {path!r}", "one base", "leave one out"
+                )
             full.setdefault(where[at], {})[name] = first
         else:
-            weights = {number: weight for number in tensors if (weight := weigh((at, path), number))}
+            weights = {
+                number: weight for number in tensors if (weight := weigh((at, path), number))
+            }
             value = _combined(path, tensors, weights, how, base_weights, problems, lacking)
             if value is not None:
                 full.setdefault(where[at], {})[name] = value
@@ -73,7 +84,8 @@ def _combined(
     path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], how: ComposeOptions,
     base_weights: BaseWeights, problems: list[str], lacking: list[str],
 ) -> Tensor | None:  # fmt: skip
-    """The value of one parameter, or None where its weights are 0 or there is a problem (then added)."""
+    """The value of one parameter, or None where its weights are 0 or there is a problem (then
+    added)."""
     if not weights:
         return None  # its layer has the weight 0: the base's own
     merge_method, like = MERGE_METHODS.get(how.method), tensors[next(iter(weights))]
@@ -91,12 +103,16 @@ def _combined(
     start = torch.zeros(like.shape, dtype=torch.float64) if base is None else base.double()
     if merge_method is None:
         # without a base P₀ cancels, so that 0 serves as well
-        value = start + torch.stack([weight * (tensors[n].double() - start) for n, weight in weights.items()]).sum(0)
+        value = start + torch.stack(
+            [weight * (tensors[n].double() - start) for n, weight in weights.items()]
+        ).sum(0)
     else:
         # of a tie both names draw the same entries, as the seed is the content's
         seed = "/".join([str(how.seed), *(digest(tensors[number]) for number in weights)])
         vectors = [lambda number=number: tensors[number].double() - start for number in weights]
-        value = start + merged_vector(merge_method, vectors, list(weights.values()), how.density, seed)
+        value = start + merged_vector(
+            merge_method, vectors, list(weights.values()), how.density, seed
+        )
     if path.endswith("running_var") and (value < 0).any():
         found = f"a variance below 0 in {path!r}"
         problems.append(sentence(found, "a variance", "give this layer weights that add up to 1"))

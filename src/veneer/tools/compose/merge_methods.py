@@ -1,6 +1,8 @@
-"""Ways to merge task vectors that are defined entry by entry, on the dense ΔW of one weight after the other.
+"""Ways to merge task vectors that are defined entry by entry, on the dense ΔW of one weight after
+the other.
 
-    sparsify each vector:  keep the largest (magnitude), or keep some at random and rescale them (DARE)
+    sparsify each vector: keep the largest (magnitude), or keep some at random and rescale them
+        (DARE)
     combine them:          add, or elect a sign for each entry and average those that agree with it (TIES)
 
     name         sparsify    combine    paper
@@ -9,11 +11,12 @@
     dare_ties    random      elect      both
     prune        largest     add        magnitude pruning, then task arithmetic
 
-A vector's weight multiplies it before the election, so that a negative one votes for the other sign; with all weights λ
-this is TIES with its λ. What is kept is counted in each weight by itself. One vector at a time is in memory, made when
-it is needed (twice for an election), with three results of that size. Rejected: the same on A and B one by one, as
-PEFT does. The product of sparse factors is no sparse product, signs of A and B are no signs of ΔW, and the result
-changes if A and B are scaled against each other, which leaves ΔW as it is.
+A vector's weight multiplies it before the election, so that a negative one votes for the other
+sign; with all weights λ this is TIES with its λ. What is kept is counted in each weight by itself.
+One vector at a time is in memory, made when it is needed (twice for an election), with three
+results of that size. Rejected: the same on A and B one by one, as PEFT does. The product of sparse
+factors is no sparse product, signs of A and B are no signs of ΔW, and the result changes if A and B
+are scaled against each other, which leaves ΔW as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from veneer.lowrank import LowRank, Svd
 #: makes a task vector, float64
 Vector = Callable[[], Tensor]
 
-#: of the random range finder: further columns than the rank asks for, and rounds that sharpen a slow spectrum
+# : of the random range finder: further columns than the rank asks for, and rounds that sharpen a
+# slow spectrum
 MORE, ROUNDS = 16, 4
 
 
@@ -51,18 +55,28 @@ MERGE_METHODS = {
 
 
 def merged_vector(
-    method: MergeMethod, vectors: Sequence[Vector], weights: Sequence[float], density: float, seed: str
+    method: MergeMethod,
+    vectors: Sequence[Vector],
+    weights: Sequence[float],
+    density: float,
+    seed: str,
 ) -> Tensor:
-    """The merged vector, float64. Each vector keeps the share ``density`` of its entries, in (0, 1]; which at random
-    depends on the text ``seed`` and on the vector's place alone."""
+    """The merged vector, float64. Each vector keeps the share ``density`` of its entries, in (0,
+    1]; which at random depends on the text ``seed`` and on the vector's place alone."""
     least: dict[int, Tensor] = {}  # of each vector, so that an election need not look for it again
 
     def sparse(number: int) -> Tensor:
         vector = vectors[number]() * weights[number]
-        if method.random:  # each entry with probability ``density``, divided by it: the expectation is the vector
-            drawn = torch.rand(vector.shape, generator=generator(f"{seed}/{number}"), dtype=torch.float32)
+        if (
+            method.random
+        ):  # each entry with probability ``density``, divided by it: the expectation is the vector
+            drawn = torch.rand(
+                vector.shape, generator=generator(f"{seed}/{number}"), dtype=torch.float32
+            )
             return (vector / density).where(drawn.to(vector.device) < density, 0)
-        if number not in least:  # among the largest entries, at least one; entries that equal it are all as large
+        if (
+            number not in least
+        ):  # among the largest entries, at least one; entries that equal it are all as large
             keep = max(1, round(density * vector.numel()))
             least[number] = vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values
         return vector.where(vector.abs() >= least[number], 0)
@@ -72,7 +86,8 @@ def merged_vector(
         total = total + sparse(number)
     if not method.elect:
         return total
-    # the mean, entry by entry, of those vectors whose sign is the sign of their sum; 0 where that is 0
+    # the mean, entry by entry, of those vectors whose sign is the sign of their sum; 0 where that
+    # is 0
     sign, merged, agreeing = total.sign(), torch.zeros_like(total), torch.zeros_like(total)
     for number in range(len(vectors)):
         vector = sparse(number)
@@ -88,11 +103,14 @@ def generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def factored(delta: Tensor, rank: int | None, energy: float | None, seed: str) -> tuple[LowRank, float]:
-    """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense [g, out, in]; and
-    ‖ΔW − product‖. Exact decompositions where the rank is a good part of the weight's, or where a share is asked for;
-    else a random range finder (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself
-    either way. Rows and columns of zeros stay zero."""
+def factored(
+    delta: Tensor, rank: int | None, energy: float | None, seed: str
+) -> tuple[LowRank, float]:
+    """The best product of this rank, or of the smallest rank with this share of ‖ΔW‖², for a dense
+    [g, out, in]; and ‖ΔW − product‖. Exact decompositions where the rank is a good part of the
+    weight's, or where a share is asked for; else a random range finder (Halko et al. 2011,
+    arXiv:0909.4061, algorithm 4.4). The error is measured on ΔW itself either way. Rows and columns
+    of zeros stay zero."""
     largest = min(delta.shape[1:])
     if rank is None or 3 * (rank + MORE) > largest:
         svd = Svd(*torch.linalg.svd(delta, full_matrices=False))

@@ -2,10 +2,11 @@
 
     W'' = W' + Σⱼ (factor − 1) σⱼ uⱼ vⱼᵀ        j: the intruders of W' (``tools/intruders.py``)
 
-So ΔW'' = ΔW + the sum, a product whose rank is larger by the number of intruders: exact, and no training. Where the
-adapter is DoRA's, W' = g ⊙ (W + ΔW) keeps its gain: the sum is divided by g, and the magnitude is that of the new
-factors. Rows and columns in which ΔW is zero by its factors (a padding token, rows that do not change) stay zero.
-Shuttleworth et al. 2024, arXiv:2410.21228, scale the leading intruder of a weight so; here all that were found.
+So ΔW'' = ΔW + the sum, a product whose rank is larger by the number of intruders: exact, and no
+training. Where the adapter is DoRA's, W' = g ⊙ (W + ΔW) keeps its gain: the sum is divided by g,
+and the magnitude is that of the new factors. Rows and columns in which ΔW is zero by its factors (a
+padding token, rows that do not change) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale
+the leading intruder of a weight so; here all that were found.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ FACTOR = 0.5
 
 @dataclass(frozen=True)
 class RepairedWeight:
-    """One weight. ``looked_at``: how many leading singular vectors; ``intruders``: how many of them are. ``removed``:
-    the norm of what was taken off, as a share of ‖W' − W‖."""
+    """One weight. ``looked_at``: how many leading singular vectors; ``intruders``: how many of them
+    are. ``removed``: the norm of what was taken off, as a share of ‖W' − W‖."""
 
     path: str
     looked_at: int
@@ -58,7 +59,9 @@ class RepairReport:
     path: Path
     factor: float
     weights: tuple[RepairedWeight, ...]
-    removed: float  # the norm of what was taken off all weights, as a share of that of the whole change
+    removed: (
+        float  # the norm of what was taken off all weights, as a share of that of the whole change
+    )
 
     @property
     def intruders(self) -> int:
@@ -94,8 +97,8 @@ def repair(
     Args:
         base, model: as ``compose`` takes them; the base is always needed.
         factor: what is left of each intruder's singular value, in [0, 1]. 0 takes it away.
-        count, threshold: how many leading singular vectors of each weight are looked at, and the cosine below which one
-            is an intruder.
+        count, threshold: how many leading singular vectors of each weight are looked at, and the
+            cosine below which one is an intruder.
         found: what ``find_intruders`` gave of this very adapter, to not look again.
 
     Raises:
@@ -105,14 +108,24 @@ def repair(
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     if base is None:
-        raise ConfigError("a repair without the base", "its weights, which tell what is new", "pass the base (--base)")
+        raise ConfigError(
+            "a repair without the base",
+            "its weights, which tell what is new",
+            "pass the base (--base)",
+        )
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
-        raise ConfigError(f"factor={factor!r}", "what is left of an intruder, in [0, 1]", f"use {FACTOR}")
+        raise ConfigError(
+            f"factor={factor!r}", "what is left of an intruder, in [0, 1]", f"use {FACTOR}"
+        )
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved.no_tokens("a repair")
     weights, lows = BaseWeights(base, model), applied(saved)
-    found = found if found is not None else [*find_intruders(saved, weights, count=count, threshold=threshold)]
+    found = (
+        found
+        if found is not None
+        else [*find_intruders(saved, weights, count=count, threshold=threshold)]
+    )
     layers, reports = {}, []
     for one in found:
         layer = one.aligned.layers[0]
@@ -126,29 +139,48 @@ def repair(
     how = ComposeOptions("sum", None, None, 1.0, 0)
     full = combined([saved], aligned_weights, lambda names, number: 1.0, how, weights)
     provenance = {
-        "repaired": {"adapter": saved.path.name, "factor": factor, "intruders": sum(one.count for one in found)},
+        "repaired": {
+            "adapter": saved.path.name,
+            "factor": factor,
+            "intruders": sum(one.count for one in found),
+        },
         **(provenance or {}),
     }
     variant = "dora" if any(layer.extras for layer in low.values()) else "lora"
-    path = write_derived(out, [saved], low, full, variant=variant, provenance=provenance, overwrite=overwrite)
+    path = write_derived(
+        out, [saved], low, full, variant=variant, provenance=provenance, overwrite=overwrite
+    )
     whole = math.hypot(*(one.distance for one in found))
-    removed = math.hypot(*(report.removed * one.distance for report, one in zip(reports, found, strict=True)))
+    removed = math.hypot(
+        *(report.removed * one.distance for report, one in zip(reports, found, strict=True))
+    )
     return RepairReport(path, float(factor), tuple(reports), removed / whole if whole else 0.0)
 
 
 def _layer(aligned: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
-    """What a file holds of a weight; under a further name of a tied one, what stands under its first."""
+    """What a file holds of a weight; under a further name of a tied one, what stands under its
+    first."""
     if aligned.alias_of is None:
         return layers[aligned.at]
     at, transposed = aligned.alias_of
     low = layers[at].low
-    return aligned.template.with_low(low.T if transposed else low).with_magnitude(layers[at].extras.get(peft.MAGNITUDE))
+    return aligned.template.with_low(low.T if transposed else low).with_magnitude(
+        layers[at].extras.get(peft.MAGNITUDE)
+    )
 
 
 def _repaired(
-    one: WeightIntruders, layer: peft.PeftLayer, low: LowRank, factor: float, weights: BaseWeights, saved: AdapterFiles
+    one: WeightIntruders,
+    layer: peft.PeftLayer,
+    low: LowRank,
+    factor: float,
+    weights: BaseWeights,
+    saved: AdapterFiles,
 ) -> peft.PeftLayer:
-    magnitude, dtype = layer.extras.get(peft.MAGNITUDE), torch.promote_types(layer.A.dtype, torch.float32)
+    magnitude, dtype = (
+        layer.extras.get(peft.MAGNITUDE),
+        torch.promote_types(layer.A.dtype, torch.float32),
+    )
     if not one.count or factor == 1:
         return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
     low = (low.T if one.swapped else low).to(torch.float64)
@@ -158,13 +190,16 @@ def _repaired(
         W = weights.base_weight(one.aligned, saved.peft_config).weight.double()
         magnitude = (one.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
     total = total.T if one.swapped else total
-    applied_twice = low.scale / layer.scale if layer.scale else 1.0  # PEFT's out-projection of an attention
+    applied_twice = (
+        low.scale / layer.scale if layer.scale else 1.0
+    )  # PEFT's out-projection of an attention
     total = LowRank(total.A, total.B, total.scale / applied_twice).to(dtype)
     return layer.with_low(total).with_magnitude(magnitude)
 
 
 def _taken_off(one: WeightIntruders, low: LowRank, factor: float) -> LowRank:
-    """(factor − 1) Σ σ u vᵀ for each group, as one product: those with fewer intruders end in zeros."""
+    """(factor − 1) Σ σ u vᵀ for each group, as one product: those with fewer intruders end in
+    zeros."""
     width = max(len(triples.S) for triples in one.found)
 
     def padded(rows: Tensor) -> Tensor:

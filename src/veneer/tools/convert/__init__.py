@@ -1,12 +1,14 @@
-"""Adapters from one format to another: ``veneer``, ``peft``, ``kohya``, ``diffusers``, ``gguf``, ``dense``.
+"""Adapters from one format to another: ``veneer``, ``peft``, ``kohya``, ``diffusers``, ``gguf``,
+``dense``.
 
     source --read--> an adapter folder in PEFT's layout --write--> out
 
-What a format cannot hold is an error that names every reason; what does not change an output and has no place there is
-told in the report. To ``peft``, ``kohya`` and ``diffusers`` factors keep their bits; where a format has another rule
-for the scale, alpha changes and the product stays. ``veneer`` is the folder with fingerprints of its base, so it asks
-for the base itself. All of ``gguf`` and the reading of ``kohya`` ask for the names of its weights, and ``dense`` for
-the weights where the change depends on them.
+What a format cannot hold is an error that names every reason; what does not change an output and
+has no place there is told in the report. To ``peft``, ``kohya`` and ``diffusers`` factors keep
+their bits; where a format has another rule for the scale, alpha changes and the product stays.
+``veneer`` is the folder with fingerprints of its base, so it asks for the base itself. All of
+``gguf`` and the reading of ``kohya`` ask for the names of its weights, and ``dense`` for the
+weights where the change depends on them.
 """
 
 from __future__ import annotations
@@ -71,10 +73,14 @@ class Conversion:
     ranks: Mapping[str, int]  # of each weight that changes, by its name
     full: tuple[str, ...]  # parameters that are trained in full
     left_out: tuple[str, ...]  # what the source had and the result has not, with the reason
-    errors: Mapping[str, float]  # of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name
+    errors: Mapping[
+        str, float
+    ]  # of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name
 
     def __str__(self) -> str:
-        lines = [f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank_range(self.ranks.values())}"]
+        lines = [
+            f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank_range(self.ranks.values())}"
+        ]
         lines += [f"in full: {listing(self.full)}"] if self.full else []
         if self.errors:
             worst = max(self.errors, key=self.errors.__getitem__)
@@ -107,22 +113,29 @@ def conversion(
     Args:
         source: an adapter folder or file; what it holds tells what it is (``detect``).
         to: "veneer", "peft", "kohya", "diffusers", "gguf" or "dense".
-        base: the model (for names and shapes it may be on the meta device), or what ``models.load_base`` takes; for
-            names also the folder of a diffusers pipeline. It is not changed.
-        dtype: "fp32", "bf16" or "fp16" for the numbers in ``out``; None keeps them as they are, but for "veneer", which
-            holds 16-bit factors in float32, as it trains them.
-        part: the model of an image pipeline that the adapter is of, where paths do not say it: "unet", "transformer",
-            "text_encoder", "text_encoder_2", "text_encoder_3", or "model" for names of LyCORIS.
-        rank, energy, whole: what a dense change becomes: a product of this rank, or of the least one that keeps this
-            share of ‖ΔW‖² (neither: the least one that is off by at most 1e-6 · ‖ΔW‖), or a parameter trained in full.
-        verify_base: refuse a base with other weights than those that the adapter's fingerprints tell.
+        base: the model (for names and shapes it may be on the meta device), or what
+            ``models.load_base`` takes; for names also the folder of a diffusers pipeline. It is not
+            changed.
+        dtype: "fp32", "bf16" or "fp16" for the numbers in ``out``; None keeps them as they are, but
+            for "veneer", which holds 16-bit factors in float32, as it trains them.
+        part: the model of an image pipeline that the adapter is of, where paths do not say it:
+            "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", or "model"
+            for names of LyCORIS.
+        rank, energy, whole: what a dense change becomes: a product of this rank, or of the least
+            one that keeps this share of ‖ΔW‖² (neither: the least one that is off by at most 1e-6 ·
+            ‖ΔW‖), or a parameter trained in full.
+        verify_base: refuse a base with other weights than those that the adapter's fingerprints
+            tell.
 
     Warns:
-        MisreadElsewhere: ``out`` is right, and a common reader of its format reads another adapter in it.
-        UnverifiedAdapter: without the model, nobody can tell whether PEFT applies its changes as those of weights.
+        MisreadElsewhere: ``out`` is right, and a common reader of its format reads another adapter
+            in it.
+        UnverifiedAdapter: without the model, nobody can tell whether PEFT applies its changes as
+            those of weights.
 
     Raises:
-        AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason). Nothing was written.
+        AdapterError: the source cannot be read, or ``to`` cannot hold it (with every reason).
+            Nothing was written.
         BaseMismatchError: it was made for another base.
         ConfigError: no such format, type, part or base.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
@@ -138,20 +151,37 @@ def conversion(
         raise AdapterError(found, "another format", "copy it, or choose another format")
     if to == "veneer" and base_info.module is None:
         found = "no base, whose fingerprints the folder is to hold"
-        raise AdapterError(found, "the base that the adapter was made for", 'give base, or choose "peft"')
+        raise AdapterError(
+            found, "the base that the adapter was made for", 'give base, or choose "peft"'
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        made, contents, errors = _as_folder(source, from_, Path(scratch) / "adapter", base_info, options, verify_base)
+        made, contents, errors = _as_folder(
+            source, from_, Path(scratch) / "adapter", base_info, options, verify_base
+        )
         left_out = [*contents.left_out, *_lost(made, to)]
         _refuse(made, from_, format_, base_info)
         if made.tuner is not None and to == "peft":
             made = folder.read(write_derived(Path(scratch) / "plain", [made], made.low, made.full))
         on_model = partial(_on_model, base_info, made, verify_base, not FORMATS[from_].peft)
         if to == "veneer":
-            provenance = {"converted from": from_, **contents.about, **made.metadata.get("provenance", {})}
+            provenance = {
+                "converted from": from_,
+                **contents.about,
+                **made.metadata.get("provenance", {}),
+            }
             name = made.peft_config.get("base_model_name_or_path") or base_info.facts.name
             with on_model() as model:
-                save(model, out, name=deltas.NAME, base_name=name, provenance=provenance, overwrite=overwrite)
-            changes = _changes(folder.read(out), base_info.facts)  # on a base, some are of another rank
+                save(
+                    model,
+                    out,
+                    name=deltas.NAME,
+                    base_name=name,
+                    provenance=provenance,
+                    overwrite=overwrite,
+                )
+            changes = _changes(
+                folder.read(out), base_info.facts
+            )  # on a base, some are of another rank
         elif format_.write is None:  # peft
             changes = _changes(made, base_info.facts)
             tensors, _ = read_tensors(made.path / peft.TENSORS)
@@ -168,18 +198,28 @@ def conversion(
     ranks = {parameter_path(at, "weight"): len(tokens.ids) for at, tokens in made.tokens.items()}
     ranks |= {change.weight: change.layer.rank for change in changes}
     full = tuple(parameter_path(at, name) for at, tensors in made.full.items() for name in tensors)
-    return Conversion(out, from_ if tuner is None else f"peft ({tuner})", to, ranks, full, tuple(left_out), errors)
+    return Conversion(
+        out, from_ if tuner is None else f"peft ({tuner})", to, ranks, full, tuple(left_out), errors
+    )
 
 
 @contextmanager
-def _on_model(base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights: bool) -> Iterator[nn.Module]:
+def _on_model(
+    base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights: bool
+) -> Iterator[nn.Module]:
     """The base with the adapter on it, without the warning that another library wrote that."""
     assert base.module is not None
     model = base.module()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnverifiedAdapter)
         install_from(
-            model, saved.path, deltas.NAME, trainable=False, verify_base=verify_base, of_weights=of_weights, untie=False
+            model,
+            saved.path,
+            deltas.NAME,
+            trainable=False,
+            verify_base=verify_base,
+            of_weights=of_weights,
+            untie=False,
         )
     try:
         yield model
@@ -188,19 +228,36 @@ def _on_model(base: BaseInfo, saved: AdapterFiles, verify_base: bool, of_weights
 
 
 def _options(
-    dtype: str | None, part: str | None, rank: int | None, energy: float | None, whole: bool, from_: str, to: str
+    dtype: str | None,
+    part: str | None,
+    rank: int | None,
+    energy: float | None,
+    whole: bool,
+    from_: str,
+    to: str,
 ) -> Options:
     """The options, where the two formats have a use for them."""
     known = [name for name in FORMATS.names() if FORMATS[name].parts]
-    bad_dtype, bad_part = dtype is not None and dtype not in DTYPES, part is not None and part not in PARTS
-    useless_part, typed = part is not None and not {from_, to} & set(known), dtype is not None and to == "veneer"
+    bad_dtype, bad_part = (
+        dtype is not None and dtype not in DTYPES,
+        part is not None and part not in PARTS,
+    )
+    useless_part, typed = (
+        part is not None and not {from_, to} & set(known),
+        dtype is not None and to == "veneer",
+    )
     dense = from_ == "dense" or (rank is None and energy is None and not whole)
     holds = f"dtype {dtype!r} for a veneer folder, which holds the numbers as they train"
     factors = f"rank, energy or whole for a {from_} adapter"
     checks = [
         (bad_dtype, f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "choose one"),
         (bad_part, f"part {part!r}", f"one of {', '.join(PARTS)}", "choose one"),
-        (useless_part, f"a part, from {from_} to {to}", f"one for {listing(known)} alone", "leave it out"),
+        (
+            useless_part,
+            f"a part, from {from_} to {to}",
+            f"one for {listing(known)} alone",
+            "leave it out",
+        ),
         (typed, holds, "none", 'leave it out, or choose "peft"'),
         (not dense, factors, "them for dense changes alone", "leave them out"),
     ]
@@ -229,7 +286,9 @@ def detect(path: str | Path) -> str:
         raise AdapterError(found, "safetensors or GGUF", "get the adapter as safetensors")
     found = read_header(path) if tensors else Header({}, {}, 0)
     keys, header = found.tensors, found.metadata
-    if known := next((format_.name for format_ in FORMATS if format_.recognises(start, keys, header)), None):
+    if known := next(
+        (format_.name for format_ in FORMATS if format_.recognises(start, keys, header)), None
+    ):
         return known
     if any(key.startswith(peft.PREFIX) for key in keys):
         found = f"{path}, the tensors of a PEFT folder without its {peft.CONFIG}"
@@ -248,11 +307,18 @@ def _detect_folder(path: Path) -> str:
         raise AdapterError(found, peft.TENSORS, "save the adapter again as safetensors")
     inside = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
     do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
-    raise AdapterError(f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do)
+    raise AdapterError(
+        f"no {peft.TENSORS} in the folder {path}", "an adapter folder, or a file", do
+    )
 
 
 def _as_folder(
-    source: Path, from_: str, scratch: Path, base_info: BaseInfo, options: Options, verify_base: bool
+    source: Path,
+    from_: str,
+    scratch: Path,
+    base_info: BaseInfo,
+    options: Options,
+    verify_base: bool,
 ) -> tuple[AdapterFiles, Contents, dict[str, float]]:
     """The source as an adapter folder: itself, or one made of it in ``scratch``."""
     reader = FORMATS[from_].read
@@ -268,7 +334,12 @@ def _as_folder(
     if any(dora) and not all(dora):
         found = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
         raise AdapterError(found, "all of them or none", "merge it with the tool that made it")
-    config = {"peft_type": "LORA", "base_model_name_or_path": contents.base_name, "r": 1, "lora_alpha": 1}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": contents.base_name,
+        "r": 1,
+        "lora_alpha": 1,
+    }
     config["fan_in_fan_out"] = contents.transposed
     stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
     write_derived(scratch, [stub], contents.low, variant=contents.variant)
@@ -277,7 +348,11 @@ def _as_folder(
 
 def _tuner(source: Path) -> str | None:
     """The type of another tuner of PEFT than LoRA, whose folder is to become LoRA's."""
-    tuner = peft_tuners.tuner_of(read_json(source / peft.CONFIG)) if (source / peft.CONFIG).is_file() else None
+    tuner = (
+        peft_tuners.tuner_of(read_json(source / peft.CONFIG))
+        if (source / peft.CONFIG).is_file()
+        else None
+    )
     return None if tuner is None else tuner.type
 
 
@@ -293,7 +368,8 @@ def _weights(facts: BaseFacts) -> peft_tuners.Weights | None:
 
 
 def _plain_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
-    """Why PEFT's LoRA would apply the plain changes that those of another tuner amount to in another way."""
+    """Why PEFT's LoRA would apply the plain changes that those of another tuner amount to in
+    another way."""
     convolutions = [layer.at for layer in saved.low.values() if layer.A.dim() > 2]
     if not convolutions:
         return
@@ -303,11 +379,18 @@ def _plain_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
         module = names.modules[names.canonical[at]]
         reason = peft.differs(kind_for(module, "weight").name, module)
         if reason is not None:
-            yield sentence(f"a change of {at!r}: {reason}", "layers that PEFT's LoRA computes", "merge it")
+            yield sentence(
+                f"a change of {at!r}: {reason}", "layers that PEFT's LoRA computes", "merge it"
+            )
 
 
 def _from_deltas(
-    source: Path, contents: Contents, scratch: Path, base_info: BaseInfo, options: Options, verify_base: bool
+    source: Path,
+    contents: Contents,
+    scratch: Path,
+    base_info: BaseInfo,
+    options: Options,
+    verify_base: bool,
 ) -> dict[str, float]:
     """Write a folder of dense changes to ``scratch``; how far its products are off."""
     if base_info.module is None:
@@ -330,8 +413,14 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
     tensors = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
     fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(said)), strict=True)
     known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
-    other = [at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected]
-    other += [name for name, expected in (said.get("rest") or {}).items() if known.get(name, expected) != expected]
+    other = [
+        at for at, expected in (said.get("weights") or {}).items() if known.get(at) != expected
+    ]
+    other += [
+        name
+        for name, expected in (said.get("rest") or {}).items()
+        if known.get(name, expected) != expected
+    ]
     earlier = earlier_fingerprints(tensors, kind_in(said)) if other else {}
     other = [name for name in other if earlier.get(name) != prints_in(said).get(name, "")]
     if other:
@@ -344,14 +433,19 @@ def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]
     fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
     transposed = bool(saved.peft_config.get("fan_in_fan_out"))
     return tuple(
-        LowRankChange(weight, layer, kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight)))
+        LowRankChange(
+            weight, layer, kind_of_change(path, layer, weight, transposed, facts.shapes.get(weight))
+        )
         for path, layer in saved.low.items()
         for weight in [_weight(path, layer, said, fused, facts)]
     )
 
 
-def _weight(path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: BaseFacts) -> str:
-    """The parameter that an entry of the file changes: as the record says, or the base, or else as PEFT would."""
+def _weight(
+    path: str, layer: peft.PeftLayer, said: Iterable[str], fused: set[str], facts: BaseFacts
+) -> str:
+    """The parameter that an entry of the file changes: as the record says, or the base, or else as
+    PEFT would."""
     at = layer.at
     if peft.of_parameter(path, layer) or at in said or at in facts.shapes:
         return at
@@ -376,40 +470,64 @@ def _adapter(
         with on_model() as model:
             found = deltas.of_model(model, deltas.NAME)
             apart = head_apart(Names(model), saved) if saved.tokens else None
-            return found | ({} if apart is None else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}), []
+            return found | (
+                {}
+                if apart is None
+                else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}
+            ), []
 
-    base: Mapping[str, Any] = saved.metadata.get("base") or {"name": saved.peft_config.get("base_model_name_or_path")}
+    base: Mapping[str, Any] = saved.metadata.get("base") or {
+        "name": saved.peft_config.get("base_model_name_or_path")
+    }
     if saved.tokens:
         with on_model() as model:
-            base = {**base, "weights": {**base.get("weights", {}), **own_prints(Names(model), saved)}}
+            base = {
+                **base,
+                "weights": {**base.get("weights", {}), **own_prints(Names(model), saved)},
+            }
             if to != "dense":  # which takes whole ΔW
                 changes = with_tokens(model, deltas.NAME, saved, changes)
-    about = {"base": base, "provenance": saved.metadata.get("provenance", {}), "variant": saved.config.variant}
+    about = {
+        "base": base,
+        "provenance": saved.metadata.get("provenance", {}),
+        "variant": saved.config.variant,
+    }
     return Adapter(changes, saved.full, about, all_deltas)
 
 
 def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) -> None:
-    """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one. And what the
-    factors of a folder do not say, where no model is asked: a start that PEFT takes off the base, a bias beside B."""
-    unasked = to.name not in ("veneer", "dense") or base_info.module is None  # else `install_from` asks the model
+    """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one.
+    And what the factors of a folder do not say, where no model is asked: a start that PEFT takes
+    off the base, a bias beside B."""
+    unasked = (
+        to.name not in ("veneer", "dense") or base_info.module is None
+    )  # else `install_from` asks the model
     if unasked:
         peft.check_config(saved.peft_config, saved.record is not None)
-        alone = [at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")]
+        alone = [
+            at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")
+        ]
         if alone and not to.peft:
             found = f"changes of what modules give ({listing(alone, 3)}), whose weights others read unchanged"
-            raise AdapterError(found, "changes of weights", 'keep the adapter beside its base, or convert it to "peft"')
+            raise AdapterError(
+                found,
+                "changes of weights",
+                'keep the adapter beside its base, or convert it to "peft"',
+            )
     if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
         found = f"an adapter that PEFT would apply in another way ({why})"
         raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
     if to.peft and saved.tuner is not None:
-        raise_all(AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info)))
+        raise_all(
+            AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info))
+        )
     if unasked and not to.peft and FORMATS[from_].peft and saved.record is None:
         _must_be_of_weights(saved, to, base_info.structure)
 
 
 def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None) -> None:
-    """``AdapterError``: changes that PEFT does not apply as those of weights. ``UnverifiedAdapter`` is warned of where
-    no model can tell."""
+    """``AdapterError``: changes that PEFT does not apply as those of weights. ``UnverifiedAdapter``
+    is warned of where no model can tell."""
     if model is None:
         odd = "a dilation, a padding mode or a forward of its own"
         warnings.warn(
@@ -425,7 +543,9 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
         ref = ref_at(names, path, config)
         if ref is None:
             continue
-        past, reason = otherwise(names, ref, layer, means_parameter(names, ref, config), saved.tuner)
+        past, reason = otherwise(
+            names, ref, layer, means_parameter(names, ref, config), saved.tuner
+        )
         if reason := past or reason:
             found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
@@ -442,6 +562,9 @@ def _lost(saved: AdapterFiles, to: str) -> list[str]:
         (saved.metadata and to != "veneer", f"the record: {kept} and provenance"),
         (saved.adapter_parameters and to != "veneer", numbers),
         (saved.tokens and to not in ("veneer", "peft"), rows),
-        (dropout and to not in ("veneer", "peft"), f"dropout {dropout:g}, which counts in training alone"),
+        (
+            dropout and to not in ("veneer", "peft"),
+            f"dropout {dropout:g}, which counts in training alone",
+        ),
     ]
     return [loss for lost, loss in losses if lost]

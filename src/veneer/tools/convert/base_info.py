@@ -1,10 +1,12 @@
-"""A base as conversions ask for it: the names and shapes of its weights, its config, and the model itself only where
-weights are needed.
+"""A base as conversions ask for it: the names and shapes of its weights, its config, and the model
+itself only where weights are needed.
 
-    open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name")  ->  BaseInfo(facts, module)
+    open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo(facts,
+    module)
 
-A folder that transformers knows is asked as a model without weights, since its files may name them otherwise. Another
-folder of safetensors, or of a diffusers pipeline, is read by its headers. Everything else is loaded.
+A folder that transformers knows is asked as a model without weights, since its files may name them
+otherwise. Another folder of safetensors, or of a diffusers pipeline, is read by its headers.
+Everything else is loaded.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from veneer.models.meta import without_meta
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base: what its files say, how to have the model itself (None: there is no base), and its modules, whose weights
-    may be zeros (None: only names and shapes are known)."""
+    """A base: what its files say, how to have the model itself (None: there is no base), and its
+    modules, whose weights may be zeros (None: only names and shapes are known)."""
 
     facts: BaseFacts
     module: Callable[[], nn.Module] | None
@@ -41,7 +43,8 @@ class BaseInfo:
 
 
 def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
-    """What a base says of itself. Of a folder no weight is read; the model is loaded when it is asked for."""
+    """What a base says of itself. Of a folder no weight is read; the model is loaded when it is
+    asked for."""
     if base is None:
         return BaseInfo(BaseFacts(), None, None)
     if isinstance(base, nn.Module):
@@ -58,14 +61,22 @@ def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
 def _with_weights(model: nn.Module) -> nn.Module:
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
-        raise AdapterError(f"a base on the meta device ({listing(empty, 2)})", "its weights", "load them first")
+        raise AdapterError(
+            f"a base on the meta device ({listing(empty, 2)})", "its weights", "load them first"
+        )
     return model
 
 
 def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
     names = Names(model)
-    weights = {parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)}
-    shapes = {at: tuple(storage_of(weight).shape(weight)) for at, weight in weights.items() if weight is not None}
+    weights = {
+        parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)
+    }
+    shapes = {
+        at: tuple(storage_of(weight).shape(weight))
+        for at, weight in weights.items()
+        if weight is not None
+    }
     config: Any = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", "") or None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -79,7 +90,9 @@ def _facts_in(path: Path) -> tuple[BaseFacts, nn.Module | None]:
         try:
             model = models.meta_model(path)
             return _facts_of(model, str(path)), model
-        except ConfigError:  # a class that transformers does not have: the names of its files are all there is
+        except (
+            ConfigError
+        ):  # a class that transformers does not have: the names of its files are all there is
             pass
     shapes = {
         parameter_path(part, name): entry.shape

@@ -1,4 +1,5 @@
-"""Between an adapter and the whole changes that it makes: ΔW = W' - W of every parameter, and back by singular values.
+"""Between an adapter and the whole changes that it makes: ΔW = W' - W of every parameter, and back
+by singular values.
 
 ΔW = gain ⊙ (W + scale · B A) - W           of any variant, on any layer; W' - W of what is trained in full
 ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the best product of a rank (Eckart and Young 1936)
@@ -38,8 +39,8 @@ EXACT = 1e-6
 
 @torch.no_grad()
 def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """ΔW of every parameter that the adapter ``name`` changes, in its own shape, each weight once. Computed in float64;
-    in float32 at least."""
+    """ΔW of every parameter that the adapter ``name`` changes, in its own shape, each weight once.
+    Computed in float64; in float32 at least."""
     raise_all(AdapterError, f"There is no ΔW of {name!r}", list(no_weights_change(model, name)))
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
@@ -53,11 +54,17 @@ def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     for path, module, part in adapters(model, name):
         for own, value in part.full.state_dict().items():
             old = {**module._parameters, **module._buffers}[own]
-            deltas[joined(path, own)] = value.double() - old.double() if value.is_floating_point() else value - old
-    return {at: delta.float() if delta.is_floating_point() else delta for at, delta in deltas.items()}
+            deltas[joined(path, own)] = (
+                value.double() - old.double() if value.is_floating_point() else value - old
+            )
+    return {
+        at: delta.float() if delta.is_floating_point() else delta for at, delta in deltas.items()
+    }
 
 
-def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+def of_file(
+    low_rank: Sequence[LowRankChange], full: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
     """As ``of_model`` without a model, with the reasons for what cannot be told so."""
     deltas: dict[str, Tensor] = {}
     unknown = []
@@ -70,22 +77,36 @@ def of_file(low_rank: Sequence[LowRankChange], full: Mapping[str, Any]) -> tuple
         elif kind in ("stack", "parameter"):
             unknown.append((change.weight, "whose shape the file does not tell"))
         else:
-            inner = change.layer.A.shape[1:] if kind in ("conv", "grouped conv") else low.A.shape[2:]
+            inner = (
+                change.layer.A.shape[1:] if kind in ("conv", "grouped conv") else low.A.shape[2:]
+            )
             flat = low.delta(torch.float64).reshape(-1, *inner).float()  # of [g, out, in]
             deltas[change.weight] = flat.mT if kind in ("embedding", "Conv1D") else flat
     unknown += [(at or "the model", "which is trained in full") for at in full]
-    problems = [sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base") for at, why in unknown]
+    problems = [
+        sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base")
+        for at, why in unknown
+    ]
     return deltas, problems
 
 
 def put(
-    model: nn.Module, deltas: Mapping[str, Tensor], whole: frozenset[str], *, rank: int | None, energy: float | None
+    model: nn.Module,
+    deltas: Mapping[str, Tensor],
+    whole: frozenset[str],
+    *,
+    rank: int | None,
+    energy: float | None,
 ) -> dict[str, float]:
-    """Install the adapter ``NAME`` that makes these changes. Vectors, and what ``whole`` names, are trained in full.
-    Returns, for each change that became a product, ‖ΔW - product‖ / ‖ΔW‖. ``AdapterError``: names or shapes that the
-    model does not have. Nothing was changed."""
+    """Install the adapter ``NAME`` that makes these changes. Vectors, and what ``whole`` names, are
+    trained in full. Returns, for each change that became a product, ‖ΔW - product‖ / ‖ΔW‖.
+    ``AdapterError``: names or shapes that the model does not have. Nothing was changed."""
     names, problems = Names(model), []
-    refs = {name: ref for name in deltas if (ref := _ref_of(names, name, deltas[name], problems)) is not None}
+    refs = {
+        name: ref
+        for name in deltas
+        if (ref := _ref_of(names, name, deltas[name], problems)) is not None
+    }
     full: dict[str, dict[str, Tensor]] = {}
     factors: dict[ParamRef, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
@@ -97,18 +118,29 @@ def put(
             old = {**module._parameters, **module._buffers}[weight]
             full.setdefault(path, {})[weight] = (old.double() + delta).to(old.dtype)
         else:
-            A, B, errors[name] = factor(kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy)
+            A, B, errors[name] = factor(
+                kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
+            )
             factors[path, weight] = {"A": A, "B": B}
     ranks = {ref: pair["A"].shape[1] for ref, pair in factors.items()}
-    low = plan_low(names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems)
-    own = {path: tuple(key for key in full[path] if key in names.modules[path]._parameters) for path in full}
+    low = plan_low(
+        names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
+    )
+    own = {
+        path: tuple(key for key in full[path] if key in names.modules[path]._parameters)
+        for path in full
+    }
     check_full(names, own, problems)
-    problems += overlaps(names, [*factors, *((path, key) for path, keys in own.items() for key in keys)])
+    problems += overlaps(
+        names, [*factors, *((path, key) for path, keys in own.items() for key in keys)]
+    )
     raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
     for plan in low:  # a plan goes by the first module that has the weight
         first = next(ref for ref in plan.holders if ref in factors)
         factors[plan.ref] = factors[first]
-    buffers = frozenset(path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers))
+    buffers = frozenset(
+        path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers)
+    )
     most = max((plan.rank for plan in low), default=1)
     config = LoraConfig(
         rank=most, alpha=float(most), targets=tuple(joined(*plan.ref) for plan in low) or "all",
@@ -142,11 +174,13 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
 
 
 def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
-    """A [g, r, in], B [g, out, r] in float32, and the relative error, of ΔW [g, out, in] in float64. ``rank``: r, at
-    most min(out, in); None takes the least that keeps the share ``energy`` of ‖ΔW‖², or with None there too that leaves
-    at most 1e-6 · ‖ΔW‖."""
+    """A [g, r, in], B [g, out, r] in float32, and the relative error, of ΔW [g, out, in] in
+    float64. ``rank``: r, at most min(out, in); None takes the least that keeps the share ``energy``
+    of ‖ΔW‖², or with None there too that leaves at most 1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
-    rest = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)  # [min]: what is left when only the first i are kept
+    rest = (
+        svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
+    )  # [min]: what is left when only the first i are kept
     allowed = (EXACT**2 if energy is None else 1 - energy) * rest[0]
     rank = max(1, int((rest > allowed).sum())) if rank is None else rank
     low = svd.cut(rank)[0].to(torch.float32)

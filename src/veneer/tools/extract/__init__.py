@@ -1,19 +1,20 @@
-"""From a full fine-tune to an adapter: of every changed weight the product of thin matrices that is nearest to its
-change.
+"""From a full fine-tune to an adapter: of every changed weight the product of thin matrices that is
+nearest to its change.
 
     ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share of ‖ΔW‖²
 
     open both models → pair their weights → which changed → low rank, whole or lost → factor → save
 
-Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is a few times the
-largest tensor, and what is written.
+Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is
+a few times the largest tensor, and what is written.
 
-``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows no patterns.
+``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows no
+patterns.
 
-A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone did is no change.
-Where the tuned dtype is the finer one the difference is taken as it is. What changed is written, or named in a report.
-Rejected: to write low rank and nothing else. A full fine-tune moves norms and biases too, and some of its changes have
-no low rank.
+A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone
+did is no change. Where the tuned dtype is the finer one the difference is taken as it is. What
+changed is written, or named in a report. Rejected: to write low rank and nothing else. A full
+fine-tune moves norms and biases too, and some of its changes have no low rank.
 """
 
 from __future__ import annotations
@@ -82,27 +83,34 @@ def extract(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the adapter that turns ``base`` into ``tuned``, as nearly as its rank allows, as the folder ``out``.
+    """Write the adapter that turns ``base`` into ``tuned``, as nearly as its rank allows, as the
+    folder ``out``.
 
     Args:
-        base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a live model, or a state
-            dict (of the base only with ``model``). Neither is changed; no call of a live base may run meanwhile.
+        base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a
+            live model, or a state dict (of the base only with ``model``). Neither is changed; no
+            call of a live base may run meanwhile.
         rank: of every product, lowered where a weight allows less. Either this or ``energy``.
         energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that does.
-        targets, exclude: which weights get a product, as in ``LoraConfig``. What ``exclude`` means is not written.
-        keep: what is written whole. "auto": changed vectors (norms, biases) and lasting buffers, which have no
-            low-rank change. Patterns and "lossy" (weights that keep less than ``least`` of their change, or whose
-            product has as many numbers as they) add to that; "none" takes the vectors out.
+        targets, exclude: which weights get a product, as in ``LoraConfig``. What ``exclude`` means
+            is not written.
+        keep: what is written whole. "auto": changed vectors (norms, biases) and lasting buffers,
+            which have no low-rank change. Patterns and "lossy" (weights that keep less than
+            ``least`` of their change, or whose product has as many numbers as they) add to that;
+            "none" takes the vectors out.
         least: the share of ‖ΔW‖² below which a weight counts as lossy.
         model: the structure of a base that transformers cannot build; its values are not looked at.
-        base_name: what to call the base; None takes the folder, or the name that transformers loaded it by.
+        base_name: what to call the base; None takes the folder, or the name that transformers
+            loaded it by.
         provenance: anything worth knowing, as JSON values.
         progress: called after each weight.
 
     Raises:
         ConfigError, CheckpointError: an option, or a folder that is no model.
-        ExtractError: the models have other names or shapes, nothing changed, or values are not finite.
-        TargetError: a pattern that matches nothing, or a changed weight that cannot carry an adapter.
+        ExtractError: the models have other names or shapes, nothing changed, or values are not
+            finite.
+        TargetError: a pattern that matches nothing, or a changed weight that cannot carry an
+            adapter.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     started, out = time.perf_counter(), Path(out)
@@ -116,7 +124,9 @@ def extract(
     name = next(name for number in count() if (name := f"extracted{number}") not in taken)
     excluded = (exclude,) if isinstance(exclude, str) else exclude
     selection = select_weights(names, changed, targets, excluded, keep_patterns, name)
-    dtype = torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
+    dtype = (
+        torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
+    )
     products, whole = [], list(selection.whole)
     for number, pair in enumerate(selection.low, 1):
         product = _factored(pair, rank, energy, dtype)
@@ -136,7 +146,12 @@ def extract(
         tuple(Lost(one.path, one.change(), why) for one, why in selection.lost),
         len(weight_pairs) - len(changed), both.new.unread, least, 0.0,
     )  # fmt: skip
-    said = {"rank": rank, "energy": energy, "kept": report.kept, "lost": [entry.path for entry in report.lost]}
+    said = {
+        "rank": rank,
+        "energy": energy,
+        "kept": report.kept,
+        "lost": [entry.path for entry in report.lost],
+    }
     _write(
         both, name, products, whole, dtype, out, base_name=base_name or both.name,
         provenance={"extracted": {"from": both.new.what, **said}, **(provenance or {})}, overwrite=overwrite,
@@ -147,7 +162,10 @@ def extract(
 def _odd_options(rank: Any, energy: Any, least: Any) -> list[str]:
     bad_rank = rank is not None and (type(rank) is not int or rank < 1)
     bad_energy = energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1)
-    bad_least, share = not (isinstance(least, int | float) and 0 <= least <= 1), "a share between 0 and 1"
+    bad_least, share = (
+        not (isinstance(least, int | float) and 0 <= least <= 1),
+        "a share between 0 and 1",
+    )
     both, one = f"rank={rank!r} and energy={energy!r}", "give rank=16, or energy=0.95"
     checks = [
         ((rank is None) == (energy is None), both, "one of them", one),
@@ -173,11 +191,16 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
     return changed
 
 
-def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Product:
+def _factored(
+    one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype
+) -> _Product:
     """The nearest product of one weight, in ``dtype``."""
     started = time.perf_counter()
     fingerprint = fingerprint_of(one.old.shape, (one.old.read(rows) for rows in one.rows))
-    dense, frozen_input = None if one.stacked else list(one.matrices()), one.kind.frozen_input(one.module)
+    dense, frozen_input = (
+        None if one.stacked else list(one.matrices()),
+        one.kind.frozen_input(one.module),
+    )
     unseen = 0.0
     for matrix in dense or () if frozen_input is not None else ():  # an input that never changes
         unseen += matrix[:, frozen_input].double().square().sum().item()
@@ -211,13 +234,26 @@ def _factored(one: WeightPair, rank: int | None, energy: float | None, dtype: to
     seconds = time.perf_counter() - started
     error = (error / change) ** 0.5
     facts = Extracted(
-        one.path, (one.dims.groups, one.dims.out, one.dims.in_), rank, change**0.5, relative, error, method, seconds
+        one.path,
+        (one.dims.groups, one.dims.out, one.dims.in_),
+        rank,
+        change**0.5,
+        relative,
+        error,
+        method,
+        seconds,
     )
     return _Product(one, A, B, fingerprint, facts)
 
 
 def _write(
-    both: Both, name: str, products: Sequence[_Product], whole: Whole, dtype: torch.dtype, out: Path, **options: Any
+    both: Both,
+    name: str,
+    products: Sequence[_Product],
+    whole: Whole,
+    dtype: torch.dtype,
+    out: Path,
+    **options: Any,
 ) -> None:
     """Put the adapter onto the structure, save it, and take it off again."""
     names = Names(both.model)
@@ -225,7 +261,10 @@ def _write(
     at = [one.pair.path for one in products] or [one.path for one, _ in whole]
     common = max(ranks.values(), default=1)
     config = LoraConfig(
-        rank=common, alpha=float(common), targets=tuple(at), dtype="float64" if dtype == torch.float64 else None
+        rank=common,
+        alpha=float(common),
+        targets=tuple(at),
+        dtype="float64" if dtype == torch.float64 else None,
     )
     problems: list[str] = []
     plans = plan(names, config, ranks, [one for one, _ in whole], problems)
@@ -235,8 +274,8 @@ def _write(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # what stands in the adapter in full are the tuned model's values, or the base's where only a copy of the base is
-    # wanted, as for running statistics that did not change or that are left out
+    # what stands in the adapter in full are the tuned model's values, or the base's where only a
+    # copy of the base is wanted, as for running statistics that did not change or that are left out
     tuned = {path for one, _ in whole for path in one.entry.names}
     done = {id(both.old.values.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
@@ -260,11 +299,13 @@ def _write(
 
 
 def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Some random rows in each weight of a meta model that a forward of its own reads: whether that computes what its
-    kind does, which decides whether PEFT may have it, zeros do not tell."""
+    """Some random rows in each weight of a meta model that a forward of its own reads: whether that
+    computes what its kind does, which decides whether PEFT may have it, zeros do not tell."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)
-        stock = kind.name == GENERAL or any(own_class(module).forward is known.forward for known in kind.types())
+        stock = kind.name == GENERAL or any(
+            own_class(module).forward is known.forward for known in kind.types()
+        )
         if weight is not None and not stock:
             weight.data[:8].normal_(generator=generator)

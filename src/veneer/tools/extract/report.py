@@ -53,7 +53,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Lost:
-    """One parameter (or buffer) that changed and is not in the adapter. ``change`` is the norm of its change."""
+    """One parameter (or buffer) that changed and is not in the adapter. ``change`` is the norm of
+    its change."""
 
     path: str
     change: float
@@ -62,10 +63,13 @@ class Lost:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction wrote. ``str(report)`` is a short text for people, ``to_dict`` plain JSON values."""
+    """What an extraction wrote. ``str(report)`` is a short text for people, ``to_dict`` plain JSON
+    values."""
 
     path: Path
-    layers: tuple[Extracted, ...]  # this and the next two: what became of each parameter that changed
+    layers: tuple[
+        Extracted, ...
+    ]  # this and the next two: what became of each parameter that changed
     whole: tuple[Kept, ...]
     lost: tuple[Lost, ...]
     unchanged: int  # how many parameters and buffers did not change
@@ -92,31 +96,47 @@ class ExtractReport:
         return sum(entry.numbers for entry in (*self.layers, *self.whole))
 
     def to_dict(self) -> dict[str, Any]:
-        said = {"path": str(self.path), "kept": self.kept, "numbers": self.numbers, "unchanged": self.unchanged}
+        said = {
+            "path": str(self.path),
+            "kept": self.kept,
+            "numbers": self.numbers,
+            "unchanged": self.unchanged,
+        }
         return said | {
             "seconds": self.seconds,
             "lossy": [layer.path for layer in self.lossy],
-            "layers": [{**asdict(layer), "kept": layer.kept, "numbers": layer.numbers} for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "kept": layer.kept, "numbers": layer.numbers}
+                for layer in self.layers
+            ],
             "whole": [asdict(entry) for entry in self.whole],
             "lost": [asdict(entry) for entry in self.lost],
             "unread": list(self.unread),
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.kept:.2%} of the change in {self.numbers:,} numbers, written to {self.path}"]
+        lines = [
+            f"{self.kept:.2%} of the change in {self.numbers:,} numbers, written to {self.path}"
+        ]
         if self.layers:
             worst = min(self.layers, key=lambda layer: layer.kept)
             rank = rank_range(layer.rank for layer in self.layers)
             products = f"{len(self.layers)} weights as products of {rank}"
             lines.append(f"{products}; the worst, {worst.path}, keeps {worst.kept:.2%}")
         if self.whole:
-            lines.append(f"{len(self.whole)} whole: {listing((entry.path for entry in self.whole), 3)}")
+            lines.append(
+                f"{len(self.whole)} whole: {listing((entry.path for entry in self.whole), 3)}"
+            )
         if self.lossy:
             do = 'keep="lossy" writes them whole; a larger rank keeps more'
             paths = listing((layer.path for layer in self.lossy), 3)
-            lines.append(f"{len(self.lossy)} keep less than {self.least:.0%} of their change: {paths} ({do})")
+            lines.append(
+                f"{len(self.lossy)} keep less than {self.least:.0%} of their change: {paths} ({do})"
+            )
         if large := [layer.path for layer in self.layers if layer.large]:
-            lines.append(f"{len(large)} need no fewer numbers as products than whole: {listing(large, 3)}")
+            lines.append(
+                f"{len(large)} need no fewer numbers as products than whole: {listing(large, 3)}"
+            )
         for why in dict.fromkeys(entry.why for entry in self.lost):
             paths = [entry.path for entry in self.lost if entry.why == why]
             lines.append(f"LOST: {len(paths)} that changed ({why}): {listing(paths, 3)}")

@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from veneer.attach.lookup import adapters_of
-from veneer.attach.plan import Plans, TargetSpec, changed_refs, full_readers, is_matrix, plan_low, with_ties
+from veneer.attach.plan import (
+    Plans,
+    TargetSpec,
+    changed_refs,
+    full_readers,
+    is_matrix,
+    plan_low,
+    with_ties,
+)
 from veneer.attach.refusals import check_full, name_problems
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, bad_regex, excluded, own_parameters, select
@@ -43,8 +51,9 @@ def select_weights(
     keep: Sequence[str],
     adapter: str,
 ) -> Selection:
-    """Sort what changed; ``adapter`` is the name under which the adapter will stand on the model for a moment.
-    ``TargetError``: a pattern that matches nothing, a weight that cannot carry its change; with every problem."""
+    """Sort what changed; ``adapter`` is the name under which the adapter will stand on the model
+    for a moment. ``TargetError``: a pattern that matches nothing, a weight that cannot carry its
+    change; with every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
     patterns = [pattern for pattern in keep if pattern not in WORDS]
     problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
@@ -56,7 +65,9 @@ def select_weights(
     chosen, found = select(names, config)
     problems += found
     wanted = set(chosen)
-    left_out = excluded(names, config, []) | _meant(names, [p for p in config.exclude if names.matching(p)], [])
+    left_out = excluded(names, config, []) | _meant(
+        names, [p for p in config.exclude if names.matching(p)], []
+    )
     by_name = _meant(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
@@ -81,10 +92,17 @@ def select_weights(
 
 
 def plan(
-    names: Names, config: LoraConfig, ranks: Mapping[ParamRef, int], whole: Sequence[WeightPair], problems: list[str]
+    names: Names,
+    config: LoraConfig,
+    ranks: Mapping[ParamRef, int],
+    whole: Sequence[WeightPair],
+    problems: list[str],
 ) -> Plans:
-    """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and buffers in full."""
-    low = plan_low(names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems)
+    """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and
+    buffers in full."""
+    low = plan_low(
+        names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
+    )
     full: dict[str, tuple[str, ...]] = {}
     for pair in whole:
         path, name = pair.entry.ref
@@ -97,10 +115,14 @@ def plan(
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """``keep`` as a tuple; ConfigError for no pattern or word, and for words that contradict each other."""
+    """``keep`` as a tuple; ConfigError for no pattern or word, and for words that contradict each
+    other."""
     words = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(word, str) and word for word in words):
-        found, expected = f"keep={keep!r}", "patterns of parameters or modules, 'auto', 'none' or 'lossy'"
+        found, expected = (
+            f"keep={keep!r}",
+            "patterns of parameters or modules, 'auto', 'none' or 'lossy'",
+        )
         raise ConfigError(found, expected, "name what is to be written whole")
     if AUTO in words and NONE in words:
         raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
@@ -108,12 +130,17 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
-    """The parameters and buffers that patterns mean: of modules and all below them, or by their own paths."""
+    """The parameters and buffers that patterns mean: of modules and all below them, or by their own
+    paths."""
     meant: set[ParamRef] = set()
     for pattern in patterns:
         below = [child for path in names.matching(pattern) for child in names.children(path)]
         modules = [(path, names.modules[path]) for path in below]
-        own = [(path, name) for path, module in modules for name in (*own_parameters(module), *module._buffers)]
+        own = [
+            (path, name)
+            for path, module in modules
+            for name in (*own_parameters(module), *module._buffers)
+        ]
         own = own or names.parameters_matching(pattern)
         if not own:
             found = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"

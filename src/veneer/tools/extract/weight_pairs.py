@@ -1,4 +1,5 @@
-"""Two models side by side: each parameter of the base with the one that it became, and their difference.
+"""Two models side by side: each parameter of the base with the one that it became, and their
+difference.
 
 open_both(base, tuned, model) -> Both      structure, base values, tuned values
 pair_weights(both) -> [WeightPair]         every name and shape checked
@@ -23,7 +24,16 @@ from veneer.attach.targets import Names
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL
-from veneer.models.named_weights import Named, Read, Value, Weights, named, of_folder, of_module, of_state
+from veneer.models.named_weights import (
+    Named,
+    Read,
+    Value,
+    Weights,
+    named,
+    of_folder,
+    of_module,
+    of_state,
+)
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
 
@@ -32,7 +42,8 @@ PIECE = 1 << 21
 
 
 class Both(NamedTuple):
-    """Two models. ``model`` is the structure of the base: as a ``meta_model`` it holds no numbers and is nobody's."""
+    """Two models. ``model`` is the structure of the base: as a ``meta_model`` it holds no numbers
+    and is nobody's."""
 
     model: nn.Module
     meta_model: bool
@@ -62,7 +73,11 @@ class WeightPair:
     @property
     def stacked(self) -> bool:
         """Whether each row of the first axis is a matrix with a change of its own."""
-        return self.kind.name == GENERAL and len(self.old.shape) == 3 and self.dims.groups == self.old.shape[0]
+        return (
+            self.kind.name == GENERAL
+            and len(self.old.shape) == 3
+            and self.dims.groups == self.old.shape[0]
+        )
 
     @property
     def rows(self) -> list[slice | None]:
@@ -83,7 +98,9 @@ class WeightPair:
         for base, tuned in self.parts():
             delta = difference(base, tuned)
             del base, tuned
-            yield from self.kind.unfold(delta, self.dims._replace(groups=1) if self.stacked else self.dims)
+            yield from self.kind.unfold(
+                delta, self.dims._replace(groups=1) if self.stacked else self.dims
+            )
 
     def compare(self) -> tuple[bool, bool]:
         """(whether anything changed, whether all of it is finite)."""
@@ -94,12 +111,14 @@ class WeightPair:
         return changed, finite
 
     def change(self) -> float:
-        return math.sqrt(sum((b.double() - a.double()).square().sum().item() for a, b in self.pieces()))
+        return math.sqrt(
+            sum((b.double() - a.double()).square().sum().item() for a, b in self.pieces())
+        )
 
 
 def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both as flat pieces of one dtype: that which holds either; the base rounded to the tuned dtype first where that
-    is the coarser."""
+    """Both as flat pieces of one dtype: that which holds either; the base rounded to the tuned
+    dtype first where that is the coarser."""
     tuned = tuned.to(base.device)
     floating = base.is_floating_point() and tuned.is_floating_point()
     rounds = floating and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
@@ -112,12 +131,16 @@ def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all are finite, by the smallest and the largest (NaN if one is): 16 times faster in bfloat16."""
-    return not values.is_floating_point() or all(bool(end.isfinite()) for end in torch.aminmax(values))
+    """Whether all are finite, by the smallest and the largest (NaN if one is): 16 times faster in
+    bfloat16."""
+    return not values.is_floating_point() or all(
+        bool(end.isfinite()) for end in torch.aminmax(values)
+    )
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
-    """tuned − base in float32, or float64 if one of them is; the two are in ``pieces``' one dtype first."""
+    """tuned − base in float32, or float64 if one of them is; the two are in ``pieces``' one dtype
+    first."""
     wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     delta = torch.empty(base.shape, dtype=wide, device=base.device)
     flat, start = delta.view(-1), 0
@@ -128,17 +151,22 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
-    """Open two models; of a folder no number is read. ``ConfigError``, ``CheckpointError``: a folder that is no model.
-    ``ExtractError``: a state dict as the base without ``model``; adapters on the tuned model that are not merged."""
+    """Open two models; of a folder no number is read. ``ConfigError``, ``CheckpointError``: a
+    folder that is no model. ``ExtractError``: a state dict as the base without ``model``; adapters
+    on the tuned model that are not merged."""
     name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
-        models.folder_of(tuned)  # before the base: a path that is wrong is told before anything is converted
+        models.folder_of(
+            tuned
+        )  # before the base: a path that is wrong is told before anything is converted
     if isinstance(base, nn.Module):
         structure = unwrap(base)
         old = of_module(structure, "the base")
     elif isinstance(base, Mapping):
         if model is None:
-            raise ExtractError("a state dict for the base and no model", "the model that it is of", "give model=…")
+            raise ExtractError(
+                "a state dict for the base and no model", "the model that it is of", "give model=…"
+            )
         structure = unwrap(model)
         old = of_state(structure, base, "the base")
     else:
@@ -148,21 +176,27 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     tuned_weights = _tuned(tuned, structure, model is None)
     both = Both(structure, name is not None and model is None, name, old, tuned_weights)
     for one in (base, tuned):
-        if isinstance(one, nn.Module) and (meta := [path for path, p in one.named_parameters() if p.is_meta]):
+        if isinstance(one, nn.Module) and (
+            meta := [path for path, p in one.named_parameters() if p.is_meta]
+        ):
             found = f"{listing(meta, 3)} on the meta device"
-            raise ExtractError(found, "weights that hold numbers", "load the model first, or name its folder")
+            raise ExtractError(
+                found, "weights that hold numbers", "load the model first, or name its folder"
+            )
     return both
 
 
 def _tuned(tuned: Source, structure: nn.Module, own: bool) -> Weights:
-    """The tuned model's values. A folder with a configuration is read by its own (``own``): it may tie other weights
-    than the base does."""
+    """The tuned model's values. A folder with a configuration is read by its own (``own``): it may
+    tie other weights than the base does."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
         if attached is not None and attached.merged is None:
             found = f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they do not change"
-            raise ExtractError(found, "a fine-tuned model", "merge one first, or save it with veneer.save")
+            raise ExtractError(
+                found, "a fine-tuned model", "merge one first, or save it with veneer.save"
+            )
         return of_module(tuned, "the tuned model")
     if isinstance(tuned, Mapping):
         return of_state(structure, tuned, "the tuned model")
@@ -180,8 +214,9 @@ def _folder(source: str | Path, structure: nn.Module | None) -> Path:
 
 
 def pair_weights(both: Both) -> list[WeightPair]:
-    """Every parameter and lasting buffer of the base with what it is in the tuned model, in the model's order.
-    ``ExtractError``: other names, shapes or types, a tied weight with two values; with all of them."""
+    """Every parameter and lasting buffer of the base with what it is in the tuned model, in the
+    model's order. ``ExtractError``: other names, shapes or types, a tied weight with two values;
+    with all of them."""
     names = Names(both.model)
     pairs: list[WeightPair] = []
     missing: dict[str, list[str]] = {both.old.what: [], both.new.what: []}
@@ -191,7 +226,9 @@ def pair_weights(both: Both) -> list[WeightPair]:
         known.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
-            if old is not None or new is not None or not entry.buffer:  # else the model makes it itself
+            if (
+                old is not None or new is not None or not entry.buffer
+            ):  # else the model makes it itself
                 missing[both.old.what] += [entry.path] if old is None else []
                 missing[both.new.what] += [entry.path] if new is None else []
             continue
@@ -199,9 +236,15 @@ def pair_weights(both: Both) -> list[WeightPair]:
         held, storage = entry.held(names)
         shape = tuple(held.shape if storage is None else storage.shape(held))
         if not old.shape == new.shape == shape:
-            shapes.append(f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})")
+            shapes.append(
+                f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})"
+            )
             continue
-        if odd := [str(value.dtype) for value in (old, new) if value.dtype not in FLOATS and not entry.buffer]:
+        if odd := [
+            str(value.dtype)
+            for value in (old, new)
+            if value.dtype not in FLOATS and not entry.buffer
+        ]:
             types.append(f"{entry.path} ({', '.join(odd)})")
         untied += _untied(both, entry, old, new)
         pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
@@ -211,13 +254,25 @@ def pair_weights(both: Both) -> list[WeightPair]:
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
     checks = [
-        *((paths, "no ", f" in {what}", "the parameters of the base", COMPARE) for what, paths in missing.items()),
-        *((paths, "", f" in {what}", "the parameters of the base alone", COMPARE) for what, paths in more.items()),
+        *(
+            (paths, "no ", f" in {what}", "the parameters of the base", COMPARE)
+            for what, paths in missing.items()
+        ),
+        *(
+            (paths, "", f" in {what}", "the parameters of the base alone", COMPARE)
+            for what, paths in more.items()
+        ),
         (shapes, "other shapes: ", "", "the same in base and tuned model", alike),
         (types, stored, "", floats, "dequantise the model first"),
     ]
-    problems = [sentence(f"{a}{listing(odd, LONG)}{z}", expected, do) for odd, a, z, expected, do in checks if odd]
-    raise_all(ExtractError, f"{both.new.what} is no fine-tune of {both.old.what}", [*problems, *untied])
+    problems = [
+        sentence(f"{a}{listing(odd, LONG)}{z}", expected, do)
+        for odd, a, z, expected, do in checks
+        if odd
+    ]
+    raise_all(
+        ExtractError, f"{both.new.what} is no fine-tune of {both.old.what}", [*problems, *untied]
+    )
     return pairs
 
 

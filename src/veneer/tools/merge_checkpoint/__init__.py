@@ -4,12 +4,13 @@
     tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
             └─────► fingerprint of the base ─┘
 
-In memory are at most twice the largest tensor (``pipeline``). What no adapter changes is copied. The result stands in a
-folder beside OUT until it is whole, then takes its name in one step.
+In memory are at most twice the largest tensor (``pipeline``). What no adapter changes is copied.
+The result stands in a folder beside OUT until it is whole, then takes its name in one step.
 
-**A killed merge goes on where it was.** The folder's journal says which tensors are on the disk: a line is written once
-what it tells was flushed. A journal of another merge (other files, adapters, weights, dtype or rounding) is thrown
-away with its folder. Rejected: a finished file as the unit, as many models are one file of many GiB.
+**A killed merge goes on where it was.** The folder's journal says which tensors are on the disk: a
+line is written once what it tells was flushed. A journal of another merge (other files, adapters,
+weights, dtype or rounding) is thrown away with its folder. Rejected: a finished file as the unit,
+as many models are one file of many GiB.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """What a merge of a checkpoint did: ``report`` as of ``veneer.merge``, by tensor; ``left_out``, what of the base's
-    folder was not copied (``aux_files.py``); ``resumed``, how many tensors an earlier, killed run had finished."""
+    """What a merge of a checkpoint did: ``report`` as of ``veneer.merge``, by tensor; ``left_out``,
+    what of the base's folder was not copied (``aux_files.py``); ``resumed``, how many tensors an
+    earlier, killed run had finished."""
 
     path: Path
     report: MergeReport
@@ -55,7 +57,11 @@ class CheckpointMerge:
         lines = [self.report.summary, f"written to {self.path}"]
         hidden = f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"
         lines += [hidden] if self.left_out else []
-        lines += [f"{self.resumed} tensors were there from a run that was interrupted"] if self.resumed else []
+        lines += (
+            [f"{self.resumed} tensors were there from a run that was interrupted"]
+            if self.resumed
+            else []
+        )
         return "\n".join([*lines, *self.notes])
 
 
@@ -71,8 +77,9 @@ def merge_checkpoint(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> CheckpointMerge:
-    """Merge adapters into the safetensors files of ``base``, written to the folder ``out`` in the same layout: shards,
-    names, index, configuration and tokenizer. Run again after it was killed, it goes on where it was.
+    """Merge adapters into the safetensors files of ``base``, written to the folder ``out`` in the
+    same layout: shards, names, index, configuration and tokenizer. Run again after it was killed,
+    it goes on where it was.
 
     Args:
         base: a folder with one or several safetensors files.
@@ -84,13 +91,14 @@ def merge_checkpoint(
         model: the model of these files, where transformers cannot build it from their config.json.
 
     Raises:
-        CheckpointError, AdapterError, BaseMismatchError: the files, an adapter, or the two together cannot be used.
+        CheckpointError, AdapterError, BaseMismatchError: the files, an adapter, or the two together
+            cannot be used.
         ConfigError: another rounding.
         MergeError: a merged weight is not finite in its dtype.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
 
-    After an error nothing is left behind, and ``out`` is as it was. (An OSError, such as a full disk, leaves what was
-    done beside ``out`` to go on from.)
+    After an error nothing is left behind, and ``out`` is as it was. (An OSError, such as a full
+    disk, leaves what was done beside ``out`` to go on from.)
     """
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
@@ -106,15 +114,21 @@ def merge_checkpoint(
     return _merged(job, base, out, overwrite, progress)
 
 
-def _merged(job: MergeJob, base: str | Path, out: Path, overwrite: bool, progress: Progress | None) -> CheckpointMerge:
+def _merged(
+    job: MergeJob, base: str | Path, out: Path, overwrite: bool, progress: Progress | None
+) -> CheckpointMerge:
     if out == job.checkpoint.folder.resolve() or out in job.checkpoint.folder.resolve().parents:
-        raise MergeError(f"{out}, which holds the base", "another folder for the result", "choose another")
+        raise MergeError(
+            f"{out}, which holds the base", "another folder for the result", "choose another"
+        )
     with disk_errors(out), working_folder(out, job.identity()) as (folder, journal):
         try:
             run = Pipeline(job, folder, journal, progress)
             run.run()
             left_out = _aux_files(job, folder)
-            report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(run.layers))
+            report = MergeReport(
+                ", ".join(path.name for path, _ in job.adapters), tuple(run.layers)
+            )
             (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
             _publish(folder, out, overwrite)
         except (MergeError, CheckpointError, ValueError):  # what no second run would mend
@@ -124,7 +138,9 @@ def _merged(job: MergeJob, base: str | Path, out: Path, overwrite: bool, progres
             if not (folder / JOURNAL).is_file() or (folder / JOURNAL).read_text().count("\n") < 2:
                 remove(folder)
             else:
-                error.add_note(f"What was done is kept in {folder}: run it again to go on, or delete that.")
+                error.add_note(
+                    f"What was done is kept in {folder}: run it again to go on, or delete that."
+                )
             raise
     return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes, run.resumed)
 
@@ -151,19 +167,25 @@ def prove(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> int:
-    """Read a merged checkpoint again and compare every byte with what it must be: what no adapter changes with the
-    base, the rest with the merge done again. Returns how many tensors were compared.
+    """Read a merged checkpoint again and compare every byte with what it must be: what no adapter
+    changes with the base, the rest with the merge done again. Returns how many tensors were
+    compared.
 
     Raises:
         MergeError: names the tensors, or the files beside them, that differ.
     """
     job = planned(base, adapters, dtype, rounding, False, model)
     merged = open_checkpoint(out)
-    problems = [f"{name!r} is in one of them only" for name in merged.where.keys() ^ job.checkpoint.where.keys()]
+    problems = [
+        f"{name!r} is in one of them only"
+        for name in merged.where.keys() ^ job.checkpoint.where.keys()
+    ]
     total, done = sum(map(job.checkpoint.bytes, job.checkpoint.where)), 0
     _, compiled = job.room()
     for name in job.checkpoint.where.keys() & merged.where.keys():
-        if merged.dtype(name) != job.target(name) or merged.shape(name) != job.checkpoint.shape(name):
+        if merged.dtype(name) != job.target(name) or merged.shape(name) != job.checkpoint.shape(
+            name
+        ):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
         expected, _ = computed(job, name, job.checkpoint.read(name), compiled)
@@ -183,7 +205,9 @@ def _aux_files(job: MergeJob, folder: Path) -> list[str]:
     if checkpoint.index is not None:
         total = sum(map(job.written, checkpoint.where))
         metadata = checkpoint.index.get("metadata") or {}
-        source, target = (where / str(checkpoint.index_name) for where in (checkpoint.folder, folder))
+        source, target = (
+            where / str(checkpoint.index_name) for where in (checkpoint.folder, folder)
+        )
         if metadata.get("total_size") == total:
             shutil.copyfile(source, target)
         else:
@@ -194,12 +218,18 @@ def _aux_files(job: MergeJob, folder: Path) -> list[str]:
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
     """What was merged, for whoever finds the result: no paths of this machine."""
-    adapters = [{"name": path.name, "weight": weight, "content": content_hash(path)} for path, weight in job.adapters]
+    adapters = [
+        {"name": path.name, "weight": weight, "content": content_hash(path)}
+        for path, weight in job.adapters
+    ]
     return {
         "veneer": version("veneer"),
         "base": Path(base).name,
         "adapters": adapters,
         "dtype": None if job.dtype is None else str(job.dtype).removeprefix("torch."),
         "rounding": job.rounding,
-        "layers": {layer.path: {k: v for k, v in asdict(layer).items() if k != "path"} for layer in report.layers},
+        "layers": {
+            layer.path: {k: v for k, v in asdict(layer).items() if k != "path"}
+            for layer in report.layers
+        },
     }

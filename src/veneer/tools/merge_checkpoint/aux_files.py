@@ -1,9 +1,11 @@
-"""What stands beside the weights of a checkpoint and belongs to the merged one too: its configuration, its tokenizer.
+"""What stands beside the weights of a checkpoint and belongs to the merged one too: its
+configuration, its tokenizer.
 
-Left out are the weights in other formats, which would be those of the base, and folders that hold such or are hidden
-(what git and the hub's client keep). A configuration that names a dtype is written anew where the merge has another,
-one that names the size of a vocabulary where that grew, and that of a classifier where the adapters say its labels. The
-tokenizer is then the adapter's, if it has one.
+Left out are the weights in other formats, which would be those of the base, and folders that hold
+such or are hidden (what git and the hub's client keep). A configuration that names a dtype is
+written anew where the merge has another, one that names the size of a vocabulary where that grew,
+and that of a classifier where the adapters say its labels. The tokenizer is then the adapter's, if
+it has one.
 """
 
 from __future__ import annotations
@@ -32,9 +34,17 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     for path in sorted(folder.iterdir()):
         if path.name in checkpoint.files or path.name in (checkpoint.index_name, RECORD):
             continue
-        inside = [path] if not path.is_dir() else [] if path.name.startswith(".") else list(path.rglob("*"))
+        inside = (
+            [path]
+            if not path.is_dir()
+            else []
+            if path.name.startswith(".")
+            else list(path.rglob("*"))
+        )
         # links to folders are not gone into
-        odd = any(one.name.endswith(OTHERS) or (one.is_dir() and one.is_symlink()) for one in inside)
+        odd = any(
+            one.name.endswith(OTHERS) or (one.is_dir() and one.is_symlink()) for one in inside
+        )
         if odd or not inside:
             left_out.append(path.name)
         else:
@@ -44,9 +54,9 @@ def companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs from the base's files: the dtype (None: it stays), the number of rows of the vocabulary (None: as it
-    is), a folder with the tokenizer that knows tokens which were added (None: the base's), and the head of a classifier
-    (None: the adapters say nothing of one)."""
+    """What differs from the base's files: the dtype (None: it stays), the number of rows of the
+    vocabulary (None: as it is), a folder with the tokenizer that knows tokens which were added
+    (None: the base's), and the head of a classifier (None: the adapters say nothing of one)."""
 
     dtype: torch.dtype | None = None
     vocabulary: int | None = None
@@ -85,7 +95,11 @@ def _sources(checkpoint: Checkpoint, changes: Changes) -> tuple[dict[Path, Path]
     found = {file: checkpoint.folder / file for file in files}
     if changes.tokenizer is not None:
         found = {file: source for file, source in found.items() if file.name not in TOKENIZER}
-        found |= {Path(name): changes.tokenizer / name for name in TOKENIZER if (changes.tokenizer / name).is_file()}
+        found |= {
+            Path(name): changes.tokenizer / name
+            for name in TOKENIZER
+            if (changes.tokenizer / name).is_file()
+        }
     return found, left_out
 
 
@@ -106,18 +120,24 @@ def _expected(source: Path, changes: Changes, file: Path) -> bytes:
 
 
 def _resized(said: dict[str, Any], rows: int) -> dict[str, Any]:
-    """A configuration with another size of the vocabulary, that of its text model where it has several."""
+    """A configuration with another size of the vocabulary, that of its text model where it has
+    several."""
     if "vocab_size" in said or not isinstance(said.get("text_config"), dict):
         return {**said, "vocab_size": rows}
     return {**said, "text_config": {**said["text_config"], "vocab_size": rows}}
 
 
 def _with_labels(said: dict[str, Any], head: Head) -> dict[str, Any]:
-    """A configuration of a model of this class, with these labels: the base's own where it has as many."""
+    """A configuration of a model of this class, with these labels: the base's own where it has as
+    many."""
     names = said.get("id2label") or {}
     if [str(names.get(str(number))) for number in range(len(names))] != [*head.labels]:
         names = {str(number): label for number, label in enumerate(head.labels)}
-        said = {**said, "id2label": names, "label2id": {label: number for number, label in enumerate(head.labels)}}
+        said = {
+            **said,
+            "id2label": names,
+            "label2id": {label: number for number, label in enumerate(head.labels)},
+        }
         said.pop("num_labels", None)
     return {**said, "architectures": [head.architecture]}
 
@@ -125,5 +145,8 @@ def _with_labels(said: dict[str, Any], head: Head) -> dict[str, Any]:
 def _retyped(said: Any, dtype: str) -> Any:
     """A configuration that names another dtype, wherever it names one."""
     if isinstance(said, dict):
-        return {k: dtype if k in ("dtype", "torch_dtype") and v else _retyped(v, dtype) for k, v in said.items()}
+        return {
+            k: dtype if k in ("dtype", "torch_dtype") and v else _retyped(v, dtype)
+            for k, v in said.items()
+        }
     return [_retyped(each, dtype) for each in said] if isinstance(said, list) else said

@@ -1,8 +1,8 @@
 """Bytes that go to a file one after the other, past the system's cache where it lets them.
 
-Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory. Large tensors that lie as they must
-(``fileio.pages``) are written from where they are; all else is gathered in one buffer. Where the file system does not
-have direct writes, the same writes go through the cache.
+Direct writes begin and end at multiples of ``BLOCK``, in the file and in memory. Large tensors that
+lie as they must (``fileio.pages``) are written from where they are; all else is gathered in one
+buffer. Where the file system does not have direct writes, the same writes go through the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class DirectWriter:
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
-        self._buffer = memoryview(mmap.mmap(-1, ROOM))  # begins at a page, which is a multiple of a block
+        self._buffer = memoryview(
+            mmap.mmap(-1, ROOM)
+        )  # begins at a page, which is a multiple of a block
         self._first = start // BLOCK * BLOCK  # of the buffer, in the file
         self._filled = start - self._first
         with path.open("a+b") as file:
@@ -37,7 +39,9 @@ class DirectWriter:
     def write(self, data: memoryview | bytes) -> None:
         data = memoryview(data)
         first = -self._filled % BLOCK
-        if len(data) > ROOM and (_address(data) + first) % BLOCK == 0:  # as in the file: whole blocks go as they are
+        if (
+            len(data) > ROOM and (_address(data) + first) % BLOCK == 0
+        ):  # as in the file: whole blocks go as they are
             last = first + (len(data) - first) // BLOCK * BLOCK
             self.write(data[:first])
             self.flush()
@@ -52,7 +56,9 @@ class DirectWriter:
     def copy(self, source: Any, count: int) -> int:
         """The next ``count`` bytes of a file; returns how many were there."""
         left = count
-        while left and (read := source.readinto(self._buffer[self._filled : min(self._filled + left, ROOM)])):
+        while left and (
+            read := source.readinto(self._buffer[self._filled : min(self._filled + left, ROOM)])
+        ):
             left -= read
             self._fill(read)
         return count - left
@@ -64,7 +70,8 @@ class DirectWriter:
             self._first, self._filled = self._first + ROOM, 0
 
     def flush(self) -> None:
-        """Hand everything to the system, with zeros up to the end of a block. What follows writes that block again."""
+        """Hand everything to the system, with zeros up to the end of a block. What follows writes
+        that block again."""
         whole = -(-self._filled // BLOCK) * BLOCK
         self._buffer[self._filled : whole] = bytes(whole - self._filled)
         self._put(self._buffer[:whole], self._first)
@@ -89,7 +96,9 @@ class DirectWriter:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                os.close(self.descriptor)  # the file system wants other blocks, or part of one was written
+                os.close(
+                    self.descriptor
+                )  # the file system wants other blocks, or part of one was written
                 self.descriptor = self._open(0)
 
     def _open(self, direct: int) -> int:

@@ -1,7 +1,8 @@
-"""A checkpoint whose vocabulary grows for the tokens that adapters train: more rows of its embedding and head.
+"""A checkpoint whose vocabulary grows for the tokens that adapters train: more rows of its
+embedding and head.
 
-The rows that are added are zeros until the merge puts the trained ones in their place; a row that no adapter trains is
-refused before (``token_rows.growth``).
+The rows that are added are zeros until the merge puts the trained ones in their place; a row that
+no adapter trains is refused before (``token_rows.growth``).
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ from veneer.models.safetensors_dir import Checkpoint
 
 
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """Let a model without weights have as many rows of its vocabulary as the adapters need; the number, or None."""
+    """Let a model without weights have as many rows of its vocabulary as the adapters need; the
+    number, or None."""
     sizes = [size for saved in saved_adapters if (size := growth(model, saved)) is not None]
     if not sizes:
         return None
-    if getattr(model, "final_logits_bias", None) is not None:  # BART's, which has a column for each token
-        found, expected = "'final_logits_bias', which grows with the vocabulary", "an embedding and a head alone"
+    if (
+        getattr(model, "final_logits_bias", None) is not None
+    ):  # BART's, which has a column for each token
+        found, expected = (
+            "'final_logits_bias', which grows with the vocabulary",
+            "an embedding and a head alone",
+        )
         do = f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into that"
         raise MergeError(found, expected, do)
     made: dict[int, nn.Parameter] = {}
@@ -49,8 +56,8 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
 
 @dataclass(frozen=True)
 class GrownCheckpoint(Checkpoint):
-    """A checkpoint of which some tensors have more rows than their files hold: ``grown``, how many these do, which are
-    none of a tensor that the files lack."""
+    """A checkpoint of which some tensors have more rows than their files hold: ``grown``, how many
+    these do, which are none of a tensor that the files lack."""
 
     grown: Mapping[str, int]
 
@@ -83,6 +90,10 @@ def _resized(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
     for name, rows in sizes.items():
         header, old = files[checkpoint.where[name]], checkpoint.entry(name)
         shape = rows, *old.shape[1:]
-        new = Entry(old.dtype, shape, old.start, old.start + prod(shape) * checkpoint.dtype(name).itemsize)
+        new = Entry(
+            old.dtype, shape, old.start, old.start + prod(shape) * checkpoint.dtype(name).itemsize
+        )
         files[checkpoint.where[name]] = replace(header, tensors={**header.tensors, name: new})
-    return Checkpoint(checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.where)
+    return Checkpoint(
+        checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.where
+    )

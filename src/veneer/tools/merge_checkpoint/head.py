@@ -1,4 +1,5 @@
-"""A head that adapters train in full and that the files of the base lack, as those of an encoder lack a classifier's.
+"""A head that adapters train in full and that the files of the base lack, as those of an encoder
+lack a classifier's.
 
 Head(architecture, labels)          what the configuration of the result says of it
 model_with_head(folder, adapters)   the model without weights, with as many labels as the adapters have
@@ -32,14 +33,22 @@ class Head:
     labels: tuple[str, ...]
 
 
-def model_with_head(folder: Path, saved_adapters: Sequence[AdapterFiles]) -> tuple[Any, Head | None]:
-    """The model of a folder without its weights, as the adapters' records say it, and its head where they know of one.
-    ``MergeError``: they have heads of different labels."""
+def model_with_head(
+    folder: Path, saved_adapters: Sequence[AdapterFiles]
+) -> tuple[Any, Head | None]:
+    """The model of a folder without its weights, as the adapters' records say it, and its head
+    where they know of one. ``MergeError``: they have heads of different labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
-    known = {str(saved.path): labels for saved in saved_adapters if (labels := labels_in(saved.metadata)) is not None}
+    known = {
+        str(saved.path): labels
+        for saved in saved_adapters
+        if (labels := labels_in(saved.metadata)) is not None
+    }
     if len({*known.values()}) > 1:
         found = "; ".join(f"{path}: {listing(labels)}" for path, labels in known.items())
-        raise MergeError(f"heads of different labels ({found})", "adapters of one task", "merge them apart")
+        raise MergeError(
+            f"heads of different labels ({found})", "adapters of one task", "merge them apart"
+        )
     labels = next(iter(known.values()), None)
     model = models.meta_model(folder, architecture, labels)
     count = None if labels is not None else _count_of_labels(model, saved_adapters)
@@ -50,7 +59,8 @@ def model_with_head(folder: Path, saved_adapters: Sequence[AdapterFiles]) -> tup
 
 
 def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """How many outputs the head has that adapters train in full, where that is another number than the model's."""
+    """How many outputs the head has that adapters train in full, where that is another number than
+    the model's."""
     for saved in saved_adapters if type(model).__name__.endswith("Classification") else ():
         for path, tensors in saved.full.items():
             for name, tensor in tensors.items():
@@ -58,21 +68,31 @@ def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int 
                     shape = model.get_parameter(f"{path}.{name}").shape
                 except AttributeError:
                     continue
-                if shape[0] == model.config.num_labels != tensor.shape[0] and shape[1:] == tensor.shape[1:]:
+                if (
+                    shape[0] == model.config.num_labels != tensor.shape[0]
+                    and shape[1:] == tensor.shape[1:]
+                ):
                     return tensor.shape[0]
     return None
 
 
 def with_added(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """A checkpoint with more tensors, of these shapes and of the dtype that most of it has, at the end of its last
-    file."""
+    """A checkpoint with more tensors, of these shapes and of the dtype that most of it has, at the
+    end of its last file."""
     if not tensors:
         return checkpoint
-    dtypes = [checkpoint.dtype(name) for name in checkpoint.where if checkpoint.dtype(name).is_floating_point]
+    dtypes = [
+        checkpoint.dtype(name)
+        for name in checkpoint.where
+        if checkpoint.dtype(name).is_floating_point
+    ]
     dtype = max({*dtypes}, key=dtypes.count, default=torch.float32)
     file = [*checkpoint.files][-1]
     header = checkpoint.files[file]
-    entries, stop = dict(header.tensors), max((entry.stop for entry in header.tensors.values()), default=0)
+    entries, stop = (
+        dict(header.tensors),
+        max((entry.stop for entry in header.tensors.values()), default=0),
+    )
     for name, shape in tensors.items():
         start, stop = stop, stop + prod(shape) * dtype.itemsize
         entries[name] = Entry(NAMES[dtype], tuple(shape), start, stop)

@@ -3,7 +3,8 @@
     MergeJob       the base's files, what the adapters change (``merge_plan``), dtype, rounding
     computed(job, name, tensor)  ->  the tensor of the result, and what the merge did to it
 
-Each weight is what ``veneer.merge`` would write into the live model, bit for bit: both call ``kernels.rounding.fold``.
+Each weight is what ``veneer.merge`` would write into the live model, bit for bit: both call
+``kernels.rounding.fold``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from veneer.tools.merge_checkpoint.aux_files import Changes
 from veneer.tools.merge_checkpoint.growth import grown
 from veneer.tools.merge_checkpoint.head import with_added
 from veneer.tools.merge_checkpoint.linear_stub import linear_stub_model
-from veneer.tools.merge_checkpoint.merge_plan import Adapter, MergePlan, TensorEdit, apply, recipe_for, replaced
+from veneer.tools.merge_checkpoint.merge_plan import (
+    Adapter,
+    MergePlan,
+    TensorEdit,
+    apply,
+    recipe_for,
+    replaced,
+)
 
 #: bytes that numba takes, with what it needs to compile
 NUMBA = 128 * 2**20
@@ -74,10 +82,12 @@ class MergeJob:
         return self.checkpoint.bytes(name) + self.written(name)
 
     def room(self) -> tuple[int, bool]:
-        """Bytes for what is between reading and writing (twice the largest tensor is promised, often one that no
-        adapter changes), and whether that leaves enough for numba."""
+        """Bytes for what is between reading and writing (twice the largest tensor is promised,
+        often one that no adapter changes), and whether that leaves enough for numba."""
         limit = max(map(self.both, self.checkpoint.where), default=0)
-        needed = max((self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0)
+        needed = max(
+            (self.both(name) for name in self.checkpoint.where if not self.copied(name)), default=0
+        )
         compiled = limit - NUMBA >= needed
         return (limit - NUMBA if compiled else limit), compiled
 
@@ -88,28 +98,40 @@ class MergeJob:
         sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
         # what was written without comparing the base must not count as compared
         how = str(self.dtype), self.rounding, self.verify_base
-        return hash_json([version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how])
+        return hash_json(
+            [version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how]
+        )
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
         """(the bytes before the first tensor, where each tensor begins) of a file of the result."""
         header, names = self.checkpoint.files[file], in_order(self.checkpoint.files[file])
         starts = dict(zip(names, accumulate(map(self.written, names), initial=0), strict=False))
-        same = not (self.merge_plan.sizes.keys() | self.merge_plan.added.keys()) & header.tensors.keys()
+        same = (
+            not (self.merge_plan.sizes.keys() | self.merge_plan.added.keys())
+            & header.tensors.keys()
+        )
         if same and all(self.target(name) == self.checkpoint.dtype(name) for name in names):
             with (self.checkpoint.folder / file).open("rb") as stream:
                 head = stream.read(header.data_start)
         else:
-            said: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
+            said: dict[str, Any] = (
+                {"__metadata__": dict(header.metadata)} if header.metadata else {}
+            )
             for name, start in starts.items():
                 dtype, shape = NAMES[self.target(name)], list(self.checkpoint.shape(name))
-                said[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + self.written(name)]}
+                said[name] = {
+                    "dtype": dtype,
+                    "shape": shape,
+                    "data_offsets": [start, start + self.written(name)],
+                }
             text = json.dumps(said, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             head = len(text).to_bytes(8, "little") + text
         return head, {name: len(head) + start for name, start in starts.items()}
 
     def compare(self, paths: Sequence[str], loaded: Mapping[str, Tensor]) -> None:
-        """BaseMismatchError for parameters not of the adapters' base; ``loaded`` are tensors that are there already."""
+        """BaseMismatchError for parameters not of the adapters' base; ``loaded`` are tensors that
+        are there already."""
         mismatches = []
 
         def read(name: str) -> Tensor:
@@ -117,13 +139,20 @@ class MergeJob:
 
         for path in paths:
             tensors, shape, said = self.merge_plan.fingerprints[path]
-            works = {name: next(w for w in self.merge_plan.works[name] if w.path == path) for name in tensors}
+            works = {
+                name: next(w for w in self.merge_plan.works[name] if w.path == path)
+                for name in tensors
+            }
             found = {
                 (kind, ids): fingerprint_beside(read(tensors[0]), ids, kind) if ids
                 else fingerprint_of(shape, (read(name)[work.place.within] for name, work in works.items()), kind)
                 for kind, ids in {(kind_of(expected), ids) for expected, ids in said.values()}
             }  # fmt: skip
-            if wrong := [one for one, (expected, ids) in said.items() if expected != found[kind_of(expected), ids]]:
+            if wrong := [
+                one
+                for one, (expected, ids) in said.items()
+                if expected != found[kind_of(expected), ids]
+            ]:
                 mismatches.append(f"{listing(tensors, 2)} (adapter {listing(wrong)})")
         if mismatches:
             wrong = f"other weights in {self.checkpoint.folder} ({listing(mismatches, 3)})"
@@ -134,22 +163,35 @@ class MergeJob:
 
 
 def planned(
-    base: Any, adapters: Any, dtype: Any, rounding: str, verify_base: bool, model: Any, by_prints: bool = True
+    base: Any,
+    adapters: Any,
+    dtype: Any,
+    rounding: str,
+    verify_base: bool,
+    model: Any,
+    by_prints: bool = True,
 ) -> MergeJob:
-    """Check what was asked for and find what it does to each tensor, as ``merge_checkpoint`` takes it. ``by_prints``
-    allows to find the tensors by the fingerprints that the adapters say, if they are compared."""
+    """Check what was asked for and find what it does to each tensor, as ``merge_checkpoint`` takes
+    it. ``by_prints`` allows to find the tensors by the fingerprints that the adapters say, if they
+    are compared."""
     if not adapters:
         raise MergeError("no adapter", "one or several", "name them")
     known_rounding(rounding)
     if dtype is not None and dtype not in FLOATS:
-        raise MergeError(f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's")
+        raise MergeError(
+            f"dtype={dtype}", listing(map(str, FLOATS)), "choose one, or None to keep the base's"
+        )
     pairs = [(one, 1.0) if isinstance(one, str | Path) else one for one in adapters]
     given = [(Path(path), float(weight)) for path, weight in pairs]
     folder = Path(base).expanduser()
     checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
     saved_adapters = [read(path) for path, _ in given]
     tokenizer = common_tokenizer({str(path): path for path, _ in given})
-    drawn = linear_stub_model(checkpoint, saved_adapters) if model is None and verify_base and by_prints else None
+    drawn = (
+        linear_stub_model(checkpoint, saved_adapters)
+        if model is None and verify_base and by_prints
+        else None
+    )
     merge_plan = recipe_for(folder, given, model if drawn is None else drawn)
     merge_plan = replace(merge_plan, by_prints=drawn is not None)
     checkpoint = with_added(grown(checkpoint, merge_plan.sizes), merge_plan.added)
@@ -159,15 +201,21 @@ def planned(
 def computed(
     job: MergeJob, name: str, tensor: Tensor, compiled: bool, offset: int = 0
 ) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba; ``offset`` is
-    where the tensor will be written in a file."""
+    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba; ``offset``
+    is where the tensor will be written in a file."""
     dtype, layers, result = job.target(name), [], None
     for work in job.merge_plan.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled, offset)
+            folded = apply(
+                work, part, dtype, _rounding(job, work, dtype, compiled), compiled, offset
+            )
             value = folded.weight
-            layers.append(LayerMerge(name, folded.change, folded.retention, folded.rounding, folded.sums.retention))
+            layers.append(
+                LayerMerge(
+                    name, folded.change, folded.retention, folded.rounding, folded.sums.retention
+                )
+            )
             finite = folded.finite
         else:
             value = replaced(work, part, dtype)

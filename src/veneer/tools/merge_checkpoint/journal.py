@@ -23,14 +23,16 @@ JOURNAL = "journal.jsonl"
 
 @contextmanager
 def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """The folder in which the result grows, and what its journal says is done: the last line of a file counts all of
-    its tensors that are. The journal of another merge is thrown away, with its folder. ``MergeError``: another process
-    has it."""
+    """The folder in which the result grows, and what its journal says is done: the last line of a
+    file counts all of its tensors that are. The journal of another merge is thrown away, with its
+    folder. ``MergeError``: another process has it."""
     folder = out.with_name(f".{out.name}.merging")
     with locked(folder.with_name(f"{folder.name}.lock"), partial(_busy, out)):
         lines: list[dict[str, Any]] = []
         with suppress(json.JSONDecodeError):  # the last line may have been cut off
-            for text in (folder / JOURNAL).read_text().splitlines() if (folder / JOURNAL).is_file() else ():
+            for text in (
+                (folder / JOURNAL).read_text().splitlines() if (folder / JOURNAL).is_file() else ()
+            ):
                 lines.append(json.loads(text))
         if lines[:1] != [{"merge": identity}]:
             if folder.exists():
@@ -46,4 +48,8 @@ def working_folder(out: Path, identity: str) -> Iterator[tuple[Path, list[dict[s
 
 
 def _busy(out: Path, holder: str) -> MergeError:
-    return MergeError(f"{holder}, which merges into {out}", "one at a time", "wait for it, or choose another folder")
+    return MergeError(
+        f"{holder}, which merges into {out}",
+        "one at a time",
+        "wait for it, or choose another folder",
+    )

@@ -1,12 +1,15 @@
-"""The part of a model that adapters change, from what they and the checkpoint say, without the model's code.
+"""The part of a model that adapters change, from what they and the checkpoint say, without the
+model's code.
 
-    linear_stub_model(checkpoint, saved_adapters)  ->  a module with the adapted linear layers at their paths, or None
+    linear_stub_model(checkpoint, saved_adapters) -> a module with the adapted linear layers at
+    their paths, or None
 
-An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint. Where the
-checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing was renamed, turned or joined
-on the way into the model. Left to the model itself is whatever may have a second name: what is as large as the
-vocabulary (a tie of an embedding and a head), and all of it where a layer's like is not changed. And so is every other
-kind of layer, and what is trained in full.
+An adapter of ours tells of each changed weight its path, the kind of its layer and its fingerprint.
+Where the checkpoint has a tensor of that name and fingerprint, that tensor is the weight: nothing
+was renamed, turned or joined on the way into the model. Left to the model itself is whatever may
+have a second name: what is as large as the vocabulary (a tie of an embedding and a head), and all
+of it where a layer's like is not changed. And so is every other kind of layer, and what is trained
+in full.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.models.safetensors_dir import Checkpoint
 
 
-def linear_stub_model(checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFiles]) -> nn.Module | None:
-    """A model without weights, for ``merge_plan.recipe_for``; None where only the real one will do. It is right for
-    tensors that have the fingerprints in the adapters' records, which is for the caller to see."""
+def linear_stub_model(
+    checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFiles]
+) -> nn.Module | None:
+    """A model without weights, for ``merge_plan.recipe_for``; None where only the real one will do.
+    It is right for tensors that have the fingerprints in the adapters' records, which is for the
+    caller to see."""
     config = checkpoint.folder / "config.json"
     try:
         vocabularies = set(_sizes(json.loads(config.read_text())))
@@ -63,7 +69,13 @@ def linear_stub_model(checkpoint: Checkpoint, saved_adapters: Sequence[AdapterFi
 
 def _sizes(config: Any) -> Iterator[int]:
     """Each size of a vocabulary that a configuration names, at any depth."""
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    items = (
+        config.items()
+        if isinstance(config, dict)
+        else enumerate(config)
+        if isinstance(config, list)
+        else ()
+    )
     for name, value in items:
         if isinstance(value, int) and "vocab" in str(name):
             yield value

@@ -1,11 +1,14 @@
-"""What a merge does to each tensor of a checkpoint, found from names and shapes alone; and doing it to one tensor.
+"""What a merge does to each tensor of a checkpoint, found from names and shapes alone; and doing it
+to one tensor.
 
-    recipe_for(folder, adapters)  ->  MergePlan: the edits of each tensor (place in the model, weighted changes)
+    recipe_for(folder, adapters) -> MergePlan: the edits of each tensor (place in the model,
+    weighted changes)
     apply(work, tensor)           ->  the merged part of the tensor, rounded once, and what rounding did to the change
 
-The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by the code that loads
-them onto a real one: whatever a live merge refuses is refused here. transformers, which knows the names, is 140 MB of
-code: adapters of ours say enough of linear layers (``linear_stub_model``), for all else a child process makes the plan.
+The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by
+the code that loads them onto a real one: whatever a live merge refuses is refused here.
+transformers, which knows the names, is 140 MB of code: adapters of ours say enough of linear layers
+(``linear_stub_model``), for all else a child process makes the plan.
 """
 
 from __future__ import annotations
@@ -50,9 +53,9 @@ NOWHERE = models.Place("")
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What happens to one tensor, or to the part ``place.within`` of it, which is the part ``place.index`` of the
-    parameter ``path`` (its first name), of this ``shape``: ``changes`` with their weights, or ``full``, values that
-    replace it."""
+    """What happens to one tensor, or to the part ``place.within`` of it, which is the part
+    ``place.index`` of the parameter ``path`` (its first name), of this ``shape``: ``changes`` with
+    their weights, or ``full``, values that replace it."""
 
     path: str
     shape: torch.Size
@@ -66,29 +69,40 @@ class MergePlan:
     """Everything that a merge does to a checkpoint."""
 
     works: Mapping[str, tuple[TensorEdit, ...]]  # by the name of a tensor
-    parts: Mapping[str, tuple[str, ...]]  # the tensors that hold a parameter, by its path, where these are several
-    #: of a parameter, by its path: the tensors that hold it, in its order, its shape, what each adapter expects
+    parts: Mapping[
+        str, tuple[str, ...]
+    ]  # the tensors that hold a parameter, by its path, where these are several
+    # : of a parameter, by its path: the tensors that hold it, in its order, its shape, what each
+    # adapter expects
     #: (a fingerprint, and the tokens whose rows it leaves out)
-    fingerprints: Mapping[str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]]
+    fingerprints: Mapping[
+        str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
+    ]
     notes: tuple[str, ...]  # what a person should know
     #: how many rows tensors of a vocabulary that grows will have, by their names
     sizes: Mapping[str, int] = field(default_factory=dict)
-    #: the shapes of tensors that the files lack and adapters train in full, and the head that these are
+    # : the shapes of tensors that the files lack and adapters train in full, and the head that
+    # these are
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Head | None = None
-    by_prints: bool = False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
+    by_prints: bool = (
+        False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
+    )
 
 
-def recipe_for(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None) -> MergePlan:
-    """What merging these adapters does to the checkpoint in ``folder``, which is of ``model``, with or without weights;
-    None lets a child process build that from the folder's config. ``AdapterError``, ``TargetError``: an adapter that
-    cannot be read, or that does not fit the model. ``CheckpointError``: the files lack a weight that an adapter
-    changes, or hold it in a way that cannot be followed. ``MergeError``: a change that cannot be merged tensor by
-    tensor."""
+def recipe_for(
+    folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None
+) -> MergePlan:
+    """What merging these adapters does to the checkpoint in ``folder``, which is of ``model``, with
+    or without weights; None lets a child process build that from the folder's config.
+    ``AdapterError``, ``TargetError``: an adapter that cannot be read, or that does not fit the
+    model. ``CheckpointError``: the files lack a weight that an adapter changes, or hold it in a way
+    that cannot be followed. ``MergeError``: a change that cannot be merged tensor by tensor."""
     if model is not None:
         return _recipe(folder, adapters, model)
     code = f"import sys; from {__name__} import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"
-    # -P: no code from the folder that the user happens to be in, which may be one that was downloaded
+    # -P: no code from the folder that the user happens to be in, which may be one that was
+    # downloaded
     command, question = [sys.executable, "-P", "-c", code], pickle.dumps((folder, adapters))
     done = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -114,13 +128,23 @@ def answer(questions: Any, answers: Any) -> None:
 
 def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
     saved_adapters = [read(path) for path, _ in adapters]
-    whole, head = model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
+    whole, head = (
+        model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
+    )
     checkpoint = open_checkpoint(folder)
     places = models.map_checkpoint_names(whole, checkpoint.where)
     own, sizes = model is None or whole is not model, {}
     if own and (rows := grow_model(whole, saved_adapters)) is not None:
-        ends = {id(end.weight) for side in ("input", "output") if (end := _embeddings(whole, side)) is not None}
-        into = {tensor for tensor, where in places.items() if {id(_at(whole, place.path)) for place in where} & ends}
+        ends = {
+            id(end.weight)
+            for side in ("input", "output")
+            if (end := _embeddings(whole, side)) is not None
+        }
+        into = {
+            tensor
+            for tensor, where in places.items()
+            if {id(_at(whole, place.path)) for place in where} & ends
+        }
         sizes = dict.fromkeys(sorted(into), rows)
         checkpoint = grown(checkpoint, sizes)
     attached: dict[str, Adapter] = {}
@@ -128,7 +152,14 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
         warnings.simplefilter("always")
         try:
             for number, adapter in enumerate(adapters):
-                install_from(whole, adapter[0], f"merged{number}", trainable=False, verify_base=False, untie=False)
+                install_from(
+                    whole,
+                    adapter[0],
+                    f"merged{number}",
+                    trainable=False,
+                    verify_base=False,
+                    untie=False,
+                )
                 attached[f"merged{number}"] = adapter
             notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
@@ -143,7 +174,9 @@ def _embeddings(model: Any, side: str) -> Any:
     return getattr(model, f"get_{side}_embeddings")()
 
 
-def _precisions(adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]) -> Iterator[str]:
+def _precisions(
+    adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]
+) -> Iterator[str]:
     """What a person should know of adapters whose base was packed as they were trained."""
     for (path, _), saved in zip(adapters, saved_adapters, strict=True):
         said = saved.metadata.get("base", {}).get("quantized")
@@ -156,19 +189,32 @@ def _read_off(
     model: nn.Module, attached: Mapping[str, Adapter], saved_adapters: Sequence[AdapterFiles],
     places: Mapping[str, tuple[models.Place, ...]], checkpoint: Checkpoint, notes: Sequence[str],
 ) -> MergePlan:  # fmt: skip
-    """The plan that a model with the adapters attached shows; ``places`` are those of each tensor in the model."""
+    """The plan that a model with the adapters attached shows; ``places`` are those of each tensor
+    in the model."""
     names = {id(value): path for path, value in (*model.named_buffers(), *model.named_parameters())}
     works = _wanted(model, attached, names)
-    of: dict[str, dict[str, models.Place]] = {path: {} for path in works}  # the tensors that hold each, and where
+    of: dict[str, dict[str, models.Place]] = {
+        path: {} for path in works
+    }  # the tensors that hold each, and where
     for tensor, own in places.items():
         for place in own:
             path = names[id(_at(model, place.path))]  # ties go by their first name
             of.setdefault(path, {}).setdefault(tensor, place)
-    added = {path: tuple(work.shape) for path, work in works.items() if not of[path] and _is_of_head(path, work)}
+    added = {
+        path: tuple(work.shape)
+        for path, work in works.items()
+        if not of[path] and _is_of_head(path, work)
+    }
     of |= {path: {path: models.Place(path)} for path in added}
     checkpoint = with_added(checkpoint, added)
-    problems = [problem for path, work in works.items() for problem in _unplaced(path, work, of[path], checkpoint)]
-    raise_all(CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems)
+    problems = [
+        problem
+        for path, work in works.items()
+        for problem in _unplaced(path, work, of[path], checkpoint)
+    ]
+    raise_all(
+        CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems
+    )
     placed: dict[str, list[TensorEdit]] = {}
     for path, work in works.items():
         for tensor, place in of[path].items():
@@ -176,10 +222,17 @@ def _read_off(
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
         for at, expected in saved.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = expected, saved.token_ids(at)
+            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = (
+                expected,
+                saved.token_ids(at),
+            )
     return MergePlan(
         {tensor: tuple(own) for tensor, own in placed.items()},
-        {path: _whole(of[path]) for path in works if any(place.index for place in of[path].values())},
+        {
+            path: _whole(of[path])
+            for path in works
+            if any(place.index for place in of[path].values())
+        },
         {path: (_whole(of[path]), works[path].shape, said) for path, said in fingerprints.items()},
         tuple(dict.fromkeys([*notes, *_notes_of_added(model, added, of)])),
         added=added,
@@ -187,12 +240,15 @@ def _read_off(
 
 
 def _is_of_head(path: str, work: TensorEdit) -> bool:
-    """Whether a parameter may be one that a base without this head lacks: trained in full, outside of the blocks."""
+    """Whether a parameter may be one that a base without this head lacks: trained in full, outside
+    of the blocks."""
     in_full = not work.changes and work.full[0][1].is_floating_point()
     return in_full and not any(part.isdigit() for part in path.split("."))
 
 
-def _notes_of_added(model: nn.Module, added: Mapping[str, Any], of: Mapping[str, Any]) -> Iterator[str]:
+def _notes_of_added(
+    model: nn.Module, added: Mapping[str, Any], of: Mapping[str, Any]
+) -> Iterator[str]:
     if added:
         yield f"The base has no {listing(added, 4)}: added from the adapter."
         ids = {id(_at(model, path)) for path in of if of[path]}
@@ -207,8 +263,11 @@ def _at(model: nn.Module, path: str) -> Tensor:
     return module._parameters[name] if name in module._parameters else module._buffers[name]  # pyright: ignore[reportReturnType]
 
 
-def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]) -> dict[str, TensorEdit]:
-    """What happens to each parameter (and running statistic) that an adapter changes, by its path."""
+def _wanted(
+    model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]
+) -> dict[str, TensorEdit]:
+    """What happens to each parameter (and running statistic) that an adapter changes, by its
+    path."""
     found: dict[str, TensorEdit] = {}
     problems = {name: (*torn(model, name), *no_weights_change(model, name)) for name in attached}
     ties = [f"{attached[name][0]}: {one}" for name, own in problems.items() for one in own]
@@ -230,7 +289,9 @@ def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[in
                 if value is None or target is None:
                     continue
                 work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-                if not any(value is other for _, other in work.full):  # a tie has one copy, under several names
+                if not any(
+                    value is other for _, other in work.full
+                ):  # a tie has one copy, under several names
                     found[work.path] = replace(work, full=(*work.full, (share, value.detach())))
     if both := [path for path, work in found.items() if work.changes and work.full]:
         text = f"{listing(both)}, which one adapter changes and another replaces"
@@ -238,26 +299,54 @@ def _wanted(model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[in
     return found
 
 
-def _unplaced(path: str, work: TensorEdit, places: Mapping[str, models.Place], checkpoint: Checkpoint):
-    """Why the files cannot be merged at one parameter: they lack it, in part or in whole, in another shape or dtype."""
+def _unplaced(
+    path: str, work: TensorEdit, places: Mapping[str, models.Place], checkpoint: Checkpoint
+):
+    """Why the files cannot be merged at one parameter: they lack it, in part or in whole, in
+    another shape or dtype."""
     if not places and not work.changes and not work.full[0][1].is_floating_point():
         return  # a counter of a norm, which old files do not have
-    covered = torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
+    covered = (
+        torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
+    )
     for tensor, place in places.items():
         shape, own = sliced(work.shape, place.index), sliced(checkpoint.shape(tensor), place.within)
         if shape.numel() != own.numel() or (not place.index and shape != own):
-            yield sentence(f"{tensor!r} of shape {tuple(own)}", f"{tuple(shape)}", "name the base of the adapter")
+            yield sentence(
+                f"{tensor!r} of shape {tuple(own)}",
+                f"{tuple(shape)}",
+                "name the base of the adapter",
+            )
         dtype = checkpoint.dtype(tensor)
-        if work.changes and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            yield sentence(f"{tensor!r} in {dtype}", "a floating-point type of at least 16 bits", "dequantise it first")
+        if work.changes and dtype not in (
+            torch.float64,
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            yield sentence(
+                f"{tensor!r} in {dtype}",
+                "a floating-point type of at least 16 bits",
+                "dequantise it first",
+            )
         if covered is not None:
             covered[place.index] = True
-        if place.index and work.changes and type(work.changes[0][1].layer).unfold is not Layer.unfold:
+        if (
+            place.index
+            and work.changes
+            and type(work.changes[0][1].layer).unfold is not Layer.unfold
+        ):
             found = f"{tensor!r}, a part of {path!r}"
-            yield sentence(found, "the whole of it in one tensor", "merge it in memory (veneer.merge), and save it")
+            yield sentence(
+                found,
+                "the whole of it in one tensor",
+                "merge it in memory (veneer.merge), and save it",
+            )
     if not places or (covered is not None and not covered.all()):
         found = f"no tensor that is {path!r}" + (" as a whole" if places else "")
-        yield sentence(found, "every weight that the adapter changes", "name the base that it was trained on")
+        yield sentence(
+            found, "every weight that the adapter changes", "name the base that it was trained on"
+        )
 
 
 def _whole(places: Mapping[str, models.Place]) -> tuple[str, ...]:
@@ -271,10 +360,16 @@ class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
 
 
 def apply(
-    work: TensorEdit, weight: Tensor, dtype: torch.dtype, rounding: str, compiled: bool, offset: int = 0
+    work: TensorEdit,
+    weight: Tensor,
+    dtype: torch.dtype,
+    rounding: str,
+    compiled: bool,
+    offset: int = 0,
 ) -> Folded:
-    """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes into a live model, bit
-    for bit, with its ``rounding``. ``compiled=False`` leaves numba alone. ``offset`` is where it will be in a file."""
+    """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes
+    into a live model, bit for bit, with its ``rounding``. ``compiled=False`` leaves numba alone.
+    ``offset`` is where it will be in a file."""
     shape = sliced(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
@@ -283,7 +378,9 @@ def apply(
     out = None
     if held.is_contiguous():
         out = empty_bytes(held.numel() * dtype.itemsize, offset).view(dtype).view(held.shape)
-    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled)
+    folded = fold_change(
+        lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled
+    )
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
 
 
@@ -293,19 +390,27 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
         return change.exactly(change.layer.fold(held, work.shape))
     if change.tokens is not None:
         found = f"trained tokens of {work.path!r}, which the files hold in parts"
-        raise MergeError(found, "the whole of it in one tensor", "merge it in memory, and save the model")
+        raise MergeError(
+            found, "the whole of it in one tensor", "merge it in memory, and save the model"
+        )
     every = slice(None)
-    groups, rows = (*work.place.index, every)[:2] if change.dims.groups > 1 else (every, work.place.index[0])
+    groups, rows = (
+        (*work.place.index, every)[:2] if change.dims.groups > 1 else (every, work.place.index[0])
+    )
 
     def need() -> Tensor:
         raise _NeedsBase
 
-    numbers: dict[str, Any] = {name: value.double() for name, value in change.adapter_parameters.items()}
+    numbers: dict[str, Any] = {
+        name: value.double() for name, value in change.adapter_parameters.items()
+    }
     try:
         low, _ = change.variant.resolve(numbers, change.scale, need)
     except _NeedsBase:
         if change.rows is not None or numbers.keys() - {"A", "B"} - set(change.variant.peft_keys):
-            found = f"variant {change.variant.name!r} on {work.path!r}, which the files hold in parts"
+            found = (
+                f"variant {change.variant.name!r} on {work.path!r}, which the files hold in parts"
+            )
             raise MergeError(found, "the whole of it in one tensor", "merge it in memory") from None
         shape = change.dims[:2]
         own = {
@@ -327,11 +432,19 @@ def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank
     if all(gain is None for gain in given):
         return LowRank.sum(lows, shares), None
     sizes = lows[0].B.shape[:2]
-    gains = [torch.ones(sizes).double() if gain is None else gain.double().view(sizes) for gain in given]
-    whole = 1 + torch.stack([share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]).sum(0)
+    gains = [
+        torch.ones(sizes).double() if gain is None else gain.double().view(sizes) for gain in given
+    ]
+    whole = 1 + torch.stack(
+        [share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]
+    ).sum(0)
     if whole.abs().min() < 1e-6:
-        raise MergeError("a row that these weights scale to nothing", "a gain that is not 0", "change them")
-    own = [low.to(torch.float64).gained(gain / whole) for low, gain in zip(lows, gains, strict=True)]
+        raise MergeError(
+            "a row that these weights scale to nothing", "a gain that is not 0", "change them"
+        )
+    own = [
+        low.to(torch.float64).gained(gain / whole) for low, gain in zip(lows, gains, strict=True)
+    ]
     return LowRank.sum(own, shares), whole.flatten()
 
 

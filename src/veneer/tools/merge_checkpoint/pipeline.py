@@ -1,10 +1,12 @@
-"""The work of a merge: while one tensor is computed, the next is read and hashed, and the one before is written.
+"""The work of a merge: while one tensor is computed, the next is read and hashed, and the one
+before is written.
 
     reading ──► tensor ──► computed ──► writing ──► flushing, then a line of the journal
                    └─────► hashing, compared before anything of it is written
 
-A thread each. How many bytes may lie between reading and writing is bounded (``MergeJob.room``): what would be too much
-is not read ahead. What no adapter changes is read straight into what is written.
+A thread each. How many bytes may lie between reading and writing is bounded (``MergeJob.room``):
+what would be too much is not read ahead. What no adapter changes is read straight into what is
+written.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ STEP = 128 * 2**20
 
 #: called as (bytes done, bytes in all, name of the tensor)
 Progress = Callable[[int, int, str], object]
-#: a tensor that was read, and whether its fingerprint is that of the adapters' base; None for what is copied
+# : a tensor that was read, and whether its fingerprint is that of the adapters' base; None for what
+# is copied
 Loaded = tuple[Tensor, Future[None] | None] | None
 
 
 class Pipeline:
     """One run of a merge. ``journal`` is what earlier runs have done."""
 
-    def __init__(self, job: MergeJob, folder: Path, journal: list[dict[str, Any]], progress: Progress | None) -> None:
+    def __init__(
+        self, job: MergeJob, folder: Path, journal: list[dict[str, Any]], progress: Progress | None
+    ) -> None:
         self.job, self.folder, self.progress = job, folder, progress
         self.done = {line["file"]: line["tensors"] for line in journal}
         self.layers = [LayerMerge(*layer) for line in journal for layer in line["layers"]]
@@ -56,26 +61,49 @@ class Pipeline:
         self._reading, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def run(self) -> None:
-        """Everything that is left to do. ``BaseMismatchError``, ``MergeError``, ``CheckpointError``, ``OSError``: the
-        first that is met; what the journal says is done then, is."""
+        """Everything that is left to do. ``BaseMismatchError``, ``MergeError``,
+        ``CheckpointError``, ``OSError``: the first that is met; what the journal says is done then,
+        is."""
         names = list(self._left())
-        starts = {name: at for file in self.job.checkpoint.files for name, at in self.job.layout(file)[1].items()}
-        with self._reading, self._hashing, apart(), _Writer(self) as writer, ThreadPoolExecutor(1) as writing:
-            pending: deque[tuple[int, Future[None]]] = deque()  # bytes of each tensor that is to be written
+        starts = {
+            name: at
+            for file in self.job.checkpoint.files
+            for name, at in self.job.layout(file)[1].items()
+        }
+        with (
+            self._reading,
+            self._hashing,
+            apart(),
+            _Writer(self) as writer,
+            ThreadPoolExecutor(1) as writing,
+        ):
+            pending: deque[tuple[int, Future[None]]] = (
+                deque()
+            )  # bytes of each tensor that is to be written
             ahead = self._reading.submit(self._read, names[0]) if names else None
             for name, following in zip_longest(names, names[1:]):
                 loaded = (ahead or self._reading.submit(self._read, name)).result()
                 needed = self._bytes(name, both=True) + (self._bytes(following) if following else 0)
-                while pending and (pending[0][1].done() or sum(size for size, _ in pending) + needed > self._limit):
+                while pending and (
+                    pending[0][1].done() or sum(size for size, _ in pending) + needed > self._limit
+                ):
                     pending.popleft()[1].result()
-                ahead = self._reading.submit(self._read, following) if following and needed <= self._limit else None
+                ahead = (
+                    self._reading.submit(self._read, following)
+                    if following and needed <= self._limit
+                    else None
+                )
                 result, layers = None, []
                 if loaded is not None:
-                    result, layers = computed(self.job, name, loaded[0], self._compiled, starts[name])
+                    result, layers = computed(
+                        self.job, name, loaded[0], self._compiled, starts[name]
+                    )
                 if loaded is not None and loaded[1] is not None:
                     loaded[1].result()  # what is not of the base goes no further
                 loaded = None
-                pending.append((self._bytes(name), writing.submit(writer.store, name, result, layers)))
+                pending.append(
+                    (self._bytes(name), writing.submit(writer.store, name, result, layers))
+                )
                 result = None
                 if ahead is None:
                     pending.pop()[1].result()
@@ -91,18 +119,25 @@ class Pipeline:
         """The most that a tensor takes while it is read or written, or (``both``) computed."""
         if self.job.copied(name):
             return 0  # it passes through the writer's buffer
-        return self.job.both(name) if both else max(self.job.checkpoint.bytes(name), self.job.written(name))
+        return (
+            self.job.both(name)
+            if both
+            else max(self.job.checkpoint.bytes(name), self.job.written(name))
+        )
 
     def _read(self, name: str) -> Loaded:
         if self.job.copied(name):
             return None
         tensor = self.job.checkpoint.read(name)
         paths = self._last_of_each.get(name)
-        return tensor, self._hashing.submit(self.job.compare, paths, {name: tensor}) if paths else None
+        return tensor, self._hashing.submit(
+            self.job.compare, paths, {name: tensor}
+        ) if paths else None
 
 
 class _Writer:
-    """The files of the result, written one after the other, each from its first byte on or from where it was left."""
+    """The files of the result, written one after the other, each from its first byte on or from
+    where it was left."""
 
     def __init__(self, run: Pipeline) -> None:
         self.run, self.job = run, run.job
@@ -129,7 +164,8 @@ class _Writer:
                 self._flushed.result()
 
     def store(self, name: str, result: Tensor | None, layers: list[LayerMerge]) -> None:
-        """Write the next tensor; None copies it from the base. After one that failed, none is written."""
+        """Write the next tensor; None copies it from the base. After one that failed, none is
+        written."""
         if self._failed:
             raise self._failed[0]
         try:
@@ -142,14 +178,21 @@ class _Writer:
         file, size = self.job.checkpoint.where[name], self.job.checkpoint.bytes(name)
         if file != self._file or self._target is None:
             head, starts = self.job.layout(file)
-            self._file, done = file, self.run.done.get(file, 0)  # what is behind these was not flushed
+            self._file, done = (
+                file,
+                self.run.done.get(file, 0),
+            )  # what is behind these was not flushed
             self._target = DirectWriter(self.run.folder / file, starts[name] if done else 0)
             self._target.write(b"" if done else head)
         if result is None:
             self._copy(self._target, name)
         else:
             self._target.write(memoryview(as_bytes(result).numpy().data))
-        self._since, self._count, self._layers = self._since + size, self._count + 1, [*self._layers, *layers]
+        self._since, self._count, self._layers = (
+            self._since + size,
+            self._count + 1,
+            [*self._layers, *layers],
+        )
         last = in_order(self.job.checkpoint.files[file])[-1] == name
         if last or self._since >= STEP:
             self._target.finish() if last else self._target.flush()
@@ -167,14 +210,23 @@ class _Writer:
             source.seek(checkpoint.start(name))
             if target.copy(source, checkpoint.bytes(name)) < checkpoint.bytes(name):
                 found = "a file that became shorter while it was read"
-                raise CheckpointError(found, "the base as it was", "let nobody write to it meanwhile")
+                raise CheckpointError(
+                    found, "the base as it was", "let nobody write to it meanwhile"
+                )
 
     def _flush(self, target: int) -> None:
-        """Let what was written be flushed to the disk, then said in the journal, while the next tensors are merged."""
+        """Let what was written be flushed to the disk, then said in the journal, while the next
+        tensors are merged."""
         if self._flushed is not None:
             self._flushed.result()
-        line = {"file": self._file, "tensors": self._count, "layers": [astuple(layer) for layer in self._layers]}
-        self._flushed = self._flushing.submit(_flushed, os.dup(target), self._journal, json.dumps(line))
+        line = {
+            "file": self._file,
+            "tensors": self._count,
+            "layers": [astuple(layer) for layer in self._layers],
+        }
+        self._flushed = self._flushing.submit(
+            _flushed, os.dup(target), self._journal, json.dumps(line)
+        )
         self.run.layers += self._layers
         self._since, self._count, self._layers = 0, 0, []
 

@@ -1,17 +1,19 @@
-"""A look inside an adapter: how much of its rank is in use, where its change went, what it may have made forget.
+"""A look inside an adapter: how much of its rank is in use, where its change went, what it may have
+made forget.
 
     examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
     page.page(facts)     ->  str         one HTML page, drawn from that JSON and nothing else
 
-Of each weight, from the thin factors: the singular values of ΔW (of a stack or a grouped convolution, the root of the
-sum of squares over its groups), and
+Of each weight, from the thin factors: the singular values of ΔW (of a stack or a grouped
+convolution, the root of the sum of squares over its groups), and
 
     effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank". r if all are equal
     rank for 99 %    the smallest that keeps this share of ‖ΔW‖²
     lost at rank r   ‖what truncation to r leaves out‖ / ‖ΔW‖, of all weights together
 
-With a base: ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With another adapter: how the spaces of
-both lie to each other (``tools/compare.py``), beside what two random spaces share, max(r, r') / n.
+With a base: ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With another adapter:
+how the spaces of both lie to each other (``tools/compare.py``), beside what two random spaces
+share, max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intru
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: the share of ‖ΔW‖² that the next rank has to hold, and of the allotted rank beyond which all of it counts as in use
+# : the share of ‖ΔW‖² that the next rank has to hold, and of the allotted rank beyond which all of
+# it counts as in use
 ENOUGH, FULL = 0.99, 0.75
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a weight's change shares with the other adapter's: φ and the principal angles in degrees of the spaces that
-    it reads from (``read``) and writes to (``written``); ``chance``: φ of two random spaces of these ranks."""
+    """What a weight's change shares with the other adapter's: φ and the principal angles in degrees
+    of the spaces that it reads from (``read``) and writes to (``written``); ``chance``: φ of two
+    random spaces of these ranks."""
 
     cosine: float
     read: float | None
@@ -58,9 +62,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class ReportLayer:
-    """One weight that changes. ``block``: the first number of its path, None without one. ``relative``: ‖W' − W‖ /
-    ‖W‖; None without a base. ``cosines``, ``control``: those of the leading singular vectors of W', and of the control;
-    empty where none were looked at. ``intruders``: how many are below the threshold, in W' and in the control."""
+    """One weight that changes. ``block``: the first number of its path, None without one.
+    ``relative``: ‖W' − W‖ / ‖W‖; None without a base. ``cosines``, ``control``: those of the
+    leading singular vectors of W', and of the control; empty where none were looked at.
+    ``intruders``: how many are below the threshold, in W' and in the control."""
 
     path: str
     block: int | None
@@ -86,7 +91,8 @@ class ReportLayer:
 
 @dataclass(frozen=True)
 class Cut:
-    """All weights truncated to a rank: ``lost`` is the norm of what that leaves out, as a share of the whole."""
+    """All weights truncated to a rank: ``lost`` is the norm of what that leaves out, as a share of
+    the whole."""
 
     rank: int
     lost: float
@@ -94,8 +100,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``examine`` found. ``base``: whether its weights were read; ``other``: the adapter beside. ``in_full``: what
-    is trained whole, of which nothing here speaks. ``next_rank`` and ``why``: what to train with next."""
+    """What ``examine`` found. ``base``: whether its weights were read; ``other``: the adapter
+    beside. ``in_full``: what is trained whole, of which nothing here speaks. ``next_rank`` and
+    ``why``: what to train with next."""
 
     adapter: str
     about: Mapping[str, Any]
@@ -123,7 +130,9 @@ class Report:
         facts = {name: value for name, value in vars(self).items() if name != "found"}
         facts["layers"] = [{**asdict(layer), "used": layer.used} for layer in self.layers]
         facts["cuts"] = [asdict(cut) for cut in self.cuts]
-        return json.loads(json.dumps({**facts, "norm": self.norm}, default=list), parse_constant=lambda _: None)
+        return json.loads(
+            json.dumps({**facts, "norm": self.norm}, default=list), parse_constant=lambda _: None
+        )
 
 
 @torch.no_grad()
@@ -150,8 +159,8 @@ def examine(
         progress: called with (path, done, total) after each weight of the base.
 
     Raises:
-        AdapterError: an adapter cannot be read, changes nothing at a low rank, or has other shapes than the other one;
-            the base lacks a weight.
+        AdapterError: an adapter cannot be read, changes nothing at a low rank, or has other shapes
+            than the other one; the base lacks a weight.
         BaseMismatchError: the base is another one than the adapter was made for.
     """
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
@@ -159,20 +168,37 @@ def examine(
     aligned = [one for one in align([saved], weights.order) if one.alias_of is None]
     if not aligned:
         found = f"{saved.path}, which changes no weight at a low rank"
-        raise AdapterError(found, "changes of the form scale · B @ A", "`veneer inspect` lists what it trains in full")
+        raise AdapterError(
+            found,
+            "changes of the form scale · B @ A",
+            "`veneer inspect` lists what it trains in full",
+        )
     lows, found = applied(saved), {}
     if base is not None:
-        search = find_intruders(saved, weights, count=count, threshold=threshold, control=True, seed=seed)
+        search = find_intruders(
+            saved, weights, count=count, threshold=threshold, control=True, seed=seed
+        )
         for done, one in enumerate(search, 1):
             found[one.aligned.at] = one
             if progress is not None:
                 progress(one.aligned.at, done, len(aligned))
     difference = None if other is None else compare(saved, other)
-    shared = {} if difference is None else {layer.path: _shared(layer, lows[layer.path]) for layer in difference.layers}
-    looks = [_layer(one, lows[one.at], found.get(one.at), threshold, shared.get(one.at)) for one in aligned]
+    shared = (
+        {}
+        if difference is None
+        else {layer.path: _shared(layer, lows[layer.path]) for layer in difference.layers}
+    )
+    looks = [
+        _layer(one, lows[one.at], found.get(one.at), threshold, shared.get(one.at))
+        for one in aligned
+    ]
     cuts = _cuts(looks)
     next_rank, why = _next_rank(looks, cuts)
-    own = [f"{peft.unnested(path)[0]}.{name}" for path, tensors in saved.full.items() for name in tensors]
+    own = [
+        f"{peft.unnested(path)[0]}.{name}"
+        for path, tensors in saved.full.items()
+        for name in tensors
+    ]
     own += [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
     return Report(
         str(saved.path), _about(saved), base_name if base is not None else None,
@@ -204,7 +230,11 @@ def effective_rank(spectrum: Tensor) -> float:
 
 
 def _layer(
-    aligned: AlignedWeight, low: LowRank, found: WeightIntruders | None, threshold: float, shared: Shared | None
+    aligned: AlignedWeight,
+    low: LowRank,
+    found: WeightIntruders | None,
+    threshold: float,
+    shared: Shared | None,
 ) -> ReportLayer:
     svd = low.svd()
     spectrum = svd.S.square().sum(0).sqrt()
@@ -214,7 +244,9 @@ def _layer(
     if found is not None:
         relative = found.distance / found.norm if found.norm else math.inf
         cosines, control = found.cosines, found.control
-        intruders = (found.count, sum(cosine < threshold for cosine in control)) if cosines else None
+        intruders = (
+            (found.count, sum(cosine < threshold for cosine in control)) if cosines else None
+        )
     return ReportLayer(
         aligned.at, None if number is None else int(number[1]), aligned.at.rpartition(".")[2], aligned.template.dims,
         aligned.template.rank, norm, tuple(spectrum.tolist()), effective_rank(spectrum), rank_90, rank_99, relative,
@@ -237,11 +269,20 @@ def _shared(layer: LayerDifference, low: LowRank) -> Shared:
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
     """At the powers of two below the largest rank, and at that."""
-    largest, whole = max(layer.rank for layer in layers), math.hypot(*(layer.norm for layer in layers))
+    largest, whole = (
+        max(layer.rank for layer in layers),
+        math.hypot(*(layer.norm for layer in layers)),
+    )
     ranks = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-    lost = [math.hypot(*(value for layer in layers for value in layer.spectrum[rank:])) for rank in ranks]
+    lost = [
+        math.hypot(*(value for layer in layers for value in layer.spectrum[rank:]))
+        for rank in ranks
+    ]
     return [
-        *(Cut(rank, lost / whole if whole else 0.0) for rank, lost in zip(ranks, lost, strict=True)),
+        *(
+            Cut(rank, lost / whole if whole else 0.0)
+            for rank, lost in zip(ranks, lost, strict=True)
+        ),
         Cut(largest, 0.0),
     ]
 
@@ -254,7 +295,13 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
         return allotted, "every change is zero: it was not trained"
     enough = next(cut.rank for cut in cuts if cut.lost**2 <= 1 - ENOUGH)
     if enough < allotted:
-        return enough, f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%} of ‖ΔW‖²"
+        return (
+            enough,
+            f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%} of ‖ΔW‖²",
+        )
     if used >= FULL:
-        return 2 * allotted, f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers the loss"
+        return (
+            2 * allotted,
+            f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers the loss",
+        )
     return allotted, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"

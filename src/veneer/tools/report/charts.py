@@ -1,7 +1,8 @@
 """Drawings of the report: lines as SVG, numbers by block and kind as a table with shaded cells.
 
-Nothing here needs a script or the network. A chart is as wide as its column, on a phone and on paper; its letters are
-drawn for a width of 25 rem. Colours are those of the style sheet, so that light and dark are one drawing.
+Nothing here needs a script or the network. A chart is as wide as its column, on a phone and on
+paper; its letters are drawn for a width of 25 rem. Colours are those of the style sheet, so that
+light and dark are one drawing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ def lines(
     series: Mapping[str, Points], *, x: str, y: str, log_y: bool = False, top: float | None = None,
     mark: float | None = None, bottom: float | None = 0.0, faint: Sequence[Points] = (), dots: bool = False,
 ) -> str:  # fmt: skip
-    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``bottom``, ``top``: the ends of
-    the y axis, if no value is beyond the first; None: those of the values. ``mark``: where a dashed vertical line
-    stands. With ``log_y`` points at 0 are left out. ``faint``: lines behind the others, which have no key. ``dots``:
-    points instead of lines."""
-    series = {name: [point for point in points if not log_y or point[1] > 0] for name, points in series.items()}
+    """A chart of several lines, and the key below it. ``x``, ``y``: what the axes say. ``bottom``,
+    ``top``: the ends of the y axis, if no value is beyond the first; None: those of the values.
+    ``mark``: where a dashed vertical line stands. With ``log_y`` points at 0 are left out.
+    ``faint``: lines behind the others, which have no key. ``dots``: points instead of lines."""
+    series = {
+        name: [point for point in points if not log_y or point[1] > 0]
+        for name, points in series.items()
+    }
     points = [point for own in (*series.values(), *faint) for point in own]
     if not points:
         return "<p>Nothing to draw: every value is 0.</p>"
@@ -45,16 +49,23 @@ def lines(
     drawn = [_axes(scale, log_y, xs, across, x, y)]
     if mark is not None and xs[0] <= mark <= xs[1]:
         at = LEFT + across(mark) * (WIDTH - LEFT - EDGE)
-        drawn.append(f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}" x2="{at:.1f}" ')
+        drawn.append(
+            f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}" x2="{at:.1f}" '
+        )
         drawn.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     drawn += [f'<polyline class="axis" points="{" ".join(map(place, own))}"/>' for own in faint]
     for number, own in enumerate(series.values()):
         if not dots:
-            drawn.append(f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>')
+            drawn.append(
+                f'<polyline class="s{number % COLOURS}" points="{" ".join(map(place, own))}"/>'
+            )
             continue
         for left, up in (place(point).split(",") for point in own):
             drawn.append(f'<circle class="s{number % COLOURS}" cx="{left}" cy="{up}" r="4"/>')
-    keys = "".join(f'<span class="s{number % COLOURS}">{escape(name)}</span>' for number, name in enumerate(series))
+    keys = "".join(
+        f'<span class="s{number % COLOURS}">{escape(name)}</span>'
+        for number, name in enumerate(series)
+    )
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
@@ -63,12 +74,19 @@ def lines(
 
 
 def _axes(
-    up: Callable[[float], float], log_y: bool, xs: tuple[float, float], across: Callable[[float], float], x: str, y: str
+    up: Callable[[float], float],
+    log_y: bool,
+    xs: tuple[float, float],
+    across: Callable[[float], float],
+    x: str,
+    y: str,
 ) -> str:
     drawn = []
     shares = (0, 0.25, 0.5, 0.75, 1)
     digits = next(
-        count for count in (2, 3, 4, 5) if count == 5 or len({f"{_at(up, s):.{count}g}" for s in shares}) == 5
+        count
+        for count in (2, 3, 4, 5)
+        if count == 5 or len({f"{_at(up, s):.{count}g}" for s in shares}) == 5
     )
     for share in shares:
         value = _at(up, share)
@@ -76,21 +94,34 @@ def _axes(
         drawn.append(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}" y2="{_up(share):.1f}"/>'
         )
-        drawn.append(f'<text x="{LEFT - 6}" y="{_up(share) + 4:.1f}" text-anchor="end">{said}</text>')
-    whole = all(float(value).is_integer() for value in xs) and xs[0] >= 1  # ranks, numbers of singular values
-    ticks = _whole_ticks(*xs) if whole else [xs[0] + (xs[1] - xs[0]) * share for share in (0, 0.25, 0.5, 0.75, 1)]
+        drawn.append(
+            f'<text x="{LEFT - 6}" y="{_up(share) + 4:.1f}" text-anchor="end">{said}</text>'
+        )
+    whole = (
+        all(float(value).is_integer() for value in xs) and xs[0] >= 1
+    )  # ranks, numbers of singular values
+    ticks = (
+        _whole_ticks(*xs)
+        if whole
+        else [xs[0] + (xs[1] - xs[0]) * share for share in (0, 0.25, 0.5, 0.75, 1)]
+    )
     for value in ticks:
         at = LEFT + across(value) * (WIDTH - LEFT - EDGE)
         anchor = "middle" if at < WIDTH - 3 * EDGE else "end"  # within the drawing
         x_at = at if anchor == "middle" else WIDTH
-        drawn.append(f'<text x="{x_at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_tick(value)}</text>')
-    drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
+        drawn.append(
+            f'<text x="{x_at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_tick(value)}</text>'
+        )
+    drawn.append(
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>'
+    )
     drawn.append(f'<text x="4" y="14">{escape(y)}</text>')
     return "".join(drawn)
 
 
 def _tick(value: float) -> str:
-    """Three digits, or all of a larger number: without an exponent, which is wider than the number."""
+    """Three digits, or all of a larger number: without an exponent, which is wider than the
+    number."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
@@ -121,8 +152,8 @@ def heat_map(
     form: Callable[[float], str],
     most: float | None = None,
 ) -> str:
-    """Numbers by (block, kind): a row a block, a column a kind; the darker, the nearer to ``most`` (default: the
-    largest). A cell of several weights has their mean: whoever calls has made it."""
+    """Numbers by (block, kind): a row a block, a column a kind; the darker, the nearer to ``most``
+    (default: the largest). A cell of several weights has their mean: whoever calls has made it."""
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
     most = max(cells.values()) if most is None else most
@@ -133,7 +164,9 @@ def heat_map(
         for kind in kinds:
             value = cells.get((block, kind))
             shade = 0.0 if value is None or not most else max(0.0, min(1.0, value / most))
-            row.append("<td></td>" if value is None else f'<td style="--v:{shade:.3f}">{form(value)}</td>')
+            row.append(
+                "<td></td>" if value is None else f'<td style="--v:{shade:.3f}">{form(value)}</td>'
+            )
         rows.append(f"<tr><th>{'–' if block is None else block}</th>{''.join(row)}</tr>")
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll"><table class="map">'
@@ -144,7 +177,10 @@ def heat_map(
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table. A head that begins with ">" is that of a column of numbers."""
     classes = [' class="number"' if head.startswith(">") else "" for head in heads]
-    head = "".join(f"<th{c}>{escape(head.removeprefix('>'))}</th>" for head, c in zip(heads, classes, strict=True))
+    head = "".join(
+        f"<th{c}>{escape(head.removeprefix('>'))}</th>"
+        for head, c in zip(heads, classes, strict=True)
+    )
     body = "".join(
         f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>"
         for row in rows

@@ -1,4 +1,5 @@
-"""The report as one HTML page that stands alone: no script, no network; for a phone, a desk, paper, light and dark.
+"""The report as one HTML page that stands alone: no script, no network; for a phone, a desk, paper,
+light and dark.
 
 Everything is drawn from ``Report.to_dict()`` and, under "losses", what ``veneer inspect`` measured:
 
@@ -27,11 +28,18 @@ def page(facts: Facts) -> str:
     about = facts["about"]
     base = facts["base"] or about["base"] or "an unnamed base"
     lead = f"{about['variant']}, rank {about['rank']}, alpha {about['alpha']:g}, {about['parameters']:,} numbers, on "
-    lead += f"{base}. " + ("" if about["verified"] else "Written by another library: nothing to verify it by. ")
+    lead += f"{base}. " + (
+        "" if about["verified"] else "Written by another library: nothing to verify it by. "
+    )
     lead += "" if facts["base"] else "Without --base nothing is said of the base's own weights. "
-    lead += f"Trained in full and not looked at here: {', '.join(facts['in_full'])}." if facts["in_full"] else ""
+    lead += (
+        f"Trained in full and not looked at here: {', '.join(facts['in_full'])}."
+        if facts["in_full"]
+        else ""
+    )
     sections = "".join(
-        f"<section>{part}</section>" for part in (_rank(facts), _where(facts), *_optional(facts), _layers(facts))
+        f"<section>{part}</section>"
+        for part in (_rank(facts), _where(facts), *_optional(facts), _layers(facts))
     )
     name = Path(facts["adapter"]).name
     footer = (
@@ -41,7 +49,9 @@ def page(facts: Facts) -> str:
     return document(f"A look inside {name}", lead, _cards(facts), sections, footer)
 
 
-def document(title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str) -> str:
+def document(
+    title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str
+) -> str:
     """A whole page. ``cards``: (a number, what it is); ``sections`` and ``footer`` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -63,14 +73,24 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str]]:
     yield f"{used:.0%}", "of the allotted rank in use (effective rank, median weight)"
     yield str(facts["next_rank"]), "rank to use next"
     if facts["base"] and all(layer["relative"] is not None for layer in layers):
-        yield f"{median(layer['relative'] for layer in layers):.2%}", "‖W′ − W‖ / ‖W‖, median weight"
+        yield (
+            f"{median(layer['relative'] for layer in layers):.2%}",
+            "‖W′ − W‖ / ‖W‖, median weight",
+        )
     if facts["leading"]:
         found, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
         yield f"{found}", f"intruder dimensions; random changes of the same size have {control}"
-    rows = {row["what"]: row for row in facts.get("losses", {}).get("rows", ()) if row["what"] in ("base", "adapter")}
+    rows = {
+        row["what"]: row
+        for row in facts.get("losses", {}).get("rows", ())
+        if row["what"] in ("base", "adapter")
+    }
     for name, said in (("data", "loss on the data"), ("general", "loss on general text")):
         if rows and rows["adapter"][name] is not None:
-            yield f"{rows['base'][name]:.3f} → {rows['adapter'][name]:.3f}", f"{said}: base → adapter"
+            yield (
+                f"{rows['base'][name]:.3f} → {rows['adapter'][name]:.3f}",
+                f"{said}: base → adapter",
+            )
 
 
 def _rank(facts: Facts) -> str:
@@ -87,7 +107,12 @@ def _rank(facts: Facts) -> str:
         if row["what"] in ("rank", "adapter")
     }
     measured = any(row["data"] is not None for row in rows.values())
-    heads = [">rank", ">lost, of ‖ΔW‖", ">kept, of ‖ΔW‖²", *([">loss on the data"] if measured else [])]
+    heads = [
+        ">rank",
+        ">lost, of ‖ΔW‖",
+        ">kept, of ‖ΔW‖²",
+        *([">loss on the data"] if measured else []),
+    ]
     cells = []
     for cut in facts["cuts"]:
         loss = rows.get(cut["rank"], {}).get("data")
@@ -99,20 +124,29 @@ def _rank(facts: Facts) -> str:
         f"Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
         f"<div class='pair'><figure>{lines(series, x='singular value', y='share of the largest', top=1.0)}</figure>"
         f"<figure>{lines({'lost': lost}, x='rank', y='lost, of ‖ΔW‖')}</figure></div>{table(heads, cells)}"
-        + _map(facts, "used", "Effective rank as a share of the allotted one, by block and kind", "{:.0%}", most=1.0)
+        + _map(
+            facts,
+            "used",
+            "Effective rank as a share of the allotted one, by block and kind",
+            "{:.0%}",
+            most=1.0,
+        )
     )
 
 
 def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     longest = max(map(len, spectra))
     shares = [
-        [*(value / spectrum[0] for value in spectrum), *[0.0] * (longest - len(spectrum))] for spectrum in spectra
+        [*(value / spectrum[0] for value in spectrum), *[0.0] * (longest - len(spectrum))]
+        for spectrum in spectra
     ]
     return [(number, mean(column)) for number, column in enumerate(zip(*shares, strict=True), 1)]
 
 
 def _where(facts: Facts) -> str:
-    relative = bool(facts["base"]) and all(layer["relative"] is not None for layer in facts["layers"])
+    relative = bool(facts["base"]) and all(
+        layer["relative"] is not None for layer in facts["layers"]
+    )
     more = _map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if relative else ""
     total = sum(layer["norm"] ** 2 for layer in facts["layers"])
     shares: dict[str, float] = {}
@@ -120,7 +154,9 @@ def _where(facts: Facts) -> str:
         shares[layer["kind"]] = shares.get(layer["kind"], 0.0) + layer["norm"] ** 2
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     said = (
-        ", ".join(f"{kind} {share / total:.0%}" for kind, share in ordered) if total else "nowhere: every change is 0"
+        ", ".join(f"{kind} {share / total:.0%}" for kind, share in ordered)
+        if total
+        else "nowhere: every change is 0"
     )
     return (
         f"<h2>Where the change went</h2><p>Of ‖ΔW‖², by kind: {escape(said)}.</p>"
@@ -138,7 +174,11 @@ def _optional(facts: Facts) -> Iterator[str]:
 
 
 def _similarity(facts: Facts) -> str:
-    both = [layer for layer in facts["layers"] if layer["shared"] and layer["shared"]["read"] is not None]
+    both = [
+        layer
+        for layer in facts["layers"]
+        if layer["shared"] and layer["shared"]["read"] is not None
+    ]
     only = [f"{len(facts[key])} weights are changed {what}" for key, what in (
         ("only_here", "by this one alone"), ("only_other", "by the other alone")) if facts[key]]  # fmt: skip
     head = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
@@ -148,12 +188,22 @@ def _similarity(facts: Facts) -> str:
     for name, side in (("reads from", "read"), ("writes to", "written")):
         longest = min(len(layer["shared"][f"angles_{side}"]) for layer in both)
         angles = [layer["shared"][f"angles_{side}"][:longest] for layer in both]
-        series[name] = [(number, mean(column)) for number, column in enumerate(zip(*angles, strict=True), 1)]
+        series[name] = [
+            (number, mean(column)) for number, column in enumerate(zip(*angles, strict=True), 1)
+        ]
     maps = []
     for side, name in (("read", "reads from"), ("written", "writes to")):
         chance = mean(layer["shared"][f"chance_{side}"] for layer in both)
         caption = f"φ of the space that ΔW {name}; two random spaces: {chance:.3f}"
-        maps.append(_map({"layers": both}, lambda layer, side=side: layer["shared"][side], caption, "{:.2f}", most=1.0))
+        maps.append(
+            _map(
+                {"layers": both},
+                lambda layer, side=side: layer["shared"][side],
+                caption,
+                "{:.2f}",
+                most=1.0,
+            )
+        )
     cosine = median(layer["shared"]["cosine"] for layer in both)
     return (
         f"{head}<p>φ is 1 where one space lies within the other, 0 where they share no direction (Hu et al. 2021, "
@@ -169,7 +219,10 @@ def _forgetting(facts: Facts) -> str:
     found, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
     series = {
         name: _curve([cosine for layer in layers for cosine in layer[key]])
-        for name, key in (("this adapter", "cosines"), ("random changes of the same singular values", "control"))
+        for name, key in (
+            ("this adapter", "cosines"),
+            ("random changes of the same singular values", "control"),
+        )
     }
     chart = lines(
         series, x="highest cosine with a singular vector of W", y="share of vectors below", top=1.0,
@@ -182,7 +235,9 @@ def _forgetting(facts: Facts) -> str:
         "directions outlive a change that is small beside them."
     )
     said += (
-        "" if found > control else " It has no more intruders than chance makes: they do not tell what was forgotten."
+        ""
+        if found > control
+        else " It has no more intruders than chance makes: they do not tell what was forgotten."
     )
     caption, looked = "Intruders by block and kind", {"layers": layers}
     where = _map(looked, lambda layer: layer["intruders"][0], caption, "{:.3g}") if found else ""
@@ -191,7 +246,9 @@ def _forgetting(facts: Facts) -> str:
 
 def _curve(values: Sequence[float]) -> list[tuple[float, float]]:
     """The share of values up to x, at 41 places from 0 to 1."""
-    return [(step / 40, sum(value <= step / 40 for value in values) / len(values)) for step in range(41)]
+    return [
+        (step / 40, sum(value <= step / 40 for value in values) / len(values)) for step in range(41)
+    ]
 
 
 def _losses(facts: Facts) -> str:
@@ -213,7 +270,10 @@ def _losses(facts: Facts) -> str:
         for row in losses["rows"]
         if row["what"] in what
     ]
-    sources = "; ".join(f"{said[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens" for name in names)
+    sources = "; ".join(
+        f"{said[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens"
+        for name in names
+    )
     repaired = any(row["what"] == "repaired" for row in losses["rows"])
     note = "Below a repair, its control: as much taken off the change, evenly. " if repaired else ""
     note = f"{note}Measured: {sources}. {losses['note'] or ''}"
@@ -226,7 +286,12 @@ def _layers(facts: Facts) -> str:
     heads += [*([">‖W′−W‖/‖W‖"] if based else []), *([">intruders", ">random"] if looked else [])]
     rows = []
     for layer in facts["layers"]:
-        row = [layer["path"], str(layer["rank"]), f"{layer['effective_rank']:.1f}", str(layer["rank_90"])]
+        row = [
+            layer["path"],
+            str(layer["rank"]),
+            f"{layer['effective_rank']:.1f}",
+            str(layer["rank_90"]),
+        ]
         row += [str(layer["rank_99"]), f"{layer['norm']:.3g}"]
         row += ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"] if based else []
         row += [str(layer["intruders"][side]) for side in (0, 1)] if looked else []
@@ -234,13 +299,21 @@ def _layers(facts: Facts) -> str:
     return f"<details><summary>All {len(rows)} weights</summary>{table(heads, rows)}</details>"
 
 
-def _map(facts: Facts, value: str | Callable[[Any], float], caption: str, form: str, most: float | None = None) -> str:
+def _map(
+    facts: Facts,
+    value: str | Callable[[Any], float],
+    caption: str,
+    form: str,
+    most: float | None = None,
+) -> str:
     """``heat_map`` of the layers, the mean where a block has several weights of one kind."""
     read = value if callable(value) else lambda layer: layer[value]
     cells: dict[tuple[int | None, str], list[float]] = {}
     for layer in facts["layers"]:
         cells.setdefault((layer["block"], layer["kind"]), []).append(read(layer))
-    return heat_map({at: mean(own) for at, own in cells.items()}, caption=caption, form=form.format, most=most)
+    return heat_map(
+        {at: mean(own) for at, own in cells.items()}, caption=caption, form=form.format, most=most
+    )
 
 
 def _number(value: float | None) -> str:

@@ -1,14 +1,16 @@
-"""``train_many`` and ``Runs``: gradients of several adapters from one forward and one backward of their base.
+"""``train_many`` and ``Runs``: gradients of several adapters from one forward and one backward of
+their base.
 
-    Σ losses  ─ backward ─>  the base's products once for all rows, each adapter's thin products on its own rows
+    Σ losses ─ backward ─> the base's products once for all rows, each adapter's thin products on
+    its own rows
 
-What is a run's alone: its adapter (any variant, rank, dtype), its random numbers (``streams.py``), its rows and its
-loss. What is common: the base's forward and backward, a causal model's head. Batches that differ in shape do not share
-a forward, so what a run computes never depends on the others: padding, chosen by the longest, would change what
-dropout draws.
+What is a run's alone: its adapter (any variant, rank, dtype), its random numbers (``streams.py``),
+its rows and its loss. What is common: the base's forward and backward, a causal model's head.
+Batches that differ in shape do not share a forward, so what a run computes never depends on the
+others: padding, chosen by the longest, would change what dropout draws.
 
-Rejected: the sum of the losses as one function of the joined output (a mean over rows would mix the runs); a copy of
-the model for each run.
+Rejected: the sum of the losses as one function of the joined output (a mean over rows would mix the
+runs); a copy of the model for each run.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import Parts, time_first
 from veneer.attach.state import ActiveAdapter
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, DataError, SelectionError, TargetError, VeneerError, raise_all
+from veneer.errors import (
+    ConfigError,
+    DataError,
+    SelectionError,
+    TargetError,
+    VeneerError,
+    raise_all,
+)
 from veneer.handle import Handle, attach, load
 from veneer.train.loss import LabelLosses, causal_loss, label_losses
 from veneer.train.many.shared_batch import Batch, join, read, split, try_rows
@@ -43,8 +52,8 @@ SHARED = 64
 
 
 class LabelLoss(NamedTuple):
-    """A loss of a causal language model that reads no more of it than −log p of each label, [n], row after row:
-    ``function`` makes the scalar of these."""
+    """A loss of a causal language model that reads no more of it than −log p of each label, [n],
+    row after row: ``function`` makes the scalar of these."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -61,16 +70,21 @@ def train_many(
     Args:
         model: any module that treats the rows of a batch alike whoever else is in it.
         configs: by the run's name; a path is an adapter folder to be trained further.
-        seeds: of a run's start and dropout, one for all or by name. A run is that of ``torch.manual_seed(seed)``,
-            ``veneer.attach`` and a loop of its own.
-        keep_going: leave runs out that cannot begin, and losses that raise; ``Runs.failed`` has their errors.
+        seeds: of a run's start and dropout, one for all or by name. A run is that of
+            ``torch.manual_seed(seed)``, ``veneer.attach`` and a loop of its own.
+        keep_going: leave runs out that cannot begin, and losses that raise; ``Runs.failed`` has
+            their errors.
 
     Raises:
         TargetError: with every problem of every config. The model is as it was.
     """
     if unwrap(model) is not model:
         found = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
-        raise ConfigError(found, "the model itself: what wraps it sees one call of all runs", "pass the model inside")
+        raise ConfigError(
+            found,
+            "the model itself: what wraps it sees one call of all runs",
+            "pass the model inside",
+        )
     runs, problems = Runs(model, keep_going), []
     try:
         for name, config in configs.items():
@@ -91,9 +105,11 @@ def train_many(
 
 
 class Runs(Mapping[str, Handle]):
-    """Runs by name, each the ``Handle`` of its adapter: ``runs["a"].parameters()`` go to an optimiser.
+    """Runs by name, each the ``Handle`` of its adapter: ``runs["a"].parameters()`` go to an
+    optimiser.
 
-    ``failed``: the errors of runs that did not begin, and of losses that raised in the last ``backward``.
+    ``failed``: the errors of runs that did not begin, and of losses that raised in the last
+    ``backward``.
     """
 
     def __init__(self, model: nn.Module, keep_going: bool = False) -> None:
@@ -106,7 +122,11 @@ class Runs(Mapping[str, Handle]):
         self._devices, self._dropouts = generators(model), dropouts(model)
         self._time_first = time_first(model)
         # keys and values would be kept of all rows
-        self._defaults = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._defaults = (
+            {"use_cache": False}
+            if "use_cache" in inspect.signature(model.forward).parameters
+            else {}
+        )
         self._tried: set[Any] = set()
         self._shared: dict[Any, tuple[Any, Parts]] = {}
 
@@ -119,20 +139,27 @@ class Runs(Mapping[str, Handle]):
     def __len__(self) -> int:
         return len(self._handles)
 
-    def add(self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start: Any) -> Handle:
-        """Let another run join. ``start``: ``batches``, ``loss`` and ``original`` of ``veneer.attach``."""
+    def add(
+        self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start: Any
+    ) -> Handle:
+        """Let another run join. ``start``: ``batches``, ``loss`` and ``original`` of
+        ``veneer.attach``."""
         stream = Stream(seed, self._devices)
         with stream:
             if isinstance(config, LoraConfig):
                 handle = attach(self.model, config, name, **start)
             else:
                 handle = load(self.model, config, name=name, trainable=True, **start)
-        self._handles[name], self._streams[name], self._parameters[name] = handle, stream, handle.parameters()
+        self._handles[name], self._streams[name], self._parameters[name] = (
+            handle,
+            stream,
+            handle.parameters(),
+        )
         return handle
 
     def stream(self, name: str) -> Stream:
-        """The random numbers of a run: a block in which torch's default generators are its own, and ``own``, where they
-        have come to."""
+        """The random numbers of a run: a block in which torch's default generators are its own, and
+        ``own``, where they have come to."""
         return self._streams[name]
 
     def restart(self, name: str, seed: int) -> None:
@@ -152,32 +179,45 @@ class Runs(Mapping[str, Handle]):
         *,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, Tensor]:
-        """Add the gradients of each run's loss to its parameters, as ``loss.backward()`` of its own would.
+        """Add the gradients of each run's loss to its parameters, as ``loss.backward()`` of its own
+        would.
 
         Args:
-            batches: by run, any of them: ``(inputs, target)``, with inputs a tensor, a tuple of positional or a mapping
-                of keyword arguments of the model; or a mapping of these with "labels", the target. All tensors of the
-                inputs hold the run's rows along their first axis. Those of equal shapes but for the rows share a
-                forward.
-            loss: ``(output, target) -> scalar`` of the run's own rows, or one by run. ``veneer.train.loss.causal_loss``
-                stands for the mean loss a label of a causal language model, a ``LabelLoss`` for any other of them.
+            batches: by run, any of them: ``(inputs, target)``, with inputs a tensor, a tuple of
+                positional or a mapping of keyword arguments of the model; or a mapping of these
+                with "labels", the target. All tensors of the inputs hold the run's rows along their
+                first axis. Those of equal shapes but for the rows share a forward.
+            loss: ``(output, target) -> scalar`` of the run's own rows, or one by run.
+                ``veneer.train.loss.causal_loss`` stands for the mean loss a label of a causal
+                language model, a ``LabelLoss`` for any other of them.
             weights: a factor of each run's gradient; 1 without.
 
         Returns:
             each run's loss, without its weight.
 
         Raises:
-            DataError, ConfigError: a batch or a loss that is none. What a loss raises, with a note of the run's name.
+            DataError, ConfigError: a batch or a loss that is none. What a loss raises, with a note
+                of the run's name.
             SelectionError: the model mixes rows. In each of these cases no gradient has changed.
         """
         unknown = [name for name in (*batches, *(weights or ())) if name not in self]
         if unknown:
             found = f"a batch or weight for {unknown[0]!r}"
             raise DataError(found, f"one of {', '.join(self) or 'no run'}", "add the run first")
-        losses: dict[str, Any] = {name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches}
-        if lacking := [name for name, own in losses.items() if not (callable(own) or isinstance(own, LabelLoss))]:
+        losses: dict[str, Any] = {
+            name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
+        }
+        if lacking := [
+            name
+            for name, own in losses.items()
+            if not (callable(own) or isinstance(own, LabelLoss))
+        ]:
             found = f"no loss for adapter {lacking[0]!r}"
-            raise ConfigError(found, "(output, target) -> scalar for each batch", "pass one for all, or one by name")
+            raise ConfigError(
+                found,
+                "(output, target) -> scalar for each batch",
+                "pass one for all, or one by name",
+            )
         groups: dict[Any, dict[str, Batch]] = {}
         for name, batch in batches.items():
             own = read(name, batch, self._defaults)
@@ -194,7 +234,9 @@ class Runs(Mapping[str, Handle]):
             raise
         for parameter, gradient in before:
             if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+                parameter.grad = (
+                    gradient if parameter.grad is None else gradient.add_(parameter.grad)
+                )
         return {name: results[name] for name in batches if name in results}
 
     def _take_gradients(self, names: Mapping[str, Any]) -> list[tuple[nn.Parameter, Tensor | None]]:
@@ -207,7 +249,11 @@ class Runs(Mapping[str, Handle]):
         return found
 
     def _together(
-        self, group: dict[str, Batch], losses: Mapping[str, Any], weights: Mapping[str, float], causal: bool
+        self,
+        group: dict[str, Batch],
+        losses: Mapping[str, Any],
+        weights: Mapping[str, float],
+        causal: bool,
     ) -> dict[str, Tensor]:
         """Forward and backward of runs whose batches share a forward."""
         with ExitStack() as stack:
@@ -224,7 +270,9 @@ class Runs(Mapping[str, Handle]):
                 do = "set its own dropout to 0, or its modules to eval()"
                 raise SelectionError(drawn, "numbers of each run's own", do)
             if found:
-                factors = [torch.full_like(value, weights.get(name, 1.0)) for name, value in found.items()]
+                factors = [
+                    torch.full_like(value, weights.get(name, 1.0)) for name, value in found.items()
+                ]
                 torch.autograd.backward(list(found.values()), factors)
         return {name: value.detach() for name, value in found.items()}
 
@@ -234,9 +282,12 @@ class Runs(Mapping[str, Handle]):
         selections = [attached.selections[name] for name in group]
         if len(group) == 1:
             (name,) = group
-            return {attached.uid: dataclasses.replace(selections[0], stream=self._streams[name])}, nullcontext()
+            return {
+                attached.uid: dataclasses.replace(selections[0], stream=self._streams[name])
+            }, nullcontext()
         key = tuple((name, batch.rows) for name, batch in group.items())
-        # what each layer does with these rows is worked out in the first call, and kept while the adapters stay
+        # what each layer does with these rows is worked out in the first call, and kept while the
+        # adapters stay
         before, parts = self._shared.get(key, (None, None))
         if parts is None or before != selections:
             own = [
@@ -259,7 +310,9 @@ class Runs(Mapping[str, Handle]):
     def _own(self, group: Mapping[str, Batch], losses: Mapping[str, Any]) -> dict[str, Tensor]:
         """Each run's loss of its rows of the output."""
         outputs = self._outputs(group)
-        return self._each({name: (losses[name], (outputs[name], batch.target)) for name, batch in group.items()})
+        return self._each(
+            {name: (losses[name], (outputs[name], batch.target)) for name, batch in group.items()}
+        )
 
     def _outputs(self, group: Mapping[str, Batch]) -> dict[str, Any]:
         """Each run's rows of the output."""
@@ -274,15 +327,21 @@ class Runs(Mapping[str, Handle]):
         if len(group) == 1:
             ((name, batch),) = group.items()
             if losses[name] is causal_loss:
-                return {name: causal_loss(self.model, {**_named(name, batch), "labels": batch.target})}
+                return {
+                    name: causal_loss(self.model, {**_named(name, batch), "labels": batch.target})
+                }
         told = self._told(group)
-        own = {name: losses[name] if isinstance(losses[name], LabelLoss) else _MEAN for name in group}
+        own = {
+            name: losses[name] if isinstance(losses[name], LabelLoss) else _MEAN for name in group
+        }
         return self._each({name: (own[name].function, (told[name].losses,)) for name in group})
 
     def _told(self, group: Mapping[str, Batch], accuracy: bool = False) -> dict[str, LabelLosses]:
         """−log p of each run's labels."""
         self._try_rows(group)
-        _, inputs = join([batch._replace(kwargs=_named(name, batch)) for name, batch in group.items()])
+        _, inputs = join(
+            [batch._replace(kwargs=_named(name, batch)) for name, batch in group.items()]
+        )
         labels = torch.cat([batch.target for batch in group.values()])
         told = label_losses(self.model, {**inputs, "labels": labels}, accuracy=accuracy)
         counts = told.counts.split([batch.rows for batch in group.values()])
@@ -291,7 +350,9 @@ class Runs(Mapping[str, Handle]):
         own = zip(told.losses.split(sizes), counts, right, strict=True)
         return {name: LabelLosses(*parts) for name, parts in zip(group, own, strict=True)}
 
-    def _each(self, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Tensor]:
+    def _each(
+        self, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> dict[str, Tensor]:
         """The losses that these calls make, by run; with ``keep_going`` of those that make one."""
         found = {}
         for name, (function, args) in calls.items():
@@ -310,8 +371,11 @@ class Runs(Mapping[str, Handle]):
             found[name] = value
         return found
 
-    def label_losses(self, batches: Mapping[str, Any], *, accuracy: bool = False) -> dict[str, LabelLosses]:
-        """What `veneer.train.loss.label_losses` says of some runs' batches, in shared forwards without gradients.
+    def label_losses(
+        self, batches: Mapping[str, Any], *, accuracy: bool = False
+    ) -> dict[str, LabelLosses]:
+        """What `veneer.train.loss.label_losses` says of some runs' batches, in shared forwards
+        without gradients.
 
         Args:
             batches: by run, as ``backward`` takes them of a causal language model.
@@ -322,8 +386,8 @@ class Runs(Mapping[str, Handle]):
         return self._forward(batches, partial(self._told, accuracy=accuracy))
 
     def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model makes of some runs' batches, each its own rows, in shared forwards without gradients. Takes
-        and raises what ``label_losses`` does, of any model."""
+        """What the model makes of some runs' batches, each its own rows, in shared forwards without
+        gradients. Takes and raises what ``label_losses`` does, of any model."""
         return self._forward(batches, self._outputs)
 
     def _forward(
@@ -354,7 +418,9 @@ def _named(name: str, batch: Batch) -> dict[str, Any]:
     """The keyword arguments of a batch of a language model."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.rows:
         found = f"a batch of {name!r} without labels [{batch.rows}, tokens]"
-        raise DataError(found, "keyword arguments of the model, with labels", "pass input_ids and labels")
+        raise DataError(
+            found, "keyword arguments of the model, with labels", "pass input_ids and labels"
+        )
     return batch.kwargs
 
 

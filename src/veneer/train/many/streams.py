@@ -1,4 +1,5 @@
-"""Random numbers of each run: torch's default generators stand where the run's own have come to, for a block.
+"""Random numbers of each run: torch's default generators stand where the run's own have come to,
+for a block.
 
 Stream          of one run: begins as ``torch.manual_seed(seed)`` does
 OwnDropout      the base's dropout on rows of several runs, each drawn from its own stream
@@ -20,7 +21,14 @@ from veneer.attach.adapted_module import walk
 from veneer.attach.select_rows import Parts
 from veneer.errors import SelectionError
 
-_DROPS: Any = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+_DROPS: Any = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+}
 
 
 def generators(model: nn.Module) -> list[torch.device]:
@@ -30,7 +38,10 @@ def generators(model: nn.Module) -> list[torch.device]:
 
 
 def states(devices: Iterable[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state() if one.type == "cpu" else torch.cuda.get_rng_state(one) for one in devices]
+    return [
+        torch.get_rng_state() if one.type == "cpu" else torch.cuda.get_rng_state(one)
+        for one in devices
+    ]
 
 
 def set_states(devices: Iterable[torch.device], values: Iterable[Tensor]) -> None:
@@ -46,7 +57,8 @@ def same(states_: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 class Stream:
-    """A block in which torch's default generators are one run's. Blocks of one stream may be within each other."""
+    """A block in which torch's default generators are one run's. Blocks of one stream may be within
+    each other."""
 
     def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
         self.devices = devices
@@ -78,7 +90,8 @@ def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
         (module, key)
         for _, module in walk(model)
         for key, value in vars(module).items()
-        if isinstance(value, float) and ("drop" in key or (key == "p" and isinstance(module, _DropoutNd)))
+        if isinstance(value, float)
+        and ("drop" in key or (key == "p" and isinstance(module, _DropoutNd)))
     ]
 
 
@@ -94,17 +107,26 @@ class OwnDropout(TorchFunctionMode):
         if not _drops(func, args, kwargs):
             return func(*args, **kwargs)
         chosen = context.current.selection.get(self.parts.uid)
-        if chosen is None or chosen.parts is not self.parts:  # one run's rows alone, in a layer of its own
+        if (
+            chosen is None or chosen.parts is not self.parts
+        ):  # one run's rows alone, in a layer of its own
             return func(*args, **kwargs)
         if func in _DROPS:
             kwargs = {**kwargs, "inplace": False}
         values = [*args, *kwargs.values()]
-        held = [isinstance(one, Tensor) and one.dim() > 1 and len(one) == self.parts.count for one in values]
+        held = [
+            isinstance(one, Tensor) and one.dim() > 1 and len(one) == self.parts.count
+            for one in values
+        ]
         if not held[0]:
             found = f"dropout of a tensor {list(values[0].shape)} of the base"
             do = "set the base's own dropout to 0, or its modules to eval()"
-            raise SelectionError(found, f"the {self.parts.count} rows of the batch along its first axis", do)
-        pieces = [one.split(self.sizes) if own else one for one, own in zip(values, held, strict=True)]
+            raise SelectionError(
+                found, f"the {self.parts.count} rows of the batch along its first axis", do
+            )
+        pieces = [
+            one.split(self.sizes) if own else one for one, own in zip(values, held, strict=True)
+        ]
         outputs = []
         for place, selected in enumerate(self.parts.selections):
             own = [one[place] if isin else one for one, isin in zip(pieces, held, strict=True)]

@@ -1,13 +1,15 @@
-"""A training step on torch's meta device, counted: what it holds, what it computes and what it moves.
+"""A training step on torch's meta device, counted: what it holds, what it computes and what it
+moves.
 
-The model's own forward and backward run, with tensors that have shapes and no numbers, and every operation is seen.
-So nothing is assumed of an architecture but that its blocks repeat: of blocks that are alike one runs, and a second
-one tells what each more of them costs.
+The model's own forward and backward run, with tensors that have shapes and no numbers, and every
+operation is seen. So nothing is assumed of an architecture but that its blocks repeat: of blocks
+that are alike one runs, and a second one tells what each more of them costs.
 
     step = edges + Σ count · block          for bytes held, operations and bytes moved
 
-Saved bytes are exact where the device does as torch's meta device says. Not seen: workspaces inside a kernel, and the
-slack of an allocator. Attention is causal: its kernels compute the half below the diagonal, and that is counted.
+Saved bytes are exact where the device does as torch's meta device says. Not seen: workspaces inside
+a kernel, and the slack of an allocator. Attention is causal: its kernels compute the half below the
+diagonal, and that is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from veneer.models.messages import first_line
 #: rows of logits at a time, as the loss of ``veneer train`` has them
 ROWS = 256
 
-#: (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such calls
+# : (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such
+# calls
 Work = Counter[tuple[int, int, bool]]
 
 
@@ -42,9 +45,10 @@ class Cost:
 
     Fields:
         saved: bytes that wait for backward.
-        wide: bytes of these that are as wide as the hidden state, so that tensor parallelism does not split them.
-        peak_loss, peak_backward: bytes that are held at most until the loss and its gradient are known, and from then
-            on, gradients of parameters aside.
+        wide: bytes of these that are as wide as the hidden state, so that tensor parallelism does
+            not split them.
+        peak_loss, peak_backward: bytes that are held at most until the loss and its gradient are
+            known, and from then on, gradients of parameters aside.
         forward, backward: calls of operations.
     """
 
@@ -57,7 +61,10 @@ class Cost:
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
         sizes = (getattr(self, name) + times * getattr(other, name) for name in _BYTES)
-        works = (_plus(getattr(self, name), getattr(other, name), times) for name in ("forward", "backward"))
+        works = (
+            _plus(getattr(self, name), getattr(other, name), times)
+            for name in ("forward", "backward")
+        )
         return Cost(*sizes, *works)
 
     @property
@@ -68,12 +75,14 @@ class Cost:
     @property
     def operations(self) -> int:
         return sum(
-            operations * count for work in (self.forward, self.backward) for (operations, _, _), count in work.items()
+            operations * count
+            for work in (self.forward, self.backward)
+            for (operations, _, _), count in work.items()
         )
 
     def cut(self, devices: int) -> Cost:
-        """What a part costs each of several devices that share its matrices, and heads of attention: all of them hold
-        and read what is as wide as the hidden state."""
+        """What a part costs each of several devices that share its matrices, and heads of
+        attention: all of them hold and read what is as wide as the hidden state."""
         less = (self.saved - self.wide) * (devices - 1) // devices
         sizes = self.saved - less, self.wide, self.peak_loss - less, self.peak_backward - less
         return Cost(*sizes, cut(self.forward, devices), cut(self.backward, devices))
@@ -86,7 +95,11 @@ def cut(work: Work, devices: int) -> Work:
     """The share of the work that one of several devices does."""
     shares = Work()
     for (operations, moved, whole), count in work.items():
-        shares[(operations, moved, whole) if whole else (operations // devices, moved // devices, whole)] += count
+        shares[
+            (operations, moved, whole)
+            if whole
+            else (operations // devices, moved // devices, whole)
+        ] += count
     return shares
 
 
@@ -105,7 +118,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one batch: ``whole``, and of that the repeated blocks. ``hidden``: bytes of a hidden state."""
+    """A step of one batch: ``whole``, and of that the repeated blocks. ``hidden``: bytes of a
+    hidden state."""
 
     whole: Cost
     blocks: tuple[Blocks, ...]
@@ -120,10 +134,13 @@ class Step:
             less = self.hidden - own.saved
             again = Cost(less, self.hidden - own.wide, less, less, backward=own.forward)
             cost = cost.plus(again, blocks.count)
-        return cost.plus(Cost(peak_backward=max((blocks.cost.saved for blocks in self.blocks), default=0)))
+        return cost.plus(
+            Cost(peak_backward=max((blocks.cost.saved for blocks in self.blocks), default=0))
+        )
 
     def cut(self, devices: int) -> Step:
-        """The step of one of several devices that share the blocks' matrices; embedding and head are whole on each."""
+        """The step of one of several devices that share the blocks' matrices; embedding and head
+        are whole on each."""
         blocks = tuple(replace(one, cost=one.cost.cut(devices)) for one in self.blocks)
         whole = self.whole
         for before, after in zip(self.blocks, blocks, strict=True):
@@ -132,19 +149,28 @@ class Step:
 
 
 def count_step(
-    model: Any, batch: int, length: int, *, labelled: float = 1.0, plain: bool = True, chunked: bool = True
+    model: Any,
+    batch: int,
+    length: int,
+    *,
+    labelled: float = 1.0,
+    plain: bool = True,
+    chunked: bool = True,
 ) -> Step:
     """A step of ``batch`` rows of ``length`` tokens, forward, loss and backward.
 
     Args:
         model: as ``countable_model`` makes it, with an adapter on it.
         labelled: the share of the tokens that have a label: the output head sees no others.
-        plain: the frozen weights are plain, so that adapted linear layers are one function each; packed ones (4 and 8
-            bits) are products of their library, beside which the adapter keeps its inputs whole.
-        chunked: the loss takes ``ROWS`` rows of logits at a time; on a base that fsdp spreads, all of them.
+        plain: the frozen weights are plain, so that adapted linear layers are one function each;
+            packed ones (4 and 8 bits) are products of their library, beside which the adapter keeps
+            its inputs whole.
+        chunked: the loss takes ``ROWS`` rows of logits at a time; on a base that fsdp spreads, all
+            of them.
 
     Raises:
-        ConfigError: the model has no repeated blocks, or does what cannot be counted without numbers.
+        ConfigError: the model has no repeated blocks, or does what cannot be counted without
+            numbers.
     """
     table = model.get_input_embeddings().weight
     with counted() if plain else nullcontext():
@@ -153,16 +179,23 @@ def count_step(
 
 
 def count_forward(model: Any, length: int) -> tuple[int, int]:
-    """(operations, bytes of keys and values that stay) of one row of so many tokens, without a graph. ``ConfigError``:
-    as ``count_step``."""
+    """(operations, bytes of keys and values that stay) of one row of so many tokens, without a
+    graph. ``ConfigError``: as ``count_step``."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
 
     def run() -> Cost:
         with torch.no_grad(), counted(), _Counter(model, 0) as seen:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             kept: Any = next(value for value in output.values() if hasattr(value, "layers"))
-        tensors = [value for layer in kept.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-        held = sum(one.nbytes for one in tensors if one.is_floating_point())  # not how many there are
+        tensors = [
+            value
+            for layer in kept.layers
+            for value in vars(layer).values()
+            if isinstance(value, Tensor)
+        ]
+        held = sum(
+            one.nbytes for one in tensors if one.is_floating_point()
+        )  # not how many there are
         return Cost(saved=held, forward=seen.work)
 
     whole, _ = _by_kind(model, run)
@@ -170,7 +203,8 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
 
 
 def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, ...]]:
-    """What ``run`` costs with all repeated blocks, from runs with one or two of each kind in their place."""
+    """What ``run`` costs with all repeated blocks, from runs with one or two of each kind in their
+    place."""
     path, stack = _blocks(model)
     kinds: dict[Any, list[nn.Module]] = {}
     frozen = True  # below the lowest adapted block nothing is kept
@@ -191,11 +225,19 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
             whole, blocks = cost_of(first), []
             for alike in kinds.values():
                 second = alike[:2][-1]
-                more = [one for block in first for one in ([block, second] if block is alike[0] else [block])]
+                more = [
+                    one
+                    for block in first
+                    for one in ([block, second] if block is alike[0] else [block])
+                ]
                 blocks.append(Blocks(len(alike), alike[0], cost_of(more).plus(whole, -1)))
     except Exception as error:  # of the model's own code, on tensors that it may not expect
-        found = f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
-        raise ConfigError(found, "a model whose shapes do not depend on its data", "plan a like one") from error
+        found = (
+            f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
+        )
+        raise ConfigError(
+            found, "a model whose shapes do not depend on its data", "plan a like one"
+        ) from error
     finally:
         _put(model, path, stack)
         model.zero_grad()
@@ -209,7 +251,9 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
 def _run(model: Any, batch: int, length: int, labelled: float, chunked: bool = True) -> Cost:
     """One step of the model as it is."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # they are counted elsewhere, and all are there while batches accumulate
+    for (
+        parameter
+    ) in trained:  # they are counted elsewhere, and all are there while batches accumulate
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
     width = model.get_input_embeddings().weight.shape[-1]
@@ -220,7 +264,9 @@ def _run(model: Any, batch: int, length: int, labelled: float, chunked: bool = T
         saved, wide = seen.held()
         rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled))]
         gradients = (
-            torch.zeros_like(rows) if head is None else (_in_chunks if chunked else _at_once)(head, rows.detach())
+            torch.zeros_like(rows)
+            if head is None
+            else (_in_chunks if chunked else _at_once)(head, rows.detach())
         )
         forward, seen.work = seen.work, Counter()
         loss, seen.peak = seen.peak, seen.live
@@ -230,7 +276,8 @@ def _run(model: Any, batch: int, length: int, labelled: float, chunked: bool = T
 
 
 def _in_chunks(head: Any, rows: Tensor) -> Tensor:
-    """The gradient of the cross-entropy in the rows, a chunk of them at a time, as ``train/loss.py`` has it."""
+    """The gradient of the cross-entropy in the rows, a chunk of them at a time, as
+    ``train/loss.py`` has it."""
     return torch.cat([_chunk(head, piece.requires_grad_()) for piece in rows.split(ROWS)])
 
 
@@ -241,7 +288,8 @@ def _chunk(head: Any, rows: Tensor) -> Tensor:
 
 
 def _at_once(head: Any, rows: Tensor) -> Tensor:
-    """The same by the logits of all rows, as ``train/loss.py`` has it where the head cannot be called alone."""
+    """The same by the logits of all rows, as ``train/loss.py`` has it where the head cannot be
+    called alone."""
     return torch.autograd.grad(_total(head, rows.requires_grad_()), rows)[0]
 
 
@@ -254,16 +302,29 @@ def _total(head: Any, rows: Tensor) -> Tensor:
 def _configs(model: nn.Module) -> list[Any]:
     """Those of the model and of the models in it that say how many blocks run, each once."""
     found = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+        id(config): config
+        for module in model.modules()
+        if (config := getattr(module, "config", None)) is not None
     }
-    return [config for config in found.values() if isinstance(getattr(config, "num_hidden_layers", None), int)]
+    return [
+        config
+        for config in found.values()
+        if isinstance(getattr(config, "num_hidden_layers", None), int)
+    ]
 
 
 def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of repeated blocks, and its path: of all lists of modules the one with the most parameters."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """The list of repeated blocks, and its path: of all lists of modules the one with the most
+    parameters."""
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     if lists:
-        return max(lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters()))
+        return max(
+            lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters())
+        )
     found = f"{type(model).__name__}, which has no list of blocks"
     raise ConfigError(found, "a transformer of transformers, whose blocks repeat", "plan one")
 
@@ -274,17 +335,20 @@ def _put(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
 
 
 def _shape(block: nn.Module) -> tuple[Any, ...]:
-    """What makes blocks alike: their modules, how far back these look, and the shapes of their parameters."""
+    """What makes blocks alike: their modules, how far back these look, and the shapes of their
+    parameters."""
     modules = tuple(
         (name, type(module).__qualname__, getattr(module, "sliding_window", None))
         for name, module in block.named_modules()
     )
-    return modules, tuple((name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters())
+    return modules, tuple(
+        (name, tuple(p.shape), p.requires_grad) for name, p in block.named_parameters()
+    )
 
 
 class _Counter(TorchDispatchMode):
-    """Sees each operation: the storages that it makes, until they are freed, those of the model's own tensors aside;
-    its work. ``width``: of hidden states."""
+    """Sees each operation: the storages that it makes, until they are freed, those of the model's
+    own tensors aside; its work. ``width``: of hidden states."""
 
     def __init__(self, model: nn.Module, width: int) -> None:
         super().__init__()
@@ -292,7 +356,9 @@ class _Counter(TorchDispatchMode):
         self.width, self.live, self.peak = width, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
         self.own = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
-        self.own |= {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
+        self.own |= {
+            p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None
+        }
 
     def held(self) -> tuple[int, int]:
         """Bytes that are held now, and those of tensors as wide as a hidden state."""
@@ -306,10 +372,17 @@ class _Counter(TorchDispatchMode):
         for one in outputs:
             self._made(one)
         own = {one.untyped_storage()._cdata for one in inputs}
-        views = not func._schema.is_mutable and all(one.untyped_storage()._cdata in own for one in outputs)
+        views = not func._schema.is_mutable and all(
+            one.untyped_storage()._cdata in own for one in outputs
+        )
         if outputs and not views and "empty" not in func._schema.name:
-            moved, operations = sum(one.nbytes for one in (*inputs, *outputs)), operations_of(func, args, kwargs, out)
-            whole = not operations and all(one.dim() > 1 and one.shape[-1] == self.width for one in outputs)
+            moved, operations = (
+                sum(one.nbytes for one in (*inputs, *outputs)),
+                operations_of(func, args, kwargs, out),
+            )
+            whole = not operations and all(
+                one.dim() > 1 and one.shape[-1] == self.width for one in outputs
+            )
             self.work[operations, moved, whole] += 1
         return out
 

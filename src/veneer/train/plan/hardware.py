@@ -2,8 +2,8 @@
 
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 
-A roofline for each call. The three shares are those of a well-fed device, the same for all: what a program reaches of
-them is measured, not published, so that ratios of times are better than times.
+A roofline for each call. The three shares are those of a well-fed device, the same for all: what a
+program reaches of them is measured, not published, so that ratios of times are better than times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-#: shares of the published peak that large products reach, of the bandwidth that passes over memory do, and of that of
+# : shares of the published peak that large products reach, of the bandwidth that passes over memory
+# do, and of that of
 #: the links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
 #: seconds that a call takes however small it is: the launch of a kernel
@@ -38,7 +39,8 @@ class Hardware:
 
     Fields:
         memory: bytes.
-        peak16, peak32: operations a second of dense products in 16 bits with sums in float32, and in float32.
+        peak16, peak32: operations a second of dense products in 16 bits with sums in float32, and
+            in float32.
         bandwidth: bytes a second of its memory.
         link: bytes a second that it sends to others of its machine (one direction).
         host: bytes a second that it reads from main memory.
@@ -67,17 +69,23 @@ class Hardware:
         peak = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
         bandwidth = self.bandwidth * BYTES
         return sum(
-            count * max(operations / peak, moved / bandwidth, LAUNCH) for (operations, moved, _), count in work.items()
+            count * max(operations / peak, moved / bandwidth, LAUNCH)
+            for (operations, moved, _), count in work.items()
         )
 
     def sending(self, sent: float, devices: int) -> float:
-        """Seconds to send bytes, of a device among so many. What passes between machines are as many rings as they have
-        adapters, so that a device has all of these for its part of a sum."""
-        return sent / (LINKS * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth)))
+        """Seconds to send bytes, of a device among so many. What passes between machines are as
+        many rings as they have adapters, so that a device has all of these for its part of a
+        sum."""
+        return sent / (
+            LINKS
+            * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth))
+        )
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-#: NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or 64 (5.0) GB/s
+# : NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or
+# 64 (5.0) GB/s
 PCIE4, PCIE5 = 32 * GB, 64 * GB
 
 _PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
@@ -85,15 +93,15 @@ _ADA = "https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gp
 _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
-_VLLM_MORI = (
-    "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-)
-#: machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices that are bought alone
+_VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
+# : machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices
+# that are bought alone
 #: is taken to have one of 100 Gbit/s
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
 _AMD, _ANY = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
-#: dense products; datasheets since Ampere give twice as much, for weights half of which are zeros ("with sparsity")
+# : dense products; datasheets since Ampere give twice as much, for weights half of which are zeros
+# ("with sparsity")
 KNOWN = {
     one.name: one
     for one in (
@@ -126,7 +134,8 @@ KNOWN = {
             "h200", 141 * GB, 989 * T, 67 * T, 4.8 * TB, 450 * GB, PCIE5, 8, _DGX,
             "https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446",
         ),
-        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 TB/s (https://github.com/pytorch/ao/pull/4002)
+        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 TB/s
+        # (https://github.com/pytorch/ao/pull/4002)
         Hardware("b200", 180 * GB, 2250 * T, 75 * T, 7.7 * TB, 900 * GB, PCIE5, 8, _DGX, _HGX),
         Hardware(
             "mi300x", 192 * GB, 1307.4 * T, 163.4 * T, 5.3 * TB, 448 * GB, PCIE5, 8, _AMD,
@@ -141,5 +150,7 @@ def hardware(name: str) -> Hardware:
     """A device by its name here. ``ConfigError``: an unknown one."""
     found = KNOWN.get(name.lower())
     if found is None:
-        raise ConfigError(f"hardware {name!r}{nearest(name, KNOWN)}", f"one of {', '.join(KNOWN)}", "choose one")
+        raise ConfigError(
+            f"hardware {name!r}{nearest(name, KNOWN)}", f"one of {', '.join(KNOWN)}", "choose one"
+        )
     return found

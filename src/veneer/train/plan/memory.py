@@ -8,11 +8,13 @@
     activations  what forward leaves for backward
     workspace    what a step holds beyond that at its highest: of the loss, or of a block's backward
 
-The first three are summed from the parameters; the others are counted in a step on the meta device (``count.py``).
+The first three are summed from the parameters; the others are counted in a step on the meta device
+(``count.py``).
 
-An optimiser in 8 bits keeps a byte for each state of a number and a float32 scale for 256 of them; of a tensor with
-fewer than 4,096 numbers it keeps float32 (bitsandbytes, and torchao in the parameter's dtype). A paged one keeps as
-much, which a GPU that runs out moves to main memory. Offloaded activations lie in main memory, all but one block's.
+An optimiser in 8 bits keeps a byte for each state of a number and a float32 scale for 256 of them;
+of a tensor with fewer than 4,096 numbers it keeps float32 (bitsandbytes, and torchao in the
+parameter's dtype). A paged one keeps as much, which a GPU that runs out moves to main memory.
+Offloaded activations lie in main memory, all but one block's.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ from veneer.variants import VARIANTS
 STATES = {"sgd": 0, "adafactor": 0.1, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
 #: numbers that share a scale, and from how many on a tensor's state has few bits
 BLOCK, FEW = {8: 256, 4: 128}, 4096
-#: numbers of a 4-bit weight that share a scale, and scales that share one (bitsandbytes' double quantisation)
+# : numbers of a 4-bit weight that share a scale, and scales that share one (bitsandbytes' double
+# quantisation)
 SCALED, SCALES = 64, 256
 
 
@@ -74,7 +77,11 @@ def parts_of(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = sum(parameter.nbytes for parameter in trained)
     parts = {"base": base, **({"one weight unpacked": unpacked} if unpacked else {})}
-    parts |= {"adapter": own, "gradients": own, "optimiser": round(sum(states(p, optimiser) for p in trained))}
+    parts |= {
+        "adapter": own,
+        "gradients": own,
+        "optimiser": round(sum(states(p, optimiser) for p in trained)),
+    }
     if step is not None:
         cost = step.checkpointed if checkpointing else step.whole
         parts |= {"activations": cost.saved, "workspace": cost.peak - cost.saved}
@@ -82,21 +89,30 @@ def parts_of(
             parts["activations"] -= offloaded(step, checkpointing)
             if not checkpointing:
                 parts["workspace"] += max((blocks.cost.saved for blocks in step.blocks), default=0)
-        # gradients of earlier passes wait beside a pass; those of the last come, and are sent, as activations go
+        # gradients of earlier passes wait beside a pass; those of the last come, and are sent, as
+        # activations go
         waiting = own if accumulate > 1 else 0
-        parts["gradients"] = waiting + max(0, own - waiting + sent - parts["activations"] - parts["workspace"])
+        parts["gradients"] = waiting + max(
+            0, own - waiting + sent - parts["activations"] - parts["workspace"]
+        )
     return parts
 
 
 def offloaded(step: Step, checkpointing: bool) -> int:
     """Bytes of the activations that wait in main memory."""
-    return sum(blocks.count * (step.hidden if checkpointing else blocks.cost.saved) for blocks in step.blocks)
+    return sum(
+        blocks.count * (step.hidden if checkpointing else blocks.cost.saved)
+        for blocks in step.blocks
+    )
 
 
-def spread(parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int) -> dict[str, int]:
-    """The parts on each of several devices over which fsdp spreads the base, of which each gathers a block at a time.
-    ``blocks``: (how many are alike, bytes of the frozen weights of one)."""
-    # the root stays gathered from its forward to its backward; beside it, while blocks run, this one and the next
+def spread(
+    parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]], devices: int
+) -> dict[str, int]:
+    """The parts on each of several devices over which fsdp spreads the base, of which each gathers
+    a block at a time. ``blocks``: (how many are alike, bytes of the frozen weights of one)."""
+    # the root stays gathered from its forward to its backward; beside it, while blocks run, this
+    # one and the next
     root, pair = (
         parts["base"] - sum(count * own for count, own in blocks),
         2 * max((own for _, own in blocks), default=0),
@@ -108,14 +124,18 @@ def spread(parts: dict[str, int], cost: Cost, blocks: Sequence[tuple[int, int]],
 
 
 def estimate(model: Any, config: Any, tokens: int, labelled: int) -> str:
-    """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a label; in words.
-    `config`: a `TrainConfig`."""
+    """What one step of `tokens` tokens (padding included) will hold, `labelled` of which carry a
+    label; in words. `config`: a `TrainConfig`."""
     try:
         parts, elsewhere = predict(model, config, tokens, labelled)
     except ConfigError as error:  # no reason not to train
         return _at_least(parts_of(model, config.optimiser, None), error)
     text = _about(parts)
-    return f"{text}, and activations of {size(elsewhere)} in main memory" if config.offload_activations else text
+    return (
+        f"{text}, and activations of {size(elsewhere)} in main memory"
+        if config.offload_activations
+        else text
+    )
 
 
 def estimate_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int) -> str:
@@ -137,16 +157,19 @@ def _at_least(parts: Mapping[str, int], error: ConfigError) -> str:
 
 
 class Run(NamedTuple):
-    """One of the runs that are trained at once (``train/many``). ``rows``: who has the same shares forwards with it."""
+    """One of the runs that are trained at once (``train/many``). ``rows``: who has the same shares
+    forwards with it."""
 
     config: Any
     parameters: Sequence[nn.Parameter]
     rows: Any
 
 
-def predict_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: int) -> dict[str, int]:
-    """Bytes by what holds them. Runs that share a forward hold the activations of the rows of all; a step is counted of
-    the largest adapter among them, on so many rows. Errors as `step_of`."""
+def predict_at_once(
+    model: Any, runs: Mapping[str, Run], tokens: int, labelled: int
+) -> dict[str, int]:
+    """Bytes by what holds them. Runs that share a forward hold the activations of the rows of all;
+    a step is counted of the largest adapter among them, on so many rows. Errors as `step_of`."""
     groups: dict[Any, list[str]] = {}
     for name, run in runs.items():
         groups.setdefault(run.rows, []).append(name)
@@ -154,31 +177,46 @@ def predict_at_once(model: Any, runs: Mapping[str, Run], tokens: int, labelled: 
     rows = max(1, min(config.batch_size, tokens))
     length, found = max(1, round(tokens / rows)), []
     for names in groups.values():  # one after another
-        numbers = {name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names}
+        numbers = {
+            name: sum(parameter.numel() for parameter in runs[name].parameters) for name in names
+        }
         largest = max(names, key=numbers.__getitem__)
         step = step_of(model, rows * len(names), length, labelled / max(tokens, 1), name=largest)
         parts = _of_runs(model, runs, step, waits=len(groups) > 1)
-        if len(names) > 1:  # what is joined of each layer's factors, in the dtype of the base, is there until backward
+        if (
+            len(names) > 1
+        ):  # what is joined of each layer's factors, in the dtype of the base, is there until backward
             parts["activations"] += sum(numbers.values()) * model.dtype.itemsize
         found.append(parts)
     return max(found, key=lambda parts: sum(parts.values()))
 
 
-def _of_runs(model: Any, runs: Mapping[str, Run], step: Step | None, waits: bool = False) -> dict[str, int]:
+def _of_runs(
+    model: Any, runs: Mapping[str, Run], step: Step | None, waits: bool = False
+) -> dict[str, int]:
     """``waits``: gradients of some wait while forwards of others run."""
     config = next(iter(runs.values())).config
-    how = {"accumulate": 2 if waits else config.grad_accum, "checkpointing": config.activation_checkpointing}
+    how = {
+        "accumulate": 2 if waits else config.grad_accum,
+        "checkpointing": config.activation_checkpointing,
+    }
     parts = parts_of(model, config.optimiser, step, **how)
-    kept = sum(states(parameter, run.config.optimiser) for run in runs.values() for parameter in run.parameters)
+    kept = sum(
+        states(parameter, run.config.optimiser)
+        for run in runs.values()
+        for parameter in run.parameters
+    )
     return parts | {"optimiser": round(kept)}
 
 
 def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-    """Bytes by what holds them, and those of the activations that wait in main memory. Arguments and errors as
-    `estimate` and `step_of`."""
+    """Bytes by what holds them, and those of the activations that wait in main memory. Arguments
+    and errors as `estimate` and `step_of`."""
     rows = max(1, min(config.batch_size, tokens))
     processes = dist.get_world_size() if config.parallel == "fsdp" and dist.is_initialized() else 1
-    step = step_of(model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked=processes == 1)
+    step = step_of(
+        model, rows, max(1, round(tokens / rows)), labelled / max(tokens, 1), chunked=processes == 1
+    )
     again = config.activation_checkpointing
     how = {"checkpointing": again, "offload": config.offload_activations}
     parts = parts_of(model, config.optimiser, step, accumulate=config.grad_accum, **how)
@@ -189,22 +227,35 @@ def predict(model: Any, config: Any, tokens: int, labelled: int) -> tuple[dict[s
 
 
 def step_of(
-    model: Any, batch: int, length: int, labelled: float, *, chunked: bool = True, name: str | None = None
+    model: Any,
+    batch: int,
+    length: int,
+    labelled: float,
+    *,
+    chunked: bool = True,
+    name: str | None = None,
 ) -> Step:
-    """A step of a model with an adapter, or of several that of this name, counted on a copy without weights.
+    """A step of a model with an adapter, or of several that of this name, counted on a copy without
+    weights.
 
     Raises:
-        ConfigError: the model reads no tokens, is no decoder, or does what cannot be counted without numbers.
+        ConfigError: the model reads no tokens, is no decoder, or does what cannot be counted
+            without numbers.
     """
     plain = all(storage is None or storage.name == "plain" for _, _, storage in _stored(model))
     like = plain and not is_spread(model.modules())  # what is spread cannot be copied
     reasons = {
         "reads no tokens": getattr(model, "main_input_name", None) != "input_ids",
         "is an encoder and a decoder": getattr(model.config, "is_encoder_decoder", False),
-        "is packed or spread, and has no output head": not like and model.get_output_embeddings() is None,
+        "is packed or spread, and has no output head": not like
+        and model.get_output_embeddings() is None,
     }
     if found := [reason for reason, there in reasons.items() if there]:
-        raise ConfigError(f"{own_class(model).__name__}, which {found[0]}", "a decoder of tokens", "plan a like one")
+        raise ConfigError(
+            f"{own_class(model).__name__}, which {found[0]}",
+            "a decoder of tokens",
+            "plan a like one",
+        )
     twin = _without_weights(model) if like else _repacked(model, name)
     with nullcontext() if name is None or not like else use(twin, name):
         return count_step(twin, batch, length, labelled=labelled, plain=plain, chunked=chunked)
@@ -213,7 +264,9 @@ def step_of(
 def _repacked(model: Any, name: str | None) -> Any:
     """A like model with plain weights on the meta device, and a like adapter."""
     config = Handle(model, only_name(model, name)).config
-    start = config.variant if not VARIANTS[config.variant].needs else "lora"  # whose shapes are the same
+    start = (
+        config.variant if not VARIANTS[config.variant].needs else "lora"
+    )  # whose shapes are the same
     twin = countable_model(model.config, model.dtype)
     attach(twin, replace(config, variant=start))
     return twin
@@ -224,7 +277,9 @@ def _without_weights(model: Any) -> Any:
     memo: dict[int, Any] = {}
     for one in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(one, device="meta")
-        memo[id(one)] = nn.Parameter(empty, one.requires_grad) if isinstance(one, nn.Parameter) else empty
+        memo[id(one)] = (
+            nn.Parameter(empty, one.requires_grad) if isinstance(one, nn.Parameter) else empty
+        )
     return count_attention(copy.deepcopy(model, memo)).train()
 
 
@@ -239,8 +294,8 @@ def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, Any, Any]]:
 
 
 def weights(model: nn.Module) -> tuple[int, int]:
-    """(bytes of the frozen weights as they lie, scales included; bytes of the largest packed one as its layer unpacks
-    it)."""
+    """(bytes of the frozen weights as they lie, scales included; bytes of the largest packed one as
+    its layer unpacks it)."""
     total, largest = 0, 0
     dtype = getattr(model, "dtype", torch.float32)
     for module, weight, storage in _stored(model):
@@ -258,11 +313,15 @@ def weights(model: nn.Module) -> tuple[int, int]:
 
 
 def to_be_packed(model: nn.Module, quantize: str) -> tuple[int, int]:
-    """``weights``, once the linear layers but the output head are packed as bitsandbytes does. Stacks of experts are no
-    linear layers: they stay as they are."""
+    """``weights``, once the linear layers but the output head are packed as bitsandbytes does.
+    Stacks of experts are no linear layers: they stay as they are."""
     found = packed_linears(model, quantize)
-    plain = sum(weight.nbytes for _, weight, _ in _stored(model)) - sum(weight.nbytes for weight, _ in found)
-    return plain + sum(own for _, own in found), max((weight.nbytes for weight, _ in found), default=0)
+    plain = sum(weight.nbytes for _, weight, _ in _stored(model)) - sum(
+        weight.nbytes for weight, _ in found
+    )
+    return plain + sum(own for _, own in found), max(
+        (weight.nbytes for weight, _ in found), default=0
+    )
 
 
 def packed_linears(model: Any, quantize: str) -> list[tuple[Tensor, int]]:
@@ -292,7 +351,9 @@ def states(parameter: Tensor, optimiser: str) -> float:
     if few is not None and numbers >= FEW:
         bits = int(few[1])
         return count * (numbers * bits / 8 + 4 * -(-numbers // BLOCK[bits]))
-    library = few is not None or "32bit" in name or "bnb" in name  # bitsandbytes keeps float32 of all others
+    library = (
+        few is not None or "32bit" in name or "bnb" in name
+    )  # bitsandbytes keeps float32 of all others
     return count * numbers * (4 if library and "torch" not in name else parameter.element_size())
 
 

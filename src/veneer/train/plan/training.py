@@ -1,4 +1,5 @@
-"""A training run on 1 … n devices, by each strategy: what each device holds, computes and sends, and for how long.
+"""A training run on 1 … n devices, by each strategy: what each device holds, computes and sends,
+and for how long.
 
 A step is of as many examples on n devices as on one, as ``veneer train`` has it under torchrun.
 
@@ -6,10 +7,11 @@ A step is of as many examples on n devices as on one, as ``veneer train`` has it
     fsdp    also so, with the frozen weights spread over the devices, and gathered block by block, in forward and again
             in backward; the loss takes the logits of all rows, as the head cannot be called alone
     tp      the blocks' matrices are cut, by transformers' plan for the model: all devices see all rows; what a block's
-            two row-wise layers put out is summed, and in backward what its column-wise ones were given
+            two row-wise layers put out is summed, and in backward what its column-wise ones were
+            given
 
-The adapter is whole on each device, and its gradients are summed once a step, in float32. A ring of n devices sends
-(n - 1) / n of what is gathered, and twice that of what is summed.
+The adapter is whole on each device, and its gradients are summed once a step, in float32. A ring of
+n devices sends (n - 1) / n of what is gathered, and twice that of what is summed.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Run:
-    """What does not depend on the devices. ``batch``: rows of ``length`` tokens in one forward pass, at most;
-    ``accumulate``: such passes in a step of one device; ``labelled``: share of the tokens with a label; ``offload``:
-    activations wait in main memory."""
+    """What does not depend on the devices. ``batch``: rows of ``length`` tokens in one forward
+    pass, at most; ``accumulate``: such passes in a step of one device; ``labelled``: share of the
+    tokens with a label; ``offload``: activations wait in main memory."""
 
     batch: int = 8
     length: int = 2048
@@ -48,10 +50,15 @@ class Run:
     def __post_init__(self) -> None:
         wrong = [name for name in ("batch", "length", "accumulate") if getattr(self, name) < 1]
         if wrong or not 0 < self.labelled <= 1:
-            found = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong) or f"labelled={self.labelled!r}"
+            found = (
+                ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+                or f"labelled={self.labelled!r}"
+            )
             raise ConfigError(found, "counts of at least 1, and a share in (0, 1]", "correct it")
         if self.quantize not in (None, "nf4", "fp4", "int8"):
-            raise ConfigError(f"quantize={self.quantize!r}", "nf4, fp4 or int8", "choose one, or leave it out")
+            raise ConfigError(
+                f"quantize={self.quantize!r}", "nf4, fp4 or int8", "choose one, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,15 +108,20 @@ class Planner:
     def step(self, run: Run, chunked: bool = True) -> Step:
         key = run.batch, run.length, run.labelled, run.quantize is None, chunked
         if key not in self._steps:
-            self._steps[key] = count_step(self.model, *key[:2], labelled=run.labelled, plain=key[3], chunked=chunked)
+            self._steps[key] = count_step(
+                self.model, *key[:2], labelled=run.labelled, plain=key[3], chunked=chunked
+            )
         return self._steps[key]
 
-    def plan(self, run: Run, strategy: str = "ddp", devices: int = 1, on: Hardware | None = None) -> Planned:
+    def plan(
+        self, run: Run, strategy: str = "ddp", devices: int = 1, on: Hardware | None = None
+    ) -> Planned:
         """One run.
 
         Raises:
-            ConfigError: an unknown strategy, or one that cannot be: rows that do not divide; packed weights that would
-                be spread; tp for a model of which transformers has no plan, or on more devices than it has heads.
+            ConfigError: an unknown strategy, or one that cannot be: rows that do not divide; packed
+                weights that would be spread; tp for a model of which transformers has no plan, or
+                on more devices than it has heads.
         """
         if strategy not in STRATEGIES or devices < 1:
             found = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
@@ -117,7 +129,10 @@ class Planner:
         if run.quantize is not None and devices > 1 and strategy != "ddp":
             found = f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
             raise ConfigError(found, "ddp", "choose it, or leave out quantize")
-        tokens, fsdp, tp = run.batch * run.length * run.accumulate, *(strategy == one for one in STRATEGIES[1:])
+        tokens, fsdp, tp = (
+            run.batch * run.length * run.accumulate,
+            *(strategy == one for one in STRATEGIES[1:]),
+        )
         if not tp:
             rows, passes = divided(run.batch, run.accumulate, devices)
             run = replace(run, batch=rows, accumulate=passes)
@@ -161,10 +176,15 @@ class Planner:
         cut = 0
         for path, parameter in self.model.named_parameters():
             module, _, name = path.rpartition(".")
-            if not parameter.requires_grad and STYLES.get(style_of(plan, module, name)) in (COLUMNS, ROWS):
+            if not parameter.requires_grad and STYLES.get(style_of(plan, module, name)) in (
+                COLUMNS,
+                ROWS,
+            ):
                 cut += parameter.nbytes
         if not cut:
-            found = f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
+            found = (
+                f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
+            )
             raise ConfigError(found, "ddp or fsdp", "choose one of them")
         heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
         if heads is not None and heads % n:
@@ -173,7 +193,8 @@ class Planner:
         return cut
 
     def _unpacking(self, run: Run) -> Work:
-        """Of every packed weight, in forward and in backward: to read it, and to write it in the products' dtype."""
+        """Of every packed weight, in forward and in backward: to read it, and to write it in the
+        products' dtype."""
         passes, work = 3 if run.checkpointing else 2, Work()
         for weight, own in packed_linears(self.model, str(run.quantize)):
             work[0, weight.nbytes + own, False] += passes
@@ -181,7 +202,11 @@ class Planner:
 
 
 def table(
-    planner: Planner, run: Run, counts: Sequence[int], strategies: Iterable[str], on: Hardware | None
+    planner: Planner,
+    run: Run,
+    counts: Sequence[int],
+    strategies: Iterable[str],
+    on: Hardware | None,
 ) -> tuple[list[Planned], list[str]]:
     """The plans for all numbers of devices and strategies, and why some are left out."""
     plans, left_out = [], []
@@ -196,8 +221,11 @@ def table(
     return plans, [*dict.fromkeys(left_out)]
 
 
-def recommend(planner: Planner, run: Run, counts: Sequence[int], strategies: Sequence[str], on: Hardware) -> str:
-    """What to do: the fewest devices that suffice, and the fastest way to use them; where nothing fits, what would."""
+def recommend(
+    planner: Planner, run: Run, counts: Sequence[int], strategies: Sequence[str], on: Hardware
+) -> str:
+    """What to do: the fewest devices that suffice, and the fastest way to use them; where nothing
+    fits, what would."""
     changes: list[tuple[str, Run]] = [("", run)]
     if not run.checkpointing:
         changes.append((" with activation checkpointing", replace(run, checkpointing=True)))
@@ -212,11 +240,21 @@ def recommend(planner: Planner, run: Run, counts: Sequence[int], strategies: Seq
         enough = [one for one in table(planner, changed, counts, strategies, on)[0] if one.fits]
         if enough:
             fewest = min(one.devices for one in enough)
-            best = max((one for one in enough if one.devices == fewest), key=lambda one: one.speed or 0)
-            where = f"{best.devices} × {on.name}, {best.strategy}" if best.devices > 1 else f"one {on.name}"
+            best = max(
+                (one for one in enough if one.devices == fewest), key=lambda one: one.speed or 0
+            )
+            where = (
+                f"{best.devices} × {on.name}, {best.strategy}"
+                if best.devices > 1
+                else f"one {on.name}"
+            )
             room = f"{best.total / 2**30:.1f} GiB of {on.usable / 2**30:.1f}"
             return f"{where}{how}: {room}, {best.speed:,.0f} tokens/s a device"
-    smallest = min(table(planner, changes[-1][1], counts, strategies, on)[0], key=lambda one: one.total)
+    smallest = min(
+        table(planner, changes[-1][1], counts, strategies, on)[0], key=lambda one: one.total
+    )
     least = f"{smallest.total / 2**30:.1f} GiB at the least"
     found = f"nothing fits: {least}, on {smallest.devices} devices by {smallest.strategy}"
-    return sentence(found, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices")
+    return sentence(
+        found, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices"
+    )

@@ -7,5 +7,6 @@
     run.py         one sweep, from its settings to the winner's folder
     table.py       what is shown meanwhile; page.py: the report
 
-In: a `TrainConfig` and a `Sweep`. Out: `best/` as `veneer train` would have left it, `sweep.json`, `report.html`.
+In: a `TrainConfig` and a `Sweep`. Out: `best/` as `veneer train` would have left it, `sweep.json`,
+`report.html`.
 """

@@ -1,11 +1,12 @@
-"""Candidates that share a base: each step is one forward and one backward for all whose rows have one shape.
+"""Candidates that share a base: each step is one forward and one backward for all whose rows have
+one shape.
 
-A candidate is the run that `veneer train` makes of its configuration alone: the same start, order of rows, optimiser,
-schedule, clipping and random numbers. Candidates of one data seed have the same rows in each step, so they share it;
-others take forwards of their own (`many/runs.py`).
+A candidate is the run that `veneer train` makes of its configuration alone: the same start, order
+of rows, optimiser, schedule, clipping and random numbers. Candidates of one data seed have the same
+rows in each step, so they share it; others take forwards of their own (`many/runs.py`).
 
-What a run draws besides dropout is drawn here too: torch's loaders take a number from the default generator whenever
-they begin, for an epoch or an evaluation.
+What a run draws besides dropout is drawn here too: torch's loaders take a number from the default
+generator whenever they begin, for an epoch or an evaluation.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ STATE = "state.pt"
 class _Member:
     """One candidate: all that is its own but the adapter."""
 
-    def __init__(self, task: Task, handle: Any, prepared: Prepared, folder: Path, decays: Mapping[int, bool]) -> None:
+    def __init__(
+        self, task: Task, handle: Any, prepared: Prepared, folder: Path, decays: Mapping[int, bool]
+    ) -> None:
         self.task, self.handle, self.prepared = task, handle, prepared
         arguments = arguments_of(task.config, folder, prepared)
         self.parameters = handle.parameters()
@@ -59,9 +62,11 @@ class _Member:
         return config.seed if config.data_seed is None else config.data_seed
 
     def step(self, finite: bool) -> bool:
-        """The optimiser's step on the gradients that are there. Nothing is done, and False, if the loss was not
-        ``finite``, or they are not."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.task.config.max_grad_norm or math.inf)
+        """The optimiser's step on the gradients that are there. Nothing is done, and False, if the
+        loss was not ``finite``, or they are not."""
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters, self.task.config.max_grad_norm or math.inf
+        )
         finite = finite and bool(norm.isfinite())
         if finite:
             self.optimizer.step()
@@ -71,9 +76,9 @@ class _Member:
 
 
 class Cohort:
-    """``model``: the base; ``tasks``: of each candidate, by name, with its own configuration; ``found``: the folder of
-    a checkpoint to go on from. ``failed``: why some could not begin, or went on no longer. Raises for all that cannot
-    begin, unless it is to keep going without them."""
+    """``model``: the base; ``tasks``: of each candidate, by name, with its own configuration;
+    ``found``: the folder of a checkpoint to go on from. ``failed``: why some could not begin, or
+    went on no longer. Raises for all that cannot begin, unless it is to keep going without them."""
 
     def __init__(
         self, model: nn.Module, tasks: Mapping[str, Task], prepared: Prepared, output: Path, found: Path | None,
@@ -87,7 +92,9 @@ class Cohort:
         try:
             self._each(tasks, lambda name: self._attach(name, tasks[name], found))
             decays = _decays(model)
-            self._each(self.runs, lambda name: self._start(name, tasks[name], output, found, decays))
+            self._each(
+                self.runs, lambda name: self._start(name, tasks[name], output, found, decays)
+            )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
                 raise_all(TargetError, "The sweep cannot begin", problems)
@@ -110,13 +117,20 @@ class Cohort:
         if found is not None:
             self.runs.add(name, found / name / checkpoint.ADAPTER, seed=config.seed)
             return
-        more, lora = start_data(task, self.prepared.train, self.model), lora_of(config, self.model, {})
+        more, lora = (
+            start_data(task, self.prepared.train, self.model),
+            lora_of(config, self.model, {}),
+        )
         self.runs.add(name, lora, seed=config.seed, **more)
-        if config.check and lora not in self._checked:  # of those that are attached alike, one proves it for all
+        if (
+            config.check and lora not in self._checked
+        ):  # of those that are attached alike, one proves it for all
             check(self.model, task.example(self.prepared, self.model.device), name)
             self._checked.append(lora)
 
-    def _start(self, name: str, task: Task, output: Path, found: Path | None, decays: Mapping[int, bool]) -> None:
+    def _start(
+        self, name: str, task: Task, output: Path, found: Path | None, decays: Mapping[int, bool]
+    ) -> None:
         member = _Member(task, self.runs[name], self.prepared, output, decays)
         if found is not None:
             state = torch.load(found / name / STATE, weights_only=True)
@@ -124,7 +138,9 @@ class Cohort:
             member.scheduler.load_state_dict(state["scheduler"])
             self.runs.stream(name).own = state["random"]
         else:
-            self.runs.restart(name, task.config.seed)  # as a trainer does once the adapter is attached
+            self.runs.restart(
+                name, task.config.seed
+            )  # as a trainer does once the adapter is attached
         self.members[name] = member
 
     def begin(self, step: int) -> None:
@@ -135,23 +151,31 @@ class Cohort:
             self._rows[order] = islice(self._groups(order), step, None)
 
     def _groups(self, order: int) -> Iterator[list[list[int]]]:
-        """The rows of each step: of each of its passes. The same of all candidates that have this order."""
+        """The rows of each step: of each of its passes. The same of all candidates that have this
+        order."""
         config = next(iter(self.members.values())).task.config
         lengths = self.prepared.train.lengths
-        sampler = EpochSampler([*lengths], config.batch_size * config.grad_accum, order, config.group_by_length)
+        sampler = EpochSampler(
+            [*lengths], config.batch_size * config.grad_accum, order, config.group_by_length
+        )
         for epoch in range(self.prepared.steps):
             sampler.set_epoch(epoch)
             rows = [*sampler]
-            passes = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+            passes = [
+                rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)
+            ]
             for i in range(0, len(passes), config.grad_accum):
                 yield passes[i : i + config.grad_accum]
 
     @property
     def steps_an_epoch(self) -> int:
-        return steps_an_epoch(next(iter(self.members.values())).task.config, len(self.prepared.train))
+        return steps_an_epoch(
+            next(iter(self.members.values())).task.config, len(self.prepared.train)
+        )
 
     def step(self) -> dict[str, float]:
-        """One step of all; the loss of each. Who has none that is finite is in `failed`, and no member any longer."""
+        """One step of all; the loss of each. Who has none that is finite is in `failed`, and no
+        member any longer."""
         if self._step % self.steps_an_epoch == 0:
             self.draw()
         passes = {order: self._collated(next(rows)) for order, rows in self._rows.items()}
@@ -167,13 +191,18 @@ class Cohort:
         self._step += 1
         for name, loss in losses.items():
             if not self.members[name].step(math.isfinite(loss)):
-                what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+                what = (
+                    f"the loss is {loss}"
+                    if not math.isfinite(loss)
+                    else "the gradient is not finite"
+                )
                 self.failed[name] = f"{what} at step {self._step}"
                 self.remove(name)
         return {name: losses[name] for name in losses if name in self.members}
 
     def _collated(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
-        """The batches of a step as `Runs` takes them, and how many items the loss of each is a mean over."""
+        """The batches of a step as `Runs` takes them, and how many items the loss of each is a mean
+        over."""
         task, rows = next(iter(self.members.values())).task, self.prepared.train
         found = []
         for own in passes:
@@ -193,7 +222,8 @@ class Cohort:
         return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
     def draw(self) -> None:
-        """What torch's loaders draw of each run's numbers when an epoch or an evaluation of a run alone begins."""
+        """What torch's loaders draw of each run's numbers when an epoch or an evaluation of a run
+        alone begins."""
         for name in self.members:
             with self.runs.stream(name):
                 torch.empty((), dtype=torch.int64).random_()
@@ -206,11 +236,14 @@ class Cohort:
         self._rows = {order: rows for order, rows in self._rows.items() if order in orders}
 
     def save(self, folder: Path, about: Callable[[str], Mapping[str, Any]]) -> None:
-        """Each candidate's adapter and state, in a folder of its name. `about`: what its adapter says of its run."""
+        """Each candidate's adapter and state, in a folder of its name. `about`: what its adapter
+        says of its run."""
         for name, member in self.members.items():
             (folder / name).mkdir()
             config = member.task.config
-            self.runs[name].save(folder / name / checkpoint.ADAPTER, base_name=config.base, provenance=about(name))
+            self.runs[name].save(
+                folder / name / checkpoint.ADAPTER, base_name=config.base, provenance=about(name)
+            )
             state = {
                 "optimizer": member.optimizer.state_dict(), "scheduler": member.scheduler.state_dict(),
                 "random": self.runs.stream(name).own,
@@ -229,7 +262,8 @@ def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _decays(model: Any) -> dict[int, bool]:
-    """By the id of each parameter that trains, in the order of their names, whether its weights decay."""
+    """By the id of each parameter that trains, in the order of their names, whether its weights
+    decay."""
     decayed = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     return {id(one): name in decayed for name, one in model.named_parameters() if one.requires_grad}
 
@@ -240,14 +274,21 @@ def _optimizer(
     """What transformers' trainer makes of these arguments, over one candidate's parameters."""
     own = {id(one): one for one in parameters}
     groups = [
-        {"params": [own[key] for key, decay in decays.items() if key in own and decay is which], "weight_decay": rate}
+        {
+            "params": [own[key] for key, decay in decays.items() if key in own and decay is which],
+            "weight_decay": rate,
+        }
         for which, rate in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except ImportError as error:
-        raise ConfigError(f"Found: {error}. Do: install the package, or choose another setting.") from error
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or options.keys() & {"params", "model"}:
+        raise ConfigError(
+            f"Found: {error}. Do: install the package, or choose another setting."
+        ) from error
+    if not (
+        isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    ) or options.keys() & {"params", "model"}:
         found = f"optimiser {arguments.optim}, which looks at the whole model"
         raise ConfigError(found, "one that takes parameters", "choose for example adamw")
     return kind(groups, **options)

@@ -1,5 +1,5 @@
-"""What a sweep may conclude of its winner: whether a wider search could find a better one, and whether the winner does
-alone what it did among the others."""
+"""What a sweep may conclude of its winner: whether a wider search could find a better one, and
+whether the winner does alone what it did among the others."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ AGAIN = 20
 EDGE = 0.1
 
 
-def edges(axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The axes of numbers at whose lowest or highest value the winner lies: {"axis", "value", "side", "tried"}. An end
-    beyond which the setting cannot go, such as a dropout of 0, is no edge."""
+def edges(
+    axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The axes of numbers at whose lowest or highest value the winner lies: {"axis", "value",
+    "side", "tried"}. An end beyond which the setting cannot go, such as a dropout of 0, is no
+    edge."""
     lying = []
     for axis, values in axes.items():
         bounds = _bounds(values)
@@ -45,8 +48,14 @@ def edges(axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]) -> 
 def _bounds(values: list[Any] | Range) -> tuple[float, float] | None:
     if isinstance(values, Range):
         return values.low, values.high
-    numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-    return (min(numbers), max(numbers)) if len(numbers) > 1 and len(numbers) == len(set(map(str, values))) else None
+    numbers = {
+        value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return (
+        (min(numbers), max(numbers))
+        if len(numbers) > 1 and len(numbers) == len(set(map(str, values)))
+        else None
+    )
 
 
 def _share(value: float, low: float, high: float, log: bool) -> float:
@@ -71,8 +80,9 @@ def edge_words(edge: Mapping[str, Any]) -> str:
 
 
 def measure_alone(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any]:
-    """Train the winner again for its first steps, as `veneer train` does, and compare with its losses of the sweep:
-    {"steps", "largest" difference, "step" of it, "last" difference}, or {"problem"} where that could not be done."""
+    """Train the winner again for its first steps, as `veneer train` does, and compare with its
+    losses of the sweep: {"steps", "largest" difference, "step" of it, "last" difference}, or
+    {"problem"} where that could not be done."""
     count, steps = 0, min(AGAIN, len(losses))
 
     def enough() -> bool:
@@ -82,15 +92,36 @@ def measure_alone(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            alone = {"output": Path(folder) / "again", "check": False, "eval_every": 10**9, "save_every": 10**9}
-            result = fit(config.model_copy(update=alone), console=Console(quiet=True), quiet=True, stop_order=enough)
-    except (VeneerError, OSError, RuntimeError) as error:  # the sweep itself is done, and keeps its result
+            alone = {
+                "output": Path(folder) / "again",
+                "check": False,
+                "eval_every": 10**9,
+                "save_every": 10**9,
+            }
+            result = fit(
+                config.model_copy(update=alone),
+                console=Console(quiet=True),
+                quiet=True,
+                stop_order=enough,
+            )
+    except (
+        VeneerError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the sweep itself is done, and keeps its result
         return {"problem": first_line(error)}
-    apart = [abs(again - before) for again, before in zip(result.losses[:steps], losses, strict=False)]
+    apart = [
+        abs(again - before) for again, before in zip(result.losses[:steps], losses, strict=False)
+    ]
     if not apart:
         return {"problem": "it was stopped before its first step"}
     largest = max(apart)
-    return {"steps": len(apart), "largest": largest, "step": apart.index(largest) + 1, "last": apart[-1]}
+    return {
+        "steps": len(apart),
+        "largest": largest,
+        "step": apart.index(largest) + 1,
+        "last": apart[-1],
+    }
 
 
 def alone_words(alone: Mapping[str, Any]) -> str:

@@ -34,10 +34,18 @@ def page(facts: Facts) -> str:
             lead += ", which is their last loss here"
         lead += ". "
     lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
-    sections = [_winner(facts), _curves(candidates), _quality(candidates), _spread(facts), _all(candidates, sweep)]
+    sections = [
+        _winner(facts),
+        _curves(candidates),
+        _quality(candidates),
+        _spread(facts),
+        _all(candidates, sweep),
+    ]
     parts = "".join(f"<section>{part}</section>" for part in sections if part)
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
-    return document(f"Sweep of {len(candidates)} candidates", lead, _cards(facts, candidates), parts, footer)
+    return document(
+        f"Sweep of {len(candidates)} candidates", lead, _cards(facts, candidates), parts, footer
+    )
 
 
 def _rank(one: Facts) -> tuple[bool, float]:
@@ -49,8 +57,14 @@ def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str
     best = candidates[0]
     yield f"{best['loss']:.4f}", f"loss of the winner, {best['name']}"
     yield f"{best['parameters']:,}", "numbers that it trains"
-    count = {status: sum(one["status"] == status for one in candidates) for status in (FINISHED, ENDED, FAILED)}
-    yield str(count[FINISHED]), "ran to the end" + "".join(f", {count[s]} {s}" for s in (ENDED, FAILED) if count[s])
+    count = {
+        status: sum(one["status"] == status for one in candidates)
+        for status in (FINISHED, ENDED, FAILED)
+    }
+    yield (
+        str(count[FINISHED]),
+        "ran to the end" + "".join(f", {count[s]} {s}" for s in (ENDED, FAILED) if count[s]),
+    )
     yield duration(facts["cpu_seconds"]), f"of CPU time, in {duration(facts['seconds'])}"
 
 
@@ -88,7 +102,8 @@ def _curves(candidates: Sequence[Facts]) -> str:
 
 
 def _ceiling(curves: Sequence[Points]) -> float:
-    """Losses above it are drawn there: those of a rate that is far too high would leave the others one line."""
+    """Losses above it are drawn there: those of a rate that is far too high would leave the others
+    one line."""
     firsts, best = [own[0][1] for own in curves], min(own[-1][1] for own in curves)
     return max(sorted(firsts)[len(firsts) // 2] * 1.1, best + 0.1)
 
@@ -96,20 +111,26 @@ def _ceiling(curves: Sequence[Points]) -> float:
 def _smoothed(losses: Sequence[float]) -> list[tuple[float, float]]:
     width = max(1, len(losses) // POINTS)
     stretches = [losses[i : i + width] for i in range(0, len(losses), width)]
-    return [(min((number + 1) * width, len(losses)), mean(own)) for number, own in enumerate(stretches)]
+    return [
+        (min((number + 1) * width, len(losses)), mean(own)) for number, own in enumerate(stretches)
+    ]
 
 
 def _quality(candidates: Sequence[Facts]) -> str:
     names = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
     series = {
-        said: [(one["parameters"] / 1e3, one["loss"]) for one in candidates if one["status"] == status]
+        said: [
+            (one["parameters"] / 1e3, one["loss"]) for one in candidates if one["status"] == status
+        ]
         for status, said in names.items()
     }
     series = {said: points for said, points in series.items() if points}
     best = candidates[0]["loss"]
     top = max(best * 1.5, *(loss for _, loss in series[names[FINISHED]]))
     series = {said: [(x, min(loss, top)) for x, loss in points] for said, points in series.items()}
-    chart = lines(series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True)
+    chart = lines(
+        series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True
+    )
     return f"<h2>Quality against trainable parameters</h2><figure>{chart}</figure>"
 
 
@@ -137,5 +158,7 @@ def _all(candidates: Sequence[Facts], sweep: Facts) -> str:
         ]
         for one in candidates
     ]  # fmt: skip
-    notes = "".join(f"<p>{escape(one['name'])}: {escape(one['note'])}</p>" for one in candidates if one["note"])
+    notes = "".join(
+        f"<p>{escape(one['name'])}: {escape(one['note'])}</p>" for one in candidates if one["note"]
+    )
     return f"<h2>All candidates</h2>{table(heads, rows)}{notes}"

@@ -1,5 +1,5 @@
-"""What is known of a sweep: every candidate's losses, and where the sweep stands. It goes into each checkpoint, and at
-the end, with what follows from it, into `sweep.json` and the report."""
+"""What is known of a sweep: every candidate's losses, and where the sweep stands. It goes into each
+checkpoint, and at the end, with what follows from it, into `sweep.json` and the report."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "e
 
 @dataclass
 class Candidate:
-    """`changes`: of the run's configuration. `losses[i]`: of step i + 1; `evaluations`: of (step, what was measured on
-    the rows held out, the loss among it); `judged`: of (step, the mean loss in training), at rungs that judge by that.
-    `note`: why it failed. `parameters`: how many it trains."""
+    """`changes`: of the run's configuration. `losses[i]`: of step i + 1; `evaluations`: of (step,
+    what was measured on the rows held out, the loss among it); `judged`: of (step, the mean loss in
+    training), at rungs that judge by that. `note`: why it failed. `parameters`: how many it
+    trains."""
 
     name: str
     cohort: int
@@ -34,8 +35,11 @@ class Candidate:
 
     @property
     def measured(self) -> list[tuple[int, float]]:
-        """(step, the loss on the rows held out), in order: at rungs that by which it was judged, be it in training."""
-        return sorted(({step: told["loss"] for step, told in self.evaluations} | dict(self.judged)).items())
+        """(step, the loss on the rows held out), in order: at rungs that by which it was judged, be
+        it in training."""
+        return sorted(
+            ({step: told["loss"] for step, told in self.evaluations} | dict(self.judged)).items()
+        )
 
     @property
     def loss(self) -> float | None:

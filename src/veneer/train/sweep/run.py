@@ -9,7 +9,8 @@ output/
   best/                  the winner: adapter/, train.yaml, log.jsonl, metrics.json, run.json
   sweep.json  report.html
 
-A sweep that was stopped or killed goes on from its newest checkpoint, and ends with the same numbers, bit for bit.
+A sweep that was stopped or killed goes on from its newest checkpoint, and ends with the same
+numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ from veneer.attach.fresh_weights import fresh
 from veneer.attach.plan import plan
 from veneer.attach.summary import size
 from veneer.attach.targets import Names
-from veneer.errors import ConfigError, OutputExistsError, TargetError, TrainingError, VeneerError, raise_all
+from veneer.errors import (
+    ConfigError,
+    OutputExistsError,
+    TargetError,
+    TrainingError,
+    VeneerError,
+    raise_all,
+)
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
@@ -47,7 +55,16 @@ from veneer.train.run import lora_of, provenance_of, tell_versions, versions, wr
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import alone_words, edge_words, edges, measure_alone
 from veneer.train.sweep.page import page
-from veneer.train.sweep.record import ENDED, FAILED, FINISHED, RUNNING, WAITING, Candidate, State, words
+from veneer.train.sweep.record import (
+    ENDED,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    WAITING,
+    Candidate,
+    State,
+    words,
+)
 from veneer.train.sweep.search import Search
 from veneer.train.sweep.settings import Sweep, must_fit
 from veneer.train.tasks import TASKS, Task
@@ -83,19 +100,25 @@ def sweep(
     Args:
         keep_going: leave candidates out that cannot begin, instead of raising.
         shown: called after each step, with the state and the steps of a whole run.
-        stop_order: asked after each step; once it says true, the sweep ends with a checkpoint, as after Ctrl-C.
+        stop_order: asked after each step; once it says true, the sweep ends with a checkpoint, as
+            after Ctrl-C.
 
-    Raises: as `fit`; with every candidate whose configuration is wrong, or cannot be attached. `TrainingError`: none
-    ended with a loss that is a number.
+    Raises: as `fit`; with every candidate whose configuration is wrong, or cannot be attached.
+    `TrainingError`: none ended with a loss that is a number.
     """
     console = console or Console(stderr=True, quiet=quiet)
-    with checkpoint.only_writer(config.output.expanduser(), Processes()), StopOnSignal(console) as stop:
+    with (
+        checkpoint.only_writer(config.output.expanduser(), Processes()),
+        StopOnSignal(console) as stop,
+    ):
         work = _Work(config, settings, keep_going, console, shown)
         return work.run(lambda: stop.asked or (stop_order is not None and stop_order()))
 
 
 class _Work:
-    def __init__(self, config: TrainConfig, settings: Sweep, keep_going: bool, console: Console, shown: Shown) -> None:
+    def __init__(
+        self, config: TrainConfig, settings: Sweep, keep_going: bool, console: Console, shown: Shown
+    ) -> None:
         self.clocks = time.perf_counter(), time.process_time()
         self.config, self.settings, self.keep_going = _comparable(config), settings, keep_going
         self.console, self.shown, self.output = console, shown, config.output.expanduser()
@@ -116,34 +139,49 @@ class _Work:
         self.about_best: dict[str, Any] = {}
 
     def _must_see_new_rows(self) -> None:
-        """Raise `ConfigError` where a loss in training would tell of rows that were learnt before."""
+        """Raise `ConfigError` where a loss in training would tell of rows that were learnt
+        before."""
         epoch = steps_an_epoch(self.config, len(self.prepared.train))
         last = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last > epoch:
             found = f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which rows come again"
-            raise ConfigError(found, "rungs within the first epoch", "name earlier ones, or set judged_by: held_out")
+            raise ConfigError(
+                found,
+                "rungs within the first epoch",
+                "name earlier ones, or set judged_by: held_out",
+            )
 
-    # ------------------------------------------------------------------------------------------ the output folder
+    # ------------------------------------------------------------------------------------------ the
+    # output folder
 
     def _about(self) -> dict[str, Any]:
         return {"sweep": self.settings.content()}
 
     def _unfinished(self) -> bool:
-        """Whether the output holds a sweep to go on with. Raises where it holds what is not to be replaced."""
+        """Whether the output holds a sweep to go on with. Raises where it holds what is not to be
+        replaced."""
         output, config = self.output, self.config
         run = None if output.is_file() else checkpoint.read_json(output / checkpoint.RUN)
         taken = output.is_file() or checkpoint.is_taken(output)
         if taken and (run is None or "sweep" not in run):
-            raise OutputExistsError(f"{output}, which holds no sweep", "a new folder", "choose another output")
+            raise OutputExistsError(
+                f"{output}, which holds no sweep", "a new folder", "choose another output"
+            )
         if run is None or run["status"] == checkpoint.CLEARED:
             if config.resume:
-                raise ConfigError(f"no sweep in {output}", "one to resume", "leave out --resume, or check the path")
+                raise ConfigError(
+                    f"no sweep in {output}",
+                    "one to resume",
+                    "leave out --resume, or check the path",
+                )
             return False
         if run["status"] == "finished" and not config.overwrite:
             do = "choose another output, or pass --overwrite to replace it"
             raise OutputExistsError(f"{output} holds a finished sweep", "a new folder", do)
         old, new = {**TrainConfig.defaults(), **run["config"]}, config.content()
-        changed = [name for name in new if name not in FREE_ON_RESUME and old.get(name) != new[name]]
+        changed = [
+            name for name in new if name not in FREE_ON_RESUME and old.get(name) != new[name]
+        ]
         changed += [name for name, value in self._about().items() if run[name] != value]
         if run["status"] != "finished" and not changed and config.resume is not False:
             return True
@@ -151,11 +189,16 @@ class _Work:
             return False
         found = f"{output} holds an unfinished sweep{' with another ' * bool(changed)}{', '.join(changed)}"
         do = "undo the change, choose another output, or pass --overwrite to start over"
-        raise OutputExistsError(found, "the same configuration, to resume it exactly, or a new folder", do)
+        raise OutputExistsError(
+            found, "the same configuration, to resume it exactly, or a new folder", do
+        )
 
     def _checkpoint(self) -> Path | None:
         newest = checkpoint.newest(self.output)
-        if checkpoint.read_json(self.output / checkpoint.RUN)["data"] == self.prepared.hashes or newest is None:
+        if (
+            checkpoint.read_json(self.output / checkpoint.RUN)["data"] == self.prepared.hashes
+            or newest is None
+        ):
             return None if newest is None else newest[0]
         if self.config.overwrite:
             return None
@@ -164,20 +207,30 @@ class _Work:
         raise ConfigError(found, "the same bytes, to resume it exactly", do)
 
     def _status(self, status: str) -> None:
-        about = {"status": status, "config": self.config.content(), "data": self.prepared.hashes, "steps": self.steps}
-        checkpoint.write_json(self.output / checkpoint.RUN, {**about, "versions": versions(), **self._about()})
+        about = {
+            "status": status,
+            "config": self.config.content(),
+            "data": self.prepared.hashes,
+            "steps": self.steps,
+        }
+        checkpoint.write_json(
+            self.output / checkpoint.RUN, {**about, "versions": versions(), **self._about()}
+        )
 
     def _open(self) -> None:
-        """Make the output folder ready: only now, so that a sweep that cannot begin leaves nothing behind."""
+        """Make the output folder ready: only now, so that a sweep that cannot begin leaves nothing
+        behind."""
         if self.found is None:
             checkpoint.clear(self.output, BEST, REPORT, RESULT)
         self.output.mkdir(parents=True, exist_ok=True)
         self._status("running")
 
-    # ------------------------------------------------------------------------------------------ the candidates
+    # ------------------------------------------------------------------------------------------ the
+    # candidates
 
     def _ask(self) -> list[Candidate]:
-        """The next candidates: those of a cohort if each depends on how others did, else all at once."""
+        """The next candidates: those of a cohort if each depends on how others did, else all at
+        once."""
         asked = self.search.ask(self.settings.at_once if self.search.sampled else self.search.count)
         before = len(self.state.candidates)
         return [
@@ -186,7 +239,8 @@ class _Work:
         ]
 
     def _add(self, candidates: list[Candidate]) -> None:
-        """Candidates that are new. Raises for all that cannot begin, unless it is to keep going with others."""
+        """Candidates that are new. Raises for all that cannot begin, unless it is to keep going
+        with others."""
         problems = [problem for one in candidates if (problem := self._prepare(one))]
         if not self.keep_going or (not self.state.candidates and len(problems) == len(candidates)):
             raise_all(TargetError, "The sweep cannot begin", problems)
@@ -219,8 +273,13 @@ class _Work:
                 self._tell(cohort)
         recorded = {one.name: one.changes for one in self.state.candidates}
         if json.loads(json.dumps(asked)) != recorded:
-            found, do = "candidates that this sampler does not draw again", "resume with the versions of before"
-            raise ConfigError(found, f"those of the checkpoint in {self.output}", f"{do}, or pass --overwrite")
+            found, do = (
+                "candidates that this sampler does not draw again",
+                "resume with the versions of before",
+            )
+            raise ConfigError(
+                found, f"those of the checkpoint in {self.output}", f"{do}, or pass --overwrite"
+            )
         for one in self.state.candidates:
             if one.status in (WAITING, RUNNING, FINISHED) and (problem := self._prepare(one)):
                 raise ConfigError(f"Found: {problem}")
@@ -234,9 +293,12 @@ class _Work:
 
     def _tell(self, cohort: int) -> None:
         for one in self.state.of(cohort):
-            self.search.tell(one.name, one.loss if one.status in (FINISHED, ENDED) else None, one.status == ENDED)
+            self.search.tell(
+                one.name, one.loss if one.status in (FINISHED, ENDED) else None, one.status == ENDED
+            )
 
-    # ------------------------------------------------------------------------------------------ running
+    # ------------------------------------------------------------------------------------------
+    # running
 
     def run(self, stopped: Callable[[], bool]) -> SweepResult:
         set_seed(self.config.seed)
@@ -280,9 +342,16 @@ class _Work:
             if name in cohort.failed:
                 own[name].status, own[name].note = FAILED, cohort.failed[name]
             else:
-                own[name].status, own[name].parameters = RUNNING, cohort.runs[name].summary().trainable
+                own[name].status, own[name].parameters = (
+                    RUNNING,
+                    cohort.runs[name].summary().trainable,
+                )
         if all(one.status == FAILED for one in self.state.candidates):
-            raise_all(TargetError, "The sweep cannot begin", [f"candidate {n}: {one.note}" for n, one in own.items()])
+            raise_all(
+                TargetError,
+                "The sweep cannot begin",
+                [f"candidate {n}: {one.note}" for n, one in own.items()],
+            )
         cohort.begin(self.state.step)
         return cohort
 
@@ -308,8 +377,8 @@ class _Work:
         return True
 
     def _evaluate(self, cohort: Cohort) -> None:
-        """At rungs, and as a run alone does: with rungs and without `eval_every`, at the end. Who is judged too weak
-        ends."""
+        """At rungs, and as a run alone does: with rungs and without `eval_every`, at the end. Who
+        is judged too weak ends."""
         state, step = self.state, self.state.step
         own, rung = step % self.evaluated == 0 or step == self.steps, step in self.search.rungs
         if own:
@@ -322,7 +391,9 @@ class _Work:
         losses = {}
         for name, measured in cohort.evaluate().items() if own or not free else ():
             if not math.isfinite(measured["loss"]):
-                cohort.failed[name] = f"the loss on the rows held out is {measured['loss']} at step {step}"
+                cohort.failed[name] = (
+                    f"the loss on the rows held out is {measured['loss']} at step {step}"
+                )
                 cohort.remove(name)
                 continue
             state[name].evaluations.append((step, measured))
@@ -347,7 +418,9 @@ class _Work:
         number = state.cohort * self.steps + state.step
 
         def fill(folder: Path) -> None:
-            cohort.save(folder, lambda name: {"step": state.step, "task": self.tasks[name].record()})
+            cohort.save(
+                folder, lambda name: {"step": state.step, "task": self.tasks[name].record()}
+            )
             state.write(folder / STATE)
 
         checkpoint.write(self.output, number, fill, Processes())
@@ -356,7 +429,8 @@ class _Work:
                 shutil.rmtree(path)
 
     def _close(self, cohort: Cohort) -> None:
-        """The end of a cohort: who is left has finished; the best one is kept if it is the best so far."""
+        """The end of a cohort: who is left has finished; the best one is kept if it is the best so
+        far."""
         for name in cohort.members:
             self.state[name].status = FINISHED
         ordered = self.state.finished()
@@ -364,19 +438,29 @@ class _Work:
             self.state.best = ordered[0].name
             self._keep(cohort, ordered[0])
 
-    # ------------------------------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------------------------------ the
+    # end
 
     def alone(self, one: Candidate) -> TrainConfig:
         """The configuration that trains a candidate again, alone."""
         return self.tasks[one.name].config.model_copy(
-            update={"output": self.output / "again", "eval_every": self.evaluated, "overwrite": False, "resume": None}
+            update={
+                "output": self.output / "again",
+                "eval_every": self.evaluated,
+                "overwrite": False,
+                "resume": None,
+            }
         )
 
     def _keep(self, cohort: Cohort, one: Candidate) -> None:
         """Write the winner's folder."""
         config, last = self.alone(one), one.evaluations[-1][1]
         summary = cohort.runs[one.name].summary()
-        metrics: dict[str, Any] = {"steps": self.steps, "first_loss": one.losses[0], "last_loss": one.losses[-1]}
+        metrics: dict[str, Any] = {
+            "steps": self.steps,
+            "first_loss": one.losses[0],
+            "last_loss": one.losses[-1],
+        }
         metrics |= {"trainable_parameters": summary.trainable, "total_parameters": summary.total}
         metrics |= {f"eval_{name}": value for name, value in last.items()}
         about = provenance_of(config, self.tasks[one.name], self.prepared, self.model, metrics)
@@ -386,10 +470,16 @@ class _Work:
             for step, measured in one.evaluations
         ]
         lines.sort(key=lambda line: (line["step"], "loss" not in line))
-        with new_folder(self.output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
-            cohort.runs[one.name].save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=about)
+        with new_folder(
+            self.output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]
+        ) as folder:
+            cohort.runs[one.name].save(
+                folder / checkpoint.ADAPTER, base_name=config.base, provenance=about
+            )
             (folder / checkpoint.LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (folder / TRAIN).write_text(yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True))
+            (folder / TRAIN).write_text(
+                yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True)
+            )
             checkpoint.write_json(folder / checkpoint.METRICS, metrics)
             write_status(folder, "finished", config, self.prepared)
 
@@ -407,11 +497,15 @@ class _Work:
 
     def _result(self, interrupted: bool) -> SweepResult:
         facts = self.facts()
-        return SweepResult(self.output, facts["folder"] and Path(facts["folder"]), interrupted, facts)
+        return SweepResult(
+            self.output, facts["folder"] and Path(facts["folder"]), interrupted, facts
+        )
 
     def _finish(self) -> SweepResult:
         if self.state.best is None:
-            notes = "; ".join(f"{one.name}: {one.note}" for one in self.state.candidates if one.note)
+            notes = "; ".join(
+                f"{one.name}: {one.note}" for one in self.state.candidates if one.note
+            )
             do = "lower the learning rates, or train in fp32 (--precision fp32)"
             raise TrainingError(f"no candidate that ran to its end ({notes})", "one at least", do)
         best = self.state[self.state.best]
@@ -427,7 +521,10 @@ class _Work:
         self._status("finished")
         for path in self.output.glob("checkpoint-*"):
             shutil.rmtree(path)
-        say(self.console, f"Done     in {duration(self.state.seconds)}: {best.name} ({words(best.changes)})")
+        say(
+            self.console,
+            f"Done     in {duration(self.state.seconds)}: {best.name} ({words(best.changes)})",
+        )
         say(self.console, f"         evaluation {best.loss:.4f}, {best.parameters:,} numbers")
         for edge in self.about_best["edges"]:
             say(self.console, f"Edge     {edge_words(edge)}")
@@ -438,19 +535,35 @@ class _Work:
 
     def _say(self, cohort: Cohort) -> None:
         config, rows = self.config, self.prepared
-        total = sum(parameter.nbytes for parameter in self.model.parameters() if not parameter.requires_grad)
+        total = sum(
+            parameter.nbytes for parameter in self.model.parameters() if not parameter.requires_grad
+        )
         trained = sum(one.parameters for one in self.state.of(self.state.cohort))
-        say(self.console, f"Base     {config.base} ({str(self.model.dtype).removeprefix('torch.')}, {size(total)})")
+        say(
+            self.console,
+            f"Base     {config.base} ({str(self.model.dtype).removeprefix('torch.')}, {size(total)})",
+        )
         say(self.console, f"Data     {config.data}: {self.task.amount(rows.train)}")
         say(self.console, f"         {len(rows.evaluation):,} examples to evaluate on")
-        say(self.console, f"Steps    {self.steps:,} of {config.batch_size * config.grad_accum} examples")
+        say(
+            self.console,
+            f"Steps    {self.steps:,} of {config.batch_size * config.grad_accum} examples",
+        )
         count, at_once = self.search.count, min(self.settings.at_once, self.search.count)
-        ends = f"; the weaker end after steps {', '.join(map(str, self.search.rungs))}" if self.search.rungs else ""
-        say(self.console, f"Sweep    {count} candidates ({self.settings.chosen}), {at_once} at once{ends}")
+        ends = (
+            f"; the weaker end after steps {', '.join(map(str, self.search.rungs))}"
+            if self.search.rungs
+            else ""
+        )
+        say(
+            self.console,
+            f"Sweep    {count} candidates ({self.settings.chosen}), {at_once} at once{ends}",
+        )
         say(self.console, f"         {trained:,} numbers train at once")
         if not self.console.quiet:  # a step is counted for it
             runs = {
-                name: memory.Run(one.task.config, one.parameters, one.order) for name, one in cohort.members.items()
+                name: memory.Run(one.task.config, one.parameters, one.order)
+                for name, one in cohort.members.items()
             }
             told = memory.estimate_at_once(self.model, runs, *self.task.largest(rows))
             say(self.console, f"Memory   {told}")
@@ -462,7 +575,9 @@ def _comparable(config: TrainConfig) -> TrainConfig:
     if not TASKS[config.task].one_pass:
         found = f"task {config.task}, whose loss takes more than one pass of its rows"
         names = ", ".join(name for name in task_names() if TASKS[name].one_pass)
-        raise ConfigError(found, f"one of {names}", "train its candidates one after another with `veneer train`")
+        raise ConfigError(
+            found, f"one of {names}", "train its candidates one after another with `veneer train`"
+        )
     if config.eval_fraction and config.eval_seed is None:  # the same rows judge all
         return config.model_copy(update={"eval_seed": config.seed})
     return config
@@ -471,4 +586,8 @@ def _comparable(config: TrainConfig) -> TrainConfig:
 def _given(config: TrainConfig) -> dict[str, Any]:
     """What a YAML file must say for this configuration."""
     default: Mapping[str, Any] = TrainConfig.defaults()
-    return {name: value for name, value in config.content().items() if name not in default or value != default[name]}
+    return {
+        name: value
+        for name, value in config.content().items()
+        if name not in default or value != default[name]
+    }

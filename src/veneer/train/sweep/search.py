@@ -4,8 +4,9 @@
     judge(step, losses)     who ends here
     tell(name, loss)        how one ended
 
-All of it is a function of the settings and of what was measured: a sweep that goes on asks and tells again what its
-record says, and is where it was. So nothing of a sampler's or pruner's own is kept in a file.
+All of it is a function of the settings and of what was measured: a sweep that goes on asks and
+tells again what its record says, and is where it was. So nothing of a sampler's or pruner's own is
+kept in a file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ DIGITS = 4
 
 
 class Search:
-    """``count``: how many candidates there are in all; ``rungs``: the steps after which the weaker end."""
+    """``count``: how many candidates there are in all; ``rungs``: the steps after which the weaker
+    end."""
 
     def __init__(self, settings: Sweep, steps: int) -> None:
         self.settings, self.rungs = settings, settings.rung_steps(steps)
@@ -65,8 +67,12 @@ class Search:
         if self.study is None:
             return
         TrialState = import_module("optuna.trial").TrialState
-        state = TrialState.FAIL if loss is None else TrialState.PRUNED if ended else TrialState.COMPLETE
-        self.study.tell(self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state)
+        state = (
+            TrialState.FAIL if loss is None else TrialState.PRUNED if ended else TrialState.COMPLETE
+        )
+        self.study.tell(
+            self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state
+        )
 
     def _grid(self) -> Iterator[dict[str, Any]]:
         """Every combination in order, or as many as are asked for, none twice."""
@@ -89,22 +95,34 @@ class Search:
     def _suggested(self, trial: Any) -> dict[str, Any]:
         found = {}
         for name, values in self.settings.axes.items():
-            if isinstance(values, list):  # by number: Optuna takes no lists, such as targets, as values
+            if isinstance(
+                values, list
+            ):  # by number: Optuna takes no lists, such as targets, as values
                 found[name] = values[trial.suggest_categorical(name, [*range(len(values))])]
             elif name in WHOLE:
-                found[name] = trial.suggest_int(name, math.ceil(values.low), math.floor(values.high), log=values.log)
+                found[name] = trial.suggest_int(
+                    name, math.ceil(values.low), math.floor(values.high), log=values.log
+                )
             else:
-                found[name] = rounded(trial.suggest_float(name, values.low, values.high, log=values.log))
+                found[name] = rounded(
+                    trial.suggest_float(name, values.low, values.high, log=values.log)
+                )
         return found
 
 
 def _draw(source: random.Random, name: str, values: list[Any] | Range) -> Any:
     if isinstance(values, list):
         return source.choice(values)
-    low, high = (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
+    low, high = (
+        (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
+    )
     number = source.uniform(low, high)
     number = math.exp(number) if values.log else number
-    return min(max(round(number), math.ceil(values.low)), math.floor(values.high)) if name in WHOLE else rounded(number)
+    return (
+        min(max(round(number), math.ceil(values.low)), math.floor(values.high))
+        if name in WHOLE
+        else rounded(number)
+    )
 
 
 def rounded(number: float) -> float:
@@ -120,7 +138,9 @@ def _study(settings: Sweep, sampled: bool) -> Any:
         optuna: Any = import_module("optuna")
     except ImportError as error:
         found = f"sampler {settings.chosen!r}" if sampled else f"pruner {settings.pruner!r}"
-        raise ConfigError(f"{found}, and {error}", "Optuna", "pip install 'veneer[sweep]'") from error
+        raise ConfigError(
+            f"{found}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = settings.sampler if sampled else "RandomSampler"  # without axes it draws nothing
     return optuna.create_study(
@@ -133,10 +153,20 @@ def _made(module: Any, given: Any, what: str, **options: Any) -> Any:
     name = given["name"] if isinstance(given, dict) else given
     kind = getattr(module, name, None)
     if name not in module.__all__ or not isinstance(kind, type):
-        names = [word for word in module.__all__ if word.lower().endswith(what) and not word.startswith("Base")]
+        names = [
+            word
+            for word in module.__all__
+            if word.lower().endswith(what) and not word.startswith("Base")
+        ]
         more = ["grid", "random", *names] if what == "sampler" else names
-        raise ConfigError(f"{what} {name!r}{nearest(name, more)}", f"one of {', '.join(more)}", "correct it")
-    options |= {key: value for key, value in given.items() if key != "name"} if isinstance(given, dict) else {}
+        raise ConfigError(
+            f"{what} {name!r}{nearest(name, more)}", f"one of {', '.join(more)}", "correct it"
+        )
+    options |= (
+        {key: value for key, value in given.items() if key != "name"}
+        if isinstance(given, dict)
+        else {}
+    )
     try:
         return kind(**options)
     except (TypeError, ValueError, ImportError) as error:

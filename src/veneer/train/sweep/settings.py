@@ -3,8 +3,8 @@
 axes       what is tried: a list of values, or a range {low, high, log}
 sampler    grid (every combination of lists), random, or a sampler of Optuna's by its name
 rungs      where the weaker candidates end, or `pruner`: one of Optuna's by its name
-judged_by  which loss is compared at a rung: that on the rows held out, or the mean one in training over the latter half
-           of the steps so far, which costs nothing
+judged_by which loss is compared at a rung: that on the rows held out, or the mean one in training
+           over the latter half of the steps so far, which costs nothing
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from veneer.errors import ConfigError, listing, nearest
 from veneer.train.config import TrainConfig, make_config, read_yaml
 
-#: the settings of a run that its candidates may differ in: what the adapter is, how it learns, and chance
+# : the settings of a run that its candidates may differ in: what the adapter is, how it learns, and
+# chance
 AXES = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias", "adapter_dtype",
     "learning_rate", "schedule", "warmup", "optimiser", "weight_decay", "adam_beta2", "max_grad_norm", "seed",
     "data_seed",
 )  # fmt: skip
-#: of these, the ones that stand for chance: candidates that differ in nothing else are one setting, measured again
+# : of these, the ones that stand for chance: candidates that differ in nothing else are one
+# setting, measured again
 CHANCE = frozenset({"seed", "data_seed"})
 #: settings that a sweep has no place for
 WITHOUT = ("packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens", "trainable_tokens",
            "trackers", "device_map", "activation_checkpointing", "adapter")  # fmt: skip
-#: the share of a run after which candidates end for the first time, and again; the share of them that goes on
+# : the share of a run after which candidates end for the first time, and again; the share of them
+# that goes on
 RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, of which each is as likely, or with `log` each order of magnitude."""
+    """Numbers from `low` to `high`, of which each is as likely, or with `log` each order of
+    magnitude."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,25 +74,36 @@ class Sweep(BaseModel):
     def _agree(self) -> Sweep:
         for name, values in self.axes.items():
             if name not in AXES:
-                raise ValueError(f"axis {name!r}{nearest(name, AXES)}; expected {listing(AXES, len(AXES))}")
+                raise ValueError(
+                    f"axis {name!r}{nearest(name, AXES)}; expected {listing(AXES, len(AXES))}"
+                )
             if isinstance(values, list) and not values:
                 raise ValueError(f"axis {name!r} without values; expected some")
-        ranges, combinations = self.ranges, math.prod(len(one) for one in self.axes.values() if isinstance(one, list))
+        ranges, combinations = (
+            self.ranges,
+            math.prod(len(one) for one in self.axes.values() if isinstance(one, list)),
+        )
         for what in (self.sampler, self.pruner):
             if isinstance(what, dict) and not isinstance(what.get("name"), str):
                 raise ValueError(f"{what}; expected a name, and options of Optuna's")
         if self.sampler == "grid" and (ranges or self.candidates):
             what = f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
-            raise ValueError(f"sampler grid and {what}; expected lists of values alone, all of which are tried")
+            raise ValueError(
+                f"sampler grid and {what}; expected lists of values alone, all of which are tried"
+            )
         if self.chosen != "grid" and self.candidates is None:
-            raise ValueError("no `candidates:`; expected how many to draw, since not every combination is tried")
+            raise ValueError(
+                "no `candidates:`; expected how many to draw, since not every combination is tried"
+            )
         if self.chosen == "random" and not ranges and (self.candidates or 0) > combinations:
             found = f"candidates: {self.candidates}, and {combinations} combinations of the axes' values"
             raise ValueError(f"{found}; expected no more, since each is tried once")
         if self.pruner is not None and self.rungs is not None:
             raise ValueError("pruner and rungs; expected one of them")
         if self.judged_by == "training" and (self.pruner is not None or self.rungs == []):
-            raise ValueError("judged_by training and no rungs, where alone it counts; expected rungs, or held_out")
+            raise ValueError(
+                "judged_by training and no rungs, where alone it counts; expected rungs, or held_out"
+            )
         if self.judged_by == "training" and "dropout" in self.axes:
             found = "judged_by training and axis 'dropout', which raises the loss in training of those that have more"
             raise ValueError(f"{found}; expected judged_by held_out")
@@ -98,7 +113,8 @@ class Sweep(BaseModel):
 
     @property
     def chosen(self) -> str:
-        """The sampler: without one, the grid of all combinations, unless there is a range or `candidates`."""
+        """The sampler: without one, the grid of all combinations, unless there is a range or
+        `candidates`."""
         given = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
         return given or ("random" if self.ranges or self.candidates else "grid")
 
@@ -108,9 +124,13 @@ class Sweep(BaseModel):
         return [name for name, values in self.axes.items() if isinstance(values, Range)]
 
     def rung_steps(self, steps: int) -> list[int]:
-        """The steps after which the weaker candidates end. `ConfigError`: one that the run does not have."""
+        """The steps after which the weaker candidates end. `ConfigError`: one that the run does not
+        have."""
         if beyond := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
-            found, do = f"rung {beyond[0]:g} in a run of {steps} steps", "name an earlier step, or a share such as 0.3"
+            found, do = (
+                f"rung {beyond[0]:g} in a run of {steps} steps",
+                "name an earlier step, or a share such as 0.3",
+            )
             raise ConfigError(found, f"less than {steps}", do)
         given = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
         found = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in given}
@@ -121,8 +141,12 @@ class Sweep(BaseModel):
 
 
 def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
-    """The configuration in a YAML file with `changes` over it, and its section `sweep:`. Raises `ConfigError`."""
-    fields = {**read_yaml(path), **{name: value for name, value in changes.items() if value is not None}}
+    """The configuration in a YAML file with `changes` over it, and its section `sweep:`. Raises
+    `ConfigError`."""
+    fields = {
+        **read_yaml(path),
+        **{name: value for name, value in changes.items() if value is not None},
+    }
     section = fields.pop("sweep", None)
     if not isinstance(section, dict):
         found = f"{path} {'without a section' if section is None else f'with a {type(section).__name__} as'} `sweep:`"
@@ -136,7 +160,10 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
         return Sweep(**fields)
     except ValidationError as error:
         lines = list(dict.fromkeys(_explain(problem) for problem in error.errors()))
-    raise ConfigError(f"The section `sweep:` of {source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines))
+    raise ConfigError(
+        f"The section `sweep:` of {source} is not valid:\n"
+        + "\n".join(f"  - {line}" for line in lines)
+    )
 
 
 def _explain(problem: Any) -> str:
@@ -153,7 +180,9 @@ def must_fit(config: TrainConfig) -> None:
     default = TrainConfig.defaults()
     for name in WITHOUT:
         if getattr(config, name) != default[name]:
-            raise ConfigError(f"{name} in a sweep", "candidates that share each pass of the base", "leave it out")
+            raise ConfigError(
+                f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
+            )
     if config.eval_data is None and not config.eval_fraction:
         found, expected = "nothing to evaluate on", "rows by which candidates are compared"
         raise ConfigError(found, expected, "give eval_data, or eval_fraction: 0.05")

@@ -1,4 +1,5 @@
-"""What a sweep shows while it runs: a live table on a terminal, and a line an evaluation elsewhere."""
+"""What a sweep shows while it runs: a live table on a terminal, and a line an evaluation
+elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._running and self.live is not None:
             self.live.stop()
@@ -46,7 +50,11 @@ class Progress:
             best = min(now, key=_loss)
             left = sum(one.status in (RUNNING, FINISHED) for one in own)
             text = f"step {state.step:>5}/{steps}  {left} of {len(own)} go on; best {best.name} ({words(best.changes)})"
-            told = "mean loss in training" if best.judged and best.judged[-1][0] == state.step else "evaluation"
+            told = (
+                "mean loss in training"
+                if best.judged and best.judged[-1][0] == state.step
+                else "evaluation"
+            )
             say(self.console, f"{text}, {told} {_loss(best):.4f}")
 
 
@@ -55,17 +63,30 @@ def _loss(one: Candidate) -> float:
 
 
 def table(state: State, steps: int) -> Table:
-    """The candidates, the best first: those of this cohort that run, those that ended, those that wait."""
+    """The candidates, the best first: those of this cohort that run, those that ended, those that
+    wait."""
     order = {RUNNING: 0, FINISHED: 0, WAITING: 2}
     ordered = sorted(state.candidates, key=lambda one: (order.get(one.status, 1), _loss(one)))
     made = Table(box=None, header_style="bold", caption_justify="left")
     for head in ("", "settings", "step", "loss", "held out", ""):
-        made.add_column(head, justify="right" if head in ("step", "loss", "held out") else "left", overflow="fold")
+        made.add_column(
+            head,
+            justify="right" if head in ("step", "loss", "held out") else "left",
+            overflow="fold",
+        )
     for one in ordered[:ROWS]:
         last = f"{one.losses[-1]:.4f}" if one.losses else ""
         held = f"{one.evaluations[-1][1]['loss']:.4f}" if one.evaluations else ""
         style = "" if one.status in (RUNNING, FINISHED) else "dim"
-        made.add_row(one.name, words(one.changes), f"{len(one.losses)}/{steps}", last, held, one.status, style=style)
+        made.add_row(
+            one.name,
+            words(one.changes),
+            f"{len(one.losses)}/{steps}",
+            last,
+            held,
+            one.status,
+            style=style,
+        )
     if len(ordered) > ROWS:
         made.caption = f"and {len(ordered) - ROWS} more"
     return made

@@ -1,6 +1,7 @@
 """What `veneer train` can learn: one file a task, found through the registry `TASKS`.
 
-In: a configuration. Out: rows as tensors, a model with the head that the task needs, the loss of a batch.
+In: a configuration. Out: rows as tensors, a model with the head that the task needs, the loss of a
+batch.
 """
 
 from veneer.registry import import_all

@@ -1,4 +1,5 @@
-"""What a task is: which columns it reads, how a row becomes tensors, which model it trains, its loss and measures.
+"""What a task is: which columns it reads, how a row becomes tensors, which model it trains, its
+loss and measures.
 
     read_data  the rows, which need no base
     open     the processor (a tokenizer, an image processor), after the base's config has been looked at
@@ -8,8 +9,8 @@
     collate  rows → a batch
     loss     (model, batch) → TaskLoss
 
-The loss of a step is the sum of its batches' totals by the sum of their items, whatever their sizes; so are the
-measures of an evaluation.
+The loss of a step is the sum of its batches' totals by the sum of their items, whatever their
+sizes; so are the measures of an evaluation.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ __all__ = ["TASKS", "Prepared", "Rows", "Shown", "Task", "TaskLoss", "register"]
 
 
 class TaskLoss(NamedTuple):
-    """Of a batch. `total`: the summed loss, a scalar with gradient; `items`: how many it sums (the same as
-    `Task.items`); `sums`: of the task's measures, over the same items, those that these rows have."""
+    """Of a batch. `total`: the summed loss, a scalar with gradient; `items`: how many it sums (the
+    same as `Task.items`); `sums`: of the task's measures, over the same items, those that these
+    rows have."""
 
     total: Tensor
     items: int
@@ -59,8 +61,9 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows(Dataset[dict[str, Any]]):
-    """Rows as the collator takes them. `lengths[i]`: tokens of row i (0 where it has none to speak of), by which rows
-    share a batch; `learnt[i]`: how many of them the output head sees; `index[i]`: the record it came from."""
+    """Rows as the collator takes them. `lengths[i]`: tokens of row i (0 where it has none to speak
+    of), by which rows share a batch; `learnt[i]`: how many of them the output head sees;
+    `index[i]`: the record it came from."""
 
     rows: list[dict[str, Any]]
     lengths: list[int]
@@ -97,7 +100,8 @@ class Task(ABC):
         parts, optional: the columns that it reads, by their part.
         auto: the class of transformers that makes the model.
         item: what the loss is a mean over, in words.
-        compares: whether the base is worth measuring beside the adapter: one with a new head is not.
+        compares: whether the base is worth measuring beside the adapter: one with a new head is
+            not.
         compares_rows: whether the loss of a row depends on the others of its forward pass.
         one_pass: whether the loss takes one pass of `inputs`, so that several runs can share it.
     """
@@ -118,11 +122,16 @@ class Task(ABC):
         return cls.auto == "AutoModelForCausalLM"
 
     def __init__(
-        self, config: TrainConfig, known: Mapping[str, Any] | None = None, loading: Mapping[str, Any] | None = None
+        self,
+        config: TrainConfig,
+        known: Mapping[str, Any] | None = None,
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         #: how the base is loaded, as `load_base` takes it
-        self.loading = {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
+        self.loading = (
+            {name: getattr(config, name) for name in LOADING} if loading is None else dict(loading)
+        )
         #: the adapter to train further
         self.further = start_of(config.adapter)
         if self.further is not None and self.further.task.get("name") == self.name:
@@ -137,8 +146,8 @@ class Task(ABC):
         return False
 
     def read_data(self) -> None:
-        """Read what lies in files, before the base is looked at, whose conversion may take a minute. A data set of the
-        hub is asked for later, since a base is the quicker to find."""
+        """Read what lies in files, before the base is looked at, whose conversion may take a
+        minute. A data set of the hub is asked for later, since a base is the quicker to find."""
         config = self.config
         for source, split in ((config.data, config.split), (config.eval_data, "train")):
             if source is not None and data.is_local(source):
@@ -161,8 +170,12 @@ class Task(ABC):
         return {}
 
     def record(self) -> dict[str, Any]:
-        """What an adapter's record says of the task: its name, what of the configuration belongs to it, `settings`."""
-        own, default = {name: getattr(self.config, name) for name in RECORDED}, TrainConfig.defaults()
+        """What an adapter's record says of the task: its name, what of the configuration belongs to
+        it, `settings`."""
+        own, default = (
+            {name: getattr(self.config, name) for name in RECORDED},
+            TrainConfig.defaults(),
+        )
         told = {name: value for name, value in own.items() if value != default[name]}
         return {"name": self.name, **told, **self.settings()}
 
@@ -187,7 +200,10 @@ class Task(ABC):
 
     def stretches(self, name: str, ids: list[int], labels: list[int]) -> list[Shown]:
         """The same of token ids and their labels."""
-        return [Shown(learnt, name, self.processor.decode(part)) for learnt, part in stretches(ids, labels)]
+        return [
+            Shown(learnt, name, self.processor.decode(part))
+            for learnt, part in stretches(ids, labels)
+        ]
 
     def load(self) -> Base:
         """The base with the head of the task, and the processor."""
@@ -216,13 +232,21 @@ class Task(ABC):
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
         """Keyword arguments of the model's forward that reach all of it: of a short row."""
         inputs = self.inputs(self.collate([prepared.train.rows[short(prepared.train.lengths)]]))
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
 
     def largest(self, prepared: Prepared) -> tuple[int, int]:
-        """(tokens with padding, tokens that the output head sees) of the batch that needs the most."""
+        """(tokens with padding, tokens that the output head sees) of the batch that needs the
+        most."""
         rows: Rows = prepared.train
-        longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[: self.config.batch_size]
-        return len(longest) * rows.lengths[longest[0]], sum(rows.learnt[i] for i in longest) if rows.learnt else 0
+        longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
+            : self.config.batch_size
+        ]
+        return len(longest) * rows.lengths[longest[0]], sum(
+            rows.learnt[i] for i in longest
+        ) if rows.learnt else 0
 
     def amount(self, rows: Any) -> str:
         """How much there is to learn, in words."""
@@ -233,7 +257,8 @@ class Task(ABC):
 #: tokens of which some look at others
 SEEN = 8
 LOADING = ("precision", "device", "attention", "quantize", "device_map")
-#: what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code that runs himself.
+# : what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code
+# that runs himself.
 RECORDED = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
 
 TASKS: Registry[type[Task]] = Registry("task")
@@ -246,10 +271,13 @@ def register(cls: type[Task]) -> type[Task]:
 
 
 def short(lengths: Sequence[int]) -> int:
-    """The shortest row of `SEEN` tokens or more, else the longest: in one of a single token queries and keys get no
-    gradient."""
+    """The shortest row of `SEEN` tokens or more, else the longest: in one of a single token queries
+    and keys get no gradient."""
     numbers = range(len(lengths))
-    return min(numbers, key=lambda i: (lengths[i] < SEEN, lengths[i] if lengths[i] >= SEEN else -lengths[i]))
+    return min(
+        numbers,
+        key=lambda i: (lengths[i] < SEEN, lengths[i] if lengths[i] >= SEEN else -lengths[i]),
+    )
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -258,10 +286,16 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
-def token_batch(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+def token_batch(
+    ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int
+) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels [b, s], filled on the right."""
     mask = [[1] * len(row) for row in ids]
-    return {"input_ids": padded(ids, pad), "attention_mask": padded(mask, 0), "labels": padded(labels, IGNORED)}
+    return {
+        "input_ids": padded(ids, pad),
+        "attention_mask": padded(mask, 0),
+        "labels": padded(labels, IGNORED),
+    }
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -272,8 +306,9 @@ def pad_of(tokenizer: Any) -> int:
 
 @contextmanager
 def reference(model: Any) -> Iterator[None]:
-    """A block in which the model is what a preference is measured from, without gradients and without dropout: its base
-    alone, which needs no second copy of the weights, or the adapter that the run trains further, as it was."""
+    """A block in which the model is what a preference is measured from, without gradients and
+    without dropout: its base alone, which needs no second copy of the weights, or the adapter that
+    the run trains further, as it was."""
     plain = unwrap(model)
     training, attached = plain.training, adapters_of(plain)
     plain.eval()
@@ -289,8 +324,8 @@ def limited(
     records: data.Records, rows: Sequence[dict[str, Any]], longest: Sequence[int], config: TrainConfig, limit: int,
     cut: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> tuple[list[int], list[dict[str, Any]], int]:  # fmt: skip
-    """(which rows are kept, the rows, how many were cut): `config.too_long` says what happens to a row whose longest
-    text has more than `limit` tokens. Raises `DataError` as sft does."""
+    """(which rows are kept, the rows, how many were cut): `config.too_long` says what happens to a
+    row whose longest text has more than `limit` tokens. Raises `DataError` as sft does."""
     long = [i for i, length in enumerate(longest) if length > limit]
     if long and config.too_long == "error":
         worst = max(long, key=longest.__getitem__)
@@ -300,7 +335,11 @@ def limited(
         raise DataError(found, f"at most {limit:,}", f"{do}drop")
     if config.too_long == "truncate":
         which = {*long}
-        return [*range(len(rows))], [cut(row) if i in which else row for i, row in enumerate(rows)], len(long)
+        return (
+            [*range(len(rows))],
+            [cut(row) if i in which else row for i, row in enumerate(rows)],
+            len(long),
+        )
     kept = [i for i in range(len(rows)) if longest[i] <= limit]
     if not kept:
         found = f"all {len(rows)} examples of {records.source} have more than {limit:,} tokens"
@@ -324,12 +363,20 @@ def function_of(spec: str) -> Callable[..., Any]:
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser()
     if not path or file.suffix != ".py" or not file.is_file():
-        raise ConfigError(f"{spec!r}, and no such file", "FILE.py:NAME of a function", "correct the path")
+        raise ConfigError(
+            f"{spec!r}, and no such file", "FILE.py:NAME of a function", "correct the path"
+        )
     module_spec: Any = importlib.util.spec_from_file_location(f"veneer_reward_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"no function {name!r} in {file}; it has {', '.join(names) or 'none'}", "one", "name it")
+        names = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
+        raise ConfigError(
+            f"no function {name!r} in {file}; it has {', '.join(names) or 'none'}", "one", "name it"
+        )
     return function

@@ -27,7 +27,9 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
             with Image.open(folder / Path(value).expanduser()) as image:
                 return np.array(image.convert("RGB"))  # which torch may write to
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{where}: no image at {value} ({error})", "an image file", "check the path") from error
+            raise DataError(
+                f"{where}: no image at {value} ({error})", "an image file", "check the path"
+            ) from error
     try:
         pixels = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
@@ -36,7 +38,9 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or not pixels.size:
         found = f"{where}: an image of shape {pixels.shape}"
-        raise DataError(found, "[h][w], [h][w][1] or [h][w][3], or the path of a file", "fix or remove that row")
+        raise DataError(
+            found, "[h][w], [h][w][1] or [h][w][3], or the path of a file", "fix or remove that row"
+        )
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
         found = f"{where}: an image of {pixels.min()} to {pixels.max()}"
         raise DataError(found, "numbers of 0 to 255", "scale them, or remove that row")
@@ -44,7 +48,8 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
 
 
 def folder_of_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """([(place, {"image", "label"})] of folder/LABEL/FILE in the order of their names, a hash of it all)."""
+    """([(place, {"image", "label"})] of folder/LABEL/FILE in the order of their names, a hash of it
+    all)."""
     found = [
         (f"{sub.name}/{file.name}", {"image": str(file.resolve()), "label": sub.name})
         for sub in sorted(folder.iterdir())
@@ -53,7 +58,9 @@ def folder_of_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], st
         if file.suffix.lower() in IMAGES
     ]
     if not found:
-        raise DataError(f"no image in {folder}", "a folder for each label, with images in it", "check the path")
+        raise DataError(
+            f"no image in {folder}", "a folder for each label, with images in it", "check the path"
+        )
     whole = hashlib.sha256()
     for place, row in found:
         whole.update(place.encode() + hashlib.sha256(Path(row["image"]).read_bytes()).digest())
@@ -74,11 +81,17 @@ def sound_of(value: Any, where: str, folder: Path, rate: int) -> np.ndarray:
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
         found = f"{where}: audio of shape {samples.shape}"
-        raise DataError(found, "one channel of finite numbers, or the path of a .wav file", "fix or remove that row")
+        raise DataError(
+            found,
+            "one channel of finite numbers, or the path of a .wav file",
+            "fix or remove that row",
+        )
     if own != rate:
         found = f"{where}: audio of {own} samples a second"
         raise DataError(
-            found, f"{rate}, as the base hears", f"resample it, such as ffmpeg -i in.wav -ar {rate} out.wav"
+            found,
+            f"{rate}, as the base hears",
+            f"resample it, such as ffmpeg -i in.wav -ar {rate} out.wav",
         )
     return samples
 
@@ -89,8 +102,12 @@ def _wav(path: Path, where: str) -> tuple[np.ndarray, int]:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             content = file.readframes(file.getnframes())
     except (OSError, wave.Error, EOFError) as error:
-        raise DataError(f"{where}: no sound at {path} ({error})", "a .wav file of PCM", "check the path") from error
+        raise DataError(
+            f"{where}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
+        ) from error
     if width != 2:
-        raise DataError(f"{where}: {path} with {8 * width} bits a sample", "16 bits", "convert it to 16-bit PCM")
+        raise DataError(
+            f"{where}: {path} with {8 * width} bits a sample", "16 bits", "convert it to 16-bit PCM"
+        )
     samples = np.frombuffer(content, dtype="<i2").astype(np.float32) / 32768
     return samples.reshape(-1, channels).mean(axis=1), rate

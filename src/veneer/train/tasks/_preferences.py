@@ -1,4 +1,5 @@
-"""What the tasks on answers share: rows of a prompt with an answer or two, and the log-probability of each answer.
+"""What the tasks on answers share: rows of a prompt with an answer or two, and the log-probability
+of each answer.
 
 chosen, rejected (and prompt)   →   [2b, s]: the chosen answers of a batch, then the rejected ones
 """
@@ -29,10 +30,12 @@ class Causal(Task):
         return base
 
     def answers(self, records: data.Records, rows: list[dict[str, Any]]) -> tokens.Examples:
-        """Rows of a prompt and a completion (texts or chats), or of a text, as tokens; the answer is labelled."""
+        """Rows of a prompt and a completion (texts or chats), or of a text, as tokens; the answer
+        is labelled."""
         kind = "prompt" if "prompt" in rows[0] else "text"
         checked = [
-            data.shaped(row, f"{records.source}, {place}") for row, place in zip(rows, records.places, strict=True)
+            data.shaped(row, f"{records.source}, {place}")
+            for row, place in zip(rows, records.places, strict=True)
         ]
         part = replace(records, kind=kind, rows=checked)
         options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
@@ -43,7 +46,11 @@ class Causal(Task):
         return token_batch(ids, labels, pad_of(self.processor))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "use_cache": False,
+        }
 
 
 class Preference(Causal):
@@ -54,7 +61,9 @@ class Preference(Causal):
 
     def encode(self, records: data.Records) -> Rows:
         rows = [with_prompt(row) for row in records.rows]
-        sides = [self.answers(records, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+        sides = [
+            self.answers(records, [row[side] for row in rows]) for side in ("chosen", "rejected")
+        ]
         where = [{index: i for i, index in enumerate(side.index)} for side in sides]
         kept = [index for index in sides[0].index if index in where[1]]
         if not kept:
@@ -63,19 +72,34 @@ class Preference(Causal):
         made, lengths, learnt = [], [], []
         for index in kept:
             numbers = [place[index] for place in where]
-            own = [(side.input_ids[i], side.labels[i]) for side, i in zip(sides, numbers, strict=True)]
+            own = [
+                (side.input_ids[i], side.labels[i]) for side, i in zip(sides, numbers, strict=True)
+            ]
             made.append({"chosen": own[0], "rejected": own[1]})
             lengths.append(2 * max(len(ids) for ids, _ in own))
             learnt.append(sum(label != IGNORED for _, labels in own for label in labels))
-        return Rows(made, lengths, kept, learnt, len(records) - len(kept), max(side.truncated for side in sides))
+        return Rows(
+            made,
+            lengths,
+            kept,
+            learnt,
+            len(records) - len(kept),
+            max(side.truncated for side in sides),
+        )
 
     def shown(self, row: dict[str, Any]) -> list[Shown]:
         """What both sides begin with is the prompt."""
         sides = [list(zip(*row[side], strict=True)) for side in ("chosen", "rejected")]
         start = 0
-        while start < min(map(len, sides)) and sides[0][start] == sides[1][start] and sides[0][start][1] == IGNORED:
+        while (
+            start < min(map(len, sides))
+            and sides[0][start] == sides[1][start]
+            and sides[0][start][1] == IGNORED
+        ):
             start += 1
-        prompt = self.stretches("prompt", *(part[:start] for part in row["chosen"])) if start else []
+        prompt = (
+            self.stretches("prompt", *(part[:start] for part in row["chosen"])) if start else []
+        )
         return prompt + [
             part
             for side in ("chosen", "rejected")
@@ -93,7 +117,8 @@ class Preference(Causal):
 
 
 def with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The two answers of a row, each with its prompt; without one, it is what two chats begin with alike."""
+    """The two answers of a row, each with its prompt; without one, it is what two chats begin with
+    alike."""
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = row["prompt"]

@@ -6,8 +6,9 @@
 
     loss = -log p(label)                            a mean over labels
 
-The head is new, and trains in full, unless the base has one that knows all labels of the data. Labels are texts or
-whole numbers; their names go with the adapter. A word of several tokens carries its label on the first.
+The head is new, and trains in full, unless the base has one that knows all labels of the data.
+Labels are texts or whole numbers; their names go with the adapter. A word of several tokens carries
+its label on the first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data
-from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
+from veneer.train.tasks._base import (
+    Base,
+    Rows,
+    Shown,
+    Task,
+    TaskLoss,
+    limited,
+    pad_of,
+    padded,
+    register,
+    texts_of,
+)
 from veneer.train.tasks._media import folder_of_images, image_of
 from veneer.train.tokens import IGNORED
 
@@ -49,9 +61,15 @@ class Classify(Task):
     def __init__(self, config: Any, known: Any = None, loading: Any = None) -> None:
         super().__init__(config, known, loading)
         kind, labels = self.known.get("kind", ""), self.known.get("labels", [])
-        if kind not in ("", *HEADS) or not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+        if (
+            kind not in ("", *HEADS)
+            or not isinstance(labels, list)
+            or not all(isinstance(one, str) for one in labels)
+        ):
             found = f"an adapter that says of its task {dict(self.known)}"[:300]
-            raise ConfigError(found, "a kind of rows and a list of labels", "name an adapter of the task classify")
+            raise ConfigError(
+                found, "a kind of rows and a list of labels", "name an adapter of the task classify"
+            )
         self.kind: str = kind
         self.labels: list[str] = labels
 
@@ -73,10 +91,16 @@ class Classify(Task):
         if len(kinds) != 1 or (self.kind and kinds != [self.kind]):
             found = f"{source} has the columns {listing(map(repr, names))}"
             wanted = "`text` and `label`, `words` and `labels`, or `image` and `label`"
-            raise DataError(found, self.kind or wanted, "name them, for instance --columns text=sentence,label=intent")
+            raise DataError(
+                found,
+                self.kind or wanted,
+                "name them, for instance --columns text=sentence,label=intent",
+            )
         self.kind = kinds[0]
         parts = ("words", "labels") if self.kind == "words" else (self.kind, "label")
-        return data.by_part(raw, source, digest, parts, ("text_pair",) if self.kind == "text" else (), renamed)
+        return data.by_part(
+            raw, source, digest, parts, ("text_pair",) if self.kind == "text" else (), renamed
+        )
 
     def _processor(self) -> Any:
         if self.kind != "image":
@@ -84,7 +108,9 @@ class Classify(Task):
         from transformers import AutoImageProcessor
 
         with loading(self.config.base):
-            return AutoImageProcessor.from_pretrained(find_base(self.config.base), **code_options(self.config.base))
+            return AutoImageProcessor.from_pretrained(
+                find_base(self.config.base), **code_options(self.config.base)
+            )
 
     def encode(self, records: data.Records) -> Rows:
         if self.processor is None:
@@ -92,7 +118,10 @@ class Classify(Task):
         column = "labels" if self.kind == "words" else "label"
         places = [f"{records.source}, {place}" for place in records.places]
         named = [
-            [_name(label, place) for label in (row[column] if self.kind == "words" else [row[column]])]
+            [
+                _name(label, place)
+                for label in (row[column] if self.kind == "words" else [row[column]])
+            ]
             for row, place in zip(records.rows, places, strict=True)
         ]
         self._know(named, places)
@@ -101,20 +130,32 @@ class Classify(Task):
         return getattr(self, f"_{self.kind}")(records, places, numbers)
 
     def _know(self, named: list[list[str]], places: list[str]) -> None:
-        """The labels that there are: the base's own if its head knows them all, else those of the training data."""
+        """The labels that there are: the base's own if its head knows them all, else those of the
+        training data."""
         if not self.labels:
             found = {label for labels in named for label in labels}
             own = getattr(config_of(self.config.base), "id2label", None) or {}
             base = [str(own[number]) for number in sorted(own)]
             counted = all(label.lstrip("-").isdecimal() for label in found)
-            self.labels = base if self._has_head and found <= {*base} else sorted(found, key=int if counted else str)
+            self.labels = (
+                base
+                if self._has_head and found <= {*base}
+                else sorted(found, key=int if counted else str)
+            )
             if len(self.labels) < 2:
-                raise DataError(f"one label alone, {self.labels[0]!r}", "two or more", "check the label column")
+                raise DataError(
+                    f"one label alone, {self.labels[0]!r}", "two or more", "check the label column"
+                )
         known_labels = {*self.labels}
         for labels, place in zip(named, places, strict=True):
             if strange := [label for label in labels if label not in known_labels]:
-                found, known = f"{place}: the label {strange[0]!r}", f"one of {listing(self.labels)}"
-                raise DataError(found, f"{known}, as in the training data", "fix or remove that row")
+                found, known = (
+                    f"{place}: the label {strange[0]!r}",
+                    f"one of {listing(self.labels)}",
+                )
+                raise DataError(
+                    found, f"{known}, as in the training data", "fix or remove that row"
+                )
 
     @cached_property
     def _has_head(self) -> bool:
@@ -123,19 +164,35 @@ class Classify(Task):
         return any(one.endswith(HEADS[self.kind].removeprefix("AutoModel")) for one in named)
 
     def _text(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
-        texts = [texts_of(records, part) for part in ("text", "text_pair") if part in records.rows[0]]
+        texts = [
+            texts_of(records, part) for part in ("text", "text_pair") if part in records.rows[0]
+        ]
         ids = self.processor(*texts)["input_ids"]
-        rows = [{"ids": list(own), "labels": label} for own, label in zip(ids, numbers, strict=True)]
+        rows = [
+            {"ids": list(own), "labels": label} for own, label in zip(ids, numbers, strict=True)
+        ]
         return self._tokens(records, rows, texts)
 
     def _words(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
         rows = []
         for row, place, labels in zip(records.rows, places, numbers, strict=True):
             words = row["words"]
-            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-                raise DataError(f"{place}: words are {words!r}"[:300], "a list of texts", "fix or remove that row")
+            if (
+                not isinstance(words, list)
+                or not words
+                or not all(isinstance(word, str) for word in words)
+            ):
+                raise DataError(
+                    f"{place}: words are {words!r}"[:300],
+                    "a list of texts",
+                    "fix or remove that row",
+                )
             if len(words) != len(labels):
-                raise DataError(f"{place}: {len(words)} words and {len(labels)} labels", "as many", "fix that row")
+                raise DataError(
+                    f"{place}: {len(words)} words and {len(labels)} labels",
+                    "as many",
+                    "fix that row",
+                )
             encoded = self.processor(words, is_split_into_words=True)
             at = encoded.word_ids()
             seen: set[int | None] = {None}
@@ -151,20 +208,39 @@ class Classify(Task):
         limit = self.max_length()
 
         def cut(row: dict[str, Any]) -> dict[str, Any]:
-            ids = [*row["ids"][: limit - 1], row["ids"][-1]]  # encoders end with a token of their own
-            labels = row["labels"] if len(row["labels"]) == 1 else [*row["labels"][: limit - 1], row["labels"][-1]]
+            ids = [
+                *row["ids"][: limit - 1],
+                row["ids"][-1],
+            ]  # encoders end with a token of their own
+            labels = (
+                row["labels"]
+                if len(row["labels"]) == 1
+                else [*row["labels"][: limit - 1], row["labels"][-1]]
+            )
             return {"ids": ids, "labels": labels}
 
         lengths = [len(row["ids"]) for row in rows]
         kept, rows, count = limited(records, rows, lengths, self.config, limit, cut)
         if len(texts) == 2:  # which text each token is of, where the base tells them apart
-            kinds = self.processor(*([part[i] for i in kept] for part in texts)).get("token_type_ids")
+            kinds = self.processor(*([part[i] for i in kept] for part in texts)).get(
+                "token_type_ids"
+            )
             if kinds is not None:
-                rows = [{**row, "kinds": own[: len(row["ids"])]} for row, own in zip(rows, kinds, strict=True)]
-        return Rows(rows, [len(row["ids"]) for row in rows], kept, dropped=len(records) - len(rows), truncated=count)
+                rows = [
+                    {**row, "kinds": own[: len(row["ids"])]}
+                    for row, own in zip(rows, kinds, strict=True)
+                ]
+        return Rows(
+            rows,
+            [len(row["ids"]) for row in rows],
+            kept,
+            dropped=len(records) - len(rows),
+            truncated=count,
+        )
 
     def _image(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
-        """Each is read once here, for its errors, and again for its batch: as tensors they would fill the memory."""
+        """Each is read once here, for its errors, and again for its batch: as tensors they would
+        fill the memory."""
         folder = Path(records.source).expanduser().parent
         rows = [
             {"image": row["image"], "place": place, "folder": folder, "labels": labels}
@@ -179,7 +255,10 @@ class Classify(Task):
         if self.kind == "image":
             height, width, _ = image_of(row["image"], row["place"], row["folder"]).shape
             about = f"{row['image']}, " if isinstance(row["image"], str) else ""
-            return [Shown(False, "image", f"{about}{width} × {height} pixels"), Shown(True, "label", names[0])]
+            return [
+                Shown(False, "image", f"{about}{width} × {height} pixels"),
+                Shown(True, "label", names[0]),
+            ]
         text = Shown(False, self.kind, self.processor.decode(row["ids"]))
         if self.kind == "text":
             return [text, Shown(True, "label", names[0])]
@@ -188,13 +267,20 @@ class Classify(Task):
         told = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
         return [
             text,
-            Shown(True, "labels", ", ".join(f"{word} → {name}" for word, name in zip(told, names, strict=True))),
+            Shown(
+                True,
+                "labels",
+                ", ".join(f"{word} → {name}" for word, name in zip(told, names, strict=True)),
+            ),
         ]
 
     def load(self) -> Base:
         self.auto = HEADS[self.kind]
         names = dict(enumerate(self.labels))
-        fields: dict[str, Any] = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
+        fields: dict[str, Any] = {
+            "id2label": names,
+            "label2id": {label: number for number, label in names.items()},
+        }
         if self.kind != "image":
             fields["pad_token_id"] = pad_of(self.processor)
         own = getattr(config_of(self.config.base), "num_labels", None)
@@ -209,8 +295,13 @@ class Classify(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.kind == "image":
             images = [image_of(row["image"], row["place"], row["folder"]) for row in rows]
-            pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-            return {"pixel_values": pixels, "labels": torch.tensor([row["labels"][0] for row in rows])}
+            pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")[
+                "pixel_values"
+            ]
+            return {
+                "pixel_values": pixels,
+                "labels": torch.tensor([row["labels"][0] for row in rows]),
+            }
         ids = [row["ids"] for row in rows]
         mask = padded([[1] * len(own) for own in ids], 0)
         batch = {"input_ids": padded(ids, pad_of(self.processor)), "attention_mask": mask}
@@ -228,7 +319,9 @@ class Classify(Task):
         there = labels != IGNORED
         chosen, right = logits[there], labels[there]
         total = cross_entropy(chosen.to(at_least_float32(chosen.dtype)), right, reduction="sum")
-        return TaskLoss(total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()})
+        return TaskLoss(
+            total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()}
+        )
 
 
 def _name(label: Any, place: str) -> str:
@@ -237,4 +330,6 @@ def _name(label: Any, place: str) -> str:
         return str(label)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
-    raise DataError(f"{place}: the label {label!r}"[:300], "text or a whole number", "fix or remove that row")
+    raise DataError(
+        f"{place}: the label {label!r}"[:300], "text or a whole number", "fix or remove that row"
+    )

@@ -1,9 +1,11 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290): of two answers, one is the better.
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290): of two answers, one is
+the better.
 
     loss = -log σ(β · ((log π(chosen) - log π₀(chosen)) - (log π(rejected) - log π₀(rejected))))
 
-π is the base with the adapter, π₀ the base alone: the same weights, with no adapter selected. log π of an answer is the
-sum over its tokens. Measures: the share of pairs whose chosen answer gained more, and by how much (times β).
+π is the base with the adapter, π₀ the base alone: the same weights, with no adapter selected. log π
+of an answer is the sum over its tokens. Measures: the share of pairs whose chosen answer gained
+more, and by how much (times β).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Dpo(Preference):
 
 
 def rewards(now: Tensor, before: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """β · (log π - log π₀) of the chosen and of the rejected answers, [b] each, from those of all, [2b]."""
+    """β · (log π - log π₀) of the chosen and of the rejected answers, [b] each, from those of all,
+    [2b]."""
     chosen, rejected = (beta * (now - before)).chunk(2)
     return chosen, rejected

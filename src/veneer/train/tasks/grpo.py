@@ -1,17 +1,19 @@
-"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300): answers that the model draws itself, judged
-by functions of the user's.
+"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300): answers that the model
+draws itself, judged by functions of the user's.
 
     A = (reward - mean of the group) / (standard deviation of the group + 1e-4)       a group: the answers to a prompt
     loss of an answer = mean over its tokens of  -ρ · A + β · KL(π ‖ π₀)              ρ = π / π without gradient
 
-Answers are drawn by the model's own `generate` from the weights that train, as they lie: there is no copy to keep up to
-date. Each answer is learnt from once, so ρ is 1 and has π's gradient. KL is the estimator exp(d) - d - 1 with
-d = log π₀ - log π, and π₀ the base with no adapter selected; with β = 0, the default, it is not computed.
+Answers are drawn by the model's own `generate` from the weights that train, as they lie: there is
+no copy to keep up to date. Each answer is learnt from once, so ρ is 1 and has π's gradient. KL is
+the estimator exp(d) - d - 1 with d = log π₀ - log π, and π₀ the base with no adapter selected; with
+β = 0, the default, it is not computed.
 
-A reward is FILE.py:NAME of a function as trl calls it: f(prompts=…, completions=…, **columns) → a number for each; the
-prompts and completions are texts, or lists of messages where the prompts are chats. An evaluation takes the likeliest
-answer to each prompt; its loss is -reward. A step tells the mean reward and `reward_spread`, the mean over the prompts
-of the standard deviation of their answers' rewards: where that is 0, A is 0 and nothing is learnt.
+A reward is FILE.py:NAME of a function as trl calls it: f(prompts=…, completions=…, **columns) → a
+number for each; the prompts and completions are texts, or lists of messages where the prompts are
+chats. An evaluation takes the likeliest answer to each prompt; its loss is -reward. A step tells
+the mean reward and `reward_spread`, the mean over the prompts of the standard deviation of their
+answers' rewards: where that is 0, A is 0 and nothing is learnt.
 """
 
 from __future__ import annotations
@@ -33,7 +35,17 @@ from veneer.train import data
 from veneer.train.generate import continuations, encode
 from veneer.train.loss import log_probabilities
 from veneer.train.prepare import Prepared
-from veneer.train.tasks._base import SEEN, Rows, Shown, TaskLoss, function_of, limited, padded, reference, register
+from veneer.train.tasks._base import (
+    SEEN,
+    Rows,
+    Shown,
+    TaskLoss,
+    function_of,
+    limited,
+    padded,
+    reference,
+    register,
+)
 from veneer.train.tasks._preferences import Causal
 from veneer.train.tokens import IGNORED
 
@@ -52,8 +64,13 @@ class Grpo(Causal):
     def prepare(self) -> Prepared:
         prepared = super().prepare()
         files = {spec.rpartition(":")[0] for spec in self.config.reward}
-        hashes = {file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest() for file in sorted(files)}
-        return replace(prepared, hashes={**prepared.hashes, **hashes})  # a reward that changed is another run
+        hashes = {
+            file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+            for file in sorted(files)
+        }
+        return replace(
+            prepared, hashes={**prepared.hashes, **hashes}
+        )  # a reward that changed is another run
 
     def read(self, source: str, split: str) -> data.Records:
         """All columns: those besides the prompt are the reward functions'."""
@@ -62,7 +79,10 @@ class Grpo(Causal):
         records = data.by_part(raw, source, digest, self.parts, self.optional, self.config.columns)
         column = self.config.columns.get("prompt", "prompt")
         rows = [
-            {"prompt": record["prompt"], "columns": {name: value for name, value in row.items() if name != column}}
+            {
+                "prompt": record["prompt"],
+                "columns": {name: value for name, value in row.items() if name != column},
+            }
             for record, (_, row) in zip(records.rows, raw, strict=True)
         ]
         return replace(records, rows=rows, unused=())
@@ -71,26 +91,42 @@ class Grpo(Causal):
         limit = self.max_length() - self.config.answer_tokens
         if limit < 1:
             found = f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens in all"
-            raise ConfigError(found, "room for a prompt", "lower answer_tokens, or raise max_length")
+            raise ConfigError(
+                found, "room for a prompt", "lower answer_tokens, or raise max_length"
+            )
         rows = []
         for row, place in zip(records.rows, records.places, strict=True):
             prompt = data.shaped({"prompt": row["prompt"]}, f"{records.source}, {place}")["prompt"]
-            rows.append({"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]})
+            rows.append(
+                {"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]}
+            )
         lengths = [len(row["ids"]) for row in rows]
         kept, rows, cut = limited(
-            records, rows, lengths, self.config, limit, lambda row: {**row, "ids": row["ids"][-limit:]}
+            records,
+            rows,
+            lengths,
+            self.config,
+            limit,
+            lambda row: {**row, "ids": row["ids"][-limit:]},
         )
-        whole = [(len(row["ids"]) + self.config.answer_tokens) * self.config.answers for row in rows]
+        whole = [
+            (len(row["ids"]) + self.config.answer_tokens) * self.config.answers for row in rows
+        ]
         learnt = [self.config.answers * self.config.answer_tokens] * len(rows)
         return Rows(rows, whole, kept, learnt, len(records) - len(rows), cut)
 
     def shown(self, row: dict[str, Any]) -> list[Shown]:
         config = self.config
-        drawn = f"{config.answers} that the model draws, at most {config.answer_tokens} tokens each, "
+        drawn = (
+            f"{config.answers} that the model draws, at most {config.answer_tokens} tokens each, "
+        )
         return [
             Shown(False, "prompt", self.processor.decode(row["ids"])),
             Shown(True, "answers", f"{drawn}judged by {', '.join(config.reward)}"),
-            *(Shown(False, name, f"{value} (for the judge)") for name, value in row["columns"].items()),
+            *(
+                Shown(False, name, f"{value} (for the judge)")
+                for name, value in row["columns"].items()
+            ),
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -116,13 +152,21 @@ class Grpo(Causal):
         )  # fmt: skip
         device = batch["input_ids"].device
         rewards = self.rewards(rows, answers).to(device)
-        sums = {"reward": rewards.sum(), "answer_length": torch.tensor(float(sum(map(len, answers))))}
+        sums = {
+            "reward": rewards.sum(),
+            "answer_length": torch.tensor(float(sum(map(len, answers)))),
+        }
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
-        spread = rewards.view(-1, each).std(1)  # of the answers to one prompt: without it there is nothing to learn
+        spread = rewards.view(-1, each).std(
+            1
+        )  # of the answers to one prompt: without it there is nothing to learn
         sums["reward_spread"] = spread.sum() * each
         prompts = [row["ids"] for row in rows]
-        pairs = [([*ids, *new], [*[IGNORED] * len(ids), *new]) for ids, new in zip(prompts, answers, strict=True)]
+        pairs = [
+            ([*ids, *new], [*[IGNORED] * len(ids), *new])
+            for ids, new in zip(prompts, answers, strict=True)
+        ]
         inputs = {name: value.to(device) for name, value in self.batch(pairs).items()}
         now = log_probabilities(model, inputs, self.config.temperature)
         before = None
@@ -131,10 +175,13 @@ class Grpo(Causal):
                 before = log_probabilities(model, inputs, self.config.temperature)
         there = (inputs["labels"][:, 1:] != IGNORED).to(now.device)
         own = advantages(rewards.to(now.device, now.dtype), each)
-        return TaskLoss(losses(now, own, there, before, self.config.beta or 0.0).sum(), len(rows), sums)
+        return TaskLoss(
+            losses(now, own, there, before, self.config.beta or 0.0).sum(), len(rows), sums
+        )
 
     def rewards(self, rows: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> Tensor:
-        """The sum of the reward functions for each answer, [n]. Raises `DataError` for what is no number."""
+        """The sum of the reward functions for each answer, [n]. Raises `DataError` for what is no
+        number."""
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
         completions = [
@@ -142,7 +189,11 @@ class Grpo(Causal):
             for text, prompt in zip(texts, prompts, strict=True)
         ]
         given = {"prompts": prompts, "completions": completions}
-        given |= {name: [row["columns"].get(name) for row in rows] for name in rows[0]["columns"] if name not in given}
+        given |= {
+            name: [row["columns"].get(name) for row in rows]
+            for name in rows[0]["columns"]
+            if name not in given
+        }
         total = torch.zeros(len(rows), dtype=torch.float64)
         for spec, function in zip(self.config.reward, self.functions, strict=True):
             total += _numbers(spec, _called(function, given), len(rows))
@@ -150,13 +201,19 @@ class Grpo(Causal):
 
 
 def advantages(rewards: Tensor, each: int) -> Tensor:
-    """How much better an answer is than the others to its prompt, [n], of rewards [n] with `each` answers a group."""
+    """How much better an answer is than the others to its prompt, [n], of rewards [n] with `each`
+    answers a group."""
     groups = rewards.view(-1, each)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    return (
+        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    ).flatten()
 
 
-def losses(now: Tensor, advantage: Tensor, there: Tensor, before: Tensor | None, beta: float) -> Tensor:
-    """[n] of log-probabilities [n, t] now and of the base, advantages [n], and where there is a token [n, t]."""
+def losses(
+    now: Tensor, advantage: Tensor, there: Tensor, before: Tensor | None, beta: float
+) -> Tensor:
+    """[n] of log-probabilities [n, t] now and of the base, advantages [n], and where there is a
+    token [n, t]."""
     each = -torch.exp(now - now.detach()) * advantage[:, None]
     if before is not None:
         apart = before - now
@@ -176,7 +233,13 @@ def _numbers(spec: str, values: Any, count: int) -> Tensor:
     try:
         found = torch.as_tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{spec} gave what is no list of numbers ({error})", f"{count} numbers", "mend it") from error
+        raise DataError(
+            f"{spec} gave what is no list of numbers ({error})", f"{count} numbers", "mend it"
+        ) from error
     if len(found) != count or not bool(found.isfinite().all()):
-        raise DataError(f"{spec} gave {found.tolist()[:8]} for {count} answers", f"{count} finite numbers", "mend it")
+        raise DataError(
+            f"{spec} gave {found.tolist()[:8]} for {count} answers",
+            f"{count} finite numbers",
+            "mend it",
+        )
     return found

@@ -1,10 +1,12 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306): answers that are good or bad, not pairs.
+"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306): answers that are good
+or bad, not pairs.
 
     r = log π(y) - log π₀(y)      z = max(0, mean of r over prompts with another row's answer), without gradient
     loss = 1 - σ(β · (r - z)) if y is good, 1 - σ(β · (z - r)) if it is bad
 
-The answers of a batch, moved by one row, are the mismatched ones, so a batch needs two rows. Measures: the share of
-answers whose reward β · r has the sign that their label says, and the mean of β · r with that sign.
+The answers of a batch, moved by one row, are the mismatched ones, so a batch needs two rows.
+Measures: the share of answers whose reward β · r has the sign that their label says, and the mean
+of β · r with that sign.
 """
 
 from __future__ import annotations
@@ -31,13 +33,23 @@ class Kto(Causal):
 
     def encode(self, records: data.Records) -> Rows:
         if self.config.batch_size < 2:
-            raise ConfigError("kto with batch_size 1", "at least 2: others' answers measure the drift", "raise it")
-        good = [_good(row["label"], f"{records.source}, {place}") for row, place in _placed(records)]
+            raise ConfigError(
+                "kto with batch_size 1", "at least 2: others' answers measure the drift", "raise it"
+            )
+        good = [
+            _good(row["label"], f"{records.source}, {place}") for row, place in _placed(records)
+        ]
         bare = [{part: row[part] for part in ("prompt", "completion")} for row in records.rows]
         examples = self.answers(records, bare)
         rows = [
-            {"ids": ids, "start": next(i for i, label in enumerate(labels) if label != IGNORED), "good": good[index]}
-            for ids, labels, index in zip(examples.input_ids, examples.labels, examples.index, strict=True)
+            {
+                "ids": ids,
+                "start": next(i for i, label in enumerate(labels) if label != IGNORED),
+                "good": good[index],
+            }
+            for ids, labels, index in zip(
+                examples.input_ids, examples.labels, examples.index, strict=True
+            )
         ]
         learnt = [2 * (len(row["ids"]) - row["start"]) for row in rows]
         lengths = [2 * len(row["ids"]) for row in rows]
@@ -45,15 +57,23 @@ class Kto(Causal):
 
     def shown(self, row: dict[str, Any]) -> list[Shown]:
         prompt, completion = (
-            self.processor.decode(ids) for ids in (row["ids"][: row["start"]], row["ids"][row["start"] :])
+            self.processor.decode(ids)
+            for ids in (row["ids"][: row["start"]], row["ids"][row["start"] :])
         )
         label = "good" if row["good"] else "bad"
-        return [Shown(False, "prompt", prompt), Shown(True, "completion", completion), Shown(True, "label", label)]
+        return [
+            Shown(False, "prompt", prompt),
+            Shown(True, "completion", completion),
+            Shown(True, "label", label),
+        ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """[2b, s]: the rows, then each prompt with the answer of the row before it."""
         limit, made = self.max_length(), []
-        for prompt, answer in [*zip(rows, rows, strict=True), *zip(rows, [rows[-1], *rows[:-1]], strict=True)]:
+        for prompt, answer in [
+            *zip(rows, rows, strict=True),
+            *zip(rows, [rows[-1], *rows[:-1]], strict=True),
+        ]:
             head, tail = prompt["ids"][: prompt["start"]], answer["ids"][answer["start"] :]
             ids = [*head, *tail][:limit]
             made.append((ids, [*[IGNORED] * len(head), *tail][:limit]))
@@ -83,7 +103,8 @@ class Kto(Causal):
 
 
 def losses(reward: Tensor, drift: Tensor, good: Tensor, beta: float) -> Tensor:
-    """[b] from log π - log π₀ of the answers and of the mismatched ones, [b] each, and which answers are good."""
+    """[b] from log π - log π₀ of the answers and of the mismatched ones, [b] each, and which
+    answers are good."""
     # a row that is left alone at the end of the data has nobody's answer but its own
     apart = reward - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
     return 1 - torch.sigmoid(beta * torch.where(good, apart, -apart))
@@ -98,4 +119,8 @@ def _good(label: Any, where: str) -> bool:
     value = words.get(label.strip().lower()) if isinstance(label, str) else label
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
-    raise DataError(f"{where}: label is {label!r}", "true for a good answer, false for a bad one", "fix that row")
+    raise DataError(
+        f"{where}: label is {label!r}",
+        "true for a good answer, false for a bad one",
+        "fix that row",
+    )

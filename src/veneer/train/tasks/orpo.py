@@ -1,9 +1,11 @@
-"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): imitation and preference without reference.
+"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): imitation and
+preference without reference.
 
     loss = -log p(chosen) - β · log σ(log odds(chosen) - log odds(rejected))        odds(y) = p(y) / (1 - p(y))
 
-log p of an answer is the mean over its tokens. As in the paper, the first term is of the chosen answer alone (trl's
-counts the prompt too). Measures: the share of pairs whose chosen answer is the likelier, and by how much (mean log p).
+log p of an answer is the mean over its tokens. As in the paper, the first term is of the chosen
+answer alone (trl's counts the prompt too). Measures: the share of pairs whose chosen answer is the
+likelier, and by how much (mean log p).
 """
 
 from __future__ import annotations

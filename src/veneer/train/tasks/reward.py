@@ -1,8 +1,10 @@
-"""A reward model: one number for a text, higher for the better of two answers (Bradley and Terry, 1952).
+"""A reward model: one number for a text, higher for the better of two answers (Bradley and Terry,
+1952).
 
     loss = -log σ(r(chosen) - r(rejected))
 
-The head of one output is new, and trains in full. Measures: the share of pairs in the right order, and their distance.
+The head of one output is new, and trains in full. Measures: the share of pairs in the right order,
+and their distance.
 """
 
 from __future__ import annotations

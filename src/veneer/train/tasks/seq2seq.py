@@ -24,7 +24,18 @@ from veneer.models.locate import config_of, find_base
 from veneer.models.messages import loading
 from veneer.models.remote_code import code_options
 from veneer.train import data, prepare
-from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, limited, pad_of, padded, register, texts_of
+from veneer.train.tasks._base import (
+    Base,
+    Rows,
+    Shown,
+    Task,
+    TaskLoss,
+    limited,
+    pad_of,
+    padded,
+    register,
+    texts_of,
+)
 from veneer.train.tasks._media import sound_of
 from veneer.train.tokens import IGNORED
 
@@ -35,7 +46,8 @@ class Seq2seq(Task):
     one_pass = True
 
     def read_data(self) -> None:
-        """Which columns are read hangs on the base, so that the files are looked at without them."""
+        """Which columns are read hangs on the base, so that the files are looked at without
+        them."""
         for source in filter(None, (self.config.data, self.config.eval_data)):
             if data.is_local(source):
                 data.raw_rows(source)
@@ -44,7 +56,11 @@ class Seq2seq(Task):
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):
             found = f"{self.config.base}, a {config.model_type} model"
-            raise ConfigError(found, "an encoder with a decoder, such as T5 or Whisper", "choose another base or task")
+            raise ConfigError(
+                found,
+                "an encoder with a decoder, such as T5 or Whisper",
+                "choose another base or task",
+            )
         from transformers.models.auto import modeling_auto as auto
 
         self.speech = config.model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
@@ -63,7 +79,11 @@ class Seq2seq(Task):
         """Of an answer, and of a text that the encoder reads."""
         config = config_of(self.config.base)
         limit = getattr(config, "max_target_positions", None)
-        return min(prepare.max_length(self.config), limit) if limit else prepare.max_length(self.config)
+        return (
+            min(prepare.max_length(self.config), limit)
+            if limit
+            else prepare.max_length(self.config)
+        )
 
     def read(self, source: str, split: str) -> data.Records:
         raw, digest = data.raw_rows(source, split)
@@ -73,19 +93,29 @@ class Seq2seq(Task):
     def encode(self, records: data.Records) -> Rows:
         answers = self._answers(texts_of(records, "text" if self.speech else "completion"))
         if self.speech:
-            folder, rate = Path(records.source).expanduser().parent, int(self.features.sampling_rate)
+            folder, rate = (
+                Path(records.source).expanduser().parent,
+                int(self.features.sampling_rate),
+            )
             limit = getattr(self.features, "n_samples", None)  # what Whisper hears at once
             rows = []
             for row, place, labels in zip(records.rows, records.places, answers, strict=True):
                 sound = sound_of(row["audio"], f"{records.source}, {place}", folder, rate)
                 if limit is not None and len(sound) > limit:
                     found = f"{records.source}, {place}: {len(sound) / rate:.1f} s of audio"
-                    raise DataError(found, f"at most {limit / rate:.1f} s, what the base hears at once", "cut it")
+                    raise DataError(
+                        found,
+                        f"at most {limit / rate:.1f} s, what the base hears at once",
+                        "cut it",
+                    )
                 about = {"place": f"{records.source}, {place}", "folder": folder}
                 rows.append({"audio": row["audio"], "labels": labels, **about})
         else:
             ids = self.processor(texts_of(records, "prompt"))["input_ids"]
-            rows = [{"ids": list(own), "labels": labels} for own, labels in zip(ids, answers, strict=True)]
+            rows = [
+                {"ids": list(own), "labels": labels}
+                for own, labels in zip(ids, answers, strict=True)
+            ]
         limit = self.max_length()
         longest = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
 
@@ -107,13 +137,18 @@ class Seq2seq(Task):
         return made
 
     def shown(self, row: dict[str, Any]) -> list[Shown]:
-        answer = Shown(True, "text" if self.speech else "completion", self.processor.decode(row["labels"]))
+        answer = Shown(
+            True, "text" if self.speech else "completion", self.processor.decode(row["labels"])
+        )
         if not self.speech:
             return [Shown(False, "prompt", self.processor.decode(row["ids"])), answer]
         rate = int(self.features.sampling_rate)
         seconds = len(sound_of(row["audio"], row["place"], row["folder"], rate)) / rate
         about = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
-        return [Shown(False, "audio", f"{about}{seconds:.2f} s at {rate:,} samples a second"), answer]
+        return [
+            Shown(False, "audio", f"{about}{seconds:.2f} s at {rate:,} samples a second"),
+            answer,
+        ]
 
     def load(self) -> Base:
         base = super().load()
@@ -121,7 +156,9 @@ class Seq2seq(Task):
         if getattr(config, "decoder_start_token_id", None) is None:
             found = f"{self.config.base}, whose config has no decoder_start_token_id"
             raise ConfigError(found, "the token that answers begin with", "add it to config.json")
-        self.dtype = next(value.dtype for value in base.model.parameters() if value.is_floating_point())
+        self.dtype = next(
+            value.dtype for value in base.model.parameters() if value.is_floating_point()
+        )
         return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -129,12 +166,20 @@ class Seq2seq(Task):
         if not self.speech:
             ids = [row["ids"] for row in rows]
             mask = padded([[1] * len(own) for own in ids], 0)
-            return {"input_ids": padded(ids, pad_of(self.processor)), "attention_mask": mask, "labels": labels}
+            return {
+                "input_ids": padded(ids, pad_of(self.processor)),
+                "attention_mask": mask,
+                "labels": labels,
+            }
         rate = int(self.features.sampling_rate)
         sounds = [sound_of(row["audio"], row["place"], row["folder"], rate) for row in rows]
         whole = "max_length" if hasattr(self.features, "n_samples") else True
         inputs = self.features(
-            sounds, sampling_rate=rate, padding=whole, return_attention_mask=True, return_tensors="pt"
+            sounds,
+            sampling_rate=rate,
+            padding=whole,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         return {**inputs, "labels": labels}
 
@@ -142,13 +187,18 @@ class Seq2seq(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The answers one to the right, begun with the start token: what the decoder reads. Sounds are in the type of
-        the base, which Whisper does not see to."""
+        """The answers one to the right, begun with the start token: what the decoder reads. Sounds
+        are in the type of the base, which Whisper does not see to."""
         labels: Tensor = batch["labels"]
         start = torch.full_like(labels[:, :1], self.start)
-        read = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_of(self.processor))], dim=1)
+        read = torch.cat(
+            [start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_of(self.processor))],
+            dim=1,
+        )
         heard = {
-            name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            name: value.to(self.dtype)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
             for name, value in super().inputs(batch).items()
         }
         return {**heard, "decoder_input_ids": read, "use_cache": False}
@@ -164,4 +214,6 @@ class Seq2seq(Task):
         there = labels != IGNORED
         chosen, right = logits[there], labels[there]
         total = cross_entropy(chosen.to(at_least_float32(chosen.dtype)), right, reduction="sum")
-        return TaskLoss(total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()})
+        return TaskLoss(
+            total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()}
+        )

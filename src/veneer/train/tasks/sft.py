@@ -1,5 +1,5 @@
-"""Imitate: chats, prompts with completions, or texts, token by token. Trained by trl's `SFTTrainer` (`trainer.py`),
-with packing and the hidden-state cache."""
+"""Imitate: chats, prompts with completions, or texts, token by token. Trained by trl's `SFTTrainer`
+(`trainer.py`), with packing and the hidden-state cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from veneer.train import data, prepare, tokens
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
-from veneer.train.tasks._base import Base, Shown, Task, TaskLoss, pad_of, register, short, token_batch
+from veneer.train.tasks._base import (
+    Base,
+    Shown,
+    Task,
+    TaskLoss,
+    pad_of,
+    register,
+    short,
+    token_batch,
+)
 from veneer.train.tokens import IGNORED
 
 
@@ -23,13 +32,20 @@ class Sft(Task):
     one_pass = True
 
     def prepare(self) -> Prepared:
-        dataset = (lambda part, length: prepare.pack(part.dataset(), length)) if self.config.packing else None
+        dataset = (
+            (lambda part, length: prepare.pack(part.dataset(), length))
+            if self.config.packing
+            else None
+        )
         return prepare.prepare(self.config, self.records, self.encode, self.max_length(), dataset)
 
     def read(self, source: str, split: str) -> data.Records:
         config = self.config
         columns = data.Columns(
-            config.messages_column, config.prompt_column, config.completion_column, config.text_column
+            config.messages_column,
+            config.prompt_column,
+            config.completion_column,
+            config.text_column,
         )
         return data.read(source, columns, split=split)
 
@@ -49,7 +65,11 @@ class Sft(Task):
         return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return token_batch([row["input_ids"] for row in rows], [row["labels"] for row in rows], pad_of(self.processor))
+        return token_batch(
+            [row["input_ids"] for row in rows],
+            [row["labels"] for row in rows],
+            pad_of(self.processor),
+        )
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         found = token_loss(model, batch, accuracy=not model.training)
@@ -59,7 +79,9 @@ class Sft(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
-        ids = torch.tensor([prepared.train.input_ids[short(prepared.train.lengths)][:64]], device=device)
+        ids = torch.tensor(
+            [prepared.train.input_ids[short(prepared.train.lengths)][:64]], device=device
+        )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest(self, prepared: Prepared) -> tuple[int, int]:
@@ -67,7 +89,9 @@ class Sft(Task):
         if config.packing:
             whole = prepared.max_length * config.batch_size
             return whole, round(whole * train.trained_tokens / sum(train.lengths))
-        longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[: config.batch_size]
+        longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
+            : config.batch_size
+        ]
         labelled = sum(label != IGNORED for i in longest for label in train.labels[i])
         return len(longest) * train.lengths[longest[0]], labelled
 
