@@ -16,7 +16,8 @@ Tucker cores (hada_t1, lokr_t2) have no short product, and are refused.
 
 **DiT models.** sd-scripts trains Flux and SD3 under the block names of the models as first
 published, whose q, k and v are one weight. ComfyUI also reads OneTrainer's names of the two,
-``lora_transformer_<path in diffusers>``, and these are written. Of PixArt and all other
+``lora_transformer_<path in diffusers>``, and these are written, with a warning that sd-scripts
+itself does not read them. Of PixArt and all other
 transformers it reads diffusers' own format alone, so they are refused here.
 
 Read from the sources of sd-scripts, LyCORIS 3 and 4, and diffusers, whose own loaders the tests run
@@ -301,6 +302,14 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
+    if any(part == "transformer" for part, _ in where.values()):
+        found = "a kohya file of SD3 or Flux, in the names that ComfyUI reads"
+        expected = "ComfyUI: sd-scripts fuses q, k and v, and reads only names of its own"
+        warnings.warn(
+            sentence(found, expected, "go on training with Veneer, not with sd-scripts"),
+            MisreadElsewhere,
+            stacklevel=3,
+        )
     for loss in _lost_in_diffusers(adapter.changes, where, base):
         reader = f"diffusers (as of {DIFFUSERS_KNOWN})"
         found = f"a kohya file of which {reader} leaves out {loss}, so that its outputs differ"
