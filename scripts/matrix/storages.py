@@ -189,7 +189,7 @@ def stored_unmerge(case: Stored) -> str:
         """The weight as it is stored, as it is read, and what it is computed from."""
         computed = case.weight.state_dict() if isinstance(case.weight, nn.Module) else {}
         found = {
-            **case.storage.stored(case.weight),
+            **case.storage.stored_tensors(case.weight),
             **computed,
             "dense": case.storage.dense(case.weight),
         }

@@ -141,7 +141,7 @@ def test_dense_is_finite_floats_of_the_stated_shape_and_dtype(storage, examples)
 def test_what_did_not_change_keeps_its_bits(storage, examples):
     for module in examples:
         weight = held(module)
-        before = copied(storage.stored(weight))
+        before = copied(storage.stored_tensors(weight))
         dense = storage.dense(weight).double()
         same = storage.encode(weight, dense)
         assert torch.equal(storage.decode(weight, same).double(), dense), module
@@ -161,7 +161,7 @@ def test_encoding_is_idempotent_and_near(storage, examples):
         once = storage.decode(weight, encoded).double()
         assert error(once, values) < 0.12, module  # fp4's grid is coarse
         assert bits(flat_state(module)) == before
-        original = copied(storage.stored(weight))
+        original = copied(storage.stored_tensors(weight))
         storage.write(weight, encoded)
         again = storage.encode(weight, once)
         assert bits(again) == bits(encoded), module
@@ -188,21 +188,21 @@ def test_writing_back_restores_every_bit(storage, examples):
         with torch.no_grad():
             y = module(x)
         weight = prepared(storage, module)
-        before, state = bits(storage.stored(weight)), bits(flat_state(module))
+        before, state = bits(storage.stored_tensors(weight)), bits(flat_state(module))
         old = storage.dense(weight).detach().double()
         changed = storage.encode(weight, old + torch.randn_like(old) * old.std())
         merged = storage.decode(weight, changed)
         for round_ in range(100):
-            kept = copied(storage.stored(weight))
+            kept = copied(storage.stored_tensors(weight))
             storage.write(weight, changed)
             if round_ % 25 == 0:
                 with torch.no_grad():
                     expected = F.linear(x.double(), merged.double(), module.bias.double())
                     assert error(module(x), expected) <= max(1e-2, 3 * CLOSE[x.dtype]), module
                 assert prepared(storage, module) is weight
-                assert bits(storage.stored(weight)) == bits(changed)
+                assert bits(storage.stored_tensors(weight)) == bits(changed)
             storage.write(weight, kept)
-        assert bits(storage.stored(weight)) == before
+        assert bits(storage.stored_tensors(weight)) == before
         assert bits(flat_state(module)) == state
         with torch.no_grad():
             assert torch.equal(module(x), y), module
@@ -243,7 +243,7 @@ def test_what_is_not_finite_is_seen_after_encoding(storage, examples):
 def test_zero_weights_stay_zero(storage, examples):
     for module in examples:
         weight = held(module)
-        kept = copied(storage.stored(weight))
+        kept = copied(storage.stored_tensors(weight))
         storage.write(
             weight, storage.encode(weight, torch.zeros(storage.shape(weight), dtype=torch.float64))
         )
@@ -421,7 +421,7 @@ def _flat(weight):
     """A nested weight's stored tensors with plain scales."""
     from veneer.bases.bitsandbytes import _scales
 
-    stored = BASES["bitsandbytes_4bit"].stored(weight)
+    stored = BASES["bitsandbytes_4bit"].stored_tensors(weight)
     return {"packed": stored["packed"].clone(), "absmax": _scales(stored)}
 
 
@@ -459,12 +459,12 @@ def test_4bit_weights_that_a_call_has_repacked_are_read_and_written(nested, labe
     module = linear4bit(quant_type="nf4", compress_statistics=nested, quant_storage=label)
     weight, before, dense = (
         module.weight,
-        copied(storage.stored(module.weight)),
+        copied(storage.stored_tensors(module.weight)),
         storage.dense(module.weight),
     )
     if not repacks(module):
         pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not repack")
-    assert torch.equal(storage.stored(weight)["packed"], before["packed"])
+    assert torch.equal(storage.stored_tensors(weight)["packed"], before["packed"])
     assert 0 < error(storage.dense(weight), dense) < 0.01  # the base has moved
     held_now = storage.dense(weight)
     storage.prepare(module)
@@ -476,11 +476,11 @@ def test_4bit_weights_that_a_call_has_repacked_are_read_and_written(nested, labe
     module(x).sum().backward()
     assert error(x.grad[0], held_now.sum(0)) < 1e-5
     storage.write(weight, before)  # from before the repacking
-    assert bits(storage.stored(weight)) == bits(before)
+    assert bits(storage.stored_tensors(weight)) == bits(before)
     storage.release(module)
     assert repacks(module)
     storage.write(weight, before)
-    assert bits(storage.stored(weight)) == bits(before)
+    assert bits(storage.stored_tensors(weight)) == bits(before)
 
 
 def test_4bit_prepare_keeps_a_call_from_changing_the_base():
@@ -517,13 +517,13 @@ def test_8bit_the_scale_is_found_after_the_first_call():
         BASES["bitsandbytes_8bit"],
         Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").train(),
     )
-    before = bits(storage.stored(module.weight))
+    before = bits(storage.stored_tensors(module.weight))
     module(torch.ones(1, 64))
     with pytest.raises(TargetError, match="prepare"):
-        storage.stored(module.weight)
+        storage.stored_tensors(module.weight)
     for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         storage.prepare(other)
-        assert bits(storage.stored(other.weight)) == before
+        assert bits(storage.stored_tensors(other.weight)) == before
         storage.write(
             other.weight, storage.encode(other.weight, torch.ones(32, 64, dtype=torch.float64))
         )
@@ -542,16 +542,16 @@ def test_8bit_a_prepared_weight_keeps_its_scale_through_calls():
     )
     keys = list(module.state_dict())
     storage.prepare(module)
-    before = bits(storage.stored(module.weight))
+    before = bits(storage.stored_tensors(module.weight))
     for training in (True, False):
         module.train(training)(torch.ones(1, 64))
-        assert bits(storage.stored(module.weight)) == before
+        assert bits(storage.stored_tensors(module.weight)) == before
     storage.write(
         module.weight, storage.encode(module.weight, torch.ones(32, 64, dtype=torch.float64))
     )
     storage.prepare(module)
     module(torch.ones(1, 64))
-    assert (storage.stored(module.weight)["values"] == 127).all()
+    assert (storage.stored_tensors(module.weight)["values"] == 127).all()
     assert list(module.state_dict()) == keys
 
 
@@ -619,7 +619,7 @@ def test_torchao_encoding_is_that_of_quantize():
         values = other.weight.detach().double()
         encoded = storage.encode(module.weight, values)
         quantize_(other, config)
-        theirs = storage.stored(other.weight)
+        theirs = storage.stored_tensors(other.weight)
         assert encoded.keys() == theirs.keys()
         fresh = (
             encoded["scale"][:, 0] == theirs["scale"][:, 0]

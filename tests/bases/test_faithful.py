@@ -78,7 +78,7 @@ def adapted(module, ratio: float):
 def test_what_is_stored_lies_on_the_grid_and_comes_back_from_it(storage):
     storage = BASES[storage]
     for module in [*storage.examples(), *examples(storage.name)]:
-        stored = storage.stored(module.weight)
+        stored = storage.stored_tensors(module.weight)
         dense, grid = storage.dense(module.weight), storage.grid(module.weight, stored)
         values = dense.double()
         mid, half = torch.empty_like(values), torch.empty_like(values)
@@ -95,7 +95,7 @@ def test_a_small_change_survives_a_merge_and_nothing_is_left_of_it_afterwards(st
         handle, change, W, delta = adapted(module, 0.01)
         A = change.A.detach()[0].double()
         inside = A.mT @ torch.randn(RANK, 32, dtype=torch.float64)
-        before = bits_of(change.storage.stored(module.weight))
+        before = bits_of(change.storage.stored_tensors(module.weight))
         found = {}
         for rounding in ("nearest", "faithful", "auto"):
             (layer,) = handle.merge(rounding=rounding).layers
@@ -104,7 +104,7 @@ def test_a_small_change_survives_a_merge_and_nothing_is_left_of_it_afterwards(st
             assert layer.retention == pytest.approx(share.item(), abs=1e-6), module
             found[rounding] = layer, error((merged - W) @ inside, delta @ inside)
             handle.unmerge()
-            assert bits_of(change.storage.stored(module.weight)) == before, module
+            assert bits_of(change.storage.stored_tensors(module.weight)) == before, module
         (nearest, far), (faithful, near), (auto, _) = found.values()
         assert nearest.rounding == "storage"
         assert faithful.rounding == "faithful"
@@ -130,7 +130,7 @@ def test_each_number_is_one_of_the_two_around_the_exact_one(storage):
         handle.merge(rounding="faithful")
         storage = change.storage
         grid, merged = (
-            storage.grid(module.weight, storage.stored(module.weight)),
+            storage.grid(module.weight, storage.stored_tensors(module.weight)),
             storage.dense(module.weight),
         )
         level = grid.levels.view(-1, 1, 1)
@@ -160,7 +160,9 @@ def test_rows_that_do_not_change_keep_their_numbers(storage):
             change.B[:, 5:9] = 0
         handle.merge(rounding="faithful")
         merged = change.storage.dense(module.weight).double()
-        crosses = module.in_features != IN or "nested_code" in change.storage.stored(module.weight)
+        crosses = module.in_features != IN or "nested_code" in change.storage.stored_tensors(
+            module.weight
+        )
         assert error(merged[5:9], W[5:9]) <= (0.02 if crosses else 0), module
         assert not torch.equal(merged[:5], W[:5])
 
@@ -229,11 +231,11 @@ def test_inputs_to_protect_are_refused_where_there_is_no_grid(storage):
     for module in BASES[storage].examples():
         model = nn.Sequential(module)
         handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets="all"))
-        before = bits_of(BASES[storage].stored(module.weight))
+        before = bits_of(BASES[storage].stored_tensors(module.weight))
         with pytest.raises(
             MergeError, match=r"0\.weight: inputs= of a weight that is rounded as it is stored"
         ):
             handle.merge(
                 inputs={"0.weight": torch.eye(BASES[storage].shape(module.weight)[1])[None]}
             )
-        assert bits_of(BASES[storage].stored(module.weight)) == before
+        assert bits_of(BASES[storage].stored_tensors(module.weight)) == before

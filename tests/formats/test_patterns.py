@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.patterns import MAX_LENGTH, Ends, Expressions, literal, whole
+from veneer.formats.patterns import MAX_LENGTH, Ends, Expressions, literal, matcher_of_whole_texts
 
 ATOMS = [
     "a",
@@ -62,7 +62,7 @@ def test_an_expression_says_what_re_says(source, texts):
         with pytest.raises(ValueError, match="no regular expression"):
             Expressions([source])
         return
-    begins, fits = Expressions([source], whole=False), Expressions([source])
+    begins, fits = Expressions([source], full_match=False), Expressions([source])
     for text in texts:
         assert begins.matches(text) == (re.match(source, text) is not None), text
         assert fits.matches(text) == (re.fullmatch(source, text) is not None), text
@@ -90,7 +90,9 @@ USED = [
 @pytest.mark.parametrize("source", USED)
 def test_expressions_that_people_use(source):
     for path in PATHS:
-        assert whole(source)(path) == (re.fullmatch(source, path) is not None), path
+        assert matcher_of_whole_texts(source)(path) == (re.fullmatch(source, path) is not None), (
+            path
+        )
 
 
 @given(
@@ -172,7 +174,7 @@ def test_whole_paths_are_looked_up():
     escaped = [re.escape(path) for path in paths]
     found, start = Ends(escaped), time.process_time()
     assert [found.first(path) for path in paths] == escaped
-    assert all(map(whole("|".join(escaped)), paths))
+    assert all(map(matcher_of_whole_texts("|".join(escaped)), paths))
     assert time.process_time() - start < 1
     dotted = paths[:300]  # as PEFT writes them: each dot is any character
     found = Ends(dotted)

@@ -69,7 +69,7 @@ class BaseTensor:
             stored, anchor = dict(before), next(iter(before.values()))
         else:
             stored, anchor = (
-                {} if self.storage is None else self.storage.stored(self.weight),
+                {} if self.storage is None else self.storage.stored_tensors(self.weight),
                 self.weight,
             )
         return Content(self.weight, self.storage, stored, anchor)
@@ -93,7 +93,9 @@ class Content:
                 dense = self.anchor
             else:
                 stored = (
-                    self.stored if as_loaded else self.storage.settled(self.weight, self.stored)
+                    self.stored
+                    if as_loaded
+                    else self.storage.after_first_call(self.weight, self.stored)
                 )
                 dense = self.storage.decode(self.weight, stored)
         whole = getattr(dense, "full_tensor", None)  # of a weight that is spread over processes

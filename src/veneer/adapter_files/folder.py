@@ -401,7 +401,7 @@ def applied(
     pairs = (suffix for kind in LAYERS for suffix in kind.file_keys)
     extras = (key for variant in VARIANTS for key in variant.peft_keys.values())
     suffixes = dict.fromkeys((*pairs, *extras, peft.LORA_BIAS))
-    tensors, left_out = peft_targets.applied(peft_config, tensors, suffixes)
+    tensors, left_out = peft_targets.applied_tensors(peft_config, tensors, suffixes)
     return *peft_tokens.as_lora(peft_config, tensors), left_out
 
 
@@ -435,7 +435,7 @@ def assemble(
         config = config if held is None else held.config_of(config)
     except ConfigError as error:
         raise AdapterError(f"The config of {path} cannot be used. {error}") from error
-    if held is not None and held.unsized:
+    if held is not None and held.needs_base_shapes:
         return AdapterFiles(
             path, config, peft_config, record, Unsized(held, path), full, by_weight, held
         )

@@ -24,7 +24,7 @@ from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, raise_all, sentence
 from veneer.formats import peft, peft_tuners
-from veneer.formats.peft_tuners import Own, Tuner, Weights
+from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
@@ -42,7 +42,7 @@ class TunerFolder:
         config, tensors: LoRA's, of the plain changes.
         parameters: those of the variant, by the path of a weight and their name.
         sizes: the rank and alpha of the variant, by the path of a weight.
-        unsized: only the base tells the shapes of the changes, so that ``tensors`` has none of
+        needs_base_shapes: only the base tells the shapes of the changes, so that ``tensors`` has none of
             them.
         paths: the modules that change.
         numbers: how many numbers the tuner trained.
@@ -54,7 +54,7 @@ class TunerFolder:
     tensors: Mapping[str, Tensor]
     parameters: Mapping[str, Tensor]
     sizes: Mapping[str, tuple[int, float]]
-    unsized: bool
+    needs_base_shapes: bool
     paths: tuple[str, ...]
     numbers: int
 
@@ -118,7 +118,7 @@ def tuner_folder(
 ) -> TunerFolder:
     """What a tuner's files hold. ``AdapterError``: tensors that are no change of this tuner, or not
     of this base."""
-    unsized = peft_tuners.unsized(tuner, weights)
+    needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
     own, rest = peft_tuners.changes(tuner, config, tensors, weights)
     lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
@@ -151,7 +151,15 @@ def tuner_folder(
     paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in held}
     numbers = sum(tensor.numel() for tensor in held.values())
     return TunerFolder(
-        tuner, source, config, made, parameters, sizes, unsized, tuple(sorted(paths)), numbers
+        tuner,
+        source,
+        config,
+        made,
+        parameters,
+        sizes,
+        needs_base_shapes,
+        tuple(sorted(paths)),
+        numbers,
     )
 
 
@@ -160,7 +168,7 @@ def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
     return scale / VARIANTS[tuner.variant].scale(1.0, rank)
 
 
-def _plain(tuner: Tuner, at: str, change: Own, problems: list[str]) -> LowRank | None:
+def _plain(tuner: Tuner, at: str, change: VariantChange, problems: list[str]) -> LowRank | None:
     """The plain change that one amounts to, of a rank that its weight can have."""
     parameters, variant = change.parameters, VARIANTS[tuner.variant]
     if _count(tuner, parameters) > LARGEST:

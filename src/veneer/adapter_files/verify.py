@@ -252,7 +252,7 @@ class _Checks:
         saved = self.tried(
             "layers", folder.assemble, path, config, record, tensors, parameters, shapes
         )
-        if saved is not None and saved.tuner is not None and saved.tuner.unsized:
+        if saved is not None and saved.tuner is not None and saved.tuner.needs_base_shapes:
             text = f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only the base tells: "
             self.add("warning", "layers", f"{text}give it to have them checked")
             return

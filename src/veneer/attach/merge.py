@@ -60,7 +60,7 @@ class _StoredWeight:
 
     def stored(self) -> dict[str, Tensor]:
         self.storage.prepare(self.module)
-        return self.storage.stored(self.target)
+        return self.storage.stored_tensors(self.target)
 
     def write(self, stored: Mapping[str, Tensor]) -> None:
         self.storage.write(self.target, stored)

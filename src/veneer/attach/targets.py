@@ -23,7 +23,7 @@ from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
 from veneer.layers import kind_of
 from veneer.layers._base import GENERAL
-from veneer.layers.parameter import squeezed
+from veneer.layers.parameter import without_unit_axes
 
 _MEANING = {
     "all-linear": "the linear layers outside of an output head",
@@ -367,7 +367,7 @@ def _is_operator(kind: Any, module: nn.Module, name: str) -> bool:
     of matrices."""
     if kind.name != GENERAL:
         return kind.drops_input
-    return len(squeezed(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
+    return len(without_unit_axes(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _word(names: Names, word: str) -> list[str]:

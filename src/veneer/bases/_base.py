@@ -2,8 +2,8 @@
 
 A weight is what a module keeps under its name: a ``Parameter`` (plain or packed), or the
 ``ParametrizationList`` that computes it; or the module itself, if it tells nobody (``opaque.py``).
-``stored`` gives the tensors that hold it, ``decode`` their meaning; a merge writes other tensors of
-the same names, and an unmerge writes the old ones.
+``stored_tensors`` gives the tensors that hold it, ``decode`` the dense weight that they represent;
+a merge writes other tensors of the same names, and an unmerge writes the old ones.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Storage(ABC):
     """One way to store a weight. Final subclasses only, without state."""
 
     name: str
-    # : nothing but the module's own forward reads or writes the weight, which is then the module
-    # itself
+    #: nothing but the module's own forward reads or writes the weight, which is then the module
+    #: itself
     opaque: bool = False
-    # : reading the weight is a computation that may change state, so that the module's own forward
-    # must not do it
+    #: reading the weight is a computation that may change state, so that the module's own forward
+    #: must not do it
     computed: bool = False
-    # : the name under which ``encode`` gives the dense values, rounded to the dtype of the dense
-    # weight and nothing
+    #: the name under which ``encode`` gives the dense values, rounded to the dtype of the dense
+    #: weight and nothing
     #: else; None where it makes something else of them
     dense_name: str | None = None
 
@@ -42,12 +42,12 @@ class Storage(ABC):
         """Whether ``weight`` is stored this way."""
 
     @abstractmethod
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         """The tensors that ``write`` replaces, by names of our own without dots; not copied."""
 
     @abstractmethod
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        """What these stored tensors mean as a dense floating-point weight, exactly."""
+        """The dense floating-point weight that these stored tensors represent, exactly."""
 
     @abstractmethod
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
@@ -61,15 +61,15 @@ class Storage(ABC):
 
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         """Put stored tensors into ``weight`` in place: it keeps its identity, and so its ties.
-        Writing what ``stored`` gave before restores every bit."""
-        own = self.stored(weight)
+        Writing what ``stored_tensors`` gave before restores every bit."""
+        tensors = self.stored_tensors(weight)
         with torch.no_grad():
             for name, values in stored.items():
-                own[name].copy_(values)
+                tensors[name].copy_(values)
 
     def dense(self, weight: Any) -> Tensor:
         """The weight as a dense floating-point tensor, exactly."""
-        return self.decode(weight, self.stored(weight))
+        return self.decode(weight, self.stored_tensors(weight))
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
         """The dense weight in about so many pieces of rows, where it can be read in pieces; else as
@@ -85,7 +85,7 @@ class Storage(ABC):
         return weight.shape
 
     def label(self, weight: Any) -> str:
-        """What people call this way to store a weight."""
+        """The usual name of this storage, for messages."""
         return self.name
 
     def device(self, weight: Any) -> torch.device:
@@ -96,7 +96,7 @@ class Storage(ABC):
         """Bring a module's weight into the form that the other methods read; its meaning stays.
         Done when it is attached to and after every ``write``; doing it again does nothing."""
 
-    def settled(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The stored tensors as the library itself may leave them in a call, where it changes them
         for good: the same before that call and after it. A fingerprint is of these."""
         return stored
@@ -121,11 +121,11 @@ class GridStorage(Storage):
     @abstractmethod
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         """The numbers, in the dense weight's shape, that can be stored under the scales of
-        ``stored``."""
+        ``stored_tensors``."""
 
     @abstractmethod
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        """Dense ``values``, each the nearest number of ``grid``, under the scales of ``stored``."""
+        """Dense ``values``, each rounded to the nearest number of ``grid`` under ``stored``."""
 
 
 BASES: Registry[Storage] = Registry("storage")

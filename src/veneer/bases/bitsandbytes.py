@@ -3,7 +3,7 @@
 
 **8 bits.** One scale a row, the row's largest magnitude:
 
-    W[o, i] = values[o, i] · scale[o] / 127            values: int8 [out, in]    scale: float32 [out]
+    W[o, i] = values[o, i] · scale[o] / 127      values: int8 [out, in]    scale: float32 [out]
 
 The first call of a ``Linear8bitLt`` moves the scale out of the parameter (``weight.SCB``) into the
 module (``module.state.SCB``), where a weight alone cannot find it; ``prepare`` keeps it at both.
@@ -12,14 +12,16 @@ module (``module.state.SCB``), where a weight alone cannot find it; ``prepare`` 
 largest magnitude, and its elements are numbers of 16 levels; two lie in a byte, the earlier one in
 the upper half:
 
-    W[64 b + j] = level[number[b, j]] · absmax[b]      packed: bytes [out · in / 2]    absmax: float32 [blocks]
+    W[64 b + j] = level[number[b, j]] · absmax[b]
+    packed: bytes [out · in / 2]    absmax: float32 [blocks]
 
 With ``compress_statistics`` the scales are stored in 8 bits themselves, in blocks of 256, around
 their mean:
 
     absmax[256 c + k] = nested_code[byte[c, k]] · nested_absmax[c] + offset
 
-``quant_storage`` only says as which dtype the bytes are labelled; ``stored`` always gives bytes.
+``quant_storage`` only says as which dtype the bytes are labelled; ``stored_tensors`` always gives
+bytes.
 
 On a CPU with AVX512-BF16, a call of ``Linear4bit`` in evaluation mode repacks the weight in place,
 which rounds the scales to bfloat16 for good, drops the nested ones, and passes no gradient to x any
@@ -82,11 +84,14 @@ class Bitsandbytes8bit(GridStorage):
         if state is not None and state.CB is not None:
             weight.data, weight.SCB = state.CB, state.SCB
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         if weight.SCB is None:
-            found = "an 8-bit weight of bitsandbytes without its scale, which the first call moves into its module"
+            problem = (
+                "an 8-bit weight of bitsandbytes without its scale, which the first call moves "
+                "into its module"
+            )
             raise TargetError(
-                found, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"
+                problem, "weight.SCB", "call BASES['bitsandbytes_8bit'].prepare(module) first"
             )
         return {"values": weight.data, "scale": weight.SCB}
 
@@ -101,7 +106,7 @@ class Bitsandbytes8bit(GridStorage):
                 .sum(1)
             )
 
-        old, new = self.stored(weight)["scale"], values.abs().amax(1).float()
+        old, new = self.stored_tensors(weight)["scale"], values.abs().amax(1).float()
         return self.onto(weight, {"scale": torch.where(miss(old) <= miss(new), old, new)}, values)
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
@@ -148,8 +153,8 @@ class Bitsandbytes4bit(GridStorage):
         """Keep the weight in the layout that all devices share, and its module from repacking it
         (see above)."""
         weight = module.weight
-        if _repacked(weight.quant_state):
-            self.write(weight, self.stored(weight))
+        if _is_repacked(weight.quant_state):
+            self.write(weight, self.stored_tensors(weight))
         if "support_avx512bf16_for_cpu" in module.__dict__:
             module.__dict__.setdefault("_veneer_repacks", module.support_avx512bf16_for_cpu)
             module.support_avx512bf16_for_cpu = False
@@ -159,23 +164,23 @@ class Bitsandbytes4bit(GridStorage):
         if "_veneer_repacks" in module.__dict__:
             module.support_avx512bf16_for_cpu = module.__dict__.pop("_veneer_repacks")
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         state = weight.quant_state
-        if _repacked(state):
+        if _is_repacked(state):
             return {
-                "packed": _bytes(_unpacked(weight)),
+                "packed": _bytes(_undo_repacking(weight)),
                 "absmax": state.absmax.mT.float().flatten(),
             }
-        found = {"packed": _bytes(weight.data), "absmax": state.absmax}
+        tensors = {"packed": _bytes(weight.data), "absmax": state.absmax}
         if state.nested:
-            found |= {
+            tensors |= {
                 "offset": state.offset,
                 "nested_absmax": state.state2.absmax,
                 "nested_code": state.state2.code,
             }
-        return found
+        return tensors
 
-    def settled(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def after_first_call(self, weight: Any, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """With the scales that the layout of AVX512-BF16 has, on whatever device the weight
         lies."""
         return {"packed": stored["packed"], "absmax": _scales(stored).bfloat16().float()}
@@ -190,7 +195,7 @@ class Bitsandbytes4bit(GridStorage):
         state = weight.quant_state
         if weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
             return False
-        stored = self.stored(weight)
+        stored = self.stored_tensors(weight)
         numbers = torch.stack([stored["packed"] >> 4, stored["packed"] & 15], 1).flatten()[
             : state.shape.numel()
         ]
@@ -198,7 +203,7 @@ class Bitsandbytes4bit(GridStorage):
         return not torch.allclose(self.decode(weight, stored), meant, rtol=1e-5)
 
     def pieces(self, weight: Any, count: int) -> Iterator[Tensor]:
-        state, stored = weight.quant_state, self.stored(weight)
+        state, stored = weight.quant_state, self.stored_tensors(weight)
         rows, columns = state.shape if len(state.shape) == 2 else (1, 0)
         step = -(-rows // count)
         while step < rows and step * columns % state.blocksize:  # a piece is of whole blocks
@@ -210,13 +215,18 @@ class Bitsandbytes4bit(GridStorage):
         for first in range(0, rows, step):
             size = min(step, rows - first)
             start, end = first * columns, (first + size) * columns
+            blocks = slice(start // state.blocksize, -(-end // state.blocksize))
             yield torch.ops.bitsandbytes.dequantize_4bit(
-                packed[start // 2 : -(-end // 2)], scales[start // state.blocksize : -(-end // state.blocksize)],
-                state.blocksize, state.quant_type, (size, columns), torch.float32,
-            )  # fmt: skip
+                packed[start // 2 : -(-end // 2)],
+                scales[blocks],
+                state.blocksize,
+                state.quant_type,
+                (size, columns),
+                torch.float32,
+            )
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
-        state, new = weight.quant_state, self.stored(weight)
+        state, new = weight.quant_state, self.stored_tensors(weight)
         old_scales, width = _scales(new), state.blocksize
         blocks = _blocks(values, width)  # [blocks, 64]
         same = (blocks == _blocks(self.decode(weight, new), width)).all(1)  # [blocks]
@@ -237,7 +247,7 @@ class Bitsandbytes4bit(GridStorage):
         packed, old = _packed(numbers(scales)), _blocks(new["packed"], width // 2)
         packed = torch.where((same & (scales == old_scales))[:, None], old, packed)
         new["packed"] = packed.flatten()[: new["packed"].numel()]
-        return {name: new[name] for name in self.stored(weight)}
+        return {name: new[name] for name in self.stored_tensors(weight)}
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         state = weight.quant_state
@@ -258,16 +268,16 @@ class Bitsandbytes4bit(GridStorage):
     def write(self, weight: Any, stored: Mapping[str, Tensor]) -> None:
         state = weight.quant_state
         with torch.no_grad():
-            if _repacked(state):
-                weight.data = _unpacked(weight)
+            if _is_repacked(state):
+                weight.data = _undo_repacking(weight)
                 state.dtype, state.packing_format_for_cpu = state.original_dtype, False
             _bytes(weight.data).copy_(stored["packed"])
             state.absmax, state.nested = stored["absmax"].detach().clone(), "nested_code" in stored
             if state.nested:
                 state.offset = stored["offset"].detach().clone()
-                parts = {"absmax": stored["nested_absmax"], "code": stored["nested_code"]}
-                parts = {name: value.detach().clone() for name, value in parts.items()}
-                state.state2 = type(state)(**parts, blocksize=NESTED_BLOCK, dtype=torch.float32)
+                scales = {"absmax": stored["nested_absmax"], "code": stored["nested_code"]}
+                scales = {name: values.detach().clone() for name, values in scales.items()}
+                state.state2 = type(state)(**scales, blocksize=NESTED_BLOCK, dtype=torch.float32)
             else:
                 state.offset = state.state2 = None
 
@@ -298,12 +308,12 @@ class Bitsandbytes4bit(GridStorage):
         )
 
 
-def _repacked(state: Any) -> bool:
+def _is_repacked(state: Any) -> bool:
     """Whether a call has put this weight into the layout of the AVX512-BF16 kernel."""
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _unpacked(weight: Any) -> Tensor:
+def _undo_repacking(weight: Any) -> Tensor:
     """The packed numbers of a repacked weight in the layout that all devices share. Only the order
     changes."""
     state = copy.copy(weight.quant_state)
@@ -335,14 +345,14 @@ def _scales(stored: Mapping[str, Tensor]) -> Tensor:
     """The float32 scales of the blocks, [blocks]."""
     if "nested_code" not in stored:
         return stored["absmax"]
-    parts = (
+    arguments = (
         stored["absmax"],
         stored["nested_absmax"],
         stored["nested_code"],
         NESTED_BLOCK,
         torch.float32,
     )
-    return torch.ops.bitsandbytes.dequantize_blockwise(*parts) + stored["offset"]
+    return torch.ops.bitsandbytes.dequantize_blockwise(*arguments) + stored["offset"]
 
 
 def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -350,10 +360,10 @@ def _nested(scales: Tensor, same: Tensor, old: Mapping[str, Tensor]) -> dict[str
     bits."""
     centred = scales.double() - old["offset"].double()
     blocks = _blocks(centred, NESTED_BLOCK)  # [c, 256]
-    kept = (_blocks((~same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
-    absmax = torch.where(kept, old["nested_absmax"], blocks.abs().amax(1).float())
+    unchanged = (_blocks((~same).byte(), NESTED_BLOCK) == 0).all(1)  # [c]
+    absmax = torch.where(unchanged, old["nested_absmax"], blocks.abs().amax(1).float())
     numbers = _nearest(blocks * _inverse(absmax)[:, None], old["nested_code"])
-    numbers = torch.where(kept[:, None], _blocks(old["absmax"], NESTED_BLOCK), numbers)
+    numbers = torch.where(unchanged[:, None], _blocks(old["absmax"], NESTED_BLOCK), numbers)
     return {"absmax": numbers.flatten()[: scales.numel()], "nested_absmax": absmax}
 
 

@@ -43,7 +43,7 @@ class Gguf(Storage):
         module = _diffusers()
         return module is not None and isinstance(weight, module.GGUFParameter)
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         return {"blocks": weight.as_tensor().detach()}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
@@ -64,24 +64,27 @@ class Gguf(Storage):
         import gguf
         import numpy
 
-        kind, old = weight.quant_type, self.stored(weight)
+        kind, old = weight.quant_type, self.stored_tensors(weight)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         try:
-            with numpy.errstate(
-                all="ignore"
-            ):  # what does not fit into a float16 scale becomes infinite
-                made = gguf.quants.quantize(values.float().cpu().numpy(), kind)
+            # what does not fit into a float16 scale becomes infinite
+            with numpy.errstate(all="ignore"):
+                quantised = gguf.quants.quantize(values.float().cpu().numpy(), kind)
         except NotImplementedError as error:
-            found = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
-            do = "keep the adapter unmerged, or merge it into the model that the file was quantised from"
-            raise MergeError(found, "a type that it writes, such as Q8_0 or Q4_0", do) from error
-        new = {"blocks": torch.from_numpy(made).to(old["blocks"].device)}
-        kept, fresh = (
+            problem = f"a weight of GGUF type {kind.name}, which gguf can read but not write"
+            do = (
+                "keep the adapter unmerged, or merge it into the model from which the file was "
+                "quantised"
+            )
+            raise MergeError(problem, "a type that it writes, such as Q8_0 or Q4_0", do) from error
+        new = {"blocks": torch.from_numpy(quantised).to(old["blocks"].device)}
+        old_error, new_error = (
             (self.decode(weight, each) - values).square().view(-1, block).sum(1)
             for each in (old, new)
         )
         blocks = torch.where(
-            (kept <= fresh)[:, None], *(each["blocks"].reshape(-1, size) for each in (old, new))
+            (old_error <= new_error)[:, None],
+            *(each["blocks"].reshape(-1, size) for each in (old, new)),
         )
         return {"blocks": blocks.view(old["blocks"].shape)}
 

@@ -1,15 +1,15 @@
 """Linear layers that other libraries keep quantised, each with a forward of its own: GPTQ and AWQ
 by gptqmodel, HQQ, FP8 and compressed-tensors as transformers loads them. Their bytes are their
-library's affair; a call is all that is asked:
+library's affair; Veneer only calls forward:
 
     y = forward(x) + op(x; ΔW)          forward: the module's own
-    ∂L/∂x = ∂L/∂y W                     where forward passes no gradient on: with W read some columns at a time
+    ∂L/∂x = ∂L/∂y W                     where forward has no gradient; W is read in blocks of columns
 
-So what a module keeps as its weight is here the module itself, whatever tensors it holds. Where W
-is asked for as numbers (a variant that starts from it, a gain, W + ΔW), forward is run without bias
+So the weight is here the module itself, whatever tensors it holds. Where the numbers of W are
+needed (a variant that starts from it, a gain, W + ΔW), forward is run without bias
 on the rows of the identity:
 
-    W[:, i] = forward(eᵢ)               in the dtype that the module computes in; exact for what quantises W alone
+    W[:, i] = forward(eᵢ)               in the dtype of the module; exact where W alone is quantised
 
 A forward that rounds x too has no gradient of its own: W's is the one of x as it came (a
 straight-through estimator, as FP8 training has it). Nothing can be written: a merge is refused.
@@ -56,8 +56,8 @@ COMPRESSED = (
     "compressed-tensors",
     "CompressedTensorsConfig(dequantize=True), which takes no more than its first call",
 )
-# : the same of modules whose weights nothing but their own forward could read, and that forward is
-# no one product
+#: the same of modules whose weights nothing but their own forward could read, and that forward is
+#: no one product
 EXPERTS = {
     ("transformers.integrations.mxfp4", "Mxfp4GptOssExperts"): ("MXFP4", "Mxfp4Config(dequantize=True)"),
     ("transformers.integrations.finegrained_fp8", "FP8Experts"): ("FP8", "FineGrainedFP8Config(dequantize=True)"),
@@ -74,9 +74,9 @@ EXPERTS_WITHOUT_GRADIENT = (
 COLUMNS = 1 << 10
 
 
-def _class(where: tuple[str, str]) -> Any:
+def _class(path: tuple[str, str]) -> Any:
     """A class of a module that has been imported already, as whoever holds an instance has done."""
-    return getattr(sys.modules.get(where[0]), where[1], None)
+    return getattr(sys.modules.get(path[0]), path[1], None)
 
 
 def _below(cls: Any) -> Iterator[Any]:
@@ -86,7 +86,7 @@ def _below(cls: Any) -> Iterator[Any]:
             yield from _below(below)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def _base_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "veneer_base", type(module))  # of an adapted one, what it was
 
 
@@ -96,7 +96,11 @@ def _kind(module: nn.Module) -> tuple[str, str] | None:
     if is_compressed(module):
         return COMPRESSED
     return next(
-        (said for at, said in LIBRARIES.items() if (cls := _class(at)) and isinstance(module, cls)),
+        (
+            description
+            for path, description in LIBRARIES.items()
+            if (cls := _class(path)) and isinstance(module, cls)
+        ),
         None,
     )
 
@@ -105,14 +109,19 @@ def is_compressed(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose weight compressed-tensors packed, or made dense
     again in the first call of the model. One that it quantises anew in each call is not: the
     gradient of its call is not that of its weight."""
-    own = module.__dict__
-    if (scheme := own.get("quantization_scheme")) is None or not isinstance(module, nn.Linear):
+    attributes = module.__dict__
+    if (scheme := attributes.get("quantization_scheme")) is None or not isinstance(
+        module, nn.Linear
+    ):
         return False
     # accelerate's hooks take the place of the library's wrapper, unless an adapter has taken it
     # before
-    hooked = "_hf_hook" in own and not hasattr(type(module), "veneer_base")
-    known = getattr(scheme, "weights", None) is not None and not hooked
-    return known and own.get("quantization_status") in ("compressed", "decompressed")
+    hooked = "_hf_hook" in attributes and not hasattr(type(module), "veneer_base")
+    stored_by_library = getattr(scheme, "weights", None) is not None and not hooked
+    return stored_by_library and attributes.get("quantization_status") in (
+        "compressed",
+        "decompressed",
+    )
 
 
 def hidden(module: nn.Module, name: str) -> bool:
@@ -135,7 +144,7 @@ def is_opaque(module: nn.Module) -> bool:
         return (
             weight is not None
             and weight.element_size() == 1
-            and _own_class(module).forward is cls.forward
+            and _base_class(module).forward is cls.forward
         )
     return _kind(module) is not None
 
@@ -143,38 +152,43 @@ def is_opaque(module: nn.Module) -> bool:
 def without_gradient(module: nn.Module) -> bool:
     """Whether forward passes no gradient on to its input, as far as class or scheme tell."""
     classes = (*WITHOUT_GRADIENT, *EXPERTS_WITHOUT_GRADIENT)
-    if any((cls := _class(at)) and isinstance(module, cls) for at in classes):
+    if any((cls := _class(path)) and isinstance(module, cls) for path in classes):
         return True
     if is_compressed(module):
         scheme: Any = module.quantization_scheme
         return any(
-            getattr(scheme, f"{where}_activations", None) is not None
-            for where in ("input", "output")
+            getattr(scheme, f"{side}_activations", None) is not None for side in ("input", "output")
         )
-    return (
-        is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
-    )  # of gptqmodel's kernels
+    # of gptqmodel's kernels
+    return is_opaque(module) and getattr(module, "SUPPORTS_TRAINING", True) is False
 
 
 def unreadable(module: nn.Module) -> tuple[str, str] | None:
     """(what it is, what to do) of a module with quantised weights that cannot carry an adapter."""
-    said = next(
-        (said for at, said in EXPERTS.items() if (cls := _class(at)) and isinstance(module, cls)),
+    description = next(
+        (
+            description
+            for path, description in EXPERTS.items()
+            if (cls := _class(path)) and isinstance(module, cls)
+        ),
         None,
     )
     if (
-        said is None
+        description is None
         and getattr(module, "quantization_scheme", None) is not None
         and not is_compressed(module)
     ):
-        said = COMPRESSED
-    if said is None and (kind := _kind(module)) is not None and not is_opaque(module):
+        description = COMPRESSED
+    if description is None and (kind := _kind(module)) is not None and not is_opaque(module):
         weight: Any = module._parameters.get("weight")
-        said = kind if weight is not None and weight.element_size() == 1 else None
+        description = kind if weight is not None and weight.element_size() == 1 else None
     return (
         None
-        if said is None
-        else (f"whose weights are stored as {said[0]}", f"load the base with {said[1]}")
+        if description is None
+        else (
+            f"whose weights are stored as {description[0]}",
+            f"load the base with {description[1]}",
+        )
     )
 
 
@@ -193,17 +207,17 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        parts = [gradient @ columns.to(gradient.dtype) for columns in _columns(ctx.weight)]
-        return torch.cat(parts, -1).to(ctx.dtype), None, None
+        gradients_of_x = [gradient @ columns.to(gradient.dtype) for columns in _columns(ctx.weight)]
+        return torch.cat(gradients_of_x, -1).to(ctx.dtype), None, None
 
 
 def _columns(module: Any) -> Iterator[Tensor]:
     """W, COLUMNS of its columns at a time, [out, ≤ COLUMNS] each."""
     if is_compressed(module):
-        yield from _decompressed(module).split(COLUMNS, 1)
+        yield from _decompress(module).split(COLUMNS, 1)
         return
-    forward, own, in_ = _without_bias(module).forward, BASES["opaque"], module.in_features
-    device, dtype = own.device(module), own.dtype(module)
+    forward, storage, in_ = _without_bias(module).forward, BASES["opaque"], module.in_features
+    device, dtype = storage.device(module), storage.dtype(module)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for first in range(0, in_, COLUMNS):
             rows = torch.zeros(min(COLUMNS, in_ - first) + 1, in_, dtype=dtype, device=device)
@@ -213,11 +227,13 @@ def _columns(module: Any) -> Iterator[Tensor]:
             yield (y[:-1] - zero).mT
 
 
-def _decompressed(module: Any) -> Tensor:
+def _decompress(module: Any) -> Tensor:
     """The weight of a layer of compressed-tensors, by the library; the module itself stays
     packed."""
     if module.quantization_status == "compressed":
-        from compressed_tensors.compressors.base import decompress_module  # pyright: ignore[reportMissingImports]
+        from compressed_tensors.compressors.base import (
+            decompress_module,
+        )  # pyright: ignore[reportMissingImports]
 
         module = _without_bias(module)
         decompress_module(module)
@@ -232,12 +248,12 @@ class Opaque(Storage):
     def holds(self, weight: object) -> bool:
         return isinstance(weight, nn.Module) and is_opaque(weight)
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         return {}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        parts = [*_columns(weight)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        blocks = [*_columns(weight)]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         raise MergeError(self.refusal(weight))
@@ -245,7 +261,10 @@ class Opaque(Storage):
     def refusal(self, weight: Any) -> str:
         """Why nothing can be merged into this weight."""
         name, do = _kind(weight) or ("quantised", "the checkpoint that was quantised")
-        do = f"load the base in a floating-point dtype ({do}), load the adapter on it and merge there, or leave it"
+        do = (
+            f"load the base in a floating-point dtype ({do}), load the adapter on it and merge "
+            "there, or keep the adapter unmerged"
+        )
         return sentence(
             f"a weight stored as {name}, which only its own library writes", "numbers to write", do
         )
@@ -253,7 +272,10 @@ class Opaque(Storage):
     def examples(self) -> Iterator[nn.Module]:
         if find_spec("hqq") is None:
             return
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
+        from hqq.core.quantize import (
+            BaseQuantizeConfig,
+            HQQLinear,
+        )  # pyright: ignore[reportMissingImports]
 
         for dtype in (torch.float32, torch.bfloat16):
             config = BaseQuantizeConfig(nbits=4, group_size=64)
@@ -263,26 +285,28 @@ class Opaque(Storage):
         return (_kind(weight) or (self.name, ""))[0]
 
     def dtype(self, weight: Any) -> torch.dtype:
-        """What the module computes in."""
+        """The dtype in which the module computes."""
         if is_compressed(weight):
             weights = weight._parameters
-            kept = weights[
+            dtype = weights[
                 "weight" if weight.quantization_status == "decompressed" else "weight_scale"
             ].dtype
-            return kept if kept.is_floating_point and kept.itemsize > 1 else torch.bfloat16
-        own = getattr(weight, "compute_dtype", None)
+            return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+        compute_dtype = getattr(weight, "compute_dtype", None)
         tensors = (getattr(weight, name, None) for name in ("scales", "bias"))
-        return own or next((one.dtype for one in tensors if one is not None), torch.bfloat16)
+        return compute_dtype or next(
+            (tensor.dtype for tensor in tensors if tensor is not None), torch.bfloat16
+        )
 
     def device(self, weight: Any) -> torch.device:
-        own = (*weight.buffers(False), *weight.parameters(False))  # below are adapters
-        return next(tensor.device for tensor in own)
+        tensors = (*weight.buffers(False), *weight.parameters(False))  # below are adapters
+        return next(tensor.device for tensor in tensors)
 
     def shape(self, weight: Any) -> torch.Size:
         return torch.Size((weight.out_features, weight.in_features))
 
     def modules(self) -> tuple[type[nn.Module], ...]:
-        return tuple(below for at in LIBRARIES if (cls := _class(at)) for below in _below(cls))
+        return tuple(below for path in LIBRARIES if (cls := _class(path)) for below in _below(cls))
 
     def call(
         self, module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any
@@ -299,13 +323,16 @@ class Opaque(Storage):
             return forward(*args, **kwargs)
         if not is_opaque(module):
             name, do = next(
-                said
-                for at, said in EXPERTS.items()
-                if (cls := _class(at)) and isinstance(module, cls)
+                description
+                for path, description in EXPERTS.items()
+                if (cls := _class(path)) and isinstance(module, cls)
             )
-            found = f"{_own_class(module).__name__}, whose {name} kernels pass no gradient on to what trains below"
+            problem = (
+                f"{_base_class(module).__name__}, whose {name} kernels pass no gradient on to the "
+                "layers below, which train"
+            )
             do = f"load the base with {do} and train on it, or call it under torch.no_grad()"
-            raise TargetError(found, "layers that do, above one that trains", do)
+            raise TargetError(problem, "layers that do, above one that trains", do)
         if without_gradient(module):
             return _Product.apply(x, forward, module)  # pyright: ignore[reportReturnType]
         y = forward(*args, **kwargs)
@@ -315,20 +342,18 @@ class Opaque(Storage):
 def _without_bias(module: nn.Module) -> nn.Module:
     """A second object of a module's own class on the same tensors, but without its bias, wherever
     that is."""
-    seen = object.__new__(_own_class(module))
-    seen.__dict__.update(module.__dict__)
+    view = object.__new__(_base_class(module))
+    view.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):
-        own = getattr(module, table)
-        seen.__dict__[table] = {
-            name: None if name == "bias" else value for name, value in own.items()
+        tensors = getattr(module, table)
+        view.__dict__[table] = {
+            name: None if name == "bias" else value for name, value in tensors.items()
         }
-    if "bias" in seen.__dict__:
-        seen.__dict__["bias"] = None
-    seen.__dict__.update(
-        training=False, _modules={}
-    )  # below are adapters, whose mode is not to change
-    if (
-        "_hf_hook" in seen.__dict__
-    ):  # accelerate's wrapper calls forward of ``module`` itself, with its adapter
-        seen.__dict__.pop("forward", None)
-    return seen
+    if "bias" in view.__dict__:
+        view.__dict__["bias"] = None
+    # below are adapters, whose mode is not to change
+    view.__dict__.update(training=False, _modules={})
+    # accelerate's wrapper calls forward of ``module`` itself, with its adapter
+    if "_hf_hook" in view.__dict__:
+        view.__dict__.pop("forward", None)
+    return view

@@ -1,7 +1,8 @@
 """A weight that ``torch.nn.utils.parametrize`` computes at every access: weight norm, spectral
 norm, orthogonal, …
 
-    module.weight = pₙ(… p₁(p₀(original)))        the ``ParametrizationList`` under ``module.parametrizations.weight``
+    module.weight = pₙ(… p₁(p₀(original)))
+    the ``ParametrizationList`` is ``module.parametrizations.weight``
 
 **Reading.** Computing the weight may change state: in training mode spectral norm moves its vectors
 u and v. The frozen weight is what the list computes in evaluation mode from its state as it is now,
@@ -41,8 +42,8 @@ class Merged(ParametrizationList):
         return self.merged
 
     def right_inverse(self, value: Tensor) -> None:
-        found = "an assignment to a parametrized weight while an adapter is merged into it"
-        raise MergeError(found, "no write to a merged weight", "call veneer.unmerge(model) first")
+        problem = "an assignment to a parametrized weight while an adapter is merged into it"
+        raise MergeError(problem, "no write to a merged weight", "call veneer.unmerge(model) first")
 
 
 class Symmetric(nn.Module):
@@ -61,17 +62,17 @@ class Parametrized(Storage):
     def holds(self, weight: object) -> bool:
         return type(weight) in (ParametrizationList, Merged)
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         return {"merged": weight.merged} if isinstance(weight, Merged) else {}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         if "merged" in stored:
             return stored["merged"]
-        seen: Any = _view(weight, ParametrizationList)
+        view: Any = _view(weight, ParametrizationList)
         originals = (*weight.parameters(), *weight.buffers())
         device = originals[0].device.type if originals else "cpu"
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            return seen()
+            return view()
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         return {"merged": round_once(values, self.dense(weight).dtype)}
@@ -98,16 +99,16 @@ class Parametrized(Storage):
 
 def _view(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """A second object of class ``cls`` with the same parameters, copies of the buffers and views of
-    the children, in evaluation mode. What it assigns or overwrites is not seen by ``module``."""
-    seen = object.__new__(cls)
-    seen.__dict__.update(module.__dict__, training=False)
-    seen.__dict__["_parameters"] = dict(module._parameters)
-    seen.__dict__["_buffers"] = {
+    the children, in evaluation mode. Its assignments and writes do not reach ``module``."""
+    view = object.__new__(cls)
+    view.__dict__.update(module.__dict__, training=False)
+    view.__dict__["_parameters"] = dict(module._parameters)
+    view.__dict__["_buffers"] = {
         name: None if value is None else value.detach().clone()
         for name, value in module._buffers.items()
     }
-    seen.__dict__["_modules"] = {
+    view.__dict__["_modules"] = {
         name: None if child is None else _view(child, type(child))
         for name, child in module._modules.items()
     }
-    return seen
+    return view

@@ -27,15 +27,14 @@ class Plain(Storage):
         if not isinstance(weight, nn.Parameter) or weight.dtype not in DTYPES:
             return False
         ours = type(weight).__module__.partition(".")[0] == "torch"
-        return ours and not any(other.holds(weight) for other in BASES if other is not self)
+        return ours and not any(storage.holds(weight) for storage in BASES if storage is not self)
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         return {"values": weight}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
-        values = stored[
-            "values"
-        ]  # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
+        # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
+        values = stored["values"]
         return values if type(values) is nn.Parameter else whole(values)
 
     def dtype(self, weight: Any) -> torch.dtype:

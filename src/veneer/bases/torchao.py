@@ -1,7 +1,8 @@
 """Weights that ``torchao.quantization.quantize_`` made tensor subclasses: integers or float8 with a
 scale a block.
 
-    W[o, i] = (qdata[o, i] - zero_point[b]) · scale[b]         b: the block of [o, i], a row, a group of a row, or all
+    W[o, i] = (qdata[o, i] - zero_point[b]) · scale[b]
+    b: the block of [o, i]: a row, a group of a row, or all
 
 The module stays an ``nn.Linear``; its ``Parameter`` is a ``torchao`` tensor that holds ``qdata``
 (int8 or float8, of the weight's shape) and ``scale`` (and ``zero_point``), one a block. Every such
@@ -59,48 +60,54 @@ class Torchao(GridStorage):
             and not quantises_x
         )
 
-    def stored(self, weight: Any) -> dict[str, Tensor]:
+    def stored_tensors(self, weight: Any) -> dict[str, Tensor]:
         names, _ = weight.__tensor_flatten__()
-        kept = (
+        replaced = (
             [name for name in names if name in REPLACED]
             if type(weight).__name__ in WRITABLE
             else names
         )
-        return {name: getattr(weight, name) for name in kept}
+        return {name: getattr(weight, name) for name in replaced}
 
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         names, attributes = weight.__tensor_flatten__()
         tensors = {name: getattr(weight, name) for name in names} | dict(stored)
         if type(weight).__name__ in WRITABLE:
+            # what dequantize returns, so rounded once
             attributes = {
                 **attributes,
                 "dtype": torch.float32,
-            }  # what dequantize returns, so rounded once
+            }
         dense = type(weight).__tensor_unflatten__(tensors, attributes, None, None).dequantize()
-        scale = getattr(
-            weight, "act_pre_scale", None
-        )  # of x, so of the columns of what x is multiplied with
+        # of x, so of the columns of what x is multiplied with
+        scale = getattr(weight, "act_pre_scale", None)
         return dense if scale is None else dense * scale.float()
 
     def encode(self, weight: Any, values: Tensor) -> dict[str, Tensor]:
         kind = type(weight).__name__
         if kind not in WRITABLE:
-            found = f"a weight of torchao's type {kind}, whose layout Veneer cannot write"
-            do = "keep the adapter unmerged, or merge it into the model before quantize_ and quantise that"
-            raise MergeError(found, f"one of {', '.join(WRITABLE)}", do)
-        old = self.stored(weight)
-        own = _unscaled(weight, values)
-        tries = [
-            _quantised(weight, own, old),
-            _quantised(weight, own, _parameters(weight, own, old)),
+            problem = f"a weight of torchao's type {kind}, whose layout Veneer cannot write"
+            do = (
+                "keep the adapter unmerged, or merge it into the model before quantize_ and "
+                "quantise that"
+            )
+            raise MergeError(problem, f"one of {', '.join(WRITABLE)}", do)
+        old = self.stored_tensors(weight)
+        unscaled = _divide_by_input_scale(weight, values)
+        candidates = [
+            _quantised(weight, unscaled, old),
+            _quantised(weight, unscaled, _parameters(weight, unscaled, old)),
         ]
-        kept, fresh = (
+        old_error, new_error = (
             _sums((self.decode(weight, each) - values).square(), old["scale"].shape)
-            for each in tries
+            for each in candidates
         )
-        keep = kept <= fresh  # one a block
+        keep = old_error <= new_error  # one a block
         each = {name: _spread(keep, values.shape) if name == "qdata" else keep for name in old}
-        return {name: torch.where(each[name], *(one[name] for one in tries)) for name in old}
+        return {
+            name: torch.where(each[name], *(candidate[name] for candidate in candidates))
+            for name in old
+        }
 
     def grid(self, weight: Any, stored: Mapping[str, Tensor]) -> Grid:
         numbers, shape = stored["qdata"], weight.shape
@@ -114,7 +121,7 @@ class Torchao(GridStorage):
         )
 
     def onto(self, weight: Any, stored: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-        return _quantised(weight, _unscaled(weight, values), stored)
+        return _quantised(weight, _divide_by_input_scale(weight, values), stored)
 
     def dtype(self, weight: Any) -> torch.dtype:
         return torch.float32 if type(weight).__name__ in WRITABLE else weight.dtype
@@ -163,7 +170,7 @@ def _range(weight: Any) -> tuple[int, int]:
 
 
 def _levels(weight: Any) -> Tensor:
-    """What ``qdata`` may hold, in ascending order: integers, or the finite numbers of a float8."""
+    """The values that ``qdata`` may hold, ascending: integers or finite float8 numbers."""
     dtype = weight.qdata.dtype
     if not dtype.is_floating_point:
         low, high = _range(weight)
@@ -172,7 +179,7 @@ def _levels(weight: Any) -> Tensor:
     return every[every.isfinite()].unique()
 
 
-def _unscaled(weight: Any, values: Tensor) -> Tensor:
+def _divide_by_input_scale(weight: Any, values: Tensor) -> Tensor:
     """Dense values as ``qdata`` and its scales are to hold them: without the scale of x, if there
     is one."""
     scale = getattr(weight, "act_pre_scale", None)
@@ -188,9 +195,11 @@ def _parameters(weight: Any, values: Tensor, old: Mapping[str, Tensor]) -> dict[
         inside = list(range(1, 2 * values.dim(), 2))
         largest = values.abs().reshape(_grid(values.shape, blocks)).amax(inside)
         return {
-            "scale": (largest / torch.finfo(old["qdata"].dtype).max)
-            .clamp_min(eps)
-            .to(old["scale"].dtype)
+            "scale": (
+                (largest / torch.finfo(old["qdata"].dtype).max)
+                .clamp_min(eps)
+                .to(old["scale"].dtype)
+            )
         }
     primitives: Any = sys.modules["torchao.quantization.quant_primitives"]
     zero = old.get("zero_point")

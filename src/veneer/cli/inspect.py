@@ -96,8 +96,10 @@ def _facts(saved: Any) -> dict[str, Any]:
 
     record = saved.metadata.get("base", {})
     # of some of PEFT's tuners only the base tells the shapes
-    unsized = saved.tuner.paths if saved.tuner is not None and saved.tuner.unsized else ()
-    products = {} if unsized else saved.products
+    needs_base_shapes = (
+        saved.tuner.paths if saved.tuner is not None and saved.tuner.needs_base_shapes else ()
+    )
+    products = {} if needs_base_shapes else saved.products
     base = {
         name: value for name, value in record.items() if name not in ("weights", "rest", "fresh")
     }
@@ -110,7 +112,7 @@ def _facts(saved: Any) -> dict[str, Any]:
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": saved.parameters,
         "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
-        "targets": Counter(path.rsplit(".", 1)[-1] for path in (products or unsized)),
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in (products or needs_base_shapes)),
         "trained_in_full": sorted(saved.full),
         "norms": {path: float(change.norm()) for path, change in products.items()},
         "provenance": saved.metadata.get("provenance", {}),

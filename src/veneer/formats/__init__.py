@@ -25,7 +25,10 @@ from veneer.registry import import_all
 
 # the two forms of an adapter folder, which ``adapter_files`` reads and writes, before the others
 register(Format("veneer", "an adapter folder that proves what it is", "nothing that Veneer reads"))
-_NOT_PEFT = "what PEFT would compute otherwise (the folder then says so); the parameters of variants that PEFT lacks"
+_NOT_PEFT = (
+    "what PEFT would compute otherwise (the folder then says so); the parameters of variants that"
+    " PEFT lacks"
+)
 register(Format("peft", "an adapter folder of PEFT", _NOT_PEFT, peft=True))
 import_all(__name__, list(__path__))
 

@@ -37,8 +37,8 @@ class MisreadElsewhere(UserWarning):
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a format may know of the base: the shape of every parameter by its name,
-    ``config.json``, its name."""
+    """The facts of a base that a format may use: the shape of each parameter by name,
+    ``config.json``, and the name of the base."""
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose.
+    """The options of a conversion that a user may set.
 
     Fields:
         dtype: of the numbers in the new file; None keeps each as it is.
@@ -65,8 +65,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds. ``deltas`` are whole ΔW by the name of the parameter, for formats without
-    factors; ``full`` names those of them that are to be kept whole. ``about`` is worth keeping as
+    """The contents of a file. ``deltas`` are dense ΔW by the name of the parameter, for formats
+    without factors; ``full`` names those of them that stay dense. ``about`` is worth keeping as
     provenance, ``left_out`` has the reasons for what was not read."""
 
     low: Mapping[str, PeftLayer] = field(default_factory=dict)
@@ -157,7 +157,7 @@ def register(format_: Format) -> Format:
 def kind_of_change(
     path: str, layer: PeftLayer, weight: str, transposed: bool, shape: tuple[int, ...] | None
 ) -> str:
-    """What kind of change one of a PEFT file is, as far as the file and the weight's shape tell."""
+    """The kind of a change of a PEFT file, as far as the file and the weight's shape tell it."""
     groups, out, in_ = layer.dims
     if weight.endswith("in_proj_weight") or ".base_layer.out_proj" in f".{path}":
         return "attention"
@@ -175,7 +175,7 @@ def kind_of_change(
 
 
 def layer_of(
-    at: str,
+    path: str,
     A: Tensor,
     B: Tensor,
     alpha: float | None,
@@ -194,37 +194,39 @@ def layer_of(
         AdapterError: the shapes do not fit each other, or not the weight.
     """
     rank = A.shape[0] if A.dim() > 1 else 0
-    found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {at!r}"
+    problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
     if not rank:
-        raise AdapterError(found, "A [rank, in, …] of at least rank 1", "get the whole file again")
+        raise AdapterError(
+            problem, "A [rank, in, …] of at least rank 1", "get the whole file again"
+        )
     if shape is not None and suffixes == PAIR:
         if A.numel() != rank * math.prod(shape[1:]) or B.numel() != shape[0] * rank:
             raise AdapterError(
-                found, f"those of a weight {shape}", "give the base that it was made for"
+                problem, f"those of a weight {shape}", "give the base that it was made for"
             )
         A, B = A.reshape(rank, *shape[1:]), B.reshape(shape[0], rank, *[1] * (len(shape) - 2))
     if B.dim() < 2 or B.shape[1] != rank:
         raise AdapterError(
-            found, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"
+            problem, "A [rank, in, …] and B [out, rank, …]", "get the whole file again"
         )
     alpha = float(rank if alpha is None else alpha)
     A, B, alpha = (A, -B, -alpha) if alpha < 0 else (A, B, alpha)
-    return PeftLayer(at, A, B, suffixes, rank, alpha, alpha / rank, {}).with_magnitude(magnitude)
+    return PeftLayer(path, A, B, suffixes, rank, alpha, alpha / rank, {}).with_magnitude(magnitude)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """As it goes into a file: on the CPU, contiguous, its own memory; AdapterError where ``dtype``
     is too narrow."""
-    made = (
+    converted = (
         tensor.detach()
         .to("cpu", dtype if tensor.is_floating_point() else None)
         .contiguous()
         .clone()
     )
-    if dtype is not None and tensor.isfinite().all() and not made.isfinite().all():
-        found = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
-        raise AdapterError(found, "finite numbers", "choose fp32")
-    return made
+    if dtype is not None and tensor.isfinite().all() and not converted.isfinite().all():
+        problem = f"numbers up to {tensor.abs().max():.3g}, which {dtype} cannot hold"
+        raise AdapterError(problem, "finite numbers", "choose fp32")
+    return converted
 
 
 def exact_scalar(value: float) -> Tensor:
@@ -236,8 +238,8 @@ def exact_scalar(value: float) -> Tensor:
 def scalar(tensor: Tensor, key: str) -> float:
     """The one real number that a tensor holds; AdapterError where it holds anything else."""
     if tensor.numel() != 1 or tensor.is_complex():
-        found = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
-        raise AdapterError(found, "one number", "get the file again")
+        problem = f"{key!r} of shape {tuple(tensor.shape)}, {tensor.dtype}"
+        raise AdapterError(problem, "one number", "get the file again")
     return float(tensor.item())
 
 
@@ -245,13 +247,13 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise AdapterError where a file holds NaN or infinity, or numbers of 8 bits and less."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if small := [key for key, tensor in floating.items() if tensor.dtype not in FLOATS]:
-        found = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
+        problem = f"numbers stored as {tensors[small[0]].dtype} in {listing(small, 3)} of {path}"
         raise AdapterError(
-            found, "float64, float32, bfloat16 or float16", "convert them to bfloat16"
+            problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16"
         )
     if broken := [key for key, tensor in floating.items() if not tensor.isfinite().all()]:
-        found = f"numbers that are not finite in {listing(broken, 3)} of {path}"
-        raise AdapterError(found, "finite ones", "get another copy")
+        problem = f"numbers that are not finite in {listing(broken, 3)} of {path}"
+        raise AdapterError(problem, "finite ones", "get another copy")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

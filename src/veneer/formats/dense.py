@@ -34,13 +34,13 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     tensors, header = read_tensors(path)
     try:
-        said = parse(header[HEADER])
-        full, of, number = said.get("full", []), said.get("base") or {}, said["format"]
+        fields = parse(header[HEADER])
+        full, of, number = fields.get("full", []), fields.get("base") or {}, fields["format"]
         if not _well_formed(full, of, number):
             raise TypeError("fields of other types")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found = f"a damaged header {HEADER} in {path} ({error!r})"
-        raise AdapterError(found, "what the file is", "get the file again") from error
+        problem = f"a damaged header {HEADER} in {path} ({error!r})"
+        raise AdapterError(problem, "what the file is", "get the file again") from error
     if number != FORMAT:
         raise AdapterError(f"format {number} in {path}", f"{FORMAT}", "install a newer Veneer")
     about = {"header": {HEADER: header[HEADER]}, "base": of}
@@ -64,15 +64,19 @@ def _well_formed(full: Any, base: Any, number: Any) -> bool:
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     deltas, problems = adapter.deltas()
     raise_all(AdapterError, "The dense changes of this adapter cannot be told", problems)
-    full = [f"{at}.{name}".lstrip(".") for at, tensors in adapter.full.items() for name in tensors]
-    said = {
+    full = [
+        f"{module_path}.{name}".lstrip(".")
+        for module_path, tensors in adapter.full.items()
+        for name in tensors
+    ]
+    fields = {
         "format": FORMAT,
         "base": adapter.about.get("base"),
         "full": [name for name in full if name in deltas],
         "variant": adapter.about.get("variant"),
     }
     tensors = {name: cast(delta, options.dtype) for name, delta in deltas.items()}
-    save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(said)})
+    save_file(tensors, path, metadata={"format": "pt", HEADER: json.dumps(fields)})
     return []
 
 

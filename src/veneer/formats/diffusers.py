@@ -66,31 +66,33 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     groups: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
-        at, side = _split(key)
+        path_in_file, side = _split(key)
         if side is None:
             problems.append(
                 sentence(f"tensor {key!r}", "a LoRA's factors", "use the library that made it")
             )
         else:
-            groups.setdefault(at, {})[side] = tensor
+            groups.setdefault(path_in_file, {})[side] = tensor
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    part_by_path = {at: parts.part_of(at) or "model" for at in groups}
-    before, left_out = parts.chosen(part_by_path.values(), base, options.part)
+    part_by_path = {path_in_file: parts.part_of(path_in_file) or "model" for path_in_file in groups}
+    before, left_out = parts.choose_parts(part_by_path.values(), base, options.part)
     config = _header_of(path, header)
     configs = {part: _config_of(config, part) for part in before}
     low: dict[str, peft.PeftLayer] = {}
-    for at, group in groups.items():
-        part = part_by_path[at]
+    for path_in_file, group in groups.items():
+        part = part_by_path[path_in_file]
         if part not in before:
             continue
-        inside = at if part == "model" else at.partition(".")[2]
+        path_in_model = path_in_file if part == "model" else path_in_file.partition(".")[2]
         start = before[part]
-        there = parts.path_in_base(
-            part, inside, lambda path, start=start: f"{start}{path}.weight" in base.shapes
+        path_in_part = parts.path_in_base(
+            part, path_in_model, lambda path, start=start: f"{start}{path}.weight" in base.shapes
         )
-        where = at if part == "model" else f"{start}{there}"
+        path_in_base = path_in_file if part == "model" else f"{start}{path_in_part}"
         try:
-            low[where] = _layer(at, inside, where, group, configs[part], base)
+            low[path_in_base] = _layer(
+                path_in_file, path_in_model, path_in_base, group, configs[part], base
+            )
         except AdapterError as error:
             problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
@@ -110,29 +112,31 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def _layer(
-    at: str,
-    inside: str,
-    where: str,
+    path_in_file: str,
+    path_in_model: str,
+    path_in_base: str,
     group: Mapping[str, Tensor],
     config: Mapping[str, Any],
     base: BaseFacts,
 ) -> peft.PeftLayer:
     """One module's change: its path in the file, in its part, and in the base."""
     if not {"A", "B"} <= set(group):
-        raise AdapterError(f"half a pair at {at!r}", "both factors", "get the whole file again")
-    shape = base.shapes.get(f"{where}.weight")
+        raise AdapterError(
+            f"half a pair at {path_in_file!r}", "both factors", "get the whole file again"
+        )
+    shape = base.shapes.get(f"{path_in_base}.weight")
     if base.shapes and shape is None:
         raise AdapterError(
-            f"{at!r}, which this base lacks",
+            f"{path_in_file!r}, which this base lacks",
             "one of its modules",
             "give the base that it was made for",
         )
-    alpha = scalar(group["alpha"], f"{at}.alpha") if "alpha" in group else None
+    alpha = scalar(group["alpha"], f"{path_in_file}.alpha") if "alpha" in group else None
     if alpha is None and config:
-        rank, _, scale = peft.strength(config, inside)
+        rank, _, scale = peft.strength(config, path_in_model)
         alpha = scale * rank
     return layer_of(
-        where, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude")
+        path_in_base, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude")
     )
 
 
@@ -141,35 +145,37 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         config = parse(header.get(HEADER, "{}"))
         if isinstance(config, dict):
             return config
-        found = f"{HEADER} in {path}, a JSON {type(config).__name__}"
+        problem = f"{HEADER} in {path}, a JSON {type(config).__name__}"
     except ValueError as error:
-        found = f"{HEADER} in {path}, which is not JSON ({error})"
-    raise AdapterError(found, "the config of the adapter", "get the file again")
+        problem = f"{HEADER} in {path}, which is not JSON ({error})"
+    raise AdapterError(problem, "the config of the adapter", "get the file again")
 
 
 def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """PEFT's fields for one part of a pipeline, checked; nothing where the header has none."""
-    own = {
+    fields = {
         key.removeprefix(f"{part}."): value
         for key, value in config.items()
         if key.startswith(f"{part}.")
     }
-    own = own or (dict(config) if part == "model" else {})
-    if own.get("r") is None:
+    fields = fields or (dict(config) if part == "model" else {})
+    if fields.get("r") is None:
         return {}
-    own = {"peft_type": "LORA", "target_modules": [], "lora_alpha": own["r"], **own}
-    peft.check_config(own)
-    return own
+    fields = {"peft_type": "LORA", "target_modules": [], "lora_alpha": fields["r"], **fields}
+    peft.check_config(fields)
+    return fields
 
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     problems = parts.refusals(adapter)
-    where = parts.written(adapter.changes, options.part, "diffusers") if not problems else {}
+    locations = (
+        parts.locate_modules(adapter.changes, options.part, "diffusers") if not problems else {}
+    )
     by_part: dict[str, list[LowRankChange]] = {
-        part: [] for part in sorted({part for part, _ in where.values()})
+        part: [] for part in sorted({part for part, _ in locations.values()})
     }
     for change in adapter.changes if by_part else ():
-        by_part[where[change.weight][0]].append(change)
+        by_part[locations[change.weight][0]].append(change)
     dora = {
         part: {change.magnitude is not None for change in changes}
         for part, changes in by_part.items()
@@ -184,15 +190,15 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     config: dict[str, Any] = {}
     for part, changes in by_part.items():
         start = "" if part == "model" else f"{part}."
-        *pair, magnitude = _suffixes(part, [where[change.weight][1] for change in changes])
+        *pair, magnitude = _suffixes(part, [locations[change.weight][1] for change in changes])
         for change in changes:
-            at = f"{start}{where[change.weight][1]}"
+            module_path = f"{start}{locations[change.weight][1]}"
             for suffix, tensor in zip(pair, (change.layer.A, change.layer.B), strict=True):
-                tensors[f"{at}.{suffix}"] = cast(tensor, options.dtype)
+                tensors[f"{module_path}.{suffix}"] = cast(tensor, options.dtype)
             if change.magnitude is not None:
-                tensors[f"{at}.{magnitude}"] = cast(change.magnitude, options.dtype)
-        ranks = {where[change.weight][1]: change.layer.rank for change in changes}
-        alphas = {where[change.weight][1]: alpha_of(change.layer) for change in changes}
+                tensors[f"{module_path}.{magnitude}"] = cast(change.magnitude, options.dtype)
+        ranks = {locations[change.weight][1]: change.layer.rank for change in changes}
+        alphas = {locations[change.weight][1]: alpha_of(change.layer) for change in changes}
         rank = max(ranks.values(), key=list(ranks.values()).count)
         alpha = max(alphas.values(), key=list(alphas.values()).count)
         fields = {
@@ -214,8 +220,8 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _suffixes(part: str, modules: Iterable[str]) -> tuple[str, str, str]:
-    """What follows a module's path in the keys of A, B and the magnitude, in a part with these
-    modules."""
+    """The suffixes behind a module's path in the keys of A, B and the magnitude, for a part with
+    these modules."""
     if not part.startswith("text_encoder"):
         return PAIR[0], PAIR[1], peft.MAGNITUDE
     down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED

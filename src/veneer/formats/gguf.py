@@ -92,7 +92,10 @@ ARCHITECTURES = {
 _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 _DO_MERGE = "leave it out, or merge the adapter and convert the model"
-_DO_UNTIE = "save the base with a head of its own (tie_word_embeddings=false), and give that and use its GGUF"
+_DO_UNTIE = (
+    "save the base with a head of its own (tie_word_embeddings=false), and give that and use its"
+    " GGUF"
+)
 
 
 def _library() -> Any:
@@ -114,12 +117,12 @@ class _Names:
         config = base.config
         type_ = config.get("model_type")
         if not type_:
-            found = "no base, or one without config.json"
-            raise AdapterError(found, "one that names its architecture", "give the base's folder")
+            problem = "no base, or one without config.json"
+            raise AdapterError(problem, "one that names its architecture", "give the base's folder")
         if type_ not in ARCHITECTURES or not hasattr(library.MODEL_ARCH, ARCHITECTURES[type_].name):
-            found = f"model_type {type_!r}, whose conversion to GGUF is not known here"
+            problem = f"model_type {type_!r}, whose conversion to GGUF is not known here"
             raise AdapterError(
-                found, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"
+                problem, f"one of {', '.join(ARCHITECTURES)}", "merge, and convert the model"
             )
         self.family = ARCHITECTURES[type_]
         arch = getattr(library.MODEL_ARCH, self.family.name)
@@ -132,19 +135,22 @@ class _Names:
             "k_proj": int(config.get("num_key_value_heads") or heads),
         }
         lm_head = any(name.endswith("lm_head.weight") for name in base.shapes)
-        said = config.get("tie_word_embeddings", not lm_head if base.shapes else False)
-        self.tied = bool(said) or self.family.tied
+        tied = config.get("tie_word_embeddings", not lm_head if base.shapes else False)
+        self.tied = bool(tied) or self.family.tied
 
     def of(self, weight: str) -> tuple[str, ...]:
         """The tensors that a weight becomes: two for ``gate_up_proj`` of experts, none if llama.cpp
         has no name."""
-        at = weight.removesuffix(".weight")
-        above = at.removesuffix(".gate_up_proj")
-        both = above != at and above.endswith(".experts")
-        found = list(
-            map(self.map.get_name, [f"{above}.gate_proj", f"{above}.up_proj"] if both else [at])
+        module_path = weight.removesuffix(".weight")
+        experts_path = module_path.removesuffix(".gate_up_proj")
+        both = experts_path != module_path and experts_path.endswith(".experts")
+        names = list(
+            map(
+                self.map.get_name,
+                [f"{experts_path}.gate_proj", f"{experts_path}.up_proj"] if both else [module_path],
+            )
         )
-        return tuple(f"{name}.weight" for name in found) if all(found) else ()
+        return tuple(f"{name}.weight" for name in names) if all(names) else ()
 
     def order(self, weight: str, rows: int) -> Tensor | None:
         """Which rows of transformers' weight llama.cpp's has, in its order; None for the same. A
@@ -181,18 +187,17 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     for change in adapter.changes:
         for name, *factors in _tensors(change, names, alpha):
             for side, tensor in zip("ab", factors, strict=True):
-                made = cast(tensor, options.dtype)
-                kind = library.GGMLQuantizationType.BF16 if made.dtype == torch.bfloat16 else None
-                made = (
-                    made
-                    if made.dtype == torch.float16
-                    else made.float()
+                values = cast(tensor, options.dtype)
+                kind = library.GGMLQuantizationType.BF16 if values.dtype == torch.bfloat16 else None
+                values = (
+                    values
+                    if values.dtype == torch.float16
+                    else values.float()
                     if kind is None
-                    else made.view(torch.uint8)
+                    else values.view(torch.uint8)
                 )
-                writer.add_tensor(
-                    f"{name}.lora_{side}", made.numpy(), raw_dtype=kind
-                )  # numpy has no bfloat16
+                # numpy has no bfloat16
+                writer.add_tensor(f"{name}.lora_{side}", values.numpy(), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -201,7 +206,7 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
 
 
 def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
-    made, weight = names.of(change.weight), change.weight
+    tensor_names, weight = names.of(change.weight), change.weight
     if change.magnitude is not None:
         yield sentence(f"{weight!r}, changed by DoRA", "a product alone", _DO_MERGE)
     if change.kind == "stack" and not (names.family.experts and ".experts." in weight):
@@ -210,20 +215,20 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
         yield sentence(
             f"{weight!r}, a change of kind {change.kind}", "linear layers and embeddings", _DO_MERGE
         )
-    elif not made:
+    elif not tensor_names:
         yield sentence(
             f"{weight!r}, for which {names.name} has no tensor in llama.cpp",
             "one that it has",
             _DO_MERGE,
         )
-    elif names.tied and set(made) & {_EMBEDDING, _HEAD}:
-        found = (
+    elif names.tied and set(tensor_names) & {_EMBEDDING, _HEAD}:
+        problem = (
             f"{weight!r} of a base whose embedding and head are one weight, "
             "which llama.cpp reads in two orientations"
         )
         do = _DO_MERGE if names.family.tied else f"{_DO_UNTIE}; {_DO_MERGE}"
-        yield sentence(found, "two weights, or changes elsewhere", do)
-    elif (made == (_EMBEDDING,)) != (change.kind == "embedding"):
+        yield sentence(problem, "two weights, or changes elsewhere", do)
+    elif (tensor_names == (_EMBEDDING,)) != (change.kind == "embedding"):
         yield sentence(f"{weight!r}, an embedding other than the tokens'", "the tokens'", _DO_MERGE)
 
 
@@ -231,18 +236,18 @@ def _tensors(
     change: LowRankChange, names: _Names, alpha: float
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """(name, lora_a, lora_b) of each tensor that a change becomes."""
-    layer, low, made = change.layer, change.layer.low, names.of(change.weight)
+    layer, low, tensor_names = change.layer, change.layer.low, names.of(change.weight)
     A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # [g, r, in], [g, out, r]
     if abs(factor - 1) >= 1e-7:  # more than the rounding of alpha to float32
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
-        yield made[0], A[0].mT, B[0]
+        yield tensor_names[0], A[0].mT, B[0]
     elif change.kind != "stack":
         order = names.order(change.weight, B.shape[1])
-        yield made[0], A[0], B[0] if order is None else B[0][order]
+        yield tensor_names[0], A[0], B[0] if order is None else B[0][order]
     else:
-        for name, part in zip(made, B.chunk(len(made), dim=1), strict=True):
-            yield name, A, part
+        for name, B_block in zip(tensor_names, B.chunk(len(tensor_names), dim=1), strict=True):
+            yield name, A, B_block
 
 
 def read(path: Path, base: BaseFacts, options: Options) -> Contents:
@@ -252,31 +257,39 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     gguf_claims.check(path)
     try:
         file = library.GGUFReader(path)
-        said = {key: field.contents() for key, field in file.fields.items()}
-        said = {
+        fields = {key: field.contents() for key, field in file.fields.items()}
+        fields = {
             key: value if isinstance(value, str | int | float) else str(value)
-            for key, value in said.items()
+            for key, value in fields.items()
         }
         tensors = {tensor.name: _tensor(library, tensor) for tensor in file.tensors}
     except Exception as error:  # the reader raises what it meets in a damaged file
-        found = f"{path}, which cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else error!r})"
-        raise AdapterError(found, "a whole GGUF file", "get the file again") from error
-    if said.get("general.type") != "adapter" or said.get("adapter.type") != "lora":
-        found = f"{path} with general.type {said.get('general.type')!r}, adapter.type {said.get('adapter.type')!r}"
-        raise AdapterError(found, "a LoRA adapter", "a model is a base: name its adapter here")
+        problem = (
+            f"{path}, which cannot be read as GGUF"
+            f" ({str(error).splitlines()[0] if str(error) else error!r})"
+        )
+        raise AdapterError(problem, "a whole GGUF file", "get the file again") from error
+    if fields.get("general.type") != "adapter" or fields.get("adapter.type") != "lora":
+        problem = (
+            f"{path} with general.type {fields.get('general.type')!r}, adapter.type"
+            f" {fields.get('adapter.type')!r}"
+        )
+        raise AdapterError(problem, "a LoRA adapter", "a model is a base: name its adapter here")
     require_finite(tensors, path)
     names = _Names(library, base)
     if not base.shapes:
         raise AdapterError("no base", "one whose weights have names", "give the base's folder")
-    if said.get("general.architecture") != names.name:
-        found = f"an adapter for {said.get('general.architecture')!r} and a base of {names.name!r}"
-        raise AdapterError(found, "one architecture", "give the base that it was made for")
+    if fields.get("general.architecture") != names.name:
+        problem = (
+            f"an adapter for {fields.get('general.architecture')!r} and a base of {names.name!r}"
+        )
+        raise AdapterError(problem, "one architecture", "give the base that it was made for")
     problems: list[str] = []
     weights = {name: weight for weight in base.shapes for name in names.of(weight)}
     low: dict[str, PeftLayer] = {}
     stacks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     # the shortest decimal that float32 rounds to this: 0.1 and not 0.10000000149
-    alpha = float(str(numpy.float32(said.get("adapter.lora.alpha") or 0.0)))
+    alpha = float(str(numpy.float32(fields.get("adapter.lora.alpha") or 0.0)))
     for name in sorted({key.removesuffix(".lora_a").removesuffix(".lora_b") for key in tensors}):
         A, B, weight = (
             tensors.get(f"{name}.lora_a"),
@@ -305,10 +318,12 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} does not fit this base", problems)
-    low |= _stacked(stacks, names, alpha, base)
-    order = {weight.removesuffix(".weight"): place for place, weight in enumerate(base.shapes)}
+    low |= _stack_experts(stacks, names, alpha, base)
+    order = {
+        weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
+    }
     low = dict(sorted(low.items(), key=lambda item: order.get(item[1].at, 0)))
-    about = {"header": {key: value for key, value in said.items() if not key.startswith("GGUF.")}}
+    about = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
     return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
 
 
@@ -321,23 +336,23 @@ def _layer(
     names: _Names,
     base: BaseFacts,
 ) -> PeftLayer:
-    at, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
-    embeds, lies = (
+    module_path, shape = weight.removesuffix(".weight"), tuple(base.shapes[weight])
+    embeds, transposed = (
         name == _EMBEDDING,
         names.family.name == "GPT2" and name not in (_EMBEDDING, _HEAD),
     )
     across = A.mT if embeds and A.dim() == 2 else A  # [r, in]
     sizes = (*B.shape[:1], *across.shape[1:])  # (out, in)
-    if A.dim() != 2 or B.dim() != 2 or sizes != (shape[::-1] if embeds or lies else shape):
-        found = f"{name!r} with a {tuple(A.shape)} and b {tuple(B.shape)} for a weight {shape}"
-        raise AdapterError(found, "shapes that fit", "give the base that it was made for")
+    if A.dim() != 2 or B.dim() != 2 or sizes != (shape[::-1] if embeds or transposed else shape):
+        problem = f"{name!r} with a {tuple(A.shape)} and b {tuple(B.shape)} for a weight {shape}"
+        raise AdapterError(problem, "shapes that fit", "give the base that it was made for")
     if embeds:
-        return layer_of(at, across.contiguous(), B, alpha, suffixes=EMBEDDING)
+        return layer_of(module_path, across.contiguous(), B, alpha, suffixes=EMBEDDING)
     order = names.order(weight, B.shape[0])
-    return layer_of(at, A, B if order is None else B[torch.argsort(order)], alpha)
+    return layer_of(module_path, A, B if order is None else B[torch.argsort(order)], alpha)
 
 
-def _stacked(
+def _stack_experts(
     stacks: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
     names: _Names,
     alpha: float,
@@ -347,15 +362,18 @@ def _stacked(
     of several in one module stands below a wrapper."""
     low: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
-        above, found = weight.rpartition(".")[0], stacks[weight]
+        above, pairs_by_name = weight.rpartition(".")[0], stacks[weight]
         later = any(
-            other in stacks
-            for other in base.shapes
-            if other.startswith(f"{above}.") and other != weight
+            sibling in stacks
+            for sibling in base.shapes
+            if sibling.startswith(f"{above}.") and sibling != weight
         )
         first = later and all(layer.at.rpartition(".")[0] != above for layer in low.values())
-        A, B = _joined(
-            [found.get(name) for name in names.of(weight)], base.shapes[weight], weight, alpha
+        A, B = _join_pairs(
+            [pairs_by_name.get(name) for name in names.of(weight)],
+            base.shapes[weight],
+            weight,
+            alpha,
         )
         rank, size = A.shape[1], alpha or A.shape[1]
         layer = layer_of(weight, A.flatten(0, 1), B.permute(1, 2, 0).flatten(1), None)
@@ -364,46 +382,49 @@ def _stacked(
     return low
 
 
-def _joined(
-    parts: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
+def _join_pairs(
+    pairs: list[tuple[Tensor, Tensor] | None], shape: tuple[int, ...], weight: str, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """gate and up as one change of both: with one A where they share it, else of twice the rank."""
-    given = [part for part in parts if part is not None]
-    out, fits = shape[1] // len(parts), len(shape) == 3
-    for a, B in given:  # [E, r, in], [E, out, r] of a stack [E, out, in]
+    present = [pair for pair in pairs if pair is not None]
+    out, fits = shape[1] // len(pairs), len(shape) == 3
+    for a, B in present:  # [E, r, in], [E, out, r] of a stack [E, out, in]
         fits = (
             fits and a.dim() == 3 and a.shape[1] > 0 and a.shape == (shape[0], a.shape[1], shape[2])
         )
         fits = fits and B.shape == (shape[0], out, a.shape[1])
     if not fits:
-        found = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
-        raise AdapterError(found, "those of its base", "give the base that it was made for")
-    A = given[0][0]
-    if len(given) == len(parts) and all(torch.equal(other, A) for other, _ in given):
-        return A, torch.cat([B for _, B in given], 1)
+        problem = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
+        raise AdapterError(problem, "those of its base", "give the base that it was made for")
+    A = present[0][0]
+    if len(present) == len(pairs) and all(torch.equal(other, A) for other, _ in present):
+        return A, torch.cat([B for _, B in present], 1)
     # the scale is alpha / rank, and the rank grows: B takes what that loses
-    whole = sum(a.shape[1] for a, _ in given)
+    total_rank = sum(a.shape[1] for a, _ in present)
     blocks, columns = [], 0
-    for part in parts:
-        if part is None:
-            blocks.append(given[0][1].new_zeros(shape[0], out, whole))
+    for pair in pairs:
+        if pair is None:
+            blocks.append(present[0][1].new_zeros(shape[0], out, total_rank))
         else:
-            rank = part[0].shape[1]
-            grown = part[1] * (whole / rank if alpha else 1.0)
-            blocks.append(torch.nn.functional.pad(grown, (columns, whole - columns - rank)))
+            rank = pair[0].shape[1]
+            grown = pair[1] * (total_rank / rank if alpha else 1.0)
+            blocks.append(torch.nn.functional.pad(grown, (columns, total_rank - columns - rank)))
             columns += rank
-    return torch.cat([a for a, _ in given], 1), torch.cat(blocks, 1)
+    return torch.cat([a for a, _ in present], 1), torch.cat(blocks, 1)
 
 
 def _tensor(library: Any, tensor: Any) -> Tensor:
     kind = library.GGMLQuantizationType
     plain = tensor.tensor_type in (kind.F32, kind.F16, kind.F64, kind.BF16)
     data = tensor.data if plain else library.quants.dequantize(tensor.data, tensor.tensor_type)
-    made = torch.from_numpy(data.copy())
-    return made.view(torch.bfloat16) if tensor.tensor_type == kind.BF16 else made
+    values = torch.from_numpy(data.copy())
+    return values.view(torch.bfloat16) if tensor.tensor_type == kind.BF16 else values
 
 
-LACKS = "convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders weights"
+LACKS = (
+    "convolutions, DoRA, full training, tied embeddings, architectures whose conversion reorders"
+    " weights"
+)
 register(
     Format("gguf", "GGUF adapters of llama.cpp", LACKS, ".gguf", recognises, read=read, write=write)
 )

@@ -1,5 +1,5 @@
-"""What a GGUF file says of its own sizes, compared with its size on the disk before anything is
-read by it.
+"""Check the sizes that a GGUF file claims against its size on disk, before anything is read by
+them.
 
     "GGUF"  version u32   tensors u64   pairs u64
     pair    key, type u32, value                    key: length u64 and its bytes; value: by the type
@@ -41,63 +41,63 @@ def check(path: Path, most: int = MAX_COUNT) -> None:
             _check(data, most)
     except (ValueError, struct.error) as error:  # of an empty file too
         why = "it ends within its header" if isinstance(error, struct.error) else str(error)
-        found = f"{path}, which cannot be read as GGUF ({why})"
-        raise AdapterError(found, "a whole GGUF file", "get the file again") from error
+        problem = f"{path}, which cannot be read as GGUF ({why})"
+        raise AdapterError(problem, "a whole GGUF file", "get the file again") from error
 
 
 def _check(data: mmap.mmap, most: int) -> None:
     version, tensors, pairs = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise ValueError(f"version {version}, of which 2 and 3 are known, of little-endian files")
-    at, left = 24, _spent(most, pairs + tensors, data)
+    offset, remaining = 24, _subtract_count(most, pairs + tensors, data)
     for _ in range(pairs):
-        at = _text(data, at)
-        (kind,) = struct.unpack_from("<I", data, at)
-        at, left = _value(data, at + 4, kind, left)
+        offset = _text(data, offset)
+        (kind,) = struct.unpack_from("<I", data, offset)
+        offset, remaining = _value(data, offset + 4, kind, remaining)
     for _ in range(tensors):
-        at = _text(data, at)
-        (axes,) = struct.unpack_from("<I", data, at)
+        offset = _text(data, offset)
+        (axes,) = struct.unpack_from("<I", data, offset)
         if axes > MAX_AXES:
             raise ValueError(f"a tensor of {axes:,} axes, of {MAX_AXES} at most")
-        sizes = struct.unpack_from(f"<{axes}Q", data, at + 4)
+        sizes = struct.unpack_from(f"<{axes}Q", data, offset + 4)
         if math.prod(sizes) > 8 * len(data):  # no type has less than a bit for a number
             raise ValueError(f"a tensor of {list(sizes)} numbers in {len(data):,} bytes")
-        at = _within(data, at + 4 + 8 * axes, 12)
+        offset = _end_within(data, offset + 4 + 8 * axes, 12)
 
 
-def _spent(left: int, count: int, data: mmap.mmap) -> int:
-    if count > min(left, len(data)):
+def _subtract_count(remaining: int, count: int, data: mmap.mmap) -> int:
+    if count > min(remaining, len(data)):
         raise ValueError(
-            f"it claims {count:,} values in {len(data):,} bytes, of {left:,} that may be left"
+            f"it claims {count:,} values in {len(data):,} bytes, of {remaining:,} that may be left"
         )
-    return left - count
+    return remaining - count
 
 
-def _text(data: mmap.mmap, at: int) -> int:
-    (length,) = struct.unpack_from("<Q", data, at)
-    return _within(data, at + 8, length)
+def _text(data: mmap.mmap, offset: int) -> int:
+    (length,) = struct.unpack_from("<Q", data, offset)
+    return _end_within(data, offset + 8, length)
 
 
-def _within(data: mmap.mmap, at: int, size: int) -> int:
-    if size > len(data) - at:
-        raise ValueError(f"it claims {size:,} bytes where {max(0, len(data) - at):,} are left")
-    return at + size
+def _end_within(data: mmap.mmap, offset: int, size: int) -> int:
+    if size > len(data) - offset:
+        raise ValueError(f"it claims {size:,} bytes where {max(0, len(data) - offset):,} are left")
+    return offset + size
 
 
-def _value(data: mmap.mmap, at: int, kind: int, left: int) -> tuple[int, int]:
+def _value(data: mmap.mmap, offset: int, kind: int, remaining: int) -> tuple[int, int]:
     """(where a value ends, how many may follow)."""
     if kind in SIZES:
-        return _within(data, at, SIZES[kind]), left
+        return _end_within(data, offset, SIZES[kind]), remaining
     if kind == TEXT:
-        return _text(data, at), left
+        return _text(data, offset), remaining
     if kind != ARRAY:
         raise ValueError(f"a value of the unknown type {kind}")
-    inner, count = struct.unpack_from("<IQ", data, at)
-    at, left = at + 12, _spent(left, count, data)
+    inner, count = struct.unpack_from("<IQ", data, offset)
+    offset, remaining = offset + 12, _subtract_count(remaining, count, data)
     if inner in SIZES:
-        return _within(data, at, count * SIZES[inner]), left
+        return _end_within(data, offset, count * SIZES[inner]), remaining
     if inner != TEXT:
         raise ValueError(f"an array of the type {inner}")
     for _ in range(count):
-        at = _text(data, at)
-    return at, left
+        offset = _text(data, offset)
+    return offset, remaining

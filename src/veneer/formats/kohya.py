@@ -49,7 +49,7 @@ from veneer.formats import (
     register,
 )
 from veneer.formats._base import cast, exact_scalar, layer_of, read_tensors, scalar
-from veneer.formats.parts import chosen, path_before, refusals, written
+from veneer.formats.parts import choose_parts, locate_modules, path_before, refusals
 from veneer.formats.peft import PeftLayer
 from veneer.lowrank import LowRank
 
@@ -105,31 +105,33 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
         name, _, suffix = key.partition(".")
         groups.setdefault(name, {})[suffix] = tensor
     if not base.shapes:
-        found = f"{path}, whose names have _ for every dot"
+        problem = f"{path}, whose names have _ for every dot"
         raise AdapterError(
-            found, "a base to tell what they mean", "give the base that it was made for"
+            problem, "a base to tell what they mean", "give the base that it was made for"
         )
-    here = {name.partition(".")[0] for name in base.shapes}
-    parts = {
-        prefix: next((p for p in means if p in here), means[0])
+    top_level_names = {name.partition(".")[0] for name in base.shapes}
+    part_by_prefix = {
+        prefix: next((p for p in means if p in top_level_names), means[0])
         for prefix, means in PREFIXES.items()
     }
-    part_by_name = {name: parts.get(_prefix(name) or "", "") for name in groups}
+    part_by_name = {name: part_by_prefix.get(_prefix(name) or "", "") for name in groups}
     begin = f"names that begin with {listing(PREFIXES)}"
     problems = [
         sentence(repr(name), begin, "check the file")
-        for name, part in part_by_name.items()
-        if not part
+        for name, part_name in part_by_name.items()
+        if not part_name
     ]
     raise_all(AdapterError, f"{path} cannot be read", problems)
-    before, left_out = chosen(part_by_name.values(), base, options.part)
-    names = {part: _flattened(base, part, start) for part, start in before.items()}
+    before, left_out = choose_parts(part_by_name.values(), base, options.part)
+    names = {part_name: _flattened(base, part_name, start) for part_name, start in before.items()}
     low: dict[str, PeftLayer] = {}
     for name, group in groups.items():
         if part_by_name[name] in before:
             try:
-                at = _module(name, names[part_by_name[name]])
-                low[at] = _layer(name, at, group, base.shapes[f"{at}.weight"])
+                module_path = _module(name, names[part_by_name[name]])
+                low[module_path] = _layer(
+                    name, module_path, group, base.shapes[f"{module_path}.weight"]
+                )
             except AdapterError as error:
                 problems.append(str(error))
     raise_all(AdapterError, f"{path} cannot be read", problems)
@@ -138,7 +140,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     )
 
 
-def _flattened(base: BaseFacts, part: str, start: str) -> dict[str, list[str]]:
+def _flattened(base: BaseFacts, part_name: str, start: str) -> dict[str, list[str]]:
     """The modules of a part that each flattened name may mean; ``start`` is what stands before
     their paths."""
     names: dict[str, list[str]] = {}
@@ -146,38 +148,40 @@ def _flattened(base: BaseFacts, part: str, start: str) -> dict[str, list[str]]:
         if weight.startswith(start) and weight.endswith(".weight") and len(shape) > 1:
             module = weight.removesuffix(".weight")
             inside = module.removeprefix(start)
-            for path in {inside, path_before(part, inside)}:
+            for path in {inside, path_before(part_name, inside)}:
                 names.setdefault(path.replace(".", "_"), []).append(module)
     return names
 
 
 def _module(name: str, names: Mapping[str, list[str]]) -> str:
     flat = name.removeprefix(f"{_prefix(name)}_")
-    found = names.get(flat, [])
-    if len(found) > 1:
+    matches = names.get(flat, [])
+    if len(matches) > 1:
         raise AdapterError(
-            f"{name!r}, which may mean {listing(found)}", "one module", "rename one of them"
+            f"{name!r}, which may mean {listing(matches)}", "one module", "rename one of them"
         )
-    if not found:
+    if not matches:
         do = "give the base that it was made for"
         if any(mark in flat for mark in _ORIGINAL):
             do += ": these are block names of the model as first published, not those of diffusers"
         raise AdapterError(
             f"{name!r}, which this base lacks{nearest(flat, names)}", "one of its modules", do
         )
-    return found[0]
+    return matches[0]
 
 
-def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...]) -> PeftLayer:
+def _layer(
+    name: str, module_path: str, group: dict[str, Tensor], shape: tuple[int, ...]
+) -> PeftLayer:
     keys, magnitude = set(group), group.get("dora_scale")
     if keys & _TUCKER:
-        found = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
+        problem = f"{listing(sorted(keys & _TUCKER))} at {name!r}, a Tucker core"
         raise AdapterError(
-            found, "factors whose product is short", "merge it with LyCORIS, and extract"
+            problem, "factors whose product is short", "merge it with LyCORIS, and extract"
         )
     if keys - _KNOWN:
-        found = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
-        raise AdapterError(found, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
+        problem = f"{listing(sorted(keys - _KNOWN))} at {name!r}"
+        raise AdapterError(problem, "a LoRA, LoHa or LoKr", "merge it with the tool that made it")
     try:
         low = _low(group)
         if low is None:
@@ -185,15 +189,17 @@ def _layer(name: str, at: str, group: dict[str, Tensor], shape: tuple[int, ...])
                 f"only {listing(sorted(keys))} at {name!r}", "all factors", "get the whole file"
             )
         if magnitude is not None and not magnitude.numel() == shape[0] == magnitude.shape[0]:
-            found = f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"  # another method
+            problem = (  # another method
+                f"dora_scale {tuple(magnitude.shape)} at {name!r}, which rescales inputs"
+            )
             do = "merge it with LyCORIS (wd_on_output was off)"
-            raise AdapterError(found, f"one number for each of {shape[0]} outputs", do)
-        return layer_of(at, *low, shape=shape, magnitude=magnitude)
+            raise AdapterError(problem, f"one number for each of {shape[0]} outputs", do)
+        return layer_of(module_path, *low, shape=shape, magnitude=magnitude)
     except AdapterError:
         raise
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        found = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
-        raise AdapterError(found, "those of one change", "get the whole file again") from error
+        problem = f"factors at {name!r} that do not fit each other ({str(error).splitlines()[0]})"
+        raise AdapterError(problem, "those of one change", "get the whole file again") from error
 
 
 def _low(group: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None] | None:
@@ -224,23 +230,22 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 def _hada(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float]:
     rank = group["hada_w1_b"].shape[0]
     w1_a, w1_b, w2_a, w2_b = (
-        part[None] for part in _wide(*(group[name] for name in sorted(_HADA)))
+        factor[None] for factor in _wide(*(group[name] for name in sorted(_HADA)))
     )
     A = (w1_b[:, :, None, :] * w2_b[:, None, :, :]).flatten(1, 2)  # [1, r·r, in·k]
     B = (w1_a[:, :, :, None] * w2_a[:, :, None, :]).flatten(2, 3)  # [1, out, r·r]
-    return _made(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
+    return _limit_rank(LowRank(A, B, 1.0 if alpha is None else alpha / rank))
 
 
 def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor, float] | None:
     """w1 [l, m] ⊗ w2 [k, n, …] = (w1 ⊗ w2_a) (I ⊗ w2_b) = (I ⊗ w2_a) (w1 ⊗ w2_b), of which the
     shorter."""
     pairs = [({f"lokr_{w}"}, {f"lokr_{w}_a", f"lokr_{w}_b"}) for w in ("w1", "w2")]
-    if not all(whole <= set(group) or both <= set(group) for whole, both in pairs):
+    if not all(full_key <= set(group) or both <= set(group) for full_key, both in pairs):
         return None
     rank = next((group[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in group), None)
-    scale = (
-        1.0 if rank is None or alpha is None else alpha / rank
-    )  # with both whole, LyCORIS takes no scale
+    # with both whole, LyCORIS takes no scale
+    scale = 1.0 if rank is None or alpha is None else alpha / rank
     if "lokr_w1" in group:
         (w1,) = _wide(group["lokr_w1"])
     else:
@@ -255,10 +260,10 @@ def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
     flat = w2_b.reshape(q, -1)  # [q, n·|k|]; w1's inputs count slower than n and the kernel
     eye = torch.eye(min(l, m), dtype=w1.dtype)
     left, right = (w1, eye) if m <= l else (eye, w1)
-    return _made(LowRank(torch.kron(right, flat)[None], torch.kron(left, w2_a)[None], scale))
+    return _limit_rank(LowRank(torch.kron(right, flat)[None], torch.kron(left, w2_a)[None], scale))
 
 
-def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
+def _limit_rank(low: LowRank) -> tuple[Tensor, Tensor, float]:
     """(A, B, alpha) of a rank of at most min(out, in): where the factors have more, ΔW itself (made
     in float64) takes the place of one and the identity that of the other."""
     out, in_ = low.B.shape[1], low.A.shape[2]
@@ -273,25 +278,32 @@ def _made(low: LowRank) -> tuple[Tensor, Tensor, float]:
 
 def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> list[str]:
     raise_all(AdapterError, "kohya's format cannot hold this adapter", refusals(adapter))
-    where = written(adapter.changes, options.part, "kohya")
-    if strange := _outside_of_mmdit(where, base):
-        found = f"a transformer with {listing(strange, 3)}, which is neither SD3 nor Flux"
+    locations = locate_modules(adapter.changes, options.part, "kohya")
+    if strange := _outside_of_mmdit(locations, base):
+        problem = f"a transformer with {listing(strange, 3)}, which is neither SD3 nor Flux"
         expected = "a model of which ComfyUI or sd-scripts reads kohya's names"
-        raise AdapterError(found, expected, 'convert to "diffusers", whose names ComfyUI reads too')
+        raise AdapterError(
+            problem, expected, 'convert to "diffusers", whose names ComfyUI reads too'
+        )
     encoders = (
-        "lora_te1" if any(part == "text_encoder_2" for part, _ in where.values()) else "lora_te"
+        "lora_te1"
+        if any(part_name == "text_encoder_2" for part_name, _ in locations.values())
+        else "lora_te"
     )
     prefixes = {names[0]: prefix for prefix, names in PREFIXES.items()}
     prefixes |= {"text_encoder": encoders}
-    named = {weight: (part, path_before(part, module)) for weight, (part, module) in where.items()}
+    named = {
+        weight: (part_name, path_before(part_name, module))
+        for weight, (part_name, module) in locations.items()
+    }
     flat = {
-        weight: f"{prefixes[part]}_{module.replace('.', '_')}"
-        for weight, (part, module) in named.items()
+        weight: f"{prefixes[part_name]}_{module.replace('.', '_')}"
+        for weight, (part_name, module) in named.items()
     }
     twice = sorted(key for key, count in Counter(flat.values()).items() if count > 1)
     if twice:
-        found = f"modules that have one name with _ for . ({listing(twice, 3)})"
-        raise AdapterError(found, "names that differ", "use the diffusers format")
+        problem = f"modules that have one name with _ for . ({listing(twice, 3)})"
+        raise AdapterError(problem, "names that differ", "use the diffusers format")
     tensors: dict[str, Tensor] = {}
     for change in adapter.changes:
         key, layer = flat[change.weight], change.layer
@@ -302,27 +314,31 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
             ones = [1] * (layer.A.dim() - 1)
             tensors[f"{key}.dora_scale"] = cast(change.magnitude.reshape(-1, *ones), options.dtype)
     save_file(tensors, path, metadata=_header(adapter))
-    if any(part == "transformer" for part, _ in where.values()):
-        found = "a kohya file of SD3 or Flux, in the names that ComfyUI reads"
+    if any(part_name == "transformer" for part_name, _ in locations.values()):
+        problem = "a kohya file of SD3 or Flux, in the names that ComfyUI reads"
         expected = "ComfyUI: sd-scripts fuses q, k and v, and reads only names of its own"
         warnings.warn(
-            sentence(found, expected, "go on training with Veneer, not with sd-scripts"),
+            sentence(problem, expected, "go on training with Veneer, not with sd-scripts"),
             MisreadElsewhere,
             stacklevel=3,
         )
-    for loss in _lost_in_diffusers(adapter.changes, where, base):
+    for loss in _lost_in_diffusers(adapter.changes, locations, base):
         reader = f"diffusers (as of {DIFFUSERS_KNOWN})"
-        found = f"a kohya file of which {reader} leaves out {loss}, so that its outputs differ"
+        problem = f"a kohya file of which {reader} leaves out {loss}, so that its outputs differ"
         expected = "a reader of all of it, such as LyCORIS or ComfyUI"
         do = 'for diffusers, convert to "diffusers", which it reads right, or merge'
-        warnings.warn(sentence(found, expected, do), MisreadElsewhere, stacklevel=3)
+        warnings.warn(sentence(problem, expected, do), MisreadElsewhere, stacklevel=3)
     return []
 
 
-def _outside_of_mmdit(where: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
+def _outside_of_mmdit(locations: Mapping[str, tuple[str, str]], base: BaseFacts) -> list[str]:
     """The modules of a transformer, of the changed ones and of the base's own, that neither SD3 nor
     Flux has."""
-    changed = {module: weight for weight, (part, module) in where.items() if part == "transformer"}
+    changed = {
+        module: weight
+        for weight, (part_name, module) in locations.items()
+        if part_name == "transformer"
+    }
     if not changed:
         return []
     start = next(weight.removesuffix(f"{module}.weight") for module, weight in changed.items())
@@ -338,30 +354,35 @@ def _outside_of_mmdit(where: Mapping[str, tuple[str, str]], base: BaseFacts) -> 
 
 
 def _lost_in_diffusers(
-    changes: Sequence[LowRankChange], where: Mapping[str, tuple[str, str]], base: BaseFacts
+    changes: Sequence[LowRankChange], locations: Mapping[str, tuple[str, str]], base: BaseFacts
 ) -> Iterator[str]:
-    """What diffusers drops of a kohya file that its pipelines load, as its converter is written. It
-    gives the attention of a model the alpha that most layers have there, and knows that of a text
+    """The parts of a kohya file that diffusers' converter drops when a pipeline loads it. It gives
+    the attention of a model the alpha that most layers have there, and knows that of a text
     encoder by an out-projection."""
-    transformer = [module for part, module in where.values() if part == "transformer"]
-    if any("single_transformer_blocks." in name for name in (*base.shapes, *where)):
+    transformer = [module for part_name, module in locations.values() if part_name == "transformer"]
+    if any("single_transformer_blocks." in name for name in (*base.shapes, *locations)):
         if unread := [module for module in transformer if not _FLUX_KNOWN.fullmatch(module)]:
-            yield f"or refuses, or takes for others, {len(unread)} layers of Flux outside of attention"
+            yield (
+                f"or refuses, or takes for others, {len(unread)} layers of Flux outside of"
+                " attention"
+            )
     elif transformer:
         yield "the transformer (it reads such names of Flux alone)"
     if any(change.magnitude is not None for change in changes):
         yield "the magnitudes of DoRA (dora_scale)"
     alphas: dict[str, set[float]] = {}
     for change in changes:
-        alphas.setdefault(where[change.weight][0], set()).add(alpha_of(change.layer))
+        alphas.setdefault(locations[change.weight][0], set()).add(alpha_of(change.layer))
     projections = (".to_q", ".to_k", ".to_v", ".to_out.0", *ATTENTION)
     attention = {
-        (part, module) for part, module in where.values() if f".{module}".endswith(projections)
+        (part_name, module)
+        for part_name, module in locations.values()
+        if f".{module}".endswith(projections)
     }
-    if any(len(alphas[part]) > 1 for part, _ in attention if part != "transformer"):
+    if any(len(alphas[part_name]) > 1 for part_name, _ in attention if part_name != "transformer"):
         yield "the alphas of attention's projections, which are not those of all layers here"
-    encoders = {part for part, _ in attention if part.startswith("text_encoder")}
-    if encoders - {part for part, module in attention if module.endswith(".out_proj")}:
+    encoders = {part_name for part_name, _ in attention if part_name.startswith("text_encoder")}
+    if encoders - {part_name for part_name, module in attention if module.endswith(".out_proj")}:
         yield "the attention of a text encoder"
 
 
@@ -372,8 +393,8 @@ def alpha_of(layer: PeftLayer) -> float:
 
 
 def _header(adapter: Adapter) -> dict[str, str]:
-    """What kohya's tools read: from an earlier file of theirs, if the adapter came from one, and
-    the sizes."""
+    """The header that kohya's tools read: the fields of the file that the adapter came from, if
+    any, and the sizes."""
     earlier: Mapping[str, Any] = adapter.about.get("provenance", {}).get("header", {})
     ranks = {change.layer.rank for change in adapter.changes}
     alphas = {alpha_of(change.layer) for change in adapter.changes}

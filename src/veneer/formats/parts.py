@@ -1,4 +1,4 @@
-"""The models of an image pipeline, by the names that file formats give them.
+"""The names that file formats give to the models of an image pipeline.
 
     part              paths, and diffusers     kohya
     unet              unet.<path>              lora_unet_<path with _ for .>
@@ -32,26 +32,28 @@ def part_of(path: str) -> str:
     return first if first in PARTS and first != "model" and first != path else ""
 
 
-# : what stood before the paths of CLIP's text encoder until transformers 5, and does in every file
-# and in its twin with
+#: what stood before the paths of CLIP's text encoder until transformers 5, and does in every file
+#: and in its twin with
 #: a projection
 _CLIP, _BELOW = "text_model.", "encoder.layers."
 
 
-def path_before(part: str, path: str) -> str:
+def path_before(part_name: str, path: str) -> str:
     """The path of a module of a part as it was until transformers 5, and is in kohya's files."""
-    return _CLIP + path if part.startswith("text_encoder") and path.startswith(_BELOW) else path
+    return (
+        _CLIP + path if part_name.startswith("text_encoder") and path.startswith(_BELOW) else path
+    )
 
 
-def path_in_base(part: str, path: str, there: Callable[[str], bool]) -> str:
-    """The path of a module that a file names, before or since, in a base of which ``there`` knows
+def path_in_base(part_name: str, path: str, exists: Callable[[str], bool]) -> str:
+    """The path of a module that a file names, before or since, in a base of which ``exists`` knows
     the paths."""
     names = (
         path,
-        path_before(part, path),
-        path.removeprefix(_CLIP) if part.startswith("text_encoder") else path,
+        path_before(part_name, path),
+        path.removeprefix(_CLIP) if part_name.startswith("text_encoder") else path,
     )
-    return next(filter(there, names), path)
+    return next(filter(exists, names), path)
 
 
 def refusals(adapter: Adapter) -> list[str]:
@@ -62,69 +64,73 @@ def refusals(adapter: Adapter) -> list[str]:
         sentence(f"{change.weight!r}, a change of kind {change.kind}", expected, do)
         for change in odd
     ]
-    full = [at or "the model" for at in adapter.full]
+    full = [module_path or "the model" for module_path in adapter.full]
     return problems + [
-        sentence(f"{at!r} trained in full", "low-rank changes", "merge the adapter instead")
-        for at in full
+        sentence(
+            f"{module_path!r} trained in full", "low-rank changes", "merge the adapter instead"
+        )
+        for module_path in full
     ]
 
 
-def written(
-    changes: Sequence[LowRankChange], part: str | None, kind: str
+def locate_modules(
+    changes: Sequence[LowRankChange], part_name: str | None, kind: str
 ) -> dict[str, tuple[str, str]]:
     """(part, the path in it) of each change's module, by its weight. ``AdapterError``: no part in
     the paths and none given, or both."""
     inside = {change.weight: part_of(change.module) for change in changes}
-    if part is None and all(inside.values()):
+    if part_name is None and all(inside.values()):
         return {
             change.weight: (inside[change.weight], change.module.partition(".")[2])
             for change in changes
         }
-    if part is None:
+    if part_name is None:
         bare = next(weight for weight, first in inside.items() if not first)
-        found = f"{bare!r}, which does not say which model of a pipeline it belongs to"
+        problem = f"{bare!r}, which does not say which model of a pipeline it belongs to"
         raise AdapterError(
-            found, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}"
+            problem, f"a part for a {kind} file", f"give part: one of {', '.join(PARTS)}"
         )
     if any(inside.values()):
         both = next(weight for weight, first in inside.items() if first)
         raise AdapterError(
-            f"part {part!r} and a path {both!r} with one", "one of both", "leave part out"
+            f"part {part_name!r} and a path {both!r} with one", "one of both", "leave part out"
         )
-    return {change.weight: (part, change.module) for change in changes}
+    return {change.weight: (part_name, change.module) for change in changes}
 
 
-def chosen(
-    layers: Iterable[str], base: BaseFacts, part: str | None
+def choose_parts(
+    layers: Iterable[str], base: BaseFacts, part_name: str | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Which parts of a file to read: (what to put before the paths of each, what is left out).
     ``layers``: the part of each layer of the file. ``AdapterError``: several parts for a base that
     is one of them, or a part that the file lacks."""
     counts = Counter(layers)
-    found = {name: counts[name] for name in PARTS if name in counts}
-    if part is not None and part not in found:
+    layer_counts = {name: counts[name] for name in PARTS if name in counts}
+    if part_name is not None and part_name not in layer_counts:
         raise AdapterError(
-            f"part {part!r}, of which the file has nothing", listing(found), "choose one"
+            f"part {part_name!r}, of which the file has nothing",
+            listing(layer_counts),
+            "choose one",
         )
     # a language model's own child "model" is no part: that one is the base itself
-    whole = {name.partition(".")[0] for name in base.shapes} & (set(found) - {"model"})
-    if part is None and len(found) == 1 and not whole:
-        return dict.fromkeys(found, ""), ()
-    if part is None and (whole or not base.shapes):
-        lacking = set(found) - whole if base.shapes else set()
+    present = {name.partition(".")[0] for name in base.shapes} & (set(layer_counts) - {"model"})
+    if part_name is None and len(layer_counts) == 1 and not present:
+        return dict.fromkeys(layer_counts, ""), ()
+    if part_name is None and (present or not base.shapes):
+        lacking = set(layer_counts) - present if base.shapes else set()
         if lacking:
-            found_ = f"layers of {listing(sorted(lacking))}, which this base lacks"
+            problem = f"layers of {listing(sorted(lacking))}, which this base lacks"
             raise AdapterError(
-                found_, f"those of {listing(sorted(whole))}", "choose a part, or give both"
+                problem, f"those of {listing(sorted(present))}", "choose a part, or give both"
             )
-        return {name: f"{name}." for name in found}, ()
-    if part is None:
-        counts = ", ".join(f"{name} ({count} layers)" for name, count in found.items())
+        return {name: f"{name}." for name in layer_counts}, ()
+    if part_name is None:
+        counts = ", ".join(f"{name} ({count} layers)" for name, count in layer_counts.items())
         do = "choose one with part, or give a module that holds them as children of these names"
         raise AdapterError(f"several models in one file: {counts}", "those of the base", do)
-    left = [
+    left_out = [
         f"{count} layers of {name}: another part was asked for"
-        for name, count in found.items()
-        if name != part
+        for name, count in layer_counts.items()
+        if name != part_name
     ]
-    return {part: f"{part}." if part in whole else ""}, tuple(left)
+    return {part_name: f"{part_name}." if part_name in present else ""}, tuple(left_out)

@@ -21,11 +21,11 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-# : characters of the expressions of one field together, and of all copies that counted repetitions
-# make of one
+#: characters of the expressions of one field together, and of all copies that counted repetitions
+#: make of one
 MAX_LENGTH, MAX_COPIES = 4096, 100_000
-# : characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second
-# for so many
+#: characters of an expression that is read at all: to compile one takes ``re`` a tenth of a second
+#: for so many
 MAX_READ = 65_536
 #: seconds for the expressions of one field in all, besides those that any path may take
 SECONDS, PER_PATH = 0.5, 1e-4
@@ -42,40 +42,46 @@ class Expressions:
     expression, or none that ``regex`` reads as ``re`` does, or they are too large.
     ``TooSlowError``: of ``matching``: they take too long."""
 
-    def __init__(self, sources: Iterable[str], written: str = "{}", *, whole: bool = True) -> None:
+    def __init__(
+        self, sources: Iterable[str], written: str = "{}", *, full_match: bool = True
+    ) -> None:
         sources = tuple(sources)
         length = sum(map(len, sources))
         if length > MAX_LENGTH:
             raise ValueError(f"expressions of {length:,} characters, of {MAX_LENGTH:,} at most")
-        self._matchers = [_compiled(written.replace("{}", source), whole) for source in sources]
-        self._left = SECONDS
+        self._matchers = [_compile(written.replace("{}", source), full_match) for source in sources]
+        self._seconds_left = SECONDS
 
     def matching(self, text: str) -> Iterator[int]:
         """The numbers of the expressions that match a text, in their order."""
         return (
-            number for number, matcher in enumerate(self._matchers) if self._matched(matcher, text)
+            number
+            for number, matcher in enumerate(self._matchers)
+            if self._matches_in_time(matcher, text)
         )
 
     def matches(self, text: str) -> bool:
         return next(self.matching(text), None) is not None
 
-    def _matched(self, matcher: Callable[..., Any], text: str) -> bool:
+    def _matches_in_time(self, matcher: Callable[..., Any], text: str) -> bool:
         start = time.thread_time()
         try:
-            found = matcher(text, timeout=self._left)
+            match = matcher(text, timeout=self._seconds_left)
         except TimeoutError:
-            found, self._left = None, 0.0
-        self._left = min(SECONDS, self._left + PER_PATH + start - time.thread_time())
-        if self._left <= PER_PATH:  # too little for one more path
-            self._left = PER_PATH
+            match, self._seconds_left = None, 0.0
+        self._seconds_left = min(
+            SECONDS, self._seconds_left + PER_PATH + start - time.thread_time()
+        )
+        if self._seconds_left <= PER_PATH:  # too little for one more path
+            self._seconds_left = PER_PATH
             wrong = "an expression that takes longer than any that people use"
             raise TooSlowError(
                 wrong, "a plain regular expression", "name the modules by the ends of their paths"
             )
-        return found is not None
+        return match is not None
 
 
-def _compiled(source: str, whole: bool) -> Callable[..., Any]:
+def _compile(source: str, full_match: bool) -> Callable[..., Any]:
     """``fullmatch`` or ``match`` of an expression."""
     import regex
 
@@ -92,7 +98,7 @@ def _compiled(source: str, whole: bool) -> Callable[..., Any]:
         compiled = regex.compile(source)
     except (regex.error, RecursionError) as error:
         raise ValueError(f"an expression that is not supported ({error})") from error
-    return compiled.fullmatch if whole else compiled.match
+    return compiled.fullmatch if full_match else compiled.match
 
 
 def readable(source: str) -> int:
@@ -111,16 +117,18 @@ def readable(source: str) -> int:
 
 
 @lru_cache(maxsize=256)
-def whole(source: str) -> Callable[[str], bool]:
-    """What whole texts an expression means, made once; those that it lists, as Veneer writes where
-    the ends of paths do not suffice, are looked up. Raises ValueError as ``Expressions`` does."""
-    words = {literal(part) for part in source.split("|")}
+def matcher_of_whole_texts(source: str) -> Callable[[str], bool]:
+    """A cached test for full matches of an expression. A plain list of alternatives, which Veneer
+    writes where the ends of paths do not suffice, is a lookup. Raises ValueError as ``Expressions``
+    does.
+    """
+    words = {literal(alternative) for alternative in source.split("|")}
     return Expressions((source,)).matches if None in words else words.__contains__
 
 
 @lru_cache(maxsize=256)
 def containers(sources: tuple[str, ...]) -> Expressions:
-    """What the ends of paths mean: the expressions of ``layers_pattern``."""
+    """The expressions of ``layers_pattern``, each for the end of a path."""
     return Expressions(sources, r"(.*\.)?{}")
 
 
@@ -134,7 +142,7 @@ class Ends:
         self.sources = tuple(sources)
         self._words: dict[str, int] = {}
         self._plain: list[tuple[int, Callable[[str], Any]]] = []
-        self._others: list[int] = []
+        self._complex: list[int] = []
         for number, source in enumerate(self.sources):
             word = literal(source)
             if word is not None:
@@ -142,17 +150,17 @@ class Ends:
             elif _PLAIN.fullmatch(source):
                 self._plain.append((number, re.compile(rf"(.*\.)?({source})$").match))
             else:
-                self._others.append(number)
+                self._complex.append(number)
         self._expressions = Expressions(
-            (self.sources[n] for n in self._others), r"(.*\.)?({})$", whole=False
+            (self.sources[n] for n in self._complex), r"(.*\.)?({})$", full_match=False
         )
 
     def first(self, path: str) -> str | None:
-        parts = path.split(".")
-        below = (".".join(parts[start:]) for start in range(len(parts)))
+        segments = path.split(".")
+        below = (".".join(segments[start:]) for start in range(len(segments)))
         found = [self._words[end] for end in below if end in self._words]
         found += next(([number] for number, matches in self._plain if matches(path)), [])
-        found += next(([self._others[at]] for at in self._expressions.matching(path)), [])
+        found += next(([self._complex[index]] for index in self._expressions.matching(path)), [])
         return self.sources[min(found)] if found else None
 
 

@@ -40,10 +40,10 @@ MAGNITUDE = "lora_magnitude_vector"
 #: that of the bias beside B of ``lora_bias``: y = op(x; W) + bias + scale · (op(x; B A) + it)
 LORA_BIAS = "lora_B.bias"
 NOT_FOR_PEFT = "not for PEFT"
-# : how often PEFT applies the change of the out-projection of an attention, in the releases up to
-# KNOWN: its
-# : ``MultiheadAttention.merge`` adds it, and then calls the projection's own merge
-# (huggingface/peft#3774)
+#: how often PEFT applies the change of the out-projection of an attention, in the releases up to
+#: KNOWN: its
+#: ``MultiheadAttention.merge`` adds it, and then calls the projection's own merge
+#: (huggingface/peft#3774)
 TIMES, KNOWN = 2, "0.21"
 #: what PEFT calls a config without low-rank changes, which it refuses otherwise
 NO_TARGETS = "dummy-target-modules"
@@ -77,8 +77,8 @@ def _token_ids(value: Any) -> bool:
 
 _number, _texts = _is(int, float), _every(list, _is(str))
 _SIZE = f"a whole number from 1 to {MAX_RANK:,}"
-# What a config may say without changing the arithmetic that we read from the other fields, and what
-# each field holds where it is not null: (test, in words, fields).
+# The fields that do not change the arithmetic given by the other fields, and the values that each
+# may have besides null: (test, in words, fields).
 _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         _is(str),
@@ -117,11 +117,16 @@ _FIELDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
 _INFORMATION = {field: (test, words) for test, words, fields in _FIELDS for field in fields.split()}
 #: what to do instead of a field that is refused; PEFT applies what all others say
 _INSTEAD = {
-    "alora_invocation_tokens": 'take it out, and select the adapter from these tokens on (docs/from-peft.md, "aLoRA")',
-    "layer_replication": 'take it out, and load on a base that has these layers (docs/from-peft.md, "Repeated layers")',
+    "alora_invocation_tokens": (
+        'take it out, and select the adapter from these tokens on (docs/from-peft.md, "aLoRA")'
+    ),
+    "layer_replication": (
+        'take it out, and load on a base that has these layers (docs/from-peft.md, "Repeated'
+        ' layers")'
+    ),
 }
-# : starts that move part of the base's weight into the adapter, so that the file is a change of a
-# base without it; PEFT
+#: starts that move part of the base's weight into the adapter, so that the file is a change of a
+#: base without it; PEFT
 #: makes them again as it loads the folder
 STARTS = ("pissa", "olora")
 # and those that nobody can make again (beginning of the name, why)
@@ -188,9 +193,9 @@ class PeftLayer:
                 else self.B.reshape(groups, -1, rank)
             )
         except RuntimeError as error:
-            found = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
+            problem = f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} at {self.at!r}"
             raise AdapterError(
-                found, f"a product of rank {self.rank}", "get the file again"
+                problem, f"a product of rank {self.rank}", "get the file again"
             ) from error
         return LowRank(A, B, self.scale)
 
@@ -231,32 +236,34 @@ def split(
     parameters that variants use. ``ours``: Veneer wrote the config, with whole paths.
     ``AdapterError``: a key that means nothing here, an A without a B, a rank that the config
     contradicts."""
-    known: dict[str, Any] = {
+    parts_by_suffix: dict[str, Any] = {
         suffix: (pair, "AB"[side]) for pair in suffixes for side, suffix in enumerate(pair)
     }
-    known |= {suffix: (None, suffix) for suffix in extras}
+    parts_by_suffix |= {suffix: (None, suffix) for suffix in extras}
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for name, tensor in throttled(tensors.items()):
         bare = name.removeprefix(PREFIX)
         suffix = next(
-            (suffix for suffix in known if bare == suffix or bare.endswith(f".{suffix}")), None
+            (suffix for suffix in parts_by_suffix if bare == suffix or bare.endswith(f".{suffix}")),
+            None,
         )
-        unknown = suffix is None and any(part.startswith("lora_") for part in bare.split(".")[-2:])
+        unknown = suffix is None and any(
+            segment.startswith("lora_") for segment in bare.split(".")[-2:]
+        )
         if not name.startswith(PREFIX) or unknown:
             keys = f"keys {PREFIX}<path>.lora_A.weight and the like"
             problems.append(sentence(f"tensor {name!r}", keys, "convert it first"))
         elif suffix is not None:
-            pair, side = known[suffix]
+            pair, side = parts_by_suffix[suffix]
             entry = pairs.setdefault(bare[: -len(suffix)].rstrip("."), {"suffixes": None})
             entry[side] = tensor
             entry["suffixes"] = pair or entry["suffixes"]
         else:
             path, _, parameter = bare.rpartition(".")
-            if (
-                ".original_module" in path
-            ):  # the base's own values, which PEFT's bias="all" writes along
+            # the base's own values, which PEFT's bias="all" writes along
+            if ".original_module" in path:
                 continue
             # the same option repeats trained biases under the name of the adapter
             path = re.sub(r"\.modules_to_save(\.default)?(?=\.|$)", "", path)
@@ -279,21 +286,23 @@ def _layer(
         )
         return None
     if A.dim() < 2 or B.dim() < 2:
-        found = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
-        problems.append(sentence(found, "matrices", "get the whole file again"))
+        problem = f"A {tuple(A.shape)} and B {tuple(B.shape)} at {path!r}"
+        problems.append(sentence(problem, "matrices", "get the whole file again"))
         return None
     more = {
         suffix: tensor for suffix, tensor in entry.items() if suffix not in ("A", "B", "suffixes")
     }
     rank, alpha, scale = strength(config, *named, unnested(attention_of(path) or path)[0])
-    at = named[0] if named else unnested(path)[0]
-    if (
-        not named and B.shape[1] % rank
-    ):  # of a parameter, only a model tells how many matrices there are
-        found = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
-        do = "get both files again (what PEFT writes for a grouped convolution is no change of its weight)"
-        problems.append(sentence(found, f"{rank}, as {CONFIG} says", do))
-    return PeftLayer(at, A, B, entry["suffixes"], rank, alpha, scale, more)
+    target_path = named[0] if named else unnested(path)[0]
+    # of a parameter, only a model tells how many matrices there are
+    if not named and B.shape[1] % rank:
+        problem = f"rank {B.shape[1]} at {path!r} (A {tuple(A.shape)}, B {tuple(B.shape)})"
+        do = (
+            "get both files again (what PEFT writes for a grouped convolution is no change of its"
+            " weight)"
+        )
+        problems.append(sentence(problem, f"{rank}, as {CONFIG} says", do))
+    return PeftLayer(target_path, A, B, entry["suffixes"], rank, alpha, scale, more)
 
 
 def starts_from_base(config: Mapping[str, Any]) -> bool:
@@ -309,10 +318,12 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     there to compute with."""
     problems = []
     type_ = config.get("peft_type")
-    if (
-        type_ != "LORA" and not_for_peft(config) is None
-    ):  # the other fields of another tuner mean other things
-        do = "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract` on the merged model"
+    # the other fields of another tuner mean other things
+    if type_ != "LORA" and not_for_peft(config) is None:
+        do = (
+            "save it as LoRA with PEFT (save_as_lora), or merge it there and run `veneer extract`"
+            " on the merged model"
+        )
         raise AdapterError(
             f"peft_type {type_!r} in {CONFIG}", "'LORA', or a type that docs/from-peft.md names", do
         )
@@ -334,22 +345,24 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     start = config.get("init_lora_weights")
     if starts_from_base(config):
         if not with_base:
-            found = f"init_lora_weights={start!r}, which changed the base's weights as it started"
-            do = "load it on its base with veneer.load and save it, or let PEFT convert it when it saves"
-            problems.append(sentence(found, "an adapter of the unchanged base", do))
+            problem = f"init_lora_weights={start!r}, which changed the base's weights as it started"
+            do = (
+                "load it on its base with veneer.load and save it, or let PEFT convert it when it"
+                " saves"
+            )
+            problems.append(sentence(problem, "an adapter of the unchanged base", do))
     elif isinstance(start, str):
-        known = ((name, why) for name, why in _CHANGES_BASE if start.lower().startswith(name))
+        matches = ((name, why) for name, why in _CHANGES_BASE if start.lower().startswith(name))
         problems += [
             sentence(f"init_lora_weights={start!r}, {why}", "an adapter of the unchanged base",
                      "let PEFT convert it when it saves (path_initial_model_for_weight_conversion)")
-            for _, why in known
+            for _, why in matches
         ]  # fmt: skip
     if config.get("lora_bias") is True and not with_base:
         do = "load it on its base, and merge or save it there"
         problems.append(sentence("lora_bias=true, biases beside B", "changes of weights alone", do))
-    alike = (
-        config.get("qalora_group_size") == 1
-    )  # A has all inputs, and yet PEFT scales them in a GPTQ layer
+    # A has all inputs, and yet PEFT scales them in a GPTQ layer
+    alike = config.get("qalora_group_size") == 1
     if config.get("use_qalora") is True and (alike or not with_base):
         do = (
             "set it to false, unless that base is GPTQ's"
@@ -364,21 +377,24 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
             name, (lambda value: not value, "a field that Veneer can honour")
         )
         if value is not None and not test(value):
-            found = f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in {CONFIG}"
+            problem = (
+                f"{name[:80]}={text if len(text := repr(value)) <= 200 else text[:200] + '…'} in"
+                f" {CONFIG}"
+            )
             do = (
                 "correct it, or get the file again"
                 if name in _INFORMATION
                 else _INSTEAD.get(name, "use PEFT for it")
             )
-            problems.append(sentence(found, words, do))
+            problems.append(sentence(problem, words, do))
     raise_all(
         AdapterError, f"This {CONFIG} cannot be used", problems or list(_bad_patterns(config))
     )
 
 
 def _bad_patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the expressions of a config of which each field has its type. Those of
-    targets only say again what the tensors do, but for ``re`` itself."""
+    """The problems of the expressions of a config whose fields have their types. Expressions of
+    targets are only tested with ``re``, since the tensors name the targets too."""
     tests: list[tuple[str, Callable[[Any], Any], Any]] = [
         (field, patterns.ends, tuple(config.get(field) or ()))
         for field in ("rank_pattern", "alpha_pattern")
@@ -412,10 +428,9 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     targets, exclude = config.get("target_modules") or (), config.get("exclude_modules")
     if targets == "all-linear":
         return None
-    whole = [
-        f".{name}." for name in config.get("modules_to_save") or ()
-    ]  # PEFT adapts nothing in these
-    paths = [path for path in paths if not any(name in f".{path}." for name in whole)]
+    # PEFT adapts nothing in these
+    saved_modules = [f".{name}." for name in config.get("modules_to_save") or ()]
+    paths = [path for path in paths if not any(name in f".{path}." for name in saved_modules)]
     try:
         chosen = {
             path
@@ -429,33 +444,33 @@ def expected_paths(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] 
     if not layers:
         return chosen
     # what a list of names has as a whole path, PEFT adapts whatever its block
-    whole = set() if isinstance(targets, str) else set(targets)
-    return {path for path in chosen if path in whole or _layer_of(path, config) in layers}
+    full_paths = set() if isinstance(targets, str) else set(targets)
+    return {path for path in chosen if path in full_paths or _layer_of(path, config) in layers}
 
 
 def _layer_of(path: str, config: Mapping[str, Any]) -> int | None:
     """The first index in a path that stands behind what the first ``layers_pattern`` which matches
     at all means, and in front of something. Without a pattern PEFT sees none behind the first part
     of a path."""
-    above, parts = patterns.containers(_layers_patterns(config)), path.split(".")
+    above, segments = patterns.containers(_layers_patterns(config)), path.split(".")
     least = 1 if config.get("layers_pattern") else 2
-    places = [
-        (int(part), ".".join(parts[:n]))
-        for n, part in enumerate(parts[:-1])
-        if n >= least and part.isdecimal()
+    indices = [
+        (int(segment), ".".join(segments[:n]))
+        for n, segment in enumerate(segments[:-1])
+        if n >= least and segment.isdecimal()
     ]
     hits = (
-        (pattern, place)
-        for place, (_, front) in enumerate(places)
+        (pattern, number)
+        for number, (_, front) in enumerate(indices)
         for pattern in above.matching(front)
     )
     first = min(hits, default=None)
-    return places[first[1]][0] if first is not None else None
+    return indices[first[1]][0] if first is not None else None
 
 
 def _named(names: str | Iterable[str], path: str) -> bool:
     if isinstance(names, str):
-        return patterns.whole(names)(path)
+        return patterns.matcher_of_whole_texts(names)(path)
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -478,11 +493,12 @@ def strength(config: Mapping[str, Any], *paths: str) -> tuple[int, float, float]
 def unnested(path: str) -> tuple[str, int]:
     """A path without the wrappers that PEFT puts around the modules of it, and how many of these
     stand at its end."""
-    parts = path.split(".")
+    segments = path.split(".")
     depth = next(
-        (count for count, part in enumerate(reversed(parts)) if part != "base_layer"), len(parts)
+        (count for count, segment in enumerate(reversed(segments)) if segment != "base_layer"),
+        len(segments),
     )
-    return ".".join(part for part in parts if part != "base_layer"), depth
+    return ".".join(segment for segment in segments if segment != "base_layer"), depth
 
 
 def of_parameter(path: str, layer: PeftLayer) -> bool:
@@ -499,29 +515,32 @@ def pattern_of(path: str, layer: PeftLayer) -> str:
 
 def nested(path: str, wraps: Mapping[str, int]) -> str:
     """A path with the wrappers of the modules above it, of which each module has so many."""
-    parts = path.split(".") if path else []
+    segments = path.split(".") if path else []
     inside: list[str] = []
-    for count, part in enumerate(parts):
-        wrappers = wraps.get(".".join(parts[:count]), 0) if count else 0
-        inside += [*["base_layer"] * wrappers, part]
+    for count, segment in enumerate(segments):
+        wrappers = wraps.get(".".join(segments[:count]), 0) if count else 0
+        inside += [*["base_layer"] * wrappers, segment]
     return ".".join(inside)
 
 
 def attention_of(path: str) -> str | None:
     """The path of the attention whose out-projection stands at this path of a file, or None. The
     two share their rank and alpha."""
-    parts = path.split(".")
-    return ".".join(parts[:-2]) if parts[-2:] == ["base_layer", "out_proj"] else None
+    segments = path.split(".")
+    return ".".join(segments[:-2]) if segments[-2:] == ["base_layer", "out_proj"] else None
 
 
 def unsure(config: Mapping[str, Any]) -> str | None:
     """Why it is not known how often the PEFT that wrote this applies the change of an
     out-projection, or None."""
     version = str(config.get("peft_version") or KNOWN)
-    later = [int(part) for part in re.findall(r"\d+", version)[:2]] > [
-        int(part) for part in KNOWN.split(".")
+    later = [int(number) for number in re.findall(r"\d+", version)[:2]] > [
+        int(number) for number in KNOWN.split(".")
     ]
-    reason = f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version} it is not known"
+    reason = (
+        f"PEFT {KNOWN} applies an attention's out-projection {TIMES} times, and of PEFT {version}"
+        " it is not known"
+    )
     return reason if later else None
 
 
@@ -531,10 +550,16 @@ def _parameter_at(config: Mapping[str, Any], path: str, ours: bool) -> list[str]
     wrapper. Nothing if it means a module."""
     bare, depth = unnested(path)
     ends = [target.rpartition(".") for target in config.get("target_parameters") or ()]
-    own = [parameter for above, _, parameter in ends if above == bare]
-    if not ours and not own and not expected_paths({**config, "exclude_modules": None}, [bare]):
-        own = [parameter for above, _, parameter in ends if not above or _named([above], bare)]
-    return [f"{bare}.{own[-1 - depth]}".lstrip(".")] if depth < len(own) else []
+    parameters = [parameter for above, _, parameter in ends if above == bare]
+    if (
+        not ours
+        and not parameters
+        and not expected_paths({**config, "exclude_modules": None}, [bare])
+    ):
+        parameters = [
+            parameter for above, _, parameter in ends if not above or _named([above], bare)
+        ]
+    return [f"{bare}.{parameters[-1 - depth]}".lstrip(".")] if depth < len(parameters) else []
 
 
 def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
@@ -545,13 +570,17 @@ def expected_parameters(config: Mapping[str, Any], paths: Iterable[str]) -> set[
 def differs(kind: str, module: Any) -> str | None:
     """Why PEFT computes something else at a module of this kind than a change of its weight gives,
     or None."""
+    # its A inherits stride and padding alone
     if kind.startswith("conv") and kind[4:] in (
         "1d",
         "2d",
         "3d",
-    ):  # its A inherits stride and padding alone
+    ):
         if module.groups != 1:
-            return f"PEFT's change of a convolution in {module.groups} groups is no change of its weight"
+            return (
+                f"PEFT's change of a convolution in {module.groups} groups is no change of its"
+                " weight"
+            )
         if any(step != 1 for step in module.dilation):
             return f"PEFT leaves out dilation={tuple(module.dilation)}"
         return (
@@ -566,8 +595,8 @@ def differs(kind: str, module: Any) -> str | None:
     return None if kind in ("linear", "conv1d_transformers") else f"PEFT has no {kind} layer"
 
 
-# : what modules that wrap a layer answer for it, besides what every module has; they have no other
-# attribute of it
+#: what modules that wrap a layer answer for it, besides what every module has; they have no other
+#: attribute of it
 _OF_WRAPPERS = {
     "weight", "bias", "in_features", "out_features", "training",
     "add_zero_attn", "batch_first", "bias_k", "bias_v", "dropout", "embed_dim", "head_dim", "in_proj_bias",
@@ -585,8 +614,8 @@ def lacks(attribute: str) -> bool:
     return attribute not in _OF_WRAPPERS and not hasattr(nn.Module, attribute)
 
 
-# : what the projections and the router of experts are called in checkpoints from before
-# transformers 5
+#: what the projections and the router of experts are called in checkpoints from before
+#: transformers 5
 _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -600,8 +629,10 @@ def taken_for_experts(path: str, parameters: Iterable[str]) -> bool:
 
 
 def targets_for(chosen: list[str], among: Iterable[str]) -> list[str] | str:
-    """What makes PEFT choose exactly these paths of those ``among`` which it chooses: last parts
-    where those suffice, else whole paths, else (a path that is the end of another) a regex."""
+    """The ``target_modules`` for which PEFT chooses exactly these paths ``among`` its candidates:
+    last parts where those suffice, else whole paths, else (a path that is the end of another) a
+    regex.
+    """
     among, wanted = list(among), set(chosen)
     if not wanted:
         return []
@@ -617,7 +648,7 @@ def common(
     """The rank and alpha for ``r`` and ``lora_alpha``: these two if a layer has both, else those
     that most layers have. So where all layers have one scale, it is that of r and lora_alpha, for
     what reads no patterns (vLLM did not)."""
-    pairs = [(ranks[at], alphas[at]) for at in ranks]
+    pairs = [(ranks[path], alphas[path]) for path in ranks]
     return (rank, alpha) if (rank, alpha) in pairs or not pairs else max(pairs, key=pairs.count)
 
 
@@ -627,7 +658,7 @@ def patterns_for(values: Mapping[str, float], default: float) -> dict[str, float
 
     def pattern(path: str) -> str:
         alike = any(
-            other.endswith(f".{path}") and values[other] != values[path] for other in values
+            longer.endswith(f".{path}") and values[longer] != values[path] for longer in values
         )
         return f"^{re.escape(path)}" if alike else re.escape(path)
 

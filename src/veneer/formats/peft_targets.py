@@ -1,4 +1,4 @@
-"""Which tensors of a folder PEFT applies.
+"""The tensors of a folder that PEFT applies.
 
 PEFT wraps the modules that the config means, and passes over the tensors of all others. So a folder
 whose ``target_modules``, ``exclude_modules`` or ``layers_to_transform`` was narrowed by hand is the
@@ -19,8 +19,8 @@ from veneer.errors import AdapterError, listing
 from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
-# : what narrows the targets of LoRA, and which of it the configs of other types do not have, which
-# PEFT then passes over
+#: what narrows the targets of LoRA, and which of it the configs of other types do not have, which
+#: PEFT then passes over
 _FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _LACKED = {"VERA": _FIELDS[:1], "LN_TUNING": _FIELDS[1:3], peft_tokens.TYPE: _FIELDS}
 
@@ -63,7 +63,9 @@ def left_out(
             config.get("ensure_weight_tying") and _are_tied(keys, inside, tensors)
         ):
             continue
-        below = f"{peft.PREFIX}{path}.base_layer."  # a trained bias of the layer, an embedding's frozen weight
+        below = (  # a trained bias of the layer, an embedding's frozen weight
+            f"{peft.PREFIX}{path}.base_layer."
+        )
         keys += [
             key for key in tensors if key.startswith(below) and "." not in key.removeprefix(below)
         ]
@@ -72,23 +74,26 @@ def left_out(
 
 
 def _are_tied(
-    keys: Iterable[str], others: Iterable[str], tensors: Mapping[str, Tensor | None]
+    keys: Iterable[str], adapted_keys: Iterable[str], tensors: Mapping[str, Tensor | None]
 ) -> bool:
     """Whether the factors at ``keys`` are those of others as well, as they lie there or turned:
     those of a module that PEFT adapts because its weight is tied to a target's. Factors that are
     not known may be."""
 
-    def alike(factor: Tensor | None, other: Tensor | None) -> bool:
-        if factor is None or other is None:
+    def alike(factor: Tensor | None, adapted: Tensor | None) -> bool:
+        if factor is None or adapted is None:
             return True
-        turned = other.mT if other.dim() == 2 else other
-        return any(torch.equal(factor, value) for value in (other, turned))
+        turned = adapted.mT if adapted.dim() == 2 else adapted
+        return any(torch.equal(factor, value) for value in (adapted, turned))
 
     factors = (tensors[key] for key in keys if not key.endswith(peft.MAGNITUDE))
-    return all(any(alike(factor, tensors[other]) for other in others) for factor in factors)
+    return all(
+        any(alike(factor, tensors[adapted_key]) for adapted_key in adapted_keys)
+        for factor in factors
+    )
 
 
-def applied(
+def applied_tensors(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], suffixes: Iterable[str]
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
     """(the tensors of an adapter of PEFT that PEFT applies, the modules that its config leaves
@@ -102,28 +107,34 @@ def applied(
         full := modules.keys()
         - left_out({**config, "modules_to_save": None}, tensors, suffixes).keys()
     ):
-        found = f"low-rank changes of {listing(sorted(full), 3)}, which modules_to_save in {peft.CONFIG} names"
+        problem = (
+            f"low-rank changes of {listing(sorted(full), 3)}, which modules_to_save in"
+            f" {peft.CONFIG} names"
+        )
         raise AdapterError(
-            found, "these modules in full", "correct modules_to_save, or get both files again"
+            problem, "these modules in full", "correct modules_to_save, or get both files again"
         )
     outside = {key for keys in modules.values() for key in keys}
     rest = {key: tensor for key, tensor in tensors.items() if key not in outside}
     if rest.keys() <= {*PROJECTIONS}:
-        found = f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of {listing(modules, 3)}"
+        problem = (
+            f"no tensor of {len(tensors)} for what {peft.CONFIG} means: they are of"
+            f" {listing(modules, 3)}"
+        )
         fields = "target_modules, exclude_modules and layers_to_transform"
         raise AdapterError(
-            found, "tensors of its targets", f"correct {fields}, or get both files again"
+            problem, "tensors of its targets", f"correct {fields}, or get both files again"
         )
     return rest, tuple(sorted(modules))
 
 
 def describe(modules: Iterable[str]) -> str:
-    """What was left out, in words."""
+    """A sentence that names the modules that were left out."""
     modules = list(modules)
-    found = (
+    count = (
         f"tensors of {len(modules)} modules that {peft.CONFIG} leaves out ({listing(modules, 3)})"
     )
-    return f"{found}: they are no part of the adapter, as in PEFT"
+    return f"{count}: they are no part of the adapter, as in PEFT"
 
 
 def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> str | None:
@@ -132,9 +143,8 @@ def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> 
     bare, tuner = key.removeprefix(peft.PREFIX), tuner_of(config)
     if bare == key:
         return None
-    if (
-        config.get("peft_type") == peft_tokens.TYPE
-    ):  # without targets PEFT takes the input embedding
+    # without targets PEFT takes the input embedding
+    if config.get("peft_type") == peft_tokens.TYPE:
         suffixes = (peft_tokens.ALONE,) if config.get("target_modules") else ()
     elif tuner is not None and not tuner.needs:
         above, _, suffix = bare.rpartition(".")

@@ -42,7 +42,7 @@ def as_lora(
     if config.get("peft_type") != TYPE:
         return config, tensors
     ends = [key.removesuffix(f".{ALONE}") for key in tensors if key.endswith(f".{ALONE}")]
-    said = {end.removeprefix(peft.PREFIX): config.get("token_indices") for end in ends}
+    ids_by_path = {end.removeprefix(peft.PREFIX): config.get("token_indices") for end in ends}
     dropped = ("peft_type", "token_indices", "target_modules", "init_weights", "exclude_modules")
     rest = {name: value for name, value in config.items() if name not in dropped}
     lora = {
@@ -51,7 +51,7 @@ def as_lora(
         "r": 1,
         "lora_alpha": 1,
         "target_modules": peft.NO_TARGETS,
-        FIELD: said,
+        FIELD: ids_by_path,
     }
     renamed = {f"{end}.{ALONE}": f"{end}.{SUFFIX}" for end in ends}
     return lora, {renamed.get(key, key): value for key, value in tensors.items()}
@@ -65,31 +65,37 @@ def split(
     rest = {key: value for key, value in tensors.items() if not key.endswith(f".{SUFFIX}")}
     # what PEFT writes along of a vocabulary that grew: the frozen embedding below the wrapper
     rest = {key.replace(".token_adapter.base_layer.", "."): value for key, value in rest.items()}
-    found: dict[str, TokenRows] = {}
+    token_rows: dict[str, TokenRows] = {}
     problems: list[str] = []
     for key in sorted(key for key in tensors if key.endswith(f".{SUFFIX}")):
-        rows, at = (
+        rows, module_path = (
             tensors[key],
             peft.unnested(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0],
         )
-        ids = indices(config, at)
+        ids = indices(config, module_path)
         if rows.dim() != 2 or len(ids) != len(rows) or len(set(ids)) != len(ids) or not ids:
-            said = (
-                f"rows {tuple(rows.shape)} of tokens at {at!r}, and {len(ids)} ids in {peft.CONFIG}"
+            problem = (
+                f"rows {tuple(rows.shape)} of tokens at {module_path!r}, and {len(ids)} ids in"
+                f" {peft.CONFIG}"
             )
             problems.append(
-                sentence(said, "a row for each of different ids", "get both files again")
+                sentence(problem, "a row for each of different ids", "get both files again")
             )
             continue
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        found[at] = TokenRows(at, tuple(ids[place] for place in order), rows[order])
+        token_rows[module_path] = TokenRows(
+            module_path, tuple(ids[position] for position in order), rows[order]
+        )
     raise_all(AdapterError, "The trained tokens cannot be used", problems)
-    return found, rest
+    return token_rows, rest
 
 
-def indices(config: Mapping[str, Any], at: str) -> Sequence[int]:
+def indices(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
     """The ids that a config has for the module at a path, in the order of its rows."""
     said = config.get(FIELD) or ()
     if not isinstance(said, Mapping):
         return list(said)
-    return next((ids for end, ids in said.items() if at == end or at.endswith(f".{end}")), [])
+    return next(
+        (ids for end, ids in said.items() if module_path == end or module_path.endswith(f".{end}")),
+        [],
+    )

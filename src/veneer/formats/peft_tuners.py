@@ -31,8 +31,8 @@ from torch import Tensor
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.formats import peft
 
-# : the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the
-# base lacks it
+#: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the
+#: base lacks it
 Weights = Callable[[str], "tuple[tuple[int, ...], torch.dtype | None] | None"]
 
 #: what PEFT adds to the rank that AdaLoRA divides by
@@ -41,7 +41,7 @@ EPSILON = 1e-5
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
-class Own(NamedTuple):
+class VariantChange(NamedTuple):
     """One change in its variant's terms: the parameters, with an axis for one group in front, and
     the scale of the variant's product."""
 
@@ -50,9 +50,9 @@ class Own(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a file holds of one module: its tensors by suffix, the rank and scale that the config
-    means, the pattern of AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
+class ModuleTensors:
+    """The tensors of one module by suffix, its rank and scale as the config says, the pattern of
+    AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
 
     at: str
     tensors: Mapping[str, Tensor]
@@ -83,10 +83,10 @@ class Tuner:
     needs: tuple[tuple[tuple[str, ...], ...], ...]
     fields: Mapping[str, str]
     own: Mapping[str, Callable[[Any], bool]]
-    read: Callable[[Held], Own]
+    read: Callable[[ModuleTensors], VariantChange]
 
 
-def _whole(value: Any) -> bool:
+def _integer(value: Any) -> bool:
     return type(value) is int
 
 
@@ -104,17 +104,16 @@ def _any(value: Any) -> bool:
 
 def _masks(value: Any) -> bool:
     lists = isinstance(value, dict) and all(isinstance(mask, list) for mask in value.values())
-    return lists and all(_flag(kept) for mask in value.values() for kept in mask)
+    return lists and all(_flag(kept_rank) for mask in value.values() for kept_rank in mask)
 
 
-def _adalora(held: Held) -> Own:
-    A, B, E = (held.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+def _adalora(module: ModuleTensors) -> VariantChange:
+    A, B, E = (module.tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
     rank, mask = len(A), torch.ones(len(A))
-    if (
-        held.pattern is not None and len(held.pattern) == rank
-    ):  # the masked triplets are still there
-        mask = torch.tensor(held.pattern, dtype=torch.float32)
-    elif rank != (held.rank if held.pattern is None else sum(held.pattern)):
+    # the masked triplets are still there
+    if module.pattern is not None and len(module.pattern) == rank:
+        mask = torch.tensor(module.pattern, dtype=torch.float32)
+    elif rank != (module.rank if module.pattern is None else sum(module.pattern)):
         raise ValueError(f"rank {rank}, which its config does not give it")
     if not rank:  # every triplet was taken away, and PEFT keeps none
         A, B, E, mask = (
@@ -123,30 +122,31 @@ def _adalora(held: Held) -> Own:
             E.new_zeros(1, 1),
             mask.new_zeros(1),
         )
-    return Own({"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, held.scale)
+    return VariantChange(
+        {"A": A[None], "B": B[None], "E": E.reshape(1, -1), "mask": mask[None]}, module.scale
+    )
 
 
-def _loha(held: Held) -> Own:
-    found = {}
+def _loha(module: ModuleTensors) -> VariantChange:
+    factors = {}
     for side in "12":
-        B, A = (held.tensors[f"hada_w{side}_{name}"] for name in "ab")
-        core = held.tensors.get(f"hada_t{side}")
+        B, A = (module.tensors[f"hada_w{side}_{name}"] for name in "ab")
+        core = module.tensors.get(f"hada_t{side}")
         if core is not None:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", core, A).flatten(1)
-        if A.shape[0] != held.rank or B.shape[1] != held.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {held.rank} in its config")
-        found |= {f"A{side}": A[None], f"B{side}": B[None]}
-    return Own(found, held.scale)
+        if A.shape[0] != module.rank or B.shape[1] != module.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
+        factors |= {f"A{side}": A[None], f"B{side}": B[None]}
+    return VariantChange(factors, module.scale)
 
 
-def _lokr(held: Held) -> Own:
-    tensors = held.tensors
+def _lokr(module: ModuleTensors) -> VariantChange:
+    tensors = module.tensors
     C = tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        if (
-            w2.dim() == 3
-        ):  # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
+        # of a Conv1d, where PEFT aligns C with the last two axes: the product of no two matrices
+        if w2.dim() == 3:
             out, in_ = C.shape[0] * w2.shape[0], C.shape[1] * w2.shape[1] * w2.shape[2]
             C, w2 = C.new_ones(1, 1), torch.kron(C, w2).reshape(out, in_)
         w2 = w2.flatten(1)
@@ -156,18 +156,18 @@ def _lokr(held: Held) -> Own:
         B, A = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
         if "lokr_t2" in tensors:
             B, A = B.mT, torch.einsum("ijkl,jn->inkl", tensors["lokr_t2"], A).flatten(1)
-        if A.shape[0] != held.rank or B.shape[1] != held.rank:
-            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {held.rank} in its config")
-    return Own({"C": C[None], "A2": A[None], "B2": B[None]}, held.scale)
+        if A.shape[0] != module.rank or B.shape[1] != module.rank:
+            raise ValueError(f"rank {B.shape[1]} and {A.shape[0]}, and {module.rank} in its config")
+    return VariantChange({"C": C[None], "A2": A[None], "B2": B[None]}, module.scale)
 
 
-def _vera(held: Held) -> Own:
-    assert held.projections is not None
-    b, d = held.tensors["vera_lambda_b"], held.tensors["vera_lambda_d"]
-    A, B = held.projections
-    if d.shape != (held.rank,) or A.shape[0] != held.rank or B.shape != (len(b), held.rank):
-        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {held.rank}")
-    return Own({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
+def _vera(module: ModuleTensors) -> VariantChange:
+    assert module.projections is not None
+    b, d = module.tensors["vera_lambda_b"], module.tensors["vera_lambda_d"]
+    A, B = module.projections
+    if d.shape != (module.rank,) or A.shape[0] != module.rank or B.shape != (len(b), module.rank):
+        raise ValueError(f"projections {tuple(A.shape)} and {tuple(B.shape)} of rank {module.rank}")
+    return VariantChange({"A": A[None], "B": B[None], "d": d[None], "b": b[None]}, 1.0)
 
 
 #: how many axes tensors have by their suffix, where these are not 2
@@ -181,7 +181,7 @@ _LYCORIS = {
     "init_weights": _any,
     "use_effective_conv2d": _flag,
 }
-_BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _whole)
+_BUDGET = dict.fromkeys(("target_r", "tinit", "tfinal", "deltaT", "total_step", "init_r"), _integer)
 _BUDGET |= dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), _number)
 TUNERS = {
     tuner.type: tuner
@@ -198,15 +198,15 @@ TUNERS = {
             "LOKR", "lokr", tuple(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
             ((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
             {"lora_alpha": "alpha"},
-            {**_LYCORIS, "decompose_both": _flag, "decompose_factor": _whole, "rank_dropout_scale": _flag}, _lokr,
+            {**_LYCORIS, "decompose_both": _flag, "decompose_factor": _integer, "rank_dropout_scale": _flag}, _lokr,
         ),
         Tuner(
             "VERA", "vera", ("vera_lambda_b", "vera_lambda_d"), ((("vera_lambda_b", "vera_lambda_d"),),),
             {"lora_dropout": "vera_dropout"},
-            {"projection_prng_key": _whole, "save_projection": _flag, "d_initial": _number, "init_weights": _any},
+            {"projection_prng_key": _integer, "save_projection": _flag, "d_initial": _number, "init_weights": _any},
             _vera,
         ),
-        Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda held: Own({}, 1.0)),
+        Tuner("LN_TUNING", "lora", ("ln_tuning_layers",), (), {}, {}, lambda module: VariantChange({}, 1.0)),
     )
 }  # fmt: skip
 #: fields of LoRA's config that would mean another adapter
@@ -227,10 +227,12 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     for name, test in tuner.own.items() if tuner is not None else ():
         value = config.get(name)
         if value is not None and not test(value):
-            found = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
+            problem = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
             problems.append(
                 sentence(
-                    found, f"what PEFT writes there for {config['peft_type']}", "get the file again"
+                    problem,
+                    f"what PEFT writes there for {config['peft_type']}",
+                    "get the file again",
                 )
             )
     for name in _NOT_THEIRS if tuner is not None else ():
@@ -246,8 +248,8 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
     peft.check_config(config if tuner is None else as_lora(tuner, config), ours, with_base)
 
 
-# : how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind
-# them
+#: how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind
+#: them
 _MARKS = (
     "lora_", "hada_", "lokr_", "vera_", "ln_tuning_layers", "trainable_tokens_delta", "ia3_l", "oft_R", "boft_",
     "hra_u", "randlora_", "vblora_", "fourierft_", "shira_", "waveft_", "c3a_kernel", "delora_", "gralora_", "hira_",
@@ -262,7 +264,7 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
     strange = []
     for key in keys:
         *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
-        marked = [part for part in (above, last) if part.startswith(_MARKS)]
+        marked = [segment for segment in (above, last) if segment.startswith(_MARKS)]
         if tuner is not None:
             known = (
                 "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
@@ -275,16 +277,19 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         if marked and not known:
             strange.append(key)
     if strange:
-        found = f"tensors of another tuner than {type_}, as {peft.CONFIG} says: {listing(sorted(strange), 2)}"
-        raise AdapterError(found, f"those of {type_}", "get both files again, of one adapter")
+        problem = (
+            f"tensors of another tuner than {type_}, as {peft.CONFIG} says:"
+            f" {listing(sorted(strange), 2)}"
+        )
+        raise AdapterError(problem, f"those of {type_}", "get both files again, of one adapter")
 
 
 def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a
     change comes from. A field that neither knows is still there."""
-    known = {*tuner.own, *tuner.fields.values(), *(_UNUSED if tuner.type == "ADALORA" else ())}
-    lora = {name: value for name, value in config.items() if name not in known}
-    lora |= {name: config.get(own) for name, own in tuner.fields.items()}
+    own_fields = {*tuner.own, *tuner.fields.values(), *(_UNUSED if tuner.type == "ADALORA" else ())}
+    lora = {name: value for name, value in config.items() if name not in own_fields}
+    lora |= {name: config.get(own_name) for name, own_name in tuner.fields.items()}
     if tuner.type == "ADALORA" and _number(lora.get("lora_alpha")) and lora["lora_alpha"] <= 0:
         lora["lora_alpha"] = lora["r"]
     if tuner.type == "VERA":  # the paper's scale is 1
@@ -294,22 +299,22 @@ def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
         targets = config.get("target_modules")
         named = targets if isinstance(targets, list) else []
         more = config.get("modules_to_save")
-        whole = [*named, *(more if isinstance(more, list) else [])]
+        saved_modules = [*named, *(more if isinstance(more, list) else [])]
         lora |= {
             "r": 1,
             "lora_alpha": 1,
             "target_modules": peft.NO_TARGETS,
-            "modules_to_save": whole,
+            "modules_to_save": saved_modules,
         }
     return {**lora, "peft_type": "LORA"}
 
 
 def changes(
     tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
-) -> tuple[dict[str, Own], dict[str, Tensor]]:
+) -> tuple[dict[str, VariantChange], dict[str, Tensor]]:
     """The changes of a file by the path of their module, and its other tensors under the keys that
     LoRA's file gives them. ``AdapterError``: tensors that are no change of this tuner. Needs
-    ``weights`` for VeRA (see ``unsized``)."""
+    ``weights`` for VeRA (see ``needs_base_shapes``)."""
     by_module: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -325,42 +330,62 @@ def changes(
     cut = (
         _projections(config, tensors, by_module, weights, problems) if tuner.type == "VERA" else {}
     )
-    lora, patterns, found = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
-    for at, own in by_module.items():
-        rank, alpha, scale = peft.strength(lora, at)
+    lora, patterns, layer_changes = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
+    for module_path, module_tensors in by_module.items():
+        rank, alpha, scale = peft.strength(lora, module_path)
         pattern = None
         if tuner.type == "ADALORA":
-            scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{at}.lora_E")
+            scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{module_path}.lora_E")
         pattern = None if pattern is None else tuple(pattern)
         lacking = [
-            choice for choice in tuner.needs if not any(own.keys() >= {*names} for names in choice)
+            choice
+            for choice in tuner.needs
+            if not any(module_tensors.keys() >= {*names} for names in choice)
         ]
-        odd = [name for name, tensor in own.items() if tensor.dim() not in _AXES.get(name, (2,))]
+        odd = [
+            name
+            for name, tensor in module_tensors.items()
+            if tensor.dim() not in _AXES.get(name, (2,))
+        ]
         if odd:
-            sizes = ", ".join(f"{name} {tuple(own[name].shape)}" for name in odd)
+            sizes = ", ".join(f"{name} {tuple(module_tensors[name].shape)}" for name in odd)
             axes = " or ".join(map(str, _AXES.get(odd[0], (2,))))
             problems.append(
-                sentence(f"{sizes} at {at!r}", f"{axes} axes in {odd[0]}", "get both files again")
+                sentence(
+                    f"{sizes} at {module_path!r}",
+                    f"{axes} axes in {odd[0]}",
+                    "get both files again",
+                )
             )
         elif lacking:
             wanted = " and ".join(
                 " or ".join(", ".join(names) for names in choice) for choice in lacking
             )
             problems.append(
-                sentence(f"no {wanted} at {at!r}", "a whole change", "get the whole file again")
+                sentence(
+                    f"no {wanted} at {module_path!r}", "a whole change", "get the whole file again"
+                )
             )
-        elif tuner.type != "VERA" or at in cut:
+        elif tuner.type != "VERA" or module_path in cut:
             try:
-                found[at] = tuner.read(Held(at, own, rank, scale, pattern, cut.get(at)))
+                layer_changes[module_path] = tuner.read(
+                    ModuleTensors(
+                        module_path, module_tensors, rank, scale, pattern, cut.get(module_path)
+                    )
+                )
             except (RuntimeError, ValueError, IndexError) as error:
-                sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in own.items())
-                said = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
-                problems.append(sentence(said, f"a change of {tuner.type}", "get both files again"))
+                sizes = ", ".join(
+                    f"{name} {tuple(tensor.shape)}" for name, tensor in module_tensors.items()
+                )
+                problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
+                problems.append(
+                    sentence(problem, f"a change of {tuner.type}", "get both files again")
+                )
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    return found, rest
+    return layer_changes, rest
 
 
-def unsized(tuner: Tuner, weights: Weights | None) -> bool:
+def needs_base_shapes(tuner: Tuner, weights: Weights | None) -> bool:
     """Whether only a base tells the shapes of the changes."""
     return tuner.type == "VERA" and weights is None
 
@@ -374,48 +399,67 @@ def _projections(
     if weights is None:
         return {}
     sizes: dict[str, tuple[int, int, torch.dtype | None]] = {}
-    for at, own in by_module.items():
-        found, out = (
-            weights(f"{at}.weight"),
-            own["vera_lambda_b"].numel() if "vera_lambda_b" in own else 0,
+    for module_path, module_tensors in by_module.items():
+        shape_and_dtype, out = (
+            weights(f"{module_path}.weight"),
+            module_tensors["vera_lambda_b"].numel() if "vera_lambda_b" in module_tensors else 0,
         )
-        if found is None or not out or len(found[0]) != 2 or math.prod(found[0]) % out:
-            shape = "none" if found is None else tuple(found[0])
+        if (
+            shape_and_dtype is None
+            or not out
+            or len(shape_and_dtype[0]) != 2
+            or math.prod(shape_and_dtype[0]) % out
+        ):
+            shape = "none" if shape_and_dtype is None else tuple(shape_and_dtype[0])
             expected = "a weight with as many outputs"
             problems.append(
                 sentence(
-                    f"{out} outputs at {at!r}, where the base has {shape}", expected, "use its base"
+                    f"{out} outputs at {module_path!r}, where the base has {shape}",
+                    expected,
+                    "use its base",
                 )
             )
         else:
-            sizes[at] = out, math.prod(found[0]) // out, found[1]
+            sizes[module_path] = out, math.prod(shape_and_dtype[0]) // out, shape_and_dtype[1]
     if problems or not sizes:
         return {}
     out, in_ = max(out for out, _, _ in sizes.values()), max(in_ for _, in_, _ in sizes.values())
     A, B = (tensors.get(name) for name in PROJECTIONS)
     drawn = A is None or B is None
     if drawn and config.get("save_projection", True):
-        found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and save_projection=True"
-        problems.append(sentence(found, "both projections", "get the whole file again"))
+        problem = (
+            f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and"
+            " save_projection=True"
+        )
+        problems.append(sentence(problem, "both projections", "get the whole file again"))
         return {}
-    if drawn and not _whole(config.get("projection_prng_key")):
-        found = f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and no projection_prng_key"
+    if drawn and not _integer(config.get("projection_prng_key")):
+        problem = (
+            f"no {' and no '.join(key for key in PROJECTIONS if key not in tensors)}, and no"
+            " projection_prng_key"
+        )
         problems.append(
-            sentence(found, "the projections, or what they are drawn from", "get both files again")
+            sentence(
+                problem,
+                "the projections, or what they are drawn from",
+                "get both files again",
+            )
         )
         return {}
     if A is None or B is None:
         A, B = drawn_projections(config["projection_prng_key"], config["r"], out, in_)
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] < in_ or B.shape[0] < out:
-        found = f"projections {tuple(A.shape)} and {tuple(B.shape)}"
-        problems.append(sentence(found, f"at least {in_} inputs and {out} outputs", "use its base"))
+        shape_and_dtype = f"projections {tuple(A.shape)} and {tuple(B.shape)}"
+        problems.append(
+            sentence(shape_and_dtype, f"at least {in_} inputs and {out} outputs", "use its base")
+        )
         return {}
     cut = {}
-    for at, (rows, columns, dtype) in sizes.items():
+    for module_path, (rows, columns, dtype) in sizes.items():
         pair = A[:, :columns], B[:rows]
         if drawn and dtype is not None:  # PEFT rounds what it draws to the dtype of the base
             pair = pair[0].to(dtype).to(A.dtype), pair[1].to(dtype).to(B.dtype)
-        cut[at] = pair
+        cut[module_path] = pair
     return cut
 
 
@@ -439,7 +483,10 @@ def differs(kind: str, module: Any) -> str | None:
     weight gives, or why the change is none that a variant has; None if neither."""
     if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
         if module.groups != 1:
-            return f"one product for all {module.groups} groups of a convolution, of which Veneer has one each"
+            return (
+                f"one product for all {module.groups} groups of a convolution, of which Veneer has"
+                " one each"
+            )
         return (
             None
             if module.padding_mode == "zeros"
@@ -452,11 +499,13 @@ def differs(kind: str, module: Any) -> str | None:
     )
 
 
-def plain_shapes(at: str, A: Tensor, B: Tensor, weights: Weights | None) -> Iterator[Tensor]:
+def plain_shapes(
+    module_path: str, A: Tensor, B: Tensor, weights: Weights | None
+) -> Iterator[Tensor]:
     """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer,
     where a base tells them."""
-    found = None if weights is None else weights(f"{at}.weight")
-    shape = () if found is None else found[0]
+    shape_and_dtype = None if weights is None else weights(f"{module_path}.weight")
+    shape = () if shape_and_dtype is None else shape_and_dtype[0]
     conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
     yield A.reshape(-1, *shape[1:]) if conv else A
     yield B.reshape(*B.shape, *[1] * (len(shape) - 2)) if conv else B

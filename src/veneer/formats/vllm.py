@@ -1,4 +1,4 @@
-"""What vLLM can load: the published rules of its loader, applied to the two files of an adapter.
+"""The published rules of vLLM's loader, applied to the two files of an adapter.
 
     adapter_config.json    vllm/lora/peft_helper.py: PEFTHelper, its fields and ``validate_legal``
     the tensors' names     vllm/lora/utils.py: ``parse_fine_tuned_lora_name``
@@ -30,10 +30,10 @@ _SIDES = re.compile(
 def parse(name: str) -> tuple[str, str] | None:
     """(module, "lora_a" or "lora_b") of a tensor's name, as vLLM reads it; None for a name that it
     refuses."""
-    found = _SIDES.match(name)
-    if found is None or not found[1]:
+    match = _SIDES.match(name)
+    if match is None or not match[1]:
         return None
-    return found[1], f"lora_{(found['side'] or found['emb']).lower()}"
+    return match[1], f"lora_{(match['side'] or match['emb']).lower()}"
 
 
 def problems(
@@ -98,30 +98,38 @@ def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     and lora_alpha."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
-    one = peft.strength(config)[2]  # of no path: no pattern applies
+    scale = peft.strength(config)[2]  # of no path: no pattern applies
     paths = {parsed[0] for parsed in map(parse, names) if parsed is not None}
-    other = sorted(
-        path for path in paths if abs(peft.strength(config, path)[2] - one) > 1e-6 * abs(one)
+    deviating = sorted(
+        path for path in paths if abs(peft.strength(config, path)[2] - scale) > 1e-6 * abs(scale)
     )
-    text = f"layers have scales of their own ({listing(other, 2)}), which releases of vLLM have ignored"
-    return [text] if other else []
+    text = (
+        f"layers have scales of their own ({listing(deviating, 2)}), which releases of vLLM have"
+        " ignored"
+    )
+    return [text] if deviating else []
 
 
 def _names(names: Iterable[str]) -> list[str]:
     """Names that vLLM refuses, and changes whose place it does not have."""
-    found = []
+    reasons = []
     # it passes over the base's own embeddings, which PEFT may write along
-    own = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
-    parsed = {name: parse(name) for name in names if not own.search(name)}
-    unknown = [name.removeprefix(peft.PREFIX) for name, what in parsed.items() if what is None]
+    frozen_embedding = re.compile(r"\.(embed_tokens|lm_head)\.base_layer\.weight$")
+    parsed = {name: parse(name) for name in names if not frozen_embedding.search(name)}
+    unknown = [
+        name.removeprefix(peft.PREFIX)
+        for name, parts_of_name in parsed.items()
+        if parts_of_name is None
+    ]
     if unknown := [name for name in unknown if not name.endswith(peft.MAGNITUDE)]:
-        found.append(f"it holds tensors besides the factors ({listing(unknown, 3)})")
-    modules = {what[0] for what in parsed.values() if what is not None}
+        reasons.append(f"it holds tensors besides the factors ({listing(unknown, 3)})")
+    modules = {parts_of_name[0] for parts_of_name in parsed.values() if parts_of_name is not None}
     wrapped = sorted(
-        at
-        for at in modules
-        if "base_layer" in at.split(".") and not at.endswith(".experts.base_layer")
+        module_path
+        for module_path in modules
+        if "base_layer" in module_path.split(".")
+        and not module_path.endswith(".experts.base_layer")
     )
     if wrapped:
-        found.append(f"it changes what stands below a wrapper ({listing(wrapped, 2)})")
-    return found
+        reasons.append(f"it changes what stands below a wrapper ({listing(wrapped, 2)})")
+    return reasons

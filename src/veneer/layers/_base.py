@@ -1,6 +1,7 @@
 """The contract of a kind of layer: the only place that knows how a weight is used.
 
-    y = op(x; W) + bias        update(x) = op(x; ΔW)        ΔW: [g, out, in] folded into the weight's own shape
+    y = op(x; W) + bias        update(x) = op(x; ΔW)
+    ΔW: [g, out, in], folded into the shape of the weight
 
 A kind says which weights a module has (``weights``), how large a ΔW is (``dims``) and how it lies
 in the weight (``fold`` and ``unfold``). That is enough: the module's own forward then runs on W +
@@ -51,8 +52,8 @@ class Layer(ABC):
     linear: bool = False
     #: whether forward is y = x Wᵀ + bias and nothing else (W lies transposed if out_axis is 1)
     product: bool = False
-    # : whether each position of the one input is computed alone, so that the axes before the last
-    # may be any
+    #: whether each position of the one input is computed alone, so that the axes before the last
+    #: may be any
     by_position: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,8 +77,8 @@ class Layer(ABC):
         return ()
 
     def below(self, module: Any) -> tuple[str, ...]:
-        """The names of children that are a part of this layer: who names the layer as a target
-        means them too."""
+        """The names of children that belong to this layer: a target that matches the layer
+        includes them."""
         return ()
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
@@ -109,7 +110,8 @@ class Layer(ABC):
         return None
 
     def apply_forward_rewrite(self, module: Any, weight: Tensor) -> Tensor:
-        """What forward makes of a weight that it rewrites as it reads it; a merge writes this."""
+        """The weight after the rewrite that forward applies when it reads it (such as a weight
+        standardisation); a merge writes this."""
         return weight
 
     def refuses(self, module: Any) -> str | None:
@@ -157,7 +159,7 @@ class Layer(ABC):
 
     # The materialised path runs the module's own forward on a view of it.
 
-    def bind(self, seen: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
+    def bind(self, view: Any, values: Any) -> None:  # noqa: B027 (most kinds have nothing to do)
         """Put changed weights, ``values.get(name)``, where a view's forward looks for them, if that
         is not under their names."""
 
@@ -171,19 +173,19 @@ class Layer(ABC):
         Raises:
             LookupError: nothing in the arguments has ``count`` rows.
         """
-        found = False
+        matched = False
 
         def pick(value: Any) -> Any:
-            nonlocal found
+            nonlocal matched
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != count:
                 return value
-            found = True
+            matched = True
             return value.index_select(0, rows.to(value.device))
 
-        taken = pytree.tree_map(pick, (args, kwargs))
-        if not found:
+        selected = pytree.tree_map(pick, (args, kwargs))
+        if not matched:
             raise LookupError
-        return taken
+        return selected
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:
         """The outputs of such calls, one after the other, as that of the whole batch in its
@@ -217,14 +219,14 @@ class Layer(ABC):
 def joined(outputs: list[Any], order: Tensor, axis_of: Any) -> Any:
     """Concatenate nested outputs tensor by tensor, each along ``axis_of(its position)``, and
     reorder that axis."""
-    spec, whole = pytree.tree_structure(outputs[0]), []
-    for position, parts in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
-        if not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
-            whole.append(parts[0])
+    spec, leaves = pytree.tree_structure(outputs[0]), []
+    for position, tensors in enumerate(zip(*map(pytree.tree_leaves, outputs), strict=True)):
+        if not isinstance(tensors[0], Tensor) or tensors[0].dim() == 0:
+            leaves.append(tensors[0])
             continue
         axis = axis_of(position)
-        whole.append(torch.cat(parts, axis).index_select(axis, order.to(parts[0].device)))
-    return pytree.tree_unflatten(whole, spec)
+        leaves.append(torch.cat(tensors, axis).index_select(axis, order.to(tensors[0].device)))
+    return pytree.tree_unflatten(leaves, spec)
 
 
 LAYERS: Registry[Layer] = Registry("layer kind")

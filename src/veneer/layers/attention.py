@@ -39,44 +39,44 @@ class Attention(Layer):
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
         if weight == "out_proj.weight":
-            found = [self._heads(module, args)]
+            tensors = [self._heads(module, args)]
         else:
-            found = args[:3] if weight == self.weight else [args[_SEPARATE.index(weight)]]
-        return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in found], dim=1)
+            tensors = args[:3] if weight == self.weight else [args[_SEPARATE.index(weight)]]
+        return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in tensors], dim=1)
 
     def _heads(self, module: Any, args: tuple) -> Tensor:
-        """What the out-projection reads: the forward of a view of the module whose out-projection
-        is the identity."""
+        """The input of the out-projection: the forward of a view of the module with the identity
+        in its place."""
         size, query = module.embed_dim, args[0]
         identity: Any = nn.utils.skip_init(
             nn.Linear, size, size, device=query.device, dtype=query.dtype
         )
         nn.init.eye_(identity.weight)
         nn.init.zeros_(identity.bias)
-        seen = object.__new__(type(module))
-        seen.__dict__.update(module.__dict__, _modules={**module._modules, "out_proj": identity})
-        return type(module).forward(seen, *args)[0]
+        view = object.__new__(type(module))
+        view.__dict__.update(module.__dict__, _modules={**module._modules, "out_proj": identity})
+        return type(module).forward(view, *args)[0]
 
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
         names, more = _ARGUMENTS, args[len(_ARGUMENTS) :]  # of a subclass
-        given = dict(zip(names, args, strict=False)) | kwargs
+        arguments = dict(zip(names, args, strict=False)) | kwargs
         axis = 0 if module.batch_first else 1
         for name in names[:3]:
-            if given[name].dim() != 3 or given[name].shape[axis] != count:
+            if arguments[name].dim() != 3 or arguments[name].shape[axis] != count:
                 raise LookupError
-            given[name] = given[name].index_select(axis, rows.to(given[name].device))
-        if given.get("key_padding_mask") is not None:
-            given["key_padding_mask"] = given["key_padding_mask"].index_select(0, rows)
-        mask = given.get("attn_mask")
+            arguments[name] = arguments[name].index_select(axis, rows.to(arguments[name].device))
+        if arguments.get("key_padding_mask") is not None:
+            arguments["key_padding_mask"] = arguments["key_padding_mask"].index_select(0, rows)
+        mask = arguments.get("attn_mask")
         if mask is not None and mask.dim() == 3:  # [batch · heads, target, source]
             heads = torch.arange(module.num_heads, device=rows.device)
-            given["attn_mask"] = mask.index_select(
+            arguments["attn_mask"] = mask.index_select(
                 0, (rows[:, None] * module.num_heads + heads).reshape(-1)
             )
-        return (*(given[name] for name in names[: len(args)]), *more), {
-            name: given[name] for name in kwargs
+        return (*(arguments[name] for name in names[: len(args)]), *more), {
+            name: arguments[name] for name in kwargs
         }
 
     def put(self, module: Any, outputs: list[Any], order: Tensor) -> Any:

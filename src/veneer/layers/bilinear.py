@@ -22,13 +22,13 @@ class Bilinear(Layer):
         return (nn.Bilinear,)
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        out, left, right = shape
-        return Dims(1, out, left * right)
+        out, first_in, second_in = shape
+        return Dims(1, out, first_in * second_in)
 
     def inputs(self, module: Any, weight: str, args: tuple) -> Tensor:
-        left, right = args
-        return (left[..., :, None] * right[..., None, :]).reshape(
-            1, -1, left.shape[-1] * right.shape[-1]
+        first, second = args
+        return (first[..., :, None] * second[..., None, :]).reshape(
+            1, -1, first.shape[-1] * second.shape[-1]
         )
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:

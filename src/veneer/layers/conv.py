@@ -30,7 +30,7 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 
 
 class _Convolution(Layer):
-    """What all of them share; ``spatial`` is the number of their spatial axes."""
+    """The common part of all convolutions; ``spatial`` is the number of spatial axes."""
 
     def __init__(self, name: str, spatial: int, cls: type[nn.Module]) -> None:
         self.name, self.spatial, self._cls = name, spatial, cls
@@ -57,9 +57,8 @@ class _Convolution(Layer):
             module, x, torch.eye(in_, dtype=x.dtype, device=x.device).expand(groups, in_, in_)
         )
         batched = patches if patches.dim() == self.spatial + 2 else patches[None]
-        return (
-            batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
-        )  # [g, positions, in/g · |k|]
+        # [g, positions, in/g · |k|]
+        return batched.movedim(1, -1).reshape(-1, groups, in_).movedim(1, 0)
 
     def per_output(self, module: Any, values: Tensor, y: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.spatial)
@@ -88,12 +87,12 @@ class Conv(_Convolution):
         drops: float,
     ) -> Tensor | None:
         plain = x.numel() > conv.SMALL and module.groups == 1 and module.padding_mode == "zeros"
-        whole = (
+        contiguous = (
             x.dim() == self.spatial + 2
             and conv.lies(x) is not None
             and conv.lies(weight) is not None
         )
-        if not (plain and whole) or isinstance(module.padding, str):
+        if not (plain and contiguous) or isinstance(module.padding, str):
             return None
         geometry = conv.Geometry(module.stride, module.padding, module.dilation)
         return conv.conv(geometry, low.scale, x, weight, bias, low.A[0], low.B[0], drops)

@@ -43,8 +43,8 @@ class _Lookup(Layer):
     def frozen_input(self, module: Any) -> int | None:
         return module.padding_idx
 
-    def bind(self, seen: Any, values: Any) -> None:
-        seen.sparse = False  # a sparse gradient cannot flow on into A and B
+    def bind(self, view: Any, values: Any) -> None:
+        view.sparse = False  # a sparse gradient cannot flow on into A and B
 
 
 @register
@@ -104,11 +104,13 @@ class EmbeddingBag(_Lookup):
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
-        given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+        arguments = (
+            dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+        )
         ids, offsets, weights = (
-            given["input"],
-            given.get("offsets"),
-            given.get("per_sample_weights"),
+            arguments["input"],
+            arguments.get("offsets"),
+            arguments.get("per_sample_weights"),
         )
         if offsets is None:
             return super().take(module, args, kwargs, rows, count)
@@ -121,12 +123,12 @@ class EmbeddingBag(_Lookup):
         )
         spans = [torch.arange(int(offsets[row]), int(ends[row]), device=ids.device) for row in rows]
         lengths = torch.tensor([0, *map(len, spans)], device=ids.device).cumsum(0)
-        where = torch.cat(spans)
+        positions = torch.cat(spans)
         starts = lengths if module.include_last_offset else lengths[:-1]
         return (
-            ids[where],
+            ids[positions],
             starts.to(offsets.dtype),
-            None if weights is None else weights[where],
+            None if weights is None else weights[positions],
         ), {}
 
     def examples(self) -> Iterator[tuple[nn.Module, Any]]:

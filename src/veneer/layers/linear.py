@@ -64,8 +64,8 @@ class Linear(_Product):
     name = "linear"
 
     def types(self) -> tuple[type[nn.Module], ...]:
-        found = (getattr(sys.modules.get(module), name, None) for module, name in OTHERS)
-        return (nn.Linear, *(cls for cls in found if cls is not None))
+        classes = (getattr(sys.modules.get(module), name, None) for module, name in OTHERS)
+        return (nn.Linear, *(cls for cls in classes if cls is not None))
 
     def op(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

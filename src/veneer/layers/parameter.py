@@ -45,7 +45,7 @@ class Positions(nn.Module):
         return (x + self.table) * self.gamma
 
 
-def squeezed(shape: torch.Size) -> tuple[int, ...]:
+def without_unit_axes(shape: torch.Size) -> tuple[int, ...]:
     """A shape without its leading axes of size 1."""
     sizes = tuple(shape)
     while len(sizes) > 1 and sizes[0] == 1:
@@ -61,19 +61,19 @@ class Parameters(Layer):
         return ()  # asked last, whatever the module is: see kind_of
 
     def weights(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _own(module).items() if axes > 1)
+        return tuple(name for name, axes in _matrix_axes(module).items() if axes > 1)
 
     def vectors(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for name, axes in _own(module).items() if axes <= 1)
+        return tuple(name for name, axes in _matrix_axes(module).items() if axes <= 1)
 
     def dims(self, module: Any, shape: torch.Size) -> Dims:
-        sizes = squeezed(shape)
+        sizes = without_unit_axes(shape)
         if len(sizes) == 3:
             return Dims(*sizes)
         return Dims(1, sizes[0], torch.Size(sizes[1:]).numel())
 
     def spread(self, values: Tensor, dims: Dims, shape: torch.Size) -> Tensor:
-        sizes = squeezed(shape)
+        sizes = without_unit_axes(shape)
         lead = sizes[:2] if len(sizes) == 3 else sizes[:1]
         return values.reshape(*lead, *[1] * (len(sizes) - len(lead)))
 
@@ -103,13 +103,13 @@ class Parameters(Layer):
 
 def swapped_stack(module: Any, shape: torch.Size) -> bool:
     """Whether a stack lies as [E, in, out], as experts of transformers say by this attribute."""
-    return len(squeezed(shape)) == 3 and bool(getattr(module, "is_transposed", False))
+    return len(without_unit_axes(shape)) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _own(module: Any) -> dict[str, int]:
+def _matrix_axes(module: Any) -> dict[str, int]:
     """How many axes count in each of a module's own parameters, by name, biases left out."""
     return {
-        name: len(squeezed(p.shape))
+        name: len(without_unit_axes(p.shape))
         for name, p in module._parameters.items()
         if p is not None
         and "bias" not in name

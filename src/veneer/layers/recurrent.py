@@ -1,6 +1,7 @@
 """``nn.LSTM``, ``GRU``, ``RNN`` and their cells: every weight of every layer and direction.
 
-    weight_ih_l0 [gates · hidden, in]   weight_hh_l0 [gates · hidden, hidden]   weight_hr_l0 [projection, hidden]   …
+    weight_ih_l0 [gates · hidden, in]       weight_hh_l0 [gates · hidden, hidden]
+    weight_hr_l0 [projection, hidden]       …
 
 Each has a change of its own. A recurrence is not linear in its weights, so the module's own forward
 runs on W + ΔW.
@@ -32,24 +33,24 @@ class Recurrent(Layer):
             name for names in module._all_weights for name in names if name.startswith("weight")
         )
 
-    def bind(self, seen: Any, values: Any) -> None:
+    def bind(self, view: Any, values: Any) -> None:
         # A recurrent module hands its kernel a list of its parameters, made when it was built. With
         # references that fit, forward does not make another, which would then be taken for
         # something that it wrote to the module.
         weights = [
-            values.get(name, seen._parameters.get(name)) for name in seen._flat_weights_names
+            values.get(name, view._parameters.get(name)) for name in view._flat_weights_names
         ]
-        seen.__dict__["_flat_weights"] = weights
-        seen.__dict__["_flat_weight_refs"] = [
+        view.__dict__["_flat_weights"] = weights
+        view.__dict__["_flat_weight_refs"] = [
             None if weight is None else weakref.ref(weight) for weight in weights
         ]
-        seen.flatten_parameters()
+        view.flatten_parameters()
 
     def take(
         self, module: Any, args: tuple, kwargs: dict, rows: Tensor, count: int
     ) -> tuple[tuple, dict]:
-        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        x, states = given["input"], given.get("hx")
+        arguments = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        x, states = arguments["input"], arguments.get("hx")
         axis = 0 if module.batch_first else 1
         if isinstance(x, PackedSequence):
             padded, lengths = pad_packed_sequence(x)  # [time, batch, in]
@@ -72,10 +73,13 @@ class Recurrent(Layer):
             sequences, states = zip(*outputs, strict=True)
             padded, lengths = zip(*map(pad_packed_sequence, sequences), strict=True)
             longest = max(len(y) for y in padded)
-            whole = torch.cat(
+            padded_batch = torch.cat(
                 [nn.functional.pad(y, (0, 0, 0, 0, 0, longest - len(y))) for y in padded], dim=1
             )
-            y = _packed(whole.index_select(1, order.to(whole.device)), torch.cat(lengths)[order])
+            y = _packed(
+                padded_batch.index_select(1, order.to(padded_batch.device)),
+                torch.cat(lengths)[order],
+            )
             return y, joined(list(states), order, lambda _: 1)
         return joined(
             outputs, order, lambda position: 0 if position == 0 and module.batch_first else 1

@@ -127,7 +127,9 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
             continue
         module: Any = names.modules[entry.ref[0]]
         storage.prepare(module)
-        settled = storage.decode(weight, storage.settled(weight, storage.stored(weight)))
+        settled = storage.decode(
+            weight, storage.after_first_call(weight, storage.stored_tensors(weight))
+        )
         found[fingerprint(settled)] = fingerprint_of(value.shape, value.parts())
         storage.release(module)
     setattr(model, _SOURCES, found)

@@ -22,12 +22,12 @@ from torch import Tensor
 from veneer.lowrank import LowRank
 from veneer.registry import Registry
 
-# : returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own
-# dtype for ``resolve``
+#: returns the frozen weight as a dense [g, out, in]: of at least float32 for ``init``, in its own
+#: dtype for ``resolve``
 Base = Callable[[], Tensor]
 
-# : the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or
-# None for 1
+#: the parameters of an adapter by name, and what they resolve to: ΔW, and the gain [g · out] or
+#: None for 1
 Parameters = Mapping[str, Tensor]
 Resolved = tuple[LowRank, Tensor | None]
 
@@ -41,7 +41,7 @@ def _missing() -> Tensor:
 
 @dataclass(frozen=True)
 class InitContext:
-    """What a variant may look at when it makes its parameters.
+    """The values that a variant may use to initialise its parameters.
 
     Fields:
         groups, out, in_, rank: the sizes of ΔW and of the bottleneck.

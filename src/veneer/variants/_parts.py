@@ -1,13 +1,13 @@
-"""What several variants share: the largest and smallest singular triplets of a matrix, and a start
-that is not zero."""
+"""Common parts of several variants: the largest and smallest singular triplets of a matrix, and
+a start that is not zero."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# : matrices whose smaller side is at most this get a full SVD: a second at 2,048, and the cube of
-# it beyond
+#: matrices whose smaller side is at most this get a full SVD: a second at 2,048, and the cube of
+#: it beyond
 EXACT = 1024
 #: extra directions and power iterations of the randomised SVD (Halko et al. 2009, arXiv:0909.4061)
 OVERSAMPLE, ITERATIONS = 16, 16
@@ -34,7 +34,7 @@ def minor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[..., -rank:], S[..., -rank:], Vh[..., -rank:, :]
 
 
-def balanced(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A = √S Vᵀ [g, rank, in] and B = U √S [g, out, rank]: B @ A is the best approximation of this
     rank."""
     return split(*principal(matrix, rank))
@@ -49,11 +49,10 @@ def split(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 def with_start(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """The parameters of a variant that starts at B @ A: trained A and B, and frozen copies A0 and
     B0, all float32."""
-    A, B = own(A), own(B)
+    A, B = own_float32(A), own_float32(B)
     return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
 
-def own(part: Tensor) -> Tensor:
-    """``part`` in float32 in memory of its own, so that it does not keep alive the larger tensor it
-    is a part of."""
-    return part.to(torch.float32).clone(memory_format=torch.contiguous_format)
+def own_float32(factor: Tensor) -> Tensor:
+    """``factor`` in float32 in memory of its own: a view would keep the larger tensor alive."""
+    return factor.to(torch.float32).clone(memory_format=torch.contiguous_format)

@@ -32,8 +32,9 @@ def init(start: InitContext) -> dict[str, Tensor]:
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     E = parameters["E"]
-    kept = E + (E * parameters["mask"] - E).detach()  # E ⊙ mask exactly, with the gradient of E
-    return LowRank(parameters["A"], parameters["B"] * kept[:, None, :], scale), None
+    # E ⊙ mask exactly, with the gradient of E
+    singular_values = E + (E * parameters["mask"] - E).detach()
+    return LowRank(parameters["A"], parameters["B"] * singular_values[:, None, :], scale), None
 
 
 register(

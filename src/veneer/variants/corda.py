@@ -34,22 +34,22 @@ WITHIN = 0.05
 
 def init(start: InitContext, triplets: Triplets = principal) -> dict[str, Tensor]:
     """From ``triplets`` of W C: the r largest, or the r smallest."""
-    C, inverse = damped(start.inputs())
+    C, inverse = damped_moment(start.inputs())
     U, S, Vh = triplets(start.base().to(C) @ C, start.rank)
     return with_start(*split(U, S, Vh @ inverse))
 
 
-def damped(moment: Tensor) -> tuple[Tensor, Tensor]:
+def damped_moment(moment: Tensor) -> tuple[Tensor, Tensor]:
     """C and C⁻¹ [g, in, in] of a moment Σ xᵀx [g, in, in]. Inputs that are all zero have C = I."""
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     C = moment / torch.where(mean == 0, torch.ones_like(mean), mean)
     damping = DAMPING
     while True:
-        whole = C + damping * eye
-        inverse = torch.linalg.inv(whole)
-        if whole.is_meta or bool(((whole @ inverse - eye).flatten(1).norm(dim=1) < WITHIN).all()):
-            return whole, inverse
+        damped = C + damping * eye
+        inverse = torch.linalg.inv(damped)
+        if damped.is_meta or bool(((damped @ inverse - eye).flatten(1).norm(dim=1) < WITHIN).all()):
+            return damped, inverse
         damping *= 2
 
 

@@ -43,9 +43,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     low = LowRank(parameters["A"], parameters["B"], scale)
-    pieces: Any = getattr(
-        base, "pieces", None
-    )  # of a packed weight, which is never dense as a whole
+    # of a packed weight, which is never dense as a whole
+    pieces: Any = getattr(base, "pieces", None)
     if pieces is None or low.B.is_cpu or torch.compiler.is_compiling():
         norms = row_norms(base(), low)
     else:
@@ -101,9 +100,9 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     and ΔW, and at least float32. A part of W at a time is in that dtype."""
     dtype = torch.promote_types(torch.promote_types(weight.dtype, low.A.dtype), torch.float32)
     low, device = low.to(dtype), weight.device.type
-    whole = device != "cpu" or torch.compiler.is_compiling()
-    rows = weight.shape[1] if whole else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
-    parts = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
+    in_one_piece = device != "cpu" or torch.compiler.is_compiling()
+    rows = weight.shape[1] if in_one_piece else max(1, CHUNK // (weight.shape[2] * dtype.itemsize))
+    row_blocks = zip(weight.split(rows, dim=1), low.B.split(rows, dim=1), strict=True)
     plain = (
         torch.autocast(device, enabled=False)
         if torch.amp.is_autocast_available(device)
@@ -111,10 +110,14 @@ def row_norms(weight: Tensor, low: LowRank) -> Tensor:
     )
     with plain:
         if _launches(weight) and len(weight) == 1:  # baddbmm copies once more
-            one = weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
-            return torch.linalg.vector_norm(one, dim=-1)
-        changed = (torch.baddbmm(part.to(dtype), B, low.A, alpha=low.scale) for part, B in parts)
-        norms = [torch.linalg.vector_norm(part, dim=-1) for part in changed]
+            changed_weight = (
+                weight[0].to(dtype, copy=True).addmm_(low.B[0], low.A[0], alpha=low.scale)
+            )
+            return torch.linalg.vector_norm(changed_weight, dim=-1)
+        changed = (
+            torch.baddbmm(block.to(dtype), B, low.A, alpha=low.scale) for block, B in row_blocks
+        )
+        norms = [torch.linalg.vector_norm(block, dim=-1) for block in changed]
         return (norms[0] if len(norms) == 1 else torch.cat(norms, dim=1)).flatten()
 
 

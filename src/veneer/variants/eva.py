@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import own, principal
+from veneer.variants._parts import own_float32, principal
 from veneer.variants.lora import LORA
 
 
@@ -19,7 +19,7 @@ def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] with orthonormal rows, B [g, out, r] zero. B has a gradient at the first step, A
     from the second."""
     _, _, Vh = principal(start.inputs(), start.rank)
-    A = own(Vh)
+    A = own_float32(Vh)
     return {"A": A, "B": A.new_zeros(start.groups, start.out, start.rank)}
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced, with_start
+from veneer.variants._parts import balanced_factors, with_start
 from veneer.variants.pissa import PISSA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
     base = start.base()
-    return with_start(*balanced(start.original().to(base) - base, start.rank))
+    return with_start(*balanced_factors(start.original().to(base) - base, start.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

@@ -1,7 +1,8 @@
 """LoKr: ΔW = alpha / rank · C ⊗ (B2 A2), a Kronecker product of a small full matrix with a low-rank
 one. Edalati et al. 2022 (KronA), arXiv:2212.10650; Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
 
-    out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]     l ≤ k and m ≤ n, as near as can be
+    out = l · k, in = m · n     C: [g, l, m]   B2: [g, k, q]   A2: [g, q, n]
+    l ≤ k and m ≤ n, as near to each other as can be
 
 With I the identity, C ⊗ (B2 A2) = (C ⊗ B2)(I ⊗ A2) = (I ⊗ B2)(C ⊗ A2): one ``LowRank`` of rank
 min(l, m) · q. q is the rank, or min(k, n) if that is less: more could express nothing else (LyCORIS
@@ -44,8 +45,8 @@ def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     C = parameters["C"]
     _, l, m = C.shape  # noqa: E741
     identity = torch.eye(min(l, m), dtype=C.dtype, device=C.device)[None]
-    left, right = (C, identity) if m <= l else (identity, C)
-    return LowRank(_kron(right, parameters["A2"]), _kron(left, parameters["B2"]), scale), None
+    outer, inner = (C, identity) if m <= l else (identity, C)
+    return LowRank(_kron(inner, parameters["A2"]), _kron(outer, parameters["B2"]), scale), None
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import own, principal
+from veneer.variants._parts import own_float32, principal
 from veneer.variants.lora import LORA
 
 
@@ -19,7 +19,7 @@ def init(start: InitContext) -> dict[str, Tensor]:
     """Frozen A [g, r, in] and B [g, out, r], and R [g, r, r], which has a gradient from the first
     step."""
     U, S, Vh = principal(start.base(), start.rank)
-    A, B = own(Vh), own(U * S[..., None, :])
+    A, B = own_float32(Vh), own_float32(U * S[..., None, :])
     return {"A": A, "B": B, "R": A.new_zeros(start.groups, start.rank, start.rank)}
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from veneer.variants._base import InitContext, register
-from veneer.variants._parts import minor, own
+from veneer.variants._parts import minor, own_float32
 from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
     """A [g, r, in] zero, frozen B [g, out, r] with orthonormal columns."""
     U, _, _ = minor(start.base(), start.rank)
-    B = own(U)
+    B = own_float32(U)
     return {"A": B.new_zeros(start.groups, start.rank, start.in_), "B": B}
 
 

@@ -15,9 +15,8 @@ from veneer.variants.pissa import PISSA
 
 def init(start: InitContext) -> dict[str, Tensor]:
     W = start.base()
-    Q, _ = torch.linalg.qr(
-        W[..., : start.rank]
-    )  # the first columns of Q depend on the first columns of W alone
+    # the first columns of Q depend on the first columns of W alone
+    Q, _ = torch.linalg.qr(W[..., : start.rank])
     return with_start(Q.mT @ W, Q)
 
 

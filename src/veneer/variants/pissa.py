@@ -16,12 +16,12 @@ from torch import Tensor
 
 from veneer.lowrank import LowRank
 from veneer.variants._base import Base, InitContext, Parameters, Resolved, register
-from veneer.variants._parts import balanced, with_start
+from veneer.variants._parts import balanced_factors, with_start
 from veneer.variants.lora import LORA
 
 
 def init(start: InitContext) -> dict[str, Tensor]:
-    return with_start(*balanced(start.base(), start.rank))
+    return with_start(*balanced_factors(start.base(), start.rank))
 
 
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:

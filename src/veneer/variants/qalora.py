@@ -38,8 +38,8 @@ def init(start: InitContext) -> dict[str, Tensor]:
 def resolve(parameters: Parameters, scale: float, base: Base) -> Resolved:
     A, pool = parameters["A1"], parameters["pool"]
     factor = A.shape[-1] / pool.shape[-1]
-    whole = (A[..., None] * (factor * pool[:, None, None, :])).flatten(2)  # [g, r, in]
-    return LowRank(whole, parameters["B"], scale), None
+    A_of_inputs = (A[..., None] * (factor * pool[:, None, None, :])).flatten(2)  # [g, r, in]
+    return LowRank(A_of_inputs, parameters["B"], scale), None
 
 
 register(

@@ -28,7 +28,7 @@ from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
-from veneer.layers.parameter import squeezed, swapped_stack
+from veneer.layers.parameter import swapped_stack, without_unit_axes
 from veneer.tools.compose.align import AlignedWeight, Order
 
 #: where base weights come from: a model, or their dense tensors by path
@@ -192,7 +192,7 @@ def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> 
 def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
     """The ways in which a weight of this shape can be what a change of this shape changes: its
     kind's unfold."""
-    layer, sizes = aligned.template, squeezed(dense.shape)
+    layer, sizes = aligned.template, without_unit_axes(dense.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
         if dense.shape == (in_, out):

@@ -304,7 +304,7 @@ def weights(model: nn.Module) -> tuple[int, int]:
             continue
         storage.prepare(module)
         try:
-            total += sum(tensor.nbytes for tensor in storage.stored(weight).values())
+            total += sum(tensor.nbytes for tensor in storage.stored_tensors(weight).values())
         finally:
             if state_of(module) is None:
                 storage.release(module)
