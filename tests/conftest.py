@@ -20,13 +20,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.support import extras
-from tests.support.compiled import needs_loop
 from tests.support.sampled import leave_to_the_slow_suite
 from tests.support.tiny import write_tiny
 from tests.support.toys import register_toys
-
-from veneer.kernels import compiled
-from veneer.kernels.compiled import switch
 
 register_toys()
 gc.disable()  # nothing of what is imported and collected is garbage, and there is ever more of it to look through
@@ -54,16 +50,6 @@ def pytest_runtest_makereport(item, call):
             (str(item.path), item.location[1], f"Skipped: {why}"),
         )
     return report
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _narrow(request):
-    """Loops are for wide layers. Those of tests of arithmetic are narrow, and are to meet them;
-    elsewhere a step is to round as it does in a process of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name in ("kernels", "bank") or request.path.stem == "test_experts":
-            patch.setattr(compiled, "MIN_WIDTH", 0)
-        yield
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -106,14 +92,6 @@ def _unflushed():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=[pytest.param("compiled", marks=needs_loop("mixed_rows")), "tensors"])
-def kernel(request, monkeypatch):
-    """With which arithmetic a bank mixes rows: both are for every adapter."""
-    if request.param == "tensors":
-        monkeypatch.setattr("veneer.kernels.compiled.switch.ON", switch.ON - {"mixed_rows"})
-    return request.param
 
 
 @pytest.fixture(scope="session")

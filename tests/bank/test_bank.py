@@ -11,7 +11,6 @@ import threading
 import pytest
 import torch
 from tests.support.cells import pairwise
-from tests.support.compiled import needs_loop
 from tests.support.models import IDS, Stack, TinyLM
 from tests.support.tiny import tiny_model
 from tests.support.toys import adapt, calibration, error, example, flat
@@ -30,7 +29,6 @@ from tests.support.banks import Linears, alone, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.usefixtures("kernel"),
 ]
 
 STORED = [name for name in VARIANTS.names() if VARIANTS[name].peft is not None]
@@ -49,20 +47,9 @@ CASES = [
     for case in CASES
     if not ("inputs" in VARIANTS[case[1]].needs and type(LAYERS[case[0][0]]).inputs is Layer.inputs)
 ]
-KERNELS = ("compiled", "tensors")
 
 
-def with_each_kernel(cells):
-    """The quick suite has each pair of a kernel with a kind, a variant, a count of tokens."""
-    return pairwise(
-        ((*cell, kernel) for cell in cells for kernel in KERNELS),
-        marks={"compiled": needs_loop("mixed_rows")},
-    )
-
-
-@pytest.mark.parametrize(
-    ("kind", "number", "variant", "kernel"), with_each_kernel(CASES), indirect=["kernel"]
-)
+@pytest.mark.parametrize(("kind", "number", "variant"), pairwise(CASES))
 def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
     module, args = example(kind, number)
     module(*args)  # an embedding's max_norm writes into its rows when they are first read
@@ -85,11 +72,10 @@ def test_mixed_rows_equal_each_adapter_alone(kind, number, variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "tokens", "kernel"),
-    with_each_kernel(
+    ("variant", "tokens"),
+    pairwise(
         itertools.product(["lora", "rslora", "dora", "pissa", "loha", "vera"], [None, 1, 3, 400])
     ),
-    indirect=["kernel"],
 )
 def test_ranks_scales_and_blends_in_one_batch(variant, tokens, tmp_path):
     torch.manual_seed(1)

@@ -21,10 +21,6 @@ from veneer.bank.batch_state import Layer
 from veneer.bases import BASES
 from veneer.errors import SelectionError
 
-pytestmark = pytest.mark.usefixtures("kernel")
-#: what lays numbers out
-laid_out = pytest.mark.parametrize("kernel", ["tensors"], indirect=True)
-
 DORA = veneer.LoraConfig(rank=2, targets="all", variant="dora")
 
 
@@ -45,7 +41,6 @@ def test_a_row_that_is_not_finite_stays_alone(tmp_path):
         assert error(y[row : row + 1], alone(model, tmp_path, name, x[row : row + 1])) < 1e-6
 
 
-@laid_out
 def test_a_lane_has_nothing_of_another_adapter(tmp_path):
     """Whoever was there before, or lies beside it, was of a larger rank and not finite."""
     model = saved(Linears(), tmp_path, "a")
@@ -140,7 +135,6 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
         taken.run(model, x)
 
 
-@laid_out
 def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, monkeypatch):
     model = saved(Linears(128), tmp_path, "a", "b")
     bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []

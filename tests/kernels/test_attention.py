@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer import models
 from veneer.kernels import attention
-from veneer.kernels.compiled import THREADS
 from veneer.models.attention import PRODUCTS
 
 few = st.integers(1, 4)
@@ -412,7 +411,7 @@ def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypat
         assert attention.pays(query, key, causal) is (chosen or longer)
     monkeypatch.setattr(attention, "has_tiles", lambda: False)
     assert attention.pays(query, key, causal) is (chosen or longer)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: THREADS + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: attention.THREADS + 1)
     assert attention.pays(query, key, causal) is ((chosen or longer) and dtype is torch.bfloat16)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.compiled import needs_loop
 from tests.support.toys import error
 
-from veneer.kernels import compiled, grouped
+from veneer.kernels import grouped
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -22,15 +22,6 @@ def shapes(draw):
     sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 18, 40]), min_size=1, max_size=6))
     some = st.integers(1, 9)
     return sizes, draw(st.sampled_from([0, 0, 2])), draw(some), draw(some), draw(some)
-
-
-@pytest.fixture(scope="module", params=["compiled", "plain"])
-def loops(request):
-    """With the compiled loops and without."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(compiled, "on", lambda name: False)
-        yield
 
 
 def made(case, dtype, factors, flipped):
@@ -67,7 +58,7 @@ def dense(x, W, A, B, scale, ids):
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 @given(case=shapes(), flipped=st.booleans())
-def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
+def test_it_equals_the_definition(dtype, factors, case, flipped):
     (x, A, B), W, where, ids = made(case, dtype, factors, flipped)
     y = grouped.linear(x, W, A, B, 0.5, where)
     expected = dense(x, W, A, B, 0.5, ids)
@@ -99,7 +90,7 @@ def test_it_equals_the_definition(loops, dtype, factors, case, flipped):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("flipped", [False, True])
-def test_one_matrix_is_a_stack_of_one(loops, dtype, rows, flipped):
+def test_one_matrix_is_a_stack_of_one(dtype, rows, flipped):
     factors = torch.float64 if dtype is torch.float64 else torch.float32
     (x, A, B), W, _, ids = made(([rows], 0, 5, 6, 3), dtype, factors, flipped)
     expected = dense(x, W, A, B, 0.5, ids)
@@ -135,7 +126,7 @@ def test_rows_in_any_order_are_put_by_their_matrix():
 
 
 @needs_loop("saved_inputs")
-def test_rows_of_a_tensor_are_saved_as_that_tensor(loops):
+def test_rows_of_a_tensor_are_saved_as_that_tensor():
     (x, A, B), W, where, _ = made(([4, 4], 0, 5, 6, 2), torch.float32, torch.float32, False)
     source = x[:3] * 1
     rows = source[torch.tensor([0, 0, 1, -1, 2, 1, -3, 1])]

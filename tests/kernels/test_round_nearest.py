@@ -13,8 +13,7 @@ from tests.support.compiled import needs_loop
 from tests.support.forked import printed
 from tests.support.rounding import exact, made, same_bits, ties
 
-from veneer.kernels import rounding
-from veneer.kernels.compiled import round_nearest
+from veneer.kernels import round_nearest, rounding
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import fold
 from veneer.lowrank import LowRank

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer import context
-from veneer.kernels.compiled import saved_inputs
+from veneer.kernels import saved_inputs
 
 NEVER = 10**9
 needs_edits = needs_loop("saved_inputs")

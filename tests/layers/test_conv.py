@@ -131,13 +131,7 @@ def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     lying = (
         seen.movedim(1, -1) if "last" in name else seen
     )  # entries are drawn in the order of memory
-    width = (
-        dropout.ROWS * lying.shape[-1] if "pointwise" in name and "last" in name else None
-    )  # a product of matrices
-    low = (
-        dropout.without(lying, dropout.drawn(lying.numel(), 0.4, 7, lying.device, width).entries())
-        / 0.6
-    )
+    low = dropout.without(lying, dropout.drawn(lying.numel(), 0.4, 7, lying.device)) / 0.6
     low = low.movedim(-1, 1) if "last" in name else low
     options = (layer.padding, layer.dilation, False, [0] * len(steps), 1)
     h = torch.convolution(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.support.extras import IN_CI
 
-from veneer.kernels.compiled.switch import LOOPS, VARIABLE, has_numba, on
+from veneer.kernels.switch import LOOPS, VARIABLE, has_numba, on
 
 
 def needs_loop(name: str) -> pytest.MarkDecorator:

@@ -34,7 +34,7 @@ from veneer.errors import (
     TargetError,
 )
 from veneer.fileio.locks import locked
-from veneer.kernels.compiled import on
+from veneer.kernels.switch import on
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, merge_plan, prove
 from veneer.variants import VARIANTS

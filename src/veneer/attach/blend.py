@@ -204,11 +204,9 @@ class Blend:
         if not gained and not any(dropouts):
             low, form = LowRank.sum(lows, shares), False
             if context.current.path is None and layer_state.product and fused.applies(x, weight):
-                loops = cost_model.looped(weight.dtype, weight.device)
                 _, out, in_ = first.dims
-                form = x.numel() // x.shape[-1] > cost_model.forms_above(
-                    out, in_, low.rank, weight.dtype, loops
-                )
+                forms_above = cost_model.forms_above(out, in_, low.rank, weight.dtype)
+                form = x.numel() // x.shape[-1] > forms_above
             return factored(call, first, low, None, 0.0, form)
         y = frozen = call.frozen(first, biased=not gained)
         for low, gain, share, dropout in zip(lows, gains, shares, dropouts, strict=True):

@@ -99,9 +99,7 @@ def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
-    forms = cost_model.forms_above(
-        out, in_, change.rank, weight.dtype, cost_model.looped(weight.dtype, weight.device)
-    )
+    forms = cost_model.forms_above(out, in_, change.rank, weight.dtype)
     return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
 
 

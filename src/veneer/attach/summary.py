@@ -143,9 +143,7 @@ def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -
             continue
         change, weight = part.direct.change, module._parameters[part.direct.weight]
         size = (change.dims.out, change.dims.in_, change.rank)
-        costs = cost_model.costs(
-            *size, tokens, weight.dtype, training, cost_model.looped(weight.dtype, weight.device)
-        )
+        costs = cost_model.costs(*size, tokens, weight.dtype, training)
         rows.setdefault(size, (costs, []))[1].append(path)
         if part.together is not None:
             groups.setdefault(id(part.together), []).append(path)

@@ -30,7 +30,7 @@ from veneer.attach.lookup import adapters_of, strangers, unwrap
 from veneer.attach.select_rows import time_first
 from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
-from veneer.bank.batch_state import BatchState, Frame, Uses, prepare
+from veneer.bank.batch_state import BatchState, Frame, Uses
 from veneer.bank.lease import Entry, Lease, Status, weights_of
 from veneer.bank.resident import (
     Recipes,
@@ -55,9 +55,9 @@ class Bank:
     Args:
         model: the base; it stays as it is, but that the class of its layers becomes an adapted one
             and its parameters are frozen. ``close`` gives both back.
-        capacity_bytes: of the adapters in memory; None for no limit. Without numba, what the
-            running calls have laid out comes on top: the factors of the adapters that they use,
-            once more for each of two sets of them.
+        capacity_bytes: of the adapters in memory; None for no limit. What the running calls
+            have laid out comes on top: the factors of the adapters that they use, once more for
+            each of two sets of them.
         dtype: of the adapters' parameters in memory; None takes that of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
@@ -80,7 +80,6 @@ class Bank:
         modules = (module for _, module in walk(model))
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
-        prepare(model, dtype)
         self.model, self.capacity, self.dtype, self.verify_base = (
             model,
             capacity_bytes,

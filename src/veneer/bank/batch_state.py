@@ -1,15 +1,11 @@
-"""The adapters of one call, as ``kernels/compiled/mixed_rows.py`` reads them, or laid out for
-``kernels/batched.py``.
+"""The adapters of one call, laid out for ``kernels/batched.py``.
 
-    BatchState ─ layers         each changed by one of two kernels
-               ─ assignments    what the rows of a call use: addresses, runs or lanes; groups of rows, gains and biases
+    BatchState ─ layers         each changed by batched products
+               ─ assignments    what the rows of a call use: runs or lanes; groups of rows, gains and biases
 
-``mixed_rows`` is compiled and reads the factors where they are in memory. It is for float32 and
-bfloat16 on a processor, and of prompts on few threads, as it has one. Where it is turned off, on
-other devices and in other dtypes it is ``batched``, plain tensor code. An assignment lays the
-factors of its adapters out for that, each in a lane of A [lanes, r, in] and B [lanes, r, out], for
-each layer and size of rank; the next call with the same adapters finds them. A layer that an
-adapter leaves alone, or changes at a smaller rank, has zeros there.
+An assignment lays the factors of its adapters out, each in a lane of A [lanes, r, in] and B [lanes,
+r, out], for each layer and size of rank; the next call with the same adapters finds them. A layer
+that an adapter leaves alone, or changes at a smaller rank, has zeros there.
 
 One call at a time has a batch state: nothing moves under it.
 """
@@ -33,7 +29,6 @@ from veneer.attach.state import BASE, ActiveAdapter
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
-from veneer.kernels.compiled import THREADS, mixed_rows_loop, row_groups
 
 #: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
 SMALLEST = 8
@@ -58,22 +53,6 @@ class Frame:
         self.modules: dict[Any, nn.Module] = {}
 
 
-def prepare(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Compile what calls of the model will need, so that none of them waits for it: seconds, once
-    on a machine."""
-    for weight in {weight.dtype: weight for weight in model.parameters()}.values():
-        factors = weight.dtype if dtype is None else dtype
-        loop = mixed_rows_loop(weight, factors)
-        if loop is not None:
-            loop.change(
-                torch.empty(0, 1, dtype=weight.dtype),
-                1,
-                row_groups([([0], [])]),
-                loop.table([]),
-                factors,
-            )
-
-
 class Layer:
     """One layer as a batch state has it."""
 
@@ -88,7 +67,6 @@ class Layer:
         self.time_first = batch_state.frame.time_first
         self.factors = resolved_low.A.dtype
         self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
-        self.compiled = mixed_rows_loop(own, self.factors)
 
     def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
         """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
@@ -126,7 +104,7 @@ class Layer:
                 for piece in (*(getattr(part, name) for part in parts), zeros[rank:])
                 if len(piece)
             ]
-            made.append(torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.dtype))
+            made.append(torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.narrow))
         return made
 
     def seen(self, method: str = "forward") -> Iterator[int]:
@@ -161,16 +139,7 @@ class Layer:
                 bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // assignment.count
-                if self.compiled is not None and (
-                    tokens <= FEW or torch.get_num_threads() <= THREADS
-                ):
-                    flat = flat if flat.is_contiguous() else flat.contiguous()
-                    table = assignment.tables.get(self.key)
-                    table = assignment.table_of(self) if table is None else table
-                    delta = self.compiled.change(
-                        flat, self.out, assignment.together, table, self.factors
-                    )
-                elif self.away and assignment.apart_on_device(tokens):
+                if assignment.multiplies_by_row(self, tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
                 elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
                     delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
@@ -239,7 +208,6 @@ class BatchAssignment:
         self.made: dict[Any, list[batched.Run]] = {}
         self.by_row: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
-        self.tables: dict[Any, Any] = {}
         self.distinct = {
             uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)
         }
@@ -268,22 +236,6 @@ class BatchAssignment:
             if isinstance(part, ResolvedLowRank) and (part.gain is not None or part.bias is not None)
         }  # fmt: skip
 
-    @cached_property
-    def together(self) -> Any:
-        """The rows as the compiled loop has them."""
-        return row_groups(
-            [(own, [weight for _, weight in uses]) for uses, own in self.distinct.items()]
-        )
-
-    def table_of(self, layer: Layer) -> Any:
-        """Where the factors of a layer are that the compiled loop changes; they stay there as long
-        as this."""
-        parts = [resident.parts.get(layer.key) for uses in self.distinct for resident, _ in uses]
-        self.tables[layer.key] = layer.compiled.table(
-            [None if one is None else (one.A, one.B) for one in parts]
-        )
-        return self.tables[layer.key]
-
     def runs(self, layer: Layer) -> list[batched.Run]:
         """Neighbouring rows that use the same, with their factors of a layer."""
         if layer.key not in self.made:
@@ -311,11 +263,15 @@ class BatchAssignment:
     def run_count(self) -> int:
         return 1 + sum(one != other for one, other in itertools.pairwise(self.rows))
 
-    def apart_on_device(self, tokens: int) -> bool:
-        """Whether each row is multiplied with factors of its own."""
-        return self.run_count > RUNS and (
-            tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
-        )
+    def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
+        """Whether each row is multiplied with factors of its own, laid out for the call: on a
+        device, and prompts of 16 bits on a processor, whose batched products are then one in place
+        of two an adapter."""
+        if self.run_count <= RUNS:
+            return False
+        if not layer.away:
+            return tokens > FEW and layer.narrow.itemsize == 2
+        return tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
         """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from veneer.kernels import eager as untransformed
 from veneer.kernels import has_tiles
-from veneer.kernels.compiled import THREADS
 
 _C: Any = torch._C
 _of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
+#: Threads of torch up to which pieces of float32 attention are ahead of its own kernel.
+THREADS = 3
 #: Keys up to which the products are the faster way in 16 bits.
 LONGEST = 288
 #: Keys from which on and up to which ``causal`` is, by the bytes of a number.

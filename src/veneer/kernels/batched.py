@@ -1,5 +1,4 @@
-"""Many adapters in one batch of linear layers: each row's x ΔWᵀ, [N, out], by tensors
-(``mixed_rows.py``: in one loop).
+"""Many adapters in one batch of linear layers: each row's x ΔWᵀ, [N, out].
 
 **Few tokens** (decoding): rows are put into groups by their adapter, each as large as the largest,
 and all groups are two batched products:

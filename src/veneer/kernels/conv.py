@@ -101,10 +101,7 @@ def conv(
     positions = geometry.positions(x.shape[2:], weight.shape[2:])
     tokens, in_ = x.shape[0] * torch.Size(positions).numel(), weight[0].numel()
     product = last and _is_product(geometry, weight)
-    loops = product and cost_model.looped(x.dtype, x.device)
-    form = not drops and tokens > cost_model.forms_above(
-        weight.shape[0], in_, B.shape[1], x.dtype, loops
-    )
+    form = not drops and tokens > cost_model.forms_above(weight.shape[0], in_, B.shape[1], x.dtype)
     seed = dropout.seed() if drops else 0
     if product and not x.is_cpu:
         tokens_ = x.movedim(1, -1)

@@ -8,10 +8,7 @@
 The cost model counts multiply-adds and numbers moved, and takes one moved number of an activation
 for as dear as ``MOVED`` multiply-adds, and one of a weight for ``FETCHED``: a thin product does
 little arithmetic on each number that it reads, so its cost is that of reading, and a weight, unlike
-what the layer before has just written, is in no cache. Compiled loops (``compiled/thin_matmul.py``)
-do a thin product's arithmetic in ``LOOPED`` of a library's time, and read a number for
-``LOOPED_MOVED``. They are for products of many tokens whose other side is wide
-(``compiled.thin_loops``).
+what the layer before has just written, is in no cache.
 """
 
 from __future__ import annotations
@@ -22,22 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.kernels import compiled
-
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
 # : multiply-adds in the time of moving one float32 number of an activation, or of a weight; fitted
 # on a CPU core
 MOVED, FETCHED = 12.0, 50.0
-#: the same of compiled loops: a multiply-add of a thin product, and moving a number
-LOOPED, LOOPED_MOVED = 0.6, 3.3
-
-
-def looped(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether thin products that are wide and of many tokens are compiled loops, on as many threads
-    as torch has now."""
-    return dtype is torch.float32 and device.type == "cpu" and compiled.thin_products_pay()
 
 
 @dataclass(frozen=True)
@@ -64,33 +51,17 @@ class Costs:
         return f"{', '.join(parts)} of the layer's own cost -> {self.choice}"
 
 
-def costs(
-    out: int,
-    in_: int,
-    rank: int,
-    tokens: int,
-    dtype: torch.dtype,
-    training: bool,
-    loops: bool = False,
-) -> Costs:
-    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``;
-    ``loops`` as ``looped`` says."""
-    many = loops and tokens >= compiled.MIN_TOKENS
+def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:
+    """The costs of one call [tokens, in] -> [tokens, out], with its backward if ``training``."""
 
-    def thin(
-        width: int, moved: int = 1
-    ) -> float:  # a product with A or B, whose other side is [tokens, width]
-        product, moving = (
-            (LOOPED, LOOPED_MOVED) if many and width >= compiled.MIN_WIDTH else (1.0, MOVED)
-        )
-        return tokens * width * (rank * product + moved * moving)
+    def thin(width: int, moved: int = 1) -> float:
+        """A product with A or B, whose other side is [tokens, width]."""
+        return tokens * width * (rank + moved * MOVED)
 
     layer = tokens * in_ * out * (2 if training else 1)
     form = in_ * out * (rank + 2 * FETCHED)  # W is read, W + ΔW written
-    factored, materialised = (
-        thin(in_) + thin(out, 2),
-        form,
-    )  # B h is written, and read as x Wᵀ is added to it
+    # B h is written, and read as x Wᵀ is added to it
+    factored, materialised = thin(in_) + thin(out, 2), form
     if training:
         both = 2 * thin(out) + thin(in_)  # Bᵀ dyᵀ and the gradients of B and A
         factored += both + thin(in_, 2)  # and into the gradient of x
@@ -99,12 +70,12 @@ def costs(
 
 
 @functools.cache
-def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype, loops: bool = False) -> float:
+def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
     """The number of tokens above which a training step is cheaper with W + ΔW formed: infinity
     where it never is, or is never right. One number for training and inference, so that both round
     alike."""
-    many = compiled.MIN_TOKENS
-    one, two = (costs(out, in_, rank, tokens, dtype, True, loops) for tokens in (many, many + 1))
-    # both costs are linear in the tokens from there on
-    slope = (two.factored - one.factored) - (two.materialised - one.materialised)
-    return many + (one.materialised - one.factored) / slope if dtype.itemsize >= 4 else math.inf
+    if dtype.itemsize < 4:
+        return math.inf
+    none, one = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
+    slope = one.factored - (one.materialised - none.materialised)  # both are linear in the tokens
+    return none.materialised / slope

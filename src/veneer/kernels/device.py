@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from veneer.errors import VeneerError
 from veneer.kernels import eager, reference
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
 from veneer.kernels.dropout import mask
+from veneer.kernels.saved_inputs import SavedInput, again, kept
 
 _C: Any = torch._C
 Read = Callable[[torch.dtype], Tensor]

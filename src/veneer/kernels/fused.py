@@ -17,7 +17,6 @@ Against ``reference.matmul_update`` layer by layer in autograd:
 - dropout is a seed: backward draws the same entries again (see ``dropout.py``).
 
 The backward of the backward (``create_graph=True``) goes through the reference.
-``kernels.compiled`` is asked first for thin products and for what to save of x.
 """
 
 from __future__ import annotations
@@ -31,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from veneer.kernels import compiled, device, dropout, has_tiles, reference
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
-from veneer.kernels.dropout import Dropped
+from veneer.kernels import device, dropout, has_tiles, reference
+from veneer.kernels.saved_inputs import SavedInput, again, kept
 
 _C: Any = torch._C
 
@@ -118,19 +116,17 @@ def _cast(
     return joined, [_matrix(up, dtype) for up in B]
 
 
-def _dropped(settings: Settings, x: Tensor) -> Dropped | None:
-    return dropout.of_rows(x, settings.dropout, settings.seed) if settings.dropout else None
+def dropped_entries(x: Tensor, p: float, seed: int) -> Tensor | None:
+    """Indices of the entries of x that dropout of probability p drops; None for p = 0."""
+    return dropout.drawn(x.numel(), p, seed, x.device) if p else None
 
 
-def thin(narrow: Tensor, x: Tensor, dropped: Dropped | None = None) -> Tensor:
-    """narrow [R, k] times xᵀ, with x [T, k]: [R, T]; of an x without what is dropped. In float32
-    the other way round may take a processor's library five times as long; in 16 bits it is this way
+def thin(narrow: Tensor, x: Tensor, entries: Tensor | None = None) -> Tensor:
+    """narrow [R, k] times xᵀ, with x [T, k] and zeros in its ``entries``: [R, T]. In float32 the
+    other way round may take a processor's library five times as long; in 16 bits it is this way
     which takes longer, so there the result lies transposed."""
-    loops = compiled.thin_loops(x, None, x.shape[1])
-    if loops is not None:
-        return loops.down(narrow, x, dropped)
-    if dropped is not None:
-        x = dropout.without(x, dropped.entries())
+    if entries is not None:
+        x = dropout.without(x, entries)
     if x.dtype.itemsize < 4:
         return (x @ narrow.mT).mT
     chunk = _chunk(x)
@@ -165,11 +161,7 @@ def _scaled(rows: Tensor, ups: Sequence[Tensor], settings: Settings) -> Tensor:
 
 def onto(h: Tensor, up: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hᵀ upᵀ + x Wᵀ + bias [T, out]."""
-    B = up.mT
-    loops = compiled.thin_loops(None, h, len(up))
-    if loops is not None:
-        return loops.up(h, B, bias).addmm_(tokens, weight.mT)
-    return added(h.mT @ B, tokens, weight, bias)
+    return added(h.mT @ up.mT, tokens, weight, bias)
 
 
 def added(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,7 +215,8 @@ class _Linears(torch.autograd.Function):
             ]
         else:
             joined, ups = _cast(A, B, x.dtype)
-            h = _scaled(thin(joined, tokens, _dropped(settings, tokens)), ups, settings)  # [R, T]
+            entries = dropped_entries(tokens, settings.dropout, settings.seed)
+            h = _scaled(thin(joined, tokens, entries), ups, settings)  # [R, T]
             factors = zip(_by_layer(h, ups), ups, weights, biases, strict=True)
             ys = [onto(part, up, tokens, W, bias) for part, up, W, bias in factors]
             # h is a small part of x unless ranks are large; then it is cheaper to compute than to
@@ -299,15 +292,14 @@ def unrecorded(
     scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 ) -> Tensor:
     """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors
-    form B A x in float32, where products so small cost less, and a compiled loop takes these and
-    many bfloat16 tokens where it can."""
+    form B A x in float32, where products so small cost less."""
     dtype = x.dtype
     if dtype.itemsize >= 4:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
-    part = compiled.single_adapter_change(tokens, down, up, scale)
-    if part is None and tokens.shape[0] <= FEW and A.dtype is torch.float32:
+    part = None
+    if tokens.shape[0] <= FEW and A.dtype is torch.float32:
         part = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
     if part is None:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
@@ -337,7 +329,7 @@ def _gradients(ctx, *gradients):
         _apart(ctx.needs_input_grad[2:]),
     )
     tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-    dropped = _dropped(settings, tokens)
+    dropped = dropped_entries(tokens, settings.dropout, settings.seed)
     dys = [None if g is None else g.reshape(-1, g.shape[-1]) for g in gradients]  # [T, out]
     if joined is None:
         joined, ups = _cast(A, B, x.dtype)
@@ -380,9 +372,6 @@ def _gradients(ctx, *gradients):
 def thin_twice(narrow: Tensor, dy: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(narrow dyᵀ [r, T], h dy [r, out]) with narrow [r, out], dy [T, out], h [r, T]; in float32
     both of a chunk of tokens that is still in the processor's cache."""
-    loops = compiled.thin_loops(dy, h, dy.shape[1])
-    if loops is not None:
-        return loops.down_grown(narrow, dy, h)
     chunk = _chunk(dy)
     if dy.dtype.itemsize < 4 or dy.shape[0] <= chunk or not dy.is_cpu:
         return thin(narrow, dy), h @ dy
@@ -415,16 +404,12 @@ def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def thin_back(
-    U: Tensor, joined: Tensor, x: Tensor, dropped: Dropped | None, need_x: bool, need_A: bool
+    U: Tensor, joined: Tensor, x: Tensor, entries: Tensor | None, need_x: bool, need_A: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both without
-    what is dropped; None for what is not needed."""
-    loops = compiled.thin_loops(x, U, x.shape[1]) if need_x and need_A else None
-    if loops is not None:
-        return loops.up_grown(U, joined, x, dropped)
+    """(Uᵀ joined [T, in], U x [R, in]) with U [R, T], joined [R, in] and x [T, in], both with
+    zeros in these ``entries``; None for what is not needed."""
     part = U.mT @ joined if need_x else None
-    if dropped is not None:
-        entries = dropped.entries()
+    if entries is not None:
         x = dropout.without(x, entries) if need_A else x
         part = None if part is None else part.view(-1).index_fill_(0, entries, 0).view(x.shape)
     return part, U @ x if need_A else None

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels import compiled, has_tiles, reference
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
-from veneer.kernels.compiled.switch import on
+from veneer.kernels import has_tiles, reference
+from veneer.kernels.saved_inputs import SavedInput, again, kept
+from veneer.kernels.switch import on
 
 _C: Any = torch._C
 
@@ -44,13 +44,11 @@ class Segments(NamedTuple):
             order of the rows.
         sizes: numbers of rows of these, and of the rest that meets none.
         rows: the number of rows that meet a matrix.
-        loop: what a compiled loop makes of it, once for all stacks that are read with it.
     """
 
     bounds: Sequence[tuple[int, int, int]]
     sizes: Sequence[int]
     rows: int
-    loop: list[Any]
 
 
 def segments(ends: Sequence[int], rows: int) -> Segments:
@@ -61,7 +59,7 @@ def segments(ends: Sequence[int], rows: int) -> Segments:
         if end > first:
             bounds.append((matrix, first, end))
             first = end
-    return Segments(bounds, [end - start for _, start, end in bounds] + [rows - first], first, [])
+    return Segments(bounds, [end - start for _, start, end in bounds] + [rows - first], first)
 
 
 def by_id(ids: Sequence[int], matrices: int) -> tuple[list[int], Segments]:
@@ -136,14 +134,12 @@ def definition(
 def _forward(
     scale: float, where: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
 ) -> Tensor:
-    y = compiled.expert_change(x, A, B, scale, where)
-    if y is None:
-        y = x.new_empty(x.shape[0], weight.shape[-2])
-        down, up = A.to(x.dtype), B.to(x.dtype)
-        for piece, place, (one, other) in _pieces(where, (x, y), (down, up)):
-            h = piece @ one.mT
-            h *= scale
-            torch.mm(h, other.mT, out=place)
+    y = x.new_empty(x.shape[0], weight.shape[-2])
+    down, up = A.to(x.dtype), B.to(x.dtype)
+    for piece, place, (one, other) in _pieces(where, (x, y), (down, up)):
+        h = piece @ one.mT
+        h *= scale
+        torch.mm(h, other.mT, out=place)
     return _added(y, x, weight, where)
 
 
@@ -252,9 +248,6 @@ def _thin_gradients(
     scale: float, where: Segments | None, x, index, dy, A, B, need_x: bool, need_factors: bool
 ) -> Any:
     """(s dy B A [S, in], that of A, that of B)."""
-    found = compiled.expert_gradients(x, index, dy, A, B, scale, where, need_x, need_factors)
-    if found is not None:
-        return found
     x = x if index is None else x[index]
     down, up = A.to(x.dtype), B.to(x.dtype)
     dx, make = torch.empty_like(x), torch.zeros_like if need_factors else torch.empty_like

@@ -25,6 +25,7 @@ nothing about its error after a cancellation).
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -35,10 +36,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import ConfigError, sentence
-from veneer.kernels.compiled import rounding_loop
 from veneer.kernels.error_feedback import directions, faithful
 from veneer.kernels.grid import Grid
 from veneer.kernels.reference import round_once
+from veneer.kernels.switch import on
 from veneer.kernels.threads import spread, threads_for
 from veneer.lowrank import LowRank
 from veneer.precision import has_float64, place
@@ -263,6 +264,15 @@ def _nearest(
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
         sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
     return sums, finite
+
+
+def rounding_loop(old: Tensor, new: Tensor) -> Any:
+    """The module ``round_nearest``, if it may be used and is for these weights [g, out, in]; it is
+    imported here, as it imports numba."""
+    if not on("round_nearest"):
+        return None
+    module = importlib.import_module("veneer.kernels.round_nearest")
+    return module if module.able(old, new) else None
 
 
 def _tile(like: Tensor) -> int:

@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from veneer.kernels import dropout, fused, reference
-from veneer.kernels.compiled.saved_inputs import SavedInput, again, kept
-from veneer.kernels.dropout import Dropped
+from veneer.kernels import fused, reference
+from veneer.kernels.saved_inputs import SavedInput, again, kept
 
 _C: Any = torch._C
 
@@ -52,10 +51,10 @@ class Span(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         return x[self.first : self.after]
 
-    def dropped(self, x: Tensor) -> Dropped | None:
-        """What is dropped of the span's own tokens [t, in]: drawn as for a call that holds these
-        alone."""
-        return dropout.of_rows(x, self.dropout, self.seed) if self.dropout else None
+    def dropped(self, x: Tensor) -> Tensor | None:
+        """Indices of the entries that are dropped of the span's own tokens [t, in]: drawn as for a
+        call that holds these alone."""
+        return fused.dropped_entries(x, self.dropout, self.seed)
 
 
 def linear(

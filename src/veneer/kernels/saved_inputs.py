@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.compiled.switch import on
+from veneer.kernels.switch import on
 
 _C: Any = torch._C
 

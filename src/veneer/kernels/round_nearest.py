@@ -8,7 +8,7 @@ in float64 at once.
 
 What the compiler may do: contract a product and a sum into one operation, which rounds once where
 the bound allows for twice. What it may not: reorder. It would cancel v against the ends of its
-interval. The sums of the report alone are free of order (``plus``), as they could not run on
+interval. The sums of the report alone are free of order (``_plus``), as they could not run on
 vectors otherwise. Integers are words of 32 bits in LLVM's own terms, as numba makes 64 of each sum
 of them, and vectors of half as many numbers.
 
@@ -31,17 +31,9 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from veneer.kernels.compiled.numba_ops import (
-    NAN,
-    WORD,
-    as_bits,
-    as_float,
-    compiled,
-    plus,
-    raised,
-    wide,
-)
-
+#: a bfloat16 that is no number, by its bits
+NAN = np.uint16(0x7FC0)
+WORD = ir.IntType(32)
 #: columns of a block: what begins and ends one costs as much as a hundred numbers
 WIDE = 4096
 #: words of marks that are looked at as one, and the marks in them
@@ -53,11 +45,65 @@ PRODUCTS = 8
 FARTHER = np.float32(2.0**-22)
 
 
+def _compile(loop: Any) -> Any:
+    """``loop``, compiled once for each machine and kind of arguments; it holds no lock."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # there is no folder that numba can cache it in
+        return numba.njit(**options)(loop)
+
+
+def _raise_half(builder: Any, value: Any) -> Any:
+    """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
+    even."""
+    bits = builder.bitcast(value, WORD)
+    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+    return builder.add(builder.add(bits, WORD(0x7FFF)), odd)
+
+
+@intrinsic
+def _as_float(context: Any, bits: Any):
+    """32 bits as the float32 that they are."""
+    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(
+        args[0], ir.FloatType()
+    )
+
+
+@intrinsic
+def _as_bits(context: Any, value: Any):
+    """A float32 as its 32 bits."""
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], WORD)
+
+
+@intrinsic
+def _plus(context: Any, left: Any, right: Any):
+    """A sum in float32 that may be taken in any order."""
+
+    def code(_, builder: Any, __, args: Any):
+        return builder.fadd(*args, flags=("reassoc", "contract"))
+
+    return types.float32(types.float32, types.float32), code
+
+
+@intrinsic
+def _wide(context: Any, stored: Any):
+    """A stored number (float32, or bfloat16 as its bits) as float32."""
+
+    def code(_, builder: Any, __, args: Any):
+        if stored == types.float32:
+            return args[0]
+        bits = builder.shl(builder.zext(args[0], WORD), WORD(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(stored), code
+
+
 @intrinsic
 def _raised(context: Any, value: Any):
     """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
     even."""
-    return types.uint32(types.float32), lambda _, builder, __, args: raised(builder, args[0])
+    return types.uint32(types.float32), lambda _, builder, __, args: _raise_half(builder, args[0])
 
 
 @intrinsic
@@ -146,7 +192,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     doubt = np.uint32(0)
     realised = moved = base = np.float32(0)
     for j in range(len(old)):
-        W = wide(old[j])
+        W = _wide(old[j])
         delta = (  # from a zero on, not from the first product: that may be -0
             change[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
             + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
@@ -159,9 +205,9 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         new[j], marks[j] = _upper(one), _upper(differs)
         step = _rounded(one) - W
         realised, moved, base = (
-            plus(realised, delta * step),
-            plus(moved, step * step),
-            plus(base, W * W),
+            _plus(realised, delta * step),
+            _plus(moved, step * step),
+            _plus(base, W * W),
         )
     sums[0] += realised
     sums[1] += moved
@@ -182,12 +228,12 @@ def _nearest(value):
     if value != value:
         return NAN
     near = np.float32(value)
-    bits = as_bits(near)
+    bits = _as_bits(near)
     if np.float64(near) != value:
         if abs(np.float64(near)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return _upper(_raised(as_float(bits)))
+    return _upper(_raised(_as_float(bits)))
 
 
 @numba.njit
@@ -216,11 +262,11 @@ def _exact(old, B, A, scale, row, first, j, new, sums):
     for k in range(B.shape[1]):
         change += B[row, k] * A[first + j, k]
     change *= scale
-    before, new[j] = wide(new[j]), _nearest(np.float64(wide(old[j])) + change)
-    sums[0] += change * (np.float64(wide(new[j])) - np.float64(before))
+    before, new[j] = _wide(new[j]), _nearest(np.float64(_wide(old[j])) + change)
+    sums[0] += change * (np.float64(_wide(new[j])) - np.float64(before))
 
 
-@compiled
+@_compile
 def _slab(
     old, old_group, old_row, new, new_group, new_row, B, A, bound, wide_B, wide_A, scale, sums
 ):

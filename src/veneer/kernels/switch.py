@@ -1,0 +1,68 @@
+"""``VENEER_COMPILED``: turn off what replaces plain torch on a processor.
+
+    VENEER_COMPILED=0                none of it: plain torch throughout
+    VENEER_COMPILED=saved_inputs     this alone
+    VENEER_COMPILED=1                all of it, as without the variable
+
+round_nearest    W + ΔW rounded to bfloat16 by a compiled loop: the same bits as torch's operations, in a quarter of
+                 their time. It needs numba (the extra ``fast``), which takes half a second and 100 MiB to load:
+                 so it is loaded by the first large weight that is merged.
+saved_inputs     no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
+                 keeps is computed again in backward, to the same bits.
+
+The variable is read once, when veneer is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from importlib.util import find_spec
+
+from veneer.errors import ConfigError, sentence
+
+VARIABLE = "VENEER_COMPILED"
+#: the names that need numba, and all of them
+LOOPS = ("round_nearest",)
+NAMES = (*LOOPS, "saved_inputs")
+#: names of earlier releases, which turn nothing on any more
+REMOVED = ("thin_matmul", "single_adapter_bf16", "mixed_rows", "bf16_dot", "expert_rows")
+
+
+def enabled_names(text: str) -> frozenset[str]:
+    """The names that a value of the variable turns on: "1" all of them, "0" none, else those listed
+    with commas. A name that an earlier release had is a ``DeprecationWarning``.
+
+    Raises:
+        ConfigError: a name that never was one.
+    """
+    if text in ("", "1"):
+        return frozenset(NAMES)
+    if text == "0":
+        return frozenset()
+    listed = {name.strip() for name in text.split(",")}
+    if unknown := sorted(listed - {*NAMES, *REMOVED}):
+        expected = f"0, 1, or some of {', '.join(NAMES)}, with commas"
+        raise ConfigError(
+            sentence(f"{VARIABLE}={text} (unknown: {', '.join(unknown)})", expected, "correct it")
+        )
+    if removed := sorted(listed & {*REMOVED}):
+        message = f"{VARIABLE}={text}: {', '.join(removed)} no longer exist(s); leave it out"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return frozenset(listed & {*NAMES})
+
+
+#: what is turned on in this process
+ON = enabled_names(os.environ.get(VARIABLE, "1"))
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Whether numba is installed (the extra ``fast``)."""
+    return find_spec("numba") is not None
+
+
+def on(name: str) -> bool:
+    """Whether one of ``NAMES`` is turned on and can run here."""
+    return name in ON and (name not in LOOPS or has_numba())
