@@ -100,7 +100,7 @@ def scale_is_off(patch):
 
 def own_path_is_off(patch):
     """Only the path that a call takes when none is forced."""
-    for name in ("linear", "unrecorded"):
+    for name in ("linear", "linear_without_graph"):
         original = getattr(fused, name)
         patch.setattr(
             fused, name, lambda scale, *rest, original=original: original(scale * (1 + 1e-6), *rest)

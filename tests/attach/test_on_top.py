@@ -112,7 +112,7 @@ def test_no_weight_is_formed_where_a_layer_is_linear_in_it(monkeypatch):
         raise AssertionError("W + ΔW was formed")
 
     monkeypatch.setattr(Change, "changed", formed)
-    monkeypatch.setattr(fused, "_formed", formed)
+    monkeypatch.setattr(fused, "_form_weight", formed)
     for model, x, config in (
         (TinyLM(), IDS, veneer.LoraConfig(rank=2, targets=["q_proj", "v_proj", "embed_tokens"])),
         (nn.Sequential(nn.Conv1d(3, 8, 3)), torch.randn(2, 3, 9), LORA),
@@ -136,7 +136,7 @@ def test_no_weight_is_formed_where_the_caller_asks_for_factors(monkeypatch):
     x = torch.randn(4096, 8)
     with veneer.use(model, BOTH):
         expected = model(x)
-        monkeypatch.setattr(fused, "_formed", formed)
+        monkeypatch.setattr(fused, "_form_weight", formed)
         with pytest.raises(AssertionError, match="was formed"):
             model(x)
         with context.changed(path="factored"):

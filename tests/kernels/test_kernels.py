@@ -149,7 +149,7 @@ def test_dropout_drops_each_entry_by_itself_and_again_in_backward(p, dtype):
     torch.set_rng_state(state)
     seed = int(torch.randint(2**62, ()))
     mask = torch.ones(203 * 40, dtype=torch.float64)
-    mask[dropout.drawn(tensors[0].numel(), p, seed, tensors[0].device)] = 0
+    mask[dropout.draw_entries(tensors[0].numel(), p, seed, tensors[0].device)] = 0
     exact = expected(tensors, [1.0, 2.0], mask.view(203, 40) / (1 - p))
     weights = [torch.randn_like(y) for y in exact]
     for y, wanted in zip(outputs, exact, strict=True):
@@ -170,7 +170,7 @@ def test_entries_are_dropped_with_their_probability_independently(p):
     count, runs = 500, 2000
     masks = torch.zeros(runs, count)
     for seed in range(runs):
-        masks[seed, dropout.drawn(count, p, seed, masks.device)] = 1
+        masks[seed, dropout.draw_entries(count, p, seed, masks.device)] = 1
     total = count * runs
     assert abs(masks.mean().item() - p) < 4 * (p * (1 - p) / total) ** 0.5
     by_run = masks.sum(1)  # binomial: variance n p (1 - p)

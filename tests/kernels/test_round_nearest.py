@@ -166,12 +166,12 @@ def test_several_slabs_and_threads(threads, monkeypatch):
 def test_what_is_in_doubt_must_be_computed_again(monkeypatch):
     weight, low = made((1, 512, 512), 0.3, rank=16)
     expected = round_once(exact(weight, low), torch.bfloat16)
-    rounded = round_nearest.rounded
+    rounded = round_nearest.round_slab
 
     def unsure(old, B, A, bound, wide_B, wide_A, scale, new):
         return rounded(old, B, A, bound, wide_B, 0 * wide_A, scale, new)
 
-    monkeypatch.setattr(round_nearest, "rounded", unsure)
+    monkeypatch.setattr(round_nearest, "round_slab", unsure)
     with path("loop") as slabs:
         wrong = (fold(weight, low, rounding="nearest").weight != expected).sum()
     assert 0 < wrong <= sum(slabs)

@@ -77,7 +77,7 @@ def test_what_autograd_saved_is_left_alone_if_that_is_off(loaded, monkeypatch):
     def saved() -> bool:
         x = torch.randn(4, 6, requires_grad=True)
         product = F.silu(x * 2) * (x + 1)
-        kept = saved_inputs.kept(product)
+        kept = saved_inputs.input_to_save(product)
         node = product.grad_fn
         assert node is not None
         return kept.first is product and saved_inputs.Gate not in node.metadata

@@ -651,7 +651,7 @@ def test_spans_are_their_definition(dtype, ranks, drops):
     masks = [torch.ones(4, 12, dtype=torch.float64) for _ in given]
     for span, mask in zip(given, masks, strict=True):
         if drops:
-            mask.view(-1)[span.dropped(x[span.first : span.after])] = 0
+            mask.view(-1)[span.drop_entries(x[span.first : span.after])] = 0
     y = F.linear(leaves[0], *wide)
     parts = [
         y[span.first : span.after]

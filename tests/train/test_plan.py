@@ -18,7 +18,7 @@ import veneer
 from memory import kept, storages
 from veneer.cli import run as command_line
 from veneer.errors import ConfigError
-from veneer.kernels.device import counted
+from veneer.kernels.device import count_on_meta
 from veneer.models.meta import countable_model
 from veneer.train import loss
 from veneer.train.config import make_config
@@ -126,7 +126,7 @@ def operations(work: count.Work) -> int:
 def test_what_blocks_cost_adds_up(base):
     """The model with all of its blocks is what is said of it by one of each kind."""
     model = countable(base)
-    with counted():
+    with count_on_meta():
         whole = count._run(model, 2, 32, 1.0)
     said = count.count_step(countable(base), 2, 32).whole
     assert said.saved == whole.saved

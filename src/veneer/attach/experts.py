@@ -333,7 +333,7 @@ def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None =
             recorded and x.ndim == 2 and bias is None and x.is_cpu
         ):  # of which a call has many, with few rows each
             return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
-        return (fused.linear if recorded else fused.unrecorded)(scale, x, W, bias, A, B)
+        return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
     low = LowRank(A, B, scale) if _autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
     return reference.matmul_update(x, low.A, low.B, scale, y)

@@ -177,7 +177,7 @@ class LayerAdapter(nn.Module):
                     factors: Any = change._parameters
                     bias = None if known.bias is None else own[known.bias]
                     weight = weight.mT if known.flipped else weight
-                    run = fused.linear if torch.is_grad_enabled() else fused.unrecorded
+                    run = fused.linear if torch.is_grad_enabled() else fused.linear_without_graph
                     return run(change.scale, x, weight, bias, factors["A"], factors["B"])
                 if device.applies(x, weight):
                     return self._with_others(module, known, x, share, seed)

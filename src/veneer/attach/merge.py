@@ -495,7 +495,7 @@ def _onto_grid(
         return change.layer.unfold(values, change.dims)
 
     def grid() -> Grid:
-        return storage.grid(target, stored).reshaped(unfold)
+        return storage.grid(target, stored).map_tensors(unfold)
 
     nearest = unfold(storage.decode(target, stored))
     options: Any = {"rounding": rounding, "side": _side(change), "inputs": moment}

@@ -148,7 +148,7 @@ class Layer:
                 if self.key in assignment.bent:
                     y = self.bent(delta, flat, weight, bias, assignment)
                 else:
-                    y = fused.added(delta, flat, weight, bias)
+                    y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
         return assignment.apart[self.key].run(
             module, base, layer_state, args, kwargs, now, method=method
@@ -159,8 +159,8 @@ class Layer:
         wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
         for grouping, (A, B) in assignment.groups(self, tokens):
-            h = batched.narrowed(batched.gathered(wide, grouping), A, grouping)
-            delta = batched.widened(h, B, grouping, delta)
+            h = batched.project_down(batched.gather_rows(wide, grouping), A, grouping)
+            delta = batched.project_up(h, B, grouping, delta)
         if delta is None:
             return flat.new_zeros(len(flat), self.out)
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
@@ -176,7 +176,7 @@ class Layer:
         """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
         gain, own = assignment.extra(self, bias, flat)
         if gain is None:
-            y = fused.added(delta, flat, weight, None)
+            y = fused.add_product(delta, flat, weight, None)
         else:
             plain, by_row = flat @ weight.mT, (assignment.count, -1, self.out)
             y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])

@@ -1,7 +1,8 @@
 """Attention on a CPU, where torch's fused kernel is slow on short rows in 16 bits, and under a
 causal mask anyway.
 
-    scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ,    chances = softmax(scores),    output = chances value
+    scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ
+    chances = softmax(scores),    output = chances value
 
 A key-value head serves the g query heads of its group in one product. Under a causal mask alone
 (``causal``) a few rows and heads are taken at a time, with the keys up to the last of these rows:
@@ -71,7 +72,7 @@ def _eager(*tensors: Tensor) -> bool:
     ``torch.compile``, ``torch.func``, forward-mode AD or autocast."""
     if not untransformed() or _C._is_any_autocast_enabled():
         return False
-    return all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -102,12 +103,12 @@ class _Causal(torch.autograd.Function):
         ctx.scale = scale
         b, h, s, _ = query.shape
         output = query.new_empty(b, s, h, value.shape[-1])
-        own = _by_head(output.transpose(1, 2), key)
-        for some, turns in _chunks(query, key, value, scale, 2):
-            for place, (_, _, values, _, chances) in zip(
-                own[some].split(_size(own), 3), turns, strict=True
+        heads = _by_head(output.transpose(1, 2), key)
+        for block, turns in _chunks(query, key, value, scale, 2):
+            for rows_out, (_, _, values, _, chances) in zip(
+                heads[block].split(_size(heads), 3), turns, strict=True
             ):
-                place.copy_((chances @ values).view(place.shape))
+                rows_out.copy_((chances @ values).view(rows_out.shape))
         return output
 
     @staticmethod
@@ -122,50 +123,58 @@ class _Causal(torch.autograd.Function):
             if not graph and not many:
                 return *_gradients(query, key, value, gradient.transpose(1, 2), ctx.scale), None
             with torch.enable_grad():
-                own = [
-                    one.view_as(one) if graph else one.detach().requires_grad_()
-                    for one in (query, key, value)
+                inputs = [
+                    tensor.view_as(tensor) if graph else tensor.detach().requires_grad_()
+                    for tensor in (query, key, value)
                 ]
-                output = products(own[0], own[1], own[2], None, ctx.scale, causal=True).transpose(
-                    1, 2
-                )
-            wanted = [one for one, need in zip(own, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=graph))
-            return *(next(found) if need else None for need in needs), None
+                output = products(
+                    inputs[0], inputs[1], inputs[2], None, ctx.scale, causal=True
+                ).transpose(1, 2)
+            differentiated = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+            gradients = iter(
+                torch.autograd.grad(output, differentiated, gradient, create_graph=graph)
+            )
+            return *(next(gradients) if need else None for need in needs), None
 
 
 def _gradients(
     query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
-    """Those of query, key and value, of one of the output [b, h, s, e]."""
+    """The gradients of query, key and value, from that of the output [b, h, s, e]."""
     b, h, s, d = query.shape
     of_query = query.new_empty(b, s, h, d).transpose(1, 2)
     wide = torch.promote_types(
         query.dtype, torch.float32
     )  # sums over pieces are rounded to 16 bits once
     of_key, of_value = (
-        torch.zeros(one.shape, dtype=wide, device=one.device) for one in (key, value)
+        torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in (key, value)
     )
-    above, own = _by_head(gradient, key), _by_head(of_query, key)
-    for some, turns in _chunks(query, key, value, scale, 3):
-        gradients, places = (one[some].split(_size(own), 3) for one in (above, own))
-        totals = [one[some].flatten(0, 1) for one in (of_key, of_value)]
-        for below, place, (rows, keys, values, scores, chances, onward) in zip(
-            gradients, places, turns, strict=True
+    output_heads, query_heads = _by_head(gradient, key), _by_head(of_query, key)
+    for block, turns in _chunks(query, key, value, scale, 3):
+        gradients, query_gradients = (
+            tensor[block].split(_size(query_heads), 3) for tensor in (output_heads, query_heads)
+        )
+        totals = [tensor[block].flatten(0, 1) for tensor in (of_key, of_value)]
+        for output_gradient, query_gradient, (rows, keys, values, scores, chances, onward) in zip(
+            gradients, query_gradients, turns, strict=True
         ):
-            below = below.reshape(len(rows), rows.shape[1], -1)
-            torch.bmm(below, values.mT, out=scores)
+            output_gradient = output_gradient.reshape(len(rows), rows.shape[1], -1)
+            torch.bmm(output_gradient, values.mT, out=scores)
             _of_softmax(scores, chances, -1, scores.dtype, grad_input=onward)
-            for total, left, right in zip(totals, (onward, chances), (rows, below), strict=True):
-                into = total[:, : keys.shape[1]]
-                into.baddbmm_(left.mT, right) if wide is left.dtype else into.add_(left.mT @ right)
-            torch.mul((onward @ keys).view(place.shape), scale, out=place)
+            for total, weights, factors in zip(
+                totals, (onward, chances), (rows, output_gradient), strict=True
+            ):
+                target = total[:, : keys.shape[1]]
+                target.baddbmm_(weights.mT, factors) if wide is weights.dtype else target.add_(
+                    weights.mT @ factors
+                )
+            torch.mul((onward @ keys).view(query_gradient.shape), scale, out=query_gradient)
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-def _size(own: Tensor) -> int:
+def _size(heads: Tensor) -> int:
     """Rows of a query head that are taken at a time, of heads [., ., g, s, d]."""
-    return PIECES[own.shape[2] == 1 or own.element_size() == 2]
+    return PIECES[heads.shape[2] == 1 or heads.element_size() == 2]
 
 
 def _chunks(
@@ -176,17 +185,20 @@ def _chunks(
     b, kv, group, s, _ = heads.shape
     each = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)  # heads
     tall, wide = (each // kv, kv) if each >= kv else (1, each)
-    places: list[tuple[Tensor, ...]] = []
-    for top, left in itertools.product(range(0, b, tall), range(0, kv, wide)):
-        some = slice(top, top + tall), slice(left, left + wide)
-        own = heads[some]
-        if not places or places[0][0].shape[:2] != own.shape[:2]:
-            places = _places(own, count)
-        yield some, _turns(own, key[some].flatten(0, 1), value[some].flatten(0, 1), scale, places)
+    buffers: list[tuple[Tensor, ...]] = []
+    for first_batch, first_head in itertools.product(range(0, b, tall), range(0, kv, wide)):
+        block = slice(first_batch, first_batch + tall), slice(first_head, first_head + wide)
+        chunk = heads[block]
+        if not buffers or buffers[0][0].shape[:2] != chunk.shape[:2]:
+            buffers = _buffers(chunk, count)
+        yield (
+            block,
+            _turns(chunk, key[block].flatten(0, 1), value[block].flatten(0, 1), scale, buffers),
+        )
 
 
 def _turns(
-    own: Tensor, keys: Tensor, values: Tensor, scale: float, places: list
+    heads: Tensor, keys: Tensor, values: Tensor, scale: float, buffers: list
 ) -> Iterator[tuple[Tensor, ...]]:
     """A few rows at a time, of heads [., ., g, s, d] with keys [n, s, d] and values [n, s, e].
 
@@ -195,36 +207,41 @@ def _turns(
         keys, values: [n, k, d] and [n, k, e], up to the last of these rows.
         places: of [n, g · r, k], the same memory in each turn; the second holds the chances.
     """
-    lowest = torch.finfo(own.dtype).min
-    hidden = torch.ones(_size(own), _size(own), dtype=torch.bool, device=own.device).triu_(1)
-    for part, (lying, rows, corner, scores, chances, *rest) in zip(
-        own.split(_size(own), 3), places, strict=True
+    lowest = torch.finfo(heads.dtype).min
+    hidden = torch.ones(_size(heads), _size(heads), dtype=torch.bool, device=heads.device).triu_(1)
+    for query_rows, (scaled_rows, rows, corner, scores, chances, *rest) in zip(
+        heads.split(_size(heads), 3), buffers, strict=True
     ):
-        torch.mul(part, scale, out=lying)
-        seen = keys[:, : scores.shape[2]]
-        torch.bmm(rows, seen.mT, out=scores)
-        corner.masked_fill_(hidden[: part.shape[3], : part.shape[3]], lowest)
+        torch.mul(query_rows, scale, out=scaled_rows)
+        visible_keys = keys[:, : scores.shape[2]]
+        torch.bmm(rows, visible_keys.mT, out=scores)
+        corner.masked_fill_(hidden[: query_rows.shape[3], : query_rows.shape[3]], lowest)
         torch.softmax(scores, -1, out=chances)
-        yield rows, seen, values[:, : scores.shape[2]], scores, chances, *rest
+        yield rows, visible_keys, values[:, : scores.shape[2]], scores, chances, *rest
 
 
-def _places(own: Tensor, count: int) -> list[tuple[Tensor, ...]]:
+def _buffers(heads_like: Tensor, count: int) -> list[tuple[Tensor, ...]]:
     """Memory for the turns of heads [., ., g, s, d], each time the same: for rows as [., ., g, r,
     d] and [n, g · r, d], for scores that some rows do not see [n, g, r, r], and ``count`` of [n, g
     · r, k], the first of which has these."""
-    *heads, group, s, d = own.shape
-    n, most = heads[0] * heads[1], min(_size(own), s)
-    scaled, memory = own.new_empty(n * group * most * d), own.new_empty(count, n * group * most * s)
-    found = []
+    *heads, group, s, d = heads_like.shape
+    n, most = heads[0] * heads[1], min(_size(heads_like), s)
+    scaled, memory = (
+        heads_like.new_empty(n * group * most * d),
+        heads_like.new_empty(count, n * group * most * s),
+    )
+    buffers = []
     for first in range(0, s, most):
         after = min(first + most, s)
         tall = group * (after - first)
         rows = scaled[: n * tall * d].view(n, tall, d)
         lying = rows.view(*heads, group, after - first, d)
-        scores = [one[: n * tall * after].view(n, tall, after) for one in memory]
+        scores = [
+            scores_memory[: n * tall * after].view(n, tall, after) for scores_memory in memory
+        ]
         corner = scores[0].view(n, group, after - first, after)[..., first:]
-        found.append((lying, rows, corner, *scores))
-    return found
+        buffers.append((lying, rows, corner, *scores))
+    return buffers
 
 
 def _by_head(x: Tensor, key: Tensor) -> Tensor:
@@ -233,9 +250,15 @@ def _by_head(x: Tensor, key: Tensor) -> Tensor:
 
 
 def products(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None = None, dropout: float = 0.0,
-    *, causal: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    *,
+    causal: bool = False,
+) -> Tensor:
     """softmax(scale · query keyᵀ + bias) value.
 
     Args:
@@ -265,14 +288,14 @@ def products(
     hidden = torch.full(
         (PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device
     ).triu_(1)
-    found = []
+    outputs = []
     for first in range(0, s, PIECE):
         after = min(first + PIECE, s)
         scores = grouped[:, :, first:after].flatten(1, 2) @ keys[..., :after]
         scores[..., first:] += hidden[: after - first, : after - first].repeat(group, 1)
-        part = _output(scores, values[:, :after], dropout)
-        found.append(part.view(b, heads, group, after - first, -1))
-    return (found[0] if len(found) == 1 else torch.cat(found, 3)).reshape(b, h, s, -1)
+        output = _output(scores, values[:, :after], dropout)
+        outputs.append(output.view(b, heads, group, after - first, -1))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)).reshape(b, h, s, -1)
 
 
 def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
@@ -284,7 +307,7 @@ def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """What is added to the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand
+    """The summand of the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand
     already; ``causal`` counts where there is none."""
     if mask is None:
         if not causal:
@@ -346,7 +369,7 @@ class Packed:
     def together(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.back)[None]
 
-    def seen(self, mask: Any) -> Tensor:
+    def row_masks(self, mask: Any) -> Tensor:
         """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
         return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[
             :, None

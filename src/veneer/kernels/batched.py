@@ -55,26 +55,26 @@ class Grouping:
     back: tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
-def gathered(x: Tensor, grouping: Grouping) -> Tensor:
+def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
     """x [N, in] in groups, [S, n, in]."""
     x = x if grouping.order is None else x.index_select(0, grouping.order)
     return x.view(grouping.groups, -1, x.shape[1])
 
 
-def narrowed(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
+def project_down(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
     """h [S, r, n] of x in groups [S, n, in]."""
     h = torch.bmm(A, x.mT)
     return h if grouping.weights is None else h.mul_(grouping.weights)
 
 
-def widened(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None) -> Tensor:
+def project_up(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None) -> Tensor:
     """Each row's hᵀ B, [N, out], added ``onto`` what another grouping gave."""
-    found = torch.bmm(h.mT, B).view(-1, B.shape[2])
+    changes = torch.bmm(h.mT, B).view(-1, B.shape[2])
     for index, lacks in grouping.back:
-        part = found if index is None else found.index_select(0, index)
+        change = changes if index is None else changes.index_select(0, index)
         if lacks is not None:  # not times 0, which a NaN of another row would survive
-            part = part.masked_fill(lacks, 0.0)
-        onto = part if onto is None else onto.add_(part)
+            change = change.masked_fill(lacks, 0.0)
+        onto = change if onto is None else onto.add_(change)
     assert onto is not None
     return onto
 
@@ -87,9 +87,14 @@ def by_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor], scale: float | Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: float | Tensor,
     zeros: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """x Wᵀ + scale · (x A_nᵀ) B_nᵀ + bias [N, *, out], row n with factors of its own;
     differentiable in all but W.
 
@@ -106,13 +111,15 @@ def linear(
         max(map(len, A)),
     )
     joined = []
-    for factors in (A, [one.mT for one in B]):
+    for factors in (A, [factor.mT for factor in B]):
         width = factors[0].shape[1]
         nothing = zeros[: most * width].view(most, width)
-        pieces = [piece for one in factors for piece in (one, nothing[len(one) :]) if len(piece)]
+        pieces = [
+            piece for factor in factors for piece in (factor, nothing[len(factor) :]) if len(piece)
+        ]
         joined.append(torch.cat(pieces).view(len(factors), most, width))
     downs, ups = (
-        [one.to(x.dtype) for one in joined]
+        [factor.to(x.dtype) for factor in joined]
         if recorded
         else cast(Any, device.same_dtype(joined, x.dtype))
     )
@@ -123,7 +130,7 @@ def linear(
     )
     tokens = rows.reshape(-1, x.shape[-1])
     if not recorded:
-        y = fused.added(delta, tokens, weight, bias)
+        y = fused.add_product(delta, tokens, weight, bias)
     elif bias is None:
         y = torch.addmm(
             delta, tokens, weight.mT
@@ -140,17 +147,17 @@ Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
 
 def by_runs(x: Tensor, out: int, runs: Sequence[Run], tokens: int) -> Tensor:
     """Δ [N, out] of rows of ``tokens`` each."""
-    part = x.new_empty(x.shape[0], out)
+    change = x.new_empty(x.shape[0], out)
     for first, after, uses in runs:
-        own, into = x[first * tokens : after * tokens], part[first * tokens : after * tokens]
+        x_rows, y_rows = x[first * tokens : after * tokens], change[first * tokens : after * tokens]
         if not uses:
-            into.zero_()
+            y_rows.zero_()
         for number, (A, B, weight) in enumerate(uses):
-            h = fused.thin(A, own)  # [r, T]
+            h = fused.thin(A, x_rows)  # [r, T]
             if weight != 1:
                 h *= weight
             if number:
-                into.addmm_(h.mT, B)
+                y_rows.addmm_(h.mT, B)
             else:
-                torch.mm(h.mT, B, out=into)
-    return part
+                torch.mm(h.mT, B, out=y_rows)
+    return change

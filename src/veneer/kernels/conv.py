@@ -51,7 +51,7 @@ class Geometry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a call is besides its tensors: ``scale`` is s / (1 - ``drops``), ``form`` as
+    """The options of a call: ``scale`` is s / (1 - ``drops``), ``form`` as
     ``fused.Settings`` has it, and ``last`` whether channels lie last."""
 
     geometry: Geometry
@@ -121,9 +121,9 @@ class _Conv(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, x, weight, bias, A, B) -> Tensor:
         down, up = A.to(x.dtype), B.to(x.dtype)
         if settings.form:
-            h, y = None, _plain(settings, x, _formed(weight, down, up, settings.scale), bias)
+            h, y = None, _plain(settings, x, _form_weight(weight, down, up, settings.scale), bias)
         else:
-            read = _without(settings, x, _dropped(settings, x))
+            read = _without(settings, x, _draw_entries(settings, x))
             h, y = _thin(settings, read, down, weight), _plain(settings, x, weight, bias)
             if settings.last:
                 _rows(y).addmm_(_rows(h), up.mT, alpha=settings.scale)
@@ -156,7 +156,9 @@ class _Conv(torch.autograd.Function):
                 )
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                through = _formed(weight, down, up, settings.scale) if settings.form else weight
+                through = (
+                    _form_weight(weight, down, up, settings.scale) if settings.form else weight
+                )
                 onto, dx = (
                     dx,
                     _laid(
@@ -183,7 +185,7 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
-def _dropped(settings: Settings, x: Tensor) -> Tensor | None:
+def _draw_entries(settings: Settings, x: Tensor) -> Tensor | None:
     """The entries of x, in the order of memory, that the low-rank path does not see."""
     return (
         dropout.entries(x.numel(), settings.drops, settings.seed, x.device)
@@ -197,13 +199,13 @@ def _without(settings: Settings, x: Tensor, dropped: Tensor | None) -> Tensor:
     if dropped is None:
         return x
     return (
-        dropout.without(x.movedim(1, -1), dropped).movedim(-1, 1)
+        dropout.zero_entries(x.movedim(1, -1), dropped).movedim(-1, 1)
         if settings.last
-        else dropout.without(x, dropped)
+        else dropout.zero_entries(x, dropped)
     )
 
 
-def _formed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """W + s B A."""
     return torch.addmm(weight.reshape(len(weight), -1), up, down, alpha=scale).view(weight.shape)
 
@@ -234,7 +236,7 @@ def _through_up(
         rows, narrow = _rows(dy), (up * settings.scale).mT
         if h is None:
             return _images(fused.thin(narrow, rows).mT.contiguous(), dy), None
-        dh, dB = fused.thin_twice(narrow, rows, _rows(h).mT)
+        dh, dB = fused.thin_pair(narrow, rows, _rows(h).mT)
         return _images(dh.mT.contiguous(), dy), dB.mT * settings.scale
     flat = dy.flatten(2)  # [n, out, p]
     dh = torch.bmm((up * settings.scale).mT.expand(len(dy), -1, -1), flat).view(
@@ -246,7 +248,7 @@ def _through_up(
 def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
     """(the gradient of x that comes through h, that of A [r, in · |k|]), from the gradient of h."""
     dx = dA = None
-    dropped = _dropped(settings, x)
+    dropped = _draw_entries(settings, x)
     read = _without(settings, x, dropped) if need_A else x
     if _is_product(settings.geometry, weight):
         if need_x:

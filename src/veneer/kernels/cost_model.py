@@ -29,7 +29,7 @@ MOVED, FETCHED = 12.0, 50.0
 
 @dataclass(frozen=True)
 class Costs:
-    """What an adapter adds to one linear layer, in multiply-adds (moved numbers included, see
+    """The cost that an adapter adds to one linear layer, in multiply-adds (moved numbers included, see
     ``MOVED``).
 
     ``factored`` and ``materialised`` are those of the two paths, ``layer`` is the layer's own cost,
@@ -76,6 +76,8 @@ def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
     alike."""
     if dtype.itemsize < 4:
         return math.inf
-    none, one = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
-    slope = one.factored - (one.materialised - none.materialised)  # both are linear in the tokens
+    none, per_token = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
+    slope = per_token.factored - (
+        per_token.materialised - none.materialised
+    )  # both are linear in the tokens
     return none.materialised / slope

@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from veneer.errors import VeneerError
 from veneer.kernels import eager, reference
 from veneer.kernels.dropout import mask
-from veneer.kernels.saved_inputs import SavedInput, again, kept
+from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
 Read = Callable[[torch.dtype], Tensor]
 
 
 class Settings(NamedTuple):
-    """What a call is besides its tensors.
+    """The options of a call.
 
     Fields:
         scales: s_i.
@@ -67,7 +67,7 @@ _COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
 
 
 @contextmanager
-def counted() -> Iterator[None]:
+def count_on_meta() -> Iterator[None]:
     """A block in which tensors on the meta device take the path of a device, so that what a step
     there computes and saves can be counted without one."""
     token = _COUNTED.set(True)
@@ -146,8 +146,8 @@ def linears(
         VeneerError: in backward, for a gradient with a graph through an x that autocast has cast.
     """
     gains = [None] * len(A) if gains is None else gains
-    reads = tuple(cast(Any, None if isinstance(one, Tensor) else one) for one in weights)
-    tensors = [one if isinstance(one, Tensor) else None for one in weights]
+    reads = tuple(cast(Any, None if isinstance(weight, Tensor) else weight) for weight in weights)
+    tensors = [weight if isinstance(weight, Tensor) else None for weight in weights]
     settings = Settings(tuple(scales), dtype_of(x), dropout, seed, reads)
     with torch.autocast(x.device.type, enabled=False) if _autocast(x.device.type) else _NOTHING:
         if torch.is_grad_enabled():
@@ -160,35 +160,38 @@ _NOTHING = nullcontext()  # one serves all calls
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """The tensors in a dtype; those of one other dtype by one launch."""
-    found, casts = list(tensors), {}
-    for place, one in enumerate(tensors):
-        if one is not None and one.dtype != dtype:
-            casts.setdefault(one.dtype, []).append(place)
-    for places in casts.values():
-        for place, one in zip(
-            places, _cast([cast(Tensor, tensors[place]) for place in places], dtype), strict=True
+    converted, casts = list(tensors), {}
+    for position, tensor in enumerate(tensors):
+        if tensor is not None and tensor.dtype != dtype:
+            casts.setdefault(tensor.dtype, []).append(position)
+    for positions in casts.values():
+        for position, tensor in zip(
+            positions,
+            _cast([cast(Tensor, tensors[position]) for position in positions], dtype),
+            strict=True,
         ):
-            found[place] = one
-    return found
+            converted[position] = tensor
+    return converted
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     if len(tensors) == 1 or not tensors[0].is_cuda:
-        return [one.to(dtype) for one in tensors]
+        return [tensor.to(dtype) for tensor in tensors]
     if _copies_lists():
-        made = [torch.empty_like(one, dtype=dtype, requires_grad=False) for one in tensors]
-        vars(torch)["_foreach_copy_"](made, tensors)
-        return made
-    places = [
-        place for place, one in enumerate(tensors) if one.is_contiguous()
+        copies = [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
+        vars(torch)["_foreach_copy_"](copies, tensors)
+        return copies
+    positions = [
+        position for position, tensor in enumerate(tensors) if tensor.is_contiguous()
     ]  # joined, and cast meanwhile
-    sizes = [tensors[place].numel() for place in places]
+    sizes = [tensors[position].numel() for position in positions]
     flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
-    if places:
-        torch.cat([tensors[place].view(-1) for place in places], out=flat)
-    parts = dict(zip(places, flat.split(sizes), strict=True))
+    if positions:
+        torch.cat([tensors[position].view(-1) for position in positions], out=flat)
+    views = dict(zip(positions, flat.split(sizes), strict=True))
     return [
-        parts[i].view(one.shape) if i in parts else one.to(dtype) for i, one in enumerate(tensors)
+        views[i].view(tensor.shape) if i in views else tensor.to(dtype)
+        for i, tensor in enumerate(tensors)
     ]
 
 
@@ -198,13 +201,13 @@ def _copies_lists() -> bool:
     return _C._dispatch_has_kernel_for_dispatch_key("aten::_foreach_copy_", "CUDA")
 
 
-def product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def product(first: Tensor, second: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale · left right."""
-    out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+    out = first.new_empty(first.shape[0], second.shape[1]) if out is None else out
     return (
-        torch.mm(left, right, out=out)
+        torch.mm(first, second, out=out)
         if scale == 1
-        else out.addmm_(left, right, beta=0, alpha=scale)
+        else out.addmm_(first, second, beta=0, alpha=scale)
     )
 
 
@@ -215,14 +218,14 @@ def _sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype.itemsize > 2:
         return False
     try:
-        one = torch.zeros(8, 8, dtype=dtype, device=device)
-        torch.addmm(one.float(), one, one, out_dtype=torch.float32)
+        probe = torch.zeros(8, 8, dtype=dtype, device=device)
+        torch.addmm(probe.float(), probe, probe, out_dtype=torch.float32)
     except (RuntimeError, TypeError):
         return False
     return True
 
 
-def added(
+def add_change(
     h: Tensor, up: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """x Wᵀ + scale · h upᵀ + bias [T, out], rounded once where the device can."""
@@ -240,13 +243,13 @@ def added(
     return torch.add(wide, bias, out=h.new_empty(wide.shape))
 
 
-def onto(part: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """part + x Wᵀ + bias in 16 bits: ``added`` for a change that is there already."""
-    if not _sums_wide(part.device, part.dtype):
-        return part.addmm_(tokens, weight.mT).add_(bias)
-    wide, options = part.float(), cast(Any, {"out_dtype": torch.float32})
+def onto(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """part + x Wᵀ + bias in 16 bits: ``add_change`` for a change that is there already."""
+    if not _sums_wide(change.device, change.dtype):
+        return change.addmm_(tokens, weight.mT).add_(bias)
+    wide, options = change.float(), cast(Any, {"out_dtype": torch.float32})
     torch.addmm(wide, tokens, weight.mT, out=wide, **options)
-    return torch.add(wide, bias, out=part)
+    return torch.add(wide, bias, out=change)
 
 
 def _matrix(factor: Tensor) -> Tensor:
@@ -265,11 +268,11 @@ def _spans(ups: Sequence[Tensor]) -> list[tuple[int, int]]:
 def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     weights, biases, A, B, gains = _apart(tensors)
     count, dtype = len(A), settings.dtype
-    given = [x, *weights, *biases, *map(_matrix, A), *map(_matrix, B)]
-    seen, *rest = same_dtype(given, dtype)
+    uncast = [x, *weights, *biases, *map(_matrix, A), *map(_matrix, B)]
+    x_cast, *rest = same_dtype(uncast, dtype)
     weights_, biases_, downs, ups = _apart(cast(Any, rest), 4)
     joined = downs[0] if count == 1 else torch.cat(downs)  # [R, in]
-    tokens = cast(Tensor, seen).reshape(-1, x.shape[-1])  # [T, in]
+    tokens = cast(Tensor, x_cast).reshape(-1, x.shape[-1])  # [T, in]
     read, keep = tokens, 1 - settings.dropout
     if settings.dropout:
         read = tokens * mask(tokens.shape, settings.dropout, settings.seed, x.device)
@@ -279,7 +282,7 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         scale, gain, weight = settings.scales[number] / keep, gains[number], weights_[number]
         weight = settings.reads[number](dtype) if weight is None else weight  # pyright: ignore[reportOptionalCall]
         bias = biases_[number]
-        y = added(
+        y = add_change(
             h[:, first:after],
             ups[number],
             scale,
@@ -295,14 +298,15 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
     if ctx is not None:
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape, ctx.kind = settings, x.shape, x.device.type
-        ctx.cast = None if seen is x else x.dtype
-        *made_of, ctx.gate = kept(x) if seen is x else SavedInput(cast(Tensor, seen))
+        ctx.cast = None if x_cast is x else x.dtype
+        *made_of, ctx.gate = input_to_save(x) if x_cast is x else SavedInput(cast(Tensor, x_cast))
         ctx.dropped = settings.dropout > 0 and made_of[1] is None
         if ctx.dropped:  # backward reads no other x, and there is no more of this one
             made_of[0] = read
         h = h if h.shape[1] * 8 <= x.shape[-1] else None
         # the casts of weights too, as torch's own autocast keeps them
-        casts = (None if one is own else one for one, own in zip(weights_, weights, strict=True))
+        pairs = zip(weights_, weights, strict=True)
+        casts = (None if weight_cast is weight else weight_cast for weight_cast, weight in pairs)
         ctx.save_for_backward(*made_of, h, joined, *ups, *casts, *before, *tensors)
     return tuple(ys)
 
@@ -324,13 +328,14 @@ _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     first, second, third, h, joined, *rest = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
-    (ups, casts, before), tensors = _apart(rest[: 3 * count], 3), rest[3 * count :]
-    x = again(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
+    (ups, casts, unscaled_outputs), tensors = _apart(rest[: 3 * count], 3), rest[3 * count :]
+    x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
     needs_x, needs = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
     if torch.is_grad_enabled():
         if ctx.cast is not None:
             raise VeneerError(
-                f"a second gradient through an input in {ctx.cast} that autocast casts to {settings.dtype}",
+                f"a second gradient through an input in {ctx.cast} that autocast casts to "
+                f"{settings.dtype}",
                 f"an input in {settings.dtype}, of which backward keeps no copy without a graph",
                 "cast the input before the layer, or compute this outside of autocast",
             )
@@ -341,12 +346,15 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
         )
     _, needs_bias, needs_A, needs_B, needs_gain = needs
     weights, biases, A, B, gains = _apart(tensors)
-    weights = [own if one is None else one for one, own in zip(casts, weights, strict=True)]
+    weights = [
+        tensor if gradient is None else gradient
+        for gradient, tensor in zip(casts, weights, strict=True)
+    ]
     tokens = x.reshape(-1, x.shape[-1])
-    kept_ = None
+    keep_mask = None
     if settings.dropout and (needs_x or not ctx.dropped):
-        kept_ = mask(tokens.shape, settings.dropout, settings.seed, x.device)
-    read = tokens if kept_ is None or ctx.dropped else tokens * kept_
+        keep_mask = mask(tokens.shape, settings.dropout, settings.seed, x.device)
+    read = tokens if keep_mask is None or ctx.dropped else tokens * keep_mask
     h = read @ joined.mT if h is None else h
     U = h.new_empty(h.shape)  # s (dy B), [T, R]
     db, dB, dgain, dys = cast(Any, ([None] * count for _ in range(4)))
@@ -359,7 +367,7 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
         db[number] = dy.sum(0) if needs_bias[number] else None
         if gains[number] is not None:
             dgain[number] = (
-                (dy * before[number]).sum(0, dtype=gains[number].dtype)
+                (dy * unscaled_outputs[number]).sum(0, dtype=gains[number].dtype)
                 if needs_gain[number]
                 else None
             )
@@ -375,23 +383,26 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     dx = None
     if needs_x:
         dx = U @ joined
-        dx = dx if kept_ is None else dx.mul_(kept_)
+        dx = dx if keep_mask is None else dx.mul_(keep_mask)
         for dy, weight, reading in zip(dys, weights, settings.reads, strict=True):
             if dy is not None:
                 dx.addmm_(dy, reading(settings.dtype) if weight is None else weight)
         dx = dx.view(ctx.shape)
     dA = [
-        one if need and dy is not None else None
-        for one, dy, need in zip(dA, gradients, needs_A, strict=True)
+        gradient if need and dy is not None else None
+        for gradient, dy, need in zip(dA, gradients, needs_A, strict=True)
     ]
     dtypes = [
         ctx.cast or x.dtype,
-        *(None if one is None else one.dtype for one in (*biases, *A, *B)),
+        *(None if gradient is None else gradient.dtype for gradient in (*biases, *A, *B)),
     ]
-    dx, *found = _own_dtypes([dx, *db, *dA, *dB], dtypes)
-    db, dA, dB = _apart(found, 3)
+    dx, *converted = _own_dtypes([dx, *db, *dA, *dB], dtypes)
+    db, dA, dB = _apart(converted, 3)
     dA, dB = (
-        [None if one is None else one.view(own.shape) for one, own in zip(ones, owns, strict=True)]
+        [
+            None if gradient is None else gradient.view(tensor.shape)
+            for gradient, tensor in zip(ones, owns, strict=True)
+        ]
         for ones, owns in ((dA, A), (dB, B))
     )
     return None, dx, *[None] * count, *db, *dA, *dB, *dgain
@@ -401,22 +412,22 @@ def _own_dtypes(
     gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
     """Each gradient in the dtype of what it is of."""
-    found = list(gradients)
+    converted = list(gradients)
     for dtype in {*dtypes} - {None}:
-        places = [place for place, own in enumerate(dtypes) if own == dtype]
-        for place, one in zip(
-            places,
-            same_dtype([gradients[place] for place in places], cast(Any, dtype)),
+        positions = [position for position, own_dtype in enumerate(dtypes) if own_dtype == dtype]
+        for position, gradient in zip(
+            positions,
+            same_dtype([gradients[position] for position in positions], cast(Any, dtype)),
             strict=True,
         ):
-            found[place] = one
-    return found
+            converted[position] = gradient
+    return converted
 
 
-def _apart(items: Sequence, parts: int = 5) -> tuple[Any, ...]:
+def _apart(items: Sequence, pieces: int = 5) -> tuple[Any, ...]:
     """Equal parts of a sequence: (weights, biases, A, B, gains)."""
-    count = len(items) // parts
-    return tuple(items[part * count : (part + 1) * count] for part in range(parts))
+    count = len(items) // pieces
+    return tuple(items[number * count : (number + 1) * count] for number in range(pieces))
 
 
 def _definition(settings: Settings, x: Tensor, *tensors: Any) -> list[Tensor]:

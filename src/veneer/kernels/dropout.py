@@ -24,11 +24,11 @@ SPARSE = 0.3
 
 
 def seed() -> int:
-    """A seed for ``drawn``, from torch's default generator."""
+    """A seed for ``draw_entries``, from torch's default generator."""
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def drawn(count: int, p: float, seed: int, device: torch.device) -> Tensor:
+def draw_entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
     """Indices (int64) of the numbers that are dropped of ``count``: each with probability p,
     independently; in no order, some of them twice."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -41,21 +41,21 @@ def drawn(count: int, p: float, seed: int, device: torch.device) -> Tensor:
 
 def mask(shape: Sequence[int], p: float, seed: int, device: torch.device) -> Tensor:
     """True where a number of this shape is kept, with probability 1 - p; to be multiplied by."""
-    kept = torch.empty(shape, dtype=torch.bool, device=device)
-    if kept.is_meta:  # which draws nothing, and has no generator
-        return kept
-    return kept.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
+    keep = torch.empty(shape, dtype=torch.bool, device=device)
+    if keep.is_meta:  # which draws nothing, and has no generator
+        return keep
+    return keep.bernoulli_(1 - p, generator=torch.Generator(device).manual_seed(seed))
 
 
 def entries(count: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """What is dropped of ``count`` numbers, for ``without``: entries, or on a device a mask of what
-    is kept. There the number of entries could not be read without waiting for all that runs."""
+    """The dropped entries of ``count`` numbers, for ``zero_entries``; on a device a mask of
+    the others. There the number of entries could not be read without waiting for all that runs."""
     if device.type != "cpu":
         return mask((count,), p, seed, device)
-    return drawn(count, p, seed, device)
+    return draw_entries(count, p, seed, device)
 
 
-def without(x: Tensor, entries: Tensor) -> Tensor:
+def zero_entries(x: Tensor, entries: Tensor) -> Tensor:
     """A copy of x, of any shape, with zeros in these entries, or where this mask is False;
     differentiable."""
     if entries.dtype is torch.bool:
@@ -72,4 +72,4 @@ def dropout(x: Tensor, p: float) -> Tensor:
         or _C._functorch.peek_interpreter_stack() is not None
     ):
         return F.dropout(x, p)
-    return without(x, drawn(x.numel(), p, seed(), x.device)) / (1 - p)
+    return zero_entries(x, draw_entries(x.numel(), p, seed(), x.device)) / (1 - p)

@@ -61,9 +61,9 @@ def basis(A: Float[Tensor, "g r in_"], cutoff: float = 1e-10) -> Float[Tensor, "
     """Orthonormal rows that span those of A (float64); rows of zeros where A has a smaller rank
     than r."""
     Q, upper = torch.linalg.qr(A.mT)  # [g, in, k], [g, k, r]
-    left, sizes, _ = torch.linalg.svd(upper, full_matrices=False)
-    kept = sizes > cutoff * sizes[:, :1]
-    return (Q @ (left * kept[:, None])).mT
+    vectors, sizes, _ = torch.linalg.svd(upper, full_matrices=False)
+    spanned = sizes > cutoff * sizes[:, :1]
+    return (Q @ (vectors * spanned[:, None])).mT
 
 
 def directions(
@@ -71,9 +71,9 @@ def directions(
 ) -> Float[Tensor, "g k in_"]:
     """F: the span of A's rows, then the directions in which ``inputs`` (Σ xᵀx) vary most, as long
     as they vary there beside the first."""
-    own = basis(A)
+    span = basis(A)
     if inputs is None:
-        return own
+        return span
     moment = inputs.double()
     largest = moment.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)[:, :MORE]
     vectors = moment.gather(2, largest[:, None].expand(-1, moment.shape[1], -1))
@@ -82,7 +82,7 @@ def directions(
     vectors = torch.linalg.qr(vectors)[0]
     sizes, turned = torch.linalg.eigh(vectors.mT @ moment @ vectors)
     weights = (sizes / sizes[:, -1:].clamp_min(1e-300)).clamp(0, 1).sqrt()
-    return torch.cat([own, ((vectors @ turned) * weights[:, None]).mT], 1)
+    return torch.cat([span, ((vectors @ turned) * weights[:, None]).mT], 1)
 
 
 def faithful(
@@ -126,40 +126,42 @@ def faithful(
     ]
 
     def round_rows(piece: tuple[slice, slice], _: None) -> float:
-        own, some = piece
+        groups_of_piece, rows_of_piece = piece
         F, A, B = (
-            protect[own],
-            low.A[own],
-            (low.B[own] * low.scale).mT,
+            protect[groups_of_piece],
+            low.A[groups_of_piece],
+            (low.B[groups_of_piece] * low.scale).mT,
         )  # [g, k, in], [g, r, in], [g, r, out]
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
-        F, A = (one.gather(2, order[:, None].expand_as(one)) for one in (F, A))
-        kept = _transposed(weight[piece]).to(held)  # [g, in, rows]
+        F, A = (tensor.gather(2, order[:, None].expand_as(tensor)) for tensor in (F, A))
+        columns_first = _transpose_into(weight[piece]).to(held)  # [g, in, rows]
         factor = gain
         if (
             gain is not None
         ):  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
             factor = (
-                gain[own, some].mT
+                gain[groups_of_piece, rows_of_piece].mT
                 if gain.shape[2] == 1
-                else gain[own].mT.gather(1, order[:, :, None])
+                else gain[groups_of_piece].mT.gather(1, order[:, :, None])
             )
         cells = _cells(out.dtype, grid, piece)
-        inner = _Rows(kept, order, F, A, B[:, :, some], factor, cells, chunk, block).run()
-        _transposed(kept.to(out.dtype), out[piece])
+        inner = _Rows(
+            columns_first, order, F, A, B[:, :, rows_of_piece], factor, cells, chunk, block
+        ).run()
+        _transpose_into(columns_first.to(out.dtype), out[piece])
         return inner
 
     return sum(spread(pieces, lambda: None, round_rows, threads_for(weight, WORKERS)))
 
 
-def _transposed(one: Tensor, into: Tensor | None = None) -> Tensor:
+def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
     """``one.mT`` in memory of its own. torch has a fast copy for this, of matrices of one type."""
-    into = one.new_empty(one.mT.shape) if into is None else into
-    if len(one) == 1:
-        into[0].copy_(one[0].T)
+    target = matrix.new_empty(matrix.mT.shape) if target is None else target
+    if len(matrix) == 1:
+        target[0].copy_(matrix[0].T)
     else:
-        into.copy_(one.mT)
-    return into
+        target.copy_(matrix.mT)
+    return target
 
 
 # : fill the last two with the cells of values [g, count, rows] at these places; the third is for
@@ -170,14 +172,14 @@ _Cells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _Cells:
     if grid is None:
         return lambda _, value, free, mid, half: neighbours(value, dtype, free, mid, half)
-    whole = grid.reshaped(
-        lambda one: _transposed(one[piece]).flatten(0, 1)
+    columns_grid = grid.map_tensors(
+        lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1)
     )  # [g · in, rows], as ``_Rows.kept``
 
-    def cells(places: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
-        whole.reshaped(lambda one: one.index_select(0, places).view(value.shape)).cells(
-            value, mid, half
-        )
+    def cells(positions: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
+        columns_grid.map_tensors(
+            lambda tensor: tensor.index_select(0, positions).view(value.shape)
+        ).cells(value, mid, half)
 
     return cells
 
@@ -187,13 +189,23 @@ class _Rows:
     columns of F first, so that the last can trim the residual finely."""
 
     def __init__(
-        self, kept: Tensor, order: Tensor, F: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, cells: _Cells,
-        chunk: int, block: int,
-    ) -> None:  # fmt: skip
+        self,
+        columns_first: Tensor,
+        order: Tensor,
+        F: Tensor,
+        A: Tensor,
+        B: Tensor,
+        gain: Tensor | None,
+        cells: _Cells,
+        chunk: int,
+        block: int,
+    ) -> None:
         self.F, self.A, self.B, self.gain, self.cells = F, A, B, gain, cells
         self.chunk, self.block = chunk, block
-        self.groups, self.columns, self.rows = kept.shape
-        self.kept = kept.view(-1, self.rows)  # the columns of a group below those of the one before
+        self.groups, self.columns, self.rows = columns_first.shape
+        self.kept = columns_first.view(
+            -1, self.rows
+        )  # the columns of a group below those of the one before
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.plain = PLAIN * F.square().sum() / (self.groups * self.columns)
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
@@ -202,7 +214,7 @@ class _Rows:
         self.buffers = F.new_empty(4 if gain is None else 5, self.groups, wide, self.rows).unbind()
         # [g, 1, rows], one a column
         self.tilts, self.mids, self.halves, *self.changes = (
-            one.unsqueeze(2).unbind(1) for one in self.buffers[1:]
+            buffer.unsqueeze(2).unbind(1) for buffer in self.buffers[1:]
         )
 
     def run(self) -> float:
@@ -220,13 +232,13 @@ class _Rows:
         image = (self.F[:, :rank] @ self.A.mT).mT @ self.residual[:, :rank]  # A Eᵀ
         return float((self.B * image).sum())
 
-    def _places(self, columns: slice) -> Tensor:
+    def _column_index(self, columns: slice) -> Tensor:
         return self.order[:, columns].reshape(-1)
 
     def _exact(self, columns: slice) -> tuple[Tensor, Tensor]:
         """V, and V - W where there is a gain: [g, count, rows]."""
-        value, *_, change = (one[:, : columns.stop - columns.start] for one in self.buffers)
-        value.copy_(self.kept.index_select(0, self._places(columns)).view(value.shape))
+        value, *_, change = (buffer[:, : columns.stop - columns.start] for buffer in self.buffers)
+        value.copy_(self.kept.index_select(0, self._column_index(columns)).view(value.shape))
         if self.gain is not None:
             change.copy_(value)
         value.baddbmm_(self.A[:, :, columns].mT, self.B)
@@ -238,9 +250,9 @@ class _Rows:
     def _chunk(self, columns: slice) -> None:
         count = columns.stop - columns.start
         value, change = self._exact(columns)
-        tilt, mid, half = (one[:, :count] for one in self.buffers[1:4])
+        tilt, mid, half = (buffer[:, :count] for buffer in self.buffers[1:4])
         F = self.F[:, :, columns]
-        self.cells(self._places(columns), value, tilt, mid, half)
+        self.cells(self._column_index(columns), value, tilt, mid, half)
         ahead = F.mT @ F
         torch.mul(mid, ahead.diagonal(dim1=1, dim2=2)[:, :, None] + self.plain, out=tilt)
         if self.gain is not None:
@@ -258,7 +270,9 @@ class _Rows:
         error = mid.sub_(half)
         self.residual.baddbmm_(F, error)
         self.kept.index_copy_(
-            0, self._places(columns), value.add_(error).to(self.kept.dtype).reshape(-1, self.rows)
+            0,
+            self._column_index(columns),
+            value.add_(error).to(self.kept.dtype).reshape(-1, self.rows),
         )
 
     def _block(self, first: int, ahead: Tensor, tilt: Tensor) -> None:

@@ -25,7 +25,7 @@ class Grid:
     scale: Tensor
     zero: Tensor | None = None
 
-    def reshaped(self, change: Callable[[Tensor], Tensor]) -> Grid:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Grid:
         """The same grid for a weight of another shape, which ``change`` makes of this one's."""
         return Grid(
             self.levels, change(self.scale), None if self.zero is None else change(self.zero)
@@ -36,14 +36,14 @@ class Grid:
         width (with either sign), and its middle less the value; both 0 for a number of the grid.
         Beyond the last number a cell has no width: then that number is all there is."""
         levels, scale = self.levels.double(), self.scale
-        own = torch.where(scale == 0, 0.0, value / scale)
-        own = own if self.zero is None else own + self.zero
-        nearest = torch.bucketize(own, (levels[1:] + levels[:-1]) / 2)
-        one = self._numbers(nearest)
-        next_one = nearest + ((value - one).sign() * scale.sign()).long()
-        other = self._numbers(next_one.clamp_(0, len(levels) - 1))
-        torch.add(one, other, out=mid).mul_(0.5).sub_(value)
-        torch.sub(one, other, out=half).mul_(0.5)
+        scaled = torch.where(scale == 0, 0.0, value / scale)
+        scaled = scaled if self.zero is None else scaled + self.zero
+        nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+        nearest_number = self._numbers(nearest)
+        neighbour = nearest + ((value - nearest_number).sign() * scale.sign()).long()
+        next_number = self._numbers(neighbour.clamp_(0, len(levels) - 1))
+        torch.add(nearest_number, next_number, out=mid).mul_(0.5).sub_(value)
+        torch.sub(nearest_number, next_number, out=half).mul_(0.5)
 
     def _numbers(self, index: Tensor) -> Tensor:
         level = self.levels[index]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import has_tiles, reference
-from veneer.kernels.saved_inputs import SavedInput, again, kept
+from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 from veneer.kernels.switch import on
 
 _C: Any = torch._C
@@ -79,20 +79,20 @@ def linear(
     A: Tensor,
     B: Tensor,
     scale: float,
-    where: Segments | None,
+    row_segments: Segments | None,
     source: Tensor | None = None,
 ) -> Tensor:
     """y [S, out] in the dtype of x, zero for rows that meet no matrix; differentiable in x, A and
     B. On a processor.
 
     Args:
-        where: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in],
+        row_segments: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in],
             [r, in], [out, r].
         source: a tensor that x may be rows of; then its rows are saved in place of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
-        return _apply(scale, where, source, x, weight, A, B)
-    return _forward(scale, where, x, weight, A, B)
+        return _apply(scale, row_segments, source, x, weight, A, B)
+    return _forward(scale, row_segments, x, weight, A, B)
 
 
 def elsewhere(
@@ -118,75 +118,84 @@ def _aligned(factor: Tensor, axis: int) -> Tensor:
 
 
 def definition(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, where: Segments | None
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, row_segments: Segments | None
 ) -> Tensor:
-    """What ``linear`` must equal, by operations that have derivatives of any order."""
-    if where is None:
+    """The definition that ``linear`` must equal, by operations with derivatives of any order."""
+    if row_segments is None:
         return reference.matmul_update(x, A.to(x.dtype), B.to(x.dtype), scale, F.linear(x, weight))
-    ys = [x.new_zeros(x.shape[0] - where.rows, weight.shape[1])]
+    ys = [x.new_zeros(x.shape[0] - row_segments.rows, weight.shape[1])]
     for (matrix, *_), piece in reversed(
-        [*zip(where.bounds, x.split_with_sizes(where.sizes), strict=False)]
+        [*zip(row_segments.bounds, x.split_with_sizes(row_segments.sizes), strict=False)]
     ):
         ys.insert(0, definition(piece, weight[matrix], A[matrix], B[matrix], scale, None))
     return torch.cat(ys)
 
 
 def _forward(
-    scale: float, where: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
+    scale: float, row_segments: Segments | None, x: Tensor, weight: Tensor, A: Tensor, B: Tensor
 ) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[-2])
     down, up = A.to(x.dtype), B.to(x.dtype)
-    for piece, place, (one, other) in _pieces(where, (x, y), (down, up)):
-        h = piece @ one.mT
+    for x_rows, y_rows, (expert_A, expert_B) in _pieces(row_segments, (x, y), (down, up)):
+        h = x_rows @ expert_A.mT
         h *= scale
-        torch.mm(h, other.mT, out=place)
-    return _added(y, x, weight, where)
+        torch.mm(h, expert_B.mT, out=y_rows)
+    return _add_product(y, x, weight, row_segments)
 
 
 def _pieces(
-    where: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
+    row_segments: Segments | None, rows: tuple[Tensor, ...], stacks: tuple[Tensor, ...]
 ) -> Iterator[Any]:
     """Of each matrix that rows meet, these rows of the first tensors and itself in the others, as a
     tuple."""
-    if where is None:
+    if row_segments is None:
         yield *rows, stacks
         return
-    parts = (one.split_with_sizes(where.sizes) for one in rows)
-    for (matrix, *_), *own in zip(where.bounds, *parts, strict=False):
-        yield *own, [stack[matrix] for stack in stacks]
+    row_pieces = (tensor.split_with_sizes(row_segments.sizes) for tensor in rows)
+    for (matrix, *_), *pieces in zip(row_segments.bounds, *row_pieces, strict=False):
+        yield *pieces, [stack[matrix] for stack in stacks]
 
 
-def _added(part: Tensor, x: Tensor, weight: Tensor, where: Segments | None) -> Tensor:
+def _add_product(
+    change: Tensor, x: Tensor, weight: Tensor, row_segments: Segments | None
+) -> Tensor:
     """part + x W_eᵀ, in place; zero for the rows that meet no matrix."""
-    if where is None and x.shape[0] > 1:
-        return part.addmm_(x, weight.mT)
-    vectors = part.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_tiles()
-    if where is None and not vectors:
-        return part.addmm_(x, weight.mT)
-    for rows, place, (matrix,) in _pieces(where, (x, part), (weight,)):
+    if row_segments is None and x.shape[0] > 1:
+        return change.addmm_(x, weight.mT)
+    vectors = change.dtype is torch.bfloat16 and weight.stride(-1) == 1 and has_tiles()
+    if row_segments is None and not vectors:
+        return change.addmm_(x, weight.mT)
+    for rows, change_rows, (matrix,) in _pieces(row_segments, (x, change), (weight,)):
         if vectors and len(rows) == 1:
-            place[0].addmv_(matrix, rows[0])
+            change_rows[0].addmv_(matrix, rows[0])
         else:
-            place.addmm_(rows, matrix.mT)
-    if where is not None and where.sizes[-1]:
-        part[where.rows :] = 0
-    return part
+            change_rows.addmm_(rows, matrix.mT)
+    if row_segments is not None and row_segments.sizes[-1]:
+        change[row_segments.rows :] = 0
+    return change
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scale: float, where: Segments | None, source: Tensor | None, x, weight, A, B
+        ctx: Any,
+        scale: float,
+        row_segments: Segments | None,
+        source: Tensor | None,
+        x,
+        weight,
+        A,
+        B,
     ):
-        ctx.scale, ctx.where = scale, where
-        index = _picked(x, source, where is None)
+        ctx.scale, ctx.where = scale, row_segments
+        index = _source_rows(x, source, row_segments is None)
         if index is not None:
             ctx.gate = None
             ctx.save_for_backward(source, None, None, index, weight, A, B)
         else:
-            *made_of, ctx.gate = kept(x, where is None)
+            *made_of, ctx.gate = input_to_save(x, row_segments is None)
             ctx.save_for_backward(*made_of, None, weight, A, B)
-        return _forward(scale, where, x, weight, A, B)
+        return _forward(scale, row_segments, x, weight, A, B)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -203,7 +212,7 @@ class _Grouped(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
-def _picked(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
+def _source_rows(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
     """The rows of ``source`` that x is, if its node says so, and those of ``source`` are fewer or
     picked ``often``."""
     node: Any = x.grad_fn
@@ -230,40 +239,48 @@ def _picked(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
 
 def _backward(ctx: Any, dy: Tensor):
     first, second, third, index, weight, A, B = ctx.saved_tensors
-    scale, where = ctx.scale, ctx.where
+    scale, row_segments = ctx.scale, ctx.where
     need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
     saved = SavedInput(first, second, third, ctx.gate)
-    x = again(saved, need_x) if index is None else first
+    x = restore_input(saved, need_x) if index is None else first
     if torch.is_grad_enabled():
         x = x if index is None else x[index]
         return _differentiable(ctx, x, weight, A, B, dy)
     dy = dy.contiguous()
-    dx, dA, dB = _thin_gradients(scale, where, x, index, dy, A, B, need_x, need_A or need_B)
+    dx, dA, dB = _thin_gradients(scale, row_segments, x, index, dy, A, B, need_x, need_A or need_B)
     if need_x:
-        _added(dx, dy, weight.mT, where)
+        _add_product(dx, dy, weight.mT, row_segments)
     return None, None, None, dx, None, dA if need_A else None, dB if need_B else None
 
 
 def _thin_gradients(
-    scale: float, where: Segments | None, x, index, dy, A, B, need_x: bool, need_factors: bool
+    scale: float,
+    row_segments: Segments | None,
+    x,
+    index,
+    dy,
+    A,
+    B,
+    need_x: bool,
+    need_factors: bool,
 ) -> Any:
     """(s dy B A [S, in], that of A, that of B)."""
     x = x if index is None else x[index]
     down, up = A.to(x.dtype), B.to(x.dtype)
     dx, make = torch.empty_like(x), torch.zeros_like if need_factors else torch.empty_like
     factors = make(down), make(up)
-    for rows, carried, to, (one, other, d_one, d_other) in _pieces(
-        where, (x, dy, dx), (down, up, *factors)
+    for rows, dy_rows, dx_rows, (expert_A, expert_B, expert_dA, expert_dB) in _pieces(
+        row_segments, (x, dy, dx), (down, up, *factors)
     ):
-        u = carried @ other
+        u = dy_rows @ expert_B
         u *= scale
         if need_x:
-            torch.mm(u, one, out=to)
+            torch.mm(u, expert_A, out=dx_rows)
         if need_factors:
-            h = rows @ one.mT
+            h = rows @ expert_A.mT
             h *= scale
-            d_one.copy_(u.mT @ rows)
-            d_other.copy_(carried.mT @ h)
+            expert_dA.copy_(u.mT @ rows)
+            expert_dB.copy_(dy_rows.mT @ h)
     dx = dx if need_x else None
     if not need_factors:
         return dx, None, None
@@ -272,10 +289,12 @@ def _thin_gradients(
 
 
 def _differentiable(ctx: Any, x, weight, A, B, dy):
-    tensors = x, A, B = [one.view_as(one) for one in (x, A, B)]
+    tensors = x, A, B = [tensor.view_as(tensor) for tensor in (x, A, B)]
     y = definition(x, weight, A, B, ctx.scale, ctx.where)
-    needs = [ctx.needs_input_grad[place] for place in (3, 5, 6)]
-    wanted = [one for one, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    dx, dA, dB = (next(found) if need else None for need in needs)
+    needs = [ctx.needs_input_grad[position] for position in (3, 5, 6)]
+    differentiated = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    gradients = iter(
+        torch.autograd.grad(y, differentiated, dy, create_graph=True, allow_unused=True)
+    )
+    dx, dA, dB = (next(gradients) if need else None for need in needs)
     return None, None, None, dx, None, dA, dB

@@ -53,12 +53,16 @@ def gradients_of(
         raise NotImplementedError(
             "a gradient of a gradient through dropout: call eval(), or set dropout to 0"
         )
-    own = [None if one is None else one.view_as(one) for one in values]
-    known = [pair for pair in zip(function(*own), gradients, strict=True) if pair[1] is not None]
-    outputs, given = zip(*known, strict=True)
-    wanted: Any = [value for value, need in zip(own, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in values]
+    pairs = [
+        pair for pair in zip(function(*aliases), gradients, strict=True) if pair[1] is not None
+    ]
+    outputs, output_gradients = zip(*pairs, strict=True)
+    wanted: Any = [value for value, need in zip(aliases, needs, strict=True) if need]
+    computed = iter(
+        torch.autograd.grad(outputs, wanted, output_gradients, create_graph=True, allow_unused=True)
+    )
+    return [next(computed) if need else None for need in needs]
 
 
 def round_once(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

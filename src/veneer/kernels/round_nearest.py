@@ -77,7 +77,7 @@ def _as_bits(context: Any, value: Any):
 
 
 @intrinsic
-def _plus(context: Any, left: Any, right: Any):
+def _plus(context: Any, first: Any, second: Any):
     """A sum in float32 that may be taken in any order."""
 
     def code(_, builder: Any, __, args: Any):
@@ -100,22 +100,22 @@ def _wide(context: Any, stored: Any):
 
 
 @intrinsic
-def _raised(context: Any, value: Any):
+def _raise_float(context: Any, value: Any):
     """The bits of a float32, raised so that their upper half is the nearest bfloat16, ties to
     even."""
     return types.uint32(types.float32), lambda _, builder, __, args: _raise_half(builder, args[0])
 
 
 @intrinsic
-def _differs(context: Any, one: Any, other: Any):
+def _differs(context: Any, left: Any, right: Any):
     """The bits in which these differ."""
     return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
 
 
 @intrinsic
-def _either(context: Any, one: Any, other: Any):
+def _either(context: Any, left: Any, right: Any):
     """The bits that are in one of these."""
-    return one(one, one), lambda _, builder, __, args: builder.or_(*args)
+    return left(left, left), lambda _, builder, __, args: builder.or_(*args)
 
 
 @intrinsic
@@ -129,7 +129,7 @@ def _upper(context: Any, bits: Any):
 
 
 @intrinsic
-def _rounded(context: Any, bits: Any):
+def _upper_as_float(context: Any, bits: Any):
     """The number whose upper half these bits have, with nothing below."""
 
     def code(_, builder: Any, __, args: Any):
@@ -199,11 +199,11 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         )  # fmt: skip
         v = W + delta
         reach = np.float32(abs(v) * FARTHER + bound)
-        one, other = _raised(v + reach), _raised(v - reach)
-        differs = _differs(one, other)
+        upper, lower = _raise_float(v + reach), _raise_float(v - reach)
+        differs = _differs(upper, lower)
         doubt = _either(doubt, differs)
-        new[j], marks[j] = _upper(one), _upper(differs)
-        step = _rounded(one) - W
+        new[j], marks[j] = _upper(upper), _upper(differs)
+        step = _upper_as_float(upper) - W
         realised, moved, base = (
             _plus(realised, delta * step),
             _plus(moved, step * step),
@@ -233,27 +233,27 @@ def _nearest(value):
         if abs(np.float64(near)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
-    return _upper(_raised(_as_float(bits)))
+    return _upper(_raise_float(_as_float(bits)))
 
 
 @numba.njit
 def _again(old, words, B, A, scale, row, first, new, sums):
     """Compute in float64 what is marked; returns how many that are. Nearly nothing is: four marks
     are looked at as one of the ``words``, and ``LOOK`` words as one."""
-    found = 0
+    count = 0
     for begin in range(0, len(words), LOOK):
-        seen = np.uint64(0)
+        marked_words = np.uint64(0)
         for word in range(begin, begin + LOOK):
-            seen |= words[word]
-        if seen:
+            marked_words |= words[word]
+        if marked_words:
             for word in range(begin, begin + LOOK):
                 marked, j = words[word], 4 * word
                 while marked:
                     if marked & np.uint64(0xFFFF):
                         _exact(old, B, A, scale, row, first, j, new, sums)
-                        found += 1
+                        count += 1
                     marked, j = marked >> np.uint64(16), j + 1
-    return found
+    return count
 
 
 @numba.njit
@@ -276,7 +276,7 @@ def _slab(
     groups, rows, _ = B.shape
     columns = A.shape[2]
     change, marks = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
-    words, found = marks.view(np.uint64), 0
+    words, doubtful = marks.view(np.uint64), 0
     for group in range(groups):
         for row in range(rows):
             for first in range(0, columns, WIDE):
@@ -284,24 +284,34 @@ def _slab(
                 _change(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
                 into = group * new_group + row * new_row + first
-                own, made, error = (
+                old_block, new_block, error = (
                     old[start : start + count],
                     new[into : into + count],
                     bound[group, row],
                 )
-                if _round(own, change, B[group], A[group], row, first, error, made, marks, sums):
+                if _round(
+                    old_block, change, B[group], A[group], row, first, error, new_block, marks, sums
+                ):
                     looked = -(-count // LINE)
                     marks[count : LINE * looked] = 0
                     marked = words[: LOOK * looked]
-                    found += _again(
-                        own, marked, wide_B[group], wide_A[group], scale, row, first, made, sums
+                    doubtful += _again(
+                        old_block,
+                        marked,
+                        wide_B[group],
+                        wide_A[group],
+                        scale,
+                        row,
+                        first,
+                        new_block,
+                        sums,
                     )
-    return found
+    return doubtful
 
 
 def able(old: Tensor, new: Tensor) -> bool:
     """Whether the loop is for weights of these dtypes that lie in memory like this."""
-    dense = all(one.stride(2) == 1 or one.shape[2] == 1 for one in (old, new))
+    dense = all(weight.stride(2) == 1 or weight.shape[2] == 1 for weight in (old, new))
     return dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
 
 
@@ -312,7 +322,7 @@ def padded(factor: Tensor, axis: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], axis).contiguous()
 
 
-def rounded(
+def round_slab(
     old: Tensor,
     B: Tensor,
     A: Tensor,
@@ -331,15 +341,15 @@ def rounded(
     """
     sums, factors = (
         np.zeros(3),
-        [one.contiguous().numpy() for one in (B, A, bound[:, :, 0], wide_B, wide_A)],
+        [factor.contiguous().numpy() for factor in (B, A, bound[:, :, 0], wide_B, wide_A)],
     )
     _slab(*_memory(old), *_memory(new), *factors, float(scale), sums)
     return torch.from_numpy(sums)
 
 
-def _memory(one: Tensor) -> tuple[Any, int, int]:
+def _memory(matrix: Tensor) -> tuple[Any, int, int]:
     """From the first number of [g, rows, columns] to the last, and how far groups and rows are
     apart."""
-    (groups, rows, columns), (group, row, _) = one.shape, one.stride()
-    flat = one.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
-    return (flat if one.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row
+    (groups, rows, columns), (group, row, _) = matrix.shape, matrix.stride()
+    flat = matrix.as_strided(((groups - 1) * group + (rows - 1) * row + columns,), (1,))
+    return (flat if matrix.dtype == torch.float32 else flat.view(torch.uint16)).numpy(), group, row

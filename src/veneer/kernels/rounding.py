@@ -78,8 +78,10 @@ class Sums:
     moved: float
     base: float
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, sums: Sums) -> Sums:
+        return Sums(
+            *(getattr(self, field.name) + getattr(sums, field.name) for field in fields(self))
+        )
 
     @property
     def retention(self) -> float:
@@ -168,8 +170,8 @@ def fold(
         if side == "outputs":
             old, new, exact, spread = old.mT, new.mT, exact.T, None if spread is None else spread.mT
         sums, finite = _nearest(old, exact, spread, new, compiled)
-        (change, retention), done = _told(sums), "nearest"
-        if dtype in HALF and finite and _asked(rounding, sums):
+        (change, retention), done = _change_and_retention(sums), "nearest"
+        if dtype in HALF and finite and _needs_faithful(rounding, sums):
             retention = (
                 1 + faithful(old, exact, spread, directions(exact.A, inputs), new) / sums.size
             )
@@ -201,28 +203,28 @@ def fold_onto(
         spread = None if gain is None else gain.double().view(*weight.shape[:2], 1)
         sums = _in_float64(weight, exact, spread, None, nearest)
         finite = bool(nearest.isfinite().all()) and math.isfinite(sums.size)
-        folded = Folded(nearest, *_told(sums), "nearest", finite, sums)
-        if not (finite and _asked(rounding, sums)):
+        folded = Folded(nearest, *_change_and_retention(sums), "nearest", finite, sums)
+        if not (finite and _needs_faithful(rounding, sums)):
             return folded
         out = torch.empty_like(weight, dtype=torch.float32)
         old, new, known = weight, out, grid()
         if side == "outputs":
             old, new, exact = old.mT, new.mT, exact.T
             known, spread = (
-                known.reshaped(lambda one: one.mT),
+                known.map_tensors(lambda one: one.mT),
                 None if spread is None else spread.mT,
             )
         lost = faithful(old, exact, spread, directions(exact.A, inputs), new, known)
         return replace(folded, weight=out, retention=1 + lost / sums.size, rounding="faithful")
 
 
-def _asked(rounding: str, sums: Sums) -> bool:
+def _needs_faithful(rounding: str, sums: Sums) -> bool:
     """Whether what nearest did calls for faithful rounding."""
     return sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
 
 
-def _told(sums: Sums) -> tuple[float, float]:
-    """What a report says of them: how large the change is, and how much of it nearest keeps."""
+def _change_and_retention(sums: Sums) -> tuple[float, float]:
+    """(‖ΔW‖ / ‖W‖, the share of ΔW that rounding to nearest retains), for a report."""
     change, base = sums.size**0.5, sums.base**0.5
     return change / base if base else float(change > 0), sums.retention
 
@@ -347,7 +349,7 @@ def _in_float64(
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
-    """What float32 may do to ΔW, a row of it: [g, out, 1] in float32. None where the float32 path
+    """A bound of float32's error in ΔW, for each row: [g, out, 1] in float32. None where the float32 path
     is not for it: a target or a weight of more bits, numbers beyond its range, products that torch
     may compute in less than float32."""
     if (
@@ -380,7 +382,7 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
             groups, rows, _all = piece
             place = groups, rows
             own = (B[place], A[groups], bound[place], low.B[place], columns[groups], low.scale)
-            return loop.rounded(old[place], *own, new[place])
+            return loop.round_slab(old[place], *own, new[place])
 
         sums = spread(list(_pieces(old.shape, SLAB)), lambda: None, in_one_loop, threads)
     else:
@@ -412,11 +414,13 @@ class _Tile:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         count = shape.numel()
-        whole = -(-count // LINE) * LINE
+        padded_count = -(-count // LINE) * LINE
         wide = torch.zeros(
-            4, whole, dtype=torch.float32, device="cpu"
+            4, padded_count, dtype=torch.float32, device="cpu"
         )  # whatever the caller's defaults are
-        half, marks = (torch.zeros(whole, dtype=one, device="cpu") for one in (dtype, torch.int16))
+        half, marks = (
+            torch.zeros(padded_count, dtype=kind, device="cpu") for kind in (dtype, torch.int16)
+        )
         self.lines, self.words = wide[0].view(-1, LINE), marks.view(torch.int64)
         _, self.flat_change, _, self.flat_end = wide[:, :count].unbind()
         self.base, self.change, self.value, self.end = wide[:, :count].view(4, *shape).unbind()
@@ -447,25 +451,25 @@ class _Tile:
         )
         # nearly none is in doubt: four are looked at as one word
         words = self.words.nonzero().squeeze(1)
-        word, part = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
+        word, offset = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
         return torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]), words[
             word
-        ] * 4 + part
+        ] * 4 + offset
 
 
-def _again(places: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
+def _again(positions: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
     """Compute these numbers in float64; returns what that adds to ⟨ΔW, W' - W⟩."""
     _, out, in_ = old.shape
     more = 0.0
-    for each in places.split(AGAIN):
-        at = each // (out * in_), each // in_ % out, each % in_
-        change = torch.zeros(len(each), dtype=torch.float64, device=each.device)
+    for chunk in positions.split(AGAIN):
+        index = chunk // (out * in_), chunk // in_ % out, chunk % in_
+        change = torch.zeros(len(chunk), dtype=torch.float64, device=chunk.device)
         for k in range(
             low.rank
         ):  # one after the other, as the compiled loop does: the bits are to be the same
-            change += low.B[at[0], at[1], k] * low.A[at[0], k, at[2]]
+            change += low.B[index[0], index[1], k] * low.A[index[0], k, index[2]]
         change *= low.scale
-        rounded = round_once(old[at].double() + change, new.dtype)
-        more += float((change * (rounded.double() - new[at].double())).sum())
-        new[at] = rounded
+        rounded = round_once(old[index].double() + change, new.dtype)
+        more += float((change * (rounded.double() - new[index].double())).sum())
+        new[index] = rounded
     return more

@@ -1,9 +1,12 @@
-"""What a function keeps of its input for backward: the input, or what it was made of, where
+"""The tensors that a function saves of its input for backward: the input, or what it was made of, where
 autograd keeps that anyway.
 
-    x = a · b          a gated MLP's last layer reads this; the product's node keeps a and b       kept: a, b
-    x = act(g) · b     its node would keep act(g) as well, whose node keeps g                      kept: g, b
-    x = (h · r) · w    what reads a normed h; h · r keeps h and r, and w is frozen                 kept: h, r, w
+    x = a · b          the input of a gated MLP's last layer; the product's node saves a and b
+                       saved: a, b
+    x = act(g) · b     the product's node would save act(g) too, and the activation's node saves g
+                       saved: g, b
+    x = (h · r) · w    the output of a norm; the node of h · r saves h and r, and w is frozen
+                       saved: h, r, w
 
 In each x is made again in backward, to the same bits, by a pass or two over memory. In the second,
 act(g) is taken from the product's node too, which gets it from the function that has just made it
@@ -34,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 class Gate:
-    """An activation that is computed again. What it has made is held for the node that needs it
+    """An activation that is computed again. Its output is held for the node that needs it
     next; where a backward ends before that, until another one or the end of the graph."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
@@ -45,8 +48,8 @@ class Gate:
         """Take act(g) from the node of the product; ``node`` is that of the activation."""
 
         def again(_: None) -> Tensor:
-            made, self.made = self.made, None
-            return self.activation(node._saved_self.detach()) if made is None else made
+            output, self.made = self.made, None
+            return self.activation(node._saved_self.detach()) if output is None else output
 
         saved.register_hooks(lambda _: None, again)
 
@@ -61,7 +64,7 @@ class SavedInput(NamedTuple):
     gate: Gate | None = None
 
 
-def kept(x: Tensor, piece: bool = False) -> SavedInput:
+def input_to_save(x: Tensor, piece: bool = False) -> SavedInput:
     """What to keep of an x that is read by a function with a graph. ``piece``: it is one of many
     small ones, which together are worth what one of them is not; a gate is not, as it takes longer
     than the product."""
@@ -76,76 +79,97 @@ def kept(x: Tensor, piece: bool = False) -> SavedInput:
     if _C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return SavedInput(x)  # checkpointing would compute what autograd keeps again to show it
     try:
-        found = _plain_factors(node, x) if piece and x.numel() <= MANY else _factors(node, x)
+        factors = _plain_factors(node, x) if piece and x.numel() <= MANY else _factors(node, x)
     except RuntimeError:  # a backward has freed them, or they have been written to since
         return SavedInput(x)
-    return SavedInput(x) if found is None else found
+    return SavedInput(x) if factors is None else factors
 
 
-def again(one: SavedInput, passed: bool) -> Tensor:
+def restore_input(saved: SavedInput, passed: bool) -> Tensor:
     """x from what was kept. ``passed``: x has a gradient, which may go on to the product's node."""
-    first, second, third, gate = one
+    first, second, third, gate = saved
     if second is None:
         return first
     if gate is not None:
         first = gate.activation(first)
         if passed and not torch.is_grad_enabled():
             gate.made = first
-    made = first * second
+    product = first * second
     if third is not None:
-        made = made * third if torch.is_grad_enabled() else made.mul_(third)
-    return made
+        product = product * third if torch.is_grad_enabled() else product.mul_(third)
+    return product
 
 
 def _plain_factors(node: Any, x: Tensor) -> SavedInput | None:
-    one, other = _saved(node, 0), _saved(node, 1)
-    if one is None or other is None or not one.shape == other.shape == x.shape:
+    first_factor, second_factor = _saved_factor(node, 0), _saved_factor(node, 1)
+    if (
+        first_factor is None
+        or second_factor is None
+        or not first_factor.shape == second_factor.shape == x.shape
+    ):
         return None
-    return SavedInput(one, other) if one.dtype == other.dtype == x.dtype else None
+    return (
+        SavedInput(first_factor, second_factor)
+        if first_factor.dtype == second_factor.dtype == x.dtype
+        else None
+    )
 
 
 def _factors(node: Any, x: Tensor) -> SavedInput | None:
     if Gate in node.metadata:  # another function reads this x too
-        place, gate = node.metadata[Gate]
+        side, gate = node.metadata[Gate]
         return SavedInput(
-            node.next_functions[place][0]._saved_self, _saved(node, 1 - place), None, gate
+            node.next_functions[side][0]._saved_self, _saved_factor(node, 1 - side), None, gate
         )
-    one, other = _saved(node, 0), _saved(node, 1)
-    if one is not None and other is not None:
-        return _gated(node, one, other) if _makes(x, one, other) else None
+    first_factor, second_factor = _saved_factor(node, 0), _saved_factor(node, 1)
+    if first_factor is not None and second_factor is not None:
+        return (
+            _gate_factors(node, first_factor, second_factor)
+            if _makes(x, first_factor, second_factor)
+            else None
+        )
     weight = (
-        other if one is None else one
+        second_factor if first_factor is None else first_factor
     )  # no gradient goes to it, so nothing of the rest was kept here
-    inner: Any = node.next_functions[0 if one is None else 1][0]
+    inner: Any = node.next_functions[0 if first_factor is None else 1][0]
     if weight is None or inner is None or inner.name() != "MulBackward0":
         return None
-    one, other = _saved(inner, 0), _saved(inner, 1)
-    if one is None or other is None or not _makes(x, one, other) or not _makes(x, x, weight):
+    first_factor, second_factor = _saved_factor(inner, 0), _saved_factor(inner, 1)
+    if (
+        first_factor is None
+        or second_factor is None
+        or not _makes(x, first_factor, second_factor)
+        or not _makes(x, x, weight)
+    ):
         return None
-    return SavedInput(one, other, weight)
+    return SavedInput(first_factor, second_factor, weight)
 
 
-def _saved(node: Any, place: int) -> Tensor | None:
-    """What the node of a product keeps of a factor."""
-    return node._saved_other if place else node._saved_self
+def _saved_factor(node: Any, side: int) -> Tensor | None:
+    """The factor that the node of a product has saved."""
+    return node._saved_other if side else node._saved_self
 
 
-def _makes(x: Tensor, one: Tensor, other: Tensor) -> bool:
+def _makes(x: Tensor, first_factor: Tensor, second_factor: Tensor) -> bool:
     """Whether the product of these has the shape and dtype of x."""
     try:
-        shape = torch.broadcast_shapes(one.shape, other.shape)
+        shape = torch.broadcast_shapes(first_factor.shape, second_factor.shape)
     except RuntimeError:
         return False
-    return shape == x.shape and one.dtype == other.dtype == x.dtype
+    return shape == x.shape and first_factor.dtype == second_factor.dtype == x.dtype
 
 
-def _gated(node: Any, one: Tensor, other: Tensor) -> SavedInput:
+def _gate_factors(node: Any, first_factor: Tensor, second_factor: Tensor) -> SavedInput:
     """The factors of a product; an activation's output as what that was made of."""
-    for place, value in enumerate((other, one)):
-        above: Any = node.next_functions[place][0]
-        if above is not None and above.name() in ACTIVATIONS and one.shape == other.shape:
+    for side, value in enumerate((second_factor, first_factor)):
+        above: Any = node.next_functions[side][0]
+        if (
+            above is not None
+            and above.name() in ACTIVATIONS
+            and first_factor.shape == second_factor.shape
+        ):
             first, gate = above._saved_self, Gate(ACTIVATIONS[above.name()](above))
-            gate.hide(node._raw_saved_other if place else node._raw_saved_self, above)
-            node.metadata[Gate] = place, gate
+            gate.hide(node._raw_saved_other if side else node._raw_saved_self, above)
+            node.metadata[Gate] = side, gate
             return SavedInput(first, value, None, gate)
-    return SavedInput(one, other)
+    return SavedInput(first_factor, second_factor)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from veneer.kernels import fused, reference
-from veneer.kernels.saved_inputs import SavedInput, again, kept
+from veneer.kernels.saved_inputs import SavedInput, input_to_save, restore_input
 
 _C: Any = torch._C
 
@@ -51,7 +51,7 @@ class Span(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         return x[self.first : self.after]
 
-    def dropped(self, x: Tensor) -> Tensor | None:
+    def drop_entries(self, x: Tensor) -> Tensor | None:
         """Indices of the entries that are dropped of the span's own tokens [t, in]: drawn as for a
         call that holds these alone."""
         return fused.dropped_entries(x, self.dropout, self.seed)
@@ -91,16 +91,22 @@ def linears(
 ) -> tuple[Tensor, ...]:
     """``linear`` of several layers that read one x, of each the factors of all spans, which are
     ``alike``."""
-    most = max(span.rank for span in spans)
-    if any(span.rank != most for span in spans):
-        A = [[F.pad(one, (0, 0, 0, most - one.shape[1])) for one in own] for own in A]
-        B = [[F.pad(one, (0, most - one.shape[2])) for one in own] for own in B]
+    largest_rank = max(span.rank for span in spans)
+    if any(span.rank != largest_rank for span in spans):
+        A = [
+            [F.pad(factor, (0, 0, 0, largest_rank - factor.shape[1])) for factor in layer_factors]
+            for layer_factors in A
+        ]
+        B = [
+            [F.pad(factor, (0, largest_rank - factor.shape[2])) for factor in layer_factors]
+            for layer_factors in B
+        ]
     # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets
     # a part
     downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(
         x.dtype
     )  # [spans · layers, r, in]
-    ups = [torch.cat(tuple(own)).to(x.dtype) for own in B]  # [spans, out, r]
+    ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
@@ -133,19 +139,19 @@ class _Linears(Function):
         count = len(tensors) // 3
         ups, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         tokens = x.reshape(-1, x.shape[-1])  # [T, in]
-        parts = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
+        changes = [tokens.new_empty(len(tokens), weight.shape[0]) for weight in weights]
         if spans[-1].after - spans[0].first < tokens.shape[0]:
-            for part in parts:
-                part[: spans[0].first] = 0
-                part[spans[-1].after :] = 0
-        way: Any = _Batched if downs.ndim == 3 else _Each
-        h = way.forward(spans, tokens, downs, ups, parts)
+            for change in changes:
+                change[: spans[0].first] = 0
+                change[spans[-1].after :] = 0
+        products: Any = _Batched if downs.ndim == 3 else _Each
+        h = products.forward(spans, tokens, downs, ups, changes)
         ys = [
-            fused.added(part, tokens, *own)
-            for part, *own in zip(parts, weights, biases, strict=True)
+            fused.add_product(change, tokens, *frozen)
+            for change, *frozen in zip(changes, weights, biases, strict=True)
         ]
-        ctx.spans, ctx.shape, ctx.way = spans, x.shape, way
-        *made_of, ctx.gate = kept(x)
+        ctx.spans, ctx.shape, ctx.way = spans, x.shape, products
+        *made_of, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
         ctx.save_for_backward(*made_of, downs, *ups, *weights, *h)
         # `data` forgets that it is a view
@@ -165,8 +171,8 @@ _apply = cast(Any, super(Function, _Linears)).apply
 
 
 class _Gradients(NamedTuple):
-    """What ``backward`` of a way makes: part [T, in] of dx, and those of the factors, laid out as
-    these are."""
+    """The results of ``backward``: the low-rank summand [T, in] of dx, and the gradients of the
+    factors, laid out as these are."""
 
     x: Tensor | None
     downs: Tensor | None
@@ -179,13 +185,13 @@ class _Batched:
 
     @staticmethod
     def forward(
-        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any
+        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
     ) -> list[Tensor | None]:
         x, count = _Batched.of(spans, tokens), len(spans)
         h = torch.bmm(downs.view(count, -1, x.shape[2]), x.mT)  # [N, layers · r, t]
         h *= _Batched.scales(spans, x)
-        for own, up, part in zip(h.split(downs.shape[1], 1), ups, parts, strict=True):
-            torch.bmm(own.mT, up.mT, out=_Batched.of(spans, part))
+        for layer_h, up, change in zip(h.split(downs.shape[1], 1), ups, changes, strict=True):
+            torch.bmm(layer_h.mT, up.mT, out=_Batched.of(spans, change))
         return [h]
 
     @staticmethod
@@ -205,13 +211,13 @@ class _Batched:
         rows = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
         carried = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         carried *= scales  # s (dy B)ᵀ, [N, layers · r, t]
-        grown: list[Tensor | None] = [None] * len(ups)
+        dB: list[Tensor | None] = [None] * len(ups)
         if any(need_ups):
-            whole = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
-            for i, (own, dy, need) in enumerate(
-                zip(whole.split(rank, 1), dys, need_ups, strict=True)
+            all_h = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
+            for i, (layer_h, dy, need) in enumerate(
+                zip(all_h.split(rank, 1), dys, need_ups, strict=True)
             ):
-                grown[i] = torch.bmm(own, dy).mT.contiguous() if need else None
+                dB[i] = torch.bmm(layer_h, dy).mT.contiguous() if need else None
         dA = torch.bmm(carried, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
@@ -221,7 +227,7 @@ class _Batched:
                 else tokens.new_empty(tokens.shape)
             )
             torch.bmm(carried.mT, A, out=_Batched.of(spans, dx))
-        return _Gradients(dx, dA, grown)
+        return _Gradients(dx, dA, dB)
 
     @staticmethod
     def of(spans: Sequence[Span], x: Tensor) -> Tensor:
@@ -243,17 +249,17 @@ class _Each:
 
     @staticmethod
     def forward(
-        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, parts: Any
+        spans: Sequence[Span], tokens: Tensor, downs: Tensor, ups: Any, changes: Any
     ) -> list[Tensor | None]:
         h: list[Tensor | None] = []
         for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
-            own = span.of(tokens)
-            narrow = fused.thin(down, own, span.dropped(own))  # [r, t]
-            narrow *= span.strength
-            torch.mm(narrow.mT, up, out=span.of(parts[0]))
-            h.append(narrow)
+            tokens_of_span = span.of(tokens)
+            span_h = fused.thin(down, tokens_of_span, span.drop_entries(tokens_of_span))  # [r, t]
+            span_h *= span.strength
+            torch.mm(span_h.mT, up, out=span.of(changes[0]))
+            h.append(span_h)
             if i + 1 < len(spans):
-                parts[0][span.after : spans[i + 1].first] = 0
+                changes[0][span.after : spans[i + 1].first] = 0
         return h
 
     @staticmethod
@@ -271,19 +277,19 @@ class _Each:
         dA: list[Any] = []
         dB: list[Any] = []
         for i, (span, down, up) in enumerate(_Each.of(spans, downs, ups[0])):
-            own, given = span.of(tokens), span.of(dys[0])
-            dropped, narrow = span.dropped(own), h[i]
-            if narrow is None:
-                narrow = fused.thin(down, own, dropped) * span.strength
-            carried, grown = (
-                fused.thin_twice(up, given, narrow) if need_B else (fused.thin(up, given), None)
+            span_tokens, span_dy = span.of(tokens), span.of(dys[0])
+            dropped, span_h = span.drop_entries(span_tokens), h[i]
+            if span_h is None:
+                span_h = fused.thin(down, span_tokens, dropped) * span.strength
+            u, gradient = (
+                fused.thin_pair(up, span_dy, span_h) if need_B else (fused.thin(up, span_dy), None)
             )
-            dB.append(grown)
-            carried *= span.strength  # s (dy B)ᵀ, [r, t]
-            part, grown = fused.thin_back(carried, down, own, dropped, need_x, need_A)
-            dA.append(grown)
+            dB.append(gradient)
+            u *= span.strength  # s (dy B)ᵀ, [r, t]
+            span_dx, gradient = fused.thin_gradients(u, down, span_tokens, dropped, need_x, need_A)
+            dA.append(gradient)
             if dx is not None:
-                span.of(dx).copy_(part)
+                span.of(dx).copy_(span_dx)
         return _Gradients(
             dx, torch.cat(dA) if need_A else None, [torch.cat(dB) if need_B else None]
         )
@@ -299,7 +305,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     count, spans, needs = len(dys), ctx.spans, ctx.needs_input_grad[1 : 3 + len(dys)]
     first, second, third, downs, *rest = ctx.saved_tensors
     ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    x = again(SavedInput(first, second, third, ctx.gate), needs[0])
+    x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
     without = (None,) * (2 * count)
     if torch.is_grad_enabled():
 
@@ -333,10 +339,12 @@ def _definition(
             factors: Any = zip(spans, downs[layer::layers], up, strict=True)
         else:
             factors = ((span, down, up.mT) for span, down, up in _Each.of(spans, downs, up))
-        found = []
-        for span, down, own in factors:
-            changed = reference.matmul_update(span.of(tokens), down, own, span.scale, span.of(y))
-            found += [y[end : span.first], changed]
+        pieces = []
+        for span, down, span_up in factors:
+            changed = reference.matmul_update(
+                span.of(tokens), down, span_up, span.scale, span.of(y)
+            )
+            pieces += [y[end : span.first], changed]
             end = span.after
-        outputs.append(torch.cat([*found, y[end:]]).view(*x.shape[:-1], -1))
+        outputs.append(torch.cat([*pieces, y[end:]]).view(*x.shape[:-1], -1))
     return outputs

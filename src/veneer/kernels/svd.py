@@ -54,7 +54,7 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
     long, short = max(out, in_), min(out, in_)
     directions = min(short, max(FEWEST, rank + 10 + rank // 4))
     pays = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
-    found = _randomised(matrix, rank, directions, seed) if pays and not exact else None
+    found = _project_randomly(matrix, rank, directions, seed) if pays and not exact else None
     if found is not None:
         return found, "randomised"
     _, vectors = spectrum(matrix)
@@ -106,7 +106,7 @@ def energy(matrix: Tensor) -> float:
     return sum(piece.square().sum().item() for piece in _pieces(matrix))
 
 
-def _randomised(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
+def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
     """The leading directions, or None where the passes do not come near enough to their limit."""
     matrix = (
         matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix

@@ -4,11 +4,12 @@
     VENEER_COMPILED=saved_inputs     this alone
     VENEER_COMPILED=1                all of it, as without the variable
 
-round_nearest    W + ΔW rounded to bfloat16 by a compiled loop: the same bits as torch's operations, in a quarter of
-                 their time. It needs numba (the extra ``fast``), which takes half a second and 100 MiB to load:
-                 so it is loaded by the first large weight that is merged.
-saved_inputs     no loop, but an edit of what autograd's nodes saved: a third of what a step over a frozen Llama
-                 keeps is computed again in backward, to the same bits.
+round_nearest    W + ΔW rounded to bfloat16 by a compiled loop: the same bits as torch's
+                 operations, in a quarter of their time. It needs numba (the extra ``fast``),
+                 which takes half a second and 100 MiB to load: the first large weight that is
+                 merged loads it.
+saved_inputs     no loop, but an edit of what autograd's nodes saved: a third of the memory that a
+                 step over a frozen Llama keeps is computed again in backward, to the same bits.
 
 The variable is read once, when veneer is imported.
 """

@@ -63,22 +63,23 @@ def spread(
     threads = min(threads, len(items))
     if threads == 0 or _APART.get(torch.get_num_threads()) == 1:
         with torch.no_grad():
-            own = state()
-            return [work(item, own) for item in items]
+            thread_state = state()
+            return [work(item, thread_state) for item in items]
     results: dict[int, Result] = {}
     order, ready, stop = itertools.count(), threading.Barrier(threads + 1), threading.Event()
     inference, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
     def run() -> None:
-        torch.get_num_threads()  # the first use in a thread takes over the last setting: before ours, not after
+        # the first use in a thread takes over the last setting: so it comes before ours
+        torch.get_num_threads()
         torch.set_num_threads(1)
         ready.wait()
         with torch.inference_mode(inference), torch.no_grad():
-            own = state()
+            thread_state = state()
             for index in order:  # `next` of a count is one step for all threads
                 if index >= len(items) or stop.is_set():
                     return
-                results[index] = work(items[index], own)
+                results[index] = work(items[index], thread_state)
 
     with ThreadPoolExecutor(threads) as pool:
         try:

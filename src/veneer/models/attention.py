@@ -69,7 +69,7 @@ def _attention() -> Callable[..., tuple[Any, None]]:
             query, key, value = (rows.apart(one) for one in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
             return rows.together(
-                attend(module, query, key, value, rows.seen(attention_mask), **options)[0]
+                attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
             ), None
         if query.shape[2] > 1 and alike:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

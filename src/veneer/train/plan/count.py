@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError
-from veneer.kernels.device import counted
+from veneer.kernels.device import count_on_meta
 from veneer.models.messages import first_line
 
 #: rows of logits at a time, as the loss of ``veneer train`` has them
@@ -173,7 +173,7 @@ def count_step(
             numbers.
     """
     table = model.get_input_embeddings().weight
-    with counted() if plain else nullcontext():
+    with count_on_meta() if plain else nullcontext():
         whole, blocks = _by_kind(model, lambda: _run(model, batch, length, labelled, chunked))
     return Step(whole, blocks, batch * length * table.shape[-1] * table.element_size())
 
@@ -184,7 +184,7 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
 
     def run() -> Cost:
-        with torch.no_grad(), counted(), _Counter(model, 0) as seen:
+        with torch.no_grad(), count_on_meta(), _Counter(model, 0) as seen:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             kept: Any = next(value for value in output.values() if hasattr(value, "layers"))
         tensors = [
