@@ -19,9 +19,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # see each other.
 FLOORS = [
     ["errors", "context", "precision"],
-    ["lowrank", "config", "registry", "optim", "distributed", "fileio"],
-    ["kernels", "formats"],
-    ["layers", "variants", "bases"],
+    ["lowrank", "registry", "optim", "distributed", "fileio"],
+    ["kernels", "formats", "variants"],
+    ["config", "layers", "bases"],
     ["attach"],
     ["models"],
     ["adapter_files"],

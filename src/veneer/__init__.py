@@ -75,6 +75,22 @@ _LAZY = {
 }
 #: submodules that are imported when first used as an attribute
 _LAZY_MODULES = ("adapter_files", "bank", "errors", "fileio", "formats", "models", "optim", "tools")
+#: names of PEFT's package -> what does the same here
+_PEFT_NAMES = {
+    "get_peft_model": "veneer.attach(model, veneer.LoraConfig(…))",
+    "inject_adapter_in_model": "veneer.attach(model, veneer.LoraConfig(…))",
+    "print_trainable_parameters": "print(handle.summary()), or print(veneer.summarise(model))",
+    "PeftModel": "the model itself; veneer.load(model, folder) for PeftModel.from_pretrained",
+    "PeftModelForCausalLM": "the model itself; veneer.load(model, folder) attaches a saved adapter",
+    "AutoPeftModelForCausalLM": "veneer.models.load_base(base), then veneer.load(model, folder)",
+    "PeftConfig": "veneer.LoraConfig; LoraConfig.from_peft(…) reads PEFT's",
+    "get_peft_config": "veneer.LoraConfig.from_peft(fields)",
+    "TaskType": "nothing: the task follows from the model",
+    "prepare_model_for_kbit_training": "nothing: veneer.attach freezes the base",
+    "get_peft_model_state_dict": "dict(handle.named_parameters()), or handle.save(folder)",
+    "set_peft_model_state_dict": "veneer.load(model, folder)",
+    "merge_and_unload": "handle.merge(), then handle.detach(keep_merged=True)",
+}
 # the folder, before anybody asks for the function: whenever it were imported later, it would take
 # the function's name
 importlib.import_module("veneer.attach")
@@ -124,6 +140,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _LAZY_MODULES:
         value = importlib.import_module(f"veneer.{name}")
+    elif name in _PEFT_NAMES:
+        from veneer.errors import MethodError
+
+        raise MethodError(f"veneer.{name}, PEFT's name", "Veneer's", f"use {_PEFT_NAMES[name]}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

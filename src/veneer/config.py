@@ -19,25 +19,55 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from veneer.errors import ConfigError, nearest, raise_all, sentence
+from veneer.variants import VARIANTS
 
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 BIASES = ("none", "targets", "all")
-#: the fields of PEFT's LoraConfig that have another name here
+#: torch's names of the dtypes that numbers may have, and the short ones
+DTYPES = {
+    "float32": "float32", "fp32": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16",
+    "float64": "float64", "fp64": "float64",
+}  # fmt: skip
+#: PEFT's fields that have another name here, and that name
 PEFT_FIELDS = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",
+    "target_parameters": "targets",
     "exclude_modules": "exclude",
     "rank_pattern": "ranks",
     "alpha_pattern": "alphas",
     "layers_to_transform": "layers",
     "modules_to_save": "train_also",
     "trainable_token_indices": "trainable_tokens",
-    "bias": "bias",
+    "use_dora": 'variant="dora"',
+    "use_rslora": 'variant="rslora"',
+    "use_qalora": 'variant="qalora"',
+    "init_lora_weights": "variant",
+    "loftq_config": 'variant="loftq"',
+    "eva_config": 'variant="eva"',
+    "corda_config": 'variant="corda"',
+    "lora_ga_config": 'variant="lora_ga"',
+    "peft_type": "variant",
 }
+#: those that need no counterpart
+PEFT_UNNEEDED = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "megatron_config", "megatron_core", "peft_version",
+    "revision", "runtime_config", "task_type",
+}  # fmt: skip
+#: and those that PEFT alone offers
+PEFT_ONLY = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "monteclora_config", "qalora_group_size", "use_bdlora", "velora_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,9 +106,10 @@ class LoraConfig:
             or head by name. The other rows stay as they are; with ``targets=()`` nothing else is
             trained.
         variant: a name in ``veneer.variants.names()``.
-        dtype: of the trained numbers, "float32", "float64", "bfloat16" or "float16"; None takes
-            float32 for a 16-bit base (a 16-bit AdamW step of usual size is lost in rounding) and
-            the base's own dtype otherwise.
+        dtype: of the trained numbers: a torch.dtype, its name ("float32", "float64", "bfloat16",
+            "float16") or a short one ("fp32", "bf16", …); kept as its name. None takes float32 for
+            a 16-bit base (a 16-bit AdamW step of usual size is lost in rounding) and the base's
+            dtype otherwise.
 
     Raises:
         ConfigError: with every problem at once.
@@ -97,14 +128,14 @@ class LoraConfig:
     bias: str = "none"
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     variant: str = "lora"
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
 
     if not TYPE_CHECKING:
 
         def __new__(cls, *args: Any, **fields: Any) -> LoraConfig:
             """Refuse PEFT's names by Veneer's; other unknown names are left to the error of
             ``__init__``."""
-            if fields.keys() & PEFT_FIELDS.keys() - {"bias"}:
+            if fields.keys() & {*PEFT_FIELDS, *PEFT_UNNEEDED, *PEFT_ONLY}:
                 raise_all(
                     ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields))
                 )
@@ -133,6 +164,8 @@ class LoraConfig:
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "trainable_tokens", _tokens(self.trainable_tokens))
         raise_all(ConfigError, "This LoraConfig cannot be used", list(self._problems()))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         slices = {
@@ -150,20 +183,24 @@ class LoraConfig:
                 "a probability in [0, 1)",
                 "use 0, or a value like 0.05",
             )
-        if self.bias not in BIASES:
+        if self.bias == "lora_only":
+            found = "bias='lora_only'"
+            yield sentence(found, "PEFT's 'lora_only' is 'targets' here", 'write bias="targets"')
+        elif self.bias not in BIASES:
             yield sentence(
                 f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}",
                 " | ".join(BIASES),
                 'use "none"',
             )
-        if not isinstance(self.variant, str) or not self.variant:
+        if not isinstance(self.variant, str) or self.variant not in VARIANTS.names():
             yield sentence(
-                f"variant={self.variant!r}", "a name in veneer.variants.names()", 'use "lora"'
+                f"variant {self.variant!r}{nearest(str(self.variant), VARIANTS.names())}",
+                f"one of {', '.join(VARIANTS.names())}",
+                "choose a variant that exists",
             )
-        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-            yield sentence(
-                f"dtype={self.dtype!r}", "float64, float32, bfloat16, float16 or None", "use None"
-            )
+        if self.dtype is not None and dtype_name(self.dtype) is None:
+            found = f"dtype={self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
+            yield sentence(found, f"None, or one of {', '.join(DTYPES)}", "use None")
 
     def _strength_problems(self):
         yield from _whole("rank", self.rank)
@@ -237,22 +274,61 @@ class LoraConfig:
         raise_all(ConfigError, "This LoraConfig cannot be used", list(_unknown_fields(fields)))
         return LoraConfig(**fields)
 
+    @staticmethod
+    def from_peft(config: Any) -> LoraConfig:
+        """The config that means what PEFT's means: an adapter that is attached with it changes the
+        same weights, and computes the same from the same parameters.
+
+        Args:
+            config: a ``peft.LoraConfig``, a mapping of its fields, or the path of an
+                ``adapter_config.json`` or of the folder that holds it.
+
+        Raises:
+            ConfigError: names each field that ``LoraConfig`` cannot express.
+        """
+        from veneer.formats.peft_config import lora_fields, read_fields
+
+        fields, problems = lora_fields(read_fields(config))
+        raise_all(ConfigError, "This config of PEFT cannot be used", problems)
+        return LoraConfig(**fields)
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """torch's name of a dtype that is spelled in any of the accepted ways; None if it is none of
+    ``DTYPES``."""
+    return DTYPES.get(str(dtype).removeprefix("torch."))
+
+
+def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
+    """The ``torch.dtype`` of such a spelling. ``ConfigError``: there is none of this name."""
+    name = dtype_name(dtype)
+    if name is None:
+        found = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
+        raise ConfigError(found, f"one of {', '.join(DTYPES)}", "correct it")
+    return getattr(torch, name)
+
 
 def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
-    """A problem for each name that is no field, which says what PEFT's name for one is called
-    here."""
-    known = LoraConfig.__dataclass_fields__
+    """A problem for each name that is no field. For a field of PEFT it says what to write here."""
+    names = LoraConfig.__dataclass_fields__
     for name in fields:
-        if name in known:
+        if name in names:
             continue
         if name in PEFT_FIELDS:
+            ours = PEFT_FIELDS[name]
+            expected = f"{ours!r}, as PEFT's `{name}` is `{ours}` here"
+            yield sentence(f"field {name!r}", expected, f"write {ours}")
+        elif name in PEFT_UNNEEDED:
             yield sentence(
-                f"{name!r}, a field of PEFT's LoraConfig", f"{PEFT_FIELDS[name]!r}", "use that name"
+                f"field {name!r} of PEFT", "no such field: it is not needed", "remove it"
             )
+        elif name in PEFT_ONLY:
+            do = "remove it; docs/from-peft.md says what there is instead"
+            yield sentence(f"field {name!r} of PEFT", "a field that Veneer has", do)
         else:
             yield sentence(
-                f"field {name!r}{nearest(name, known)}",
-                f"one of {', '.join(known)}",
+                f"field {name!r}{nearest(name, names)}",
+                f"one of {', '.join(names)}",
                 "correct or remove it",
             )
 

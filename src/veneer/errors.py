@@ -11,7 +11,7 @@
     ├── TrainingError      ArithmeticError  a run whose loss is no number, or that lost a process
     ├── OutputExistsError  FileExistsError  an output path that already holds something
     ├── CheckpointError    ValueError       a model's files that cannot be read
-    ├── MethodError        AttributeError   a method of another library, asked of what Veneer attached or returned
+    ├── MethodError        AttributeError   a name of another library, asked of Veneer or of what it attached
     ├── LibraryError       LookupError      a name that a library lacks or cannot take, an index that is damaged
     ├── RemoteError        OSError          a remote place that cannot be reached, read or written
     ├── ExtractError       ValueError       two models whose difference no adapter can be
@@ -91,7 +91,7 @@ class CheckpointError(VeneerError, ValueError):
 
 
 class MethodError(VeneerError, AttributeError):
-    """A method of another library that a handle, or a model with adapters, does not have."""
+    """A name of another library that Veneer, a handle or a model with adapters does not have."""
 
 
 class LibraryError(VeneerError, LookupError):

@@ -2,7 +2,6 @@
 
     answer_methods(model)     model.merge_and_unload() and the like raise an error that names Veneer's function
     peft_problem(model)       why a model that PEFT has adapted cannot be attached to
-    translate_config(config)  a config of PEFT, as the LoraConfig of Veneer that means the same
 
 An attached model stays its own class, so that it has none of the methods of a ``PeftModel``, and
 those that transformers and diffusers mix into every model would look for adapters of PEFT. So the
@@ -13,10 +12,7 @@ as PEFT's methods change what later calls compute.
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,7 +20,6 @@ from torch import nn
 
 from veneer.attach.adapted_module import own_class, walk
 from veneer.attach.method_overrides import put
-from veneer.config import PEFT_FIELDS
 from veneer.errors import MethodError, sentence
 
 _MERGE = (
@@ -100,52 +95,3 @@ def peft_problem(model: nn.Module) -> str | None:
         "veneer.load the folder"
     )
     return sentence(found, "the base model", do)
-
-
-def translate_config(config: Any) -> tuple[str, list[str]]:
-    """(the call that makes the same LoraConfig, the fields that it leaves out) for a config object
-    of PEFT."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    values = {name: getattr(config, name) for name in fields}
-    written = {ours: values[theirs] for theirs, ours in PEFT_FIELDS.items() if values.get(theirs)}
-    if "targets" in written:
-        written["targets"] = _targets(written["targets"], values.get("target_parameters") or ())
-    for patterns in written.keys() & {"ranks", "alphas"}:
-        written[patterns] = {_pattern(key): value for key, value in written[patterns].items()}
-    written["bias"] = {"lora_only": "targets", "all": "all"}.get(written.get("bias", ""))
-    flags = "_".join(name for name in ("dora", "rslora") if values.get(f"use_{name}"))
-    start = values.get("init_lora_weights")
-    written["variant"] = flags or (start.partition("_niter")[0] if isinstance(start, str) else None)
-    said = ", ".join(f"{name}={value!r}" for name, value in written.items() if value)
-    known = {*PEFT_FIELDS, "target_parameters", "use_dora", "use_rslora", "init_lora_weights"}
-    known |= {
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-    }
-    left_out = [
-        name
-        for name, value in values.items()
-        if name not in known and value != _default(fields[name])
-    ]
-    return f"veneer.LoraConfig({said})", left_out
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return made() if made is not dataclasses.MISSING else field.default
-
-
-def _targets(targets: str | Iterable[str], parameters: Iterable[str]) -> Any:
-    if isinstance(targets, str):
-        return targets if targets == "all-linear" else f"re:{targets}"
-    return [*sorted(targets), *parameters]
-
-
-def _pattern(key: str) -> str:
-    """A key of ``rank_pattern``: PEFT takes each for a regular expression that may begin at any
-    dot."""
-    return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?{key}"

@@ -42,7 +42,7 @@ from veneer.attach.token_rows import ROWS, start
 from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
 from veneer.bases import BASES, storage_of, without_gradient
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, torch_dtype
 from veneer.distributed import whole
 from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
@@ -342,7 +342,7 @@ def _variant_parameters(
 def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
     """What is trained for a weight of dtype ``base`` has the config's dtype, else float32 or, if
     wider, ``base``."""
-    return getattr(torch, config.dtype) if config.dtype else at_least_float32(base)
+    return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)
 
 
 @in_turn

@@ -17,7 +17,6 @@ from veneer.attach import refusals, token_targets
 from veneer.attach import targets as targeting
 from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.fresh_weights import fresh
-from veneer.attach.from_peft import translate_config
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
@@ -26,7 +25,7 @@ from veneer.attach.targets import WORDS, Names, ParamRef, listed
 from veneer.attach.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, TargetError, listing, nearest, raise_all, sentence
+from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.layers import Dims, Layer, kind_of
 from veneer.variants import VARIANTS
 
@@ -91,11 +90,6 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
     problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
-    if config.variant not in VARIANTS.names():
-        found = f"variant={config.variant!r}{nearest(config.variant, VARIANTS.names())}"
-        problems.append(
-            sentence(found, f"one of {', '.join(VARIANTS.names())}", "choose one that exists")
-        )
     raise_all(TargetError, "Nothing was attached", [*problems, *unusable] if unusable else [])
 
     planner = _Planner(model, config, problems)
@@ -124,14 +118,12 @@ def _not_a_config(config: Any) -> ConfigError:
     if not hasattr(config, "peft_type"):
         do = "use LoraConfig(…), or LoraConfig.from_dict for a mapping"
         return ConfigError(f"config={config!r}", "a veneer.LoraConfig", do)
-    found, expected = f"a {type(config).__name__} of PEFT for a config", "a veneer.LoraConfig"
-    if config.peft_type != "LORA":
-        return ConfigError(
-            found, expected, "docs/from-peft.md names what Veneer has for PEFT's other tuners"
-        )
-    call, left_out = translate_config(config)
-    more = f"; docs/from-peft.md has {listing(left_out)}" if left_out else ""
-    return ConfigError(found, expected, f"use {call}{more}")
+    do = "pass veneer.LoraConfig.from_peft(config)"
+    try:
+        do = f"{do}, which is {LoraConfig.from_peft(config)}"
+    except ConfigError as error:
+        do = f"{do} once these are mended: {error}"
+    return ConfigError(f"a {type(config).__name__} of PEFT", "a veneer.LoraConfig", do)
 
 
 class _Planner:
@@ -208,7 +200,7 @@ class _Planner:
     def specs(self, targets: Sequence[ParamRef]) -> dict[ParamRef, TargetSpec]:
         """Rank, alpha and slices of each target that takes a low-rank change."""
         names, config = self.names, self.config
-        variant = VARIANTS[config.variant if config.variant in VARIANTS.names() else "lora"]
+        variant = VARIANTS[config.variant]
         alpha = variant.default_alpha if config.alpha is None else config.alpha
         return {
             ref: TargetSpec(

@@ -1,0 +1,179 @@
+"""PEFT's ``LoraConfig`` in the fields of Veneer's.
+
+    read_fields(config)      the fields of a config object, of a mapping or of an ``adapter_config.json``
+    lora_fields(fields)      the fields of ``veneer.LoraConfig`` that mean the same, and every problem
+
+A field that has no equivalent is a problem if its value would change what is computed. Fields that
+describe the file or the machine (``task_type`` aside, which adds a head) are passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError, ConfigError, sentence
+from veneer.fileio.untrusted import read_json
+from veneer.formats import peft
+
+#: PEFT's field -> the field of ``veneer.LoraConfig`` that takes its value as it is
+_SAME_VALUE = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "layers_to_transform": "layers",
+    "trainable_token_indices": "trainable_tokens",
+}
+_BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
+#: starts that are variants of the same name here
+_STARTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
+#: the task heads that PEFT trains in full without being told
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+#: fields with an equivalent, which ``lora_fields`` reads
+_TRANSLATED = {
+    *_SAME_VALUE, "alpha_pattern", "bias", "corda_config", "exclude_modules", "init_lora_weights",
+    "modules_to_save", "peft_type", "qalora_group_size", "rank_pattern", "target_modules",
+    "target_parameters", "task_type", "use_dora", "use_qalora", "use_rslora",
+}  # fmt: skip
+#: fields that change nothing of what is computed, or that ``veneer.attach`` takes as arguments
+_IRRELEVANT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "revision", "runtime_config",
+}  # fmt: skip
+#: group of inputs of QA-LoRA, PEFT's default and the size that the variant has
+_GROUP_SIZE = 16
+#: rank, alpha of a ``peft.LoraConfig()``
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
+#: names of modules that would be another pattern here
+_SPECIAL = re.compile(r"all-linear|attention|mlp|all|.*[*?\[\]].*|re:.*")
+
+
+def read_fields(config: Any) -> dict[str, Any]:
+    """The fields of a PEFT config: an object, a mapping, or the path of an ``adapter_config.json``
+    or of its folder. ``ConfigError``: it is none of these, or cannot be read."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, str | Path):
+        path = Path(config)
+        try:
+            return read_json(path / peft.CONFIG if path.is_dir() else path)
+        except (AdapterError, OSError) as error:
+            raise ConfigError(
+                f"{path} ({error})", f"PEFT's {peft.CONFIG}", "check the path"
+            ) from error
+    if dataclasses.is_dataclass(config) and hasattr(config, "peft_type"):
+        return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
+            "peft_type": config.peft_type
+        }
+    expected = f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}"
+    raise ConfigError(f"a {type(config).__name__} for a config of PEFT", expected, "pass one")
+
+
+def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(fields of ``veneer.LoraConfig``, the problems of what these cannot express)."""
+    peft_type = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
+    if peft_type not in (None, "LORA"):
+        do = "docs/from-peft.md names what Veneer has for PEFT's other tuners"
+        return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", do)]
+    values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
+    task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
+    problems = _unsupported(values)
+    ours: dict[str, Any] = {
+        name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
+    }
+    ours["targets"] = _targets(values, problems)
+    ours["exclude"] = _patterns(values.get("exclude_modules") or ())
+    ours["train_also"] = _modules_to_save(values.get("modules_to_save") or (), task_type)
+    for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
+        patterns = values.get(peft_name) or {}
+        ours[name] = {_layer_pattern(key): value for key, value in patterns.items()}
+    ours["bias"] = _BIASES.get(values.get("bias", "none"), values.get("bias"))
+    ours["variant"] = _variant(values, problems)
+    return ours, problems
+
+
+def _unsupported(values: Mapping[str, Any]) -> list[str]:
+    do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
+    return [
+        sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
+        for name, value in values.items()
+        if value and name not in _TRANSLATED | _IRRELEVANT
+    ]
+
+
+def _targets(values: Mapping[str, Any], problems: list[str]) -> Any:
+    modules, parameters = values.get("target_modules"), values.get("target_parameters") or ()
+    if modules is None and not parameters:
+        do = 'name the modules, or set target_modules="all-linear"'
+        problems.append(sentence("no target_modules", "the layers to adapt", do))
+    patterns = _patterns(() if modules is None else modules)
+    if isinstance(patterns, str) and not parameters:
+        return patterns
+    return (*((patterns,) if isinstance(patterns, str) else patterns), *parameters)
+
+
+def _patterns(modules: str | Iterable[str]) -> Any:
+    """Patterns of Veneer for names of modules, or for PEFT's regular expression over full paths."""
+    if isinstance(modules, str):
+        return "all-linear" if modules.lower() == "all-linear" else f"re:{modules}"
+    names = modules if isinstance(modules, list | tuple) else sorted(modules)
+    return tuple(
+        rf"re:(.*\.)?{re.escape(name)}" if _SPECIAL.fullmatch(name) else name for name in names
+    )
+
+
+def _layer_pattern(key: str) -> str:
+    """A key of ``rank_pattern``, which PEFT takes for a regular expression that may begin at any
+    dot."""
+    return key if re.fullmatch(r"[\w.]+", key) else rf"re:(.*\.)?({key})"
+
+
+def _modules_to_save(names: Iterable[str], task_type: str | None) -> tuple[str, ...]:
+    """Patterns of the modules that are trained in full: PEFT trains each whose path ends with the
+    name, also within a word. It adds every name that a task's head may have; here a pattern must
+    match something, so that these names become one expression."""
+    heads = _HEADS.get(task_type or "", ())
+    endings = [re.escape(name) for name in names if name not in heads]
+    endings += [f"({'|'.join(heads)})"] if heads else []
+    return tuple(f"re:.*{ending}" for ending in endings)
+
+
+def _variant(values: Mapping[str, Any], problems: list[str]) -> str:
+    """The variant of a start and of flags; a problem if no variant combines them."""
+    flags = [
+        name for name in ("dora", "rslora", "qalora") if values.get(f"use_{name}")
+    ]  # DoRA is named first where both are on
+    start = values.get("init_lora_weights", True)
+    name = start.partition("_niter")[0].lower() if isinstance(start, str) else ""
+    if start is not True and name not in _STARTS:
+        do = 'leave it at True: A starts Kaiming-uniform and B at zero (variant="lora")'
+        problems.append(
+            sentence(f"init_lora_weights={start!r}", f"True, or one of {', '.join(_STARTS)}", do)
+        )
+    elif (flags and name) or (len(flags) > 1 and "qalora" in flags):
+        found = " with ".join(
+            [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={start!r}"]
+        )
+        problems.append(sentence(found, "a variant that has all of it", "choose one of them"))
+    if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
+        found = f"qalora_group_size={values['qalora_group_size']!r}"
+        problems.append(sentence(found, str(_GROUP_SIZE), "use that size"))
+    if name == "corda" and _corda_method(values.get("corda_config")) == "kpm":
+        name = "corda_kpm"
+    return name or "_".join(flags) or "lora"
+
+
+def _corda_method(config: Any) -> str | None:
+    return (
+        config.get("corda_method")
+        if isinstance(config, Mapping)
+        else getattr(config, "corda_method", None)
+    )
