@@ -39,6 +39,7 @@ from veneer.bank.resident import (
     load_resident,
     resident_of,
 )
+from veneer.config import torch_dtype
 from veneer.distributed import spread_problem
 from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
 from veneer.fileio import throttle
@@ -58,7 +59,8 @@ class Bank:
         capacity_bytes: of the adapters in memory; None for no limit. What the running calls
             have laid out comes on top: the factors of the adapters that they use, once more for
             each of two sets of them.
-        dtype: of the adapters' parameters in memory; None takes that of each base weight.
+        dtype: of the adapters' parameters in memory, as ``LoraConfig`` takes it; None takes that
+            of each base weight.
         verify_base: False accepts other base weights of the same shapes.
 
     Attributes:
@@ -71,10 +73,10 @@ class Bank:
         model: nn.Module,
         capacity_bytes: int | None = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         verify_base: bool = True,
     ) -> None:
-        model = unwrap(model)
+        model, dtype = unwrap(model), None if dtype is None else torch_dtype(dtype)
         if problem := strangers(model):
             raise SelectionError(problem)
         modules = (module for _, module in walk(model))

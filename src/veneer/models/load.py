@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.source_analysis import compares_attention
+from veneer.config import torch_dtype
 from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder
 from veneer.models.attention import use_products
@@ -38,7 +41,6 @@ from veneer.models.remote_code import (
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
@@ -53,7 +55,9 @@ __all__ = [
     "stored_dtype",
 ]
 
-Precision = Literal["auto", "stored", "fp32", "bf16", "fp16"]
+Precision = Literal[
+    "auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"
+] | torch.dtype  # fmt: skip
 Spread = Callable[[Any], None]
 
 #: what transformers takes as a device map, beside a device and a dict
@@ -169,7 +173,6 @@ def meta_base(
     """The model that ``load_base`` would load, in its dtype and without its weights: they are on
     the meta device, where shapes can be asked for and nothing computed. ``ConfigError``: as
     there."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     name = str(source)
@@ -193,7 +196,6 @@ def _model(
     device_map: Any, spread: Spread | None, fields: dict[str, Any],
 ) -> Any:  # fmt: skip
     """What ``from_pretrained`` makes of the files."""
-    import torch
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **code_options(name), **fields}
@@ -265,8 +267,6 @@ def _must_be_known(attention: str) -> None:
 
 def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
     """Refuse a device that this machine does not have. ``also``: what the option takes besides."""
-    import torch
-
     own = torch.accelerator.current_accelerator(check_available=True)
     here = ["cpu", *sorted({best_device(), *([] if own is None else [own.type])} - {"cpu"})]
     try:
@@ -287,8 +287,6 @@ def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
 
 def _exact(device: str) -> Any:
     """A device with its index, by which accelerate knows a GPU."""
-    import torch
-
     exact = torch.device(device)
     if exact.type == "cpu" or exact.index is not None:
         return device
@@ -315,18 +313,15 @@ def stored_dtype(source: str | Path) -> torch.dtype | None:
 
 
 def pick_dtype(precision: Precision) -> torch.dtype:
-    """The torch dtype of "fp32", "bf16", "fp16" or "auto"."""
-    import torch
-
+    """The torch dtype of a precision; of "auto" bfloat16, where products in it run natively, else
+    float32. ``ConfigError``: there is none of this name."""
     if precision == "auto":
         return torch.bfloat16 if _fast_bf16() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch_dtype(precision, "precision")
 
 
 def _fast_bf16() -> bool:
     """Whether bf16 products run natively; emulated ones are slower than fp32."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -343,8 +338,6 @@ def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]
 
 def best_device() -> str:
     """The GPU if there is one: NVIDIA's or AMD's, Apple's, or the processor."""
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -26,6 +26,9 @@ from pydantic import (
 
 from veneer.errors import ConfigError, nearest
 
+#: torch's name of a dtype -> the short one that the settings have
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
 # Fields that may differ when a run is resumed: they change what is kept or shown, not what is
 # computed.
 FREE_ON_RESUME = frozenset(
@@ -243,6 +246,12 @@ class TrainConfig(BaseModel):
         None, "Continue an unfinished run (default: if there is one with this configuration)."
     )
     overwrite: bool = _run(False, "Replace what an earlier run left in the output folder.")
+
+    @field_validator("precision", "adapter_dtype", mode="before")
+    @classmethod
+    def _shorten_dtype(cls, value: Any) -> Any:
+        """torch's name of a dtype, or a ``torch.dtype``, as the short name."""
+        return _SHORT_DTYPES.get(str(value).removeprefix("torch."), value)
 
     @field_validator("columns", mode="before")
     @classmethod
