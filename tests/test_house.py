@@ -25,7 +25,8 @@ FLOORS = [
     ["attach"],
     ["models"],
     ["adapter_files"],
-    ["bank", "tools", "handle", "store"],
+    ["bank", "tools", "store"],
+    ["handle"],
     ["train", "integrations"],
     ["serve", ""],  # "" is veneer/__init__.py
     ["cli"],
@@ -79,7 +80,7 @@ def test_the_house_is_small_at_the_top():
     top = [path for path in SOURCE.iterdir() if not path.name.startswith("__pycache__")]
     assert sum(path.is_file() for path in top) <= 12
     assert sum(path.is_dir() for path in top) <= 15
-    assert len(FLOORS) <= 11
+    assert len(FLOORS) <= 12
 
 
 def lengths(tree: ast.AST):
@@ -175,9 +176,22 @@ print([name for name in late if name in sys.modules], callable(attach), attach i
 from veneer import *
 from veneer import optim
 print(veneer.Bank is Bank, callable(compose), veneer.optim is optim, veneer.models.load_base.__name__, callable(attach))
+import importlib
+for name in (
+    "adapter_files.verify bases formats.vllm integrations kernels layers lowrank serve.cluster "
+    "store.library store.remote tools.compose tools.convert tools.extract "
+    "tools.merge_checkpoint tools.report train.loss variants.lora"
+).split():
+    submodule = veneer
+    for part in name.split("."):
+        submodule = getattr(submodule, part)
+    assert submodule is importlib.import_module(f"veneer.{name}"), name
+print("lazy submodules")
 """
-    found = printed(code).split("\n")[:3]
-    assert found == ["['veneer.attach']", "[] True True", "True True True load_base True"]
+    found = printed(code).split("\n")[:4]
+    assert found == [
+        "['veneer.attach']", "[] True True", "True True True load_base True", "lazy submodules"
+    ]  # fmt: skip
 
 
 def test_public_names():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from veneer.attach.merge_report import MergeReport
     from veneer.attach.plan import SkippedLayers
     from veneer.attach.qconfig import NotQuantized
-    from veneer.attach.select import use
+    from veneer.attach.select import set_default, use
     from veneer.attach.summary import summarise
     from veneer.bank import Bank
     from veneer.config import LoraConfig
@@ -68,13 +68,17 @@ _LAZY = {
     "load": "veneer.handle",
     "merge": "veneer.attach.merge",
     "save": "veneer.adapter_files",
+    "set_default": "veneer.attach.select",
     "summarise": "veneer.attach.summary",
     "train_many": "veneer.train.many",
     "unmerge": "veneer.attach.merge",
     "use": "veneer.attach.select",
 }
 #: submodules that are imported when first used as an attribute
-_LAZY_MODULES = ("adapter_files", "bank", "errors", "fileio", "formats", "models", "optim", "tools")
+_LAZY_MODULES = (
+    "adapter_files", "bank", "bases", "config", "errors", "fileio", "formats", "integrations", "kernels",
+    "layers", "lowrank", "models", "optim", "serve", "store", "tools", "train", "variants",
+)  # fmt: skip
 #: names of PEFT's package -> what does the same here
 _PEFT_NAMES = {
     "get_peft_model": "veneer.attach(model, veneer.LoraConfig(…))",
@@ -128,6 +132,7 @@ __all__ = [
     "merge",
     "optim",
     "save",
+    "set_default",
     "summarise",
     "train_many",
     "unmerge",

@@ -3,6 +3,7 @@ the package with both filled in."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of
+from veneer.attach.adapted_module import own_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.data_init import Loss, gather
 from veneer.attach.fresh_weights import fresh, warn_fresh
 from veneer.attach.from_peft import METHODS
 from veneer.attach.install import detach, install
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters, changes, need_adapters, parameter_path, unwrap
+from veneer.attach.lookup import (
+    adapters,
+    adapters_of,
+    changes,
+    need_adapters,
+    parameter_path,
+    unwrap,
+)
 from veneer.attach.merge import merge, unmerge
 from veneer.attach.merge_report import MergeReport
 from veneer.attach.plan import plan
@@ -25,7 +33,11 @@ from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
 from veneer.attach.targets import Names
 from veneer.config import LoraConfig
-from veneer.errors import MethodError
+from veneer.errors import AdapterError, MethodError, RemoteError
+
+#: an adapter's id on the Hugging Face hub, and the beginning of its page's address
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_HUB_PAGE = "https://huggingface.co/"
 
 
 def _cover(model: nn.Module) -> None:
@@ -95,10 +107,12 @@ def attach(
 
 
 def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, trainable: bool = False, verify_base: bool = True,
-    untie: bool | None = None, grow: bool = False,
+    model: nn.Module, path: str | Path, name: str | None = None, *, trainable: bool = False,
+    verify_base: bool = True, untie: bool | None = None, grow: bool = False,
+    revision: str | None = None, cache_dir: str | Path | None = None,
 ) -> Handle:  # fmt: skip
-    """Attach the adapter in folder ``path`` to ``model``.
+    """Attach the adapter at ``path`` to ``model``: a folder, a remote place (``hf://owner/name``,
+    ``s3://…``) or, where there is no such folder, an id on the Hugging Face hub (``owner/name``).
 
     Everything is verified before the model is touched: the files, every key and shape, and each
     parameter and lasting buffer of the base that the adapter does not replace, against the
@@ -114,12 +128,17 @@ def load(
             detached. None gives it one and warns; True does not warn; False unties nothing: a
             low-rank change of one name is an error then, and values trained in full stand in for
             the weight and cannot be merged.
+        revision: a branch, a tag or a commit of the hub's repository; elsewhere the hash that a
+            push returned. None takes the newest.
+        cache_dir: where what is fetched is kept; None takes ``veneer/adapters`` in
+            ``$XDG_CACHE_HOME`` or ``~/.cache``.
         grow: let the vocabulary of ``model`` grow first, where the adapter trains tokens that were
             added to its base (``resize_token_embeddings``). If loading fails, it is as it was.
 
     Raises:
         AdapterError: the folder is damaged, or does not fit the model.
         BaseMismatchError: a tensor of the base is another than that it was trained on.
+        RemoteError: the remote place cannot be read; a revision or a cache of a folder.
 
     Warns:
         UnverifiedAdapter: see above.
@@ -127,16 +146,43 @@ def load(
         TensorsLeftOut: the folder's config leaves out modules of which it holds tensors.
     """
     model, name = unwrap(model), name if name is not None else "default"
+    folder = _local_folder(path, revision, None if cache_dir is None else Path(cache_dir))
     from veneer.adapter_files.save_load import install_from
 
     install_from(
-        model, path, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
+        model, folder, name, trainable=trainable, verify_base=verify_base, untie=untie, grow=grow
     )
     _cover(model)
     return Handle(model, name)
 
 
-@dataclass(frozen=True)
+def _local_folder(path: str | Path, revision: str | None, cache: Path | None) -> str | Path:
+    """The folder of an adapter: ``path`` itself, or where the adapter of a remote place is now."""
+    if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
+        place = None
+    elif "://" in path:
+        place = path
+    else:
+        place = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
+    if place is None:
+        if revision is not None or cache is not None:
+            found = f"a revision or a cache_dir for the path {path}"
+            raise RemoteError(found, "a remote place, such as hf://owner/name", "leave them out")
+        return path
+    from veneer.store.remote import pull
+
+    try:
+        return pull(place, revision=revision, cache=cache)
+    except RemoteError as error:
+        if place == path:
+            raise
+        found = f"no folder {path}, and no adapter {place} ({error.found})"
+        do = "check the path or the id; for a private repository log in with `hf auth login`"
+        expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
+        raise AdapterError(found, expected, do) from error
+
+
+@dataclass(frozen=True, repr=False)
 class Handle:
     """One adapter of one model."""
 
@@ -161,6 +207,19 @@ class Handle:
             raise MethodError(
                 f"handle.{name}", "an attribute of veneer.Handle, which stands for one adapter", do
             )
+
+    def __repr__(self) -> str:
+        """One line: the adapter, the class of its model, its variant and rank, and whether it is
+        the model's default. It may have been detached."""
+        attached = adapters_of(self.model)
+        config = None if attached is None else attached.configs.get(self.name)
+        if attached is None or config is None:
+            state = "detached"
+        else:
+            default = ", default" if attached.default_name == self.name else ""
+            merged = ", merged" if self.name in attached.chain else ""
+            state = f"{config.variant}, rank {config.rank}{default}{merged}"
+        return f"<Handle {self.name!r} of {own_class(self.model).__name__}: {state}>"
 
     @property
     def config(self) -> LoraConfig:

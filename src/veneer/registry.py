@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 from veneer.errors import ConfigError, nearest
 
@@ -50,6 +50,19 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._values)
+
+
+def lazy_submodules(package: str, names: Iterable[str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package that imports each of these submodules when it is first used
+    as an attribute."""
+    submodules = frozenset(names)
+
+    def import_submodule(name: str) -> Any:
+        if name not in submodules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package}.{name}")
+
+    return import_submodule
 
 
 def import_all(package: str, path: list[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from tests.support import hub
 from tests.support.forked import printed
 from tests.support.hostile import stripped
@@ -642,3 +643,61 @@ def test_neither_library_is_loaded_without_need():
         "print([name for name in ('huggingface_hub', 'fsspec', 'yaml') if name in sys.modules])"
     )
     assert printed(code) == "[]\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# veneer.load
+
+
+def loaded(path, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = veneer.load(model, path, verify_base=False, **options)
+    return {name: parameter.detach() for name, parameter in handle.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore::veneer.UnverifiedAdapter")
+def test_load_takes_a_remote_place_or_a_hub_id(server, adapters, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = push(adapters[0], PLACE), push(adapters[1], PLACE)
+    tensors = [loaded(path) for path in adapters[:2]]
+    commit = first.partition("@")[2]
+    for path, options, expected in (
+        (PLACE, {}, 1),
+        (second, {}, 1),
+        ("owner/adapter", {}, 1),
+        ("owner/adapter", {"revision": commit}, 0),
+        ("owner/adapter", {"name": "style", "revision": "main"}, 1),
+        (PLACE, {"revision": commit, "cache_dir": tmp_path / "elsewhere"}, 0),
+    ):
+        result = loaded(path, **options)
+        assert result.keys() == tensors[expected].keys()
+        assert all(torch.equal(result[key], tensors[expected][key]) for key in result)
+    assert kept(cache)
+    assert kept(tmp_path / "elsewhere")
+    shutil.copytree(adapters[0], tmp_path / "owner" / "adapter")
+    asked = len(server.requests)
+    assert torch.equal(*(next(iter(t.values())) for t in (loaded("owner/adapter"), tensors[0])))
+    assert len(server.requests) == asked, "a local folder of that name goes first"
+
+
+def test_load_fetches_no_pickle(server, cache):
+    server.repos["owner/adapter"] = hub.Repo(
+        commits={"1" * 40: {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04."}},
+        branches={"main": "1" * 40},
+    )
+    with pytest.raises(AdapterError, match="no adapter_model"):
+        loaded("owner/adapter")
+    assert not any("adapter_model.bin" in request for request in server.requests)
+
+
+def test_load_names_both_readings_of_a_path_that_is_neither(server, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        AdapterError, match=r"no folder runs/a, and no adapter hf://runs/a \(no rep"
+    ):
+        loaded("runs/a")
+    with pytest.raises(RemoteError, match="no repository hf://owner/nothing"):
+        loaded("hf://owner/nothing")
+    with pytest.raises(RemoteError, match="a revision or a cache_dir for the path"):
+        loaded(tmp_path, revision="main")

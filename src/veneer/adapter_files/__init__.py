@@ -10,5 +10,8 @@ that can be proven of a folder.
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import UnverifiedAdapter
 from veneer.adapter_files.save_load import install_from, save
+from veneer.registry import lazy_submodules
+
+__getattr__ = lazy_submodules(__name__, ("verify",))
 
 __all__ = ["AdapterFiles", "UnverifiedAdapter", "install_from", "read", "save"]

@@ -25,7 +25,10 @@ from veneer.errors import MethodError, sentence
 _MERGE = (
     "handle.merge(), then handle.detach(keep_merged=True): the model itself is then the plain one"
 )
-_USE = "call the model inside `with veneer.use(model, name):`, or name None for the base"
+_USE = (
+    "call the model inside `with veneer.use(model, name):`, or name None for the base; "
+    "veneer.set_default(model, name) chooses for all other calls"
+)
 # : a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same
 # is done here
 METHODS = {

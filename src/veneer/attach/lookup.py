@@ -82,8 +82,10 @@ def strangers(model: nn.Module) -> str | None:
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
-    """``name``, or the name of the only adapter; a SelectionError if there are several."""
+    """``name``, or that of the model's default, or of its only adapter; a SelectionError if there
+    are several and no default."""
     attached = need_adapters(model, name)
+    name = attached.default_name if name is None else name
     if name is None and len(attached.configs) > 1:
         found = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
         raise SelectionError(found, "a name", "say which adapter is meant")

@@ -1,4 +1,5 @@
-"""Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``.
+"""Which adapter a call uses: ``with veneer.use(model, "a"): model(x)``, or the model's default,
+which ``veneer.set_default(model, "a")`` sets.
 
 The selection belongs to the ``with`` block in its thread or asyncio task, and in a generator to the
 steps of that (see ``veneer.context``). Activation checkpointing runs layers again during backward,
@@ -20,7 +21,7 @@ from veneer import context
 from veneer.attach.blend import blended, finite_weights
 from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import by_rows
-from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator
+from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator, in_turn
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 
@@ -113,6 +114,24 @@ class use:
                 f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing",
                 stacklevel=2,
             )
+
+
+@in_turn
+def set_default(model: nn.Module, name: str | None) -> None:
+    """Let calls of ``model`` that select nothing use the adapter ``name``; None: as without a
+    default, the only adapter, or an error if there are several.
+
+    The default is a property of the model: it holds in every thread, in copies and pickles, and
+    until the adapter is detached, which clears it (an adapter that is attached under the same name
+    later is not the default). Functions that take the name of an adapter take the default where
+    none is given. Every ``use`` overrides it, ``veneer.use(model, None)`` with the base alone.
+
+    Raises:
+        SelectionError: there is no such adapter.
+    """
+    attached = need_adapters(model, name)
+    attached.default_name = name
+    attached.set_chain(attached.chain)
 
 
 def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:

@@ -126,6 +126,8 @@ class ModelAdapters:
     weights of which a copy is kept may have been written. ``untied``: what is to be tied again with
     the last adapter (``weight_tying.Untied``)."""
 
+    #: the adapter of calls that select none (``veneer.set_default``); None: the only one, if there is one
+    default_name: str | None = None
     root: weakref.ref[nn.Module] | None = None
     merging = False
     chain: tuple[str, ...] = ()
@@ -145,9 +147,11 @@ class ModelAdapters:
     def set_adapters(
         self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]
     ) -> None:
-        """Replace the adapters, and with them the default selection: the only adapter, if there is
-        just one."""
+        """Replace the adapters, and with them the default selection: the one that was set, unless
+        it is gone, else the only adapter, if there is just one."""
         self.configs, self.selections = configs, selections
+        if self.default_name not in configs:
+            self.default_name = None
         self.set_chain(self.chain)
 
     def set_chain(self, chain: tuple[str, ...]) -> None:
@@ -157,13 +161,12 @@ class ModelAdapters:
         if self.stacked:  # nothing else runs on these weights
             self.default = ActiveAdapter(self.merged, {})
             return
-        self.default = (
-            next(iter(selections.values()))
-            if len(selections) == 1
-            else AMBIGUOUS
-            if selections
-            else BASE
-        )
+        if self.default_name is not None:
+            self.default = selections[self.default_name]
+        elif len(selections) == 1:
+            self.default = next(iter(selections.values()))
+        else:
+            self.default = AMBIGUOUS if selections else BASE
 
     def _labels(self, chain: tuple[str, ...]) -> list[str]:
         """What ``merged`` is after each of these merges."""
@@ -262,7 +265,7 @@ class LayerState(nn.Module):
             return chosen.refusal()
         if chosen.parts is None:
             found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
-            do = "call the model inside `with veneer.use(model, name):`"
+            do = "call the model inside `with veneer.use(model, name):`, or veneer.set_default(model, name) once"
             return SelectionError(found, "one selected adapter, or None for the base", do)
         if merged is None:
             found = (

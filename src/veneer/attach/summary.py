@@ -28,7 +28,8 @@ class Row:
 @dataclass(frozen=True)
 class Summary:
     """``trainable`` numbers of an adapter against the ``total`` of the base. ``left_out``: the
-    layers with matrices that targets="all-linear" does not mean, by type, or an empty text."""
+    layers with matrices that targets="all-linear" does not mean, by type, or an empty text.
+    ``is_default``: ``veneer.set_default`` has made it the model's default."""
 
     adapter: str
     rows: tuple[Row, ...]
@@ -36,6 +37,7 @@ class Summary:
     total: int
     bytes: int
     left_out: str = ""
+    is_default: bool = False
 
     @property
     def percent(self) -> float:
@@ -49,7 +51,8 @@ class Summary:
         ]
         share = f"{self.percent:.3f} % of the base's {self.total:,}"
         total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
-        lines = [f"adapter {self.adapter!r}", *lines, total]
+        default = ", the model's default" if self.is_default else ""
+        lines = [f"adapter {self.adapter!r}{default}", *lines, total]
         if self.left_out:
             lines.append(
                 f'  "all-linear" leaves out {self.left_out}: name them in targets, or use targets="all"'
@@ -58,7 +61,7 @@ class Summary:
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the only one). The base's total counts tied weights once,
+    """The summary of one adapter (None: the default, or the only one). The base's total counts tied weights once,
     and no adapter."""
     model = unwrap(model)
     name = only_name(model, name)
@@ -87,7 +90,8 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     total = sum(
         _numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
     )
-    left_out = left_out_of_word(Names(model), need_adapters(model, name).configs[name])
+    attached = need_adapters(model, name)
+    left_out = left_out_of_word(Names(model), attached.configs[name])
     return Summary(
         name,
         rows,
@@ -95,6 +99,7 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
         total,
         sum(row.bytes for row in rows),
         left_out,
+        attached.default_name == name,
     )
 
 

@@ -8,3 +8,7 @@
 Routes know nothing of tensors, and the engine nothing of HTTP: they meet in ``requests.py``, three
 values.
 """
+
+from veneer.registry import lazy_submodules
+
+__getattr__ = lazy_submodules(__name__, ("cluster", "start"))

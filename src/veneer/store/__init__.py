@@ -7,3 +7,7 @@ In: an adapter folder, and a name or a place. Out: a place that names these very
 a folder to load. Several processes may use one library at once; a crash at any moment leaves the
 old index or the new one.
 """
+
+from veneer.registry import lazy_submodules
+
+__getattr__ = lazy_submodules(__name__, ("library", "mirror", "remote"))

@@ -12,3 +12,10 @@ In: folders (of adapters, of models). Out: a folder written in one step, and a r
 done and lost. Rooms that write folders of different kinds do not know each other; compare,
 intruders and report line weights up as compose does.
 """
+
+from veneer.registry import lazy_submodules
+
+__getattr__ = lazy_submodules(
+    __name__,
+    ("compare", "compose", "convert", "extract", "intruders", "merge_checkpoint", "report"),
+)
