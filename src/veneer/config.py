@@ -169,8 +169,10 @@ class LoraConfig:
         for name in ("ranks", "alphas"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         slices = {
-            pattern: tuple(part if isinstance(part, bool) else tuple(part) for part in parts)
-            for pattern, parts in self.slices.items()
+            pattern: tuple(
+                chosen if isinstance(chosen, bool) else tuple(chosen) for chosen in outputs
+            )
+            for pattern, outputs in self.slices.items()
         }
         object.__setattr__(self, "slices", slices)
 
@@ -194,7 +196,7 @@ class LoraConfig:
             )
         if not isinstance(self.variant, str) or self.variant not in VARIANTS.names():
             yield sentence(
-                f"variant {self.variant!r}{nearest(str(self.variant), VARIANTS.names())}",
+                f"variant={self.variant!r}{nearest(str(self.variant), VARIANTS.names())}",
                 f"one of {', '.join(VARIANTS.names())}",
                 "choose a variant that exists",
             )
@@ -203,7 +205,7 @@ class LoraConfig:
             yield sentence(found, f"None, or one of {', '.join(DTYPES)}", "use None")
 
     def _strength_problems(self):
-        yield from _whole("rank", self.rank)
+        yield from _positive_integer("rank", self.rank)
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
             if not isinstance(getattr(self, name), Mapping):
@@ -211,7 +213,7 @@ class LoraConfig:
                 yield sentence(found, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
             elif name == "ranks":
                 for pattern, rank in self.ranks.items():
-                    yield from _whole(f"ranks[{pattern!r}]", rank)
+                    yield from _positive_integer(f"ranks[{pattern!r}]", rank)
             else:
                 alphas |= {f"alphas[{pattern!r}]": alpha for pattern, alpha in self.alphas.items()}
         for name, alpha in alphas.items():
@@ -333,7 +335,7 @@ def _unknown_fields(fields: Iterable[str]) -> Iterator[str]:
             )
 
 
-def _whole(name: str, value: object):
+def _positive_integer(name: str, value: object):
     if type(value) is not int or value < 1:
         yield sentence(
             f"{name}={value!r}", "a whole number of at least 1", "use 16, or 8 for small data"
@@ -357,14 +359,15 @@ def _ids(value: Any) -> bool:
     return all(type(id_) is int and id_ >= 0 for id_ in value) and len({*value}) == len(value)
 
 
-def _slices(parts: object) -> bool:
+def _slices(outputs: object) -> bool:
     """Whether these are bools, one a part of equal size, or (start, stop) ranges."""
-    if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
+    if not isinstance(outputs, Sequence) or isinstance(outputs, str) or not outputs:
         return False
-    if all(isinstance(part, bool) for part in parts):
-        return any(parts)
+    if all(isinstance(chosen, bool) for chosen in outputs):
+        return any(outputs)
     return all(
-        isinstance(part, Sequence) and [type(end) for end in part] == [int, int] for part in parts
+        isinstance(bounds, Sequence) and [type(end) for end in bounds] == [int, int]
+        for bounds in outputs
     )
 
 

@@ -1,5 +1,5 @@
-"""What ``attach`` and ``load`` return: a model, the name of an adapter on it, and the functions of
-the package with both filled in."""
+"""``attach`` and ``load``, and the handle that they return: a model, the name of an adapter on it,
+and the functions of the package with both filled in."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def attach(
     _cover(model)
     names = Names(model)
     in_full = {
-        id(names.modules[path]._parameters[own])
+        id(names.modules[path]._parameters[parameter_name])
         for path, full in plans.full.items()
-        for own in full
+        for parameter_name in full
     }
     # a head that grew counts as fresh: the adapter holds its new rows, and the fingerprint tells of
     # the others
@@ -159,12 +159,12 @@ def load(
 def _local_folder(path: str | Path, revision: str | None, cache: Path | None) -> str | Path:
     """The folder of an adapter: ``path`` itself, or where the adapter of a remote place is now."""
     if not isinstance(path, str) or path.startswith(_HUB_PAGE) or Path(path).exists():
-        place = None
+        remote = None
     elif "://" in path:
-        place = path
+        remote = path
     else:
-        place = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
-    if place is None:
+        remote = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
+    if remote is None:
         if revision is not None or cache is not None:
             found = f"a revision or a cache_dir for the path {path}"
             raise RemoteError(found, "a remote place, such as hf://owner/name", "leave them out")
@@ -172,11 +172,11 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     from veneer.store.remote import pull
 
     try:
-        return pull(place, revision=revision, cache=cache)
+        return pull(remote, revision=revision, cache=cache)
     except RemoteError as error:
-        if place == path:
+        if remote == path:
             raise
-        found = f"no folder {path}, and no adapter {place} ({error.found})"
+        found = f"no folder {path}, and no adapter {remote} ({error.found})"
         do = "check the path or the id; for a private repository log in with `hf auth login`"
         expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
         raise AdapterError(found, expected, do) from error
@@ -229,7 +229,7 @@ class Handle:
     def layers(self) -> dict[str, LayerAdapter]:
         """The adapter's parts, by the path of the module that they change."""
         need_adapters(self.model, self.name)
-        return {path: part for path, _, part in adapters(self.model, self.name)}
+        return {path: layer for path, _, layer in adapters(self.model, self.name)}
 
     @property
     def changes(self) -> dict[str, Change]:
@@ -246,12 +246,12 @@ class Handle:
         for path, change in self.changes.items():
             for name, parameter in change.named_parameters():
                 yield f"{path}.{name}", parameter
-        seen: set[int] = set()  # tied parameters have one copy
-        for path, part in self.layers.items():
-            for name, parameter in part.full.named_parameters():
-                if id(parameter) in seen:
+        yielded: set[int] = set()  # tied parameters have one copy
+        for path, layer in self.layers.items():
+            for name, parameter in layer.full.named_parameters():
+                if id(parameter) in yielded:
                     continue
-                seen.add(id(parameter))
+                yielded.add(id(parameter))
                 yield parameter_path(path, name), parameter
 
     def parameters(self) -> list[nn.Parameter]:

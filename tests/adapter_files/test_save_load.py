@@ -423,7 +423,7 @@ FORGERIES = [
     ("lora", {"record": put(["base", "weights", LINEAR])}, r"fingerprints of other weights \(linear.weight\)"),
     ("lora", {"record": both(put(["changes", LINEAR]), put(["base", "weights", LINEAR]))}, "record does not know: lin"),
     ("lora", {"record": put(["changes"])}, "no base, changes or config"),
-    ("lora", {"record": put(["config", "variant"], "loora")}, r"variant 'loora' \(nearest"),
+    ("lora", {"record": put(["config", "variant"], "loora")}, r"variant='loora' \(nearest"),
     ("lora", {"record": put(["config", "variant"], "vera")}, "no b, d of 'linear.weight' in veneer.safetensors"),
     ("lora", {"record": put(["config", "variant"], "dora")}, "lora_magnitude_vector, as variant 'dora' has"),
     ("lora", {"record": put(["config", "rank"], "x")}, "rank='x'"),

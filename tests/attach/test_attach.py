@@ -388,9 +388,10 @@ def test_trained_biases(bias):
         ({"layers": [1.0]}, ["layers="]),
         ({"bias": "al"}, ["bias='al'", "'all'"]),
         ({"dtype": "int8"}, ["dtype='int8'"]),
-        ({"variant": None}, ["variant=None", "Expected: a name"]),
+        ({"variant": None}, ["variant=None", "Expected: one of"]),
         ({"variant": ["lora"]}, ["variant=['lora']"]),
         ({"variant": ""}, ["variant=''"]),
+        ({"variant": "lorra"}, ["variant='lorra'", "'lora'"]),
         ({"ranks": {"a": 0}}, ["ranks['a']=0"]),
         (
             {"rank": -1, "dropout": 2, "bias": "x"},
@@ -455,7 +456,6 @@ def scripted():
         ({"rank": 9}, ["rank 9", "at most 8", "model.layers.0.self_attn.q_proj"]),
         ({"ranks": {"nothing": 3}}, ["ranks pattern 'nothing'"]),
         ({"alphas": {"lm_head": 3}}, ["alphas pattern 'lm_head'"]),
-        ({"variant": "lorra"}, ["variant='lorra'", "'lora'"]),
         ({"train_also": ["nothing"]}, ["train_also pattern 'nothing'"]),
         (
             {"targets": ["lm_head"], "train_also": ["embed_tokens"], "tied": True},

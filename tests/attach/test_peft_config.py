@@ -174,7 +174,7 @@ def test_names_of_the_package_peft_are_answered_by_ours(name: str, counterpart: 
 
 
 def test_a_typo_of_a_variant_or_dtype_fails_as_the_config_is_made() -> None:
-    with pytest.raises(ConfigError, match=r"variant 'dorra' \(nearest: 'dora'"):
+    with pytest.raises(ConfigError, match=r"variant='dorra' \(nearest: 'dora'"):
         veneer.LoraConfig(variant="dorra")
     with pytest.raises(ConfigError, match=r"dtype='bfloat61' \(nearest: 'bfloat16'"):
         veneer.LoraConfig(dtype="bfloat61")

@@ -1,4 +1,4 @@
-"""What PEFT's names mean here: answers to a user of PEFT who meets an attached model.
+"""Answers to a user of PEFT who meets an attached model: the counterpart of each method.
 
     answer_methods(model)     model.merge_and_unload() and the like raise an error that names Veneer's function
     peft_problem(model)       why a model that PEFT has adapted cannot be attached to
@@ -87,7 +87,7 @@ def peft_problem(model: nn.Module) -> str | None:
     if wrapper is not None and isinstance(model, wrapper):
         found = f"a {type(model).__name__}"
     elif tuned is not None and (
-        path := next((at for at, module in walk(model) if isinstance(module, tuned)), None)
+        path := next((path for path, module in walk(model) if isinstance(module, tuned)), None)
     ):
         found = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
     else:

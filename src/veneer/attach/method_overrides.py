@@ -4,7 +4,7 @@
     take_back(model)                             the objects are as they were
     without_adapters(model)                      a view of the model as it would be without any of this
 
-What stands there is an attribute of the object, found before the method of its class. A function
+An override is an attribute of the object, found before the method of its class. A function
 alone would not do: an attribute of an object is bound to nothing, and copies and pickles of the
 model need one that is theirs. Rejected: a subclass, as for adapted layers. The forward of every
 model that has the method would then be ours too, and FSDP2 puts classes of its own above.
@@ -23,8 +23,8 @@ from veneer.attach.state import STATE, LayerState
 
 
 class Instead:
-    """What stands in the place of a method: ``function``, given the module. ``before`` is what the
-    object had there."""
+    """An override of a method: ``function``, called with the module. ``before`` is the attribute
+    that the object had there."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], before: Any = None) -> None:
         self.module, self.function, self.before = module, function, before
@@ -48,8 +48,8 @@ def take_back(module: nn.Module) -> None:
 
 
 def original(value: Any, module: nn.Module) -> Any:
-    """What ``module``, the object or a view of it, had in the place of an attribute, bound to it;
-    None if nothing."""
+    """The attribute that ``module``, the object or a view of it, had before the override, bound to
+    it; None if it had none."""
     before = value.before if isinstance(value, Instead) else value
     return MethodType(before.__func__, module) if isinstance(before, MethodType) else before
 
@@ -61,15 +61,15 @@ def stands(module: nn.Module, name: str) -> bool:
 def without_adapters(module: nn.Module) -> nn.Module:
     """A view of a module as it would be without adapters: its own class, no layer states, the same
     parameters."""
-    seen = object.__new__(own_class(module))
-    seen.__dict__.update(module.__dict__)
-    take_back(seen)
-    seen.__dict__["_modules"] = {
+    plain = object.__new__(own_class(module))
+    plain.__dict__.update(module.__dict__)
+    take_back(plain)
+    plain.__dict__["_modules"] = {
         name: without_adapters(child) if isinstance(child, nn.Module) and _differs(child) else child
         for name, child in module._modules.items()
         if not isinstance(child, LayerState)
     }
-    return seen
+    return plain
 
 
 def _differs(module: nn.Module) -> bool:

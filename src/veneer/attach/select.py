@@ -75,8 +75,8 @@ class use:
             distinct: dict[
                 str | None, ActiveAdapter
             ] = {}  # a blend's name says its weights to the last digit
-            rows = [selected(model, one) for one in name]
-            rows = [distinct.setdefault(one.name, one) for one in rows]
+            rows = [selected(model, choice) for choice in name]
+            rows = [distinct.setdefault(active.name, active) for active in rows]
             self._selected = by_rows(unwrap(model), attached, rows)
         else:
             expected = "a name, None, a blend {name: weight}, or a list of these, one for each row"
@@ -135,7 +135,7 @@ def set_default(model: nn.Module, name: str | None) -> None:
 
 
 def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
-    """What a call of this choice uses; a SelectionError if there is no such thing."""
+    """The ``ActiveAdapter`` of a choice; a SelectionError if the choice is not possible."""
     if choice is None:
         return BASE
     if not isinstance(choice, Mapping):
@@ -151,7 +151,7 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
         )
         raise SelectionError(found, expected, "leave it out")
     uses = [(selected(model, name), weight) for name, weight in choice.items()]
-    uses = [(one, weight) for one, weight in uses if weight]
+    uses = [(active, weight) for active, weight in uses if weight]
     return blended(uses) if uses else BASE
 
 

@@ -1,4 +1,4 @@
-"""What an adapter costs: how many numbers it trains, per kind of layer, in bytes and in percent;
+"""The cost of an adapter: how many numbers it trains, per kind of layer, in bytes and in percent;
 and what its linear layers add to a call."""
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}
-    seen: set[int] = set()  # tied parameters have one copy
+    counted: set[int] = set()  # tied parameters have one copy
 
     def count(kind: str, parameters: Iterable[nn.Parameter]) -> None:
-        own = [p for p in parameters if id(p) not in seen]
-        seen.update(map(id, own))
-        if own:
+        uncounted = [p for p in parameters if id(p) not in counted]
+        counted.update(map(id, uncounted))
+        if uncounted:
             entry = counts.setdefault(kind, [0, 0, 0])
             entry[0] += 1
-            entry[1] += sum(p.numel() for p in own)
-            entry[2] += sum(p.numel() * p.element_size() for p in own)
+            entry[1] += sum(p.numel() for p in uncounted)
+            entry[2] += sum(p.numel() * p.element_size() for p in uncounted)
 
     for _, module, weight, change in changes(model, name):
         stored = (
@@ -84,8 +84,8 @@ def summarise(model: nn.Module, name: str | None = None) -> Summary:
             else f" ({change.storage.label(weight_of(module, weight))})"
         )
         count(f"{change.layer.name}{stored}, {change.variant.name}", change.parameters())
-    for _, _, part in adapters(model, name):
-        count("trained in full", part.full.parameters())
+    for _, _, layer in adapters(model, name):
+        count("trained in full", layer.full.parameters())
     rows = tuple(Row(kind, *numbers) for kind, numbers in counts.items())
     total = sum(
         _numbers(p) for path, p in model.named_parameters() if "veneer" not in path.split(".")
@@ -126,8 +126,8 @@ class CallPlan:
     together: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        what = "a training step" if self.training else "inference"
-        lines = [f"{what} of {self.tokens} tokens, by the cost model"]
+        call = "a training step" if self.training else "inference"
+        lines = [f"{call} of {self.tokens} tokens, by the cost model"]
         for (out, in_, rank), paths, costs in self.rows:
             lines.append(f"  {out} x {in_} at rank {rank}, {len(paths)} layers: {costs}")
         return "\n".join(
@@ -139,18 +139,18 @@ class CallPlan:
 
 
 def call_plan(model: nn.Module, name: str | None, tokens: int, training: bool) -> CallPlan:
-    """What ``Handle.plan`` returns."""
+    """The plan that ``Handle.plan`` returns."""
     model = unwrap(model)
     rows: dict[tuple[int, int, int], tuple[cost_model.Costs, list[str]]] = {}
     groups: dict[int, list[str]] = {}
-    for path, module, part in adapters(model, only_name(model, name)):
-        if part.direct is None:
+    for path, module, layer in adapters(model, only_name(model, name)):
+        if layer.direct is None:
             continue
-        change, weight = part.direct.change, module._parameters[part.direct.weight]
+        change, weight = layer.direct.change, module._parameters[layer.direct.weight]
         size = (change.dims.out, change.dims.in_, change.rank)
         costs = cost_model.costs(*size, tokens, weight.dtype, training)
         rows.setdefault(size, (costs, []))[1].append(path)
-        if part.together is not None:
-            groups.setdefault(id(part.together), []).append(path)
-    found = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
-    return CallPlan(tokens, training, found, tuple(map(tuple, groups.values())))
+        if layer.together is not None:
+            groups.setdefault(id(layer.together), []).append(path)
+    by_size = tuple((size, tuple(paths), costs) for size, (costs, paths) in rows.items())
+    return CallPlan(tokens, training, by_size, tuple(map(tuple, groups.values())))

@@ -85,7 +85,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return {}, [sentence(f"peft_type={peft_type!r}", "'LORA'", do)]
     values = {**_DEFAULTS, **{name: value for name, value in fields.items() if value is not None}}
     task_type = getattr(values.get("task_type"), "value", values.get("task_type"))
-    problems = _unsupported(values)
+    problems = _problems_of_fields(values)
     ours: dict[str, Any] = {
         name: values[peft_name] for peft_name, name in _SAME_VALUE.items() if peft_name in values
     }
@@ -100,7 +100,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return ours, problems
 
 
-def _unsupported(values: Mapping[str, Any]) -> list[str]:
+def _problems_of_fields(values: Mapping[str, Any]) -> list[str]:
     do = 'leave it out; docs/from-peft.md has what to do instead ("The fields of `LoraConfig`")'
     return [
         sentence(f"{name}={value!r}", "a field that veneer.LoraConfig can express", do)
