@@ -11,16 +11,18 @@ from experiments.experiment import Cell, Claim, Experiment, Run, table
 
 WAYS = ("nearest", "faithful")
 ABOUT = """
-An adapter is merged into bfloat16 weights, whose spacing is up to 2⁻⁷ of a number: a change much smaller than that is
-lost where each number is rounded to its nearest. `veneer merge --rounding faithful` rounds up or down so that the
-errors cancel on what the adapter reads (decision [032](../decisions/032-16-bit-merges-keep-the-change.md)). Early
-adapters of small rates are the hard case, so here are letters → phonemes on SmolLM2-135M, rank 8 on all linear layers,
-after few steps of 16 words at several rates.
+An adapter is merged into bfloat16 weights, whose spacing is up to 2⁻⁷ of a number: a change much
+smaller than that is lost where each number is rounded to its nearest.
+`veneer merge --rounding faithful` rounds up or down so that the errors cancel on what the adapter
+reads ([why](../decisions/merging.md#16-bit-merges-round-so-that-the-change-survives)). Early
+adapters of small rates are the hard case, so here are letters → phonemes on SmolLM2-135M, rank 8 on
+all linear layers, after few steps of 16 words at several rates.
 
-Kept: the share of ΔW in W′ − W after rounding (the slope of one on the other), the median over 210 weights. Gain kept:
-of what the adapter takes off the base's loss on 100 words that did not train, how much the merged model takes off;
-computed in float32, so that the weights alone differ. Decided before the run: it holds if, at each rate, faithful keeps
-99 % of the change and of the gain, and nearest at some rate keeps less than 90 % of both.
+Kept: the share of ΔW in W′ − W after rounding (the slope of one on the other), the median over 210
+weights. Gain kept: of what the adapter takes off the base's loss on 100 words that did not train,
+how much the merged model takes off; computed in float32, so that the weights alone differ. Decided
+before the run: it holds if, at each rate, faithful keeps 99 % of the change and of the gain, and
+nearest at some rate keeps less than 90 % of both.
 """
 
 
@@ -107,7 +109,7 @@ def claims(runs: Sequence[Run]) -> list[Claim]:
         and max(least["nearest"], gain["nearest"]) < 0.9
     )
     what = "a faithful 16-bit merge keeps what rounding to nearest loses"
-    return [Claim(what, "Veneer, decision 032", f"at worst, {found}", held)]
+    return [Claim(what, "Veneer", f"at worst, {found}", held)]
 
 
 EXPERIMENT = Experiment(

@@ -22,7 +22,9 @@ from veneer.formats import peft as peft_format
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "veneer"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+DECISIONS = sorted(
+    {*(ROOT / "docs" / "decisions").glob("*.md")} - {ROOT / "docs/decisions/README.md"}
+)
 
 
 def named(page: Path) -> str:
@@ -240,20 +242,49 @@ def test_the_glossary_is_short():
     assert len(set(words)) == len(words)
 
 
-def test_decisions_are_numbered_and_listed():
-    assert [int(page.name[:3]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
-    index = (ROOT / "docs" / "decisions" / "README.md").read_text()
-    for page in DECISIONS:
-        title = page.read_text().splitlines()[0].removeprefix(f"# {page.name[:3]}. ")
-        assert f"- [{page.name[:3]}]({page.name}) {title}\n" in index
+def decisions_of(page: Path) -> dict[str, list[str]]:
+    """The decisions of a page: heading -> its lines, without blank ones."""
+    sections = page.read_text().split("\n## ")[1:]
+    lines = [[line for line in section.splitlines() if line] for section in sections]
+    return {title: text for title, *text in lines}
 
 
-def test_a_decision_says_why_what_instead_of_what_and_how_to_check():
+def test_the_table_of_decisions_has_every_page():
+    rows = (ROOT / "docs" / "decisions" / "README.md").read_text().splitlines()
+    listed = {
+        (match[1], match[2], int(match[3]))
+        for row in rows
+        if (match := re.fullmatch(r"\| \[(.+)\]\((.+)\) \| .+ \| (\d+) \|", row))
+    }
+    titles = {page: page.read_text().splitlines()[0].removeprefix("# ") for page in DECISIONS}
+    assert listed == {(title, page.name, len(decisions_of(page))) for page, title in titles.items()}
+
+
+def test_a_decision_says_why_what_was_rejected_and_how_to_check():
     for page in DECISIONS:
-        lines = page.read_text().splitlines()
-        assert all(len(line) <= 100 for line in lines), page.name
-        heads = [line.split("**")[1] for line in lines if line.startswith("**")]
-        assert heads == ["Context.", "Decision.", "Rejected.", "How to check."], page.name
+        assert all(len(line) <= 100 for line in page.read_text().splitlines()), page.name
+        for title, lines in decisions_of(page).items():
+            place = f"{page.name}: {title}"
+            assert len(lines) <= 12, place
+            labels = [line.split("**")[1] for line in lines if line.startswith("**")]
+            assert labels == ["Rejected.", "Check."], place
+            assert not lines[0].startswith("**"), place
+            assert re.search(r"`(tests/|make |python )|`docs/", "\n".join(lines)), place
+
+
+def test_no_text_refers_to_a_decision_by_number():
+    folders = ("src", "tests", "scripts", "docs", "benchmarks", "experiments", "examples", "demo")
+    files = [
+        *ROOT.glob("*.md"),
+        *(
+            file
+            for folder in folders
+            for pattern in ("*.py", "*.md", "*.toml", "*.js", "*.cpp")
+            for file in (ROOT / folder).rglob(pattern)
+        ),
+    ]
+    numbered = re.compile(r"decisions? \[?[0-9]{3}\b|decisions/[0-9]{3}", re.IGNORECASE)
+    assert [named(file) for file in files if numbered.search(file.read_text())] == []
 
 
 # ---- what is public

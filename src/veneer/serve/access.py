@@ -12,8 +12,7 @@
     bytes = 1000000000                day (UTC) that are trained on or sampled; no limit by default
     tokens = 1000000
 
-A key is 256 random bits, so its plain hash cannot be searched
-(``docs/decisions/072-a-key-is-a-hash.md``).
+A key is 256 random bits, so its plain hash cannot be searched.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ adapter who came first.
     key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
 This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
-``docs/decisions/064-least-served-first.md`` has the rules and the reasons. A server without keys
+``docs/decisions/serve.md`` has the rules and the reasons. A server without keys
 has one key. The queue is bounded: an adapter, and each key, may hold at most three times as many
 places as are left.
 """

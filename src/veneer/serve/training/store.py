@@ -5,7 +5,7 @@
     FOLDER/runs/7/weights/…     checkpoints to train from;  sampler_weights/…, external_weights/…  adapters alone
 
 A request is written before its promise is given. So whatever a client was promised is either in a
-state, or among the requests after it, from which it is computed again: see docs/decisions/128.
+state, or among the requests after it, from which it is computed again.
 """
 
 from __future__ import annotations
