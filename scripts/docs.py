@@ -1,5 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
-variants in docs/config.md from their registry, docs/plan.md from the planner, docs/benchmarks.md,
+variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
+docstrings, docs/plan.md from the planner, docs/benchmarks.md,
 docs/gpu-measured.md and tables in README.md and docs/trainers.md from recorded results, docs/paper/
 from those of experiments/.
 
@@ -22,6 +23,7 @@ import torch
 from experiments.page import pages as paper_pages
 
 import bench_page
+import errors_page
 import gpu_page
 import plan_page
 import trainers
@@ -108,10 +110,9 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main() -> int:
-    readme, config, others = (
-        ROOT / "README.md",
-        ROOT / "docs" / "config.md",
-        ROOT / "docs" / "trainers.md",
+    readme, config, others, troubleshooting = (
+        ROOT / name
+        for name in ("README.md", "docs/config.md", "docs/trainers.md", "docs/troubleshooting.md")
     )
     text = readme.read_text()
     for name, table in (
@@ -122,13 +123,20 @@ def main() -> int:
         text = filled(text, name, table)
     variants = filled(config.read_text(), "variants", variants_table())
     asked = filled(others.read_text(), "trainers", trainers.table())
+    causes = filled(troubleshooting.read_text(), "errors", errors_page.errors_section())
     stale = []
     pages = {
         "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
         "cli.md": cli_page(), **paper_pages(),
     }  # fmt: skip
     whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
-    for path, content in (*whole, (readme, text), (config, variants), (others, asked)):
+    filled_pages = (
+        (readme, text),
+        (config, variants),
+        (others, asked),
+        (troubleshooting, causes),
+    )
+    for path, content in (*whole, *filled_pages):
         if not path.exists() or path.read_text() != content:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

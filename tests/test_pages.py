@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from scripts import errors_page
 
 import veneer
 from veneer.errors import AdapterError
@@ -285,6 +286,31 @@ def test_no_text_refers_to_a_decision_by_number():
     ]
     numbered = re.compile(r"decisions? \[?[0-9]{3}\b|decisions/[0-9]{3}", re.IGNORECASE)
     assert [named(file) for file in files if numbered.search(file.read_text())] == []
+
+
+# ---- troubleshooting
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", errors_page.error_classes(), ids=lambda error: error.__name__)
+def test_an_error_class_has_causes_and_fixes(error):
+    """In its docstring, and with them on the page."""
+    summary, pairs = errors_page.read_docstring(error)
+    assert summary.endswith(".")
+    assert pairs, f"{error.__name__} has no '- Cause: …. Fix: ….' in its docstring"
+    assert all(text.endswith(".") for pair in pairs for text in pair)
+    assert inspect.getdoc(error).count("Cause: ") == len(pairs)
+
+
+def test_troubleshooting_has_every_error_and_warning():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert f"<!-- errors -->\n{errors_page.errors_section()}\n<!-- /errors -->" in page
+    source = "".join(file.read_text() for file in SOURCE.rglob("*.py"))
+    warnings = set(re.findall(r"^class (\w+)\(UserWarning\):", source, re.MULTILINE))
+    assert warnings
+    assert warnings == set(
+        re.findall(r"^\| `(\w+)` \|", page.split("## Warnings")[1], re.MULTILINE)
+    )
 
 
 # ---- what is public

@@ -51,68 +51,176 @@ class VeneerError(Exception):
 
 
 class ConfigError(VeneerError, ValueError):
-    """A field of a config is wrong."""
+    """A field of a config is wrong.
+
+    - Cause: a field is misspelt, or has PEFT's name (`r`, `lora_alpha`, `target_modules`). Fix: use
+      the name that the message shows; `docs/from-peft.md` lists PEFT's names beside Veneer's.
+    - Cause: a value is outside of its range, or two fields contradict each other. Fix: the message
+      lists every such field with the values that it takes; correct them all.
+    - Cause: `RankBudget` or an optimiser of `veneer.optim` met a parameter without a gradient. Fix:
+      call `backward()` before `step()`.
+    """
 
 
 class TargetError(VeneerError, ValueError):
-    """What was asked for cannot be attached to this model. Nothing was changed."""
+    """What was asked for cannot be attached to this model. Nothing was changed.
+
+    - Cause: no weight of the model matches a target. Fix: compare with `[name for name, _ in
+      model.named_modules()]`, or use `"all-linear"`.
+    - Cause: the layer cannot carry an adapter; the message says why. Fix: leave it out of
+      `targets`, or train it in full with `train_also`.
+    - Cause: two parameters share memory without being tied. Fix: assign one parameter to both
+      names, as the message shows.
+    """
 
 
 class SelectionError(VeneerError, RuntimeError):
-    """No adapter, an unknown adapter or a conflicting adapter is selected for a call."""
+    """No adapter, an unknown adapter or a conflicting adapter is selected for a call.
+
+    - Cause: the model has several adapters, and a call selects none. Fix: call the model within
+      `with veneer.use(model, name):`; `None` is the base.
+    - Cause: a name that is not attached, or not registered in the bank. Fix: check the spelling
+      against the names in the message.
+    - Cause: a batch has more or fewer rows than names were given. Fix: give one name or `None` for
+      each row.
+    """
 
 
 class BankFullError(VeneerError, MemoryError):
-    """Adapters that are used or pinned at once, and more than a bank's budget of bytes."""
+    """A bank's budget of bytes cannot hold the adapters that are in use at once.
+
+    - Cause: a batch and pinned adapters need more than `capacity_bytes`. Fix: give the bank more,
+      unpin adapters, or use fewer in one batch.
+    - Cause: all memory is leased by calls that run for long. Fix: try again; on a server, raise
+      `--memory`.
+    """
 
 
 class MergeError(VeneerError, RuntimeError):
-    """A merge or an unmerge that would lose something. Nothing was changed."""
+    """A merge or an unmerge that would lose something. Nothing was changed.
+
+    - Cause: the base is packed in a format that cannot be written (GPTQ, AWQ, HQQ, FP8). Fix: load
+      the base in a floating-point dtype, load the adapter on it and merge there.
+    - Cause: merged weights were edited since the merge. Fix: undo the edit, or keep it with
+      `veneer.detach(model, keep_merged=True)`.
+    - Cause: adapters were merged on top of each other, and an earlier one is unmerged first. Fix:
+      unmerge the last one first.
+    """
 
 
 class CheckError(VeneerError, RuntimeError):
-    """An attached adapter that the model's output does not depend on."""
+    """The model's output does not depend on an attached adapter.
+
+    - Cause: the example does not reach the layer (an expert without tokens, a branch not taken).
+      Fix: check with an input that uses every adapted layer.
+    - Cause: code reads the layer's weight in a way that the adapter cannot follow. Fix: leave the
+      layer out of `targets`.
+    """
 
 
 class DataError(VeneerError, ValueError):
-    """Training or evaluation data that cannot be read or used."""
+    """Training or evaluation data cannot be read or used.
+
+    - Cause: rows lack the columns of the task. Fix: rename them, or map them with `columns`;
+      `docs/training.md` lists each task's columns.
+    - Cause: a row is longer than the context, or has nothing to learn. Fix: shorten it, or raise
+      `--max-length`.
+    """
 
 
 class TrainingError(VeneerError, ArithmeticError):
-    """A run whose loss became infinite or not a number, or one of whose processes is gone."""
+    """A loss became infinite or not a number, or a process of the run was lost.
+
+    - Cause: the learning rate is too high for this model and precision. Fix: lower it, lengthen the
+      warm-up, or train with `--precision fp32`; the last checkpoint is intact.
+    - Cause: a process or machine of the run died. Fix: start the same command again: the run
+      continues from its last checkpoint.
+    """
 
 
 class OutputExistsError(VeneerError, FileExistsError):
-    """An output path that already holds something, and no leave to replace it."""
+    """An output path already holds something, and may not be replaced.
+
+    - Cause: the folder holds an adapter, a model or a finished run. Fix: choose another folder, or
+      pass `overwrite=True` (`--overwrite`) where the message offers it.
+    - Cause: the folder holds files that Veneer did not write. Fix: choose another folder: such
+      files are never replaced.
+    """
 
 
 class CheckpointError(VeneerError, ValueError):
-    """The files of a model that are missing, damaged or not understood."""
+    """The files of a model are missing, damaged or not understood.
+
+    - Cause: an index names files that are not there, or a download ended early. Fix: get the whole
+      model again.
+    - Cause: a program wrote to the files while they were read. Fix: let it end, then start again.
+    """
 
 
 class MethodError(VeneerError, AttributeError):
-    """A name of another library that Veneer, a handle or a model with adapters does not have."""
+    """A name of another library that Veneer, a handle or an adapted model does not have.
+
+    - Cause: code written for PEFT calls `print_trainable_parameters`, `merge_and_unload` or the
+      like. Fix: call the function of Veneer that the message names.
+    - Cause: a method of the model was called on the handle. Fix: call it on the model: `attach`
+      works in place and returns a `Handle`.
+    """
 
 
 class LibraryError(VeneerError, LookupError):
-    """A name that a library of adapters lacks or cannot take, or an index of one that is
-    damaged."""
+    """A name that a library of adapters lacks or cannot take, or a damaged index.
+
+    - Cause: the name is not in the library. Fix: check it with `veneer list`, or add the adapter
+      with `veneer add`.
+    - Cause: the index of the library is damaged. Fix: run `veneer gc --rebuild`.
+    """
 
 
 class RemoteError(VeneerError, OSError):
-    """A remote place that cannot be reached, read or written."""
+    """A remote place cannot be reached, read or written.
+
+    - Cause: no network, or the hub is unreachable. Fix: check the network, `HF_ENDPOINT` and
+      `HF_HUB_OFFLINE`; a commit that was pulled before needs no network.
+    - Cause: a private or gated repository. Fix: log in with `hf auth login`, and accept the terms
+      on its page.
+    - Cause: a package for this kind of place is missing. Fix: `pip install 'veneer[remote]'`, and
+      the fsspec package that the message names.
+    """
 
 
 class ExtractError(VeneerError, ValueError):
-    """Two models whose difference cannot be written as an adapter. Nothing was written."""
+    """The difference of two models cannot be written as an adapter. Nothing was written.
+
+    - Cause: the two models are equal, or one is no fine-tune of the other. Fix: check which models
+      were given.
+    - Cause: weights that were asked for did not change enough. Fix: widen the targets, or keep more
+      of the change.
+    - Cause: a weight is not finite. Fix: get the models again.
+    """
 
 
 class AdapterError(VeneerError, ValueError):
-    """An adapter folder that is missing, damaged, altered or not understood."""
+    """An adapter folder is missing, damaged, altered or not understood.
+
+    - Cause: the path is no adapter folder, or a file of it is missing. Fix: check the path; copy
+      both `adapter_config.json` and `adapter_model.safetensors`.
+    - Cause: the files were changed after saving, so that hashes differ. Fix: get the folder again;
+      `veneer verify` lists what differs.
+    - Cause: the folder holds a pickle (`adapter_model.bin`), or a tuner that Veneer does not read.
+      Fix: save it as safetensors with PEFT; `docs/from-peft.md` lists the tuners.
+    """
 
 
 class BaseMismatchError(AdapterError):
-    """An intact adapter whose base weights are not those of this model."""
+    """An intact adapter whose base weights are not those of this model.
+
+    - Cause: another model, revision or fine-tune was loaded. Fix: load the base that the message
+      names.
+    - Cause: the base is quantised, and the adapter was made for its 16-bit weights. Fix: load it
+      with `load_base(…, quantize=…)`, which keeps the fingerprints of the files.
+    - Cause: the base is equal in all that matters to you. Fix: pass `verify_base=False`, and
+      measure the result.
+    """
 
 
 # : characters of what was found, and problems, that one message shows: both may come from a file of

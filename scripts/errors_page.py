@@ -1,0 +1,46 @@
+"""The causes and fixes of docs/troubleshooting.md, from the docstrings of veneer/errors.py.
+
+The first paragraph of a docstring says what the error means. Each entry of the list below it has
+the form "- Cause: …. Fix: …."
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+
+from veneer import errors
+
+
+def error_classes() -> list[type[errors.VeneerError]]:
+    """Every error class but the root, in the order of the source."""
+    root = errors.VeneerError
+    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    return [value for value in classes if issubclass(value, root) and value is not root]
+
+
+def read_docstring(error: type[Exception]) -> tuple[str, list[tuple[str, str]]]:
+    """What an error means, and its (cause, fix) pairs."""
+    paragraphs = inspect.cleandoc(error.__doc__ or "").split("\n\n")
+    summary, text = (" ".join(part.split()) for part in [*paragraphs, ""][:2])
+    return summary, re.findall(r"- Cause: (.+?) Fix: (.+?)(?= - Cause: |$)", text)
+
+
+def errors_section() -> str:
+    """A section for each class: its meaning, the built-in type, and the table of causes."""
+    lines = []
+    for error in error_classes():
+        summary, pairs = read_docstring(error)
+        builtin = next(base for base in error.__mro__ if base.__module__ == "builtins")
+        meaning = f"{summary} It is a built-in `{builtin.__name__}` too."
+        lines += [f"### `{error.__name__}`", "", *textwrap.wrap(meaning, 100)]
+        lines += ["", "| cause | fix |", "|---|---|"]
+        lines += [f"| {sentence_of(cause)} | {sentence_of(fix)} |" for cause, fix in pairs]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sentence_of(text: str) -> str:
+    """A cell of the table: a sentence that begins with a capital letter."""
+    return text[0].upper() + text[1:]
