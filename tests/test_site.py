@@ -47,7 +47,7 @@ def test_llms_txt_names_every_page_of_the_navigation(pages: Path) -> None:
     text = (pages / "llms.txt").read_text()
     assert text.startswith("# Veneer\n\n> LoRA for PyTorch")
     assert (
-        "- [Serve](docs/serving.md): One base in memory, and as many adapters as the disk holds.\n"
+        "- [Serve](docs/serving.md): Serve one base in memory with as many adapters as the disk holds.\n"
         in text
     )
     assert "](docs/api/veneer.md): " in text
