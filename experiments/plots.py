@@ -16,6 +16,9 @@ INKS = ("#c8691f", "#3d86b8", "#2f9a55", "#cf4a4e", "#857d70", "#8a63b0", "#b08a
 ROW = 18
 #: of a panel of a heat map, and the room above and beside it
 SIDE, ABOVE, BESIDE = 200, 44, 40
+#: of a chart of ranges: its width, and the room for names at the left and for half a number
+RANGE_WIDTH, RANGE_LEFT, RANGE_EDGE = 640, 240, 20
+TEXT_STYLE = "text { font: 12px system-ui, sans-serif; fill: #8a8479; }"
 
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
@@ -35,13 +38,10 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, **more: Any) -> str:
         )
         parts.append(f'<text x="{LEFT + 30}" y="{at + 4}">{escape(name)}</text>')
     height = HEIGHT + ROW * len(keys)
-    inks = " ".join(
-        f".s{number} {{ stroke: {ink}; color: {ink}; }}" for number, ink in enumerate(INKS)
-    )
     style = (
-        "text { font: 12px system-ui, sans-serif; fill: #8a8479; } .axis { stroke: #8a847955; } "
+        f"{TEXT_STYLE} .axis {{ stroke: #8a847955; }} "
         "polyline, path { fill: none; stroke-width: 1.75; } circle { fill: currentColor; stroke: none; } "
-        f"line {{ stroke-width: 1.75; }} line.axis {{ stroke-width: 1; }} {inks}"
+        f"line {{ stroke-width: 1.75; }} line.axis {{ stroke-width: 1; }} {_inks()}"
     )
     return _drawing(WIDTH, height, f"{y} by {x}: {', '.join(series)}", style, parts)
 
@@ -86,10 +86,51 @@ def heat_maps(
         left += BESIDE + SIDE + 20
     height = ABOVE + SIDE + 44
     style = (
-        "text { font: 12px system-ui, sans-serif; fill: #8a8479; } "
-        f"rect {{ fill: {INKS[0]}; }} rect.frame {{ fill: none; stroke: #8a847955; }}"
+        f"{TEXT_STYLE} rect {{ fill: {INKS[0]}; }} rect.frame {{ fill: none; stroke: #8a847955; }}"
     )
     return _drawing(left, height, f"{value} by {y} and {x}: {', '.join(panels)}", style, parts)
+
+
+def ranges(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, x: str) -> str:
+    """Panels below each other, a line for each name: its middle as a dot, from its least to its
+    most. The axis, which all panels share, begins at 0."""
+    highest = max((most for values in panels.values() for _, _, most in values.values()), default=0)
+    scale = (RANGE_WIDTH - RANGE_LEFT - RANGE_EDGE) / (highest or 1)
+    parts, top = [], 0
+    for title, values in panels.items():
+        parts.append(f'<text class="title" x="4" y="{top + 16}">{escape(title)}</text>')
+        top += ROW + 6
+        bottom = top + ROW * len(values)
+        for share in (0, 0.25, 0.5, 0.75, 1):
+            across = RANGE_LEFT + highest * share * scale
+            parts.append(
+                f'<line class="axis" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{bottom}"/>'
+                f'<text x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{highest * share:.3g}</text>'
+            )
+        for number, (name, (middle, least, most)) in enumerate(values.items()):
+            line = top + ROW * number + ROW / 2
+            colour = f"s{number % COLOURS}"
+            ends = f'x1="{RANGE_LEFT + least * scale:.1f}" x2="{RANGE_LEFT + most * scale:.1f}"'
+            parts.append(
+                f'<text x="{RANGE_LEFT - 8}" y="{line + 4}" text-anchor="end">{escape(name)}</text>'
+                f'<line class="{colour}" {ends} y1="{line}" y2="{line}"/>'
+                f'<circle class="{colour}" cx="{RANGE_LEFT + middle * scale:.1f}" cy="{line}" r="4"/>'
+            )
+        top = bottom + ROW + 10
+    parts.append(
+        f'<text x="{(RANGE_LEFT + RANGE_WIDTH) / 2}" y="{top + 6}" text-anchor="middle">{escape(x)}</text>'
+    )
+    style = (
+        f"{TEXT_STYLE} .title {{ font-weight: 600; }} .axis {{ stroke: #8a847955; }} "
+        f"line {{ stroke-width: 2.5; }} line.axis {{ stroke-width: 1; }} circle {{ fill: currentColor; }} {_inks()}"
+    )
+    return _drawing(RANGE_WIDTH, top + 14, f"{x}: {', '.join(panels)}", style, parts)
+
+
+def _inks() -> str:
+    return " ".join(
+        f".s{number} {{ stroke: {ink}; color: {ink}; }}" for number, ink in enumerate(INKS)
+    )
 
 
 def _drawing(width: float, height: float, label: str, style: str, parts: Sequence[str]) -> str:

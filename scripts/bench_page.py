@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,31 +21,52 @@ for _folder in (ROOT, ROOT / "benchmarks"):
 from benchmarks import runner  # noqa: E402
 
 from cases import all_cases  # noqa: E402 (behind the folders)
+from experiments import plots as drawings  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 BARS = "▁▂▃▄▅▆▇█"
-PENDING = (
-    "Figures are being recorded anew: by [one runner](docs/benchmarks.md), with the peer in the same process, at its "
-    "defaults and at its best. Those shown before had come about in ways that do not stand; "
-    "[what was wrong with them](docs/benchmarks.md#corrections) is written down."
-)
-# : rows of the README: title, case, part of its setting, Veneer's arm, number. What a user with
-# defaults feels is first.
-OWN = "veneer, own loss and attention"
+PENDING = "Figures are being recorded; earlier ones were [wrong](docs/benchmarks.md#corrections)."
+#: headings of docs/benchmarks.md by case
+TITLES = {
+    "step": "Training step",
+    "step_one_thread": "Training step on one thread",
+    "step_others": "Training step of BERT and ResNet-50",
+    "step_memory": "Memory of a training step",
+    "many": "Many adapters trained at once",
+    "forward": "Forward pass",
+    "mixed": "Rows with different adapters",
+    "experts": "Mixture of experts",
+    "engine": "Generation without HTTP",
+    "import_time": "Import",
+    "compose": "Composing adapters",
+    "merge": "Merging into a checkpoint",
+    "merge_fidelity": "What a merge keeps",
+    "time_to_target": "Time to a held-out loss",
+    "sweep": "Sweep of settings",
+    "plan_errors": "Predictions of the planner",
+    "task_tagging": "Tagging",
+    "task_dpo": "Preferences (DPO)",
+    "task_grpo": "Rewards (GRPO)",
+    "serve": "Serving over HTTP",
+}
+#: rows of "In short": title, case, setting that selects its column, Veneer's arm, number
+OWN_LOSS = "veneer, own loss and attention"
 README_ROWS = (
-    ("a training step, 4 × 256 tokens: plain loop, transformers' attention, loss", "step", {"tokens": 1024},
-     "veneer", "wall"),
-    ("the same, 4 × 64 tokens", "step", {"tokens": 256}, "veneer", "wall"),
-    ("peak memory of that of 4 × 256", "step_memory", {}, "veneer", "peak"),
-    ("a forward pass of 1 token", "forward", {"tokens": 1}, "veneer", "wall"),
-    ("a forward pass of 256 tokens", "forward", {"tokens": 256}, "veneer", "wall"),
-    ("a token of each of 16 rows that use 8 adapters (8 layers)", "mixed", {}, "veneer", "wall"),
-    ("with Veneer's own loss and attention: a training step, 4 × 256 tokens", "step", {"tokens": 1024}, OWN, "wall"),
-    ("… 4 × 64 tokens", "step", {"tokens": 256}, OWN, "wall"),
-    ("… peak memory of that of 4 × 256", "step_memory", {}, OWN, "peak"),
-    ("one thread, 2 layers: a training step of 4 × 256 tokens", "step_one_thread", {}, "veneer", "wall"),
-    ("… with Veneer's own loss and attention", "step_one_thread", {}, OWN, "wall"),
+    ("training step, 4 × 256 tokens", "step", {"tokens": 1024}, "veneer", "wall"),
+    ("training step, 4 × 64 tokens", "step", {"tokens": 256}, "veneer", "wall"),
+    ("peak memory of a step, 4 × 256", "step_memory", {}, "veneer", "peak"),
+    ("forward pass, 256 tokens", "forward", {"tokens": 256}, "veneer", "wall"),
+    ("forward pass, 1 token", "forward", {"tokens": 1}, "veneer", "wall"),
+    ("16 rows with 8 adapters, 1 token", "mixed", {}, "veneer", "wall"),
+)  # fmt: skip
+PAGE_ROWS = (
+    *README_ROWS,
+    ("own loss and attention: step, 4 × 256", "step", {"tokens": 1024}, OWN_LOSS, "wall"),
+    ("own loss and attention: step, 4 × 64", "step", {"tokens": 256}, OWN_LOSS, "wall"),
+    ("own loss and attention: peak memory", "step_memory", {}, OWN_LOSS, "peak"),
+    ("one thread, 2 layers: step, 4 × 256", "step_one_thread", {}, "veneer", "wall"),
+    ("one thread, own loss and attention", "step_one_thread", {}, OWN_LOSS, "wall"),
 )  # fmt: skip
 PEER_ARMS = ("peft", "peft, bf16 adapters")
 
@@ -107,32 +129,39 @@ def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) 
 
 
 def readme() -> str:
-    """The README's tables: Veneer beside PEFT at its defaults and at its best, in either
-    precision."""
+    """The README's table from the latest records, or one line where nothing is recorded."""
+    rows = _summary_rows(README_ROWS)
+    if not rows:
+        return PENDING
+    lead = _paragraph(
+        "Time and memory as ratios to the frozen base's own (lower is better), of SmolLM2-135M's shape "
+        "at rank 8 on a CPU: medians, and the range between processes "
+        "([how, and all others](docs/benchmarks.md))."
+    )
+    head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
+    return "\n".join([*lead, *table(head, rows)]).rstrip()
+
+
+def _summary_rows(
+    wanted_rows: Iterable[tuple[str, str, Mapping[str, Any], str, str]],
+) -> list[list[str]]:
+    """Veneer beside PEFT at its defaults and at its best, in either precision; rows without any
+    record are left out."""
     rows = []
-    for title, name, part, arm, number in README_ROWS:
+    for title, name, setting, arm, number in wanted_rows:
         cells = []
         result = latest(name)
         for dtype in ("float32", "bfloat16"):
-            wanted = {**part, "dtype": dtype}
-            case = _case_of(result, wanted) if result else None
-            for who in (arm, *(PEER_ARMS if dtype != "float32" else PEER_ARMS[:1])):
+            case = _case_of(result, {**setting, "dtype": dtype}) if result else None
+            for shown_arm in (arm, *(PEER_ARMS if dtype != "float32" else PEER_ARMS[:1])):
                 cells.append(
-                    cell(case, who, result["floor"], number, "ratio") if case and result else "–"
+                    cell(case, shown_arm, result["floor"], number, "ratio")
+                    if case and result
+                    else "–"
                 )
         if any(text != "–" for text in cells):
             rows.append([title, *cells])
-    lines = [] if len(rows) == len(README_ROWS) else [PENDING, ""]
-    if rows:
-        lines += [
-            "Wall time and memory as ratios to the floor of the same round (forward, and the gradient carried "
-            "back; or the "
-            "plain base), the smaller, the better: medians, and the range between processes. SmolLM2-135M's "
-            "shape, rank 8 "
-            "on all linear layers, default threads where nothing else is said.", "",
-            *table(["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters too"], rows),
-        ]  # fmt: skip
-    return "\n".join([*lines, *_served()]).rstrip()
+    return rows
 
 
 def _case_of(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -166,19 +195,15 @@ def page() -> str:
     recorded of it."""
     cases = _known_cases()
     minutes = sum(case.minutes for case in cases.values() if case.group == "bench")
-    in_short = (
-        readme().replace("(docs/benchmarks.md)", "(#benchmarks)").replace("docs/benchmarks.md", "")
-    )
-    lines = [
-        "# Benchmarks", "",
+    lines = ["# Benchmarks", "", *_paragraph(
         f"`make bench` records all but serving, tasks and the planner (about {minutes:.0f} minutes on two quiet "
         "cores), `make bench-serve`, `bench-tasks` and `bench-plan` the rest; `make docs` writes this page. "
-        "`python -m benchmarks --list` names the cases.", "",
-        *_about_runner(), "## In short", "", in_short, "",
-    ]  # fmt: skip
+        "`python -m benchmarks --list` names the cases."
+    ), *_about_runner(), "## In short", "", *_in_short()]  # fmt: skip
     for name, case in cases.items():
         recorded = runner.records(name, RESULTS)
-        lines += [f"## {name}", "", recorded[-1]["about"] if recorded else case.about, ""]
+        about = recorded[-1]["about"] if recorded else case.about
+        lines += [f"## {TITLES[name]}", "", *_paragraph(f"{about} (`{name}`)")]
         lines += _recorded(recorded) if recorded else ["Not recorded by the runner yet.", ""]
     lines += [
         (ROOT / "benchmarks" / "corrections.md").read_text().rstrip(),
@@ -188,21 +213,78 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def plots() -> dict[str, str]:
+    """The plot of each recorded case, by its name below docs/."""
+    drawn = {}
+    for name in _known_cases():
+        if result := latest(name):
+            drawn[_plot_name(name)] = _plot(result)
+    return drawn
+
+
+def _plot_name(name: str) -> str:
+    return f"benchmarks-{name}.svg"
+
+
+def _plot(result: Mapping[str, Any]) -> str:
+    """The first number of each arm, with its range, in each setting."""
+    number, (title, form) = next(iter(result["shown"].items()))
+    panels: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for case in result["cases"]:
+        arms = {}
+        for arm in case["processes"][0]["rounds"]:
+            measured = runner.spread(case["processes"], arm, result["floor"], number, form)
+            if measured is not None:
+                arms[arm] = (measured[0], measured[1], measured[2])
+        panels[describe(case["setting"])] = arms
+    unit = f"{title} as ratio to {result['floor']}" if form == "ratio" else title
+    return drawings.ranges(panels, x=unit)
+
+
+def _paragraph(text: str) -> list[str]:
+    """Lines of at most 100 columns, and an empty one."""
+    return [*textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False), ""]
+
+
+def _details(summary: str, lines: Sequence[str]) -> list[str]:
+    """Lines that a reader opens."""
+    return ['<details markdown="1">', f"<summary>{summary}</summary>", "", *lines, "</details>", ""]
+
+
+def _in_short() -> list[str]:
+    rows = _summary_rows(PAGE_ROWS)
+    if not rows:
+        return _paragraph(PENDING.replace("docs/benchmarks.md", ""))
+    missing = len(PAGE_ROWS) - len(rows)
+    lead = (
+        "Wall time and memory as ratios to the floor of the same round (forward, and the gradient carried back; "
+        "or the plain base), the smaller, the better: medians, and the range between processes. SmolLM2-135M's "
+        "shape, rank 8 on all linear layers, default threads where nothing else is said."
+        + f" {missing} rows are not recorded yet."
+        * bool(missing)
+    )
+    head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
+    return [*_paragraph(lead), *table(head, rows), *_served()]
+
+
 def _about_runner() -> list[str]:
-    return [
+    return _paragraph(
         "All arms of a case and the floor run in one process, each once in a round, in an order that is drawn anew for "
         f"each round. A case has several processes, and the range that is shown lies between these. A process "
         f"whose floor "
         f"was more than {runner.LIMIT:.0%} away from its median in any round is thrown away for all arms and counted. "
         "Peaks of memory and whole training runs have a process to themselves. A record names its commit and is never "
         "changed; the latest is shown, whatever it says. Every raw time is in `benchmarks/results/NAME/COMMIT.json`. "
-        "What was expected before is in `benchmarks/predictions.md`, to which lines are only added.", "",
-    ]  # fmt: skip
+        "What was expected before is in `benchmarks/predictions.md`, to which lines are only added."
+    )
 
 
 def _recorded(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
     result = recorded[-1]
-    lines = [f"Equal: {result['equal']}.", "", f"{_made(result)}", ""]
+    title, _ = next(iter(result["shown"].values()))
+    alternative = f"{title.capitalize()} of each arm, with the range between processes"
+    picture = [f"![{alternative}]({_plot_name(result['name'])})", ""]
+    lines: list[str] = []
     shown, floor = result["shown"], result["floor"]
     if len(shown) == 1:
         lines += _table_by_setting(result, *next(iter(shown.items())))
@@ -220,7 +302,8 @@ def _recorded(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
                 "",
                 *table(["", *(title for title, _ in shown.values())], rows),
             ]
-    return [*lines, *_history(recorded)]
+    lines = [*_paragraph(f"Equal: {result['equal']}."), *_paragraph(_made(result)), *lines]
+    return [*picture, *_details("Numbers, machine and history", [*lines, *_history(recorded)])]
 
 
 def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[str]) -> list[str]:
@@ -288,11 +371,7 @@ def _recorded_before() -> list[str]:
         rows.append([f"`{file.name}`", str(result.get("machine", "–")), named or "–"])
     lead = (
         "Recorded before by other programs, unchanged, in `benchmarks/results/before/`; no number of this page is "
-        "one of "
-        "these. Programs and predictions of then are in git's history."
+        "one of these. Programs and predictions of then are in git's history."
     )
-    return (
-        ["## Recorded before", "", lead, "", *table(["file", "machine", "versions"], rows)]
-        if rows
-        else []
-    )
+    files = _details("Files", table(["file", "machine", "versions"], rows))
+    return ["## Recorded before", "", *_paragraph(lead), *files] if rows else []

@@ -1,7 +1,7 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
 variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
-docstrings, docs/plan.md from the planner, docs/benchmarks.md,
-docs/gpu-measured.md and tables in README.md and docs/trainers.md from recorded results, docs/paper/
+docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/gpu-measured.md and blocks of
+README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/
 from those of experiments/.
 
     python scripts/docs.py            write
@@ -26,6 +26,7 @@ import bench_page
 import errors_page
 import gpu_page
 import plan_page
+import readme_picture
 import trainers
 from veneer import cli
 from veneer.variants import VARIANTS, InitContext
@@ -109,36 +110,36 @@ def filled(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def pages_with_blocks() -> dict[str, str]:
+    """Pages by path that are written by hand but for blocks between comments, these filled."""
+    blocks = {
+        "README.md": {"picture": readme_picture.caption(), "bench": bench_page.readme()},
+        "docs/start.md": {"demo": demo_table()},
+        "docs/from-peft.md": {"torture": torture_table()},
+        "docs/config.md": {"variants": variants_table()},
+        "docs/trainers.md": {"trainers": trainers.table()},
+        "docs/troubleshooting.md": {"errors": errors_page.errors_section()},
+    }
+    filled_pages = {}
+    for path, contents in blocks.items():
+        text = (ROOT / path).read_text()
+        for name, content in contents.items():
+            text = filled(text, name, content)
+        filled_pages[path] = text
+    return filled_pages
+
+
 def main() -> int:
-    readme, config, others, troubleshooting = (
-        ROOT / name
-        for name in ("README.md", "docs/config.md", "docs/trainers.md", "docs/troubleshooting.md")
-    )
-    text = readme.read_text()
-    for name, table in (
-        ("bench", bench_page.readme()),
-        ("demo", demo_table()),
-        ("torture", torture_table()),
-    ):
-        text = filled(text, name, table)
-    variants = filled(config.read_text(), "variants", variants_table())
-    asked = filled(others.read_text(), "trainers", trainers.table())
-    causes = filled(troubleshooting.read_text(), "errors", errors_page.errors_section())
     stale = []
     pages = {
         "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
-        "cli.md": cli_page(), **paper_pages(),
+        "cli.md": cli_page(), "first-run.svg": readme_picture.picture(), **bench_page.plots(), **paper_pages(),
     }  # fmt: skip
-    whole = [(ROOT / "docs" / name, content) for name, content in pages.items()]
-    filled_pages = (
-        (readme, text),
-        (config, variants),
-        (others, asked),
-        (troubleshooting, causes),
-    )
-    for path, content in (*whole, *filled_pages):
+    generated = {f"docs/{name}": content for name, content in pages.items()}
+    for name, content in (generated | pages_with_blocks()).items():
+        path = ROOT / name
         if not path.exists() or path.read_text() != content:
-            stale.append(str(path.relative_to(ROOT)))
+            stale.append(name)
             if "--check" not in sys.argv:
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(content)

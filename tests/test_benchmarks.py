@@ -461,12 +461,13 @@ def test_a_prediction_has_a_date_a_commit_a_known_case_and_an_arm():
 
 def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_page, "RESULTS", tmp_path)
-    assert "being recorded anew" in bench_page.readme()
     empty = bench_page.page()
     assert "Not recorded by the runner yet." in empty
     assert "## Corrections" in empty
     for name in CASES:
-        assert f"## {name}\n" in empty
+        assert f"## {bench_page.TITLES[name]}\n" in empty
+        assert f"(`{name}`)" in empty
+    assert len({*bench_page.TITLES.values()}) == len(CASES)
     case = toy_case(name="step", settings=[
         {"threads": "default", "dtype": dtype, "layers": 30, "tokens": 1024} for dtype in ("float32", "bfloat16")
     ])  # fmt: skip
@@ -480,9 +481,15 @@ def test_pages_show_the_latest_and_plot_all(tmp_path, monkeypatch):
     assert "| veneer | 1.25 | 1.25 |" in page  # the latest, though another was better
     assert "0.80 |" not in page
     assert "- `veneer`: ▁▃█ 0.8 → 1.25" in page
-    assert f"Commit `{'c' * 12}`, recorded 2026-03-01; 10 processes, 0 thrown away." in page
-    assert "transformers' attention, loss | 1.25 | 3.00 | 1.25 | 3.00 | – |" in readme
-    assert "being recorded anew" in readme  # of the rest
+    assert f"Commit `{'c' * 12}`, recorded 2026-03-01; 10 processes, 0 thrown away." in " ".join(
+        page.split()
+    )
+    assert "| training step, 4 × 256 tokens | 1.25 | 3.00 | 1.25 | 3.00 | – |" in readme
+    assert "not recorded yet" in page  # the rest
+    assert "](benchmarks-step.svg)" in page
+    (drawn,) = bench_page.plots().values()
+    assert "1.25" not in drawn  # a dot, whose place says it
+    assert drawn.count("<circle") == 2 * 3  # settings, arms
     for text in (page, readme):
         lines = text.splitlines()
         for number in (number for number, line in enumerate(lines) if line.startswith("|---")):
@@ -529,13 +536,3 @@ def test_a_range_stands_beside_each_number():
     assert bench_page.cell(case, "veneer", "floor", "wall", "ratio") == "1.20 (1.00–1.50)"
     assert bench_page.cell(case, "nobody", "floor", "wall", "ratio") == "–"
     assert bench_page.sparkline([3.0]) == "▁"
-
-
-def test_no_page_shows_what_was_an_artefact():
-    table = (
-        (ROOT / "README.md")
-        .read_text()
-        .partition("<!-- bench -->")[2]
-        .partition("<!-- /bench -->")[0]
-    )
-    assert "0.81" not in table

@@ -175,27 +175,8 @@ def test_the_changelog_has_the_form_that_it_names():
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= sections
 
 
-# ---- README, overview, decisions
+# ---- overview, decisions
 # ---------------------------------------------------------------------------------
-
-
-def test_the_readme_is_three_screens():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
-
-
-def test_every_result_of_the_readme_shows_its_range_and_the_peer():
-    table = (ROOT / "README.md").read_text().split("<!-- bench -->")[1].split("<!-- /bench -->")[0]
-    rows = [
-        line.strip("| ").split(" | ")
-        for line in table.splitlines()
-        if line.startswith("| ") and "(" in line
-    ]
-    assert rows or "being recorded anew" in table
-    for title, *cells in rows:
-        if (
-            len(cells) == 5
-        ):  # Veneer and PEFT in float32; Veneer, PEFT and PEFT at its best in bfloat16
-            assert all(re.search(r"\d \(\d.*–.*\d\)", cell) for cell in cells), title
 
 
 def test_the_overview_is_two_pages():

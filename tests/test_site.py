@@ -11,11 +11,13 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from scripts import build_site
 from tests.support import extras
+from tests.support.browser import browser  # noqa: F401 (a fixture)
 from tests.test_pages import public_modules, public_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +143,53 @@ def test_every_public_class_and_function_is_shown(site: Path) -> None:
                 defined = f"{value.__module__}.{value.__qualname__}"
                 missing += [f"{module}.{name}"] * (not {f"{module}.{name}", defined} & shown)
     assert not missing
+
+
+#: what a page shows wrongly: how far it is wider than the window, and names in cells of tables that
+#: break over two lines
+MEASURE = """() => [
+    document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    [...document.querySelectorAll("td code")]
+        .filter(code => code.getClientRects().length > 1).map(code => code.textContent),
+]"""
+
+
+@pytest.mark.slow
+@extras.needs("zensical", "mkdocstrings")
+def test_no_page_is_wider_than_a_phone(site: Path, browser: Any) -> None:  # noqa: F811
+    """And wide tables scroll, rather than break the names of options."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
+    page = context.new_page()
+    wrong = []
+    for file in sorted(site.rglob("index.html")):
+        page.goto(file.as_uri(), wait_until="load")
+        overflow, broken = page.evaluate(MEASURE)
+        if overflow > 0 or broken:
+            wrong.append(f"{file.relative_to(site)}: {overflow} px too wide; {broken}")
+    context.close()
+    assert not wrong
+
+
+@pytest.mark.slow
+@extras.needs("zensical", "mkdocstrings")
+def test_the_first_page_opens_with_install_picture_and_number(site: Path, browser: Any) -> None:  # noqa: F811
+    """All within the window of a laptop."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, offline=True)
+    page = context.new_page()
+    page.goto((site / "index.html").as_uri(), wait_until="load")
+    for selector in ("article pre:has-text('pip install')", "article img", "article strong"):
+        box = page.locator(selector).first.bounding_box()
+        assert box is not None, selector
+        assert box["y"] + box["height"] <= 800, selector
+    context.close()
+
+
+@pytest.mark.slow
+@extras.needs("zensical", "mkdocstrings")
+def test_the_examples_of_the_api_are_code(site: Path) -> None:
+    """Not quotations of quotations, which `>>>` is in Markdown."""
+    pages = [*(site / "docs" / "api").rglob("index.html")]
+    assert not [page for page in pages if "<blockquote" in page.read_text()]
 
 
 @extras.needs("zensical", "mkdocstrings")

@@ -1,11 +1,12 @@
 """Veneer: one frozen base, many thin low-rank adapters. Train them, prove them, merge them, serve
 them.
 
->>> import torch, veneer
->>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
->>> handle = veneer.attach(model, veneer.LoraConfig(rank=2))
->>> handle.summary().trainable
-52
+Examples:
+    >>> import torch, veneer
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> handle = veneer.attach(model, veneer.LoraConfig(rank=2))
+    >>> handle.summary().trainable
+    52
 """
 
 from __future__ import annotations
