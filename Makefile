@@ -121,7 +121,7 @@ check: setup
 	$(BIN)/python scripts/build_site.py
 	$(PASSIVE) OMP_NUM_THREADS=1 $(BIN)/python -m scripts.matrix --check
 
-record: demo  # the demo's result, into the README
+record: demo  # the result of the demo, into docs/start.md
 	cp .demo/result.json demo/result.json
 	$(MAKE) docs
 
