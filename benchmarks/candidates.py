@@ -1,4 +1,4 @@
-"""What the training benchmarks compare: four architectures, and the ways to train each.
+"""The training benchmarks compare four architectures, and the ways to train each.
 
 A model has the shape of a real one and random weights. With fewer layers than the real one a Llama
 also gets a smaller vocabulary, in proportion, so that the output head keeps its share of the step.
@@ -90,7 +90,7 @@ def resnet(layers: int, length: int, tiny: bool = False) -> nn.Module:
     """ResNet-50; its 16 blocks in four stages are 3, 4, 6 and 3."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    depths = [max(1, round(layers * part / 16)) for part in (3, 4, 6, 3)]
+    depths = [max(1, round(layers * blocks / 16)) for blocks in (3, 4, 6, 3)]
     small = {"embedding_size": 16, "hidden_sizes": [32, 32, 64, 64]} if tiny else {}
     return ResNetForImageClassification(ResNetConfig(depths=depths, num_labels=10, **small))
 
@@ -134,17 +134,17 @@ ARCHITECTURES = {
 
 def ranks(model: nn.Module, architecture: Architecture, rank: int) -> dict[str, int]:
     """The rank of each layer to adapt, by its path."""
-    found = {}
+    layer_ranks = {}
     for path, module in model.named_modules():
         if f"{path}.".startswith((f"{architecture.entry}.", f"{architecture.head}.")):
             continue
         if isinstance(module, nn.Linear | nn.Conv2d):
-            found[path] = min(rank, *module.weight.shape[:2])
-    return found
+            layer_ranks[path] = min(rank, *module.weight.shape[:2])
+    return layer_ranks
 
 
 def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What the model returns as its loss: full logits, in a causal language model."""
+    """The loss that the model returns: full logits, in a causal language model."""
     return model(**batch).loss
 
 
@@ -197,18 +197,18 @@ def sharing(model: nn.Module) -> nn.Module:
 def make(name: str, model: nn.Module, architecture: str, rank: int) -> Candidate:
     """Turn `model` into the candidate `name`, in place where its library can."""
     kind, *options = name.split(", ")
-    known, dropout = ARCHITECTURES[architecture], DROPOUT if "dropout" in options else 0.0
+    shape, dropout = ARCHITECTURES[architecture], DROPOUT if "dropout" in options else 0.0
     if kind == "floor":
         model.requires_grad_(False)
         # what any step over a frozen base must do: forward, and the gradient carried back to the
         # embedded input
-        model.get_submodule(known.entry).register_forward_hook(
+        model.get_submodule(shape.entry).register_forward_hook(
             lambda *call: call[2].detach().requires_grad_()
         )
         return Candidate(model, [])
     if kind == "full fine-tuning":
         return Candidate(model, list(model.requires_grad_(True).parameters()))
-    layers = ranks(model, known, rank)
+    layers = ranks(model, shape, rank)
     if kind == "loralib":
         return Candidate(model, with_loralib(model, layers))
     if kind == "peft":
@@ -237,7 +237,7 @@ def with_veneer(
 
     config = veneer.LoraConfig(
         rank=rank, alpha=ALPHA, dropout=dropout, targets=list(layers),
-        ranks={path: own for path, own in layers.items() if own != rank},
+        ranks={path: size for path, size in layers.items() if size != rank},
     )  # fmt: skip
     handle = veneer.attach(model, config)
     return Candidate(model, handle.parameters(), causal_loss if lean else own_loss)
@@ -250,13 +250,13 @@ def with_peft(
 
     config = peft.LoraConfig(
         r=rank, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(layers),
-        rank_pattern={path: own for path, own in layers.items() if own != rank},
+        rank_pattern={path: size for path, size in layers.items() if size != rank},
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = peft.get_peft_model(model, config, **options)
+        adapted = peft.get_peft_model(model, config, **options)
     return Candidate(
-        made, [parameter for parameter in made.parameters() if parameter.requires_grad]
+        adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     )
 
 

@@ -39,8 +39,7 @@ MAIN = ("frozen base", "veneer", "veneer, dropout", "veneer, bf16 adapters", "ve
 
 @dataclass(frozen=True)
 class Part:
-    """What runs in one process: ``limit`` in seconds; a model and storage to train, and by which
-    candidates."""
+    """The work of one process: ``limit`` in seconds; a model and storage to train, and its candidates."""
 
     name: str
     limit: int
@@ -77,34 +76,38 @@ PARTS = (
 )
 
 
-def run_part(part: Part, device: str, quick: bool, seconds: float) -> Iterator[dict[str, Any]]:
-    """What a part finds, one answer after the other."""
+def run_part(section: Part, device: str, quick: bool, seconds: float) -> Iterator[dict[str, Any]]:
+    """The answers of a part, one after the other."""
     start = time.monotonic()
-    if part.name == "unsloth":  # which wants to be first
+    if section.name == "unsloth":  # which wants to be first
         import contextlib
 
         with contextlib.suppress(Exception):  # what it says is asked for again, and then told
             __import__("unsloth")
     import gpu_place
 
-    place = gpu_place.find(device, quick)
+    target = gpu_place.find(device, quick)
     until = start + 0.8 * seconds  # the rest is for what has begun
-    if part.name == "checks":
-        import gpu_checks
-        from gpu_compare import CHECKS
+    if section.name == "checks":
+        from tests.cuda import gpu_checks
+        from tests.cuda.gpu_compare import CHECKS
 
         for name in CHECKS:
             if time.monotonic() > until:
                 yield {"check": name, "found": "skipped", "text": "no time was left"}
             else:
-                yield gpu_checks.run(place, name)
+                yield gpu_checks.run(target, name)
         return
     import gpu_speed
 
-    if part.name.startswith("decode"):
-        yield {"decode": gpu_speed.decode(place, until, apart=part.name != "decode")}
+    if section.name.startswith("decode"):
+        yield {"decode": gpu_speed.decode(target, until, apart=section.name != "decode")}
     else:
-        yield {"steps": gpu_speed.steps(place, part.model, part.storage, part.candidates, until)}
+        yield {
+            "steps": gpu_speed.steps(
+                target, section.model, section.storage, section.candidates, until
+            )
+        }
 
 
 def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]], str]:
@@ -144,21 +147,21 @@ MARK = "gpu-answer "
 
 
 def collect(
-    parts: Sequence[Part], device: str, quick: bool, total: float, ask: Callable[..., Any]
+    sections: Sequence[Part], device: str, quick: bool, total: float, ask: Callable[..., Any]
 ) -> dict[str, Any]:
     """All parts within ``total`` seconds."""
     end = time.monotonic() + total
-    found: dict[str, Any] = {"checks": [], "steps": [], "decode": [], "skipped": []}
-    for part in parts:
-        left = end - time.monotonic()
-        if left < LEAST:
-            found["skipped"].append({"part": part.name, "why": f"{total:.0f} s were over"})
-            print(f"{part.name}: skipped, no time is left", flush=True)
+    result: dict[str, Any] = {"checks": [], "steps": [], "decode": [], "skipped": []}
+    for section in sections:
+        remaining = end - time.monotonic()
+        if remaining < LEAST:
+            result["skipped"].append({"part": section.name, "why": f"{total:.0f} s were over"})
+            print(f"{section.name}: skipped, no time is left", flush=True)
             continue
-        seconds = min(part.limit, left)
+        seconds = min(section.limit, remaining)
         more = [
             "--part",
-            part.name,
+            section.name,
             "--seconds",
             f"{seconds:.0f}",
             "--device",
@@ -169,30 +172,30 @@ def collect(
         answers, problem = ask(more, seconds)
         for answer in answers:
             if "check" in answer:
-                found["checks"].append(answer)
+                result["checks"].append(answer)
             elif "skipped" in answer:
-                found["skipped"].append({"part": part.name, "why": answer["skipped"]})
+                result["skipped"].append({"part": section.name, "why": answer["skipped"]})
             else:
                 for kind, case in answer.items():
-                    found[kind].append({**case, "part": part.name})
+                    result[kind].append({**case, "part": section.name})
         if problem:
-            found["skipped"].append({"part": part.name, "why": problem})
-        said = f"; {problem}" if problem else ""
+            result["skipped"].append({"part": section.name, "why": problem})
+        note = f"; {problem}" if problem else ""
         print(
-            f"{part.name}: {len(answers)} answers in {time.monotonic() - start:.0f} s{said}",
+            f"{section.name}: {len(answers)} answers in {time.monotonic() - start:.0f} s{note}",
             flush=True,
         )
-    return found
+    return result
 
 
-def show(found: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     lines = [
         f"{row['found']}: {row['check']}: {row['text']}"
-        for row in found["checks"]
+        for row in result["checks"]
         if row["found"] != "right"
     ]
-    lines += [f"skipped: {row['part']}: {row['why']}" for row in found["skipped"]]
-    for case in [*found["steps"], *found["decode"]]:
+    lines += [f"skipped: {row['part']}: {row['why']}" for row in result["skipped"]]
+    for case in [*result["steps"], *result["decode"]]:
         lines.append(", ".join(f"{key} {value}" for key, value in case["setting"].items()))
         lines += [f"  {name:<26} {numbers_of(row)}" for name, row in case["rows"].items()]
     print("\n".join(lines))
@@ -219,21 +222,23 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child
     )
     parser.add_argument("--quick", action="store_true", help="a toy's sizes, one round")
     parser.add_argument(
-        "--only", nargs="+", choices=[part.name for part in PARTS], help="these parts"
+        "--only", nargs="+", choices=[section.name for section in PARTS], help="these parts"
     )
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for all parts")
     parser.add_argument("--out", type=Path, help="folder for the result")
-    parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=[section.name for section in PARTS], help=argparse.SUPPRESS
+    )
     parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     import gpu_place
     import runner
 
     if options.part:
-        part = next(one for one in PARTS if one.name == options.part)
+        section = next(section for section in PARTS if section.name == options.part)
         answers = []
         try:
-            for answer in run_part(part, options.device, options.quick, options.seconds):
+            for answer in run_part(section, options.device, options.quick, options.seconds):
                 print(MARK + json.dumps(answer), flush=True)
                 answers.append(answer)
         except gpu_place.Skipped as why:
@@ -241,23 +246,25 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[..., Any] = child
             print(MARK + json.dumps(answers[-1]), flush=True)
         return {"answers": answers}
     try:
-        place = gpu_place.find(options.device, options.quick)
+        target = gpu_place.find(options.device, options.quick)
     except gpu_place.Skipped as why:
         print(why, file=sys.stderr)
         raise SystemExit(2) from None
-    parts = [part for part in PARTS if options.only is None or part.name in options.only]
-    found = collect(parts, options.device, options.quick, options.total, ask)
-    show(found)
-    whole = {**place.describe(), "quick": options.quick, **found}
-    usual = place.kind == "cuda" and not options.quick and options.only is None
+    sections = [
+        section for section in PARTS if options.only is None or section.name in options.only
+    ]
+    result = collect(sections, options.device, options.quick, options.total, ask)
+    show(result)
+    record = {**target.describe(), "quick": options.quick, **result}
+    usual = target.kind == "cuda" and not options.quick and options.only is None
     if options.out is not None or usual:
-        folder, name = options.out or runner.RESULTS, f"gpu-{slug(place.name)}"
-        whole = {"name": name, **whole, **runner.machine()}
+        folder, name = options.out or runner.RESULTS, f"gpu-{slug(target.name)}"
+        record = {"name": name, **record, **runner.machine()}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
-    if any(row["found"] == "wrong" for row in found["checks"]):
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    if any(row["found"] == "wrong" for row in result["checks"]):
         raise SystemExit(1)
-    return whole
+    return record
 
 
 if __name__ == "__main__":

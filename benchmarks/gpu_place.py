@@ -26,7 +26,7 @@ class Skipped(Exception):  # noqa: N818 (no error of the program)
     """A part that cannot run here; the text says why."""
 
 
-def installed(module: str) -> Any:
+def import_library(module: str) -> Any:
     """A library's module, imported; ``Skipped`` where the library is not installed."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
@@ -38,7 +38,7 @@ def installed(module: str) -> Any:
 Watch = Callable[[str], AbstractContextManager[Any]]
 
 
-def unwatched(_: str) -> AbstractContextManager[Any]:
+def no_watch(_: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -48,7 +48,7 @@ class Place:
 
     device: torch.device
     quick: bool = False
-    watch: Watch = field(default=unwatched, compare=False)
+    watch: Watch = field(default=no_watch, compare=False)
 
     @property
     def kind(self) -> str:
@@ -107,16 +107,16 @@ class Place:
 
 def find(name: str, quick: bool) -> Place:
     """The device of this name. ``Skipped`` says what is missing, in one line."""
-    there = {
+    available = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
         "cpu": lambda: True,
     }
-    if name not in there:
+    if name not in available:
         raise Skipped(
             f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine with a GPU."
         )
-    if not there[name]():
+    if not available[name]():
         built = torch.version.cuda or torch.version.hip
         torch_ = f"torch {torch.__version__}, which is {'built for a GPU' if built else 'built without one'}"
         do = "run this on a machine with one, or try its parts with --device cpu --quick"
@@ -135,20 +135,22 @@ def _mode(name: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def waits(place: Place, run: Callable[[], object]) -> list[str]:
+def waits(target: Place, run: Callable[[], object]) -> list[str]:
     """Where the host waits for the device within a call: "file:line" for each time. Run it once
     before."""
-    if place.kind != "cuda":
-        raise Skipped(f"only CUDA says when the host waits for it; this is {place.kind}")
-    with warnings.catch_warnings(record=True) as seen, _mode("warn"):
+    if target.kind != "cuda":
+        raise Skipped(f"only CUDA says when the host waits for it; this is {target.kind}")
+    with warnings.catch_warnings(record=True) as caught, _mode("warn"):
         warnings.simplefilter("always")
         run()
-    return [f"{one.filename}:{one.lineno}" for one in seen if WAIT in str(one.message)]
+    return [
+        f"{warning.filename}:{warning.lineno}" for warning in caught if WAIT in str(warning.message)
+    ]
 
 
-def refuse_waits(place: Place, run: Callable[[], object]) -> None:
+def refuse_waits(target: Place, run: Callable[[], object]) -> None:
     """A call in which a wait of the host is a RuntimeError, CUDA's own."""
-    if place.kind != "cuda":
-        raise Skipped(f"only CUDA says when the host waits for it; this is {place.kind}")
+    if target.kind != "cuda":
+        raise Skipped(f"only CUDA says when the host waits for it; this is {target.kind}")
     with _mode("error"):
         run()

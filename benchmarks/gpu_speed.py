@@ -23,7 +23,7 @@ import torch
 import gpu_models
 import veneer
 from candidates import peft_with, save_random, step
-from gpu_place import Place, Skipped, installed
+from gpu_place import Place, Skipped, import_library
 
 ROWS, PROMPT, TOKENS, ADAPTERS = 16, 64, 32, 8
 LEAST, MOST = 3, 15  # rounds
@@ -35,21 +35,21 @@ def first_line(problem: Exception) -> str:
     ]
 
 
-def made(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+def build_candidates(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
     """(what could be built, why the others could not)."""
-    there, why = {}, {}
+    candidates, why = {}, {}
     for name, make in makes.items():
         try:
-            there[name] = make()
+            candidates[name] = make()
         except Skipped as reason:
             why[name] = str(reason)
         except Exception as problem:  # a peer's failure is a row of the result, as it stands
             why[name] = first_line(problem)
-    return there, why
+    return candidates, why
 
 
 def rounds(
-    place: Place, runs: Mapping[str, Callable[[], object]], until: float, repeats: int = 1
+    target: Place, runs: Mapping[str, Callable[[], object]], until: float, repeats: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, int | None], dict[str, str]]:
     """(seconds by round, peak bytes of a call, why a candidate fell out). The first call warms up,
     the second one is looked at for memory; the rounds end at ``until`` (``time.monotonic``), but
@@ -64,21 +64,21 @@ def rounds(
             continue
         try:
             run()
-            peaks[name] = place.peak(run)
+            peaks[name] = target.peak(run)
         except Exception as problem:
             failed[name] = first_line(problem)
             del times[name]
-        if not place.quick:
+        if not target.quick:
             gc.collect()  # what a candidate that fell out has left
-            if place.kind == "cuda":
+            if target.kind == "cuda":
                 torch.cuda.empty_cache()
     names = list(times)
-    for number in range(0 if not names else 1 if place.quick else MOST):
+    for number in range(0 if not names else 1 if target.quick else MOST):
         if number >= LEAST and time.monotonic() > until:
             break
         for name in names[number % len(names) :] + names[: number % len(names)]:
             times[name].append(
-                place.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats
+                target.seconds(lambda name=name: [runs[name]() for _ in range(repeats)]) / repeats
             )
     return times, peaks, failed
 
@@ -119,40 +119,41 @@ def table(
 
 def stepping(candidate: Any, batch: dict[str, Any]) -> Callable[[], None]:
     """A whole training step. The first one sees that all that trains has a gradient."""
-    optimiser, seen = candidate.optimizer(), []
+    optimiser, checked = candidate.optimizer(), []
 
     def run() -> None:
         step(candidate, optimiser, batch)
-        if not seen:
+        if not checked:
             without = sum(parameter.grad is None for parameter in candidate.parameters)
             if without:
                 raise RuntimeError(
                     f"{without} of {len(candidate.parameters)} adapter parameters got no gradient"
                 )
-            seen.append(True)
+            checked.append(True)
 
     return run
 
 
 def steps(
-    place: Place, name: str, storage: str, candidates: Sequence[str], until: float
+    target: Place, name: str, storage: str, candidates: Sequence[str], until: float
 ) -> dict[str, Any]:
     """A training step of each candidate on one model: forward, loss, backward, AdamW."""
     if storage == "nf4" and "moe" in name:
         raise Skipped("bitsandbytes has 4 bits for linear layers, and none for stacks of experts")
     torch.manual_seed(0)
-    base = gpu_models.build(place, name, storage)
-    batch_rows, length = gpu_models.QUICK if place.quick else gpu_models.BATCHES[name]
-    ids = torch.randint(0, base.config.vocab_size, (batch_rows, length), device=place.device)
+    base = gpu_models.build(target, name, storage)
+    batch_rows, length = gpu_models.QUICK if target.quick else gpu_models.BATCHES[name]
+    ids = torch.randint(0, base.config.vocab_size, (batch_rows, length), device=target.device)
     batch = {"input_ids": ids, "labels": ids}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         makes = {
-            one: lambda one=one: gpu_models.CANDIDATES[one](base, name, place) for one in candidates
+            label: lambda label=label: gpu_models.CANDIDATES[label](base, name, target)
+            for label in candidates
         }
-        there, why = made(makes)
-        runs = {one: stepping(candidate, batch) for one, candidate in there.items()}
-        times, peaks, failed = rounds(place, runs, until)
+        built, why = build_candidates(makes)
+        runs = {label: stepping(candidate, batch) for label, candidate in built.items()}
+        times, peaks, failed = rounds(target, runs, until)
     floor = candidates[0]
     return {
         "setting": {"model": name, "storage": storage, "rows": batch_rows, "length": length},
@@ -166,9 +167,9 @@ def steps(
 
 
 def _ours(
-    place: Place, model: Any, prompts: list[list[int]], tokens: int
+    target: Place, model: Any, prompts: list[list[int]], tokens: int
 ) -> Callable[[], list[list[int]]]:
-    """What the server's engine does: prompts, then a token for each row a step, the most likely
+    """The work of the server's engine: prompts, then a token for each row a step, the most likely
     one."""
     from veneer.serve.forward import Forward
     from veneer.serve.requests import Sampling
@@ -179,29 +180,29 @@ def _ours(
     length = len(prompts[0])
 
     def run() -> list[list[int]]:
-        slots = Slots(len(prompts), length + tokens, place.device)
+        slots = Slots(len(prompts), length + tokens, target.device)
         rows = [Sampler(Sampling(max_tokens=tokens, temperature=0.0)) for _ in prompts]
         with torch.inference_mode():
-            found = [_tokens(sample(forward.fill(slots, 0, prompts), rows))]
+            answers = [_tokens(sample(forward.fill(slots, 0, prompts), rows))]
             for number in range(tokens - 1):
-                logits = forward.decode(slots, found[-1], [length + number] * len(prompts))
-                found.append(_tokens(sample(logits, rows)))
-        return [list(row) for row in zip(*found, strict=True)]
+                logits = forward.decode(slots, answers[-1], [length + number] * len(prompts))
+                answers.append(_tokens(sample(logits, rows)))
+        return [list(row) for row in zip(*answers, strict=True)]
 
     return run
 
 
 def _tokens(chosen: Any) -> list[int]:
-    return [int(getattr(one, "token", one)) for one in chosen]
+    return [int(getattr(choice, "token", choice)) for choice in chosen]
 
 
 def _theirs(
-    place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
+    target: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
 ) -> Any:
     """PEFT's adapter_names in transformers' generate."""
-    installed("peft")
+    import_library("peft")
     model: Any = peft_with(base, folder, names)
-    ids = torch.tensor(prompts, device=place.device)
+    ids = torch.tensor(prompts, device=target.device)
     rows = list(itertools.islice(itertools.cycle(names), len(prompts)))
 
     def run() -> Any:
@@ -215,10 +216,10 @@ def _theirs(
 
 
 def vllm_(
-    place: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
+    target: Place, base: Any, folder: Path, names: list[str], prompts: list[list[int]], tokens: int
 ) -> Any:
     """vLLM with as many adapters, from the same folders; with CUDA graphs, as it comes."""
-    vllm = installed("vllm")
+    vllm = import_library("vllm")
     from tests.support.tiny import tiny_tokenizer
     from vllm.lora.request import LoRARequest  # pyright: ignore
 
@@ -232,18 +233,18 @@ def vllm_(
     requests = [
         LoRARequest(name, number + 1, str(folder / name)) for number, name in enumerate(names)
     ]
-    given = [{"prompt_token_ids": ids} for ids in prompts]
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
     rows = list(itertools.islice(itertools.cycle(requests), len(prompts)))
-    return lambda: model.generate(given, sampling, lora_request=rows, use_tqdm=False)
+    return lambda: model.generate(inputs, sampling, lora_request=rows, use_tqdm=False)
 
 
-def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
+def decode(target: Place, until: float, apart: bool = False) -> dict[str, Any]:
     """Prompts of 16 rows and their answers on SmolLM2-135M: the base, a bank of 8 adapters in mixed
     order, PEFT; or, in a process of its own, vLLM beside the bank."""
 
     torch.manual_seed(0)
-    base = gpu_models.build(place, "smollm2-135m", "bf16").eval()
-    prompt, tokens = (4, 3) if place.quick else (PROMPT, TOKENS)
+    base = gpu_models.build(target, "smollm2-135m", "bf16").eval()
+    prompt, tokens = (4, 3) if target.quick else (PROMPT, TOKENS)
     prompts = torch.randint(3, base.config.vocab_size, (ROWS, prompt)).tolist()
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -251,11 +252,11 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
         names = save_random(base, folder, ADAPTERS)
         chosen = list(itertools.islice(itertools.cycle(names), ROWS))
 
-        def banked() -> Any:
+        def with_bank() -> Any:
             bank = veneer.Bank(gpu_models.sharing(base))
-            for one in names:
-                bank.add(folder / one)
-            run = _ours(place, bank.model, prompts, tokens)
+            for adapter_name in names:
+                bank.add(folder / adapter_name)
+            run = _ours(target, bank.model, prompts, tokens)
 
             def with_rows() -> Any:
                 with bank.rows(chosen):
@@ -265,16 +266,18 @@ def decode(place: Place, until: float, apart: bool = False) -> dict[str, Any]:
 
         makes: dict[str, Callable[[], Any]] = {
             "base, Veneer's engine": lambda: _ours(
-                place, gpu_models.sharing(base), prompts, tokens
+                target, gpu_models.sharing(base), prompts, tokens
             ),
-            "veneer, 8 adapters": banked,
+            "veneer, 8 adapters": with_bank,
         }
         if apart:
-            makes["vllm, 8 adapters"] = lambda: vllm_(place, base, folder, names, prompts, tokens)
+            makes["vllm, 8 adapters"] = lambda: vllm_(target, base, folder, names, prompts, tokens)
         else:
-            makes["peft, 8 adapters"] = lambda: _theirs(place, base, folder, names, prompts, tokens)
-        there, why = made(makes)
-        times, peaks, failed = rounds(place, there, until)
+            makes["peft, 8 adapters"] = lambda: _theirs(
+                target, base, folder, names, prompts, tokens
+            )
+        built, why = build_candidates(makes)
+        times, peaks, failed = rounds(target, built, until)
     floor = next(iter(makes))
     return {
         "setting": {"model": "smollm2-135m", "rows": ROWS, "prompt": prompt, "tokens": tokens, "adapters": ADAPTERS},

@@ -19,35 +19,35 @@ from candidates import Candidate
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
-def saved(candidate: Candidate, batch: dict[str, Tensor]) -> int:
+def saved_bytes(candidate: Candidate, batch: dict[str, Tensor]) -> int:
     """Bytes that autograd holds between forward and backward, besides the model's own."""
     loss = candidate.loss(candidate.model, batch)
-    own = set(storages([*candidate.model.parameters(), *candidate.model.buffers()]))
-    found = storages(kept(loss))
+    model_storages = set(storages([*candidate.model.parameters(), *candidate.model.buffers()]))
+    graph_storages = storages(saved_tensors(loss))
     loss.backward()
-    return sum(size for place, size in found.items() if place not in own)
+    return sum(size for address, size in graph_storages.items() if address not in model_storages)
 
 
-def kept(output: Tensor) -> Iterator[Tensor]:
+def saved_tensors(output: Tensor) -> Iterator[Tensor]:
     """Every tensor that a node of the graph below `output` has saved."""
-    seen, todo = set(), [output.grad_fn]
+    visited, todo = set(), [output.grad_fn]
     while todo:
         node: Any = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         todo += [below for below, _ in node.next_functions]
-        values = [held(node, name) for name in dir(node) if name.startswith("_saved_")]
+        values = [saved_value(node, name) for name in dir(node) if name.startswith("_saved_")]
         for value in [*values, getattr(node, "saved_tensors", ())]:
             yield from (
-                one
-                for one in (value if isinstance(value, list | tuple) else (value,))
-                if isinstance(one, Tensor)
+                tensor
+                for tensor in (value if isinstance(value, list | tuple) else (value,))
+                if isinstance(tensor, Tensor)
             )
 
 
-def held(node: Any, name: str) -> Any:
-    """What a node holds under a name; of what goes through hooks, what they have made of it."""
+def saved_value(node: Any, name: str) -> Any:
+    """The value that a node saved under a name; behind hooks, their result."""
     raw = getattr(node, f"_raw{name}", None)
     try:
         return raw.data  # type: ignore[union-attr]

@@ -60,7 +60,7 @@ class RecordError(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """The work that is measured.
 
     `arms(stack, seed, **setting)` prepares a process and names its arms; an arm may return further
     numbers of its unit, or replace "wall" and "cpu" by its own. `settings` are the columns of its
@@ -187,16 +187,16 @@ def child(
 def run_process(case: Case, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One process of a case; with `apart`, one for each arm, in an order that the seed draws."""
     env = environment(setting.get("threads", "default"))
-    place = next(number for number, known in enumerate(case.settings) if known is setting)
+    index = next(i for i, candidate in enumerate(case.settings) if candidate is setting)
     name = f"{case.arms.__module__}:{case.name}"
-    command = ["-m", "benchmarks", "--child", name, "--place", str(place), "--seed", str(seed)]
+    command = ["-m", "benchmarks", "--child", name, "--place", str(index), "--seed", str(seed)]
     if not case.apart:
         return child(*command, env=env)
     with contextlib.ExitStack() as stack:
         names = [*case.arms(stack, seed, **arguments_of(setting))]
-    parts = [child(*command, "--arm", arm, env=env) for arm in draw_order(names, case.name, seed)]
-    units = {name: unit for part in parts for name, unit in part["rounds"].items()}
-    return {**parts[0], "rounds": {name: units[name] for name in names}}
+    answers = [child(*command, "--arm", arm, env=env) for arm in draw_order(names, case.name, seed)]
+    units = {name: unit for answer in answers for name, unit in answer["rounds"].items()}
+    return {**answers[0], "rounds": {name: units[name] for name in names}}
 
 
 def gather(
@@ -233,7 +233,10 @@ def record(case: Case, run: Callable[..., dict[str, Any]] = run_process) -> dict
     cases = []
     for setting in case.settings:
         cases.append({"setting": dict(setting), "processes": gather(case, setting, run)})
-        print(f"{case.name}, {describe(setting)}: {tell(case, cases[-1]['processes'])}", flush=True)
+        print(
+            f"{case.name}, {describe(setting)}: {summarise(case, cases[-1]['processes'])}",
+            flush=True,
+        )
     if require_clean_tree() != commit:
         raise RecordError(
             f"Found: another commit than {commit[:12]} at the end. Expected: one commit. Do: record again."
@@ -265,10 +268,12 @@ def smoke(case: Case, only: int | None = None) -> dict[str, Any]:
         if case.apart:
             with contextlib.ExitStack() as stack:
                 names = [*case.arms(stack, 0, **arguments_of(toy))]
-            parts = [run_alone(case, toy, 0, arm) for arm in names]
+            answers = [run_alone(case, toy, 0, arm) for arm in names]
             process = {
-                **parts[0],
-                "rounds": {name: unit for part in parts for name, unit in part["rounds"].items()},
+                **answers[0],
+                "rounds": {
+                    name: unit for answer in answers for name, unit in answer["rounds"].items()
+                },
             }
         else:
             process = run_rounds(case, toy, 0, 1)
@@ -295,13 +300,15 @@ def spread(
     return [statistics.median(values), min(values), max(values)] if values else None
 
 
-def tell(case: Case, processes: Sequence[Mapping[str, Any]]) -> str:
+def summarise(case: Case, processes: Sequence[Mapping[str, Any]]) -> str:
     number, (_, form) = next(iter(case.shown.items()))
     cells = []
     for arm in processes[0]["rounds"]:
-        found = spread(processes, arm, case.floor, number, form)
+        numbers = spread(processes, arm, case.floor, number, form)
         cells.append(
-            f"{arm} {found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else f"{arm} –"
+            f"{arm} {numbers[0]:.3f} ({numbers[1]:.3f} to {numbers[2]:.3f})"
+            if numbers
+            else f"{arm} –"
         )
     return "; ".join(cells)
 
@@ -371,8 +378,8 @@ def write(result: Mapping[str, Any], out: Path = RESULTS) -> Path:
 
 def records(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All that was recorded of a case, the latest last."""
-    found = [json.loads(file.read_text()) for file in (folder / name).glob("*.json")]
-    return sorted(found, key=lambda result: result["recorded"])
+    results = [json.loads(file.read_text()) for file in (folder / name).glob("*.json")]
+    return sorted(results, key=lambda result: result["recorded"])
 
 
 def names_of(results: Path = RESULTS) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
 variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
-docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/gpu-measured.md and blocks of
+docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md and blocks of
 README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/
 from those of experiments/.
 
@@ -27,6 +27,7 @@ import errors_page
 import gpu_page
 import plan_page
 import readme_picture
+import torture_page
 import trainers
 from veneer import cli
 from veneer.variants import VARIANTS, InitContext
@@ -57,18 +58,6 @@ def demo_table() -> str:
     lines = ["| model | phoneme error rate | words exact |", "|---|---|---|"]
     lines += [f"| {who} | {rate:.3f} | {exact:.1%} |" for who, rate, exact in result["scores"]]
     return "\n".join([*lines, "", result["summary"]])
-
-
-def torture_table() -> str:
-    """How many cases each library gets right, as benchmarks/results/torture.json holds them."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "torture.json").read_text())
-    lines = ["| library | right | wrong | not offered |", "|---|---|---|---|"]
-    for name, version in result["versions"].items():
-        marks = [case[name]["ok"] for case in result["cases"].values()]
-        lines.append(
-            f"| {name} {version} | {marks.count(True)} | {marks.count(False)} | {marks.count(None)} |"
-        )
-    return "\n".join(lines)
 
 
 def variants_table() -> str:
@@ -115,7 +104,7 @@ def pages_with_blocks() -> dict[str, str]:
     blocks = {
         "README.md": {"picture": readme_picture.caption(), "bench": bench_page.readme()},
         "docs/start.md": {"demo": demo_table()},
-        "docs/from-peft.md": {"torture": torture_table()},
+        "docs/from-peft.md": {"torture": torture_page.counts()},
         "docs/config.md": {"variants": variants_table()},
         "docs/trainers.md": {"trainers": trainers.table()},
         "docs/troubleshooting.md": {"errors": errors_page.errors_section()},
@@ -133,7 +122,7 @@ def main() -> int:
     stale = []
     pages = {
         "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
-        "cli.md": cli_page(), "first-run.svg": readme_picture.picture(), **bench_page.plots(), **paper_pages(),
+        "torture.md": torture_page.page(), "cli.md": cli_page(), "first-run.svg": readme_picture.picture(), **bench_page.plots(), **paper_pages(),
     }  # fmt: skip
     generated = {f"docs/{name}": content for name, content in pages.items()}
     for name, content in (generated | pages_with_blocks()).items():

@@ -151,7 +151,7 @@ def test_the_way_to_a_target_is_interpolated():
         {"loss": loss, "cpu": cpu}
         for loss, cpu in ((4.0, 0.0), (2.0, 10.0), (3.0, 20.0), (1.0, 30.0))
     ]
-    found = {target: runs.reached(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
+    found = {target: runs.cost_until(curve, target, "cpu") for target in (3.0, 2.0, 1.5, 0.5)}
     assert found == {3.0: 5.0, 2.0: 10.0, 1.5: 27.5, 0.5: None}
 
 
@@ -193,7 +193,7 @@ def test_saved_bytes_count_each_storage_once_and_what_is_freed_not_at_all():
 
     made = candidates.Candidate(Square(), [], lambda model, batch: model(batch["x"]))
     assert (
-        memory.saved(made, {"x": torch.ones(10)}) == 10 * 4
+        memory.saved_bytes(made, {"x": torch.ones(10)}) == 10 * 4
     )  # x, though both of its halves are saved
 
 

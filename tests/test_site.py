@@ -31,16 +31,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_the_navigation_once(pages: Path) -> None:
-    """But for the decisions, which their own list links to."""
+    """But for the decisions and the reports to other libraries, which pages of them link to."""
     nav = tomllib.loads(build_site.CONFIG.read_text())["project"]["nav"]
     listed = [page for _, page in build_site.navigation(nav)]
     there = {str(page.relative_to(pages)) for page in pages.rglob("*.md")}
-    decisions = {
+    linked = {
         page
         for page in there
-        if page.startswith("docs/decisions/") and not page.endswith("README.md")
+        if page.startswith(("docs/decisions/", "docs/upstream/")) and not page.endswith("README.md")
     }
-    assert sorted(listed) == sorted(there - decisions), (
+    assert sorted(listed) == sorted(there - linked), (
         "Do: put the page into the navigation of scripts/site.toml."
     )
 

@@ -52,7 +52,7 @@ def forward_arms(
     ids = torch.randint(0, base.config.vocab_size, (1, tokens))
     config = veneer.LoraConfig(rank=8, alpha=ALPHA)
 
-    def attached(products: bool) -> Any:
+    def attach_base(products: bool) -> Any:
         model = sharing(base)
         veneer.attach(model, config)
         if products:
@@ -68,8 +68,8 @@ def forward_arms(
         models["peft, bf16 adapters"] = with_peft(sharing(base), narrow=True, **everywhere)
     models["peft, merged"] = with_peft(copy.deepcopy(base), **everywhere).merge_and_unload()
     models |= {
-        "veneer": attached(False),
-        "veneer, own attention": attached(True),
+        "veneer": attach_base(False),
+        "veneer, own attention": attach_base(True),
         "veneer, merged": merged,
     }
     return {

@@ -36,14 +36,14 @@ def compose_arms(
     folder = Path(stack.enter_context(TemporaryDirectory()))
     adapter_names, out = save_random(model, folder, adapters, rank), folder / "out"
     paths, weights = [folder / name for name in adapter_names], [1 / adapters] * adapters
-    made: Any = peft_with(model, folder, adapter_names)
+    adapted: Any = peft_with(model, folder, adapter_names)
 
     def theirs(**options: Any) -> Callable[[], None]:
         def call() -> None:
-            if "sum" in made.peft_config:  # a name that exists is passed by
-                made.delete_adapter("sum")
+            if "sum" in adapted.peft_config:  # a name that exists is passed by
+                adapted.delete_adapter("sum")
             with torch.no_grad():
-                made.add_weighted_adapter(adapter_names, weights, "sum", **options)
+                adapted.add_weighted_adapter(adapter_names, weights, "sum", **options)
 
         return call
 
@@ -54,12 +54,12 @@ def compose_arms(
         "peft, svd": theirs(combination_type="svd", svd_rank=rank), "peft, cat": theirs(combination_type="cat"),
         "veneer, svd": ours(rank=rank), "veneer, exact": ours(),
     }  # fmt: skip
-    for mine, other in (("veneer, svd", "peft, svd"), ("veneer, exact", "peft, cat")):
-        arms[mine](), arms[other]()
+    for mine, peer in (("veneer, svd", "peft, svd"), ("veneer, exact", "peft, cat")):
+        arms[mine](), arms[peer]()
         for path, low in read(out).products.items():
             wanted = low.delta(torch.float64)[0]
-            change = made.base_model.model.get_submodule(path).get_delta_weight("sum").double()
-            assert (change - wanted).norm() < 1e-3 * wanted.norm(), f"{other} is not {mine}"
+            change = adapted.base_model.model.get_submodule(path).get_delta_weight("sum").double()
+            assert (change - wanted).norm() < 1e-3 * wanted.norm(), f"{peer} is not {mine}"
     return arms
 
 
@@ -152,13 +152,13 @@ def batches_of(examples: Any, size: int) -> Iterator[dict[str, Tensor]]:
 def predictions(model: nn.Module, examples: Any) -> tuple[Tensor, Tensor]:
     """Log-probabilities [n, vocabulary] where a completion's token stands, and those tokens [n]."""
     model.eval()
-    found, wanted = [], []
+    predicted, wanted = [], []
     for inputs in batches_of(examples, 16):
         target = inputs.pop("labels")[:, 1:]
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        found.append(logits[target != -100].log_softmax(-1))
+        predicted.append(logits[target != -100].log_softmax(-1))
         wanted.append(target[target != -100])
-    return torch.cat(found), torch.cat(wanted)
+    return torch.cat(predicted), torch.cat(wanted)
 
 
 def fidelity_arms(
@@ -192,14 +192,14 @@ def fidelity_arms(
     exact, wanted = predictions(model, examples)
 
     def judge(judged: nn.Module) -> dict[str, float]:
-        found, _ = predictions(judged, examples)
-        divergence = F.kl_div(found, exact, log_target=True, reduction="batchmean").item()
-        return {"loss": F.nll_loss(found, wanted).item(), "divergence": divergence}
+        predicted, _ = predictions(judged, examples)
+        divergence = F.kl_div(predicted, exact, log_target=True, reduction="batchmean").item()
+        return {"loss": F.nll_loss(predicted, wanted).item(), "divergence": divergence}
 
     def merged(rounding: Any) -> dict[str, float]:
         report = handle.merge(rounding=rounding)
-        kept = sorted(layer.retention for layer in report.layers)
-        numbers = {**judge(model), "kept": kept[len(kept) // 2]}
+        retention = sorted(layer.retention for layer in report.layers)
+        numbers = {**judge(model), "kept": retention[len(retention) // 2]}
         handle.unmerge()
         return numbers
 

@@ -142,7 +142,7 @@ def measure_speeds(dtype: str) -> dict[str, float]:
 
 
 def run_alone(name: str, steps: int, changes: Mapping[str, Any]) -> dict[str, float]:
-    """What one configuration takes; of several processes, each."""
+    """Memory and seconds of one configuration; of several processes, each."""
     from veneer.train.processes import join
 
     base, dtype, adapter, _ = CONFIGURATIONS[name]
@@ -174,11 +174,11 @@ def predict(name: str, speeds: Mapping[str, float], changes: Mapping[str, Any]) 
     model = countable_model({**base, **changes}, DTYPES[dtype])
     veneer.attach(model, veneer.LoraConfig(**{"rank": 8, **adapter}))
     peak, bandwidth = speeds["operations"] / PRODUCTS, speeds["bytes"] / BYTES
-    here = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, Network(1, None), "measured")
+    machine = Hardware("here", 1, peak, peak, bandwidth, 1, 1, 1, Network(1, None), "measured")
     run, strategy = run_of(name)
     devices = PROCESSES if strategy else 1
     planned = Planner(model).plan(
-        replace(run, accumulate=devices), strategy or "ddp", devices, here
+        replace(run, accumulate=devices), strategy or "ddp", devices, machine
     )
     return {
         "planned memory": planned.total,
@@ -201,9 +201,14 @@ def plan_arms(
 
     def arm(env: Mapping[str, str]) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            own = {**os.environ, **env}
+            environment = {**os.environ, **env}
             measured = runner.call(
-                "cases.planning:run_alone", name, steps, changes or {}, env=own, prefix=prefix
+                "cases.planning:run_alone",
+                name,
+                steps,
+                changes or {},
+                env=environment,
+                prefix=prefix,
             )
             return {**measured, **predict(name, measured, changes or {})}
 

@@ -62,10 +62,10 @@ def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
             spent = meter.spent()
             with meter.pause():
                 training = model.training
-                found, wanted = predictions(model, examples)
+                predicted, wanted = predictions(model, examples)
                 model.train(training)
-                right = (found.argmax(-1) == wanted).float().mean().item()
-                loss = F.nll_loss(found, wanted).item()
+                right = (predicted.argmax(-1) == wanted).float().mean().item()
+                loss = F.nll_loss(predicted, wanted).item()
             curve.append({"step": step, "loss": loss, "right": right, **spent})
 
         def on_train_begin(
@@ -83,8 +83,8 @@ def watch_loss(curve: list[dict[str, float]], examples: Any, every: int) -> Any:
     return Watch()
 
 
-def reached(curve: Sequence[Mapping[str, float]], target: float, cost: str) -> float | None:
-    """What it cost until the loss was at `target`, or None if it never was."""
+def cost_until(curve: Sequence[Mapping[str, float]], target: float, cost: str) -> float | None:
+    """The cost until the loss was at `target`, or None if it never was."""
     for before, after in pairwise(curve):
         if after["loss"] <= target:
             share = (before["loss"] - target) / max(before["loss"] - after["loss"], 1e-9)
@@ -158,7 +158,9 @@ def target_arms(
                     **more,
                 )
             last = curve[-1]
-            until = {f"{cost} to target": reached(curve, target, cost) for cost in ("wall", "cpu")}
+            until = {
+                f"{cost} to target": cost_until(curve, target, cost) for cost in ("wall", "cpu")
+            }
             return {**{name: last[name] for name in ("loss", "right", "wall", "cpu")}, **until}
 
         return run
@@ -201,8 +203,8 @@ def sweep_arms(
             )  # fmt: skip
             with contextlib.redirect_stdout(sys.stderr):
                 facts = sweep(config, make_sweep({"axes": AXES, **settings}), quiet=True).facts
-            best = next(one for one in facts["candidates"] if one["name"] == facts["best"])
-            trained = sum(len(one["losses"]) for one in facts["candidates"])
+            best = next(row for row in facts["candidates"] if row["name"] == facts["best"])
+            trained = sum(len(row["losses"]) for row in facts["candidates"])
             return {"loss": best["loss"], "steps": trained, "cpu": facts["cpu_seconds"]}
 
         return run

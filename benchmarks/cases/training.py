@@ -39,9 +39,9 @@ PEERS = (
 
 
 def build(architecture: str, dtype: str, layers: int, tokens: int, tiny: bool) -> tuple[Any, Any]:
-    known = ARCHITECTURES[architecture]
-    base = known.build(layers, min(tokens, 256), tiny=tiny).to(DTYPES[dtype])
-    return base, known.batch(base, tokens)
+    shape = ARCHITECTURES[architecture]
+    base = shape.build(layers, min(tokens, 256), tiny=tiny).to(DTYPES[dtype])
+    return base, shape.batch(base, tokens)
 
 
 def step_arms(
@@ -74,11 +74,11 @@ def memory_arms(
             optimizer = candidate.optimizer()
             gc.collect()
             rest = memory.resident()
-            kept = memory.saved(candidate, batch)  # a step, but for its last part
+            saved = memory.saved_bytes(candidate, batch)  # a step, but for its last part
             if optimizer is not None:
                 optimizer.step()
             peak = memory.peak_of(lambda: step(candidate, optimizer, batch))
-            return {"saved": kept, "peak": peak, "above": max(peak - rest, 1)}
+            return {"saved": saved, "peak": peak, "above": max(peak - rest, 1)}
 
         return measure
 
@@ -97,12 +97,15 @@ def many_arms(
     batches = {name: {"input_ids": ids, "labels": ids} for name, ids in rows.items()}
 
     def apart(name: str, model: Any) -> Callable[[], None]:
-        made: list[Candidate] = [make(name, sharing(model), "llama", 8) for _ in runs]
-        steps = [(one, one.optimizer(), batches[run]) for one, run in zip(made, runs, strict=True)]
+        candidates: list[Candidate] = [make(name, sharing(model), "llama", 8) for _ in runs]
+        steps = [
+            (candidate, candidate.optimizer(), batches[run])
+            for candidate, run in zip(candidates, runs, strict=True)
+        ]
 
         def all_steps() -> None:
-            for one in steps:
-                step(*one)
+            for arguments in steps:
+                step(*arguments)
 
         return all_steps
 

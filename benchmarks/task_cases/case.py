@@ -1,4 +1,4 @@
-"""What the tasks share: what a case is, its rows, the peer's adapters and its plain trainer."""
+"""The tasks share their form, their rows, the peer's adapters and its plain trainer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def link_base(folder: Path, name: str) -> None:
     (folder / BASE).symlink_to(models.folder_of(name), target_is_directory=True)
 
 
-def adapted(model: Any, kind: str | None, **more: Any) -> Any:
+def adapt(model: Any, kind: str | None, **more: Any) -> Any:
     """The peer's model, with PEFT's adapters on all linear layers."""
     from peft import LoraConfig, get_peft_model
 
@@ -63,5 +63,5 @@ def plain_trainer(
 ) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    own = TrainingArguments(remove_unused_columns=False, **arguments)
-    return Trainer(model, own, train_dataset=rows, data_collator=collator, callbacks=callbacks)
+    settings = TrainingArguments(remove_unused_columns=False, **arguments)
+    return Trainer(model, settings, train_dataset=rows, data_collator=collator, callbacks=callbacks)

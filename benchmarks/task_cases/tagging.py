@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # experimen
 
 from experiments.snips import read, span_f1
 
-from task_cases.case import BASE, MINILM, Case, adapted, link_base, plain_trainer, rows_of, rows_to
+from task_cases.case import BASE, MINILM, Case, adapt, link_base, plain_trainer, rows_of, rows_to
 
 
 def needs_snips() -> str | None:
@@ -24,8 +24,8 @@ def needs_snips() -> str | None:
 
 def write_snips(folder: Path, quick: bool) -> None:
     link_base(folder, MINILM)
-    for part, rows in read(Path(os.environ["SNIPS"])).items():
-        rows_to(folder / f"{part}.jsonl", rows)
+    for split, rows in read(Path(os.environ["SNIPS"])).items():
+        rows_to(folder / f"{split}.jsonl", rows)
 
 
 def train_tagging(
@@ -42,20 +42,20 @@ def train_tagging(
     names = sorted({label for row in rows for label in row["labels"]})
     encoded = []
     for row in rows:
-        own = tokenizer(row["words"], is_split_into_words=True)
-        at = own.word_ids()
+        encoding = tokenizer(row["words"], is_split_into_words=True)
+        word_ids = encoding.word_ids()
         first = [
             word is not None and word != before
-            for word, before in zip(at, [None, *at], strict=False)
+            for word, before in zip(word_ids, [None, *word_ids], strict=False)
         ]
         labels = [
-            names.index(row["labels"][word]) if there else -100
-            for word, there in zip(at, first, strict=True)
+            names.index(row["labels"][word]) if is_first else -100
+            for word, is_first in zip(word_ids, first, strict=True)
         ]
         encoded.append(
             {
-                "input_ids": own["input_ids"],
-                "attention_mask": own["attention_mask"],
+                "input_ids": encoding["input_ids"],
+                "attention_mask": encoding["attention_mask"],
                 "labels": labels,
             }
         )
@@ -64,7 +64,7 @@ def train_tagging(
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )
-    model = adapted(model, "TOKEN_CLS", exclude_modules=["classifier"])
+    model = adapt(model, "TOKEN_CLS", exclude_modules=["classifier"])
     collator = DataCollatorForTokenClassification(tokenizer)
     arguments = {**arguments, "train_sampling_strategy": "group_by_length"}
     plain_trainer(model, encoded, collator, arguments, callbacks).train()
@@ -78,16 +78,16 @@ def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
     pairs: list[tuple[list[str], list[str]]] = []
     rows = rows_of(folder / "test.jsonl")
     for start in range(0, len(rows), 32):
-        part = rows[start : start + 32]
-        words = [row["words"] for row in part]
+        batch_rows = rows[start : start + 32]
+        words = [row["words"] for row in batch_rows]
         batch = tokenizer(words, is_split_into_words=True, padding=True, return_tensors="pt")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             best = model(**inputs).logits.argmax(-1).tolist()
-        for i, row in enumerate(part):
-            at = batch.word_ids(i)
-            own = [names[best[i][at.index(word)]] for word in range(len(row["words"]))]
-            pairs.append((own, row["labels"]))
+        for i, row in enumerate(batch_rows):
+            word_ids = batch.word_ids(i)
+            labels = [names[best[i][word_ids.index(word)]] for word in range(len(row["words"]))]
+            pairs.append((labels, row["labels"]))
     return span_f1(pairs)
 
 

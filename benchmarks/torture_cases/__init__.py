@@ -1,13 +1,12 @@
-"""Cases that LoRA libraries get wrong, run through Veneer and its peers: ``python
-benchmarks/torture.py``.
+"""Cases that LoRA libraries get wrong, run with each of them: ``python -m benchmarks.torture``.
 
-    cases/        CASES: a name, the row of the table that it belongs to, and a function of a library
-    judges.py     what "right" means: forward equals merged, unmerging restores bits, refused instead of accepted, …
+    cases.py      CASES: a name, what is asked, and a function of a library
+    judges.py     what "right" means: forward equals merged, unmerging restores the bits, …
     library.py    what a case may ask of a library, and the Result that it returns
-    ours.py       that, for Veneer
-    peers.py      that, for PEFT, LyCORIS and loralib
     models.py     the small models that the cases are about
+    peft_library.py, lycoris_library.py, loralib_library.py, veneer_library.py    the libraries
 
-A case knows no library and a library knows no case, so each case runs the same way everywhere.
-``tests/test_torture.py`` runs every case with Veneer alone. A new case is one more entry of CASES.
+A case names no library and a library names no case, so each case runs the same way with every
+library, at its defaults. ``tests/test_torture.py`` runs every case with Veneer. A new case is one
+more entry of CASES.
 """

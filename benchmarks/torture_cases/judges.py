@@ -1,12 +1,13 @@
-"""What "right" means. Each judge takes a library and answers with a Result."""
+"""The meaning of "right". Each judge takes a library and answers with a Result."""
 
 from __future__ import annotations
 
 import contextlib
+import linecache
 import logging
 import re
-import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,156 +16,191 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from torture_cases.library import Adapter, Library, NotOffered, Result
+from torture_cases.library import (
+    CRASHES,
+    REFUSES,
+    RIGHT,
+    UNCHECKED,
+    WRONG,
+    Adapter,
+    Library,
+    NotOffered,
+    Result,
+)
 
 #: of outputs in float32, relative to the largest
 NEAR = 1e-5
+#: errors of a program that went wrong, however they are raised
+BUGS = (AttributeError, LookupError, AssertionError, RecursionError)
+#: a notice that names no fault: "already merged, nothing to do"
+NOTICE = re.compile("nothing to do", re.IGNORECASE)
 
 
-def said(error: BaseException) -> str:
+def shorten_text(text: object, length: int = 100) -> str:
+    line = " ".join(re.sub(rf"{tempfile.gettempdir()}/\w+/", "", str(text)).split())
+    return line if len(line) <= length else f"{line[:length]}…"
+
+
+def describe_error(error: BaseException) -> str:
     """A one-line form of an error."""
-    line = " ".join(re.sub(rf"{tempfile.gettempdir()}/\w+/", "", str(error)).split())
-    return f"{type(error).__name__}{': ' if line else ''}{line[:90]}{'…' if len(line) > 90 else ''}"
+    return f"{type(error).__name__}: {shorten_text(error)}".removesuffix(": ")
 
 
-def distance(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference; infinite where either is not a number."""
-    difference = (one.detach().double() - other.detach().double()).abs()
+def is_refusal(error: BaseException) -> bool:
+    """Whether a ``raise`` with a message ends in this error: of the library, or of a function that
+    it hands the value to. An error from inside an operator is a crash, and so are BUGS."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return line.startswith("raise") and bool(str(error)) and not isinstance(error, BUGS)
+
+
+def judge_error(error: Exception) -> Result:
+    if isinstance(error, NotOffered):
+        return Result(REFUSES, f"not offered: {error}")
+    if is_refusal(error):
+        return Result(REFUSES, describe_error(error))
+    return Result(CRASHES, describe_error(error), got=describe_error(error), right="no error")
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    """The largest absolute difference; infinite for values that are no numbers."""
+    difference = (first.detach().double() - second.detach().double()).abs()
     return difference.nan_to_num(nan=float("inf")).max().item()
 
 
-def noise(adapter: Adapter, size: float = 0.3) -> None:
-    """Normal noise on all trained numbers, so that nothing is hidden by a zero."""
+def add_noise(adapter: Adapter, size: float = 0.3) -> None:
+    """Normal noise on all adapter parameters, so that nothing is hidden by a zero."""
     for parameter in adapter.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=size)
 
 
 def randomise(adapter: Adapter, size: float = 0.3) -> None:
-    """Noise on all trained numbers, and the model ready to be called."""
-    adapter.ready()
-    noise(adapter, size)
+    adapter.prepare()
+    add_noise(adapter, size)
 
 
-def bits(adapter: Adapter) -> dict[str, Tensor]:
+def copy_weights(adapter: Adapter) -> dict[str, Tensor]:
     return {path: weight.detach().clone() for path, weight in adapter.weights().items()}
 
 
-def off(adapter: Adapter, before: dict[str, Tensor]) -> float:
-    """How far the base's weights are from what they were."""
-    now = adapter.weights()
+def base_error(adapter: Adapter, before: dict[str, Tensor]) -> float:
+    """How far the base's weights are from their values before."""
+    weights = adapter.weights()
     return max(
-        distance(now[path], weight) if path in now else float("inf")
+        distance(weights[path], weight) if path in weights else float("inf")
         for path, weight in before.items()
     )
 
 
-def state(error: float) -> str:
-    """In words, a base that is off by ``error``."""
-    if error == 0:
-        return "has its very bits"
-    return "is not finite" if error == float("inf") else f"is off by {error:.2g}"
+def judge_base(adapter: Adapter, before: dict[str, Tensor]) -> Result:
+    """The base has its very bits."""
+    error = base_error(adapter, before)
+    state = "is not finite" if error == float("inf") else f"is off by {error:.2g}"
+    state = state if error else "has its very bits"
+    text = f"after unmerging, the base {state}"
+    return Result(WRONG if error else RIGHT, text, f"{error:.2g}", "0", {"off": error})
 
 
-def sound(
+def judge_layer(
     library: Library,
     model: nn.Module,
     *inputs: Tensor,
     targets: Sequence[str] | str = ("layer",),
-    rank: int = 2,
     **options: Any,
 ) -> Result:
-    """An adapter attaches, changes the output, gets a gradient for all its numbers, gives the same
-    output merged (when its own numbers are zero, to be sure that it is the weights that hold it),
-    and leaves the base as it was after unmerging."""
+    """An adapter attaches, changes the output, gets a gradient for all its parameters, gives the
+    same output merged (with its own parameters at zero, so that only the weights can hold it), and
+    leaves the base as it was after unmerging."""
     with torch.no_grad():
         base = model.eval()(*inputs)
-    try:
-        adapter = library.attach(model, targets, rank=rank, **options)
-    except NotOffered:
-        raise
-    except library.refusal as error:
-        return Result(False, f"refused: {said(error)}")
+    adapter = library.attach(model, targets, **options)
     randomise(adapter)
     parameters = adapter.parameters()
     if not parameters:
-        return Result(False, "attaches nothing, without an error")
+        return Result(UNCHECKED, "attaches nothing, without an error")
     output = adapter.model(*inputs)
-    size, problems = output.abs().max().item(), []
+    size, change = output.abs().max().item(), distance(output, base)
     if output.requires_grad:
         (output * torch.randn_like(output)).sum().backward()
-    change = distance(output, base)
-    if change < 1e-3 * size:
-        problems.append(f"no effect in forward (changes it by {change:.1g})")
     blind = sum(
         p.grad is None or not p.grad.abs().sum() > 0 or not p.grad.isfinite().all()
         for p in parameters
     )
+    problems = []
+    if change < 1e-3 * size:
+        problems.append(f"no effect in forward (changes it by {change:.1g})")
     if blind:
-        problems.append(f"no gradient for {blind} of {len(parameters)} trained tensors")
-    measures, before = {"change": change / size, "blind": float(blind)}, bits(adapter)
-    try:
-        adapter.merge()
-        numbers = [parameter.detach().clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.data.zero_()
-        differs = distance(output, adapter.model(*inputs))
-        for parameter, number in zip(parameters, numbers, strict=True):
-            parameter.data.copy_(number)
-        measures["merged"] = differs / size
-        if measures["merged"] > NEAR:
-            problems.append(
-                f"forward differs from merged by {differs:.2g} on outputs of {size:.2g}"
-            )
-        adapter.unmerge()
-        measures["again"] = distance(output, adapter.model(*inputs)) / size
-        if measures["again"] > NEAR:
-            problems.append(f"forward after unmerging is off by {measures['again'] * size:.2g}")
-        measures["unmerged"] = off(adapter, before)
-        if measures["unmerged"] > 1e-6:
-            problems.append(f"the base is off by {measures['unmerged']:.1g} after unmerging")
-    except Exception as error:
-        problems.append(f"cannot merge: {said(error)}")
-    if problems:
-        return Result(False, "; ".join(problems), measures)
-    exact = f"to {measures['unmerged']:.0e}" if measures["unmerged"] else "exactly"
+        problems.append(f"no gradient for {blind} of {len(parameters)} adapter tensors")
+    before = copy_weights(adapter)
+    adapter.merge()
+    values = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.data.zero_()
+    merged = distance(output, adapter.model(*inputs))
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
+    if merged > NEAR * size:
+        problems.append(f"forward differs from merged by {merged:.2g} on outputs of {size:.2g}")
+    adapter.unmerge()
+    again, unmerged = distance(output, adapter.model(*inputs)), base_error(adapter, before)
+    if again > NEAR * size:
+        problems.append(f"forward after unmerging is off by {again:.2g}")
+    if unmerged > 1e-6:
+        problems.append(f"the base is off by {unmerged:.1g} after unmerging")
+    exact = f"to {unmerged:.0e}" if unmerged else "exactly"
+    text = f"forward equals merged to {merged / size:.0e}, unmerging restores {exact}"
+    measures = {"blind": float(blind), "merged": merged / size, "unmerged": unmerged}
     return Result(
-        True,
-        f"forward equals merged to {measures['merged']:.0e}, unmerging restores {exact}",
+        WRONG if problems else RIGHT,
+        "; ".join(problems) or text,
+        f"{merged:.2g} between forward and merged",
+        "0",
         measures,
     )
 
 
-def refused(library: Library, action: Callable[[], object]) -> Result:
-    """The library raises an error of its own instead of accepting."""
-    with heard() as warned:
-        try:
-            action()
-        except NotOffered:
-            raise
-        except library.refusal as error:
-            return Result(True, f"refused: {said(error)}")
-    return Result(False, "accepted, with a warning" if warned else "accepted silently")
+def judge_refusal(action: Callable[[], object]) -> Result:
+    """Bad input is refused, in any words."""
+    try:
+        action()
+    except Exception as error:
+        return judge_refused(error)
+    return Result(UNCHECKED, "accepted", "accepted", "an error")
+
+
+def judge_refused(error: Exception) -> Result:
+    """An error that names the bad input is the right answer to it."""
+    result = judge_error(error)
+    offered = result.outcome == REFUSES and not isinstance(error, NotOffered)
+    return Result(RIGHT, f"refused: {result.text}") if offered else result
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[object]]:
-    """Collects what is warned of, through ``warnings`` or a logger, and keeps it off the screen."""
-    loud: list[object] = []
+def capture_warnings(library: Library) -> Iterator[list[str]]:
+    """Collects the warnings of a library, through ``warnings`` or a logger; none is printed."""
+    texts: list[str] = []
 
     def handle(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            loud.append(record)
+        if record.levelno >= logging.WARNING and record.name.lower().startswith(library.package):
+            texts.append(record.getMessage())
 
     with (
-        warnings.catch_warnings(record=True) as warned,
+        warnings.catch_warnings(record=True) as caught,
         mock.patch.object(logging.Logger, "handle", handle),
     ):
         warnings.simplefilter("always")
-        yield loud
-        loud += warned
+        try:
+            yield texts
+        finally:
+            texts += [
+                str(warning.message)
+                for warning in caught
+                if f"/{library.package}/" in warning.filename
+                and not NOTICE.search(str(warning.message))
+            ]
 
 
-def wrongly_rounded(weight: Tensor, exact: Tensor) -> int:
+def count_misrounded(weight: Tensor, exact: Tensor) -> int:
     """How many values of a bfloat16 ``weight`` have a neighbour that is strictly closer to
     ``exact``, in float64."""
     steps = weight.detach().contiguous().view(torch.int16)
@@ -172,19 +208,3 @@ def wrongly_rounded(weight: Tensor, exact: Tensor) -> int:
     neighbours = [(steps + step).view(torch.bfloat16).double() for step in (-1, 1)]
     closer = [(neighbour - exact).abs() < closest for neighbour in neighbours]
     return int((closer[0] | closer[1]).sum())
-
-
-def calls(action: Callable[[], object]) -> int:
-    """How many functions ``action`` calls: a cost that no other process disturbs."""
-    count = 0
-
-    def profile(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(profile)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count

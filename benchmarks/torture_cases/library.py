@@ -1,4 +1,4 @@
-"""What a case may ask of a library, and what a case returns."""
+"""The interface of a library in the cases, and the result of a case."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+RIGHT, WRONG, CRASHES = "right", "wrong without a word", "crashes"
+REFUSES, UNCHECKED = "refuses with words", "does not check"
+#: the columns of the table
+OUTCOMES = (RIGHT, WRONG, CRASHES, REFUSES, UNCHECKED)
+
 Selection = str | None | Sequence[str | None]
 
 
 class NotOffered(Exception):  # noqa: N818  (an answer, no failure)
-    """The library has no such thing, for the reason given: the case does not apply to it."""
+    """The library has no such function, as its documentation shows: nobody gets a wrong number."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What happened. ``ok`` is None where the case does not apply; ``measures`` are the numbers
-    behind the text."""
+    """The outcome of a case, the number that the library gave and the right one.
 
-    ok: bool | None
+    ``measures`` are the numbers behind the text.
+    """
+
+    outcome: str
     text: str
+    got: str = ""
+    right: str = ""
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -32,41 +41,37 @@ class Adapter(ABC):
 
     model: nn.Module
 
-    def ready(self) -> None:
+    def prepare(self) -> None:
         """Make the model one to be called: unmerged, and without dropout."""
         self.model.eval()
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """The trained numbers, in the order of the layers."""
+        """The adapter parameters, in the order of the layers."""
 
     @abstractmethod
     def merge(self, *, safe: bool = False) -> None:
-        """Fold it into the weights; ``safe`` asks for whatever the library has to make that exact
-        or checked."""
+        """Fold it into the weights; ``safe`` asks for the checks that the library has for that."""
 
     @abstractmethod
     def unmerge(self) -> None: ...
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The base's parameters under the names that they had before anything was attached, ties
-        included."""
+        """The base's parameters under the names that they had before, ties included."""
 
     @abstractmethod
     def delta(self, path: str) -> Tensor:
-        """ΔW [out, in] of the layer at ``path``, in float64 from the trained numbers."""
+        """ΔW [out, in] of the layer at ``path``, in float64 from the adapter parameters."""
 
 
 class Library(ABC):
-    """A library. What not every library has raises NotOffered here."""
+    """A library at its defaults. A function that it does not have raises NotOffered."""
 
     name: str
     package: str
     distribution: str
-    #: what it raises when it refuses; anything else that is raised is a crash
-    refusal: tuple[type[Exception], ...] = (Exception,)
-    #: the targets that mean all of a MultiheadAttention named ``layer``
+    #: the targets that mean all weights of a MultiheadAttention named ``layer``
     attention: tuple[str, ...] = ("layer",)
 
     @abstractmethod
@@ -79,32 +84,23 @@ class Library(ABC):
         name: str = "one",
         **options: Any,
     ) -> Adapter:
-        """Attach an adapter of scale 2 (rsLoRA: times √rank) to a plain model, or another one to an
-        adapter's model.
+        """Attach an adapter of scale 2 (rsLoRA: times √rank) to a plain model or an adapted one.
 
         Args:
             targets: paths of modules, or suffixes of them at a dot; or "all-linear".
             options: ``dropout``; ``layers``, indices of blocks; ``variant``, "lora", "rslora" or
-                "dora"; ``tied``, to ask for one change of a tied weight where a library has to be
-                asked.
+                "dora".
         """
 
-    def call(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        selection: Selection,
-        through: Callable[..., Any] | None = None,
-    ):
-        """Run an adapter's model with the adapter ``selection``: a name, None for the base, or one
-        of these for each row of the batch. ``through`` is the model compiled."""
+    def call(self, model: nn.Module, x: Tensor, selection: Selection) -> Tensor:
+        """Run an adapted model with ``selection``: a name, None for the base, or one of these for
+        each row of the batch."""
         raise NotOffered("has no adapters to select by name")
 
     def combine(
-        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str
+        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], into: str
     ) -> Adapter:
-        """A new adapter ``into``, whose ΔW is the weighted sum of those of ``names``; ``how`` is
-        "cat" or "svd"."""
+        """A new adapter ``into``, whose ΔW is the weighted sum of those of ``names``."""
         raise NotOffered("does not combine adapters")
 
     @abstractmethod
@@ -118,10 +114,16 @@ class Library(ABC):
         """Change the tensors in an adapter's folder."""
 
     @abstractmethod
-    def forget_alpha(self, folder: Path) -> None:
-        """Remove what says how ΔW is scaled from an adapter's folder."""
+    def remove_alpha(self, folder: Path) -> None:
+        """Remove the scale of ΔW from an adapter's folder."""
 
     def disguises(self, folder: Path) -> list[Path]:
-        """The folder, and copies of it that hold less of what the library could notice a change
-        by."""
+        """The folder, and copies of it without the records that would show a change."""
         return [folder]
+
+
+def linear_paths(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
+    """The targets as a list, with the paths of all linear layers for "all-linear"."""
+    if targets != "all-linear":
+        return list(targets)
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -48,6 +48,7 @@ class Tied(nn.Module):
     transformers does."""
 
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    config = {"tie_word_embeddings": True, "model_type": "custom"}
 
     def __init__(self, vocabulary: int = 12, width: int = 8) -> None:
         super().__init__()

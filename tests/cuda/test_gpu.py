@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import bench_page, gpu_page
-from tests.cuda import limits
+from tests.cuda import gpu_checks, gpu_model_checks, limits
+from tests.cuda.gpu_compare import CHECKS
 from tests.support.emulated_device import G0, one_visible
 
 import gpu
-import gpu_checks
-import gpu_model_checks
 import gpu_models
 import gpu_place
 import gpu_speed
 import veneer
-from gpu_compare import CHECKS
 from gpu_place import Place, Skipped
 
 pytestmark = pytest.mark.filterwarnings("ignore")

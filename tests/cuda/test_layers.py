@@ -5,10 +5,9 @@ backward, rows and banks never wait, and nothing costs more launches, waits or b
 from __future__ import annotations
 
 import pytest
-from tests.cuda import limits
+from tests.cuda import gpu_checks, limits
 from tests.support.emulated_device import G0
 
-import gpu_checks
 from gpu_place import Place
 from veneer.layers import LAYERS
 

@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from tests.cuda import limits
+from tests.cuda import gpu_checks, limits
+from tests.cuda.gpu_compare import IDS, Wrong, llama, logits
 from tests.cuda.test_gpu import MODELS, OFFLOADED, WAITS
 from tests.support.broken import (
     first_row_decides,
@@ -18,8 +19,6 @@ from tests.support.broken import (
 from tests.support.emulated_device import G0, G1, without_float64
 from tests.support.toys import example
 
-import gpu_checks
-from gpu_compare import IDS, Wrong, llama, logits
 from gpu_place import Place
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from tests.cuda import gpu_checks
 from tests.support.banks import saved
 from tests.support.emulated_device import G0, without_float64
 from tests.support.quantised import IN, libraries  # noqa: F401 (a fixture)
@@ -17,7 +18,6 @@ from tests.support.tiny import tiny_model
 from tests.support.toys import error, example, randomise
 from torch import nn
 
-import gpu_checks
 import veneer
 from gpu_place import Place
 from veneer.layers import LAYERS

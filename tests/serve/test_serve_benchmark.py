@@ -63,7 +63,7 @@ def alone(folder, ids):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_peer_answers_as_the_merged_models_do(served):
-    engine = peers.mixed(served, 4)[0]
+    engine = peers.create_engine(served, 4)[0]
     engine.start()
     try:
         prompts = [client.prompt(number, 4, 20, VOCABULARY) for number in range(5)]

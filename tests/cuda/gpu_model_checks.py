@@ -10,16 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support import moe
-from tests.support.banks import saved
-from tests.support.real_models import REAL
-from tests.support.tiny import tiny_model
-from tests.support.toys import bits, randomise
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-
-import veneer
-from gpu_compare import (
+from tests.cuda.gpu_compare import (
     CHECKS,
     IDS,
     WITHIN,
@@ -38,7 +29,16 @@ from gpu_compare import (
     on,
     same_bits,
 )  # fmt: skip
-from gpu_place import Place, Skipped, installed, refuse_waits, waits
+from tests.support import moe
+from tests.support.banks import saved
+from tests.support.real_models import REAL
+from tests.support.tiny import tiny_model
+from tests.support.toys import bits, randomise
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import veneer
+from gpu_place import Place, Skipped, import_library, refuse_waits, waits
 from veneer.errors import VeneerError
 from veneer.train.loss import causal_loss, token_loss
 
@@ -282,7 +282,7 @@ def experts(place: Place) -> str:
 
 @check("4 bits (bitsandbytes): LoRA and DoRA, merge and unmerge")
 def four_bits(place: Place) -> str:
-    bnb = installed("bitsandbytes")
+    bnb = import_library("bitsandbytes")
     for nested, variant in itertools.product((False, True), ("lora", "dora")):
         more = {"quant_type": "nf4", "compress_statistics": nested}
         layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, **more)
@@ -352,7 +352,7 @@ def activations_elsewhere(place: Place) -> str:
 
 @check("8 bits (torchao): forward and backward")
 def eight_bits(place: Place) -> str:
-    quantization = installed("torchao.quantization")
+    quantization = import_library("torchao.quantization")
     module = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
     plain = nn.Sequential(nn.Linear(64, 32, bias=False))

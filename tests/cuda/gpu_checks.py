@@ -19,15 +19,8 @@ from typing import Any
 
 import torch
 import transformers.pytorch_utils  # noqa: F401 (the class of a kind that exists once this is imported)
-from tests.support.banks import saved
-from tests.support.rows import ROWS, rows_of
-from tests.support.toys import bits, calibration, example, flat, randomise
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-
-import gpu_model_checks  # noqa: F401 (which adds its own)
-import veneer
-from gpu_compare import (
+from tests.cuda import gpu_model_checks  # noqa: F401 (which adds its own)
+from tests.cuda.gpu_compare import (
     CHECKS,
     Wrong,
     exact,
@@ -40,7 +33,14 @@ from gpu_compare import (
     same_bits,
     wide,
 )
-from gpu_place import LACKS, Place, Skipped, Watch, unwatched
+from tests.support.banks import saved
+from tests.support.rows import ROWS, rows_of
+from tests.support.toys import bits, calibration, example, flat, randomise
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import veneer
+from gpu_place import LACKS, Place, Skipped, Watch, no_watch
 from veneer.errors import VeneerError
 from veneer.layers import LAYERS
 from veneer.variants import VARIANTS
@@ -50,7 +50,7 @@ EXAMPLES = 3
 
 
 def cell(
-    place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = unwatched
+    place: Place, module: nn.Module, args: tuple, variant: str, watch: Watch = no_watch
 ) -> None:
     """One layer with one variant: forward, backward, merge, unmerge. ``VeneerError`` if it refuses
     the variant."""
@@ -87,9 +87,7 @@ def lacking(problem: RuntimeError) -> bool:
     return any(words in str(problem) for words in LACKS)
 
 
-def cells(
-    place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: unwatched
-) -> str:
+def cells(place: Place, kind: str, watch: Callable[[int, str], Watch] = lambda *_: no_watch) -> str:
     """Every variant on the examples of a kind: what came of the cells."""
     seen: Counter[str] = Counter()
     count = min(EXAMPLES, sum(1 for _ in LAYERS[kind].examples()))
@@ -110,7 +108,7 @@ def cells(
     return ", ".join(f"{number} {what}" for what, number in seen.items())
 
 
-def rows(place: Place, kind: str, watch: Watch = unwatched) -> str:
+def rows(place: Place, kind: str, watch: Watch = no_watch) -> str:
     """A batch whose rows use two adapters and none: in ``use`` and in a bank, each as in float64
     alone."""
     if (kind, 0) not in ROWS:

@@ -61,36 +61,23 @@ class Veneer(Library):
         name: str = "one",
         **options: Any,
     ) -> Adapter:
-        options.pop("tied", None)  # it always is
         config = veneer.LoraConfig(rank=rank, alpha=2 * rank, targets=targets, **options)
         return VeneerAdapter(veneer.attach(model, config, name))
 
-    def call(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        selection: Selection,
-        through: Callable[..., Any] | None = None,
-    ):
+    def call(self, model: nn.Module, x: Tensor, selection: Selection) -> Tensor:
         with veneer.use(model, selection):
-            return (model if through is None else through)(x)
+            return model(x)
 
     def combine(
-        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], how: str, into: str
+        self, adapter: Adapter, names: Sequence[str], weights: Sequence[float], into: str
     ) -> Adapter:
-        """By hand, as there is no function for it: the factors side by side, which is exact and
-        needs no SVD."""
-        parts = [VeneerAdapter(veneer.Handle(adapter.model, name)) for name in names]
-        lows = [part.low_rank("layer") for part in parts]
-        A = torch.cat([low.A for low in lows], dim=1)
-        B = torch.cat(
-            [low.B * (low.scale * weight / 2) for low, weight in zip(lows, weights, strict=True)],
-            dim=2,
-        )
-        combined = self.attach(adapter.model, ["layer"], rank=A.shape[1], name=into)
-        for parameter, value in zip(combined.parameters(), (A, B), strict=True):
-            parameter.data.copy_(value)
-        return combined
+        """`veneer.compose` of folders, as a user combines adapters."""
+        with tempfile.TemporaryDirectory() as parent:
+            folders = [Path(parent) / name for name in names]
+            for name, folder in zip(names, folders, strict=True):
+                veneer.Handle(adapter.model, name).save(folder)
+            veneer.compose(folders, Path(parent) / "sum", weights=weights, base=adapter.weights())
+            return VeneerAdapter(veneer.load(adapter.model, Path(parent) / "sum", name=into))
 
     def save(self, adapter: Adapter, folder: Path) -> None:
         adapter.handle.save(folder)
@@ -106,7 +93,7 @@ class Veneer(Library):
         change(tensors)
         save_file(tensors, file, header)
 
-    def forget_alpha(self, folder: Path) -> None:
+    def remove_alpha(self, folder: Path) -> None:
         file = folder / "adapter_config.json"
         config = json.loads(file.read_text())
         del config["lora_alpha"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import veneer
-from gpu_place import Place, Watch, unwatched
+from gpu_place import Place, Watch, no_watch
 
 Check = Callable[[Place], str]
 CHECKS: dict[str, Check] = {}
@@ -114,10 +114,10 @@ def near_gradients(
 
 
 def learn(
-    model: Any, run: Callable[[Any], Tensor], watch: Watch = unwatched
+    model: Any, run: Callable[[Any], Tensor], watch: Watch = no_watch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(output, gradients of its mean square)."""
-    if watch is not unwatched:
+    if watch is not no_watch:
         run(model)  # the first call finds out what later ones know
     model.zero_grad(set_to_none=True)
     with watch("forward"):

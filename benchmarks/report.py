@@ -1,3 +1,0 @@
-"""Where recorded results are."""
-
-from runner import RESULTS as RESULTS
