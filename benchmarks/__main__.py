@@ -1,6 +1,6 @@
 """Record the benchmarks: ``python -m benchmarks [NAME…]``.
 
-    python -m benchmarks                 all of the group "bench" (about 77 minutes on two quiet cores)
+    python -m benchmarks                 all of the group "bench" (--list has the minutes)
     python -m benchmarks step forward    these
     python -m benchmarks --group serve   of another group: serve ($VLLM), tasks, plan
     python -m benchmarks --list          the cases, their settings and the time that they take
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -40,11 +41,15 @@ def answer_parent(options: argparse.Namespace) -> None:
             answer = getattr(module, inside)(*json.loads(options.call[1]))
         else:
             case = next(case for case in module.CASES if case.name == inside)
-            setting = case.settings[options.place]
+            settings = [case.settings[int(index)] for index in options.settings.split(",")]
             if options.arm:
-                answer = runner.run_alone(case, setting, options.seed, options.arm)
+                answer = runner.run_alone(case, settings[0], options.seed, options.arm)
             else:
-                answer = runner.run_rounds(case, setting, options.seed, case.rounds)
+                answer = {"settings": []}
+                for setting in settings:
+                    rounds = runner.run_rounds(case, setting, options.seed, case.rounds)
+                    answer["settings"].append(rounds)
+                    gc.collect()
     print(json.dumps(answer))
 
 
@@ -61,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--place", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -75,27 +80,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = all_cases()
     if unknown := [name for name in options.name if name not in cases]:
         raise SystemExit(
-            f"Found: {', '.join(unknown)}. Expected: names of cases. Do: python -m benchmarks --list"
+            f"Found: {', '.join(unknown)}. Expected: names of cases. Do: python -m benchmarks "
+            "--list"
         )
     chosen = [cases[name] for name in options.name] or [
         case for case in cases.values() if case.group == options.group
     ]
     print(
-        f"{len(chosen)} cases, about {sum(case.minutes for case in chosen):.0f} minutes on two quiet cores",
+        f"{len(chosen)} cases, about {sum(case.minutes for case in chosen):.0f} minutes on two "
+        "quiet cores",
         flush=True,
     )
     failed = []
     for case in chosen:
         if options.list:
             print(
-                f"{case.name:<16} {case.minutes:4.1f} min  {len(case.settings)} settings  {case.about}"
+                f"{case.name:<16} {case.minutes:4.1f} min  {len(case.settings)} settings  "
+                f"{case.about}"
             )
         elif missing := case.lacks():
             print(f"{case.name} is left out: it needs {missing}", flush=True)
         elif options.smoke:
             for result in runner.smoke(case)["cases"]:
                 print(
-                    f"{case.name}, {runner.describe(result['setting'])}: {', '.join(result['processes'][0]['rounds'])}"
+                    f"{case.name}, {runner.describe(result['setting'])}: "
+                    f"{', '.join(result['processes'][0]['rounds'])}"
                 )
         else:
             try:

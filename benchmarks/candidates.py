@@ -46,8 +46,13 @@ def llama(layers: int, length: int, tiny: bool = False, **changes: Any) -> nn.Mo
         "vocab_size": 49152 * layers // 30,
     }
     if tiny:
-        shape = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1,
-                 "vocab_size": 96}  # fmt: skip
+        shape = {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "vocab_size": 96,
+        }
     # A cache is of no use in training, and would be copied.
     config = {
         **shape,
@@ -236,9 +241,12 @@ def with_veneer(
     from veneer.train.loss import causal_loss
 
     config = veneer.LoraConfig(
-        rank=rank, alpha=ALPHA, dropout=dropout, targets=list(layers),
+        rank=rank,
+        alpha=ALPHA,
+        dropout=dropout,
+        targets=list(layers),
         ranks={path: size for path, size in layers.items() if size != rank},
-    )  # fmt: skip
+    )
     handle = veneer.attach(model, config)
     return Candidate(model, handle.parameters(), causal_loss if lean else own_loss)
 
@@ -249,9 +257,12 @@ def with_peft(
     import peft
 
     config = peft.LoraConfig(
-        r=rank, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(layers),
+        r=rank,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules=list(layers),
         rank_pattern={path: size for path, size in layers.items() if size != rank},
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, config, **options)
@@ -284,9 +295,14 @@ def with_loralib(model: nn.Module, layers: dict[str, int]) -> list[nn.Parameter]
             plain = new
         else:
             new = loralib.Conv2d(
-                old.in_channels, old.out_channels, old.kernel_size[0], stride=old.stride, padding=old.padding,
-                dtype=old.weight.dtype, **more,
-            )  # fmt: skip
+                old.in_channels,
+                old.out_channels,
+                old.kernel_size[0],
+                stride=old.stride,
+                padding=old.padding,
+                dtype=old.weight.dtype,
+                **more,
+            )
             plain = new.conv
         plain.weight, plain.bias = old.weight, old.bias
         setattr(holder, name, new)

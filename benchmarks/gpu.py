@@ -5,7 +5,7 @@ installed. At most 10 minutes.
     make gpu
     python benchmarks/gpu.py                    all parts, into benchmarks/results/gpu-NAME.json
     python benchmarks/gpu.py --only checks      one part; printed, and kept only with --out
-    python benchmarks/gpu.py --device cpu --quick --out FOLDER      every part on a processor, at a toy's size
+    python benchmarks/gpu.py --device cpu --quick --out FOLDER      every part at a toy's size
 
 Each part runs in a process of its own within a limit of seconds, so none takes another's memory or
 time; what a part has answered before its limit counts. Parts for which no time is left are skipped,
@@ -33,13 +33,22 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # tests/
 TOTAL = 580  # seconds, of ten minutes
 #: a part that would have less than this is skipped
 LEAST = 15
-MAIN = ("frozen base", "veneer", "veneer, dropout", "veneer, bf16 adapters", "veneer, model's own loss", "peft",
-        "peft, dropout", "peft, bf16 adapters", "peft + trl")  # fmt: skip
+MAIN = (
+    "frozen base",
+    "veneer",
+    "veneer, dropout",
+    "veneer, bf16 adapters",
+    "veneer, model's own loss",
+    "peft",
+    "peft, dropout",
+    "peft, bf16 adapters",
+    "peft + trl",
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The work of one process: ``limit`` in seconds; a model and storage to train, and its candidates."""
+    """The work of one process: ``limit`` in seconds; a model, its storage, and the candidates."""
 
     name: str
     limit: int
@@ -123,7 +132,7 @@ def child(arguments: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout, env=environment
-        )  # fmt: skip
+        )
         output: str = done.stdout
         problem = ""
         if done.returncode:

@@ -1,4 +1,4 @@
-"""The models that `make gpu` trains: SmolLM2-135M, and models of random weights in the shapes of a Llama of 1B
+"""The models that `make gpu` trains: SmolLM2-135M, and random weights in the shapes of a Llama of 1B
 and 8B and of Qwen3's mixture of experts, in bfloat16 and in 4 bits; each as a candidate of Veneer,
 PEFT, TRL, Liger or Unsloth.
 
@@ -29,18 +29,44 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 STACKS = ("gate_up_proj", "down_proj")
 #: (rows, tokens a row) of a batch
-BATCHES = {"smollm2-135m": (8, 512), "llama-1b": (4, 1024), "llama-8b": (2, 1024), "qwen3-moe-1b": (4, 1024),
-           "qwen3-moe-8b": (2, 1024)}  # fmt: skip
+BATCHES = {
+    "smollm2-135m": (8, 512),
+    "llama-1b": (4, 1024),
+    "llama-8b": (2, 1024),
+    "qwen3-moe-1b": (4, 1024),
+    "qwen3-moe-8b": (2, 1024),
+}
 QUICK = (2, 16)
 
 _LLAMA = {
-    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
-}  # fmt: skip
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
 #: the blocks of Qwen3-30B-A3B, as many as make up the size
 _MOE = {"qwen3-moe-1b": 2, "qwen3-moe-8b": 12}
 
@@ -57,12 +83,31 @@ def config_of(name: str, quick: bool) -> Any:
         small = {**toy, "intermediate_size": 64, "num_key_value_heads": 1} if quick else {}
         return transformers.LlamaConfig(**{**_LLAMA[name], **small}, use_cache=False)
     shape = {
-        "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-        "num_hidden_layers": _MOE[name], "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "vocab_size": 151936, "decoder_sparse_step": 1, "tie_word_embeddings": True, "use_cache": False,
-    }  # fmt: skip
-    small = {**toy, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
-             "num_key_value_heads": 1} if quick else {}  # fmt: skip
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": _MOE[name],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "decoder_sparse_step": 1,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+    small = (
+        {
+            **toy,
+            "moe_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+        }
+        if quick
+        else {}
+    )
     return transformers.Qwen3MoeConfig(**{**shape, **small})
 
 
@@ -98,9 +143,14 @@ def to_four_bits(model: Any) -> None:
             continue
         parent, _, name = path.rpartition(".")
         new = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta",
-            compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
-        )  # fmt: skip
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            device="meta",
+            compute_dtype=torch.bfloat16,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
         weight = bnb.nn.Params4bit(
             module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
         )
@@ -109,7 +159,6 @@ def to_four_bits(model: Any) -> None:
     model.is_loaded_in_4bit = True  # as transformers marks it
 
 
-# ----------------------------------------------------------------------------------------------
 # candidates
 
 Make = Callable[[Any, str, Place], Candidate]
@@ -182,18 +231,27 @@ def trl_(base: Any, name: str, target: Place) -> Candidate:
 
     folder = tempfile.mkdtemp()
     arguments = trl.SFTConfig(
-        output_dir=folder, report_to="none", disable_tqdm=True, bf16=target.kind == "cuda",
+        output_dir=folder,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=target.kind == "cuda",
         use_cpu=target.kind == "cpu",
-        gradient_checkpointing=False, max_length=None, per_device_train_batch_size=QUICK[0],
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
-    )  # fmt: skip
+        gradient_checkpointing=False,
+        max_length=None,
+        per_device_train_batch_size=QUICK[0],
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
     rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6]}] * 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trl.SFTTrainer(
-            model=sharing(base), args=arguments, train_dataset=rows, processing_class=tiny_tokenizer(),
+            model=sharing(base),
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
             peft_config=_peft_config(name),
-        )  # fmt: skip
+        )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what its loop sets
 
@@ -221,9 +279,14 @@ def unsloth(base: Any, name: str, target: Place) -> Candidate:
         str(folder), max_seq_length=BATCHES[name][1], dtype=torch.bfloat16, load_in_4bit=False
     )
     model = library.FastLanguageModel.get_peft_model(
-        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, bias="none", target_modules=list(LINEAR),
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0,
+        bias="none",
+        target_modules=list(LINEAR),
         use_gradient_checkpointing=False,
-    )  # fmt: skip
+    )
     return Candidate(model, [p for p in model.parameters() if p.requires_grad])
 
 

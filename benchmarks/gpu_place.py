@@ -100,9 +100,13 @@ class Place:
             return {"device": self.kind}
         properties = torch.cuda.get_device_properties(self.device)
         return {
-            "device": "cuda", "gpu": self.name, "gpus": self.count, "memory": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda or "none",
-        }  # fmt: skip
+            "device": "cuda",
+            "gpu": self.name,
+            "gpus": self.count,
+            "memory": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda or "none",
+        }
 
 
 def find(name: str, quick: bool) -> Place:
@@ -114,14 +118,16 @@ def find(name: str, quick: bool) -> Place:
     }
     if name not in available:
         raise Skipped(
-            f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine with a GPU."
+            f"Found: --device {name}. Expected: cuda, mps or cpu. Do: leave it out on a machine "
+            "with a GPU."
         )
     if not available[name]():
         built = torch.version.cuda or torch.version.hip
         torch_ = f"torch {torch.__version__}, which is {'built for a GPU' if built else 'built without one'}"
         do = "run this on a machine with one, or try its parts with --device cpu --quick"
         raise Skipped(
-            f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: {do}."
+            f"Found: no {name.upper()} device ({torch_}). Expected: a GPU that torch sees. Do: "
+            f"{do}."
         )
     return Place(torch.device("cuda", 0) if name == "cuda" else torch.device(name), quick)
 

@@ -30,9 +30,8 @@ LEAST, MOST = 3, 15  # rounds
 
 
 def first_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"[
-        :200
-    ]
+    lines = [*str(problem).strip().splitlines(), ""]
+    return f"{type(problem).__name__}: {lines[0]}"[:200]
 
 
 def build_candidates(makes: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -108,9 +107,12 @@ def table(
     for name, values in times.items():
         seconds = spread(values, 6)
         row: dict[str, Any] = {
-            "seconds": seconds["ratio"], "seconds_low": seconds["low"], "seconds_high": seconds["high"],
-            "tokens": round(tokens / seconds["ratio"], 1), "peak": peaks.get(name),
-        }  # fmt: skip
+            "seconds": seconds["ratio"],
+            "seconds_low": seconds["low"],
+            "seconds_high": seconds["high"],
+            "tokens": round(tokens / seconds["ratio"], 1),
+            "peak": peaks.get(name),
+        }
         if floor in times:
             row |= spread(value / base for value, base in zip(values, times[floor], strict=True))
         rows[name] = row
@@ -157,12 +159,12 @@ def steps(
     floor = candidates[0]
     return {
         "setting": {"model": name, "storage": storage, "rows": batch_rows, "length": length},
-        "floor": floor, "runs": max(map(len, times.values()), default=0),
+        "floor": floor,
+        "runs": max(map(len, times.values()), default=0),
         "rows": table(times, peaks, why | failed, floor, batch_rows * length),
-    }  # fmt: skip
+    }
 
 
-# ----------------------------------------------------------------------------------------------
 # decoding
 
 
@@ -208,9 +210,15 @@ def _theirs(
     def run() -> Any:
         with torch.inference_mode():
             return model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=rows, max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=False, pad_token_id=0, use_cache=True,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                adapter_names=rows,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                use_cache=True,
+            )
 
     return run
 
@@ -226,9 +234,14 @@ def vllm_(
     base.save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     model = vllm.LLM(
-        str(folder / "base"), enable_lora=True, max_loras=len(names), max_lora_rank=gpu_models.RANK, dtype="bfloat16",
-        max_model_len=PROMPT + TOKENS, gpu_memory_utilization=0.5,
-    )  # fmt: skip
+        str(folder / "base"),
+        enable_lora=True,
+        max_loras=len(names),
+        max_lora_rank=gpu_models.RANK,
+        dtype="bfloat16",
+        max_model_len=PROMPT + TOKENS,
+        gpu_memory_utilization=0.5,
+    )
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     requests = [
         LoRARequest(name, number + 1, str(folder / name)) for number, name in enumerate(names)
@@ -280,7 +293,14 @@ def decode(target: Place, until: float, apart: bool = False) -> dict[str, Any]:
         times, peaks, failed = rounds(target, built, until)
     floor = next(iter(makes))
     return {
-        "setting": {"model": "smollm2-135m", "rows": ROWS, "prompt": prompt, "tokens": tokens, "adapters": ADAPTERS},
-        "floor": floor, "runs": max(map(len, times.values()), default=0),
+        "setting": {
+            "model": "smollm2-135m",
+            "rows": ROWS,
+            "prompt": prompt,
+            "tokens": tokens,
+            "adapters": ADAPTERS,
+        },
+        "floor": floor,
+        "runs": max(map(len, times.values()), default=0),
         "rows": table(times, peaks, why | failed, floor, ROWS * tokens),
-    }  # fmt: skip
+    }

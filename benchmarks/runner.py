@@ -11,6 +11,10 @@ the process counts for no arm; its times stay in the record, marked as thrown aw
 process takes its place. Where ``RETRIES`` others move too, the case is given up and nothing of it
 is recorded: the machine is not quiet.
 
+**Settings share a process** where they have the same threads, in an order that is drawn for each
+process: most of a short case is the start of its processes. One that is thrown away runs again in a
+process of its own.
+
 **One arm a process** (``apart``): peaks of memory, and whole runs. Such a process has no rounds, so
 nothing of it is thrown away; each is shown in the spread. `seed` is the number of the process.
 
@@ -43,9 +47,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT, RETRIES, SHORTEST = 0.03, 3, 0.2
 PACKAGES = (
-    "torch", "transformers", "peft", "trl", "loralib", "bitsandbytes", "torchao", "liger-kernel", "unsloth", "vllm",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "loralib",
+    "bitsandbytes",
+    "torchao",
+    "liger-kernel",
+    "unsloth",
+    "vllm",
     "veneer",
-)  # fmt: skip
+)
 # : of the environment, what changes threads and the allocator: a process has its case's own
 # settings and no others
 TUNING = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_")
@@ -101,7 +114,7 @@ def measure_unit(arm: Callable[[], Numbers | None], repeats: int) -> dict[str, f
     return {**spent, **(numbers or {})}
 
 
-def draw_order(names: Sequence[str], *seed: Any) -> list[str]:
+def draw_order(names: Sequence[Any], *seed: Any) -> list[Any]:
     return random.Random(str(seed)).sample(list(names), len(names))
 
 
@@ -184,14 +197,45 @@ def child(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+#: answers of settings that ran in the process of another one, and all settings that ran so far
+PENDING: dict[tuple[str, int, int], dict[str, Any]] = {}
+MEASURED: set[tuple[str, int, int]] = set()
+
+
+def settings_of_process(case: Case, index: int, seed: int) -> list[int]:
+    """The settings that run in the process of this one: all with its threads, once for each seed.
+    A setting that is thrown away runs in a process of its own."""
+    threads = case.settings[index].get("threads")
+    return [
+        number
+        for number, setting in enumerate(case.settings)
+        if number == index
+        or (setting.get("threads") == threads and (case.name, seed, number) not in MEASURED)
+    ]
+
+
 def run_process(case: Case, setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """One process of a case; with `apart`, one for each arm, in an order that the seed draws."""
+    """One process of a case, for all settings that have its threads, in an order that the seed
+    draws; with `apart`, one for each arm."""
     env = environment(setting.get("threads", "default"))
     index = next(i for i, candidate in enumerate(case.settings) if candidate is setting)
+    if (pending := PENDING.pop((case.name, seed, index), None)) is not None:
+        return pending
     name = f"{case.arms.__module__}:{case.name}"
-    command = ["-m", "benchmarks", "--child", name, "--place", str(index), "--seed", str(seed)]
+    command = ["-m", "benchmarks", "--child", name, "--seed", str(seed)]
     if not case.apart:
-        return child(*command, env=env)
+        indices = draw_order(settings_of_process(case, index, seed), case.name, seed)
+        order = ",".join(map(str, indices))
+        answers = child(*command, "--settings", order, env=env)["settings"]
+        MEASURED.update((case.name, seed, number) for number in indices)
+        PENDING.update(
+            {
+                (case.name, seed, number): answer
+                for number, answer in zip(indices, answers, strict=True)
+            }
+        )
+        return PENDING.pop((case.name, seed, index))
+    command += ["--settings", str(index)]
     with contextlib.ExitStack() as stack:
         names = [*case.arms(stack, seed, **arguments_of(setting))]
     answers = [child(*command, "--arm", arm, env=env) for arm in draw_order(names, case.name, seed)]
@@ -217,8 +261,10 @@ def gather(
             print(f"  thrown away: the floor moved by {process['movement']:.1%}", flush=True)
         else:
             raise RecordError(
-                f"Found: {case.name}, {describe(setting)}: the floor moved by more than {LIMIT:.0%} in each of "
-                f"{RETRIES + 1} processes. Expected: a quiet machine. Do: end other work and record it again."
+                f"Found: {case.name}, {describe(setting)}: the floor moved by more than "
+                f"{LIMIT:.0%} in each of "
+                f"{RETRIES + 1} processes. Expected: a quiet machine. Do: end other work and "
+                "record it again."
             )
     return processes
 
@@ -239,7 +285,8 @@ def record(case: Case, run: Callable[..., dict[str, Any]] = run_process) -> dict
         )
     if require_clean_tree() != commit:
         raise RecordError(
-            f"Found: another commit than {commit[:12]} at the end. Expected: one commit. Do: record again."
+            f"Found: another commit than {commit[:12]} at the end. Expected: one commit. Do: "
+            "record again."
         )
     return {
         **describe_case(case),
@@ -332,7 +379,8 @@ def require_clean_tree() -> str:
     tampered = [line for line in records_now if not line.startswith("??")]
     if changed or tampered:
         raise RecordError(
-            "Found: changes that are not committed. Expected: the tree of a commit, which the record names. "
+            "Found: changes that are not committed. Expected: the tree of a commit, which the "
+            "record names. "
             "Do: commit them, then record."
         )
     return git("rev-parse", "HEAD")
@@ -369,7 +417,8 @@ def write(result: Mapping[str, Any], out: Path = RESULTS) -> Path:
     file = out / result["name"] / f"{result['commit'][:12]}.json"
     if file.exists():
         raise RecordError(
-            f"Found: {file}. Expected: one record of a commit. Do: commit a change, or keep that record."
+            f"Found: {file}. Expected: one record of a commit. Do: commit a change, or keep that "
+            "record."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")

@@ -58,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for library in libraries:
             result = run_case(case, library)
             record[case.name]["results"][library.name] = {
-                "outcome": result.outcome, "text": result.text, "got": result.got, "right": result.right,
-            }  # fmt: skip
+                "outcome": result.outcome,
+                "text": result.text,
+                "got": result.got,
+                "right": result.right,
+            }
             counts[library.name][result.outcome] += 1
             failures += library.name == "Veneer" and result.outcome != RIGHT
             numbers = f" | got: {result.got} | right: {result.right}" if result.got else ""

@@ -134,7 +134,7 @@ def test_a_task_of_its_own_rows(tmp_path, monkeypatch, inside):
 
 def test_the_record_fits_into_its_time_and_has_five_processes():
     chosen = [case for case in CASES.values() if case.group == "bench"]
-    assert sum(case.minutes for case in chosen) <= 78
+    assert sum(case.minutes for case in chosen) <= 46
     for case in CASES.values():
         assert len(case.seeds or range(case.processes)) >= 5
         assert all(setting["threads"] in ("default", 1) for setting in case.settings)
@@ -236,6 +236,28 @@ def test_rounds_are_interleaved_in_an_order_that_changes_and_can_be_drawn_again(
     assert (
         runner.run_rounds(toy_case(), {"threads": 1, "size": 3}, 1, 6)["orders"] != found["orders"]
     )
+
+
+def test_settings_share_a_process_and_one_that_is_thrown_away_has_its_own(monkeypatch):
+    settings = [{"threads": threads, "size": size} for threads, size in ((1, 3), (1, 4), (2, 5))]
+    case, spawned = toy_case(settings=settings, processes=2), []
+
+    def child(*arguments, **_):
+        indices = [int(index) for index in arguments[-1].split(",")]
+        spawned.append(sorted(indices))
+        first = len(spawned) == 1
+        floors = {index: [1.0, 1.0, 1.5] if first and index == 0 else [1.0] for index in indices}
+        return {"settings": [process_of(floors[index], index + 1.0) for index in indices]}
+
+    monkeypatch.setattr(runner, "child", child)
+    monkeypatch.setattr(runner, "PENDING", {})
+    monkeypatch.setattr(runner, "MEASURED", set())
+    for index, setting in enumerate(settings):
+        processes = runner.gather(case, setting)
+        assert [process["kept"] for process in processes] == [False] * (index == 0) + [True, True]
+        assert all(process["rounds"]["veneer"][0]["wall"] == index + 1.0 for process in processes)
+    assert spawned == [[0, 1], [0], [0, 1], [2], [2]]
+    assert not runner.PENDING
 
 
 def test_movement_is_the_largest_distance_from_the_median():

@@ -163,10 +163,18 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
     torch.manual_seed(seed)
     width, experts = (32, 4) if tiny else (512, 64)
     config = transformers.Qwen3MoeConfig(
-        hidden_size=width, intermediate_size=2 * width, moe_intermediate_size=width // 2, num_experts=experts,
-        num_experts_per_tok=2 if tiny else 4, num_hidden_layers=1 if tiny else 4, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=width // 8, vocab_size=4096, decoder_sparse_step=1,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=2 * width,
+        moe_intermediate_size=width // 2,
+        num_experts=experts,
+        num_experts_per_tok=2 if tiny else 4,
+        num_hidden_layers=1 if tiny else 2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=width // 8,
+        vocab_size=4096,
+        decoder_sparse_step=1,
+    )
     base = transformers.Qwen3MoeForCausalLM(config).to(DTYPES[dtype]).eval().requires_grad_(False)
     peer = {"target_modules": [], "target_parameters": [f"mlp.experts.{name}" for name in STACKS]}
     models: dict[str, Any] = {"base": base, "peft": with_peft(copy.deepcopy(base), **peer)}
@@ -193,7 +201,6 @@ def experts_arms(stack: Any, seed: int, dtype: str, call: str, tiny: bool = Fals
 
 
 # ---- the server's engine, without its server
-# ----------------------------------------------------------------------
 
 
 class Letters:
@@ -233,9 +240,13 @@ def engine_arms(
 
     def generate() -> None:
         answers = base.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert answers.shape[1] == prompt + tokens
 
     def generate_batch() -> None:
@@ -264,7 +275,6 @@ def engine_arms(
 
 
 # ---- importing
-# -----------------------------------------------------------------------------------------------------
 
 CODE = {
     "torch": "import torch",
@@ -285,43 +295,70 @@ def import_arms(stack: Any, seed: int, names: Sequence[str] = tuple(CODE)) -> Ar
 
 
 FORWARD = Case(
-    "forward", "A forward pass of one row through SmolLM2-135M's shape, without gradients and without cache.",
-    "the same weights and ids, rank 8 on all linear layers, logits of the last token; merged models beside merged ones",
+    "forward",
+    "A forward pass of one row through SmolLM2-135M's shape (6 of 30 layers), without gradients "
+    "and cache.",
+    "the same weights and ids, rank 8 on all linear layers, logits of the last token; merged "
+    "models beside merged ones",
     "base",
     [
-        {"threads": "default", "dtype": dtype, "tokens": tokens, "layers": 30}
-        for tokens in (1, 256) for dtype in DTYPES
+        {"threads": "default", "dtype": dtype, "tokens": tokens, "layers": 6}
+        for tokens in (1, 256)
+        for dtype in DTYPES
     ],
-    forward_arms, {"tiny": True, "layers": 1, "tokens": 4}, minutes=6,
-)  # fmt: skip
+    forward_arms,
+    {"tiny": True, "layers": 1, "tokens": 4},
+    minutes=2.4,
+)
 MIXED = Case(
-    "mixed", "A token of each of 16 rows that use 8 adapters in one batch, behind 64 tokens; 8 layers.",
-    "the same base, adapters and rows; PEFT's `adapter_names` on transformers' cache, a bank on the server's "
+    "mixed",
+    "A token of each of 16 rows that use 8 adapters in one batch, behind 64 tokens; 4 layers.",
+    "the same base, adapters and rows; PEFT's `adapter_names` on transformers' cache, a bank on "
+    "the server's "
     "slots, and "
-    "the base on either", "base, transformers' cache",
-    [{"threads": "default", "dtype": dtype, "layers": 8, "adapters": 8} for dtype in DTYPES],
-    mixed_arms, {"tiny": True, "layers": 1, "adapters": 2, "length": 4}, minutes=3.8,
-)  # fmt: skip
+    "the base on either",
+    "base, transformers' cache",
+    [{"threads": "default", "dtype": dtype, "layers": 4, "adapters": 8} for dtype in DTYPES],
+    mixed_arms,
+    {"tiny": True, "layers": 1, "adapters": 2, "length": 4},
+    minutes=1.8,
+)
 EXPERTS = Case(
-    "experts", "A mixture of experts (Qwen3-MoE's shape, 4 layers of 64 experts) with adapters on all experts: "
+    "experts",
+    "A mixture of experts (Qwen3-MoE's shape, 2 layers of 64 experts) with adapters on all "
+    "experts: "
     "one token, "
     "and a step of 2 × 256 tokens.",
-    "the same weights and ids, rank 8 on both stacks of all layers, transformers' own choice of how experts are "
+    "the same weights and ids, rank 8 on both stacks of all layers, transformers' own choice of "
+    "how experts are "
     "computed",
     "base",
     [{"threads": "default", "dtype": "bfloat16", "call": call} for call in ("one token", "a step")],
-    experts_arms, {"tiny": True}, minutes=2.5,
-)  # fmt: skip
+    experts_arms,
+    {"tiny": True},
+    minutes=1.5,
+)
 ENGINE = Case(
-    "engine", "16 prompts of 128 tokens answered with 17 tokens each, without adapters and without HTTP; 8 layers.",
-    "the same base, prompts and number of tokens, greedy; `generate_batch` is transformers' continuous batching",
+    "engine",
+    "16 prompts of 128 tokens answered with 17 tokens each, without adapters and without HTTP; 4 "
+    "layers.",
+    "the same base, prompts and number of tokens, greedy; `generate_batch` is transformers' "
+    "continuous batching",
     "transformers, generate",
-    [{"threads": "default", "dtype": "bfloat16", "layers": 8, "prompt": 128, "tokens": 17}],
-    engine_arms, {"tiny": True, "layers": 1, "prompt": 8, "tokens": 3}, minutes=2.4,
-)  # fmt: skip
+    [{"threads": "default", "dtype": "bfloat16", "layers": 4, "prompt": 128, "tokens": 17}],
+    engine_arms,
+    {"tiny": True, "layers": 1, "prompt": 8, "tokens": 3},
+    minutes=1.6,
+)
 IMPORT = Case(
-    "import_time", "Importing what attaching needs, in fresh interpreters.",
-    "the names that wrap a model and its config, loaded (PEFT's are not left to be loaded later)", "torch",
-    [{"threads": "default"}], import_arms, {"names": ["torch"]}, rounds=2, minutes=3.2,
-)  # fmt: skip
+    "import_time",
+    "Importing what attaching needs, in fresh interpreters.",
+    "the names that wrap a model and its config, loaded (PEFT's are not left to be loaded later)",
+    "torch",
+    [{"threads": "default"}],
+    import_arms,
+    {"names": ["torch"]},
+    rounds=2,
+    minutes=3.2,
+)
 CASES = (FORWARD, MIXED, EXPERTS, ENGINE, IMPORT)

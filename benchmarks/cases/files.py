@@ -51,9 +51,11 @@ def compose_arms(
         return lambda: compose(paths, out, weights=weights, overwrite=True, **options) and None
 
     arms = {
-        "peft, svd": theirs(combination_type="svd", svd_rank=rank), "peft, cat": theirs(combination_type="cat"),
-        "veneer, svd": ours(rank=rank), "veneer, exact": ours(),
-    }  # fmt: skip
+        "peft, svd": theirs(combination_type="svd", svd_rank=rank),
+        "peft, cat": theirs(combination_type="cat"),
+        "veneer, svd": ours(rank=rank),
+        "veneer, exact": ours(),
+    }
     for mine, peer in (("veneer, svd", "peft, svd"), ("veneer, exact", "peft, cat")):
         arms[mine](), arms[peer]()
         for path, low in read(out).products.items():
@@ -64,7 +66,6 @@ def compose_arms(
 
 
 # ---- merging a checkpoint on disk
-# ---------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, gib: float, width: int, seed: int) -> None:
@@ -74,9 +75,13 @@ def write_checkpoint(folder: Path, gib: float, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     block = 2 * width * width * (4 + 3 * 11 // 4)
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=width // 128 or 1,
-        vocab_size=8 * width, num_hidden_layers=max(1, round(gib * 2**30 / block)), dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_attention_heads=width // 128 or 1,
+        vocab_size=8 * width,
+        num_hidden_layers=max(1, round(gib * 2**30 / block)),
+        dtype="bfloat16",
+    )
     model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(False)
     model.save_pretrained(folder / "base", max_shard_size=f"{max(1, int(gib * 400))}MB")
     save_random(model, folder, 1)
@@ -212,35 +217,62 @@ def fidelity_arms(
         )
 
     return {
-        "the adapter, unmerged": lambda: judge(model), "peft": by_peft,
-        "veneer, nearest": lambda: merged("nearest"), "veneer, faithful": lambda: merged("faithful"),
-    }  # fmt: skip
+        "the adapter, unmerged": lambda: judge(model),
+        "peft": by_peft,
+        "veneer, nearest": lambda: merged("nearest"),
+        "veneer, faithful": lambda: merged("faithful"),
+    }
 
 
 COMPOSE = Case(
-    "compose", "Eight adapters of rank 16 on 14 linear layers of SmolLM2-135M's width made one: the exact sum, and its "
+    "compose",
+    "Eight adapters of rank 16 on 7 linear layers of SmolLM2-135M's width made one: the exact sum, "
+    "and its "
     "best approximation of rank 16.",
-    "the same eight adapters; each pair's result agrees within 0.1 %; PEFT's adapters and result are in memory, Veneer "
-    "reads eight folders and writes one", "peft, svd",
-    [{"threads": "default", "adapters": 8, "rank": 16, "layers": 2}], compose_arms,
-    {"tiny": True, "adapters": 2, "rank": 4, "layers": 1}, minutes=2.5,
-)  # fmt: skip
+    "the same eight adapters; each pair's result agrees within 0.1 %; PEFT's adapters and result "
+    "are in memory, Veneer "
+    "reads eight folders and writes one",
+    "peft, svd",
+    [{"threads": "default", "adapters": 8, "rank": 16, "layers": 1}],
+    compose_arms,
+    {"tiny": True, "adapters": 2, "rank": 4, "layers": 1},
+    minutes=1.6,
+)
 MERGE = Case(
-    "merge", "Merging an adapter into a checkpoint on disk, beside copying its files.",
-    "the same bf16 checkpoint in shards, rank 8 on all linear layers, to nearest, flushed to disk; Veneer verifies the "
-    "base's fingerprints besides. Each run is a process", "copy",
-    [{"threads": "default", "gib": 0.75, "width": 2048}], merge_arms, {"gib": 0.002, "width": 128},
-    shown={"wall": ("wall time", "ratio"), "peak": ("peak of the process", "bytes")}, apart=True, minutes=4,
-)  # fmt: skip
+    "merge",
+    "Merging an adapter into a checkpoint on disk, beside copying its files.",
+    "the same bf16 checkpoint in shards, rank 8 on all linear layers, to nearest, flushed to disk; "
+    "Veneer verifies the "
+    "base's fingerprints besides. Each run is a process",
+    "copy",
+    [{"threads": "default", "gib": 0.375, "width": 2048}],
+    merge_arms,
+    {"gib": 0.002, "width": 128},
+    shown={"wall": ("wall time", "ratio"), "peak": ("peak of the process", "bytes")},
+    apart=True,
+    minutes=2.4,
+)
 FIDELITY = Case(
-    "merge_fidelity", "How much of a trained adapter a merged 16-bit or 4-bit weight still does (SmolLM2-135M, "
+    "merge_fidelity",
+    "How much of a trained adapter a merged 16-bit or 4-bit weight still does (SmolLM2-135M, "
     "spelling → "
     "phonemes).",
-    "the same adapter of rank 8, merged into the same weights; divergence is from what the unmerged adapter predicts; "
-    "a seed a process", "the adapter, unmerged",
-    [{"threads": "default", "rate": rate, "steps": 15, "stored": stored}
-     for rate, stored in ((1e-4, "bfloat16"), (1e-3, "nf4"))],
-    fidelity_arms, {"steps": 1, "batch": 2, "held_out": 2}, rounds=1, minutes=4.5,
-    shown={"loss": ("held-out loss", ".4f"), "divergence": ("divergence", ".5f"), "kept": ("kept of ΔW", ".3f")},
-)  # fmt: skip
+    "the same adapter of rank 8, merged into the same weights; divergence is from what the "
+    "unmerged adapter predicts; "
+    "a seed a process",
+    "the adapter, unmerged",
+    [
+        {"threads": "default", "rate": rate, "steps": 15, "stored": stored}
+        for rate, stored in ((1e-4, "bfloat16"), (1e-3, "nf4"))
+    ],
+    fidelity_arms,
+    {"steps": 1, "batch": 2, "held_out": 2},
+    rounds=1,
+    minutes=3.6,
+    shown={
+        "loss": ("held-out loss", ".4f"),
+        "divergence": ("divergence", ".5f"),
+        "kept": ("kept of ΔW", ".3f"),
+    },
+)
 CASES = (COMPOSE, MERGE, FIDELITY)

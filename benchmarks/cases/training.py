@@ -27,12 +27,14 @@ from runner import Arms, Case
 from veneer.train.loss import causal_loss
 
 EQUAL = (
-    "the same frozen weights, batch, rank 8 on all linear layers, AdamW (fused); `floor` is what any step over a "
+    "the same frozen weights, batch, rank 8 on all linear layers, AdamW (fused); `floor` is what "
+    "any step over a "
     "frozen "
     "base must do: forward, and the gradient carried back to the embedded input"
 )
 PEERS = (
-    "`peft` and `veneer` are a plain loop with transformers' own attention (sdpa) and loss; `peft, bf16 adapters` "
+    "`peft` and `veneer` are a plain loop with transformers' own attention (sdpa) and loss; `peft, "
+    "bf16 adapters` "
     "is PEFT "
     "with autocast_adapter_dtype=False; `own loss and attention` are those of `veneer train`"
 )
@@ -45,9 +47,18 @@ def build(architecture: str, dtype: str, layers: int, tokens: int, tiny: bool) -
 
 
 def step_arms(
-    stack: Any, seed: int, dtype: str, layers: int, tokens: int, architecture: str = "llama", rank: int = 8,
-    dropout: bool = False, peers: bool = False, rows: int = 0, tiny: bool = False,
-) -> Arms:  # fmt: skip
+    stack: Any,
+    seed: int,
+    dtype: str,
+    layers: int,
+    tokens: int,
+    architecture: str = "llama",
+    rank: int = 8,
+    dropout: bool = False,
+    peers: bool = False,
+    rows: int = 0,
+    tiny: bool = False,
+) -> Arms:
     torch.manual_seed(seed)
     base, batch = build(architecture, dtype, layers, tokens, tiny)
     if rows:  # shorter ones
@@ -82,7 +93,7 @@ def memory_arms(
 
         return measure
 
-    return {name: arm(name) for name in names("llama", dtype, dropout=False, peers=layers < 30)}
+    return {name: arm(name) for name in names("llama", dtype, dropout=False, peers=False)}
 
 
 def many_arms(
@@ -132,46 +143,78 @@ def many_arms(
 
 
 TOY = {"tiny": True, "layers": 1, "tokens": 16}
-WHOLE = {"layers": 30, "tokens": 1024}
+SOME = {"layers": 6, "tokens": 1024}
 
 STEP = Case(
-    "step", "A training step of SmolLM2-135M's shape, whole, as a user with defaults has it: default threads, "
-    "wall time.",
-    f"{EQUAL}. {PEERS}", "floor",
-    [{"threads": "default", "dtype": dtype, **WHOLE} for dtype in DTYPES]
-    + [{"threads": "default", "dtype": dtype, **WHOLE, "tokens": 256, "rows": 4} for dtype in DTYPES],
-    step_arms, {**TOY, "rows": 2}, minutes=15,
-)  # fmt: skip
+    "step",
+    "A training step of SmolLM2-135M's shape (6 of 30 layers, the vocabulary in proportion), as a "
+    "user with "
+    "defaults has it: default threads, wall time.",
+    f"{EQUAL}. {PEERS}",
+    "floor",
+    [{"threads": "default", "dtype": dtype, **SOME} for dtype in DTYPES]
+    + [
+        {"threads": "default", "dtype": dtype, **SOME, "tokens": 256, "rows": 4} for dtype in DTYPES
+    ],
+    step_arms,
+    {**TOY, "rows": 2},
+    minutes=3.5,
+)
 STEP_ONE = Case(
-    "step_one_thread", "The same of 2 layers on one thread, with dropout of 0.05, loralib and full fine-tuning too.",
-    f"{EQUAL}. {PEERS}", "floor",
-    [{"threads": 1, "dtype": dtype, "layers": 2, "tokens": 1024, "dropout": True, "peers": True} for dtype in DTYPES],
-    step_arms, TOY, shown={"wall": ("wall time", "ratio"), "cpu": ("CPU time", "ratio")}, minutes=4,
-)  # fmt: skip
-STEP_OTHERS = Case(
-    "step_others", "A training step of two layers of BERT, and of ResNet-50's first blocks.",
-    f"{EQUAL}. {PEERS}; convolutions are adapted too", "floor",
+    "step_one_thread",
+    "The same of 2 layers on one thread, with dropout of 0.05, loralib and full fine-tuning too.",
+    f"{EQUAL}. {PEERS}",
+    "floor",
     [
-        {"threads": "default", "architecture": name, "dtype": dtype, "layers": 2, "tokens": 1024}
+        {"threads": 1, "dtype": dtype, "layers": 2, "tokens": 512, "dropout": True, "peers": True}
+        for dtype in DTYPES
+    ],
+    step_arms,
+    TOY,
+    shown={"wall": ("wall time", "ratio"), "cpu": ("CPU time", "ratio")},
+    minutes=1.8,
+)
+STEP_OTHERS = Case(
+    "step_others",
+    "A training step of two layers of BERT, and of ResNet-50's first blocks.",
+    f"{EQUAL}. {PEERS}; convolutions are adapted too",
+    "floor",
+    [
+        {"threads": "default", "architecture": name, "dtype": dtype, "layers": 2, "tokens": 512}
         for name, dtype in (("bert", "float32"), ("bert", "bfloat16"), ("resnet", "bfloat16"))
     ],
-    step_arms, TOY, minutes=3.2,
-)  # fmt: skip
+    step_arms,
+    TOY,
+    minutes=1.6,
+)
 MEMORY = Case(
-    "step_memory", "What a training step holds: the peak of the process, and what autograd keeps for backward.",
-    f"{EQUAL}. {PEERS}. Each arm has its processes to itself; the peak is of one step after a first, of model, "
+    "step_memory",
+    "What a training step holds: the peak of the process, and what autograd keeps for backward.",
+    f"{EQUAL}. {PEERS}. Each arm has its processes to itself; the peak is of one step after a "
+    "first, of model, "
     f"libraries "
-    "and optimiser together", "floor",
-    [{"threads": "default", "dtype": dtype, **WHOLE} for dtype in DTYPES], memory_arms, TOY,
-    shown={"peak": ("peak of the process", "ratio"), "above": ("above the model at rest", "ratio"),
-           "saved": ("kept for backward", "ratio")},
-    apart=True, minutes=11,
-)  # fmt: skip
+    "and optimiser together",
+    "floor",
+    [{"threads": "default", "dtype": dtype, **SOME} for dtype in DTYPES],
+    memory_arms,
+    TOY,
+    shown={
+        "peak": ("peak of the process", "ratio"),
+        "above": ("above the model at rest", "ratio"),
+        "saved": ("kept for backward", "ratio"),
+    },
+    apart=True,
+    minutes=6,
+)
 MANY = Case(
-    "many", "Adapters trained at once on one base, beside the same steps one after another; four layers.",
-    "the same rows, a row an adapter, rank 8 on all linear layers, a forward, a backward and AdamW's step of each",
+    "many",
+    "Adapters trained at once on one base, beside the same steps one after another; four layers.",
+    "the same rows, a row an adapter, rank 8 on all linear layers, a forward, a backward and "
+    "AdamW's step of each",
     "peft, one after another",
     [{"threads": "default", "dtype": "bfloat16", "layers": 4, "adapters": 8, "tokens": 16}],
-    many_arms, {**TOY, "tokens": 4, "adapters": 2}, minutes=1.8,
-)  # fmt: skip
+    many_arms,
+    {**TOY, "tokens": 4, "adapters": 2},
+    minutes=1.5,
+)
 CASES = (STEP, STEP_ONE, STEP_OTHERS, MEMORY, MANY)

@@ -25,7 +25,7 @@ FIRST_WORD = 4
 
 @dataclass
 class Answer:
-    """The answer to one request, as its client got it. Times are in seconds of `time.perf_counter`."""
+    """The answer to one request. Times are in seconds of `time.perf_counter`."""
 
     adapter: str
     client: int
@@ -62,9 +62,14 @@ def prompt(seed: Any, shortest: int, longest: int, vocabulary: int) -> list[int]
 
 def body(adapter: str, ids: Sequence[int], tokens: int) -> dict[str, Any]:
     return {
-        "model": adapter, "prompt": list(ids), "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-        "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": adapter,
+        "prompt": list(ids),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 def session() -> httpx.AsyncClient:
@@ -97,7 +102,8 @@ async def ask(
         break
     if answer.finish is None or not answer.times:
         raise BenchmarkError(
-            f"{url} ended the answer of {answer.adapter!r} without {'an end' if answer.times else 'text'}"
+            f"{url} ended the answer of {answer.adapter!r} without "
+            f"{'an end' if answer.times else 'text'}"
         )
     return answer
 
@@ -139,17 +145,22 @@ async def together(
     """All clients at once, each `turns` requests one after another, for the adapter that is its
     own.
 
-    `url_of` says which address serves an adapter. Returns the answers and the seconds from the first
-    request to the last token. """  # fmt: skip
+    `url_of` gives the address that serves an adapter. Returns the answers and the seconds from the
+    first request to the last token."""
     async with session() as http:
 
         async def run_client(client: int) -> list[Answer]:
             adapter = adapters[client % len(adapters)]
             return [
-                await ask(http, url_of(adapter), body(adapter, prompt((client, turn), *lengths, vocabulary), tokens),
-                          client, turn)
+                await ask(
+                    http,
+                    url_of(adapter),
+                    body(adapter, prompt((client, turn), *lengths, vocabulary), tokens),
+                    client,
+                    turn,
+                )
                 for turn in range(turns)
-            ]  # fmt: skip
+            ]
 
         start = time.perf_counter()
         answers = [

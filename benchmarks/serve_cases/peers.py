@@ -196,10 +196,14 @@ def create_engine(folder: Path, rows: int) -> tuple[Batches, Any, Any]:
         ids = [{"input_ids": list(job.request.prompt)} for job in batch]
         with torch.inference_mode():
             model.generate(
-                **tokenizer.pad(ids, return_tensors="pt"), adapter_names=[job.adapter or "__base__" for job in batch],
-                max_new_tokens=max(job.request.sampling.max_tokens for job in batch), do_sample=False,
-                eos_token_id=None, streamer=Tell(), stopping_criteria=StoppingCriteriaList([Left()]),
-            )  # fmt: skip
+                **tokenizer.pad(ids, return_tensors="pt"),
+                adapter_names=[job.adapter or "__base__" for job in batch],
+                max_new_tokens=max(job.request.sampling.max_tokens for job in batch),
+                do_sample=False,
+                eos_token_id=None,
+                streamer=Tell(),
+                stopping_criteria=StoppingCriteriaList([Left()]),
+            )
         for job in batch:
             job.end("cancelled" if job.cancelled else "length")
 
@@ -264,10 +268,17 @@ def main() -> None:
     metrics = Metrics()
     metrics.watch(engine, bank)
     service = Service(
-        base="base", source=str(folder / "base"), tokenizer=tokenizer, bank=bank,
-        catalogue=Catalogue(folder / "adapters", bank, "base"), keys=Keyring(), metrics=metrics, engine=engine,
-        length=options.length, vocabulary=model.config.vocab_size,
-    )  # fmt: skip
+        base="base",
+        source=str(folder / "base"),
+        tokenizer=tokenizer,
+        bank=bank,
+        catalogue=Catalogue(folder / "adapters", bank, "base"),
+        keys=Keyring(),
+        metrics=metrics,
+        engine=engine,
+        length=options.length,
+        vocabulary=model.config.vocab_size,
+    )
     listening = bind("127.0.0.1", options.port)
     engine.start()
     try:

@@ -1,4 +1,4 @@
-"""The folders that the servers serve: a base, adapters for it, and the same adapters merged, as folders.
+"""The folders that the servers serve: a base, adapters for it, and the same adapters merged.
 
     PLACE/base                a model of SmolLM2-135M's shape with random weights, and a tokenizer
     PLACE/adapters/a0 … a7    rank 8 on all linear layers, saved by Veneer
@@ -30,6 +30,7 @@ def make(
     adapters: int,
     *,
     tiny: bool = False,
+    layers: int = 2,
     merged: bool = True,
     rank: int = RANK,
 ) -> list[str]:
@@ -39,7 +40,7 @@ def make(
     """
     torch.manual_seed(0)
     model = llama(
-        2 if tiny else 30,
+        layers,
         2048,
         tiny,
         use_cache=True,
@@ -81,6 +82,11 @@ def _tokenizer(size: int):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False, model_max_length=2048,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )

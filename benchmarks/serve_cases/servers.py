@@ -54,14 +54,20 @@ def serve(
     """
     number = port()
     settings = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
         **(env or {}),
-    }  # fmt: skip
+    }
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [*command, "--port", str(number)], stdout=stream, stderr=subprocess.STDOUT, env=settings,
+            [*command, "--port", str(number)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=settings,
             start_new_session=True,
-        )  # fmt: skip
+        )
     server = Server(process, f"http://127.0.0.1:{number}", log)
     try:
         wait(server, ready, seconds)
@@ -111,9 +117,14 @@ def tree(server: Server) -> list[int]:
 
 def memory(servers: Sequence[Server]) -> int:
     """Bytes that the servers hold now: pages that processes share are counted once (Pss)."""
-    return sum(
-        _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss:") for server in servers for pid in tree(server)
-    ) * 1024  # fmt: skip
+    return (
+        sum(
+            _kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss:")
+            for server in servers
+            for pid in tree(server)
+        )
+        * 1024
+    )
 
 
 def _kib(file: Path, name: str) -> int:

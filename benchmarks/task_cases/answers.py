@@ -53,11 +53,16 @@ def train_dpo(
 
     model, tokenizer = language_model(folder, dtype)
     trainer = DPOTrainer(
-        model, None, DPOConfig(beta=0.1, gradient_checkpointing=False, **arguments),
-        train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")), processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        model,
+        None,
+        DPOConfig(beta=0.1, gradient_checkpointing=False, **arguments),
+        train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=callbacks,
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer.model, tokenizer
 
@@ -108,7 +113,6 @@ def judge_pairs(model: Any, tokenizer: Any, folder: Path) -> float:
 
 
 # ---- rewards
-# -----------------------------------------------------------------------------------------------------
 
 REWARD = '''
 def begins(prompts, completions, letter, **_):
@@ -149,14 +153,26 @@ def train_grpo(
     model, tokenizer = language_model(folder, dtype)
     prompts = arguments.pop("per_device_train_batch_size")
     config = GRPOConfig(
-        beta=0.0, gradient_checkpointing=False, loss_type="grpo", num_generations=8, max_completion_length=6,
-        temperature=1.0, per_device_train_batch_size=8 * prompts, **arguments,
-    )  # fmt: skip
+        beta=0.0,
+        gradient_checkpointing=False,
+        loss_type="grpo",
+        num_generations=8,
+        max_completion_length=6,
+        temperature=1.0,
+        per_device_train_batch_size=8 * prompts,
+        **arguments,
+    )
     trainer = GRPOTrainer(
-        model, reward_in(folder), config, train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
-        processing_class=tokenizer, callbacks=callbacks,
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )  # fmt: skip
+        model,
+        reward_in(folder),
+        config,
+        train_dataset=Dataset.from_list(rows_of(folder / "train.jsonl")),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
     trainer.train()
     return trainer.model, tokenizer
 
@@ -170,9 +186,15 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
     batch = tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
     torch.manual_seed(0)
     ids = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=True, top_k=0,
-        top_p=1.0, temperature=1.0, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=6,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     rewards = reward_in(folder)(
         [row["prompt"] for row in rows], texts, [row["letter"] for row in rows]
@@ -182,9 +204,23 @@ def judge_letters(model: Any, tokenizer: Any, folder: Path) -> float:
 
 PLAIN = {"attention": "eager"}
 DPO = Case(
-    write_pairs, train_dpo, judge_pairs, 30, 16, 1e-3, {"task": "dpo", **PLAIN}, language=True,
-)  # fmt: skip
+    write_pairs,
+    train_dpo,
+    judge_pairs,
+    20,
+    16,
+    1e-3,
+    {"task": "dpo", **PLAIN},
+    language=True,
+)
 GRPO = Case(
-    write_letters, train_grpo, judge_letters, 30, 2, 5e-4,
-    {"task": "grpo", "answers": 8, "answer_tokens": 6, **PLAIN}, language=True, rises=True,
-)  # fmt: skip
+    write_letters,
+    train_grpo,
+    judge_letters,
+    30,
+    2,
+    5e-4,
+    {"task": "grpo", "answers": 8, "answer_tokens": 6, **PLAIN},
+    language=True,
+    rises=True,
+)

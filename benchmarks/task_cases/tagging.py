@@ -92,5 +92,5 @@ def judge_tagging(model: Any, tokenizer: Any, folder: Path) -> float:
 
 
 TAGGING = Case(
-    write_snips, train_tagging, judge_tagging, 120, 32, 1e-3, {"task": "classify"}, needs_snips
+    write_snips, train_tagging, judge_tagging, 60, 32, 1e-3, {"task": "classify"}, needs_snips
 )

@@ -89,34 +89,55 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module], list[Any], dict[str, Any]]
     "batch_norm": ("nn.BatchNorm2d", lambda: nn.BatchNorm2d(6), [(3, 6, 5, 5)], {"rank": 1}),
     "bilinear": ("nn.Bilinear", lambda: nn.Bilinear(5, 6, 4), [(3, 5), (3, 6)], {}),
     "embedding_bag": (
-        "nn.EmbeddingBag", lambda: nn.EmbeddingBag(12, 6, mode="mean"),
-        [torch.tensor([[1, 4, 4], [0, 11, 7]])], {},
+        "nn.EmbeddingBag",
+        lambda: nn.EmbeddingBag(12, 6, mode="mean"),
+        [torch.tensor([[1, 4, 4], [0, 11, 7]])],
+        {},
     ),
     "conv_transpose2d": (
-        "nn.ConvTranspose2d", lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1), [(2, 4, 5, 5)], {},
+        "nn.ConvTranspose2d",
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1),
+        [(2, 4, 5, 5)],
+        {},
     ),
     "weight_norm": (
-        "nn.Linear under weight_norm", lambda: parametrizations.weight_norm(nn.Linear(8, 6)), [(3, 8)], {},
+        "nn.Linear under weight_norm",
+        lambda: parametrizations.weight_norm(nn.Linear(8, 6)),
+        [(3, 8)],
+        {},
     ),
     "conv1d": ("nn.Conv1d", lambda: nn.Conv1d(4, 6, 3, padding=2), [(2, 4, 9)], {}),
     "conv2d_circular": (
         'nn.Conv2d with padding_mode="circular"',
-        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), [(2, 4, 7, 7)], {},
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+        [(2, 4, 7, 7)],
+        {},
     ),
     "conv2d_dilation": (
         'nn.Conv2d with dilation=2, padding="same"',
-        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), [(2, 4, 7, 7)], {},
+        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2),
+        [(2, 4, 7, 7)],
+        {},
     ),
     "conv3d_kernel_1_1_3": (
-        "nn.Conv3d with a kernel of (1, 1, 3)", lambda: nn.Conv3d(4, 6, (1, 1, 3)), [(2, 4, 3, 3, 5)], {},
+        "nn.Conv3d with a kernel of (1, 1, 3)",
+        lambda: nn.Conv3d(4, 6, (1, 1, 3)),
+        [(2, 4, 3, 3, 5)],
+        {},
     ),
     "conv2d_grouped": (
-        "nn.Conv2d with 2 groups", lambda: nn.Conv2d(4, 6, 3, groups=2), [(2, 4, 7, 7)], {},
+        "nn.Conv2d with 2 groups",
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        [(2, 4, 7, 7)],
+        {},
     ),
     "conv2d_depthwise": (
-        "nn.Conv2d, depthwise", lambda: nn.Conv2d(6, 6, 3, groups=6), [(2, 6, 7, 7)], {"rank": 1},
+        "nn.Conv2d, depthwise",
+        lambda: nn.Conv2d(6, 6, 3, groups=6),
+        [(2, 6, 7, 7)],
+        {"rank": 1},
     ),
-}  # fmt: skip
+}
 
 
 def one_layer(
