@@ -6,6 +6,7 @@ Where a library was mended, its report fails here. Then delete the file and reco
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -67,7 +68,7 @@ def test_a_report_is_ready_to_be_sent(page):
 
 def test_every_fault_has_a_report_or_a_reason():
     """Also: no report is of a case that a library gets right by now."""
-    record = torture_page.json.loads(torture_page.RECORD.read_text())
+    record = json.loads(torture_page.RECORD.read_text())
     faults = {
         (library, name)
         for name, case in record["cases"].items()
