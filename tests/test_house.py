@@ -25,7 +25,7 @@ FLOORS = [
     ["attach"],
     ["models"],
     ["adapter_files"],
-    ["bank", "tools", "store"],
+    ["bank", "engine", "tools", "store"],
     ["handle"],
     ["train", "integrations"],
     ["serve", ""],  # "" is veneer/__init__.py

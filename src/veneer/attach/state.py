@@ -46,7 +46,7 @@ class ActiveAdapter:
     by (key, method). No name is the base alone; no parts, that it cannot be told, or that the
     adapter has been detached. ``on`` is the adapter that was merged into the weights when this one
     was attached: it changes these. ``stream``: a block in which random numbers are this adapter's
-    own (``train/many``), where its rows share a batch; None: torch's."""
+    own (``veneer/engine``), where its rows share a batch; None: torch's."""
 
     name: str | None
     parts: Mapping[Any, Any] | None

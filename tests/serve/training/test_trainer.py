@@ -13,6 +13,7 @@ from tests.support.tiny import tiny_model
 
 import veneer
 from veneer.adapter_files.verify import verify
+from veneer.engine import PassResult
 from veneer.errors import AdapterError, DataError, TargetError, TrainingError
 from veneer.serve.training.losses import LOSSES, Datum, checked, checked_settings
 from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
@@ -171,9 +172,12 @@ def test_several_targets_a_token(trainer):
 
 def test_rows_of_waiting_passes_share_a_batch(trainer, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        trainer.runs, "backward", lambda batches, losses: seen.append(dict(batches))
-    )
+
+    def record(requests, keep_going):
+        seen.append({name: request.batch.kwargs for name, request in requests.items()})
+        return PassResult(dict.fromkeys(requests, torch.zeros(())), {})
+
+    monkeypatch.setattr(trainer.engine, "backward", record)
     draw = random.Random(3)
     passes = [
         Pass(name, [datum(draw, "ppo", size=size) for size in (16, 15, 2)], "ppo", {})
@@ -247,20 +251,41 @@ def test_what_is_not_finite_stays_with_its_run(trainer):
 
 
 def test_a_batch_that_fails_is_tried_run_by_run(trainer, monkeypatch):
-    draw, real = random.Random(7), trainer.runs.backward
+    draw, real = random.Random(7), trainer.engine.backward
 
-    def broken(batches, losses):
-        if "b" in batches:
+    def broken(requests, keep_going):
+        if "b" in requests:
             raise MemoryError("too much")
-        return real(batches, losses)
+        return real(requests, keep_going)
 
-    monkeypatch.setattr(trainer.runs, "backward", broken)
+    monkeypatch.setattr(trainer.engine, "backward", broken)
     passes = run_all(
         trainer,
         [Pass(name, [datum(draw, "cross_entropy", size=5)], "cross_entropy") for name in "abc"],
     )
     assert [type(one.error) for one in passes] == [type(None), MemoryError, type(None)]
     assert [trainer.pending(name) for name in "abc"] == [True, False, True]
+
+
+def test_the_loss_of_a_batch_that_failed_behind_it_counts_once(trainer, monkeypatch):
+    """Memory may run out in the backward, when the losses of all runs are known."""
+    draw, real, calls = random.Random(7), torch.autograd.backward, []
+
+    def fail_once(tensors, *args, **kwargs):
+        if isinstance(tensors, list):  # of all runs; the loss has backwards of its own
+            calls.append(len(tensors))
+            if len(calls) == 1:
+                raise MemoryError("too much")
+        return real(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", fail_once)
+    data = {name: [datum(draw, "cross_entropy", size=5)] for name in "ab"}
+    passes = run_all(trainer, [Pass(name, data[name], "cross_entropy") for name in "ab"])
+    assert calls == [2, 1, 1]
+    for number, one in enumerate(passes):
+        total, *_ = alone(CONFIGS[one.run], number, one.data, "cross_entropy", {})
+        assert one.error is None
+        assert one.total == pytest.approx(total, rel=1e-4)
 
 
 def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
@@ -283,7 +308,7 @@ def test_a_run_goes_on_from_its_folder_bit_for_bit(trainer, tmp_path):
         torch.equal(one, other) for one, other in zip(whole, trainer._parameters("a"), strict=True)
     )
     trainer.load("b", tmp_path / "state", optimizer=False)
-    assert not trainer._optimizers["b"].state
+    assert not trainer.engine.adapters["b"].optimizer.state
     trainer.end("b")
     assert "b" not in trainer.runs
 
@@ -439,7 +464,7 @@ def test_a_state_of_an_optimiser_that_is_not_finite_is_not_loaded(trainer, tmp_p
     draw = random.Random(13)
     run_all(trainer, [Pass("a", [datum(draw, "cross_entropy")], "cross_entropy")])
     trainer.step("a", Adam())
-    next(iter(trainer._optimizers["a"].state.values()))[key].fill_(torch.inf)
+    next(iter(trainer.engine.adapters["a"].optimizer.state.values()))[key].fill_(torch.inf)
     trainer.save("a", tmp_path / "state", None)
     weights = [parameter.detach().clone() for parameter in trainer._parameters("b")]
     with pytest.raises(AdapterError, match="not finite"):

@@ -1,11 +1,10 @@
 """Several adapters trained at once on one base: rows of one batch belong to different runs.
 
-    runs = veneer.train_many(model, {"a": LoraConfig(rank=8), "b": LoraConfig(rank=16,
-    variant="dora")})
-    losses = runs.backward({"a": (x, y), "b": (u, v)}, loss)     one forward and one backward of the base for all
+    runs = veneer.train_many(model, {"a": LoraConfig(rank=8), "b": LoraConfig(variant="dora")})
+    losses = runs.backward({"a": (x, y), "b": (u, v)}, loss)    # the base is computed once for all
 
 In: a model, configs, and batches of each run. Out: gradients of each run's own parameters, as its
-own loop would have made them. Optimisers, schedules, clipping, accumulation and the order of data
+own loop would compute them. Optimisers, schedules, clipping, accumulation and the order of data
 are the caller's, run by run.
 """
 

@@ -1,8 +1,8 @@
-"""What candidates come to on the rows held out, in passes of the base that they share.
+"""Losses and measures of candidates on the rows held out, in passes of the base that they share.
 
-A pass has the same rows for each of several candidates. No candidate's loss depends on who else is
-there, but for rounding. Memory is that of `TOKENS` tokens without gradients, however many
-candidates there are.
+A pass has the same rows for each of several candidates. No candidate's loss depends on the others,
+but for rounding. Memory is that of `TOKENS` tokens without gradients, however many candidates there
+are.
 """
 
 from __future__ import annotations
@@ -27,58 +27,59 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
     items, training = dict.fromkeys(tasks, 0), model.training
     model.eval()
     try:
-        for names, places in passes(list(tasks), rows.lengths, task.config.batch_size):
-            batch = to(model.device, task.collate([rows[i] for i in places]))
-            for name, (count, told) in _told(
-                runs, {name: tasks[name] for name in names}, batch
-            ).items():
+        for names, indices in plan_passes(list(tasks), rows.lengths, task.config.batch_size):
+            batch = to(model.device, task.collate([rows[i] for i in indices]))
+            batch_sums = _batch_sums(runs, {name: tasks[name] for name in names}, batch)
+            for name, (count, measures) in batch_sums.items():
                 items[name] += count
                 sums[name] = {
-                    word: sums[name].get(word, 0.0) + float(value) for word, value in told.items()
+                    measure: sums[name].get(measure, 0.0) + float(value)
+                    for measure, value in measures.items()
                 }
     finally:
         model.train(training)
     return {
-        name: {word: value / max(items[name], 1) for word, value in own.items()}
-        for name, own in sums.items()
+        name: {measure: value / max(items[name], 1) for measure, value in measures.items()}
+        for name, measures in sums.items()
     }
 
 
-def passes(
-    names: Sequence[str], lengths: Sequence[int], rows: int
+def plan_passes(
+    names: Sequence[str], lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
-    """Who is in each pass, and the places of its rows, longest first. `rows`: of each, where rows
-    have no tokens to speak of."""
+    """The candidates of each pass, and the indices of its rows, longest first. `batch_size`: rows
+    of each candidate, where rows have no lengths in tokens."""
     order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
     while start < len(order):
         width = lengths[order[start]]
-        own = order[start : start + (max(1, TOKENS // (width * len(names))) if width else rows)]
-        together = max(1, TOKENS // (width * len(own))) if width else len(names)
+        row_count = max(1, TOKENS // (width * len(names))) if width else batch_size
+        indices = order[start : start + row_count]
+        together = max(1, TOKENS // (width * len(indices))) if width else len(names)
         for first in range(0, len(names), together):
-            yield names[first : first + together], own
-        start += len(own)
+            yield names[first : first + together], indices
+        start += len(indices)
 
 
-def _told(
+def _batch_sums(
     runs: Runs, tasks: Mapping[str, Task], batch: Any
 ) -> dict[str, tuple[int, dict[str, Any]]]:
     """By run, how many items the batch has and the sums over them."""
+    sums: dict[str, tuple[int, dict[str, Any]]] = {}
     if next(iter(tasks.values())).name == "sft":
-        told = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
-        found: dict[str, Any] = {}
-        for name, (losses, _, right) in told.items():
-            found[name] = len(losses), {"loss": losses.sum(), "accuracy": cast(Tensor, right).sum()}
-        return found
+        by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
+        for name, (losses, _, right) in by_run.items():
+            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, right).sum()}
+            sums[name] = len(losses), measures
+        return sums
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})
-    found = {
-        name: task.loss(Answered(outputs[name], training=False), batch)
-        for name, task in tasks.items()
-    }
-    return {name: (own.items, {"loss": own.total, **own.sums}) for name, own in found.items()}
+    for name, task in tasks.items():
+        loss = task.loss(OutputAsModel(outputs[name], training=False), batch)
+        sums[name] = loss.items, {"loss": loss.total, **loss.sums}
+    return sums
 
 
-class Answered:
-    """Stands for the model in a task's loss, whose only pass has been made."""
+class OutputAsModel:
+    """Stands for the model in a task's loss, whose only pass has been computed."""
 
     def __init__(self, output: Any, training: bool) -> None:
         self.output, self.training = output, training

@@ -1,0 +1,160 @@
+"""Random numbers of each adapter: inside a block, torch's default generators continue that
+adapter's own sequence.
+
+    RandomStream       of one adapter: it begins as ``torch.manual_seed(seed)`` does
+    DropoutByAdapter   the base's dropout on rows of several adapters, each drawn from its stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from veneer import context
+from veneer.attach.adapted_module import walk
+from veneer.attach.select_rows import Parts
+from veneer.errors import SelectionError
+
+_DROPOUT_FUNCTIONS: Any = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+}
+
+
+def random_devices(model: nn.Module) -> list[torch.device]:
+    """The devices whose default generators a call of the model may draw from."""
+    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return [torch.device("cpu"), *sorted(cuda, key=str)]
+
+
+def generator_states(devices: Iterable[torch.device]) -> list[Tensor]:
+    return [
+        torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+        for device in devices
+    ]
+
+
+def set_generator_states(devices: Iterable[torch.device], states: Iterable[Tensor]) -> None:
+    for device, state in zip(devices, states, strict=True):
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
+def equal_states(states: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(states, expected, strict=True))
+
+
+class RandomStream:
+    """A block in which torch's default generators are one adapter's. Blocks of one stream may be
+    nested. ``states``: of its generators, by device, outside of a block."""
+
+    def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
+        self.devices = devices
+        self.states: list[Tensor] = []
+        self.restart(seed)
+        self._outer_states: list[Tensor] = []
+        self._depth = 0
+
+    def restart(self, seed: int) -> None:
+        """Begin again, as ``torch.manual_seed(seed)`` does."""
+        self.states = [
+            torch.Generator(device).manual_seed(seed).get_state() for device in self.devices
+        ]
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._outer_states = generator_states(self.devices)
+            set_generator_states(self.devices, self.states)
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        before, self.states = self.states, generator_states(self.devices)
+        set_generator_states(self.devices, self._outer_states)
+        if torch._C._current_graph_task_id() != -1 and not equal_states(before, self.states):
+            found = (
+                "random numbers in a layer that activation checkpointing computes again, on rows "
+                "of several runs"
+            )
+            do = (
+                "set dropout to 0 or turn checkpointing off, or let batches of other shapes keep "
+                "the runs apart"
+            )
+            raise SelectionError(found, "the numbers of the first time", do)
+
+
+def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The attributes of modules that may be a dropout probability, by their names."""
+    return [
+        (module, attribute)
+        for _, module in walk(model)
+        for attribute, value in vars(module).items()
+        if isinstance(value, float)
+        and ("drop" in attribute or (attribute == "p" and isinstance(module, _DropoutNd)))
+    ]
+
+
+class DropoutByAdapter(TorchFunctionMode):
+    """A block in which functions of torch that drop entries of a whole batch draw for the rows of
+    each adapter from that adapter's stream."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.row_counts = [after - first for first, after in parts.spans or ()]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _drops(func, args, kwargs):
+            return func(*args, **kwargs)
+        active = context.current.selection.get(self.parts.uid)
+        if active is None or active.parts is not self.parts:
+            # a layer that is computed for one adapter's rows alone
+            return func(*args, **kwargs)
+        if func in _DROPOUT_FUNCTIONS:
+            kwargs = {**kwargs, "inplace": False}
+        values = [*args, *kwargs.values()]
+        by_row = [
+            isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.parts.count
+            for value in values
+        ]
+        if not by_row[0]:
+            found = f"dropout of a tensor {list(values[0].shape)} of the base"
+            do = "set the base's own dropout to 0, or its modules to eval()"
+            raise SelectionError(
+                found, f"the {self.parts.count} rows of the batch along its first axis", do
+            )
+        pieces = [
+            value.split(self.row_counts) if split else value
+            for value, split in zip(values, by_row, strict=True)
+        ]
+        outputs = []
+        for index, selection in enumerate(self.parts.selections):
+            arguments = [
+                piece[index] if split else piece
+                for piece, split in zip(pieces, by_row, strict=True)
+            ]
+            keywords = dict(zip(kwargs, arguments[len(args) :], strict=True))
+            with selection.stream:  # pyright: ignore[reportOptionalContextManager]
+                outputs.append(func(*arguments[: len(args)], **keywords))
+        return torch.cat(outputs)
+
+
+def _drops(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
+    if func is F.scaled_dot_product_attention:
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+    return func in _DROPOUT_FUNCTIONS and kwargs.get("training", True) and kwargs.get("p", 0.5) > 0

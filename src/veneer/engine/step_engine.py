@@ -1,0 +1,341 @@
+"""Forward, backward and optimiser steps of several adapters on one base.
+
+    requests by adapter ─ equal shapes ─> one forward of the base ─> a loss for each adapter
+                        ─ one backward ─> gradients of each adapter's own parameters ─> its step
+
+An adapter's own: its parameters (any variant, rank, dtype), its random numbers
+(``random_streams.py``), its rows, its loss, its optimiser. Common: the base's forward and backward.
+Batches that differ in shape do not share a forward, so an adapter's numbers never depend on the
+others: padding, chosen by the longest, would change what dropout draws.
+
+A pass that raises leaves gradients and random numbers of its adapters as they were.
+``isolate_failures`` then computes each adapter alone, so that the failure of one is its own.
+
+Rejected: the sum of the losses as one function of the joined output (a mean over rows would mix the
+adapters); a copy of the model for each adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer import context
+from veneer.attach.blend import same_weights
+from veneer.attach.lookup import need_adapters
+from veneer.attach.select_rows import Parts, time_first
+from veneer.attach.state import ActiveAdapter
+from veneer.engine.batches import (
+    AdapterBatch,
+    check_independent_rows,
+    join_batches,
+    read_batch,
+    split_output,
+)
+from veneer.engine.gradients import (
+    add_to_taken,
+    clip_gradients,
+    restore_gradients,
+    take_gradients,
+)
+from veneer.engine.random_streams import (
+    DropoutByAdapter,
+    RandomStream,
+    dropout_settings,
+    equal_states,
+    generator_states,
+    random_devices,
+)
+from veneer.errors import ConfigError, SelectionError
+
+#: joined batches whose selection of rows is kept
+MOST_ASSIGNMENTS = 64
+
+#: one forward of the joined rows of some adapters -> the output of each
+Forward = Callable[[nn.Module, Mapping[str, AdapterBatch]], Mapping[str, Any]]
+
+
+class PassRequest(NamedTuple):
+    """A forward of one adapter's rows, and a backward of its loss.
+
+    ``loss``: (output, target) -> scalar; None, for a forward alone, returns the output.
+    ``forward``: None for the model's output by rows. Requests share a forward only if theirs are
+    equal. ``weight``: a factor of the gradient, not of the loss that is returned."""
+
+    batch: AdapterBatch
+    loss: Callable[[Any, Any], Any] | None = None
+    forward: Forward | None = None
+    weight: float = 1.0
+
+    @property
+    def group_key(self) -> Hashable:
+        return self.forward, self.batch.shape_key
+
+
+Requests = Mapping[str, PassRequest]
+
+
+class PassResult(NamedTuple):
+    """By adapter: losses, detached, or outputs; and the errors of those that have none."""
+
+    values: dict[str, Any]
+    failures: dict[str, Exception]
+
+
+@dataclass(eq=False)
+class TrainedAdapter:
+    """What belongs to one adapter alone. ``scheduler``: of the learning rate; None if each step
+    sets it."""
+
+    parameters: list[nn.Parameter]
+    stream: RandomStream
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Any = None
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are gradients that no step has used."""
+        return any(parameter.grad is not None for parameter in self.parameters)
+
+    def clip(self, max_norm: float, *, wide: bool = False) -> float:
+        """See ``clip_gradients``."""
+        return clip_gradients(self.parameters, max_norm, wide=wide)
+
+    def step(self) -> None:
+        """The optimiser's step on the gradients that are there, which are used up."""
+        assert self.optimizer is not None
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser, schedule and random numbers, for ``torch.save``."""
+        assert self.optimizer is not None
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": self.stream.states,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.stream.states = state["random"]
+
+
+class StepEngine:
+    """The adapters of one base that are trained together, in ``adapters`` by name. They are attached
+    and detached by the caller, who calls from one thread."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapters: dict[str, TrainedAdapter] = {}
+        # walks through the model, done once
+        self._devices = random_devices(model)
+        self._dropout_settings = dropout_settings(model)
+        self._time_first = time_first(model)
+        # a cache of keys and values would hold those of all rows
+        parameters = inspect.signature(model.forward).parameters
+        self._default_inputs = {"use_cache": False} if "use_cache" in parameters else {}
+        self._checked_structures: set[Any] = set()
+        self._assignments: dict[Any, tuple[list[ActiveAdapter], Parts]] = {}
+
+    def new_stream(self, seed: int) -> RandomStream:
+        """Random numbers for an adapter; its parameters are drawn within a block of it."""
+        return RandomStream(seed, self._devices)
+
+    def add(self, name: str, parameters: list[nn.Parameter], stream: RandomStream) -> None:
+        """Train an attached adapter."""
+        self.adapters[name] = TrainedAdapter(parameters, stream)
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        self._assignments.clear()
+
+    def read_batch(self, name: str, batch: Any) -> AdapterBatch:
+        """See ``batches.read_batch``."""
+        return read_batch(name, batch, self._default_inputs)
+
+    def backward(self, requests: Requests, keep_going: bool = False) -> PassResult:
+        """Add the gradients of each adapter's loss to its parameters, as ``loss.backward()`` in a
+        loop of its own would.
+
+        Args:
+            keep_going: an adapter whose loss raises is listed in ``failures``; its gradients stay
+                as they were. Else, and for any other error, all adapters stay as they were, and the
+                error is raised.
+        """
+        adapters = [self.adapters[name] for name in requests]
+        taken = [take_gradients(adapter.parameters) for adapter in adapters]
+        stream_states = [adapter.stream.states for adapter in adapters]
+        result = PassResult({}, {})
+        try:
+            for group in _group_requests(requests):
+                self._backward_group(group, result, keep_going)
+        except BaseException:
+            for adapter, gradients, states in zip(adapters, taken, stream_states, strict=True):
+                restore_gradients(adapter.parameters, gradients)
+                adapter.stream.states = states
+            raise
+        for name, adapter, gradients in zip(requests, adapters, taken, strict=True):
+            if name in result.failures:  # the shared backward gave it zeros
+                restore_gradients(adapter.parameters, gradients)
+            else:
+                add_to_taken(adapter.parameters, gradients)
+        return result
+
+    def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
+        """The output of each adapter's rows, or its loss, without gradients. ``keep_going``: as for
+        ``backward``."""
+        result = PassResult({}, {})
+        for group in _group_requests(requests):
+            selection, dropout = self._select(group)
+            with torch.no_grad(), context.changed(selection), dropout:
+                result.values.update(self._values(group, result.failures, keep_going))
+        return result
+
+    def _backward_group(self, group: Requests, result: PassResult, keep_going: bool) -> None:
+        """Forward and backward of requests that share a forward."""
+        with ExitStack() as stack:
+            selection, dropout = self._select(group)
+            stack.enter_context(context.changed(selection))
+            if len(group) == 1:
+                stack.enter_context(self.adapters[next(iter(group))].stream)
+            before = generator_states(self._devices)
+            with dropout:
+                losses = self._values(group, result.failures, keep_going, _check_loss)
+            if len(group) > 1 and not equal_states(before, generator_states(self._devices)):
+                names = ", ".join(map(repr, group))
+                found = f"random numbers that the base drew for rows of {names} together"
+                do = "set its own dropout to 0, or its modules to eval()"
+                raise SelectionError(found, "numbers of each run's own", do)
+            if losses:
+                factors = [
+                    torch.full_like(loss, group[name].weight) for name, loss in losses.items()
+                ]
+                torch.autograd.backward(list(losses.values()), factors)
+        result.values.update({name: loss.detach() for name, loss in losses.items()})
+
+    def _values(
+        self,
+        group: Requests,
+        failures: dict[str, Exception],
+        keep_going: bool,
+        check: Callable[[str, Any], None] = lambda name, value: None,
+    ) -> dict[str, Any]:
+        """One forward, and the loss of each request; its output if it has no loss."""
+        batches = {name: request.batch for name, request in group.items()}
+        self._check_rows(batches)
+        forward = next(iter(group.values())).forward or _output_rows
+        outputs = forward(self.model, batches)
+        values: dict[str, Any] = {}
+        for name, request in group.items():
+            try:
+                value = outputs[name]
+                if request.loss is not None:
+                    value = request.loss(value, request.batch.target)
+                check(name, value)
+            except Exception as error:
+                error.add_note(f"in the loss of adapter {name!r}")
+                if not keep_going:
+                    raise
+                failures[name] = error
+                continue
+            values[name] = value
+        return values
+
+    def _select(
+        self, group: Requests
+    ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
+        """The selection of adapters for the joined rows, and a block for the base's own dropout."""
+        attached = need_adapters(self.model, walk=False)
+        selections = [attached.selections[name] for name in group]
+        with_streams = [
+            dataclasses.replace(selection, stream=self.adapters[name].stream)
+            for name, selection in zip(group, selections, strict=True)
+        ]
+        if len(group) == 1:
+            return {attached.uid: with_streams[0]}, nullcontext()
+        # What each layer does with these rows is worked out in the first call, and kept while the
+        # adapters stay.
+        key = tuple((name, request.batch.row_count) for name, request in group.items())
+        before, parts = self._assignments.get(key, (None, None))
+        if parts is None or before != selections:
+            row_counts = [request.batch.row_count for request in group.values()]
+            rows = torch.arange(sum(row_counts), device="cpu").split(row_counts)
+            parts = Parts(attached.uid, with_streams, rows, sum(row_counts), self._time_first)
+            if len(self._assignments) >= MOST_ASSIGNMENTS:
+                self._assignments.clear()
+            self._assignments[key] = selections, parts
+        selected = ActiveAdapter(None, parts, same_weights(parts.selections))
+        dropout = DropoutByAdapter(parts) if self._has_dropout() else nullcontext()
+        return {attached.uid: selected}, dropout
+
+    def _has_dropout(self) -> bool:
+        """Whether the base has dropout of its own now."""
+        return any(
+            module.training and getattr(module, attribute) > 0
+            for module, attribute in self._dropout_settings
+        )
+
+    def _check_rows(self, batches: Mapping[str, AdapterBatch]) -> None:
+        """Check once for each structure of batches that the base computes rows independently."""
+        samples = list(batches.values())[:2]
+        key = len(samples[0].args), *samples[0].kwargs
+        if len(samples) > 1 and key not in self._checked_structures:
+            check_independent_rows(self.model, need_adapters(self.model, walk=False).uid, samples)
+            self._checked_structures.add(key)
+
+
+def isolate_failures(
+    run_pass: Callable[..., PassResult], requests: Mapping[str, Any]
+) -> PassResult:
+    """``run_pass(requests, keep_going=True)``, whose errors are returned as failures of single
+    adapters: if the requests cannot be computed together, each is computed alone. ``run_pass``:
+    ``StepEngine.backward``, ``forward``, or a function around one of them."""
+    try:
+        return run_pass(requests, keep_going=True)
+    except Exception as error:
+        if len(requests) == 1:
+            return PassResult({}, dict.fromkeys(requests, error))
+    # The error is gone here, and with it the memory of the failed pass.
+    result = PassResult({}, {})
+    for name, request in requests.items():
+        alone = isolate_failures(run_pass, {name: request})
+        result.values.update(alone.values)
+        result.failures.update(alone.failures)
+    return result
+
+
+def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
+    """Requests that share a forward, in the order of their first ones."""
+    groups: dict[Hashable, dict[str, PassRequest]] = {}
+    for name, request in requests.items():
+        groups.setdefault(request.group_key, {})[name] = request
+    return list(groups.values())
+
+
+def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[str, Any]:
+    """The model's output of each adapter's rows."""
+    args, kwargs = join_batches(list(batches.values()))
+    output = model(*args, **kwargs)
+    if len(batches) == 1:
+        return dict.fromkeys(batches, output)
+    row_counts = [batch.row_count for batch in batches.values()]
+    return dict(zip(batches, split_output(output, row_counts), strict=True))
+
+
+def _check_loss(name: str, loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        found = f"loss {shape} of adapter {name!r}"
+        raise ConfigError(found, "a scalar with a gradient", "return a mean or a sum")
