@@ -210,6 +210,7 @@ def test_the_drawing_is_of_the_house():
         "models",
         "adapter_files",
         "bank",
+        "engine",
         "train",
         "serve",
     ):
