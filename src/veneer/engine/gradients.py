@@ -30,18 +30,18 @@ def restore_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) 
         parameter.grad = gradient
 
 
-def add_to_taken(parameters: Sequence[nn.Parameter], taken: Gradients) -> None:
+def add_to_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
     """Add the parameters' gradients to those that were taken, in place, and put the sums back: a
     gradient tensor stays the same object, as with ``loss.backward()``."""
-    for parameter, gradient in zip(parameters, taken, strict=True):
+    for parameter, gradient in zip(parameters, earlier, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
-def add_taken(parameters: Sequence[nn.Parameter], taken: Gradients) -> None:
-    """Add gradients that were taken to those of the parameters. ``taken`` stays as it is, so that
+def add_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
+    """Add gradients that were taken to those of the parameters. ``earlier`` stays as it is, so that
     it can still be restored."""
-    for parameter, gradient in zip(parameters, taken, strict=True):
+    for parameter, gradient in zip(parameters, earlier, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
         elif gradient is not None:

@@ -40,7 +40,7 @@ from veneer.engine.batches import (
     split_output,
 )
 from veneer.engine.gradients import (
-    add_to_taken,
+    add_to_earlier,
     clip_gradients,
     restore_gradients,
     take_gradients,
@@ -91,8 +91,8 @@ class PassResult(NamedTuple):
 
 @dataclass(eq=False)
 class TrainedAdapter:
-    """What belongs to one adapter alone. ``scheduler``: of the learning rate; None if each step
-    sets it."""
+    """Parameters, random numbers and optimiser of one adapter. ``scheduler``: of the learning rate;
+    None if each step sets it."""
 
     parameters: list[nn.Parameter]
     stream: RandomStream
@@ -133,8 +133,8 @@ class TrainedAdapter:
 
 
 class StepEngine:
-    """The adapters of one base that are trained together, in ``adapters`` by name. They are attached
-    and detached by the caller, who calls from one thread."""
+    """The adapters of one base that are trained together, in ``adapters`` by name. The caller
+    attaches and detaches them, and calls from one thread."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -175,22 +175,22 @@ class StepEngine:
                 error is raised.
         """
         adapters = [self.adapters[name] for name in requests]
-        taken = [take_gradients(adapter.parameters) for adapter in adapters]
+        earlier = [take_gradients(adapter.parameters) for adapter in adapters]
         stream_states = [adapter.stream.states for adapter in adapters]
         result = PassResult({}, {})
         try:
             for group in _group_requests(requests):
                 self._backward_group(group, result, keep_going)
         except BaseException:
-            for adapter, gradients, states in zip(adapters, taken, stream_states, strict=True):
+            for adapter, gradients, states in zip(adapters, earlier, stream_states, strict=True):
                 restore_gradients(adapter.parameters, gradients)
                 adapter.stream.states = states
             raise
-        for name, adapter, gradients in zip(requests, adapters, taken, strict=True):
+        for name, adapter, gradients in zip(requests, adapters, earlier, strict=True):
             if name in result.failures:  # the shared backward gave it zeros
                 restore_gradients(adapter.parameters, gradients)
             else:
-                add_to_taken(adapter.parameters, gradients)
+                add_to_earlier(adapter.parameters, gradients)
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
@@ -265,7 +265,7 @@ class StepEngine:
         ]
         if len(group) == 1:
             return {attached.uid: with_streams[0]}, nullcontext()
-        # What each layer does with these rows is worked out in the first call, and kept while the
+        # Each layer plans its work on these rows in the first call; the plan is kept while the
         # adapters stay.
         key = tuple((name, request.batch.row_count) for name, request in group.items())
         before, parts = self._assignments.get(key, (None, None))

@@ -31,7 +31,7 @@ from veneer.config import LoraConfig
 from veneer.engine import PassResult, TrainedAdapter, isolate_failures
 from veneer.engine.gradients import (
     Gradients,
-    add_taken,
+    add_earlier,
     largest_magnitude,
     present_gradients,
     restore_gradients,
@@ -282,7 +282,7 @@ class Trainer:
             return
         parameters = self._parameters(training_pass.run)
         if training_pass.error is None:
-            add_taken(parameters, earlier)
+            add_earlier(parameters, earlier)
             largest = largest_magnitude(present_gradients(parameters))
             if not largest <= MOST_GRADIENT:  # NaN is not, either
                 training_pass.error = TrainingError(

@@ -1,4 +1,4 @@
-"""``train_many`` and ``Runs``: adapters by name, with their batches and losses as callers pass them,
+"""``train_many`` and ``Runs``: adapters by name, with batches and losses as callers pass them,
 on the step engine (``veneer/engine``).
 
 A causal language model has a forward of its own here, which keeps −log p of the labels instead of
