@@ -184,8 +184,8 @@ def unmerge_subtracts(patch):
     """W' − (W' − W), where it should put back W."""
     original = merging._keep
 
-    def keep(weight, stored, spill=None):
-        original(weight, stored, spill)
+    def keep(weight, stored, **options):
+        original(weight, stored, **options)
         for key, old in weight.keeper.__dict__["backup"][weight.name].items():
             new = stored[key]
             old.copy_(new - (new - old))

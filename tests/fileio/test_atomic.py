@@ -12,7 +12,7 @@ import pytest
 
 from veneer.errors import OutputExistsError
 from veneer.fileio import atomic, locks, temporary
-from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, publish
+from veneer.fileio.atomic import EVERYTHING, new_file, new_folder
 from veneer.fileio.locks import acquire
 from veneer.fileio.temporary import NEW, recover, sweep, write_plan
 
@@ -192,14 +192,8 @@ def test_what_appears_while_we_write_is_not_replaced_without_leave(tmp_path, way
     with pytest.raises(OutputExistsError), new_file(path := tmp_path / "out2") as file:
         file.write_text("new")
         appears(path, what)
-    (tmp_path / ".made").mkdir()
-    fill(tmp_path / ".made", "new", "config")
-    appears(tmp_path / "out3", what)
-    with pytest.raises(OutputExistsError):
-        publish(tmp_path / ".made", tmp_path / "out3")
-    assert content(tmp_path / ".made") == {"config": "new"}, "it can be published elsewhere"
-    assert set(content(tmp_path).values()) == {"theirs", "new"}
-    assert sorted(one.name for one in tmp_path.iterdir()) == [".made", "out", "out2", "out3"]
+    assert set(content(tmp_path).values()) == {"theirs"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out2"]
 
 
 def test_without_a_rename_that_replaces_nothing_we_look(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-"""A checkpoint is merged tensor by tensor: the bits of a merge in memory, in bounded memory,
-resumed after a kill."""
+"""A checkpoint is merged tensor by tensor: the bits of a merge in memory, in bounded memory, the
+whole result or nothing after a kill."""
 
 from __future__ import annotations
 
@@ -311,53 +311,45 @@ def test_folders_beside_the_weights_are_copied_too(dtype, tmp_path):
 CHILD = """
 import time
 import veneer.tools.merge_checkpoint as merging
-from veneer.tools.merge_checkpoint import pipeline
-pipeline.STEP = 1 << 14
-before = pipeline._Writer.store
-def slowly(self, *arguments):
-    before(self, *arguments)
+from veneer.tools.merge_checkpoint import merged_files
+write = merged_files.CheckpointWriter._write_tensor
+def write_slowly(self, name):
     time.sleep(0.03)
-pipeline._Writer.store = slowly
+    return write(self, name)
+merged_files.CheckpointWriter._write_tensor = write_slowly
 print("begun", flush=True)
 merging.merge_checkpoint({base!r}, [{adapter!r}], {out!r})
 """
 
 
-def killed_and_resumed(base, adapter, out, kills, seed):
-    """Kill merges at random moments; returns how many tensors the last run found done, and how
-    often it was killed."""
-    chance, done, killed = random.Random(seed), 0, 0
-    for _ in range(kills):
-        code = CHILD.format(base=str(base), adapter=str(adapter), out=str(out))
-        child = Program(code, *LARGE)
-        child.until(lambda child=child: child.said.startswith("begun\n"))
-        journal = out.with_name(f".{out.name}.merging") / "journal.jsonl"
-        while child.alive and not (journal.is_file() and journal.read_text().count("\n") > done):
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.1))
-        child.kill()
-        killed += child.wait() == -signal.SIGKILL
-        if out.exists():
-            break
-        # killed where the result takes its name, a run has no journal any more: the next one begins
-        # anew
-        done = journal.read_text().count("\n") if journal.exists() else 0
-    return merge_checkpoint(base, [adapter], out).resumed if not out.exists() else None, killed
+def kill_merge(base, adapter, out, delay):
+    """Kill a merge ``delay`` seconds after its first file is there. Whether it was killed before
+    its result had its name."""
+    child = Program(CHILD.format(base=str(base), adapter=str(adapter), out=str(out)), *LARGE)
+    child.until(lambda: child.said.startswith("begun\n"))
+    while child.alive and not list(out.parent.glob(f".{out.name}.*.tmp/new/*.safetensors")):
+        time.sleep(0.005)
+    time.sleep(delay)
+    child.kill()
+    return child.wait() == -signal.SIGKILL and not out.exists()
 
 
 def _kills(tmp_path, kills, seed, targets="all"):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=targets)
     merge_checkpoint(base, [adapter], tmp_path / "expected")
-    resumed, killed = killed_and_resumed(base, adapter, tmp_path / "out", kills, seed)
-    assert killed > 0
-    assert resumed is None or resumed > 0
+    draws, out = random.Random(seed), tmp_path / "out"
+    killed = [kill_merge(base, adapter, out, draws.uniform(0, 0.1)) for _ in range(kills)]
+    assert any(killed)
+    if not out.exists():
+        assert len(list(tmp_path.glob(".out.*.tmp"))) == 1, "each merge removes what it finds"
+        merge_checkpoint(base, [adapter], out)
     for path in (tmp_path / "expected").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
     nothing_left(tmp_path, "base", "adapter", "expected", "out")
 
 
-def test_a_killed_merge_goes_on_where_it_was(tmp_path):
+def test_a_merge_after_a_kill_starts_anew_and_removes_what_was_left(tmp_path):
     _kills(tmp_path, 2, 0, targets="all-linear")  # for which no other process is asked
 
 
@@ -368,30 +360,26 @@ def test_ten_kills(tmp_path):
     _kills(tmp_path, 10, seed)
 
 
-def test_a_journal_of_another_merge_is_not_gone_on_from(tmp_path, monkeypatch):
-    model, base = tiny(tmp_path / "base")
-    one = trained(model, tmp_path / "a")
-    two = trained(model, tmp_path / "b")
-    merge_checkpoint(base, [two], tmp_path / "expected")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("last", [True, False])
+def test_after_an_interrupt_or_a_full_disk_nothing_is_left(error, last, tmp_path, monkeypatch):
     import veneer.tools.merge_checkpoint as merging
 
-    def interrupted(*arguments, **options):
-        """A merge that ends when all tensors are on the disk, and the journal says so."""
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(
-                merging, "_aux_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-            )
-            merge_checkpoint(*arguments, **options)
+    model, base = tiny(tmp_path / "base")
+    adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
 
-    interrupted(base, [two], tmp_path / "same")
-    assert merge_checkpoint(base, [two], tmp_path / "same").resumed == len(
-        open_checkpoint(base).where
-    )
-    interrupted(base, [one], tmp_path / "out")
-    interrupted(base, [two], tmp_path / "out", verify_base=False)
-    # a base that was not compared is no start for a run that compares it
-    assert merge_checkpoint(base, [two], tmp_path / "out").resumed == 0
-    equal(tensors(tmp_path / "out"), tensors(tmp_path / "expected"))
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if last:
+            patch.setattr(merging, "_aux_files", fail)
+        else:
+            patch.setattr(merging.CheckpointWriter, "_write_tensor", fail)
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            merge_checkpoint(base, [adapter], tmp_path / "out")
+    nothing_left(tmp_path, "base", "adapter")
+    merge_checkpoint(base, [adapter], tmp_path / "out")
 
 
 @pytest.mark.parametrize("fcntl", [True, False])
@@ -404,8 +392,8 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
     holder = f"""
         {without}
         from pathlib import Path
-        from veneer.tools.merge_checkpoint.journal import working_folder
-        with working_folder(Path({str(tmp_path / "out")!r}), "another"):
+        from veneer.fileio.locks import locked
+        with locked(Path({str(tmp_path / ".out.merging.lock")!r}), AssertionError):
             print("held", flush=True)
             while not Path({str(tmp_path / "go")!r}).exists():
                 time.sleep(0.01)

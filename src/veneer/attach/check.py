@@ -35,7 +35,7 @@ from veneer.attach.views import view
 from veneer.bases import is_opaque
 from veneer.distributed import is_spread, reshard, spread_problem, together
 from veneer.errors import CheckError, listing, raise_all, sentence
-from veneer.fileio.spill import aside
+from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of
 from veneer.precision import double, place
 
@@ -307,7 +307,7 @@ def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
         module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
     )
     fixed = {id(one) for module in large for one in module.buffers()}
-    buffers = [(buffer, aside(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
+    buffers = [(buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
     try:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -31,7 +31,7 @@ from veneer.bases import BASES, GridStorage, Storage
 from veneer.distributed import spread_problem
 from veneer.errors import MergeError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
-from veneer.fileio.spill import Spill, Spilled, aside
+from veneer.fileio.tensors import cpu_copy
 from veneer.kernels.grid import Grid
 from veneer.kernels.rounding import Folded, fold, fold_onto, known_rounding
 from veneer.lowrank import LowRank
@@ -109,7 +109,7 @@ def merge(
     Args:
         name: the adapter; None takes the only one.
         keep: keep the old weights, which ``unmerge`` needs: as much memory of the processor as the
-            weights that change. Without, they lie in a temporary file while this runs.
+            weights that change. Without, they are dropped once all are written.
         rounding: of 16-bit weights, and of those that bitsandbytes or torchao keeps. "nearest":
             each number to the nearest. "faithful": each to one of its two neighbours, so that the
             errors cancel on what the adapter reads; takes several times as long, a few seconds for
@@ -167,12 +167,11 @@ def _merge_all(
     problems = [*untied_since(model, name), *torn(model, name), *no_weights_change(model, name)]
     problems += _unknown_origins(model, attached, name, weights)
     before = attached.chain
-    spill = None if keep else Spill()
     try:
         _forget(weights)  # what an interrupt in the last line of an unmerge has left
         attached.merging = True
         attached.set_chain((*before, name))
-        reports = _write_all(weights, rounding, moments, spill, problems)
+        reports = _write_all(weights, rounding, moments, keep, problems)
         raise_all(MergeError, f"Nothing was merged of {name!r}", problems)
         attached.merging = False
     except BaseException:
@@ -188,7 +187,7 @@ def _merge_all(
 
 
 def _write_all(
-    weights: Iterable[_StoredWeight], rounding: str, moments: dict[str, Tensor], spill: Spill | None,
+    weights: Iterable[_StoredWeight], rounding: str, moments: dict[str, Tensor], keep: bool,
     problems: list[str],
 ) -> list[LayerMerge]:  # fmt: skip
     """Write each weight as long as there are no problems, once its old bits are kept; then only
@@ -202,7 +201,7 @@ def _write_all(
                 continue
             stored, report = content
             if not problems:
-                _keep(weight, stored, spill)
+                _keep(weight, stored, digests=keep)
                 weight.write(stored)
             reports += [report] if report else []
             del content, stored  # before the next one is made
@@ -534,14 +533,14 @@ def _report(path: str, old: Tensor, exact: Tensor, rounded: Tensor, rounding: st
     )
 
 
-def _keep(weight: _StoredWeight, new: Mapping[str, Tensor], spill: Spill | None = None) -> None:
-    """Put a weight's old bits aside, all in one step. In ``spill`` they are for a failure alone:
-    without digests."""
-    put, own = aside if spill is None else spill.put, weight.keeper.__dict__
-    bits = {key: put(tensor) for key, tensor in weight.stored().items()}
-    if spill is None:
-        own.setdefault("digests", {})[weight.name] = _digest(new)
-    own.setdefault("backup", {})[weight.name] = bits
+def _keep(weight: _StoredWeight, new: Mapping[str, Tensor], digests: bool = True) -> None:
+    """Keep a weight's old bits, all in one step. ``digests``: hash the new ones, which ``unmerge``
+    compares; copies that only undo a failure need none."""
+    keeper = weight.keeper.__dict__
+    bits = {key: cpu_copy(tensor) for key, tensor in weight.stored().items()}
+    if digests:
+        keeper.setdefault("digests", {})[weight.name] = _digest(new)
+    keeper.setdefault("backup", {})[weight.name] = bits
 
 
 def _digest(stored: Mapping[str, Tensor]) -> dict[str, str]:
@@ -556,7 +555,6 @@ def _kept(weight: _StoredWeight) -> dict[str, Tensor]:
     """The bits from before the merge, in memory of the processor; those of a packed weight on its
     device."""
     bits = weight.keeper.__dict__["backup"][weight.name]
-    bits = {key: one.read() if isinstance(one, Spilled) else one for key, one in bits.items()}
     stored = weight.stored() if weight.storage.dense_name is None else {}
     device = next((one.device for one in stored.values()), None)
     return bits if device is None else {key: one.to(device) for key, one in bits.items()}

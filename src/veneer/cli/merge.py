@@ -55,8 +55,8 @@ def merge_command(
 
     The files of the base are read and written tensor by tensor, so a model may be larger than
     memory. Shards, names and all other files stay as they are. Each weight is rounded once, and the
-    report says how much of the change survives. A merge that was killed goes on where it was when
-    it is run again.
+    report says how much of the change survives. A merge that was killed is run again from the
+    start, and removes what was left.
 
     \b
     Examples:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -106,21 +106,6 @@ def write_whole(path: Path, text: str) -> None:
     """Write ``text`` (in UTF-8) to ``path`` in one step, over what is there."""
     with new_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def publish(
-    folder: Path, path: Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
-) -> None:
-    """Let a folder that is whole, beside ``path``, take its name, as with ``new_folder``. After an
-    error ``folder`` is where it was."""
-    with temporary(path) as container:
-        folder.rename(container / NEW)
-        try:
-            _finish(container, path, overwrite, replaces)
-        except BaseException:
-            with suppress(FileNotFoundError):  # its files are being moved
-                (container / NEW).rename(folder)
-            raise
 
 
 def _finish(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing
-from veneer.fileio.pages import empty_bytes
 from veneer.fileio.throttle import throttled
 from veneer.fileio.untrusted import read_header
 
@@ -57,6 +56,12 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
     """Bytes of a file in memory of their own, [size] in uint8; None if it has not so many."""
-    flat = empty_bytes(size)
+    flat = torch.empty(size, dtype=torch.uint8, device="cpu")
     stream.seek(start)
     return flat if stream.readinto(flat.numpy().data) == size else None
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` in memory of the processor; a meta tensor stays one."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type in ("cpu", "meta") else tensor.to("cpu", copy=True)

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -23,28 +21,13 @@ from torch import Tensor
 Item = TypeVar("Item")
 State = TypeVar("State")
 Result = TypeVar("Result")
-_APART: ContextVar[int] = ContextVar("apart")
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """In the block, what is spread takes as many threads as torch has, and torch itself one: those
-    of its own wait for its next operation by spinning, on cores that others could use."""
-    count = torch.get_num_threads()
-    token = _APART.set(count)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-        _APART.reset(token)
 
 
 def threads_for(tensor: Tensor, most: int) -> int:
     """How many threads to spread work on ``tensor`` over: on a CPU torch's count, but not more than
     ``most`` (each needs memory, and they share its bandwidth); 0, the caller itself, on another
     device, where one stream is enough."""
-    return min(_APART.get(torch.get_num_threads()), most) if tensor.device.type == "cpu" else 0
+    return min(torch.get_num_threads(), most) if tensor.device.type == "cpu" else 0
 
 
 def spread(
@@ -61,7 +44,7 @@ def spread(
     and is raised.
     """
     threads = min(threads, len(items))
-    if threads == 0 or _APART.get(torch.get_num_threads()) == 1:
+    if threads == 0 or torch.get_num_threads() == 1:
         with torch.no_grad():
             thread_state = state()
             return [work(item, thread_state) for item in items]

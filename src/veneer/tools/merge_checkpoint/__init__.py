@@ -1,16 +1,13 @@
 """Merge adapters into a checkpoint on disk, tensor by tensor, whatever its size.
 
-    reader          the arithmetic            writer
-    tensor  ──────► W' = round(W + ΔW) ──────► file of the same name, tensors in the same order
-            └─────► fingerprint of the base ─┘
+    MergeJob          the files of the base, what the adapters change, dtype and rounding
+    CheckpointWriter  reads, merges and writes each tensor; at most twice the largest is in memory
+    aux_files         configuration and tokenizer, copied or adjusted
 
-In memory are at most twice the largest tensor (``pipeline``). What no adapter changes is copied.
-The result stands in a folder beside OUT until it is whole, then takes its name in one step.
-
-**A killed merge goes on where it was.** The folder's journal says which tensors are on the disk: a
-line is written once what it tells was flushed. A journal of another merge (other files, adapters,
-weights, dtype or rounding) is thrown away with its folder. Rejected: a finished file as the unit,
-as many models are one file of many GiB.
+The result grows in a temporary folder beside OUT and takes its name in one step, once it is on the
+disk. A merge that fails or is killed leaves OUT as it was; the next merge into OUT removes what a
+killed one left. Rejected: a journal with which a killed merge goes on, since merging takes about as
+long as copying.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,14 @@ from torch import nn
 
 from veneer.adapter_files.folder import content_hash
 from veneer.attach.merge_report import MergeReport
-from veneer.errors import BaseMismatchError, CheckpointError, MergeError, listing, raise_all
-from veneer.fileio.atomic import disk_errors, must_not_exist, publish
-from veneer.fileio.temporary import remove
+from veneer.errors import BaseMismatchError, MergeError, listing, raise_all
+from veneer.fileio.atomic import must_not_exist, new_folder
+from veneer.fileio.locks import locked
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter, open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
 from veneer.tools.merge_checkpoint.aux_files import RECORD
-from veneer.tools.merge_checkpoint.job import MergeJob, computed, planned
-from veneer.tools.merge_checkpoint.journal import JOURNAL, working_folder
-from veneer.tools.merge_checkpoint.pipeline import Pipeline, Progress, as_bytes
+from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor, planned
+from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, Progress, as_bytes
 
 __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 
@@ -44,24 +41,17 @@ __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 @dataclass(frozen=True)
 class CheckpointMerge:
     """What a merge of a checkpoint did: ``report`` as of ``veneer.merge``, by tensor; ``left_out``,
-    what of the base's folder was not copied (``aux_files.py``); ``resumed``, how many tensors an
-    earlier, killed run had finished."""
+    the names in the base's folder that were not copied (``aux_files.py``)."""
 
     path: Path
     report: MergeReport
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
-    resumed: int
 
     def __str__(self) -> str:
         lines = [self.report.summary, f"written to {self.path}"]
         hidden = f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"
         lines += [hidden] if self.left_out else []
-        lines += (
-            [f"{self.resumed} tensors were there from a run that was interrupted"]
-            if self.resumed
-            else []
-        )
         return "\n".join([*lines, *self.notes])
 
 
@@ -78,8 +68,7 @@ def merge_checkpoint(
     model: nn.Module | None = None,
 ) -> CheckpointMerge:
     """Merge adapters into the safetensors files of ``base``, written to the folder ``out`` in the
-    same layout: shards, names, index, configuration and tokenizer. Run again after it was killed,
-    it goes on where it was.
+    same layout: shards, names, index, configuration and tokenizer.
 
     Args:
         base: a folder with one or several safetensors files.
@@ -97,64 +86,44 @@ def merge_checkpoint(
         MergeError: a merged weight is not finite in its dtype.
         OutputExistsError: ``out`` exists and ``overwrite`` is False.
 
-    After an error nothing is left behind, and ``out`` is as it was. (An OSError, such as a full
-    disk, leaves what was done beside ``out`` to go on from.)
+    After an error nothing is left behind, and ``out`` is as it was.
     """
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
     must_hold_no_adapter(out)
     job = planned(base, adapters, dtype, rounding, verify_base, model)
     try:
-        return _merged(job, base, out, overwrite, progress)
+        return _write_merge(job, base, out, overwrite, progress)
     except BaseMismatchError:
         if not job.merge_plan.by_prints:
             raise
     # the names were taken for those of the model's parameters, which only the model knows
     job = planned(base, adapters, dtype, rounding, verify_base, model, by_prints=False)
-    return _merged(job, base, out, overwrite, progress)
+    return _write_merge(job, base, out, overwrite, progress)
 
 
-def _merged(
+def _write_merge(
     job: MergeJob, base: str | Path, out: Path, overwrite: bool, progress: Progress | None
 ) -> CheckpointMerge:
     if out == job.checkpoint.folder.resolve() or out in job.checkpoint.folder.resolve().parents:
         raise MergeError(
             f"{out}, which holds the base", "another folder for the result", "choose another"
         )
-    with disk_errors(out), working_folder(out, job.identity()) as (folder, journal):
-        try:
-            run = Pipeline(job, folder, journal, progress)
-            run.run()
-            left_out = _aux_files(job, folder)
-            report = MergeReport(
-                ", ".join(path.name for path, _ in job.adapters), tuple(run.layers)
-            )
-            (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
-            _publish(folder, out, overwrite)
-        except (MergeError, CheckpointError, ValueError):  # what no second run would mend
-            shutil.rmtree(folder)
-            raise
-        except OSError as error:
-            if not (folder / JOURNAL).is_file() or (folder / JOURNAL).read_text().count("\n") < 2:
-                remove(folder)
-            else:
-                error.add_note(
-                    f"What was done is kept in {folder}: run it again to go on, or delete that."
-                )
-            raise
-    return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes, run.resumed)
+    lock = out.with_name(f".{out.name}.merging.lock")
+    with (
+        locked(lock, partial(_busy, out)),
+        new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
+    ):
+        layers = CheckpointWriter(job, folder).write(progress)
+        left_out = _aux_files(job, folder)
+        report = MergeReport(", ".join(path.name for path, _ in job.adapters), tuple(layers))
+        (folder / RECORD).write_text(json.dumps(_record(job, base, report), indent=2) + "\n")
+    return CheckpointMerge(out, report, tuple(left_out), job.merge_plan.notes)
 
 
-def _publish(folder: Path, out: Path, overwrite: bool) -> None:
-    """Let the result take its name; the journal stays in the folder where that fails."""
-    journal = (folder / JOURNAL).read_bytes()
-    (folder / JOURNAL).unlink()
-    try:
-        publish(folder, out, overwrite=overwrite, replaces=MODEL_FILES)
-    except BaseException:
-        if folder.is_dir():
-            (folder / JOURNAL).write_bytes(journal)
-        raise
+def _busy(out: Path, holder: str) -> MergeError:
+    found = f"{holder}, which merges into {out}"
+    return MergeError(found, "one at a time", "wait for it, or choose another folder")
 
 
 def prove(
@@ -188,7 +157,7 @@ def prove(
         ):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
-        expected, _ = computed(job, name, job.checkpoint.read(name), compiled)
+        expected, _ = merge_tensor(job, name, job.checkpoint.read(name), compiled)
         if not torch.equal(as_bytes(expected), as_bytes(merged.read(name))):
             problems.append(f"{name!r} holds other numbers")
         done += job.checkpoint.bytes(name)

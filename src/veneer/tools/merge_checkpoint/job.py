@@ -1,7 +1,7 @@
 """A merge as it was asked for, and what it makes of one tensor.
 
     MergeJob       the base's files, what the adapters change (``merge_plan``), dtype, rounding
-    computed(job, name, tensor)  ->  the tensor of the result, and what the merge did to it
+    merge_tensor(job, name, tensor)  ->  the tensor of the result, and what the merge did to it
 
 Each weight is what ``veneer.merge`` would write into the live model, bit for bit: both call
 ``kernels.rounding.fold``.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.folder import common_tokenizer, content_hash, read
+from veneer.adapter_files.folder import common_tokenizer, read
 from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
-from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, hash_json, kind_of
+from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, kind_of
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
@@ -90,17 +89,6 @@ class MergeJob:
         )
         compiled = limit - NUMBA >= needed
         return (limit - NUMBA if compiled else limit), compiled
-
-    def identity(self) -> str:
-        """What must be the same for a run to go on where another one stopped."""
-        said = [(content_hash(path), weight) for path, weight in self.adapters]
-        stats = [(name, (self.checkpoint.folder / name).stat()) for name in self.checkpoint.files]
-        sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
-        # what was written without comparing the base must not count as compared
-        how = str(self.dtype), self.rounding, self.verify_base
-        return hash_json(
-            [version("veneer"), str(self.checkpoint.folder.resolve()), sizes, said, how]
-        )
 
     def layout(self, file: str) -> tuple[bytes, dict[str, int]]:
         """(the bytes before the first tensor, where each tensor begins) of a file of the result."""
@@ -198,18 +186,15 @@ def planned(
     return MergeJob(checkpoint, merge_plan, tuple(given), dtype, rounding, verify_base, tokenizer)
 
 
-def computed(
-    job: MergeJob, name: str, tensor: Tensor, compiled: bool, offset: int = 0
+def merge_tensor(
+    job: MergeJob, name: str, tensor: Tensor, compiled: bool
 ) -> tuple[Tensor, list[LayerMerge]]:
-    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba; ``offset``
-    is where the tensor will be written in a file."""
+    """A tensor of the result, and what the merge did to it. ``compiled`` allows numba."""
     dtype, layers, result = job.target(name), [], None
     for work in job.merge_plan.works.get(name, ()):
         part = tensor[work.place.within]
         if work.changes:
-            folded = apply(
-                work, part, dtype, _rounding(job, work, dtype, compiled), compiled, offset
-            )
+            folded = apply(work, part, dtype, _rounding(job, work, dtype, compiled), compiled)
             value = folded.weight
             layers.append(
                 LayerMerge(

@@ -35,7 +35,6 @@ from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.merge import fold_change, no_weights_change
 from veneer.attach.weight_tying import torn
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
-from veneer.fileio.pages import empty_bytes
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
@@ -365,22 +364,15 @@ def apply(
     dtype: torch.dtype,
     rounding: str,
     compiled: bool,
-    offset: int = 0,
 ) -> Folded:
     """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes
-    into a live model, bit for bit, with its ``rounding``. ``compiled=False`` leaves numba alone.
-    ``offset`` is where it will be in a file."""
+    into a live model, bit for bit, with its ``rounding``. ``compiled=False`` leaves numba alone."""
     shape = sliced(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)
     low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    out = None
-    if held.is_contiguous():
-        out = empty_bytes(held.numel() * dtype.itemsize, offset).view(dtype).view(held.shape)
-    folded = fold_change(
-        lead, held, low, gain, dtype=dtype, rounding=rounding, out=out, compiled=compiled
-    )
+    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, compiled=compiled)
     return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
 
 
