@@ -104,10 +104,10 @@ def _intruders(adapter: Path, model: Any) -> Iterator[Any]:
     """Every leading direction of each weight: which of them count is asked afterwards, for each
     threshold."""
     from veneer.adapter_files.folder import read
-    from veneer.tools.compose.base_weights import BaseWeights
+    from veneer.tools.compose.frozen_weights import FrozenWeights
     from veneer.tools.intruders import find_intruders
 
-    return find_intruders(read(adapter), BaseWeights(model), threshold=1.0, control=True)
+    return find_intruders(read(adapter), FrozenWeights(model), threshold=1.0, control=True)
 
 
 def _count(cosines: Sequence[float], threshold: float) -> int:

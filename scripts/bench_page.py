@@ -65,7 +65,7 @@ PAGE_ROWS = (
     ("own loss and attention: step, 4 × 256", "step", {"tokens": 1024}, OWN_LOSS, "wall"),
     ("own loss and attention: step, 4 × 64", "step", {"tokens": 256}, OWN_LOSS, "wall"),
     ("own loss and attention: peak memory", "step_memory", {}, OWN_LOSS, "peak"),
-    ("one thread, 2 layers: step, 4 × 256", "step_one_thread", {}, "veneer", "wall"),
+    ("one thread, 2 layers: step, 512 tokens", "step_one_thread", {}, "veneer", "wall"),
     ("one thread, own loss and attention", "step_one_thread", {}, OWN_LOSS, "wall"),
 )  # fmt: skip
 PEER_ARMS = ("peft", "peft, bf16 adapters")

@@ -121,9 +121,15 @@ def pages_with_blocks() -> dict[str, str]:
 def main() -> int:
     stale = []
     pages = {
-        "benchmarks.md": bench_page.page(), "gpu-measured.md": gpu_page.page(), "plan.md": plan_page.page(),
-        "torture.md": torture_page.page(), "cli.md": cli_page(), "first-run.svg": readme_picture.picture(), **bench_page.plots(), **paper_pages(),
-    }  # fmt: skip
+        "benchmarks.md": bench_page.page(),
+        "torture.md": torture_page.page(),
+        "gpu-measured.md": gpu_page.page(),
+        "plan.md": plan_page.page(),
+        "cli.md": cli_page(),
+        "first-run.svg": readme_picture.picture(),
+        **bench_page.plots(),
+        **paper_pages(),
+    }
     generated = {f"docs/{name}": content for name, content in pages.items()}
     for name, content in (generated | pages_with_blocks()).items():
         path = ROOT / name

@@ -24,6 +24,7 @@ from veneer.attach.targets import Names
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing
+from veneer.models.base_weights import list_weights
 
 #: folders as earlier versions wrote them
 WRITTEN_BEFORE = Path(__file__).parent / "written_before"
@@ -428,7 +429,7 @@ def test_threads_that_load_at_once_hash_once(hashed, tmp_path):
     path = saved(model, tmp_path / "a")
     other = net()
     hashed.clear()
-    tensors = base_proof.base_tensors(Names(other))
+    tensors = list_weights(Names(other))
     threads = [
         threading.Thread(target=base_proof.fingerprints_of, args=(tensors,)) for _ in range(8)
     ]
@@ -631,7 +632,9 @@ def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_exp
 ) -> None:
     with monkeypatch.context() as patch:  # as an earlier Veneer took its fingerprints
         patch.setattr(
-            BASES["bitsandbytes_4bit"].__class__, "settled", lambda self, weight, stored: stored
+            BASES["bitsandbytes_4bit"].__class__,
+            "after_first_call",
+            lambda self, weight, stored: stored,
         )
         veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
     base_proof.forget()

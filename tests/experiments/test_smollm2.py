@@ -10,7 +10,7 @@ from demo import pronounce
 import veneer
 from experiments import forgetting, phonemes, repair, smollm2
 from veneer.adapter_files.folder import read
-from veneer.tools.compose.base_weights import BaseWeights
+from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.intruders import find_intruders
 
 
@@ -29,7 +29,7 @@ def adapter(tmp_path):
 
 def test_directions_below_a_threshold_are_those_of_a_search_with_it(adapter):
     model, folder = adapter
-    wanted = [*find_intruders(read(folder), BaseWeights(model), threshold=0.7)]
+    wanted = [*find_intruders(read(folder), FrozenWeights(model), threshold=0.7)]
     chosen = [repair._below(one, 0.7) for one in repair._intruders(folder, model)]
     assert sum(one.count for one in wanted) > 0
     for one, own in zip(wanted, chosen, strict=True):

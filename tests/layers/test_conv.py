@@ -131,7 +131,9 @@ def test_dropout_drops_the_same_entries_in_backward(name, monkeypatch):
     lying = (
         seen.movedim(1, -1) if "last" in name else seen
     )  # entries are drawn in the order of memory
-    low = dropout.zero_entries(lying, dropout.draw_entries(lying.numel(), 0.4, 7, lying.device)) / 0.6
+    low = (
+        dropout.zero_entries(lying, dropout.draw_entries(lying.numel(), 0.4, 7, lying.device)) / 0.6
+    )
     low = low.movedim(-1, 1) if "last" in name else low
     options = (layer.padding, layer.dilation, False, [0] * len(steps), 1)
     h = torch.convolution(

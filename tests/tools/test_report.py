@@ -25,7 +25,7 @@ from veneer.lowrank import LowRank
 from veneer.tools import intruders
 from veneer.tools.compare import compare
 from veneer.tools.compose import compose
-from veneer.tools.compose.base_weights import BaseWeights
+from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.repair import repair
 from veneer.tools.intruders import find_intruders, leading_triples
 from veneer.tools.report import Cut, ReportLayer, _next_rank, effective_rank, examine
@@ -111,7 +111,7 @@ def check_repair(model, path, tmp_path, threshold, count=3, factor=0.25):
     """Cosines, counts and the repaired weights against the reference; how many intruders there
     are."""
     base, changed = model.state_dict(), merged(model, path)
-    found = {one.aligned.weight: one for one in find_intruders(read(path), BaseWeights(model), count=count,
+    found = {one.aligned.weight: one for one in find_intruders(read(path), FrozenWeights(model), count=count,
                                                                threshold=threshold, control=True)}  # fmt: skip
     report = repair(
         path, tmp_path / "out", base=model, factor=factor, count=count, threshold=threshold
@@ -162,7 +162,7 @@ def test_a_direction_that_the_base_has_is_no_intruder_and_a_new_one_is(tmp_path)
         )
     handle.save(tmp_path / "a")
     handle.detach()
-    (one,) = find_intruders(read(tmp_path / "a"), BaseWeights(model), count=2, threshold=0.75)
+    (one,) = find_intruders(read(tmp_path / "a"), FrozenWeights(model), count=2, threshold=0.75)
     assert (
         one.count == 1
     )  # five of the six alike, not the last one that was raised to the second place
@@ -333,7 +333,7 @@ def test_stacks_of_experts_are_looked_at_one_by_one(tmp_path):
     model = nn.ModuleDict({"experts": nn.Module()})
     model["experts"].up = nn.Parameter(torch.randn(3, 6, 4))
     path = trained(model, tmp_path / "a", rank=1)
-    (one,) = find_intruders(read(path), BaseWeights(model), count=2)
+    (one,) = find_intruders(read(path), FrozenWeights(model), count=2)
     assert kind_for(model["experts"], "up").name == GENERAL
     assert len(one.cosines) == 6
     assert len(one.found) == 3

@@ -28,51 +28,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from veneer.attach.adapted_module import state_of
-from veneer.attach.targets import Names
 from veneer.bases import Storage
 from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of
-from veneer.models.named_weights import named
+from veneer.models.base_weights import ModuleWeight
 
 #: elements of a weight that are looked at to tell whether it was written to
 SAMPLE = 1024
-
-
-@dataclass(frozen=True)
-class BaseTensor:
-    """A parameter or lasting buffer of a base. ``weight`` is what its module keeps under its name,
-    ``storage`` how that is stored (None: as it is)."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-    weight: Any
-    storage: Storage | None
-
-    @property
-    def path(self) -> str:
-        return self.names[0]
-
-    @property
-    def known(self) -> bool:
-        """Whether its values are here and can be read: not on the meta device, nor packed by
-        somebody unknown."""
-        own = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
-        if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in own):
-            return False
-        return self.storage is not None or type(self.weight).__module__.partition(".")[0] == "torch"
-
-    def content(self, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
-        """What it holds; of a weight into which an adapter is merged what it held before, which
-        ``bits`` has by identity. The storage must be prepared."""
-        before = bits.get(id(self.weight))
-        if before:
-            stored, anchor = dict(before), next(iter(before.values()))
-        else:
-            stored, anchor = (
-                {} if self.storage is None else self.storage.stored_tensors(self.weight),
-                self.weight,
-            )
-        return Content(self.weight, self.storage, stored, anchor)
 
 
 @dataclass(frozen=True)
@@ -117,12 +79,14 @@ class Content:
         return tuple(map(_stamp, lie)) or None
 
 
-def base_tensors(names: Names) -> list[BaseTensor]:
-    """Every parameter and lasting buffer of a model, each once, adapters aside."""
-    found = []
-    for entry in named(names):
-        found.append(BaseTensor(entry.names, names.modules[entry.ref[0]], *entry.held(names)))
-    return found
+def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
+    """The values of a weight; those that it had before, which ``bits`` has by identity, if an
+    adapter is merged into it. The storage must be prepared."""
+    before = bits.get(id(weight.weight))
+    if before:
+        return Content(weight.weight, weight.storage, dict(before), next(iter(before.values())))
+    stored = {} if weight.storage is None else weight.storage.stored_tensors(weight.weight)
+    return Content(weight.weight, weight.storage, stored, weight.weight)
 
 
 #: {(kind, as it was loaded): (stamp, fingerprint)} by the identity of the tensor
@@ -132,7 +96,7 @@ _HASHING = threading.RLock()
 
 
 def fingerprints_of(
-    tensors: Sequence[BaseTensor],
+    tensors: Sequence[ModuleWeight],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
     kind: str = XXH3,
     as_loaded: bool = False,
@@ -142,7 +106,7 @@ def fingerprints_of(
     ``kind``: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
     ``as_loaded``: as ``Content.dense`` has it."""
     with _HASHING, _prepared(tensors):
-        contents = [tensor.content(bits or {}) for tensor in tensors]
+        contents = [_content(tensor, bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
         found: list[str] = []
         for content, stamp in zip(contents, stamps, strict=True):
@@ -157,16 +121,17 @@ def fingerprints_of(
         return found
 
 
-def settling(tensors: Sequence[BaseTensor]) -> list[BaseTensor]:
+def settling(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
     """Those that are packed in a way which a call may change for good."""
     return [
         one
         for one in tensors
-        if one.storage is not None and type(one.storage).settled is not Storage.settled
+        if one.storage is not None
+        and type(one.storage).after_first_call is not Storage.after_first_call
     ]
 
 
-def earlier_fingerprints(tensors: Sequence[BaseTensor], kind: str = XXH3) -> dict[str, str]:
+def earlier_fingerprints(tensors: Sequence[ModuleWeight], kind: str = XXH3) -> dict[str, str]:
     """By name, the fingerprints that an earlier Veneer took of packed weights which a call may
     change: as loaded."""
     packed = settling(tensors)
@@ -174,15 +139,15 @@ def earlier_fingerprints(tensors: Sequence[BaseTensor], kind: str = XXH3) -> dic
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
 
 
-def has_settled(tensor: BaseTensor) -> bool:
+def has_settled(tensor: ModuleWeight) -> bool:
     """Whether a call has changed it so already: nobody can tell how it was loaded."""
     with _HASHING, _prepared([tensor]):
-        content = tensor.content({})
+        content = _content(tensor, {})
         return torch.equal(content.dense(), content.dense(as_loaded=True))
 
 
 def fingerprint_beside(
-    tensor: BaseTensor,
+    tensor: ModuleWeight,
     rows: Sequence[int],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
     kind: str = XXH3,
@@ -190,7 +155,7 @@ def fingerprint_beside(
     """The fingerprint of a weight without some of its rows, ascending: those that an adapter puts
     in their place."""
     with _HASHING, _prepared([tensor]):
-        return hashing.fingerprint_beside(tensor.content(bits or {}).dense(), rows, kind)
+        return hashing.fingerprint_beside(_content(tensor, bits or {}).dense(), rows, kind)
 
 
 def forget() -> None:
@@ -200,7 +165,7 @@ def forget() -> None:
 
 
 @contextmanager
-def _prepared(tensors: Sequence[BaseTensor]) -> Iterator[None]:
+def _prepared(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
     """A block in which the storages can read. A module without adapters is then as it was."""
     packed = [tensor for tensor in tensors if tensor.storage is not None]
     try:
@@ -237,16 +202,16 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def record_of(
-    tensors: Sequence[BaseTensor],
-    changed: Mapping[str, BaseTensor],
+    tensors: Sequence[ModuleWeight],
+    changed: Mapping[str, ModuleWeight],
     left_out: Collection[int],
-    fingerprints_of_all: Callable[[Sequence[BaseTensor]], Sequence[str | None]],
+    fingerprints_of_all: Callable[[Sequence[ModuleWeight]], Sequence[str | None]],
 ) -> dict[str, dict[str, str]]:
     """The fingerprints of a record, "weights" and "rest". ``changed``: what the adapter changes at
     a low rank, by path. ``left_out``: the identities of what is neither: what the adapter replaces.
     ``fingerprints_of_all``: the fingerprint of each tensor, None of one of which nobody knows."""
     own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
-    rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.known]
+    rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.is_readable]
     found = fingerprints_of_all([*changed.values(), *rest])
     others = zip(rest, found[len(changed) :], strict=True)
     return {

@@ -66,7 +66,7 @@ def write_derived(
     ranks = [layer.rank for layer in low.values()] or [first.rank]
     # what the numbers were trained in says nothing of the new ones, unless they are in it
     kept = first.dtype is not None and all(
-        t.dtype == getattr(torch, first.dtype) for t in tensors.values()
+        t.dtype == getattr(torch, str(first.dtype)) for t in tensors.values()
     )
     own = replace(
         first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},

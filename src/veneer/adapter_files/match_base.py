@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import nn
 
 from veneer.adapter_files.base_proof import (
-    base_tensors,
     earlier_fingerprints,
     fingerprint_beside,
     fingerprints_of,
@@ -22,6 +21,7 @@ from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
 from veneer.fileio.hashing import kind_in, prints_in
 from veneer.formats import peft
+from veneer.models.base_weights import list_weights
 from veneer.models.quantize import sources_of
 
 
@@ -49,8 +49,8 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     if missing:
         lacking = [
             tensor
-            for tensor in base_tensors(names)
-            if tensor.known and not missing.isdisjoint(tensor.names)
+            for tensor in list_weights(names)
+            if tensor.is_readable and not missing.isdisjoint(tensor.names)
         ]
         for tensor, fingerprint in zip(lacking, fingerprints_of(lacking, kind=kind), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
@@ -62,7 +62,9 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
         name for name, expected in recorded.items() if expected not in own.get(name, (expected,))
     ]
     packed = [
-        one for one in base_tensors(names) if one.known and not {*different}.isdisjoint(one.names)
+        one
+        for one in list_weights(names)
+        if one.is_readable and not {*different}.isdisjoint(one.names)
     ]
     earlier = earlier_fingerprints(packed, kind)
     different = [name for name in different if earlier.get(name) != recorded[name]]
@@ -83,7 +85,7 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     }
     unknown = [
         tensor.path
-        for tensor in base_tensors(names)
+        for tensor in list_weights(names)
         if isinstance(tensor.weight, nn.Parameter)
         and told.isdisjoint(tensor.names)
         and own.isdisjoint(tensor.names)
@@ -98,7 +100,7 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
 
 def _has_other_rows(names: Names, saved: AdapterFiles, at: str, expected: str) -> bool:
     """Whether a weight of which the adapter trains tokens is the base's in all other rows."""
-    tensor = next(tensor for tensor in base_tensors(names) if at in tensor.names)
+    tensor = next(tensor for tensor in list_weights(names) if at in tensor.names)
     ids = next(
         one.ids
         for path, one in saved.tokens.items()

@@ -14,8 +14,6 @@ from torch import nn
 
 from veneer.adapter_files import token_rows
 from veneer.adapter_files.base_proof import (
-    BaseTensor,
-    base_tensors,
     fingerprint_beside,
     fingerprints_of,
     record_of,
@@ -38,6 +36,7 @@ from veneer.distributed import has_fsdp1, meet, reshard, whole_values
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
 from veneer.formats import peft
+from veneer.models.base_weights import ModuleWeight, list_weights
 from veneer.models.quantize import quantization_in, sources_of
 from veneer.variants import VARIANTS, InitContext
 
@@ -248,7 +247,7 @@ def _proof(
 ) -> dict[str, Any]:
     """The fingerprints of all that the adapted model computes with, and what of it no checkpoint
     ever held. ``weights``: what it changes at a low rank, by path."""
-    model, tensors = names.model, base_tensors(names)
+    model, tensors = names.model, list_weights(names)
     by_identity = {id(tensor.weight): tensor for tensor in tensors}
     replaced = {
         id({**module._parameters, **module._buffers}[key])
@@ -264,7 +263,7 @@ def _proof(
     gone = unkept(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if has_head(model) else lost)
 
-    def of(tensors: Sequence[BaseTensor]) -> Sequence[str | None]:
+    def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
         if fingerprints is not None:
             return [
                 next((fingerprints[at] for at in tensor.names if at in fingerprints), None)

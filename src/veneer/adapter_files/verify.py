@@ -25,8 +25,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,12 +36,10 @@ from torch import Tensor, nn
 from veneer.adapter_files import folder
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.record import PARAMETERS, RECORD, altered, malformed, record_in
-from veneer.attach.lookup import unwrap
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import (
     AdapterError,
     CheckpointError,
-    ConfigError,
     escape_controls,
     listing,
     sentence,
@@ -54,9 +51,7 @@ from veneer.formats import peft, peft_tokens
 from veneer.formats.peft_targets import describe
 from veneer.formats.peft_tuners import check_config, tuner_of
 from veneer.lowrank import LowRank
-from veneer.models.meta import meta_model
-from veneer.models.named_weights import Value, of_folder, of_module
-from veneer.models.safetensors_dir import open_checkpoint
+from veneer.models.base_weights import BaseWeights, open_base_weights
 
 __all__ = ["Finding", "Report", "verify"]
 
@@ -81,11 +76,6 @@ _CODE = {
 # : layers of one shape that it takes to call one of them odd; how many deviations and how many
 # times it is off then
 ENOUGH, DEVIATIONS, TIMES = 6, 6 * 1.4826, 10
-#: names of which a checkpoint holds one where the model ties them
-TIED = (
-    "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight",
-    "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ def verify(path: str | Path, base: str | Path | nn.Module | None = None) -> Repo
     Raises:
         CheckpointError: ``base`` is a path without such files, or they are damaged.
     """
-    checks = _Checks(Path(path), None if base is None else BaseWeights(base))
+    checks = _Checks(Path(path), None if base is None else open_base_weights(base))
     checks.run()
     return Report(checks.path, tuple(checks.findings))
 
@@ -248,7 +238,7 @@ class _Checks:
             if left_out:
                 self.add("warning", "config", describe(left_out))
         tuned = tuner_of(config) if record is None else None
-        shapes = None if self.weights is None or tuned is None else self.weights.facts
+        shapes = None if self.weights is None or tuned is None else self.shape_of
         saved = self.tried(
             "layers", folder.assemble, path, config, record, tensors, parameters, shapes
         )
@@ -291,6 +281,11 @@ class _Checks:
                 self.against(saved, products, norms, self.weights)
             except CheckpointError as error:  # a file that became shorter meanwhile
                 self.add("error", "base", str(error))
+
+    def shape_of(self, at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        """The shape and dtype of a weight of the base, if there is one of that path."""
+        weight = None if self.weights is None else self.weights.get(at)
+        return None if weight is None else (weight.shape, weight.dtype)
 
     def strangers(self) -> None:
         """Files that an adapter has no need of and that could do harm."""
@@ -399,9 +394,9 @@ class _Checks:
         wanted = wanted or {at: at for at in products}
         lacking, shapes, different, large = [], [], [], []
         for at, change in wanted.items():
-            weight = weights(at)
+            weight = _read(weights, at)
             if weight is None and not recorded:
-                weight = weights(f"{at}.weight")
+                weight = _read(weights, f"{at}.weight")
             if weight is None:
                 lacking.append(at)
             elif change is not None and not _fits(products[change], weight.shape):
@@ -453,10 +448,7 @@ class _Checks:
             known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
-        held = ((at, weights(at)) for at in rest)
-        fingerprints = {
-            at: None if weight is None else fingerprint(weight, rest[at]) for at, weight in held
-        }
+        fingerprints = {at: weights.fingerprint(at, rest[at]) for at in rest}
         lacking = [at for at, value in fingerprints.items() if value is None]
         different = [at for at, value in fingerprints.items() if value not in (None, rest[at])]
         if different:
@@ -483,7 +475,7 @@ class _Checks:
         }
         new, shapes, other = [], [], []
         for at, tensor in full.items():
-            weight, (path, _, name) = weights(at), at.rpartition(".")
+            weight, (path, _, name) = _read(weights, at), at.rpartition(".")
             if weight is None:
                 new.append(at)
             elif weight.shape != tensor.shape:
@@ -507,7 +499,7 @@ class _Checks:
                 "base",
                 f"trained in full, and not in the base: {listing(new)} (a new head?)",
             )
-        for names in dict.fromkeys(tuple(weights.names(at)) for at in full):
+        for names in dict.fromkeys(tuple(weights.aliases(at)) for at in full):
             own = {at: full[at] for at in names if at in full}
             first, *others = own.values()
             if len(names) < 2 or any(one.shape != first.shape for one in others):
@@ -564,63 +556,6 @@ def _fits(low: LowRank, shape: torch.Size) -> bool:
     )
 
 
-class BaseWeights:
-    """The weights of a base: a call reads the one at the path of a parameter, or gives None where
-    there is none.
-
-    A folder is read under the paths that its model would have, if its config names one that
-    transformers knows, and else under the names in its files; a path is found there with or without
-    what stands in front of it.
-
-    Raises:
-        CheckpointError: no such folder, no safetensors in it, or damaged ones.
-    """
-
-    def __init__(self, base: str | Path | nn.Module) -> None:
-        self.known: Mapping[str, Value] = {}
-        self.files = None if isinstance(base, nn.Module) else open_checkpoint(base)
-        if isinstance(base, nn.Module):
-            self.known = of_module(unwrap(base)).values
-        elif (Path(base) / "config.json").is_file():
-            with suppress(ConfigError):  # no model that transformers has
-                self.known = of_folder(meta_model(base), base).values
-
-    def __call__(self, at: str) -> Tensor | None:
-        if self.files is None:
-            return self.known[at].read(None) if at in self.known else None
-        name = _name_in(self.known, at)
-        if name is not None:
-            return self.known[name].read(None)
-        name = _name_in(self.files.where, at)
-        return None if name is None else self.files.read(name)
-
-    def facts(self, at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-        """The shape and dtype of a weight, if there is one of that path."""
-        weight = self(at)
-        return None if weight is None else (tuple(weight.shape), weight.dtype)
-
-    def names(self, at: str) -> Sequence[str]:
-        """All the names by which the base is known to hold that one weight."""
-        value = self.known.get(at)
-        return (
-            [at]
-            if value is None
-            else [name for name, other in self.known.items() if other is value]
-        )
-
-
-def _name_in(names: Collection[str], at: str) -> str | None:
-    """What a base calls a parameter: the same, with or without a prefix, or the other name of a
-    tied embedding."""
-    parts = at.split(".")
-    found = [
-        name
-        for name in (".".join(parts[start:]) for start in range(max(1, len(parts) - 1)))
-        if name in names
-    ]
-    longer = [] if found else [name for name in names if name.endswith(f".{at}")]
-    if len(longer) == 1:
-        found = longer
-    if not found and ".".join(parts[-2:]) in TIED:
-        found = [name for name in names if ".".join(name.split(".")[-2:]) in TIED]
-    return next(iter(found), None)
+def _read(weights: BaseWeights, at: str) -> Tensor | None:
+    weight = weights.get(at)
+    return None if weight is None else weight.read()

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -231,12 +232,8 @@ def _decompress(module: Any) -> Tensor:
     """The weight of a layer of compressed-tensors, by the library; the module itself stays
     packed."""
     if module.quantization_status == "compressed":
-        from compressed_tensors.compressors.base import (
-            decompress_module,
-        )  # pyright: ignore[reportMissingImports]
-
         module = _without_bias(module)
-        decompress_module(module)
+        import_module("compressed_tensors.compressors.base").decompress_module(module)
     return module.weight.detach()
 
 
@@ -272,14 +269,10 @@ class Opaque(Storage):
     def examples(self) -> Iterator[nn.Module]:
         if find_spec("hqq") is None:
             return
-        from hqq.core.quantize import (
-            BaseQuantizeConfig,
-            HQQLinear,
-        )  # pyright: ignore[reportMissingImports]
-
+        hqq = import_module("hqq.core.quantize")
         for dtype in (torch.float32, torch.bfloat16):
-            config = BaseQuantizeConfig(nbits=4, group_size=64)
-            yield HQQLinear(nn.Linear(64, 32), config, compute_dtype=dtype, device="cpu")
+            config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+            yield hqq.HQQLinear(nn.Linear(64, 32), config, compute_dtype=dtype, device="cpu")
 
     def label(self, weight: Any) -> str:
         return (_kind(weight) or (self.name, ""))[0]

@@ -208,7 +208,7 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
     from veneer.fileio.untrusted import read_json
-    from veneer.models.named_weights import of_folder
+    from veneer.models.base_weights import folder_weights
 
     setup_logging()
     folder = models.folder_of(base)
@@ -220,8 +220,7 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
     structure = models.meta_model(
         folder, record.get("base", {}).get("architecture"), labels_in(record)
     )
-    values = of_folder(structure, folder).values
-    return {"base": lambda path: values[path].read(None), "model": structure}
+    return {"base": folder_weights(structure, folder).read, "model": structure}
 
 
 def split_weight(text: str) -> tuple[str, float]:

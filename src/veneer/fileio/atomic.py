@@ -75,7 +75,7 @@ def new_folder(
     path = Path(path).resolve()  # a link stays, and what it leads to is replaced
     recover(path)
     must_not_exist(path, overwrite)
-    within = path.is_dir() and (os.path.ismount(path) or bool(_others(path, (), replaces)))
+    within = path.is_dir() and (os.path.ismount(path) or bool(_files_to_keep(path, (), replaces)))
     with disk_errors(path), temporary(path, within=within) as folder:
         (folder / NEW).mkdir()
         yield folder / NEW
@@ -130,16 +130,16 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
                 raise
     must_not_exist(path, overwrite)
     written = [file.name for file in new.iterdir()]
-    if not _others(path, written, replaces) and not _holds_us(path) and _exchange(new, path):
-        for name in _others(new, written, replaces):  # that came in between
+    if not _files_to_keep(path, written, replaces) and not _holds_us(path) and _exchange(new, path):
+        for name in _files_to_keep(new, written, replaces):  # that came in between
             (new / name).rename(path / name)
         return
     writes = sorted(files_in(new), key=lambda name: (_rank(name, replaces), name))
-    if taken := [
+    if blocked := [
         name for name in writes if (path / name).is_dir() and not (path / name).is_symlink()
     ]:
-        found = f"{path}, in which {listing(taken, 3)} is a folder"
-        raise OutputExistsError(found, "a file, or nothing, in its place", "choose another path")
+        conflict = f"{path}, in which {listing(blocked, 3)} is a folder"
+        raise OutputExistsError(conflict, "a file, or nothing, in its place", "choose another path")
     old = (
         files_in(path)
         if EVERYTHING in replaces
@@ -157,9 +157,9 @@ def _rank(name: str, patterns: Sequence[str]) -> int:
     )
 
 
-def _others(folder: Path, written: Sequence[str], replaces: Sequence[str]) -> list[str]:
-    """What of a folder is not replaced: files that are not ``written`` and match no pattern, and
-    all folders."""
+def _files_to_keep(folder: Path, written: Sequence[str], replaces: Sequence[str]) -> list[str]:
+    """The names in a folder that are not replaced: files that are not ``written`` and match no
+    pattern, and all folders."""
     if EVERYTHING in replaces:
         return []
     return [
@@ -186,19 +186,19 @@ def _holds_us(path: Path) -> bool:
         return False
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step, where the system can; False if it cannot."""
-    return _rename(one, other, _RENAME_EXCHANGE)
+    return _rename(first, second, _RENAME_EXCHANGE)
 
 
-def _rename(one: Path, other: Path, flag: int) -> bool:
+def _rename(source: Path, target: Path, flag: int) -> bool:
     """Rename in one step, as a flag of Linux's renameat2 says; False if the system or the disk
     cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0
+    return rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0
 
 
 @contextmanager
@@ -208,14 +208,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         text = str(error)
-        found = re.search(r"os error (\d+)", text)
+        os_error = re.search(r"os error (\d+)", text)
         if isinstance(error, OSError) or not (
-            found or "PytorchStreamWriter" in text or "inline_container" in text
+            os_error or "PytorchStreamWriter" in text or "inline_container" in text
         ):
             raise
         # torch's writer says only that it failed; a disk without room is by far the usual reason
         room = shutil.disk_usage(path.parent).free
-        code = int(found.group(1)) if found else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
+        code = (
+            int(os_error.group(1)) if os_error else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
+        )
         raise OSError(code, os.strerror(code), str(path)) from error
 
 

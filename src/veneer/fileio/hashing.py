@@ -1,5 +1,4 @@
-"""Hashes of tensors and of JSON values, the fingerprint of a base weight, and what a record says
-with them."""
+"""Hashes of tensors and of JSON values, and the fingerprints of base weights in a record."""
 
 from __future__ import annotations
 
@@ -12,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# : what a fingerprint begins with, by its hash. XXH3 is as fast as memory; like every hash of a
-# record, it tells what an
-#: accident or an edit changed, and keeps out nobody who means harm.
+#: prefixes of a fingerprint, by its hash. XXH3 is as fast as memory. It detects accidents and
+#: edits; no hash of a record protects against a person who means harm.
 XXH3, SHA256 = "xxh3:", ""
-# : numbers that are rounded and hashed at once: few enough that they stay in the cache in between,
-# and that torch rounds
-#: them in this thread alone; and from another device, where each transfer takes time of its own
+#: numbers that are rounded and hashed at once: few enough to stay in the cache in between, and for
+#: torch to round them in this thread alone; more from another device, where a transfer has a cost
 PIECE, TRANSFER = 1 << 15, 1 << 24
 
 
@@ -35,17 +32,17 @@ def fingerprint(weight: Tensor, like: str = XXH3) -> str:
     return fingerprint_of(weight.shape, [weight], like)
 
 
-def fingerprint_of(shape: Sequence[int], parts: Iterable[Tensor], like: str = XXH3) -> str:
-    """The ``fingerprint`` of a weight of this shape that is given in parts, one after the other
+def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = XXH3) -> str:
+    """The ``fingerprint`` of a weight of this shape that comes in blocks, one after the other
     along its first axis."""
     from xxhash import xxh3_128
 
     kind = kind_of(like)
-    whole = xxh3_128() if kind == XXH3 else hashlib.sha256()
-    whole.update(str(tuple(shape)).encode())
-    for part in parts:
-        _feed(whole, part.detach())
-    return kind + whole.hexdigest()[:32]
+    hasher = xxh3_128() if kind == XXH3 else hashlib.sha256()
+    hasher.update(str(tuple(shape)).encode())
+    for block in blocks:
+        _feed(hasher, block.detach())
+    return kind + hasher.hexdigest()[:32]
 
 
 def fingerprint_beside(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
@@ -64,7 +61,7 @@ def kind_of(fingerprint: str) -> str:
     return XXH3 if fingerprint.startswith(XXH3) else SHA256
 
 
-def _feed(whole: Any, tensor: Tensor) -> None:
+def _feed(hasher: Any, tensor: Tensor) -> None:
     """Hash the numbers of a tensor, floating-point ones as bfloat16, a piece at a time."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
@@ -76,12 +73,12 @@ def _feed(whole: Any, tensor: Tensor) -> None:
         raw = memory_of(buffer)
         for piece in flat.split(PIECE) if len(flat) else ():
             buffer[: len(piece)].copy_(piece)
-            whole.update(raw[: 2 * len(piece)])
+            hasher.update(raw[: 2 * len(piece)])
         return
     step = TRANSFER if tensor.device.type != "cpu" else max(1, len(flat))
     for start in range(0, len(flat), step):
         piece = flat[start : start + step].to(dtype).cpu()
-        whole.update(memory_of(piece))
+        hasher.update(memory_of(piece))
 
 
 def memory_of(tensor: Tensor) -> memoryview:
@@ -113,7 +110,8 @@ def coverage(base: Mapping[str, Any] | None) -> str:
     changed, rest = len(base["weights"]), base.get("rest")
     if rest is None:
         return f"adapted layers only ({changed} tensors)"
-    return f"{changed + len(rest)} tensors ({changed} that it changes, {len(rest)} that it only computes with)"
+    counts = f"{changed} that it changes, {len(rest)} that it only computes with"
+    return f"{changed + len(rest)} tensors ({counts})"
 
 
 def hash_json(value: Any) -> str:
@@ -122,8 +120,8 @@ def hash_json(value: Any) -> str:
 
 
 def _hash(prefix: str, tensors: Iterable[Tensor]) -> str:
-    whole = hashlib.sha256(prefix.encode())
+    hasher = hashlib.sha256(prefix.encode())
     for tensor in tensors:
         values = tensor.detach().contiguous().cpu()
-        whole.update(memory_of(values))
-    return whole.hexdigest()
+        hasher.update(memory_of(values))
+    return hasher.hexdigest()

@@ -34,8 +34,8 @@ def locked(path: Path, refusal: Callable[[str], Exception] | None = None) -> Ite
         )
     try:
         if refusal is not None:
-            known = f"{os.getpid()} on {socket.gethostname()}: {_program()}"
-            holder.write_text(f"another process ({known})", encoding="utf-8")
+            description = f"{os.getpid()} on {socket.gethostname()}: {_program()}"
+            holder.write_text(f"another process ({description})", encoding="utf-8")
         yield
     finally:
         if refusal is not None:

@@ -1,10 +1,11 @@
-"""Temporary folders: where something is written before it gets its name, and how a killed writer's
-are settled.
+"""Temporary folders, in which files are written before they get their name, and recovery of those
+that a killed writer left.
 
     .NAME.abcd1234.tmp/       beside NAME, or .veneer-abcd1234.tmp/ within the folder NAME
       lock                    held by the process that writes
       new/                    what is to become NAME, or the file that is
-      plan.json               {"entry", "writes", "removes"}: new/ is whole, and its files move into NAME one by one
+      plan.json               {"entry", "writes", "removes"}: new/ is whole, and its files move
+                              into NAME one by one
 
 A folder that holds files of others is not exchanged for another one: its files are replaced in
 place. The first step takes away ``entry``, the file without which nobody reads the folder, and the
@@ -57,8 +58,8 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Settle what killed writers of ``path`` left: go on where they were replacing files, and
-    remove the rest. What a living process writes stays."""
+    """Settle the temporary folders that killed writers of ``path`` left: finish replacing files,
+    and remove the rest. A folder in which a living process writes stays."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
@@ -157,16 +158,16 @@ def _remove_empty(folders: set[Path]) -> None:
 def files_in(folder: Path) -> list[str]:
     """The files below a folder, and links, by their relative paths; temporary folders and locks
     left out."""
-    found = []
+    names = []
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if Path(root, name).is_symlink()]
         folders[:] = [name for name in folders if not WITHIN.fullmatch(name)]
-        found += [
+        names += [
             Path(root, name).relative_to(folder).as_posix()
             for name in (*files, *links)
             if name != FOLDER_LOCK
         ]
-    return sorted(found)
+    return sorted(names)
 
 
 def remove(path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Long Python work beside somebody who must not wait for it: loops that pause, if their thread was
-told to give way.
+"""Loops of long Python work that pause while another thread computes, if their thread was told to
+give way.
 
-Python runs one thread at a time. Whoever prepares an adapter for tens of milliseconds while another
-thread computes takes about as much from its next step. In slices it takes a little from each of
-many steps. Rejected: the lowest priority for the thread on top of that. It made the others' gaps
+Python runs one thread at a time. Preparing an adapter for tens of milliseconds delays the next step
+of a thread that computes by about as much; in slices it delays each of many steps a little.
+Rejected: the lowest priority for the thread on top of that. It made the pauses of the others
 longer, as it keeps Python while it waits for a core.
 """
 

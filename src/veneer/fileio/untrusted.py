@@ -2,7 +2,8 @@
 folder's own files lie.
 
     8 bytes          n, the length of the header, little-endian
-    n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …, "__metadata__": {…}}
+    n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
+                      "__metadata__": {…}}
     the rest         the numbers, each tensor in its own range, without a gap
 
 A file says of itself what it holds, and everything here treats that as a claim: each number is
@@ -52,7 +53,8 @@ PICKLES = tuple(
     f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle")
 )
 _BEGINNINGS = {
-    b"PK\x03\x04": "a zip archive, as torch.save writes one: a pickle, which runs code when it is read",
+    b"PK\x03\x04": "a zip archive, as torch.save writes one: a pickle, "
+    "which runs code when it is read",
     b"version https://": "a pointer of Git LFS, not the file that it points to (run git lfs pull)",
     b"GGUF": "a GGUF file",
     b"<": "a web page",
@@ -74,7 +76,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds, each claim of it checked against the file's size."""
+    """The header of a safetensors file, each claim of it checked against the file's size."""
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -118,21 +120,22 @@ def _unreadable(path: Path, why: str) -> str:
 
 
 def _not_a_header(head: bytes, size: int, length: int) -> str:
-    known = what_it_is(head)
-    if known:
-        return f"it is {known}"
+    format_name = what_it_is(head)
+    if format_name:
+        return f"it is {format_name}"
     if size < 8:
         return f"it has {size} bytes, and is cut short"
     if length > MAX_HEADER:
         return f"its header claims {length:,} bytes, of {MAX_HEADER:,} at most"
     if length > size - 8:
-        return f"its header claims {length:,} bytes in a file of {size:,}: it is cut short, or no safetensors file"
+        claim = f"its header claims {length:,} bytes in a file of {size:,}"
+        return f"{claim}: it is cut short, or no safetensors file"
     return "its header does not begin with {"
 
 
 def what_it_is(head: bytes) -> str | None:
-    """What a file is by its first bytes, if it is one of the things that are taken for tensors;
-    None if not known."""
+    """The format of a file by its first bytes, for formats that are mistaken for tensors; None
+    for all others."""
     if (
         head[:1] == b"\x80"
         and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
@@ -156,8 +159,8 @@ def _metadata_problem(metadata: Any) -> str | None:
 
 
 def _entry(name: str, claim: Any, room: int) -> Entry | str:
-    """What the header says of one tensor, or what is wrong with that. ``room`` is how many bytes of
-    data there are."""
+    """The header's entry of one tensor, or the problem with it. ``room`` is how many bytes of data
+    there are."""
     shown = f"tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         return (
@@ -181,7 +184,8 @@ def _entry(name: str, claim: Any, room: int) -> Entry | str:
         return f"{shown} has a shape {_short(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
-        return f"{shown} claims {stop - start:,} bytes, and {-(-bits // 8):,} by its shape {_short(shape)} of {dtype}"
+        expected = f"{-(-bits // 8):,} by its shape {_short(shape)} of {dtype}"
+        return f"{shown} claims {stop - start:,} bytes, and {expected}"
     return Entry(dtype, tuple(shape), start, stop)
 
 
@@ -214,16 +218,16 @@ def parse(text: str | bytes) -> Any:
         raise ValueError(f"more than {MAX_MARKS:,} values")
     decoded = raw.decode("utf-8")
     try:
-        hooks = {"parse_constant": _finite, "parse_int": _whole, "parse_float": _finite}
+        hooks = {"parse_constant": _finite, "parse_int": _integer, "parse_float": _finite}
         value = json.loads(decoded, object_pairs_hook=_unique, **hooks)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         nested = (
-            one.values() if isinstance(one, dict) else one
-            for one in level
-            if isinstance(one, dict | list)
+            container.values() if isinstance(container, dict) else container
+            for container in level
+            if isinstance(container, dict | list)
         )
         level = [below for values in nested for below in values]
     if level:
@@ -234,15 +238,15 @@ def parse(text: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        visited: set[str] = set()
+        twice = next(key for key, _ in pairs if key in visited or visited.add(key))
         raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return found
+    return values
 
 
-def _whole(digits: str) -> int:
+def _integer(digits: str) -> int:
     number = int(digits) if len(digits) <= 20 else 2**64
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"a whole number of {len(digits)} digits")
@@ -280,20 +284,22 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
 
 
 def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with where a folder's own files lie: each is a regular file inside it, or a
-    link to one. One exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as
-    a link into ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the
-    blobs of the same repository."""
-    places, problems = _places(folder), []
+    """Problems of files that are neither regular files inside their folder nor links to such. One
+    exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into
+    ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the blobs of the
+    same repository."""
+    folders, problems = _allowed_folders(folder), []
     for name in names:
         file = folder / name
         if not os.path.lexists(file):
             continue
         real = Path(os.path.realpath(file))
-        if not any(real.is_relative_to(place) for place in places):
-            found = f"{file}, a link to {real}, which lies outside the folder"
+        if not any(real.is_relative_to(parent) for parent in folders):
+            problem = f"{file}, a link to {real}, which lies outside the folder"
             problems.append(
-                sentence(found, "files of the folder's own", "put a copy of the file in its place")
+                sentence(
+                    problem, "files of the folder's own", "put a copy of the file in its place"
+                )
             )
         elif not file.is_file():
             mode = real.stat().st_mode if real.exists() else 0
@@ -308,7 +314,7 @@ def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
     return problems
 
 
-def _places(folder: Path) -> list[Path]:
+def _allowed_folders(folder: Path) -> list[Path]:
     real = Path(os.path.realpath(folder))
     cached = (
         above.parent.parent for above in (real, *real.parents) if above.parent.name == "snapshots"
@@ -321,10 +327,13 @@ def _places(folder: Path) -> list[Path]:
 
 def pickled(folder: Path) -> list[str]:
     """A problem for each pickle of an adapter in the folder. None is opened."""
-    there = [name for name in PICKLES if os.path.lexists(folder / name)]
-    found = f"{', '.join(there)} in {folder}: a pickle, which runs whatever code its author put into it when it is read"
-    do = (
-        "remove it if adapter_model.safetensors is there; if not, and you trust its author, let PEFT write it anew "
-        "(PeftModel.from_pretrained, then save_pretrained)"
+    names = [name for name in PICKLES if os.path.lexists(folder / name)]
+    problem = (
+        f"{', '.join(names)} in {folder}: a pickle, "
+        "which runs whatever code its author put into it when it is read"
     )
-    return [sentence(found, "tensors as adapter_model.safetensors alone", do)] if there else []
+    do = (
+        "remove it if adapter_model.safetensors is there; if not, and you trust its author, "
+        "let PEFT write it anew (PeftModel.from_pretrained, then save_pretrained)"
+    )
+    return [sentence(problem, "tensors as adapter_model.safetensors alone", do)] if names else []

@@ -71,7 +71,7 @@ def read_fields(config: Any) -> dict[str, Any]:
             ) from error
     if dataclasses.is_dataclass(config) and hasattr(config, "peft_type"):
         return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
-            "peft_type": config.peft_type
+            "peft_type": getattr(config, "peft_type")  # noqa: B009 (no attribute of every dataclass)
         }
     expected = f"PEFT's LoraConfig, its fields as a mapping, or the path of an {peft.CONFIG}"
     raise ConfigError(f"a {type(config).__name__} for a config of PEFT", expected, "pass one")

@@ -1,24 +1,29 @@
-"""The numbers of a model by the names of its parameters, wherever they lie.
+"""One reader of base weights by name, wherever they lie.
 
-    of_module(model)            in a live module; what is packed there is read as the dense numbers that it means
-    of_state(model, tensors)    in a state dict
-    of_folder(model, folder)    in safetensors, read when they are asked for
+    open_base_weights(source)                 chooses among these:
+    module_weights(model)                     a live module; packed weights are read as dense ones
+    state_dict_weights(model, tensors)        a state dict of ``model``
+    folder_weights(model, folder)             safetensors, by the names that they have in ``model``
+    tensor_weights(tensors)                   tensors by name, or a function that reads one
 
-A ``Value`` is one parameter (or lasting buffer): its shape, its dtype, and how to read it, all of
-it or some rows of its first axis. So two models that are larger than memory can be gone through
-side by side, one weight at a time, and a stack of experts one expert at a time, although its file
-may hold a tensor for each of them.
+    weights.get(name)  ->  BaseWeight         shape, dtype, read(rows), fingerprint()
 
-A tied parameter is one value under all its names. A file may hold it several times; ``Value.again``
-are the others, for whoever needs to know that they are equal.
+A ``BaseWeight`` is one parameter or lasting buffer. It is read whole or by rows of its first axis,
+so two models that are larger than memory can be compared side by side, and a stack of experts one
+expert at a time, although its file may hold a tensor for each of them. A GGUF file is converted
+first (``gguf.py``) and then read as the folder that it became.
+
+A tied parameter is one weight under all its names. A file may hold it several times; the others are
+its ``duplicates``, for callers that need to know that they are equal.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,203 +32,334 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import weight_of
+from veneer.attach.lookup import unwrap
 from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.bases import storage_of
-from veneer.errors import CheckpointError, listing, raise_all, sentence
-from veneer.models.meta import Place, map_checkpoint_names
+from veneer.bases import Storage, storage_of
+from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
+from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of
+from veneer.models.locate import folder_of
+from veneer.models.meta import Place, map_checkpoint_names, meta_model
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
-#: numbers of a value that are read at once where it need not be in memory as a whole
-PART = 1 << 24
+#: numbers of a weight that are read at once where it need not be in memory as a whole
+BLOCK_SIZE = 1 << 24
+#: last two components of the names of embeddings and heads that a model may tie
+TIED = (
+    "lm_head.weight", "embed_out.weight", "proj_out.weight", "embed_tokens.weight", "wte.weight",
+    "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight", "shared.weight",
+)  # fmt: skip
 
-Read = Callable[[slice | None], Tensor]
+ReadRows = Callable[[slice | None], Tensor]
+#: an open model, tensors by name, a function that reads one, or a path
+WeightSource = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor] | str | Path
 
 
 @dataclass(frozen=True)
-class Value:
-    """One parameter or buffer. ``read(rows)`` gives rows of the first axis, None all of it, on the
-    device where it is (the CPU for files); what it gives is not to be written to."""
+class BaseWeight:
+    """One parameter or buffer. ``read_rows`` takes rows of the first axis, or None for all, and
+    returns them on the device where they lie (the CPU for files); they are not to be written to."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Read
-    again: tuple[Read, ...] = ()
+    read_rows: ReadRows
+    duplicates: tuple[ReadRows, ...] = ()
 
-    def parts(self) -> Iterator[Tensor]:
-        """All of it, as parts that follow each other along the first axis, of about ``PART``
-        numbers."""
-        if not self.shape or not torch.Size(self.shape).numel():
-            yield self.read(None)
+    def read(self, rows: slice | None = None) -> Tensor:
+        return self.read_rows(rows)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The weight in blocks of rows of about ``BLOCK_SIZE`` numbers."""
+        count = torch.Size(self.shape).numel()
+        if not self.shape or not count:
+            yield self.read()
             return
-        step = max(1, PART * self.shape[0] // torch.Size(self.shape).numel())
-        yield from (
-            self.read(slice(start, start + step)) for start in range(0, self.shape[0], step)
-        )
+        step = max(1, BLOCK_SIZE * self.shape[0] // count)
+        for start in range(0, self.shape[0], step):
+            yield self.read(slice(start, start + step))
+
+    def fingerprint(self, kind: str = XXH3) -> str:
+        """``fileio.hashing.fingerprint`` of the weight, read in blocks."""
+        return fingerprint_of(self.shape, self.blocks(), kind)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The values of a model by every name that they have. ``unread`` are tensors of the files that
-    are none of it."""
+class BaseWeights:
+    """Weights of a base by every name that they have.
 
-    what: str
-    values: Mapping[str, Value]
+    ``label`` names the source in messages; ``unread`` are tensors of the files that the model does
+    not have; ``file_weights`` are those of a folder under the names in its files, among which a
+    name is looked up with or without a prefix."""
+
+    label: str
+    by_name: Mapping[str, BaseWeight]
     unread: tuple[str, ...] = ()
+    file_weights: Mapping[str, BaseWeight] | None = None
+    _fingerprints: dict[tuple[int, str], str] = field(default_factory=dict, compare=False)
 
-    def find(self, names: Sequence[str]) -> Value | None:
-        """The value that goes by these names, with those that go by only some of them in
-        ``again``."""
-        found: list[Value] = []
-        for value in (self.values[name] for name in names if name in self.values):
-            if all(value is not other for other in found):
-                found.append(value)
-        if len(found) < 2:
-            return found[0] if found else None
-        first, *others = found
-        again = (*first.again, *(read for other in others for read in (other.read, *other.again)))
-        return Value(first.shape, first.dtype, first.read, again)
+    def get(self, name: str) -> BaseWeight | None:
+        if self.file_weights is None:
+            return self.by_name.get(name)
+        for weights in (self.by_name, self.file_weights):
+            match = _match_name(weights, name)
+            if match is not None:
+                return weights[match]
+        return None
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """``KeyError``: no weight of this name."""
+        weight = self.get(name)
+        if weight is None:
+            raise KeyError(name)
+        return weight.read(rows)
+
+    def fingerprint(self, name: str, kind: str = XXH3) -> str | None:
+        """The fingerprint of a weight, None where there is none. Weights of files are hashed once
+        for each kind; those of a live model may change between two calls."""
+        weight = self.get(name)
+        key = id(weight), kind_of(kind)
+        if weight is None or self.file_weights is None:
+            return None if weight is None else weight.fingerprint(kind)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = weight.fingerprint(kind)
+        return self._fingerprints[key]
+
+    def aliases(self, name: str) -> list[str]:
+        """All names of one weight, ``name`` alone if there is no such weight."""
+        weight = self.by_name.get(name)
+        return [name] if weight is None else [n for n, w in self.by_name.items() if w is weight]
+
+    def find(self, names: Sequence[str]) -> BaseWeight | None:
+        """The weight that goes by these names. Weights that go by only some of them are its
+        ``duplicates``."""
+        matches = {
+            id(self.by_name[name]): self.by_name[name] for name in names if name in self.by_name
+        }
+        if len(matches) < 2:
+            return next(iter(matches.values()), None)
+        first, *others = matches.values()
+        reads = (read for weight in others for read in (weight.read_rows, *weight.duplicates))
+        return BaseWeight(first.shape, first.dtype, first.read_rows, (*first.duplicates, *reads))
+
+
+def open_base_weights(source: WeightSource, model: nn.Module | None = None) -> BaseWeights:
+    """The weights of ``source``, under the names that they have in ``model`` if it is given.
+
+    A folder without ``model`` is read under the names of the model that its config means, or under
+    those in its files where transformers knows no such model; there a name is found with or without
+    a prefix, and by either name of a tied embedding. ``CheckpointError``: a path without
+    safetensors, or damaged ones."""
+    if isinstance(source, nn.Module):
+        return module_weights(unwrap(source))
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        folder = folder_of(source) if path.is_file() else path
+        return _named_by_config(folder) if model is None else folder_weights(model, folder)
+    if isinstance(source, Mapping) and model is not None:
+        return state_dict_weights(model, source)
+    return tensor_weights(source)
+
+
+def _named_by_config(folder: Path) -> BaseWeights:
+    checkpoint, by_name = open_checkpoint(folder), {}
+    if (folder / "config.json").is_file():
+        with suppress(ConfigError):  # a model that transformers does not have
+            by_name = folder_weights(meta_model(folder), folder).by_name
+    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.where}
+    return BaseWeights(str(folder), by_name, file_weights=file_weights)
+
+
+def _file_weight(checkpoint: Checkpoint, name: str) -> BaseWeight:
+    read = partial(checkpoint.read, name)
+    return BaseWeight(checkpoint.shape(name), checkpoint.dtype(name), read)
+
+
+def _match_name(names: Collection[str], name: str) -> str | None:
+    """The entry of ``names`` that means ``name``: the same, with or without a prefix, or the second
+    name of a tied embedding."""
+    components = name.split(".")
+    suffixes = (".".join(components[start:]) for start in range(max(1, len(components) - 1)))
+    match = next((suffix for suffix in suffixes if suffix in names), None)
+    if match is not None:
+        return match
+    longer = [candidate for candidate in names if candidate.endswith(f".{name}")]
+    if len(longer) == 1:
+        return longer[0]
+    if ".".join(components[-2:]) not in TIED:
+        return None
+    return next((n for n in names if ".".join(n.split(".")[-2:]) in TIED), None)
 
 
 @dataclass(frozen=True)
-class Named:
-    """One parameter or buffer of a model: where it is first met, and all its names."""
+class ModuleWeight:
+    """One parameter or lasting buffer of a module: its first place, all its names, the object that
+    the module keeps, and its storage (None: the values as they are)."""
 
     ref: ParamRef
     names: tuple[str, ...]
-    buffer: bool
+    module: nn.Module
+    weight: Any
+    storage: Storage | None
+    is_buffer: bool
 
     @property
     def path(self) -> str:
         return self.names[0]
 
-    def held(self, names: Names) -> tuple[Any, Any]:
-        """What its module keeps under its name, and how that is stored (None: as it is)."""
-        module, name = names.modules[self.ref[0]], self.ref[1]
-        weight: Any = module._buffers[name] if self.buffer else weight_of(module, name)
-        return weight, None if self.buffer else storage_of(weight)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape if self.storage is None else self.storage.shape(self.weight))
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether its values are here and can be read: not on the meta device, nor packed by a
+        library that Veneer does not know."""
+        tensors = self.weight.parameters() if isinstance(self.weight, nn.Module) else [self.weight]
+        if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+            return False
+        return self.storage is not None or type(self.weight).__module__.partition(".")[0] == "torch"
+
+    def reader(self) -> BaseWeight:
+        if self.storage is None:
+            return _whole_weight(self.weight.shape, self.weight.dtype, self.weight.detach)
+        dense = partial(_dense, self.storage, self.weight)
+        return _whole_weight(self.shape, self.storage.dtype(self.weight), dense)
 
 
-def named(names: Names) -> list[Named]:
+def list_weights(names: Names) -> list[ModuleWeight]:
     """The parameters and lasting buffers of a model, each once, in the model's order."""
-    by_identity: dict[int, tuple[ParamRef, list[str], bool]] = {}
+    by_identity: dict[int, tuple[ParamRef, list[str], Any, bool]] = {}
     for path, module in names.modules.items():
-        lasting = [
-            name for name in module._buffers if name not in module._non_persistent_buffers_set
-        ]
+        skipped = module._non_persistent_buffers_set
+        lasting = [name for name in module._buffers if name not in skipped]
         for name in (*own_parameters(module), *lasting):
-            value = module._buffers[name] if name in module._buffers else weight_of(module, name)
-            if value is not None:
-                entry = by_identity.setdefault(
-                    id(value), ((path, name), [], name in module._buffers)
-                )
+            is_buffer = name in module._buffers
+            weight = module._buffers[name] if is_buffer else weight_of(module, name)
+            if weight is not None:
+                entry = by_identity.setdefault(id(weight), ((path, name), [], weight, is_buffer))
                 entry[1].extend(f"{alias}.{name}".lstrip(".") for alias in names.aliases[path])
-    return [Named(ref, tuple(paths), buffer) for ref, paths, buffer in by_identity.values()]
+    return [
+        ModuleWeight(
+            ref, tuple(paths), names.modules[ref[0]], weight,
+            None if is_buffer else storage_of(weight), is_buffer,
+        )
+        for ref, paths, weight, is_buffer in by_identity.values()
+    ]  # fmt: skip
 
 
-def of_module(model: nn.Module, what: str = "the model") -> Weights:
-    """The values of a live module, adapters aside (a merged one is in the weights)."""
-    names = Names(model)
-    values: dict[str, Value] = {}
-    for entry in named(names):
-        tensor, storage = entry.held(names)
-        if storage is None:
-            value = _value(tensor.shape, tensor.dtype, tensor.detach)
-        else:
-            value = _value(
-                storage.shape(tensor), storage.dtype(tensor), partial(_dense, storage, tensor)
-            )
-        values |= dict.fromkeys(entry.names, value)
-    return Weights(what, values)
+def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
+    """The weights of a live module, adapters aside (a merged adapter is in the weights)."""
+    by_name: dict[str, BaseWeight] = {}
+    for entry in list_weights(Names(model)):
+        by_name |= dict.fromkeys(entry.names, entry.reader())
+    return BaseWeights(label, by_name)
 
 
-def of_state(
-    model: nn.Module, tensors: Mapping[str, Tensor], what: str = "the state dict"
-) -> Weights:
-    """The values of a state dict of ``model``; those under names that it does not have are kept,
-    under these."""
-    found = {
-        name: _value(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in tensors.items()
-    }
-    known = model.state_dict().keys()
-    odd = {name: value for name, value in found.items() if name not in known}
-    return Weights(what, {**odd, **_by_every_name(model, found)})
+def state_dict_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], label: str = "the state dict"
+) -> BaseWeights:
+    """The weights of a state dict of ``model``. Tensors that the model does not have stay under
+    their names."""
+    weights = {name: _tensor_weight(tensor) for name, tensor in tensors.items()}
+    known_names = model.state_dict().keys()
+    unmatched = {name: weight for name, weight in weights.items() if name not in known_names}
+    return BaseWeights(label, {**unmatched, **_by_every_name(model, weights)})
 
 
-def of_folder(model: nn.Module, folder: str | Path) -> Weights:
-    """The values of a folder of safetensors whose tensors are those of ``model`` by transformers'
-    rules. ``CheckpointError``: as ``in_checkpoint``, or not such a folder."""
-    checkpoint = open_checkpoint(folder)
-    values, unread = in_checkpoint(model, checkpoint)
-    return Weights(str(folder), _by_every_name(model, values), unread)
+def folder_weights(model: nn.Module, folder: str | Path) -> BaseWeights:
+    """The weights of a folder of safetensors whose tensors are those of ``model`` by transformers'
+    rules. ``CheckpointError``: as ``checkpoint_weights``, or not such a folder."""
+    weights, unread = checkpoint_weights(model, open_checkpoint(folder))
+    return BaseWeights(str(folder), _by_every_name(model, weights), unread)
 
 
-def in_checkpoint(
+class _TensorFunction(Mapping[str, BaseWeight]):
+    """Weights that ``read`` returns by name; it raises KeyError for a name that it lacks. They
+    cannot be listed."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> BaseWeight:
+        return _tensor_weight(self._read(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def tensor_weights(source: Mapping[str, Tensor] | Callable[[str], Tensor]) -> BaseWeights:
+    """Tensors by name, or a function that reads one and raises KeyError for a name it lacks."""
+    read: Any = source.__getitem__ if hasattr(source, "__getitem__") else source
+    return BaseWeights("the tensors", _TensorFunction(read))
+
+
+def checkpoint_weights(
     model: nn.Module, checkpoint: Checkpoint
-) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """(the values in a checkpoint by the names that they have in the state dict of ``model``, each
-    under one of them; its tensors that are none of these). ``CheckpointError``: tensors that do not
-    fill the parameters that they are a part of."""
-    found = map_checkpoint_names(model, checkpoint.where)
+) -> tuple[dict[str, BaseWeight], tuple[str, ...]]:
+    """(the weights in a checkpoint by the names that they have in the state dict of ``model``, each
+    under one of them; tensors of the checkpoint that the model does not have). ``CheckpointError``:
+    tensors that do not fill the parameter that they belong to."""
+    places = map_checkpoint_names(model, checkpoint.where)
     pieces: dict[str, list[tuple[str, Place]]] = {}
-    for name, own in found.items():
-        for place in own:
+    for name, tensor_places in places.items():
+        for place in tensor_places:
             pieces.setdefault(place.path, []).append((name, place))
     state, problems = model.state_dict(), []
-    values: dict[str, Value] = {}
-    for path, own in pieces.items():
-        shape, dtypes = (
-            _filled(checkpoint, own, tuple(state[path].shape)),
-            {checkpoint.dtype(name) for name, _ in own},
-        )
+    weights: dict[str, BaseWeight] = {}
+    for path, tensors in pieces.items():
+        model_shape = tuple(state[path].shape)
+        shape = _joined_shape(checkpoint, tensors, model_shape)
         if shape is None:
-            what = f"{listing((f'{name} {list(checkpoint.shape(name))}' for name, _ in own), 3)}"
-            expected = f"what makes {path} {list(state[path].shape)}"
-            problems.append(
-                sentence(what, expected, "get the files and the configuration of one model")
-            )
+            shapes = (f"{name} {list(checkpoint.shape(name))}" for name, _ in tensors)
+            expected = f"tensors that make {path} {list(model_shape)}"
+            do = "get the files and the configuration of one model"
+            problems.append(sentence(listing(shapes, 3), expected, do))
             continue
+        dtypes = {checkpoint.dtype(name) for name, _ in tensors}
         dtype = functools.reduce(torch.promote_types, dtypes)
-        values[path] = Value(
-            shape, dtype, partial(_assembled, checkpoint, tuple(own), shape, dtype)
-        )
+        read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
+        weights[path] = BaseWeight(shape, dtype, read)
     raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
-    return values, tuple(sorted(checkpoint.where.keys() - found.keys()))
+    return weights, tuple(sorted(checkpoint.where.keys() - places.keys()))
 
 
-def _by_every_name(model: nn.Module, found: Mapping[str, Value]) -> dict[str, Value]:
-    """The values under every name that the parameters of ``model`` have."""
-    values: dict[str, Value] = {}
-    weights, names = Weights("", found), Names(model)
-    for entry in named(names):
-        value = weights.find(entry.names) or _made(names, entry, found)
-        if value is not None:
-            values |= dict.fromkeys(entry.names, value)
-    return values
+def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[str, BaseWeight]:
+    """The weights under every name that the parameters of ``model`` have."""
+    by_name: dict[str, BaseWeight] = {}
+    source = BaseWeights("", weights)
+    for entry in list_weights(Names(model)):
+        weight = source.find(entry.names) or _computed_weight(entry, weights)
+        if weight is not None:
+            by_name |= dict.fromkeys(entry.names, weight)
+    return by_name
 
 
-def _made(names: Names, entry: Named, found: Mapping[str, Value]) -> Value | None:
-    """The value of a weight that a parametrization makes of what the files hold, or None if they
-    lack some of it."""
-    path, name = entry.ref
-    made: Any = None if entry.buffer else weight_of(names.modules[path], name)
-    if not isinstance(made, nn.Module):
+def _computed_weight(entry: ModuleWeight, weights: Mapping[str, BaseWeight]) -> BaseWeight | None:
+    """A weight that a parametrization computes from tensors of the files, or None if they lack one
+    of these."""
+    (path, name), parametrized = entry.ref, entry.weight
+    if entry.is_buffer or not isinstance(parametrized, nn.Module):
         return None
-    parts = {
-        key: found.get(f"{path}.parametrizations.{name}.{key}".lstrip("."))
-        for key in made.state_dict()
-    }
-    known = {key: value for key, value in parts.items() if value is not None}
-    storage: Any = storage_of(made)
-    if storage is None or len(known) < len(parts):
+    sources: dict[str, BaseWeight] = {}
+    state = parametrized.state_dict()
+    for key in state:
+        weight = weights.get(f"{path}.parametrizations.{name}.{key}".lstrip("."))
+        if weight is not None:
+            sources[key] = weight
+    storage: Any = entry.storage
+    if storage is None or len(sources) < len(state):
         return None
 
-    def dense() -> Tensor:
-        own = copy.deepcopy(made)
-        own.load_state_dict({key: value.read(None) for key, value in known.items()}, assign=True)
-        return _dense(storage, own)
+    def compute() -> Tensor:
+        filled_copy = copy.deepcopy(parametrized)
+        tensors = {key: weight.read() for key, weight in sources.items()}
+        filled_copy.load_state_dict(tensors, assign=True)
+        return _dense(storage, filled_copy)
 
-    first = next(value.dtype for value in known.values() if value.dtype.is_floating_point)
-    return _value(storage.shape(made), first, dense)
+    dtype = next(w.dtype for w in sources.values() if w.dtype.is_floating_point)
+    return _whole_weight(storage.shape(parametrized), dtype, compute)
 
 
 def _dense(storage: Any, weight: Any) -> Tensor:
@@ -231,55 +367,60 @@ def _dense(storage: Any, weight: Any) -> Tensor:
         return storage.dense(weight).detach()
 
 
-def _value(shape: Sequence[int], dtype: torch.dtype, whole: Callable[[], Tensor]) -> Value:
-    """One of which rows are made with all the others."""
-    return Value(tuple(shape), dtype, lambda rows: whole() if rows is None else whole()[rows])
+def _tensor_weight(tensor: Tensor) -> BaseWeight:
+    return _whole_weight(tensor.shape, tensor.dtype, tensor.detach)
 
 
-def _filled(
-    checkpoint: Checkpoint, pieces: Sequence[tuple[str, Place]], shape: tuple[int, ...]
+def _whole_weight(
+    shape: Sequence[int], dtype: torch.dtype, read_all: Callable[[], Tensor]
+) -> BaseWeight:
+    """A weight of which some rows cost as much to read as all."""
+    read = lambda rows: read_all() if rows is None else read_all()[rows]  # noqa: E731
+    return BaseWeight(tuple(shape), dtype, read)
+
+
+def _joined_shape(
+    checkpoint: Checkpoint, tensors: Sequence[tuple[str, Place]], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The shape of what these tensors make, of which one alone has its own; None if they do not
-    fill ``shape``."""
-    if len(pieces) == 1 and not pieces[0][1].index and not pieces[0][1].within:
-        return checkpoint.shape(pieces[0][0])
+    """The shape of the parameter that these tensors make: that of the one tensor that holds all of
+    it, else ``shape``; None if they do not fill ``shape``."""
+    if len(tensors) == 1 and not tensors[0][1].index and not tensors[0][1].within:
+        return checkpoint.shape(tensors[0][0])
     count = 0
-    for name, place in pieces:
-        target, source = sliced(shape, place.index), sliced(checkpoint.shape(name), place.within)
+    for name, place in tensors:
+        target = slice_shape(shape, place.index)
+        source = slice_shape(checkpoint.shape(name), place.within)
         if target != source and target != (1, *source):
             return None
         count += target.numel()
     return shape if count == torch.Size(shape).numel() else None
 
 
-def sliced(shape: Sequence[int], index: Sequence[slice]) -> torch.Size:
-    """The shape of the part ``index`` of a tensor."""
-    sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=False)]
+def slice_shape(shape: Sequence[int], index: Sequence[slice]) -> torch.Size:
+    """The shape of ``tensor[index]`` for a tensor of this shape."""
+    sizes = [len(range(*axis.indices(size))) for axis, size in zip(index, shape, strict=False)]
     return torch.Size([*sizes, *shape[len(index) :]])
 
 
-def _assembled(
-    checkpoint: Checkpoint,
-    pieces: Sequence[tuple[str, Place]],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    rows: slice | None,
-) -> Tensor:
-    """Rows of the parameter that tensors of the files make: no more of the files is read than these
-    need."""
-    name, place = pieces[0]
-    if len(pieces) == 1 and not place.index and len(place.within) < 2:
+def _join_rows(
+    checkpoint: Checkpoint, tensors: Sequence[tuple[str, Place]], shape: tuple[int, ...],
+    dtype: torch.dtype, rows: slice | None,
+) -> Tensor:  # fmt: skip
+    """Rows of the parameter that tensors of the files make. Only tensors with such rows are
+    read."""
+    name, place = tensors[0]
+    if len(tensors) == 1 and not place.index and len(place.within) < 2:
         if place.within:
-            meant = range(checkpoint.shape(name)[0])[place.within[0]][rows or slice(None)]
-            rows = slice(meant.start, meant.stop)
+            file_rows = range(checkpoint.shape(name)[0])[place.within[0]][rows or slice(None)]
+            rows = slice(file_rows.start, file_rows.stop)
         return checkpoint.read(name, rows).to(dtype)
-    asked = range(shape[0])[rows or slice(None)]
-    whole = torch.empty(len(asked), *shape[1:], dtype=dtype)
-    for name, place in pieces:
-        own = range(shape[0])[place.index[0]]
-        # never divided along the first axis: a part of a stack is a whole matrix, other parameters
-        # are read as a whole
-        if own.start < asked.stop and asked.start < own.stop:
-            part = whole[(slice(own.start - asked.start, own.stop - asked.start), *place.index[1:])]
-            part.copy_(checkpoint.read(name)[place.within].reshape(part.shape))
-    return whole
+    wanted = range(shape[0])[rows or slice(None)]
+    joined = torch.empty(len(wanted), *shape[1:], dtype=dtype)
+    for name, place in tensors:
+        held = range(shape[0])[place.index[0]]
+        # Rows are asked for of stacks alone, where a tensor is a matrix: none is cut along its rows
+        if held.start < wanted.stop and wanted.start < held.stop:
+            first_axis = slice(held.start - wanted.start, held.stop - wanted.start)
+            target = joined[(first_axis, *place.index[1:])]
+            target.copy_(checkpoint.read(name)[place.within].reshape(target.shape))
+    return joined

@@ -25,7 +25,7 @@ from torch import nn
 
 from veneer.attach.targets import Names
 from veneer.errors import CheckpointError, ConfigError, listing
-from veneer.fileio.hashing import fingerprint, fingerprint_of
+from veneer.fileio.hashing import fingerprint
 
 __all__ = ["Quantize", "quantization_in", "sources_of"]
 
@@ -107,16 +107,16 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
     Reads these files once more, tensor by tensor. Weights that are no safetensors, that lie
     otherwise in the model (GPT-2's), or of a class that transformers lacks, stay known by what they
     are packed to alone."""
+    from veneer.models.base_weights import folder_weights, list_weights
     from veneer.models.meta import meta_model
-    from veneer.models.named_weights import named, of_folder
 
     try:
-        files = of_folder(meta_model(folder, type(model).__name__), folder)
+        files = folder_weights(meta_model(folder, type(model).__name__), folder)
     except (CheckpointError, ConfigError):
         return
-    names, found = Names(model), {}
-    for entry in named(names):
-        weight, storage = entry.held(names)
+    fingerprints: dict[str, str] = {}
+    for entry in list_weights(Names(model)):
+        weight, storage = entry.weight, entry.storage
         value = files.find(entry.names)
         if (
             storage is None
@@ -125,14 +125,13 @@ def note_sources(model: nn.Module, folder: str | Path) -> None:
             or value.shape != storage.shape(weight)
         ):
             continue
-        module: Any = names.modules[entry.ref[0]]
-        storage.prepare(module)
+        storage.prepare(entry.module)
         settled = storage.decode(
             weight, storage.after_first_call(weight, storage.stored_tensors(weight))
         )
-        found[fingerprint(settled)] = fingerprint_of(value.shape, value.parts())
-        storage.release(module)
-    setattr(model, _SOURCES, found)
+        fingerprints[fingerprint(settled)] = value.fingerprint()
+        storage.release(entry.module)
+    setattr(model, _SOURCES, fingerprints)
 
 
 def sources_of(model: nn.Module) -> Mapping[str, str]:

@@ -7,7 +7,7 @@
 transformers makes the model: it is given the tensors' shapes for tensors, so that it renames,
 casts, ties and checks them, and initialises what the files lack (a new head) as it always does. Its
 own rules then say which rows of which tensors a part consists of, of a stack of experts too
-(``named_weights.in_checkpoint``). Where they make a parameter in another way, ``WholeOnlyError``
+(``base_weights.checkpoint_weights``). Where they make a parameter in another way, ``WholeOnlyError``
 says so.
 
 Rejected: transformers' own reading into DTensors (its ``DistributedConfig``). It maps whole files
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from veneer.distributed import is_sharded
 from veneer.errors import CheckpointError, ConfigError, listing
-from veneer.models.named_weights import Value, in_checkpoint
+from veneer.models.base_weights import BaseWeight, checkpoint_weights
 from veneer.models.remote_code import without_hub_kernel
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
@@ -126,10 +126,10 @@ def _held(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], A
                     yield f"{path}.{own}".lstrip("."), (table, own), value
 
 
-def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Value]:
+def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
     """What the files hold of all that is on the meta device, by every name. Those that transformers
     ties where both are in the files and equal, it could not compare: they are tied here."""
-    values, _ = in_checkpoint(model, checkpoint)
+    values, _ = checkpoint_weights(model, checkpoint)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         own, other = model.get_parameter(target), model.get_parameter(source)
         if (
@@ -152,13 +152,13 @@ def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Value]:
     return {name: found[id(value)] for name, value in held.items()}
 
 
-def _equal(one: Value | None, other: Value | None) -> bool:
+def _equal(one: BaseWeight | None, other: BaseWeight | None) -> bool:
     if one is None or other is None or one.shape != other.shape:
         return False
-    return all(torch.equal(a, b) for a, b in zip(one.parts(), other.parts(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
 
 
-def _read_shares(model: nn.Module, sources: Mapping[str, Value], device: torch.device) -> None:
+def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: torch.device) -> None:
     """Read what of a model is on the meta device: of a DTensor the rows that are this process's, of
     all else all.
 
@@ -198,7 +198,9 @@ def _read_shares(model: nn.Module, sources: Mapping[str, Value], device: torch.d
         table[own] = made[id(value)]
 
 
-def _read(value: Value, dtype: torch.dtype, device: torch.device, rows: slice | None) -> Tensor:
+def _read(
+    value: BaseWeight, dtype: torch.dtype, device: torch.device, rows: slice | None
+) -> Tensor:
     if rows is not None and rows.start >= rows.stop:
         return torch.empty((0, *value.shape[1:]), dtype=dtype, device=device)
     return value.read(rows).to(device, dtype)

@@ -24,10 +24,9 @@ import logging
 import re
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from veneer.adapter_files.record import record_in
-from veneer.adapter_files.verify import BaseWeights
 from veneer.errors import (
     AdapterError,
     BaseMismatchError,
@@ -37,9 +36,10 @@ from veneer.errors import (
     raise_all,
     sentence,
 )
-from veneer.fileio.hashing import fingerprint, kind_in, prints_in
+from veneer.fileio.hashing import kind_in, prints_in
 from veneer.fileio.untrusted import read_header
 from veneer.formats import peft
+from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.serve.vllm import ADVICE, reasons_against
 from veneer.store.library import NAME, Library
 from veneer.store.remote import is_remote, pull
@@ -66,7 +66,6 @@ class Adapters:
         self.place, self.verify_base, self._cache = place.rstrip("/"), verify_base, cache
         self._lock = threading.Lock()
         self._weights: dict[str, BaseWeights | None] = {}
-        self._fingerprints: dict[tuple[str, str, str], str | None] = {}
 
     def find(self, base: str, name: str) -> Found | None:
         """The adapter of a name for ``base`` (a folder or a hub id), or None if it can be no name
@@ -123,7 +122,7 @@ class Adapters:
                 own = record.get("name")
                 same = "the same" if own == base else f"the adapter's is {own}"
                 return f"by its name alone ({same}), as its weights are not in safetensors here"
-            known = {at: self._fingerprint(base, weights, at, kind) for at in recorded}
+            known = {at: weights.fingerprint(at, kind) for at in recorded}
         other = [at for at, value in known.items() if value not in (None, recorded[at])]
         lacking = [at for at in record["weights"] if known[at] is None]
         if other or lacking:
@@ -137,13 +136,6 @@ class Adapters:
             )
         return f"{sum(value is not None for value in known.values())} of {len(recorded)} tensors proven"
 
-    def _fingerprint(self, base: str, weights: BaseWeights, at: str, kind: str) -> str | None:
-        key = base, at, kind
-        if key not in self._fingerprints:
-            weight: Any = weights(at)
-            self._fingerprints[key] = None if weight is None else fingerprint(weight, kind)
-        return self._fingerprints[key]
-
 
 def _weights(base: str) -> BaseWeights | None:
     """The weights of a base, if they are on this machine in safetensors; a hub id is looked for in
@@ -154,7 +146,7 @@ def _weights(base: str) -> BaseWeights | None:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(base, local_files_only=True))
-        return BaseWeights(folder)
+        return open_base_weights(folder)
     except (
         ImportError,
         OSError,

@@ -33,8 +33,8 @@ from veneer.formats import peft
 from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied
-from veneer.tools.compose.base_weights import BaseWeights
 from veneer.tools.compose.blend import Term, gain_of
+from veneer.tools.compose.frozen_weights import FrozenWeights
 
 # : how many leading singular vectors of a changed weight are looked at, and the cosine below which
 # one is an intruder
@@ -82,7 +82,7 @@ class WeightIntruders:
 
 def find_intruders(
     saved: AdapterFiles,
-    base_weights: BaseWeights,
+    base_weights: FrozenWeights,
     *,
     count: int = COUNT,
     threshold: float = THRESHOLD,
@@ -113,9 +113,14 @@ def find_intruders(
 
 @torch.no_grad()
 def _of_weight(
-    aligned: AlignedWeight, low: LowRank, saved: AdapterFiles, base_weights: BaseWeights, count: int, threshold: float,
+    aligned: AlignedWeight,
+    low: LowRank,
+    saved: AdapterFiles,
+    base_weights: FrozenWeights,
+    count: int,
+    threshold: float,
     random: torch.Generator | None,
-) -> WeightIntruders:  # fmt: skip
+) -> WeightIntruders:
     began = time.perf_counter()
     weight, swapped, _ = base_weights.proven_weight(aligned, [saved])
     low = (low.T if swapped else low).to(torch.float64)

@@ -33,7 +33,6 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied
-from veneer.tools.compose.base_weights import BaseWeights, Source
 from veneer.tools.compose.blend import (
     Blend,
     ComposeOptions,
@@ -42,6 +41,7 @@ from veneer.tools.compose.blend import (
     reduced,
     rescaled,
 )
+from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import Weigh, combined
 from veneer.tools.compose.merge_methods import MERGE_METHODS
 from veneer.tools.report_text import counted, rank_range
@@ -159,7 +159,7 @@ def compose(
     notes = [
         f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used
     ]
-    sources, base_weights = [files[number] for number in used], BaseWeights(base, model)
+    sources, base_weights = [files[number] for number in used], FrozenWeights(base, model)
     merged_base(sources)  # of one base, before anything is computed
     notes += _unproven(sources)
     aligned_weights = align(sources, base_weights.order)
@@ -358,7 +358,7 @@ def _layer_weights(
 
 def _changes(
     aligned_weights: Sequence[AlignedWeight], sources: Sequence[AdapterFiles], weigh: Weigh, how: ComposeOptions,
-    base_weights: BaseWeights,
+    base_weights: FrozenWeights,
 ) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:  # fmt: skip
     """(every change by its path in the file, a report of each weight, the variant)."""
     tied: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
@@ -402,7 +402,7 @@ def _changes(
 
 def _change(
     aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: ComposeOptions,
-    base_weights: BaseWeights, rescales: bool,
+    base_weights: FrozenWeights, rescales: bool,
 ) -> tuple[Blend, peft.PeftLayer]:  # fmt: skip
     """One weight's change: as a value, and as a file holds it."""
     layers = [aligned.layers[number] for number in weights]

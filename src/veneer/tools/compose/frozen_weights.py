@@ -1,7 +1,7 @@
 """The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g,
 out, in].
 
-    base_weights.base_weight(aligned)  ->  BaseWeight(weight [g, out, in], swapped)      a gain rescales each of out
+    frozen_weights.frozen_weight(aligned)  ->  FrozenWeight(weight [g, out, in], swapped)
 
 A model says how each of its layers uses its weight. The shapes of tensors alone, with those of A
 and B, tell the kind nearly always; where they do not (a square matrix may lie either way), that is
@@ -20,22 +20,21 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import kind_for, ref_at
-from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters_of, parameter_path, unwrap
 from veneer.attach.targets import Names, own_parameters
-from veneer.bases import storage_of
 from veneer.errors import AdapterError, BaseMismatchError, listing
 from veneer.fileio.hashing import fingerprint
 from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import swapped_stack, without_unit_axes
+from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.tools.compose.align import AlignedWeight, Order
 
 #: where base weights come from: a model, or their dense tensors by path
 Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
-class BaseWeight(NamedTuple):
+class FrozenWeight(NamedTuple):
     """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of
     its transpose; ``dense``: as it is stored, for its fingerprint."""
 
@@ -45,7 +44,7 @@ class BaseWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BaseWeights:
+class FrozenWeights:
     """Base weights by path: of a model, a mapping, or a function that raises KeyError for a path
     that it lacks; None: no base. ``structure`` is the model that tensors are of, on the meta device
     if need be."""
@@ -74,42 +73,24 @@ class BaseWeights:
             else lambda module: own_parameters(names.modules[names.canonical[module]])
         )
 
+    @cached_property
+    def _reader(self) -> BaseWeights | None:
+        return None if self.source is None else open_base_weights(self.source)
+
     def get(self, path: str) -> Tensor | None:
         """The dense parameter or buffer at this path, None where there is none; AdapterError where
         it has no values."""
-        source: Any = self.source
-        if source is None or isinstance(source, nn.Module):
-            tensor = None if source is None else self._of_model(path)
-        else:
-            try:
-                tensor = source[path] if hasattr(source, "__getitem__") else source(path)
-            except KeyError:
-                return None
+        if isinstance(self.source, nn.Module) and self.names is None:
+            return None
+        weight = None if self._reader is None else self._reader.get(path)
+        tensor = None if weight is None else weight.read()
         if tensor is not None and tensor.is_meta:
             raise AdapterError(
                 f"{path!r} on the meta device", "values", "load the base's weights first"
             )
         return None if tensor is None else tensor.detach().cpu()
 
-    def _of_model(self, path: str) -> Tensor | None:
-        names, (above, _, name) = self.names, path.rpartition(".")
-        assert names is not None
-        module = names.modules.get(names.canonical.get(above, above))
-        if module is None:
-            return None
-        stored = weight_of(module, name)
-        if stored is None:
-            return module._buffers.get(name)
-        storage = storage_of(stored)
-        if storage is not None:
-            return storage.dense(stored)
-        if isinstance(stored, Tensor) and not stored.is_floating_point():
-            raise AdapterError(
-                f"{path!r} of {stored.dtype}", "a storage that Veneer knows", "load it dense"
-            )
-        return stored
-
-    def base_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> BaseWeight:
+    def frozen_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
         """The weight that these changes are of; ``config`` is the PEFT config of an adapter that
         changes it. ``AdapterError``: there is no such weight, or it cannot be told how it is
         used."""
@@ -134,6 +115,9 @@ class BaseWeights:
             raise AdapterError(
                 found, "the weight that the adapters change", "pass the base that they are of"
             )
+        if not dense.is_floating_point():
+            found = f"{path!r} of {dense.dtype}"
+            raise AdapterError(found, "a storage that Veneer knows", "load it dense")
         if self.names is not None:
             above, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[above]]
@@ -152,13 +136,15 @@ class BaseWeights:
             found = f"{path!r} of shape {tuple(dense.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
             raise AdapterError(found, expected, "pass the base that the adapters are of")
-        return BaseWeight(weight, swapped, dense)
+        return FrozenWeight(weight, swapped, dense)
 
-    def proven_weight(self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]) -> BaseWeight:
+    def proven_weight(
+        self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]
+    ) -> FrozenWeight:
         """The weight below the changes of these adapters, which must be the one that they were made
         for: ``BaseMismatchError`` by the fingerprints of their records. ``AdapterError`` as
-        ``base_weight``."""
-        found = self.base_weight(aligned, sources[0].peft_config)
+        ``frozen_weight``."""
+        found = self.frozen_weight(aligned, sources[0].peft_config)
         printed = None
         for source in sources:
             expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight)

@@ -19,8 +19,8 @@ from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, s
 from veneer.fileio.hashing import digest
 from veneer.formats import peft
 from veneer.tools.compose.align import AlignedWeight
-from veneer.tools.compose.base_weights import BaseWeights
 from veneer.tools.compose.blend import ComposeOptions
+from veneer.tools.compose.frozen_weights import FrozenWeights
 from veneer.tools.compose.merge_methods import MERGE_METHODS, merged_vector
 
 #: (names of a parameter, number of an adapter) -> its weight there
@@ -29,7 +29,7 @@ Weigh = Callable[[Sequence[str], int], float]
 
 def combined(
     sources: Sequence[AdapterFiles], aligned_weights: Sequence[AlignedWeight], weigh: Weigh, how: ComposeOptions,
-    base_weights: BaseWeights,
+    base_weights: FrozenWeights,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
     """The parameters and running statistics by path in a file and name. ``AdapterError``: the base
     is needed and not there, shapes differ, or a running variance would be negative; with every
@@ -82,7 +82,7 @@ def combined(
 
 def _combined(
     path: str, tensors: Mapping[int, Tensor], weights: Mapping[int, float], how: ComposeOptions,
-    base_weights: BaseWeights, problems: list[str], lacking: list[str],
+    base_weights: FrozenWeights, problems: list[str], lacking: list[str],
 ) -> Tensor | None:  # fmt: skip
     """The value of one parameter, or None where its weights are 0 or there is a problem (then
     added)."""

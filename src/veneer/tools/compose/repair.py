@@ -27,8 +27,8 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied
-from veneer.tools.compose.base_weights import BaseWeights, Source
 from veneer.tools.compose.blend import ComposeOptions
+from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import combined
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
 from veneer.tools.report_text import counted, rank_range
@@ -120,7 +120,7 @@ def repair(
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved.no_tokens("a repair")
-    weights, lows = BaseWeights(base, model), applied(saved)
+    weights, lows = FrozenWeights(base, model), applied(saved)
     found = (
         found
         if found is not None
@@ -174,7 +174,7 @@ def _repaired(
     layer: peft.PeftLayer,
     low: LowRank,
     factor: float,
-    weights: BaseWeights,
+    weights: FrozenWeights,
     saved: AdapterFiles,
 ) -> peft.PeftLayer:
     magnitude, dtype = (
@@ -187,7 +187,7 @@ def _repaired(
     total = LowRank.sum([low, _taken_off(one, low, factor)], [1, 1]).compact()
     if one.gain is not None:
         total = total.to(dtype)
-        W = weights.base_weight(one.aligned, saved.peft_config).weight.double()
+        W = weights.frozen_weight(one.aligned, saved.peft_config).weight.double()
         magnitude = (one.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
     total = total.T if one.swapped else total
     applied_twice = (

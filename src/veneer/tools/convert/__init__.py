@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
-from veneer.adapter_files.base_proof import base_tensors, earlier_fingerprints, fingerprints_of
+from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.peft_mapping import means_parameter, otherwise, ref_at
@@ -53,6 +53,7 @@ from veneer.formats import (
 )
 from veneer.formats._base import cast, kind_of_change, read_tensors
 from veneer.formats.parts import PARTS
+from veneer.models.base_weights import list_weights
 from veneer.tools.convert import deltas
 from veneer.tools.convert.base_info import BaseInfo, open_base
 from veneer.tools.convert.token_changes import head_apart, need_rows, own_prints, with_tokens
@@ -410,7 +411,7 @@ def _from_deltas(
 
 def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
     """Compare the fingerprints that a dense file took over from its adapter."""
-    tensors = [tensor for tensor in base_tensors(Names(model)) if tensor.known]
+    tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
     fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(said)), strict=True)
     known = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
     other = [

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from veneer.adapter_files.base_proof import base_tensors, fingerprints_of
+from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.token_rows import size_of
 from veneer.attach.adapted_module import weight_of
@@ -30,6 +30,7 @@ from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import kind_in
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
+from veneer.models.base_weights import list_weights
 
 _MERGE = "merge the adapter (`veneer merge`) and take the merged model"
 
@@ -133,7 +134,10 @@ def own_prints(names: Names, saved: AdapterFiles) -> dict[str, str]:
         if (at := parameter_path(one, "weight")) in known.get("weights", ())
     ]
     by_name = {
-        name: tensor for tensor in base_tensors(names) if tensor.known for name in tensor.names
+        name: tensor
+        for tensor in list_weights(names)
+        if tensor.is_readable
+        for name in tensor.names
     }
     return dict(
         zip(paths, fingerprints_of([by_name[at] for at in paths], kind=kind_in(known)), strict=True)

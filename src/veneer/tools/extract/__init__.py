@@ -42,7 +42,7 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.fileio.hashing import fingerprint_of
 from veneer.kernels import svd
 from veneer.layers._base import GENERAL
-from veneer.models.named_weights import named
+from veneer.models.base_weights import list_weights
 from veneer.tools.extract.report import Extracted, ExtractReport, Kept, Lost
 from veneer.tools.extract.selection import LITTLE, LOSSY, keep_options, plan, select_weights
 from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_both, pair_weights
@@ -154,7 +154,7 @@ def extract(
     }
     _write(
         both, name, products, whole, dtype, out, base_name=base_name or both.name,
-        provenance={"extracted": {"from": both.new.what, **said}, **(provenance or {})}, overwrite=overwrite,
+        provenance={"extracted": {"from": both.new.label, **said}, **(provenance or {})}, overwrite=overwrite,
     )  # fmt: skip
     return replace(report, seconds=time.perf_counter() - started)
 
@@ -181,12 +181,12 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
     for one in weight_pairs:
         differs, finite = one.compare()
         changed += [one] if differs else []
-        broken += [] if finite or (one.entry.buffer and not differs) else [one.path]
+        broken += [] if finite or (one.entry.is_buffer and not differs) else [one.path]
     if broken:
         found = f"NaN or infinity in {listing(broken, 40)}"
         raise ExtractError(found, "finite numbers in base and tuned model", "get the models again")
     if not changed:
-        found = f"no difference between {both.old.what} and {both.new.what}"
+        found = f"no difference between {both.old.label} and {both.new.label}"
         raise ExtractError(found, "a fine-tuned model and its base", "check which models these are")
     return changed
 
@@ -277,20 +277,20 @@ def _write(
     # what stands in the adapter in full are the tuned model's values, or the base's where only a
     # copy of the base is wanted, as for running statistics that did not change or that are left out
     tuned = {path for one, _ in whole for path in one.entry.names}
-    done = {id(both.old.values.get(product.pair.path)) for product in products}
+    done = {id(both.old.by_name.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
         install(both.model, name, plans, trainable=False, parameters=factors)
         for path, _, part in adapters(both.model, name):
             for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
                 at = parameter_path(path, key)
-                source = (both.new if at in tuned else both.old).values.get(at)
+                source = (both.new if at in tuned else both.old).by_name.get(at)
                 if source is not None and value is not None:
                     value.copy_(source.read(None))
-        for entry in named(names):
+        for entry in list_weights(names):
             value = both.old.find(entry.names)
             if value is not None and id(value) not in done:
-                fingerprints[entry.path] = fingerprint_of(value.shape, value.parts())
+                fingerprints[entry.path] = value.fingerprint()
         save(both.model, out, name=name, fingerprints=fingerprints, **options)
     finally:
         attached = adapters_of(both.model)

@@ -77,7 +77,7 @@ def select_weights(
             lost.append((pair, EXCLUDED))
         elif refs & by_name:
             whole.append((pair, ASKED))
-        elif not pair.entry.buffer and is_matrix(names, pair.entry.ref):
+        elif not pair.entry.is_buffer and is_matrix(names, pair.entry.ref):
             low.append(pair) if refs & wanted else lost.append((pair, NO_TARGET))
         elif NONE in keep:
             lost.append((pair, NOT_KEPT))
@@ -106,11 +106,11 @@ def plan(
     full: dict[str, tuple[str, ...]] = {}
     for pair in whole:
         path, name = pair.entry.ref
-        full[path] = (*full.get(path, ()), *(() if pair.entry.buffer else (name,)))
+        full[path] = (*full.get(path, ()), *(() if pair.entry.is_buffer else (name,)))
     full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
     check_full(names, full, problems)
     problems += overlaps(names, changed_refs(low, full))
-    buffers = frozenset(pair.entry.ref[0] for pair in whole if pair.entry.buffer)
+    buffers = frozenset(pair.entry.ref[0] for pair in whole if pair.entry.is_buffer)
     return Plans(config, tuple(low), full, buffers, full_readers(names, full))
 
 

@@ -24,15 +24,15 @@ from veneer.attach.targets import Names
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL
-from veneer.models.named_weights import (
-    Named,
-    Read,
-    Value,
-    Weights,
-    named,
-    of_folder,
-    of_module,
-    of_state,
+from veneer.models.base_weights import (
+    BaseWeight,
+    BaseWeights,
+    ModuleWeight,
+    ReadRows,
+    folder_weights,
+    list_weights,
+    module_weights,
+    state_dict_weights,
 )
 
 Source = str | Path | nn.Module | Mapping[str, Tensor]
@@ -48,17 +48,17 @@ class Both(NamedTuple):
     model: nn.Module
     meta_model: bool
     name: str | None
-    old: Weights
-    new: Weights
+    old: BaseWeights
+    new: BaseWeights
 
 
 @dataclass(frozen=True)
 class WeightPair:
     """One parameter or lasting buffer in both models. ``kind`` says how it lies as [g, out, in]."""
 
-    entry: Named
-    old: Value
-    new: Value
+    entry: ModuleWeight
+    old: BaseWeight
+    new: BaseWeight
     module: nn.Module
     kind: Layer
 
@@ -161,18 +161,18 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
         )  # before the base: a path that is wrong is told before anything is converted
     if isinstance(base, nn.Module):
         structure = unwrap(base)
-        old = of_module(structure, "the base")
+        old = module_weights(structure, "the base")
     elif isinstance(base, Mapping):
         if model is None:
             raise ExtractError(
                 "a state dict for the base and no model", "the model that it is of", "give model=…"
             )
         structure = unwrap(model)
-        old = of_state(structure, base, "the base")
+        old = state_dict_weights(structure, base, "the base")
     else:
         folder, name = _folder(base, model), str(base)
         structure = models.meta_model(folder) if model is None else unwrap(model)
-        old = of_folder(structure, folder)
+        old = folder_weights(structure, folder)
     tuned_weights = _tuned(tuned, structure, model is None)
     both = Both(structure, name is not None and model is None, name, old, tuned_weights)
     for one in (base, tuned):
@@ -186,7 +186,7 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     return both
 
 
-def _tuned(tuned: Source, structure: nn.Module, own: bool) -> Weights:
+def _tuned(tuned: Source, structure: nn.Module, own: bool) -> BaseWeights:
     """The tuned model's values. A folder with a configuration is read by its own (``own``): it may
     tie other weights than the base does."""
     if isinstance(tuned, nn.Module):
@@ -197,13 +197,13 @@ def _tuned(tuned: Source, structure: nn.Module, own: bool) -> Weights:
             raise ExtractError(
                 found, "a fine-tuned model", "merge one first, or save it with veneer.save"
             )
-        return of_module(tuned, "the tuned model")
+        return module_weights(tuned, "the tuned model")
     if isinstance(tuned, Mapping):
-        return of_state(structure, tuned, "the tuned model")
+        return state_dict_weights(structure, tuned, "the tuned model")
     folder = _folder(tuned, structure)
     if own and (folder / "config.json").is_file() and hasattr(structure, "base_model_prefix"):
-        return of_folder(models.meta_model(folder, own_class(structure).__name__), folder)
-    return of_folder(structure, folder)
+        return folder_weights(models.meta_model(folder, own_class(structure).__name__), folder)
+    return folder_weights(structure, folder)
 
 
 def _folder(source: str | Path, structure: nn.Module | None) -> Path:
@@ -219,22 +219,20 @@ def pair_weights(both: Both) -> list[WeightPair]:
     with all of them."""
     names = Names(both.model)
     pairs: list[WeightPair] = []
-    missing: dict[str, list[str]] = {both.old.what: [], both.new.what: []}
+    missing: dict[str, list[str]] = {both.old.label: [], both.new.label: []}
     shapes, types, untied = [], [], []
     known: set[str] = set()
-    for entry in named(names):
+    for entry in list_weights(names):
         known.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
             if (
-                old is not None or new is not None or not entry.buffer
+                old is not None or new is not None or not entry.is_buffer
             ):  # else the model makes it itself
-                missing[both.old.what] += [entry.path] if old is None else []
-                missing[both.new.what] += [entry.path] if new is None else []
+                missing[both.old.label] += [entry.path] if old is None else []
+                missing[both.new.label] += [entry.path] if new is None else []
             continue
-        module = names.modules[entry.ref[0]]
-        held, storage = entry.held(names)
-        shape = tuple(held.shape if storage is None else storage.shape(held))
+        module, shape = entry.module, entry.shape
         if not old.shape == new.shape == shape:
             shapes.append(
                 f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})"
@@ -243,12 +241,14 @@ def pair_weights(both: Both) -> list[WeightPair]:
         if odd := [
             str(value.dtype)
             for value in (old, new)
-            if value.dtype not in FLOATS and not entry.buffer
+            if value.dtype not in FLOATS and not entry.is_buffer
         ]:
             types.append(f"{entry.path} ({', '.join(odd)})")
         untied += _untied(both, entry, old, new)
         pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
-    more = {weights.what: sorted(weights.values.keys() - known) for weights in (both.old, both.new)}
+    more = {
+        weights.label: sorted(weights.by_name.keys() - known) for weights in (both.old, both.new)
+    }
     alike = "extract from models of one architecture; a vocabulary that grew must have grown in both (call "
     alike += "model.resize_token_embeddings on the base, then save_pretrained)"
     stored = "weights stored as something else than floating-point numbers: "
@@ -271,7 +271,7 @@ def pair_weights(both: Both) -> list[WeightPair]:
         if odd
     ]
     raise_all(
-        ExtractError, f"{both.new.what} is no fine-tune of {both.old.what}", [*problems, *untied]
+        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
     )
     return pairs
 
@@ -282,14 +282,14 @@ COMPARE = "compare the two models"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _untied(both: Both, entry: Named, old: Value, new: Value) -> Iterator[str]:
+def _untied(both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight) -> Iterator[str]:
     for weights, value in ((both.old, old), (both.new, new)):
-        if not all(_equal(value.read, read) for read in value.again):
-            found = f"{listing(entry.names)}, one weight of the base, with different numbers in {weights.what}"
+        if not all(_equal(value.read, read) for read in value.duplicates):
+            found = f"{listing(entry.names)}, one weight of the base, with different numbers in {weights.label}"
             do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
             yield sentence(found, "one weight in both models", do)
 
 
-def _equal(one: Read, other: Read) -> bool:
+def _equal(one: ReadRows, other: ReadRows) -> bool:
     first, second = one(None), other(None)
     return first.shape == second.shape and all(torch.equal(a, b) for a, b in pieces(first, second))

@@ -39,8 +39,8 @@ from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
-from veneer.models.named_weights import sliced
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 from veneer.tools.merge_checkpoint.growth import grow_model, grown
 from veneer.tools.merge_checkpoint.head import Head, model_with_head, with_added
@@ -309,7 +309,10 @@ def _unplaced(
         torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
     )
     for tensor, place in places.items():
-        shape, own = sliced(work.shape, place.index), sliced(checkpoint.shape(tensor), place.within)
+        shape, own = (
+            slice_shape(work.shape, place.index),
+            slice_shape(checkpoint.shape(tensor), place.within),
+        )
         if shape.numel() != own.numel() or (not place.index and shape != own):
             yield sentence(
                 f"{tensor!r} of shape {tuple(own)}",
@@ -367,7 +370,7 @@ def apply(
 ) -> Folded:
     """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes
     into a live model, bit for bit, with its ``rounding``. ``compiled=False`` leaves numba alone."""
-    shape = sliced(work.shape, work.place.index)
+    shape = slice_shape(work.shape, work.place.index)
     dense, lead = weight.reshape(shape), work.changes[0][1]
     dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
     held = lead.layer.unfold(dense, dims)

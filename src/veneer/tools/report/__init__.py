@@ -35,7 +35,7 @@ from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
 from veneer.tools.compose.align import AlignedWeight, align, applied
-from veneer.tools.compose.base_weights import BaseWeights, Source
+from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
@@ -164,7 +164,7 @@ def examine(
         BaseMismatchError: the base is another one than the adapter was made for.
     """
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    weights = BaseWeights(base, model)
+    weights = FrozenWeights(base, model)
     aligned = [one for one in align([saved], weights.order) if one.alias_of is None]
     if not aligned:
         found = f"{saved.path}, which changes no weight at a low rank"
