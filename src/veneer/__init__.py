@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from veneer.tools.extract import ExtractReport, extract
     from veneer.train.many import Runs, train_many
 
-# : public name -> the module that holds it, imported when the name is first used: `import veneer`
-# alone adds nothing to
+#: public name -> the module that holds it, imported when the name is first used: `import veneer`
+#: alone adds nothing to
 #: `import torch`, and no program imports what it does not use
 _LAZY = {
     "Bank": "veneer.bank",

@@ -186,8 +186,8 @@ class LoraConfig:
                 "use 0, or a value like 0.05",
             )
         if self.bias == "lora_only":
-            found = "bias='lora_only'"
-            yield sentence(found, "PEFT's 'lora_only' is 'targets' here", 'write bias="targets"')
+            problem = "bias='lora_only'"
+            yield sentence(problem, "PEFT's 'lora_only' is 'targets' here", 'write bias="targets"')
         elif self.bias not in BIASES:
             yield sentence(
                 f"bias={self.bias!r}{nearest(str(self.bias), BIASES)}",
@@ -201,16 +201,16 @@ class LoraConfig:
                 "choose a variant that exists",
             )
         if self.dtype is not None and dtype_name(self.dtype) is None:
-            found = f"dtype={self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
-            yield sentence(found, f"None, or one of {', '.join(DTYPES)}", "use None")
+            problem = f"dtype={self.dtype!r}{nearest(str(self.dtype), DTYPES)}"
+            yield sentence(problem, f"None, or one of {', '.join(DTYPES)}", "use None")
 
     def _strength_problems(self):
         yield from _positive_integer("rank", self.rank)
         alphas = {"alpha": 1.0 if self.alpha is None else self.alpha}
         for name in ("ranks", "alphas"):
             if not isinstance(getattr(self, name), Mapping):
-                found = f"{name}={getattr(self, name)!r}"
-                yield sentence(found, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
+                problem = f"{name}={getattr(self, name)!r}"
+                yield sentence(problem, "a mapping of pattern to value", "use e.g. {'q_proj': 8}")
             elif name == "ranks":
                 for pattern, rank in self.ranks.items():
                     yield from _positive_integer(f"ranks[{pattern!r}]", rank)
@@ -305,8 +305,8 @@ def torch_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
     """The ``torch.dtype`` of such a spelling. ``ConfigError``: there is none of this name."""
     name = dtype_name(dtype)
     if name is None:
-        found = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
-        raise ConfigError(found, f"one of {', '.join(DTYPES)}", "correct it")
+        problem = f"{argument}={dtype!r}{nearest(str(dtype), DTYPES)}"
+        raise ConfigError(problem, f"one of {', '.join(DTYPES)}", "correct it")
     return getattr(torch, name)
 
 

@@ -87,8 +87,8 @@ _OPEN: dict[FrameType, list[Block]] = {}
 _ENDED = [0]
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-# : modules that run a generator up to its ``yield`` on behalf of a caller for whom its blocks are
-# meant to hold
+#: modules that run a generator up to its ``yield`` on behalf of a caller for whom its blocks are
+#: meant to hold
 _HOLDERS = ("_pytest.fixtures", "pytest_asyncio.plugin")
 
 if TYPE_CHECKING:
@@ -135,18 +135,16 @@ def _with_blocks(value: Context) -> Context:
         changes.update(block.changes)
     included = value.included.union(inside, running)
     made = replace(value, selection=selection, blocks=(), included=included, **changes)
-    if running and all(
-        block.caller == caller for block in others
-    ):  # those of another's may begin to run at any time
+    # those of another's may begin to run at any time
+    if running and all(block.caller == caller for block in others):
         running[-1].resolved = key, made
     return made
 
 
 def _frames_below() -> list[FrameType]:
     """The frames of generators with open blocks on this thread's stack, the outermost first."""
-    suspects = [
-        frame for frame in tuple(_OPEN) if frame.f_back is not None
-    ]  # the others are suspended
+    # the others are suspended
+    suspects = [frame for frame in tuple(_OPEN) if frame.f_back is not None]
     frames: list[FrameType] = []
     frame = sys._getframe(1) if suspects else None
     while frame is not None:

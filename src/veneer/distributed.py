@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 #: seconds for which a rank waits for the others
 PATIENCE = 300.0
-# : seconds for which the first rank waits before it concludes that it was called alone, where
-# nothing is spread
+#: seconds for which the first rank waits before it concludes that it was called alone, where
+#: nothing is spread
 ALONE = 30.0
 
 #: the ranks whose ``each`` is running
@@ -99,16 +99,16 @@ def spread_problem(modules: Iterable[nn.Module], what: str, do: str) -> str | No
     """The problem of an operation that needs whole weights, or None."""
     modules = list(modules)
     if has_fsdp1(modules):
-        found = f"{what} of a model in torch's first FullyShardedDataParallel (FSDP1)"
+        problem = f"{what} of a model in torch's first FullyShardedDataParallel (FSDP1)"
         return sentence(
-            found,
+            problem,
             "whole weights",
             f"{do}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
         )
-    found = (
+    problem = (
         f"{what} of a model whose weights are spread over processes (DTensor, as FSDP2 makes them)"
     )
-    return sentence(found, "whole weights", do) if is_spread(modules) else None
+    return sentence(problem, "whole weights", do) if is_spread(modules) else None
 
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
@@ -149,12 +149,17 @@ def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
     if len(members) < 2 or (alone and not meshes):
         return None
     if alone:
-        found = "alone=True of a model whose weights are spread over processes"
-        raise AdapterError(found, "a call on every rank", "call save on every rank, without alone")
+        problem = "alone=True of a model whose weights are spread over processes"
+        raise AdapterError(
+            problem, "a call on every rank", "call save on every rank, without alone"
+        )
     store = dist.distributed_c10d._get_default_store()
     if store is None and meshes:
-        found = f"a process group of {dist.get_backend()} without a store, and weights that are spread over it"
-        raise AdapterError(found, "gloo or nccl", "initialise torch.distributed with one of them")
+        problem = (
+            f"a process group of {dist.get_backend()} without a store, and weights that are spread"
+            " over it"
+        )
+        raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
     if store is None:  # MPI has none
         return None
     return _met(store, members, path, spread=bool(meshes))
@@ -166,7 +171,10 @@ def _met(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Rank
     who, own = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16], dist.get_rank()
 
     def warn(found: str) -> None:
-        do = "call save on every rank at about the same time, or on one with alone=True, which does not wait"
+        do = (
+            "call save on every rank at about the same time, or on one with alone=True, which does"
+            " not wait"
+        )
         warnings.warn(
             sentence(found, "a call on every rank, which compares them", do),
             SavedAlone,
@@ -252,9 +260,8 @@ class Ranks:
         token = _WITHIN.set(self)
         try:
             result = work()
-            own = json.dumps(
-                summary(result)
-            )  # never empty, which not every store tells from nothing
+            # never empty, which not every store tells from nothing
+            own = json.dumps(summary(result))
         except BaseException as error:
             self._fail(error)
             raise
@@ -265,9 +272,9 @@ class Ranks:
         self._raise_failed()
         if absent:
             missing = listing(str(keys[key]) for key in absent)
-            found = f"no answer from rank {missing} within {self.patience:g} s"
+            problem = f"no answer from rank {missing} within {self.patience:g} s"
             raise AdapterError(
-                found, "one from every rank", "see what that rank printed; it may be gone"
+                problem, "one from every rank", "see what that rank printed; it may be gone"
             )
         groups: dict[str, list[int]] = {}
         for key, rank in keys.items():
@@ -276,7 +283,10 @@ class Ranks:
             parted = " and ".join(
                 f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items()
             )
-            do = "look for what differs by rank: a seed, gradients that are not averaged, a base that was loaded anew"
+            do = (
+                "look for what differs by rank: a seed, gradients that are not averaged, a base"
+                " that was loaded anew"
+            )
             error = AdapterError(f"{what} that differs by rank ({parted})", "one on all ranks", do)
             error.told_elsewhere = not self.writes
             raise error
@@ -323,9 +333,12 @@ class Ranks:
         while count < len(self.members):
             self._raise_failed()
             if time.monotonic() > deadline:
-                found = f"{count} of {len(self.members)} ranks at the gathering of a weight after {self.patience:g} s"
+                problem = (
+                    f"{count} of {len(self.members)} ranks at the gathering of a weight after"
+                    f" {self.patience:g} s"
+                )
                 raise AdapterError(
-                    found, "all of them", "see what the others printed; one may be gone"
+                    problem, "all of them", "see what the others printed; one may be gone"
                 )
             time.sleep(pause)
             pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
@@ -359,9 +372,8 @@ def awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = 
         if not absent or time.monotonic() > deadline:
             return absent
         if stop is not None and store.check([stop]):
-            return [
-                key for key in absent if not store.check([key])
-            ]  # what was there before it, too
+            # what was there before it, too
+            return [key for key in absent if not store.check([key])]
         time.sleep(pause)
         pause = min(2 * pause, 0.2)
 

@@ -223,8 +223,8 @@ class BaseMismatchError(AdapterError):
     """
 
 
-# : characters of what was found, and problems, that one message shows: both may come from a file of
-# any size
+#: characters of what was found, and problems, that one message shows: both may come from a file of
+#: any size
 LONGEST, MOST = 2000, 50
 
 

@@ -41,9 +41,10 @@ _HUB_PAGE = "https://huggingface.co/"
 
 
 def _cover(model: nn.Module) -> None:
+    # files take as long to import as the rest: not before use
     from veneer.adapter_files.trainers import (
         cover,
-    )  # files take as long to import as the rest: not before use
+    )
 
     cover(model)
 
@@ -166,8 +167,8 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
         remote = f"hf://{path}" if _HUB_ID.fullmatch(path) else None
     if remote is None:
         if revision is not None or cache is not None:
-            found = f"a revision or a cache_dir for the path {path}"
-            raise RemoteError(found, "a remote place, such as hf://owner/name", "leave them out")
+            problem = f"a revision or a cache_dir for the path {path}"
+            raise RemoteError(problem, "a remote place, such as hf://owner/name", "leave them out")
         return path
     from veneer.store.remote import pull
 
@@ -176,10 +177,10 @@ def _local_folder(path: str | Path, revision: str | None, cache: Path | None) ->
     except RemoteError as error:
         if remote == path:
             raise
-        found = f"no folder {path}, and no adapter {remote} ({error.found})"
+        problem = f"no folder {path}, and no adapter {remote} ({error.found})"
         do = "check the path or the id; for a private repository log in with `hf auth login`"
         expected = "an adapter folder, or an adapter's id on the Hugging Face hub"
-        raise AdapterError(found, expected, do) from error
+        raise AdapterError(problem, expected, do) from error
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,7 +196,10 @@ class Handle:
             """The error for what a handle does not have: PEFT's methods, and those of the model."""
             do = METHODS.get(name)
             if name == "save_pretrained":
-                do = "handle.save(folder), or model.save_pretrained(folder), which writes the adapter too"
+                do = (
+                    "handle.save(folder), or model.save_pretrained(folder), which writes the"
+                    " adapter too"
+                )
             elif (
                 do is None
                 and not name.startswith("_")

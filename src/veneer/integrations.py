@@ -82,7 +82,10 @@ def callback(config: LoraConfig | None = None) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not _adapted(kwargs["model"]):
-                do = "give callback() a config, resume from a checkpoint, or attach (in model_init, if you pass one)"
+                do = (
+                    "give callback() a config, resume from a checkpoint, or attach (in model_init,"
+                    " if you pass one)"
+                )
                 raise ConfigError(
                     "a model without an adapter as training begins", "one with an adapter", do
                 )
@@ -127,13 +130,14 @@ def lightning_callback(config: LoraConfig | None = None, *, module: str = "model
         if (
             twice := next((path for path in others if _part(pl_module, path) is model), None)
         ) is not None:
-            found = f"two lightning_callbacks for one model (module={twice!r}, module={module!r})"
+            problem = f"two lightning_callbacks for one model (module={twice!r}, module={module!r})"
             raise ConfigError(
-                found, "one for each part with an adapter", "leave one of them out, or say module=…"
+                problem,
+                "one for each part with an adapter",
+                "leave one of them out, or say module=…",
             )
-        pl_module.__dict__.pop(
-            "_veneer_random", None
-        )  # of a checkpoint that a call which does not train has read
+        # of a checkpoint that a call which does not train has read
+        pl_module.__dict__.pop("_veneer_random", None)
         if config is not None and not _adapted(model):
             attach(model, config)
         if "_veneer_parts" not in pl_module.__dict__:
@@ -171,9 +175,9 @@ def _part(pl_module: Any, path: str) -> nn.Module:
         return unwrap(pl_module.get_submodule(path))
     except AttributeError:
         parts = ", ".join(name for name, _ in pl_module.named_children())
-        found = f"no module {path!r} in {type(pl_module).__name__}"
+        problem = f"no module {path!r} in {type(pl_module).__name__}"
         raise ConfigError(
-            found, f"the path of the model (there is {parts})", "say module=…"
+            problem, f"the path of the model (there is {parts})", "say module=…"
         ) from None
 
 
@@ -204,9 +208,9 @@ def _pack(pl_module: Any) -> None:
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         models = {path: model for path, model in parts().items() if _adapted(model)}
         if any(is_spread(model.modules()) for model in models.values()):
-            found = "weights that are spread over processes, in a checkpoint of Lightning"
+            problem = "weights that are spread over processes, in a checkpoint of Lightning"
             raise ConfigError(
-                found, "whole ones", "leave lightning_callback out; save with handle.save"
+                problem, "whole ones", "leave lightning_callback out; save with handle.save"
             )
         if models:
             for key in ours(models.values()):
@@ -219,9 +223,12 @@ def _pack(pl_module: Any) -> None:
         if KEY in checkpoint:
             models, adapters = parts(), checkpoint[KEY]["adapters"]
             if strange := adapters.keys() - models.keys():
-                found = f"a checkpoint with adapters of {_quoted(strange)}, and callbacks for {_quoted(models)} alone"
+                problem = (
+                    f"a checkpoint with adapters of {_quoted(strange)}, and callbacks for"
+                    f" {_quoted(models)} alone"
+                )
                 do = "give the trainer a lightning_callback(module=…) for each"
-                raise ConfigError(found, "a callback for each adapter", do)
+                raise ConfigError(problem, "a callback for each adapter", do)
             for path, files in adapters.items():
                 with tempfile.TemporaryDirectory() as folder:
                     _write(files, Path(folder))
@@ -320,10 +327,10 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:
-        found = (
+        problem = (
             f"module={module!r} for {checkpoint}, which holds the adapters of {_quoted(adapters)}"
         )
-        raise AdapterError(found, "one of these", "say module=…")
+        raise AdapterError(problem, "one of these", "say module=…")
     with new_folder(folder) as made:
         _write(adapters[module], made)
     return Path(folder)

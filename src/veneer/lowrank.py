@@ -90,9 +90,8 @@ class LowRank:
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:
         """ΔW itself, computed in ``dtype`` (default: that of the factors)."""
         low = self if dtype is None else self.to(dtype)
-        return torch.bmm(low.B, low.A).mul_(
-            low.scale
-        )  # in place: the product is as large as the weight
+        # in place: the product is as large as the weight
+        return torch.bmm(low.B, low.A).mul_(low.scale)
 
     def norm(self) -> float:
         """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r

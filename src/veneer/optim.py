@@ -189,9 +189,9 @@ def precondition(
     @torch.no_grad()
     def hook(_: Any, args: Any, kwargs: Any) -> None:
         if any(value is not None for value in args[1:]) or kwargs.get("closure") is not None:
-            found = "a closure, which computes the gradients anew"
+            problem = "a closure, which computes the gradients anew"
             raise ConfigError(
-                f"A preconditioned step. {sentence(found, 'none', 'call backward before step()')}"
+                f"A preconditioned step. {sentence(problem, 'none', 'call backward before step()')}"
             )
         for A, B in pairs:
             exact = torch.promote_types(A.dtype, torch.float32)
@@ -272,10 +272,12 @@ class RankBudget:
                 )
             )
         if not 0 <= warmup < total_steps - final or final < 0 or every < 1:
-            found = f"total_steps={total_steps}, warmup={warmup}, final={final}, every={every}"
+            problem = f"total_steps={total_steps}, warmup={warmup}, final={final}, every={every}"
             problems.append(
                 sentence(
-                    found, "warmup + final < total_steps and every ≥ 1", "leave steps between them"
+                    problem,
+                    "warmup + final < total_steps and every ≥ 1",
+                    "leave steps between them",
                 )
             )
         if not (0 < beta1 < 1 and 0 < beta2 < 1):
@@ -334,9 +336,8 @@ class RankBudget:
                 cast(Tensor, parameter.grad),
             )
             now = (parameter * gradient).abs().to(smooth)
-            now = torch.where(
-                now.isfinite(), now, smooth
-            )  # a step that a gradient scaler skips teaches nothing
+            # a step that a gradient scaler skips teaches nothing
+            now = torch.where(now.isfinite(), now, smooth)
             smooth.lerp_(now, 1 - self.beta1)
             unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
         last = step_number >= self.total_steps - self.final

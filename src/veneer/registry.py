@@ -39,9 +39,9 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
-            found = f"{self.kind} {name!r}{nearest(name, self._values)}"
+            problem = f"{self.kind} {name!r}{nearest(name, self._values)}"
             raise ConfigError(
-                found, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"
+                problem, f"one of {', '.join(self._values)}", f"choose a {self.kind} that exists"
             )
         return self._values[name]
 

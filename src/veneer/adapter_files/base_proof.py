@@ -67,9 +67,8 @@ class Content:
         """What differs once it was written to; None where nothing tells."""
         own = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            deep = (
-                self.storage is None or not self.storage.opaque
-            )  # below such a module are its adapters alone
+            # below such a module are its adapters alone
+            deep = self.storage is None or not self.storage.opaque
             own = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
         tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
         # one that only stands for others, packed or in other processes, has no memory of its own
@@ -113,9 +112,8 @@ def fingerprints_of(
             then, value = _KNOWN.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
             if stamp is None or then != stamp:
                 value = fingerprint(content.dense(as_loaded), kind)
-                if (
-                    stamp is not None and content.stamp() == stamp
-                ):  # nobody has written to it meanwhile
+                # nobody has written to it meanwhile
+                if stamp is not None and content.stamp() == stamp:
                     _KNOWN.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
             found.append(value)
         return found
@@ -192,9 +190,8 @@ def _sample(tensor: Tensor) -> bytes:
     span = 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    step = (
-        max(1, span // SAMPLE) | 1
-    )  # odd: an even one may be a multiple of the width, and see few columns
+    # odd: an even one may be a multiple of the width, and see few columns
+    step = max(1, span // SAMPLE) | 1
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
         some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
         some = some.contiguous()

@@ -43,9 +43,8 @@ def write_derived(
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")
-    raise_all(
-        AdapterError, f"{path} was not written", list(odd_changes(low))
-    )  # ``read`` would refuse it
+    # ``read`` would refuse it
+    raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))
     tensors = {
         peft.key(at, suffix): written(tensor)
         for at, layer in low.items()
@@ -107,9 +106,9 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
         source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != XXH3
     ]
     if 0 < len(old) < len(bases):
-        found = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
+        problem = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
-        raise AdapterError(found, "fingerprints of one kind, which can be compared", do)
+        raise AdapterError(problem, "fingerprints of one kind, which can be compared", do)
     known: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
         fingerprints = prints_in(base)
@@ -117,8 +116,11 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
             name for name, print_ in fingerprints.items() if known.get(name, print_) != print_
         ]
         if differ:
-            found = f"{sources[0].path} and {source.path}, made for different bases ({listing(differ, 3)})"
-            raise BaseMismatchError(found, "adapters of one base", "leave one of them out")
+            problem = (
+                f"{sources[0].path} and {source.path}, made for different bases"
+                f" ({listing(differ, 3)})"
+            )
+            raise BaseMismatchError(problem, "adapters of one base", "leave one of them out")
         known |= fingerprints
     weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
     whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {
@@ -141,9 +143,12 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
                 continue
             known = changes.get(weight, said)
             if known.get("module_only", False) != said.get("module_only", False):
-                found = f"a change of {weight!r} that some of them make to what its module gives, as PEFT does, alone"
+                problem = (
+                    f"a change of {weight!r} that some of them make to what its module gives, as"
+                    " PEFT does, alone"
+                )
                 raise AdapterError(
-                    found, "changes of one kind", "leave those out, or compose the others"
+                    problem, "changes of one kind", "leave those out, or compose the others"
                 )
             same = {
                 key: said[key]

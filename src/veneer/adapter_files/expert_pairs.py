@@ -67,8 +67,8 @@ def with_stacks(saved: AdapterFiles, names: Names, problems: list[str]) -> Adapt
         if kind is not GENERAL_KIND:
             modules[above] = replace(layer, at=above)
         elif layer.extras:
-            found = f"{path!r} with {' '.join(layer.extras)}"
-            problems.append(sentence(found, f"a plain pair for {at!r}", "use PEFT for it"))
+            problem = f"{path!r} with {' '.join(layer.extras)}"
+            problems.append(sentence(problem, f"a plain pair for {at!r}", "use PEFT for it"))
         else:
             made[at] = replace(layer, at=at)
     config = dict(saved.peft_config)
@@ -151,10 +151,13 @@ def _stacked(
             or B.dim() != 2
             or (len(B), A.shape[1]) != (height, in_)
         ):
-            found = f"{piece.layer.at!r} with A {tuple(A.shape)}, B {tuple(B.shape)} {' '.join(piece.layer.extras)}"
+            problem = (
+                f"{piece.layer.at!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
+                f" {' '.join(piece.layer.extras)}"
+            )
             problems.append(
                 sentence(
-                    found.rstrip(),
+                    problem.rstrip(),
                     f"a plain pair for [{height}, {in_}] of {at!r}",
                     "use PEFT for it",
                 )

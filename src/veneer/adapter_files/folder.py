@@ -57,8 +57,8 @@ from veneer.lowrank import LowRank
 from veneer.models.load import tokenizer_at
 from veneer.variants import VARIANTS
 
-# : the files that are read, and all that an adapter may consist of, none of which runs code when it
-# is read
+#: the files that are read, and all that an adapter may consist of, none of which runs code when it
+#: is read
 CORE = (peft.CONFIG, peft.TENSORS, RECORD, PARAMETERS)
 FILES = (*CORE, model_card.NAME)
 #: a tokenizer that stands beside an adapter which trains tokens that were added
@@ -68,8 +68,8 @@ TOKENIZER = (
 )  # fmt: skip
 #: what a folder that holds a whole model has, of transformers or of a library like it
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*")
-# : no number of an adapter, and no norm of a change, is larger: what is would overflow in the first
-# product or the next
+#: no number of an adapter, and no norm of a change, is larger: what is would overflow in the first
+#: product or the next
 LARGEST = 1e9
 #: what changes are made of, and what modules that are trained in full may hold besides
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -103,9 +103,9 @@ class AdapterFiles:
         """AdapterError for trained tokens, which ``what`` has no place for."""
         if self.tokens:
             rows = listing(f"{len(one.ids)} of {at!r}" for at, one in self.tokens.items())
-            found = f"{self.path} with trained tokens ({rows}), for which {what} has no place"
+            problem = f"{self.path} with trained tokens ({rows}), for which {what} has no place"
             raise AdapterError(
-                found,
+                problem,
                 "changes of whole weights",
                 "merge it (`veneer merge`), and take the merged model",
             )
@@ -132,10 +132,10 @@ class AdapterFiles:
         """
         more = [entry.at for entry in self.low.values() if entry.extras]
         if more:
-            found = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
+            problem = f"variant {self.config.variant!r}, whose change is no low-rank product alone"
             do = "merge it to have the changed weights, or take `products` to leave the rest out"
             raise AdapterError(
-                f"{found} (at {listing(more, 3)})", "changes of the form scale · B @ A", do
+                f"{problem} (at {listing(more, 3)})", "changes of the form scale · B @ A", do
             )
         return self.products
 
@@ -240,10 +240,10 @@ def must_hold_no_model(folder: Path, base: str | None) -> None:
     if not weights or not (folder / "config.json").exists():
         return
     if base is None or Path(base).resolve() != folder.resolve():
-        found = f"{folder}, which holds a whole model ({listing(weights, 3)})"
+        problem = f"{folder}, which holds a whole model ({listing(weights, 3)})"
         expected = "a folder without one: from_pretrained would take it for the adapter's base"
         raise OutputExistsError(
-            found, expected, "choose another folder, or remove the model from it"
+            problem, expected, "choose another folder, or remove the model from it"
         )
 
 
@@ -300,9 +300,12 @@ def common_tokenizer(folders: Mapping[str, Path]) -> Path | None:
                 listing((f"{token!r} at {id_}" for id_, token in odd), 3),
                 by_id.get(odd[0][0]),
             )
-            found = f"{name!r} has {said}, where {largest!r} has {'nothing' if there is None else repr(there)}"
+            problem = (
+                f"{name!r} has {said}, where {largest!r} has"
+                f" {'nothing' if there is None else repr(there)}"
+            )
             do = "use one of them alone, or train them again with one tokenizer of all these tokens"
-            problems.append(sentence(found, "adapters that one tokenizer serves", do))
+            problems.append(sentence(problem, "adapters that one tokenizer serves", do))
     raise_all(AdapterError, "The tokens of these adapters differ", problems)
     return own[largest]
 
@@ -469,9 +472,11 @@ def missing(path: Path) -> list[str]:
     problems = [*pickled(path), *misplaced(path, FILES)]
     lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
     if lacking and not problems:
-        found = f"no {' and no '.join(lacking)} in {path}"
+        problem = f"no {' and no '.join(lacking)} in {path}"
         problems.append(
-            sentence(found, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them")
+            sentence(
+                problem, f"{peft.CONFIG} and {peft.TENSORS}", "name the folder that holds them"
+            )
         )
     return problems
 
@@ -481,15 +486,21 @@ def read_parameters(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     else must not."""
     if PARAMETERS not in record["hashes"]:
         if (path / PARAMETERS).exists():
-            found = f"{path / PARAMETERS}, of which the record says nothing"
+            problem = f"{path / PARAMETERS}, of which the record says nothing"
             raise AdapterError(
-                found, "files that belong together", "remove it, or get another copy"
+                problem, "files that belong together", "remove it, or get another copy"
             )
         return {}
     if not (path / PARAMETERS).is_file():
-        found = f"no {PARAMETERS} in {path}, which holds the numbers of variant {record['config'].get('variant')!r}"
-        do = f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain LoRA that it is"
-        raise AdapterError(found, "the folder as it was saved", do)
+        problem = (
+            f"no {PARAMETERS} in {path}, which holds the numbers of variant"
+            f" {record['config'].get('variant')!r}"
+        )
+        do = (
+            f"copy the whole folder, or remove Veneer's record to use {peft.TENSORS} as the plain"
+            " LoRA that it is"
+        )
+        raise AdapterError(problem, "the folder as it was saved", do)
     return read_tensors(path / PARAMETERS)[0]
 
 
@@ -530,8 +541,11 @@ def odd_numbers(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
         if tensor.dtype not in (*FLOATS, *WHOLE_NUMBERS)
     }
     if types:
-        found = f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in {listing(types)}"
-        yield sentence(found, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+        problem = (
+            f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in"
+            f" {listing(types)}"
+        )
+        yield sentence(problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
     floats = {
         key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()
     }
@@ -558,15 +572,18 @@ def odd_changes(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
         parts = {"A": entry.A, "B": entry.B, **entry.extras}
         types = {name: part.dtype for name, part in parts.items() if part.dtype not in FLOATS}
         if types:
-            found = f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at {path!r}"
-            yield sentence(found, "floating-point numbers", "get the file again")
+            problem = (
+                f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at"
+                f" {path!r}"
+            )
+            yield sentence(problem, "floating-point numbers", "get the file again")
             continue
         # ‖scale · B A‖ is at most this
         norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
         if not norm <= LARGEST:
-            found = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
             yield sentence(
-                found,
+                problem,
                 f"one of at most {LARGEST:.0e}",
                 "get another copy; its alpha or numbers are damaged",
             )

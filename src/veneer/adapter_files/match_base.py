@@ -54,9 +54,8 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
         ]
         for tensor, fingerprint in zip(lacking, fingerprints_of(lacking, kind=kind), strict=True):
             fingerprints.update(dict.fromkeys(tensor.names, fingerprint))
-    sources = sources_of(
-        names.model
-    )  # a weight that was quantised as it was loaded goes by that of the file, too
+    # a weight that was quantised as it was loaded goes by that of the file, too
+    sources = sources_of(names.model)
     own = {name: (found, sources.get(found)) for name, found in fingerprints.items()}
     different = [
         name for name, expected in recorded.items() if expected not in own.get(name, (expected,))
@@ -94,7 +93,10 @@ def must_be_base(names: Names, saved: AdapterFiles, known: dict[str, dict[str, s
     said["tensors of its record are not in this model"] = lacking
     parts = [f"{len(paths)} {what} ({listing(paths, 3)})" for what, paths in said.items() if paths]
     if parts and "rest" in record:  # one of an earlier Veneer speaks of adapted layers alone
-        text = f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where nothing that "
+        text = (
+            f"{saved.path} does not prove all of this base: {'; '.join(parts)}. That is right where"
+            " nothing that "
+        )
         warnings.warn(f"{text}you use reads them.", UnverifiedAdapter, stacklevel=5)
 
 
@@ -112,9 +114,9 @@ def _has_other_rows(names: Names, saved: AdapterFiles, at: str, expected: str) -
 def warn_foreign(path: str | Path) -> None:
     """Warn of a folder without a record. Whoever called ``veneer.load`` is four frames above."""
     warnings.warn(
-        f"{path} was written by another library and carries no fingerprint of its base: names and shapes fit this "
-        "model, but only you can tell whether it was trained on these weights. Save it with veneer.save to have it "
-        "checked from now on.",
+        f"{path} was written by another library and carries no fingerprint of its base: names and"
+        " shapes fit this model, but only you can tell whether it was trained on these weights."
+        " Save it with veneer.save to have it checked from now on.",
         UnverifiedAdapter,
         stacklevel=5,
     )
@@ -125,9 +127,10 @@ def warn_module_only(path: str | Path, modules: Sequence[str]) -> None:
     above."""
     if modules:
         warnings.warn(
-            f"{path} changes what {listing(modules, 3)} give, whose weights other code of this model may read past "
-            "them: there PEFT computes with the base's weights, and so does this adapter. It cannot be merged. "
-            "veneer.check tells whether the model reads them so.",
+            f"{path} changes what {listing(modules, 3)} give, whose weights other code of this"
+            " model may read past them: there PEFT computes with the base's weights, and so does"
+            " this adapter. It cannot be merged. veneer.check tells whether the model reads"
+            " them so.",
             PartialChange,
             stacklevel=5,
         )
@@ -144,7 +147,10 @@ def _another_base(saved: AdapterFiles, different: Sequence[str], settled: bool) 
         )
     found = f"other weights in {' and '.join(parts)}"
     expected = f"the base that it was trained on, {record['name'] or record['architecture']}"
-    do = "load that base, or pass verify_base=False if these are the same weights in another precision"
+    do = (
+        "load that base, or pass verify_base=False if these are the same weights in another"
+        " precision"
+    )
     if (quantised := record.get("quantized")) and not quantised.get("original"):
         expected += (
             f", quantised by {quantised.get('by')} ({quantised.get('as', 'as its config says')})"
@@ -153,11 +159,20 @@ def _another_base(saved: AdapterFiles, different: Sequence[str], settled: bool) 
             "; an adapter that `veneer train --quantize` made knows the weights in 16 bits as well"
         )
     if settled:
-        found += ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as bitsandbytes does"
-        do = f"load the base anew and the adapter before the first call (earlier records know such weights so), or {do}"
+        found += (
+            ", in 4 bits with scales that a call on a processor with AVX512-BF16 has rounded, as"
+            " bitsandbytes does"
+        )
+        do = (
+            "load the base anew and the adapter before the first call (earlier records know such"
+            f" weights so), or {do}"
+        )
     lost = [name for name in record.get("fresh", ()) if name in different]
     if lost:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
-        found += f", of which {listing(lost, 3)} were random as the adapter was trained, and are in no file"
+        found += (
+            f", of which {listing(lost, 3)} were random as the adapter was trained, and are in no"
+            " file"
+        )
         do = f"train it anew with train_also={modules[:3]!r}, or {do}"
     return f"The adapter {saved.path} was made for another base. {sentence(found, expected, do)}"

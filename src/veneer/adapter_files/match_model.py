@@ -59,8 +59,8 @@ from veneer.variants import VARIANTS, InitContext, Variant
 #: what to do about files that do not belong together
 COPY = "get another copy of the folder"
 UNTIE = (
-    "load it with veneer.load(…, untie=True), which gives each name a weight of its own; merged there, "
-    "model.save_pretrained writes both"
+    "load it with veneer.load(…, untie=True), which gives each name a weight of its own; merged"
+    " there, model.save_pretrained writes both"
 )
 
 
@@ -182,15 +182,14 @@ class _Match:
                 self.lacks(entry.at, entry.at)
                 continue
             if ref in self.layers:
-                found = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
-                self.problem(found, "one", "get the whole file again")
+                problem = f"two changes of {parameter_path(*ref)!r} in {self.saved.path}"
+                self.problem(problem, "one", "get the whole file again")
             layer = self.without_bias(ref, self.with_strength(ref, file_path, entry))
             self.layers[ref] = (
                 layer if self.saved.record is not None else self.as_change(ref, layer)
             )
-        for path in (
-            self.saved.left_out
-        ):  # PEFT passes over these too, but here nothing is loaded for another model
+        # PEFT passes over these too, but here nothing is loaded for another model
+        for path in self.saved.left_out:
             if path not in self.names.modules:
                 self.lacks(path, path)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
@@ -218,8 +217,8 @@ class _Match:
                 alpha, scale = peft.TIMES * alpha, peft.TIMES * scale
                 reason = peft.unsure(config) if reason is None else reason
             if reason is not None:
-                found = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
-                self.problem(found, "a change of the weight", "use PEFT for it")
+                problem = f"a change of {entry.at!r} that PEFT applies in another way: {reason}"
+                self.problem(problem, "a change of the weight", "use PEFT for it")
         return replace(entry, rank=rank, alpha=alpha, scale=scale)
 
     def without_bias(self, ref: ParamRef, layer: peft.PeftLayer) -> peft.PeftLayer:
@@ -231,8 +230,8 @@ class _Match:
         bias = extras.pop(peft.LORA_BIAS, None)
         module, weight = self.names.modules[ref[0]], weight_of(self.names.modules[ref[0]], ref[1])
         if bias is None or bias.shape != (layer.B.shape[0],):
-            found = f"no {peft.LORA_BIAS!r} that fits {layer.at!r}"
-            self.problem(found, "one number an output", "get the whole file again")
+            problem = f"no {peft.LORA_BIAS!r} that fits {layer.at!r}"
+            self.problem(problem, "one number an output", "get the whole file again")
         elif (
             "bias" not in module._parameters or kind_for(module, ref[1]).name not in peft.WITH_BIAS
         ):
@@ -244,8 +243,11 @@ class _Match:
         elif (
             not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point()
         ):
-            found = f"a bias beside the change of {layer.at!r}, whose weight is stored packed or is not here"
-            self.problem(found, "a plain weight", "load it on the base in floating point")
+            problem = (
+                f"a bias beside the change of {layer.at!r}, whose weight is stored packed or is not"
+                " here"
+            )
+            self.problem(problem, "a plain weight", "load it on the base in floating point")
         else:
             self.biases[ref[0]] = bias.double() * layer.scale
         return replace(layer, extras=extras)
@@ -317,8 +319,8 @@ class _Match:
             unknown = [parameter_path(*ref) for ref in layers if ref not in meant]
             unknown += sorted(saved.adapter_parameters.keys() - recorded.keys())
             if unknown:
-                found = f"changes that the record does not know: {listing(unknown)}"
-                self.problem(found, "the files as they were saved", COPY)
+                problem = f"changes that the record does not know: {listing(unknown)}"
+                self.problem(problem, "the files as they were saved", COPY)
 
     def rows_of(self, entry: LowRankPlan) -> dict[str, Tensor]:
         """The rows of one planned weight that are trained in full, by the name of that
@@ -351,13 +353,13 @@ class _Match:
             len(one) != len(changes[0]) or not all(map(torch.equal, one, changes[0]))
             for one in changes
         ):
-            found = f"different changes for {entry.path!r} and the modules that share its weight"
-            self.problem(found, "one change of a tied weight", UNTIE)
+            problem = f"different changes for {entry.path!r} and the modules that share its weight"
+            self.problem(problem, "one change of a tied weight", UNTIE)
         frozen_input = entry.layer.frozen_input(self.names.modules[entry.path])
         if frozen_input is not None and A[..., frozen_input].any():
-            found = f"a change of the padding row {frozen_input} of {entry.path!r}"
+            problem = f"a change of the padding row {frozen_input} of {entry.path!r}"
             self.problem(
-                found,
+                problem,
                 "none, as Veneer keeps that row at rest",
                 "set it to zero, or use PEFT for it",
             )
@@ -377,13 +379,16 @@ class _Match:
             return dict(stored)
         lacking = _parameter_names(variant.name) - {"A", "B", *variant.peft_keys}
         if lacking and saved.record is not None:
-            found = f"no {listing(sorted(lacking))} of {at!r} in {PARAMETERS}"
-            self.problem(found, f"those of variant {variant.name!r}", COPY)
+            problem = f"no {listing(sorted(lacking))} of {at!r} in {PARAMETERS}"
+            self.problem(problem, f"those of variant {variant.name!r}", COPY)
         scale = variant.scale(entry.alpha, entry.rank)
         if entry.rank != layer.rank or not math.isclose(scale, layer.scale):
-            found = f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the record"
+            problem = (
+                f"rank {entry.rank}, alpha {entry.alpha:g} and scale {scale:g} of {at!r} in the"
+                " record"
+            )
             self.problem(
-                found,
+                problem,
                 f"{layer.rank}, {layer.alpha:g} and {layer.scale:g}, as in {peft.CONFIG}",
                 COPY,
             )
@@ -410,10 +415,13 @@ class _Match:
         own layer."""
         (path, name), module, layer = ref, self.names.modules[ref[0]], self.layers.get(ref)
         if layer is None:
-            found = f"a change of {entry.path!r}, whose weight {path!r} shares, without one for {path!r}"
+            problem = (
+                f"a change of {entry.path!r}, whose weight {path!r} shares, without one for"
+                f" {path!r}"
+            )
             if ref == entry.ref:
-                found = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
-            self.problem(found, "one change for a tied weight, under every name", UNTIE)
+                problem = f"no change of {parameter_path(*ref)!r} in {peft.TENSORS}"
+            self.problem(problem, "one change for a tied weight, under every name", UNTIE)
             return None
         kind = kind_for(module, name)
         if means_parameter(self.names, ref, self.saved.peft_config):
@@ -432,13 +440,16 @@ class _Match:
             or pair[0].shape[::2] != (groups, in_)
             or pair[1].shape[:2] != (groups, out)
         ):
-            found = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
-            expected = f"those of a {kind.name} layer with (groups, out, in) = {tuple(kind.dims(module, shape))}"
-            self.problem(found, expected)
+            problem = f"A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} at {path!r}"
+            expected = (
+                f"those of a {kind.name} layer with (groups, out, in) ="
+                f" {tuple(kind.dims(module, shape))}"
+            )
+            self.problem(problem, expected)
             return None
         if pair[0].shape[1] != layer.rank:
-            found = f"rank {pair[0].shape[1]} at {path!r}"
-            self.problem(found, f"{layer.rank}, as the config says", "get both files again")
+            problem = f"rank {pair[0].shape[1]} at {path!r}"
+            self.problem(problem, f"{layer.rank}, as the config says", "get both files again")
             return None
         return pair
 
@@ -470,12 +481,14 @@ class _Match:
                 if key == "bias" and path in self.biases and there[key] is None:
                     continue  # of a layer without one
                 if there.get(key) is None:
-                    found = f"a tensor for {path}.{key}, which this model lacks"
-                    self.problem(found, "the same modules", "use its model")
+                    problem = f"a tensor for {path}.{key}, which this model lacks"
+                    self.problem(problem, "the same modules", "use its model")
                 elif there[key].shape != tensor.shape:
-                    found = f"{path}.{key} of shape {tuple(tensor.shape)}"
+                    problem = f"{path}.{key} of shape {tuple(tensor.shape)}"
                     self.problem(
-                        found, f"{tuple(there[key].shape)}", "use the model that it was trained on"
+                        problem,
+                        f"{tuple(there[key].shape)}",
+                        "use the model that it was trained on",
                     )
             if module is not None:
                 self.full_names[path] = tuple(key for key in tensors if key in module._parameters)
@@ -494,8 +507,10 @@ class _Match:
             if written is not None and fingerprint_beside(written, trained) != fingerprint_beside(
                 dense, trained
             ):
-                found = f"another weight of {holder!r} in {self.saved.path} than in this model"
-                raise BaseMismatchError(found, "the base that it was trained on", "load that base")
+                problem = f"another weight of {holder!r} in {self.saved.path} than in this model"
+                raise BaseMismatchError(
+                    problem, "the base that it was trained on", "load that base"
+                )
 
     def check_complete(self) -> None:
         """A file without a record may be cut short at a whole tensor: is there one for every target
@@ -512,9 +527,8 @@ class _Match:
         expected = {ref for ref in expected if weight_of(names.modules[ref[0]], ref[1]) is not None}
         expected |= {ref for ref in all_refs(names) if means_parameter(names, ref, config)}
         lacking = sorted(parameter_path(*ref) for ref in expected - self.layers.keys())
-        if (
-            self.saved.tuner is not None and self.saved.tuner.whole
-        ):  # its layers are trained in full
+        # its layers are trained in full
+        if self.saved.tuner is not None and self.saved.tuner.whole:
             meant = peft.expected_paths(self.saved.tuner.source, names.modules) or set()
             lacking += sorted(path for path in meant if not self.full.get(names.canonical[path]))
         if lacking:

@@ -43,7 +43,10 @@ from veneer.fileio.hashing import hash_json
 from veneer.formats import peft, vllm
 
 NAME = "README.md"
-LINE = "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands above. -->"
+LINE = (
+    "<!-- Saving the adapter again keeps what stands below this line, and writes anew what stands"
+    " above. -->"
+)
 UNKNOWN = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # of a run's config: what is named elsewhere in the card, and what only the machine that trained
@@ -116,7 +119,10 @@ class _Card:
             "Data": self.of_data(),
             "Training": _table("setting", self.settings()),
             "Metrics": _table("metric", self.told["metrics"]),
-            "Licence": f"{_line(self.told['license'] or 'Not stated')}. The base model has a licence of its own.",
+            "Licence": (
+                f"{_line(self.told['license'] or 'Not stated')}. The base model has a licence of"
+                " its own."
+            ),
             "Use": "\n\n".join(self.use()),
             "Verify": self.verification(),
         }
@@ -165,8 +171,9 @@ class _Card:
         ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         text = (
-            f"A low-rank adapter: variant {_code(self.variant)}, {rank}, alpha {self.config['lora_alpha']:g}. "
-            "It holds the change of some weights of its base, and is of no use without it."
+            f"A low-rank adapter: variant {_code(self.variant)}, {rank}, alpha"
+            f" {self.config['lora_alpha']:g}. It holds the change of some weights of its base, and"
+            " is of no use without it."
         )
         if kinds:
             listed = [f"{_code(kind)} × {count}" for kind, count in kinds.items()]
@@ -188,7 +195,10 @@ class _Card:
             text += f" It also compares {len(base['rest'])} {others}."
         if base.get("fresh"):
             lost = _some([_code(name) for name in base["fresh"]], 8)
-            text += f"\n\nParameters that were random as it was trained, and that no file holds: {lost}."
+            text += (
+                "\n\nParameters that were random as it was trained, and that no file holds:"
+                f" {lost}."
+            )
         return text
 
     def of_data(self) -> str:
@@ -257,7 +267,10 @@ class _Card:
     def verification(self) -> str:
         if not self.record:
             return "Another library wrote it: there is nothing to verify it by."
-        text = "`veneer inspect .` reads every byte of this folder and compares it with the hashes in its record"
+        text = (
+            "`veneer inspect .` reads every byte of this folder and compares it with the hashes in"
+            " its record"
+        )
         own = self.record["hashes"].get("record")
         return f"{text}, whose own is {_code(own)}." if own is not None else f"{text}."
 

@@ -175,14 +175,15 @@ def peft_config(
     variant = VARIANTS[config.variant]
     # of several weights of one module, for which PEFT has no name, each has a rank of its own
     named = {
-        peft.unnested(e.where)[0]
-        if not e.parameter and _several(e.module, e.weight)
-        else e.target: e
+        (
+            peft.unnested(e.where)[0]
+            if not e.parameter and _several(e.module, e.weight)
+            else e.target
+        ): e
         for e in peft_form
     }
-    parameters = list(
-        dict.fromkeys(entry.target for entry in peft_form if entry.parameter)
-    )  # in the order of wrapping
+    # in the order of wrapping
+    parameters = list(dict.fromkeys(entry.target for entry in peft_form if entry.parameter))
     targets = list(dict.fromkeys(entry.target for entry in peft_form if not entry.parameter))
     # PEFT refuses dropout and Conv1D's flag where a change has no input of its own.
     plain = not parameters and not any(
@@ -194,9 +195,9 @@ def peft_config(
         "task_type": _task(names.model),
         "base_model_name_or_path": base_name,
         "lora_dropout": config.dropout if plain else 0.0,
-        "target_modules": peft.targets_for(targets, filter(None, names.modules))
-        if peft_form
-        else peft.NO_TARGETS,
+        "target_modules": (
+            peft.targets_for(targets, filter(None, names.modules)) if peft_form else peft.NO_TARGETS
+        ),
         "modules_to_save": _whole_modules(names, name, _wraps(peft_form)) or None,
         "bias": {"none": "none", "targets": "lora_only", "all": "all"}[config.bias],
         "fan_in_fan_out": "conv1d_transformers" in kinds and plain,
@@ -260,13 +261,16 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
         reason = None if nothing or entry.change.module_only else reads_past(names, ref)
         reason = differs(names, ref, entry.parameter) if reason is None else reason
         if attention_above(names, ref) is not None and not nothing:
-            reason = f"PEFT {peft.KNOWN} applies the change of an attention's out-projection {peft.TIMES} times"
+            reason = (
+                f"PEFT {peft.KNOWN} applies the change of an attention's out-projection"
+                f" {peft.TIMES} times"
+            )
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
         for above, attribute in asked(names, entry.path) if reason is None else ():
             if peft.lacks(attribute):  # then the forward fails
-                found = f"{above or 'the model'!r} reads its {attribute!r}, which"
-                reason = f"{found} the module that PEFT puts around it lacks"
+                problem = f"{above or 'the model'!r} reads its {attribute!r}, which"
+                reason = f"{problem} the module that PEFT puts around it lacks"
                 break
         if reason is not None:
             return f"{peft.NOT_FOR_PEFT}: {entry.path!r}: {reason}"
@@ -297,9 +301,8 @@ def _task(model: nn.Module) -> str | None:
     )
     taken = inspect.signature(cls.forward).parameters
     rest = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-    tokens = {
-        name for name in _TASKS[task] if name.endswith("input_ids")
-    }  # what is in the rest is no input
+    # what is in the rest is no input
+    tokens = {name for name in _TASKS[task] if name.endswith("input_ids")}
     return task if tokens <= taken.keys() and (rest or _TASKS[task] <= taken.keys()) else None
 
 
@@ -339,7 +342,10 @@ def differs(
         )
     reason = rule(kind.name, module)
     if reason is None and not _plain_forward(kind, module, name):
-        reason = f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old weight"
+        reason = (
+            f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old"
+            " weight"
+        )
     return reason
 
 
@@ -388,9 +394,8 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
         return True
     dense, own = storage.dense(weight), {}
     if not dense.any():  # of a model without weights: with these, every forward gives the same
-        strides = range(
-            dense.dim(), 0, -1
-        )  # numbers that differ along every axis, in little memory
+        # numbers that differ along every axis, in little memory
+        strides = range(dense.dim(), 0, -1)
         last = sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
         numbers = torch.arange(last + 1.0, device=dense.device).sin().to(dense.dtype)
         dense = numbers.as_strided(dense.shape, [*strides])

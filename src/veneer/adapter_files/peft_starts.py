@@ -52,7 +52,10 @@ def without_start(
             f"{start} starts from the values of the weight, which is stored packed or is not here"
         )
     if layer.scale <= 0 or layer.low.rank > min(weight.shape):
-        return f"{start} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight {[*weight.shape]}"
+        return (
+            f"{start} has no start of rank {layer.low.rank} and scale {layer.scale:g} in a weight"
+            f" {[*weight.shape]}"
+        )
     A0, B0 = _start(start, weight.mT if kind != "linear" else weight, layer.low.rank, layer.scale)
     A, B = (factor[0].to(torch.float32) for factor in (layer.low.A, layer.low.B))
     if A.shape != A0.shape or B.shape != B0.shape:
@@ -66,9 +69,8 @@ def _start(start: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor,
     file's tensors are."""
     W = weight.detach().to("cpu", torch.float32)
     if start == "olora":
-        Q, _ = torch.linalg.qr(
-            W[:, :rank]
-        )  # the first columns of Q depend on the first columns of W alone
+        # the first columns of Q depend on the first columns of W alone
+        Q, _ = torch.linalg.qr(W[:, :rank])
         return Q.mT @ W, Q
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:rank] / scale).sqrt()

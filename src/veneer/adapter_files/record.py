@@ -59,9 +59,8 @@ def sealed(
     if parameters:
         record["hashes"][PARAMETERS] = hash_tensors(parameters)
     try:
-        record = json.loads(
-            json.dumps(record)
-        )  # as it will be read: JSON turns the keys of a mapping into strings
+        # as it will be read: JSON turns the keys of a mapping into strings
+        record = json.loads(json.dumps(record))
     except TypeError as error:
         raise AdapterError(
             f"a provenance that is not JSON ({error})", "plain values", "convert it"
@@ -97,9 +96,9 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The record in the header of the tensors, which are another library's if there is none."""
     if "veneer" not in metadata:
         if (path / RECORD).exists():
-            found = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
+            problem = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
             do = f"remove {RECORD} if another library rewrote the tensors"
-            raise AdapterError(found, "files that belong together", do)
+            raise AdapterError(problem, "files that belong together", do)
         return None
     try:
         record = parse(metadata["veneer"])
@@ -107,8 +106,8 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
             raise ValueError("it holds no hashes")
         return record
     except ValueError as error:
-        found = f"a damaged record in {path / peft.TENSORS} ({error})"
-        raise AdapterError(found, "Veneer's record", "get it again") from error
+        problem = f"a damaged record in {path / peft.TENSORS} ({error})"
+        raise AdapterError(problem, "Veneer's record", "get it again") from error
 
 
 def altered(
@@ -136,10 +135,12 @@ def altered(
 def must_belong(checks: Mapping[str, bool], path: Path) -> None:
     changed = [what for what, other in checks.items() if other]
     if changed:
-        found = f"{path}, of which {' and '.join(changed)} changed after it was written"
+        problem = f"{path}, of which {' and '.join(changed)} changed after it was written"
         if changed == [PARAMETERS]:
-            found = f"{path / PARAMETERS}, which changed after it was written"
-        raise AdapterError(found, "the files as they were saved", "get another copy of the folder")
+            problem = f"{path / PARAMETERS}, which changed after it was written"
+        raise AdapterError(
+            problem, "the files as they were saved", "get another copy of the folder"
+        )
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -228,8 +229,8 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
                     "get another copy",
                 )
         if "tokens" in said and type(said.get("of")) is not int:
-            found = f"tokens of {_brief(said.get('of'))} rows for {at!r}"
-            yield sentence(found, "the number of rows of its weight", "get another copy")
+            problem = f"tokens of {_brief(said.get('of'))} rows for {at!r}"
+            yield sentence(problem, "the number of rows of its weight", "get another copy")
 
 
 def _ranges(value: Any) -> bool:

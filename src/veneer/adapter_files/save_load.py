@@ -99,10 +99,12 @@ def save(
     def put(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
         reason = peft.not_for_peft(content["peft_config"])
-        if (
-            reason and VARIANTS[content["config"].variant].peft_keys
-        ):  # a variant of PEFT's own, which it has not here
-            text = f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the adapter"
+        # a variant of PEFT's own, which it has not here
+        if reason and VARIANTS[content["config"].variant].peft_keys:
+            text = (
+                f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
+                " adapter"
+            )
             warn_caller(text, LoadedElsewhere, within=("veneer", "torch"))
 
     save_by(put, model, path, name, base_name, fingerprints, alone)
@@ -133,9 +135,8 @@ def save_by(
     if ranks is None:
         put(collected())
         return
-    ranks.each(
-        lambda: _outline(model, only_name(model, name)), hash_json, "an adapter"
-    )  # before what is gathered
+    # before what is gathered
+    ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")
     content = ranks.each(collected, _mark, "an adapter, or a base,")
     ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
 
@@ -156,7 +157,10 @@ def _must_be_gathered(model: nn.Module, name: str) -> None:
         )
         do = "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
         if not inside:
-            do += ", or save on every rank inside of `with FullyShardedDataParallel.summon_full_params(wrapped):`"
+            do += (
+                ", or save on every rank inside of `with"
+                " FullyShardedDataParallel.summon_full_params(wrapped):`"
+            )
         raise AdapterError(found, "whole weights, or those of FSDP2", do)
 
 
@@ -207,9 +211,8 @@ def _content(
         )
     names = Names(model)
     peft_form = peft_entries(names, name)
-    if (
-        base_name is None and need_adapters(model).selections[name].on is None
-    ):  # merged weights have no name
+    # merged weights have no name
+    if base_name is None and need_adapters(model).selections[name].on is None:
         base_name = base_name_of(model)
     weights = {
         parameter_path(at, weight): (weight_of(module, weight), change)
@@ -218,8 +221,10 @@ def _content(
     exact = {id(entry.change): entry.exact for entry in peft_form}
     return {
         "tensors": {**tensors_of(model, name, peft_form), **token_rows.tensors_of(names, name)},
-        "peft_config": peft_config(names, name, config, base_name, peft_form)
-        | token_rows.config_fields(names, name),
+        "peft_config": (
+            peft_config(names, name, config, base_name, peft_form)
+            | token_rows.config_fields(names, name)
+        ),
         "base": {
             "name": base_name,
             "architecture": own_class(model).__name__,
@@ -254,9 +259,8 @@ def _proof(
         for _, module, part in adapters(model, name)
         for key in (*part.full._parameters, *part.full._buffers)
     }
-    held = {
-        id(weight) for weight, change in weights.values() if change.tokens is not None
-    }  # in its new rows
+    # in its new rows
+    held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
     lost = {key: ref for key, ref in fresh(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # a base model's own output does not need its pooler, and nobody uses a random one
@@ -274,19 +278,18 @@ def _proof(
 
     unknown = [at for at, (held, _) in weights.items() if id(held) in gone]
     if unknown:
-        found = (
+        problem = (
             f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
         )
         raise AdapterError(
-            found, "the base's weights, for its fingerprint", "save it before that merge"
+            problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
     record = record_of(
         tensors, {at: by_identity[id(held)] for at, (held, _) in weights.items()}, left_out, of
     )
     for at, (held, change) in weights.items() if fingerprints is None else ():
-        if (
-            change.tokens is not None
-        ):  # whose rows are the adapter's: the base's there are no part of what it needs
+        # whose rows are the adapter's: the base's there are no part of what it needs
+        if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][at] = fingerprint_beside(
                 by_identity[id(held)], ids, kept_bits(model, name)
@@ -357,8 +360,7 @@ def _described(change: Change) -> dict[str, Any]:
     if change.rows is not None:
         described["rows"] = ranges_of(change.rows.tolist())
     if change.tokens is not None:
-        rows = (
-            change.dims.in_ if change.layer.out_axis else change.dims.out
-        )  # of the weight as it lies
+        # of the weight as it lies
+        rows = change.dims.in_ if change.layer.out_axis else change.dims.out
         described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
     return described

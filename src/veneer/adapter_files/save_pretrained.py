@@ -66,11 +66,11 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         _save_plain(module, options)
     elif adapters_of(module) is not attached:
         owners = ", ".join(attached.configs)
-        found = (
+        problem = (
             f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
         )
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
-        raise SelectionError(found, "one folder for all of an adapter", do)
+        raise SelectionError(problem, "one folder for all of an adapter", do)
     else:
         _save_adapter(module, options)
 
@@ -109,15 +109,17 @@ def _save_adapter(model: nn.Module, options: dict[str, Any]) -> None:
         if options.get(option) is False
     ]
     if odd:
-        found = f"{', '.join(f'{one}={options[one]!r}' for one in odd)} for a model with an unmerged adapter"
+        problem = (
+            f"{', '.join(f'{one}={options[one]!r}' for one in odd)} for a model with an unmerged"
+            " adapter"
+        )
         do = "leave it out, or merge the adapter to save the whole model"
-        raise AdapterError(found, "what an adapter folder can follow", do)
+        raise AdapterError(problem, "what an adapter folder can follow", do)
     state = _state(options)
     if not options.get("is_main_process", True):
         if not state and is_spread(model.modules()):
-            write_adapter(
-                model, name, folder, alone=False
-            )  # every process has a part of what the main one writes
+            # every process has a part of what the main one writes
+            write_adapter(model, name, folder, alone=False)
         return
     if state:
         _with_state(model, name, state, lambda: write_adapter(model, name, folder, alone=True))
@@ -153,26 +155,36 @@ def _tell(model: nn.Module, folder: Path) -> None:
         return
     written = json.loads((folder / peft.CONFIG).read_text(encoding="utf-8"))
     kind = str(written["peft_type"])
-    texts = {
-        f"from_pretrained and PEFT will refuse this adapter ({kind}): load it with veneer.load": kind.startswith(
-            peft.NOT_FOR_PEFT
+    labels = _labels_to_pass(model)
+    texts = (
+        (
+            kind.startswith(peft.NOT_FOR_PEFT),
+            f"from_pretrained and PEFT will refuse this adapter ({kind}): load it with veneer.load",
         ),
-        "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's own as well; it logs "
-        "them as UNEXPECTED): load it with veneer.load or PEFT": written.get("use_dora"),
-        f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded from one, so that "
-        "from_pretrained will not find it: load the base yourself, then the adapter with veneer.load or PEFT, or "
-        "set model.config._name_or_path before saving": hasattr(model, "config")
-        and base_name_of(model) is None,
-        f"from_pretrained makes a head of 2 labels on a base without one: pass num_labels={_labels_to_pass(model)} to "
-        "it, or load the base so and then the adapter with veneer.load": _labels_to_pass(model)
-        is not None,
-        f"{peft.CONFIG} names no base, as this adapter is one of merged weights: merge there first too, or save the "
-        "merged model and name its folder with veneer.save(…, base_name=…)": need_adapters(
-            model
-        ).merged
-        is not None,
-    }
-    for text in (text for text, applies in texts.items() if applies):
+        (
+            written.get("use_dora"),
+            "transformers' from_pretrained leaves out the magnitudes of this DoRA adapter (PEFT's "
+            "own as well; it logs them as UNEXPECTED): load it with veneer.load or PEFT",
+        ),
+        (
+            hasattr(model, "config") and base_name_of(model) is None,
+            f"{peft.CONFIG} names no base (base_model_name_or_path), as this model was not loaded "
+            "from one, so that from_pretrained will not find it: load the base yourself, then the "
+            "adapter with veneer.load or PEFT, or set model.config._name_or_path before saving",
+        ),
+        (
+            labels is not None,
+            "from_pretrained makes a head of 2 labels on a base without one: pass "
+            f"num_labels={labels} to it, or load the base so and then the adapter with veneer.load",
+        ),
+        (
+            need_adapters(model).merged is not None,
+            f"{peft.CONFIG} names no base, as this adapter is one of merged weights: merge there "
+            "first too, or save the merged model and name its folder with "
+            "veneer.save(…, base_name=…)",
+        ),
+    )
+    for text in (text for applies, text in texts if applies):
         warnings.warn(text, LoadedElsewhere, stacklevel=5)
 
 
@@ -201,14 +213,14 @@ def _with_state(
     lacking = [key for key in own if part in f".{key}" and key not in state]
     strange = [key for key in state if key not in whole]
     if lacking or strange:
-        found = (
+        problem = (
             f"a state_dict without {listing(lacking, 3)}"
             if lacking
             else f"a state_dict with {listing(strange, 3)}"
         )
         do = "leave state_dict out, or pass model.state_dict()"
         raise AdapterError(
-            found, f"the tensors of adapter {name!r} under their names in the model", do
+            problem, f"the tensors of adapter {name!r} under their names in the model", do
         )
     if all(key not in state or _is(state[key], value) for key, value in own.items()):
         write()

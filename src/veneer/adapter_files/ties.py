@@ -51,8 +51,11 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
         return None
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
-        found = f"a tied weight that {path} changes under one name alone, while {attached.merged!r} is merged into it"
-        raise AdapterError(found, "an unmerged model", "call veneer.unmerge(model) first")
+        problem = (
+            f"a tied weight that {path} changes under one name alone, while {attached.merged!r} is"
+            " merged into it"
+        )
+        raise AdapterError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     untied = untie(names, refs)
     if required is None and untied.names:
         warnings.warn(_described(path, untied), TieBroken, stacklevel=4)
@@ -66,9 +69,9 @@ def _described(path: str | Path, untied: Untied) -> str:
     ]
     config = ", and config.tie_word_embeddings is False" if untied.config else ""
     return (
-        f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the last adapter is "
-        f"detached, each name has a weight of its own{config}. untie=True loads it without this warning, untie=False "
-        "refuses what would untie."
+        f"{path} changes {listing(pairs, 3)}, one weight of this model, as PEFT does: until the"
+        f" last adapter is detached, each name has a weight of its own{config}. untie=True loads it"
+        " without this warning, untie=False refuses what would untie."
     )
 
 

@@ -143,7 +143,10 @@ def matched(
         if known is not None and (
             known.ids != entry.ids or not torch.equal(known.rows, entry.rows)
         ):
-            what = f"two sets of trained tokens for {parameter_path(*owner)!r}, whose names share one weight"
+            what = (
+                f"two sets of trained tokens for {parameter_path(*owner)!r}, whose names share one"
+                " weight"
+            )
             problems.append(sentence(what, "one", "untie the weights first"))
         elif size is not None:
             problems += [size] if known is None else []
@@ -199,7 +202,10 @@ def _problem_of_size(
             "as many",
             "load it on its own base, or shrink this one: model.resize_token_embeddings",
         )
-    do = f"call model.resize_token_embeddings({there}) first, or pass grow=True to veneer.load (`veneer merge` grows)"
+    do = (
+        f"call model.resize_token_embeddings({there}) first, or pass grow=True to veneer.load"
+        " (`veneer merge` grows)"
+    )
     return sentence(what, "a base whose vocabulary grew as that of the adapter did", do)
 
 
@@ -265,12 +271,21 @@ def growth(model: nn.Module, saved: AdapterFiles) -> int | None:
         owner = by_identity[id(end.weight)][0]
         lost = sorted({*range(before, size)} - {*trained.get(owner, ())})
         if lost:
-            what = f"row {', '.join(map(str, lost[:4]))} of {parameter_path(*owner)!r} that grew and was never trained"
-            do = "save the base as it grew (save_pretrained), and load on that; or train these rows too"
+            what = (
+                f"row {', '.join(map(str, lost[:4]))} of {parameter_path(*owner)!r} that grew and"
+                " was never trained"
+            )
+            do = (
+                "save the base as it grew (save_pretrained), and load on that; or train these"
+                " rows too"
+            )
             problems.append(sentence(what, "rows that the adapter holds", do))
         path, do = owner[0], "save the base as it grew (save_pretrained), and load on that"
         if getattr(end, "bias", None) is not None and "bias" not in saved.full.get(path, ()):
-            what = f"{parameter_path(path, 'bias')!r}, of which {size - before} numbers would be new and in no file"
+            what = (
+                f"{parameter_path(path, 'bias')!r}, of which {size - before} numbers would be new"
+                " and in no file"
+            )
             problems.append(
                 sentence(
                     what, "an output layer without a bias, or with one that the adapter holds", do

@@ -44,8 +44,8 @@ from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
 TRAINER = "transformers.trainer"
-# : modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare
-# the policy with
+#: modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare
+#: the policy with
 TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
 
 
@@ -165,16 +165,22 @@ def _must_be_used(trainer: Any) -> bool:
     would give the weights of the base."""
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     if isinstance(reference, Reference) and getattr(trainer.args, "sync_ref_model", False):
-        found = "sync_ref_model=True with a reference model that is the policy's own base"
+        problem = "sync_ref_model=True with a reference model that is the policy's own base"
         raise ConfigError(
-            found, "one that stays", "leave sync_ref_model out, or pass a whole model as ref_model"
+            problem,
+            "one that stays",
+            "leave sync_ref_model out, or pass a whole model as ref_model",
         )
     if not _adapted(model):
         return False
     if getattr(trainer.args, "use_vllm", False):
-        found = "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base"
+        problem = (
+            "use_vllm=True for a policy with an adapter, of which TRL would send vLLM the base"
+        )
         raise ConfigError(
-            found, "texts drawn from the policy", "leave use_vllm out: the model draws them itself"
+            problem,
+            "texts drawn from the policy",
+            "leave use_vllm out: the model draws them itself",
         )
     forward: Any = model.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__.__code__.co_name == "_fused_forward":
@@ -182,10 +188,13 @@ def _must_be_used(trainer: Any) -> bool:
         layer_state = None if head is None else state_of(head)
         part = None if layer_state is None else layer_state.get(selected_name(model))
         if part is not None and (part.changes or part.full._parameters):
-            found = f"an adapter of the output layer for TRL's {type(trainer).__name__}, which multiplies by its weight"
+            problem = (
+                f"an adapter of the output layer for TRL's {type(trainer).__name__}, which"
+                " multiplies by its weight"
+            )
             expected = "one that the forward reaches: it would neither be used nor trained"
             raise TargetError(
-                found,
+                problem,
                 expected,
                 "leave the output layer (and what is tied to it) out of the targets",
             )
@@ -209,9 +218,8 @@ def learn_trl(module: Any) -> None:
 
     @functools.wraps(load)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
-        policy = getattr(
-            _MAKING.get(), "model", None
-        )  # None: it is the policy itself that is loaded
+        # None: it is the policy itself that is loaded
+        policy = getattr(_MAKING.get(), "model", None)
         return (
             reference_of(policy)
             if policy is not None and _adapted(policy)

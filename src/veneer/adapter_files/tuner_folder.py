@@ -28,8 +28,8 @@ from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-# : more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could
-# ask for terabytes
+#: more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could
+#: ask for terabytes
 LARGEST = 2**31
 
 
@@ -42,8 +42,8 @@ class TunerFolder:
         config, tensors: LoRA's, of the plain changes.
         parameters: those of the variant, by the path of a weight and their name.
         sizes: the rank and alpha of the variant, by the path of a weight.
-        needs_base_shapes: only the base tells the shapes of the changes, so that ``tensors`` has none of
-            them.
+        needs_base_shapes: only the base tells the shapes of the changes, so that ``tensors`` has
+            none of them.
         paths: the modules that change.
         numbers: how many numbers the tuner trained.
     """
@@ -77,9 +77,12 @@ class Unsized(Mapping[str, Any]):
         self.folder, self.path = folder, path
 
     def _error(self) -> AdapterError:
-        found = f"{self.path} of PEFT's {self.folder.tuner.type}, which does not tell how many inputs each layer has"
+        problem = (
+            f"{self.path} of PEFT's {self.folder.tuner.type}, which does not tell how many inputs"
+            " each layer has"
+        )
         return AdapterError(
-            found, "the base beside it", "load it on its base, or convert it with the base first"
+            problem, "the base beside it", "load it on its base, or convert it with the base first"
         )
 
     def __getitem__(self, key: str) -> Any:
@@ -130,9 +133,8 @@ def tuner_folder(
         plain[at] = low
         groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
         assert groups == 1
-        rank = min(
-            peft.strength(lora, at)[0], out, in_
-        )  # PEFT gives a layer more than its weight can have
+        # PEFT gives a layer more than its weight can have
+        rank = min(peft.strength(lora, at)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
         sizes[f"{at}.weight"] = rank, _alpha(tuner, change.scale, rank)
@@ -183,15 +185,16 @@ def _plain(tuner: Tuner, at: str, change: VariantChange, problems: list[str]) ->
         dense = low.delta(torch.float64) if low.rank > min(low.B.shape[1], low.A.shape[2]) else None
     except (RuntimeError, IndexError, ValueError) as error:
         sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
-        found = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
-        problems.append(sentence(found, f"a change of {tuner.type}", "get both files again"))
+        problem = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
+        problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:
         return low
+    # ΔW and an identity have fewer numbers
     dense, (out, in_) = (
         dense.to(low.A.dtype),
         dense.shape[1:],
-    )  # ΔW and an identity have fewer numbers
+    )
     eye = torch.eye(min(out, in_), dtype=dense.dtype)[None]
     return LowRank(eye, dense, 1.0) if in_ <= out else LowRank(dense, eye, 1.0)
 

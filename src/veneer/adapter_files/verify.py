@@ -73,8 +73,8 @@ _CODE = {
     ".js",
     ".jar",
 }
-# : layers of one shape that it takes to call one of them odd; how many deviations and how many
-# times it is off then
+#: layers of one shape that it takes to call one of them odd; how many deviations and how many
+#: times it is off then
 ENOUGH, DEVIATIONS, TIMES = 6, 6 * 1.4826, 10
 
 
@@ -212,15 +212,19 @@ class _Checks:
         if any(
             os.path.lexists(path / name) and name not in usable for name in (RECORD, PARAMETERS)
         ):
+            # said above; what is no file of the folder is not opened
             record, parameters = (
                 None,
                 None,
-            )  # said above; what is no file of the folder is not opened
+            )
         if record is not None:
             sound, parameters = self.recorded(record, config or {}, tensors)
             record = record if sound else None
         elif not (path / RECORD).exists() and not ours:
-            text = "written by another library: nothing tells whether it was altered, or for which base"
+            text = (
+                "written by another library: nothing tells whether it was altered, or for which"
+                " base"
+            )
             self.add("warning", "record", text)
         source = config, tensors
         if config is not None:
@@ -243,7 +247,10 @@ class _Checks:
             "layers", folder.assemble, path, config, record, tensors, parameters, shapes
         )
         if saved is not None and saved.tuner is not None and saved.tuner.needs_base_shapes:
-            text = f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only the base tells: "
+            text = (
+                f"{len(saved.tuner.paths)} changes of {saved.tuner.tuner.type}, whose shapes only"
+                " the base tells: "
+            )
             self.add("warning", "layers", f"{text}give it to have them checked")
             return
         products = None if saved is None else self.tried("layers", lambda: saved.products)
@@ -253,13 +260,12 @@ class _Checks:
     def changes(self, saved: AdapterFiles, products: Mapping[str, LowRank]) -> None:
         rows = sum(len(one.ids) for one in saved.tokens.values())
         tokens = f", {rows} tokens" if rows else ""
-        found = (
+        problem = (
             f"{len(products)} changes, as the config says, and {len(saved.full)} in full{tokens}"
         )
-        self.add("ok", "layers", found)
-        if (
-            saved.record is None
-        ):  # a config and its tensors, as far as they can be compared without the model
+        self.add("ok", "layers", problem)
+        # a config and its tensors, as far as they can be compared without the model
+        if saved.record is None:
             named = saved.peft_config.get("target_modules") or ()
             single = () if isinstance(named, str) else named
             idle = [
@@ -273,8 +279,11 @@ class _Checks:
         self.sizes(saved, products, norms)
         fresh = saved.metadata.get("base", {}).get("fresh")
         if fresh:
-            found = f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads them gives other"
-            text = f"{found} answers after each load of the base; train_also would have kept them"
+            problem = (
+                f"random as it was trained, and in no file: {listing(fresh, 4)}. Whatever reads"
+                " them gives other"
+            )
+            text = f"{problem} answers after each load of the base; train_also would have kept them"
             self.add("warning", "proof", text)
         if self.weights is not None:
             try:
@@ -306,11 +315,11 @@ class _Checks:
             if known and "pickle" in known:
                 self.add("warning", "files", f"{file.name} is {known}; Veneer does not open it")
             elif code := _code_named_in(file):
-                found = (
+                problem = (
                     f"{file.name} names code that is to run when it is loaded ({listing(code, 3)})"
                 )
                 self.add(
-                    "warning", "files", f"{found}; an adapter needs none, and Veneer runs none"
+                    "warning", "files", f"{problem}; an adapter needs none, and Veneer runs none"
                 )
             elif runs or os.access(file, os.X_OK):
                 self.add(
@@ -370,8 +379,11 @@ class _Checks:
             self.add("warning", "norms", f"changes of zero, as before training, at {listing(zero)}")
         odd = list(_outliers(products, norms))
         for at, norm, usual in odd:
-            found = f"‖ΔW‖ is {norm:.3g} at {at!r}, and {usual:.3g} in the middle of the layers of its shape"
-            self.add("warning", "norms", found)
+            problem = (
+                f"‖ΔW‖ is {norm:.3g} at {at!r}, and {usual:.3g} in the middle of the layers of its"
+                " shape"
+            )
+            self.add("warning", "norms", problem)
         if not zero and not odd:
             largest = f"‖ΔW‖ up to {max(norms.values(), default=0.0):.3g}"
             self.add("ok", "norms", f"no change stands out among those of its shape ({largest})")
@@ -402,7 +414,8 @@ class _Checks:
             elif change is not None and not _fits(products[change], weight.shape):
                 low = products[change]
                 shapes.append(
-                    f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} × {low.A.shape[-1]}"
+                    f"{at} is {tuple(weight.shape)}, and B A there {low.B.shape[-2]} ×"
+                    f" {low.A.shape[-1]}"
                 )
             elif (
                 recorded
@@ -445,23 +458,31 @@ class _Checks:
         right."""
         rest, changed = record.get("rest"), len(record["weights"])
         if rest is None:
-            known = f"adapted layers only: {proven} of {changed} tensors proven, and none of the others, of "
+            known = (
+                f"adapted layers only: {proven} of {changed} tensors proven, and none of the"
+                " others, of "
+            )
             self.add("ok", "proof", known + "which the Veneer that saved it recorded nothing")
             return
         fingerprints = {at: weights.fingerprint(at, rest[at]) for at in rest}
         lacking = [at for at, value in fingerprints.items() if value is None]
         different = [at for at, value in fingerprints.items() if value not in (None, rest[at])]
         if different:
-            found = (
+            problem = (
                 f"other numbers in {len(different)} of {len(rest)} tensors "
                 "that it computes with and does not change"
             )
             self.add(
-                "error", "base", sentence(f"{found} ({listing(different, 4)})", "its own base", do)
+                "error",
+                "base",
+                sentence(f"{problem} ({listing(different, 4)})", "its own base", do),
             )
         if lacking:
-            found = f"{len(lacking)} tensors that it computes with are not in this base: {listing(lacking, 4)}"
-            self.add("warning", "base", found)
+            problem = (
+                f"{len(lacking)} tensors that it computes with are not in this base:"
+                f" {listing(lacking, 4)}"
+            )
+            self.add("warning", "base", problem)
         proven += len(rest) - len(lacking) - len(different)
         self.add("ok", "proof", f"{proven} of {len(rest) + changed} tensors proven")
 
@@ -488,11 +509,11 @@ class _Checks:
                 other.append(at)  # PEFT writes the frozen weight of an adapted embedding along
         do = "take the base that it was trained on"
         if shapes:
-            found = f"trained in full with another shape: {listing(shapes, 4)}"
-            self.add("error", "base", sentence(found, "the base's", do))
+            problem = f"trained in full with another shape: {listing(shapes, 4)}"
+            self.add("error", "base", sentence(problem, "the base's", do))
         if other:
-            found = f"another weight of {listing(other)} than the file holds of the base"
-            self.add("error", "base", sentence(found, "its own base", do))
+            problem = f"another weight of {listing(other)} than the file holds of the base"
+            self.add("error", "base", sentence(problem, "its own base", do))
         if new:
             self.add(
                 "warning",
@@ -505,9 +526,12 @@ class _Checks:
             if len(names) < 2 or any(one.shape != first.shape for one in others):
                 continue
             if len(own) < len(names) or not all(same(one, first) for one in others):
-                found = f"values of their own for {listing(own)} of {listing(names)}, one weight of the base"
+                problem = (
+                    f"values of their own for {listing(own)} of {listing(names)}, one weight of the"
+                    " base"
+                )
                 text = "they load as PEFT computes them, each place with its own. Before a merge,"
-                self.add("warning", "base", f"{found}: {text} {UNTIE}")
+                self.add("warning", "base", f"{problem}: {text} {UNTIE}")
 
 
 def _code_named_in(file: Path) -> list[str]:

@@ -70,9 +70,8 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
             if parts is None or chosen.name != attached.merged:
                 raise layer_state.refusal(chosen)
             return own_forward(self, base, *args, **kwargs)
-        if (
-            layer_state.key not in parts
-        ):  # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
+        # this adapter does nothing here; not `try`, which torch.compile would guard wrongly
+        if layer_state.key not in parts:
             return own_forward(self, base, *args, **kwargs)
         part = parts[layer_state.key]
         if now.reached is not None:

@@ -70,9 +70,9 @@ def same_weights(selections: Sequence[ActiveAdapter]) -> str | None:
         (one, first), (other, second), *_ = on.items()
         merged = [f"{name!r} (attached while {at!r} was merged)" if at else f"{name!r}"
                   for at, name in ((one, first), (other, second))]  # fmt: skip
-        found = f"{' and '.join(merged)} in one call"
+        problem = f"{' and '.join(merged)} in one call"
         raise SelectionError(
-            found,
+            problem,
             "adapters of the same weights",
             "use one of them alone, or unmerge before attaching",
         )
@@ -133,7 +133,10 @@ class Blend:
         own: dict[str, Any] = {**module._buffers, **module._parameters}
         values = [(part.replacements(module), weight) for part, weight in self.parts]
         if module.training and any("running_mean" in found for found, _ in values):
-            found = f"a blend at a {own_class(module).__name__} in training mode, which moves its running statistics"
+            found = (
+                f"a blend at a {own_class(module).__name__} in training mode, which moves its"
+                " running statistics"
+            )
             do = "call eval() on that module, or train one adapter at a time"
             raise SelectionError(found, "one adapter, whose statistics they are", do)
         low = self.changes  # which another adapter may train in full: ``changed`` has both

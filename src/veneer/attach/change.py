@@ -33,12 +33,15 @@ def changed_storage(module: nn.Module, name: str) -> SelectionError:
     layer_state = state_of(module)
     path = None if layer_state is None else layer_state.attached.paths.get(layer_state.key)
     ref = name if path in (None, "") else f"{path}.{name}"
-    found = f"{ref!r} ({own_class(module).__name__}), pruned or parametrised (or no longer so) after attach"
-    do = (
-        "undo it (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or detach the adapter, change the "
-        "model, and attach or load it again"
+    problem = (
+        f"{ref!r} ({own_class(module).__name__}), pruned or parametrised (or no longer so) after"
+        " attach"
     )
-    return SelectionError(found, "the parameter that the adapter was attached to", do)
+    do = (
+        "undo it (torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or detach the"
+        " adapter, change the model, and attach or load it again"
+    )
+    return SelectionError(problem, "the parameter that the adapter was attached to", do)
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
@@ -53,10 +56,10 @@ def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
 
 def _offloaded(gradient: Tensor) -> None:
     """Who trains would train copies that nobody has after the call."""
-    found = "a gradient of adapter parameters that accelerate has offloaded"
+    problem = "a gradient of adapter parameters that accelerate has offloaded"
     raise TargetError(
         sentence(
-            found, "parameters in memory", "offload the base first, then attach; or do not train"
+            problem, "parameters in memory", "offload the base first, then attach; or do not train"
         )
     )
 
@@ -133,9 +136,8 @@ class Change(nn.Module):
     ) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in
         ``dtype`` if given."""
-        if (
-            self.tokens is None
-        ):  # and the rank is not looked at: torch.compile would make a graph for each
+        # and the rank is not looked at: torch.compile would make a graph for each
+        if self.tokens is None:
             return self.low_rank(weight, dtype)
         found = self.low_rank(weight, dtype) if self.rank else (None, None)
         rows, dense = self._values()[ROWS], self.storage.dense(weight)

@@ -39,13 +39,13 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of
 from veneer.precision import double, place
 
-# : how far the gradient of a change may be from that of the definition, by the size of the weight's
-# elements in bytes.
-# : Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this
-# at most.
+#: how far the gradient of a change may be from that of the definition, by the size of the weight's
+#: elements in bytes.
+#: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this
+#: at most.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
-# : gradients that much smaller than the largest are rounding errors of zero, such as that of a
-# key's bias
+#: gradients that much smaller than the largest are rounding errors of zero, such as that of a
+#: key's bias
 NOISE = 1e-4
 DEPENDS, REACH = (
     "a layer that the output depends on",
@@ -185,7 +185,8 @@ def _prove(
             RuntimeError
         ) as error:  # a forward that casts by itself, or no memory: the first judgement holds
             problems[0] = (
-                f"{problems[0]} (In float64, which would tell rounding apart, it does not run: {error})"
+                f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
+                f" {error})"
             )
     return problems, len(compared)
 
@@ -213,8 +214,14 @@ def _without_gradient(
     for item, there, names in zip(items, later, behind, strict=True):
         if names and not there:
             zeros = listing(map(repr, names))
-            what = "receives no gradient: every way from it to the output goes through weights that are exactly zero"
-            do = "load the weights that belong there, train them too (targets=, train_also=), or leave this layer out"
+            what = (
+                "receives no gradient: every way from it to the output goes through weights that"
+                " are exactly zero"
+            )
+            do = (
+                "load the weights that belong there, train them too (targets=, train_also=), or"
+                " leave this layer out"
+            )
             found = f"{what} and do not train: {zeros}"
             yield item.problem(found, "a way that is not multiplied by zero", do)
         elif not there:
@@ -250,11 +257,14 @@ def _differences(
         )
         size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
         if not error < TOLERANCE.get(size, 0.5):
-            found = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
-            way = "a weight that is read through its layer's forward, or directly by a module above it"
+            problem = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
+            way = (
+                "a weight that is read through its layer's forward, or directly by a module"
+                " above it"
+            )
             problems.append(
                 item.problem(
-                    found, way, "exclude it: something else reads this weight past its layer"
+                    problem, way, "exclude it: something else reads this weight past its layer"
                 )
             )
     return problems
@@ -381,9 +391,8 @@ def _defined(
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
         for key, part in chosen.table.items():
-            if (
-                key not in modules or id(part) in packed_parts
-            ):  # that of a method is that of its layer
+            # that of a method is that of its layer
+            if key not in modules or id(part) in packed_parts:
                 continue
             module = modules[key]
             full = part.replacements(module)

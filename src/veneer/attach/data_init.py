@@ -60,7 +60,7 @@ def gather(
     if not found:
         return None
     return lambda entry: {
-        name: (lambda values=values: values[entry.ref]) for name, values in found.items()
+        name: lambda values=values: values[entry.ref] for name, values in found.items()
     }
 
 
@@ -83,23 +83,27 @@ def _problems(
     for entry in filter(_starts, plans.low):
         where = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
-            found = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
+            problem = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
             expected = ", ".join(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
-            yield sentence(found, f"one of {expected}", "exclude it, or use another variant")
+            yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
         elif "inputs" in variant.needs and entry.dims.in_ > MOST_INPUTS:
-            found = f"{where} with {entry.dims.in_} inputs"
+            problem = f"{where} with {entry.dims.in_} inputs"
             yield sentence(
-                found, f"at most {MOST_INPUTS}, whose second moment fits into memory", "exclude it"
+                problem,
+                f"at most {MOST_INPUTS}, whose second moment fits into memory",
+                "exclude it",
             )
         weight = weight_of(modules[entry.path], entry.weight)
         if "gradient" in variant.needs and not (
             isinstance(weight, nn.Parameter) and entry.storage.name == "plain"
         ):
-            found = f"{where}, stored as {entry.storage.name}, which has no gradient"
+            problem = f"{where}, stored as {entry.storage.name}, which has no gradient"
             yield sentence(
-                found, "a plain parameter", "exclude it, or load the base in a floating-point dtype"
+                problem,
+                "a plain parameter",
+                "exclude it, or load the base in a floating-point dtype",
             )
 
 
@@ -129,9 +133,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
-        found = "a model whose output has no .loss for these batches"
+        problem = "a model whose output has no .loss for these batches"
         raise ConfigError(
-            found, "batches with labels, or loss=", "pass loss=lambda model, batch: …"
+            problem, "batches with labels, or loss=", "pass loss=lambda model, batch: …"
         )
     return loss
 

@@ -196,9 +196,11 @@ def _to(_: Any, weight: Any, *how: Any, **named: Any) -> Any:
     if any(isinstance(value, Tensor | int) for value in wanted):
         return NotImplemented
     same = all(
-        value == weight.dtype
-        if isinstance(value, torch.dtype)
-        else torch.device(value) == weight.device
+        (
+            value == weight.dtype
+            if isinstance(value, torch.dtype)
+            else torch.device(value) == weight.device
+        )
         for value in wanted
     )
     return weight if same else NotImplemented
@@ -329,9 +331,8 @@ def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None =
         recorded = torch.is_grad_enabled() and (
             x.requires_grad or A.requires_grad or B.requires_grad
         )
-        if (
-            recorded and x.ndim == 2 and bias is None and x.is_cpu
-        ):  # of which a call has many, with few rows each
+        # of which a call has many, with few rows each
+        if recorded and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)

@@ -68,7 +68,10 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if ours and not any(parameter.requires_grad for parameter in ours):
             problems += _frozen(adapter, held)
         elif parameters and not ours and not _held_elsewhere(parameters):
-            found = f"a step of {type(optimizer).__name__}, which holds no parameter of adapter {adapter.name!r}"
+            found = (
+                f"a step of {type(optimizer).__name__}, which holds no parameter of adapter"
+                f" {adapter.name!r}"
+            )
             found += ", whose parameters have gradients"
             do = "make the optimizer after attach, of handle.parameters()"
             problems.append(sentence(found, "an optimizer that trains the adapter", do))
@@ -89,9 +92,9 @@ def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
     which others train."""
     if any(parameter.requires_grad for parameter in held.values()) and _holds_base(adapter, held):
         return []
-    found = f"an optimizer of adapter {adapter.name!r}, whose parameters require no gradient"
+    problem = f"an optimizer of adapter {adapter.name!r}, whose parameters require no gradient"
     do = "load it with trainable=True, or leave its parameters out of the optimizer"
-    return [sentence(found, "parameters that train", do)]
+    return [sentence(problem, "parameters that train", do)]
 
 
 def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:

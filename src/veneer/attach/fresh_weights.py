@@ -48,9 +48,10 @@ def warn_fresh(lost: Collection[ParamRef], when: str, *, stacklevel: int) -> Non
         paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
         modules = list(dict.fromkeys(path or name for path, name in lost))
         warnings.warn(
-            f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not hold them either: "
-            f"{listing(paths, 4)}. They were initialised at random as the model was loaded; the next load makes "
-            f"others. Train them in full (train_also={modules[:4]!r}), unless nothing that you use reads them.",
+            f"{when}, {len(paths)} parameters were not in the checkpoint, and the adapter does not"
+            f" hold them either: {listing(paths, 4)}. They were initialised at random as the model"
+            " was loaded; the next load makes others. Train them in full"
+            f" (train_also={modules[:4]!r}), unless nothing that you use reads them.",
             FreshWeights,
             stacklevel=stacklevel,
         )

@@ -29,8 +29,8 @@ _USE = (
     "call the model inside `with veneer.use(model, name):`, or name None for the base; "
     "veneer.set_default(model, name) chooses for all other calls"
 )
-# : a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same
-# is done here
+#: a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same
+#: is done here
 METHODS = {
     "merge_and_unload": _MERGE,
     "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
@@ -38,7 +38,9 @@ METHODS = {
     "fuse_lora": "handle.merge(), or veneer.merge(model, name)",
     "unfuse_lora": "handle.unmerge(), or veneer.unmerge(model)",
     "unload": "veneer.detach(model): the model itself is then as it was before",
-    "get_base_model": "use the model itself, which stays what it was; veneer.detach(model) removes the adapters",
+    "get_base_model": (
+        "use the model itself, which stays what it was; veneer.detach(model) removes the adapters"
+    ),
     "set_adapter": _USE,
     "set_adapters": _USE,
     "disable_adapter": _USE,
@@ -52,7 +54,9 @@ METHODS = {
     "load_lora_adapter": "veneer.load(model, folder, name=name)",
     "delete_adapter": "veneer.detach(model, name)",
     "delete_adapters": "veneer.detach(model, name)",
-    "add_weighted_adapter": "veneer.compose(folders, out, weights=…), or `with veneer.use(model, {name: weight, …}):`",
+    "add_weighted_adapter": (
+        "veneer.compose(folders, out, weights=…), or `with veneer.use(model, {name: weight, …}):`"
+    ),
     "get_adapter_state_dict": "handle.named_parameters(), or handle.save(folder)",
     "save_lora_adapter": "handle.save(folder)",
     "print_trainable_parameters": "print(handle.summary())",
@@ -74,9 +78,12 @@ def answer_methods(model: nn.Module) -> None:
 
 
 def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-    found = f"{name}(), a method of PEFT's models, called on a {own_class(model).__name__} with adapters of Veneer"
+    problem = (
+        f"{name}(), a method of PEFT's models, called on a {own_class(model).__name__} with"
+        " adapters of Veneer"
+    )
     raise MethodError(
-        found, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name]
+        problem, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name]
     )
 
 
@@ -85,11 +92,11 @@ def peft_problem(model: nn.Module) -> str | None:
     wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
     tuned = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if wrapper is not None and isinstance(model, wrapper):
-        found = f"a {type(model).__name__}"
+        problem = f"a {type(model).__name__}"
     elif tuned is not None and (
         path := next((path for path, module in walk(model) if isinstance(module, tuned)), None)
     ):
-        found = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
+        problem = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
     else:
         return None
     do = (
@@ -97,4 +104,4 @@ def peft_problem(model: nn.Module) -> str | None:
         "weights); to go on from PEFT's adapter, save it with save_pretrained first and "
         "veneer.load the folder"
     )
-    return sentence(found, "the base model", do)
+    return sentence(problem, "the base model", do)

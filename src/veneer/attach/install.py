@@ -258,10 +258,13 @@ def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Te
     values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    found = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
-    do = "repair the base or the data, exclude the layer, or use a variant that starts from neither, such as lora"
+    problem = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
+    do = (
+        "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
+        " such as lora"
+    )
     raise _BadStartError(
-        f"{found} with NaN or infinity",
+        f"{problem} with NaN or infinity",
         f"finite numbers, from which variant {variant!r} starts",
         do,
     )
@@ -392,17 +395,20 @@ def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> Non
             continue
         below = next((other for other in merged[number + 1 :] if other not in names), None)
         if not keep_merged:
-            do = "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the merged weights"
+            do = (
+                "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
+                " merged weights"
+            )
             raise MergeError(f"{name!r} is merged into the weights", "an unmerged model", do)
         if below is not None:
-            found = f"{name!r} merged on top of {below!r}, which stays"
+            problem = f"{name!r} merged on top of {below!r}, which stays"
             do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
-            raise MergeError(found, "the one that was merged first", do)
+            raise MergeError(problem, "the one that was merged first", do)
     for adapter, selected in attached.selections.items():
         if selected.on in names and selected.on not in merged and adapter not in names:
-            found = f"{adapter!r}, attached while {selected.on!r} was merged, which is to go"
+            problem = f"{adapter!r}, attached while {selected.on!r} was merged, which is to go"
             raise MergeError(
-                found, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
+                problem, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
             )
 
 

@@ -127,9 +127,8 @@ class LayerAdapter(nn.Module):
         own: dict[str, Any] = {**module._buffers, **module._parameters}
         for name in full._parameters.keys() - own.keys():
             raise changed_storage(module, name)
-        if (
-            "bias" in full._parameters and own["bias"] is None
-        ):  # of a layer without one: in the dtype of its weight
+        # of a layer without one: in the dtype of its weight
+        if "bias" in full._parameters and own["bias"] is None:
             own["bias"] = own["weight"]
         trained: dict[str, Any] = {
             name: value.to(own[name].dtype) for name, value in full._parameters.items()
@@ -303,9 +302,8 @@ class Call(NamedTuple):
     def bias(self, change: Change) -> Any:
         parameters = self.module._parameters
         plain = "bias" in parameters and not change.storage.opaque
-        own = (
-            parameters["bias"] if plain else getattr(self.module, "bias", None)
-        )  # pruned or parametrised, say
+        # pruned or parametrised, say
+        own = parameters["bias"] if plain else getattr(self.module, "bias", None)
         return self.full.get("bias", own)
 
     def refuse_other_dtype(self, change: Change) -> None:

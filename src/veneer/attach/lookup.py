@@ -76,9 +76,12 @@ def strangers(model: nn.Module) -> str | None:
 
     if not others() or not (paths := in_turn(others)()):  # another thread may be attaching
         return None
-    found = f"adapters attached through another model object at {listing(paths, 3)}"
-    do = "go through the model that they were attached to; if a layer was copied, take the copy out, and detach before "
-    return sentence(found, "one root for all adapters", f"{do}copying or attach after")
+    problem = f"adapters attached through another model object at {listing(paths, 3)}"
+    do = (
+        "go through the model that they were attached to; if a layer was copied, take the copy out,"
+        " and detach before "
+    )
+    return sentence(problem, "one root for all adapters", f"{do}copying or attach after")
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
@@ -87,8 +90,8 @@ def only_name(model: nn.Module, name: str | None) -> str:
     attached = need_adapters(model, name)
     name = attached.default_name if name is None else name
     if name is None and len(attached.configs) > 1:
-        found = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
-        raise SelectionError(found, "a name", "say which adapter is meant")
+        problem = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
+        raise SelectionError(problem, "a name", "say which adapter is meant")
     return name if name is not None else next(iter(attached.configs))
 
 
@@ -100,9 +103,9 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
     if chosen is None:
         return only_name(model, None)
     if chosen.name is None:
-        found = "a selection of the base, or of an adapter for each row"
+        problem = "a selection of the base, or of an adapter for each row"
         raise SelectionError(
-            found, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
+            problem, "one adapter", f"call {method} inside `with veneer.use(model, name):`"
         )
     return only_name(model, chosen.name)
 
@@ -138,9 +141,12 @@ def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
     ]
     if lost:
         paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
-        found = f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it was attached"
+        problem = (
+            f"{listing(paths, 3)} of adapter {name!r}, replaced or taken out of the model after it"
+            " was attached"
+        )
         do = "put the layers back, or detach, change the model, and attach or load again"
-        raise SelectionError(found, "every layer that the adapter changes", do)
+        raise SelectionError(problem, "every layer that the adapter changes", do)
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:

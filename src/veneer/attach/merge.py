@@ -78,8 +78,8 @@ class _StoredWeight:
             self.write(merged)
 
     def not_finite(self, dtype: torch.dtype) -> str:
-        found = f"{self.where}: W + ΔW is not finite in {dtype}"
-        return sentence(found, "finite weights", "check the adapter for NaN or overflow")
+        problem = f"{self.where}: W + ΔW is not finite in {dtype}"
+        return sentence(problem, "finite weights", "check the adapter for NaN or overflow")
 
 
 #: the new content of a stored weight, and what there is to report of it
@@ -241,9 +241,8 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
     _must_be_whole(model, "an unmerge")
     every = list(_stored_weights(model, last))
     weights = list(filter(_is_kept, every))
-    if (
-        len(weights) < len(every) and not attached.merging
-    ):  # of a merge that was cut off, the others are as they were
+    # of a merge that was cut off, the others are as they were
+    if len(weights) < len(every) and not attached.merging:
         found = f"{last!r}, merged with keep=False"
         raise MergeError(found, "the weights from before the merge", "load the base again")
     merged, edited = [], []
@@ -254,13 +253,15 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
         )
         if expected is None or found == expected:
             merged.append(weight)
-        elif found != (
-            kept := _digest(_kept(weight))
-        ):  # unless an unmerge that was interrupted has restored it
+        elif found != (kept := _digest(_kept(weight))):
+            # unless an unmerge that was interrupted has restored it
             between = all(found[key] in (kept.get(key), expected.get(key)) for key in found)
             (merged if between else edited).append(weight)
     if edited:
-        found = f"weights edited since the merge (also by .to(dtype)): {listing(weight.where for weight in edited)}"
+        found = (
+            "weights edited since the merge (also by .to(dtype)):"
+            f" {listing(weight.where for weight in edited)}"
+        )
         raise MergeError(
             found,
             "the merged weights",
@@ -273,7 +274,10 @@ def unmerge(model: nn.Module, name: str | None = None) -> None:
 
 
 def _must_be_whole(model: nn.Module, what: str) -> None:
-    do = "save the adapter, and merge it in one process, before the model is sharded or with `veneer merge`"
+    do = (
+        "save the adapter, and merge it in one process, before the model is sharded or with `veneer"
+        " merge`"
+    )
     if problem := spread_problem((module for _, module in walk(model)), what, do):
         raise MergeError(problem)
 
@@ -290,12 +294,12 @@ def must_stand(attached: ModelAdapters, name: str, what: str) -> None:
             "call veneer.unmerge(model) first",
         )
     if merged is None:
-        found = f"{what} {name!r}, attached while {on!r} was merged, which it no longer is"
-        raise MergeError(found, "the weights that it was attached to", f"merge {on!r} again")
+        problem = f"{what} {name!r}, attached while {on!r} was merged, which it no longer is"
+        raise MergeError(problem, "the weights that it was attached to", f"merge {on!r} again")
     there = "nothing" if on is None else repr(on)
-    found = f"{what} {name!r}, attached while {there} was merged, and {merged!r}, merged already"
+    problem = f"{what} {name!r}, attached while {there} was merged, and {merged!r}, merged already"
     do = "call veneer.unmerge(model) first; `veneer compose` makes one adapter of several"
-    raise MergeError(found, "the weights that it was attached to", do)
+    raise MergeError(problem, "the weights that it was attached to", do)
 
 
 def kept_bits(model: nn.Module, name: str) -> dict[int, dict[str, Tensor]]:
@@ -339,18 +343,24 @@ def no_weights_change(model: nn.Module, name: str) -> Iterator[str]:
     modules; in words."""
     for path, _, weight, change in changes(model, name):
         if change.module_only:
-            found = f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged as in PEFT"
-            do = "keep the adapter beside the base, or train one with Veneer, which every reader sees"
-            yield sentence(found, "a change of the weight", do)
+            problem = (
+                f"a change of what {path!r} gives, whose {weight!r} others read past it, unchanged"
+                " as in PEFT"
+            )
+            do = (
+                "keep the adapter beside the base, or train one with Veneer, which every reader"
+                " sees"
+            )
+            yield sentence(problem, "a change of the weight", do)
 
     for path, module, part in adapters(model, name):
         for own in part.full._parameters:
             if own in module._parameters and module._parameters[own] is None:
-                found, do = (
+                problem, do = (
                     f"a bias for {path!r}, which has none",
                     "keep the adapter beside the base",
                 )
-                yield sentence(found, "a layer with a bias to merge it into", do)
+                yield sentence(problem, "a layer with a bias to merge it into", do)
 
 
 def _unknown_origins(
@@ -364,18 +374,18 @@ def _unknown_origins(
     for weight in weights:
         whole = weight.values is not None or weight.keeper.tokens is not None
         if id(weight.target) in gone and (whole or weight.keeper.variant.peft_keys):
-            found = f"{weight.where!r}, into which another was merged with keep=False"
+            problem = f"{weight.where!r}, into which another was merged with keep=False"
             expected = f"the weight that {name!r} was attached to"
-            yield sentence(found, expected, "load the base again, and merge with keep=True")
+            yield sentence(problem, expected, "load the base again, and merge with keep=True")
         elif (
             weight.origin is not None
             and not isinstance(weight.target, nn.Parameter)
             and weight.values is not None
         ):
-            found = (
+            problem = (
                 f"{weight.where!r}, statistics that {name!r} and a merged adapter have of their own"
             )
-            yield sentence(found, "changes that add up", "merge one of them alone")
+            yield sentence(problem, "changes that add up", "merge one of them alone")
 
 
 def _content(
@@ -385,7 +395,10 @@ def _content(
     target, storage, values = weight.target, weight.storage, weight.values
     plain = isinstance(target, Tensor)
     if plain and target.is_meta and "_hf_hook" in weight.module.__dict__:
-        do = "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer merge)"
+        do = (
+            "bring it back (accelerate.hooks.remove_hook_from_module), or merge the files (veneer"
+            " merge)"
+        )
         problems.append(
             sentence(
                 f"{weight.where}, whose numbers are elsewhere (offloaded?)",
@@ -395,24 +408,30 @@ def _content(
         )
         return None
     if plain and target.is_inference() and not torch.is_inference_mode_enabled():
-        found = f"{weight.where}, made under torch.inference_mode, which torch lets nobody write outside it"
+        problem = (
+            f"{weight.where}, made under torch.inference_mode, which torch lets nobody write"
+            " outside it"
+        )
         problems.append(
-            sentence(found, "a weight that can be written", "merge under torch.inference_mode too")
+            sentence(
+                problem, "a weight that can be written", "merge under torch.inference_mode too"
+            )
         )
         return None
     if storage.dense_name is None and not has_float64(device := storage.device(target)):
-        found = f"{weight.where}, a weight that is stored packed, on {device}, which has no float64"
+        problem = (
+            f"{weight.where}, a weight that is stored packed, on {device}, which has no float64"
+        )
         problems.append(
             sentence(
-                found, "a device with float64", 'move the model for the merge: model.to("cpu")'
+                problem, "a device with float64", 'move the model for the merge: model.to("cpu")'
             )
         )
         return None
     if values is None:
         return _folded(weight, rounding, moment, problems)
-    if plain and not isinstance(
-        target, nn.Parameter
-    ):  # running statistics and the like: copied as they are
+    # running statistics and the like: copied as they are
+    if plain and not isinstance(target, nn.Parameter):
         return {"values": values.detach().clone()}, None
     exact = double(values)
     if weight.origin is not None:  # its change goes into the weight as it is now
@@ -439,8 +458,8 @@ def _folded(
         or change.layer.apply_forward_rewrite(weight.module, dense) is not dense
     ):
         if moment is not None:
-            found = f"{where}: inputs= of a weight that is rounded as it is stored or read"
-            problems.append(sentence(found, "none: it has no faithful rounding", "leave it out"))
+            problem = f"{where}: inputs= of a weight that is rounded as it is stored or read"
+            problems.append(sentence(problem, "none: it has no faithful rounding", "leave it out"))
         exact = change.changed(weight.target, low, gain, torch.float64)
         return _encoded(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
     matrix = change.layer.unfold(dense, change.dims)
@@ -451,8 +470,8 @@ def _folded(
             if moment.shape == square
             else f"of shape {tuple(moment.shape)}"
         )
-        found, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
-        problems.append(sentence(found, expected, "give that of the inputs of this weight"))
+        problem, expected = f"{where}: inputs= {what}", f"Σ xᵀx of shape {square}, finite"
+        problems.append(sentence(problem, expected, "give that of the inputs of this weight"))
         return None
     if name is None:
         return _onto_grid(weight, matrix, low, gain, rounding, moment, problems)

@@ -50,13 +50,16 @@ class MergeReport:
         }
         others = "".join(f"; {counts[name]} {text}" for name, text in words.items() if counts[name])
         return (
-            f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the change kept after "
-            f"rounding (median), {worst.retention:.2%} at worst ({worst.path}, where it is {worst.change:.1e} of the "
-            f"weight){others}"
+            f"merged {self.adapter!r} into {len(self.layers)} parameters: {median:.2%} of the"
+            f" change kept after rounding (median), {worst.retention:.2%} at worst ({worst.path},"
+            f" where it is {worst.change:.1e} of the weight){others}"
         )
 
     def __str__(self) -> str:
         if not self.layers:
             return self.summary
         plain = "handle.detach(keep_merged=True) leaves a plain one with these weights"
-        return f"{self.summary}\nthe model is still attached; {plain}, which other libraries can save and quantise"
+        return (
+            f"{self.summary}\nthe model is still attached; {plain}, which other libraries can save"
+            " and quantise"
+        )

@@ -101,11 +101,11 @@ def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
     refusals.check_full(names, full, problems, planner.frozen)
     for path, name in {ref for entry in low for ref in entry.holders}:
         if name in full.get(path, ()):
-            found = (
+            problem = (
                 f"{parameter_path(path, name)!r} to be changed and, through a tie, trained in full"
             )
             problems.append(
-                sentence(found, "one of them", "leave one of the tied modules out of train_also")
+                sentence(problem, "one of them", "leave one of the tied modules out of train_also")
             )
     problems += overlaps(names, changed_refs(low, full))
     raise_all(TargetError, "Nothing was attached", problems)
@@ -146,8 +146,8 @@ class _Planner:
         for path in (
             dict.fromkeys(path for path, _ in targets if path in self.also) if explicit else ()
         ):
-            found = f"{path!r} in targets and in train_also"
-            self.problems.append(sentence(found, "one of them", "leave it out of the other"))
+            problem = f"{path!r} in targets and in train_also"
+            self.problems.append(sentence(problem, "one of them", "leave it out of the other"))
         head = [] if explicit else self.untrained_head()
         targets = [ref for ref in targets if ref[0] not in self.also and ref not in head]
         targets = self.attachable(targets) if "all" in self.words else targets
@@ -229,7 +229,10 @@ class _Planner:
             owner = refusals.holders_of(self.names, ref, by_identity)[0]
             found[ref] = replace(spec, tokens=tokens.pop(owner, None))
             if found[ref].tokens and self.config.dropout:
-                what = f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of {owner[0]!r}"
+                what = (
+                    f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of"
+                    f" {owner[0]!r}"
+                )
                 do = "use dropout=0, or exclude it from the targets"
                 self.problems.append(
                     sentence(what, "one of them: trained rows are never dropped", do)
@@ -256,8 +259,8 @@ class _Planner:
             if names.modules[path]._parameters.get("bias") is not None
         ]
         if bias != "none" and not biases:
-            found = f"bias={bias!r} and no bias there"
-            self.problems.append(sentence(found, "at least one bias to train", 'use bias="none"'))
+            problem = f"bias={bias!r} and no bias there"
+            self.problems.append(sentence(problem, "at least one bias to train", 'use bias="none"'))
         for path, name in (*vectors, *biases):
             full.setdefault(path, []).append(name)
         return with_ties(names, full)
@@ -349,10 +352,10 @@ def _low_plan(
     if spec.slices is not None:
         rows = _rows(spec.slices, dims)
         if rows is None:
-            found = f"slices {list(spec.slices)!r} for {where}, which has {dims.out} outputs"
+            problem = f"slices {list(spec.slices)!r} for {where}, which has {dims.out} outputs"
             expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
             problems.append(
-                sentence(found, expected, "correct them, for instance [True, False, True]")
+                sentence(problem, expected, "correct them, for instance [True, False, True]")
             )
             return None
     if spec.tokens is not None:
@@ -363,9 +366,9 @@ def _low_plan(
     largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
     rank = min(spec.rank, largest) if spec.clamp else spec.rank
     if rank > largest:
-        found = f"rank {rank} for {where}, (groups, out, in) = {tuple(dims)}"
+        problem = f"rank {rank} for {where}, (groups, out, in) = {tuple(dims)}"
         do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
-        problems.append(sentence(found, f"at most {largest}, what its weight allows", do))
+        problems.append(sentence(problem, f"at most {largest}, what its weight allows", do))
         return None
     past = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
     above = () if spec.module_only else tuple(dict.fromkeys(past))

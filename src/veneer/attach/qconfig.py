@@ -30,18 +30,23 @@ class Qconfig:
             raise AttributeError("qconfig") from None
 
     def __set__(self, module: Any, value: Any) -> None:
-        if (
-            value is None
-        ):  # what torch gives a class that it does not know; kept, it would hold for the plain layer too
+        # what torch gives a class that it does not know; kept, it would hold for the plain layer
+        # too
+        if value is None:
             module.__dict__.pop("qconfig", None)
         else:
             module.__dict__["qconfig"] = value
-        found = "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the exact class"
-        do = "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a plain model"
-        text = sentence(found, "plain layers to quantise", do)
-        warn_caller(
-            text, NotQuantized, within=("veneer", "torch", "typing_extensions")
-        )  # torch's own wrapper
+        problem = (
+            "adapted layers, which torch.ao.quantization leaves in floating point: it goes by the"
+            " exact class"
+        )
+        do = (
+            "merge, and then handle.detach(keep_merged=True), which leaves the merged weights in a"
+            " plain model"
+        )
+        text = sentence(problem, "plain layers to quantise", do)
+        # torch's own wrapper
+        warn_caller(text, NotQuantized, within=("veneer", "torch", "typing_extensions"))
 
     def __delete__(self, module: Any) -> None:
         del module.__dict__["qconfig"]

@@ -64,8 +64,8 @@ class Reference(nn.Module):
     def _check(self) -> None:
         attached = need_adapters(self._root, self._adapter, walk=False)
         if attached.merged is not None:
-            found = f"{attached.merged!r} merged into the weights of a reference model"
-            raise MergeError(found, "an unmerged model", "call veneer.unmerge first")
+            problem = f"{attached.merged!r} merged into the weights of a reference model"
+            raise MergeError(problem, "an unmerged model", "call veneer.unmerge first")
 
     @contextmanager
     def selected(self) -> Iterator[None]:
@@ -176,8 +176,7 @@ def _changes_nothing(model: nn.Module, name: str) -> bool:
                 return False
     for _, module, weight, change in changes(model, name):
         low, gain = change.resolve(weight_of(module, weight))
-        if gain is not None or bool(
-            (low.B.any(1) & low.A.any(2)).any()
-        ):  # a column of B and its row of A
+        # a column of B and its row of A
+        if gain is not None or bool((low.B.any(1) & low.A.any(2)).any()):
             return False
     return True

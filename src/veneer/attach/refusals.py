@@ -78,7 +78,10 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
         )
     stem, _, ending = name.rpartition("_")
     if ending in ("v", "g", "orig") and isinstance(module.__dict__.get(stem), Tensor):
-        found = f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen (weight_norm, prune?)"
+        found = (
+            f"{what}, of whose {name!r} a hook computes {stem!r} before any adapter is seen"
+            " (weight_norm, prune?)"
+        )
         return sentence(
             found, "a parametrization of torch.nn.utils.parametrize", "leave it out, or use that"
         )
@@ -96,7 +99,10 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
             "run it on an example",
         )
     if storage_of(weight) is None:
-        found = f"{what}, whose weight is stored as {type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
+        found = (
+            f"{what}, whose weight is stored as {type(weight).__name__} of"
+            f" {getattr(weight, 'dtype', 'no dtype')}"
+        )
         return sentence(
             found,
             "a floating-point parameter",
@@ -116,8 +122,8 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
     said = unreadable(module)
     if said is None:
         return None
-    found = f"{path!r}, a {own_class(module).__name__}, {said[0]}"
-    return sentence(found, "weights in a floating-point dtype", f"{said[1]}, or leave it out")
+    problem = f"{path!r}, a {own_class(module).__name__}, {said[0]}"
+    return sentence(problem, "weights in a floating-point dtype", f"{said[1]}, or leave it out")
 
 
 def _misread(model: nn.Module) -> str | None:
@@ -135,9 +141,15 @@ def _misread(model: nn.Module) -> str | None:
     ]
     if not odd:
         return None
-    found = f"{listing(odd, 3)} in 4 bits on a CPU, whose rows are no whole blocks: bitsandbytes reads them with the "
-    do = "move the model to a GPU, quantise it to int8, or leave these layers out of it (llm_int8_skip_modules)"
-    return sentence(f"{found}scales of other blocks", "a base that answers by its weights", do)
+    problem = (
+        f"{listing(odd, 3)} in 4 bits on a CPU, whose rows are no whole blocks: bitsandbytes reads"
+        " them with the "
+    )
+    do = (
+        "move the model to a GPU, quantise it to int8, or leave these layers out of it"
+        " (llm_int8_skip_modules)"
+    )
+    return sentence(f"{problem}scales of other blocks", "a base that answers by its weights", do)
 
 
 def _readers_refuse(names: Names, path: str, name: str) -> str | None:
@@ -208,10 +220,8 @@ def check_full(
             if parameter is None:
                 found = f"{path}.{name} trained in full, which is computed by a parametrization"
                 problems.append(sentence(found, "a plain parameter", "leave it out"))
-            elif (
-                problem := None
-                if parameter.is_floating_point()
-                else unreadable_problem(path, module)
+            elif problem := (
+                None if parameter.is_floating_point() else unreadable_problem(path, module)
             ):
                 problems.append(problem)
             elif not parameter.is_floating_point():
@@ -221,7 +231,10 @@ def check_full(
             elif parameter.is_meta and not names.on_meta_device:
                 problems.append(sentence(f"{where} on the meta device", "numbers", "load it first"))
             elif id(parameter) in frozen:
-                found = f"{where} trained in full, which you froze (requires_grad=False) among parameters that train"
+                found = (
+                    f"{where} trained in full, which you froze (requires_grad=False) among"
+                    " parameters that train"
+                )
                 problems.append(
                     sentence(found, "one that may be trained", "leave it out, or unfreeze it first")
                 )

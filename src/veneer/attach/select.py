@@ -89,12 +89,12 @@ class use:
 
     def __exit__(self, *_: object) -> None:
         if not context.leave(self):
-            found = (
+            problem = (
                 f"`veneer.use(…, {self._name!r})` left out of order, "
                 "or in another thread or task than it was entered"
             )
             do = "leave blocks where they were entered, the last one first, as `with` does"
-            raise SelectionError(found, "the block that was entered last here", do)
+            raise SelectionError(problem, "the block that was entered last here", do)
 
     def _outside(self) -> OutsideGenerator:
         return OutsideGenerator(f"veneer.use(…, {self._name!r})")
@@ -111,7 +111,8 @@ class use:
         # A bare call looks like a switch that stays on, and would silently do nothing.
         if not getattr(self, "_entered", True):
             warnings.warn(
-                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did nothing",
+                f"veneer.use(…, {self._name!r}) selects only inside a `with` block; this call did"
+                " nothing",
                 stacklevel=2,
             )
 
@@ -145,11 +146,11 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
         raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
     finite_weights(choice)
     if None in choice:
-        found, expected = (
+        problem, expected = (
             "the weight of None in a blend",
             "names alone: what is missing to 1 is the base's anyway",
         )
-        raise SelectionError(found, expected, "leave it out")
+        raise SelectionError(problem, expected, "leave it out")
     uses = [(selected(model, name), weight) for name, weight in choice.items()]
     uses = [(active, weight) for active, weight in uses if weight]
     return blended(uses) if uses else BASE

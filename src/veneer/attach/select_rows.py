@@ -68,8 +68,8 @@ class Parts(Mapping[Any, Any]):
         #: False: every row uses the base alone, and layers only see whether there are so many rows
         self.adapted = any(selected is not BASE for selected in selections)
         self.order = torch.cat(list(rows)).argsort()
-        # : of each of the selections the first row and the one after the last, if its rows are
-        # neighbours, in order
+        #: of each of the selections the first row and the one after the last, if its rows are
+        #: neighbours, in order
         self.spans = _spans(rows)
         self._moved: dict[torch.device, tuple[Sequence[Tensor], Tensor]] = {}
         self._made: dict[Any, Tensor] = {}
@@ -78,9 +78,8 @@ class Parts(Mapping[Any, Any]):
         self.of_row = [places[row] for row in range(count)]
 
     def __getitem__(self, key: Any) -> Any:
-        parts = [
-            selected.table.get(key) for selected in self.selections
-        ]  # or an error: one is gone
+        # or an error: one is gone
+        parts = [selected.table.get(key) for selected in self.selections]
         known = self._by_rows.get(key)
         if known is None or known.parts != parts:
             if all(part is None for part in parts) and self.adapted:
@@ -223,9 +222,8 @@ class _ByRows:
             self.whole,
             (layer_state.layer if method == "forward" else None) or LAYERS[GENERAL],
         )
-        alone = all(
-            child is layer_state for child in module._modules.values()
-        )  # nobody below asks what is selected
+        # nobody below asks what is selected
+        alone = all(child is layer_state for child in module._modules.values())
         tokens = tokens_a_row(module, (args, kwargs), whole.count) if kind.name == GENERAL else None
         if tokens is not None and tokens > 1 and whole.time_first:
             tokens = None
@@ -521,9 +519,11 @@ class _ByRows:
         )
         masks = not alone and len(leaves) > 1
         unclear = any(
-            masks
-            if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
-            else self.whole.time_first
+            (
+                masks
+                if x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
+                else self.whole.time_first
+            )
             for x in leaves
             if x.shape[:2] == square
         )

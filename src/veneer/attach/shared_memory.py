@@ -34,11 +34,11 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
         seen.add(id(parameter))
         where = ".".join(ref).lstrip(".")
         if id(parameter) in chosen and _overlaps_itself(parameter):
-            found = (
+            problem = (
                 f"{where!r}, several elements of which are the same memory (an expanded tensor?)"
             )
             yield sentence(
-                found,
+                problem,
                 "a weight whose elements can change one by one",
                 f"set {where} to a clone of it",
             )
@@ -50,9 +50,9 @@ def overlaps(names: Names, refs: Iterable[ParamRef]) -> Iterator[str]:
             parameters[max(one, other)],
         )
         if chosen & {id(weight), id(another)} and _common(weight, another):
-            found = f"{first!r} and {second!r}, two parameters that share memory"
+            problem = f"{first!r} and {second!r}, two parameters that share memory"
             do = f"tie them properly (`{second} = {first}`, one parameter), or clone one of them"
-            yield sentence(found, "one parameter, or two with memory of their own", do)
+            yield sentence(problem, "one parameter, or two with memory of their own", do)
 
 
 def _ends(tensor: Tensor) -> tuple[int, int] | None:

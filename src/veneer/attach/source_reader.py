@@ -37,8 +37,8 @@ _ABOUT = {
 }
 _ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
 
-# : Calls that give what they are given, one after the other; the tables and methods of a module
-# that give what is in it.
+#: Calls that give what they are given, one after the other; the tables and methods of a module
+#: that give what is in it.
 _SAME = {"list", "tuple", "iter", "reversed", "sorted"}
 _TABLES = {"_modules", "_parameters", "_buffers"}
 _VALUES = {"values", "children"}
@@ -223,9 +223,9 @@ class Reader(ast.NodeVisitor):
                 left = _of_every_module(node.attr) or (
                     node.attr == "forward" and not self.follow_forward
                 )
-                return (None if left else plain(found)), [] if isinstance(
-                    found, staticmethod
-                ) else [{()}]
+                return (None if left else plain(found)), (
+                    [] if isinstance(found, staticmethod) else [{()}]
+                )
         known = self.known(node)
         function = plain(known) if isinstance(known, FunctionType | staticmethod) else None
         return (None if function is None or of_torch(function.__module__) else function), []

@@ -74,14 +74,15 @@ class OutsideGenerator(ActiveAdapter):
         self.block = block
 
     def refusal(self) -> SelectionError:
-        found = f"a call outside of a generator that is suspended inside of `with {self.block}:`"
+        problem = f"a call outside of a generator that is suspended inside of `with {self.block}:`"
         expected = "a call inside of that block, or one that selects for itself"
         do = (
-            "decorate the generator function instead (`@veneer.use(model, name)`: it then selects in its steps alone), "
-            "or put this call into a `with veneer.use(model, name):` of its own; a generator whose block is to hold "
-            "for its caller is a `contextlib.contextmanager`"
+            "decorate the generator function instead (`@veneer.use(model, name)`: it then selects"
+            " in its steps alone), or put this call into a `with veneer.use(model, name):` of its"
+            " own; a generator whose block is to hold for its caller is a"
+            " `contextlib.contextmanager`"
         )
-        return SelectionError(found, expected, do)
+        return SelectionError(problem, expected, do)
 
 
 BASE = ActiveAdapter(None, {})
@@ -104,14 +105,14 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
 
 def detached(name: str | None) -> SelectionError:
     """The error of a call whose adapter is gone."""
-    found = f"a call that selects {name!r}, which was detached"
+    problem = f"a call that selects {name!r}, which was detached"
     return SelectionError(
-        found, "an adapter that stays until the call has ended", "detach it later"
+        problem, "an adapter that stays until the call has ended", "detach it later"
     )
 
 
-# : between the names of adapters that were merged one over the other, of which the upper one was
-# attached without the
+#: between the names of adapters that were merged one over the other, of which the upper one was
+#: attached without the
 #: lower; no adapter's name has it, so that no adapter is one of such weights
 OVER = " + "
 
@@ -126,7 +127,8 @@ class ModelAdapters:
     weights of which a copy is kept may have been written. ``untied``: what is to be tied again with
     the last adapter (``weight_tying.Untied``)."""
 
-    #: the adapter of calls that select none (``veneer.set_default``); None: the only one, if there is one
+    #: the adapter of calls that select none (``veneer.set_default``); None: the only one, if there
+    #: is one
     default_name: str | None = None
     root: weakref.ref[nn.Module] | None = None
     merging = False
@@ -212,15 +214,14 @@ class ModelAdapters:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
         made = memo[id(self)] = object.__new__(ModelAdapters)
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if (
-            self.root is not None and (root := memo.get(id(self.root()))) is not None
-        ):  # the whole model is copied
+        # the whole model is copied
+        if self.root is not None and (root := memo.get(id(self.root()))) is not None:
             made.claim(root)
         return made
 
 
-# : Those of copies that have not been seen at the root of a model: of layers that were copied out
-# of one, which may by
+#: Those of copies that have not been seen at the root of a model: of layers that were copied out
+#: of one, which may by
 #: now be in another, or in the same.
 STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
@@ -264,22 +265,28 @@ class LayerState(nn.Module):
         if chosen.parts is None and chosen.name is not None:
             return chosen.refusal()
         if chosen.parts is None:
-            found = f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and none selected"
-            do = "call the model inside `with veneer.use(model, name):`, or veneer.set_default(model, name) once"
-            return SelectionError(found, "one selected adapter, or None for the base", do)
+            problem = (
+                f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and"
+                " none selected"
+            )
+            do = (
+                "call the model inside `with veneer.use(model, name):`, or"
+                " veneer.set_default(model, name) once"
+            )
+            return SelectionError(problem, "one selected adapter, or None for the base", do)
         if merged is None:
-            found = (
+            problem = (
                 f"a call that selects {chosen.name!r}, attached while {chosen.on!r} was merged, "
                 "which it no longer is"
             )
             return SelectionError(
-                found, "the weights that it was attached to", f"merge {chosen.on!r} again"
+                problem, "the weights that it was attached to", f"merge {chosen.on!r} again"
             )
-        found = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
+        problem = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
         if self.attached.stacked:
             expected = "a call without a selection, which has all that is merged"
-        return SelectionError(found, expected, "call veneer.unmerge(model) first")
+        return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> LayerAdapter | None:
         """The part of this adapter here."""

@@ -46,7 +46,8 @@ class Summary:
     def __str__(self) -> str:
         width = max(len(row.kind) for row in self.rows) if self.rows else 0
         lines = [
-            f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers  {size(row.bytes):>10}"
+            f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers "
+            f" {size(row.bytes):>10}"
             for row in self.rows
         ]
         share = f"{self.percent:.3f} % of the base's {self.total:,}"
@@ -55,14 +56,15 @@ class Summary:
         lines = [f"adapter {self.adapter!r}{default}", *lines, total]
         if self.left_out:
             lines.append(
-                f'  "all-linear" leaves out {self.left_out}: name them in targets, or use targets="all"'
+                f'  "all-linear" leaves out {self.left_out}: name them in targets, or use'
+                ' targets="all"'
             )
         return "\n".join(lines)
 
 
 def summarise(model: nn.Module, name: str | None = None) -> Summary:
-    """The summary of one adapter (None: the default, or the only one). The base's total counts tied weights once,
-    and no adapter."""
+    """The summary of one adapter (None: the default, or the only one). The base's total counts tied
+    weights once, and no adapter."""
     model = unwrap(model)
     name = only_name(model, name)
     counts: dict[str, list[int]] = {}

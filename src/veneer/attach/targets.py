@@ -177,8 +177,8 @@ def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]
             kept = {index % count for index in config.layers}
             chosen = [ref for ref in chosen if _block(ref[0]) in kept]
     if not chosen and not problems and config.targets != ():  # of trained tokens alone
-        found = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
-        problems.append(sentence(found, "at least one target", "exclude less"))
+        problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
+        problems.append(sentence(problem, "at least one target", "exclude less"))
     return chosen, problems
 
 
@@ -307,7 +307,10 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             )
             problems.append(sentence(what, "modules or parameters", do))
         elif not refs and pattern in WORDS:
-            what = f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but {_types(names)}"
+            what = (
+                f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but"
+                f" {_types(names)}"
+            )
             do = f'use targets="all", or name layers such as {names.leaves()}'
             problems.append(sentence(what, "at least one such layer", do))
         elif not refs:

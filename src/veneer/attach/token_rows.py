@@ -50,6 +50,7 @@ def with_rows(
         low = LowRank(low.A.index_fill(2, ids, 0), low.B, low.scale)
     else:
         low = LowRank(low.A, low.B.index_fill(1, ids, 0), low.scale)
-    return LowRank(
-        torch.cat([low.A, A[None]], 1), torch.cat([low.B * low.scale, B[None]], 2), 1.0
-    ), gain
+    return (
+        LowRank(torch.cat([low.A, A[None]], 1), torch.cat([low.B * low.scale, B[None]], 2), 1.0),
+        gain,
+    )

@@ -35,7 +35,10 @@ def wanted(names: Names, tokens: Any, problems: list[str]) -> dict[ParamRef, tup
         owner = holders_of(names, (path, kind.weight), by_identity)[0]
         own = tuple(sorted(ids))
         if found.setdefault(owner, own) != own:
-            what = f"other trainable_tokens for {path!r} than for {parameter_path(*owner)!r}, whose weight it shares"
+            what = (
+                f"other trainable_tokens for {path!r} than for {parameter_path(*owner)!r}, whose"
+                " weight it shares"
+            )
             problems.append(
                 sentence(
                     what, "the same for every name of one weight", "name one of them, or untie them"
@@ -51,7 +54,10 @@ def _by_module(
         for pattern, ids in tokens.items():
             matching = names.matching(pattern)
             if not matching:
-                what = f"trainable_tokens of {pattern!r}, which matches no module{names.suggest(pattern)}"
+                what = (
+                    f"trainable_tokens of {pattern!r}, which matches no"
+                    f" module{names.suggest(pattern)}"
+                )
                 problems.append(
                     sentence(
                         what, "an embedding or a head", f"name one of {listing(_tables(names))}"
@@ -61,7 +67,10 @@ def _by_module(
     elif tokens:
         path = _input_embedding(names)
         if path is None:
-            what = f"trainable_tokens without a path, for a model with {listing(_tables(names)) or 'no embedding'}"
+            what = (
+                "trainable_tokens without a path, for a model with"
+                f" {listing(_tables(names)) or 'no embedding'}"
+            )
             problems.append(sentence(what, "the one embedding of its inputs", "give {path: ids}"))
         else:
             yield path, tokens
@@ -102,7 +111,10 @@ def token_problems(
         module = names.modules[path]
         kind = kind_for(module, name)
         if kind.name not in KINDS:
-            found = f"trainable_tokens of {where!r}, which {path!r} ({own_class(module).__name__}) reads in another way"
+            problem = (
+                f"trainable_tokens of {where!r}, which {path!r} ({own_class(module).__name__})"
+                " reads in another way"
+            )
             yield sentence(
-                found, "embeddings and linear heads", "untie it, or leave these tokens out"
+                problem, "embeddings and linear heads", "untie it, or leave these tokens out"
             )

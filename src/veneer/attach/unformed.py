@@ -39,8 +39,8 @@ from veneer.lowrank import LowRank
 #: what a part of a stack is: all of it, one matrix, or these matrices [S]
 Index = int | Tensor | None
 
-# : torch's function, or the qualified name of a library's -> what does the same with an
-# ``Unformed``: (the function,
+#: torch's function, or the qualified name of a library's -> what does the same with an
+#: ``Unformed``: (the function,
 #: its arguments) -> a result, or ``NotImplemented``
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 

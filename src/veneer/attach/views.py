@@ -164,10 +164,11 @@ def _view_read_below(
         return module  # a module further above has made this view
     if layer_state is None:
         raise detached("the selected one")
+    # its own methods run on the view too
     for read_below in (
         own.read_below,
         *own.entries.values(),
-    ):  # its own methods run on the view too
+    ):
         parts = {**read_below, **parts}
     values = {**own.replacements(module), **own.changed(module, wide=False)}
     return _seen(
@@ -180,8 +181,8 @@ def _view_read_below(
     )
 
 
-# : a module, its view for one call, what the view's attributes were before it, and the values in
-# place of the module's
+#: a module, its view for one call, what the view's attributes were before it, and the values in
+#: place of the module's
 _Made = tuple[nn.Module, nn.Module, Mapping[str, Any], Mapping[str, Tensor]]
 
 
@@ -242,9 +243,8 @@ def view(
     if WRAPPED in seen.__dict__ and wrapped_forward(module):  # of the view, as it is of the module
         seen.__dict__[WRAPPED] = MethodType(base.forward, seen)
         seen.__dict__["forward"] = partial(seen.__dict__["forward"].func, seen)
-    if (
-        KEPT in seen.__dict__
-    ):  # what is around it moves inputs to the device of the module, which has run already
+    # what is around it moves inputs to the device of the module, which has run already
+    if KEPT in seen.__dict__:
         seen.__dict__["forward"] = MethodType(
             base.forward if base is not type(module) else seen.__dict__[KEPT], seen
         )

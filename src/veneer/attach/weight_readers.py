@@ -127,8 +127,8 @@ def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
 
 #: What of a class may read a weight when it is used.
 _READERS = (FunctionType, property, functools.cached_property)
-# : Methods of transformers' models that write files or make weights, and compute nothing with them;
-# long to read.
+#: Methods of transformers' models that write files or make weights, and compute nothing with them;
+#: long to read.
 _NO_READERS = {
     "save_pretrained",
     "push_to_hub",

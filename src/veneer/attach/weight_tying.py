@@ -25,9 +25,10 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.errors import AdapterError, listing, sentence
 
 UNTIE = (
-    "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie the base first "
-    "(config.tie_word_embeddings = False, and a copy for the head: "
-    "`model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and merge into that"
+    "merge it in memory (veneer.load unties such names, and save_pretrained writes both), or untie"
+    " the base first (config.tie_word_embeddings = False, and a copy for the head:"
+    " `model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())`), save it, and"
+    " merge into that"
 )
 
 
@@ -117,9 +118,9 @@ def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
     if packed := [
         ref for (ref, _), own in zip(made, weights, strict=True) if type(own) is not nn.Parameter
     ]:
-        found = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
+        problem = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
         raise AdapterError(
-            found, "a plain weight to untie", "untie the base before it is quantised"
+            problem, "a plain weight to untie", "untie the base before it is quantised"
         )
     for ((path, name), _), own in zip(made, weights, strict=True):
         copy = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)

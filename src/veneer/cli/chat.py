@@ -207,8 +207,8 @@ class Conversation:
             if name.endswith("_command")
         }
         if word not in commands:
-            found = f"/{word}{nearest(word, [*commands, 'quit'])}"
-            raise ConfigError(found, "a command", "say /help, or begin a text with two slashes")
+            problem = f"/{word}{nearest(word, [*commands, 'quit'])}"
+            raise ConfigError(problem, "a command", "say /help, or begin a text with two slashes")
         commands[word](rest.strip())
         return True
 
@@ -217,8 +217,8 @@ class Conversation:
             self.note(f"Adapters: {', '.join(self.names) or 'none'}. {self.label} answers.")
             return
         if name not in self.names:
-            found = f"no adapter {name!r}{nearest(name, self.names)}"
-            raise SelectionError(found, self._expected(), "choose one of these")
+            problem = f"no adapter {name!r}{nearest(name, self.names)}"
+            raise SelectionError(problem, self._expected(), "choose one of these")
         self.choice = name
         self.note(f"{self.label} answers.")
 
@@ -258,9 +258,9 @@ class Conversation:
 
     def system_command(self, text: str) -> None:
         if text and not self.templated:
-            found = "a system message, and a base without a chat template"
+            problem = "a system message, and a base without a chat template"
             raise ConfigError(
-                found, "a base with one", "leave it out: the base continues what you write"
+                problem, "a base with one", "leave it out: the base continues what you write"
             )
         self.system = text or None
         self.note("There is a system message." if text else "There is no system message.")
@@ -276,9 +276,9 @@ class Conversation:
             do = "say, for instance, /save 'my chats.jsonl'"
             raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
         if len(words) != 1 or not self.turns:
-            found = f"/save {text}" if len(words) != 1 else "/save before anything was said"
+            problem = f"/save {text}" if len(words) != 1 else "/save before anything was said"
             raise ConfigError(
-                found, "a file for a conversation", "say, for instance, /save chats.jsonl"
+                problem, "a file for a conversation", "say, for instance, /save chats.jsonl"
             )
         said = self.history(self.label)
         row = {"messages": said} if self.templated else {"text": said}
@@ -354,9 +354,9 @@ class Conversation:
         sampling = dict(self.sampling)
         if context is not None:
             if tokens >= context:
-                found = f"a conversation of {tokens:,} tokens"
+                problem = f"a conversation of {tokens:,} tokens"
                 raise DataError(
-                    found, f"fewer than {context:,}, the model's context", "say /reset, or less"
+                    problem, f"fewer than {context:,}, the model's context", "say /reset, or less"
                 )
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))

@@ -118,9 +118,9 @@ def _repair(
     pairs = [split_weight(text) for text in adapters]
     given = [flag for flag, value in others.items() if value]
     if len(pairs) != 1 or pairs[0][1] != 1 or given:
-        found = f"--repair with {given[0]}" if given else f"--repair of {' '.join(adapters)}"
+        problem = f"--repair with {given[0]}" if given else f"--repair of {' '.join(adapters)}"
         raise ConfigError(
-            found, "one adapter as it is", "compose first, and repair what that wrote"
+            problem, "one adapter as it is", "compose first, and repair what that wrote"
         )
     if base is None:
         raise ConfigError(

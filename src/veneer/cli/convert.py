@@ -28,7 +28,10 @@ def convert_command(
     base: Annotated[
         str | None,
         Option(
-            help="Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's folder too."
+            help=(
+                "Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's"
+                " folder too."
+            )
         ),
     ] = None,
     dtype: Annotated[

@@ -99,7 +99,8 @@ def eval_command(
 
     if only_adapter and adapter is None:
         raise ConfigError(
-            "Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's folder."
+            "Found: --only-adapter without --adapter. Expected: both. Do: name the adapter's"
+            " folder."
         )
     setup_logging()
     loading = {

@@ -30,8 +30,11 @@ def extract_command(
     keep: Annotated[
         list[str] | None,
         Option(
-            help="What is written whole: auto (changed norms, biases and the like), none, lossy (also weights that "
-            "keep too little), or patterns beside them; comma separated (default: auto)."
+            help=(
+                "What is written whole: auto (changed norms, biases and the like), none, lossy"
+                " (also weights that "
+                "keep too little), or patterns beside them; comma separated (default: auto)."
+            )
         ),
     ] = None,
     least: Annotated[

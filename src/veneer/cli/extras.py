@@ -7,8 +7,8 @@ from importlib import metadata
 
 #: modules that are named otherwise than the package that holds them
 _PACKAGES = {"yaml": "pyyaml", "google": "protobuf"}
-# : of several optional parts that hold a package, the first of these is meant: each contains those
-# before it
+#: of several optional parts that hold a package, the first of these is meant: each contains those
+#: before it
 _ORDER = ("cli", "train", "serve", "remote")
 
 
@@ -38,4 +38,7 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     if extra is None:
         return None
     package = str(error.name).partition(".")[0]
-    return f"Found: no Python package {package!r}. Expected: veneer[{extra}]. Do: pip install 'veneer[{extra}]'."
+    return (
+        f"Found: no Python package {package!r}. Expected: veneer[{extra}]. Do: pip install"
+        f" 'veneer[{extra}]'."
+    )

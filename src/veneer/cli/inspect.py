@@ -34,13 +34,19 @@ def inspect_command(
     data: Annotated[
         str | None,
         Option(
-            help="For the report. Held-out rows of the task: what smaller ranks and a repair lose there."
+            help=(
+                "For the report. Held-out rows of the task: what smaller ranks and a repair lose"
+                " there."
+            )
         ),
     ] = None,
     general: Annotated[
         str | None,
         Option(
-            help="For the report. General text (.txt, .jsonl): what was forgotten, what a repair regains."
+            help=(
+                "For the report. General text (.txt, .jsonl): what was forgotten, what a repair"
+                " regains."
+            )
         ),
     ] = None,
     intruders: Annotated[
@@ -112,7 +118,7 @@ def _facts(saved: Any) -> dict[str, Any]:
         "alpha": saved.peft_config["lora_alpha"],  # the config's may be None: the variant's default
         "parameters": saved.parameters,
         "bytes": sum(file.stat().st_size for file in saved.path.iterdir() if file.is_file()),
-        "targets": Counter(path.rsplit(".", 1)[-1] for path in (products or needs_base_shapes)),
+        "targets": Counter(path.rsplit(".", 1)[-1] for path in products or needs_base_shapes),
         "trained_in_full": sorted(saved.full),
         "norms": {path: float(change.norm()) for path, change in products.items()},
         "provenance": saved.metadata.get("provenance", {}),
@@ -150,17 +156,25 @@ def _head(facts: dict[str, Any]) -> Any:
     )
     rows = {
         "adapter": f"{facts['path']}{unverified}",
-        "base": f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}{packed}",
+        "base": (
+            f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}{packed}"
+        ),
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
-        "variant": f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout {config['dropout']}",
-        "targets": ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items())
-        or "none",
+        "variant": (
+            f"{config['variant']}, rank {config['rank']}, alpha {facts['alpha']:g}, dropout"
+            f" {config['dropout']}"
+        ),
+        "targets": (
+            ", ".join(f"{kind} × {count}" for kind, count in facts["targets"].items()) or "none"
+        ),
         **({"in full": ", ".join(facts["trained_in_full"])} if facts["trained_in_full"] else {}),
         "size": f"{facts['parameters']:,} numbers, {size(facts['bytes'])}",
         **({"training": ", ".join(training)} if training else {}),
-        "written by": ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        or "unknown",
+        "written by": (
+            ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+            or "unknown"
+        ),
     }
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)

@@ -49,9 +49,9 @@ def write_report(saved: Any, asked: Asked) -> dict[str, Any]:
         name: source for name in ("data", "general") if (source := getattr(asked, name)) is not None
     }
     if asked.report.suffix.lower() not in (".html", ".htm") or not asked.report.parent.is_dir():
-        found = f"--report {asked.report}"
+        problem = f"--report {asked.report}"
         raise ConfigError(
-            found, "a file .html in a folder that exists", "name, for instance, report.html"
+            problem, "a file .html in a folder that exists", "name, for instance, report.html"
         )
     if measures and asked.base is None:
         raise ConfigError(
@@ -132,16 +132,18 @@ def _losses(
     rows.append(measured("adapter", None, None, handle.use))
     note = None
     if saved.tokens:
-        note = "It trains tokens, which no truncation and no repair has a place for, so that none was measured."
+        note = (
+            "It trains tokens, which no truncation and no repair has a place for, so that none was"
+            " measured."
+        )
     else:
         handle.detach()
         with TemporaryDirectory() as folder:
             for what, at, removed, path in _derived(
                 saved, report, "data" in examples, files, Path(folder)
             ):
-                derived = veneer.load(
-                    loaded.model, path, verify_base=False
-                )  # its base was proven above
+                # its base was proven above
+                derived = veneer.load(loaded.model, path, verify_base=False)
                 names = ["data"] if what == "rank" else None
                 rows.append(measured(what, at, removed, derived.use, names))
                 derived.detach()

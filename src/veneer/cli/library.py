@@ -140,11 +140,13 @@ def gc_command(
     if rebuild:
         made = store.rebuild()
         out.print(
-            f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost {listing(made.lost)}"
+            f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost"
+            f" {listing(made.lost)}"
         )
     done = store.gc(grace=grace)
     out.print(
-        f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all {size(done.freed)}"
+        f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all"
+        f" {size(done.freed)}"
     )
 
 

@@ -15,8 +15,10 @@ Paths = Annotated[
     list[str],
     Argument(
         metavar="BASE ADAPTER... OUT",
-        help="The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME or remote "
-        "places), each with =WEIGHT behind it if that is not 1; the new folder.",
+        help=(
+            "The base (folder, .gguf file, package:NAME or hub id); adapters (folders, library:NAME"
+            " or remote places), each with =WEIGHT behind it if that is not 1; the new folder."
+        ),
     ),
 ]
 MergedPrecision = Annotated[
@@ -28,8 +30,10 @@ MergedPrecision = Annotated[
 Rounding = Annotated[
     Literal["auto", "nearest", "faithful"],
     Option(
-        help="How to round to 16 bits. faithful: up or down so that the change survives; auto: where nearest would "
-        "lose more than 1 % of it."
+        help=(
+            "How to round to 16 bits. faithful: up or down so that the change survives; auto: where"
+            " nearest would lose more than 1 % of it."
+        )
     ),
 ]
 VerifyBase = Annotated[
@@ -78,9 +82,9 @@ def merge_command(
     from veneer.tools.merge_checkpoint import merge_checkpoint, prove
 
     if len(paths) < 3:
-        found = f"{len(paths)} paths ({' '.join(paths)})"
+        problem = f"{len(paths)} paths ({' '.join(paths)})"
         raise ConfigError(
-            found, "a base, one or more adapters, and a new folder", "name them in this order"
+            problem, "a base, one or more adapters, and a new folder", "name them in this order"
         )
     setup_logging()
     base, *adapters, output = paths
@@ -107,7 +111,8 @@ def merge_command(
     out.print(str(done), soft_wrap=True)
     for layer in sorted(done.report.layers, key=lambda layer: layer.retention)[:layers]:
         out.print(
-            f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept ({layer.rounding})"
+            f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept"
+            f" ({layer.rounding})"
         )
     if verify:
         out.print(f"verified: {count} tensors are what they must be")

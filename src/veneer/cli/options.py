@@ -34,7 +34,10 @@ Adapter = Annotated[str, Argument(help=ADAPTER_HELP)]
 Library = Annotated[
     Path | None,
     Option(
-        help="Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in $XDG_DATA_HOME)."
+        help=(
+            "Folder of the library (default: $VENEER_LIBRARY, or veneer/adapters in"
+            " $XDG_DATA_HOME)."
+        )
     ),
 ]
 Precision = Annotated[
@@ -64,14 +67,20 @@ TrustRemoteCode = Annotated[
     bool,
     Option(
         "--trust-remote-code",
-        help="Run code that lies beside the base, if transformers lacks its class. Never an adapter's.",
+        help=(
+            "Run code that lies beside the base, if transformers lacks its class. Never an"
+            " adapter's."
+        ),
     ),
 ]
 MaxNewTokens = Annotated[int, Option(help="Longest answer in tokens.", min=1)]
 Temperature = Annotated[
     float | None,
     Option(
-        help="0: the most likely token each time; above: sampling. Default: the base's generation_config.json, else 0.",
+        help=(
+            "0: the most likely token each time; above: sampling. Default: the base's"
+            " generation_config.json, else 0."
+        ),
         min=0,
     ),
 ]

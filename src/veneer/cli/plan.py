@@ -146,9 +146,12 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Any:
         {"data": "", "output": "", **fields}, "the arguments" if config is None else str(config)
     )
     if settings.task != "sft":
-        found = f"task {settings.task}, whose steps have other passes than one forward and one backward of each row"
+        problem = (
+            f"task {settings.task}, whose steps have other passes than one forward and one backward"
+            " of each row"
+        )
         raise ConfigError(
-            found, "task sft", "plan an sft run with as many rows (--base, --batch-size)"
+            problem, "task sft", "plan an sft run with as many rows (--base, --batch-size)"
         )
     return settings
 
@@ -166,9 +169,8 @@ def _model(settings: Any) -> Any:
     ]
     with trust_remote_code(settings.base if settings.trust_remote_code else None):
         model = countable_model(settings.base, dtype)
-    variant = (
-        settings.variant if not VARIANTS[settings.variant].needs else "lora"
-    )  # their shapes are the same
+    # their shapes are the same
+    variant = settings.variant if not VARIANTS[settings.variant].needs else "lora"
     config = veneer.LoraConfig(
         rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets,
         exclude=settings.exclude, layers=settings.layers, train_also=settings.train_also, bias=settings.bias,
@@ -244,15 +246,24 @@ def _service_lines(service: Any) -> list[str]:
         f"{load.devices} × {service.hardware}" if load.devices > 1 else f"one {service.hardware}"
     )
     head = [
-        f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys and values of "
-        f"{load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
+        f"Base     {service.base / GIB:.2f} GiB; an adapter {service.adapter / 2**20:.1f} MiB; keys"
+        f" and values of {load.prompt + load.answer} tokens {service.row / 2**20:.1f} MiB"
     ]
     if service.rows == 0:
         return [*head, f"Take     more than {where} for a replica: the base and one row do not fit"]
     return [
         *head,
-        f"Replica  {where}: {service.rows} rows at once, {service.in_memory:,} of {load.adapters:,} adapters in memory",
-        f"Speed    {1e3 * service.step:.1f} ms a token of each row; {service.answered:.1f} requests/s at the most",
-        f"Take     {service.replicas} replicas for {load.requests:g} requests/s; {service.hits:.0%} of them find their "
-        f"adapter in memory, others wait {1e3 * service.fetch:.1f} ms or more for it",
+        (
+            f"Replica  {where}: {service.rows} rows at once, {service.in_memory:,} of"
+            f" {load.adapters:,} adapters in memory"
+        ),
+        (
+            f"Speed    {1e3 * service.step:.1f} ms a token of each row; {service.answered:.1f}"
+            " requests/s at the most"
+        ),
+        (
+            f"Take     {service.replicas} replicas for {load.requests:g} requests/s;"
+            f" {service.hits:.0%} of them find their adapter in memory, others wait"
+            f" {1e3 * service.fetch:.1f} ms or more for it"
+        ),
     ]

@@ -41,8 +41,10 @@ StoredPrecision = Annotated[
     Option(
         "--precision",
         "--dtype",
-        help="Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is bf16 where the "
-        "hardware multiplies it natively, else fp32.",
+        help=(
+            "Type of the base weights: stored is the checkpoint's own (float32 for GGUF), auto is"
+            " bf16 where the hardware multiplies it natively, else fp32."
+        ),
     ),
 ]
 
@@ -159,9 +161,9 @@ def _ring(keys: Path | None, train: Path | None) -> Keyring:
 
     ring = Keyring() if keys is None else read_keys(keys)
     if train is not None and ring.keys is not None and not any(key.train for key in ring.keys):
-        found = f"--train with {keys}, of whose keys none may train"
+        problem = f"--train with {keys}, of whose keys none may train"
         raise ConfigError(
-            found, "train = true in an entry", "add it to the keys that may, or leave out --train"
+            problem, "train = true in an entry", "add it to the keys that may, or leave out --train"
         )
     return ring
 
@@ -196,9 +198,8 @@ def _become_vllm(
     if place.startswith("package:") or place.lower().endswith(".gguf"):  # which vLLM does not know
         place, name = str(folder_of(place)), settings.name
     dtype, precision = None, settings.precision  # of a hub id, vLLM finds it
-    if (
-        precision == "stored" and Path(place).is_dir()
-    ):  # vLLM's own "auto" takes bf16 for a base in float32
+    # vLLM's own "auto" takes bf16 for a base in float32
+    if precision == "stored" and Path(place).is_dir():
         dtype = stored_dtype(place)
     elif precision not in ("auto", "stored"):
         dtype = pick_dtype(precision)
@@ -296,9 +297,8 @@ def _on_ray(
         raise ConfigError(
             f"--replicas without {error.name}", "Ray", "pip install 'veneer[cluster]'"
         ) from error
-    if settings.adapters is not None and not is_remote(
-        settings.adapters
-    ):  # a replica's working folder is another
+    # a replica's working folder is another
+    if settings.adapters is not None and not is_remote(settings.adapters):
         settings = replace(settings, adapters=str(Path(settings.adapters).expanduser().resolve()))
     if Path(settings.base).exists():
         settings = replace(settings, base=str(Path(settings.base).resolve()))
@@ -306,12 +306,12 @@ def _on_ray(
 
     def started() -> None:
         ends = ("SIGTERM", "SIGINT", "SIGHUP")
-        for number in [
-            getattr(signal, name) for name in ends if hasattr(signal, name)
-        ]:  # now: Ray has put handlers of its own in their place
+        # now: Ray has put handlers of its own in their place
+        for number in [getattr(signal, name) for name in ends if hasattr(signal, name)]:
             signal.signal(number, lambda *_: ended.set())
         err.print(
-            f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of {settings.base}"
+            f"http://{f'[{host}]' if ':' in host else host}:{port}/v1: {replicas} replicas of"
+            f" {settings.base}"
         )
 
     run(

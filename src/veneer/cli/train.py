@@ -30,7 +30,9 @@ ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 #: what is done instead of a run
 INSTEAD = {
-    "dry_run": "Do everything up to the first step (data, targets, memory, an example) and write nothing.",
+    "dry_run": (
+        "Do everything up to the first step (data, targets, memory, an example) and write nothing."
+    ),
     "find_rate": "Sweep the learning rate over a few steps, suggest one, and write nothing.",
 }
 

@@ -40,9 +40,8 @@ def verify_command(
 
     adapter_folder = resolve(adapter)
     folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
-    if (
-        base is not None and folder is not None and not any(folder.glob(f"*{ENDING}"))
-    ):  # which need no config
+    # which need no config
+    if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):
         folder = folder_of(base)
     report = verify(adapter_folder, folder)
     if as_json:

@@ -37,9 +37,11 @@ class AdapterBatch(NamedTuple):
         but for the first axis agree, and so do their values that are no tensors."""
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         leaf_keys = [
-            (leaf.shape[1:], leaf.dtype, leaf.device)
-            if isinstance(leaf, Tensor)
-            else (type(leaf), repr(leaf))
+            (
+                (leaf.shape[1:], leaf.dtype, leaf.device)
+                if isinstance(leaf, Tensor)
+                else (type(leaf), repr(leaf))
+            )
             for leaf in leaves
         ]
         return str(structure), tuple(leaf_keys)
@@ -55,10 +57,10 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     elif isinstance(batch, tuple) and len(batch) == 2:
         inputs, target = batch
     else:
-        found = f"a {type(batch).__name__} as the batch of {name!r}"
+        problem = f"a {type(batch).__name__} as the batch of {name!r}"
         expected = "(inputs, target), or a mapping of the model's keyword arguments with labels"
         raise DataError(
-            found, expected, "pass one of these; the loss gets the target or the labels"
+            problem, expected, "pass one of these; the loss gets the target or the labels"
         )
     if isinstance(inputs, Mapping):
         args, kwargs = (), {**default_inputs, **inputs}
@@ -67,9 +69,9 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     row_counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(row_counts) != 1 or 0 in row_counts:
-        found = f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of {name!r}"
+        problem = f"tensors {[list(tensor.shape) for tensor in tensors]} in the batch of {name!r}"
         raise DataError(
-            found,
+            problem,
             "the same number of rows in each, along its first axis",
             "leave out what has none",
         )
@@ -93,10 +95,10 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == sum(row_counts):
             pieces.append(leaf.split(list(row_counts)))
         elif isinstance(leaf, Tensor) and leaf.requires_grad:
-            found = f"an output {list(leaf.shape)} of the model, which is of all rows together"
+            problem = f"an output {list(leaf.shape)} of the model, which is of all rows together"
             do = "let the model not return it, or train the runs one by one"
             raise SelectionError(
-                found, f"the {sum(row_counts)} rows of the batch along its first axis", do
+                problem, f"the {sum(row_counts)} rows of the batch along its first axis", do
             )
         else:
             pieces.append([leaf] * len(row_counts))
@@ -130,7 +132,7 @@ def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[Adapter
         if alone_leaf.shape != among_leaf.shape or not torch.allclose(
             wide, among_leaf.to(wide.dtype), rtol=0, atol=tolerance, equal_nan=True
         ):
-            found = "a model whose output of some rows depends on which others are in the batch"
+            problem = "a model whose output of some rows depends on which others are in the batch"
             raise SelectionError(
-                found, "rows that are computed each alone", "train its adapters one by one"
+                problem, "rows that are computed each alone", "train its adapters one by one"
             )

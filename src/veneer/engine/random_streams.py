@@ -86,7 +86,7 @@ class RandomStream:
         before, self.states = self.states, generator_states(self.devices)
         set_generator_states(self.devices, self._outer_states)
         if torch._C._current_graph_task_id() != -1 and not equal_states(before, self.states):
-            found = (
+            problem = (
                 "random numbers in a layer that activation checkpointing computes again, on rows "
                 "of several runs"
             )
@@ -94,7 +94,7 @@ class RandomStream:
                 "set dropout to 0 or turn checkpointing off, or let batches of other shapes keep "
                 "the runs apart"
             )
-            raise SelectionError(found, "the numbers of the first time", do)
+            raise SelectionError(problem, "the numbers of the first time", do)
 
 
 def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -133,10 +133,10 @@ class DropoutByAdapter(TorchFunctionMode):
             for value in values
         ]
         if not by_row[0]:
-            found = f"dropout of a tensor {list(values[0].shape)} of the base"
+            problem = f"dropout of a tensor {list(values[0].shape)} of the base"
             do = "set the base's own dropout to 0, or its modules to eval()"
             raise SelectionError(
-                found, f"the {self.parts.count} rows of the batch along its first axis", do
+                problem, f"the {self.parts.count} rows of the batch along its first axis", do
             )
         pieces = [
             value.split(self.row_counts) if split else value

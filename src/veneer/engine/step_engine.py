@@ -215,9 +215,9 @@ class StepEngine:
                 losses = self._values(group, result.failures, keep_going, _check_loss)
             if len(group) > 1 and not equal_states(before, generator_states(self._devices)):
                 names = ", ".join(map(repr, group))
-                found = f"random numbers that the base drew for rows of {names} together"
+                problem = f"random numbers that the base drew for rows of {names} together"
                 do = "set its own dropout to 0, or its modules to eval()"
-                raise SelectionError(found, "numbers of each run's own", do)
+                raise SelectionError(problem, "numbers of each run's own", do)
             if losses:
                 factors = [
                     torch.full_like(loss, group[name].weight) for name, loss in losses.items()
@@ -337,5 +337,5 @@ def _output_rows(model: nn.Module, batches: Mapping[str, AdapterBatch]) -> dict[
 def _check_loss(name: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        found = f"loss {shape} of adapter {name!r}"
-        raise ConfigError(found, "a scalar with a gradient", "return a mean or a sum")
+        problem = f"loss {shape} of adapter {name!r}"
+        raise ConfigError(problem, "a scalar with a gradient", "return a mean or a sum")

@@ -67,9 +67,8 @@ def _feed(hasher: Any, tensor: Tensor) -> None:
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        buffer = torch.empty(
-            min(PIECE, len(flat)), dtype=torch.bfloat16
-        )  # a small one, which stays in the cache
+        # a small one, which stays in the cache
+        buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)
         raw = memory_of(buffer)
         for piece in flat.split(PIECE) if len(flat) else ():
             buffer[: len(piece)].copy_(piece)

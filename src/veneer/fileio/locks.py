@@ -40,9 +40,8 @@ def locked(path: Path, refusal: Callable[[str], Exception] | None = None) -> Ite
     finally:
         if refusal is not None:
             holder.unlink(missing_ok=True)
-        with suppress(
-            PermissionError
-        ):  # a system that keeps open files keeps this one, which is empty
+        # a system that keeps open files keeps this one, which is empty
+        with suppress(PermissionError):
             path.unlink(missing_ok=True)
         lock.release()
 

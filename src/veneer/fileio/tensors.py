@@ -39,15 +39,15 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if entry.dtype not in DTYPES
     ]
     if odd:
-        found = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
-        raise AdapterError(found, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
+        problem = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
+        raise AdapterError(problem, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
     with file.open("rb") as stream:
         for name, entry in throttled(header.tensors.items()):
             flat = read_bytes(stream, header.data_start + entry.start, entry.stop - entry.start)
             if flat is None:
-                found = f"{file} cannot be read (it ended within {name!r}, while it was read)"
+                problem = f"{file} cannot be read (it ended within {name!r}, while it was read)"
                 raise AdapterError(
-                    found,
+                    problem,
                     "a whole safetensors file",
                     "get the file again, or let nobody write to it",
                 )

@@ -36,11 +36,11 @@ BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# : bytes of a header, which is the safetensors library's own limit, and of all strings in its
-# metadata
+#: bytes of a header, which is the safetensors library's own limit, and of all strings in its
+#: metadata
 MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
-# : bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON
-# may hold: a list of
+#: bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON
+#: may hold: a list of
 #: empty lists is thirty times larger in memory than as text
 MAX_JSON, MAX_DEPTH, MAX_MARKS = 16 * 2**20, 64, 1_000_000
 #: characters of a tensor's name, and its axes
@@ -53,8 +53,9 @@ PICKLES = tuple(
     f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle")
 )
 _BEGINNINGS = {
-    b"PK\x03\x04": "a zip archive, as torch.save writes one: a pickle, "
-    "which runs code when it is read",
+    b"PK\x03\x04": (
+        "a zip archive, as torch.save writes one: a pickle, which runs code when it is read"
+    ),
     b"version https://": "a pointer of Git LFS, not the file that it points to (run git lfs pull)",
     b"GGUF": "a GGUF file",
     b"<": "a web page",
@@ -178,9 +179,8 @@ def _entry(name: str, claim: Any, room: int) -> Entry | str:
     start, stop = offsets
     if not start <= stop <= room:
         return f"{shown} claims the bytes {start:,} to {stop:,} of {room:,}"
-    if (
-        math.prod(axis or 1 for axis in shape) > MAX_COUNT
-    ):  # strides are computed of an empty tensor too
+    # strides are computed of an empty tensor too
+    if math.prod(axis or 1 for axis in shape) > MAX_COUNT:
         return f"{shown} has a shape {_short(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):

@@ -33,8 +33,8 @@ THREADS = 3
 LONGEST = 288
 #: Keys from which on and up to which ``causal`` is, by the bytes of a number.
 SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
-# : Rows of a query head that it takes at a time: in float32 where a key-value head serves several,
-# and else; and scores
+#: Rows of a query head that it takes at a time: in float32 where a key-value head serves several,
+#: and else; and scores
 #: for each of torch's threads.
 PIECES, SCORES = (32, 64), 1 << 19
 #: Keys from which on torch's softmax of 16 bits takes several at a time, and is the faster one.
@@ -49,9 +49,8 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
     length, size = key.shape[2], query.element_size()
     if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
         return False
-    eager = _eager(
-        query, key
-    )  # first: torch.compile knows neither threads nor what a processor has
+    # first: torch.compile knows neither threads nor what a processor has
+    eager = _eager(query, key)
     if size == 4:  # of chunks so small torch's many threads would have little to do
         known = causal and eager and query.dtype is torch.float32
         return (
@@ -143,9 +142,8 @@ def _gradients(
     """The gradients of query, key and value, from that of the output [b, h, s, e]."""
     b, h, s, d = query.shape
     of_query = query.new_empty(b, s, h, d).transpose(1, 2)
-    wide = torch.promote_types(
-        query.dtype, torch.float32
-    )  # sums over pieces are rounded to 16 bits once
+    # sums over pieces are rounded to 16 bits once
+    wide = torch.promote_types(query.dtype, torch.float32)
     of_key, of_value = (
         torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in (key, value)
     )
@@ -165,8 +163,10 @@ def _gradients(
                 totals, (onward, chances), (rows, output_gradient), strict=True
             ):
                 target = total[:, : keys.shape[1]]
-                target.baddbmm_(weights.mT, factors) if wide is weights.dtype else target.add_(
-                    weights.mT @ factors
+                (
+                    target.baddbmm_(weights.mT, factors)
+                    if wide is weights.dtype
+                    else target.add_(weights.mT @ factors)
                 )
             torch.mul((onward @ keys).view(query_gradient.shape), scale, out=query_gradient)
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype)

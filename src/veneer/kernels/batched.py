@@ -132,16 +132,15 @@ def linear(
     if not recorded:
         y = fused.add_product(delta, tokens, weight, bias)
     elif bias is None:
-        y = torch.addmm(
-            delta, tokens, weight.mT
-        )  # in place, the graph would copy what this is a view of
+        # in place, the graph would copy what this is a view of
+        y = torch.addmm(delta, tokens, weight.mT)
     else:
         y = torch.addmm(delta + bias, tokens, weight.mT)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-# : rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out],
-# weight), …))
+#: rows of a call that use the same: (first, the one after the last, ((A [r, in], B [r, out],
+#: weight), …))
 Run = tuple[int, int, Sequence[tuple[Tensor, Tensor, float]]]
 
 

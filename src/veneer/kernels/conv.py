@@ -29,8 +29,8 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-# : numbers in x up to which two convolutions and a sum, which are less Python, take no longer;
-# measured on a CPU core
+#: numbers in x up to which two convolutions and a sum, which are less Python, take no longer;
+#: measured on a CPU core
 SMALL = 1 << 17
 #: how channels lie last, by the number of axes
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -22,15 +22,15 @@ import torch
 FACTORED = "factored"
 MATERIALISED = "materialised"
 
-# : multiply-adds in the time of moving one float32 number of an activation, or of a weight; fitted
-# on a CPU core
+#: multiply-adds in the time of moving one float32 number of an activation, or of a weight; fitted
+#: on a CPU core
 MOVED, FETCHED = 12.0, 50.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost that an adapter adds to one linear layer, in multiply-adds (moved numbers included, see
-    ``MOVED``).
+    """The cost that an adapter adds to one linear layer, in multiply-adds (moved numbers included,
+    see ``MOVED``).
 
     ``factored`` and ``materialised`` are those of the two paths, ``layer`` is the layer's own cost,
     for scale.
@@ -77,7 +77,6 @@ def forms_above(out: int, in_: int, rank: int, dtype: torch.dtype) -> float:
     if dtype.itemsize < 4:
         return math.inf
     none, per_token = (costs(out, in_, rank, tokens, dtype, True) for tokens in (0, 1))
-    slope = per_token.factored - (
-        per_token.materialised - none.materialised
-    )  # both are linear in the tokens
+    # both are linear in the tokens
+    slope = per_token.factored - (per_token.materialised - none.materialised)
     return none.materialised / slope

@@ -181,9 +181,8 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
         copies = [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
         vars(torch)["_foreach_copy_"](copies, tensors)
         return copies
-    positions = [
-        position for position, tensor in enumerate(tensors) if tensor.is_contiguous()
-    ]  # joined, and cast meanwhile
+    # joined, and cast meanwhile
+    positions = [position for position, tensor in enumerate(tensors) if tensor.is_contiguous()]
     sizes = [tensors[position].numel() for position in positions]
     flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
     if positions:

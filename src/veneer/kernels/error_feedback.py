@@ -43,12 +43,12 @@ from veneer.lowrank import LowRank
 CHUNK, BLOCK = 32, 8
 #: the same on a device, at most: each column takes two launches, each chunk some twenty more
 DEVICE_CHUNK, DEVICE_BLOCK = 128, 32
-# : numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each
-# worker
+#: numbers in a column of a chunk, and bytes of columns that are held at once, at most: by each
+#: worker
 ROWS, HELD = 1 << 11, 1 << 23
 WORKERS = 2
-# : directions of the inputs, and how often they are refined (subspace iteration: every half of a
-# digit or so)
+#: directions of the inputs, and how often they are refined (subspace iteration: every half of a
+#: digit or so)
 MORE, SWEEPS = 16, 6
 #: λ, in mean squared lengths of a column of F
 PLAIN = 0.05
@@ -127,18 +127,18 @@ def faithful(
 
     def round_rows(piece: tuple[slice, slice], _: None) -> float:
         groups_of_piece, rows_of_piece = piece
+        # [g, k, in], [g, r, in], [g, r, out]
         F, A, B = (
             protect[groups_of_piece],
             low.A[groups_of_piece],
             (low.B[groups_of_piece] * low.scale).mT,
-        )  # [g, k, in], [g, r, in], [g, r, out]
+        )
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (tensor.gather(2, order[:, None].expand_as(tensor)) for tensor in (F, A))
         columns_first = _transpose_into(weight[piece]).to(held)  # [g, in, rows]
         factor = gain
-        if (
-            gain is not None
-        ):  # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
+        # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
+        if gain is not None:
             factor = (
                 gain[groups_of_piece, rows_of_piece].mT
                 if gain.shape[2] == 1
@@ -164,17 +164,16 @@ def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
     return target
 
 
-# : fill the last two with the cells of values [g, count, rows] at these places; the third is for
-# whatever it takes
+#: fill the last two with the cells of values [g, count, rows] at these places; the third is for
+#: whatever it takes
 _Cells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _Cells:
     if grid is None:
         return lambda _, value, free, mid, half: neighbours(value, dtype, free, mid, half)
-    columns_grid = grid.map_tensors(
-        lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1)
-    )  # [g · in, rows], as ``_Rows.kept``
+    # [g · in, rows], as ``_Rows.kept``
+    columns_grid = grid.map_tensors(lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1))
 
     def cells(positions: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
         columns_grid.map_tensors(
@@ -203,9 +202,8 @@ class _Rows:
         self.F, self.A, self.B, self.gain, self.cells = F, A, B, gain, cells
         self.chunk, self.block = chunk, block
         self.groups, self.columns, self.rows = columns_first.shape
-        self.kept = columns_first.view(
-            -1, self.rows
-        )  # the columns of a group below those of the one before
+        # the columns of a group below those of the one before
+        self.kept = columns_first.view(-1, self.rows)
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.plain = PLAIN * F.square().sum() / (self.groups * self.columns)
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
@@ -259,9 +257,8 @@ class _Rows:
             change /= self.size + (self.size == 0)
             tilt += mid * change.square()
         ahead *= self.lower[:count, :count]
-        tilt.baddbmm_(F.mT, self.residual).baddbmm_(
-            ahead, mid, alpha=-1
-        )  # as if all went to the middle of their cells
+        # as if all went to the middle of their cells
+        tilt.baddbmm_(F.mT, self.residual).baddbmm_(ahead, mid, alpha=-1)
         for first in range(0, count, self.block):
             last = min(first + self.block, count)
             self._block(first, ahead[:, first:last, first:last, None], tilt[:, first:last])

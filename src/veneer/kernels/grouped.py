@@ -86,8 +86,8 @@ def linear(
     B. On a processor.
 
     Args:
-        row_segments: None if all rows meet one matrix, of which ``weight``, A and B then are: [out, in],
-            [r, in], [out, r].
+        row_segments: None if all rows meet one matrix, of which ``weight``, A and B then are: [out,
+            in], [r, in], [out, r].
         source: a tensor that x may be rows of; then its rows are saved in place of x.
     """
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
@@ -199,9 +199,8 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if (
-            not _C._is_any_autocast_enabled()
-        ):  # to turn off what is off takes as long as a thin product
+        # to turn off what is off takes as long as a thin product
+        if not _C._is_any_autocast_enabled():
             return _backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(ctx, dy)

@@ -31,10 +31,11 @@ def matmul_update(
     # Under autocast h may be of another dtype than y, as y may come from a layer that autocast
     # leaves alone.
     if torch.compiler.is_compiling():
+        # `alpha` is a constant of a compiled graph, which each adapter would compile anew
         h, scale = (
             h * scale,
             1,
-        )  # `alpha` is a constant of a compiled graph, which each adapter would compile anew
+        )
     h = h.reshape(-1, h.shape[-1]).to(y.dtype)
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.mT.to(y.dtype), alpha=scale).view(y.shape)
 

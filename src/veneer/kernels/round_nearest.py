@@ -212,9 +212,8 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     sums[0] += realised
     sums[1] += moved
     sums[2] += base
-    if (
-        realised != realised or moved != moved
-    ):  # something is no number, whose marks may say anything
+    # something is no number, whose marks may say anything
+    if realised != realised or moved != moved:
         marks[: len(old)] = NAN
         return True
     return _upper(doubt) != 0

@@ -46,12 +46,12 @@ from veneer.precision import has_float64, place
 
 __all__ = ["Folded", "fold", "fold_onto"]
 
-# : numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers
-# that a compiled loop
+#: numbers in a tile, whose buffers fit into a cache, and its columns at most in float64; numbers
+#: that a compiled loop
 #: gets at once. Fixed, so that the sums of a report do not depend on who asks
 TILE, WIDEST, SLAB = 1 << 16, 1 << 13, 1 << 19
-# : of a weight on another device: the share of it that is a tile, numbers in one at least, the
-# share of free memory that
+#: of a weight on another device: the share of it that is a tile, numbers in one at least, the
+#: share of free memory that
 #: is for the temporaries of a tile, and how many bytes these are for a number, about
 SHARE, SMALLEST, FREE, WIDE = 8, 1 << 10, 16, 40
 #: numbers whose squares are summed at once: the float32 sum of more drifts
@@ -349,9 +349,9 @@ def _in_float64(
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
-    """A bound of float32's error in ΔW, for each row: [g, out, 1] in float32. None where the float32 path
-    is not for it: a target or a weight of more bits, numbers beyond its range, products that torch
-    may compute in less than float32."""
+    """A bound of float32's error in ΔW, for each row: [g, out, 1] in float32. None where the
+    float32 path is not for it: a target or a weight of more bits, numbers beyond its range,
+    products that torch may compute in less than float32."""
     if (
         not old.numel()
         or dtype not in HALF
@@ -362,10 +362,11 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     if products.fp32_precision not in ("none", "ieee"):
         return None
+    # [g, out, r], [g, r, 1]
     B, widest = (
         (low.B * low.scale).abs(),
         low.A.abs().amax(2, keepdim=True),
-    )  # [g, out, r], [g, r, 1]
+    )
     reach = B @ widest  # [g, out, 1]
     if not max(float(one.max()) for one in (B, widest, reach)) < 2.0**120:
         return None
@@ -415,9 +416,8 @@ class _Tile:
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         count = shape.numel()
         padded_count = -(-count // LINE) * LINE
-        wide = torch.zeros(
-            4, padded_count, dtype=torch.float32, device="cpu"
-        )  # whatever the caller's defaults are
+        # whatever the caller's defaults are
+        wide = torch.zeros(4, padded_count, dtype=torch.float32, device="cpu")
         half, marks = (
             torch.zeros(padded_count, dtype=kind, device="cpu") for kind in (dtype, torch.int16)
         )
@@ -438,9 +438,8 @@ class _Tile:
         torch.copysign(bound, self.value, out=self.end)
         self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
         self.half.copy_(self.end)
-        new.copy_(
-            torch.lerp(self.end, self.value, 2.0, out=self.end)
-        )  # 2 v less that end: the other one
+        # 2 v less that end: the other one
+        new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))
         torch.bitwise_xor(self.bits, new.view(torch.int16), out=self.marks)
         self.end.copy_(new)
         self.end.sub_(self.base)
@@ -452,9 +451,10 @@ class _Tile:
         # nearly none is in doubt: four are looked at as one word
         words = self.words.nonzero().squeeze(1)
         word, offset = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
-        return torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]), words[
-            word
-        ] * 4 + offset
+        return (
+            torch.stack([change.dot(moved), moved.dot(moved), base.dot(base)]),
+            words[word] * 4 + offset,
+        )
 
 
 def _again(positions: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
@@ -464,9 +464,8 @@ def _again(positions: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
     for chunk in positions.split(AGAIN):
         index = chunk // (out * in_), chunk // in_ % out, chunk % in_
         change = torch.zeros(len(chunk), dtype=torch.float64, device=chunk.device)
-        for k in range(
-            low.rank
-        ):  # one after the other, as the compiled loop does: the bits are to be the same
+        # one after the other, as the compiled loop does: the bits are to be the same
+        for k in range(low.rank):
             change += low.B[index[0], index[1], k] * low.A[index[0], k, index[2]]
         change *= low.scale
         rounded = round_once(old[index].double() + change, new.dtype)

@@ -1,5 +1,5 @@
-"""The tensors that a function saves of its input for backward: the input, or what it was made of, where
-autograd keeps that anyway.
+"""The tensors that a function saves of its input for backward: the input, or what it was made of,
+where autograd keeps that anyway.
 
     x = a · b          the input of a gated MLP's last layer; the product's node saves a and b
                        saved: a, b
@@ -128,9 +128,8 @@ def _factors(node: Any, x: Tensor) -> SavedInput | None:
             if _makes(x, first_factor, second_factor)
             else None
         )
-    weight = (
-        second_factor if first_factor is None else first_factor
-    )  # no gradient goes to it, so nothing of the rest was kept here
+    # no gradient goes to it, so nothing of the rest was kept here
+    weight = second_factor if first_factor is None else first_factor
     inner: Any = node.next_functions[0 if first_factor is None else 1][0]
     if weight is None or inner is None or inner.name() != "MulBackward0":
         return None

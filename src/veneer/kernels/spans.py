@@ -103,9 +103,8 @@ def linears(
         ]
     # one node of autograd's for the factors of all, one cast, and one gradient, of which each gets
     # a part
-    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(
-        x.dtype
-    )  # [spans · layers, r, in]
+    # [spans · layers, r, in]
+    downs = torch.cat(tuple(itertools.chain(*zip(*A, strict=True)))).to(x.dtype)
     ups = [torch.cat(tuple(layer_factors)).to(x.dtype) for layer_factors in B]  # [spans, out, r]
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 

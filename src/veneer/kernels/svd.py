@@ -27,12 +27,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# : a randomised product is at most this much farther from D than the nearest one is, by the
-# estimate from its passes
+#: a randomised product is at most this much farther from D than the nearest one is, by the
+#: estimate from its passes
 FACTOR = 1.005
 PASSES = 10
-# : how many directions are tried at least: those beyond the rank make the passes converge, and
-# MKL's QR of 24 to 30
+#: how many directions are tried at least: those beyond the rank make the passes converge, and
+#: MKL's QR of 24 to 30
 #: columns takes 100 times as long on two threads (576 × 30: 25 ms, 576 × 32: 0.1 ms)
 FEWEST = 32
 #: how many numbers are cast to float64 at once
@@ -108,9 +108,8 @@ def energy(matrix: Tensor) -> float:
 
 def _project_randomly(matrix: Tensor, rank: int, directions: int, seed: int) -> Tensor | None:
     """The leading directions, or None where the passes do not come near enough to their limit."""
-    matrix = (
-        matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix
-    )  # cast once, not in each pass
+    # cast once, not in each pass
+    matrix = matrix.to(torch.float64) if matrix.numel() <= PIECE else matrix
     short, total = min(matrix.shape), energy(matrix)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(short, directions, dtype=torch.float64, generator=generator).to(

@@ -68,9 +68,8 @@ def spread(
         try:
             workers = [pool.submit(run) for _ in range(threads)]
             ready.wait()
-        except (
-            BaseException
-        ):  # the system gives no more threads, or an interrupt: let those that wait go
+        except BaseException:
+            # the system gives no more threads, or an interrupt: let those that wait go
             ready.abort()
             pool.shutdown()  # before torch's setting is made again, as the last one counts
             raise

@@ -36,9 +36,11 @@ def use_products(model: PreTrainedModel) -> None:
             the mask of a sparse one.
     """
     if compares_attention(model):
-        found = f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
+        problem = (
+            f'a {type(model).__name__}, whose code asks whether its attention is called "sdpa"'
+        )
         raise ValueError(
-            sentence(found, "one that treats every attention alike", 'keep attention="sdpa"')
+            sentence(problem, "one that treats every attention alike", 'keep attention="sdpa"')
         )
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -68,9 +70,12 @@ def _attention() -> Callable[..., tuple[Any, None]]:
             rows = attention.Packed(starts, longest)
             query, key, value = (rows.apart(one) for one in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-            return rows.together(
-                attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
-            ), None
+            return (
+                rows.together(
+                    attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
+                ),
+                None,
+            )
         if query.shape[2] > 1 and alike:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             alone = causal and attention_mask is None

@@ -72,9 +72,8 @@ def _otherwise(name: str) -> str | None:
         getattr(config, "architectures", None) or (),
         [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
     )
-    if (
-        type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    ):  # also a class that somebody has registered
+    # also a class that somebody has registered
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         values += [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
     causal = {one for value in values for one in ((value,) if isinstance(value, str) else value)}
@@ -83,7 +82,10 @@ def _otherwise(name: str) -> str | None:
         config, "is_decoder", False
     ):
         whole = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
-        return f"whose config names {called}, {whole}: each position sees the tokens that it should predict"
+        return (
+            f"whose config names {called}, {whole}: each position sees the tokens that it should"
+            " predict"
+        )
     if named and not any(one in causal for one in named):
         return f"whose config names {called}"
     return None
@@ -153,9 +155,12 @@ def _pooling(folder: Path) -> tuple[str, bool, int | None]:
         "pooling_mode_max_tokens": "max",
     }
     if unknown or len(chosen) != 1 or chosen[0] not in names:
-        found = f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in {folder}"
+        problem = (
+            f"modules {sorted(kinds)} with pooling {chosen or config.get('pooling_mode')} in"
+            f" {folder}"
+        )
         raise ConfigError(
-            found, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
+            problem, "a transformer, one pooling of mean, cls or max, and Normalize", "use another"
         )
     longest = read(folder / "sentence_bert_config.json").get("max_seq_length")
     return names[chosen[0]], "Normalize" in kinds, longest

@@ -39,12 +39,12 @@ def converted_gguf(file: Path) -> Path:
         return target
     if find_spec("gguf") is None:
         raise ConfigError(
-            f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install 'veneer[train]'."
+            f"Found: {file.name} is a GGUF file and the package gguf is missing. Do: pip install"
+            " 'veneer[train]'."
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
-    shown = (
-        sys.stderr if sys.stderr.isatty() else io.StringIO()
-    )  # transformers' bar: nothing of it in a log file
+    # transformers' bar: nothing of it in a log file
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
     except AdapterError as error:
@@ -76,10 +76,10 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     except (
         Exception
     ) as error:  # gguf and transformers raise what they like on a damaged or unknown file
-        found = f"{file} cannot be read as GGUF ({first_line(error)})"
+        problem = f"{file} cannot be read as GGUF ({first_line(error)})"
         do = "fetch the file again, or use the model's safetensors"
         raise ConfigError(
-            found, "a complete GGUF file of an architecture that transformers converts", do
+            problem, "a complete GGUF file of an architecture that transformers converts", do
         ) from error
     config = type(marked.config)(**marked.config.to_dict())
     config.__dict__.pop("quantization_config", None)

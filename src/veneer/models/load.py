@@ -140,9 +140,9 @@ def load_head(
     ``load_base``."""
     name, mapped = str(source), device_map is not None
     if mapped and device is not None:
-        found = f"device={device!r} and device_map={device_map!r}"
+        problem = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(
-            found, "one of them", "leave out one: a device map places all of the model"
+            problem, "one of them", "leave out one: a device map places all of the model"
         )
     if isinstance(device_map, str) and device_map not in MAPS:
         _must_be_here("device_map", device_map, MAPS)
@@ -210,9 +210,9 @@ def _model(
     if quantize is not None:
         config = config_of(name)
         if getattr(config, "quantization_config", None) is not None:
-            found = f"quantize={quantize!r} for {name}, whose weights are quantised already"
+            problem = f"quantize={quantize!r} for {name}, whose weights are quantised already"
             raise ConfigError(
-                found,
+                problem,
                 "weights in 16 or 32 bits",
                 "leave out quantize, or name the base it was made of",
             )
@@ -236,8 +236,8 @@ def _model(
             return getattr(transformers, auto).from_pretrained(place, **options)
         except ImportError as error:
             chosen = [key for key in options if key not in ("dtype", "trust_remote_code")]
-            found = f"{name} with {', '.join(chosen) or 'its own code'}: {first_line(error)}"
-            raise ConfigError(found, "an installed package", "install it") from error
+            problem = f"{name} with {', '.join(chosen) or 'its own code'}: {first_line(error)}"
+            raise ConfigError(problem, "an installed package", "install it") from error
 
 
 def _must_not_be_pickles(place: str, name: str) -> None:
@@ -246,12 +246,15 @@ def _must_not_be_pickles(place: str, name: str) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
         if pickles:
-            found = (
+            problem = (
                 f"{name}, whose weights are in {listing(pickles, 3)} alone: "
                 "pickles, which run code when they are read"
             )
-            do = "get the model as safetensors, or, if you trust its author, load it and save it anew with transformers"
-            raise ConfigError(found, "weights as safetensors", do)
+            do = (
+                "get the model as safetensors, or, if you trust its author, load it and save it"
+                " anew with transformers"
+            )
+            raise ConfigError(problem, "weights as safetensors", do)
 
 
 def _must_be_known(attention: str) -> None:
@@ -259,9 +262,9 @@ def _must_be_known(attention: str) -> None:
 
     known = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if attention not in known and "/" not in attention:  # a kernel of the hub is owner/name
-        found = f"attention {attention!r}{nearest(attention, known)}"
+        problem = f"attention {attention!r}{nearest(attention, known)}"
         raise ConfigError(
-            found, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one"
+            problem, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one"
         )
 
 
@@ -352,9 +355,9 @@ def tokenizer_at(place: str, name: str) -> Any:
         except Exception as error:
             if not Path(place).is_dir() or needs_its_code(error):
                 raise
-            found = f"no usable tokenizer in {name} ({first_line(error)})"
+            problem = f"no usable tokenizer in {name} ({first_line(error)})"
             do = "save the tokenizer into the same folder"
-            raise ConfigError(found, "tokenizer.json beside the weights", do) from error
+            raise ConfigError(problem, "tokenizer.json beside the weights", do) from error
 
 
 def save_plain(

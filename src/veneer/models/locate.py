@@ -69,9 +69,9 @@ def find_base(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            found = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
+            problem = f"the base {name} is a file ending in {path.suffix or 'nothing'!r}"
             expected = "a model folder, a .gguf file or a hub id"
-            raise ConfigError(found, expected, "name the folder that holds config.json")
+            raise ConfigError(problem, expected, "name the folder that holds config.json")
         return str(converted_gguf(path))
     if path.is_dir():
         return str(_from_folder(path, name))
@@ -106,19 +106,21 @@ def _from_folder(path: Path, name: str) -> Path:
     if len(files) == 1:
         return converted_gguf(files[0])
     if files:
-        found = f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
-        raise ConfigError(found, "one", f"name the file, for example {files[0]}")
+        problem = (
+            f"{len(files)} GGUF files in {name} ({', '.join(file.name for file in files[:5])})"
+        )
+        raise ConfigError(problem, "one", f"name the file, for example {files[0]}")
     if (path / "adapter_config.json").is_file():
-        found, expected = (
+        problem, expected = (
             f"{name} is an adapter, not a base model",
             "the folder of the model that it adapts",
         )
-        raise ConfigError(found, expected, f"`veneer inspect {name}` names its base")
+        raise ConfigError(problem, expected, f"`veneer inspect {name}` names its base")
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-    found, expected = (
+    problem, expected = (
         f"{name} is not a model folder; it holds {inside}",
         "config.json with model.safetensors, or one ",
     )
     raise ConfigError(
-        found, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"
+        problem, f"{expected}.gguf file", "name the folder that `save_pretrained` wrote"
     )

@@ -32,26 +32,32 @@ def explained(name: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_its_code(error):
-        found = (
+        problem = (
             f"{name} cannot be loaded without running code beside it, or that it names (auto_map)"
         )
-        do = "use another; if it is a base, and you have read that code and trust it, pass --trust-remote-code"
+        do = (
+            "use another; if it is a base, and you have read that code and trust it, pass"
+            " --trust-remote-code"
+        )
         return ConfigError(
-            found, "a class that transformers has; Veneer runs nobody else's code", do
+            problem, "a class that transformers has; Veneer runs nobody else's code", do
         )
     if not Path(name).expanduser().exists() and not name.startswith("package:"):
-        found = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
-        expected = "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be reached "
+        problem = f"no folder {name} here, and the hub gives no such model ({first_line(error)})"
+        expected = (
+            "a model folder, a .gguf file, or the id of a model on the Hugging Face hub that can be"
+            " reached "
+        )
         do = "check the spelling and the network; for a private model log in with `hf auth login`"
-        return ConfigError(found, f"{expected}from here", do)
+        return ConfigError(problem, f"{expected}from here", do)
     if (
         isinstance(error, (OSError, ValueError, KeyError, RecursionError))
         or type(error).__name__ == "SafetensorError"
     ):
-        found = f"the model in {name} cannot be loaded ({first_line(error)})"
+        problem = f"the model in {name} cannot be loaded ({first_line(error)})"
         expected = "a complete causal language model that this transformers version knows"
         return ConfigError(
-            found, expected, "check that the files are complete, or upgrade transformers"
+            problem, expected, "check that the files are complete, or upgrade transformers"
         )
     return error
 

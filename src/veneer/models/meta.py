@@ -68,8 +68,11 @@ def meta_model(
         )
         class_: Any = next(models, None)
         if class_ is None:
-            found = f"a model {config.model_type!r} of class {' or '.join(filter(None, named)) or 'unknown'}"
-            raise ConfigError(found, "a class of transformers", "give the model itself (model=…)")
+            problem = (
+                f"a model {config.model_type!r} of class"
+                f" {' or '.join(filter(None, named)) or 'unknown'}"
+            )
+            raise ConfigError(problem, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
@@ -129,17 +132,17 @@ def _config_in(fields: Mapping[str, Any]) -> Any:
 
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        found = f"a configuration with model_type {kind!r}"
+        problem = f"a configuration with model_type {kind!r}"
         raise ConfigError(
-            found, "a type that transformers knows", "correct it, or upgrade transformers"
+            problem, "a type that transformers knows", "correct it, or upgrade transformers"
         )
     try:
         return transformers.AutoConfig.for_model(
             kind, **{name: fields[name] for name in fields if name != "model_type"}
         )
     except Exception as error:  # each type checks its fields in its own way
-        found = f"a configuration that is none of a {kind} ({first_line(error)})"
-        raise ConfigError(found, "what a config.json of one holds", "correct it") from error
+        problem = f"a configuration that is none of a {kind} ({first_line(error)})"
+        raise ConfigError(problem, "what a config.json of one holds", "correct it") from error
 
 
 def _config_at(source: str) -> Any:
@@ -149,9 +152,9 @@ def _config_at(source: str) -> Any:
     try:
         fields = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        found = f"no configuration in {source} ({first_line(error)})"
+        problem = f"no configuration in {source} ({first_line(error)})"
         raise ConfigError(
-            found, "a config.json of transformers", "check the path and the file"
+            problem, "a config.json of transformers", "check the path and the file"
         ) from error
     if not isinstance(fields, dict):
         raise ConfigError(

@@ -49,9 +49,9 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
         raise ConfigError(f"quantize={kind!r}", "nf4, fp4 or int8", "choose one, or leave it out")
     lacking = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if lacking:
-        found = f"a base to be quantised to {kind}, and no {' nor '.join(lacking)}"
+        problem = f"a base to be quantised to {kind}, and no {' nor '.join(lacking)}"
         raise ConfigError(
-            found, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}"
+            problem, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}"
         )
     from transformers import BitsAndBytesConfig
 
@@ -96,9 +96,12 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
         and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
     ]
     if odd:
-        found = f"{name} in 4 bits on a CPU, where the rows of {listing(odd, 2)} are no multiples of {BLOCK}"
+        problem = (
+            f"{name} in 4 bits on a CPU, where the rows of {listing(odd, 2)} are no multiples of"
+            f" {BLOCK}"
+        )
         raise ConfigError(
-            found, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"
+            problem, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"
         )
 
 

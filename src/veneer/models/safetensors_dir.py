@@ -50,8 +50,8 @@ _WEIGHTS = (
 )
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# : patterns of the files that a whole model may consist of, and that another one in its place
-# replaces
+#: patterns of the files that a whole model may consist of, and that another one in its place
+#: replaces
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
@@ -63,11 +63,11 @@ def must_hold_no_adapter(folder: Path) -> None:
     """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be
     written."""
     if (folder / peft.CONFIG).exists():
-        found = f"{folder}, which holds an adapter, for a whole model"
+        problem = f"{folder}, which holds an adapter, for a whole model"
         expected = (
             "a folder of its own: from_pretrained would load both, and change the weights twice"
         )
-        raise OutputExistsError(found, expected, "choose another folder")
+        raise OutputExistsError(problem, expected, "choose another folder")
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Checkpoint:
         with (self.folder / self.where[name]).open("rb") as stream:
             flat = tensors.read_bytes(stream, start, size)
         if flat is None:
-            found = f"{self.where[name]}, which ended within {name!r}"
-            raise CheckpointError(found, "the file as it was", "let nobody write to it meanwhile")
+            problem = f"{self.where[name]}, which ended within {name!r}"
+            raise CheckpointError(problem, "the file as it was", "let nobody write to it meanwhile")
         return flat.view(self.dtype(name)).reshape(shape)
 
 
@@ -144,8 +144,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     refuse(misplaced(folder, names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        found = f"no {listing(missing)} in {folder}"
-        raise CheckpointError(found, "the files that the index names", "get the whole model")
+        problem = f"no {listing(missing)} in {folder}"
+        raise CheckpointError(problem, "the files that the index names", "get the whole model")
     files = {name: _checked(read_header, folder / name) for name in names}
     refuse(list(_problems(files, index)))
     where = {tensor: file for file, header in files.items() for tensor in in_order(header)}
@@ -178,8 +178,8 @@ def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
     names = sorted(set(weights.values()))
     odd = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
     if odd:
-        found = f"{listing(map(repr, odd))} in {path}"
-        raise CheckpointError(found, f"names of {ENDING} files beside it", "get the file again")
+        problem = f"{listing(map(repr, odd))} in {path}"
+        raise CheckpointError(problem, f"names of {ENDING} files beside it", "get the file again")
     return names
 
 
@@ -195,9 +195,9 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
                     "get the whole model again",
                 )
             if index is not None and said.get(name) != file:
-                found = f"{name!r} in {file}, where the index says {said.get(name)!r}"
+                problem = f"{name!r} in {file}, where the index says {said.get(name)!r}"
                 yield sentence(
-                    found, "an index of these files", "get the index and its shards together"
+                    problem, "an index of these files", "get the index and its shards together"
                 )
             if entry.dtype not in DTYPES:
                 yield sentence(
@@ -213,15 +213,17 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
 
 def _which(folder: Path, names: list[str]) -> str:
     if names:
-        found = f"{len(names)} files ending in {ENDING} in {folder} and no index"
-        return sentence(found, f"one, or *{INDEX} beside them", "keep the files of one model there")
+        problem = f"{len(names)} files ending in {ENDING} in {folder} and no index"
+        return sentence(
+            problem, f"one, or *{INDEX} beside them", "keep the files of one model there"
+        )
     others = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
-    found = f"no {ENDING} file in {folder}" + (
+    problem = f"no {ENDING} file in {folder}" + (
         f", but {listing(others, 3)}, which are pickles" if others else ""
     )
     do = "save the model with save_pretrained of a current transformers, which writes safetensors"
     return sentence(
-        found, f"a model as {ENDING}", do if others else "name the folder that holds the weights"
+        problem, f"a model as {ENDING}", do if others else "name the folder that holds the weights"
     )

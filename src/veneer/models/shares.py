@@ -7,8 +7,8 @@
 transformers makes the model: it is given the tensors' shapes for tensors, so that it renames,
 casts, ties and checks them, and initialises what the files lack (a new head) as it always does. Its
 own rules then say which rows of which tensors a part consists of, of a stack of experts too
-(``base_weights.checkpoint_weights``). Where they make a parameter in another way, ``WholeOnlyError``
-says so.
+(``base_weights.checkpoint_weights``). Where they make a parameter in another way,
+``WholeOnlyError`` says so.
 
 Rejected: transformers' own reading into DTensors (its ``DistributedConfig``). It maps whole files
 into memory, cuts each tensor before it joins or splits several along the axis that is cut, and

@@ -81,15 +81,14 @@ class Difference:
 
     a: Path
     b: Path
-    only_a: tuple[
-        str, ...
-    ]  # weights that A alone changes, and parameters that it alone trains in full
+    # weights that A alone changes, and parameters that it alone trains in full
+    only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     layers: tuple[LayerDifference, ...]  # what both change
     full: tuple[FullDifference, ...]
     config: Mapping[str, tuple[Any, Any]]  # fields of the LoraConfig that differ, as (A's, B's)
-    # : "same", "different" or "unknown" (no record, no weight in common, or fingerprints of
-    # different kinds)
+    #: "same", "different" or "unknown" (no record, no weight in common, or fingerprints of
+    #: different kinds)
     base: str
     base_weights: tuple[str, ...]  # those whose fingerprints differ
 
@@ -137,7 +136,10 @@ class Difference:
             "unknown": "unknown whether the same",
             "different": "different weights",
         }
-        yield f"base    {base[self.base]}{f' ({listing(self.base_weights, 3)})' if self.base_weights else ''}"
+        yield (
+            "base   "
+            f" {base[self.base]}{f' ({listing(self.base_weights, 3)})' if self.base_weights else ''}"
+        )
         if self.identical:
             yield "identical: the same numbers, the same config"
             return
@@ -155,7 +157,10 @@ class Difference:
         moved = [entry for entry in self.full if entry.difference]
         if moved:
             far = max(moved, key=lambda entry: entry.difference)
-            yield f"full    {len(moved)} of {len(self.full)} differ, by up to {far.difference:.3g} ({far.path})"
+            yield (
+                f"full    {len(moved)} of {len(self.full)} differ, by up to {far.difference:.3g}"
+                f" ({far.path})"
+            )
 
 
 @torch.no_grad()
@@ -175,8 +180,8 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             for low in (changes[at] for changes in products)
         ]
         if sizes[0] != sizes[1]:
-            found = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
-            problems.append(sentence(found, "adapters of one model", "compare those"))
+            problem = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
+            problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
     magnitudes = [{layer.at: layer.extras for layer in each.low.values()} for each in pair]
     full = [_full(each) for each in pair]

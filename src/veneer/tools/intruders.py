@@ -36,8 +36,8 @@ from veneer.tools.compose.align import AlignedWeight, align, applied
 from veneer.tools.compose.blend import Term, gain_of
 from veneer.tools.compose.frozen_weights import FrozenWeights
 
-# : how many leading singular vectors of a changed weight are looked at, and the cosine below which
-# one is an intruder
+#: how many leading singular vectors of a changed weight are looked at, and the cosine below which
+#: one is an intruder
 COUNT, THRESHOLD = 10, 0.5
 #: singular values of W below this share of the largest are rounding: they have no direction
 ROUNDING = 1e-6
@@ -98,9 +98,9 @@ def find_intruders(
         BaseMismatchError: the weights are not those that the adapter was made for.
     """
     if type(count) is not int or count < 0 or not 0 < threshold <= 1:
-        found = f"{count!r} singular vectors and a threshold of {threshold!r}"
+        problem = f"{count!r} singular vectors and a threshold of {threshold!r}"
         raise ConfigError(
-            found, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
+            problem, "a whole number, and a cosine in (0, 1]", f"use {COUNT} and {THRESHOLD}"
         )
     lows = applied(saved)
     for aligned in align([saved], base_weights.order):
@@ -197,10 +197,11 @@ def _bidiagonalised(matrix: Tensor, count: int, seed: int) -> Triples | None:
     start = torch.randn(
         matrix.shape[1], generator=torch.Generator().manual_seed(seed), dtype=matrix.dtype
     )
+    # a vector a row
     U, V = (
         matrix.new_zeros(most, matrix.shape[0]),
         matrix.new_zeros(most + 1, matrix.shape[1]),
-    )  # a vector a row
+    )
     V[0] = (start / start.norm()).to(matrix.device)
     diagonal, above, look = [], [], 4 * count + 20
     for step in range(most):

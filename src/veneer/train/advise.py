@@ -33,8 +33,8 @@ LORA = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
 #: the smallest and the largest rank that is advised
 RANKS = 4, 512
-# : the exponent p by which rates fall with the width, where somebody fitted it, and the rate
-# elsewhere
+#: the exponent p by which rates fall with the width, where somebody fitted it, and the rate
+#: elsewhere
 EXPONENTS, USUAL = {"llama": 0.781, "qwen": 0.0775}, 2e-4
 #: steps of a run that counts as short, and how much higher its rate is; steps of a trial
 SHORT, FASTER, TRIAL = 100, 1.5, 48
@@ -54,9 +54,9 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     """What to start from on the data and base of `config`; and its data, read. No weights are.
     Raises as `fit`."""
     if config.task != "sft":
-        found = f"task {config.task}, of whose rows nobody knows how much they teach"
+        problem = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(
-            found, "task sft", "start from the defaults, and try a few rates with `veneer sweep`"
+            problem, "task sft", "start from the defaults, and try a few rates with `veneer sweep`"
         )
     task = TASKS["sft"](config)
     task.read_data()

@@ -24,9 +24,15 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
     transformers does not know, and for activations to be offloaded to where they are."""
     on_cpu = "cpu" in (config.device_map, config.device or best_device())
     if config.offload_activations and on_cpu:
-        found = "offload_activations, and a run on the processor, whose activations are in main memory already"
-        do = "leave it out; to hold fewer of them, set activation_checkpointing or a smaller batch_size"
-        raise ConfigError(found, "a GPU", do)
+        problem = (
+            "offload_activations, and a run on the processor, whose activations are in main memory"
+            " already"
+        )
+        do = (
+            "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
+            " batch_size"
+        )
+        raise ConfigError(problem, "a GPU", do)
     early = config.early_stopping  # then the best checkpoint must be one that was evaluated
     eval_every = (
         config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
@@ -35,18 +41,22 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         eval_every if early else max(1, math.ceil(prepared.steps / 10))
     )
     optimisers = [str(name.value) for name in OptimizerNames]
-    if (
-        config.optimiser not in optimisers
-    ):  # which transformers would refuse later, with a traceback
-        found = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
+    # which transformers would refuse later, with a traceback
+    if config.optimiser not in optimisers:
+        problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
         raise ConfigError(
-            found, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
+            problem, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
         )
     for tracker in config.trackers:
         if tracker not in (ready := get_available_reporting_integrations()):
-            found = f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown or not installed"
+            problem = (
+                f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
+                " or not installed"
+            )
             raise ConfigError(
-                found, f"one that is (here: {listing(ready)})", "install its package, or correct it"
+                problem,
+                f"one that is (here: {listing(ready)})",
+                "install its package, or correct it",
             )
     make, own = TrainingArguments, {}
     if config.task == "sft":  # trl, whose import takes half a second, is for no other task

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 #: what is said where the first step of a run has nothing to learn from
 ALIKE = (
-    "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step taught nothing. If "
-    "later steps show ± 0.000 too, nothing is trained: see what the reward function gets and gives, raise the "
-    "temperature, or draw more answers."
+    "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step"
+    " taught nothing. If later steps show ± 0.000 too, nothing is trained: see what the reward"
+    " function gets and gives, raise the temperature, or draw more answers."
 )
 
 
@@ -74,10 +74,13 @@ class StopOnNan(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                found = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
-                do = "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision fp32)"
+                problem = f"the {name.replace('_', ' ')} is {value} at step {state.global_step}"
+                do = (
+                    "lower the learning rate, lengthen the warm-up, or train in fp32 (--precision"
+                    " fp32)"
+                )
                 raise TrainingError(
-                    found, "a finite number", f"{do}; the last checkpoint is intact"
+                    problem, "a finite number", f"{do}; the last checkpoint is intact"
                 )
 
 
@@ -96,9 +99,8 @@ class StopOnSignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows handlers nowhere else
+        # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._handle)
                 for number in (signal.SIGINT, signal.SIGTERM)
@@ -132,9 +134,8 @@ class ProgressBar(TrainerCallback):
         self.console, self.start = console, start  # the step at which this session begins
         self.bar: Progress | None = None
         self.task: Any = None
-        self.recent: deque[tuple[float, int, int]] = deque(
-            maxlen=51
-        )  # (seconds, tokens, step) of the last 50 steps
+        # (seconds, tokens, step) of the last 50 steps
+        self.recent: deque[tuple[float, int, int]] = deque(maxlen=51)
         self.printed = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

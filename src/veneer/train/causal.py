@@ -39,6 +39,12 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
     # both rows run in one batch, where equal numbers give equal ones: what is left is the order of
     # sums on a GPU
     if (one - other).norm() > max(1e-4, 4 * torch.finfo(logits.dtype).eps) * one.norm():
-        found = f"{name}, a {type(model).__name__} whose predictions change with the tokens that come after them"
-        do = "choose a causal base; to train another kind of model, call veneer.attach on it in Python"
-        raise ConfigError(found, "a causal language model, which cannot see its labels", do)
+        problem = (
+            f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
+            " after them"
+        )
+        do = (
+            "choose a causal base; to train another kind of model, call veneer.attach on it in"
+            " Python"
+        )
+        raise ConfigError(problem, "a causal language model, which cannot see its labels", do)

@@ -66,9 +66,9 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
     half-written. `OutputExistsError`: another process has it."""
 
     def refusal(holder: str) -> OutputExistsError:
-        found = f"{holder}, which writes its run to {output}"
+        problem = f"{holder}, which writes its run to {output}"
         return OutputExistsError(
-            found, "one run for an output folder", "wait for it, or choose another output"
+            problem, "one run for an output folder", "wait for it, or choose another output"
         )
 
     def hold() -> None:
@@ -113,9 +113,8 @@ def write(
             processes.each(lambda: filled(folder))
             processes.each(stack.close)
         except BaseException:
-            if (
-                not processes.first
-            ):  # the first one's went, and this one, still writing, may have made it again
+            # the first one's went, and this one, still writing, may have made it again
+            if not processes.first:
                 shutil.rmtree(folder.parent, ignore_errors=True)
             raise
 

@@ -84,9 +84,12 @@ class ChunkedCrossEntropy:
         """The loss of each label [n], as a function of the rows [n, h] alone: the head has nothing
         that trains."""
         if self.gradients:
-            found = "the losses of each label of a head that trains, whose gradient is known of their sum"
+            problem = (
+                "the losses of each label of a head that trains, whose gradient is known of"
+                " their sum"
+            )
             raise NotImplementedError(
-                sentence(found, "a frozen head", "use token_loss or log_probabilities")
+                sentence(problem, "a frozen head", "use token_loss or log_probabilities")
             )
         losses = -torch.cat(self.told).squeeze(1)
         return _KnownRows.apply(losses, torch.cat(self.rows), rows) if self.rows else losses  # pyright: ignore[reportReturnType]
@@ -107,9 +110,9 @@ class _KnownRows(torch.autograd.Function):
 
 def _once() -> None:
     if torch.is_grad_enabled():  # the known gradients would silently pass for constants
-        found = "create_graph=True through token_loss, which keeps no graph of the head"
+        problem = "create_graph=True through token_loss, which keeps no graph of the head"
         raise NotImplementedError(
-            sentence(found, "one derivative", "differentiate model(**inputs).loss instead")
+            sentence(problem, "one derivative", "differentiate model(**inputs).loss instead")
         )
 
 

@@ -56,8 +56,8 @@ NAMES = {
     "anchor": ("anchor", "query", "question", "sentence1", "premise"),
     "positive": ("positive", "pos", "answer", "passage", "document", "sentence2", "hypothesis"),
 }
-# : data sets with a column that belongs to the prompt where it holds something: (name, prompt, that
-# column, completion)
+#: data sets with a column that belongs to the prompt where it holds something: (name, prompt, that
+#: column, completion)
 FORMS = (
     ("alpaca", "instruction", "input", "output"),
     ("dolly", "instruction", "context", "response"),
@@ -89,9 +89,9 @@ def advice(
             if context not in names:
                 return f"name these columns of {form}: {flags}."
             return (
-                f"these are the columns of {form}, whose `{context}` belongs to the prompt where it holds something: "
-                f"write both into one column `prompt`, and `{answer}` into `completion`; {flags} would leave "
-                f"`{context}` out."
+                f"these are the columns of {form}, whose `{context}` belongs to the prompt where it"
+                f" holds something: write both into one column `prompt`, and `{answer}` into"
+                f" `completion`; {flags} would leave `{context}` out."
             )
     asked = prompt or likely("prompt", [name for name in names if name != completion])
     answer = completion or likely(
@@ -99,7 +99,10 @@ def advice(
     )
     if asked is not None and answer is not None:
         guess = "" if prompt and completion else " (by their names: check that they mean it)"
-        return f"rename the columns, or name them: --prompt-column {asked} --completion-column {answer}{guess}."
+        return (
+            f"rename the columns, or name them: --prompt-column {asked} --completion-column"
+            f" {answer}{guess}."
+        )
     if len(names) == 1:
         return f"if it is plain text, name it: --text-column {names[0]}."
     known = (
@@ -109,7 +112,10 @@ def advice(
     rest = listing((repr(name) for name in names if name not in (asked, answer)), 8)
     flags = known or "--prompt-column COLUMN "
     flags += "--prompt-column COLUMN" if answer and not asked else "--completion-column COLUMN"
-    return f"it is not clear which of {rest} is the {open_}: name them: {flags} (or --text-column, --messages-column)."
+    return (
+        f"it is not clear which of {rest} is the {open_}: name them: {flags} (or --text-column,"
+        " --messages-column)."
+    )
 
 
 def _is_chat(value: Any) -> bool:

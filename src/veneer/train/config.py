@@ -81,13 +81,15 @@ class TrainConfig(BaseModel):
     base: str = _data(..., "Base model: a folder, a .gguf file, or a model id on the hub.")
     data: str = _data(
         ...,
-        "Training data: .jsonl .json .csv .parquet .txt, a hub data set id, or a folder of images by label.",
+        "Training data: .jsonl .json .csv .parquet .txt, a hub data set id, or a folder of images"
+        " by label.",
     )
     output: Path = _run(..., "Folder for the adapter, the checkpoints and the log.")
 
     trust_remote_code: bool = _data(
         False,
-        "Run code that lies beside the base, for a class that transformers lacks. Never an adapter's.",
+        "Run code that lies beside the base, for a class that transformers lacks. Never an"
+        " adapter's.",
     )
     eval_data: str | None = _data(
         None, "Data to evaluate on, in the same form as the training data."
@@ -119,11 +121,13 @@ class TrainConfig(BaseModel):
     task: str = _task("sft", f"What to learn from the rows: {', '.join(task_names())}.")
     columns: dict[str, str] = _task(
         {},
-        "Columns by their part in a task other than sft: label=intent,text=query (default: those very names).",
+        "Columns by their part in a task other than sft: label=intent,text=query (default: those"
+        " very names).",
     )
     beta: float | None = _task(
         None,
-        "dpo, kto, orpo: strength of the preference; grpo: of the KL to the base (default: 0.1, grpo 0).",
+        "dpo, kto, orpo: strength of the preference; grpo: of the KL to the base (default: 0.1,"
+        " grpo 0).",
         ge=0,
     )
     reward: list[str] = _task([], "grpo: reward functions, FILE.py:NAME; their sum counts.")
@@ -133,8 +137,8 @@ class TrainConfig(BaseModel):
 
     adapter: str | None = _adapter(
         None,
-        "Adapter to train further: a folder, library:NAME, or a place such as s3://…; what it changes and how are its "
-        "own. dpo, kto and grpo then measure from it, not from the base.",
+        "Adapter to train further: a folder, library:NAME, or a place such as s3://…; what it"
+        " changes and how are its own. dpo, kto and grpo then measure from it, not from the base.",
     )
     rank: int = _adapter(16, "Rank r of the adapter.", ge=1)
     alpha: float | None = _adapter(None, "Numerator of the scale alpha / rank (default: 32).", gt=0)
@@ -152,7 +156,8 @@ class TrainConfig(BaseModel):
     )
     variant: str = _adapter(
         "lora",
-        "Adapter variant: lora, rslora, …; eva, corda and lora_ga start from the first rows of the data.",
+        "Adapter variant: lora, rslora, …; eva, corda and lora_ga start from the first rows of the"
+        " data.",
     )
     bias: Literal["none", "targets", "all"] = _adapter("none", "Which biases train besides.")
     layers: list[int] | None = _adapter(
@@ -175,7 +180,8 @@ class TrainConfig(BaseModel):
     grad_accum: int = _optimiser(1, "Forward passes in one step.", ge=1)
     group_by_length: bool = _optimiser(
         True,
-        "Rows of like length share a batch: less padding; off: rows by chance, which teaches more in a step.",
+        "Rows of like length share a batch: less padding; off: rows by chance, which teaches more"
+        " in a step.",
     )
     optimiser: str = _optimiser(
         "adamw_torch_fused",
@@ -202,29 +208,32 @@ class TrainConfig(BaseModel):
     )
     quantize: Literal["nf4", "fp4", "int8"] | None = _run(
         None,
-        "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the products.",
+        "Keep the base's linear layers in 4 or 8 bits (bitsandbytes); precision is then that of the"
+        " products.",
     )
     device: Literal["cpu", "cuda", "mps", "xpu"] | None = _run(
         None,
-        "Where to train (default: the GPU if there is one; CUDA_VISIBLE_DEVICES chooses among several).",
+        "Where to train (default: the GPU if there is one; CUDA_VISIBLE_DEVICES chooses among"
+        " several).",
     )
     device_map: str | dict[str, int | str] | None = _run(
         None, "Spread the base over several GPUs: auto, balanced, … as transformers takes it."
     )
     parallel: Literal["ddp", "fsdp", "tp"] = _run(
         "ddp",
-        "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them, tp lets each compute a "
-        "part of every matrix.",
+        "Under torchrun: ddp keeps the base whole in each process, fsdp spreads it over them, tp"
+        " lets each compute a part of every matrix.",
     )
     shard_size: int | None = _run(
         None,
-        "fsdp: the number of processes that hold a copy of the base between them, as in HSDP (default: all).",
+        "fsdp: the number of processes that hold a copy of the base between them, as in HSDP"
+        " (default: all).",
         ge=2,
     )
     attention: str = _run(
         "auto",
-        "Attention code: products, or any that transformers knows (eager, sdpa, flash_attention_2, …); auto: "
-        "transformers' choice, and products where they are faster on a CPU.",
+        "Attention code: products, or any that transformers knows (eager, sdpa, flash_attention_2,"
+        " …); auto: transformers' choice, and products where they are faster on a CPU.",
     )
     activation_checkpointing: bool = _run(
         False, "Recompute activations: less memory, about a third slower."
@@ -234,7 +243,8 @@ class TrainConfig(BaseModel):
     )
     cache_lower: bool = _run(
         False,
-        "Compute what the blocks below the lowest adapted one put out once a row, and keep it in memory.",
+        "Compute what the blocks below the lowest adapted one put out once a row, and keep it in"
+        " memory.",
     )
     check: bool = _run(
         True, "Check before training that every adapter is reached and gets a gradient."
@@ -302,7 +312,8 @@ class TrainConfig(BaseModel):
     def _agree(self) -> TrainConfig:
         if self.task == "sft" and self.columns:
             raise ValueError(
-                "columns is for the other tasks; name the columns of sft with prompt_column and its like"
+                "columns is for the other tasks; name the columns of sft with prompt_column and its"
+                " like"
             )
         if bool(self.reward) is not (self.task == "grpo"):
             raise ValueError(
@@ -312,7 +323,8 @@ class TrainConfig(BaseModel):
             )
         if self.task != "sft" and (self.packing or self.cache_lower or self.offload_activations):
             raise ValueError(
-                f"packing, cache_lower and offload_activations are for task sft; found task {self.task}"
+                "packing, cache_lower and offload_activations are for task sft; found task"
+                f" {self.task}"
             )
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError("eval_data and eval_fraction are both given; expected one of them")
@@ -327,8 +339,8 @@ class TrainConfig(BaseModel):
             and self.save_every % self.eval_every
         ):
             raise ValueError(
-                f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must be a multiple of "
-                f"eval_every ({self.eval_every})"
+                f"early_stopping keeps the best checkpoint, so save_every ({self.save_every}) must"
+                f" be a multiple of eval_every ({self.eval_every})"
             )
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(f"shard_size is for parallel fsdp; found parallel {self.parallel}")
@@ -404,7 +416,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
             getattr(error, "problem", None) or str(error),
         )
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        message = f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo: fix it."
+        message = (
+            f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo:"
+            " fix it."
+        )
         raise ConfigError(message) from error
     except RecursionError as error:
         raise ConfigError(
@@ -423,7 +438,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError(
-            f"{path} holds a {type(document).__name__}; expected `name: value` lines.\nDo: see `veneer train --help`."
+            f"{path} holds a {type(document).__name__}; expected `name: value` lines.\nDo: see"
+            " `veneer train --help`."
         )
     return document
 

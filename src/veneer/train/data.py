@@ -87,8 +87,8 @@ def raw_rows(source: str | Path, split: str = "train") -> tuple[list[tuple[str, 
         raw, digest = _read_hub(str(source), split)
     if not raw:
         raise DataError(
-            f"The data set {source} is empty: it holds no example.\n"
-            "Expected at least one row.\nDo: check that the path is right and that the file was written completely."
+            f"The data set {source} is empty: it holds no example.\nExpected at least one row.\nDo:"
+            " check that the path is right and that the file was written completely."
         )
     for place, row in raw:
         if not isinstance(row, dict):
@@ -118,24 +118,29 @@ def by_part(
     without a column of the first."""
     renamed, names = renamed or {}, list(raw[0][1])
     if unknown := [part for part in renamed if part not in (*wanted, *optional)]:
-        found = f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*wanted, *optional])}"
-        raise DataError(found, f"one of {', '.join([*wanted, *optional])}", "correct it")
+        problem = (
+            f"columns names the part {unknown[0]!r}{nearest(unknown[0], [*wanted, *optional])}"
+        )
+        raise DataError(problem, f"one of {', '.join([*wanted, *optional])}", "correct it")
     picked = {part: renamed.get(part, part) for part in wanted}
     picked |= {
         part: renamed.get(part, part) for part in optional if part in renamed or part in names
     }
     if lacking := [column for column in picked.values() if column not in names]:
         parts = [part for part, column in picked.items() if column in lacking]
-        found = f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has {_list(names)}"
+        problem = (
+            f"{source} has no column {lacking[0]!r}{nearest(lacking[0], names)}; it has"
+            f" {_list(names)}"
+        )
         free = [name for name in names if name not in picked.values()]
         pairs = [f"{part}={likely(part, free) or 'COLUMN'}" for part in parts]
         do = f"rename it, or name the columns that play these parts: --columns {','.join(pairs)}"
-        raise DataError(found, f"the columns {_list(picked.values())}", do)
+        raise DataError(problem, f"the columns {_list(picked.values())}", do)
     for place, row in raw:
         if lost := [column for column in picked.values() if row.get(column) is None]:
-            found = f"{source}, {place} holds nothing in {lost[0]!r}; it has {_list(row)}"
+            problem = f"{source}, {place} holds nothing in {lost[0]!r}; it has {_list(row)}"
             raise DataError(
-                found, f"{lost[0]!r} in every row, as in the first", "add it, or remove that row"
+                problem, f"{lost[0]!r} in every row, as in the first", "add it, or remove that row"
             )
     rows = [{part: row[column] for part, column in picked.items()} for _, row in raw]
     unused = tuple(name for name in names if name not in picked.values())
@@ -149,13 +154,15 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         near = nearest(path.name, [file.name for file in folder.glob("*")])
         do = "run `make demo`, which writes it" if folder.name == DEMO else "check the path"
         raise DataError(
-            f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo: {do}."
+            f"The data file {path} does not exist{where}.\nExpected a readable file{near}.\nDo:"
+            f" {do}."
         )
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
         raise DataError(
             f"{path} is a folder; expected one data file.\n"
-            f"Do: name the file{': it holds ' + ', '.join(inside[:8]) if inside else ' (it holds no data file)'}."
+            "Do: name the"
+            f" file{': it holds ' + ', '.join(inside[:8]) if inside else ' (it holds no data file)'}."
         )
     if suffix not in READERS:
         raise DataError(
@@ -168,8 +175,9 @@ def _read_file(path: Path) -> tuple[list[tuple[str, Any]], str]:
         return list(READERS[suffix](path)), digest
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}.\n"
-            f"Expected UTF-8.\nDo: convert it, for example: iconv -f latin1 -t utf8 {path.name} > utf8-{path.name}"
+            f"{path} is not UTF-8 text: byte {error.start} is"
+            f" 0x{error.object[error.start]:02x}.\nExpected UTF-8.\nDo: convert it, for example:"
+            f" iconv -f latin1 -t utf8 {path.name} > utf8-{path.name}"
         ) from error
     except OSError as error:
         raise DataError(
@@ -192,9 +200,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, _parsed(line, f"{path}, {place}")
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}, {place} is not JSON: {error.msg} at column {error.colno}: {_snippet(line)}\n"
-                'Expected one JSON object a line, such as {"prompt": "...", "completion": "..."}.\n'
-                "Do: fix or remove that line."
+                f"{path}, {place} is not JSON: {error.msg} at column {error.colno}:"
+                f' {_snippet(line)}\nExpected one JSON object a line, such as {{"prompt": "...",'
+                ' "completion": "..."}.\nDo: fix or remove that line.'
             ) from error
 
 
@@ -210,9 +218,9 @@ def _parsed(text: str, place: str) -> Any:
             f"{place}, which is nested too deep", "rows of text", "fix or remove it"
         ) from error
     except ValueError as error:
-        found = f"{place}, with a number that cannot be read ({first_line(error)})"
+        problem = f"{place}, with a number that cannot be read ({first_line(error)})"
         raise DataError(
-            found, "numbers of a usual size", "fix or remove it, or write it as text"
+            problem, "numbers of a usual size", "fix or remove it, or write it as text"
         ) from error
 
 
@@ -221,8 +229,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         document = _parsed(path.read_text(encoding="utf-8"), str(path))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}, line {error.lineno} is not JSON: {error.msg} at column {error.colno}.\n"
-            "Expected a JSON list of objects.\nDo: fix the file; if it has one object a line, name it .jsonl."
+            f"{path}, line {error.lineno} is not JSON: {error.msg} at column"
+            f" {error.colno}.\nExpected a JSON list of objects.\nDo: fix the file; if it has one"
+            " object a line, name it .jsonl."
         ) from error
     if isinstance(document, dict) and isinstance(document.get("data"), list):
         document = document["data"]
@@ -245,9 +254,12 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
             _must_differ(names, path)
             for row in filter(None, reader):
                 if len(row) != len(names):
-                    found = f"{path}, line {reader.line_num} has {len(row)} fields; expected {len(names)}"
+                    problem = (
+                        f"{path}, line {reader.line_num} has {len(row)} fields; expected"
+                        f" {len(names)}"
+                    )
                     do = "quote fields that hold commas or line breaks"
-                    raise DataError(f"{found}, as in the header.\nDo: {do}.")
+                    raise DataError(f"{problem}, as in the header.\nDo: {do}.")
                 yield f"line {reader.line_num}", dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise DataError(
@@ -272,8 +284,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _must_differ(names: Sequence[str], path: Path) -> None:
     """Refuse two columns of one name, of which a row would keep the last."""
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        found = f"{path} has the column {twice[0]!r} {names.count(twice[0])} times"
-        raise DataError(found, "columns of different names", "rename or remove one of them")
+        problem = f"{path} has the column {twice[0]!r} {names.count(twice[0])} times"
+        raise DataError(problem, "columns of different names", "rename or remove one of them")
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -294,9 +306,10 @@ def _read_hub(name: str, split: str) -> tuple[list[tuple[str, Any]], str]:
         Exception
     ) as error:  # `datasets` raises a score of unrelated types here; all mean the same to the user
         raise DataError(
-            f"No data at {name!r}: there is no such file here, and the hub says: {first_line(error)}\n"
-            f"Expected a file ({', '.join(READERS)}) or the id of a data set on the Hugging Face hub.\n"
-            "Do: check the path or the id; for a private data set log in with `hf auth login`."
+            f"No data at {name!r}: there is no such file here, and the hub says:"
+            f" {first_line(error)}\nExpected a file ({', '.join(READERS)}) or the id of a data set"
+            " on the Hugging Face hub.\nDo: check the path or the id; for a private data set log"
+            " in with `hf auth login`."
         ) from error
     rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
     digest = hashlib.sha256(
@@ -314,8 +327,8 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
         for column in picked.values():
             if column not in row:
                 raise DataError(
-                    f"{source}, {place} has no column {column!r}; it has {_list(row)}.\n"
-                    f"Expected {column!r} in every row, as in the first.\nDo: add it, or remove that row."
+                    f"{source}, {place} has no column {column!r}; it has {_list(row)}.\nExpected"
+                    f" {column!r} in every row, as in the first.\nDo: add it, or remove that row."
                 )
         shaped = {
             part: _value(row[column], part, column, f"{source}, {place}")
@@ -325,8 +338,9 @@ def _shape(raw: list[tuple[str, Any]], columns: Columns, source: str, digest: st
             shaped["completion"], str
         ):
             raise DataError(
-                f"{source}, {place}: prompt is {_name(shaped['prompt'])}, completion {_name(shaped['completion'])}.\n"
-                "Expected both to be text, or both to be lists of messages.\nDo: bring both into one form."
+                f"{source}, {place}: prompt is {_name(shaped['prompt'])}, completion"
+                f" {_name(shaped['completion'])}.\nExpected both to be text, or both to be lists of"
+                " messages.\nDo: bring both into one form."
             )
         chat = any(isinstance(value, list) for value in shaped.values())
         if chat and row.get(TOOLS) is not None:
@@ -345,8 +359,9 @@ def _detect(
     for option, column in vars(columns).items():
         if column is not None and column not in names:
             raise DataError(
-                f"{source} has no column {column!r}{nearest(column, names)} (asked for as the {option} column); it has "
-                f"{_list(names)}.\nDo: name one that exists, for example --{option}-column {names[0]}."
+                f"{source} has no column {column!r}{nearest(column, names)} (asked for as the"
+                f" {option} column); it has {_list(names)}.\nDo: name one that exists, for example"
+                f" --{option}-column {names[0]}."
             )
     if not any(vars(columns).values()):
         _refuse_other_tasks(names, first, source)
@@ -392,10 +407,9 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         asked = likely("prompt", names)
         alone = alone if asked is None else f"--prompt-column {asked} --completion-column chosen"
         raise DataError(
-            f"{source} holds preferences: the columns {_list(names)}.\n"
-            "Expected examples to imitate, as the task is sft.\n"
-            "Do: to learn that one answer is better than another, choose --task dpo, orpo or reward; or imitate the "
-            f"chosen answers alone: {alone}."
+            f"{source} holds preferences: the columns {_list(names)}.\nExpected examples to"
+            " imitate, as the task is sft.\nDo: to learn that one answer is better than another,"
+            f" choose --task dpo, orpo or reward; or imitate the chosen answers alone: {alone}."
         )
     if labels := [name for name in names if name.lower() in LABELS]:
         others = [name for name in names if name not in labels]
@@ -407,10 +421,12 @@ def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) ->
         )
         shown = f"--messages-column {chat}" if (chat := _chat(names)) else shown
         raise DataError(
-            f"{source} has the column {labels[0]!r} beside {_list(others) if others else 'no other'}.\n"
-            "Expected examples to imitate, as the task is sft, which would leave the labels out.\n"
-            f"Do: to learn the labels, choose --task classify (kto, if they judge completions), or write each as text "
-            f"into `completion`, with its text in `prompt`; to leave them out, name the columns to read: {shown}."
+            f"{source} has the column {labels[0]!r} beside"
+            f" {_list(others) if others else 'no other'}.\nExpected examples to imitate, as the"
+            " task is sft, which would leave the labels out.\nDo: to learn the labels, choose"
+            " --task classify (kto, if they judge completions), or write each as text into"
+            " `completion`, with its text in `prompt`; to leave them out, name the columns to"
+            f" read: {shown}."
         )
 
 
@@ -419,11 +435,11 @@ def shaped(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     `DataError`."""
     checked = {part: _value(value, part, part, where) for part, value in row.items()}
     if len({isinstance(value, str) for value in checked.values()}) > 1:
-        found = (
+        problem = (
             f"{where}: {', '.join(f'{part} is {_name(value)}' for part, value in checked.items())}"
         )
         raise DataError(
-            found, "all of them text, or all lists of messages", "bring them into one form"
+            problem, "all of them text, or all lists of messages", "bring them into one form"
         )
     return checked
 
@@ -458,9 +474,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             }
     match message:
         case {"role": str()}:
-            message = {
-                key: value for key, value in message.items() if value is not None
-            }  # parquet's absent keys
+            # parquet's absent keys
+            message = {key: value for key, value in message.items() if value is not None}
     match message:
         case {"role": str(), "content": [*parts]} if parts and all(map(_is_text, parts)):
             message = {**message, "content": "".join(part["text"] for part in parts)}
@@ -476,10 +491,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         case {"role": str(), "content": str()}:
             return message
     raise DataError(
-        f"{where} holds a message that is not one: {_snippet(_written(message))}\n"
-        'Expected {"role": "user" | "assistant" | "system" | "tool", "content": "text"}, where the content may be a '
-        'list of {"type": "text", "text": "..."}, and an assistant\'s may stand beside "tool_calls".\n'
-        "Do: fix or remove that row."
+        f"{where} holds a message that is not one: {_snippet(_written(message))}\nExpected"
+        ' {"role": "user" | "assistant" | "system" | "tool", "content": "text"}, where the'
+        ' content may be a list of {"type": "text", "text": "..."}, and an assistant\'s may'
+        ' stand beside "tool_calls".\nDo: fix or remove that row.'
     )
 
 
@@ -502,9 +517,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         or not isinstance(arguments, dict)
     ):
         raise DataError(
-            f"{where} holds a tool call that is not one: {_snippet(_written(call))}\n"
-            'Expected {"type": "function", "function": {"name": "...", "arguments": {...}}}.\n'
-            "Do: fix or remove that row."
+            f"{where} holds a tool call that is not one: {_snippet(_written(call))}\nExpected"
+            ' {"type": "function", "function": {"name": "...", "arguments": {...}}}.\nDo:'
+            " fix or remove that row."
         )
     own = {
         "name": function["name"],
@@ -531,8 +546,8 @@ def _tools(value: Any, where: str) -> list[Any]:
         tools = None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
-    found = f"{where} holds {TOOLS} that are none: {_snippet(_written(value))}"
-    raise DataError(found, "a list of JSON schemas of functions", "fix it, or remove that row")
+    problem = f"{where} holds {TOOLS} that are none: {_snippet(_written(value))}"
+    raise DataError(problem, "a list of JSON schemas of functions", "fix it, or remove that row")
 
 
 def _list(names: Iterable[str]) -> str:

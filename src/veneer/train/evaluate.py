@@ -119,9 +119,12 @@ def exact(
         if row.get(TOOLS) or (
             isinstance(answer, list) and any("tool_calls" in message for message in answer)
         ):
-            found = f"{rows.source}, {place}: tools, or calls of them, among what should be exactly right"
+            problem = (
+                f"{rows.source}, {place}: tools, or calls of them, among what should be exactly"
+                " right"
+            )
             raise DataError(
-                found, "texts, which can be compared", "leave out --exact, or remove that row"
+                problem, "texts, which can be compared", "leave out --exact, or remove that row"
             )
     prompts = [row["prompt"] for row in rows.rows]
     answers = generate(

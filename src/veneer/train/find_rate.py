@@ -34,8 +34,8 @@ from veneer.train.tasks import TASKS
 from veneer.train.trainer import trainer_of
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
-# : a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the
-# rates
+#: a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the
+#: rates
 WORSE = 1.5
 #: of the losses' running mean
 KEPT = 0.8
@@ -63,11 +63,11 @@ class RateSweep:
         smoothed = self.smoothed
         best = min(range(len(smoothed)), key=smoothed.__getitem__)
         if best == 0 or smoothed[best] > 0.995 * smoothed[0]:
-            found = (
+            problem = (
                 f"a loss that no rate from {self.rates[0]:.0e} to {self.rates[-1]:.0e} brings down"
             )
             do = "look at the data (--dry-run shows an example), or start with the default rate"
-            raise TrainingError(found, "one that falls somewhere", do)
+            raise TrainingError(problem, "one that falls somewhere", do)
         rate = self.rates[best] / 10
         digit = 10.0 ** math.floor(math.log10(rate))
         return float(f"{round(rate / digit) * digit:.0e}")
@@ -129,11 +129,11 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
     tells nothing; ``TrainingError``: not even the first loss is a number.
     """
     if config.task == "grpo":
-        found, do = (
+        problem, do = (
             "task grpo, whose loss is zero at every rate",
             "try a few rates, and watch reward in log.jsonl",
         )
-        raise ConfigError(found, "a task whose loss falls as it learns", do)
+        raise ConfigError(problem, "a task whose loss falls as it learns", do)
     console = console or Console(stderr=True)
     task = TASKS[config.task](config)
     task.read_data()
@@ -160,14 +160,15 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         trainer.remove_callback(PrinterCallback)
         say(
             console,
-            f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates {LOW:g} to {HIGH:g}",
+            f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"
+            f" {LOW:g} to {HIGH:g}",
         )
         with as_reference(base.model, task.further, task.refers()):
             trainer.train()
     if not sweep.losses:
-        found, do = (
+        problem, do = (
             "a loss that is not a number at the first step",
             "train in fp32 (--precision fp32)",
         )
-        raise TrainingError(found, "a finite number", do)
+        raise TrainingError(problem, "a finite number", do)
     return sweep.result

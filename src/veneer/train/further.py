@@ -45,11 +45,11 @@ def start_of(adapter: str | None) -> Start | None:
     folder = resolve(adapter)
     files = read(folder)
     if files.tokens:
-        found, do = (
+        problem, do = (
             f"adapter {adapter}, which trains tokens",
             "merge it (`veneer merge`), and train on the merged base",
         )
-        raise ConfigError(found, "changes of weights alone", do)
+        raise ConfigError(problem, "changes of weights alone", do)
     task = files.metadata.get("provenance", {}).get("task")
     return Start(folder, content_hash(folder), task if isinstance(task, dict) else {})
 
@@ -67,9 +67,12 @@ def load_to_train(model: Any, start: Start) -> Handle:
     ]  # fmt: skip
     if lacking:
         handle.detach()
-        found = f"{listing(sorted({*lacking}))}, of random weights, which the adapter {start.folder} does not train"
+        problem = (
+            f"{listing(sorted({*lacking}))}, of random weights, which the adapter {start.folder}"
+            " does not train"
+        )
         raise ConfigError(
-            found,
+            problem,
             "an adapter of this task",
             "name one, or merge this one and train on the merged base",
         )

@@ -88,9 +88,9 @@ def continuations(
         and encoded
         and (longest := len(encoded[order[0]])) + max_new_tokens > context
     ):
-        found = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
+        problem = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
         do = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(found, f"at most {context:,} together, the model's context", do)
+        raise DataError(problem, f"at most {context:,} together, the model's context", do)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(

@@ -163,8 +163,8 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
             config = vars(model.config).items()
             drops += [value for name, value in config if name.endswith(("dropout", "_pdrop"))]
             if any(isinstance(p, float | int) and p > 0 for p in drops):
-                found = "a base with dropout, which draws anew each time"
-                raise ConfigError(found, "dropout of 0 in the base's configuration", INSTEAD)
+                problem = "a base with dropout, which draws anew each time"
+                raise ConfigError(problem, "dropout of 0 in the base's configuration", INSTEAD)
             return list(stack[:lowest]), len(stack)
     stack = max(stacks, key=lambda path: len(stacks[path]), default="")
     outside = next(

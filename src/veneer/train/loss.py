@@ -165,16 +165,15 @@ def label_losses(
     }
     balanced = getattr(getattr(unwrap(model), "config", None), "output_router_logits", False)
     if balanced and torch.is_grad_enabled():
-        found = "output_router_logits=True, for a loss of the balance of experts over all rows"
+        problem = "output_router_logits=True, for a loss of the balance of experts over all rows"
         raise ConfigError(
-            found, "losses of each row", "set it to False, or train the adapters one by one"
+            problem, "losses of each row", "set it to False, or train the adapters one by one"
         )
     target = labels[:, 1:]
     wanted, path = target != IGNORED, _body(model)
     counts, outputs = wanted.sum(1), None
-    whole = (
-        torch.is_grad_enabled() and path is not None and _changes_head(model, path)
-    )  # whose gradient is asked for
+    # whose gradient is asked for
+    whole = torch.is_grad_enabled() and path is not None and _changes_head(model, path)
     if path is not None and wanted.any() and not whole:
         rows, sums, outputs, _ = _chunks(model, path, rest, labels, accuracy, chunk, None)
         if rows is not None and sums is not None:
@@ -311,9 +310,8 @@ def _chunks(
     model: nn.Module, path: ModulePath, inputs: dict[str, Any], labels: Tensor, accuracy: bool, chunk: int,
     count: int | None,
 ) -> _Chunks:  # fmt: skip
-    targets = functional.pad(
-        labels[:, 1:], (0, 1), value=IGNORED
-    )  # [b, s]: what the hidden state here should say
+    # [b, s]: what the hidden state here should say
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     wanted = targets != IGNORED
     if count is None or labels.is_cpu:
         places = wanted.flatten().nonzero().squeeze(1)  # [n]
@@ -361,10 +359,11 @@ class _Head:
     def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
         if "output_router_logits" in inspect.signature(own_class(model).forward).parameters:
+            # the balance of the experts is known already
             self.inputs = {
                 **inputs,
                 "output_router_logits": False,
-            }  # the balance of the experts is known already
+            }
         self.output: Any = None
         self.rows = self.memory = torch.empty(0)
         self.taken = False

@@ -53,9 +53,8 @@ class EpochSampler(Sampler[int]):
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
         first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
-        last = (
-            batches.pop() if batches and len(indices) % self.batch else []
-        )  # short: it would shift all the others
+        # short: it would shift all the others
+        last = batches.pop() if batches and len(indices) % self.batch else []
         order = torch.randperm(len(batches), generator=generator).tolist()
         return chain(first, *(batches[number] for number in order), last)
 

@@ -117,8 +117,8 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
     the same for a seed."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
-        found = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
-        raise ConfigError(found, "at least one", "lower it")
+        problem = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
+        raise ConfigError(problem, "at least one", "lower it")
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
     return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(
         sorted(chosen)

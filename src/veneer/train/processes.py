@@ -107,14 +107,13 @@ def join() -> Processes:
         ConfigError: the environment names several, and not where they meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        os.environ.pop(
-            "LOCAL_RANK", None
-        )  # accelerate would make one process a group, and wrap the model into DDP
+        # accelerate would make one process a group, and wrap the model into DDP
+        os.environ.pop("LOCAL_RANK", None)
         return Processes()
     if missing := [name for name in TOLD if name not in os.environ]:
-        found = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
+        problem = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
         raise ConfigError(
-            found, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE"
+            problem, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE"
         )
     import torch
     import torch.distributed as dist
@@ -226,7 +225,10 @@ def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainC
         raise ConfigError(found, "one of the two", "leave out device_map, or run without torchrun")
     rows, passes = divided(config.batch_size, config.grad_accum, processes)
     if compares_rows and rows != config.batch_size:
-        found = f"{_step(config.batch_size, config.grad_accum, processes)}: {rows} in a forward pass, whose rows "
+        found = (
+            f"{_step(config.batch_size, config.grad_accum, processes)}: {rows} in a forward pass,"
+            " whose rows "
+        )
         found += f"the loss of task {config.task} compares"
         raise ConfigError(found, f"{config.batch_size} in a forward pass", _advice(processes))
     return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
@@ -239,8 +241,9 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
 
     there = {
         "quantize": config.quantize,
-        "a quantised base": getattr(config_of(config.base), "quantization_config", None)
-        is not None,
+        "a quantised base": (
+            getattr(config_of(config.base), "quantization_config", None) is not None
+        ),
         "cache_lower": config.cache_lower,
         "device_map": config.device_map,
         "task grpo": config.task == "grpo",
@@ -248,12 +251,12 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
     }
     for name, why in UNDIVIDED[config.parallel].items():
         if there[name]:
-            found = f"parallel {config.parallel} with {name}: {why}"
-            raise ConfigError(found, "one of them", "set parallel to ddp, or leave the other out")
+            problem = f"parallel {config.parallel} with {name}: {why}"
+            raise ConfigError(problem, "one of them", "set parallel to ddp, or leave the other out")
     if config.shard_size is not None and count % config.shard_size:
-        found = f"shard_size {config.shard_size} of {count} processes"
+        problem = f"shard_size {config.shard_size} of {count} processes"
         raise ConfigError(
-            found, "a number that divides them", "set it to the processes of a machine"
+            problem, "a number that divides them", "set it to the processes of a machine"
         )
 
 
@@ -271,7 +274,10 @@ def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]
 
 
 def _step(batch_size: int, grad_accum: int, processes: int) -> str:
-    examples = f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a step"
+    examples = (
+        f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a"
+        " step"
+    )
     return f"{examples}, over {processes} processes"
 
 

@@ -49,8 +49,8 @@ LOOK = 0.2
 
 Asked = Callable[[], bool]
 Say = Callable[[str], Any]
-# : what each worker does, while `asked()` says whether the run is to stop; the driver gets what the
-# first one's gives
+#: what each worker does, while `asked()` says whether the run is to stop; the driver gets what the
+#: first one's gives
 Work = Callable[[Asked], Any]
 
 
@@ -94,24 +94,26 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         what a worker raised; TrainingError: workers died more often than that; ConfigError: no
         cluster where one was named. KeyboardInterrupt: a second Ctrl-C.
     """
+    # Ray's log would hold, and tell again, what is printed
     for name in (
         "PRINT_PATCH",
         "WORKER_STRUCTURED_LOGGING",
-    ):  # Ray's log would hold, and tell again, what is printed
+    ):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except ConnectionError as error:
-        found = f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})"
+        problem = f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} ({error})"
         do = "check the address; unset it for a Ray on this machine"
-        raise ConfigError(found, "one that answers", do) from error
+        raise ConfigError(problem, "one that answers", do) from error
     try:
         has: dict[str, Any] = ray.cluster_resources()
         gpu = has.get("GPU", 0) > 0 if gpus is None else gpus
         for kind in ("CPU", "GPU") if gpu else ("CPU",):
             if (count := int(has.get(kind, 0))) < workers:
                 say(
-                    f"The cluster has {count} {kind}s for {workers} workers, which wait for more (or Ctrl-C)."
+                    f"The cluster has {count} {kind}s for {workers} workers, which wait for more"
+                    " (or Ctrl-C)."
                 )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -191,8 +193,14 @@ def _outcome(error: BaseException | None, max_restarts: int) -> None:
     ) in error.worker_failures.values():  # what a worker could still say, rather than that it died
         if hasattr(failure, "comes_again") and not getattr(failure, "told_elsewhere", False):
             raise failure from None
-    died = f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts} restarts"
-    do = "see what killed it (memory?) in Ray's logs; the same command goes on from the last checkpoint"
+    died = (
+        f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
+        " restarts"
+    )
+    do = (
+        "see what killed it (memory?) in Ray's logs; the same command goes on from the last"
+        " checkpoint"
+    )
     raise TrainingError(died, "workers that live", do) from None
 
 
@@ -212,11 +220,11 @@ class Watch(UserCallback):
             rank for rank, error in worker_exceptions.items() if not hasattr(error, "comes_again")
         ]
         if ranks:
-            found = f"Worker {listing(map(str, sorted(ranks)))} of {self.workers} died"
+            problem = f"Worker {listing(map(str, sorted(ranks)))} of {self.workers} died"
         else:
             rank, error = min(worker_exceptions.items())
-            found = f"Worker {rank} of {self.workers} failed ({type(error).__name__}: {error})"
-        ray.get(self.line.say.remote(f"{found}. All start again, if any restart is left."))
+            problem = f"Worker {rank} of {self.workers} failed ({type(error).__name__}: {error})"
+        ray.get(self.line.say.remote(f"{problem}. All start again, if any restart is left."))
 
 
 class _Said(io.TextIOBase):
@@ -239,9 +247,9 @@ def _worker(config: dict[str, Any]) -> None:
         try:
             os.chdir(config["folder"])  # so that paths mean what they mean in the driver
         except OSError as error:
-            found = f"no folder {config['folder']} on the node {os.uname().nodename}"
+            problem = f"no folder {config['folder']} on the node {os.uname().nodename}"
             raise ConfigError(
-                found, "the driver's, on a file system that all share", "start it in such one"
+                problem, "the driver's, on a file system that all share", "start it in such one"
             ) from error
         with redirect_stderr(_Said(line)) if first else nullcontext():
             value = config["work"](lambda: first and ray.get(line.asked.remote()))
@@ -250,9 +258,8 @@ def _worker(config: dict[str, Any]) -> None:
     except Exception as error:
         told: Any = error
         if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
-            told = RuntimeError(
-                f"{type(error).__name__}: {error}"
-            )  # another library's may not travel
+            # another library's may not travel
+            told = RuntimeError(f"{type(error).__name__}: {error}")
         if not isinstance(error, VeneerError | OSError):
             told.add_note(f"In a worker:\n{traceback.format_exc()}")
         told.comes_again = _comes_again(error)

@@ -132,8 +132,9 @@ def _fit(
         if config.device_map is None:
             say(
                 console,
-                f"{seen} GPUs are visible; this run trains on {arguments.device} (CUDA_VISIBLE_DEVICES chooses one; "
-                f"`torchrun --nproc-per-node {seen} -m veneer.cli train …` trains on all).",
+                f"{seen} GPUs are visible; this run trains on {arguments.device}"
+                f" (CUDA_VISIBLE_DEVICES chooses one; `torchrun --nproc-per-node {seen} -m"
+                " veneer.cli train …` trains on all).",
             )
     set_seed(config.seed)
     way = config.parallel if processes.count > 1 else "ddp"
@@ -250,9 +251,8 @@ def _open(
     config: TrainConfig, output: Path, prepared: Prepared, found: Found
 ) -> list[dict[str, Any]]:
     """Make the output folder ready; what its log ends with."""
-    if (
-        found is None and (output / checkpoint.RUN).exists()
-    ):  # only now: a run that cannot begin leaves nothing behind
+    # only now: a run that cannot begin leaves nothing behind
+    if found is None and (output / checkpoint.RUN).exists():
         checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
     output.mkdir(parents=True, exist_ok=True)
     write_status(output, "running", config, prepared)
@@ -284,10 +284,11 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
     if run["status"] == "finished":
         do = "choose another output, or pass --overwrite to replace it"
         raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
+    # an older run lacks newer settings
     old, new = (
         {**TrainConfig.defaults(), **run["config"]},
         config.content(),
-    )  # an older run lacks newer settings
+    )
     changed = [
         name
         for name in {**old, **new}
@@ -299,9 +300,10 @@ def unfinished(config: TrainConfig, output: Path) -> bool:
         return False
     lines = "".join(f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
     raise (ConfigError if changed else OutputExistsError)(
-        f"Found: {output} holds an unfinished run{' with another configuration' if changed else ''}.{lines}\n"
-        "Expected: the same configuration, to resume it exactly, or a new folder. Do: undo the change, choose another "
-        "output, or pass --overwrite to start over."
+        f"Found: {output} holds an unfinished"
+        f" run{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
+        " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
+        " another output, or pass --overwrite to start over."
     )
 
 
@@ -321,9 +323,9 @@ def found_in(
     what = (
         "the data" if config.adapter is None else "the data, or the adapter that it trains further,"
     )
-    found = f"{what} have changed since the unfinished run in {output} began"
+    problem = f"{what} have changed since the unfinished run in {output} began"
     do = "restore them, choose another output, or pass --overwrite to start over"
-    raise ConfigError(found, "the same bytes, to resume it exactly", do)
+    raise ConfigError(problem, "the same bytes, to resume it exactly", do)
 
 
 def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
@@ -355,7 +357,8 @@ def tell_versions(run: Mapping[str, Any], console: Console) -> None:
     if changed:
         say(
             console,
-            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those of a run that",
+            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those"
+            " of a run that",
         )
         say(
             console,
@@ -427,7 +430,8 @@ def describe(
     if config.parallel != "ddp" and processes.count == 1:
         say(
             console,
-            f"         parallel {config.parallel} does nothing here: this is one process (torchrun starts several)",
+            f"         parallel {config.parallel} does nothing here: this is one process (torchrun"
+            " starts several)",
         )
     if not console.quiet:  # a step is counted for it
         later = {
@@ -444,7 +448,8 @@ def describe(
         kept = size(tokens * model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize)
         say(
             console,
-            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept} are kept",
+            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row; {kept}"
+            " are kept",
         )
     say(console, str(handle.summary()))
 
@@ -473,7 +478,10 @@ def _train(
     except OSError as error:
         note = "There is no checkpoint yet; the same command starts over."
         if (last := checkpoint.newest(output)) is not None:
-            note = f"The newest complete checkpoint is {last[0]}; start the same command again to go on from it."
+            note = (
+                f"The newest complete checkpoint is {last[0]}; start the same command again to go"
+                " on from it."
+            )
         error.add_note(note)
         raise
     finally:
@@ -492,9 +500,12 @@ def _gone() -> Iterator[None]:
     ) as error:  # of several that were left, the first one's is on the others, too
         if "losed by peer" not in str(error) and "reset by peer" not in str(error):
             raise
-        found = "a process of this run that is gone, in the middle of a step"
-        do = "see what it printed, or what killed it (memory?); the same command goes on from the last checkpoint"
-        told = TrainingError(found, "all of them", do)
+        problem = "a process of this run that is gone, in the middle of a step"
+        do = (
+            "see what it printed, or what killed it (memory?); the same command goes on from the"
+            " last checkpoint"
+        )
+        told = TrainingError(problem, "all of them", do)
         told.told_elsewhere = getattr(error, "told_elsewhere", False)
         raise told from error
 

@@ -111,11 +111,9 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.processes.shares
-            )  # the count is of all processes, and gradients are averaged
-        if (
-            result.extra is not None and not spare
-        ):  # a mean over the passes of all processes, which are averaged
+            # the count is of all processes, and gradients are averaged
+            loss = loss * self.processes.shares
+        # a mean over the passes of all processes, which are averaged
+        if result.extra is not None and not spare:
             loss = loss + result.extra * (self.processes.shares / self._passes if training else 1)
         return loss

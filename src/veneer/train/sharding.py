@@ -94,9 +94,8 @@ def shard(model: Any, device: torch.device, size: int | None = None) -> None:
     for block in blocks(model):
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    if (
-        device.type == "cpu"
-    ):  # nothing overlaps there: what is gathered ahead, or let go of later, is memory alone
+    # nothing overlaps there: what is gathered ahead, or let go of later, is memory alone
+    if device.type == "cpu":
         model._set_unshard_async_op(True)
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -33,9 +33,9 @@ def start_data(task: Task, rows: Any, model: Any) -> dict[str, Any]:
     if isinstance(rows, Examples):
         return {"batches": list(_batches(rows, model.device, "gradient" in needs))}
     if "gradient" in needs:
-        found = f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own"
+        problem = f"variant {variant!r} for task {task.name!r}, whose loss is not the model's own"
         raise ConfigError(
-            found, "task sft", "choose a variant that starts from inputs, such as eva"
+            problem, "task sft", "choose a variant that starts from inputs, such as eva"
         )
     first = (task.inputs(task.collate([row])) for row in rows.rows[:ROWS])
     return {

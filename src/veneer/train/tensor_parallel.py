@@ -137,10 +137,13 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
     if not problems and not any(layer.weights for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
     if problems:
-        found = f"parallel tp over {processes} processes of {type(model).__name__}, with {listing(problems)}"
+        problem = (
+            f"parallel tp over {processes} processes of {type(model).__name__}, with"
+            f" {listing(problems)}"
+        )
         do = "set parallel to fsdp or ddp"
         raise ConfigError(
-            found, "a model that transformers' plan cuts evenly, and adapters A, B", do
+            problem, "a model that transformers' plan cuts evenly, and adapters A, B", do
         )
     return layers
 
@@ -332,9 +335,8 @@ def _full(part: LayerAdapter, layer: CutLayer, mesh: Any) -> dict[int, Any]:
         if value is None:
             continue
         cut = layer.weights.get(name)
-        if (
-            cut is None and name == "bias" and layer.how == COLUMNS
-        ):  # of a layer that has none of its own
+        # of a layer that has none of its own
+        if cut is None and name == "bias" and layer.how == COLUMNS:
             cut = next(iter(layer.weights.values()))._replace(axis=-1)
         if layer.how == ROWS and name == "bias" and mesh.rank:
             values[id(value)] = torch.zeros_like(value)

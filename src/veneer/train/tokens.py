@@ -94,16 +94,17 @@ def tokenise(
     length, where = max(long, default=(0, 0))
     if long and too_long == "error":
         raise DataError(
-            f"{len(long)} of {len(rows)} examples of {rows.source} {'is' if len(long) == 1 else 'are'} longer than the "
-            f"context of {max_length:,} tokens; the longest, {rows.places[where]}, has {length:,}.\n"
-            f"Expected at most {max_length:,} tokens.\n"
-            f"Do: raise it with --max-length {length} (if the model allows it), or choose --too-long truncate "
-            "(cuts the end) or --too-long drop (leaves them out)."
+            f"{len(long)} of {len(rows)} examples of {rows.source}"
+            f" {'is' if len(long) == 1 else 'are'} longer than the context of {max_length:,}"
+            f" tokens; the longest, {rows.places[where]}, has {length:,}.\nExpected at most"
+            f" {max_length:,} tokens.\nDo: raise it with --max-length {length} (if the model allows"
+            " it), or choose --too-long truncate (cuts the end) or --too-long drop (leaves them"
+            " out)."
         )
     if not kept:
         raise DataError(
-            f"Nothing is left of {rows.source}: all {len(rows)} examples are longer than {max_length} tokens.\n"
-            f"Do: raise max_length (the longest has {length:,} tokens)."
+            f"Nothing is left of {rows.source}: all {len(rows)} examples are longer than"
+            f" {max_length} tokens.\nDo: raise max_length (the longest has {length:,} tokens)."
         )
     ids, labels, index = map(list, zip(*kept, strict=True))
     return Examples(ids, labels, index, dropped=len(rows) - len(ids), truncated=truncated)
@@ -121,8 +122,9 @@ def _encoder(rows: Records, tokenizer: Any) -> Encoder:
         return lambda row, place: _encode_pair(row["prompt"], row["completion"], tokenizer)
     if tokenizer.chat_template is None:
         raise DataError(
-            f"{rows.source} holds chat messages, and the base model's tokenizer has no chat template.\n"
-            "Expected a chat model.\nDo: choose its instruct version, or give `prompt` and `completion` as text."
+            f"{rows.source} holds chat messages, and the base model's tokenizer has no chat"
+            " template.\nExpected a chat model.\nDo: choose its instruct version, or give `prompt`"
+            " and `completion` as text."
         )
     _must_show_tools(rows, tokenizer)
     if rows.kind == "prompt":
@@ -151,9 +153,15 @@ def _must_show_tools(rows: Records, tokenizer: Any) -> None:
             "tool_calls": any("tool_calls" in message for message in messages),
         }
         if lost := [word for word, there in used.items() if there and word not in template]:
-            found = f"{rows.source}, {place} holds {lost[0]}, and the base's chat template has no place for them"
-            do = "choose a base whose template has, or write the calls as the content of the messages"
-            raise DataError(found, f"a chat template that shows {lost[0]}", do)
+            problem = (
+                f"{rows.source}, {place} holds {lost[0]}, and the base's chat template has no place"
+                " for them"
+            )
+            do = (
+                "choose a base whose template has, or write the calls as the content of the"
+                " messages"
+            )
+            raise DataError(problem, f"a chat template that shows {lost[0]}", do)
 
 
 def _ended(tokens: list[int], learn: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -257,9 +265,10 @@ def _prefix(start: list[int], full: list[int], place: str) -> int:
     if full[: len(start)] == start:
         return len(start)
     raise DataError(
-        f"{place}: the chat template rewrites earlier turns when a turn follows, so its assistant turns cannot be told "
-        "apart.\nExpected a template that only appends, or one with {% generation %} marks.\n"
-        "Do: give each row as `prompt` and `completion` (one answer a row), or set completion_only to false."
+        f"{place}: the chat template rewrites earlier turns when a turn follows, so its assistant"
+        " turns cannot be told apart.\nExpected a template that only appends, or one with {%"
+        " generation %} marks.\nDo: give each row as `prompt` and `completion` (one answer a"
+        " row), or set completion_only to false."
     )
 
 

@@ -24,8 +24,11 @@ def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
     if not (config.add_tokens or config.trainable_tokens):
         return ()
     if not hasattr(tokenizer, "get_vocab"):
-        found = f"add_tokens or trainable_tokens for task {config.task!r}, which learns from its data how rows are read"
-        raise ConfigError(found, "a task that begins with a tokenizer", "leave them out")
+        problem = (
+            f"add_tokens or trainable_tokens for task {config.task!r}, which learns from its data"
+            " how rows are read"
+        )
+        raise ConfigError(problem, "a task that begins with a tokenizer", "leave them out")
     empty = [text for text in config.add_tokens if not text.strip()]
     if empty:
         raise ConfigError(

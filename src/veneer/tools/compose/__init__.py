@@ -93,7 +93,10 @@ class ComposeReport:
             ", nothing left out",
         )
         if worst is not None and worst.error >= 1e-9:  # rounding in float64
-            lost = f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst ({worst.path})"
+            lost = (
+                f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst"
+                f" ({worst.path})"
+            )
         said = f"{self.method} of {adapters}: {layers}, {ranks}{lost}"
         return "\n".join([said, *(f"note: {note}" for note in self.notes)])
 
@@ -144,8 +147,8 @@ def compose(
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     if isinstance(base, str | Path):
-        found, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
-        raise ConfigError(found, "a model, or its weights by path", do)
+        problem, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
+        raise ConfigError(problem, "a model, or its weights by path", do)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
     given, layers = [1.0] * len(adapters) if weights is None else list(weights), layers or {}
     how = _options(len(adapters), given, method, rank, energy, density, layers, seed)
@@ -302,14 +305,18 @@ def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
         return []
     for source in sources:
         if peft.not_for_peft(source.peft_config) is not None:
-            found = f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path} without a record"
+            problem = (
+                f"{source.path}, which holds what PEFT applies otherwise, and {foreign[0].path}"
+                " without a record"
+            )
             do = "load each on its model and save it with veneer.save first"
-            raise AdapterError(found, "adapters of Veneer's, or such as PEFT applies alike", do)
+            raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)
     for source in foreign:
         applied(source)  # as PEFT would: an error where it is not known how
     names = listing((str(source.path) for source in foreign), 3)
     return [
-        f"{names}: no record of the base, so the result has none; only you can tell that the bases are one"
+        f"{names}: no record of the base, so the result has none; only you can tell that the bases"
+        " are one"
     ]
 
 
@@ -339,10 +346,10 @@ def _layer_weights(
             continue
         if not any(map(test, known)):
             leaves = dict.fromkeys(aligned.at.rpartition(".")[2] for aligned in aligned_weights)
-            found = (
+            problem = (
                 f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *known])}"
             )
-            problems.append(sentence(found, f"names such as {listing(leaves)}", "correct it"))
+            problems.append(sentence(problem, f"names such as {listing(leaves)}", "correct it"))
         rules.append(
             (test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used])
         )
@@ -424,9 +431,12 @@ def _change(
     base_weight = None
     if rescales or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
-            found = f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}), without the base"
+            problem = (
+                f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}),"
+                " without the base"
+            )
             raise AdapterError(
-                found, "the base's weights", "pass base= (--base on the command line)"
+                problem, "the base's weights", "pass base= (--base on the command line)"
             )
         base_weight = base_weights.proven_weight(aligned, [sources[number] for number in weights])
     swapped = base_weight is not None and base_weight.swapped

@@ -30,9 +30,8 @@ class AlignedWeight:
     path: str  # in a file with all the changes
     parameter: bool  # whether a file means the parameter, not the module
     weight: str | None  # the path of the weight, where a record says it
-    layers: Mapping[
-        int, peft.PeftLayer
-    ]  # the change that each adapter has here, by the adapter's number
+    # the change that each adapter has here, by the adapter's number
+    layers: Mapping[int, peft.PeftLayer]
     alias_of: tuple[str, bool] | None = (
         None  # (at, transposed) of the weight that it is tied to, if that comes first
     )
@@ -98,9 +97,12 @@ def _unlike(
     for at in parameters:
         above = at.rpartition(".")[0]
         if above in changes and above not in parameters:
-            found = f"a change of the module {above!r} in one adapter and of its parameter {at!r} in another"
+            problem = (
+                f"a change of the module {above!r} in one adapter and of its parameter {at!r} in"
+                " another"
+            )
             yield sentence(
-                found,
+                problem,
                 "one of the two",
                 "load one on its model, attach it by the other name and save it",
             )
@@ -131,9 +133,8 @@ def _weights(
     for at, found in candidates.items():
         # if several fit, their changes are equal in every adapter, and so is any sum of them
         for other, transposed in found:
-            pairs = [
-                (layers.get(at), layers.get(other)) for layers in by_at
-            ]  # by one change, or neither
+            # by one change, or neither
+            pairs = [(layers.get(at), layers.get(other)) for layers in by_at]
             if all(transposed in _ties(a, b) if a and b else a is b for a, b in pairs):
                 aliases[at] = other, transposed
                 break
@@ -193,9 +194,9 @@ def _ordered(
         }
         if len(depths) == len(ats):
             return sorted(ats, key=lambda at: -depths[at])
-    found = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"
+    problem = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"
     expected = "their order in the model, in which PEFT nests them"
-    problems.append(sentence(found, expected, "pass the model (--base on the command line)"))
+    problems.append(sentence(problem, expected, "pass the model (--base on the command line)"))
     return ats
 
 
@@ -207,8 +208,8 @@ def applied(saved: AdapterFiles) -> dict[str, LowRank]:
     for path, layer in saved.low.items():
         twice = saved.record is None and peft.attention_of(path) is not None
         if twice and (reason := peft.unsure(saved.peft_config)) is not None:
-            found = f"a change of {layer.at!r} in {saved.path}: {reason}"
-            raise AdapterError(found, "a known meaning", "use PEFT for it")
+            problem = f"a change of {layer.at!r} in {saved.path}: {reason}"
+            raise AdapterError(problem, "a known meaning", "use PEFT for it")
         products[layer.at] = (
             replace(layer.low, scale=layer.scale * peft.TIMES) if twice else layer.low
         )

@@ -79,9 +79,9 @@ def rescaled(
     ).sum(0)
     nothing = int((G.abs() < SMALLEST).sum())
     if nothing:
-        found = f"a sum that scales {nothing} rows of {at!r} to 0"
+        problem = f"a sum that scales {nothing} rows of {at!r} to 0"
         do = "change the weights a little, or use another method"
-        raise AdapterError(found, "a row that is W's, rescaled, plus a product", do)
+        raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
     products = [
         term.low.to(torch.float64).gained(gain) for term, gain in zip(terms, gains, strict=True)
     ]

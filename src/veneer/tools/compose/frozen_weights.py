@@ -59,8 +59,10 @@ class FrozenWeights:
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
-            found = f"a base into which {attached.merged!r} is merged"
-            raise AdapterError(found, "the base's own weights", "call veneer.unmerge(model) first")
+            problem = f"a base into which {attached.merged!r} is merged"
+            raise AdapterError(
+                problem, "the base's own weights", "call veneer.unmerge(model) first"
+            )
         return None if model is None else Names(unwrap(model))
 
     @property
@@ -159,16 +161,18 @@ class FrozenWeights:
 
 def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:
     found = dict(_readings(dense, aligned))
-    if (
-        len(found) == 2 and dense.dim() == 2 and not lying
-    ):  # square, and no layer of this file lies transposed
+    # square, and no layer of this file lies transposed
+    if len(found) == 2 and dense.dim() == 2 and not lying:
         del found["transposed"]
     first = next(iter(found.values()), None)
     if first is None or not all(
         s == first[1] and torch.equal(w, first[0]) for w, s in found.values()
     ):
         ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
-        what = f"{path!r} of shape {tuple(dense.shape)} with a change of A {tuple(aligned.template.A.shape)}, {ways}"
+        what = (
+            f"{path!r} of shape {tuple(dense.shape)} with a change of A"
+            f" {tuple(aligned.template.A.shape)}, {ways}"
+        )
         raise AdapterError(
             what, "a weight of which it can be told how it is used", "pass model= too"
         )

@@ -55,9 +55,8 @@ def combined(
                     f"{path!r} in several shapes", "one parameter", "leave one of the adapters out"
                 )
             )
-        elif (
-            name == "weight" and at in changed
-        ):  # a base weight that PEFT writes along with its change
+        elif name == "weight" and at in changed:
+            # a base weight that PEFT writes along with its change
             first, *others = tensors.values()
             if not all(torch.equal(tensor, first) for tensor in others):
                 raise BaseMismatchError(
@@ -74,7 +73,10 @@ def combined(
     if lacking:
         found = f"no base values of {listing(lacking)}, which are trained in full"
         found += "" if how.method in MERGE_METHODS else " with weights that do not add up to 1"
-        do = "pass the base (--base on the command line), or give these layers other weights (0 leaves them out)"
+        do = (
+            "pass the base (--base on the command line), or give these layers other weights (0"
+            " leaves them out)"
+        )
         problems.append(sentence(found, "the base, from which their changes are counted", do))
     raise_all(AdapterError, "What these adapters train in full cannot be combined", problems)
     return full
@@ -97,8 +99,8 @@ def _combined(
         lacking.append(path)
         return None
     if base is not None and base.shape != like.shape:
-        found = f"{path!r} of shape {tuple(like.shape)}, in the base of {tuple(base.shape)}"
-        problems.append(sentence(found, "one shape", "pass the base that the adapters are of"))
+        problem = f"{path!r} of shape {tuple(like.shape)}, in the base of {tuple(base.shape)}"
+        problems.append(sentence(problem, "one shape", "pass the base that the adapters are of"))
         return None
     start = torch.zeros(like.shape, dtype=torch.float64) if base is None else base.double()
     if merge_method is None:
@@ -114,7 +116,7 @@ def _combined(
             merge_method, vectors, list(weights.values()), how.density, seed
         )
     if path.endswith("running_var") and (value < 0).any():
-        found = f"a variance below 0 in {path!r}"
-        problems.append(sentence(found, "a variance", "give this layer weights that add up to 1"))
+        problem = f"a variance below 0 in {path!r}"
+        problems.append(sentence(problem, "a variance", "give this layer weights that add up to 1"))
     dtype = reduce(torch.promote_types, (tensors[number].dtype for number in weights))
     return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)

@@ -33,8 +33,8 @@ from veneer.lowrank import LowRank, Svd
 #: makes a task vector, float64
 Vector = Callable[[], Tensor]
 
-# : of the random range finder: further columns than the rank asks for, and rounds that sharpen a
-# slow spectrum
+#: of the random range finder: further columns than the rank asks for, and rounds that sharpen a
+#: slow spectrum
 MORE, ROUNDS = 16, 4
 
 
@@ -67,16 +67,14 @@ def merged_vector(
 
     def sparse(number: int) -> Tensor:
         vector = vectors[number]() * weights[number]
-        if (
-            method.random
-        ):  # each entry with probability ``density``, divided by it: the expectation is the vector
+        # each entry with probability ``density``, divided by it: the expectation is the vector
+        if method.random:
             drawn = torch.rand(
                 vector.shape, generator=generator(f"{seed}/{number}"), dtype=torch.float32
             )
             return (vector / density).where(drawn.to(vector.device) < density, 0)
-        if (
-            number not in least
-        ):  # among the largest entries, at least one; entries that equal it are all as large
+        # among the largest entries, at least one; entries that equal it are all as large
+        if number not in least:
             keep = max(1, round(density * vector.numel()))
             least[number] = vector.abs().flatten().kthvalue(vector.numel() - keep + 1).values
         return vector.where(vector.abs() >= least[number], 0)

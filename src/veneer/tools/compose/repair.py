@@ -71,9 +71,15 @@ class RepairReport:
         touched = sum(bool(weight.intruders) for weight in self.weights)
         looked_at = sum(weight.looked_at for weight in self.weights)
         if not self.intruders:
-            return f"no intruder among the {looked_at} leading singular vectors: the adapter is written as it was"
+            return (
+                f"no intruder among the {looked_at} leading singular vectors: the adapter is"
+                " written as it was"
+            )
         ranks = rank_range(weight.rank for weight in self.weights)
-        said = f"{counted(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in {touched} of "
+        said = (
+            f"{counted(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in"
+            f" {touched} of "
+        )
         said += f"{counted(len(self.weights), 'weight')}, scaled by {self.factor:g}; {ranks}; "
         return f"{said}{self.removed:.1%} of the change taken off"
 
@@ -190,9 +196,8 @@ def _repaired(
         W = weights.frozen_weight(one.aligned, saved.peft_config).weight.double()
         magnitude = (one.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
     total = total.T if one.swapped else total
-    applied_twice = (
-        low.scale / layer.scale if layer.scale else 1.0
-    )  # PEFT's out-projection of an attention
+    # PEFT's out-projection of an attention
+    applied_twice = low.scale / layer.scale if layer.scale else 1.0
     total = LowRank(total.A, total.B, total.scale / applied_twice).to(dtype)
     return layer.with_low(total).with_magnitude(magnitude)
 

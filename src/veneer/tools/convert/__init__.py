@@ -74,13 +74,13 @@ class Conversion:
     ranks: Mapping[str, int]  # of each weight that changes, by its name
     full: tuple[str, ...]  # parameters that are trained in full
     left_out: tuple[str, ...]  # what the source had and the result has not, with the reason
-    errors: Mapping[
-        str, float
-    ]  # of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name
+    # of a dense change that was made a product, ‖ΔW - product‖ / ‖ΔW‖ by its name
+    errors: Mapping[str, float]
 
     def __str__(self) -> str:
         lines = [
-            f"{self.source} to {self.to}: {len(self.ranks)} layers, {rank_range(self.ranks.values())}"
+            f"{self.source} to {self.to}: {len(self.ranks)} layers,"
+            f" {rank_range(self.ranks.values())}"
         ]
         lines += [f"in full: {listing(self.full)}"] if self.full else []
         if self.errors:
@@ -148,12 +148,12 @@ def conversion(
     base_info = open_base(base)
     tuner = _tuner(source) if from_ == "peft" else None
     if from_ == to and tuner is None:
-        found = f"{source}, which is of the format {to!r} already"
-        raise AdapterError(found, "another format", "copy it, or choose another format")
+        problem = f"{source}, which is of the format {to!r} already"
+        raise AdapterError(problem, "another format", "copy it, or choose another format")
     if to == "veneer" and base_info.module is None:
-        found = "no base, whose fingerprints the folder is to hold"
+        problem = "no base, whose fingerprints the folder is to hold"
         raise AdapterError(
-            found, "the base that the adapter was made for", 'give base, or choose "peft"'
+            problem, "the base that the adapter was made for", 'give base, or choose "peft"'
         )
     with tempfile.TemporaryDirectory() as scratch:
         made, contents, errors = _as_folder(
@@ -180,9 +180,8 @@ def conversion(
                     provenance=provenance,
                     overwrite=overwrite,
                 )
-            changes = _changes(
-                folder.read(out), base_info.facts
-            )  # on a base, some are of another rank
+            # on a base, some are of another rank
+            changes = _changes(folder.read(out), base_info.facts)
         elif format_.write is None:  # peft
             changes = _changes(made, base_info.facts)
             tensors, _ = read_tensors(made.path / peft.TENSORS)
@@ -304,8 +303,8 @@ def _detect_folder(path: Path) -> str:
         return "veneer" if "veneer" in read_header(tensors).metadata else "peft"
     files = sorted(path.iterdir())
     if pickles := [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]:
-        found = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
-        raise AdapterError(found, peft.TENSORS, "save the adapter again as safetensors")
+        problem = f"{listing(pickles, 2)} in {path}, a pickle, which runs code as it is opened"
+        raise AdapterError(problem, peft.TENSORS, "save the adapter again as safetensors")
     inside = [file.name for file in files if file.suffix in (".safetensors", ".gguf")]
     do = f"name the file, such as {path / inside[0]}" if inside else "check the path"
     raise AdapterError(
@@ -333,8 +332,8 @@ def _as_folder(
         return folder.read(scratch), contents, errors
     dora = [bool(layer.extras) for layer in contents.low.values()]
     if any(dora) and not all(dora):
-        found = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
-        raise AdapterError(found, "all of them or none", "merge it with the tool that made it")
+        problem = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
+        raise AdapterError(problem, "all of them or none", "merge it with the tool that made it")
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": contents.base_name,
@@ -395,8 +394,8 @@ def _from_deltas(
 ) -> dict[str, float]:
     """Write a folder of dense changes to ``scratch``; how far its products are off."""
     if base_info.module is None:
-        found = f"{source}, whose changes only a model's layers make products of"
-        raise AdapterError(found, "the base that it was made for", "give the base")
+        problem = f"{source}, whose changes only a model's layers make products of"
+        raise AdapterError(problem, "the base that it was made for", "give the base")
     model = base_info.module()
     if verify_base:
         _verify(model, contents.about.get("base") or {}, source)
@@ -425,8 +424,11 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
     earlier = earlier_fingerprints(tensors, kind_in(said)) if other else {}
     other = [name for name in other if earlier.get(name) != prints_in(said).get(name, "")]
     if other:
-        found = f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which {source} was made"
-        raise BaseMismatchError(found, "its own base", "give that one, or pass verify_base=False")
+        problem = (
+            f"other weights at {listing(other, 3)} than those of {said.get('name')}, for which"
+            f" {source} was made"
+        )
+        raise BaseMismatchError(problem, "its own base", "give that one, or pass verify_base=False")
 
 
 def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
@@ -462,8 +464,8 @@ def _adapter(
     on_model: Callable[[], AbstractContextManager[nn.Module]],
 ) -> Adapter:  # fmt: skip
     if peft.not_for_peft(saved.peft_config) is not None and not base_info.facts.shapes:
-        found = f"{saved.path}, with layers that only Veneer and its base know"
-        raise AdapterError(found, "the base that it was made for", "give the base")
+        problem = f"{saved.path}, with layers that only Veneer and its base know"
+        raise AdapterError(problem, "the base that it was made for", "give the base")
 
     def all_deltas() -> tuple[Mapping[str, Tensor], list[str]]:
         if base_info.module is None:
@@ -471,11 +473,15 @@ def _adapter(
         with on_model() as model:
             found = deltas.of_model(model, deltas.NAME)
             apart = head_apart(Names(model), saved) if saved.tokens else None
-            return found | (
-                {}
-                if apart is None
-                else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}
-            ), []
+            return (
+                found
+                | (
+                    {}
+                    if apart is None
+                    else {parameter_path(*apart[1]): found[parameter_path(*apart[0])]}
+                ),
+                [],
+            )
 
     base: Mapping[str, Any] = saved.metadata.get("base") or {
         "name": saved.peft_config.get("base_model_name_or_path")
@@ -500,24 +506,28 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) ->
     """Refuse what PEFT computes in another way than the rest: for a format of its own, or from one.
     And what the factors of a folder do not say, where no model is asked: a start that PEFT takes
     off the base, a bias beside B."""
-    unasked = (
-        to.name not in ("veneer", "dense") or base_info.module is None
-    )  # else `install_from` asks the model
+    # else `install_from` asks the model
+    unasked = to.name not in ("veneer", "dense") or base_info.module is None
     if unasked:
         peft.check_config(saved.peft_config, saved.record is not None)
         alone = [
             at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")
         ]
         if alone and not to.peft:
-            found = f"changes of what modules give ({listing(alone, 3)}), whose weights others read unchanged"
+            problem = (
+                f"changes of what modules give ({listing(alone, 3)}), whose weights others read"
+                " unchanged"
+            )
             raise AdapterError(
-                found,
+                problem,
                 "changes of weights",
                 'keep the adapter beside its base, or convert it to "peft"',
             )
     if to.peft and (why := peft.not_for_peft(saved.peft_config)) is not None:
-        found = f"an adapter that PEFT would apply in another way ({why})"
-        raise AdapterError(found, "changes that PEFT computes", "merge it, or convert it to dense")
+        problem = f"an adapter that PEFT would apply in another way ({why})"
+        raise AdapterError(
+            problem, "changes that PEFT computes", "merge it, or convert it to dense"
+        )
     if to.peft and saved.tuner is not None:
         raise_all(
             AdapterError, f"{saved.path} cannot be LoRA", list(_plain_problems(saved, base_info))
@@ -532,9 +542,9 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
     if model is None:
         odd = "a dilation, a padding mode or a forward of its own"
         warnings.warn(
-            f"Nobody checked what PEFT makes of {saved.path}: where a module reads another one's weight, or a layer "
-            f"has {odd}, that is no change of the weight, which is what {to.name!r} holds. Give the model as base to "
-            "have it checked.",
+            f"Nobody checked what PEFT makes of {saved.path}: where a module reads another one's"
+            f" weight, or a layer has {odd}, that is no change of the weight, which is what"
+            f" {to.name!r} holds. Give the model as base to have it checked.",
             UnverifiedAdapter,
             stacklevel=4,
         )
@@ -548,8 +558,8 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
             names, ref, layer, means_parameter(names, ref, config), saved.tuner
         )
         if reason := past or reason:
-            found = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
-            problems.append(sentence(found, "a change of the weight", "use PEFT for it"))
+            problem = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
+            problems.append(sentence(problem, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)
 
 
@@ -558,7 +568,10 @@ def _lost(saved: AdapterFiles, to: str) -> list[str]:
     kept = "hashes" if to == "dense" else "fingerprints of the base, hashes"
     variant, dropout = saved.config.variant, saved.config.dropout
     numbers = f"the numbers of variant {variant!r}; the change that they amount to is kept"
-    rows = "the rows of trained tokens; kept is how they differ from this base's own, so it fits this base alone"
+    rows = (
+        "the rows of trained tokens; kept is how they differ from this base's own, so it fits this"
+        " base alone"
+    )
     losses = [
         (saved.metadata and to != "veneer", f"the record: {kept} and provenance"),
         (saved.adapter_parameters and to != "veneer", numbers),

@@ -90,9 +90,8 @@ def _facts_in(path: Path) -> tuple[BaseFacts, nn.Module | None]:
         try:
             model = models.meta_model(path)
             return _facts_of(model, str(path)), model
-        except (
-            ConfigError
-        ):  # a class that transformers does not have: the names of its files are all there is
+        except ConfigError:
+            # a class that transformers does not have: the names of its files are all there is
             pass
     shapes = {
         parameter_path(part, name): entry.shape

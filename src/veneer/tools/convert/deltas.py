@@ -162,13 +162,13 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
     parameter = weight in own_parameters(module)
     stored: Any = weight_of(module, weight) if parameter else module._buffers.get(weight)
     if stored is None:
-        found = f"a change of {name!r}, which this model lacks{nearest(above, names.canonical)}"
-        problems.append(sentence(found, "the same modules", "use the model that it was made for"))
+        problem = f"a change of {name!r}, which this model lacks{nearest(above, names.canonical)}"
+        problems.append(sentence(problem, "the same modules", "use the model that it was made for"))
         return None
     shape = tuple(storage_of(stored).shape(stored) if parameter else stored.shape)
     if shape != tuple(delta.shape):
-        found = f"a change of {name!r} of shape {tuple(delta.shape)}"
-        problems.append(sentence(found, f"{shape}", "use the model that it was made for"))
+        problem = f"a change of {name!r} of shape {tuple(delta.shape)}"
+        problems.append(sentence(problem, f"{shape}", "use the model that it was made for"))
         return None
     return path, weight
 
@@ -178,9 +178,8 @@ def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tenso
     float64. ``rank``: r, at most min(out, in); None takes the least that keeps the share ``energy``
     of ‖ΔW‖², or with None there too that leaves at most 1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
-    rest = (
-        svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
-    )  # [min]: what is left when only the first i are kept
+    # [min]: what is left when only the first i are kept
+    rest = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
     allowed = (EXACT**2 if energy is None else 1 - energy) * rest[0]
     rank = max(1, int((rest > allowed).sum())) if rank is None else rank
     low = svd.cut(rank)[0].to(torch.float32)

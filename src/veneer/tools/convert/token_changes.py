@@ -49,13 +49,19 @@ def need_rows(saved: AdapterFiles, to: str, facts: BaseFacts) -> None:
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
-        found = f"{what}, and no base from whose rows {to!r} could count their changes"
-        raise AdapterError(found, expected, f"give the base, or {_MERGE}")
+        problem = f"{what}, and no base from whose rows {to!r} could count their changes"
+        raise AdapterError(problem, expected, f"give the base, or {_MERGE}")
     there = min(facts.shapes.get(parameter_path(at, "weight"), (size,))[0] for at in saved.tokens)
     if there < size:
-        found = f"{what}, whose changes {to!r} counts from the base's own rows, and a base of {there} rows"
-        do = f"grow it (model.resize_token_embeddings({size})), save_pretrained it, and give that; or {_MERGE}"
-        raise AdapterError(found, expected, do)
+        problem = (
+            f"{what}, whose changes {to!r} counts from the base's own rows, and a base of {there}"
+            " rows"
+        )
+        do = (
+            f"grow it (model.resize_token_embeddings({size})), save_pretrained it, and give that;"
+            f" or {_MERGE}"
+        )
+        raise AdapterError(problem, expected, do)
 
 
 def with_tokens(
@@ -78,17 +84,16 @@ def _whole_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             continue
         low, gain = change.exactly(weight_of(module, weight))
         if gain is not None:
-            found = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
-            raise AdapterError(found, "a product alone", _MERGE)
+            problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
+            raise AdapterError(problem, "a product alone", _MERGE)
         A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
         refs = holders_of(names, (path, weight), by_identity)
         for at, own in dict.fromkeys(
             [*refs, *(apart if apart is not None and apart[0] in refs else ())]
         ):
             turned = kind_for(names.modules[at], own).out_axis
-            a, b = (
-                (A, B) if turned == change.layer.out_axis else (B.mT, A.mT)
-            )  # a tied weight, the other way round
+            # a tied weight, the other way round
+            a, b = (A, B) if turned == change.layer.out_axis else (B.mT, A.mT)
             layer = layer_of(
                 at, a.contiguous(), b.contiguous(), None, suffixes=EMBEDDING if turned else PAIR
             )
@@ -117,9 +122,12 @@ def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     ):
         return None
     if not torch.equal(*(cast(Any, storage_of(weight)).dense(weight) for weight in (one, other))):
-        found = f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has other numbers"
+        problem = (
+            f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has"
+            " other numbers"
+        )
         raise AdapterError(
-            found, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE}"
+            problem, "a copy of the embedding", f"give the base that it was trained on, or {_MERGE}"
         )
     return (embedding, "weight"), (head, "weight")
 

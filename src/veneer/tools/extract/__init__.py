@@ -137,8 +137,11 @@ def extract(
         else:
             products.append(product)
     if not products and not whole:
-        found = f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing asks for"
-        raise ExtractError(found, "something to write", "widen targets or keep")
+        problem = (
+            f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing"
+            " asks for"
+        )
+        raise ExtractError(problem, "something to write", "widen targets or keep")
     report = ExtractReport(
         out,
         tuple(product.facts for product in products),
@@ -183,11 +186,15 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
         changed += [one] if differs else []
         broken += [] if finite or (one.entry.is_buffer and not differs) else [one.path]
     if broken:
-        found = f"NaN or infinity in {listing(broken, 40)}"
-        raise ExtractError(found, "finite numbers in base and tuned model", "get the models again")
+        problem = f"NaN or infinity in {listing(broken, 40)}"
+        raise ExtractError(
+            problem, "finite numbers in base and tuned model", "get the models again"
+        )
     if not changed:
-        found = f"no difference between {both.old.label} and {both.new.label}"
-        raise ExtractError(found, "a fine-tuned model and its base", "check which models these are")
+        problem = f"no difference between {both.old.label} and {both.new.label}"
+        raise ExtractError(
+            problem, "a fine-tuned model and its base", "check which models these are"
+        )
     return changed
 
 

@@ -67,9 +67,8 @@ class ExtractReport:
     values."""
 
     path: Path
-    layers: tuple[
-        Extracted, ...
-    ]  # this and the next two: what became of each parameter that changed
+    # this and the next two: what became of each parameter that changed
+    layers: tuple[Extracted, ...]
     whole: tuple[Kept, ...]
     lost: tuple[Lost, ...]
     unchanged: int  # how many parameters and buffers did not change

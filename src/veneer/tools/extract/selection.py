@@ -119,11 +119,11 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     other."""
     words = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(word, str) and word for word in words):
-        found, expected = (
+        problem, expected = (
             f"keep={keep!r}",
             "patterns of parameters or modules, 'auto', 'none' or 'lossy'",
         )
-        raise ConfigError(found, expected, "name what is to be written whole")
+        raise ConfigError(problem, expected, "name what is to be written whole")
     if AUTO in words and NONE in words:
         raise ConfigError("keep with 'auto' and 'none'", "one of them", "leave one out")
     return words
@@ -143,7 +143,7 @@ def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[Pa
         ]
         own = own or names.parameters_matching(pattern)
         if not own:
-            found = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
-            problems.append(sentence(found, "a name of this model", "correct or remove it"))
+            problem = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
+            problems.append(sentence(problem, "a name of this model", "correct or remove it"))
         meant.update(own)
     return meant

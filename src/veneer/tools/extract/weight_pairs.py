@@ -156,9 +156,8 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     on the tuned model that are not merged."""
     name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
-        models.folder_of(
-            tuned
-        )  # before the base: a path that is wrong is told before anything is converted
+        # before the base: a path that is wrong is told before anything is converted
+        models.folder_of(tuned)
     if isinstance(base, nn.Module):
         structure = unwrap(base)
         old = module_weights(structure, "the base")
@@ -179,9 +178,9 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
         if isinstance(one, nn.Module) and (
             meta := [path for path, p in one.named_parameters() if p.is_meta]
         ):
-            found = f"{listing(meta, 3)} on the meta device"
+            problem = f"{listing(meta, 3)} on the meta device"
             raise ExtractError(
-                found, "weights that hold numbers", "load the model first, or name its folder"
+                problem, "weights that hold numbers", "load the model first, or name its folder"
             )
     return both
 
@@ -193,9 +192,12 @@ def _tuned(tuned: Source, structure: nn.Module, own: bool) -> BaseWeights:
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
         if attached is not None and attached.merged is None:
-            found = f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they do not change"
+            problem = (
+                f"adapters ({', '.join(attached.configs)}) on the tuned model, whose weights they"
+                " do not change"
+            )
             raise ExtractError(
-                found, "a fine-tuned model", "merge one first, or save it with veneer.save"
+                problem, "a fine-tuned model", "merge one first, or save it with veneer.save"
             )
         return module_weights(tuned, "the tuned model")
     if isinstance(tuned, Mapping):
@@ -226,9 +228,8 @@ def pair_weights(both: Both) -> list[WeightPair]:
         known.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
-            if (
-                old is not None or new is not None or not entry.is_buffer
-            ):  # else the model makes it itself
+            # else the model makes it itself
+            if old is not None or new is not None or not entry.is_buffer:
                 missing[both.old.label] += [entry.path] if old is None else []
                 missing[both.new.label] += [entry.path] if new is None else []
             continue
@@ -249,7 +250,10 @@ def pair_weights(both: Both) -> list[WeightPair]:
     more = {
         weights.label: sorted(weights.by_name.keys() - known) for weights in (both.old, both.new)
     }
-    alike = "extract from models of one architecture; a vocabulary that grew must have grown in both (call "
+    alike = (
+        "extract from models of one architecture; a vocabulary that grew must have grown in both"
+        " (call "
+    )
     alike += "model.resize_token_embeddings on the base, then save_pretrained)"
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
@@ -285,9 +289,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _untied(both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight) -> Iterator[str]:
     for weights, value in ((both.old, old), (both.new, new)):
         if not all(_equal(value.read, read) for read in value.duplicates):
-            found = f"{listing(entry.names)}, one weight of the base, with different numbers in {weights.label}"
+            problem = (
+                f"{listing(entry.names)}, one weight of the base, with different numbers in"
+                f" {weights.label}"
+            )
             do = "set tie_word_embeddings to false in the configuration of the base, and save it so"
-            yield sentence(found, "one weight in both models", do)
+            yield sentence(problem, "one weight in both models", do)
 
 
 def _equal(one: ReadRows, other: ReadRows) -> bool:

@@ -122,8 +122,8 @@ def _write_merge(
 
 
 def _busy(out: Path, holder: str) -> MergeError:
-    found = f"{holder}, which merges into {out}"
-    return MergeError(found, "one at a time", "wait for it, or choose another folder")
+    problem = f"{holder}, which merges into {out}"
+    return MergeError(problem, "one at a time", "wait for it, or choose another folder")
 
 
 def prove(

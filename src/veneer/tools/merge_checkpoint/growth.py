@@ -29,15 +29,17 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
     sizes = [size for saved in saved_adapters if (size := growth(model, saved)) is not None]
     if not sizes:
         return None
-    if (
-        getattr(model, "final_logits_bias", None) is not None
-    ):  # BART's, which has a column for each token
-        found, expected = (
+    # BART's, which has a column for each token
+    if getattr(model, "final_logits_bias", None) is not None:
+        problem, expected = (
             "'final_logits_bias', which grows with the vocabulary",
             "an embedding and a head alone",
         )
-        do = f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into that"
-        raise MergeError(found, expected, do)
+        do = (
+            f"call model.resize_token_embeddings({max(sizes)}), save_pretrained it, and merge into"
+            " that"
+        )
+        raise MergeError(problem, expected, do)
     made: dict[int, nn.Parameter] = {}
     for side in ("input", "output"):
         end = getattr(model, f"get_{side}_embeddings")()

@@ -206,8 +206,10 @@ def merge_tensor(
             value = replaced(work, part, dtype)
             finite = not value.is_floating_point() or bool(value.isfinite().all())
         if not finite:
-            found = f"{name}: W + ΔW is not finite in {dtype}"
-            raise MergeError(found, "finite weights", "check the adapter, or choose a wider dtype")
+            problem = f"{name}: W + ΔW is not finite in {dtype}"
+            raise MergeError(
+                problem, "finite weights", "check the adapter, or choose a wider dtype"
+            )
         if not work.place.within:
             result = value
         else:
@@ -236,6 +238,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     result = round_once(tensor, dtype) if tensor.dtype == torch.float64 else tensor.to(dtype)
     if bool((tensor.isfinite() & ~result.isfinite()).any()):
-        found = f"{name}: numbers beyond the range of {dtype}"
-        raise MergeError(found, "a dtype that holds them", "choose bfloat16 or float32")
+        problem = f"{name}: numbers beyond the range of {dtype}"
+        raise MergeError(problem, "a dtype that holds them", "choose bfloat16 or float32")
     return result

@@ -68,11 +68,10 @@ class MergePlan:
     """Everything that a merge does to a checkpoint."""
 
     works: Mapping[str, tuple[TensorEdit, ...]]  # by the name of a tensor
-    parts: Mapping[
-        str, tuple[str, ...]
-    ]  # the tensors that hold a parameter, by its path, where these are several
-    # : of a parameter, by its path: the tensors that hold it, in its order, its shape, what each
-    # adapter expects
+    # the tensors that hold a parameter, by its path, where these are several
+    parts: Mapping[str, tuple[str, ...]]
+    #: of a parameter, by its path: the tensors that hold it, in its order, its shape, what each
+    #: adapter expects
     #: (a fingerprint, and the tokens whose rows it leaves out)
     fingerprints: Mapping[
         str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
@@ -80,8 +79,8 @@ class MergePlan:
     notes: tuple[str, ...]  # what a person should know
     #: how many rows tensors of a vocabulary that grows will have, by their names
     sizes: Mapping[str, int] = field(default_factory=dict)
-    # : the shapes of tensors that the files lack and adapters train in full, and the head that
-    # these are
+    #: the shapes of tensors that the files lack and adapters train in full, and the head that
+    #: these are
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Head | None = None
     by_prints: bool = (
@@ -181,7 +180,10 @@ def _precisions(
         said = saved.metadata.get("base", {}).get("quantized")
         if said:
             kind = said.get("as", f"{said.get('by')}'s form")
-            yield f"{path} was trained on its base in {kind}; it is merged into the weights that this was made of."
+            yield (
+                f"{path} was trained on its base in {kind}; it is merged into the weights that this"
+                " was made of."
+            )
 
 
 def _read_off(
@@ -192,9 +194,8 @@ def _read_off(
     in the model."""
     names = {id(value): path for path, value in (*model.named_buffers(), *model.named_parameters())}
     works = _wanted(model, attached, names)
-    of: dict[str, dict[str, models.Place]] = {
-        path: {} for path in works
-    }  # the tensors that hold each, and where
+    # the tensors that hold each, and where
+    of: dict[str, dict[str, models.Place]] = {path: {} for path in works}
     for tensor, own in places.items():
         for place in own:
             path = names[id(_at(model, place.path))]  # ties go by their first name
@@ -253,7 +254,10 @@ def _notes_of_added(
         ids = {id(_at(model, path)) for path in of if of[path]}
         lacking = [path for path, own in model.named_parameters() if id(own) not in ids]
         if lacking:
-            yield f"Neither the base nor the adapter has {listing(lacking, 4)}: loading the result starts it anew."
+            yield (
+                f"Neither the base nor the adapter has {listing(lacking, 4)}: loading the result"
+                " starts it anew."
+            )
 
 
 def _at(model: nn.Module, path: str) -> Tensor:
@@ -277,7 +281,10 @@ def _wanted(
             rewrites = type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
             rewrites = rewrites and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or rewrites:
-                text = f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as it is read"
+                text = (
+                    f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as"
+                    " it is read"
+                )
                 do = "merge it in memory (veneer.merge), and save the model"
                 raise MergeError(text, "weights that lie in the files as they are used", do)
             work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
@@ -288,9 +295,8 @@ def _wanted(
                 if value is None or target is None:
                     continue
                 work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-                if not any(
-                    value is other for _, other in work.full
-                ):  # a tie has one copy, under several names
+                # a tie has one copy, under several names
+                if not any(value is other for _, other in work.full):
                     found[work.path] = replace(work, full=(*work.full, (share, value.detach())))
     if both := [path for path, work in found.items() if work.changes and work.full]:
         text = f"{listing(both)}, which one adapter changes and another replaces"
@@ -338,16 +344,16 @@ def _unplaced(
             and work.changes
             and type(work.changes[0][1].layer).unfold is not Layer.unfold
         ):
-            found = f"{tensor!r}, a part of {path!r}"
+            problem = f"{tensor!r}, a part of {path!r}"
             yield sentence(
-                found,
+                problem,
                 "the whole of it in one tensor",
                 "merge it in memory (veneer.merge), and save it",
             )
     if not places or (covered is not None and not covered.all()):
-        found = f"no tensor that is {path!r}" + (" as a whole" if places else "")
+        problem = f"no tensor that is {path!r}" + (" as a whole" if places else "")
         yield sentence(
-            found, "every weight that the adapter changes", "name the base that it was trained on"
+            problem, "every weight that the adapter changes", "name the base that it was trained on"
         )
 
 
@@ -384,9 +390,9 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
     if not work.place.index:
         return change.exactly(change.layer.fold(held, work.shape))
     if change.tokens is not None:
-        found = f"trained tokens of {work.path!r}, which the files hold in parts"
+        problem = f"trained tokens of {work.path!r}, which the files hold in parts"
         raise MergeError(
-            found, "the whole of it in one tensor", "merge it in memory, and save the model"
+            problem, "the whole of it in one tensor", "merge it in memory, and save the model"
         )
     every = slice(None)
     groups, rows = (
@@ -403,10 +409,12 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
         low, _ = change.variant.resolve(numbers, change.scale, need)
     except _NeedsBase:
         if change.rows is not None or numbers.keys() - {"A", "B"} - set(change.variant.peft_keys):
-            found = (
+            problem = (
                 f"variant {change.variant.name!r} on {work.path!r}, which the files hold in parts"
             )
-            raise MergeError(found, "the whole of it in one tensor", "merge it in memory") from None
+            raise MergeError(
+                problem, "the whole of it in one tensor", "merge it in memory"
+            ) from None
         shape = change.dims[:2]
         own = {
             name: value[groups] if name == "A" else value[groups, rows] if name == "B"

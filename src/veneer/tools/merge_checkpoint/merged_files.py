@@ -32,7 +32,8 @@ Progress = Callable[[int, int, str], object]
 
 
 class _ByteBudget:
-    """Bytes that all workers together may hold. A tensor larger than the limit waits to be alone."""
+    """Bytes that all workers together may hold. A tensor larger than the limit waits to be
+    alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
@@ -104,9 +105,9 @@ class CheckpointWriter:
             while remaining:
                 block = source.read(min(remaining, BLOCK))
                 if not block:
-                    found = f"{checkpoint.where[name]}, which became shorter while it was read"
+                    problem = f"{checkpoint.where[name]}, which became shorter while it was read"
                     do = "let nobody write to it meanwhile"
-                    raise CheckpointError(found, "the base as it was", do)
+                    raise CheckpointError(problem, "the base as it was", do)
                 write_all(target, memoryview(block))
                 remaining -= len(block)
 

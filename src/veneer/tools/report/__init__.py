@@ -40,8 +40,8 @@ from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intru
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-# : the share of ‖ΔW‖² that the next rank has to hold, and of the allotted rank beyond which all of
-# it counts as in use
+#: the share of ‖ΔW‖² that the next rank has to hold, and of the allotted rank beyond which all of
+#: it counts as in use
 ENOUGH, FULL = 0.99, 0.75
 
 
@@ -297,11 +297,17 @@ def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int,
     if enough < allotted:
         return (
             enough,
-            f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%} of ‖ΔW‖²",
+            (
+                f"rank {enough} holds {1 - next(c.lost for c in cuts if c.rank == enough) ** 2:.1%}"
+                " of ‖ΔW‖²"
+            ),
         )
     if used >= FULL:
         return (
             2 * allotted,
-            f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers the loss",
+            (
+                f"the median weight uses {used:.0%} of its rank: try whether twice as much lowers"
+                " the loss"
+            ),
         )
     return allotted, f"every smaller power of two would lose more than {1 - ENOUGH:.0%} of ‖ΔW‖²"

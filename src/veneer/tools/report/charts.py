@@ -50,7 +50,8 @@ def lines(
     if mark is not None and xs[0] <= mark <= xs[1]:
         at = LEFT + across(mark) * (WIDTH - LEFT - EDGE)
         drawn.append(
-            f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}" x2="{at:.1f}" '
+            f'<line class="s4" stroke="currentColor" stroke-dasharray="4 4" x1="{at:.1f}"'
+            f' x2="{at:.1f}" '
         )
         drawn.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     drawn += [f'<polyline class="axis" points="{" ".join(map(place, own))}"/>' for own in faint]
@@ -68,8 +69,9 @@ def lines(
     )
     title = escape(f"{y} by {x}: {', '.join(series)}")
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(drawn)}</svg>'
-        f'<div class="key">{keys if len(series) > 1 else ""}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f' aria-label="{title}">{"".join(drawn)}</svg><div'
+        f' class="key">{keys if len(series) > 1 else ""}</div>'
     )
 
 
@@ -92,14 +94,14 @@ def _axes(
         value = _at(up, share)
         said = f"{10**value:.1g}" if log_y else f"{value:.{digits}g}"
         drawn.append(
-            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}" y2="{_up(share):.1f}"/>'
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{_up(share):.1f}"'
+            f' y2="{_up(share):.1f}"/>'
         )
         drawn.append(
             f'<text x="{LEFT - 6}" y="{_up(share) + 4:.1f}" text-anchor="end">{said}</text>'
         )
-    whole = (
-        all(float(value).is_integer() for value in xs) and xs[0] >= 1
-    )  # ranks, numbers of singular values
+    # ranks, numbers of singular values
+    whole = all(float(value).is_integer() for value in xs) and xs[0] >= 1
     ticks = (
         _whole_ticks(*xs)
         if whole
@@ -110,7 +112,8 @@ def _axes(
         anchor = "middle" if at < WIDTH - 3 * EDGE else "end"  # within the drawing
         x_at = at if anchor == "middle" else WIDTH
         drawn.append(
-            f'<text x="{x_at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{_tick(value)}</text>'
+            f'<text x="{x_at:.1f}" y="{HEIGHT - BOTTOM + 15}"'
+            f' text-anchor="{anchor}">{_tick(value)}</text>'
         )
     drawn.append(
         f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>'
@@ -185,4 +188,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        "<div"
+        f' class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -27,7 +27,10 @@ def page(facts: Facts) -> str:
     """The page of a report's facts."""
     about = facts["about"]
     base = facts["base"] or about["base"] or "an unnamed base"
-    lead = f"{about['variant']}, rank {about['rank']}, alpha {about['alpha']:g}, {about['parameters']:,} numbers, on "
+    lead = (
+        f"{about['variant']}, rank {about['rank']}, alpha {about['alpha']:g},"
+        f" {about['parameters']:,} numbers, on "
+    )
     lead += f"{base}. " + (
         "" if about["verified"] else "Written by another library: nothing to verify it by. "
     )
@@ -43,8 +46,8 @@ def page(facts: Facts) -> str:
     )
     name = Path(facts["adapter"]).name
     footer = (
-        f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the factors; "
-        "<code>veneer inspect --json</code> has the same numbers."
+        f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the"
+        " factors; <code>veneer inspect --json</code> has the same numbers."
     )
     return document(f"A look inside {name}", lead, _cards(facts), sections, footer)
 
@@ -56,10 +59,12 @@ def document(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
+        " 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
         f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<div class="cards">{"".join(map(_card, cards))}</div>{sections}<footer>{footer}</footer></body></html>\n'
+        "<div"
+        f' class="cards">{"".join(map(_card, cards))}</div>{sections}<footer>{footer}</footer></body></html>\n'
     )
 
 
@@ -118,11 +123,16 @@ def _rank(facts: Facts) -> str:
         loss = rows.get(cut["rank"], {}).get("data")
         cells.append([str(cut["rank"]), f"{cut['lost']:.1%}", f"{1 - cut['lost'] ** 2:.1%}"])
         cells[-1] += [_number(loss)] if measured else []
-    note = "Truncated after training, which says what is spare; training at a smaller rank may do better than that."
+    note = (
+        "Truncated after training, which says what is spare; training at a smaller rank may do"
+        " better than that."
+    )
     return (
-        "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over weights of a kind. "
+        "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over"
+        " weights of a kind. "
         f"Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
-        f"<div class='pair'><figure>{lines(series, x='singular value', y='share of the largest', top=1.0)}</figure>"
+        "<div"
+        f" class='pair'><figure>{lines(series, x='singular value', y='share of the largest', top=1.0)}</figure>"
         f"<figure>{lines({'lost': lost}, x='rank', y='lost, of ‖ΔW‖')}</figure></div>{table(heads, cells)}"
         + _map(
             facts,
@@ -206,7 +216,8 @@ def _similarity(facts: Facts) -> str:
         )
     cosine = median(layer["shared"]["cosine"] for layer in both)
     return (
-        f"{head}<p>φ is 1 where one space lies within the other, 0 where they share no direction (Hu et al. 2021, "
+        f"{head}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
+        " (Hu et al. 2021, "
         f"section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {escape('; '.join(only))}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
         f'<div class="pair">{"".join(maps)}</div>'
@@ -229,10 +240,11 @@ def _forgetting(facts: Facts) -> str:
         mark=facts["threshold"],
     )  # fmt: skip
     said = (
-        "A singular vector of W′ is an intruder if no singular vector of W has a cosine of "
-        f"{facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {looked_at} leading ones, {facts['leading']} a "
-        f"weight, {found} are; of random changes with the same singular values, {control}. The base's leading "
-        "directions outlive a change that is small beside them."
+        "A singular vector of W′ is an intruder if no singular vector of W has a cosine of"
+        f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {looked_at} leading ones,"
+        f" {facts['leading']} a weight, {found} are; of random changes with the same singular"
+        f" values, {control}. The base's leading directions outlive a change that is small beside"
+        " them."
     )
     said += (
         ""
@@ -241,7 +253,10 @@ def _forgetting(facts: Facts) -> str:
     )
     caption, looked = "Intruders by block and kind", {"layers": layers}
     where = _map(looked, lambda layer: layer["intruders"][0], caption, "{:.3g}") if found else ""
-    return f'<h2>Forgetting</h2><p>{said}</p><div class="pair"><figure>{chart}</figure>{where}</div>{_losses(facts)}'
+    return (
+        f"<h2>Forgetting</h2><p>{said}</p><div"
+        f' class="pair"><figure>{chart}</figure>{where}</div>{_losses(facts)}'
+    )
 
 
 def _curve(values: Sequence[float]) -> list[tuple[float, float]]:

@@ -55,9 +55,9 @@ def train_many(
         TargetError: with every problem of every config. The model is as it was.
     """
     if unwrap(model) is not model:
-        found = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
+        problem = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
         raise ConfigError(
-            found,
+            problem,
             "the model itself: what wraps it sees one call of all runs",
             "pass the model inside",
         )
@@ -178,16 +178,16 @@ class Runs(Mapping[str, Handle]):
         weights = weights or {}
         unknown = [name for name in (*batches, *weights) if name not in self]
         if unknown:
-            found = f"a batch or weight for {unknown[0]!r}"
-            raise DataError(found, f"one of {', '.join(self) or 'no run'}", "add the run first")
+            problem = f"a batch or weight for {unknown[0]!r}"
+            raise DataError(problem, f"one of {', '.join(self) or 'no run'}", "add the run first")
         losses: dict[str, Any] = {
             name: loss.get(name) if isinstance(loss, Mapping) else loss for name in batches
         }
         for name, function in losses.items():
             if not (callable(function) or isinstance(function, LabelLoss)):
-                found = f"no loss for adapter {name!r}"
+                problem = f"no loss for adapter {name!r}"
                 raise ConfigError(
-                    found,
+                    problem,
                     "(output, target) -> scalar for each batch",
                     "pass one for all, or one by name",
                 )
@@ -267,9 +267,9 @@ def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
     """The keyword arguments of a batch of a language model. ``DataError``: it has others, or no
     labels."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.row_count:
-        found = f"a batch of {name!r} without labels [{batch.row_count}, tokens]"
+        problem = f"a batch of {name!r} without labels [{batch.row_count}, tokens]"
         raise DataError(
-            found, "keyword arguments of the model, with labels", "pass input_ids and labels"
+            problem, "keyword arguments of the model, with labels", "pass input_ids and labels"
         )
     return batch.kwargs
 

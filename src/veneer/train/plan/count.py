@@ -34,8 +34,8 @@ from veneer.models.messages import first_line
 #: rows of logits at a time, as the loss of ``veneer train`` has them
 ROWS = 256
 
-# : (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such
-# calls
+#: (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such
+#: calls
 Work = Counter[tuple[int, int, bool]]
 
 
@@ -96,9 +96,11 @@ def cut(work: Work, devices: int) -> Work:
     shares = Work()
     for (operations, moved, whole), count in work.items():
         shares[
-            (operations, moved, whole)
-            if whole
-            else (operations // devices, moved // devices, whole)
+            (
+                (operations, moved, whole)
+                if whole
+                else (operations // devices, moved // devices, whole)
+            )
         ] += count
     return shares
 
@@ -193,9 +195,8 @@ def count_forward(model: Any, length: int) -> tuple[int, int]:
             for value in vars(layer).values()
             if isinstance(value, Tensor)
         ]
-        held = sum(
-            one.nbytes for one in tensors if one.is_floating_point()
-        )  # not how many there are
+        # not how many there are
+        held = sum(one.nbytes for one in tensors if one.is_floating_point())
         return Cost(saved=held, forward=seen.work)
 
     whole, _ = _by_kind(model, run)
@@ -232,11 +233,11 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
                 ]
                 blocks.append(Blocks(len(alike), alike[0], cost_of(more).plus(whole, -1)))
     except Exception as error:  # of the model's own code, on tensors that it may not expect
-        found = (
+        problem = (
             f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
         )
         raise ConfigError(
-            found, "a model whose shapes do not depend on its data", "plan a like one"
+            problem, "a model whose shapes do not depend on its data", "plan a like one"
         ) from error
     finally:
         _put(model, path, stack)
@@ -325,8 +326,8 @@ def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         return max(
             lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters())
         )
-    found = f"{type(model).__name__}, which has no list of blocks"
-    raise ConfigError(found, "a transformer of transformers, whose blocks repeat", "plan one")
+    problem = f"{type(model).__name__}, which has no list of blocks"
+    raise ConfigError(problem, "a transformer of transformers, whose blocks repeat", "plan one")
 
 
 def _put(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:

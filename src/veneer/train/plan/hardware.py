@@ -14,8 +14,8 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-# : shares of the published peak that large products reach, of the bandwidth that passes over memory
-# do, and of that of
+#: shares of the published peak that large products reach, of the bandwidth that passes over memory
+#: do, and of that of
 #: the links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
 #: seconds that a call takes however small it is: the launch of a kernel
@@ -84,8 +84,8 @@ class Hardware:
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-# : NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or
-# 64 (5.0) GB/s
+#: NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or
+#: 64 (5.0) GB/s
 PCIE4, PCIE5 = 32 * GB, 64 * GB
 
 _PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
@@ -94,14 +94,14 @@ _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
 _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-# : machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices
-# that are bought alone
+#: machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices
+#: that are bought alone
 #: is taken to have one of 100 Gbit/s
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
 _AMD, _ANY = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
-# : dense products; datasheets since Ampere give twice as much, for weights half of which are zeros
-# ("with sparsity")
+#: dense products; datasheets since Ampere give twice as much, for weights half of which are zeros
+#: ("with sparsity")
 KNOWN = {
     one.name: one
     for one in (

@@ -48,8 +48,8 @@ from veneer.variants import VARIANTS
 STATES = {"sgd": 0, "adafactor": 0.1, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
 #: numbers that share a scale, and from how many on a tensor's state has few bits
 BLOCK, FEW = {8: 256, 4: 128}, 4096
-# : numbers of a 4-bit weight that share a scale, and scales that share one (bitsandbytes' double
-# quantisation)
+#: numbers of a 4-bit weight that share a scale, and scales that share one (bitsandbytes' double
+#: quantisation)
 SCALED, SCALES = 64, 256
 
 
@@ -153,7 +153,10 @@ def _about(parts: Mapping[str, int]) -> str:
 
 
 def _at_least(parts: Mapping[str, int], error: ConfigError) -> str:
-    return f"at least {_about(parts).removeprefix('about ')}; activations are not counted: {error.found}"
+    return (
+        f"at least {_about(parts).removeprefix('about ')}; activations are not counted:"
+        f" {error.found}"
+    )
 
 
 class Run(NamedTuple):
@@ -183,9 +186,8 @@ def predict_at_once(
         largest = max(names, key=numbers.__getitem__)
         step = step_of(model, rows * len(names), length, labelled / max(tokens, 1), name=largest)
         parts = _of_runs(model, runs, step, waits=len(groups) > 1)
-        if (
-            len(names) > 1
-        ):  # what is joined of each layer's factors, in the dtype of the base, is there until backward
+        # what is joined of each layer's factors, in the dtype of the base, is there until backward
+        if len(names) > 1:
             parts["activations"] += sum(numbers.values()) * model.dtype.itemsize
         found.append(parts)
     return max(found, key=lambda parts: sum(parts.values()))
@@ -247,8 +249,9 @@ def step_of(
     reasons = {
         "reads no tokens": getattr(model, "main_input_name", None) != "input_ids",
         "is an encoder and a decoder": getattr(model.config, "is_encoder_decoder", False),
-        "is packed or spread, and has no output head": not like
-        and model.get_output_embeddings() is None,
+        "is packed or spread, and has no output head": (
+            not like and model.get_output_embeddings() is None
+        ),
     }
     if found := [reason for reason, there in reasons.items() if there]:
         raise ConfigError(
@@ -264,9 +267,8 @@ def step_of(
 def _repacked(model: Any, name: str | None) -> Any:
     """A like model with plain weights on the meta device, and a like adapter."""
     config = Handle(model, only_name(model, name)).config
-    start = (
-        config.variant if not VARIANTS[config.variant].needs else "lora"
-    )  # whose shapes are the same
+    # whose shapes are the same
+    start = config.variant if not VARIANTS[config.variant].needs else "lora"
     twin = countable_model(model.config, model.dtype)
     attach(twin, replace(config, variant=start))
     return twin
@@ -351,9 +353,8 @@ def states(parameter: Tensor, optimiser: str) -> float:
     if few is not None and numbers >= FEW:
         bits = int(few[1])
         return count * (numbers * bits / 8 + 4 * -(-numbers // BLOCK[bits]))
-    library = (
-        few is not None or "32bit" in name or "bnb" in name
-    )  # bitsandbytes keeps float32 of all others
+    # bitsandbytes keeps float32 of all others
+    library = few is not None or "32bit" in name or "bnb" in name
     return count * numbers * (4 if library and "torch" not in name else parameter.element_size())
 
 

@@ -90,9 +90,8 @@ def plan_service(model: Any, load: Load, on: Hardware) -> Service:
     adapter = itemsize * sum(parameter.numel() for parameter in trained)
     base = (weights(model) if load.quantize is None else to_be_packed(model, load.quantize))[0]
     linears = packed_linears(model, load.quantize) if load.quantize else []
-    unpacked = 2 * sum(
-        weight.nbytes for weight, _ in linears
-    )  # written for their products, and read there
+    # written for their products, and read there
+    unpacked = 2 * sum(weight.nbytes for weight, _ in linears)
     length = load.prompt + load.answer
     operations, row = count_forward(model, length)
     operations /= length
@@ -143,9 +142,8 @@ def _read(model: Any, base: int, rows: int) -> float:
     chosen = getattr(config, "num_experts_per_tok", None)
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    looked_up = (
-        0 if head is not None and head.weight is table else table.nbytes
-    )  # a row for each token
+    # a row for each token
+    looked_up = 0 if head is not None and head.weight is table else table.nbytes
     if not experts or not chosen:
         return base - looked_up
     stacks = sum(

@@ -124,11 +124,14 @@ class Planner:
                 on more devices than it has heads.
         """
         if strategy not in STRATEGIES or devices < 1:
-            found = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
-            raise ConfigError(found, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
+            problem = f"{devices} devices, strategy {strategy!r}{nearest(strategy, STRATEGIES)}"
+            raise ConfigError(problem, f"at least 1, and {', '.join(STRATEGIES)}", "choose one")
         if run.quantize is not None and devices > 1 and strategy != "ddp":
-            found = f"strategy {strategy} with quantize {run.quantize}, and packed weights are not spread"
-            raise ConfigError(found, "ddp", "choose it, or leave out quantize")
+            problem = (
+                f"strategy {strategy} with quantize {run.quantize}, and packed weights are not"
+                " spread"
+            )
+            raise ConfigError(problem, "ddp", "choose it, or leave out quantize")
         tokens, fsdp, tp = (
             run.batch * run.length * run.accumulate,
             *(strategy == one for one in STRATEGIES[1:]),
@@ -182,14 +185,16 @@ class Planner:
             ):
                 cut += parameter.nbytes
         if not cut:
-            found = (
+            problem = (
                 f"strategy tp for {type(self.model).__name__}, for which transformers has no plan"
             )
-            raise ConfigError(found, "ddp or fsdp", "choose one of them")
+            raise ConfigError(problem, "ddp or fsdp", "choose one of them")
         heads = getattr(self.model.config.get_text_config(), "num_key_value_heads", None)
         if heads is not None and heads % n:
-            found = f"strategy tp on {n} devices, and {heads} heads of keys and values"
-            raise ConfigError(found, "a number of devices that divides them", "take fewer devices")
+            problem = f"strategy tp on {n} devices, and {heads} heads of keys and values"
+            raise ConfigError(
+                problem, "a number of devices that divides them", "take fewer devices"
+            )
         return cut
 
     def _unpacking(self, run: Run) -> Work:
@@ -254,7 +259,7 @@ def recommend(
         table(planner, changes[-1][1], counts, strategies, on)[0], key=lambda one: one.total
     )
     least = f"{smallest.total / 2**30:.1f} GiB at the least"
-    found = f"nothing fits: {least}, on {smallest.devices} devices by {smallest.strategy}"
+    problem = f"nothing fits: {least}, on {smallest.devices} devices by {smallest.strategy}"
     return sentence(
-        found, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices"
+        problem, f"{on.usable / 2**30:.1f} GiB of {on.name}", "take more or larger devices"
     )

@@ -311,6 +311,6 @@ def _create_optimizer(
     if not (
         isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
     ) or options.keys() & {"params", "model"}:
-        found = f"optimiser {arguments.optim}, which looks at the whole model"
-        raise ConfigError(found, "one that takes parameters", "choose for example adamw")
+        problem = f"optimiser {arguments.optim}, which looks at the whole model"
+        raise ConfigError(problem, "one that takes parameters", "choose for example adamw")
     return optimizer_class(groups, **options)

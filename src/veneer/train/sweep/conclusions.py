@@ -74,8 +74,8 @@ def _least(axis: str) -> float | None:
 def edge_words(edge: Mapping[str, Any]) -> str:
     low, high = edge["tried"]
     return (
-        f"{edge['axis']} {edge['value']:g} lies at the {edge['side']} end of what was tried ({low:g} to {high:g}): "
-        "a better one may lie beyond it."
+        f"{edge['axis']} {edge['value']:g} lies at the {edge['side']} end of what was tried"
+        f" ({low:g} to {high:g}): a better one may lie beyond it."
     )
 
 
@@ -126,8 +126,12 @@ def measure_alone(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
 
 def alone_words(alone: Mapping[str, Any]) -> str:
     if "problem" in alone:
-        return f"How far the winner trained alone goes from its curve could not be measured: {alone['problem']}"
+        return (
+            "How far the winner trained alone goes from its curve could not be measured:"
+            f" {alone['problem']}"
+        )
     return (
-        f"Trained again alone for {alone['steps']:,} steps, its losses differ from those of the sweep by at most "
-        f"{alone['largest']:.1e} (step {alone['step']}), and by {alone['last']:.1e} at the last of them."
+        f"Trained again alone for {alone['steps']:,} steps, its losses differ from those of the"
+        f" sweep by at most {alone['largest']:.1e} (step {alone['step']}), and by"
+        f" {alone['last']:.1e} at the last of them."
     )

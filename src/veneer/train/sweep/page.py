@@ -25,15 +25,24 @@ POINTS = 60
 def page(facts: Facts) -> str:
     candidates = sorted(facts["candidates"], key=_rank)
     sweep = facts["sweep"]
-    lead = f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried: {', '.join(sweep['axes'])}"
+    lead = (
+        f"{facts['base']} on {facts['data']}, {facts['steps']:,} steps. Tried:"
+        f" {', '.join(sweep['axes'])}"
+    )
     lead += f" ({facts['sampler']}). "
     if facts["rungs"]:
         lead += f"The weaker ended after steps {', '.join(map(str, facts['rungs']))}"
         if sweep["judged_by"] == "training":
-            lead += ", judged by their mean loss in training over the latter half of the steps up to there"
+            lead += (
+                ", judged by their mean loss in training over the latter half of the steps up to"
+                " there"
+            )
             lead += ", which is their last loss here"
         lead += ". "
-    lead += f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says otherwise."
+    lead += (
+        f"Losses are means a {facts['item']}, in nats, on the rows held out unless it says"
+        " otherwise."
+    )
     sections = [
         _winner(facts),
         _curves(candidates),
@@ -72,11 +81,11 @@ def _winner(facts: Facts) -> str:
     best = next(one for one in facts["candidates"] if one["name"] == facts["best"])
     text = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
     return (
-        f"<h2>The winner: {escape(words(best['changes']))}</h2><p>Its adapter is in {escape(facts['folder'])}.</p>"
-        f"{''.join(f'<p><b>{escape(edge_words(edge))}</b></p>' for edge in facts['edges'])}"
-        f"<p>{escape(alone_words(facts['alone']))} This trains it alone:</p>"
-        f"<pre>{escape(shlex.join(facts['command']))}</pre>"
-        f"<details><summary>Its configuration</summary><pre>{escape(text)}</pre></details>"
+        f"<h2>The winner: {escape(words(best['changes']))}</h2><p>Its adapter is in"
+        f" {escape(facts['folder'])}.</p>{''.join(f'<p><b>{escape(edge_words(edge))}</b></p>' for edge in facts['edges'])}<p>{escape(alone_words(facts['alone']))}"
+        " This trains it"
+        f" alone:</p><pre>{escape(shlex.join(facts['command']))}</pre><details><summary>Its"
+        f" configuration</summary><pre>{escape(text)}</pre></details>"
     )
 
 
@@ -143,7 +152,10 @@ def _spread(facts: Facts) -> str:
         for one in sorted(facts["spread"], key=lambda one: one["mean"])
     ]  # fmt: skip
     heads = ["settings", ">seeds", ">mean", ">deviation", ">lowest", ">highest"]
-    note = "Candidates that ran to the end and differ in their seeds alone. What differs by less is chance."
+    note = (
+        "Candidates that ran to the end and differ in their seeds alone. What differs by less is"
+        " chance."
+    )
     return f"<h2>Spread over seeds</h2><p>{note}</p>{table(heads, rows)}"
 
 

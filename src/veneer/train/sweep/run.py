@@ -144,9 +144,12 @@ class _Work:
         epoch = steps_an_epoch(self.config, len(self.prepared.train))
         last = max(self.search.rungs, default=0)
         if self.settings.judged_by == "training" and last > epoch:
-            found = f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which rows come again"
+            problem = (
+                f"judged_by training, a rung at step {last} and an epoch of {epoch}, after which"
+                " rows come again"
+            )
             raise ConfigError(
-                found,
+                problem,
                 "rungs within the first epoch",
                 "name earlier ones, or set judged_by: held_out",
             )
@@ -187,10 +190,13 @@ class _Work:
             return True
         if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
             return False
-        found = f"{output} holds an unfinished sweep{' with another ' * bool(changed)}{', '.join(changed)}"
+        problem = (
+            f"{output} holds an unfinished"
+            f" sweep{' with another ' * bool(changed)}{', '.join(changed)}"
+        )
         do = "undo the change, choose another output, or pass --overwrite to start over"
         raise OutputExistsError(
-            found, "the same configuration, to resume it exactly, or a new folder", do
+            problem, "the same configuration, to resume it exactly, or a new folder", do
         )
 
     def _checkpoint(self) -> Path | None:
@@ -202,9 +208,9 @@ class _Work:
             return None if newest is None else newest[0]
         if self.config.overwrite:
             return None
-        found = f"the data have changed since the unfinished sweep in {self.output} began"
+        problem = f"the data have changed since the unfinished sweep in {self.output} began"
         do = "restore them, choose another output, or pass --overwrite to start over"
-        raise ConfigError(found, "the same bytes, to resume it exactly", do)
+        raise ConfigError(problem, "the same bytes, to resume it exactly", do)
 
     def _status(self, status: str) -> None:
         about = {
@@ -304,7 +310,10 @@ class _Work:
         set_seed(self.config.seed)
         self.model = self.task.load().model
         if "seed" in self.settings.axes and fresh(Names(self.model)):
-            found = "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on the seed"
+            found = (
+                "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
+                " the seed"
+            )
             raise ConfigError(found, "one base for all candidates", "take the axis data_seed")
         if self.found is not None:
             self._replay()
@@ -541,7 +550,8 @@ class _Work:
         trained = sum(one.parameters for one in self.state.of(self.state.cohort))
         say(
             self.console,
-            f"Base     {config.base} ({str(self.model.dtype).removeprefix('torch.')}, {size(total)})",
+            f"Base     {config.base} ({str(self.model.dtype).removeprefix('torch.')},"
+            f" {size(total)})",
         )
         say(self.console, f"Data     {config.data}: {self.task.amount(rows.train)}")
         say(self.console, f"         {len(rows.evaluation):,} examples to evaluate on")
@@ -573,10 +583,10 @@ def _comparable(config: TrainConfig) -> TrainConfig:
     """`config` with all that candidates must have in common. Raises `ConfigError`."""
     must_fit(config)
     if not TASKS[config.task].one_pass:
-        found = f"task {config.task}, whose loss takes more than one pass of its rows"
+        problem = f"task {config.task}, whose loss takes more than one pass of its rows"
         names = ", ".join(name for name in task_names() if TASKS[name].one_pass)
         raise ConfigError(
-            found, f"one of {names}", "train its candidates one after another with `veneer train`"
+            problem, f"one of {names}", "train its candidates one after another with `veneer train`"
         )
     if config.eval_fraction and config.eval_seed is None:  # the same rows judge all
         return config.model_copy(update={"eval_seed": config.seed})

@@ -95,9 +95,8 @@ class Search:
     def _suggested(self, trial: Any) -> dict[str, Any]:
         found = {}
         for name, values in self.settings.axes.items():
-            if isinstance(
-                values, list
-            ):  # by number: Optuna takes no lists, such as targets, as values
+            # by number: Optuna takes no lists, such as targets, as values
+            if isinstance(values, list):
                 found[name] = values[trial.suggest_categorical(name, [*range(len(values))])]
             elif name in WHOLE:
                 found[name] = trial.suggest_int(
@@ -137,9 +136,9 @@ def _study(settings: Sweep, sampled: bool) -> Any:
     try:
         optuna: Any = import_module("optuna")
     except ImportError as error:
-        found = f"sampler {settings.chosen!r}" if sampled else f"pruner {settings.pruner!r}"
+        problem = f"sampler {settings.chosen!r}" if sampled else f"pruner {settings.pruner!r}"
         raise ConfigError(
-            f"{found}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
+            f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = settings.sampler if sampled else "RandomSampler"  # without axes it draws nothing

@@ -18,21 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from veneer.errors import ConfigError, listing, nearest
 from veneer.train.config import TrainConfig, make_config, read_yaml
 
-# : the settings of a run that its candidates may differ in: what the adapter is, how it learns, and
-# chance
+#: the settings of a run that its candidates may differ in: what the adapter is, how it learns, and
+#: chance
 AXES = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias", "adapter_dtype",
     "learning_rate", "schedule", "warmup", "optimiser", "weight_decay", "adam_beta2", "max_grad_norm", "seed",
     "data_seed",
 )  # fmt: skip
-# : of these, the ones that stand for chance: candidates that differ in nothing else are one
-# setting, measured again
+#: of these, the ones that stand for chance: candidates that differ in nothing else are one
+#: setting, measured again
 CHANCE = frozenset({"seed", "data_seed"})
 #: settings that a sweep has no place for
 WITHOUT = ("packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens", "trainable_tokens",
            "trackers", "device_map", "activation_checkpointing", "adapter")  # fmt: skip
-# : the share of a run after which candidates end for the first time, and again; the share of them
-# that goes on
+#: the share of a run after which candidates end for the first time, and again; the share of them
+#: that goes on
 RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
@@ -96,17 +96,24 @@ class Sweep(BaseModel):
                 "no `candidates:`; expected how many to draw, since not every combination is tried"
             )
         if self.chosen == "random" and not ranges and (self.candidates or 0) > combinations:
-            found = f"candidates: {self.candidates}, and {combinations} combinations of the axes' values"
-            raise ValueError(f"{found}; expected no more, since each is tried once")
+            problem = (
+                f"candidates: {self.candidates}, and {combinations} combinations of the axes'"
+                " values"
+            )
+            raise ValueError(f"{problem}; expected no more, since each is tried once")
         if self.pruner is not None and self.rungs is not None:
             raise ValueError("pruner and rungs; expected one of them")
         if self.judged_by == "training" and (self.pruner is not None or self.rungs == []):
             raise ValueError(
-                "judged_by training and no rungs, where alone it counts; expected rungs, or held_out"
+                "judged_by training and no rungs, where alone it counts; expected rungs, or"
+                " held_out"
             )
         if self.judged_by == "training" and "dropout" in self.axes:
-            found = "judged_by training and axis 'dropout', which raises the loss in training of those that have more"
-            raise ValueError(f"{found}; expected judged_by held_out")
+            problem = (
+                "judged_by training and axis 'dropout', which raises the loss in training of those"
+                " that have more"
+            )
+            raise ValueError(f"{problem}; expected judged_by held_out")
         if any(rung <= 0 for rung in self.rungs or ()):
             raise ValueError(f"rungs {self.rungs}; expected steps, or shares of a run")
         return self
@@ -149,8 +156,12 @@ def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
     }
     section = fields.pop("sweep", None)
     if not isinstance(section, dict):
-        found = f"{path} {'without a section' if section is None else f'with a {type(section).__name__} as'} `sweep:`"
-        raise ConfigError(found, "what to try, as in `sweep: {axes: {rank: [4, 16]}}`", "add it")
+        problem = (
+            f"{path}"
+            f" {'without a section' if section is None else f'with a {type(section).__name__} as'}"
+            " `sweep:`"
+        )
+        raise ConfigError(problem, "what to try, as in `sweep: {axes: {rank: [4, 16]}}`", "add it")
     return make_config(fields, str(path)), make_sweep(section, str(path))
 
 
@@ -171,7 +182,10 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {place[-1]!r}{nearest(place[-1], [*Sweep.model_fields, *Range.model_fields])}"
+        return (
+            "unknown field"
+            f" {place[-1]!r}{nearest(place[-1], [*Sweep.model_fields, *Range.model_fields])}"
+        )
     return f"{'.'.join(place)}: {message}" if place else message
 
 
@@ -184,5 +198,5 @@ def must_fit(config: TrainConfig) -> None:
                 f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"
             )
     if config.eval_data is None and not config.eval_fraction:
-        found, expected = "nothing to evaluate on", "rows by which candidates are compared"
-        raise ConfigError(found, expected, "give eval_data, or eval_fraction: 0.05")
+        problem, expected = "nothing to evaluate on", "rows by which candidates are compared"
+        raise ConfigError(problem, expected, "give eval_data, or eval_fraction: 0.05")

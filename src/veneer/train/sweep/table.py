@@ -49,7 +49,10 @@ class Progress:
         if now:
             best = min(now, key=_loss)
             left = sum(one.status in (RUNNING, FINISHED) for one in own)
-            text = f"step {state.step:>5}/{steps}  {left} of {len(own)} go on; best {best.name} ({words(best.changes)})"
+            text = (
+                f"step {state.step:>5}/{steps}  {left} of {len(own)} go on; best {best.name}"
+                f" ({words(best.changes)})"
+            )
             told = (
                 "mean loss in training"
                 if best.judged and best.judged[-1][0] == state.step

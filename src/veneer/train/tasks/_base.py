@@ -244,9 +244,9 @@ class Task(ABC):
         longest = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)[
             : self.config.batch_size
         ]
-        return len(longest) * rows.lengths[longest[0]], sum(
-            rows.learnt[i] for i in longest
-        ) if rows.learnt else 0
+        return len(longest) * rows.lengths[longest[0]], (
+            sum(rows.learnt[i] for i in longest) if rows.learnt else 0
+        )
 
     def amount(self, rows: Any) -> str:
         """How much there is to learn, in words."""
@@ -257,8 +257,8 @@ class Task(ABC):
 #: tokens of which some look at others
 SEEN = 8
 LOADING = ("precision", "device", "attention", "quantize", "device_map")
-# : what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code
-# that runs himself.
+#: what `record` keeps of the configuration. Not `reward`: who measures an adapter names the code
+#: that runs himself.
 RECORDED = ("columns", "beta", "answers", "answer_tokens", "temperature", "max_length")
 
 TASKS: Registry[type[Task]] = Registry("task")
@@ -329,9 +329,15 @@ def limited(
     long = [i for i, length in enumerate(longest) if length > limit]
     if long and config.too_long == "error":
         worst = max(long, key=longest.__getitem__)
-        found = f"{len(long)} of {len(rows)} examples of {records.source} with more than {limit:,} tokens"
+        found = (
+            f"{len(long)} of {len(rows)} examples of {records.source} with more than {limit:,}"
+            " tokens"
+        )
         found += f"; the longest, {records.places[worst]}, has {longest[worst]:,}"
-        do = f"raise it with --max-length {longest[worst]} (if the model allows it), or choose --too-long truncate or "
+        do = (
+            f"raise it with --max-length {longest[worst]} (if the model allows it), or choose"
+            " --too-long truncate or "
+        )
         raise DataError(found, f"at most {limit:,}", f"{do}drop")
     if config.too_long == "truncate":
         which = {*long}

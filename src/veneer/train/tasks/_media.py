@@ -37,13 +37,15 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or not pixels.size:
-        found = f"{where}: an image of shape {pixels.shape}"
+        problem = f"{where}: an image of shape {pixels.shape}"
         raise DataError(
-            found, "[h][w], [h][w][1] or [h][w][3], or the path of a file", "fix or remove that row"
+            problem,
+            "[h][w], [h][w][1] or [h][w][3], or the path of a file",
+            "fix or remove that row",
         )
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
-        found = f"{where}: an image of {pixels.min()} to {pixels.max()}"
-        raise DataError(found, "numbers of 0 to 255", "scale them, or remove that row")
+        problem = f"{where}: an image of {pixels.min()} to {pixels.max()}"
+        raise DataError(problem, "numbers of 0 to 255", "scale them, or remove that row")
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
 
 
@@ -80,16 +82,16 @@ def sound_of(value: Any, where: str, folder: Path, rate: int) -> np.ndarray:
         except (TypeError, ValueError):
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        found = f"{where}: audio of shape {samples.shape}"
+        problem = f"{where}: audio of shape {samples.shape}"
         raise DataError(
-            found,
+            problem,
             "one channel of finite numbers, or the path of a .wav file",
             "fix or remove that row",
         )
     if own != rate:
-        found = f"{where}: audio of {own} samples a second"
+        problem = f"{where}: audio of {own} samples a second"
         raise DataError(
-            found,
+            problem,
             f"{rate}, as the base hears",
             f"resample it, such as ffmpeg -i in.wav -ar {rate} out.wav",
         )

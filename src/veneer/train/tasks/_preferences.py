@@ -67,8 +67,8 @@ class Preference(Causal):
         where = [{index: i for i, index in enumerate(side.index)} for side in sides]
         kept = [index for index in sides[0].index if index in where[1]]
         if not kept:
-            found = f"no pair of {records.source} whose answers are both short enough"
-            raise DataError(found, "at least one", "raise max_length")
+            problem = f"no pair of {records.source} whose answers are both short enough"
+            raise DataError(problem, "at least one", "raise max_length")
         made, lengths, learnt = [], [], []
         for index in kept:
             numbers = [place[index] for place in where]

@@ -89,10 +89,10 @@ class Classify(Task):
         renamed, names = self.config.columns, [*raw[0][1]]
         kinds = [kind for kind in HEADS if kind in renamed or kind in names]
         if len(kinds) != 1 or (self.kind and kinds != [self.kind]):
-            found = f"{source} has the columns {listing(map(repr, names))}"
+            problem = f"{source} has the columns {listing(map(repr, names))}"
             wanted = "`text` and `label`, `words` and `labels`, or `image` and `label`"
             raise DataError(
-                found,
+                problem,
                 self.kind or wanted,
                 "name them, for instance --columns text=sentence,label=intent",
             )
@@ -208,10 +208,11 @@ class Classify(Task):
         limit = self.max_length()
 
         def cut(row: dict[str, Any]) -> dict[str, Any]:
+            # encoders end with a token of their own
             ids = [
                 *row["ids"][: limit - 1],
                 row["ids"][-1],
-            ]  # encoders end with a token of their own
+            ]
             labels = (
                 row["labels"]
                 if len(row["labels"]) == 1
@@ -285,9 +286,12 @@ class Classify(Task):
             fields["pad_token_id"] = pad_of(self.processor)
         own = getattr(config_of(self.config.base), "num_labels", None)
         if self._has_head and own != len(self.labels):
-            found = f"{self.config.base}, whose head knows {own} labels, and data with {len(self.labels)}"
+            problem = (
+                f"{self.config.base}, whose head knows {own} labels, and data with"
+                f" {len(self.labels)}"
+            )
             do = "name a base without a head, or change the labels of the data"
-            raise DataError(found, "the labels of the head, or no head", do)
+            raise DataError(problem, "the labels of the head, or no head", do)
         model = self.model(**fields)
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)

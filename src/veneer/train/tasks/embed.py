@@ -56,9 +56,9 @@ class Embed(Task):
     def encode(self, records: data.Records) -> Rows:
         cosine = "label" in records.rows[0]
         if cosine and "negative" in records.rows[0]:
-            found = f"{records.source} has both `negative` and `label`"
+            problem = f"{records.source} has both `negative` and `label`"
             raise DataError(
-                found, "one of them", "remove one, or name the columns to read with --columns"
+                problem, "one of them", "remove one, or name the columns to read with --columns"
             )
         sides = [part for part in ("anchor", "positive", "negative") if part in records.rows[0]]
         ids = [self.processor(texts_of(records, part))["input_ids"] for part in sides]

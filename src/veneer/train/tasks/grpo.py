@@ -68,9 +68,8 @@ class Grpo(Causal):
             file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
             for file in sorted(files)
         }
-        return replace(
-            prepared, hashes={**prepared.hashes, **hashes}
-        )  # a reward that changed is another run
+        # a reward that changed is another run
+        return replace(prepared, hashes={**prepared.hashes, **hashes})
 
     def read(self, source: str, split: str) -> data.Records:
         """All columns: those besides the prompt are the reward functions'."""
@@ -90,9 +89,12 @@ class Grpo(Causal):
     def encode(self, records: data.Records) -> Rows:
         limit = self.max_length() - self.config.answer_tokens
         if limit < 1:
-            found = f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens in all"
+            problem = (
+                f"answer_tokens {self.config.answer_tokens} of at most {self.max_length()} tokens"
+                " in all"
+            )
             raise ConfigError(
-                found, "room for a prompt", "lower answer_tokens, or raise max_length"
+                problem, "room for a prompt", "lower answer_tokens, or raise max_length"
             )
         rows = []
         for row, place in zip(records.rows, records.places, strict=True):
@@ -158,9 +160,8 @@ class Grpo(Causal):
         }
         if not model.training:
             return TaskLoss(-rewards.sum(), len(rows), sums)
-        spread = rewards.view(-1, each).std(
-            1
-        )  # of the answers to one prompt: without it there is nothing to learn
+        # of the answers to one prompt: without it there is nothing to learn
+        spread = rewards.view(-1, each).std(1)
         sums["reward_spread"] = spread.sum() * each
         prompts = [row["ids"] for row in rows]
         pairs = [

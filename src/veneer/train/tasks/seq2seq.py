@@ -55,9 +55,9 @@ class Seq2seq(Task):
     def open(self) -> Any:
         config = config_of(self.config.base)
         if not getattr(config, "is_encoder_decoder", False):
-            found = f"{self.config.base}, a {config.model_type} model"
+            problem = f"{self.config.base}, a {config.model_type} model"
             raise ConfigError(
-                found,
+                problem,
                 "an encoder with a decoder, such as T5 or Whisper",
                 "choose another base or task",
             )
@@ -102,9 +102,9 @@ class Seq2seq(Task):
             for row, place, labels in zip(records.rows, records.places, answers, strict=True):
                 sound = sound_of(row["audio"], f"{records.source}, {place}", folder, rate)
                 if limit is not None and len(sound) > limit:
-                    found = f"{records.source}, {place}: {len(sound) / rate:.1f} s of audio"
+                    problem = f"{records.source}, {place}: {len(sound) / rate:.1f} s of audio"
                     raise DataError(
-                        found,
+                        problem,
                         f"at most {limit / rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
@@ -154,8 +154,8 @@ class Seq2seq(Task):
         base = super().load()
         config: Any = base.model.config
         if getattr(config, "decoder_start_token_id", None) is None:
-            found = f"{self.config.base}, whose config has no decoder_start_token_id"
-            raise ConfigError(found, "the token that answers begin with", "add it to config.json")
+            problem = f"{self.config.base}, whose config has no decoder_start_token_id"
+            raise ConfigError(problem, "the token that answers begin with", "add it to config.json")
         self.dtype = next(
             value.dtype for value in base.model.parameters() if value.is_floating_point()
         )
@@ -196,9 +196,11 @@ class Seq2seq(Task):
             dim=1,
         )
         heard = {
-            name: value.to(self.dtype)
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
+            name: (
+                value.to(self.dtype)
+                if isinstance(value, Tensor) and value.is_floating_point()
+                else value
+            )
             for name, value in super().inputs(batch).items()
         }
         return {**heard, "decoder_input_ids": read, "use_cache": False}

@@ -96,4 +96,7 @@ class Sft(Task):
         return len(longest) * train.lengths[longest[0]], labelled
 
     def amount(self, rows: Any) -> str:
-        return f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.trained_tokens:,} of them learnt"
+        return (
+            f"{len(rows):,} examples, {sum(rows.lengths):,} tokens, {rows.trained_tokens:,} of them"
+            " learnt"
+        )
