@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import torture_page
+from scripts import torture_page
 
 FILES = sorted(torture_page.UPSTREAM.glob("*.md"))
 DISTRIBUTIONS = {"PEFT": "peft", "LyCORIS": "lycoris-lora", "loralib": "loralib"}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from typer.testing import CliRunner
 
 import veneer
-from memory import kept, storages
+from memory import saved_tensors, storages
 from veneer.cli import run as command_line
 from veneer.errors import ConfigError
 from veneer.kernels.device import count_on_meta
@@ -155,7 +155,7 @@ def test_a_block_saves_what_autograd_keeps(base, dtype, config):
         ]
         own = set(storages([*model.parameters(), *model.buffers()]))
         saved.append(
-            sum(size for place, size in storages(kept(states)).items() if place not in own)
+            sum(size for place, size in storages(saved_tensors(states)).items() if place not in own)
         )
     step = count.count_step(countable({**base, "num_hidden_layers": 3}, dtype, **config), 4, 128)
     assert step.blocks[-1].cost.saved == pytest.approx(saved[1] - saved[0], rel=0.03)
