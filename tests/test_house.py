@@ -76,6 +76,23 @@ def test_imports_run_one_way():
     assert upward == []
 
 
+def test_the_server_knows_nothing_of_training():
+    """serve/training/ registers itself (serve/extension.py), and the command line alone turns it
+    on."""
+    serve = SOURCE / "serve"
+    core = [
+        file for file in FILES if serve in file.parents and serve / "training" not in file.parents
+    ]
+    for word in ("serve.training", "serve/training", "tinker"):
+        assert [file.name for file in core if word in file.read_text()] == []
+    importers = {
+        str(file.relative_to(SOURCE))
+        for file in FILES
+        if "veneer.serve.training" in file.read_text() and serve / "training" not in file.parents
+    }
+    assert importers == {"cli/serve.py"}
+
+
 def test_the_house_is_small_at_the_top():
     top = [path for path in SOURCE.iterdir() if not path.name.startswith("__pycache__")]
     assert sum(path.is_file() for path in top) <= 12

@@ -18,8 +18,9 @@ from torch import nn
 
 import veneer
 from veneer.errors import AdapterError, BankFullError, ConfigError, LibraryError
-from veneer.serve.catalogue import STATE_FILE, Catalogue
+from veneer.serve.catalogue import Catalogue
 from veneer.serve.refusal import Refusal
+from veneer.serve.served_state import STATE_FILE
 from veneer.store.library import Library
 
 
@@ -144,7 +145,7 @@ def test_no_path_leaves_the_folder(tmp_path_factory, where):
         adapter_at(folder / "a")
         adapter_at(folder.parent / "b")
     try:
-        path = opened(folder).inside(where)
+        path = opened(folder)._served.resolve_path(where).path
     except Refusal:
         return
     assert path.is_relative_to(folder.resolve())
@@ -320,7 +321,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     def refuses(path, text):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("veneer.serve.catalogue.write_whole", refuses)
+    monkeypatch.setattr("veneer.serve.served_state.write_whole", refuses)
     catalogue = opened(folder)
     catalogue._bank.pin("french")
     for name in ("fr", "french"):

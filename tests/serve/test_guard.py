@@ -26,6 +26,7 @@ from veneer.serve import limits, page
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.listen import bind, is_loopback
+from veneer.store.catalogue import Location
 
 
 @pytest.fixture
@@ -334,7 +335,7 @@ def test_metrics_grow_little_with_adapters_and_not_at_all_without_their_names(it
     for count in (10, 300):
         for number in range(count):
             name = f"customer-{number:04}"
-            it.service.catalogue._paths[name] = Path()
+            it.service.catalogue._adapters.accept(name, Location(Path()))
             for outcome in ("stop", "length"):
                 metrics.started({name: 1.0}, 0.1)
                 metrics.first_token({name: 1.0}, 0.1)
@@ -382,7 +383,7 @@ def test_labels_of_blends_and_of_names_like_ours(it):
     metrics = it.service.metrics
     assert metrics.label({}) == "base"
     assert metrics.label({"a": 1, "b": 1}) == "blend"
-    it.service.catalogue._paths["blend"] = Path()
+    it.service.catalogue._adapters.accept("blend", Location(Path()))
     assert metrics.label({"blend": 1}) == "adapter:blend"
 
 

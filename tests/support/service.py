@@ -9,6 +9,7 @@ import veneer
 from veneer.serve.access import Keyring
 from veneer.serve.settings import Settings
 from veneer.serve.start import start
+from veneer.serve.training.registration import TrainingPlugin
 
 
 def make_adapter(path, seed, base_seed=0, **config):
@@ -23,9 +24,11 @@ def make_adapter(path, seed, base_seed=0, **config):
     return path
 
 
-def open_service(base, adapters, *, keys=None, **fields):
+def open_service(base, adapters, *, keys=None, train=None, runs=50, **fields):
+    """A service; ``train`` is the folder of what clients train, with ``runs`` of it in memory."""
     options = {"rows": 8, "length": 200, "timeout": 60.0, "precision": "fp32", **fields}
     return start(
         Settings(str(base), "tiny", None if adapters is None else str(adapters), **options),
         keys or Keyring(),
+        None if train is None else TrainingPlugin(train, runs),
     )

@@ -31,7 +31,7 @@ from veneer.attach.select_rows import time_first
 from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
 from veneer.bank.batch_state import BatchState, Frame, Uses
-from veneer.bank.lease import Entry, Lease, Status, weights_of
+from veneer.bank.lease import Entry, Lease, Status, live_lease, row_weights_of, sequences_per_row
 from veneer.bank.resident import (
     Recipes,
     ResidentAdapter,
@@ -41,7 +41,7 @@ from veneer.bank.resident import (
 )
 from veneer.config import torch_dtype
 from veneer.distributed import spread_problem
-from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all, sentence
+from veneer.errors import AdapterError, BankFullError, SelectionError, nearest, raise_all
 from veneer.fileio import throttle
 
 #: seconds for which a load waits for memory that others use
@@ -82,12 +82,8 @@ class Bank:
         modules = (module for _, module in walk(model))
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
             raise SelectionError(problem)
-        self.model, self.capacity, self.dtype, self.verify_base = (
-            model,
-            capacity_bytes,
-            dtype,
-            verify_base,
-        )
+        self.model, self.capacity = model, capacity_bytes
+        self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         with CHANGING:
             self._attached = enlist(model)
@@ -118,15 +114,15 @@ class Bank:
         """
         path = Path(path)
         if not isinstance(name, str) or not name:
-            raise SelectionError(sentence(f"the name {name!r}", "a text", "choose one"))
+            raise SelectionError(f"the name {name!r}", "a text", "choose one")
         raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
         with self._changed:
             self._open()
             old = self._entries.get(name)
             if old is not None and not replace:
-                found = f"adapter name {name!r}, which is taken"
+                problem = f"adapter name {name!r}, which is taken"
                 raise SelectionError(
-                    sentence(found, "a new name", "choose another, or remove that one first")
+                    problem, "a new name", "choose another, or remove that one first"
                 )
             self._entries[name] = Entry(name, path)
             if old is not None and not old.users:
@@ -188,7 +184,7 @@ class Bank:
                 new = Entry(name, path, users=1)
                 self._clock += 1
                 new.used = self._clock
-            lease = self._loaded({name: 1.0}, [new])
+            lease = self._load_entries({name: 1.0}, [new])
             with self._changed:
                 old = self._entries.get(name)
                 self._entries[name] = new
@@ -205,7 +201,7 @@ class Bank:
             del self._entries[name]
             if not entry.users:
                 self._drop(entry)
-        self._tell("remove", name)
+        self._notify("remove", name)
 
     def pin(self, name: str) -> None:
         """Keep an adapter in memory; a cold one is loaded.
@@ -241,7 +237,7 @@ class Bank:
             return [
                 Status(
                     entry.name, entry.path, entry.resident is not None, entry.resident.nbytes if entry.resident else 0,
-                    entry.pinned, entry.users, *(entry.seen or (None, None)),
+                    entry.pinned, entry.users, *(entry.rank_and_variant or (None, None)),
                 )
                 for entry in self._entries.values()
             ]  # fmt: skip
@@ -285,31 +281,19 @@ class Bank:
             SelectionError: an unknown name, no rows.
             AdapterError, BaseMismatchError, BankFullError: an adapter cannot be loaded.
         """
-        if isinstance(choices, str | Mapping) or not len(choices):
-            found = (
-                "no rows" if not isinstance(choices, str | Mapping) else f"{choices!r} for the rows"
-            )
-            raise SelectionError(
-                sentence(found, "one choice for each row", "name an adapter or None for each row")
-            )
-        row_weights = [
-            None if isinstance(choice, Lease) else weights_of(choice) for choice in choices
-        ]
-        with self._acquire(
-            {name: 1.0 for weights in row_weights if weights for name in weights}
-        ) as lease:
-            resident = dict(
-                zip(lease.adapter_weights, (adapter for adapter, _ in lease.uses), strict=True)
-            )
+        row_weights = row_weights_of(choices)
+        names = {name: 1.0 for weights in row_weights if weights for name in weights}
+        with self._acquire(names) as lease:
+            adapters = (adapter for adapter, _ in lease.uses)
+            resident = dict(zip(lease.adapter_weights, adapters, strict=True))
             blends = (
-                self._own(choice).uses
+                live_lease(self, choice).uses
                 if weights is None
                 else [(resident[name], w) for name, w in weights.items()]
                 for choice, weights in zip(choices, row_weights, strict=True)
             )
-            with self._using(
-                tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)
-            ):
+            uses = tuple(tuple((adapter, w) for adapter, w in blend if w) for blend in blends)
+            with self._using(uses):
                 yield
 
     def generate(
@@ -322,17 +306,7 @@ class Bank:
             SelectionError: as ``rows``; also where an encoder runs before the rows are multiplied.
         """
         model: Any = self.model
-        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-        beams, sequences = (
-            kwargs.get(name) or getattr(config, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        )
-        times = max(beams, sequences)
-        if times > 1 and getattr(model.config, "is_encoder_decoder", False):
-            found = f"{times} sequences a row from an encoder and a decoder, of which the encoder sees each row once"
-            raise SelectionError(
-                sentence(found, "one sequence a row", "repeat the rows of the inputs yourself")
-            )
+        times = sequences_per_row(model, kwargs)
         with self.rows([choice for choice in adapters for _ in range(times)]):
             return model.generate(inputs, **kwargs)
 
@@ -348,19 +322,16 @@ class Bank:
             SelectionError: an adapter is in use or being loaded. Nothing has changed.
         """
         if not self._loading.acquire(blocking=False):
-            raise SelectionError(
-                sentence("a bank that loads an adapter", "no running load", "let it end first")
-            )
+            problem = "a bank that loads an adapter"
+            raise SelectionError(problem, "no running load", "let it end first")
         try:
             with self._changed:
                 if self._closed:
                     return
                 used = [entry.name for entry in self._entries.values() if entry.users]
                 if used or self._calls:
-                    found = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
-                    raise SelectionError(
-                        sentence(found, "no running call", "let the calls end first")
-                    )
+                    problem = f"a bank whose adapters are in use ({', '.join(used) or 'the base'})"
+                    raise SelectionError(problem, "no running call", "let the calls end first")
                 self._closed = True
                 for entry in self._entries.values():
                     self._drop(entry)
@@ -377,32 +348,19 @@ class Bank:
 
     def _open(self) -> None:
         if self._closed:
-            raise SelectionError(sentence("a bank that was closed", "an open one", "make another"))
+            raise SelectionError("a bank that was closed", "an open one", "make another")
 
     def _need(self, name: str) -> Entry:
         self._open()
         entry = self._entries.get(name)
         if entry is None:
-            found = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
+            problem = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
             raise SelectionError(
-                sentence(found, "a name that is registered", "register it, or check the spelling")
+                problem, "a name that is registered", "register it, or check the spelling"
             )
         return entry
 
-    def _own(self, lease: Any) -> Lease:
-        if (
-            not isinstance(lease, Lease)
-            or lease._bank is not self
-            or len(lease._entries) != len(lease.uses)
-        ):
-            raise SelectionError(
-                sentence(
-                    "a lease that was released, or of another bank", "a live one", "acquire one"
-                )
-            )
-        return lease
-
-    def _taken(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
+    def _take_entries(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
         """The entries of a blend, each with one user more: from now on none of them is evicted."""
         entries = [self._need(name) for name in adapter_weights]
         self._clock += 1
@@ -416,7 +374,7 @@ class Bank:
         with self._changed:
             if any(self._need(name).resident is None for name in adapter_weights):
                 return None
-            return Lease(self, adapter_weights, self._taken(adapter_weights))
+            return Lease(self, adapter_weights, self._take_entries(adapter_weights))
 
     def _acquire(self, adapter_weights: Mapping[str, float]) -> Lease:
         """A lease, now; this thread loads what is cold. It holds nothing while it waits: others may
@@ -425,10 +383,12 @@ class Bank:
             return lease
         with self._loading:  # one at a time: it is work for all cores
             with self._changed:
-                entries = self._taken(adapter_weights)
-            return self._loaded(adapter_weights, entries)
+                entries = self._take_entries(adapter_weights)
+            return self._load_entries(adapter_weights, entries)
 
-    def _loaded(self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]) -> Lease:
+    def _load_entries(
+        self, adapter_weights: Mapping[str, float], entries: Sequence[Entry]
+    ) -> Lease:
         """A lease on taken entries; who calls has the turn to load."""
         try:
             for entry in entries:
@@ -452,9 +412,9 @@ class Bank:
                 self._room(resident.nbytes, wanted)
                 self._keep(entry, resident)
         except BaseException:
-            self._tell("fail", entry.name, time.monotonic() - start)
+            self._notify("fail", entry.name, time.monotonic() - start)
             raise
-        self._tell("load", entry.name, time.monotonic() - start)
+        self._notify("load", entry.name, time.monotonic() - start)
 
     def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
         if any(
@@ -463,7 +423,7 @@ class Bank:
             self._frame.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
             }
-        entry.resident, entry.seen = resident, (resident.rank, resident.variant)
+        entry.resident, entry.rank_and_variant = resident, (resident.rank, resident.variant)
         self._bytes += resident.nbytes
         self._alive.add(resident.uid)
 
@@ -479,7 +439,7 @@ class Bank:
                 return False
             oldest = min(idle, key=lambda entry: entry.used)
             self._drop(oldest)
-            self._tell("evict", oldest.name)
+            self._notify("evict", oldest.name)
         return True
 
     def _room(self, count: int, wanted: Sequence[Entry]) -> None:
@@ -487,9 +447,14 @@ class Bank:
         deadline = time.monotonic() + PATIENCE
         with self._changed:
             while self.capacity is not None and not self._evict(count):
-                kept = {id(e): e.resident.nbytes for e in (*self._entries.values(), *wanted)
-                        if e.resident is not None and (e.pinned or any(e is one for one in wanted))}  # fmt: skip
-                waits = sum(kept.values()) + count <= self.capacity
+                wanted_ids = set(map(id, wanted))
+                entries = {id(e): e for e in (*self._entries.values(), *wanted) if e.resident}
+                unevictable = sum(
+                    e.resident.nbytes
+                    for key, e in entries.items()
+                    if e.resident is not None and (e.pinned or key in wanted_ids)
+                )
+                waits = unevictable + count <= self.capacity
                 if waits:
                     self._crowded += 1
                     try:
@@ -498,10 +463,11 @@ class Bank:
                         self._crowded -= 1
                     if freed or self._bytes + count <= self.capacity:
                         continue
-                found = f"{count:,} bytes to load beside {sum(kept.values()):,} that are pinned or asked for with it"
-                found += f", and others in use for {PATIENCE:g} s" if waits else ""
+                problem = f"{count:,} bytes to load beside {unevictable:,} that are pinned or "
+                problem += "asked for with it"
+                problem += f", and others in use for {PATIENCE:g} s" if waits else ""
                 do = "give the bank more, unpin adapters, or use fewer at once"
-                raise BankFullError(sentence(found, f"at most {self.capacity:,}", do))
+                raise BankFullError(problem, f"at most {self.capacity:,}", do)
 
     def _drop(self, entry: Entry) -> None:
         resident, entry.resident, entry.pinned = entry.resident, None, False
@@ -549,6 +515,6 @@ class Bank:
                 self._batch_states.append(batch_state)
                 self._calls, self._ended = self._calls - 1, time.monotonic()
 
-    def _tell(self, kind: str, name: str, seconds: float = 0.0) -> None:
+    def _notify(self, kind: str, name: str, seconds: float = 0.0) -> None:
         if self.on_event is not None:
             self.on_event(kind, name, seconds)

@@ -58,31 +58,32 @@ class Layer:
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
-        own: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
+        weight: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
         self.flipped = resolved_low.layer.out_axis == 1
         self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
-        self.away = not own.is_cpu
-        self.device, self.narrow = own.device, own.dtype
-        self.dtype = own.dtype if self.away else at_least_float32(own.dtype)
+        self.away = not weight.is_cpu
+        self.device, self.narrow = weight.device, weight.dtype
+        self.dtype = weight.dtype if self.away else at_least_float32(weight.dtype)
         self.time_first = batch_state.frame.time_first
         self.factors = resolved_low.A.dtype
         self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
 
     def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
         """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
-        parts = [resident.parts.get(self.key) for resident in members]
+        changes = [resident.parts.get(self.key) for resident in members]
         if self.away:
             A, B = self.side_by_side(
-                [[part] if type(part) is ResolvedLowRank else [] for part in parts]
+                [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
             return A, B
         pairs = [
-            (part.A, part.B) if type(part) is ResolvedLowRank else self.nothing for part in parts
+            (change.A, change.B) if type(change) is ResolvedLowRank else self.nothing
+            for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
         # another call, which may be an ordinary one, reads what is made here
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            if len({len(one) for one in A}) == 1:
+            if len({len(factor) for factor in A}) == 1:
                 return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
             return pad_sequence(A, batch_first=True).to(self.dtype), pad_sequence(
                 B, batch_first=True
@@ -92,20 +93,22 @@ class Layer:
         """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with
         zeros below these: one copy each, in the dtype of the weight, that lives as long as a
         product."""
-        ranks = [sum(len(part.A) for part in parts) for parts in rows]
-        most, made = max(ranks), []
+        ranks = [sum(len(change.A) for change in changes) for changes in rows]
+        most, factors = max(ranks), []
         for name, width in (("A", self.in_), ("B", self.out)):
             zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(
                 most, width
             )
             pieces = [
                 piece
-                for parts, rank in zip(rows, ranks, strict=True)
-                for piece in (*(getattr(part, name) for part in parts), zeros[rank:])
+                for changes, rank in zip(rows, ranks, strict=True)
+                for piece in (*(getattr(change, name) for change in changes), zeros[rank:])
                 if len(piece)
             ]
-            made.append(torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.narrow))
-        return made
+            factors.append(
+                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.narrow)
+            )
+        return factors
 
     def seen(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.members:
@@ -119,15 +122,15 @@ class Layer:
         layer_state: Any,
         args: tuple,
         kwargs: dict,
-        now: Any,
+        call: Any,
         share=True,
         method="forward",
     ) -> Any:
         # Each Python call here is time in every layer of a decoding step.
         assignment = self.batch_state.assignment
-        if len(args) == 1 and not kwargs and now.path is None:
-            x, own = args[0], module._parameters
-            weight: Any = own[self.name]
+        if len(args) == 1 and not kwargs and call.path is None:
+            x, parameters = args[0], module._parameters
+            weight: Any = parameters[self.name]
             if (
                 (fused.applies(x, weight) or device.applies_alike(x, weight))
                 and x.ndim > 1
@@ -136,7 +139,7 @@ class Layer:
                 and not (self.time_first and x.ndim > 2 and x.shape[1] == assignment.count)
             ):
                 weight = weight.mT if self.flipped else weight
-                bias = own["bias"] if "bias" in own else None  # noqa: SIM401 (half the time of a call)
+                bias = parameters["bias"] if "bias" in parameters else None  # noqa: SIM401 (half the time of a call)
                 flat = x.view(-1, self.in_) if x.is_contiguous() else x.reshape(-1, self.in_)
                 tokens = len(flat) // assignment.count
                 if assignment.multiplies_by_row(self, tokens):
@@ -144,17 +147,17 @@ class Layer:
                 elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
                     delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
                 else:
-                    delta = self.grouped(flat, tokens, assignment)
+                    delta = self.multiply_groups(flat, tokens, assignment)
                 if self.key in assignment.bent:
                     y = self.bent(delta, flat, weight, bias, assignment)
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
         return assignment.apart[self.key].run(
-            module, base, layer_state, args, kwargs, now, method=method
+            module, base, layer_state, args, kwargs, call, method=method
         )
 
-    def grouped(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
+    def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
         """Δ [N, out]."""
         wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
@@ -174,14 +177,14 @@ class Layer:
         assignment: BatchAssignment,
     ) -> Tensor:
         """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
-        gain, own = assignment.extra(self, bias, flat)
+        gain, row_bias = assignment.extra(self, bias, flat)
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
         else:
             plain, by_row = flat @ weight.mT, (assignment.count, -1, self.out)
             y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])
-        if own is not None:
-            y = y.view(assignment.count, -1, self.out).add_(own[:, None])
+        if row_bias is not None:
+            y = y.view(assignment.count, -1, self.out).add_(row_bias[:, None])
         elif bias is not None:
             y = y.add_(bias)
         return y
@@ -200,16 +203,19 @@ class BatchAssignment:
                     max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
-        others = (one for one in batch_state.assignments.values() if one.lanes == self.lanes)
+        siblings = (
+            sibling for sibling in batch_state.assignments.values() if sibling.lanes == self.lanes
+        )
         #: laid out, by layer: for all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
-            (one.factors for one in others), {}
+            (sibling.factors for sibling in siblings), {}
         )
-        self.made: dict[Any, list[batched.Run]] = {}
+        self.run_cache: dict[Any, list[batched.Run]] = {}
         self.by_row: dict[Any, tuple[list[list[ResolvedLowRank]], Tensor | None]] = {}
         self.extras: dict[Any, tuple[Tensor | None, Tensor | None]] = {}
         self.distinct = {
-            uses: [i for i, own in enumerate(rows) if own == uses] for uses in dict.fromkeys(rows)
+            uses: [i for i, row_indices in enumerate(rows) if row_indices == uses]
+            for uses in dict.fromkeys(rows)
         }
         selections = [
             blended(
@@ -222,7 +228,9 @@ class BatchAssignment:
             else BASE
             for uses in self.distinct
         ]
-        indices = [torch.tensor(own, device="cpu") for own in self.distinct.values()]
+        indices = [
+            torch.tensor(row_indices, device="cpu") for row_indices in self.distinct.values()
+        ]
         self.apart = Parts(
             batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
         )
@@ -232,36 +240,40 @@ class BatchAssignment:
             key: self.apart[key] if key in general else batch_state.layers[key] for key in keys
         }
         self.bent = {
-            key for resident in self.members for key, part in resident.parts.items()
-            if isinstance(part, ResolvedLowRank) and (part.gain is not None or part.bias is not None)
+            key for resident in self.members for key, change in resident.parts.items()
+            if isinstance(change, ResolvedLowRank) and (change.gain is not None or change.bias is not None)
         }  # fmt: skip
 
     def runs(self, layer: Layer) -> list[batched.Run]:
         """Neighbouring rows that use the same, with their factors of a layer."""
-        if layer.key not in self.made:
+        if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
             first = 0
             for row in range(1, self.count + 1):
                 if row == self.count or self.rows[row] != self.rows[first]:
-                    parts = (
+                    changes = (
                         (resident.parts.get(layer.key), weight)
                         for resident, weight in self.rows[first]
                     )
-                    own = [(part.A, part.B, weight) for part, weight in parts if part is not None]
+                    factors = [
+                        (change.A, change.B, weight)
+                        for change, weight in changes
+                        if change is not None
+                    ]
                     runs.append(
                         (
                             first,
                             row,
-                            [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in own],
+                            [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in factors],
                         )
                     )
                     first = row
-            self.made[layer.key] = runs
-        return self.made[layer.key]
+            self.run_cache[layer.key] = runs
+        return self.run_cache[layer.key]
 
     @cached_property
     def run_count(self) -> int:
-        return 1 + sum(one != other for one, other in itertools.pairwise(self.rows))
+        return 1 + sum(uses != next_uses for uses, next_uses in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
         """Whether each row is multiplied with factors of its own, laid out for the call: on a
@@ -281,16 +293,20 @@ class BatchAssignment:
                 [(r.parts[layer.key], weight) for r, weight in uses if layer.key in r.parts]
                 for uses in self.rows
             ]
-            parts, weights = [[part for part, _ in own] for own in rows], None
-            if any(weight != 1 for own in rows for _, weight in own):
+            row_changes, weights = (
+                [[change for change, _ in weighted_changes] for weighted_changes in rows],
+                None,
+            )
+            if any(weight != 1 for weighted_changes in rows for _, weight in weighted_changes):
                 each = [
-                    torch.tensor([weight for part, weight in own for _ in part.A]) for own in rows
+                    torch.tensor([weight for change, weight in changes for _ in change.A])
+                    for changes in rows
                 ]
                 weights = pad_sequence(each, batch_first=True)[:, None]
                 weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
-            self.by_row[layer.key] = parts, weights
-        parts, weights = self.by_row[layer.key]
-        A, B = layer.side_by_side(parts)
+            self.by_row[layer.key] = row_changes, weights
+        row_changes, weights = self.by_row[layer.key]
+        A, B = layer.side_by_side(row_changes)
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
@@ -317,17 +333,17 @@ class BatchAssignment:
         """The gain and the bias of each row of a layer, [rows, out]; None where no row has its
         own."""
         if layer.key not in self.extras:
-            parts = {resident: resident.parts.get(layer.key) for resident in self.members}
+            changes = {resident: resident.parts.get(layer.key) for resident in self.members}
 
-            def of_rows(name: str, own: Tensor) -> Tensor | None:
-                if all(getattr(part, name, None) is None for part in parts.values()):
+            def of_rows(name: str, base_value: Tensor) -> Tensor | None:
+                if all(getattr(change, name, None) is None for change in changes.values()):
                     return None
-                found = own.expand(self.count, layer.out).clone()
+                values = base_value.expand(self.count, layer.out).clone()
                 for row, uses in enumerate(self.rows):
                     for resident, weight in uses:
-                        if (value := getattr(parts[resident], name, None)) is not None:
-                            found[row] += weight * (value.to(layer.dtype) - own)
-                return found.to(like.dtype)
+                        if (value := getattr(changes[resident], name, None)) is not None:
+                            values[row] += weight * (value.to(layer.dtype) - base_value)
+                return values.to(like.dtype)
 
             gain = of_rows("gain", torch.ones(layer.out, dtype=layer.dtype, device=like.device))
             self.extras[layer.key] = (
@@ -358,8 +374,8 @@ def _grouping(
     size = max(map(len, rows_of_lane))
     padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
 
-    def there(made: Tensor) -> Tensor:
-        return made.to(device, non_blocking=True)
+    def move_to_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
 
     def of_tokens(indices: Sequence[int]) -> Tensor | None:
         """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
@@ -371,7 +387,7 @@ def _grouping(
         return (
             None
             if same and torch.equal(flat, torch.arange(len(flat), device="cpu"))
-            else there(flat)
+            else move_to_device(flat)
         )
 
     order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
@@ -379,15 +395,17 @@ def _grouping(
         [[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu"
     )
     plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
-    weights = None if plain else there(strength.repeat_interleave(tokens, 1)[:, None])
+    weights = None if plain else move_to_device(strength.repeat_interleave(tokens, 1)[:, None])
     back = []
     for number in range(max(map(len, mine))):
-        has = [len(own) > number for own in mine]
-        own = [entry[number] if some else (0, 0) for entry, some in zip(mine, has, strict=True)]
-        index = of_tokens([lane * size + within for lane, within in own])
+        has = [len(entries) > number for entries in mine]
+        entries = [entry[number] if some else (0, 0) for entry, some in zip(mine, has, strict=True)]
+        index = of_tokens([lane * size + within for lane, within in entries])
         lacks = None
         if not all(has):
-            lacks = there(~torch.tensor(has, device="cpu").repeat_interleave(tokens)[:, None])
+            lacks = move_to_device(
+                ~torch.tensor(has, device="cpu").repeat_interleave(tokens)[:, None]
+            )
         back.append((index, lacks))
     return Grouping(0, count, order, weights, tuple(back))
 
@@ -404,11 +422,13 @@ class BatchState:
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """So many zeros, which nobody writes to."""
-        found = self.nothing.get((dtype, device))
-        if found is None or len(found) < count:
+        buffer = self.nothing.get((dtype, device))
+        if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
-                found = self.nothing[dtype, device] = torch.zeros(count, dtype=dtype, device=device)
-        return found[:count]
+                buffer = self.nothing[dtype, device] = torch.zeros(
+                    count, dtype=dtype, device=device
+                )
+        return buffer[:count]
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
         """Make what the rows use what calls of its layers mean."""
@@ -431,7 +451,8 @@ class BatchState:
     def keep(self, alive: set[int]) -> None:
         """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those
         that are."""
-        kept = self.assignments.items()
         self.assignments = {
-            key: one for key, one in kept if all(member.uid in alive for member in one.members)
+            key: assignment
+            for key, assignment in self.assignments.items()
+            if all(member.uid in alive for member in assignment.members)
         }

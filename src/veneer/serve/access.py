@@ -1,4 +1,4 @@
-"""Who may do what: named keys, of which the server knows the hashes alone.
+"""Permissions of named keys. The server stores their hashes alone.
 
     [[keys]]                          a TOML file, one table a key
     name = "alice"
@@ -6,10 +6,10 @@
     adapters = ["french-*", "chat"]   patterns of names; none by default
     base = true                       the base without an adapter; true by default
     admin = false                     load and unload adapters, metrics; false by default
-    train = false                     train and sample with the tinker SDK, where the server trains: this gives the
-                                      base too, as which an untrained run answers; false by default
-    runs = 10                         of a server that trains: adapters in training, bytes of checkpoints, tokens a
-    bytes = 1000000000                day (UTC) that are trained on or sampled; no limit by default
+    train = false                     use the routes of a server that trains (this gives the base too, as
+                                      which an untrained run answers); false by default
+    runs = 10                         there: adapters in training, bytes of checkpoints, tokens a day
+    bytes = 1000000000                (UTC) that are trained on or sampled; no limit by default
     tokens = 1000000
 
 A key is 256 random bits, so its plain hash cannot be searched.
@@ -43,7 +43,7 @@ MAX_FILE, MAX_KEY = 4 * 2**20, 512
 
 @dataclass(frozen=True)
 class Key:
-    """Who asks, and what they may use."""
+    """A client, and what it may use."""
 
     name: str
     sha256: str
@@ -95,8 +95,8 @@ class Keyring:
         digest = hash_of(
             sent
         )  # compared with all of them: a loop that stops early tells how far it got
-        found = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
-        return found[0] if found else None
+        matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
+        return matches[0] if matches else None
 
 
 def hash_of(key: str) -> str:
@@ -116,13 +116,13 @@ def read_keys(path: str | Path) -> Keyring:
         raise ConfigError(
             problem, "a list of keys in TOML", "see `veneer keygen --help`"
         ) from error
-    found = entries.get("keys") if entries.keys() <= {"keys"} else None
-    if not isinstance(found, list) or not found:
+    tables = entries.get("keys") if entries.keys() <= {"keys"} else None
+    if not isinstance(tables, list) or not tables:
         raise ConfigError(
             f"no list of [[keys]] alone in {path}", "at least one", "run `veneer keygen NAME`"
         )
     keys, problems = [], []
-    for number, entry in enumerate(found, 1):
+    for number, entry in enumerate(tables, 1):
         if reasons := [f"Key {number}: {reason}" for reason in _wrong(entry)]:
             problems += reasons
         else:
@@ -158,7 +158,7 @@ def _wrong(entry: Any) -> Iterable[str]:
         )
     patterns = entry.get("adapters", [])
     sound = isinstance(patterns, list) and all(
-        isinstance(one, str) and one.isprintable() and one for one in patterns
+        isinstance(pattern, str) and pattern.isprintable() and pattern for pattern in patterns
     )
     if not sound:
         yield sentence(

@@ -58,12 +58,12 @@ class Admission:
         while len(self.loaded) < self._rows - running + AHEAD and len(loading) < self._rows:
             crowded = self._bank is not None and self._bank.crowded and (running or self.loaded)
             with self._lock:
-                others = (
+                waiting_states = (
                     {state.key for state in self._scheduler.waiting_requests() if state.key}
                     if crowded
                     else set()
                 )
-                state = self._scheduler.take(self._without | loading | others)
+                state = self._scheduler.take(self._without | loading | waiting_states)
             if state is None:
                 break
             state.taken = True

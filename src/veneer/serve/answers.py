@@ -112,7 +112,7 @@ class Form:
 
 
 def failure(piece: Piece, candid: bool) -> Refusal | None:
-    """What a client is told of an answer that did not come to its end."""
+    """The error for an answer that did not come to its end."""
     match piece.finish:
         case "timeout":
             message = sentence(
@@ -138,47 +138,47 @@ def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
         case "out_of_memory":
             return Refusal(503, why, code=cause, headers={RETRY: "5"})
         case "bad_adapter":
-            said = (
+            words = (
                 "an adapter that cannot be loaded",
                 "a whole one of this base",
                 "tell whoever runs the server",
             )
             status, param = 400, "model"
         case "model_not_found":
-            said = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
+            words = "an adapter that is served no more", "one that is", "GET /v1/models lists yours"
             status, param = 404, "model"
         case _:
-            said = "an error in the server", "an answer", "tell whoever runs it"
+            words = "an error in the server", "an answer", "tell whoever runs it"
             status, param = 500, None
     return Refusal(
-        status, why if candid else sentence(*said), param=param, code=cause or "engine_error"
+        status, why if candid else sentence(*words), param=param, code=cause or "engine_error"
     )
 
 
 async def whole(answers: Answers, form: Form) -> dict[str, Any]:
     """All answers, when the last has ended. ``Refusal``: one of them did not come to its end."""
-    parts: list[list[Piece]] = [[] for _ in range(form.count)]
+    pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.count)]
     async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
             if refusal := failure(piece, form.candid):
                 raise refusal
-            parts[index].append(piece)
-    generated = sum(len(piece.tokens) for some in parts for piece in some)
+            pieces_by_answer[index].append(piece)
+    generated = sum(len(piece.tokens) for some in pieces_by_answer for piece in some)
 
     def choices() -> list[dict[str, Any]]:
-        return [_choice(form, index, some) for index, some in enumerate(parts)]
+        return [_choice(form, index, some) for index, some in enumerate(pieces_by_answer)]
 
     # 16 answers of 2,000 tokens with 20 alternatives each are seconds of work: not the loop's
-    made = await asyncio.to_thread(choices) if form.logprobs else choices()
-    return form.frame(made, usage=form.counts(generated))
+    answer_choices = await asyncio.to_thread(choices) if form.logprobs else choices()
+    return form.frame(answer_choices, usage=form.counts(generated))
 
 
 def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     head, text = form.heads[index], "".join(piece.text for piece in pieces)
     shown = _logprobs(form, [token for piece in pieces for token in piece.tokens], len(head))
     message = {"role": "assistant", "content": text, "refusal": None}
-    said = {"message": message} if form.chat else {"text": head + text}
-    return {"index": index, **said, "logprobs": shown, "finish_reason": pieces[-1].finish}
+    content = {"message": message} if form.chat else {"text": head + text}
+    return {"index": index, **content, "logprobs": shown, "finish_reason": pieces[-1].finish}
 
 
 def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
@@ -195,7 +195,7 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
     """The answers as server-sent events; ``first`` was taken from ``pieces`` already, to see that
     there is an answer. An answer that breaks off ends the stream with an event {"error": …} and
     without [DONE]."""
-    generated, at = 0, [len(head) for head in form.heads]
+    generated, offsets = 0, [len(head) for head in form.heads]
     item: tuple[int, Piece] | None = first
     async with aclosing(pieces):
         for index, head in enumerate(form.heads):
@@ -209,8 +209,8 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
                 yield _data(refusal.body())
                 return
             generated += len(piece.tokens)
-            shown = _logprobs(form, piece.tokens, at[index])
-            at[index] += sum(len(token.text) for token in piece.tokens)
+            shown = _logprobs(form, piece.tokens, offsets[index])
+            offsets[index] += sum(len(token.text) for token in piece.tokens)
             if form.chat:
                 if piece.text or piece.tokens:
                     yield _event(form, index, {"delta": {"content": piece.text}}, shown)
@@ -225,9 +225,9 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
 
 
 def _event(
-    form: Form, index: int, said: dict[str, Any], shown: Any = None, finish: str | None = None
+    form: Form, index: int, text: dict[str, Any], shown: Any = None, finish: str | None = None
 ) -> bytes:
-    choice = {"index": index, **said, "logprobs": shown, "finish_reason": finish}
+    choice = {"index": index, **text, "logprobs": shown, "finish_reason": finish}
     more = {"usage": None} if form.usage else {}
     return _data(form.frame([choice], chunk=True, **more))
 

@@ -50,9 +50,6 @@ from veneer.serve.service import (
 
 Tokens = list[tuple[int, ...]]
 
-#: how names of clients' runs and their checkpoints begin, where the server trains
-RUNS = "tinker://"
-
 router = APIRouter(route_class=Route)
 
 
@@ -61,12 +58,10 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
     app.include_router(router)
-    if service.training is not None:
-        from veneer.serve.training import live, rest, routes  # protobuf: not where nothing trains
-
-        routers = (routes.router, routes.numbered, rest.router, live.router, *routers)
-    for other in routers:
-        app.include_router(other)
+    for extension in service.extensions:
+        routers = (*extension.routers, *routers)
+    for added_router in routers:
+        app.include_router(added_router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(VeneerError, _veneer)
@@ -83,8 +78,8 @@ def _invalid(request: Request, error: Any) -> Response:
 def _http(request: Request, error: Any) -> Response:
     message = error.detail
     if error.status_code != 400:
-        found = f"{request.method} {request.url.path[:200]}"
-        message = sentence(found, "a route of this server", "see /openapi.json")
+        problem = f"{request.method} {request.url.path[:200]}"
+        message = sentence(problem, "a route of this server", "see /openapi.json")
     return Refusal(error.status_code, message, headers=error.headers).response()
 
 
@@ -152,12 +147,12 @@ async def adapters(service: Serving, key: Asker) -> list[dict[str, Any]]:
     await asyncio.to_thread(service.catalogue.refresh)
     fields = ("name", "resident", "bytes", "pinned", "users", "rank", "variant")
     status = await asyncio.to_thread(service.bank.status)
-    known = service.catalogue.known  # the bank may hold more: what clients train
-    seen = sorted(
-        (entry for entry in status if known(entry.name) and key.sees(entry.name)),
+    is_served = service.catalogue.known  # the bank may hold more: what clients train
+    visible = sorted(
+        (entry for entry in status if is_served(entry.name) and key.sees(entry.name)),
         key=lambda entry: entry.name,
     )
-    return [{field: getattr(entry, field) for field in fields} for entry in seen]
+    return [{field: getattr(entry, field) for field in fields} for entry in visible]
 
 
 @router.post("/v1/load_lora_adapter")
@@ -186,8 +181,10 @@ async def chat_completions(
     prompt = await in_text_thread(
         service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length)
     )
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    most = prompts.room([prompt], asked, service.length, short=False)
+    token_limit = (
+        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    )
+    most = prompts.room([prompt], token_limit, service.length, short=False)
     return await _answer(request, body, blend, [prompt], most)
 
 
@@ -203,17 +200,17 @@ async def completions(
         )
         raise Refusal(400, message, param="echo")
     if len(sent) * body.n > limits.ANSWERS:
-        found = f"{len(sent)} prompts with n = {body.n}"
+        problem = f"{len(sent)} prompts with n = {body.n}"
         raise Refusal(
-            400, found, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
+            400, problem, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
         )
     tokens = await _read(service, sent, "prompt")
     most = prompts.room(tokens, body.max_tokens, service.length, short=True)
 
-    def echoed() -> list[str]:
+    def echo_texts() -> list[str]:
         return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
 
-    texts = await in_text_thread(service, sum(map(len, tokens)), echoed) if body.echo else []
+    texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts) if body.echo else []
     return await _answer(
         request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)]
     )
@@ -234,10 +231,9 @@ async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
 
 
 async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, float]:
-    if service.training is not None and body.adapters is None and body.model.startswith(RUNS):
-        from veneer.serve.training.live import requested_run
-
-        blend = await requested_run(service.training, key, body.model)
+    extension = service.extension_of(body.model) if body.adapters is None else None
+    if extension is not None:
+        blend = await extension.resolve_model(key, body.model)
     else:
         blend = await requested_adapters(service, key, body.model, body.adapters)
     if service.engine is None:
@@ -273,7 +269,7 @@ async def _answer(
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
-    answers = await _submitted(service, key, jobs)
+    answers = await _submit(service, key, jobs)
     if not body.stream:
         try:
             content = await unless_gone(request, whole(answers, form))
@@ -296,12 +292,13 @@ async def _answer(
     return _Stream(answers, events(form, first, pieces))
 
 
-async def _submitted(service: Service, key: Key, jobs: list[Job]) -> Answers:
-    """The answers to some jobs; those of a client's run count as tokens of its key."""
+async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
+    """Submit requests of one blend. An extension's models count as tokens of the key."""
     loop, charge = asyncio.get_running_loop(), None
-    if any(name.startswith(RUNS) for name in jobs[0].blend):
+    extension = next(filter(None, map(service.extension_of, jobs[0].blend)), None)
+    if extension is not None:
         most = sum(len(job.prompt) + job.sampling.max_tokens for job in jobs)
-        charge = await service.training.reserve_tokens(key, most)
+        charge = await extension.reserve_tokens(key, most)
 
     def submit() -> Answers:
         try:
@@ -314,20 +311,20 @@ async def _submitted(service: Service, key: Key, jobs: list[Job]) -> Answers:
     if jobs[0].sampling.schema is None:
         return submit()
     try:
-        return await _compiled(service, submit)
+        return await _submit_with_schema(service, submit)
     except Exception:
         if charge is not None:
             charge(0)  # too much waits to be read; after ``submit`` it changes nothing
         raise
 
 
-async def _compiled(service: Service, submit: Callable[[], Answers]) -> Answers:
+async def _submit_with_schema(service: Service, submit: Callable[[], Answers]) -> Answers:
     """A schema is compiled when it is submitted, with the tokenizer: in that one's thread."""
-    made = in_text_thread(service, limits.READING_SCHEMA, submit)
+    submission = in_text_thread(service, limits.READING_SCHEMA, submit)
     try:
-        return await asyncio.shield(made)
+        return await asyncio.shield(submission)
     except asyncio.CancelledError:
-        made.add_done_callback(lambda done: done.exception() or done.result().cancel())
+        submission.add_done_callback(lambda done: done.exception() or done.result().cancel())
         raise
 
 
@@ -374,8 +371,8 @@ async def embeddings(
         )
         raise Refusal(400, message, param="input", code="context_length_exceeded")
     try:
-        made = embedder.submit(tokens, blend, service.timeout, key.owner)
-        vectors = await unless_gone(request, asyncio.wrap_future(made))
+        computation = embedder.submit(tokens, blend, service.timeout, key.owner)
+        vectors = await unless_gone(request, asyncio.wrap_future(computation))
     except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
         if isinstance(error, Refusal) and error.code != "engine_error":
             raise

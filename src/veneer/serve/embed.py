@@ -92,21 +92,21 @@ class Embedder:
     ) -> Future[list[Tensor]]:
         """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many
         texts wait, or too many of them are of the same key (without keys: of the same adapter)."""
-        now = time.monotonic()
-        call = _Call(texts, blend, now + timeout, now, owner)
+        submitted_at = time.monotonic()
+        call = _Call(texts, blend, submitted_at + timeout, submitted_at, owner)
         with self._changed:
-            own, left = self._held[call.holder], self.queue - self.waiting
+            held_calls, free_places = self._held[call.holder], self.queue - self.waiting
             crowded = self.waiting and (
-                len(texts) > left or (own and own + len(texts) > SHARE * left)
+                len(texts) > free_places
+                or (held_calls and held_calls + len(texts) > SHARE * free_places)
             )
             if self._refuses or crowded:
-                found = f"{self.waiting} texts that wait, {own} of them of the same {'key' if owner else 'adapter'}"
-                raise Busy(
-                    sentence(
-                        found, f"at most {self.queue}, with room for others", "send it again later"
-                    ),
-                    1.0,
+                holder = "key" if owner else "adapter"
+                problem = (
+                    f"{self.waiting} texts that wait, {held_calls} of them of the same {holder}"
                 )
+                expected = f"at most {self.queue}, with room for others"
+                raise Busy(sentence(problem, expected, "send it again later"), 1.0)
             self.running, self.waiting = self.running + 1, self.waiting + len(texts)
             self._held[call.holder] += len(texts)
         try:
@@ -114,7 +114,7 @@ class Embedder:
         except BaseException:
             self._end(call)
             raise
-        acquired.add_done_callback(lambda lease: self._loaded(call, lease))
+        acquired.add_done_callback(lambda lease: self._queue_loaded(call, lease))
         return call.done
 
     def drain(self, seconds: float) -> None:
@@ -130,7 +130,7 @@ class Embedder:
             self._changed.notify_all()
         self._thread.join(timeout=30)
 
-    def _loaded(self, call: _Call, lease: Future[Any]) -> None:
+    def _queue_loaded(self, call: _Call, lease: Future[Any]) -> None:
         try:
             call.lease = lease.result()
         except BaseException as error:
@@ -161,7 +161,7 @@ class Embedder:
         batch: list[tuple[_Call, int]] = []
         longest = 0
         while (call := self._calls.take()) is not None:
-            begun = any(other is call for other, _ in batch)
+            begun = any(batch_call is call for batch_call, _ in batch)
             if not begun and (call.done.cancelled() or time.monotonic() > call.deadline):
                 late = Refusal(
                     504, "texts that took too long", "an answer in time", "send fewer at once"

@@ -72,7 +72,7 @@ class Engine:
         self._turn = nullcontext() if turn is None else turn
         self._forward = Forward(model.eval())
         try:
-            self._forward.prove(self.length, lambda count: self._selected([None] * count))
+            self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
         except BaseException:
             self._forward.close()
             raise
@@ -85,7 +85,9 @@ class Engine:
         )
         ends: list[Any] = [getattr(source, "eos_token_id", None) for source in sources]
         self._eos = frozenset(
-            id for one in ends for id in (one if isinstance(one, list | tuple) else [one])
+            id
+            for eos_id in ends
+            for id in (eos_id if isinstance(eos_id, list | tuple) else [eos_id])
         ) - {None}
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
@@ -141,7 +143,7 @@ class Engine:
                 )
             self._scheduler.add(state)
             self._live += 1
-            self._tell("queued", request.blend)
+            self._notify_observer("queued", request.blend)
             self._poke()
         return state
 
@@ -153,7 +155,7 @@ class Engine:
             return self._wake.wait_for(lambda: not self._live, timeout=seconds)
 
     def close(self) -> None:
-        """Stop. What has not ended is cancelled; the model is given back as it was."""
+        """Stop. Requests that have not ended are cancelled; the model is given back as it was."""
         with self._wake:
             self._draining = self._closing = True
             self._poke()
@@ -183,9 +185,9 @@ class Engine:
 
     def step(self) -> None:
         """One turn of the loop; ``start`` has a thread do nothing else."""
-        self._worked, now = True, time.monotonic()
+        self._worked, step_start = True, time.monotonic()
         for state in self._all():
-            if state.cancelled or now >= state.deadline:
+            if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
         self._admission.admit(self.running)
         self._compute(self._next_prompts(), self._fill)
@@ -241,7 +243,8 @@ class Engine:
         return [*self._running, *filter(None, [self._long]), *self._admission.admitted, *waiting]
 
     def _next_prompts(self) -> list[RequestState]:
-        """Whose prompts are computed now: a piece of a long one, or some that fit into one call."""
+        """Choose the prompts to prefill next: one chunk of a long prompt, or several short ones
+        within the token budget."""
         if self._long is not None:
             return [self._long]
         ready = self._admission.loaded[: self.rows - len(self._running)]
@@ -249,17 +252,17 @@ class Engine:
             group = ready[:1]
             self._long = ready[0]
         else:
-            short = [one for one in ready if len(one.request.prompt) <= self.prefill]
+            short = [state for state in ready if len(state.request.prompt) <= self.prefill]
             group = [
                 short[i]
-                for i in fit_budget([len(one.request.prompt) for one in short], self.prefill)
+                for i in fit_budget([len(state.request.prompt) for state in short], self.prefill)
             ]
-        now = time.monotonic()
+        admitted_at = time.monotonic()
         for state in group:
             self._admission.remove(state)
-            self._tell("started", state.request.blend, now - state.submitted)
+            self._notify_observer("started", state.request.blend, admitted_at - state.submitted)
             with self._wake:
-                self._scheduler.began(now)
+                self._scheduler.began(admitted_at)
         return group
 
     def _compute(
@@ -271,7 +274,7 @@ class Engine:
             return
         self._called = states
         try:
-            with self._selected([state.lease for state in states]):
+            with self._select_adapters([state.lease for state in states]):
                 logits = call(states)
             sampled_tokens = (
                 [] if logits is None else sample(logits, [state.sampler for state in states])
@@ -288,7 +291,7 @@ class Engine:
             self._accept(state, sampled)
         self._called = []
 
-    def _selected(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
+    def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
     def _fill(self, states: list[RequestState]) -> Tensor | None:
@@ -312,7 +315,7 @@ class Engine:
             state.length, state.row = len(state.request.prompt), len(self._running)
             self._running.append(state)
             self._charge(state, PROMPT * state.length)
-            self._tell("tokens", state.request.blend, state.length, 0)
+            self._notify_observer("tokens", state.request.blend, state.length, 0)
         return logits
 
     def _decode(self, states: list[RequestState]) -> Tensor:
@@ -328,9 +331,11 @@ class Engine:
             self._end(state, "error", sampled.error)
             return
         if not state.generated:
-            self._tell("first_token", state.request.blend, time.monotonic() - state.submitted)
+            self._notify_observer(
+                "first_token", state.request.blend, time.monotonic() - state.submitted
+            )
         self._charge(state, 1)
-        self._tell("tokens", state.request.blend, 0, 1)
+        self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
             finish = state.accept(sampled, self._eos)
         except RequestError as error:  # a schema that turns out to be too much
@@ -370,7 +375,9 @@ class Engine:
         with self._wake:
             self._live -= 1
             self._poke()  # what it held may be what another waits for
-        self._tell("finished", state.request.blend, finish, time.monotonic() - state.submitted)
+        self._notify_observer(
+            "finished", state.request.blend, finish, time.monotonic() - state.submitted
+        )
 
     @torch.inference_mode()  # in which the slots that these leave were made, or grew
     def _abandon(self, finish: Finish) -> None:
@@ -385,13 +392,13 @@ class Engine:
         with self._wake:
             self._scheduler.charge(state, tokens)
 
-    def _tell(self, what: str, *values: Any) -> None:
+    def _notify_observer(self, event: str, *values: Any) -> None:
         if self._observer is None:
             return
         try:
-            getattr(self._observer, what)(*values)
+            getattr(self._observer, event)(*values)
         except Exception:
-            log.exception("the engine's observer failed at %r", what)
+            log.exception("the engine's observer failed at %r", event)
 
 
 def give_back() -> None:

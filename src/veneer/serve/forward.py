@@ -69,11 +69,11 @@ class Forward:
         self.logits = (head if head is not None else model.get_input_embeddings()).weight.shape[0]
         self._hook = None if head is None else head.register_forward_pre_hook(_last_rows)
 
-    def _refusal(self, found: str) -> ConfigError:
+    def _refusal(self, problem: str) -> ConfigError:
         attention = "an architecture whose attention goes through transformers' attention functions, causal, over all "
         expected = f"{attention}tokens or a sliding window"
         return ConfigError(
-            f"{type(self.model).__name__}, {found}", expected, "serve it with --engine vllm"
+            f"{type(self.model).__name__}, {problem}", expected, "serve it with --engine vllm"
         )
 
     def close(self) -> None:
@@ -94,20 +94,20 @@ class Forward:
         ):  # fewer shapes: a processor's library keeps a kernel for each that it meets
             width = max(width, min(-(-width // BLOCK) * BLOCK, slots.length - start))
         # the last token is what fills a row up: nothing sees it, and it is no stranger to the model
-        ids = self._there([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
+        ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts])
         positions = torch.arange(start, start + width, device=self.device).expand(len(prompts), -1)
-        last = self._there([len(ids) - 1 for ids in prompts]) if width > 1 else None
+        last = self._to_device([len(ids) - 1 for ids in prompts]) if width > 1 else None
         with slots.fill(first, len(prompts), width, start):
             return self._logits(slots, ids, positions, last)
 
-    def _there(self, numbers: Any) -> Tensor:
+    def _to_device(self, numbers: Any) -> Tensor:
         """Numbers on the device, by one copy, for which the processor does not wait."""
         return torch.tensor(numbers, device="cpu").to(self.device, non_blocking=True)
 
     def decode(self, slots: Slots, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits [rows, vocabulary] behind one more token for each running row, of which it has
         ``lengths``."""
-        ids, positions = self._there([tokens, lengths]).unbind()
+        ids, positions = self._to_device([tokens, lengths]).unbind()
         with slots.decode(lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
 
@@ -135,7 +135,7 @@ class Forward:
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
             try:
-                found = dict(self._trial(ids, rows))
+                outputs = dict(self._trial(ids, rows))
             except (
                 NotImplementedError,
                 AttributeError,
@@ -148,7 +148,7 @@ class Forward:
                 ) from error
         size = wanted.abs().amax().clamp_min(1e-3)
         allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
-        for column, logits in found.items():
+        for column, logits in outputs.items():
             off = float((logits - wanted[column]).abs().amax() / size)
             if not off < allowed:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
@@ -156,18 +156,18 @@ class Forward:
     def _trial(self, ids: Sequence[int], rows: SelectRows) -> Any:
         """Logits by column: of two rows that are filled and decode together, and of one that is
         extended."""
-        whole, half = len(ids), (len(ids) + 1) // 2
-        slots, lengths = Slots(2, whole, self.device), [max(1, half - 1), half]
+        total, half = len(ids), (len(ids) + 1) // 2
+        slots, lengths = Slots(2, total, self.device), [max(1, half - 1), half]
         with rows(2):
             yield half - 1, self.fill(slots, 0, [ids[:length] for length in lengths])[1]
-            while lengths[1] < whole:
+            while lengths[1] < total:
                 yield lengths[1], self.decode(slots, [ids[n] for n in lengths], lengths)[1]
                 lengths = [n + 1 for n in lengths]
-        slots = Slots(1, whole, self.device)
+        slots = Slots(1, total, self.device)
         with rows(1):
             self.fill(slots, 0, [ids[:half]])
-            if half < whole:
-                yield whole - 1, self.fill(slots, 0, [ids[half:]], start=half)[0]
+            if half < total:
+                yield total - 1, self.fill(slots, 0, [ids[half:]], start=half)[0]
 
 
 def context(config: Any) -> int | None:
@@ -177,7 +177,10 @@ def context(config: Any) -> int | None:
     config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]
     parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *(one for one in parameters.values() if isinstance(one, dict))):
+    for rope in (
+        parameters,
+        *(nested for nested in parameters.values() if isinstance(nested, dict)),
+    ):
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(rope.get("original_max_position_embeddings") or limits[0])
             limits.append(getattr(config, "original_max_position_embeddings", None))
@@ -198,7 +201,7 @@ def _last(values: Tensor, last: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device), last.to(values.device)][:, None]
 
 
-def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
+def _attention(implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function under which slots and, outside of the engine's calls, the model's
     ``own`` are found."""
 
@@ -208,10 +211,10 @@ def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
     ) -> tuple[Tensor, Any]:  # fmt: skip
         if getattr(NOW, "slots", None) is not None:
             return slots_.attend(query, key, value, scaling, further), None
-        if own == "eager":  # transformers keeps it beside each model
+        if implementation == "eager":  # transformers keeps it beside each model
             function = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
         else:
-            function = ALL_ATTENTION_FUNCTIONS[own]
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
         return function(
             module, query, key, value, attention_mask, *args, scaling=scaling, **further
         )
@@ -219,12 +222,12 @@ def _attention(own: str) -> Callable[..., tuple[Tensor, Any]]:
     return attention
 
 
-def _mask(own: str) -> Callable[..., Any]:
+def _mask(implementation: str) -> Callable[..., Any]:
     """No mask in calls of the engine, the one of ``own`` in all others."""
 
     def mask(*args: Any, **options: Any) -> Any:
         if getattr(NOW, "slots", None) is not None:
             return None
-        return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **options)
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **options)
 
     return mask

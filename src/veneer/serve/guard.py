@@ -1,5 +1,5 @@
-"""What stands before every route: who asks, whether a body is small and comes in time, and a line
-in the log.
+"""Checks before every route: the key, the size of the body and its arrival in time; and a line in
+the log.
 
     limits of a connection (serve/listen.py) ──▶ Guard ──▶ routes
 
@@ -19,25 +19,22 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
 
 from veneer.errors import sentence
 from veneer.serve import limits
+from veneer.serve.extension import Extension
 from veneer.serve.refusal import RETRY, Refusal, draining
 
 log = logging.getLogger("veneer.serve.access")
 
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
-# : where a key is needed, and where below it none is: what asks whether anybody is there, addresses
-# that are secrets
-FILES = "/api/v1/files/"
-KEYED, KEYLESS = ("/v1", "/api/v1"), ("/api/v1/healthz", FILES)
-#: the prefix that the tinker SDK wants to see on a key
-FOREIGN = "tml-"
+#: where a key is needed, besides the paths of extensions
+KEYED = "/v1"
 PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -56,32 +53,31 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status, path = time.monotonic(), 0, scope["path"]
 
         async def reply(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.service.metrics.responses.labels(str(status)).inc()
-                private = (
-                    [(b"cache-control", b"no-store")] if scope["path"].startswith(KEYED) else []
-                )
+                private = [(b"cache-control", b"no-store")] if self._is_private(path) else []
                 message = {**message, "headers": [*message.get("headers", ()), *_HEADERS, *private]}
             await send(message)
 
         try:
             await self._pass(scope, receive, reply)
         finally:
-            who = scope.get("state", {}).get("key")
-            path, seconds = ascii(_shown(scope["path"])[:200])[1:-1], time.monotonic() - began
+            logged_path, seconds = ascii(self._mask(path)[:200])[1:-1], time.monotonic() - began
             # what asks every few seconds is of interest when it fails
-            level = logging.DEBUG if status == 200 and scope["path"] in ALWAYS else logging.INFO
-            line = (getattr(who, "name", "-"), scope["method"], path, status or "gone", seconds)
+            level = logging.DEBUG if status == 200 and path in ALWAYS else logging.INFO
+            name = getattr(scope.get("state", {}).get("key"), "name", "-")
+            line = (name, scope["method"], logged_path, status or "gone", seconds)
             log.log(level, "%s %s %s %s %.3fs", *line)
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)
-        key = self.service.keys.find(credentials(headers))
+        prefixes = [extension.key_prefix for extension in self.service.extensions]
+        key = self.service.keys.find(credentials(headers, prefixes))
         scope.setdefault("state", {})["key"] = key
         holder, held = None if key is None else key.owner, 0
 
@@ -94,8 +90,9 @@ class Guard:
         try:
             try:
                 self._admit(scope, headers, key)
-                data = key is not None and scope["path"].startswith(KEYED[1])
-                body = await _body(headers, receive, limits.DATA if data else limits.BODY, hold)
+                extension = self._extension_at(scope["path"])
+                most = limits.BODY if key is None or extension is None else extension.max_body
+                body = await _body(headers, receive, most, hold)
             except Refusal as refusal:
                 refusal.headers["connection"] = "close"  # what else it sends is not read
                 await refusal.response()(scope, receive, send)
@@ -122,11 +119,11 @@ class Guard:
         if holder != "":  # on a server without keys everybody is one
             room = min(room, room - self.held[holder])
         if count > room:
-            found = "more bodies at one time than this server holds"
+            problem = "more bodies at one time than this server holds"
             expected = (
                 f"at most {limits.BODIES:,} bytes together, half of what others leave for one key"
             )
-            message = sentence(found, expected, "send it again in a second")
+            message = sentence(problem, expected, "send it again in a second")
             raise Refusal(429, message, code="too_many_bodies", headers={RETRY: "1"})
 
     def _admit(self, scope: Any, headers: Headers, key: Any) -> None:
@@ -135,8 +132,8 @@ class Guard:
         ):
             # RFC 9112, 6.1: a proxy may believe the other one, and takes a part of the body for the
             # next request
-            found = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
-            raise Refusal(400, found, "one way to say where it ends", "send Content-Length alone")
+            problem = "a body with Transfer-Encoding and Content-Length, or in HTTP/1.0 with Transfer-Encoding"
+            raise Refusal(400, problem, "one way to say where it ends", "send Content-Length alone")
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.HEADERS:
             raise Refusal(
                 431, "headers that are too long", f"at most {limits.HEADERS:,} bytes", "send fewer"
@@ -152,29 +149,40 @@ class Guard:
         path = scope["path"]
         if self.service.draining and path not in (*ALWAYS, "/") and not path.startswith(PAGE):
             raise draining()
-        if key is None and path.startswith(KEYED) and not path.startswith(KEYLESS):
+        extension = self._extension_at(path)
+        public = extension is not None and path.startswith(extension.public_paths)
+        if key is None and self._is_private(path) and not public:
             raise no_key(headers)
 
+    def _extension_at(self, path: str) -> Extension | None:
+        matches = (e for e in self.service.extensions if path.startswith(e.path_prefix))
+        return next(matches, None)
 
-def _shown(path: str) -> str:
-    """A path for the log, without the token of a download: an address that is a secret."""
-    top, files, rest = path.partition(FILES)
-    return f"{FILES}…/{rest.partition('/')[2]}" if files and not top else path
+    def _is_private(self, path: str) -> bool:
+        return path.startswith(KEYED) or self._extension_at(path) is not None
+
+    def _mask(self, path: str) -> str:
+        """A path for the log, without the secret that an extension's address may hold."""
+        extension = self._extension_at(path)
+        if extension is None or not path.startswith(extension.secret_path):
+            return path
+        _, _, rest = path.removeprefix(extension.secret_path).partition("/")
+        return f"{extension.secret_path}…/{rest}"
 
 
-def credentials(headers: Any) -> str | None:
-    """The key that is sent, as an Authorization header has it; the tinker SDK has a header of its
-    own."""
-    own = headers.get("x-api-key")
-    return headers.get("authorization") or (
-        None if own is None else f"Bearer {own.removeprefix(FOREIGN)}"
-    )
+def credentials(headers: Any, prefixes: Sequence[str] = ()) -> str | None:
+    """The key that is sent, in the form of an Authorization header. Some clients send it as
+    X-API-Key, with a prefix."""
+    sent = headers.get("x-api-key")
+    for prefix in prefixes:
+        sent = sent and sent.removeprefix(prefix)
+    return headers.get("authorization") or (None if sent is None else f"Bearer {sent}")
 
 
 def no_key(headers: Any) -> Refusal:
-    found = "a key that is not known" if credentials(headers) else "no key"
+    problem = "a key that is not known" if credentials(headers) else "no key"
     message = sentence(
-        found, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key"
+        problem, "a header 'Authorization: Bearer KEY'", "ask whoever runs the server for a key"
     )
     return Refusal(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

@@ -1,4 +1,4 @@
-"""How much one client may send, hold or wait: every bound of the server in one place.
+"""Bounds on everything that one client may send, hold or wait for, in one place.
 
 A bound is there for each thing whose size a client decides. What a request costs the engine
 (tokens, choices) is bounded by the context and the queue; these bound what it costs before it gets
@@ -11,8 +11,6 @@ from __future__ import annotations
 HEADERS = 16 * 2**10
 #: bytes of a body: some times the text of the longest context that is served
 BODY = 2**20
-#: bytes of a body of data to train on; a client is told to send less than a third of it at once
-DATA = 16 * 2**20
 # : bytes of the bodies of all requests together, from the first byte until the request has its
 # answer. The requests of
 #: a key, and those without one, have at most as many as are left for others

@@ -150,11 +150,11 @@ def bind(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
-        found, do = (
+        problem, do = (
             f"{host}:{port}, {error.strerror or error}",
             "choose another with --host and --port",
         )
-        raise ConfigError(found, "a free address of this machine", do) from error
+        raise ConfigError(problem, "a free address of this machine", do) from error
 
 
 def is_loopback(host: str) -> bool:

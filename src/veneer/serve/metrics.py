@@ -1,5 +1,5 @@
-"""What Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the whole,
-times and memory.
+"""The page that Prometheus reads at ``/metrics``: per adapter requests, tokens and loads; of the
+whole, times and memory.
 
 A label is the name of a registered adapter, "base", or "blend"; so clients cannot make new ones,
 and when an adapter goes its series go with it. (An adapter that is itself called "base" or "blend"
@@ -146,7 +146,9 @@ class _Shown:
             for sample in metric.samples:
                 if not sample.name.endswith("_created"):
                     labels = tuple(
-                        one for one in sample.labels.items() if self.adapters or one[0] != "adapter"
+                        label
+                        for label in sample.labels.items()
+                        if self.adapters or label[0] != "adapter"
                     )
                     sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
             for (name, labels), value in sums.items():
@@ -164,10 +166,12 @@ def merged(pages: Mapping[str, bytes]) -> bytes:
     families: dict[str, Metric] = {}
     for replica, page in sorted(pages.items()):
         for family in text_string_to_metric_families(page.decode()):
-            one = families.setdefault(
+            merged_family = families.setdefault(
                 family.name, Metric(family.name, family.documentation, family.type, family.unit)
             )
             for sample in family.samples:
-                one.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+                merged_family.add_sample(
+                    sample.name, {**sample.labels, "replica": replica}, sample.value
+                )
     registry: Any = SimpleNamespace(collect=families.values)
     return generate_latest(registry)

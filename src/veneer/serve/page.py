@@ -55,11 +55,11 @@ router = APIRouter(include_in_schema=False)
 def index(request: Request) -> Response:
     """The page; 304 if the client has this very one."""
     headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": f'"{DIGEST}"'}
-    known = [
+    client_tags = [
         tag.strip().removeprefix("W/")
         for tag in request.headers.get("If-None-Match", "").split(",")
     ]
-    if headers["ETag"] in known or "*" in known:
+    if headers["ETag"] in client_tags or "*" in client_tags:
         return Response(status_code=304, headers=headers)
     return Response(INDEX, media_type="text/html; charset=utf-8", headers=headers)
 

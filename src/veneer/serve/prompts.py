@@ -68,7 +68,7 @@ def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int,
     _check_fits(tokenizer, text, length, "messages")
     special, normalized = _special_tokens(tokenizer, render)
     sent = [value for message in plain for name, value in message.items() if name != "role"]
-    if normalized or any(one in value for one in special.values() for value in sent):
+    if normalized or any(token in value for token in special.values() for value in sent):
         ids = _apart(tokenizer, plain, sent, render, special)
     else:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -80,12 +80,12 @@ _KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKe
 
 
 def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict[int, str], bool]:
-    """What may come from the template alone: texts by id, of tokens that the tokenizer calls
+    """Texts that may come from the template alone, by id: of tokens that the tokenizer calls
     special and of those that its template puts around turns; and whether some are also found in
     texts that only look like theirs (in another case, say)."""
     template = str(tokenizer.chat_template)
-    known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != template:
+    special_tokens = _KNOWN.get(tokenizer)
+    if special_tokens is None or special_tokens[0] != template:
         framing: set[int] = set()
         for roles in PROBES:
             with suppress(Refusal):  # this template has no such turns
@@ -93,14 +93,16 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
                 framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
         some = {
-            id: one for id, one in added if (one.special or id in framing) and one.content.strip()
+            id: token
+            for id, token in added
+            if (token.special or id in framing) and token.content.strip()
         }
         texts = {id: token.content for id, token in some.items()}
-        known = _KNOWN[tokenizer] = (
+        special_tokens = _KNOWN[tokenizer] = (
             template,
             (texts, any(token.normalized for token in some.values())),
         )
-    return known[1]
+    return special_tokens[1]
 
 
 def _apart(
@@ -112,7 +114,7 @@ def _apart(
 ) -> list[int]:
     """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
     tokens."""
-    if any(one in value for one in special.values() if len(one) == 1 for value in sent):
+    if any(token in value for token in special.values() if len(token) == 1 for value in sent):
         raise _refusal("text that is none")  # there is no place within it
     if not tokenizer.is_fast:
         raise _refusal("a tokenizer that says where in the text its tokens are")
@@ -125,30 +127,30 @@ def _apart(
     text = render(
         [
             {
-                name: one if name == "role" else starts.sub(rf"\1{mark}", one)
-                for name, one in it.items()
+                name: token if name == "role" else starts.sub(rf"\1{mark}", token)
+                for name, token in it.items()
             }
             for it in chat
         ]
     )
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = []
-    for id, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-        part = text[start:end]
-        if part == mark:
+    for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        span = text[start:end]
+        if span == mark:
             continue
         strange = (
             id in special and id != tokenizer.unk_token_id
         )  # which is any letter that is not known
-        if strange and part.strip() != special[id].strip():
+        if strange and span.strip() != special[id].strip():
             raise _refusal("text that is none and does not look like one")
         ids.append(id)
     return ids
 
 
 def _refusal(expected: str) -> Refusal:
-    found = "the text of a special token in a message"
-    return Refusal(400, found, expected, "leave it out", param="messages", code="special_token")
+    problem = "the text of a special token in a message"
+    return Refusal(400, problem, expected, "leave it out", param="messages", code="special_token")
 
 
 def plain(
@@ -174,14 +176,14 @@ def plain(
 def _check_fits(tokenizer: Any, text: str, length: int, param: str) -> None:
     """Refuse a text that is far too long before all of it is read, which takes a second for each MB
     or two and keeps everybody waiting: its beginning alone has too many tokens."""
-    part = max(BEGINNING, 8 * length)
-    while part < len(text):
-        count = len(tokenizer(text[:part], add_special_tokens=False)["input_ids"])
+    prefix_length = max(BEGINNING, 8 * length)
+    while prefix_length < len(text):
+        count = len(tokenizer(text[:prefix_length], add_special_tokens=False)["input_ids"])
         if count > length + CUT:
-            found = f"a text of {len(text):,} characters, of which the first {part:,} are {count:,} tokens"
-            message = sentence(found, f"at most {length:,} tokens", "shorten it")
+            problem = f"a text of {len(text):,} characters, of which the first {prefix_length:,} are {count:,} tokens"
+            message = sentence(problem, f"at most {length:,} tokens", "shorten it")
             raise Refusal(400, message, param=param, code="context_length_exceeded")
-        part *= 4
+        prefix_length *= 4
 
 
 def groups(texts: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -205,16 +207,18 @@ def _some(tokens: Sequence[int], tokenizer: Any, param: str) -> tuple[int, ...]:
     return tuple(tokens) or (start,)
 
 
-def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, short: bool) -> int:
-    """How many tokens each answer may have: what the client ``asked`` for, or what is left, or
-    ``SHORT`` of it. ``Refusal``: prompt and answer do not fit into the context together, which is
-    ``length`` tokens."""
+def room(
+    prompts: Sequence[tuple[int, ...]], token_limit: int | None, length: int, *, short: bool
+) -> int:
+    """How many tokens each answer may have: ``token_limit`` of the client, or the rest of the
+    context, or at most ``SHORT`` of it. ``Refusal``: prompt and answer do not fit into the context
+    together, which is ``length`` tokens."""
     longest = max(map(len, prompts))
-    left = length - longest
-    if left < 1 or (asked or 1) > left:
-        found = f"a prompt of {longest} tokens and an answer of {asked or 'at least 1'}"
+    remaining = length - longest
+    if remaining < 1 or (token_limit or 1) > remaining:
+        problem = f"a prompt of {longest} tokens and an answer of {token_limit or 'at least 1'}"
         message = sentence(
-            found, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
+            problem, f"at most {length} tokens together", "shorten the prompt, or ask for fewer"
         )
         raise Refusal(
             400,
@@ -222,7 +226,7 @@ def room(prompts: Sequence[tuple[int, ...]], asked: int | None, length: int, *, 
             param="messages" if not short else "prompt",
             code="context_length_exceeded",
         )
-    return asked or (min(SHORT, left) if short else left)
+    return token_limit or (min(SHORT, remaining) if short else remaining)
 
 
 def check_schema(schema: Mapping[str, Any] | None) -> None:

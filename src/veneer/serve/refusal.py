@@ -1,4 +1,4 @@
-"""What the server answers when it does not do what was asked, in the form of OpenAI's API.
+"""Answers of the server that refuse a request, in the form of OpenAI's API.
 
     {"error": {"message": …, "type": "invalid_request_error", "param": "model" | null, "code":
     "model_not_found"}}
@@ -140,22 +140,22 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
         (error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]),
         key=lambda error: (len(_path(error["loc"], body)), error["type"] not in OTHER_FORM),
     )
-    where = _path(first["loc"], body)
-    param, path = (where[0][:200] if where else None), ".".join(where)[:200]
+    field = _path(first["loc"], body)
+    param, path = (field[0][:200] if field else None), ".".join(field)[:200]
     if first["type"] == OWN:
         message, param = first["msg"], first["ctx"]["param"] or param
     elif first["type"] == "extra_forbidden":
         message = sentence(
             f"the field {path!r}, which is not supported", "the fields of the docs", "leave it out"
         )
-    elif not where and first["type"] in ("missing", *OTHER_FORM):
+    elif not field and first["type"] in ("missing", *OTHER_FORM):
         message = sentence("no JSON object", "one, with Content-Type: application/json", "send it")
     elif first["type"] == "missing":
         message = sentence(f"no field {path!r}", "one", "add it")
     else:
-        said = first["msg"].removeprefix("Value error, ")
-        match = _EXPECTED.fullmatch(said)
-        expected = (match[1] if match else said)[:300]
+        reason = first["msg"].removeprefix("Value error, ")
+        match = _EXPECTED.fullmatch(reason)
+        expected = (match[1] if match else reason)[:300]
         message = sentence(
             f"{kind(first.get('input'))} in {path or 'the body'}", expected, "change it"
         )
@@ -165,12 +165,12 @@ def of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
 def _path(loc: Sequence[str | int], body: Any) -> list[str]:
     """A place in the body. pydantic's also names the forms that it tried, which are in no body."""
     path: list[str] = []
-    at: Any = body
-    for part in loc[1:] if loc[:1] == ("body",) else loc:
-        index = isinstance(at, list) and isinstance(part, int) and part < len(at)
-        if index or (isinstance(at, dict) and part in at):
-            at = at[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        elif not (isinstance(at, dict) and part == loc[-1]):  # a field that is missing
+    value: Any = body
+    for step in loc[1:] if loc[:1] == ("body",) else loc:
+        index = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if index or (isinstance(value, dict) and step in value):
+            value = value[step]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        elif not (isinstance(value, dict) and step == loc[-1]):  # a field that is missing
             continue
-        path.append(str(part))
+        path.append(str(step))
     return path

@@ -19,8 +19,8 @@ Wake = Callable[[], None]
 
 
 class RequestState:
-    """What the engine knows of a request, of which ``limit`` tokens may be generated. The engine's
-    thread alone changes it; its client may ``cancel`` it."""
+    """The state of a request in the engine, of which ``limit`` tokens may be generated. The
+    engine's thread alone changes it; its client may ``cancel`` it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What passes between the API and the engine: values, and the errors of handing one in."""
+"""Values between the API and the engine, and the errors of handing one in."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What became certain of an answer since the piece before: its text and its tokens. Texts
-    joined are the answer's text, without a stop string; tokens joined are all that were generated.
-    The last piece alone has ``finish``, and one that says "error" has words and, if it is known, a
-    cause."""
+    """The part of an answer that became certain since the piece before: its text and its tokens.
+    Texts joined are the answer's text, without a stop string; tokens joined are all that were
+    generated. The last piece alone has ``finish``, and one that says "error" has words and, if it
+    is known, a cause."""
 
     text: str
     tokens: tuple[Token, ...] = ()

@@ -28,7 +28,7 @@ log = logging.getLogger("veneer.serve")
 #: tokens that are sorted at first where top_p asks for an order
 CANDIDATES = 1024
 
-# : What a schema allows between two parts of a JSON text: nothing, a space, or a line break with
+# : The whitespace that a schema allows between two parts of a JSON text: nothing, a space, or a line break with
 # its indentation.
 # : llguidance's default is any amount, and a small model that has nothing else to say fills its
 # answer with it. None at
@@ -88,7 +88,7 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         free = logits.clone()
         for i in masked:
             try:
-                free[i].masked_fill_(~_allowed(rows[i].matcher, logits), -torch.inf)
+                free[i].masked_fill_(~_allowed_tokens(rows[i].matcher, logits), -torch.inf)
             except Exception as error:  # a schema is its client's: no other row ends with it
                 log.exception("a schema's mask could not be computed")
                 failed[i] = SampledToken(None, error=f"{type(error).__name__}: {error}")
@@ -101,7 +101,7 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
         facts[1] = (
             draw.tokens
             if len(drawn) == len(rows)
-            else tokens.index_copy(0, _there(drawn, tokens), draw.tokens)
+            else tokens.index_copy(0, _tensor_like(drawn, tokens), draw.tokens)
         )
         facts.append(
             draw.short if len(drawn) == len(rows) else _spread(draw.short, drawn, len(rows))
@@ -111,28 +111,36 @@ def sample(logits: Tensor, rows: Sequence[Sampler]) -> list[SampledToken]:
     for number, i in enumerate(drawn):
         if finite[i] and short[0][i]:
             chosen[i] = draw.again(number)  # pyright: ignore[reportPossiblyUnboundVariable]
-    asked = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]]
+    rows_with_logprobs = [
+        i for i, row in enumerate(rows) if row.sampling.logprobs is not None and finite[i]
+    ]
     sampled = {
         i: SampledToken(token) if finite[i] else NOT_FINITE for i, token in enumerate(chosen)
     } | failed
-    if asked:
-        sampled |= zip(asked, _with_probabilities(logits, asked, chosen, rows), strict=True)
+    if rows_with_logprobs:
+        sampled |= zip(
+            rows_with_logprobs,
+            _with_probabilities(logits, rows_with_logprobs, chosen, rows),
+            strict=True,
+        )
     return list(sampled.values())
 
 
-def _there(values: Sequence[Any], like: Tensor) -> Tensor:
+def _tensor_like(values: Sequence[Any], like: Tensor) -> Tensor:
     """Values on the device of a tensor, which nobody waits for."""
     return torch.tensor(values, device="cpu").to(like.device, non_blocking=True)
 
 
 def _rows_of(values: Tensor, rows: Sequence[int]) -> Tensor:
     """These rows, in their order."""
-    return values if len(rows) == len(values) else values.index_select(0, _there(rows, values))
+    return (
+        values if len(rows) == len(values) else values.index_select(0, _tensor_like(rows, values))
+    )
 
 
 def _spread(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
     """Values of these rows, among ``count`` of which the others have 0."""
-    return values.new_zeros(count).index_copy(0, _there(rows, values), values)
+    return values.new_zeros(count).index_copy(0, _tensor_like(rows, values), values)
 
 
 class _Draw:
@@ -142,22 +150,26 @@ class _Draw:
     def __init__(self, logits: Tensor, rows: Sequence[Sampler]) -> None:
         self.settings = [row.sampling for row in rows]
         clocks = torch.empty_like(logits)
-        for row, own in zip(rows, clocks, strict=True):
-            row.draw(own)
+        for row, clock in zip(rows, clocks, strict=True):
+            row.draw(clock)
         self.noise = clocks.log_()
         # below this temperature logits overflow; the most likely token has all of the probability
         # long before
-        warm = _there([max(one.temperature, 1e-5) for one in self.settings], logits)[:, None]
+        warm = _tensor_like([max(setting.temperature, 1e-5) for setting in self.settings], logits)[
+            :, None
+        ]
         self.scaled = (logits - logits.amax(-1, keepdim=True)) / warm
         self.short = logits.new_zeros(len(rows), dtype=torch.bool)
-        cut = [i for i, one in enumerate(self.settings) if one.top_k or one.top_p < 1]
+        cut = [i for i, setting in enumerate(self.settings) if setting.top_k or setting.top_p < 1]
         self.tokens = (
             (self.scaled - self.noise).argmax(-1) if len(cut) < len(rows) else self.short.long()
         )
         if cut:
-            found, short = self._nucleus(cut)
+            tokens, short = self._nucleus(cut)
             all_ = len(cut) == len(rows)
-            self.tokens = found if all_ else self.tokens.index_copy(0, _there(cut, found), found)
+            self.tokens = (
+                tokens if all_ else self.tokens.index_copy(0, _tensor_like(cut, tokens), tokens)
+            )
             self.short = short if all_ else _spread(short, cut, len(rows))
 
     def _nucleus(self, cut: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -165,17 +177,19 @@ class _Draw:
         it."""
         scaled, noise = _rows_of(self.scaled, cut), _rows_of(self.noise, cut)
         settings, vocabulary = [self.settings[i] for i in cut], scaled.shape[-1]
-        most = min(vocabulary, max(CANDIDATES, *(one.top_k for one in settings)))
+        most = min(vocabulary, max(CANDIDATES, *(setting.top_k for setting in settings)))
         values, ids = scaled.topk(most)
         # mass of the whole vocabulary where top_k is off, of the k most likely where it is on
         total = scaled.logsumexp(-1)
-        limits = _there([min(one.top_k or most, most) for one in settings], scaled)[:, None]
+        limits = _tensor_like([min(setting.top_k or most, most) for setting in settings], scaled)[
+            :, None
+        ]
         within = torch.arange(most, device=scaled.device) < limits
         values = values.masked_fill(~within, -torch.inf)
-        some = _there([bool(one.top_k) for one in settings], scaled)
+        some = _tensor_like([bool(setting.top_k) for setting in settings], scaled)
         total = torch.where(some, values.logsumexp(-1), total)
         chances = (values - total[:, None]).exp()
-        top_p = _there([one.top_p for one in settings], scaled)[:, None]
+        top_p = _tensor_like([setting.top_p for setting in settings], scaled)[:, None]
         tokens = _first(values, ids, noise, _nucleus_mask(chances, top_p))
         short = (chances.sum(-1, keepdim=True) < top_p)[:, 0] & ~some
         return tokens, short if most < vocabulary else torch.zeros_like(short)
@@ -183,48 +197,52 @@ class _Draw:
     def again(self, row: int) -> int:
         order = self.scaled[row : row + 1].sort(descending=True)
         top_p = torch.full_like(order.values[:, :1], self.settings[row].top_p)
-        kept = _nucleus_mask(torch.softmax(order.values, -1), top_p)
-        return int(_first(order.values, order.indices, self.noise[row : row + 1], kept))
+        nucleus = _nucleus_mask(torch.softmax(order.values, -1), top_p)
+        return int(_first(order.values, order.indices, self.noise[row : row + 1], nucleus))
 
 
-def _first(values: Tensor, ids: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+def _first(values: Tensor, ids: Tensor, noise: Tensor, nucleus: Tensor) -> Tensor:
     """Of sorted logits [rows, n] and their tokens, of those that are kept, whose clock rings first:
     [rows]."""
-    rings = (values - noise.gather(-1, ids)).masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
+    rings = (
+        (values - noise.gather(-1, ids)).masked_fill(~nucleus, -torch.inf).argmax(-1, keepdim=True)
+    )
     return ids.gather(-1, rings)[:, 0]
 
 
 def _nucleus_mask(chances: Tensor, top_p: Tensor) -> Tensor:
     """Of sorted probabilities [rows, n] the first that reach ``top_p``, as a mask; the first one
     always is."""
-    kept = chances.cumsum(-1) - chances < top_p
-    kept[:, 0] = True
-    return kept
+    nucleus = chances.cumsum(-1) - chances < top_p
+    nucleus[:, 0] = True
+    return nucleus
 
 
 def _with_probabilities(
-    logits: Tensor, asked: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
+    logits: Tensor, row_indices: Sequence[int], chosen: Sequence[int], rows: Sequence[Sampler]
 ) -> list[SampledToken]:
     """The chosen tokens of the rows that ask, with log-probabilities of them and of the most likely
     ones."""
-    counts = [rows[i].sampling.logprobs or 0 for i in asked]
-    some = logits[list(asked)].float()
+    counts = [rows[i].sampling.logprobs or 0 for i in row_indices]
+    some = logits[list(row_indices)].float()
     total = some.logsumexp(-1, keepdim=True)
-    ids = torch.tensor([chosen[i] for i in asked], device=logits.device)[:, None]
-    own = (some.gather(-1, ids) - total)[:, 0].tolist()
+    ids = torch.tensor([chosen[i] for i in row_indices], device=logits.device)[:, None]
+    logprobs = (some.gather(-1, ids) - total)[:, 0].tolist()
     top = (some - total).topk(min(max(*counts, 1), some.shape[-1]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [
         SampledToken(chosen[i], logprob, tuple(zip(indices[:count], values[:count], strict=True)))
-        for i, logprob, count, (indices, values) in zip(asked, own, counts, pairs, strict=True)
+        for i, logprob, count, (indices, values) in zip(
+            row_indices, logprobs, counts, pairs, strict=True
+        )
     ]
 
 
-def _allowed(matcher: Any, logits: Tensor) -> Tensor:
+def _allowed_tokens(matcher: Any, logits: Tensor) -> Tensor:
     """Which tokens a schema allows next, [vocabulary] of bool."""
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-    places, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
-    allowed = ((bits[:, None] >> places) & 1).bool().view(-1)[:size]
+    bit_positions, size = torch.arange(8, dtype=torch.uint8), logits.shape[-1]
+    allowed = ((bits[:, None] >> bit_positions) & 1).bool().view(-1)[:size]
     return F.pad(allowed, (0, size - len(allowed))).to(
         logits.device
     )  # there may be logits of no token
@@ -264,10 +282,10 @@ class Schemas:
                     self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos
                 )
             except Exception as error:
-                found = (
+                problem = (
                     f"a {type(self._tokenizer).__name__} that llguidance does not read ({error})"
                 )
-                raise RequestError(found, "a fast tokenizer", do) from error
+                raise RequestError(problem, "a fast tokenizer", do) from error
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 json.dumps(schema), overrides=LAYOUT
@@ -281,5 +299,5 @@ class Schemas:
 
 
 def _bad_schema(how: str, why: Any) -> RequestError:
-    found = f"a schema {how} ({str(why)[:500]})"
-    return RequestError(found, "a JSON schema of what llguidance supports", "simplify it")
+    problem = f"a schema {how} ({str(why)[:500]})"
+    return RequestError(problem, "a JSON schema of what llguidance supports", "simplify it")

@@ -1,5 +1,5 @@
-"""Who runs next: the key that was served least, within it the adapter that was, and within an
-adapter who came first.
+"""Chooses the next request: of the key that was served least, within it the adapter that was, and
+within an adapter who came first.
 
     key ("alice")  →  adapter ("french")  →  requests, first come, first served
 
@@ -46,7 +46,7 @@ def counted_as(blend: Mapping[str, float]) -> str:
 
 
 class Waiting(Protocol):
-    """What the scheduler reads of a request."""
+    """The fields of a request that the scheduler reads."""
 
     key: Key  # its blend
     flow: str  # what it is counted as (``counted_as``)
@@ -83,7 +83,7 @@ class Shares:
             self._forget()
 
     def least(self, names: Iterable[str]) -> str:
-        """Whose turn it is, of some that are busy."""
+        """The name with the least service, of some that are busy."""
         return min(names, key=lambda name: (self._served[name], self._since[name]))
 
     def turn(self, name: str) -> None:
@@ -118,15 +118,17 @@ class Scheduler(Generic[E]):
     def add(self, request: E) -> None:
         """Put a request at the end of its line. ``Busy``: no place for it."""
         lines = self._lines.get(request.owner, {})
-        theirs, own = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
+        theirs, flow_length = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         room = float(self.places - self.waiting)
         if (
             request.owner
         ):  # what the key may still add, before it has three times as many places as are left
             room = (SHARE * room - theirs) / (1 + SHARE)
-        if room <= 0 or own >= SHARE * room:
+        if room <= 0 or flow_length >= SHARE * room:
             whose = (
-                f"{theirs} of them of the same key and {own}" if request.owner else f"{own} of them"
+                f"{theirs} of them of the same key and {flow_length}"
+                if request.owner
+                else f"{flow_length} of them"
             )
             raise Busy(
                 f"Found: {self.waiting} requests that wait, {whose} for the same adapter. Expected: at most "
@@ -152,7 +154,7 @@ class Scheduler(Generic[E]):
         for owner, lines in self._lines.items():
             for flow, line in lines.items():
                 if (
-                    request := next((one for one in line if one.key not in without), None)
+                    request := next((entry for entry in line if entry.key not in without), None)
                 ) is not None:
                     first.setdefault(owner, {})[flow] = request
         if not first:
@@ -182,9 +184,9 @@ class Scheduler(Generic[E]):
         self._owners.charge(request.owner, tokens)
         self._flows[request.owner].charge(request.flow, tokens)
 
-    def began(self, now: float) -> None:
+    def began(self, moment: float) -> None:
         """Note that a request left the queue for good at ``now``, in seconds."""
-        self._starts.append(now)
+        self._starts.append(moment)
 
     def ended(self, request: E) -> None:
         self._owners.leave(request.owner)
@@ -218,12 +220,12 @@ def fit_budget(lengths: list[int], budget: int) -> list[int]:
     """Which of the waiting prompts (places in ``lengths``) are computed in the next call, padded to
     the longest. The first always is. Others join while rows × longest stays within ``budget``
     tokens and at most a quarter of it is padding."""
-    taken: list[int] = []
+    chosen: list[int] = []
     longest = real = 0
-    for place, length in enumerate(lengths):
+    for position, length in enumerate(lengths):
         width = max(longest, length)
-        area = width * (len(taken) + 1)
-        if not taken or (area <= budget and (real + length) * 4 >= area * 3):
-            taken.append(place)
+        area = width * (len(chosen) + 1)
+        if not chosen or (area <= budget and (real + length) * 4 >= area * 3):
+            chosen.append(position)
             longest, real = width, real + length
-    return taken
+    return chosen

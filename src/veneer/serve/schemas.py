@@ -1,4 +1,5 @@
-"""What clients send, and nothing else: a field that is not here is refused by name, never ignored.
+"""The bodies that clients may send, and nothing else: a field that is not here is refused by name,
+never ignored.
 
     null        is the same as absent, everywhere, as OpenAI's clients send it
     HARMLESS    fields that say who asks or how to file it: dropped
@@ -50,7 +51,7 @@ def _few(value: Any) -> Any:
     return value
 
 
-def _prompts(what: str, most: int) -> Callable[[Any], Any]:
+def _prompts(field: str, most: int) -> Callable[[Any], Any]:
     """A check of the form of ``prompt`` or ``input``, which is one of four, in words that know all
     of them."""
     expected = f"a text, a list of 1 to {most} texts, a list of token ids, or a list of 1 to {most} such lists"
@@ -60,16 +61,18 @@ def _prompts(what: str, most: int) -> Callable[[Any], Any]:
         if isinstance(value, str):
             return value
         if not isinstance(value, list) or not value:
-            raise wrong(f"{kind(value)} in {what}", expected, "send one of them")
+            raise wrong(f"{kind(value)} in {field}", expected, "send one of them")
         kinds = {type(item) for item in value}
         if len(kinds) > 1 or not kinds <= nouns.keys():
-            names = sorted({nouns.get(one, "something else") for one in kinds})
+            names = sorted({nouns.get(json_type, "something else") for json_type in kinds})
             raise wrong(
-                f"a list of {' and '.join(names)} in {what}", expected, "send items of one kind"
+                f"a list of {' and '.join(names)} in {field}", expected, "send items of one kind"
             )
         if kinds != {int} and len(value) > most:
-            found = f"{len(value):,} {'texts' if kinds == {str} else 'lists of tokens'} in {what}"
-            raise wrong(found, f"at most {most}", "send several requests")
+            problem = (
+                f"{len(value):,} {'texts' if kinds == {str} else 'lists of tokens'} in {field}"
+            )
+            raise wrong(problem, f"at most {most}", "send several requests")
         return value
 
     return check
@@ -81,14 +84,14 @@ def _as_list(value: Any) -> Any:
 
 def _stops(value: Any) -> Any:
     few = isinstance(value, list) and len(value) <= limits.STOPS
-    if not (isinstance(value, str) or (few and all(isinstance(one, str) for one in value))):
-        found = (
+    if not (isinstance(value, str) or (few and all(isinstance(stop, str) for stop in value))):
+        problem = (
             f"{len(value):,} items in stop"
             if isinstance(value, list) and not few
             else f"{kind(value)} in stop"
         )
         raise wrong(
-            found, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others"
+            problem, f"a text, or a list of at most {limits.STOPS} texts", "send fewer, or others"
         )
     return value
 
@@ -109,8 +112,8 @@ def _asks_nothing(name: str, value: Any) -> bool:
         return True
     # a bool equals a number, and would pass for one
     return any(
-        value == at and isinstance(value, bool) == isinstance(at, bool)
-        for at in NEUTRAL.get(name, ())
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in NEUTRAL.get(name, ())
     )
 
 
@@ -121,16 +124,18 @@ def _first(*values: T | None) -> T:
 
 def few_unknown(
     data: dict[str, Any],
-    known: Container[str],
+    field_names: Container[str],
     harmless: Callable[[str, Any], bool] = lambda name, value: False,
 ) -> dict[str, Any]:
     """An object of a body without its ``harmless`` fields, and with few of those that are unknown:
     an error for each of them would take seconds."""
     unknown = (
-        name for name, value in data.items() if name not in known and not harmless(name, value)
+        name
+        for name, value in data.items()
+        if name not in field_names and not harmless(name, value)
     )
     shown = {*islice(unknown, UNKNOWN)}
-    return {name: value for name, value in data.items() if name in known or name in shown}
+    return {name: value for name, value in data.items() if name in field_names or name in shown}
 
 
 class Strict(BaseModel):
@@ -145,11 +150,13 @@ class Strict(BaseModel):
     def _drop(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        own = {
-            name: value for name, value in data.items() if name not in known or value is not None
+        field_names = {field.alias or name for name, field in cls.model_fields.items()}
+        sent_fields = {
+            name: value
+            for name, value in data.items()
+            if name not in field_names or value is not None
         }
-        return few_unknown(own, known, _asks_nothing)
+        return few_unknown(sent_fields, field_names, _asks_nothing)
 
 
 class TextPart(Strict):
@@ -172,7 +179,7 @@ class Message(Strict):
         return (
             self.content
             if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
+            else "".join(text_part.text for text_part in self.content)
         )
 
     def plain(self) -> dict[str, str]:
@@ -212,8 +219,8 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator
 
 
 class Asked(Strict, ABC):
-    """What both kinds of completion have in common. ``adapters``, ``top_k`` and ``ignore_eos`` are
-    not OpenAI's."""
+    """The fields that both kinds of completion have in common. ``adapters``, ``top_k`` and
+    ``ignore_eos`` are not OpenAI's."""
 
     model: Name
     adapters: Blend | None = None
@@ -284,8 +291,10 @@ class ChatRequest(Asked):
             None not in (self.max_tokens, self.max_completion_tokens)
             and self.max_tokens != self.max_completion_tokens
         ):
-            found = f"max_tokens {self.max_tokens} beside max_completion_tokens {self.max_completion_tokens}"
-            raise wrong(found, "one of them", "leave out max_tokens, the older name", "max_tokens")
+            problem = f"max_tokens {self.max_tokens} beside max_completion_tokens {self.max_completion_tokens}"
+            raise wrong(
+                problem, "one of them", "leave out max_tokens, the older name", "max_tokens"
+            )
         return self
 
     def alternatives(self) -> int | None:

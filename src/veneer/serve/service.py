@@ -1,5 +1,5 @@
-"""What is served, and what every route begins with: the service, the key that asks, the adapters
-that are meant."""
+"""The service, and what every route needs first: the key of the request and the adapters that it
+names."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from veneer.serve import limits, refusal
 from veneer.serve.access import Key, Keyring, read_keys
 from veneer.serve.catalogue import Catalogue
 from veneer.serve.embed import Embedder
+from veneer.serve.extension import Extension
 from veneer.serve.guard import no_key
 from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import Refusal
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """What is served, and how."""
+    """A base, its adapters and the engine that serves them."""
 
     base: str  # the name by which clients ask for it
     source: str  # what it was loaded from
@@ -52,7 +53,7 @@ class Service:
     vocabulary: int  # tokens that the base knows
     engine: Any = None  # answers completions; None for an encoder
     embedder: Embedder | None = None  # answers embeddings; None for a causal model
-    training: Any = None  # runs of clients (serve/training), where the server trains
+    extensions: list[Extension] = field(default_factory=list)
     sampling: SamplingDefaults = field(
         default_factory=SamplingDefaults
     )  # of requests that say nothing of it
@@ -73,8 +74,14 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        trains = self.training is None or self.training.worker.ready
-        return not self.draining and trains and (self.engine is None or self.engine.ready)
+        engine_ready = self.engine is None or self.engine.ready
+        extensions_ready = all(extension.ready for extension in self.extensions)
+        return not self.draining and engine_ready and extensions_ready
+
+    def extension_of(self, model: str) -> Extension | None:
+        """The extension that resolves a model name, if one does."""
+        matches = (e for e in self.extensions if model.startswith(e.model_prefix))
+        return next(matches, None)
 
     def unready(self) -> Refusal:
         if self.draining:
@@ -87,8 +94,8 @@ class Service:
     def drain(self, seconds: float) -> None:
         """Refuse what is new and wait until nothing runs, at most ``seconds``."""
         self.draining = True
-        if self.training is not None:  # what waits is on the disk, and goes on with the next server
-            self.training.worker.close()
+        for extension in self.extensions:
+            extension.drain()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.drain(seconds)
 
@@ -104,8 +111,8 @@ class Service:
 
     def close(self) -> None:
         self.catalogue.close()
-        if self.training is not None:
-            self.training.close()
+        for extension in self.extensions:
+            extension.close()
         for worker in filter(None, (self.engine, self.embedder)):
             worker.close()
         self.texts.shutdown(wait=False, cancel_futures=True)
@@ -116,7 +123,8 @@ class Service:
 
 
 async def beside_loop(service: Service, body: bytes, read: Callable[[bytes], T]) -> T:
-    """What ``read`` makes of a body. A large one is read by a thread, since it may take seconds."""
+    """The result of ``read`` for a body. A thread reads a large one, since that may take
+    seconds."""
     if len(body) <= limits.PARSED_INLINE:
         return read(body)
     return await asyncio.get_running_loop().run_in_executor(service.bodies, read, body)
@@ -200,7 +208,7 @@ class Route(APIRoute):
             await super().handle(scope, receive, send)
 
 
-# What is not async, FastAPI runs in a thread of its own: a hop for each of these, for each request.
+# Async, because FastAPI runs every other dependency in a thread, a hop for each request.
 
 
 async def _service(request: Request) -> Service:
@@ -236,9 +244,9 @@ async def requested_adapters(
     if blend is None:
         blend = {} if model == service.base else {model.removeprefix(f"{service.base}:"): 1.0}
     elif model != service.base:
-        found = f"adapters beside the model {model[:120]!r}"
+        problem = f"adapters beside the model {model[:120]!r}"
         message = sentence(
-            found, f"model {service.base!r}", "name the base, and each adapter in adapters"
+            problem, f"model {service.base!r}", "name the base, and each adapter in adapters"
         )
         raise Refusal(400, message, param="adapters")
     if not key.may_use(blend) or not (
@@ -254,12 +262,12 @@ async def requested_adapters(
 
 
 def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asyncio.Future[T]:
-    """Tokenizers of transformers keep state between calls, so one thread runs them all. What waits
-    for it is bounded by its size, in characters: a large text takes a second, and a short one
+    """Tokenizers of transformers keep state between calls, so one thread runs them all. Its queue
+    is bounded by the size of the texts, in characters: a large text takes a second, and a short one
     behind forty of them would seem to hang. ``Busy``: too much waits already."""
     if service.reading and service.reading + size > limits.READING:
-        found = f"{service.reading:,} characters that wait to be read"
-        raise Busy(sentence(found, f"at most {limits.READING:,}", "send it again later"), 2.0)
+        problem = f"{service.reading:,} characters that wait to be read"
+        raise Busy(sentence(problem, f"at most {limits.READING:,}", "send it again later"), 2.0)
 
     def read(_: Any) -> None:
         service.reading -= size
@@ -271,8 +279,8 @@ def in_text_thread(service: Service, size: int, work: Callable[[], T]) -> asynci
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
-    """What ``work`` gives. ``Refusal``: the client went away first, and it is cancelled; nobody
-    reads the answer."""
+    """The result of ``work``. ``Refusal``: the client went away first, and the work is
+    cancelled."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

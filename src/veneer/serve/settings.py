@@ -1,4 +1,4 @@
-"""What is served, and how: the options of `veneer serve`. Nothing of a model is loaded for them."""
+"""The options of `veneer serve`. Nothing of a model is loaded for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PRECISIONS = ("auto", "stored", *_TORCH.values())
 
 @dataclass(frozen=True)
 class Settings:
-    """What is served, and how; the options of `veneer serve` of the same names."""
+    """The options of `veneer serve` of the same names."""
 
     base: str
     name: str  # what clients call the base
@@ -44,8 +44,6 @@ class Settings:
     device_map: str | None = None
     attention: str = "auto"
     trust_remote_code: bool = False  # code beside the base may run
-    train: str | None = None  # the folder of what clients train
-    runs: int = 50  # of these in memory
 
 
 def settings_of(base: str, **words: Any) -> Settings:
@@ -59,8 +57,11 @@ def settings_of(base: str, **words: Any) -> Settings:
     )
     precision = _TORCH.get(precision, precision)
     if precision not in _PRECISIONS:
-        found, expected = f"--precision {precision!r}", f"one of {listing((*_PRECISIONS, *_TORCH))}"
-        raise ConfigError(found, expected, "check the spelling")
+        problem, expected = (
+            f"--precision {precision!r}",
+            f"one of {listing((*_PRECISIONS, *_TORCH))}",
+        )
+        raise ConfigError(problem, expected, "check the spelling")
     words["name"] = words.get("name") or called_by_default(base)
     words["memory"] = bytes_in(None if memory is None else str(memory))
     words["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
@@ -81,7 +82,7 @@ def bytes_in(text: str | None) -> int | None:
 
 
 def called_by_default(base: str) -> str:
-    """What clients call a base: the last part of its path or package; a hub id as it is."""
+    """The name of a base for clients: the last part of its path or package; a hub id as it is."""
     if base.startswith("package:"):
         return base.removeprefix("package:")
     path = Path(base).expanduser()

@@ -39,9 +39,9 @@ class Layer:
     """Keys and values of one layer, and the views of them that the running rows need."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.place(keys, values)
+        self.set_storage(keys, values)
 
-    def place(self, keys: Tensor, values: Tensor) -> None:
+    def set_storage(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values  # [rows, kv, columns, d], [rows, kv, columns, e]
         self.flat = (
             keys.view(-1, keys.shape[-1]),
@@ -81,7 +81,7 @@ class Slots(Cache):
         self.reserve(first + count, start + width)
         for row in range(first, first + count):
             self.touched[row] = max(self.touched[row], start + width)
-        with self._now(_Fill(first, count, width, start)):
+        with self._during_call(_Fill(first, count, width, start)):
             yield
 
     @contextlib.contextmanager
@@ -92,11 +92,11 @@ class Slots(Cache):
         self.reserve(len(lengths), longest)
         for row, length in enumerate(lengths):
             self.touched[row] = max(self.touched[row], length + 1)
-        with self._now(_Decode(positions, min(_ceil(longest, BLOCK), self.allocated[1]))):
+        with self._during_call(_Decode(positions, min(_ceil(longest, BLOCK), self.allocated[1]))):
             yield
 
     @contextlib.contextmanager
-    def _now(self, call: _Fill | _Decode) -> Iterator[None]:
+    def _during_call(self, call: _Fill | _Decode) -> Iterator[None]:
         self.call, NOW.slots = call, self
         try:
             yield
@@ -124,11 +124,14 @@ class Slots(Cache):
             if layer.keys.shape[0] >= rows and layer.keys.shape[2] >= columns:
                 continue
             old = layer.keys, layer.values
-            grown = [one.new_zeros(rows, one.shape[1], columns, one.shape[3]) for one in old]
-            for new, one in zip(grown, old, strict=True):
-                new[: one.shape[0], :, : one.shape[2]] = one
-            layer.place(*grown)
-            del old, grown, new, one  # at once: the next layer needs the memory
+            grown = [
+                old_tensor.new_zeros(rows, old_tensor.shape[1], columns, old_tensor.shape[3])
+                for old_tensor in old
+            ]
+            for new, old_tensor in zip(grown, old, strict=True):
+                new[: old_tensor.shape[0], :, : old_tensor.shape[2]] = old_tensor
+            layer.set_storage(*grown)
+            del old, grown, new, old_tensor  # at once: the next layer needs the memory
         self.allocated = (rows, columns)
 
     def leave(self, row: int, last: int) -> None:
@@ -136,10 +139,10 @@ class Slots(Cache):
         stays."""
         columns = max(self.touched[row], self.touched[last])
         for layer in self.kept:
-            for whole in (layer.keys, layer.values):
+            for stored in (layer.keys, layer.values):
                 if row != last:
-                    whole[row, :, :columns] = whole[last, :, :columns]
-                whole[last, :, : self.touched[last]] = 0
+                    stored[row, :, :columns] = stored[last, :, :columns]
+                stored[last, :, : self.touched[last]] = 0
         self.touched[row] = self.touched[last]
         self.touched[last] = 0
 
@@ -149,16 +152,16 @@ class Slots(Cache):
         for row in range(first, min(first + count, self.allocated[0])):
             self.leave(row, row)
 
-    def adopt(self, row: int, other: Slots, columns: int) -> None:
+    def adopt(self, row: int, source: Slots, columns: int) -> None:
         """Row ``row`` becomes what row 0 of ``other`` is, in ``columns`` columns; that one is
         over."""
         self.reserve(row + 1, columns)
-        for index, theirs in enumerate(other.kept):
+        for index, theirs in enumerate(source.kept):
             mine = self._layer(index, theirs.keys, theirs.values)
-            for own, their in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                own[row, :, :columns] = their[0, :, :columns]
+            for target, their in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                target[row, :, :columns] = their[0, :, :columns]
         self.touched[row] = columns
-        other.leave(0, 0)
+        source.leave(0, 0)
 
     def _layer(self, index: int, key: Tensor, value: Tensor) -> Layer:
         """The layer's memory, which the first keys and values give its form."""
@@ -167,8 +170,8 @@ class Slots(Cache):
             self.kept.append(
                 Layer(
                     *(
-                        key.new_zeros(rows, one.shape[1], columns, one.shape[3])
-                        for one in (key, value)
+                        key.new_zeros(rows, tensor.shape[1], columns, tensor.shape[3])
+                        for tensor in (key, value)
                     )
                 )
             )
@@ -232,9 +235,11 @@ class _Fill:
     ) -> Tensor:
         mask = self._mask(window, query.device)
         if cap is not None:
-            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            return _capped(
-                query, key, value, seen.tril_(self.start) if mask is None else mask, scale, cap
+            visible = torch.ones(
+                query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+            )
+            return _soft_capped_attention(
+                query, key, value, visible.tril_(self.start) if mask is None else mask, scale, cap
             )
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(
@@ -268,7 +273,7 @@ class _Decode:
 
     def __init__(self, positions: Tensor, columns: int) -> None:
         self.positions, self.n, self.columns = positions, len(positions), columns
-        self.places: dict[
+        self.row_positions: dict[
             tuple[int, int, torch.device], Tensor
         ] = {}  # a model may lie on several devices
         self.masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
@@ -276,12 +281,14 @@ class _Decode:
 
     def keep(self, layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         form = heads, wide, _ = key.shape[1], layer.keys.shape[2], key.device
-        if (place := self.places.get(form)) is None:
+        if (row_positions := self.row_positions.get(form)) is None:
             starts = torch.arange(self.n * heads, device=key.device).view(self.n, heads) * wide
-            place = self.places[form] = (starts + self.positions.to(key.device)[:, None]).view(-1)
+            row_positions = self.row_positions[form] = (
+                starts + self.positions.to(key.device)[:, None]
+            ).view(-1)
         keys, values = layer.flat
-        keys.index_copy_(0, place, key.reshape(-1, keys.shape[1]))
-        values.index_copy_(0, place, value.reshape(-1, values.shape[1]))
+        keys.index_copy_(0, row_positions, key.reshape(-1, keys.shape[1]))
+        values.index_copy_(0, row_positions, value.reshape(-1, values.shape[1]))
         return layer.show(self.n, self.columns)
 
     def attend(
@@ -301,7 +308,7 @@ class _Decode:
         )  # the queries of a key-value head are its rows
         if cap is not None:
             return (
-                _capped(grouped, key, value, mask == 0, scale, cap)
+                _soft_capped_attention(grouped, key, value, mask == 0, scale, cap)
                 .transpose(1, 2)
                 .reshape(n, 1, h, -1)
             )
@@ -309,7 +316,7 @@ class _Decode:
         return out.reshape(n, 1, h, -1)
 
     def _mask(self, window: int | None, query: Tensor) -> Tensor:
-        """What is added to the scores, [n, 1, 1, columns]."""
+        """The mask that is added to the scores, [n, 1, 1, columns]."""
         form = window, query.dtype, query.device
         if (mask := self.masks.get(form)) is None:
             columns, now = (
@@ -326,8 +333,8 @@ class _Decode:
         return mask
 
 
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, cap: float
+def _soft_capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None, cap: float
 ) -> Tensor:
     """Attention with soft-capped scores, cap · tanh(scores / cap), which torch has no kernel for ->
     [b, s, h, e]."""
@@ -336,8 +343,10 @@ def _capped(
     grouped = query.reshape(b, heads, h // heads, s, d)
     scores = torch.matmul(grouped, key.unsqueeze(2).mT) * (d**-0.5 if scale is None else scale)
     scores = torch.tanh(scores / cap) * cap
-    seen = seen.unsqueeze(1) if seen.dim() == 4 else seen  # [n, 1, 1, 1, columns] or [s, columns]
-    scores = scores.masked_fill(~seen, -torch.inf)
+    visible = (
+        visible.unsqueeze(1) if visible.dim() == 4 else visible
+    )  # [n, 1, 1, 1, columns] or [s, columns]
+    scores = scores.masked_fill(~visible, -torch.inf)
     chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(chances, value.unsqueeze(2)).reshape(b, h, s, -1).transpose(1, 2)
 

@@ -14,9 +14,10 @@ from veneer.errors import ConfigError, listing, nearest
 from veneer.models.remote_code import with_trust_of_config
 from veneer.models.sampling_defaults import FILE, sampling_defaults
 from veneer.serve.access import Keyring
-from veneer.serve.catalogue import Catalogue, folders
+from veneer.serve.catalogue import Catalogue, served_folders
 from veneer.serve.embed import Embedder
 from veneer.serve.engine import Engine
+from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
 from veneer.serve.settings import Settings, given
@@ -26,7 +27,7 @@ log = logging.getLogger("veneer.serve")
 
 
 def prepare_process() -> None:
-    """What this process needs, before a model runs in it."""
+    """Set up this process before a model runs in it."""
     # oneDNN keeps a kernel for each shape of a 16-bit product, 1,024 of them by default: hundreds
     # of MiB
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -36,8 +37,8 @@ def prepare_process() -> None:
 
 
 @with_trust_of_config
-def start(settings: Settings, keys: Keyring) -> Service:
-    """Load the base and start what answers. ``Service.close`` ends it."""
+def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
+    """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
     _must_be_there(settings)
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
@@ -45,8 +46,8 @@ def start(settings: Settings, keys: Keyring) -> Service:
     sampling = sampling_defaults(model)
     if ignored := sampling.describe([*(sampling.others), "repetition_penalty"]):
         log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
-    own = models.context_length(settings.base) if causal else loaded.length
-    length = min(settings.length, own or settings.length)
+    base_length = models.context_length(settings.base) if causal else loaded.length
+    length = min(settings.length, base_length or settings.length)
     bank = Bank(model, settings.memory)
     catalogue = Catalogue(settings.adapters, bank, settings.name, settings.pin)
     metrics = Metrics(catalogue.known)
@@ -54,15 +55,9 @@ def start(settings: Settings, keys: Keyring) -> Service:
     for adapter in dict.fromkeys(settings.pin):
         bank.pin(adapter)
     catalogue.follow_pins()
-    engine = embedder = turn = None
+    engine = embedder = None
     rows = settings.rows
     if causal:
-        if settings.train is not None:
-            from veneer.serve.training.trainer import (
-                Turn,
-            )  # torch's optimisers and TRL: not where nothing trains
-
-            turn = Turn()
         engine = Engine(
             model,
             tokenizer,
@@ -71,7 +66,7 @@ def start(settings: Settings, keys: Keyring) -> Service:
             length=length,
             queue=settings.queue,
             observer=metrics,
-            turn=turn,
+            turn=None if plugin is None else plugin.turn,
         )
         engine.start()
         length = engine.length
@@ -93,9 +88,9 @@ def start(settings: Settings, keys: Keyring) -> Service:
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
         embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
     )  # fmt: skip
-    if settings.train is not None:
+    if plugin is not None:
         try:
-            service.training = _training(settings, service, model, turn)
+            service.extensions.append(plugin.extend(service, model))
         except BaseException:
             service.close()
             raise
@@ -107,31 +102,14 @@ def _must_be_there(settings: Settings) -> None:
     download."""
     if settings.adapters is not None and is_remote(settings.adapters):
         return
-    known = {} if settings.adapters is None else folders(settings.adapters)
-    if unknown := [name for name in settings.pin if name not in known]:
-        found = f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], known)}"
+    adapters = {} if settings.adapters is None else served_folders(settings.adapters)
+    if unknown := [name for name in settings.pin if name not in adapters]:
+        problem = f"--pin, and no adapter named {unknown[0]!r}{nearest(unknown[0], adapters)}"
         raise ConfigError(
-            found,
-            f"one of {listing(known, 8)}" if known else "an adapter",
+            problem,
+            f"one of {listing(adapters, 8)}" if adapters else "an adapter",
             "check --pin and --adapters",
         )
-
-
-def _training(settings: Settings, service: Service, model: Any, turn: Any) -> Any:
-    try:
-        from veneer.serve.training.live import watch
-        from veneer.serve.training.training import open_training
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--train without {error.name}", "it", "pip install 'veneer[tinker]'"
-        ) from error
-    base = settings.base
-    tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
-    made = open_training(
-        str(settings.train), service, model, turn, tokenizer=tokenizer, resident=settings.runs
-    )
-    watch(service.metrics, made)
-    return made
 
 
 def _causal(settings: Settings) -> Any:
@@ -142,8 +120,8 @@ def _causal(settings: Settings) -> Any:
 
 
 def _encoder(settings: Settings) -> Any:
-    others = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
-    if flags := given(others):
-        found = f"{listing(flags)} for {settings.base}, an encoder"
-        raise ConfigError(found, "a causal language model", "leave them out")
+    options = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
+    if flags := given(options):
+        problem = f"{listing(flags)} for {settings.base}, an encoder"
+        raise ConfigError(problem, "a causal language model", "leave them out")
     return models.load_encoder(settings.base, precision=settings.precision, device=settings.device)

@@ -61,43 +61,45 @@ class Text:
     def add(self, token: int) -> tuple[str, bool]:
         """Text that is certain now, and whether a stop string ends it."""
         self._ids.append(token)
-        return self._give(self._decoded(final=False), final=False)
+        return self._give(self._decode_certain(final=False), final=False)
 
     def end(self) -> str:
-        """What is left when no token follows: also bytes that are no character, and beginnings of
-        stop strings."""
-        return self._give(self._decoded(final=True), final=True)[0]
+        """The rest of the text when no token follows: also bytes that are no character, and
+        beginnings of stop strings."""
+        return self._give(self._decode_certain(final=True), final=True)[0]
 
-    def _decoded(self, *, final: bool) -> str:
+    def _decode_certain(self, *, final: bool) -> str:
         """The text of the tokens at hand that is not out yet, without the beginning of a character
         at its end."""
-        whole, shown = self._detokenizer.decode(self._ids), self._shown
+        full_text, shown = self._detokenizer.decode(self._ids), self._shown
         out = len(shown)
-        if not whole.startswith(
+        if not full_text.startswith(
             shown
         ):  # bytes that had been no character read otherwise with those that follow
             out = next(
-                (i for i, (a, b) in enumerate(zip(whole, shown, strict=False)) if a != b),
-                len(whole),
+                (i for i, (a, b) in enumerate(zip(full_text, shown, strict=False)) if a != b),
+                len(full_text),
             )
-        new = whole[out:]
+        new = full_text[out:]
         waiting = 0 if final else min(len(new) - len(new.rstrip(UNKNOWN)), MOST)
         if new and not waiting:  # these tokens are the context of the next ones
             del self._ids[: self._context]
             self._context = len(self._ids)
             self._shown = self._detokenizer.decode(self._ids)
             return new
-        self._shown = whole[: len(whole) - waiting]
+        self._shown = full_text[: len(full_text) - waiting]
         return new[: len(new) - waiting]
 
     def _give(self, new: str, *, final: bool) -> tuple[str, bool]:
-        """What of the held text and the new one can be given away."""
+        """The certain beginning of the held text and the new one."""
         if not self._stop:
             return new, False
         text = self._held + new
-        found = min((place for place in map(text.find, self._stop) if place >= 0), default=-1)
-        if found >= 0:
-            return text[:found], True
+        stop_position = min(
+            (position for position in map(text.find, self._stop) if position >= 0), default=-1
+        )
+        if stop_position >= 0:
+            return text[:stop_position], True
         # letters at the end of the text with which a stop string begins
         sizes = (
             n

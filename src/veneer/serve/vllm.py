@@ -44,11 +44,13 @@ def command(
 ) -> list[str]:
     """The command line that serves ``base`` with ``adapters`` (folders by name); ``more`` goes to
     vLLM as it is. ``AdapterError`` names each adapter that vLLM cannot load, and why."""
-    ranks, found = [1], []
+    ranks, problems = [1], []
     for adapter, path in adapters.items():
-        found += [sentence(f"adapter {adapter!r}: {why}", *ADVICE) for why in reasons_against(path)]
+        problems += [
+            sentence(f"adapter {adapter!r}: {why}", *ADVICE) for why in reasons_against(path)
+        ]
         ranks.append(vllm.largest_rank(read_json(path / peft.CONFIG)))
-    raise_all(AdapterError, "vLLM was not started", found)
+    raise_all(AdapterError, "vLLM was not started", problems)
     line = ["vllm", "serve", base, "--host", host, "--port", str(port)]
     options = {
         "served-model-name": name,

@@ -31,7 +31,6 @@ from veneer.errors import (
     AdapterError,
     BaseMismatchError,
     CheckpointError,
-    LibraryError,
     listing,
     raise_all,
     sentence,
@@ -41,8 +40,9 @@ from veneer.fileio.untrusted import read_header
 from veneer.formats import peft
 from veneer.models.base_weights import BaseWeights, open_base_weights
 from veneer.serve.vllm import ADVICE, reasons_against
+from veneer.store.catalogue import LibrarySource, RemoteSource
 from veneer.store.library import NAME, Library
-from veneer.store.remote import is_remote, pull
+from veneer.store.remote import is_remote
 
 log = logging.getLogger("vllm.veneer")
 
@@ -63,7 +63,8 @@ class Adapters:
     def __init__(self, place: str, *, verify_base: bool = True, cache: Path | None = None) -> None:
         """``cache``: where copies are kept; None takes ``veneer/adapters`` in ``$XDG_CACHE_HOME``
         or ``~/.cache``."""
-        self.place, self.verify_base, self._cache = place.rstrip("/"), verify_base, cache
+        self._source = RemoteSource(place) if is_remote(place) else LibrarySource(Library(place))
+        self.verify_base, self._cache = verify_base, cache
         self._lock = threading.Lock()
         self._weights: dict[str, BaseWeights | None] = {}
 
@@ -76,10 +77,10 @@ class Adapters:
             AdapterError: it was altered, was made for another base, or is one that vLLM cannot
                 serve.
         """
-        plain, at, version = name.partition("@")
-        if not NAME.fullmatch(plain) or (at and not _VERSION.fullmatch(version)):
+        plain, separator, version = name.partition("@")
+        if not NAME.fullmatch(plain) or (separator and not _VERSION.fullmatch(version)):
             return None
-        path = self._fetch(plain, version)
+        path = self._source.pull(plain, version, cache=self._cache)
         raise_all(
             AdapterError,
             "vLLM cannot load it",
@@ -92,18 +93,6 @@ class Adapters:
         )
         log.info("Adapter %r: %s, base: %s", name, path, proven)
         return Found(path, 1 + int(path.name[:15], 16))
-
-    def _fetch(self, name: str, version: str) -> Path:
-        if is_remote(self.place):
-            return pull(f"{self.place}/{name}", revision=version or None, cache=self._cache)
-        library = Library(self.place)
-        path = library.pull(name, cache=self._cache)
-        if version not in ("", path.name):
-            found = f"{name!r} of {self.place}, which is now {path.name}"
-            raise LibraryError(
-                found, version, "ask for what it is now, or give each of them a name of its own"
-            )
-        return path
 
     def _must_be_base(self, base: str, path: Path) -> str:
         """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is
@@ -119,22 +108,34 @@ class Adapters:
                 self._weights[base] = _weights(base)
             weights, recorded, kind = self._weights[base], prints_in(record), kind_in(record)
             if weights is None:
-                own = record.get("name")
-                same = "the same" if own == base else f"the adapter's is {own}"
+                base_name = record.get("name")
+                same = "the same" if base_name == base else f"the adapter's is {base_name}"
                 return f"by its name alone ({same}), as its weights are not in safetensors here"
-            known = {at: weights.fingerprint(at, kind) for at in recorded}
-        other = [at for at, value in known.items() if value not in (None, recorded[at])]
-        lacking = [at for at in record["weights"] if known[at] is None]
-        if other or lacking:
-            parts = [f"{what} {len(at)} of {len(recorded)} tensors ({listing(at, 3)})"
-                     for what, at in (("other numbers in", other), ("none of", lacking)) if at]  # fmt: skip
+            fingerprints = {
+                weight_name: weights.fingerprint(weight_name, kind) for weight_name in recorded
+            }
+        different = [
+            weight_name
+            for weight_name, value in fingerprints.items()
+            if value not in (None, recorded[weight_name])
+        ]
+        lacking = [
+            weight_name for weight_name in record["weights"] if fingerprints[weight_name] is None
+        ]
+        if different or lacking:
+            differences = [
+                f"{words} {len(names)} of {len(recorded)} tensors ({listing(names, 3)})"
+                for words, names in (("other numbers in", different), ("none of", lacking))
+                if names
+            ]
             expected = f"the base that it was trained on, {record.get('name') or record.get('architecture')}"
             do = "serve that base, or set VENEER_VERIFY_BASE=0 if these are the same weights, quantised"
-            found = f"{' and '.join(parts)} in {base}"
+            problem = f"{' and '.join(differences)} in {base}"
             raise BaseMismatchError(
-                f"The adapter was made for another base. {sentence(found, expected, do)}"
+                f"The adapter was made for another base. {sentence(problem, expected, do)}"
             )
-        return f"{sum(value is not None for value in known.values())} of {len(recorded)} tensors proven"
+        proven = sum(value is not None for value in fingerprints.values())
+        return f"{proven} of {len(recorded)} tensors proven"
 
 
 def _weights(base: str) -> BaseWeights | None:

@@ -49,7 +49,7 @@ from veneer.errors import (
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
 from veneer.models.gguf import cache_dir
-from veneer.store.remote import is_remote, kept, pull
+from veneer.store.remote import is_remote, keep_folder, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]
 
@@ -82,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Collected:
-    """What ``gc`` deleted: objects by hash, how many leftovers of writers that died, and how many
+    """The result of ``gc``: objects by hash, how many leftovers of writers that died, and how many
     bytes in all."""
 
     objects: tuple[str, ...]
@@ -92,8 +92,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What ``rebuild`` made of a library: names that it kept, names that it gave to objects without
-    one, and what it had to give up (names whose object is gone or altered)."""
+    """The result of ``rebuild``: names that it kept, names that it gave to objects without one, and
+    names that it gave up, because their object is gone or altered."""
 
     kept: tuple[str, ...]
     recovered: tuple[str, ...]
@@ -119,8 +119,8 @@ class Library:
         at least."""
         path = self._object(self.entry(name).object)
         if not path.is_dir():
-            found = f"no folder {path}, which {name!r} stands for"
-            raise LibraryError(found, "it there", f"run {self._mend()}, or add it again")
+            problem = f"no folder {path}, which {name!r} stands for"
+            raise LibraryError(problem, "it there", f"run {self._mend()}, or add it again")
         return path
 
     def pull(self, name: str, *, cache: Path | None = None) -> Path:
@@ -136,7 +136,9 @@ class Library:
         """
         source = self.get(name)
         target = (cache or cache_dir() / "adapters") / "library" / source.name
-        return kept(target, str(source), lambda folder: copy_files(source, folder), source.name)
+        return keep_folder(
+            target, str(source), lambda folder: copy_files(source, folder), source.name
+        )
 
     def list(self, *, tag: str | None = None, base: str | None = None) -> tuple[Entry, ...]:
         """All entries by name, or those with a tag, or those for a base (as ``Entry.base`` calls
@@ -166,8 +168,10 @@ class Library:
         entry = _entry(path, name, key, tags)  # reads and verifies
         with self._change(create=True) as names:
             if name in names and not overwrite:
-                found = f"an adapter {name!r} in {self.folder}"
-                raise OutputExistsError(found, "a new name", "choose another, or allow overwriting")
+                problem = f"an adapter {name!r} in {self.folder}"
+                raise OutputExistsError(
+                    problem, "a new name", "choose another, or allow overwriting"
+                )
             self._store(path, key)
             if name in names:
                 self._retire(names[name].object)
@@ -197,16 +201,18 @@ class Library:
         with self._change() as names:
             entry = self._need(names, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
-                found = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
-                raise LibraryError(found, "tags that it has", "check the spelling")
-            kept = tuple(tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove)
-            names[name] = replace(entry, tags=kept)
+                problem = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
+                raise LibraryError(problem, "tags that it has", "check the spelling")
+            remaining = tuple(
+                tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
+            )
+            names[name] = replace(entry, tags=remaining)
         return names[name]
 
     def gc(self, *, grace: float = GRACE) -> Collected:
         """Delete the objects that have had no name for ``grace`` seconds, and what killed writers
         left."""
-        with self._locked():
+        with self._lock():
             used = {
                 entry.object for entry in self._names().values()
             }  # a damaged index raises: nothing is deleted
@@ -237,16 +243,18 @@ class Library:
         not know are named "recovered-…" and tagged "recovered". The files of what is lost stay for
         the grace period from now.
         """
-        with self._locked():
-            names, whole = self._readable()
+        with self._lock():
+            names, complete = self._readable()
             intact = {path.name for path in self._objects() if has_content(path, path.name)}
-            kept = {name: entry for name, entry in names.items() if entry.object in intact}
-            lost, recovered = sorted(names.keys() - kept.keys()), {}
-            unknown = intact - {entry.object for entry in kept.values()}
-            for key in () if whole else sorted(unknown):
+            intact_entries = {
+                name: entry for name, entry in names.items() if entry.object in intact
+            }
+            lost, recovered = sorted(names.keys() - intact_entries.keys()), {}
+            unknown = intact - {entry.object for entry in intact_entries.values()}
+            for key in () if complete else sorted(unknown):
                 name = (
                     f"recovered-{key[:12]}"
-                    if f"recovered-{key[:12]}" not in kept
+                    if f"recovered-{key[:12]}" not in intact_entries
                     else f"recovered-{key}"
                 )
                 try:
@@ -255,16 +263,16 @@ class Library:
                     AdapterError
                 ):  # of a variant that this installation lacks, say: its files stay for the period
                     lost.append(key)
-            after = {**kept, **recovered}
+            after = {**intact_entries, **recovered}
             unnamed = (
                 {path.name for path in self._objects()}
-                if not whole
+                if not complete
                 else {names[name].object for name in lost}
             )
             for key in unnamed - {entry.object for entry in after.values()}:
                 self._retire(key)  # somebody may want the files of what is lost
             self._write(after)
-        return Rebuilt(tuple(sorted(kept)), tuple(recovered), tuple(lost))
+        return Rebuilt(tuple(sorted(intact_entries)), tuple(recovered), tuple(lost))
 
     def _object(self, key: str) -> Path:
         return self.folder / OBJECTS / key
@@ -285,8 +293,8 @@ class Library:
         with new_folder(target, overwrite=True, replaces=[*FILES, EVERYTHING]) as folder:
             copy_files(path, folder)
             if not has_content(folder, key):
-                found = f"files in {path} that changed while they were copied"
-                raise AdapterError(found, "files at rest", "add it again when they are written")
+                problem = f"files in {path} that changed while they were copied"
+                raise AdapterError(problem, "files at rest", "add it again when they are written")
 
     def _retire(self, key: str) -> None:
         """Start the grace period of an object anew: a name of it is about to go."""
@@ -294,7 +302,7 @@ class Library:
             os.utime(self._object(key))
 
     @contextmanager
-    def _locked(self, *, create: bool = False) -> Iterator[None]:
+    def _lock(self, *, create: bool = False) -> Iterator[None]:
         """One writer at a time. Only ``create`` makes the folder: a mistyped one must not
         appear."""
         if not create and not (self.folder / OBJECTS).is_dir():
@@ -318,7 +326,7 @@ class Library:
     @contextmanager
     def _change(self, *, create: bool = False) -> Iterator[dict[str, Entry]]:
         """The names, to be changed in the block; written when it ends without an error."""
-        with self._locked(create=create):
+        with self._lock(create=create):
             names = self._names()
             if not (self.folder / INDEX).exists():
                 self._write(
@@ -345,11 +353,11 @@ class Library:
         try:
             return _parse(index)
         except _DAMAGED as error:
-            what = (
+            state = (
                 "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
             )
-            found, do = f"an index {index} that {what}", f"run {self._mend()}"
-            raise LibraryError(found, "the index of a library", do) from error
+            problem, do = f"an index {index} that {state}", f"run {self._mend()}"
+            raise LibraryError(problem, "the index of a library", do) from error
 
     def _readable(self) -> tuple[dict[str, Entry], bool]:
         """The names of the index (and True), or else those of its copy, or else none."""
@@ -360,9 +368,9 @@ class Library:
 
     def _need(self, names: dict[str, Entry], name: str) -> Entry:
         if name not in names:
-            found = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
+            problem = f"no adapter {name!r} in {self.folder}{nearest(name, names)}"
             expected = f"one of {listing(sorted(names))}" if names else "one that was added"
-            raise LibraryError(found, expected, "check the name, or add it")
+            raise LibraryError(problem, expected, "check the name, or add it")
         return names[name]
 
     def _mend(self) -> str:
@@ -424,14 +432,14 @@ def _size(path: Path) -> int:
 
 def default_folder() -> Path:
     """``$VENEER_LIBRARY``, or ``veneer/adapters`` in ``$XDG_DATA_HOME`` or ``~/.local/share``."""
-    data, place = (
+    data, setting = (
         os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share",
         os.environ.get("VENEER_LIBRARY"),
     )
-    if place and is_remote(place):
-        found = f"VENEER_LIBRARY is {place}, a remote place, of which vLLM's plug-in alone makes a library"
-        raise LibraryError(found, "a folder", "unset it here, or name a folder with --library")
-    return Path(place or Path(data) / "veneer" / "adapters").expanduser()
+    if setting and is_remote(setting):
+        problem = f"VENEER_LIBRARY is {setting}, a remote place, of which vLLM's plug-in alone makes a library"
+        raise LibraryError(problem, "a folder", "unset it here, or name a folder with --library")
+    return Path(setting or Path(data) / "veneer" / "adapters").expanduser()
 
 
 def resolve(adapter: str | Path, library: Library | None = None) -> Path:

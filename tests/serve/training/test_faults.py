@@ -27,6 +27,7 @@ from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.trainer import Trainer
+from veneer.serve.training.training import training_of
 from veneer.serve.training.wire import MESSAGES, read_pass
 from veneer.serve.training.worker import PASS, Worker
 
@@ -36,7 +37,7 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
 ):
     monkeypatch.setattr(worker_, "PAUSE", 0.01)
     service = open_service(base, None, train=str(tmp_path))
-    worker, store = service.training.worker, service.training.store
+    worker, store = training_of(service).worker, training_of(service).store
     with listening(service) as (url, _):
         runs = [Client(url).run(seed=number) for number in range(3)]
         data = [[datum(TEXT[number:][:8])] for number in range(3)]  # of one length: one batch
@@ -87,7 +88,7 @@ def test_a_run_that_cannot_come_back_can_be_unloaded(base, tmp_path, monkeypatch
         def broken(*args, **options):
             raise OSError("a state that cannot be read")
 
-        monkeypatch.setattr(service.training.worker.trainer, "load", broken)
+        monkeypatch.setattr(training_of(service).worker.trainer, "load", broken)
         with pytest.raises(Failed, match="cannot be read"):
             run.step()
         assert client.result(client.post("unload_model", model_id=run.id))["model_id"] == run.id
@@ -107,7 +108,7 @@ def ends_again_and_again(base, folder, monkeypatch, asked):
     )  # a process that is gone writes nothing
     while deaths < 9:
         service = open_service(base, None, train=str(folder))
-        worker = service.training.worker
+        worker = training_of(service).worker
         if not deaths:
             for run, data in asked.items():
                 worker.accept(
@@ -117,7 +118,7 @@ def ends_again_and_again(base, folder, monkeypatch, asked):
             while worker.queue.active():
                 worker.turn()
             return deaths, [
-                service.training.store.request(run.id, run.number)["answer"] for run in asked
+                training_of(service).store.request(run.id, run.number)["answer"] for run in asked
             ]
         except Death:
             deaths += 1
@@ -192,7 +193,7 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
 
     for number in range(6):
         service = open_service(base, None, train=str(tmp_path))
-        worker = service.training.worker
+        worker = training_of(service).worker
         if not number:
             worker.accept(
                 run.id, run.next(), PASS, run.body(texts(0), "cross_entropy").SerializeToString()
@@ -203,7 +204,7 @@ def test_a_server_that_is_closed_in_a_pass_does_not_give_it_up(base, tmp_path, m
             )
         while worker.queue.active() and not worker._closing:
             worker.turn()
-        answer = service.training.store.request(run.id, run.number)["answer"]
+        answer = training_of(service).store.request(run.id, run.number)["answer"]
         service.close()
     assert loss_of(answer) == pytest.approx(expected, rel=1e-6)
 
@@ -215,14 +216,14 @@ def test_a_copy_that_is_asked_for_again_is_the_same(base, tmp_path, monkeypatch)
         path = trained_run(client, 1).save("a")
         other = Client(url)
         asked = {"session_id": other.session, "model_seq_id": 0, "source_path": path}
-        real, failures = service.training.operations.copy, iter([1])
+        real, failures = training_of(service).operations.copy, iter([1])
 
         def full(source, target):
             real(source, target)
             if next(failures, None) is not None:
                 raise OSError("no space left on the device")
 
-        monkeypatch.setattr(service.training.operations, "copy", full)
+        monkeypatch.setattr(training_of(service).operations, "copy", full)
         assert other.send("copy_weights", **asked).status_code == 503
         copied = other.post("copy_weights", **asked)
         assert other.post("copy_weights", **asked) == copied  # as after a connection that broke
@@ -243,7 +244,7 @@ def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(
     """With more clients than adapters that are held, each pushes out another's between its call and
     its turn."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client)

@@ -15,6 +15,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 import veneer
 from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.training.training import training_of
 
 
 def adapter_at(path, **config):
@@ -87,7 +88,7 @@ def test_a_run_from_an_adapter_of_the_servers_folder(base, tmp_path, config):
         )
         optimizer.step()
         after = run.pass_([datum(TEXT)], backward=False).loss
-        trainer = service.training.worker.trainer
+        trainer = training_of(service).worker.trainer
         assert {
             parameter.dtype for own in trainer.runs.values() for parameter in own.parameters()
         } == {torch.float32}

@@ -19,6 +19,7 @@ from tests.support.training_client import Client, Failed, Run
 
 from veneer.errors import AdapterError
 from veneer.serve.training import training as training_
+from veneer.serve.training.training import training_of
 from veneer.serve.training.worker import PASS, Worker
 
 #: settings of a step that are allowed, and take a run out of all bounds at the second time
@@ -69,7 +70,7 @@ def test_a_run_that_diverges_is_told_and_holds_up_nobody(base, tmp_path):
         assert failed[1] == "user"
         assert "load a checkpoint" in failed[0]
         assert str(tmp_path) not in failed[0]
-        assert not service.training.worker.trainer.runs
+        assert not training_of(service).worker.trainer.runs
         other = Client(url).run(seed=1)
         assert other.pass_(texts(0)).loss == pytest.approx(Local(seed=1).pass_(texts(0)), rel=1e-4)
         for ask in (
@@ -79,10 +80,10 @@ def test_a_run_that_diverges_is_told_and_holds_up_nobody(base, tmp_path):
             diverged.sampler,
         ):
             assert failure_of(ask) == failed
-        assert [*service.training.worker.trainer.runs] == [
-            service.training.worker.lines[other.id].name
+        assert [*training_of(service).worker.trainer.runs] == [
+            training_of(service).worker.lines[other.id].name
         ]
-        bodies = [row["body"] for row in service.training.store.requests_after(diverged.id, -1)]
+        bodies = [row["body"] for row in training_of(service).store.requests_after(diverged.id, -1)]
         assert all(bodies[-8:])  # the journal is kept
     with opened(base, tmp_path, runs=1) as (url, _):
         diverged = continued(diverged, url)
@@ -120,7 +121,7 @@ def test_a_run_that_diverged_can_be_unloaded(base, tmp_path):
 )
 def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, monkeypatch, error):
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         run, local = Client(url).run(seed=1), Local(seed=1)
         run.pass_(texts(0)), run.step(0.02)
@@ -135,7 +136,7 @@ def test_a_state_that_cannot_be_written_now_costs_time_alone(base, tmp_path, mon
 
 def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         run = trained_run(Client(url))
         path = str(tmp_path / "runs" / "1")
@@ -156,7 +157,7 @@ def test_numbers_that_no_state_can_hold_are_their_runs_failure(base, tmp_path, m
 
 def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    worker, store = service.training.worker, service.training.store
+    worker, store = training_of(service).worker, training_of(service).store
     with listening(service) as (url, _):
         runs = [trained_run(Client(url), number) for number in range(3)]
         fail_saves(
@@ -169,7 +170,7 @@ def test_a_server_that_ends_writes_each_state_that_can_be_written(base, tmp_path
 
 def test_a_load_whose_state_cannot_be_written_holds_up_nobody(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         run, other = (trained_run(Client(url), number) for number in range(2))
         saved = run.save("a")
@@ -189,7 +190,7 @@ def test_a_run_of_an_older_journal_that_diverges_as_it_is_computed_again_is_told
 ):
     """A server that did not look at what a step made has acknowledged it."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    trainer = service.training.worker.trainer
+    trainer = training_of(service).worker.trainer
     with listening(service) as (url, _):
         run = Client(url).run()
         failed = diverge(run)
@@ -202,9 +203,9 @@ def test_a_run_of_an_older_journal_that_diverges_as_it_is_computed_again_is_told
     base_.close()
     assert not trainer.runs
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    steps, real = [], service.training.worker.trainer.step
+    steps, real = [], training_of(service).worker.trainer.step
     monkeypatch.setattr(
-        service.training.worker.trainer, "step", lambda *args: steps.append(args) or real(*args)
+        training_of(service).worker.trainer, "step", lambda *args: steps.append(args) or real(*args)
     )
     with listening(service) as (url, _):
         run = continued(run, url)
@@ -220,7 +221,7 @@ def test_a_folder_of_a_run_that_is_gone_is_that_runs_failure(base, tmp_path):
     with listening(service) as (url, _):
         run = trained_run(Client(url))
         other = trained_run(Client(url), 5)  # the first one is let go
-        shutil.rmtree(service.training.store.folder_of(run.id))
+        shutil.rmtree(training_of(service).store.folder_of(run.id))
         assert other.id not in failure_of(lambda: run.pass_(texts(0)))[0]
         other.step()
 
@@ -233,8 +234,8 @@ def test_an_adapter_that_cannot_be_read_any_more_is_not_the_failure_of_who_pushe
         clients = [Client(url) for _ in range(2)]
         sessions = [trained_run(client, 1).sampler() for client in clients]
         clients[0].sample(sessions[0], TEXT)
-        path = service.training.store.sampler(sessions[0])["path"]
-        shutil.rmtree(service.training.folder_of(path))
+        path = training_of(service).store.sampler(sessions[0])["path"]
+        shutil.rmtree(training_of(service).folder_of(path))
         assert clients[1].sample(sessions[1], TEXT).sequences[0].tokens
         assert path not in service.bank
 
@@ -243,7 +244,7 @@ def test_a_checkpoint_that_cannot_be_deleted_leaves_the_others_to_be_deleted(
     base, tmp_path, monkeypatch
 ):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         run = trained_run(Client(url), 1)
         for name in ("a", "b", "c"):
@@ -298,7 +299,7 @@ def test_what_needs_room_waits_while_all_runs_in_memory_are_computed(
     base, tmp_path, monkeypatch, kind
 ):
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    worker, started, go = service.training.worker, threading.Event(), threading.Event()
+    worker, started, go = training_of(service).worker, threading.Event(), threading.Event()
     with listening(service) as (url, _), ThreadPoolExecutor(1) as pool:
         client = Client(url)
         run, local = trained_run(client), Local(seed=3)
@@ -358,7 +359,7 @@ def test_a_run_that_goes_on_and_on_keeps_no_other_from_its_place(base, tmp_path,
             run.pass_(texts(1))
     monkeypatch.setattr(Worker, "start", lambda worker: None)  # its turns are made here
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    worker = service.training.worker
+    worker = training_of(service).worker
     try:
         endless, other = runs
         promises = [endless.next() for _ in range(8)]

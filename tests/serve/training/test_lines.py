@@ -13,12 +13,13 @@ from tests.support.service import open_service
 from tests.support.training_client import Client
 
 from veneer.serve.training.lines import Promise
+from veneer.serve.training.training import training_of
 from veneer.serve.training.worker import PASS
 
 
 def test_a_run_at_rest_has_no_line(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path), runs=2)
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         client = Client(url)
         runs = [client.run(number) for number in range(5)]
@@ -41,7 +42,7 @@ def test_a_run_at_rest_has_no_line(base, tmp_path):
 
 def test_a_request_whose_turn_does_not_come_costs_no_turn_anything(base, tmp_path):
     with opened(base, tmp_path) as (url, server):
-        worker = server.config.app.state.service.training.worker
+        worker = training_of(server.config.app.state.service).worker
         client = Client(url)
         run = client.run()
         body = run.body(texts(0), "cross_entropy")
@@ -56,7 +57,7 @@ def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
     base, tmp_path, monkeypatch
 ):
     service = open_service(base, None, train=str(tmp_path))
-    worker, store = service.training.worker, service.training.store
+    worker, store = training_of(service).worker, training_of(service).store
     with listening(service) as (url, _):
         run = trained_run(Client(url), 1)
         real = store.add_request

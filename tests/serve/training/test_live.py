@@ -18,6 +18,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import curve as curve_
 from veneer.serve.training.curve import Curve, Rate
 from veneer.serve.training.losses import Datum
+from veneer.serve.training.training import training_of
 
 
 def stepped(curve, losses):
@@ -137,7 +138,7 @@ def test_a_kill_loses_no_point(base, tmp_path):
     """Of a run with a state in between, of one that was never written, and of one with a gradient
     that waits."""
     service = open_service(base, None, train=str(tmp_path))
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         client = Client(url)
         runs = [client.run(number, seed=number) for number in range(3)]
@@ -268,9 +269,9 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
         own, other = Client(url, "tml-vnr-a"), Client(url, "tml-vnr-b")
         run, theirs = own.run(), other.run()
         together = SimpleNamespace(
-            runs=(run.id, theirs.id, "gone"), ended=service.training.worker._last
+            runs=(run.id, theirs.id, "gone"), ended=training_of(service).worker._last
         )
-        service.training.worker.batch = together
+        training_of(service).worker.batch = together
         found = seen(url, "tml-vnr-a")
         assert [one["id"] for one in found["runs"]] == [run.id]
         assert [one["id"] for one in found["batch"]["runs"]] == [run.id]
@@ -281,11 +282,11 @@ def test_a_key_sees_its_own_and_pays_for_samples(base, tmp_path):
         assert completed(url, now, "vnr-a").status_code == 404
         for stream in (False, True):
             assert completed(url, now, "vnr-b", stream=stream).status_code == 200
-        service.training.disk.submit(lambda: None).result()
-        assert service.training.store.tokens_of("b") == 2 * (len(TEXT) + 6)
+        training_of(service).disk.submit(lambda: None).result()
+        assert training_of(service).store.tokens_of("b") == 2 * (len(TEXT) + 6)
         assert completed(url, now, "vnr-b", n=4).status_code == 403  # more than what is left
         assert completed(url, now, "vnr-b").status_code == 200
-        service.training.disk.submit(lambda: None).result()
+        training_of(service).disk.submit(lambda: None).result()
         refused = completed(url, now, "vnr-b")
         assert refused.status_code == 403
         assert "tokens of key 'b'" in refused.json()["error"]["message"]

@@ -20,6 +20,7 @@ from tests.support.training_client import Client
 from veneer.attach import state as state_
 from veneer.serve import training
 from veneer.serve.requests import Request, Sampling
+from veneer.serve.training.training import training_of
 
 #: the locks of a server in their order, as the page has them
 ORDER = re.findall(r"^    \d+ +([\w.]+)", training.__doc__ or "", re.MULTILINE)
@@ -156,7 +157,7 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         with ThreadPoolExecutor(3) as pool:
             driven = [pool.submit(drive, number) for number in range(3)]
             while wait(driven, timeout=0.05).not_done:
-                service.training.sweep()
+                training_of(service).sweep()
             for one in driven:
                 one.result()
         service.bank.capacity = None
@@ -186,19 +187,19 @@ def test_what_a_prompt_is_worth_and_a_sample_do_not_wait_for_each_other(
     before its turn."""
     monkeypatch.setattr("veneer.bank.bank.PATIENCE", 20.0)
     service = open_service(base, None, train=str(tmp_path))
-    engine, bank, worker = service.engine, service.bank, service.training.worker
+    engine, bank, worker = service.engine, service.bank, training_of(service).worker
     with listening(service) as (url, _):
         client = Client(url)
         sessions = [trained_run(client, 1).sampler()]
         run = client.run(1)
         run.pass_(texts(0)), run.step()
         sessions.append(run.sampler(1))
-        paths = [service.training.store.sampler(session)["path"] for session in sessions]
+        paths = [training_of(service).store.sampler(session)["path"] for session in sessions]
         expected = client.sample(
             sessions[0], TEXT, number=5, prompt_logprobs=True, params={"max_tokens": 1}
         ).prompt
         bank.capacity = int(1.5 * max(status.bytes for status in bank.status()))
-        bank.register(paths[1], service.training.folder_of(paths[1]), replace=True)
+        bank.register(paths[1], training_of(service).folder_of(paths[1]), replace=True)
         bank.prefetch(paths[0]).result(timeout=20)
         pieces, real, began = [], worker.do, threading.Event()
         request = Request(
@@ -236,7 +237,7 @@ def test_publishing_does_not_wait_for_memory_that_samples_use(base, tmp_path, mo
         client = Client(url)
         run = trained_run(client, 1)
         first = run.sampler(0)
-        path = service.training.store.sampler(first)["path"]
+        path = training_of(service).store.sampler(first)["path"]
         bank.capacity = int(1.5 * max(status.bytes for status in bank.status()))
         lease = bank.acquire({path: 1.0}).result(timeout=20)
         blocked = bank._loading.acquire(timeout=5)  # as while a load waits for memory

@@ -14,6 +14,8 @@ from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.training_client import Client, Run
 
+from veneer.serve.training.training import training_of
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 RUNS, RESIDENT, EARLY = 1000, 50, 200
@@ -39,7 +41,7 @@ def step(run: Run, number: int) -> tuple[float, float]:
 
 def test_a_thousand_runs_of_which_fifty_are_in_memory(base, tmp_path, capsys):
     service = open_service(base, None, train=str(tmp_path), runs=RESIDENT)
-    held = service.training.worker.trainer.runs
+    held = training_of(service).worker.trainer.runs
     with listening(service) as (url, _):
         client, runs, early = Client(url), [], 0
         for number in range(RUNS):

@@ -14,6 +14,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
+from veneer.serve.training.training import training_of
 
 BEARER = {"authorization": "Bearer vnr-a"}
 
@@ -96,7 +97,7 @@ def test_no_pass_goes_past_the_tokens_of_its_key(base, tmp_path):
 
 def test_no_more_runs_begin_at_once_than_a_key_may_have(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path), keys=limited(runs=2))
-    disk = service.training.disk
+    disk = training_of(service).disk
     with listening(service) as (url, _):
         client = Client(url, "tml-vnr-a")
 
@@ -150,7 +151,7 @@ def test_samples_that_begin_at_once_stay_within_the_tokens_of_a_day(base, tmp_pa
         refused = next(one for one in answers if one.status_code != 200)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota")
         assert "tokens of key 'a' and 12 more" in refused.json()["error"]["message"]
-        until(lambda: service.training.store.tokens_of("a") == 48)
+        until(lambda: training_of(service).store.tokens_of("a") == 48)
         assert call(1).status_code == 403
 
 
@@ -158,7 +159,7 @@ def test_samples_that_begin_at_once_stay_within_the_tokens_of_a_day(base, tmp_pa
 def test_tokens_that_were_not_drawn_are_given_back(base, tmp_path, route):
     service = open_service(base, None, train=str(tmp_path), keys=limited(tokens=1000))
     with listening(service) as (url, _):
-        client, store = Client(url, "tml-vnr-a"), service.training.store
+        client, store = Client(url, "tml-vnr-a"), training_of(service).store
         path = client.run().save("x")
         first = (
             client.sample(None, TEXT[:4], params={"max_tokens": 1, "stop": []})

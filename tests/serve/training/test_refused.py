@@ -16,6 +16,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
 from veneer.serve.training import training as training_
+from veneer.serve.training.training import training_of
 
 STEP, SAVE = "optim_step", "save_weights"
 #: (route, body, words of the refusal); a text is sent as it is
@@ -86,7 +87,7 @@ def test_what_has_no_number_of_the_keys_own_run_is_refused_as_it_is(base, tmp_pa
 
 def test_a_number_that_does_not_come_is_answered_and_the_run_goes_on(base, tmp_path, monkeypatch):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run, local = client.run(), Local()
@@ -140,7 +141,7 @@ def failed_passes(run, *promises):
 def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
     bad = [datum(TEXT), {"tokens": [1, 999], "target_tokens": [1, 2]}]
     service = open_service(base, None, train=str(tmp_path))
-    worker = service.training.worker
+    worker = training_of(service).worker
     with listening(service) as (url, _):
         client = Client(url)
         run, held = client.run(), threading.Event()

@@ -19,6 +19,7 @@ from tests.support.training_client import Client, Run, datum
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training.curve import Batch
+from veneer.serve.training.training import training_of
 
 expect = sync_api.expect
 expect.set_options(timeout=4_000)
@@ -43,7 +44,7 @@ def it(base, tmp_path_factory):
                 run.pass_(texts(step))
                 run.step(0.3)
         yield SimpleNamespace(
-            url=url, service=service, training=service.training, client=client, runs=runs
+            url=url, service=service, training=training_of(service), client=client, runs=runs
         )
     files.FILES["page.js"] = script
 
@@ -271,7 +272,7 @@ def test_each_key_sees_its_own(show, base, tmp_path):
                 expect(page.get_by_text(f'tinker.ServiceClient(base_url="{url}")')).to_be_visible()
                 break
             expect(page.locator(".run > .name")).to_have_text([f"of-{key}"])
-        service.training.worker.batch = Batch(
+        training_of(service).worker.batch = Batch(
             tuple(run.id for run in runs.values()), time.monotonic()
         )
         page.reload()

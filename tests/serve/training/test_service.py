@@ -28,6 +28,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import Store
+from veneer.serve.training.training import training_of
 
 TEXT = [40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 150, 161]
 
@@ -658,7 +659,7 @@ def opened(base, folder, **options):
 
 def crash(service):
     """What a kill leaves: nothing is written any more."""
-    service.training.worker._write_state = lambda line: None
+    training_of(service).worker._write_state = lambda line: None
 
 
 def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkeypatch):
@@ -672,8 +673,10 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
             losses.append(run.pass_(texts(step)).loss)
             run.step(0.02)
             if step == 1:
-                service.training.worker.do(
-                    lambda: service.training.worker.state(service.training.worker.lines[run.id])
+                training_of(service).worker.do(
+                    lambda: training_of(service).worker.state(
+                        training_of(service).worker.lines[run.id]
+                    )
                 ).result()
                 session = run.sampler()
         sampled = client.sample(session, TEXT).sequences[0].tokens
@@ -721,7 +724,7 @@ def test_a_run_that_could_not_come_back_is_not_there_in_part(base, tmp_path, mon
     """What failed while its requests were computed again fails the one that needed it; the next
     begins anew."""
     service = open_service(base, None, train=str(tmp_path), runs=1)
-    trainer = service.training.worker.trainer
+    trainer = training_of(service).worker.trainer
     with listening(service) as (url, _):
         client = Client(url)
         one, other, local = client.run(0, seed=1), client.run(1, seed=2), Local(seed=1)
@@ -752,7 +755,7 @@ def test_a_run_that_could_not_come_back_is_not_there_in_part(base, tmp_path, mon
 
 def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, caplog):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         client.run(seed=1).pass_(texts(0))
@@ -770,7 +773,7 @@ def test_a_disk_that_fails_for_a_while_loses_nothing(base, tmp_path, monkeypatch
     """A step that was taken and could not be written down is taken once."""
     monkeypatch.setattr(worker_, "PAUSE", 0.01)
     service = open_service(base, None, train=str(tmp_path))
-    store, local = service.training.store, Local(seed=1)
+    store, local = training_of(service).store, Local(seed=1)
     with listening(service) as (url, _):
         run = Client(url).run(seed=1)
         for step in range(3):
@@ -812,7 +815,7 @@ def test_a_run_has_so_many_waiting(client, monkeypatch):
 
 def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
     service = open_service(base, None, train=str(tmp_path))
-    training = service.training
+    training = training_of(service)
     with listening(service) as (url, _):
         client = Client(url)
         run = trained_run(client)

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from veneer.errors import ConfigError
-from veneer.serve.training.store import INDEX, Store
+from veneer.errors import ConfigError, SelectionError
+from veneer.serve.training.checkpoint_source import CheckpointSource, current_run
+from veneer.serve.training.store import INDEX, Place, Store
+from veneer.serve.training.trainer import ADAPTER
 
 
 @pytest.fixture
@@ -52,6 +54,22 @@ def test_a_read_waits_for_no_writer(store):
             go.set()
         writing.result()
     assert store.request(run, 0)["done"] == 1  # what a call has written, the next one reads
+
+
+def test_checkpoints_are_a_source_of_adapters_by_name(store):
+    """One that is called "now" is not taken for its run as it is at that moment."""
+    run = store.new_run("s:train:0", store.new_session("", None, None), "", {}, 0, None)
+    place = Place(run["id"], "weights", "now")
+    source = CheckpointSource(store)
+    with pytest.raises(SelectionError, match="a checkpoint that is there"):
+        source.resolve(place.path)
+    store.add_checkpoint(place, "", run["config"])
+    folder = store.folder_of(run["id"])
+    assert source.resolve(place.path).path == folder / "weights" / "now" / ADAPTER
+    assert source.list() == {place.path: source.resolve(place.path)}
+    assert source.resolve(f"tinker://{run['id']}/now").path == folder / "now" / ADAPTER
+    assert current_run(f"tinker://{run['id']}/now") == run["id"]
+    assert current_run(place.path) is None
 
 
 def test_threads_that_read_at_once_each_have_a_connection(store):

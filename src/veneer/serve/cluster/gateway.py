@@ -1,4 +1,4 @@
-"""What stands before the replicas: it reads a request, finds a replica for it, and passes its
+"""The gateway before the replicas: it reads a request, finds a replica for it, and passes its
 answer on.
 
 A request whose replica dies is sent to another one, as long as no byte of its answer has been
@@ -52,7 +52,7 @@ class Gateway:
     replica and gives its ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they
     raise when a replica has died."""
 
-    draining = False  # `Guard` asks
+    draining, extensions = False, ()  # for ``Guard``
 
     def __init__(
         self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
@@ -70,10 +70,10 @@ class Gateway:
             await _lifespan(receive, send)
             return
         body = (await receive())["body"]
-        asked = request_of(scope)
+        message = request_of(scope)
         try:
             if scope["path"] == "/metrics":
-                await self._metrics(asked, body, send)
+                await self._metrics(message, body, send)
                 return
             adapter = OPERATOR
             if body:
@@ -83,15 +83,15 @@ class Gateway:
                     if large
                     else adapter_of(body, self.base)
                 )
-            await relay(lambda: self._ask(adapter, asked, body), send, self._lost)
+            await relay(lambda: self._ask(adapter, message, body), send, self._lost)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
 
-    async def _metrics(self, asked: Message, body: bytes, send: Any) -> None:
+    async def _metrics(self, message: Message, body: bytes, send: Any) -> None:
         """The numbers of all replicas, each with its label; or what the first of them says that
         refuses."""
         try:
-            answers = await self._ask_all(asked, body)
+            answers = await self._ask_all(message, body)
         except self._lost as error:
             raise no_replica() from error
         if not answers:
@@ -167,8 +167,8 @@ def broken_off() -> bytes:
 
 
 def request_of(scope: Message) -> Message:
-    """What of an ASGI scope goes to another process."""
-    kept = (
+    """The fields of an ASGI scope that go to another process."""
+    fields = (
         "type",
         "asgi",
         "http_version",
@@ -179,7 +179,7 @@ def request_of(scope: Message) -> Message:
         "query_string",
         "root_path",
     )
-    request = {name: scope[name] for name in kept if name in scope}
+    request = {name: scope[name] for name in fields if name in scope}
     return {**request, "headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
 
 

@@ -52,8 +52,10 @@ class AdapterRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        known = self.replica_queue_len_cache
-        running = {name: known.get(replica.replica_id) or 0 for name, replica in named.items()}
+        queue_lengths = self.replica_queue_len_cache
+        running = {
+            name: queue_lengths.get(replica.replica_id) or 0 for name, replica in named.items()
+        }
         adapter = ""
         if pending_request is not None:
             adapter = pending_request.metadata.multiplexed_model_id
@@ -99,7 +101,7 @@ class Replica:
 
 
 class Gateway:
-    """What Ray's proxy hands requests to."""
+    """The deployment that Ray's proxy hands requests to."""
 
     def __init__(
         self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None
@@ -131,20 +133,20 @@ class Gateway:
 
 
 def application_of(args: Mapping[str, Any]) -> serve.Application:
-    """What ``veneer.serve.cluster.app`` says."""
-    given = dict(args)
-    replicas, grace = str(given.pop("replicas", 1)), float(given.pop("grace", 30.0))
-    keys, open_to_all = given.pop("keys", None), bool(given.pop("allow_open", False))
-    known = {field.name for field in fields(Settings)}
-    if unknown := sorted(given.keys() - known):
-        expected = listing(sorted(known | {"replicas", "grace", "keys", "allow_open"}))
+    """The application of ``veneer.serve.cluster.app``."""
+    options = dict(args)
+    replicas, grace = str(options.pop("replicas", 1)), float(options.pop("grace", 30.0))
+    keys, open_to_all = options.pop("keys", None), bool(options.pop("allow_open", False))
+    field_names = {field.name for field in fields(Settings)}
+    if unknown := sorted(options.keys() - field_names):
+        expected = listing(sorted(field_names | {"replicas", "grace", "keys", "allow_open"}))
         raise ConfigError(
             f"the argument {listing(unknown)}", f"some of {expected}", "check the spelling"
         )
-    if not given.get("base"):
+    if not options.get("base"):
         raise ConfigError("no base", "one", "give args: {base: …}")
     hosts = None if keys is not None or open_to_all else LOOPBACK
-    return application(settings_of(**given), keys, hosts, replicas, grace)
+    return application(settings_of(**options), keys, hosts, replicas, grace)
 
 
 def application(
@@ -171,8 +173,8 @@ def application(
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
-    """What Ray calls so many replicas: "3", or "1-8", of which there are as many as keep their rows
-    busy."""
+    """A number of replicas in Ray's words: "3", or "1-8", of which there are as many as keep their
+    rows busy."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
@@ -197,8 +199,8 @@ def run(
     most = scale(replicas, settings.rows)  # told before Ray is started
     most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
     ours = "RAY_ADDRESS" not in os.environ
-    own: dict[str, Any] = {"include_dashboard": False} if ours else {}
-    ray.init(**own, log_to_driver=True, logging_level=logging.WARNING)
+    ray_options: dict[str, Any] = {"include_dashboard": False} if ours else {}
+    ray.init(**ray_options, log_to_driver=True, logging_level=logging.WARNING)
     try:
         actor = share(ray.cluster_resources(), most, settings.device)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: the one that has its adapter in memory, unless that one has no
+"""Chooses the replica of a request: the one that has its adapter in memory, unless that one has no
 row left.
 
 Each pair of an adapter and a replica has a number, a hash; the replica with an adapter's largest

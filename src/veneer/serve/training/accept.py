@@ -26,7 +26,7 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Route, beside_loop
 from veneer.serve.training.quotas import over_quota
-from veneer.serve.training.training import Training
+from veneer.serve.training.training import Training, training_of
 from veneer.serve.training.wire import PassHeader
 from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 
@@ -36,9 +36,9 @@ SAVES = ("save", "external", "sampler")
 FINAL = (400, 403, 404, 409, 413, 415, 422)
 
 
-def no_such(what: str, id: str) -> Refusal:
+def no_such(kind: str, id: str) -> Refusal:
     """One answer to what is not there and to what is another key's."""
-    message = sentence(f"{what} {id[:200]!r}", "one of yours that is there", "list yours")
+    message = sentence(f"{kind} {id[:200]!r}", "one of yours that is there", "list yours")
     return Refusal(404, message, code="not_found")
 
 
@@ -89,8 +89,8 @@ async def queue_request(
     row = run_of(training, key, run)
     training.seen(row["session"])
     if row["unloaded"] and training.worker.promise(run, -1 if seq is None else seq) is None:
-        found = f"the run {run}, which was unloaded or did not begin"
-        raise Refusal(410, found, "one that goes on", "create one, perhaps from a checkpoint")
+        problem = f"the run {run}, which was unloaded or did not begin"
+        raise Refusal(410, problem, "one that goes on", "create one, perhaps from a checkpoint")
     if kind in SAVES and key.bytes is not None and not isinstance(body, bytes):
         body = {**body, "most_bytes": key.bytes}  # its size is known when it is written
     if header is None or not key.owner:
@@ -125,7 +125,7 @@ class NumberedRoute(Route):
         except (RequestValidationError, HTTPException, Refusal) as error:
             service, body = request.app.state.service, await request.body()
             refused, address = _refusal_of(error), await beside_loop(service, body, _read_address)
-            training: Training = request.app.state.service.training
+            training = training_of(request.app.state.service)
             key: Key | None = request.state.key
             if refused.status not in FINAL or address is None or key is None or not key.train:
                 raise

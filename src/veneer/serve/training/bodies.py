@@ -46,10 +46,10 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few(cls, data: Any) -> Any:
-        known = {
+        field_names = {
             name for field, info in cls.model_fields.items() for name in (field, *_aliases(info))
         }
-        return few_unknown(data, known) if isinstance(data, dict) else data
+        return few_unknown(data, field_names) if isinstance(data, dict) else data
 
 
 class Typed(Body):

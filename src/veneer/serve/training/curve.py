@@ -1,4 +1,4 @@
-"""What the losses of a run came to, step by step, in a bounded number of points.
+"""The losses of a run, step by step, in a bounded number of points.
 
     pass, pass, step  ──>  the loss a token of these passes  ──>  a point, or a part of one
 
@@ -58,7 +58,7 @@ class Curve:
             if len(points) == MOST:
                 pairs = zip(points[::2], points[1::2], strict=True)
                 points, self.every = (
-                    [(last, (one + other) / 2) for (_, one), (last, other) in pairs],
+                    [(last, (loss + next_loss) / 2) for (_, loss), (last, next_loss) in pairs],
                     2 * self.every,
                 )
             self.points = points
@@ -87,8 +87,8 @@ class Curve:
                 self.loaded()
 
     def write(self, folder: Path) -> None:
-        kept = {name: value for name, value in asdict(self).items() if name != "passes"}
-        write_whole(folder / FILE, json.dumps(kept))
+        fields = {name: value for name, value in asdict(self).items() if name != "passes"}
+        write_whole(folder / FILE, json.dumps(fields))
 
 
 def _weight(name: str, data: Sequence[Datum]) -> float:
@@ -113,12 +113,12 @@ def read_curve(store: Store, run: str, state: int) -> Curve:
     follows, or -1."""
     curve, file = Curve(), state_folder(store, run, state) / FILE
     if state >= 0 and file.is_file():  # a state of an earlier release has none
-        kept = json.loads(file.read_text("utf-8"))
-        points = [(step, loss) for step, loss in kept.pop("points")]
-        curve = Curve(**{**kept, "points": points, "begun": tuple(kept["begun"])})
-    for asked in store.requests_after(run, state):
-        if asked["done"] == 1:
-            curve.add(asked["kind"], asked["body"], asked["answer"])
+        fields = json.loads(file.read_text("utf-8"))
+        points = [(step, loss) for step, loss in fields.pop("points")]
+        curve = Curve(**{**fields, "points": points, "begun": tuple(fields["begun"])})
+    for request in store.requests_after(run, state):
+        if request["done"] == 1:
+            curve.add(request["kind"], request["body"], request["answer"])
     return curve
 
 

@@ -20,9 +20,9 @@ def read_recipients(texts: Sequence[str]) -> list[Any]:
     try:
         pyrage = _import_pyrage()
     except ModuleNotFoundError as error:
-        found = "age_encryption_recipients on a server without pyrage"
+        problem = "age_encryption_recipients on a server without pyrage"
         raise DataError(
-            found, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded"
+            problem, "it", "pip install 'veneer[tinker]', or encrypt what was downloaded"
         ) from error
     recipients = []
     for text in texts:

@@ -109,12 +109,12 @@ class Queue:
             line = self.line(run)
             number = max([line.next - 1, *line.waiting]) + 1 if seq is None else seq
             new = number >= line.next and number not in line.waiting
-            held = sum(len(one.body) for one in line.waiting.values())
+            held = sum(len(request.body) for request in line.waiting.values())
             full = number - line.next >= MOST_WAITING or (held and held + len(body) > MOST_BYTES)
             if new and number > line.next and full:
-                found = f"request {number} of a run whose next is {line.next}, with {held:,} bytes that wait"
+                problem = f"request {number} of a run whose next is {line.next}, with {held:,} bytes that wait"
                 expected = f"less than {MOST_WAITING} ahead, with {MOST_BYTES:,} bytes"
-                raise Busy(sentence(found, expected, "wait for those before it"), 1.0)
+                raise Busy(sentence(problem, expected, "wait for those before it"), 1.0)
         added = new and self.store.add_request(run, number, kind, body)
         with self.wake:
             line = self.line(run)  # which may have been dropped meanwhile
@@ -128,9 +128,9 @@ class Queue:
     def promise(self, run: str, seq: int) -> Promise | None:
         """The answer to a request; None for one that is not known, or long gone."""
         with self.wake:
-            found = self.promises.get((run, seq))
-        if found is not None:
-            return found
+            promise = self.promises.get((run, seq))
+        if promise is not None:
+            return promise
         row = self.store.request(run, seq)
         if row is None or not row["done"]:
             return None

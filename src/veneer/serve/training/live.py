@@ -1,4 +1,4 @@
-"""What the page at / shows of runs, and what it asks them: routes and numbers for people who look
+"""The runs on the page at /, and questions to them: routes and numbers for people who look
 on.
 
 GET  live                                  a key's runs: losses, tokens a second, who shares the batch, checkpoints
@@ -25,9 +25,10 @@ from veneer.serve.metrics import Metrics
 from veneer.serve.refusal import no_such_model
 from veneer.serve.service import Asker, Route
 from veneer.serve.training.accept import run_of, within
+from veneer.serve.training.checkpoint_source import NOW, current_run
 from veneer.serve.training.routes import On, checkpoint_of
 from veneer.serve.training.store import KINDS, Place
-from veneer.serve.training.training import NOW, Training
+from veneer.serve.training.training import Training
 from veneer.serve.training.worker import PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
@@ -44,11 +45,11 @@ def live(
     """The runs that were used last. Its size is bounded, however long they train."""
     rows = training.store.runs(key.owner)
     held = set(training.worker.trainer.runs)
-    found = {
+    content = {
         "base": training.base, "most_in_memory": training.resident, "total_count": len(rows),
         "batch": _batch(training, key), "runs": [_run(training, row, held) for row in rows[:limit]],
     }  # fmt: skip
-    return JSONResponse(found)  # written here: thousands of numbers are not the event loop's
+    return JSONResponse(content)  # written here: thousands of numbers are not the event loop's
 
 
 def _batch(training: Training, key: Key) -> dict[str, Any] | None:
@@ -56,15 +57,15 @@ def _batch(training: Training, key: Key) -> dict[str, Any] | None:
     batch = training.worker.batch
     if batch is None:
         return None
-    own = [
+    own_rows = [
         row
         for row in map(training.store.run, batch.runs)
         if row is not None and row["owner"] == key.owner
     ]
-    runs = [{"id": row["id"], "name": _name(training, row)} for row in own[:MOST_RUNS]]
+    runs = [{"id": row["id"], "name": _name(training, row)} for row in own_rows[:MOST_RUNS]]
     return {
         "runs": runs,
-        "others": len(batch.runs) - len(own),
+        "others": len(batch.runs) - len(own_rows),
         "seconds_ago": round(time.monotonic() - batch.ended, 1),
     }
 
@@ -84,24 +85,25 @@ def _run(training: Training, row: Any, held: set[str]) -> dict[str, Any]:
         "tokens_per_second": 0.0 if line is None else round(line.rate.at(time.monotonic()), 1),
         "in_memory": f"run{row['number']}" in held, "waiting": 0 if line is None else len(line.waiting),
         "unloaded": bool(row["unloaded"]), "failed": training.store.failure_of(row["id"]),
-        "checkpoints_count": len(rows), "checkpoints": [_checkpoint(one) for one in rows[:MOST_CHECKPOINTS]],
+        "checkpoints_count": len(rows),
+        "checkpoints": [_checkpoint(checkpoint) for checkpoint in rows[:MOST_CHECKPOINTS]],
     }  # fmt: skip
 
 
 def _checkpoint(row: Any) -> dict[str, Any]:
-    place = Place(row["run"], row["kind"], row["name"])
+    checkpoint = Place(row["run"], row["kind"], row["name"])
     return {
-        "path": place.path, "kind": KINDS[place.kind], "name": place.name, "bytes": row["bytes"],
+        "path": checkpoint.path, "kind": KINDS[checkpoint.kind], "name": checkpoint.name, "bytes": row["bytes"],
         "created": row["created"], "expires": row["expires"],
     }  # fmt: skip
 
 
 def _name(training: Training, row: Any) -> str:
-    """What a client calls its run or, with a number, its session; else the beginning of the
+    """A client's name of its run or, with a number, of its session; else the beginning of the
     session's id."""
-    own = (json.loads(row["metadata"] or "{}") or {}).get("name")
-    if own:
-        return str(own)[:MOST_WORDS]
+    name = (json.loads(row["metadata"] or "{}") or {}).get("name")
+    if name:
+        return str(name)[:MOST_WORDS]
     session = training.store.session(row["session"])
     title = session["title"] if session is not None and session["title"] else row["session"][:8]
     return f"{title[:MOST_WORDS]} · {row['id'].rpartition(':')[2]}"
@@ -121,8 +123,8 @@ async def requested_run(training: Training, key: Key, model: str) -> dict[str, f
     read, or it has no tokens left today."""
     if not key.train:
         raise no_such_model(model)
-    run, _, last = model.removeprefix("tinker://").rpartition("/")
-    if last == NOW and run:
+    run = current_run(model)
+    if run is not None:
         id = run_of(training, key, run)["id"]
         within(training, key, "tokens")
         published = training.worker.do(partial(publish, training, id), id)
@@ -167,7 +169,7 @@ def publish(training: Training, run: str) -> str:
 
 
 class _Numbers:
-    """What /metrics says of training, read when somebody asks."""
+    """The metrics of training, read when /metrics is."""
 
     def __init__(self, training: Training) -> None:
         self.training = training

@@ -1,4 +1,4 @@
-"""What requests of a run do besides passes and steps: begin, save, load, publish for samples, end.
+"""Requests of a run besides passes and steps: begin, save, load, publish for samples, end.
 
 The worker's thread calls them, each with the run's line and what was asked. What they return is the
 answer's JSON.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, DataError, SelectionError
+from veneer.errors import ConfigError, DataError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import over_quota
@@ -45,41 +45,41 @@ class Operations:
         }  # fmt: skip
         self.worker.operations.update(own)
 
-    def create(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+    def create(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
         row = self.store.run(line.run)
         assert row is not None
         self.worker.make_room()
         self.trainer.begin(line.name, LoraConfig.from_dict(json.loads(row["config"])), row["seed"])
         return {"model_id": line.run, "type": "create_model"}
 
-    def load(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        path, folder, config = self._source(given)
+    def load(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
+        path, folder, config = self._source(options)
         row = self.store.run(line.run)
         assert row is not None
         before = json.loads(row["config"])
         if line.next and config != before:
             expected = f"one of a run like this, of rank {before['rank']} and the same targets"
-            found = f"{path}, of rank {config['rank']}"
-            raise DataError(found, expected, "create a training client from that state")
+            problem = f"{path}, of rank {config['rank']}"
+            raise DataError(problem, expected, "create a training client from that state")
         if line.name not in self.trainer.runs:
             self.worker.make_room()
-        adapter = "" if "folder" in given else ADAPTER
-        self.trainer.load(line.name, folder, optimizer=given["optimizer"], adapter=adapter)
+        adapter = "" if "folder" in options else ADAPTER
+        self.trainer.load(line.name, folder, optimizer=options["optimizer"], adapter=adapter)
         self.store.configured(
             line.run, self.trainer.runs[line.name].config.to_dict() if not adapter else config
         )
         return {"path": path, "model_id": line.run, "type": "load_weights"}
 
-    def _source(self, given: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
+    def _source(self, options: Mapping[str, Any]) -> tuple[str, Path, dict[str, Any]]:
         """(path, folder, config) of what is loaded: a checkpoint, or an adapter of the server's
         folder or library. ``DataError``: it is not there, is encrypted, or lacks the optimiser that
         is asked for."""
-        path = given["path"]
-        if "folder" in given:
-            holds, folder, config = False, Path(given["folder"]), given["config"]
+        path = options["path"]
+        if "folder" in options:
+            holds, folder, config = False, Path(options["folder"]), options["config"]
         else:
-            place = place_of(path)
-            row = self.store.checkpoint(place)
+            checkpoint = place_of(path)
+            row = self.store.checkpoint(checkpoint)
             if row is None:
                 raise DataError(
                     f"{path}, which is not there",
@@ -87,8 +87,8 @@ class Operations:
                     "list the run's checkpoints",
                 )
             holds, folder, config = (
-                place.kind == "weights",
-                self.store.files_of(place),
+                checkpoint.kind == "weights",
+                self.store.files_of(checkpoint),
                 json.loads(row["config"]),
             )
             if any((folder / ADAPTER).glob(f"*{SUFFIX}")):
@@ -97,59 +97,63 @@ class Operations:
                     "weights that are not",
                     "load what they were saved from",
                 )
-        if given["optimizer"] and not holds:
-            found, do = (
+        if options["optimizer"] and not holds:
+            problem, do = (
                 f"{path}, which holds no optimizer",
                 "load the weights alone: create_training_client_from_state",
             )
-            raise DataError(found, "a checkpoint of save_state", do)
+            raise DataError(problem, "a checkpoint of save_state", do)
         return path, folder, config
 
-    def save(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        place = self._new(line, "weights", given)
-        if not self._is_saved(line, place):
+    def save(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
+        checkpoint = self._new(line, "weights", options)
+        if not self._is_saved(line, checkpoint):
             check, provenance = (
-                partial(self._check_bytes, line, place, given),
+                partial(self._check_bytes, line, checkpoint, options),
                 {"run": line.run, "request": line.next},
             )
-            self.trainer.save(line.name, self.store.files_of(place), self.base, provenance, check)
-            self._added(line, place, given)
-        return {"path": place.path, "type": "save_weights"}
+            self.trainer.save(
+                line.name, self.store.files_of(checkpoint), self.base, provenance, check
+            )
+            self._added(line, checkpoint, options)
+        return {"path": checkpoint.path, "type": "save_weights"}
 
-    def external(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        place = self._new(line, "external_weights", given)
-        if not self._is_saved(line, place):
-            self._publish(line, place, given)
-            self._added(line, place, given)
-        return {"path": place.path, "type": "save_weights_external"}
+    def external(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
+        checkpoint = self._new(line, "external_weights", options)
+        if not self._is_saved(line, checkpoint):
+            self._publish(line, checkpoint, options)
+            self._added(line, checkpoint, options)
+        return {"path": checkpoint.path, "type": "save_weights_external"}
 
-    def sampler(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
-        hidden = given.get("sampler")  # a sampling session of its own, whose weights have no name
+    def sampler(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
+        hidden = options.get("sampler")  # a sampling session of its own, whose weights have no name
         name = (
-            given["name"]
+            options["name"]
             if hidden is None
             else "inflight"
-            if given["kind"] == "inflight"
+            if options["kind"] == "inflight"
             else f"of-{line.next}"
         )
-        place = self._new(line, "sampler_weights", {**given, "name": name, "overwrite": True})
-        self._publish(line, place, given)
-        self.bank.put(place.path, self.store.files_of(place) / ADAPTER, line.name)
-        self._added(line, place, given, hidden=hidden is not None)
+        checkpoint = self._new(
+            line, "sampler_weights", {**options, "name": name, "overwrite": True}
+        )
+        self._publish(line, checkpoint, options)
+        self.bank.put(checkpoint.path, self.store.files_of(checkpoint) / ADAPTER, line.name)
+        self._added(line, checkpoint, options, hidden=hidden is not None)
         if hidden is None:
-            return {"path": place.path, "type": "save_weights_for_sampler"}
-        self.store.add_sampler(hidden, given["session"], line.owner, place.path)
+            return {"path": checkpoint.path, "type": "save_weights_for_sampler"}
+        self.store.add_sampler(hidden, options["session"], line.owner, checkpoint.path)
         return {"sampling_session_id": hidden, "type": "save_weights_for_sampler"}
 
-    def unload(self, line: Line, given: Mapping[str, Any]) -> dict[str, Any]:
+    def unload(self, line: Line, options: Mapping[str, Any]) -> dict[str, Any]:
         self.worker.let_go(line)
         self.store.unload(line.run)
         return {"model_id": line.run, "type": "unload_model"}
 
-    def _new(self, line: Line, kind: str, given: Mapping[str, Any]) -> Place:
+    def _new(self, line: Line, kind: str, options: Mapping[str, Any]) -> Place:
         """A place for a checkpoint. ``DataError``: a name that is none, or taken; a time to stay
         that is none."""
-        name, seconds = given.get("name") or f"step-{line.next}", given.get("ttl_seconds")
+        name, seconds = options.get("name") or f"step-{line.next}", options.get("ttl_seconds")
         if not NAME.fullmatch(name):
             expected = "1 to 128 letters, digits and '._-', beginning with a letter or digit"
             raise DataError(f"the name {name[:200]!r}", expected, "choose another")
@@ -157,58 +161,67 @@ class Operations:
             raise DataError(
                 f"ttl_seconds {seconds}", f"{LEAST_STAY} to {MOST_STAY}, or None", "change it"
             )
-        place = Place(line.run, kind, name)
-        there = self.store.checkpoint(place) is not None and not self._is_saved(line, place)
-        if there and not given.get("overwrite"):
+        checkpoint = Place(line.run, kind, name)
+        taken_before = self.store.checkpoint(checkpoint) is not None and not self._is_saved(
+            line, checkpoint
+        )
+        if taken_before and not options.get("overwrite"):
             raise DataError(
-                f"{place.path}, which exists", "a new name", "choose another, or say overwrite=True"
+                f"{checkpoint.path}, which exists",
+                "a new name",
+                "choose another, or say overwrite=True",
             )
-        return place
+        return checkpoint
 
-    def _is_saved(self, line: Line, place: Place) -> bool:
+    def _is_saved(self, line: Line, checkpoint: Place) -> bool:
         """Whether this very request saved it before: the server ended, or its disk was full, before
         the answer."""
-        row = self.store.checkpoint(place)
+        row = self.store.checkpoint(checkpoint)
         return row is not None and row["request"] == line.next
 
-    def _publish(self, line: Line, place: Place, given: Mapping[str, Any]) -> None:
+    def _publish(self, line: Line, checkpoint: Place, options: Mapping[str, Any]) -> None:
         provenance = {"run": line.run, "request": line.next}
-        recipients = read_recipients(given.get("age_encryption_recipients") or ())
+        recipients = read_recipients(options.get("age_encryption_recipients") or ())
         with new_folder(
-            self.store.files_of(place), overwrite=True, replaces=[EVERYTHING]
+            self.store.files_of(checkpoint), overwrite=True, replaces=[EVERYTHING]
         ) as folder:
             self.trainer.export(line.name, folder / ADAPTER, self.base, provenance)
             if recipients:
                 encrypt_files(folder / ADAPTER, recipients)
-            self._check_bytes(line, place, given, folder)
+            self._check_bytes(line, checkpoint, options, folder)
 
     def _check_bytes(
-        self, line: Line, place: Place, given: Mapping[str, Any], folder: Path
+        self, line: Line, checkpoint: Place, options: Mapping[str, Any], folder: Path
     ) -> None:
         """``DataError``: a checkpoint that is written to a folder is more than its key may have."""
-        limit, size = given.get("most_bytes"), folder_bytes(folder)
+        limit, size = options.get("most_bytes"), folder_bytes(folder)
         if (
-            problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=place)
+            problem := over_quota(self.store, line.owner, "bytes", limit, size, replaced=checkpoint)
         ) is not None:
             raise DataError(problem)
 
     def _added(
-        self, line: Line, place: Place, given: Mapping[str, Any], hidden: bool = False
+        self, line: Line, checkpoint: Place, options: Mapping[str, Any], hidden: bool = False
     ) -> None:
         row = self.store.run(line.run)
         assert row is not None
         self.store.add_checkpoint(
-            place, line.owner, row["config"], metadata=given.get("user_metadata"), seconds=given.get("ttl_seconds"),
-            hidden=hidden, request=line.next,
-        )  # fmt: skip
+            checkpoint,
+            line.owner,
+            row["config"],
+            metadata=options.get("user_metadata"),
+            seconds=options.get("ttl_seconds"),
+            hidden=hidden,
+            request=line.next,
+        )
 
     # as all changes of checkpoints, these are the worker's thread's
 
-    def delete(self, place: Place) -> None:
+    def delete(self, checkpoint: Place) -> None:
         """A checkpoint, and the samples that could be drawn from it."""
-        if place.path in self.bank:
-            self.bank.remove(place.path)
-        self.store.delete_checkpoint(place)
+        if checkpoint.path in self.bank:
+            self.bank.remove(checkpoint.path)
+        self.store.delete_checkpoint(checkpoint)
 
     def copy(self, source: Place, target: Place) -> None:
         """The files of a checkpoint under another run. No file of one is ever changed, so they are
@@ -231,13 +244,13 @@ def _link(source: str, target: str) -> None:
 def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool) -> LoraConfig:
     """What to attach. A head that shares the embedding's weight is not trained: it would change the
     embedding too. ``ConfigError``: nothing would be."""
-    layer, found = model.get_output_embeddings(), None
+    layer, head_path = model.get_output_embeddings(), None
     if head and layer is not None and layer.weight is not model.get_input_embeddings().weight:
-        found = next(name for name, module in model.named_modules() if module is layer)
+        head_path = next(name for name, module in model.named_modules() if module is layer)
     targets = [
         *(["attention"] if attention else ()),
         *(["mlp"] if mlp else ()),
-        *([found] if found else ()),
+        *([head_path] if head_path else ()),
     ]
     if not targets:
         do = "set train_attn or train_mlp; a head that is tied to the embedding is not trained"
@@ -248,14 +261,3 @@ def lora_config(model: Any, rank: int, *, attention: bool, mlp: bool, head: bool
 def tied(model: Any) -> bool:
     layer = model.get_output_embeddings()
     return layer is not None and layer.weight is model.get_input_embeddings().weight
-
-
-def register(bank: Any, store: Store, path: str) -> str:
-    """The bank's name for samples of a checkpoint, which is read if its numbers are not in memory.
-    ``SelectionError``: there is none."""
-    place = place_of(path)
-    if store.checkpoint(place) is None:
-        raise SelectionError(f"{path}", "a checkpoint that is there", "list the run's checkpoints")
-    if path not in bank:
-        bank.register(path, store.files_of(place) / ADAPTER)
-    return path

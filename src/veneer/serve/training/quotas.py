@@ -1,4 +1,4 @@
-"""What a key may use: adapters in training, bytes of checkpoints, tokens a day. What a request
+"""Quotas of a key: adapters in training, bytes of checkpoints, tokens a day. What a request
 takes is counted with it, so none goes past a limit: tokens when a pass is accepted, bytes before a
 checkpoint is published."""
 
@@ -32,5 +32,5 @@ def over_quota(
             used = store.tokens_of(owner)
     if used + amount <= limit:
         return None
-    found = f"{used:,} {resource} of key {owner!r} and {amount:,} more"
-    return sentence(found, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")
+    problem = f"{used:,} {resource} of key {owner!r} and {amount:,} more"
+    return sentence(problem, f"at most {limit:,}", f"{_ADVICE[resource]}, or ask for more")

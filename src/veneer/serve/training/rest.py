@@ -30,7 +30,7 @@ from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
 from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
 from veneer.serve.training.store import KINDS, Place
 from veneer.serve.training.trainer import ADAPTER
-from veneer.serve.training.training import FILES, Training
+from veneer.serve.training.training import FILES, Training, training_of
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 
@@ -53,20 +53,19 @@ def _metadata(text: str | None) -> dict[str, str] | None:
 
 
 def _checkpoint(row: Any) -> dict[str, Any]:
-    place = Place(row["run"], row["kind"], row["name"])
+    checkpoint = Place(row["run"], row["kind"], row["name"])
     return {
-        "checkpoint_id": f"{place.kind}/{place.name}", "checkpoint_type": KINDS[place.kind],
-        "time": _time(row["created"]), "tinker_path": place.path, "size_bytes": row["bytes"],
+        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}", "checkpoint_type": KINDS[checkpoint.kind],
+        "time": _time(row["created"]), "tinker_path": checkpoint.path, "size_bytes": row["bytes"],
         "public": bool(row["public"]), "user_metadata": _metadata(row["metadata"]), "expires_at": _time(row["expires"]),
     }  # fmt: skip
 
 
 def _run(training: Training, row: Any) -> dict[str, Any]:
-    found = [_checkpoint(one) for one in training.store.checkpoints(None, row["id"])]
-    last = {
-        kind: next((one for one in found if one["checkpoint_type"] == kind), None)
-        for kind in KINDS.values()
-    }
+    checkpoints = list(map(_checkpoint, training.store.checkpoints(None, row["id"])))
+    last: dict[str, Any] = dict.fromkeys(KINDS.values())
+    for checkpoint in reversed(checkpoints):  # the newest is the first
+        last[checkpoint["checkpoint_type"]] = checkpoint
     return {
         "training_run_id": row["id"], "base_model": training.base, "model_owner": row["owner"], "is_lora": True,
         "lora_rank": json.loads(row["config"])["rank"], "last_request_time": _time(row["used"]),
@@ -110,37 +109,37 @@ def checkpoints(training: On, key: Asker, limit: Limit = 100, offset: Offset = 0
 
 def _own(training: Training, key: Key, run: str, kind: str, name: str) -> tuple[Place, Any]:
     """A checkpoint that a key may change."""
-    place, row = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    checkpoint, row = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
     if not owned(key, row):
-        raise no_such("the checkpoint", place.path)
-    return place, row
+        raise no_such("the checkpoint", checkpoint.path)
+    return checkpoint, row
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}", status_code=204)
 async def delete_checkpoint(run: str, kind: str, name: str, training: On, key: Asker) -> None:
-    place, _ = _own(training, key, run, kind, name)
-    await training.changed(partial(training.operations.delete, place))
+    checkpoint, _ = _own(training, key, run, kind, name)
+    await training.changed(partial(training.operations.delete, checkpoint))
 
 
 @router.post("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
 def publish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
     """Let every key of this server read it."""
-    place, _ = _own(training, key, run, kind, name)
-    training.store.change_checkpoint(place, public=1)
+    checkpoint, _ = _own(training, key, run, kind, name)
+    training.store.change_checkpoint(checkpoint, public=1)
 
 
 @router.delete("/training_runs/{run}/checkpoints/{kind}/{name}/publish", status_code=204)
 def unpublish(run: str, kind: str, name: str, training: On, key: Asker) -> None:
-    place, _ = _own(training, key, run, kind, name)
-    training.store.change_checkpoint(place, public=0)
+    checkpoint, _ = _own(training, key, run, kind, name)
+    training.store.change_checkpoint(checkpoint, public=0)
 
 
 @router.put("/training_runs/{run}/checkpoints/{kind}/{name}/ttl", status_code=204)
 def set_ttl(run: str, kind: str, name: str, body: bodies.Ttl, training: On, key: Asker) -> None:
-    place, _ = _own(training, key, run, kind, name)
+    checkpoint, _ = _own(training, key, run, kind, name)
     _stay(body.ttl_seconds)
     expires = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
-    training.store.change_checkpoint(place, expires=expires)
+    training.store.change_checkpoint(checkpoint, expires=expires)
 
 
 def _stay(seconds: int | None) -> None:
@@ -155,8 +154,8 @@ def external_urls(
     run: str, kind: str, name: str, request: Request, training: On, key: Asker
 ) -> dict[str, Any]:
     """Addresses of the files of an adapter folder, in PEFT's layout."""
-    place, _ = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
-    folder = training.store.files_of(place) / ADAPTER
+    checkpoint, _ = checkpoint_of(training, key, f"tinker://{run}/{kind}/{name}")
+    folder = training.store.files_of(checkpoint) / ADAPTER
     token = training.address(folder)
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     top = f"{str(request.base_url).rstrip('/')}/api/v1/files/{token}"
@@ -169,15 +168,15 @@ def external_urls(
 @router.get("/files/{token}/{name:path}")
 def file(token: str, name: str, service: Serving) -> Response:
     """The address is the secret: it needs no key."""
-    found = service.training.file(token, name)
-    if found is None:
+    path = training_of(service).file(token, name)
+    if path is None:
         raise Refusal(
             404,
             "an address that is not known, or not any more",
             "one of the last hour",
             "ask for a new one",
         )
-    return FileResponse(found, media_type="application/octet-stream")
+    return FileResponse(path, media_type="application/octet-stream")
 
 
 @router.post("/weights_info")
@@ -208,7 +207,7 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
 
     def copy() -> str:
         source, row = checkpoint_of(training, key, body.source_path)
-        place, before = Place(run, source.kind, source.name), training.store.run(run)
+        checkpoint, before = Place(run, source.kind, source.name), training.store.run(run)
         if before is not None and not (
             training.store.copied(run) and before["config"] == row["config"]
         ):
@@ -218,16 +217,18 @@ async def copy_weights(body: bodies.CopyWeights, training: On, key: Asker) -> di
                 "a new one",
                 "choose another model_seq_id",
             )
-        if before is None or training.store.checkpoint(place) is None:
+        if before is None or training.store.checkpoint(checkpoint) is None:
             within(training, key, "bytes", row["bytes"])
         if training.store.run(run) is None:
             training.store.new_run(run, session, key.owner, json.loads(row["config"]), 0, None)
             training.store.unload(run)
-        elif training.store.checkpoint(place) is not None:  # it is asked for again
-            return place.path
-        training.operations.copy(source, place)
-        training.store.add_checkpoint(place, key.owner, row["config"], seconds=body.ttl_seconds)
-        return place.path
+        elif training.store.checkpoint(checkpoint) is not None:  # it is asked for again
+            return checkpoint.path
+        training.operations.copy(source, checkpoint)
+        training.store.add_checkpoint(
+            checkpoint, key.owner, row["config"], seconds=body.ttl_seconds
+        )
+        return checkpoint.path
 
     return {"tinker_path": await training.changed(copy)}
 
@@ -269,7 +270,10 @@ def search_sessions(body: bodies.SearchSessions, training: On, key: Asker) -> di
 
 def _session(training: Training, row: Any) -> dict[str, Any]:
     runs = training.store.runs(row["owner"], row["id"])
-    made = [one for run in runs for one in training.store.checkpoints(None, run["id"])]
+    checkpoints = [
+        checkpoint for run in runs for checkpoint in training.store.checkpoints(None, run["id"])
+    ]
+    size = sum(checkpoint["bytes"] for checkpoint in checkpoints)
     reason = (
         None
         if row["finished"] is None
@@ -277,8 +281,8 @@ def _session(training: Training, row: Any) -> dict[str, Any]:
     )
     return {
         "session_id": row["id"], "created_at": _time(row["created"]), "owner": row["owner"], "project_id": "",
-        "status": reason, "checkpoints_count": len(made), "display_name": row["title"],
-        "user_metadata": _metadata(row["metadata"]), "checkpoint_storage_bytes": sum(one["bytes"] for one in made),
+        "status": reason, "checkpoints_count": len(checkpoints), "display_name": row["title"],
+        "user_metadata": _metadata(row["metadata"]), "checkpoint_storage_bytes": size,
     }  # fmt: skip
 
 
@@ -286,8 +290,8 @@ def _session(training: Training, row: Any) -> dict[str, Any]:
 def session(session: str, training: On, key: Asker) -> dict[str, Any]:
     row = session_of(training, key, session)
     return {
-        "training_run_ids": [one["id"] for one in training.store.runs(key.owner, session)],
-        "sampler_ids": [one["id"] for one in training.store.samplers(session)],
+        "training_run_ids": [row["id"] for row in training.store.runs(key.owner, session)],
+        "sampler_ids": [row["id"] for row in training.store.samplers(session)],
         "user_metadata": _metadata(row["metadata"]), "display_name": row["title"],
     }  # fmt: skip
 
@@ -309,7 +313,7 @@ def sampler(sampler: str, training: On, key: Asker) -> dict[str, Any]:
 @router.get("/billing/usage/checkpoints/current")
 @router.post("/auth/token")
 def not_here(request: Request, key: Asker) -> None:
-    found = f"{request.method} {request.url.path[:200]}, of the hosted service"
+    problem = f"{request.method} {request.url.path[:200]}, of the hosted service"
     raise Refusal(
-        400, found, "what trains, samples and keeps checkpoints", "see docs/training-service.md"
+        400, problem, "what trains, samples and keeps checkpoints", "see docs/training-service.md"
     )

@@ -38,7 +38,7 @@ from veneer.serve.training.accept import (
 )
 from veneer.serve.training.operations import lora_config
 from veneer.serve.training.store import Place, place_of
-from veneer.serve.training.training import Training
+from veneer.serve.training.training import Training, training_of
 from veneer.serve.training.wire import read_header
 from veneer.serve.training.worker import PASS, Answer
 
@@ -65,7 +65,7 @@ async def _training(service: Serving, key: Asker) -> Training:
             f"key {key.name!r}, which may not train", "one with train = true", "ask for another"
         )
         raise Refusal(403, message, code="training_only")
-    return service.training
+    return training_of(service)
 
 
 On = Annotated[Training, Depends(_training)]
@@ -81,13 +81,17 @@ def session_of(training: Training, key: Key, id: str) -> Any:
 def checkpoint_of(training: Training, key: Key, path: str) -> tuple[Place, Any]:
     """A checkpoint that a key may read: its own, or a published one."""
     try:
-        place = place_of(path)
+        checkpoint = place_of(path)
     except DataError as error:
         raise Refusal(400, str(error)) from error
-    row = None if training.store.run(place.run) is None else training.store.checkpoint(place)
+    row = (
+        None
+        if training.store.run(checkpoint.run) is None
+        else training.store.checkpoint(checkpoint)
+    )
     if row is None or not (row["public"] or owned(key, row)):
         raise no_such("the checkpoint", path)
-    return place, row
+    return checkpoint, row
 
 
 def _active(training: Training, key: Key, id: str) -> Any:
@@ -105,10 +109,10 @@ def _active(training: Training, key: Key, id: str) -> Any:
 
 def _of_base(training: Training, name: str | None) -> None:
     if name is not None and name != training.base:
-        found = f"the base model {name[:200]!r}"
+        problem = f"the base model {name[:200]!r}"
         raise Refusal(
             400,
-            found,
+            problem,
             f"{training.base!r}, which this server has",
             "name that one",
             param="base_model",
@@ -139,7 +143,7 @@ async def dynamic_config(body: bodies.ClientConfig, training: On, key: Asker) ->
 
 @router.post("/telemetry")
 async def telemetry(key: Asker) -> dict[str, str]:
-    """What clients tell of themselves is not kept."""
+    """Telemetry of clients is not stored."""
     return {"status": "accepted"}
 
 
@@ -157,19 +161,19 @@ async def capabilities(training: On, key: Asker) -> dict[str, Any]:
 
 @router.post("/create_session")
 async def create_session(body: bodies.CreateSession, training: On, key: Asker) -> dict[str, Any]:
-    made = await training.written(
+    session = await training.written(
         training.store.new_session, key.owner, body.user_metadata, body.display_name
     )
-    training.seen(made)
-    answer = {"type": "create_session", "session_id": made}
-    said = []
+    training.seen(session)
+    answer = {"type": "create_session", "session_id": session}
+    warnings = []
     if training.tied:
-        said.append(
+        warnings.append(
             "The base ties its output head to its embedding: train_unembed trains nothing here."
         )
     if body.project_id is not None:
-        said.append("There are no projects here: project_id is not kept.")
-    return {**answer, "warning_message": " ".join(said)} if said else answer
+        warnings.append("There are no projects here: project_id is not kept.")
+    return {**answer, "warning_message": " ".join(warnings)} if warnings else answer
 
 
 @router.post("/session_heartbeat")
@@ -214,10 +218,10 @@ async def create_model(body: bodies.CreateModel, training: On, key: Asker) -> An
     _active(training, key, body.session_id)
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
-    asked = body.lora_config or bodies.Lora(rank=32)
-    parts = {"attention": asked.train_attn, "mlp": asked.train_mlp, "head": asked.train_unembed}
-    config = lora_config(training.model, asked.rank, **parts).to_dict()
-    seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**63
+    lora = body.lora_config or bodies.Lora(rank=32)
+    layer_kinds = {"attention": lora.train_attn, "mlp": lora.train_mlp, "head": lora.train_unembed}
+    config = lora_config(training.model, lora.rank, **layer_kinds).to_dict()
+    seed = secrets.randbits(62) if lora.seed is None else lora.seed % 2**63
     run = await training.written(
         _new_run,
         training,
@@ -247,23 +251,25 @@ async def load_weights(body: bodies.Load, training: On, service: Serving, key: A
     """From a checkpoint, or from an adapter of the server's folder or library, by its name."""
     _of_base(training, body.base_model)
     _adam(body.optimizer_config)
-    given: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
+    options: dict[str, Any] = {"path": body.path, "optimizer": body.optimizer}
     if not body.path.startswith("tinker://"):
-        given |= await _adapter(service, key, body.path)
+        options |= await _adapter(service, key, body.path)
     if body.session_id is None or body.model_seq_id is None:
         if body.model_id is None:
             raise Refusal(
                 400, "no run to load into", "model_id, or session_id and model_seq_id", "name one"
             )
-        if "folder" not in given:
+        if "folder" not in options:
             checkpoint_of(training, key, body.path)
-        return await queue_request(training, key, body.model_id, body.seq_id, "load", given)
+        return await queue_request(training, key, body.model_id, body.seq_id, "load", options)
     _active(training, key, body.session_id)
-    config = given.get("config") or json.loads(checkpoint_of(training, key, body.path)[1]["config"])
+    config = options.get("config") or json.loads(
+        checkpoint_of(training, key, body.path)[1]["config"]
+    )
     run = await training.written(
         _new_run, training, key, body.session_id, body.model_seq_id, config, 0, body.user_metadata
     )
-    return await accept_request(training, run, 0, "load", given)
+    return await accept_request(training, run, 0, "load", options)
 
 
 @router.post("/get_info")
@@ -309,41 +315,41 @@ async def forward_backward(request: Request, service: Serving, training: On, key
 async def optim_step(body: bodies.OptimStep, training: On, key: Asker) -> Any:
     if body.optimizer_params is not None or body.adam_params is None:
         raise Refusal(400, "parameters of another optimizer", "adam_params", "use AdamParams")
-    given = body.adam_params
+    adam_params = body.adam_params
     adam = {
-        "rate": given.learning_rate,
-        "beta1": given.beta1,
-        "beta2": given.beta2,
-        "eps": given.eps,
+        "rate": adam_params.learning_rate,
+        "beta1": adam_params.beta1,
+        "beta2": adam_params.beta2,
+        "eps": adam_params.eps,
     }
-    adam |= {"decay": given.weight_decay, "clip": max(given.grad_clip_norm, 0.0)}
+    adam |= {"decay": adam_params.weight_decay, "clip": max(adam_params.grad_clip_norm, 0.0)}
     return await queue_request(training, key, body.model_id, body.seq_id, "step", adam)
 
 
 @numbered.post("/save_weights")
 async def save_weights(body: bodies.Save, training: On, key: Asker) -> Any:
-    given = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
+    options = body.model_dump(include={"ttl_seconds", "overwrite", "user_metadata"})
     return await queue_request(
-        training, key, body.model_id, body.seq_id, "save", {**given, "name": body.path}
+        training, key, body.model_id, body.seq_id, "save", {**options, "name": body.path}
     )
 
 
 @numbered.post("/save_weights_external")
 async def save_external(body: bodies.SaveExternal, training: On, key: Asker) -> Any:
-    given = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
+    options = body.model_dump(include={"ttl_seconds", "age_encryption_recipients"})
     return await queue_request(
-        training, key, body.model_id, body.seq_id, "external", {**given, "name": body.path}
+        training, key, body.model_id, body.seq_id, "external", {**options, "name": body.path}
     )
 
 
 @numbered.post("/save_weights_for_sampler")
 async def save_for_sampler(body: bodies.SaveForSampler, training: On, key: Asker) -> Any:
     row = run_of(training, key, body.model_id)
-    given = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
-    given |= {"name": body.path, "session": row["session"]}
+    options = body.model_dump(include={"ttl_seconds", "user_metadata", "kind"})
+    options |= {"name": body.path, "session": row["session"]}
     if body.path is None and body.sampling_session_seq_id is not None:
-        given["sampler"] = f"{row['session']}:sample:{body.sampling_session_seq_id}"
-    return await queue_request(training, key, body.model_id, body.seq_id, "sampler", given)
+        options["sampler"] = f"{row['session']}:sample:{body.sampling_session_seq_id}"
+    return await queue_request(training, key, body.model_id, body.seq_id, "sampler", options)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -362,11 +368,11 @@ async def create_sampler(body: bodies.CreateSampler, training: On, key: Asker) -
         )
     elif not key.base:
         raise no_such("the base model", body.base_model)
-    made = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
+    sampler = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     await training.written(
-        training.store.add_sampler, made, body.session_id, key.owner, body.model_path
+        training.store.add_sampler, sampler, body.session_id, key.owner, body.model_path
     )
-    return {"type": "create_sampling_session", "sampling_session_id": made}
+    return {"type": "create_sampling_session", "sampling_session_id": sampler}
 
 
 def sampler_of(training: Training, key: Key, id: str) -> Any:
@@ -419,8 +425,8 @@ def _promise(training: Training, key: Key, id: str) -> asyncio.Future[Answer] | 
     row = training.store.run(run) if number.isdecimal() and len(number) < 12 else None
     if row is None:
         return training.samples.find(id, key.owner)
-    found = training.worker.promise(run, int(number)) if owned(key, row) else None
-    return None if found is None else found.awaitable()
+    promise = training.worker.promise(run, int(number)) if owned(key, row) else None
+    return None if promise is None else promise.awaitable()
 
 
 @router.post("/retrieve_future")
@@ -429,9 +435,9 @@ async def retrieve_future(body: bodies.Retrieve, training: On, key: Asker) -> Re
     anew."""
     promise = _promise(training, key, body.request_id)
     if promise is None:
-        found = f"the request {body.request_id[:200]!r}"
+        problem = f"the request {body.request_id[:200]!r}"
         raise Refusal(
-            410, found, "one that waits or was answered of late", "send it anew", code="gone"
+            410, problem, "one that waits or was answered of late", "send it anew", code="gone"
         )
     await asyncio.wait([promise], timeout=POLL)
     if not promise.done():

@@ -68,12 +68,14 @@ class Samples:
         self._gates: dict[str, asyncio.Semaphore] = {}  # by owner
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def most_tokens(self, asked: Sample) -> int:
-        """What a call takes of a quota at most: its prompt, and the longest answers that it
+    def most_tokens(self, request: Sample) -> int:
+        """Tokens that a call takes of a quota at most: its prompt, and the longest answers that it
         allows."""
-        size, limit = len(asked.prompt.tokens), self._engine.length
-        left = max(0, limit - size)
-        return size + asked.num_samples * min(left, asked.sampling_params.max_tokens or left)
+        size, limit = len(request.prompt.tokens), self._engine.length
+        remaining = max(0, limit - size)
+        return size + request.num_samples * min(
+            remaining, request.sampling_params.max_tokens or remaining
+        )
 
     def begin(
         self,
@@ -81,7 +83,7 @@ class Samples:
         owner: str,
         session: str,
         name: str | None,
-        asked: Sample,
+        request: Sample,
         charge: Callable[[int], None] = lambda used: None,
     ) -> None:
         """``name``: the bank's, of the adapter; None for the base. ``charge`` is called with the
@@ -90,11 +92,11 @@ class Samples:
         if id in self._calls:
             charge(0)
             return
-        waiting = [one for one in self._calls.values() if not one.task.done()]
-        room = MOST_WAITING - sum(one.count for one in waiting)
+        waiting = [call for call in self._calls.values() if not call.task.done()]
+        room = MOST_WAITING - sum(call.count for call in waiting)
         if owner:  # a key has at most as many as are left for others
-            room = min(room, room - sum(one.count for one in waiting if one.owner == owner))
-        if room < asked.num_samples:
+            room = min(room, room - sum(call.count for call in waiting if call.owner == owner))
+        if room < request.num_samples:
             charge(0)
             raise Busy(
                 sentence(
@@ -106,19 +108,19 @@ class Samples:
             )
         self._loop = asyncio.get_running_loop()
         usage = Usage()
-        task = self._loop.create_task(self._answer(owner, name, asked, usage))
-        made = self._calls[id] = Promised(owner, session, asked.num_samples, task)
+        task = self._loop.create_task(self._answer(owner, name, request, usage))
+        call = self._calls[id] = Promised(owner, session, request.num_samples, task)
 
         def over(_: Any) -> None:
-            made.ended = time.monotonic()
+            call.ended = time.monotonic()
             charge(usage.tokens)
             self._forget()
 
         task.add_done_callback(over)
 
     def find(self, id: str, owner: str) -> asyncio.Task[Answer] | None:
-        found = self._calls.get(id)
-        return None if found is None or found.owner != owner else found.task
+        call = self._calls.get(id)
+        return None if call is None or call.owner != owner else call.task
 
     def cancel(self, id: str, owner: str) -> None:
         if (task := self.find(id, owner)) is not None:
@@ -131,20 +133,20 @@ class Samples:
 
     def leave(self, session: str) -> None:
         """The client of a session is gone."""
-        for one in self._calls.values():
-            if one.session == session:
-                one.task.cancel()
+        for call in self._calls.values():
+            if call.session == session:
+                call.task.cancel()
 
     def _forget(self) -> None:
         old = time.monotonic() - KEPT_SECONDS
-        ended = [id for id, one in self._calls.items() if one.ended is not None]
+        ended = [id for id, call in self._calls.items() if call.ended is not None]
         gone = [id for id in ended if (self._calls[id].ended or 0.0) < old]
         for id in dict.fromkeys([*gone, *ended[: max(0, len(ended) - MOST_KEPT)]]):
             del self._calls[id]
 
-    async def _answer(self, owner: str, name: str | None, asked: Sample, usage: Usage) -> Answer:
+    async def _answer(self, owner: str, name: str | None, request: Sample, usage: Usage) -> Answer:
         try:
-            prompt, blend = asked.prompt.tokens, {} if name is None else {name: 1.0}
+            prompt, blend = request.prompt.tokens, {} if name is None else {name: 1.0}
             if not 0 < len(prompt) < self._engine.length:
                 found = f"a prompt of {len(prompt)} tokens"
                 raise DataError(
@@ -157,18 +159,21 @@ class Samples:
                     f"ids from 0 to {self._worker.vocabulary - 1}",
                     "use the base's tokenizer",
                 )
-            check_prompt(asked, len(prompt))
+            check_prompt(request, len(prompt))
             sequences = asyncio.gather(
-                *[self._sequence(owner, blend, asked, i, usage) for i in range(asked.num_samples)]
+                *[
+                    self._sequence(owner, blend, request, i, usage)
+                    for i in range(request.num_samples)
+                ]
             )
             usage.tokens = len(prompt)
-            scored = self._scores(name, prompt, asked)
+            scored = self._scores(name, prompt, request)
             try:
                 found, scores = await asyncio.gather(sequences, scored)
             except BaseException:
                 sequences.cancel()
                 raise
-            return Answer(sample_output(found, asked.topk_sample_logprobs, scores), True)
+            return Answer(sample_output(found, request.topk_sample_logprobs, scores), True)
         except VeneerError as error:
             return failure(error)
         except Exception as error:
@@ -176,12 +181,12 @@ class Samples:
             return failure(error, own=True)
 
     async def _sequence(
-        self, owner: str, blend: Mapping[str, float], asked: Sample, number: int, usage: Usage
+        self, owner: str, blend: Mapping[str, float], body: Sample, number: int, usage: Usage
     ) -> Sequence_:
-        """One sample. What is left of it when it is cancelled, the engine stops."""
+        """One sample. If it is cancelled, the engine stops."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         request = Request(
-            asked.prompt.tokens, blend, _sampling(asked, number, self._engine.length), self._timeout,
+            body.prompt.tokens, blend, _sampling(body, number, self._engine.length), self._timeout,
             f"sample-{next(self._numbers)}", owner,
         )  # fmt: skip
 
@@ -194,10 +199,10 @@ class Samples:
             raise RequestError(
                 piece.error or f"a sample that ended by {piece.finish}", "an answer", "try again"
             )
-        top = [[(id, logprob) for id, _, logprob in one.top] for one in tokens]
+        top = [[(id, logprob) for id, _, logprob in token.top] for token in tokens]
         return Sequence_(
-            [one.id for one in tokens],
-            [one.logprob for one in tokens],
+            [token.id for token in tokens],
+            [token.logprob for token in tokens],
             top,
             piece.finish == "length",
         )
@@ -231,13 +236,17 @@ class Samples:
             raise
 
     async def _scores(
-        self, name: str | None, prompt: tuple[int, ...], asked: Sample
+        self, name: str | None, prompt: tuple[int, ...], request: Sample
     ) -> dict[str, Any]:
-        wanted = asked.prompt_logprobs or asked.topk_prompt_logprobs or asked.target_prompt_logprobs
-        if not (wanted or asked.prompt_alt_tokens_k):
+        wanted = (
+            request.prompt_logprobs
+            or request.topk_prompt_logprobs
+            or request.target_prompt_logprobs
+        )
+        if not (wanted or request.prompt_alt_tokens_k):
             return {}
         if name is None:
-            return await self._scored(None, prompt, asked)
+            return await self._scored(None, prompt, request)
         leasing = self._bank.acquire(
             {name: 1.0}
         )  # before the turn at the model: see the order of locks
@@ -246,10 +255,10 @@ class Samples:
         except asyncio.CancelledError:
             leasing.add_done_callback(_release)
             raise
-        return await self._scored(lease, prompt, asked)
+        return await self._scored(lease, prompt, request)
 
-    async def _scored(self, lease: Any, prompt: tuple[int, ...], asked: Sample) -> dict[str, Any]:
-        scored = self._worker.do(scorer(self._worker, lease, prompt, asked))
+    async def _scored(self, lease: Any, prompt: tuple[int, ...], request: Sample) -> dict[str, Any]:
+        scored = self._worker.do(scorer(self._worker, lease, prompt, request))
         if lease is not None:
             scored.add_done_callback(lambda _: lease.release())
         return await asyncio.shield(asyncio.wrap_future(scored))
@@ -260,17 +269,17 @@ def _release(leasing: Future[Any]) -> None:
         leasing.result().release()
 
 
-def check_prompt(asked: Sample, size: int) -> None:
+def check_prompt(request: Sample, size: int) -> None:
     """``DataError``: what is asked of a prompt of so many tokens is none of it, or not to be had
     here."""
-    last, targets = asked.prompt_logprobs_last_n, asked.target_prompt_logprobs
-    if asked.record_stability_info:
+    last, targets = request.prompt_logprobs_last_n, request.target_prompt_logprobs
+    if request.record_stability_info:
         raise DataError(
             "record_stability_info", "none: there is no stable_reinforce here", "leave it out"
         )
-    if last is not None and not (asked.prompt_logprobs and last < size):
-        found = f"prompt_logprobs_last_n {last} for a prompt of {size} tokens"
-        raise DataError(found, f"1 to {size - 1}, with prompt_logprobs", "change it")
+    if last is not None and not (request.prompt_logprobs and last < size):
+        problem = f"prompt_logprobs_last_n {last} for a prompt of {size} tokens"
+        raise DataError(problem, f"1 to {size - 1}, with prompt_logprobs", "change it")
     if targets is None:
         return
     rows, width = targets.shape
@@ -284,33 +293,34 @@ def check_prompt(asked: Sample, size: int) -> None:
             sound
             and crow[-1] == len(col)
             and sorted(crow) == crow
-            and all(0 <= one < width for one in col)
+            and all(0 <= index < width for index in col)
         )
     if not sound:
-        found = f"target_prompt_logprobs {targets.shape} for a prompt of {size} tokens"
+        problem = f"target_prompt_logprobs {targets.shape} for a prompt of {size} tokens"
         raise DataError(
-            found,
+            problem,
             f"[{size - 1}, at most 256], dense or in CSR",
             "send a row for each token but the first",
         )
 
 
-def _sampling(asked: Sample, number: int, most: int) -> Sampling:
-    given, stop = asked.sampling_params, asked.sampling_params.stop
-    words = [stop] if isinstance(stop, str) else [one for one in stop or () if isinstance(one, str)]
-    ids = frozenset(one for one in stop or () if isinstance(one, int))
+def _sampling(request: Sample, number: int, most: int) -> Sampling:
+    params, stop = request.sampling_params, request.sampling_params.stop
+    stops = [stop] if isinstance(stop, str) else stop or ()
+    words = [value for value in stops if isinstance(value, str)]
+    ids = frozenset(value for value in stops if isinstance(value, int))
     return Sampling(
-        max_tokens=given.max_tokens or most, temperature=given.temperature, top_p=given.top_p,
-        top_k=max(given.top_k, 0), seed=None if given.seed is None else sample_seed(given.seed, number),
+        max_tokens=params.max_tokens or most, temperature=params.temperature, top_p=params.top_p,
+        top_k=max(params.top_k, 0), seed=None if params.seed is None else sample_seed(params.seed, number),
         stop=tuple(filter(None, words)),
-        logprobs=asked.topk_sample_logprobs, ignore_eos=stop == [], stop_tokens=ids,
+        logprobs=request.topk_sample_logprobs, ignore_eos=stop == [], stop_tokens=ids,
     )  # fmt: skip
 
 
 def scorer(
-    worker: Worker, lease: Any, prompt: tuple[int, ...], asked: Sample
+    worker: Worker, lease: Any, prompt: tuple[int, ...], request: Sample
 ) -> Callable[[], dict[str, Any]]:
-    """What the training thread does for a prompt. ``lease``: on the adapter; None for the base."""
+    """The training thread's computation for a prompt. ``lease``: on the adapter; None for the base."""
 
     def work() -> dict[str, Any]:
         ids = torch.tensor([prompt], device=worker.trainer.device)
@@ -319,7 +329,7 @@ def scorer(
                 0, :-1
             ]  # [n - 1, v]: of tokens 1 to n - 1
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return _scored(wide, ids[0, 1:], asked)
+            return _scored(wide, ids[0, 1:], request)
 
     return work
 

@@ -1,4 +1,4 @@
-"""What the service knows, on the disk: one SQLite file, and a folder for each run's numbers.
+"""The state of the service, on the disk: one SQLite file, and a folder for each run's numbers.
 
     FOLDER/index.sqlite         sessions, runs, requests with their answers, checkpoints, samplers
     FOLDER/runs/7/state/        a run as it was after one of its requests: adapter, optimiser
@@ -60,7 +60,7 @@ CREATE TABLE IF NOT EXISTS samplers (
 
 
 class Place(NamedTuple):
-    """What a path tinker://RUN/KIND/NAME means."""
+    """A checkpoint, by the parts of its path tinker://RUN/KIND/NAME."""
 
     run: str
     kind: str
@@ -73,19 +73,19 @@ class Place(NamedTuple):
 
 def place_of(path: str) -> Place:
     """``DataError``: it is no such path."""
-    parts = path.removeprefix("tinker://").split("/")
+    steps = path.removeprefix("tinker://").split("/")
     if (
         not path.startswith("tinker://")
-        or len(parts) != 3
-        or parts[1] not in KINDS
-        or not NAME.fullmatch(parts[2])
+        or len(steps) != 3
+        or steps[1] not in KINDS
+        or not NAME.fullmatch(steps[2])
     ):
         raise DataError(
             f"the path {path[:200]!r}",
             "tinker://RUN/weights/NAME, or another kind",
             "check the path",
         )
-    return Place(*parts)
+    return Place(*steps)
 
 
 class Store:
@@ -124,9 +124,11 @@ class Store:
             ) from error
 
     def _connect(self) -> sqlite3.Connection:
-        made = sqlite3.connect(self.folder / INDEX, check_same_thread=False, isolation_level=None)
-        made.row_factory = sqlite3.Row
-        return made
+        connection = sqlite3.connect(
+            self.folder / INDEX, check_same_thread=False, isolation_level=None
+        )
+        connection.row_factory = sqlite3.Row
+        return connection
 
     def close(self) -> None:
         self._closed = True
@@ -145,20 +147,22 @@ class Store:
         format."""
         versions = {"format": str(FORMAT), "veneer": version("veneer"), "torch": version("torch")}
         with self._writing() as base:
-            found = {row["name"]: row["value"] for row in base.execute("SELECT * FROM facts")}
-            if found and found.get("format") != versions["format"]:
-                by = f"veneer {found.get('veneer', 'of an unknown version')}"
-                what = f"{self.folder}, of format {found.get('format')!r}, as {by} writes it"
+            facts = {row["name"]: row["value"] for row in base.execute("SELECT * FROM facts")}
+            if facts and facts.get("format") != versions["format"]:
+                by = f"veneer {facts.get('veneer', 'of an unknown version')}"
+                problem = f"{self.folder}, of format {facts.get('format')!r}, as {by} writes it"
                 raise ConfigError(
-                    what, f"format {FORMAT}", "serve it with that version, or give another folder"
+                    problem,
+                    f"format {FORMAT}",
+                    "serve it with that version, or give another folder",
                 )
-            if found and found.get("mark") != mark:
-                what = f"{self.folder}, whose runs are of {found.get('base')}"
+            if facts and facts.get("mark") != mark:
+                problem = f"{self.folder}, whose runs are of {facts.get('base')}"
                 raise ConfigError(
-                    what, f"runs of this base, {name}", "serve that base, or give another folder"
+                    problem, f"runs of this base, {name}", "serve that base, or give another folder"
                 )
-            changed = [f"{key} {found[key]} (now {versions[key]})" for key in versions
-                       if found.get(key, versions[key]) != versions[key]]  # fmt: skip
+            changed = [f"{key} {facts[key]} (now {versions[key]})" for key in versions
+                       if facts.get(key, versions[key]) != versions[key]]  # fmt: skip
             if changed:
                 log.warning(
                     "%s was written with %s: what its requests are computed to again may differ in roundings",
@@ -202,17 +206,17 @@ class Store:
     # sessions
 
     def new_session(self, owner: str, metadata: Mapping[str, Any] | None, title: str | None) -> str:
-        made, now = secrets.token_hex(16), time.time()
+        session, created = secrets.token_hex(16), time.time()
         self._do(
             "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, NULL)",
-            made,
+            session,
             owner,
             _text(metadata),
             title,
-            now,
-            now,
+            created,
+            created,
         )
-        return made
+        return session
 
     def session(self, id: str) -> sqlite3.Row | None:
         return self._one("SELECT * FROM sessions WHERE id = ?", id)
@@ -236,21 +240,21 @@ class Store:
     def new_run(
         self, id: str, session: str, owner: str, config: Mapping[str, Any], seed: int, metadata: Any
     ) -> sqlite3.Row:
-        now = time.time()
+        created = time.time()
         columns = "(id, session, owner, config, seed, metadata, created, used, state)"
-        values = (id, session, owner, _text(config), seed, _text(metadata), now, now, -1)
+        values = (id, session, owner, _text(config), seed, _text(metadata), created, created, -1)
         self._do(f"INSERT INTO runs {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
-        found = self.run(id)
-        assert found is not None
-        return found
+        row = self.run(id)
+        assert row is not None
+        return row
 
     def run(self, id: str) -> sqlite3.Row | None:
         return self._one("SELECT * FROM runs WHERE id = ?", id)
 
     def runs(self, owner: str | None, session: str | None = None) -> list[sqlite3.Row]:
-        where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
+        condition = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR session = ?2)"
         return self._all(
-            f"SELECT * FROM runs WHERE {where} ORDER BY used DESC, number DESC", owner, session
+            f"SELECT * FROM runs WHERE {condition} ORDER BY used DESC, number DESC", owner, session
         )
 
     def unload(self, id: str) -> None:
@@ -303,7 +307,7 @@ class Store:
             base.execute("DELETE FROM begun WHERE run = ? AND seq = ?", (run, seq))
 
     def failures(self, run: str) -> dict[str, float]:
-        """What a run's next step lacks, as metrics: passes that failed, and numbers that did not
+        """Gaps before a run's next step, as metrics: passes that failed, and numbers that did not
         come."""
         last = (
             "SELECT MAX(seq) FROM requests WHERE run = ?1 AND done = 1 AND kind IN ('step', 'load')"
@@ -326,8 +330,8 @@ class Store:
         query = "INSERT INTO begun VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET times = times + 1"
         with self._writing() as base:
             base.execute(query, (run, seq))
-            found = base.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
-            return found.fetchone()["times"]
+            row = base.execute("SELECT times FROM begun WHERE run = ? AND seq = ?", (run, seq))
+            return row.fetchone()["times"]
 
     def spare(self, run: str, seq: int) -> None:
         """Take back that a request was begun: it was left, and the process lives."""
@@ -356,46 +360,55 @@ class Store:
     # checkpoints
 
     def add_checkpoint(
-        self, place: Place, owner: str, config: str, *, metadata: Any = None, seconds: float | None = None,
+        self, checkpoint: Place, owner: str, config: str, *, metadata: Any = None, seconds: float | None = None,
         hidden: bool = False, request: int | None = None,
     ) -> None:  # fmt: skip
         """``request``: the number of the one that saves it."""
-        now = time.time()
-        size = folder_bytes(self.files_of(place))
-        expires = None if seconds is None else now + seconds
+        created = time.time()
+        size = folder_bytes(self.files_of(checkpoint))
+        expires = None if seconds is None else created + seconds
         columns = (
             "(run, kind, name, owner, created, bytes, metadata, expires, hidden, config, request)"
         )
-        values = (*place, owner, now, size, _text(metadata), expires, int(hidden), config, request)
+        values = (
+            *checkpoint,
+            owner,
+            created,
+            size,
+            _text(metadata),
+            expires,
+            int(hidden),
+            config,
+            request,
+        )
         self._do(
             f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *values,
         )
 
-    def checkpoint(self, place: Place) -> sqlite3.Row | None:
-        found = self._one(
-            "SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place
+    def checkpoint(self, checkpoint: Place) -> sqlite3.Row | None:
+        row = self._one(
+            "SELECT * FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *checkpoint
         )
-        return (
-            None if found is None or (found["expires"] or time.time() + 1) < time.time() else found
-        )
+        return None if row is None or (row["expires"] or time.time() + 1) < time.time() else row
 
     def checkpoints(self, owner: str | None = None, run: str | None = None) -> list[sqlite3.Row]:
-        where = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2) AND NOT hidden AND COALESCE(expires, ?3) >= ?3"
-        query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY created DESC"
+        condition = "(?1 IS NULL OR owner = ?1) AND (?2 IS NULL OR run = ?2) AND NOT hidden"
+        condition += " AND COALESCE(expires, ?3) >= ?3"
+        query = f"SELECT * FROM checkpoints WHERE {condition} ORDER BY created DESC"
         return self._all(query, owner, run, time.time())
 
-    def change_checkpoint(self, place: Place, **values: Any) -> None:
+    def change_checkpoint(self, checkpoint: Place, **values: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in values)
         self._do(
             f"UPDATE checkpoints SET {names} WHERE run = ? AND kind = ? AND name = ?",
             *values.values(),
-            *place,
+            *checkpoint,
         )
 
-    def delete_checkpoint(self, place: Place) -> None:
-        self._do("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *place)
-        shutil.rmtree(self.files_of(place), ignore_errors=True)
+    def delete_checkpoint(self, checkpoint: Place) -> None:
+        self._do("DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?", *checkpoint)
+        shutil.rmtree(self.files_of(checkpoint), ignore_errors=True)
 
     def expired(self) -> list[Place]:
         rows = self._all("SELECT * FROM checkpoints WHERE expires < ?", time.time())
@@ -412,15 +425,15 @@ class Store:
         return 0 if row is None else row["size"] or 0
 
     def folder_of(self, run: str) -> Path:
-        found = self.run(run)
-        assert found is not None
-        return self.folder / "runs" / str(found["number"])
+        row = self.run(run)
+        assert row is not None
+        return self.folder / "runs" / str(row["number"])
 
-    def files_of(self, place: Place) -> Path:
-        return self.folder_of(place.run) / place.kind / place.name
+    def files_of(self, checkpoint: Place) -> Path:
+        return self.folder_of(checkpoint.run) / checkpoint.kind / checkpoint.name
 
     def runs_of(self, owner: str | None) -> int:
-        """Those that take requests."""
+        """The number of runs that take requests."""
         query = (
             "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
         )

@@ -27,12 +27,13 @@ from veneer.errors import ConfigError, SelectionError, VeneerError, sentence
 from veneer.fileio.hashing import digest
 from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
+from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
-from veneer.serve.training.operations import Operations, register, tied
+from veneer.serve.training.operations import Operations, tied
 from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.store import Place, Store, place_of
-from veneer.serve.training.trainer import ADAPTER, Trainer, Turn
+from veneer.serve.training.store import Place, Store
+from veneer.serve.training.trainer import Trainer, Turn
 from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
@@ -49,8 +50,6 @@ UNNAMED, UNUSED = 8, 3600.0
 FILES = 3600.0
 #: curves that are remembered of runs which no client of this server has used
 CURVES = 512
-#: how the name tinker://RUN/now of a run as it is at that moment ends
-NOW = "now"
 
 
 @dataclass(eq=False)
@@ -69,6 +68,7 @@ class Training:
     worker: Worker = field(init=False)
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
+    checkpoints: CheckpointSource = field(init=False)
     disk: ThreadPoolExecutor = field(
         init=False
     )  # for what writes: the event loop waits for no disk
@@ -88,6 +88,7 @@ class Training:
             resident=self.resident,
         )
         self.operations = Operations(self.worker, trainer, self.store, self.bank, self.base)
+        self.checkpoints = CheckpointSource(self.store)
         self.samples = Samples(self.engine, self.bank, self.worker, self.timeout)
         self.disk = ThreadPoolExecutor(1, "veneer-journal")
         self.curves = lru_cache(CURVES)(
@@ -122,13 +123,13 @@ class Training:
         self.store.close()
 
     async def written(self, work: Callable[..., Any], *args: Any) -> Any:
-        """What writes to the index, done by its thread. ``Refusal``: it cannot be written now."""
+        """Write to the index, in its thread. ``Refusal``: it cannot be written now."""
         return await self._on_disk(
             asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
         )
 
     async def changed(self, work: Callable[[], Any]) -> Any:
-        """What changes checkpoints, done by the training thread as all such changes are: a row and
+        """Change checkpoints, in the training thread as all such changes are: a row and
         its files are of one save, copy or deletion. ``Refusal``: it cannot be written now."""
         return await self._on_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
 
@@ -136,10 +137,10 @@ class Training:
         try:
             return await work
         except (sqlite3.Error, OSError) as error:
-            found = f"a folder that cannot be written ({error})"
+            problem = f"a folder that cannot be written ({error})"
             raise Refusal(
                 503,
-                found,
+                problem,
                 "one that can",
                 "try again, or tell whoever runs the server",
                 code="disk",
@@ -151,7 +152,10 @@ class Training:
 
     def used(self, path: str) -> str:
         """The bank's name for samples of a checkpoint."""
-        self.keep(register(self.bank, self.store, path))
+        folder = self.checkpoints.resolve(path).path
+        if path not in self.bank:
+            self.bank.register(path, folder)
+        self.keep(path)
         return path
 
     def keep(self, name: str) -> None:
@@ -175,14 +179,11 @@ class Training:
     def folder_of(self, name: str) -> Path:
         """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a
         run as it is now."""
-        run, _, last = name.removeprefix("tinker://").rpartition("/")
-        return (
-            self.store.folder_of(run) / NOW if last == NOW else self.store.files_of(place_of(name))
-        ) / ADAPTER
+        return self.checkpoints.resolve(name).path
 
     async def reserve_tokens(self, key: Key, most: int) -> Callable[[int], None]:
-        """Count the tokens that a call for samples may take at most. What is returned is to be
-        called with those that it took; the first time counts. ``Refusal``: they are past the key's
+        """Count the tokens that a call for samples may take at most. Call the returned
+        function with the number that it took; the first call counts. ``Refusal``: they are past the key's
         quota."""
         if not key.owner:
             return lambda used: None
@@ -208,18 +209,20 @@ class Training:
 
     def address(self, folder: Path) -> str:
         """A name, hard to guess, by which a folder's files can be had for a while."""
-        now, token = time.monotonic(), secrets.token_urlsafe(24)
+        moment, token = time.monotonic(), secrets.token_urlsafe(24)
         with self._lock:
-            self._files = {token: found for token, found in self._files.items() if found[1] > now}
-            self._files[token] = folder, now + FILES
+            self._files = {
+                token: entry for token, entry in self._files.items() if entry[1] > moment
+            }
+            self._files[token] = folder, moment + FILES
         return token
 
     def file(self, token: str, name: str) -> Path | None:
-        found = self._files.get(token)
-        if found is None or found[1] < time.monotonic():
+        entry = self._files.get(token)
+        if entry is None or entry[1] < time.monotonic():
             return None
         names = {
-            str(file.relative_to(found[0])): file for file in found[0].rglob("*") if file.is_file()
+            str(file.relative_to(entry[0])): file for file in entry[0].rglob("*") if file.is_file()
         }
         return names.get(name)
 
@@ -247,10 +250,10 @@ class Training:
     def sweep(self) -> None:
         """Free what vanished clients hold; go on where numbers do not come; delete what has
         expired, and weights without a name that nobody uses."""
-        now = time.monotonic()
-        self._fill_gaps(now)
+        moment = time.monotonic()
+        self._fill_gaps(moment)
         with self._lock:  # clients are seen meanwhile
-            vanished = [session for session, when in self._seen.items() if now - when > VANISHED]
+            vanished = [session for session, when in self._seen.items() if moment - when > VANISHED]
             for session in vanished:
                 del self._seen[session]
         for session in vanished:
@@ -262,16 +265,16 @@ class Training:
 
     def _delete_old(self) -> None:
         """The training thread's: what has expired by then, and was not saved anew."""
-        for place in [*self.store.expired(), *self._unused(time.monotonic())]:
+        for checkpoint in [*self.store.expired(), *self._unused(time.monotonic())]:
             try:
-                self.operations.delete(place)
+                self.operations.delete(checkpoint)
             except (VeneerError, OSError, sqlite3.Error):  # of one; the others are deleted
-                log.exception("%s could not be deleted", place.path)
+                log.exception("%s could not be deleted", checkpoint.path)
             else:
                 with self._lock:
-                    self._used.pop(place.path, None)
+                    self._used.pop(checkpoint.path, None)
 
-    def _fill_gaps(self, now: float) -> None:
+    def _fill_gaps(self, moment: float) -> None:
         """Answer numbers that did not come for too long, as errors that say so: those after them go
         on."""
         gaps: dict[str, tuple[int, float]] = {}
@@ -279,10 +282,10 @@ class Training:
             first, after = line.next, min(list(line.waiting), default=0)
             if after <= first:
                 continue
-            gaps[line.run] = self._gaps.get(line.run, (first, now))
+            gaps[line.run] = self._gaps.get(line.run, (first, moment))
             if gaps[line.run][0] != first:
-                gaps[line.run] = first, now
-            if now - gaps[line.run][1] < OVERDUE:
+                gaps[line.run] = first, moment
+            if moment - gaps[line.run][1] < OVERDUE:
                 continue
             log.warning(
                 "%s: requests %d to %d did not come: it goes on without them",
@@ -291,26 +294,44 @@ class Training:
                 after - 1,
             )
             for number in range(first, after):
-                found, expected = (
+                problem, expected = (
                     f"no request {number} for {OVERDUE:g} s, though later ones came",
                     "each number once",
                 )
-                error = sentence(found, expected, "send it again, with the next number")
+                error = sentence(problem, expected, "send it again, with the next number")
                 self.worker.accept(line.run, number, MISSING, json.dumps({"error": error}).encode())
         self._gaps = gaps
 
-    def _unused(self, now: float) -> list[Place]:
-        found: dict[str, list[Place]] = {}
+    def _unused(self, moment: float) -> list[Place]:
+        checkpoints_of_run: dict[str, list[Place]] = {}
         for row in self.store.unnamed():  # the newest first
-            found.setdefault(row["run"], []).append(Place(row["run"], row["kind"], row["name"]))
-        old = [place for own in found.values() for place in own[UNNAMED:]]
+            checkpoint = Place(row["run"], row["kind"], row["name"])
+            checkpoints_of_run.setdefault(row["run"], []).append(checkpoint)
+        old = [
+            checkpoint
+            for checkpoints in checkpoints_of_run.values()
+            for checkpoint in checkpoints[UNNAMED:]
+        ]
         with self._lock:
-            return [place for place in old if now - self._used.setdefault(place.path, now) > UNUSED]
+            return [
+                checkpoint
+                for checkpoint in old
+                if moment - self._used.setdefault(checkpoint.path, moment) > UNUSED
+            ]
 
 
 def _logged(failure: str, done: Future[None]) -> None:
     if (error := done.exception()) is not None:
         log.error(failure, exc_info=error)
+
+
+def training_of(service: Any) -> Training:
+    """The training service of a server that has one."""
+    return next(
+        extension.training
+        for extension in service.extensions
+        if isinstance(getattr(extension, "training", None), Training)
+    )
 
 
 def open_training(
@@ -332,7 +353,7 @@ def open_training(
         )
     store = Store(folder)
     try:
-        made = Training(
+        training = Training(
             service.base,
             tokenizer,
             model,
@@ -346,5 +367,5 @@ def open_training(
     except BaseException:
         store.close()
         raise
-    made.start()
-    return made
+    training.start()
+    return training

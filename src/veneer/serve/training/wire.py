@@ -80,23 +80,28 @@ def _declared() -> dict[str, Any]:
         message = file.message_type.add(name=name)
         for field, (number, kind) in fields.items():
             bare = kind.removesuffix("*")
-            made = message.field.add(name=field, number=number)
-            made.label = kinds.LABEL_REPEATED if bare != kind else kinds.LABEL_OPTIONAL
+            new_field = message.field.add(name=field, number=number)
+            new_field.label = kinds.LABEL_REPEATED if bare != kind else kinds.LABEL_OPTIONAL
             if bare[0].isupper():
-                made.type, made.type_name = kinds.TYPE_MESSAGE, f".veneer.training.{bare}"
+                new_field.type, new_field.type_name = kinds.TYPE_MESSAGE, f".veneer.training.{bare}"
             else:
-                made.type = getattr(kinds, f"TYPE_{bare.upper()}")
+                new_field.type = getattr(kinds, f"TYPE_{bare.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    found = {name: pool.FindMessageTypeByName(f"veneer.training.{name}") for name in _MESSAGES}
-    return {name: message_factory.GetMessageClass(one) for name, one in found.items()}
+    descriptors = {
+        name: pool.FindMessageTypeByName(f"veneer.training.{name}") for name in _MESSAGES
+    }
+    return {
+        name: message_factory.GetMessageClass(descriptor)
+        for name, descriptor in descriptors.items()
+    }
 
 
 MESSAGES = _declared()
 
 
 class Answer(NamedTuple):
-    """What a promise comes to: JSON, or protobuf (``binary``)."""
+    """The answer of a promise: JSON, or protobuf (``binary``)."""
 
     body: bytes
     binary: bool = False
@@ -121,7 +126,7 @@ class PassRequest(NamedTuple):
 
 
 class PassHeader(NamedTuple):
-    """What a pass is of, before its data are looked at. ``tokens``: of its inputs."""
+    """The header of a pass, before its data are read. ``tokens``: of its inputs."""
 
     run: str
     seq: int
@@ -144,12 +149,12 @@ def has_backward(body: bytes) -> bool:
 def read_pass(body: bytes) -> PassRequest:
     """``DataError``: what is not understood, by name."""
     message = _parsed(body)
-    settings: dict[str, Any] = {one.key: one.value for one in message.loss_fn_config}
-    for one in message.loss_fn_config_v2:
-        settings[one.key] = one.value.text or one.value.number
+    settings: dict[str, Any] = {entry.key: entry.value for entry in message.loss_fn_config}
+    for entry in message.loss_fn_config_v2:
+        settings[entry.key] = entry.value.text or entry.value.number
     if not message.data:
         raise DataError("no data", "at least one datum", "send some")
-    data = [_datum(one, number) for number, one in enumerate(message.data)]
+    data = [_datum(entry, number) for number, entry in enumerate(message.data)]
     return PassRequest(
         message.model_id, message.seq_id, data, message.loss_fn, settings, not message.forward_only
     )
@@ -159,67 +164,67 @@ def _parsed(body: bytes) -> Any:
     try:
         return MESSAGES["ForwardBackwardRequest"].FromString(body)
     except DecodeError as error:
-        found = f"a body that is no ForwardBackwardRequest ({error})"
+        problem = f"a body that is no ForwardBackwardRequest ({error})"
         raise DataError(
-            found, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it"
+            problem, "one of the tinker SDK, in protobuf", "use tinker 0.38 or near it"
         ) from error
 
 
 def _datum(message: Any, number: int) -> Datum:
-    where, tokens = f"datum {number}", []
+    label, tokens = f"datum {number}", []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
-            found = f"an input of {where} that is an image, a sound or unknown"
-            raise DataError(found, "text", "leave it out: this server trains on tokens")
+            problem = f"an input of {label} that is an image, a sound or unknown"
+            raise DataError(problem, "text", "leave it out: this server trains on tokens")
         raw = chunk.encoded_text.tokens
         if len(raw) % 4:
             raise DataError(
-                f"tokens of {len(raw)} bytes in {where}", "four bytes each", "check the client"
+                f"tokens of {len(raw)} bytes in {label}", "four bytes each", "check the client"
             )
         tokens.append(np.frombuffer(raw, "<i4").astype(np.int64))
     ids = torch.from_numpy(np.concatenate(tokens) if tokens else np.zeros(0, np.int64))
     inputs = {
-        one.key: _tensor(one.value, f"{one.key[:80]!r} of {where}", len(ids))
-        for one in message.loss_fn_inputs
+        entry.key: _tensor(entry.value, f"{entry.key[:80]!r} of {label}", len(ids))
+        for entry in message.loss_fn_inputs
     }
     if "target_tokens" not in inputs:
         raise DataError(
-            f"no target_tokens in {where}", "one for each token", "add them to loss_fn_inputs"
+            f"no target_tokens in {label}", "one for each token", "add them to loss_fn_inputs"
         )
     targets = inputs.pop("target_tokens")
     if targets.is_floating_point():
-        raise DataError(f"target_tokens of {where} in float32", "int64", "send ids")
+        raise DataError(f"target_tokens of {label} in float32", "int64", "send ids")
     return Datum(ids, targets, inputs)
 
 
-def _numbers(raw: bytes, kind: int, where: str) -> np.ndarray:
+def _numbers(raw: bytes, kind: int, label: str) -> np.ndarray:
     if kind not in _TYPES:
-        raise DataError(f"element type {kind} in {where}", "float32 or int64", "convert the tensor")
+        raise DataError(f"element type {kind} in {label}", "float32 or int64", "convert the tensor")
     if len(raw) % _TYPES[kind].itemsize:
         raise DataError(
-            f"{len(raw)} bytes in {where}", f"{_TYPES[kind].itemsize} a number", "check the client"
+            f"{len(raw)} bytes in {label}", f"{_TYPES[kind].itemsize} a number", "check the client"
         )
     return np.frombuffer(raw, _TYPES[kind])
 
 
-def _tensor(message: Any, where: str, rows: int) -> Tensor:
+def _tensor(message: Any, label: str, rows: int) -> Tensor:
     """A tensor of so many rows, dense; what a sparse one leaves out is 0."""
     values, shape = (
         _numbers(
             message.sparse_csr.values if message.HasField("sparse_csr") else message.dense,
             message.dtype,
-            where,
+            label,
         ),
         list(message.shape),
     )
     if not message.HasField("sparse_csr"):
         shape = shape or [len(values)]
         if len(shape) > 2 or min(shape, default=0) < 0 or math.prod(shape) != len(values):
-            found = f"{len(values)} numbers of shape {shape[:4]} in {where}"
-            raise DataError(found, f"[{rows}] or [{rows}, k]", "check the client")
+            problem = f"{len(values)} numbers of shape {shape[:4]} in {label}"
+            raise DataError(problem, f"[{rows}] or [{rows}, k]", "check the client")
         return torch.from_numpy(values.copy()).view(shape)
-    crow = _numbers(message.sparse_csr.crow_indices, _INT64, where)
-    col = _numbers(message.sparse_csr.col_indices, _INT64, where)
+    crow = _numbers(message.sparse_csr.crow_indices, _INT64, label)
+    col = _numbers(message.sparse_csr.col_indices, _INT64, label)
     sound = (
         len(shape) == 2
         and shape[0] == rows
@@ -232,7 +237,7 @@ def _tensor(message: Any, where: str, rows: int) -> Tensor:
     )  # a difference may overflow
     if not (sound and (not len(col) or (col.min() >= 0 and col.max() < shape[1]))):
         expected = f"{rows} rows of at most {MOST_TARGETS}, in CSR"
-        raise DataError(f"a sparse tensor {shape} in {where}", expected, "check the client")
+        raise DataError(f"a sparse tensor {shape} in {label}", expected, "check the client")
     dense = np.zeros(shape, values.dtype)
     dense[np.repeat(np.arange(rows), np.diff(crow)), col] = values
     return torch.from_numpy(dense)
@@ -240,23 +245,23 @@ def _tensor(message: Any, where: str, rows: int) -> Tensor:
 
 def pass_output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> bytes:
     """The answer to a pass: log-probabilities of the targets of each datum, [n] or [n, k]."""
-    made = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
+    output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="TorchLossReturn")
     for name, value in metrics.items():
-        made.metrics.add(key=name, value=value)
+        output.metrics.add(key=name, value=value)
     start = 0
     while start < len(logprobs):  # a record is of data whose trailing shapes are equal
         after = start
         while after < len(logprobs) and logprobs[after].shape[1:] == logprobs[start].shape[1:]:
             after += 1
-        own = [one.contiguous().numpy().astype("<f4") for one in logprobs[start:after]]
-        record = made.loss_fn_outputs.add(num_datums=len(own))
+        rows = [row.contiguous().numpy().astype("<f4") for row in logprobs[start:after]]
+        record = output.loss_fn_outputs.add(num_datums=len(rows))
         field = record.fields.add(key="logprobs").value
-        field.data = b"".join(one.tobytes() for one in own)
-        field.offsets = np.cumsum([0, *[one.nbytes for one in own]]).astype("<i8").tobytes()
+        field.data = b"".join(row.tobytes() for row in rows)
+        field.offsets = np.cumsum([0, *[row.nbytes for row in rows]]).astype("<i8").tobytes()
         field.dtype = _FLOAT32
         field.trailing_shape.extend(logprobs[start].shape[1:])
         start = after
-    return made.SerializeToString()
+    return output.SerializeToString()
 
 
 class Sequence_(NamedTuple):
@@ -273,9 +278,9 @@ def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str,
     """The answer to a call for samples. ``top``: how many likely tokens stand beside each that was
     sampled. ``scores``: what was asked of the prompt, by the names of the fields: arrays, and
     (tokens, logprobs) of the likely ones."""
-    made = MESSAGES["SampleResponse"]()
+    output = MESSAGES["SampleResponse"]()
     for one in sequences:
-        sequence = made.sequences.add(stop_reason=int(one.cut))
+        sequence = output.sequences.add(stop_reason=int(one.cut))
         sequence.tokens = np.asarray(one.tokens, "<i4").tobytes()
         sequence.logprobs = np.asarray(one.logprobs, "<f4").tobytes()
         if top:
@@ -286,18 +291,18 @@ def sample_output(sequences: Sequence[Sequence_], top: int, scores: Mapping[str,
             )
             _set_top(sequence.topk_sampled_logprobs, ids, numbers)
     if "prompt_logprobs" in scores:
-        made.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
+        output.prompt_logprobs = scores["prompt_logprobs"].astype("<f4").tobytes()
     if "topk_prompt_logprobs" in scores:
-        _set_top(made.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
+        _set_top(output.topk_prompt_logprobs, *scores["topk_prompt_logprobs"])
     if "target_prompt_logprobs" in scores:
         _set_tensor(
-            made.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
+            output.target_prompt_logprobs, scores["target_prompt_logprobs"], scores.get("csr")
         )
     if "prompt_alt_tokens" in scores:
         tokens, logprobs = scores["prompt_alt_tokens"]
-        _set_tensor(made.prompt_alt_tokens.tokens, tokens, None)
-        _set_tensor(made.prompt_alt_tokens.logprobs, logprobs, None)
-    return made.SerializeToString()
+        _set_tensor(output.prompt_alt_tokens.tokens, tokens, None)
+        _set_tensor(output.prompt_alt_tokens.logprobs, logprobs, None)
+    return output.SerializeToString()
 
 
 def _set_top(message: Any, ids: np.ndarray, logprobs: np.ndarray) -> None:

@@ -1,0 +1,66 @@
+"""`veneer serve --train` registers the training service with the server here: routes, names of
+models, permissions, metrics and shutdown (``serve/extension.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veneer import models
+from veneer.serve.access import Key
+from veneer.serve.extension import Extension
+from veneer.serve.training import live, rest, routes
+from veneer.serve.training.trainer import Turn
+from veneer.serve.training.training import Training, open_training
+
+#: bytes of a body of data to train on; a client is told to send less than a third of it at once
+MAX_BODY = 16 * 2**20
+
+
+class TrainingExtension(Extension):
+    """The training service as the server's core sees it."""
+
+    routers = (routes.router, routes.numbered, rest.router, live.router)
+    path_prefix = "/api/v1"
+    secret_path = "/api/v1/files/"  # an address of a file holds its token
+    public_paths = ("/api/v1/healthz", secret_path)
+    key_prefix = "tml-"  # which the tinker SDK requires of a key
+    max_body = MAX_BODY
+    model_prefix = "tinker://"
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    @property
+    def ready(self) -> bool:
+        return self.training.worker.ready
+
+    async def resolve_model(self, key: Key, model: str) -> dict[str, float]:
+        return await live.requested_run(self.training, key, model)
+
+    async def reserve_tokens(self, key: Key, count: int) -> Callable[[int], None]:
+        return await self.training.reserve_tokens(key, count)
+
+    def drain(self) -> None:
+        self.training.worker.close()  # what waits is on the disk: the next server goes on with it
+
+    def close(self) -> None:
+        self.training.close()
+
+
+class TrainingPlugin:
+    """Lets clients of the tinker SDK train; their runs are stored in ``folder``, and at most
+    ``resident`` of them are in memory."""
+
+    def __init__(self, folder: str | Path, resident: int = 50) -> None:
+        self.folder, self.resident, self.turn = folder, resident, Turn()
+
+    def extend(self, service: Any, model: Any) -> TrainingExtension:
+        base = service.source
+        tokenizer = str(models.folder_of(base)) if base.startswith("package:") else base
+        training = open_training(
+            self.folder, service, model, self.turn, tokenizer=tokenizer, resident=self.resident
+        )
+        live.watch(service.metrics, training)
+        return TrainingExtension(training)

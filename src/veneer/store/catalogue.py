@@ -1,0 +1,246 @@
+"""One catalogue of adapters by name, whatever stores them.
+
+    FolderSource(DIR)        DIR/french/adapter_config.json is the adapter "french"
+    LibrarySource(library)   the names of a library
+    RemoteSource(PLACE)      PLACE/french, pulled into the cache
+    any other ``Source``     such as the checkpoints of a training service
+
+    source.list()            {name: Location} at this moment
+    source.resolve(name)     the Location of one name
+    Catalogue.refresh()      which names were added, removed or mean other files since the last look
+
+The server, vLLM's resolver, the training service and `veneer chat` find adapters here. A ``Bank``
+is told the folders: it knows which of them are in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from veneer.errors import ConfigError, LibraryError
+from veneer.formats import peft
+from veneer.store.library import INDEX, NAME, OBJECTS, Library
+from veneer.store.mirror import Mirror
+from veneer.store.remote import is_remote, pull
+
+
+class Location(NamedTuple):
+    """The folder of an adapter. ``version`` differs when other files lie there; it is () for a
+    folder that is never written to again."""
+
+    path: Path
+    version: Hashable = ()
+
+
+class Source(Protocol):
+    """Adapters by name. ``address`` names the source in messages."""
+
+    address: str
+
+    def list(self) -> Mapping[str, Location]:
+        """All adapters. ``OSError`` or ``VeneerError``: the source cannot be read."""
+        ...
+
+    def resolve(self, name: str) -> Location:
+        """One adapter. ``VeneerError``: there is none of that name."""
+        ...
+
+
+class FolderSource:
+    """The adapter folders in a folder. ``resolve`` takes any relative path below it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, str(folder)
+
+    def list(self) -> dict[str, Location]:
+        with os.scandir(self.folder) as entries:
+            names = [entry for entry in entries if NAME.fullmatch(entry.name)]
+            paths = {
+                entry.name: resolve_within(self.folder, entry.name)
+                if entry.is_symlink()
+                else self.folder / entry.name
+                for entry in names
+            }
+        return {
+            name: self.locate(path)
+            for name, path in paths.items()
+            if path is not None and is_adapter(path)
+        }
+
+    def resolve(self, name: str) -> Location:
+        path = resolve_within(self.folder, name)
+        if path is None or not is_adapter(path):  # outside looks like absent
+            problem = f"no adapter at {name[:200]!r} in the adapter folder"
+            raise LibraryError(problem, f"a folder with {peft.CONFIG}", "check the path")
+        return self.locate(path)
+
+    def locate(self, path: Path) -> Location:
+        """A folder that may be written in place: its version is the state of its files."""
+        with suppress(OSError):
+            states = [(path / file).stat() for file in (peft.CONFIG, peft.TENSORS)]
+            return Location(path, tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in states))
+        return Location(path)
+
+
+class LibrarySource:
+    """The names of a library. Its objects are never written to, so a changed adapter has another
+    path."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.address = library, str(library.folder)
+
+    def list(self) -> dict[str, Location]:
+        objects = self.library.folder / OBJECTS
+        return {entry.name: Location(objects / entry.object) for entry in self.library.list()}
+
+    def resolve(self, name: str) -> Location:
+        return Location(self.library.get(name))
+
+    def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
+        """A copy in the cache, which no change of the library reaches. ``LibraryError``: there is
+        no such name, or it no longer has the hash ``version``."""
+        path = self.library.pull(name, cache=cache)
+        if version not in ("", path.name):
+            problem = f"{name!r} of {self.address}, which is now {path.name}"
+            do = "ask for what it is now, or give each of them a name of its own"
+            raise LibraryError(problem, version, do)
+        return path
+
+
+class RemoteSource:
+    """The adapters at a remote place, as folders of the cache. A place on the Hugging Face hub
+    cannot be listed: each name there is a repository of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        self._mirror: Mirror | None = None
+
+    def list(self) -> dict[str, Location]:
+        if self._mirror is None:
+            self._mirror = Mirror(self.address)
+        return {name: Location(path) for name, path in self._mirror.look().items()}
+
+    def resolve(self, name: str) -> Location:
+        return Location(self.pull(name))
+
+    def pull(self, name: str, version: str = "", *, cache: Path | None = None) -> Path:
+        """The folder in the cache. ``version``: what ``push`` returned after the "@"."""
+        return pull(f"{self.address}/{name}", revision=version or None, cache=cache)
+
+
+def open_source(address: str | Path) -> FolderSource | LibrarySource | RemoteSource:
+    """The source at an address: a remote place, a library, or a folder of adapter folders.
+    ``ConfigError``: there is no such folder."""
+    if is_remote(str(address)):
+        return RemoteSource(str(address))
+    folder = Path(address).expanduser().resolve()
+    if not folder.is_dir():
+        problem = f"no adapter folder {folder}"
+        raise ConfigError(problem, "a folder of adapters", "make it, or check")
+    if (folder / INDEX).exists():
+        return LibrarySource(Library(folder))
+    return FolderSource(folder)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The difference between two looks at a source."""
+
+    removed: Sequence[str]
+    added: Mapping[str, Location]
+    changed: Mapping[str, Location]
+
+
+class Catalogue:
+    """The adapters of a source that are in use, by name. One thread at a time may change it; any
+    thread may ask for a name.
+
+    ``refresh`` reports changes and applies none: its caller loads an adapter first, then calls
+    ``accept``, ``reject`` or ``remove``.
+    """
+
+    def __init__(self, list_locations: Callable[[], Mapping[str, Location]]) -> None:
+        self._list_locations = list_locations
+        self._locations: dict[str, Location] = {}
+        self._unsettled: dict[str, Location] = {}  # changed files, as the last look found them
+        self._rejected: dict[str, Location] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._locations
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._locations))
+
+    def resolve(self, name: str) -> Location | None:
+        """The accepted location of a name."""
+        return self._locations.get(name)
+
+    def refresh(self) -> Changes:
+        """Compare the source with the accepted locations. A folder that is written in place counts
+        as changed once two looks found the same files, because it may be half written before. A
+        rejected location is not reported again."""
+        listing = self._list_locations()
+        removed = sorted(self._locations.keys() - listing.keys())
+        added, changed, unsettled = {}, {}, {}
+        for name, location in listing.items():
+            current = self._locations.get(name)
+            if current is None:
+                added[name] = location
+            elif location not in (current, self._rejected.get(name)):
+                unsettled[name] = location
+                if location.path != current.path or self._unsettled.get(name) == location:
+                    changed[name] = location
+        self._unsettled = unsettled
+        return Changes(removed, added, changed)
+
+    def accept(self, name: str, location: Location) -> None:
+        """From now on the name means this location."""
+        self._locations[name] = location
+
+    def reject(self, name: str, location: Location) -> None:
+        """Keep what the name means: these files cannot be loaded."""
+        self._rejected[name] = location
+
+    def remove(self, name: str) -> None:
+        del self._locations[name]
+
+
+def name_adapters(adapters: Sequence[str]) -> dict[str, str]:
+    """{name: adapter} of texts NAME=ADAPTER, or ADAPTER alone, which is named after the last part
+    of its path. ``ConfigError``: two of them have one name."""
+    adapter_by_name: dict[str, str] = {}
+    for text in adapters:
+        name, equals, adapter = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():
+            adapter, stem = text, Path(text.rpartition(":")[2]).name
+            name = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem) or "adapter"
+        if name in adapter_by_name:
+            problem = f"two adapters called {name!r} ({adapter_by_name[name]}, {adapter})"
+            do = "name them, as in --adapter french=runs/french/adapter"
+            raise ConfigError(problem, "a name of its own for each", do)
+        adapter_by_name[name] = adapter
+    return adapter_by_name
+
+
+def resolve_within(folder: Path, relative_path: str) -> Path | None:
+    """The path below ``folder`` with all links followed; None for one that does not exist or leads
+    out of the folder."""
+    try:
+        path = (folder / relative_path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # absent, a name too long, a loop of links
+        return None
+    return path if path.is_relative_to(folder) and path != folder else None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether an adapter's configuration lies there. A folder that may not be read has none, and
+    hides no other."""
+    with suppress(OSError):
+        return (path / peft.CONFIG).is_file()
+    return False
