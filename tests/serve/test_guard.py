@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -26,6 +27,7 @@ from veneer.serve import limits, page
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.guard import LOOPBACK
 from veneer.serve.listen import bind, is_loopback
+from veneer.serve.training.registration import TrainingExtension
 from veneer.store.catalogue import Location
 
 
@@ -658,7 +660,9 @@ def test_all_bodies_together_are_bounded_and_one_key_leaves_room_for_others(tmp_
         until(lambda: bytes_held(it) == 0)
 
 
-def test_the_log_names_no_token_of_a_download(it, caplog):
+def test_the_log_names_no_token_of_a_download(it, caplog, monkeypatch):
+    extension = TrainingExtension(SimpleNamespace(worker=SimpleNamespace(ready=True)))  # pyright: ignore
+    monkeypatch.setattr(it.service, "extensions", [extension])
     caplog.set_level(logging.INFO, "veneer.serve.access")
     with it.http() as http:
         http.get("/api/v1/files/secret-token/adapter_model.safetensors")
