@@ -34,8 +34,7 @@ def find_case(name):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_veneer_gets_it_right(case):
-    torch.manual_seed(0)
-    result = case.judge(Veneer())
+    result = run_case(case, Veneer())
     assert result.outcome == RIGHT, result.text
     for name, bound in BOUNDS.items():
         assert result.measures.get(name, 0.0) <= bound, f"{name}: {result.measures[name]}"

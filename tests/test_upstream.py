@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-
 from scripts import torture_page
 
 FILES = sorted(torture_page.UPSTREAM.glob("*.md"))

@@ -62,11 +62,10 @@ def make(
                 value.data.normal_(0, 0.02, generator=generator)
         handle.save(folder / "adapters" / name)
         if merged:
-            folder = folder / "merged" / name
             merge_checkpoint(
                 folder / "base",
                 [folder / "adapters" / name],
-                folder,
+                folder / "merged" / name,
                 rounding="nearest",
                 model=plain,
             )

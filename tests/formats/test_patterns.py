@@ -223,4 +223,4 @@ def test_what_people_write_is_far_from_the_limit():
         for layer in range(1000):
             list(expression.matching(f"model.layers.{layer}.self_attn.q_proj"))
             list(expression.matching(f"model.layers.{layer}.post_attention_layernorm"))
-        assert expression._left > 0.4, source
+        assert expression._seconds_left > 0.4, source

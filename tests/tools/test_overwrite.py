@@ -188,8 +188,7 @@ def test_an_adapter_is_not_written_beside_another_model(given, tmp_path, writer)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_during_a_long_merge(given, tmp_path, overwrite):
-    """Without leave it is refused, and the work is kept for another try; with leave, files of
-    others stay."""
+    """Without leave the merge is refused; with leave, the files of others stay."""
     out = tmp_path / "out"
 
     def appear(done: int, total: int, name: str) -> None:
@@ -202,11 +201,10 @@ def test_what_appears_during_a_long_merge(given, tmp_path, overwrite):
     if overwrite:
         merge(overwrite=True, progress=appear)
     else:
-        with pytest.raises(OutputExistsError, match="out, which exists") as caught:
+        with pytest.raises(OutputExistsError, match="out, which exists"):
             merge(progress=appear)
-        assert "run it again" in caught.value.__notes__[0]
         assert not (out / "config.json").exists()
-        assert merge(overwrite=True).resumed > 0, "it goes on where it was"
+        merge(overwrite=True)
     assert (out / "step_100" / "optimizer.bin").read_text() == "theirs"
     assert prove(given["base"], [given["adapter"]], out, model=given["model"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
