@@ -34,8 +34,8 @@ Found = dict[str, str | None]
 
 #: what an exception says -> what the page says; any other is quoted
 WORDS = {
-    r"does not tell its inputs": "this variant starts from the inputs of every weight, and what they are is known only "
-    "inside this layer",
+    r"whose inputs cannot be read": "this variant starts from the inputs of every weight, and what they are is known "
+    "only inside this layer",
     r"wrap RNN, GRU, or LSTM": "`torch.compile` leaves torch's recurrent layers as they are",
     r"^PEFT: .*(MultiheadAttention does not support DoRA|ParamWrapper does not work with use_dora)": "PEFT has no DoRA "
     "for it",

@@ -108,7 +108,7 @@ def forward(case: Case) -> Found:
         base = flats(case.base(case.inputs))
         found: Found = {}
         for path in PATHS:
-            with context.changed(path=path):
+            with context.override(path=path):
                 for example, y in case.outputs().items():
                     found[example] = found.get(example) or _within(
                         error(y, wanted[example]), FORWARD
@@ -146,7 +146,7 @@ def gradient(case: Case) -> Found:
 
     truth = gradients(wanted, leaves)
     for path in PATHS:
-        with context.changed(path=path), veneer.use(case.model, case.name):
+        with context.override(path=path), veneer.use(case.model, case.name):
             actual = gradients(flats(case.model(inputs)), own)
         for example, mine, true in zip(names, actual, truth, strict=True):
             found[example] = found[example] or _within(error(mine, true), GRADIENT)

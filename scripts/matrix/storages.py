@@ -88,7 +88,7 @@ def stored_forward(case: Stored) -> str:
         with veneer.use(case.model, None):
             base = case()
         adapted = case()
-        with context.changed(path="materialised"):
+        with context.override(path="materialised"):
             materialised = case()
     bound = BOUNDS[adapted.dtype]
     if not (
@@ -111,7 +111,7 @@ def stored_gradient(case: Stored) -> str:
     truth = torch.autograd.grad((wanted * weights).sum(), [*numbers.values(), x64])
 
     def gradients(path: str | None) -> tuple[Tensor, ...]:
-        with context.changed(path=path):
+        with context.override(path=path):
             y = case(x)
             return torch.autograd.grad(y, [*own.values(), x], weights.to(y.dtype))
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.change import Change
-from veneer.attach.data_init import Loss, gather
-from veneer.attach.fresh_weights import fresh, warn_fresh
+from veneer.attach.data_init import Loss, collect_calibration_data
+from veneer.attach.fresh_weights import fresh_parameters, warn_fresh
 from veneer.attach.from_peft import METHODS
 from veneer.attach.install import detach, install
 from veneer.attach.layer_adapter import LayerAdapter
@@ -86,7 +86,9 @@ def attach(
     """
     model = unwrap(model)
     plans = plan(model, LoraConfig() if config is None else config, name)
-    calibration = gather(model, plans, batches=batches, loss=loss, original=original)
+    calibration = collect_calibration_data(
+        model, plans, batches=batches, loss=loss, original=original
+    )
     install(model, name, plans, calibration=calibration)
     _cover(model)
     names = Names(model)
@@ -102,7 +104,7 @@ def attach(
         for entry in plans.low
         if entry.tokens
     }
-    lost = [ref for key, ref in fresh(names).items() if key not in in_full]
+    lost = [ref for key, ref in fresh_parameters(names).items() if key not in in_full]
     warn_fresh(lost, "As the adapter is attached", stacklevel=3)
     return Handle(model, name)
 
@@ -223,7 +225,7 @@ class Handle:
             default = ", default" if attached.default_name == self.name else ""
             merged = ", merged" if self.name in attached.chain else ""
             state = f"{config.variant}, rank {config.rank}{default}{merged}"
-        return f"<Handle {self.name!r} of {own_class(self.model).__name__}: {state}>"
+        return f"<Handle {self.name!r} of {base_class(self.model).__name__}: {state}>"
 
     @property
     def config(self) -> LoraConfig:

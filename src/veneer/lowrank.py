@@ -1,9 +1,10 @@
-"""The idea: a change of a weight, stored as a product of two thin matrices.
+"""A change of a weight, stored as a product of two thin matrices:
 
     ΔW[g] = scale · B[g] @ A[g]        A: [g, r, in]   B: [g, out, r]   ΔW: [g, out, in]
 
-``g`` counts the groups of a grouped convolution and is 1 nearly everywhere. ``scale`` is not
-multiplied into B: a file would then hold other numbers than those that were trained.
+``g`` is the number of groups of a grouped convolution, or of matrices in a stack, and 1 for most
+layers. ``scale`` is stored separately. If it were multiplied into B, a file would hold other
+numbers than those that were trained.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
@@ -25,35 +26,35 @@ __all__ = ["LowRank", "Svd"]
 
 
 class Svd(NamedTuple):
-    """ΔW[g] = U[g] · diag(S[g]) · V[g], singular values falling: U [g, out, k], S [g, k], V [g, k,
-    in]."""
+    """A singular value decomposition ΔW[g] = U[g] · diag(S[g]) · V[g], with descending singular
+    values: U [g, out, k], S [g, k], V [g, k, in]."""
 
     U: Float[Tensor, "g out k"]
     S: Float[Tensor, "g k"]
     V: Float[Tensor, "g k in_"]
 
     def rank_for(self, energy: float) -> int:
-        """The smallest rank that keeps this share of ‖ΔW‖² (of all groups together), at least 1."""
-        kept = self.S.square().sum(0).cumsum(0)  # of the rank 1, 2, …
-        return int((kept < energy * kept[-1]).sum()) + 1
+        """The smallest rank, at least 1, that retains this share of ‖ΔW‖², summed over groups."""
+        retained_energy = self.S.square().sum(0).cumsum(0)  # at rank 1, 2, …
+        return int((retained_energy < energy * retained_energy[-1]).sum()) + 1
 
     def cut(self, rank: int) -> tuple[LowRank, float]:
-        """(the best approximation of this rank, ‖ΔW − it‖: the singular values that it lacks). Each
-        factor gets the root of the singular values, so that neither is much larger than the
-        other."""
+        """(the best approximation of this rank, its error ‖ΔW − approximation‖). Each factor is
+        multiplied by the square roots of the singular values, so that both have similar norms."""
         root = self.S[:, :rank].sqrt()
         low = LowRank(root[..., None] * self.V[:, :rank], self.U[:, :, :rank] * root[:, None], 1.0)
         return low, float(self.S[:, rank:].norm())
 
 
 def zero_column(A: Float[Tensor, "g r in_"], column: int) -> Float[Tensor, "g r in_"]:
-    """A copy with zeros in one column; without an index tensor, which a device would wait for."""
+    """A copy of A with zeros in one column. It uses no index tensor, which would force a device to
+    synchronise."""
     return A.select_scatter(A.new_zeros(A.shape[:2]), 2, column)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``scale · B @ A``, one product a group."""
+    """ΔW = ``scale · B @ A``, one product per group."""
 
     A: Float[Tensor, "g r in_"]
     B: Float[Tensor, "g out r"]
@@ -65,19 +66,19 @@ class LowRank:
 
     @property
     def T(self) -> LowRank:
-        """The transposed change, of shape [g, in, out]: what a layer reads that holds the same
-        weight transposed."""
+        """The transposed change, of shape [g, in, out], for a layer that holds the weight
+        transposed."""
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
-    def place(self, rows: Tensor, out: int) -> LowRank:
-        """The change of a weight with ``out`` rows that is this one in ``rows`` (indices) and zero
-        elsewhere."""
+    def expand_rows(self, rows: Tensor, out: int) -> LowRank:
+        """The change of a weight with ``out`` rows that equals this change in ``rows`` (indices)
+        and is zero in the other rows."""
         B = self.B.new_zeros(self.B.shape[0], out, self.rank).index_copy(1, rows, self.B)
         return LowRank(self.A, B, self.scale)
 
-    def without(self, input_: int) -> LowRank:
-        """The same change with a zero column for one input."""
-        return LowRank(zero_column(self.A, input_), self.B, self.scale)
+    def zero_input(self, input_index: int) -> LowRank:
+        """The same change with zeros in the column of one input."""
+        return LowRank(zero_column(self.A, input_index), self.B, self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRank:
         if self.A.dtype == self.B.dtype == dtype:
@@ -88,59 +89,60 @@ class LowRank:
         return LowRank(self.A.to(device), self.B.to(device), self.scale)
 
     def delta(self, dtype: torch.dtype | None = None) -> Float[Tensor, "g out in_"]:
-        """ΔW itself, computed in ``dtype`` (default: that of the factors)."""
+        """ΔW [g, out, in], computed in ``dtype`` (default: that of the factors)."""
         low = self if dtype is None else self.to(dtype)
         # in place: the product is as large as the weight
         return torch.bmm(low.B, low.A).mul_(low.scale)
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, two r × r
-        matrices a group."""
+        """Frobenius norm of ΔW in float64, without forming ΔW: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, with two r × r
+        matrices per group."""
         return max(self.inner(self), 0.0) ** 0.5
 
     @staticmethod
     def sum(changes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-        """Σ wᵢ ΔWᵢ, exactly: the factors side by side, of the ranks' sum. In float32 or more, as a
-        weight is multiplied into B; where all wᵢ · scaleᵢ are equal but for their sign, no number
-        is rounded."""
+        """Σ wᵢ ΔWᵢ as concatenated factors; the rank is the sum of the ranks.
+
+        The factors are in at least float32, because the weights are multiplied into B. If all
+        wᵢ · scaleᵢ are equal except for their signs, nothing is rounded.
+        """
         factors = [weight * low.scale for weight, low in zip(weights, changes, strict=True)]
         scale = max(map(abs, factors)) or 1.0
         dtypes = (factor.dtype for low in changes for factor in (low.A, low.B))
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         A = torch.cat([low.A.to(dtype) for low in changes], 1)
-        parts = (
+        scaled = [
             low.B.to(dtype) * (factor / scale) for low, factor in zip(changes, factors, strict=True)
-        )
-        return LowRank(A, torch.cat(list(parts), 2), scale)
+        ]
+        return LowRank(A, torch.cat(scaled, 2), scale)
 
-    def gained(self, gain: Float[Tensor, "g out"]) -> LowRank:
-        """gain ⊙ ΔW: each output row times its number."""
+    def scale_rows(self, gain: Float[Tensor, "g out"]) -> LowRank:
+        """gain ⊙ ΔW: each output row is multiplied by its gain."""
         return LowRank(self.A, self.B * gain[..., None].to(self.B.dtype), self.scale)
 
-    def inner(self, other: LowRank) -> float:
-        """⟨ΔW, ΔW'⟩ = Σ (BᵀB') ∘ (A A'ᵀ), in float64 and from the thin factors alone."""
+    def inner(self, other_change: LowRank) -> float:
+        """⟨ΔW, ΔW'⟩ = Σ (BᵀB') ∘ (A A'ᵀ), in float64, computed from the thin factors."""
         A, B = (double(factor.detach()) for factor in (self.A, self.B))
-        product = ((B.mT @ double(other.B)) * (A @ double(other.A).mT)).sum()
-        return self.scale * other.scale * product.item()
+        product = ((B.mT @ double(other_change.B)) * (A @ double(other_change.A).mT)).sum()
+        return self.scale * other_change.scale * product.item()
 
     def core(self) -> Float[Tensor, "g k l"]:
-        """A small matrix with ΔW's singular values, in float64: R_B R_Aᵀ of B = Q_B R_B and Aᵀ =
-        Q_A R_A. Its norm is ‖ΔW‖ to the last digits, also where the product nearly cancels, which
-        ``norm`` has to half of them."""
-        R = (
+        """A small matrix with the singular values of ΔW, in float64: R_B R_Aᵀ, where B = Q_B R_B
+        and Aᵀ = Q_A R_A. Its norm is ‖ΔW‖ in full precision even where the product BA nearly
+        cancels; there ``norm`` has only half the digits."""
+        R_B, R_A = (
             torch.linalg.qr(double(factor.detach()), mode="r")[1] for factor in (self.B, self.A.mT)
         )
-        left, right = R
-        return left @ right.mT * self.scale
+        return R_B @ R_A.mT * self.scale
 
     def svd(self) -> Svd:
-        """The decomposition of ΔW in float64 from the thin factors, which never forms ΔW:
+        """The singular value decomposition of ΔW in float64, computed without forming ΔW:
 
             B = Q_B R_B   Aᵀ = Q_A R_A   R_B R_Aᵀ = u S vᵀ (r × r)   U = Q_B u   V = vᵀ Q_Aᵀ
 
-        Rows and columns in which ΔW is zero by its factors are exactly zero here too: a padding
-        token, the rows that a change leaves alone. Rejected: eigenvectors of BᵀB and AAᵀ, which
-        cost half and lose half the digits.
+        Rows of B and columns of A that are zero, such as that of a padding token, are exactly zero
+        in U and V too. Rejected: eigenvectors of BᵀB and AAᵀ, which cost half the time and lose
+        half the digits.
         """
         A, B = double(self.A.detach()), double(self.B.detach())
         (QB, RB), (QA, RA) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
@@ -149,9 +151,9 @@ class LowRank:
         return Svd(U, S, (v @ QA.mT).masked_fill((A == 0).all(1, keepdim=True), 0))
 
     def thin(self) -> LowRank:
-        """The same change, but for rounding in float64, of no more rank than min(out, in), by a QR
-        of the thinner factor. Unlike ``compact`` it keeps a B of zeros beside an A that is none,
-        from which training starts, and the scale."""
+        """The same change, except for rounding in float64, with a rank of at most min(out, in). It
+        takes a QR of the factor with the shorter side. Unlike ``compact``, it keeps the scale, and
+        an A that is not zero beside a B of zeros, with which training starts."""
         out, in_ = self.B.shape[1], self.A.shape[2]
         if self.rank <= min(out, in_):
             return self
@@ -162,13 +164,14 @@ class LowRank:
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank that ΔW can have: its rows or columns that are not zero by the factors,
-        the fewer."""
+        """An upper bound of the rank of ΔW, at least 1: the number of nonzero rows of B or of
+        nonzero columns of A, whichever is smaller."""
         rows, columns = (self.B != 0).any(2).sum(1), (self.A != 0).any(1).sum(1)
         return max(1, int(torch.minimum(rows, columns).max()))
 
     def compact(self) -> LowRank:
-        """The same change, but for rounding in float64, with no more rank than it can have."""
+        """The same change, except for rounding in float64, with a rank of at most
+        ``largest_rank``."""
         if self.rank <= self.largest_rank:
             return self
         return self.svd().cut(self.largest_rank)[0]

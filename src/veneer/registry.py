@@ -1,8 +1,7 @@
-"""One kind of registry for layers, variants, bases and formats: a name, a value, and the modules
-that hold them.
+"""The registry of named values that layers, variants, bases and formats use.
 
-A file of a registry's package registers itself when it is imported, and the package imports every
-file that it holds, so a new layer, variant or storage is one new file and no other line.
+A package with a registry imports all of its submodules, and each submodule registers its value when
+it is imported. So a new layer, variant or storage is one new file; no other line changes.
 """
 
 from __future__ import annotations
@@ -25,8 +24,11 @@ class Registry(Generic[T]):
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T) -> T:
-        """Register ``value``; a name that is taken is a ConfigError: no file silently replaces
-        another."""
+        """Register ``value`` and return it.
+
+        Raises:
+            ConfigError: the name is taken. So no file silently replaces the value of another.
+        """
         if name in self._values:
             raise ConfigError(
                 f"a second {self.kind} named {name!r}", "a new name", "choose another name"
@@ -53,8 +55,8 @@ class Registry(Generic[T]):
 
 
 def lazy_submodules(package: str, names: Iterable[str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package that imports each of these submodules when it is first used
-    as an attribute."""
+    """A ``__getattr__`` for a package. It imports each of these submodules when the submodule is
+    first used as an attribute."""
     submodules = frozenset(names)
 
     def import_submodule(name: str) -> Any:
@@ -66,5 +68,6 @@ def lazy_submodules(package: str, names: Iterable[str]) -> Callable[[str], Any]:
 
 
 def import_all(package: str, path: list[str]) -> None:
+    """Import all submodules of a package, in alphabetical order."""
     for module in sorted(info.name for info in pkgutil.iter_modules(path)):
         importlib.import_module(f"{package}.{module}")

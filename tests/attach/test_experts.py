@@ -266,7 +266,7 @@ def test_dropout_is_that_of_whole_inputs_as_where_w_is_formed():
     torch.manual_seed(3)
     y = module(*args)
     torch.manual_seed(3)
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         formed = module(*args)
     assert error(y, formed) < 1e-5
     assert error(module(*args), y) > 1e-3

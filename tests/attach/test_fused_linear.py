@@ -56,7 +56,7 @@ def together(handle):
 
 def reference(module, x):
     """Output and gradients by the definition, W + ΔW."""
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         return values(module, x)
 
 
@@ -149,7 +149,7 @@ def test_an_input_that_was_written_to_is_another_input():
         with mode:
             x = x.clone().requires_grad_(mode.__class__ is torch.enable_grad)
             y = module(x)
-            with context.changed(path="materialised"):
+            with context.override(path="materialised"):
                 assert error(y, module(x)) < 1e-11
 
 
@@ -222,7 +222,7 @@ def test_what_was_computed_in_advance_is_not_taken_once_a_layer_has_changed(chan
     change(module, handle)
     found = module.k(x)
     module.eval()
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         assert error(found, module.k(x)) < 1e-11
 
 
@@ -279,7 +279,7 @@ def test_each_head_may_be_differentiated_by_itself(frozen):
         other.sum().backward()
     found = [p.grad.clone() for p in handle.parameters()]
     module.zero_grad()
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         sum(y.sum() for y in module(x)).backward()
     assert same(found, [p.grad for p in handle.parameters()])
 
@@ -303,7 +303,7 @@ def test_a_layer_called_on_its_own_output(create_graph):
         y = module(torch.tanh(module(x))).square().sum()
         return torch.autograd.grad(y, handle.parameters(), **options)
 
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         wanted = gradients()
     assert same(gradients(create_graph=create_graph), wanted)
 
@@ -403,7 +403,7 @@ def test_a_real_model_has_the_gradients_of_the_definition(name):
     ids, found = torch.randint(40, (2, 9)), []
     for path in (None, "materialised"):
         model.zero_grad()
-        with context.changed(path=path):
+        with context.override(path=path):
             y = model(input_ids=ids).last_hidden_state
             (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
         found.append(
@@ -435,7 +435,7 @@ def test_a_hundred_steps_lose_what_the_definition_loses(dropout):
         found = []
         for batch in ids % 7 + 2:  # some words only, which can be learnt
             optimizer.zero_grad()
-            with context.changed(path=path):
+            with context.override(path=path):
                 loss = model(input_ids=batch, labels=batch).loss
                 loss.backward()
             optimizer.step()

@@ -442,7 +442,7 @@ def test_faithful_merging_of_every_kind(kind, variant, dtype):
         exact = {}
         for path, change in handle.changes.items():
             own, weight = model.get_submodule(path.rpartition(".")[0]), weight_at(model, path)
-            values = change.changed(weight, *change.resolve(weight), torch.float64)
+            values = change.changed_weight(weight, *change.resolve(weight), torch.float64)
             exact[path] = change.layer.apply_forward_rewrite(own, values).detach()
         report = {layer.path: layer for layer in handle.merge(rounding="faithful").layers}
         for path, values in exact.items():
@@ -481,7 +481,7 @@ def test_faithful_merging_of_every_variant(variant):
     small(model, handle, 1e-3)
     ((path, change),) = handle.changes.items()
     weight = model[0].weight
-    exact = change.changed(weight, *change.resolve(weight), torch.float64).detach()
+    exact = change.changed_weight(weight, *change.resolve(weight), torch.float64).detach()
     (layer,) = handle.merge(rounding="faithful").layers
     assert layer.rounding == "faithful", path
     moved, wanted = (
@@ -558,7 +558,7 @@ def test_inputs_are_protected_and_checked():
     before = bits(model)
     x = (torch.randn(100, 3) @ torch.randn(3, 64)).double()
     weight, (change,) = model[0].weight, handle.changes.values()
-    exact = change.changed(weight, *change.resolve(weight), torch.float64).detach()
+    exact = change.changed_weight(weight, *change.resolve(weight), torch.float64).detach()
     errors = []
     for inputs in (None, {"0.weight": (x.T @ x)[None]}):
         handle.merge(rounding="faithful", inputs=inputs)

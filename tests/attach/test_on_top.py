@@ -111,7 +111,7 @@ def test_no_weight_is_formed_where_a_layer_is_linear_in_it(monkeypatch):
     def formed(*_, **__):
         raise AssertionError("W + ΔW was formed")
 
-    monkeypatch.setattr(Change, "changed", formed)
+    monkeypatch.setattr(Change, "changed_weight", formed)
     monkeypatch.setattr(fused, "_form_weight", formed)
     for model, x, config in (
         (TinyLM(), IDS, veneer.LoraConfig(rank=2, targets=["q_proj", "v_proj", "embed_tokens"])),
@@ -139,7 +139,7 @@ def test_no_weight_is_formed_where_the_caller_asks_for_factors(monkeypatch):
         monkeypatch.setattr(fused, "_form_weight", formed)
         with pytest.raises(AssertionError, match="was formed"):
             model(x)
-        with context.changed(path="factored"):
+        with context.override(path="factored"):
             assert error(model(x), expected) < 1e-5
 
 

@@ -377,7 +377,7 @@ def test_check_names_the_zero_weight_that_stands_before_the_output():
     message = str(caught.value)
     for name in ("down", "up"):
         assert (
-            f"'{name}.weight' (Linear) receives no gradient: every way from it to the output goes through"
+            f"'{name}.weight' (Linear) receives no gradient: every path from it to the output goes through"
             in message
         )
     assert "exactly zero and do not train: 'gates.0'." in message

@@ -43,8 +43,8 @@ def case():
 def nothing_stays_open():
     yield
     gc.collect()
-    assert not context._OPEN
-    assert context.current is context._NOTHING
+    assert not context._OPEN_BLOCKS
+    assert context.current is context._EMPTY
 
 
 def a_block_a_step(model, choice, steps=3):
@@ -134,7 +134,7 @@ def test_a_generator_in_a_cycle_is_collected(case):
 
     Streamer()
     gc.collect()
-    assert not context._OPEN
+    assert not context._OPEN_BLOCKS
 
 
 def test_a_call_between_two_steps_is_an_error_unless_it_selects_for_itself(case):

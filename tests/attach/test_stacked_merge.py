@@ -118,7 +118,9 @@ def test_an_adapter_stays_when_the_one_below_is_unmerged_and_runs_once_it_is_mer
         veneer.merge(model, "b")
     with pytest.raises(CheckError, match="'b' does not run"):
         veneer.check(model, IDS, "b")
-    with pytest.raises(MergeError, match="'b', attached while 'a' was merged, which is to go"):
+    with pytest.raises(
+        MergeError, match="'b', attached while 'a' was merged, which is to be detached"
+    ):
         veneer.detach(model, "a")
     selected(model, "a", IDS)
     veneer.merge(model, "a")

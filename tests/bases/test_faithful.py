@@ -71,7 +71,7 @@ def adapted(module, ratio: float):
         nn.init.normal_(parameter)
     W = change.storage.dense(module.weight).double()
     change.scale *= ratio * W.norm().item() / change.resolve(module.weight)[0].norm()
-    return handle, change, W, change.exactly(module.weight)[0].delta(torch.float64)[0]
+    return handle, change, W, change.resolve_float64(module.weight)[0].delta(torch.float64)[0]
 
 
 @pytest.mark.parametrize("storage", GRIDS)

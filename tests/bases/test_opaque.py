@@ -70,7 +70,7 @@ def test_it_is_its_own_weight_and_reads_as_the_library_means_it(kind, real, libr
 def test_a_call_is_the_librarys_and_the_change(kind, real, libraries):  # noqa: F811
     module, dense, handle, change = adapted(libraries, kind, real)
     x = torch.randn(5, IN)
-    low, gain = change.exactly(module)
+    low, gain = change.resolve_float64(module)
     assert gain is None
     delta = low.delta(torch.float64)[0]
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_the_way_out_is_one(kind, real, libraries, tmp_path):  # noqa: F811
     randomise(handle, 0.1)
     assert [*handle.changes] == ["first.weight", "layer.weight"]
     handle.save(tmp_path / "adapter")
-    low, _ = handle.changes["layer.weight"].exactly(module)
+    low, _ = handle.changes["layer.weight"].resolve_float64(module)
     again = veneer.load(copied(model), tmp_path / "adapter")
     x = torch.randn(3, IN)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_check_summary_and_detach(kind, real, libraries):  # noqa: F811
 def test_variants_that_read_the_weight_keep_the_bias(kind, real, variant, libraries):  # noqa: F811
     module, dense, _, change = adapted(libraries, kind, real, variant=variant)
     x = torch.randn(5, IN)
-    low, gain = change.exactly(module)
+    low, gain = change.resolve_float64(module)
     W = dense + low.delta(torch.float64)[0]
     W = W if gain is None else W * gain[:, None]
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_blends_and_rows_of_a_batch(kind, real, libraries):  # noqa: F811
     for name, handle in handles.items():
         randomise(handle, 0.1)
         (change,) = handle.changes.values()
-        deltas[name] = change.exactly(module)[0].delta(torch.float64)[0]
+        deltas[name] = change.resolve_float64(module)[0].delta(torch.float64)[0]
     x, tolerance = torch.randn(3, IN), max(2e-3, close(module))
     with torch.no_grad():
         with veneer.use(module, {"a": 0.5, "b": 2.0}):
@@ -338,7 +338,7 @@ def test_a_product_of_torch_that_has_no_derivative_trains():
     handle = veneer.attach(module, veneer.LoraConfig(rank=2))
     randomise(handle, 0.1)
     (change,) = handle.changes.values()
-    delta = change.exactly(module)[0].delta(torch.float64)[0]
+    delta = change.resolve_float64(module)[0].delta(torch.float64)[0]
     x = torch.randn(5, IN, dtype=torch.bfloat16, requires_grad=True)
     y = module(x)
     y.sum().backward()
@@ -351,7 +351,7 @@ def test_the_gradient_is_the_same_in_pieces(libraries, monkeypatch):  # noqa: F8
     monkeypatch.setattr("veneer.bases.opaque.COLUMNS", 24)
     x = torch.randn(3, 2, IN, requires_grad=True)
     module(x).sum().backward()
-    low, _ = change.exactly(module)
+    low, _ = change.resolve_float64(module)
     assert (
         error(x.grad, torch.ones(3, 2, OUT).double() @ (dense + low.delta(torch.float64)[0])) < 2e-6
     )

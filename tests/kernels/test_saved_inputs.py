@@ -129,7 +129,7 @@ def test_an_input_is_made_again_to_the_same_bits(name, dropout, monkeypatch):
     one = FULL if isinstance(model, Gated) else 8 * 5 * 6
     assert fewer == one * (1 if name in ("another activation", "norm", "norm, turned") else 2)
     if not dropout:
-        with context.changed(path="materialised"):
+        with context.override(path="materialised"):
             definition = values(model, x)
         assert all(error(one, other) < 1e-11 for one, other in zip(found, definition, strict=True))
         assert torch.autograd.gradcheck(lambda x, *numbers: model(x * 1), (x, *handle.parameters()))

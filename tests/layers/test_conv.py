@@ -85,7 +85,7 @@ def values(model, handle, x, run=None):
 
 
 def defined(model, handle, x):
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         return values(model, handle, x)
 
 
@@ -215,7 +215,7 @@ def test_other_convolutions_go_the_general_way(layer, calls):
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, targets=["0"]))
     randomise(handle)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         exact = model(x)
     assert error(model(x), exact) < 1e-12
     assert calls == []

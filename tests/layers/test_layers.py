@@ -72,7 +72,7 @@ def test_three_ways_to_compute_it_agree(kind, number, variant, dtype):
     expected, _, _ = reference(handle, args)
     with torch.no_grad():
         factored = module(*args)
-        with context.changed(path="materialised"):
+        with context.override(path="materialised"):
             materialised = module(*args)
         handle.merge()
         merged = module(*args)
@@ -103,7 +103,7 @@ def test_gradients_equal_float64_autograd_through_the_changed_weight(
     args = pytree.tree_map(lambda x: x.detach().clone().requires_grad_() if _float(x) else x, args)
     own = dict(handle.named_parameters())
     assert list(own) == list(leaves)
-    with context.changed(path=path):
+    with context.override(path=path):
         y = flat(module(*args))
     inputs = [x for x in pytree.tree_leaves(args) if _float(x)]
     found = torch.autograd.grad((y * weights.to(dtype)).sum(), [*own.values(), *inputs])
@@ -179,7 +179,9 @@ def test_merged_weights_are_rounded_correctly_once(kind, variant, dtype):
     exact = {}
     for path, change in handle.changes.items():
         low, gain = change.resolve(weight_at(module, path), torch.float64)
-        exact[path] = change.changed(weight_at(module, path), low, gain, torch.float64).detach()
+        exact[path] = change.changed_weight(
+            weight_at(module, path), low, gain, torch.float64
+        ).detach()
     handle.merge(rounding="nearest")
     for path, values in exact.items():
         merged = weight_at(module, path).detach()
@@ -228,7 +230,7 @@ def test_dropout_is_the_same_on_both_paths_and_absent_in_eval(kind, number, vari
     outputs = []
     for path in PATHS:
         torch.manual_seed(3)
-        with context.changed(path=path):
+        with context.override(path=path):
             outputs.append(flat(module(*args)))
     assert error(*outputs) < 1e-10
     assert error(outputs[0], undropped) > 1e-4
@@ -291,7 +293,7 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
     veneer.detach(plain)
     exact = changed - flat(plain.double()(*cast(args, torch.float64)))
     for path in PATHS:
-        with context.changed(path=path), torch.no_grad():
+        with context.override(path=path), torch.no_grad():
             wide = copy.deepcopy(
                 module
             ).float()  # the same bf16 weights, outputs not rounded to bf16
@@ -299,7 +301,7 @@ def test_a_small_change_survives_in_sixteen_bits(kind):
             with veneer.use(wide, None):
                 base = flat(wide(*cast(args, torch.float32)))
         assert error(y.double() - base.double(), exact) < 2e-2
-        with context.changed(path=path):
+        with context.override(path=path):
             flat(module(*args)).float().square().sum().backward()
         assert all(
             p.grad.abs().sum() > 0 for name, p in handle.named_parameters() if name.endswith(".B")
@@ -311,7 +313,7 @@ def test_keyword_inputs_and_unbatched_inputs():
     handle = attached(linear)
     x = torch.randn(4)
     assert torch.equal(linear(input=x), linear(x))
-    with context.changed(path="materialised"):
+    with context.override(path="materialised"):
         torch.testing.assert_close(linear(input=x), linear(x))
     attached(convolution)
     image = torch.randn(2, 5, 5)

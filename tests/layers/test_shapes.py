@@ -244,7 +244,7 @@ def four_ways(kind, variant, data):
     expected, _, _ = reference(handle, args)
     with torch.no_grad():
         for path in PATHS:
-            with context.changed(path=path):
+            with context.override(path=path):
                 assert near(flat(handle.model(*args)), expected)
         handle.merge()
         assert near(flat(handle.model(*args)), expected)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.targets import Names
 from veneer.errors import ConfigError
 from veneer.models import load_head
@@ -127,7 +127,9 @@ def test_a_new_head_is_the_one_that_one_process_makes(tmp_path: Path) -> None:
         torch.manual_seed(5)
         models.append(load(tmp_path, "AutoModelForSequenceClassification", num_labels=7))
     must_be_share(*models)
-    assert [[*fresh(Names(model)).values()] for model in models] == [[("score", "weight")]] * 2
+    assert [[*fresh_parameters(Names(model)).values()] for model in models] == [
+        [("score", "weight")]
+    ] * 2
 
 
 @pytest.mark.parametrize("differ", [False, True])

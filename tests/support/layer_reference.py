@@ -38,7 +38,7 @@ def reference(handle, args):
         low, gain = change.variant.resolve(
             numbers, change.scale, lambda base=base, c=change: c.layer.unfold(base, c.dims)
         )
-        low = low if change.frozen_input is None else low.without(change.frozen_input)
+        low = low if change.frozen_input is None else low.zero_input(change.frozen_input)
         weight = base.detach() + change.layer.fold(
             torch.einsum("gor,gri->goi", low.B, low.A) * low.scale, base.shape
         )

@@ -37,7 +37,7 @@ from veneer.adapter_files.peft_mapping import (
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.record import PARAMETERS
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
@@ -130,7 +130,7 @@ def match(
     folder.plan_full()
     folder.check_complete()
     raise_all(
-        AdapterError, f"The adapter {path} does not fit this {own_class(model).__name__}", problems
+        AdapterError, f"The adapter {path} does not fit this {base_class(model).__name__}", problems
     )
     if saved.record is None:
         warn_foreign(path)
@@ -583,9 +583,11 @@ def _unlike(
             )
             stored = {**variant.init(start), **stored}
         low, _ = variant.resolve(stored, variant.scale(entry.alpha, entry.rank), base)
-        low = low if entry.rows is None else low.place(torch.tensor(entry.rows), entry.dims.out)
+        low = (
+            low if entry.rows is None else low.expand_rows(torch.tensor(entry.rows), entry.dims.out)
+        )
         frozen_input = entry.layer.frozen_input(module)
-        low = low if frozen_input is None else low.without(frozen_input)
+        low = low if frozen_input is None else low.zero_input(frozen_input)
         A, B = (
             torch.cat([low.A, peft_form.A], 1),
             torch.cat([low.B * low.scale, -peft_form.B * peft_form.scale], 2),

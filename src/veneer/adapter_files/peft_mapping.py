@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import layer_states, own_class, weight_of
+from veneer.attach.adapted_module import base_class, layer_states, weight_of
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters, parameter_path
@@ -291,7 +291,7 @@ def _task(model: nn.Module) -> str | None:
     None, with which PEFT passes on whatever it is given, where the base's forward does not take
     what PEFT's would give it: Whisper reads sounds, not tokens. None too for classifiers and
     question answering: there PEFT expects its own choice of fully trained heads."""
-    cls: Any = own_class(model)
+    cls: Any = base_class(model)
     if not (callable(generates := getattr(cls, "can_generate", None)) and generates()):
         return None
     task = (
@@ -343,7 +343,7 @@ def differs(
     reason = rule(kind.name, module)
     if reason is None and not _plain_forward(kind, module, name):
         reason = (
-            f"{own_class(module).__name__} has a forward of its own, which PEFT runs on the old"
+            f"{base_class(module).__name__} has a forward of its own, which PEFT runs on the old"
             " weight"
         )
     return reason
@@ -388,7 +388,7 @@ def attention_above(names: Names, ref: ParamRef) -> str | None:
 def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     """Whether the module computes ``kind.op``: its class has torch's forward, or one that gives the
     same."""
-    base, weight = own_class(module), weight_of(module, name)
+    base, weight = base_class(module), weight_of(module, name)
     storage: Any = storage_of(weight)
     if any(base.forward is stock.forward for stock in (*kind.types(), *storage.modules())):
         return True

@@ -23,9 +23,9 @@ from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
-from veneer.attach.adapted_module import own_class, walk, weight_of, with_values
+from veneer.attach.adapted_module import base_class, walk, weight_of, with_values
 from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh, has_head, warn_fresh
+from veneer.attach.fresh_weights import fresh_parameters, has_head, warn_fresh
 from veneer.attach.install import install
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
 from veneer.attach.merge import kept_bits, unkept
@@ -196,7 +196,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
     """The labels of a classifier of transformers, in the order of its outputs; None of any other
     model, whose config has two as well."""
     names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or not own_class(model).__name__.endswith("Classification"):
+    if not names or not base_class(model).__name__.endswith("Classification"):
         return None
     return [str(names[number]) for number in sorted(names)]
 
@@ -227,7 +227,7 @@ def _content(
         ),
         "base": {
             "name": base_name,
-            "architecture": own_class(model).__name__,
+            "architecture": base_class(model).__name__,
             **({} if (labels := labels_of(model)) is None else {"labels": labels}),
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, weights, fingerprints),
@@ -261,7 +261,7 @@ def _proof(
     }
     # in its new rows
     held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
-    lost = {key: ref for key, ref in fresh(names).items() if key not in replaced | held}
+    lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # a base model's own output does not need its pooler, and nobody uses a random one
     gone = unkept(model, name) if fingerprints is None else frozenset()

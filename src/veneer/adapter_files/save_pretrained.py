@@ -25,9 +25,9 @@ from veneer import context
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
-from veneer.attach.adapted_module import layer_states, own_class, with_values
+from veneer.attach.adapted_module import base_class, layer_states, with_values
 from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import (
     adapters,
@@ -67,7 +67,7 @@ def save_pretrained(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     elif adapters_of(module) is not attached:
         owners = ", ".join(attached.configs)
         problem = (
-            f"{SAVE} of a {own_class(module).__name__} within the model that {owners} belongs to"
+            f"{SAVE} of a {base_class(module).__name__} within the model that {owners} belongs to"
         )
         do = f"call {SAVE} (or veneer.save) of the model that the adapter was attached to"
         raise SelectionError(problem, "one folder for all of an adapter", do)
@@ -192,7 +192,11 @@ def _labels_to_pass(model: nn.Module) -> int | None:
     """How many labels ``from_pretrained`` must be told of: those of a head that the base's files,
     and so its configuration, lack; None where it is right without."""
     labels = labels_of(model)
-    return None if labels is None or len(labels) == 2 or not fresh(Names(model)) else len(labels)
+    return (
+        None
+        if labels is None or len(labels) == 2 or not fresh_parameters(Names(model))
+        else len(labels)
+    )
 
 
 def _state(options: Mapping[str, Any]) -> dict[str, Any]:

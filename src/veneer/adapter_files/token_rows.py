@@ -19,7 +19,7 @@ from veneer.adapter_files import peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.lookup import adapters_of, changes, parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for
@@ -181,7 +181,7 @@ def _problem_of_size(
         "embedding",
         "linear",
     ):
-        what = f"trained tokens of {where!r}, a {own_class(names.modules[owner[0]]).__name__}"
+        what = f"trained tokens of {where!r}, a {base_class(names.modules[owner[0]]).__name__}"
         return sentence(
             what, "an embedding or a linear head", "load it on the model that it was trained on"
         )

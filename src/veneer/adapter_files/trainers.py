@@ -35,7 +35,7 @@ from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
 from veneer.attach.adapted_module import state_of, walk
 from veneer.attach.change import Change
-from veneer.attach.from_peft import answer_methods
+from veneer.attach.from_peft import override_peft_methods
 from veneer.attach.install import detach
 from veneer.attach.lookup import adapters_of, selected_name, unwrap
 from veneer.attach.method_overrides import put, stands
@@ -55,7 +55,7 @@ def cover(model: nn.Module) -> None:
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
             put(module, SAVE, save_pretrained)
-    answer_methods(model)
+    override_peft_methods(model)
     if "transformers" in sys.modules:
         teach()
 

@@ -1,7 +1,7 @@
-"""The change of one weight: adapter parameters, and how they become ΔW.
+"""The change of one weight: the adapter parameters, and how ΔW is computed from them.
 
-resolve(W)   ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
-changed(W)   ->  gain ⊙ (W + ΔW), in the weight's own shape        ΔW = scale · B A
+resolve(W)          ->  LowRank (A [g, r, in], B [g, out, r], scale), gain [g · out] or None
+changed_weight(W)   ->  gain ⊙ (W + ΔW), in the shape of W        ΔW = scale · B A
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from veneer import precision
-from veneer.attach.adapted_module import own_class, state_of, weight_of
+from veneer.attach.adapted_module import base_class, state_of, weight_of
 from veneer.attach.token_rows import ROWS, with_rows
 from veneer.bases import Storage
 from veneer.errors import SelectionError, TargetError, sentence
@@ -23,18 +23,18 @@ from veneer.layers import Dims, Layer
 from veneer.lowrank import LowRank, zero_column
 from veneer.variants import Variant
 
-#: of a packed weight, of which no more than a piece should be dense
+#: the number of pieces in which a packed weight is made dense, so that no full dense copy exists
 PIECES = 8
 
 
-def changed_storage(module: nn.Module, name: str) -> SelectionError:
-    """The error of a call, a merge or a save that meets a parameter which has been pruned,
-    parametrised or taken away since the adapter was attached."""
+def changed_storage_error(module: nn.Module, name: str) -> SelectionError:
+    """The error of a call, a merge or a save for a parameter that was pruned, parametrised or
+    removed after the adapter was attached."""
     layer_state = state_of(module)
     path = None if layer_state is None else layer_state.attached.paths.get(layer_state.key)
     ref = name if path in (None, "") else f"{path}.{name}"
     problem = (
-        f"{ref!r} ({own_class(module).__name__}), pruned or parametrised (or no longer so) after"
+        f"{ref!r} ({base_class(module).__name__}), pruned or parametrised (or no longer so) after"
         " attach"
     )
     do = (
@@ -45,17 +45,21 @@ def changed_storage(module: nn.Module, name: str) -> SelectionError:
 
 
 def frozen_weight(change: Any, module: nn.Module, name: str) -> Any:
-    """The weight of a module that a change is of; a SelectionError if it is kept otherwise than as
-    that was made."""
+    """The frozen weight of ``module`` that ``change`` applies to.
+
+    Raises:
+        SelectionError: the weight is no longer stored as it was when the change was created.
+    """
     weight = weight_of(module, name)
     computed = isinstance(weight, ParametrizationList)
     if weight is None or computed != (change.storage.name == "parametrized"):
-        raise changed_storage(module, name)
+        raise changed_storage_error(module, name)
     return weight
 
 
-def _offloaded(gradient: Tensor) -> None:
-    """Who trains would train copies that nobody has after the call."""
+def _refuse_gradient(gradient: Tensor) -> None:
+    """Backward hook of offloaded parameters. It raises, because the gradient would belong to copies
+    on the device that are freed after the call."""
     problem = "a gradient of adapter parameters that accelerate has offloaded"
     raise TargetError(
         sentence(
@@ -65,13 +69,18 @@ def _offloaded(gradient: Tensor) -> None:
 
 
 class Change(nn.Module):
-    """One adapter's change of one weight. ``rows`` are the indices of the outputs that change
-    (None: all); ``frozen_input`` is the input that never does. ``module_only``: it is a change of
-    what its modules give, which those who read the weight past them do not see, as in PEFT.
-    ``tokens`` are the rows of an embedding or head that are trained in full; of rank 0, nothing
-    else of it changes."""
+    """One adapter's change of one weight.
 
-    #: the trained rows [n, d] of ``tokens``, where there are some
+    Fields:
+        rows: indices of the outputs that change; None for all outputs.
+        frozen_input: index of the one input whose column of ΔW stays zero, or None.
+        module_only: the change affects only the outputs of the modules that hold the weight, as in
+            PEFT. Other code that reads the weight gets the base weight.
+        tokens: the rows of an embedding or head that are trained in full. With rank 0, nothing else
+            changes.
+    """
+
+    #: the trained rows [n, d] of ``tokens``, if any
     token_rows: Any
     layer: Any
     variant: Any
@@ -111,8 +120,8 @@ class Change(nn.Module):
 
     @property
     def adapter_parameters(self) -> dict[str, Any]:
-        """The variant's parameters, trained and frozen, by name; those that accelerate has
-        offloaded, where it runs."""
+        """The variant's parameters, trained and frozen, by name. Parameters that accelerate has
+        offloaded are copied to the device of the module."""
         values = self._values()
         values.pop(ROWS, None)
         return values
@@ -124,74 +133,75 @@ class Change(nn.Module):
         ):
             return {**self._parameters, **self._buffers}
         hook.pre_forward(self)
-        found = {**self._parameters, **self._buffers}
+        values = {**self._parameters, **self._buffers}
         hook.post_forward(self, None)
-        for value in found.values():
+        for value in values.values():
             if value.requires_grad:
-                value.register_hook(_offloaded)
-        return found
+                value.register_hook(_refuse_gradient)
+        return values
 
     def resolve(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
         """The change of ``weight`` as (LowRank, gain [g · out] or None), differentiable; in
         ``dtype`` if given."""
-        # and the rank is not looked at: torch.compile would make a graph for each
+        # Do not branch on the rank here: torch.compile would compile a graph for each rank.
         if self.tokens is None:
             return self.low_rank(weight, dtype)
-        found = self.low_rank(weight, dtype) if self.rank else (None, None)
+        low_rank = self.low_rank(weight, dtype) if self.rank else (None, None)
         rows, dense = self._values()[ROWS], self.storage.dense(weight)
         rows = rows if dtype is None else precision.cast(rows, dtype)
-        return with_rows(*found, rows, self._on(rows.device, "tokens"), dense, self.layer)
+        return with_rows(*low_rank, rows, self._on(rows.device, "tokens"), dense, self.layer)
 
     def low_rank(
         self, weight: Any, dtype: torch.dtype | None = None
     ) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` without the trained tokens: what the variant makes of its parameters."""
+        """``resolve`` without the trained token rows."""
         parameters = self.adapter_parameters
         if dtype is not None:
             parameters = {name: precision.cast(value, dtype) for name, value in parameters.items()}
         if self.frozen_input is not None and "A" in parameters:
-            # a gain may depend on ΔW, of which that input is no part
+            # before the variant runs, as its gain may depend on ΔW
             parameters["A"] = zero_column(parameters["A"], self.frozen_input)
         low, gain = self.variant.resolve(parameters, self.scale, self._base(weight, dtype))
         if self.rows is not None:
             rows = self._on(low.B.device, "rows")
-            low = low.place(rows, self.dims.out)
+            low = low.expand_rows(rows, self.dims.out)
             gain = (
                 None
                 if gain is None
                 else torch.ones_like(gain).new_ones(self.dims.out).index_copy(0, rows, gain)
             )
-        return low if self.frozen_input is None else low.without(self.frozen_input), gain
+        return low if self.frozen_input is None else low.zero_input(self.frozen_input), gain
 
-    def exactly(self, weight: Any) -> tuple[LowRank, Tensor | None]:
-        """``resolve`` for a merge, in float64: a gain is the same for one matrix as for a stack of
-        them."""
+    def resolve_float64(self, weight: Any) -> tuple[LowRank, Tensor | None]:
+        """``resolve`` in float64, for a merge. In float64, the gain of a matrix does not depend on
+        whether it is computed alone or in a stack of matrices."""
         return self.resolve(weight, torch.float64)
 
     def _base(self, weight: Any, dtype: torch.dtype | None) -> Any:
-        """What reads W for the variant: whole, or as an iterator of a packed weight's rows."""
+        """A function with which the variant reads W. For a packed weight it has the attribute
+        ``pieces``, which yields W in pieces of its rows."""
 
         def base() -> Tensor:
             return self._dense(weight, dtype)
 
-        lies = self.layer.product and not self.layer.out_axis and self.rows is None
-        if lies and dtype is None and self.storage.dense_name is None:
+        by_rows = self.layer.product and not self.layer.out_axis and self.rows is None
+        if by_rows and dtype is None and self.storage.dense_name is None:
             vars(base)["pieces"] = lambda: (
-                one[None] for one in self.storage.pieces(weight, PIECES)
+                piece[None] for piece in self.storage.pieces(weight, PIECES)
             )
         return base
 
     def _dense(self, weight: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """[g, out, in] in the dtype of the weight, where arithmetic in ``dtype`` is done."""
+        """W as [g, out, in] in its dtype, on a device that supports arithmetic in ``dtype``."""
         dense = self.storage.dense(weight)
         dense = dense if dtype is None else dense.to(precision.place(dense.device, dtype))
         dense = self.layer.unfold(dense, self.dims)
         return dense if self.rows is None else dense[:, self._on(dense.device, "rows")]
 
     def _on(self, device: torch.device, name: str) -> Tensor:
-        """``rows`` or ``tokens`` on a device, brought there once."""
+        """``rows`` or ``tokens`` on a device; the copy is cached."""
         indices: Any = getattr(self, name)
         if device == indices.device:
             return indices
@@ -203,7 +213,7 @@ class Change(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_moved": {}}
 
-    def changed(
+    def changed_weight(
         self,
         weight: Any,
         low: LowRank | None,
@@ -211,9 +221,9 @@ class Change(nn.Module):
         dtype: torch.dtype,
         drop: bool = False,
     ) -> Tensor:
-        """``gain ⊙ (W + ΔW)`` in the weight's own shape: the meaning of an adapter. Without
-        ``low``, ``gain ⊙ W``. ``drop`` drops whole inputs of ΔW, as the same dropout of every input
-        row would."""
+        """``gain ⊙ (W + ΔW)`` in the shape of the weight, in ``dtype``; without ``low``,
+        ``gain ⊙ W``. This is the definition of an adapter. ``drop`` applies dropout to whole input
+        columns of ΔW, which is the same dropout mask for every row of the input."""
         layer, dense = self.layer, precision.cast(self.storage.dense(weight), dtype)
         if low is not None:
             delta = low.delta(dtype)

@@ -1,12 +1,16 @@
-"""Prove on a live model that every attached adapter is seen. Three proofs, each naming what fails:
+"""Prove on a live model that its output depends on every change of an adapter, as it should.
 
-    reached     one pass in eval mode without gradients, where fast paths are taken, runs every adapted layer
-    gradient    one pass in the model's own mode gives every change a finite gradient that is not zero, at the start or
-                once all that trains has moved
-    equal       the gradients are those of the plain model with W + ΔW in place of W, whoever reads it
+There are three checks. Each problem names the layer that fails:
 
-Rounding may move a gradient far: that of a key in a saturated softmax, in float32. So who seems to
-differ is judged in float64, where the model runs there.
+    reached     one pass in eval mode without gradients, which takes fast paths, runs every adapted
+                layer
+    gradient    one pass in the model's own mode gives every change a finite gradient that is not
+                zero, either at the start or after all trained parameters have been perturbed
+    equal       the gradients equal those of the plain model in which every reader of W reads W + ΔW
+
+Rounding errors in a gradient can be large, such as that of a key projection below a saturated
+softmax in float32. So a gradient that differs is compared again in float64 if the model can run in
+float64.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from veneer import context
 from veneer.attach import dead_weights
-from veneer.attach.adapted_module import layer_states, own_class, walk
+from veneer.attach.adapted_module import base_class, layer_states, walk
 from veneer.attach.blend import Blend
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -39,13 +43,12 @@ from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of
 from veneer.precision import double, place
 
-#: how far the gradient of a change may be from that of the definition, by the size of the weight's
-#: elements in bytes.
-#: Who reads another weight is off by its own size; corners of ReLUs and roundings are off by this
-#: at most.
+#: The largest relative error of a change's gradient against that of the definition, by the size of
+#: the weight's elements in bytes. A layer whose ΔW is not read has an error of about 1; kinks of
+#: ReLUs and rounding stay below these limits.
 TOLERANCE = {8: 1e-3, 4: 0.1, 2: 0.5}
-#: gradients that much smaller than the largest are rounding errors of zero, such as that of a
-#: key's bias
+#: Gradients smaller than this share of the largest one are rounding errors of zero, such as the
+#: gradient of a key projection's bias.
 NOISE = 1e-4
 DEPENDS, REACH = (
     "a layer that the output depends on",
@@ -55,57 +58,74 @@ DEPENDS, REACH = (
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Which weights were proven to be seen; ``compared`` (those not stored packed) also to the
-    definition."""
+    """The result of a check that passed.
+
+    Fields:
+        adapter: the name of the adapter, or of the blend.
+        weights: paths of the weights whose changes reach the output.
+        compared: the number of changes whose gradients were also compared with the definition;
+            changes of packed weights are not.
+    """
 
     adapter: str
     weights: tuple[str, ...]
     compared: int
 
     def __str__(self) -> str:
-        seen = f"all {len(self.weights)} changes reach the output and receive a gradient"
-        return f"adapter {self.adapter!r}: {seen}, {self.compared} of them that of W + ΔW"
+        result = f"all {len(self.weights)} changes reach the output and receive a gradient"
+        return f"adapter {self.adapter!r}: {result}, {self.compared} of them that of W + ΔW"
 
 
 @dataclass(frozen=True)
-class _Item:
-    """Something that must be seen: a change, or what is trained in full of a module."""
+class _CheckedChange:
+    """A change that must reach the output: a low-rank change of a weight, or a parameter that is
+    trained in full.
 
-    where: str
+    Fields:
+        path: the path of the weight or parameter.
+        ids: the identities by which ``Context.reached`` records that it took part in a call.
+        parameters: its adapter parameters.
+    """
+
+    path: str
     module: nn.Module
     ids: frozenset[int]
     parameters: tuple[nn.Parameter, ...]
 
-    def problem(self, what: str, expected: str = DEPENDS, do: str = REACH) -> str:
-        return sentence(f"{self.where!r} ({own_class(self.module).__name__}) {what}", expected, do)
+    def problem(self, description: str, expected: str = DEPENDS, do: str = REACH) -> str:
+        subject = f"{self.path!r} ({base_class(self.module).__name__}) {description}"
+        return sentence(subject, expected, do)
 
 
 def check(
     model: nn.Module, example: Any, name: str | Mapping[str, float] | None = None
 ) -> CheckReport:
-    """Run ``example`` through ``model`` and prove that each of the adapter's changes is part of
-    what comes out.
+    """Run ``example`` through ``model`` and prove that the output depends on each of the adapter's
+    changes.
 
-    The model's modes, gradients, parameters and random state are as they were afterwards. It must
-    not run elsewhere meanwhile.
+    The model's modes, gradients, parameters and random state are restored afterwards. The model
+    must not run in another thread meanwhile.
 
     Args:
-        example: a tensor, a tuple of positional or a mapping of keyword arguments.
-        name: the adapter, None takes the only one; or a blend {name: weight}, as ``use`` takes it,
-            whose changes are all proven through it (also those that do not train: an old adapter
-            below a new one). Comparing that with its definition takes as much memory as the weights
-            that change.
+        example: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+        name: the adapter; None for the only one. Or a blend {name: weight}, as ``use`` takes it.
+            Then the changes of all its adapters are checked in the blend, also those of adapters
+            that do not train. The comparison of a blend with its definition takes as much memory as
+            the weights that change.
 
     Raises:
-        CheckError: names every layer that is not seen, and how.
+        CheckError: some changes do not reach the output, or reach it wrongly. The error lists each
+            with the reason.
     """
     model = unwrap(model)
     attached = need_adapters(model)
     chosen = selected(model, name if isinstance(name, Mapping) else only_name(model, name))
     if attached.merged != chosen.on:
-        found = f"{attached.merged!r} merged into the weights, where {chosen.name!r} does not run"
+        problem = (
+            f"{attached.merged!r} merged into the weights, on which {chosen.name!r} does not run"
+        )
         raise CheckError(
-            found, "the weights that it was attached to", "call veneer.unmerge(model) first"
+            problem, "the weights that it was attached to", "call veneer.unmerge(model) first"
         )
     modules = (module for _, module in walk(model))
     do = "check the model in one process, before it is sharded"
@@ -122,68 +142,76 @@ def check(
     )
     if not names:
         raise CheckError(
-            "a blend in which no adapter has a weight", "something to check", "give one a weight"
+            "a blend in which no adapter has a weight",
+            "at least one adapter to check",
+            "give an adapter a weight that is not zero",
         )
-    items = [item for own in names for item in _items(model, own)]
-    trained = list(dict.fromkeys(p for item in items for p in item.parameters))
+    checked = [change for adapter_name in names for change in _checked_changes(model, adapter_name)]
+    trained = list(dict.fromkeys(p for change in checked for p in change.parameters))
     devices = list({p.device for p in trained if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        problems, compared = _prove(call, chosen, names, items, trained)
+        problems, compared = _prove_changes(call, chosen, names, checked, trained)
     raise_all(CheckError, f"The output does not see all of adapter {chosen.name!r}", problems)
-    return CheckReport(str(chosen.name), tuple(item.where for item in items), compared)
+    return CheckReport(str(chosen.name), tuple(change.path for change in checked), compared)
 
 
 @contextmanager
-def _using(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
+def _use_selection(model: nn.Module, selection: ActiveAdapter) -> Iterator[None]:
     uid = need_adapters(model).uid
-    with context.changed({uid: selection}):
+    with context.override({uid: selection}):
         yield
 
 
-def _prove(
+def _prove_changes(
     call: partial,
     chosen: ActiveAdapter,
     names: list[str],
-    items: list[_Item],
+    checked: list[_CheckedChange],
     trained: list[nn.Parameter],
 ) -> tuple[list[str], int]:
-    """(problems, how many changes were compared with the definition)."""
+    """(problems, the number of changes that were compared with the definition)."""
     model: Any = call.func
     reached: set[int] = set()
-    with _as_it_was(model, trained), _using(model, chosen):
+    with _preserve_state(model, trained), _use_selection(model, chosen):
         first = _gradients(call, trained)
-        with context.changed(reached=reached), torch.no_grad():
+        with context.override(reached=reached), torch.no_grad():
             model.eval()
             call()
-    problems, silent = [], []
-    for item in items:
-        found = [first[p] for p in item.parameters if first[p] is not None]
-        if not item.ids & reached:
-            problems.append(item.problem("is not reached in eval mode"))
-        elif not _is_there(found):
-            silent.append(item)
-        elif not all(gradient.isfinite().all() for gradient in found):
-            problems.append(item.problem("receives a gradient that is not finite"))
-    problems += _without_gradient(call, chosen, silent, trained) if silent else []
-    packed = _packed(model, names[0])
-    if len(names) > 1 and any(_packed(model, own) != {} for own in names):
+    problems, without_gradient = [], []
+    for change in checked:
+        gradients = [first[p] for p in change.parameters if first[p] is not None]
+        if not change.ids & reached:
+            problems.append(change.problem("is not reached in eval mode"))
+        elif not _any_nonzero(gradients):
+            without_gradient.append(change)
+        elif not all(gradient.isfinite().all() for gradient in gradients):
+            problems.append(change.problem("receives a gradient that is not finite"))
+    if without_gradient:
+        problems += _missing_gradient_problems(call, chosen, without_gradient, trained)
+    packed = _packed_layers(model, names[0])
+    if len(names) > 1 and any(_packed_layers(model, adapter_name) != {} for adapter_name in names):
         packed = None
     if problems or packed is None:
         return problems, 0
-    left_out = {id(change) for part in packed.values() for change in part.changes.values()}
-    compared = [item for item in items if not item.ids & left_out]
-    problems = _differences(call, chosen, compared, trained, packed)
-    floats = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
-    narrow = all(type(one) in (Tensor, nn.Parameter) and one.element_size() < 8 for one in floats)
+    packed_changes = {
+        id(change) for layer_adapter in packed.values() for change in layer_adapter.changes.values()
+    }
+    compared = [change for change in checked if not change.ids & packed_changes]
+    problems = _gradient_problems(call, chosen, compared, trained, packed)
+    tensors = (*model.parameters(), *model.buffers())
+    narrow = all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.element_size() < 8
+        for tensor in tensors
+        if tensor.is_floating_point()
+    )
     if problems and narrow and not packed:
         try:
-            with dead_weights.replaced((*model.parameters(), *model.buffers()), _doubled):
-                args, kwargs = pytree.tree_map_only(Tensor, _doubled, (call.args, call.keywords))
+            with dead_weights.replace_data(tensors, _to_float64):
+                args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (call.args, call.keywords))
                 call = partial(model, *args, **kwargs)
-                problems = _differences(call, chosen, compared, trained, packed)
-        except (
-            RuntimeError
-        ) as error:  # a forward that casts by itself, or no memory: the first judgement holds
+                problems = _gradient_problems(call, chosen, compared, trained, packed)
+        except RuntimeError as error:
+            # the forward casts to a fixed dtype, or memory is short: the first result stands
             problems[0] = (
                 f"{problems[0]} (In float64, which would tell rounding apart, it does not run:"
                 f" {error})"
@@ -191,93 +219,99 @@ def _prove(
     return problems, len(compared)
 
 
-def _is_there(gradients: Iterable[Tensor | None]) -> bool:
+def _any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
-def _without_gradient(
-    call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter]
+def _missing_gradient_problems(
+    call: partial, chosen: ActiveAdapter, checked: list[_CheckedChange], trained: list[nn.Parameter]
 ) -> Iterator[str]:
-    """A problem for each of these without a gradient at the start, unless it comes once the
-    parameters have moved."""
+    """Problems of changes that had no gradient at the start: each gets one unless a gradient
+    appears after the parameters have been perturbed."""
 
-    def ask() -> list[bool]:
+    def have_gradients() -> list[bool]:
         gradients = _gradients(call, trained)
-        return [_is_there(gradients[p] for p in item.parameters) for item in items]
+        return [_any_nonzero(gradients[p] for p in change.parameters) for change in checked]
 
     model: Any = call.func
-    with _as_it_was(model, trained), _using(model, chosen):
+    with _preserve_state(model, trained), _use_selection(model, chosen):
         _perturb(trained)
-        later = ask()
-        found = {} if all(later) else dead_weights.zeros(model, trained)
-        behind = dead_weights.blocking(found, ask) if found else [() for _ in items]
-    for item, there, names in zip(items, later, behind, strict=True):
-        if names and not there:
-            zeros = listing(map(repr, names))
-            what = (
-                "receives no gradient: every way from it to the output goes through weights that"
-                " are exactly zero"
+        later = have_gradients()
+        zeros = {} if all(later) else dead_weights.zero_parameters(model, trained)
+        blocking = (
+            dead_weights.blocking_weights(zeros, have_gradients) if zeros else [() for _ in checked]
+        )
+    for change, has_gradient, names in zip(checked, later, blocking, strict=True):
+        if names and not has_gradient:
+            problem = (
+                "receives no gradient: every path from it to the output goes through weights that"
+                f" are exactly zero and do not train: {listing(map(repr, names))}"
             )
             do = (
                 "load the weights that belong there, train them too (targets=, train_also=), or"
                 " leave this layer out"
             )
-            found = f"{what} and do not train: {zeros}"
-            yield item.problem(found, "a way that is not multiplied by zero", do)
-        elif not there:
-            yield item.problem("receives no gradient")
+            yield change.problem(problem, "a path that is not multiplied by zero", do)
+        elif not has_gradient:
+            yield change.problem("receives no gradient")
 
 
-def _differences(
-    call: partial, chosen: ActiveAdapter, items: list[_Item], trained: list[nn.Parameter], packed
+def _gradient_problems(
+    call: partial,
+    chosen: ActiveAdapter,
+    checked: list[_CheckedChange],
+    trained: list[nn.Parameter],
+    packed,
 ) -> list[str]:
-    """A problem for each item whose gradient is not that of the definition, in the dtype that the
-    model has now."""
+    """Problems of changes whose gradient differs from that of the definition, computed in the
+    present dtype of the model."""
     model: Any = call.func
     # cuDNN's RNNs have no backward in eval mode
-    with _as_it_was(model, trained), torch.backends.cudnn.flags(enabled=False):
+    with _preserve_state(model, trained), torch.backends.cudnn.flags(enabled=False):
         model.eval()
         _perturb(trained)
-        with _using(model, chosen):
-            ours = _gradients(call, trained)
-        with _defined(model, chosen, packed):
-            theirs = _gradients(call, trained)
+        with _use_selection(model, chosen):
+            adapted = _gradients(call, trained)
+        with _use_definition(model, chosen, packed):
+            defined = _gradients(call, trained)
 
-    def whole(gradients: Mapping, item: _Item) -> Tensor:
-        own = (
-            torch.zeros_like(p) if gradients[p] is None else gradients[p] for p in item.parameters
+    def full_gradient(gradients: Mapping, change: _CheckedChange) -> Tensor:
+        flat_gradients = (
+            (torch.zeros_like(p) if gradients[p] is None else gradients[p]).flatten()
+            for p in change.parameters
         )
-        return torch.cat([double(gradient.flatten()).cpu() for gradient in own])
+        return torch.cat([double(gradient).cpu() for gradient in flat_gradients])
 
-    problems, largest = [], max((whole(theirs, item).norm().item() for item in items), default=0.0)
-    for item in items:
-        expected = whole(theirs, item)
-        error = (whole(ours, item) - expected).norm().item() / max(
+    problems = []
+    largest = max((full_gradient(defined, change).norm().item() for change in checked), default=0.0)
+    for change in checked:
+        expected = full_gradient(defined, change)
+        error = (full_gradient(adapted, change) - expected).norm().item() / max(
             expected.norm().item(), NOISE * largest, 1e-30
         )
-        size = min((p.element_size() for p in item.module.parameters(recurse=False)), default=4)
+        size = min((p.element_size() for p in change.module.parameters(recurse=False)), default=4)
         if not error < TOLERANCE.get(size, 0.5):
-            problem = f"has another gradient than W + ΔW in its place ({error:.0%} off)"
-            way = (
+            problem = f"has a different gradient than W + ΔW in its place ({error:.0%} off)"
+            readable = (
                 "a weight that is read through its layer's forward, or directly by a module"
                 " above it"
             )
-            problems.append(
-                item.problem(
-                    problem, way, "exclude it: something else reads this weight past its layer"
-                )
-            )
+            do = "exclude it, because other code reads this weight without its layer"
+            problems.append(change.problem(problem, readable, do))
     return problems
 
 
-def _doubled(tensor: Tensor) -> Tensor:
-    """A number of the model's, or an argument of it, where it runs in float64."""
+def _to_float64(tensor: Tensor) -> Tensor:
+    """A tensor of the model or of its arguments for a run in float64: floating-point tensors are
+    cast, the others only moved to the device of that run."""
     return double(tensor) if tensor.is_floating_point() else tensor.to(place(tensor.device))
 
 
-def _items(model: nn.Module, name: str) -> list[_Item]:
-    items = [
-        _Item(
+def _checked_changes(model: nn.Module, name: str) -> list[_CheckedChange]:
+    """The changes of an adapter, each once; a parameter that layers share counts for all of
+    them."""
+    checked = [
+        _CheckedChange(
             parameter_path(path, weight),
             module,
             frozenset([id(change)]),
@@ -285,38 +319,38 @@ def _items(model: nn.Module, name: str) -> list[_Item]:
         )
         for path, module, weight, change in changes(model, name)
     ]
-    parts = list(adapters(model, name))
+    layers = list(adapters(model, name))
     holders: dict[int, set[int]] = {}
-    for _, _, part in parts:
-        for parameter in part.full.parameters():
-            holders.setdefault(id(parameter), set()).add(id(part))
-    for path, module, part in parts:
-        for own, parameter in part.full.named_parameters():
-            items.append(
-                _Item(
-                    parameter_path(path, own),
+    for _, _, layer_adapter in layers:
+        for parameter in layer_adapter.full.parameters():
+            holders.setdefault(id(parameter), set()).add(id(layer_adapter))
+    for path, module, layer_adapter in layers:
+        for parameter_name, parameter in layer_adapter.full.named_parameters():
+            checked.append(
+                _CheckedChange(
+                    parameter_path(path, parameter_name),
                     module,
                     frozenset(holders[id(parameter)]),
                     (parameter,),
                 )
             )
-    unique = {item.parameters: item for item in reversed(items) if item.parameters}
-    return [item for item in items if unique.get(item.parameters) is item]
+    unique = {change.parameters: change for change in reversed(checked) if change.parameters}
+    return [change for change in checked if unique.get(change.parameters) is change]
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Restore modes, the numbers and their ``requires_grad``, and buffers that a pass in training
-    mode moves."""
+def _preserve_state(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """A block after which the modules' modes, the trained parameters with their ``requires_grad``,
+    and the buffers that a pass in training mode changes are restored."""
     modes = {module: module.training for module in model.modules()}
     required = [p.requires_grad for p in trained]
     values = [p.detach().clone() for p in trained]
-    # the adapter's own (what some variants start from, and do not train) stay, and so do quantised
-    # weights that are buffers: both may be as large as the model
+    # No pass changes the frozen buffers of an adapter or quantised weights that are buffers. They
+    # may be as large as the model, so they are not copied.
     large = (
         module for module in model.modules() if isinstance(module, Change) or is_opaque(module)
     )
-    fixed = {id(one) for module in large for one in module.buffers()}
+    fixed = {id(buffer) for module in large for buffer in module.buffers()}
     buffers = [(buffer, cpu_copy(buffer)) for buffer in model.buffers() if id(buffer) not in fixed]
     try:
         for parameter in trained:
@@ -335,7 +369,8 @@ def _as_it_was(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _perturb(trained: list[nn.Parameter]) -> None:
-    """Move the numbers off their start, where ΔW is zero and would hide who does not see it."""
+    """Add noise to the trained parameters. At their start, ΔW is zero, and a reader that ignores
+    the adapter would compute the same output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained:
@@ -347,10 +382,11 @@ def _perturb(trained: list[nn.Parameter]) -> None:
 def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter, Tensor | None]:
     torch.manual_seed(0)
     with torch.enable_grad():
-        # A random projection: a plain sum is constant after a softmax or a layer norm, and would
-        # hide a gradient.
+        # A random projection, because a plain sum is constant after a softmax or a layer norm and
+        # would have no gradient.
         projected = (
-            (y.float() * torch.randn(y.shape).to(y.device)).sum().cpu() for y in _floats(call())
+            (y.float() * torch.randn(y.shape).to(y.device)).sum().cpu()
+            for y in _differentiable_tensors(call())
         )
         total = sum(projected, torch.zeros(()))
     if not total.requires_grad:
@@ -358,86 +394,90 @@ def _gradients(call: partial, trained: list[nn.Parameter]) -> dict[nn.Parameter,
     return dict(zip(trained, torch.autograd.grad(total, trained, allow_unused=True), strict=True))
 
 
-def _packed(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
-    """The parts of weights that cannot be replaced, by their state's key; None if they share a
-    module with others."""
+def _packed_layers(model: nn.Module, name: str) -> dict[int, LayerAdapter] | None:
+    """The layer adapters of weights that cannot be replaced by W + ΔW, by the key of their layer's
+    state. None if one of these weights is in a module with a plain weight, or another module reads
+    it."""
     packed: dict[int, LayerAdapter] = {}
     read_below: set[int] = set()
-    for _, module, part in adapters(model, name):
-        kinds = {change.storage.name == "plain" for change in part.changes.values()}
+    for _, module, layer_adapter in adapters(model, name):
+        are_plain = {change.storage.name == "plain" for change in layer_adapter.changes.values()}
         layer_state: Any = module._modules[STATE]
-        read_below.update(id(below) for below in part.read_below.values())
-        if kinds == {False}:
-            packed[layer_state.key] = part
-        elif len(kinds) == 2:
+        read_below.update(id(below) for below in layer_adapter.read_below.values())
+        if are_plain == {False}:
+            packed[layer_state.key] = layer_adapter
+        elif len(are_plain) == 2:
             return None
-    return None if read_below & {id(part) for part in packed.values()} else packed
+    return None if read_below & set(map(id, packed.values())) else packed
 
 
 @contextmanager
-def _defined(
+def _use_definition(
     model: nn.Module, chosen: ActiveAdapter, packed: Mapping[int, LayerAdapter]
 ) -> Iterator[None]:
-    """The plain model with W + ΔW in place of every W, differentiable, one weight at a time."""
+    """A block in which the plain model reads W + ΔW, differentiable, in place of every W. The
+    weights are computed one at a time, when they are read."""
     undo: list[tuple[dict, Any, Any]] = []
 
-    def put(where: dict, key: Any, value: Any) -> None:
-        undo.append((where, key, where[key]))
-        where[key] = value
+    def replace(table: dict, key: Any, value: Any) -> None:
+        undo.append((table, key, table[key]))
+        table[key] = value
 
-    packed_parts = set(map(id, packed.values()))
-    made, spread = Recomputed(), is_spread(model.modules())
+    packed_ids = set(map(id, packed.values()))
+    recomputed, spread = Recomputed(), is_spread(model.modules())
     reshard(model)
     try:
         modules = {layer_state.key: module for _, module, layer_state in layer_states(model)}
-        for key, part in chosen.table.items():
-            # that of a method is that of its layer
-            if key not in modules or id(part) in packed_parts:
+        for key, layer_adapter in chosen.table.items():
+            # the key of a method needs nothing: its layer has an entry too
+            if key not in modules or id(layer_adapter) in packed_ids:
                 continue
             module = modules[key]
-            full = part.replacements(module)
-            for own, value in full.items():
-                put(
-                    module._parameters if own in module._parameters else module._buffers, own, value
-                )
-            makers: dict[str, Any] = {
-                weight: partial(made.read, change) for weight, change in part.changes.items()
+            full = layer_adapter.replacements(module)
+            for name, value in full.items():
+                table = module._parameters if name in module._parameters else module._buffers
+                replace(table, name, value)
+            readers: dict[str, Any] = {
+                weight: partial(recomputed.read, change)
+                for weight, change in layer_adapter.changes.items()
             }
-            if isinstance(part, Blend):
-                makers = {
-                    weight: partial(_blended, part, view(module, own_class(module), {}), weight)
-                    for weight in makers
+            if isinstance(layer_adapter, Blend):
+                plain = view(module, base_class(module), {})
+                readers = {
+                    weight: partial(_blend_weight, layer_adapter, plain, weight)
+                    for weight in readers
                 }
-            if spread:  # FSDP2 puts what it gathers where the adapter's own would be
-                makers |= {own: lambda _, value=value: value for own, value in full.items()}
-            reads = Reads(module._parameters, makers, spread)
-            put(module.__dict__, "_parameters", reads)
+            if spread:  # FSDP2 stores gathered weights where those of the adapter would be
+                readers |= {name: lambda _, value=value: value for name, value in full.items()}
+            reads = Reads(module._parameters, readers, spread)
+            replace(module.__dict__, "_parameters", reads)
             kind = kind_of(module)
-            if kind is not None and (full or makers):
+            if kind is not None and (full or readers):
                 before = dict(module.__dict__)
                 kind.bind(module, reads.kept())
                 undo.extend(
-                    (module.__dict__, own, before[own])
-                    for own in before
-                    if module.__dict__[own] is not before[own]
+                    (module.__dict__, name, before[name])
+                    for name in before
+                    if module.__dict__[name] is not before[name]
                 )
-        with _using(model, ActiveAdapter(chosen.name, packed, chosen.on)), made.saving():
+        selection = ActiveAdapter(chosen.name, packed, chosen.on)
+        with _use_selection(model, selection), recomputed.saving():
             yield
     finally:
         reshard(model)
-        for where, key, value in reversed(undo):
-            where[key] = value
+        for table, key, value in reversed(undo):
+            table[key] = value
 
 
-def _blended(part: Blend, module: nn.Module, weight: str, _: Any) -> Tensor:
-    return part.changed(module, wide=False)[weight]
+def _blend_weight(blend: Blend, module: nn.Module, weight: str, _: Any) -> Tensor:
+    return blend.changed_weights(module, wide=False)[weight]
 
 
-def _floats(value: Any):
-    """Every floating-point tensor with a gradient in an output of nested containers."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.requires_grad:
-            yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _floats(item)
+def _differentiable_tensors(output: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor that requires a gradient in an output of nested containers."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.requires_grad:
+            yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for element in output.values() if isinstance(output, Mapping) else output:
+            yield from _differentiable_tensors(element)

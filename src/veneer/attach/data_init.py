@@ -1,4 +1,5 @@
-"""What data-driven variants look at before they start, on the base alone, in evaluation mode:
+"""Collect the data from which some variants initialise their parameters. The data come from the
+base model without adapters, in evaluation mode:
 
 inputs     Σ xᵀx over the batches, [g, in, in]          EVA
 gradient   ∂ loss / ∂W over the batches, [g, out, in]   LoRA-GA
@@ -27,13 +28,13 @@ from veneer.layers import LAYERS, Layer, kind_of
 from veneer.precision import double
 from veneer.variants import VARIANTS
 
-#: a second moment of more inputs than this does not fit into memory
-MOST_INPUTS = 32_768
+#: the largest input width of a layer whose second moment [in, in] is collected, to bound its memory
+MAX_INPUTS = 32_768
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def gather(
+def collect_calibration_data(
     model: nn.Module,
     plans: Plans,
     *,
@@ -41,26 +42,30 @@ def gather(
     loss: Loss | None,
     original: nn.Module | Mapping[str, Tensor] | None,
 ) -> Calibration | None:
-    """What the variant of ``plans`` needs, or None if it needs nothing. ``ConfigError``: something
-    that it needs is missing or cannot be had from these layers, or something is given that it would
-    ignore."""
+    """A function that returns the data of one planned weight, or None if the variant of ``plans``
+    needs no data.
+
+    Raises:
+        ConfigError: data that the variant needs are missing or cannot be computed for some of these
+            layers, or an argument was passed that the variant would ignore.
+    """
     variant = VARIANTS[plans.config.variant]
     modules = Names(model).modules
     problems = list(
         _problems(plans, modules, batches is not None, loss is not None, original is not None)
     )
     raise_all(ConfigError, f"Variant {variant.name!r} cannot start", problems)
-    found: dict[str, Mapping[ParamRef, Tensor]] = {}
+    data: dict[str, Mapping[ParamRef, Tensor]] = {}
     if batches is not None and "inputs" in variant.needs:
-        found["inputs"] = _inputs(model, plans, modules, batches)
+        data["inputs"] = _input_moments(model, plans, modules, batches)
     if batches is not None and "gradient" in variant.needs:
-        found["gradient"] = _gradients(model, plans, modules, batches, loss or _own_loss)
+        data["gradient"] = _loss_gradients(model, plans, modules, batches, loss or _model_loss)
     if original is not None:
-        found["original"] = _originals(plans, original)
-    if not found:
+        data["original"] = _original_weights(plans, original)
+    if not data:
         return None
     return lambda entry: {
-        name: lambda values=values: values[entry.ref] for name, values in found.items()
+        name: lambda tensors=tensors: tensors[entry.ref] for name, tensors in data.items()
     }
 
 
@@ -68,38 +73,38 @@ def _problems(
     plans: Plans, modules: Mapping[str, nn.Module], batches: bool, loss: bool, original: bool
 ) -> Iterator[str]:
     variant = VARIANTS[plans.config.variant]
-    looks_at = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
-    for (name, needs), given in zip(looks_at.items(), (batches, original, loss), strict=True):
-        if given and not variant.needs & needs:
+    sources = {"batches": {"inputs", "gradient"}, "original": {"original"}, "loss": {"gradient"}}
+    for (name, provides), passed in zip(sources.items(), (batches, original, loss), strict=True):
+        if passed and not variant.needs & provides:
             yield sentence(
                 f"{name}=",
                 f"nothing that variant {variant.name!r} would ignore",
                 f"leave {name} out",
             )
-        elif not given and name != "loss" and variant.needs & needs:
+        elif not passed and name != "loss" and variant.needs & provides:
             yield sentence(
-                f"no {name}=", f"{name}, from which it starts", f"pass {name}= to attach"
+                f"no {name}=", f"{name}, from which the variant starts", f"pass {name}= to attach"
             )
-    for entry in filter(_starts, plans.low):
-        where = entry.where
+    for entry in filter(_has_low_rank, plans.low):
+        path = entry.where
         if "inputs" in variant.needs and type(entry.layer).inputs is Layer.inputs:
-            problem = f"{where}, of kind {entry.layer.name!r}, which does not tell its inputs"
+            problem = f"{path}, of kind {entry.layer.name!r}, whose inputs cannot be read"
             expected = ", ".join(
                 kind.name for kind in LAYERS if type(kind).inputs is not Layer.inputs
             )
             yield sentence(problem, f"one of {expected}", "exclude it, or use another variant")
-        elif "inputs" in variant.needs and entry.dims.in_ > MOST_INPUTS:
-            problem = f"{where} with {entry.dims.in_} inputs"
+        elif "inputs" in variant.needs and entry.dims.in_ > MAX_INPUTS:
+            problem = f"{path} with {entry.dims.in_} inputs"
             yield sentence(
                 problem,
-                f"at most {MOST_INPUTS}, whose second moment fits into memory",
+                f"at most {MAX_INPUTS}, whose second moment fits into memory",
                 "exclude it",
             )
         weight = weight_of(modules[entry.path], entry.weight)
         if "gradient" in variant.needs and not (
             isinstance(weight, nn.Parameter) and entry.storage.name == "plain"
         ):
-            problem = f"{where}, stored as {entry.storage.name}, which has no gradient"
+            problem = f"{path}, stored as {entry.storage.name}, which has no gradient"
             yield sentence(
                 problem,
                 "a plain parameter",
@@ -107,16 +112,17 @@ def _problems(
             )
 
 
-def _starts(entry: LowRankPlan) -> bool:
-    """Whether a variant starts there: not where rows of tokens alone are trained."""
+def _has_low_rank(entry: LowRankPlan) -> bool:
+    """Whether the variant initialises a low-rank change; False if only token rows are trained."""
     return entry.rank > 0
 
 
 @contextmanager
-def _base_alone(model: nn.Module) -> Iterator[None]:
+def _use_base(model: nn.Module) -> Iterator[None]:
+    """A block in which the model runs without adapters, in evaluation mode."""
     attached, modes = adapters_of(model), {module: module.training for module in model.modules()}
     try:
-        with context.changed({attached.uid: BASE} if attached else {}):
+        with context.override({attached.uid: BASE} if attached else {}):
             model.eval()
             yield
     finally:
@@ -130,7 +136,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = getattr(_call(model, batch), "loss", None)
     if loss is None:
         problem = "a model whose output has no .loss for these batches"
@@ -140,36 +146,38 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _inputs(
+def _input_moments(
     model: nn.Module, plans: Plans, modules: Mapping[str, nn.Module], batches: Iterable[Any]
 ):
     moments: dict[ParamRef, Tensor] = {}
 
     def watch(entry: LowRankPlan, kind: Layer, weight: str) -> Callable:
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = inspect.signature(module.forward).bind(*args, **kwargs)
-            given.apply_defaults()
-            rows = double(kind.inputs(module, weight, given.args))  # [g, tokens, in]
+            arguments = inspect.signature(module.forward).bind(*args, **kwargs)
+            arguments.apply_defaults()
+            rows = double(kind.inputs(module, weight, arguments.args))  # [g, tokens, in]
             moment = rows.mT @ rows
             moments[entry.ref] = moments[entry.ref] + moment if entry.ref in moments else moment
 
         return before
 
     with ExitStack() as stack:
-        for entry in filter(_starts, plans.low):
-            reader, kind, weight = _reader(entry, modules)
+        for entry in filter(_has_low_rank, plans.low):
+            reader, kind, weight = _weight_reader(entry, modules)
             handle = reader.register_forward_pre_hook(watch(entry, kind, weight), with_kwargs=True)
             stack.callback(handle.remove)
-        with _base_alone(model), torch.no_grad():
+        with _use_base(model), torch.no_grad():
             for batch in batches:
                 _call(model, batch)
-    _all_seen(plans, moments, "inputs")
+    _require_all(plans, moments, "inputs")
     return moments
 
 
-def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, Layer, str]:
-    """(module, kind, weight's name below it) of what computes with a weight: its module, or what
-    that is a part of."""
+def _weight_reader(
+    entry: LowRankPlan, modules: Mapping[str, nn.Module]
+) -> tuple[nn.Module, Layer, str]:
+    """(module, kind, weight's name below that module) of the layer that computes with a weight:
+    the weight's module, or the parent module if the parent's kind includes it."""
     above, _, child = entry.path.rpartition(".")
     weight_reader = modules[above]
     kind = kind_of(weight_reader) if entry.path else None
@@ -178,7 +186,7 @@ def _reader(entry: LowRankPlan, modules: Mapping[str, nn.Module]) -> tuple[nn.Mo
     return modules[entry.path], entry.layer, entry.weight
 
 
-def _gradients(
+def _loss_gradients(
     model: nn.Module,
     plans: Plans,
     modules: Mapping[str, nn.Module],
@@ -187,67 +195,72 @@ def _gradients(
 ):
     weights = {
         entry.ref: weight_of(modules[entry.path], entry.weight)
-        for entry in filter(_starts, plans.low)
+        for entry in filter(_has_low_rank, plans.low)
     }
-    if not weights:  # vectors alone, which no variant starts
+    if not weights:  # only vectors, which no variant initialises
         return {}
     required = {ref: weight.requires_grad for ref, weight in weights.items()}
     sums: dict[ParamRef, Tensor] = {}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        with _base_alone(model), torch.enable_grad():
+        with _use_base(model), torch.enable_grad():
             for batch in batches:
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     loss(model, batch), list(weights.values()), allow_unused=True
                 )
-                for ref, gradient in zip(weights, found, strict=True):
+                for ref, gradient in zip(weights, gradients, strict=True):
                     if gradient is not None:
-                        own = double(gradient.detach().to_dense())  # of a sparse embedding, sparse
-                        sums[ref] = sums[ref] + own if ref in sums else own
+                        dense = double(gradient.detach().to_dense())  # an embedding's may be sparse
+                        sums[ref] = sums[ref] + dense if ref in sums else dense
     finally:
         for ref, weight in weights.items():
             weight.requires_grad_(required[ref])
-    _all_seen(plans, sums, "gradient")
-    return {entry.ref: _chosen(entry, sums[entry.ref]) for entry in filter(_starts, plans.low)}
+    _require_all(plans, sums, "gradient")
+    return {
+        entry.ref: _planned_rows(entry, sums[entry.ref])
+        for entry in filter(_has_low_rank, plans.low)
+    }
 
 
-def _originals(plans: Plans, original: nn.Module | Mapping[str, Tensor]) -> dict[ParamRef, Tensor]:
+def _original_weights(
+    plans: Plans, original: nn.Module | Mapping[str, Tensor]
+) -> dict[ParamRef, Tensor]:
     state = original.state_dict() if isinstance(original, nn.Module) else original
-    problems, found = [], {}
-    for entry in filter(_starts, plans.low):
-        where = entry.where
-        value = state.get(where)
-        if value is None:
+    problems, weights = [], {}
+    for entry in filter(_has_low_rank, plans.low):
+        path = entry.where
+        weight = state.get(path)
+        if weight is None:
             problems.append(
                 sentence(
-                    f"no {where!r} in original",
+                    f"no {path!r} in original",
                     "every adapted weight",
                     "pass the unquantised model",
                 )
             )
-        elif not value.is_floating_point() or value.numel() != torch.Size(entry.dims).numel():
-            what = f"{where!r} of {value.dtype} and shape {tuple(value.shape)} in original"
-            problems.append(
-                sentence(what, f"the weight of {tuple(entry.dims)}", "pass the model from before")
-            )
+        elif not weight.is_floating_point() or weight.numel() != torch.Size(entry.dims).numel():
+            problem = f"{path!r} of {weight.dtype} and shape {tuple(weight.shape)} in original"
+            expected = f"the weight of {tuple(entry.dims)}"
+            problems.append(sentence(problem, expected, "pass the model before it was quantised"))
         else:
-            found[entry.ref] = _chosen(entry, value.detach().float())
+            weights[entry.ref] = _planned_rows(entry, weight.detach().float())
     raise_all(ConfigError, "The original weights cannot be used", problems)
-    return found
+    return weights
 
 
-def _chosen(entry: LowRankPlan, dense: Tensor) -> Tensor:
-    """A tensor of the weight's shape as [g, out, in], of the chosen rows."""
+def _planned_rows(entry: LowRankPlan, dense: Tensor) -> Tensor:
+    """A tensor of the weight's shape as [g, out, in], with only the rows that the plan changes."""
     values = entry.layer.unfold(dense, entry.dims)
     return values if entry.rows is None else values[:, list(entry.rows)]
 
 
-def _all_seen(plans: Plans, found: Mapping[ParamRef, Tensor], what: str) -> None:
-    missing = [entry.where for entry in filter(_starts, plans.low) if entry.ref not in found]
+def _require_all(plans: Plans, data: Mapping[ParamRef, Tensor], kind: str) -> None:
+    """Raise a ConfigError if the batches gave no data of this kind for some planned weights."""
+    missing = [entry.where for entry in filter(_has_low_rank, plans.low) if entry.ref not in data]
     do = "exclude it"
     problems = [
-        sentence(f"no {what} of {path!r} in the batches", "batches that reach it", do)
+        sentence(f"no {kind} of {path!r} in the batches", "batches that reach it", do)
         for path in missing
     ]
     raise_all(ConfigError, "Nothing was attached", problems)

@@ -1,9 +1,9 @@
-"""Which weights that are exactly zero stand between an adapter and the output.
+"""Find the zero weights that block the gradient between an adapter and the output.
 
-A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies every
-gradient of what lies before it by zero. That looks as if the output did not depend on the adapter;
-it will, once the gate moves. No code shows it, so it is tried: the gradient comes back if the zeros
-are replaced.
+A gate that starts at zero (LayerScale, ReZero, zero convolutions, adaLN-Zero) multiplies the
+gradient of every layer before it by zero. So the output seems not to depend on the adapter,
+although it will once the gate has trained. Source analysis cannot show this. So the zeros are
+replaced by random numbers: if the gradient appears, they blocked it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: how many zero weights are tried one by one; of more, all are named
-MOST = 64
-#: the size of the numbers in place of zeros
-SIZE = 0.02
+#: the largest number of zero weights to test one by one; if there are more, all are reported
+MAX_TESTED = 64
+#: standard deviation of the random numbers that replace zeros
+FILL_STD = 0.02
 
-#: for each of the questions, whether its gradient is there now
-Ask = Callable[[], Sequence[bool]]
+#: computes, for each checked change, whether its gradient is nonzero
+HaveGradients = Callable[[], Sequence[bool]]
 
 
-def zeros(model: nn.Module, but: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The parameters that are zero throughout, by path, each once."""
-    skipped = set(map(id, but))
+def zero_parameters(model: nn.Module, exclude: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters whose elements are all zero, by path, each once."""
+    skipped = set(map(id, exclude))
     plain = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -35,53 +35,62 @@ def zeros(model: nn.Module, but: Sequence[nn.Parameter]) -> dict[str, nn.Paramet
         and parameter.is_floating_point()
     }
     return {
-        name: one
-        for name, one in plain.items()
-        if one.numel() and not one.is_meta and not bool(one.any())
+        name: parameter
+        for name, parameter in plain.items()
+        if parameter.numel() and not parameter.is_meta and not bool(parameter.any())
     }
 
 
-def blocking(found: dict[str, nn.Parameter], ask: Ask) -> list[tuple[str, ...]]:
-    """For each question, the zero weights without which its answer would be yes; none where they
-    are not the reason."""
-    with _filled(found.values()):
-        there = list(ask())
-    if not any(there):
-        return [() for _ in there]
-    # What only adds (a bias that starts at zero) blocks nothing: without it the gradient is there
-    # all the same.
-    needed: list[list[str]] = [[] for _ in there]
-    for name in found if len(found) <= MOST else ():
-        with _filled(one for other, one in found.items() if other != name):
-            for names, now, before in zip(needed, ask(), there, strict=True):
-                if before and not now:
+def blocking_weights(
+    zeros: dict[str, nn.Parameter], have_gradients: HaveGradients
+) -> list[tuple[str, ...]]:
+    """For each checked change, the names of the zero weights that block its gradient; empty if
+    zeros are not the reason."""
+    with _fill_zeros(zeros.values()):
+        without_zeros = list(have_gradients())
+    if not any(without_zeros):
+        return [() for _ in without_zeros]
+    # A parameter that is only added, such as a bias that starts at zero, blocks nothing: the
+    # gradient appears whether it is zero or not.
+    blocking: list[list[str]] = [[] for _ in without_zeros]
+    for name in zeros if len(zeros) <= MAX_TESTED else ():
+        with _fill_zeros(parameter for key, parameter in zeros.items() if key != name):
+            for names, with_this_zero, without in zip(
+                blocking, have_gradients(), without_zeros, strict=True
+            ):
+                if without and not with_this_zero:
                     names.append(name)
-    # Two ways side by side, each with a zero of its own: neither alone is needed, so all are named.
-    every = tuple(
-        name for name, one in found.items() if one.ndim > 1 or not name.endswith("bias")
-    ) or tuple(found)
-    return [tuple(names) or every if was else () for names, was in zip(needed, there, strict=True)]
+    # If two parallel paths to the output each have a zero, no single one blocks the gradient. Then
+    # all are reported.
+    all_names = tuple(
+        name for name, parameter in zeros.items() if parameter.ndim > 1 or not name.endswith("bias")
+    ) or tuple(zeros)
+    return [
+        (tuple(names) or all_names) if without else ()
+        for names, without in zip(blocking, without_zeros, strict=True)
+    ]
 
 
-def _filled(parameters: Iterable[nn.Parameter]) -> Any:
-    """A block with small random numbers in place of the zeros."""
+def _fill_zeros(parameters: Iterable[nn.Parameter]) -> Any:
+    """A block in which small random numbers replace the zeros."""
     generator = torch.Generator().manual_seed(0)
-    return replaced(
+    return replace_data(
         parameters,
-        lambda data: (torch.randn(data.shape, generator=generator) * SIZE).to(
+        lambda data: (torch.randn(data.shape, generator=generator) * FILL_STD).to(
             data.device, data.dtype
         ),
     )
 
 
 @contextmanager
-def replaced(tensors: Iterable[Tensor], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A block in which tensors have other numbers; afterwards each has the memory that it had."""
-    held = [(one, one.data) for one in tensors]
+def replace_data(tensors: Iterable[Tensor], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A block in which each tensor's ``data`` is ``make(data)``. Afterwards each tensor has its
+    former memory."""
+    originals = [(tensor, tensor.data) for tensor in tensors]
     try:
-        for one, data in held:
-            one.data = make(data)
+        for tensor, data in originals:
+            tensor.data = make(data)
         yield
     finally:
-        for one, data in held:
-            one.data = data
+        for tensor, data in originals:
+            tensor.data = data

@@ -1,6 +1,8 @@
-"""Dtypes around an adapted layer: a 16-bit layer computes W + ΔW in float32 and answers in the
-dtype that it had, as a 16-bit sum loses a ΔW that is small beside W. Integers (token ids, masks)
-pass through unchanged.
+"""Dtypes around an adapted layer.
+
+A 16-bit layer computes W + ΔW in float32, because a 16-bit sum would lose a ΔW that is small
+against W. Its output has the dtype of the plain layer's output. Integers (token ids, masks) pass
+through unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def no_autocast(tensor: Tensor) -> Any:
 
 
 def output_dtype(x: Tensor, weight: torch.dtype) -> torch.dtype:
-    """The dtype in which the plain layer would answer."""
+    """The dtype of the plain layer's output for the input ``x``."""
     if not x.is_floating_point():
         return weight
     device = x.device.type

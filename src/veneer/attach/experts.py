@@ -1,12 +1,13 @@
-"""The products with which forwards read a stack of matrices, on W + ΔW that is not formed
-(``unformed.py``).
+"""Products of inputs with a stack of matrices W + ΔW, such as the weights of experts, without
+forming W + ΔW. The stack is an ``Unformed`` tensor (``unformed.py``); the functions here are its
+operations:
 
-    F.linear(x, W[i])   x @ W[i]                     one matrix: the fused kernel of linear layers
-    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W          all of them: the low-rank part, onto which x W comes
-    bmm(x, W[ids])   bmm(W[ids], x)                  a matrix for each row; on a processor W[ids] is not gathered
-    grouped_mm(x, W.mT, offs=…)                      rows in the order of their matrices (``kernels/grouped.py``)
+    F.linear(x, W[i])   x @ W[i]               one matrix: the fused kernel of linear layers
+    bmm(x, W)   baddbmm(b, x, W.mT)   x @ W    all matrices: the low-rank product, then x W added
+    bmm(x, W[ids])   bmm(W[ids], x)            one matrix a row; on a CPU, W[ids] is not gathered
+    grouped_mm(x, W.mT, offs=…)                rows sorted by their matrix (``kernels/grouped.py``)
 
-``stand_ins`` says for which calls of which modules.
+``stand_ins`` decides for which calls of which modules these tensors are used.
 """
 
 from __future__ import annotations
@@ -32,32 +33,33 @@ from veneer.lowrank import LowRank
 
 _C: Any = torch._C
 
-#: layers whose forward needs W + ΔW formed, where it may not be
+#: layers whose forward uses an operation that ``Unformed`` does not support, so that W + ΔW is
+#: formed
 _FORMING: weakref.WeakSet[LayerState] = weakref.WeakSet()
 
 
 # ----------------------------------------------------------------------------------------------
-# which calls
+# calls with unformed weights
 
 
 def stand_ins(
-    part: Any, module: nn.Module, layer_state: LayerState, inputs: Any, formable: bool
+    layer_adapter: Any, module: nn.Module, layer_state: LayerState, inputs: Any, formable: bool
 ) -> dict[str, Tensor] | None:
-    """What stands for the changed weights of a module in this call, by name, or None if they must
-    be formed.
+    """``Unformed`` tensors for the changed weights of a module in this call, by name, or None if
+    the weights must be formed.
 
     Args:
         inputs: the arguments of the call.
-        formable: whether W + ΔW may be formed in the weights' own dtype after all.
+        formable: whether an operation may still form W + ΔW in the dtype of the weight.
     """
     if not eager() or _C._get_tracing_state() is not None:
         return None
     if layer_state in _FORMING or context.current.path == "materialised":
         return None
-    leaves = _tensors(*inputs)
+    leaves = _tensor_arguments(*inputs)
     if not all(type(leaf) is Tensor or type(leaf) is nn.Parameter for leaf in leaves):
         return None
-    changes = part.stacks(module)
+    changes = layer_adapter.stacks(module)
     if not changes:
         return None
     call: dict[int, Any] = {}
@@ -68,16 +70,17 @@ def stand_ins(
     }
 
 
-def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors in a call's arguments."""
+def _tensor_arguments(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors among a call's arguments."""
     leaves: Any = [*args, *kwargs.values()]
     if not all(leaf is None or isinstance(leaf, Tensor | int | float) for leaf in leaves):
         leaves = pytree.tree_leaves(leaves)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def form_from_now_on(layer_state: LayerState) -> None:
-    """This layer's forward does what nothing can stand for."""
+def always_form_weights(layer_state: LayerState) -> None:
+    """Form W + ΔW in all later calls of this layer, because its forward uses an operation that
+    ``Unformed`` does not support."""
     _FORMING.add(layer_state)
 
 
@@ -94,16 +97,16 @@ def is_stack(change: Change, weight: Any) -> bool:
     )
 
 
-def dropped(change: Change, low: LowRank) -> LowRank:
-    """The change with the dropout that ``Change.changed`` applies to stacks: of whole inputs."""
+def drop_inputs(change: Change, low: LowRank) -> LowRank:
+    """The change with dropout of whole inputs, as ``Change.changed_weight`` applies it."""
     if not (change.training and change.dropout):
         return low
-    kept = F.dropout(low.A.new_ones(low.A.shape[0], 1, low.A.shape[2]), change.dropout)
-    return LowRank(low.A * kept, low.B, low.scale)
+    mask = F.dropout(low.A.new_ones(low.A.shape[0], 1, low.A.shape[2]), change.dropout)
+    return LowRank(low.A * mask, low.B, low.scale)
 
 
 # ----------------------------------------------------------------------------------------------
-# parts of a stack
+# indexing and views of a stack
 
 
 def _operation(*functions: Any) -> Callable[[Any], Any]:
@@ -119,7 +122,7 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if not isinstance(weight, Unformed) or weight.index is not None:
         return NotImplemented
     if type(index) is int:
-        return _chosen(weight, index)
+        return _select_matrix(weight, index)
     if isinstance(index, slice):
         return stand_in(weight.stack.sliced(index), None, weight.flipped)
     if (
@@ -130,10 +133,10 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
         return NotImplemented
     if index.dim() > 1:
         return NotImplemented
-    return weight.at(index) if index.dim() else _chosen(weight, int(index))
+    return weight.at(index) if index.dim() else _select_matrix(weight, int(index))
 
 
-def _chosen(weight: Unformed, number: int) -> Unformed:
+def _select_matrix(weight: Unformed, number: int) -> Unformed:
     count = weight.stack.W.shape[0]
     if not -count <= number < count:
         raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
@@ -142,21 +145,21 @@ def _chosen(weight: Unformed, number: int) -> Unformed:
 
 @_operation(torch.index_select, Tensor.index_select)
 def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
-    known = (
+    can_index = (
         isinstance(weight, Unformed)
         and weight.index is None
         and dim in (0, -3)
         and index.dim() == 1
     )
-    return weight.at(index) if known else NotImplemented
+    return weight.at(index) if can_index else NotImplemented
 
 
 @_operation(torch.unbind, Tensor.unbind, Tensor.__iter__)
 def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     if weight.index is not None or dim not in (0, -3):
         return NotImplemented
-    parts = tuple(weight.at(number) for number in range(len(weight.stack.W)))
-    return iter(parts) if func is Tensor.__iter__ else parts
+    matrices = tuple(weight.at(number) for number in range(len(weight.stack.W)))
+    return iter(matrices) if func is Tensor.__iter__ else matrices
 
 
 @_operation(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
@@ -183,27 +186,27 @@ def _t(_: Any, weight: Unformed) -> Any:
 
 
 @_operation(Tensor.contiguous)
-def _contiguous(_: Any, weight: Unformed, **how: Any) -> Any:
-    return NotImplemented if how else weight
+def _contiguous(_: Any, weight: Unformed, **options: Any) -> Any:
+    return NotImplemented if options else weight
 
 
 @_operation(Tensor.to)
-def _to(_: Any, weight: Any, *how: Any, **named: Any) -> Any:
-    if not isinstance(weight, Unformed) or named.keys() - {"dtype", "device", "non_blocking"}:
+def _to(_: Any, weight: Any, *arguments: Any, **keywords: Any) -> Any:
+    if not isinstance(weight, Unformed) or keywords.keys() - {"dtype", "device", "non_blocking"}:
         return NotImplemented
-    wanted = [*how, named.get("dtype"), named.get("device")]
-    wanted = [value for value in wanted if value is not None]
-    if any(isinstance(value, Tensor | int) for value in wanted):
+    targets = [*arguments, keywords.get("dtype"), keywords.get("device")]
+    targets = [value for value in targets if value is not None]
+    if any(isinstance(value, Tensor | int) for value in targets):
         return NotImplemented
-    same = all(
+    unchanged = all(
         (
             value == weight.dtype
             if isinstance(value, torch.dtype)
             else torch.device(value) == weight.device
         )
-        for value in wanted
+        for value in targets
     )
-    return weight if same else NotImplemented
+    return weight if unchanged else NotImplemented
 
 
 @_operation(Tensor.data_ptr)
@@ -214,31 +217,31 @@ def _data_ptr(_: Any, weight: Unformed) -> Any:
 @_operation(torch.chunk, Tensor.chunk)
 def _chunk(_: Any, weight: Unformed, chunks: int, dim: int = 0) -> Any:
     size = weight.shape[dim]
-    return _pieces(weight, -(-size // chunks), dim)
+    return _split_matrices(weight, -(-size // chunks), dim)
 
 
 @_operation(torch.split, Tensor.split)
 def _split(_: Any, weight: Unformed, split_size: Any, dim: int = 0) -> Any:
-    return _pieces(weight, split_size, dim)
+    return _split_matrices(weight, split_size, dim)
 
 
-def _pieces(weight: Unformed, sizes: Any, dim: int) -> Any:
-    """Along the outputs or inputs of all matrices."""
+def _split_matrices(weight: Unformed, sizes: Any, dim: int) -> Any:
+    """Split all matrices along their outputs or inputs."""
     dim %= weight.ndim
     if dim < weight.ndim - 2 or isinstance(weight.index, Tensor):
         return NotImplemented
     length = weight.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, length - first) for first in range(0, length, sizes)]
-    axis = dim - weight.ndim + 3  # of the stack
+    axis = dim - weight.ndim + 3  # the axis of the stack [E, out, in]
     axis = 3 - axis if weight.flipped else axis
-    made, first = [], 0
+    pieces, first = [], 0
     for size in sizes:
-        made.append(
+        pieces.append(
             stand_in(weight.stack.narrowed(axis, first, size), weight.index, weight.flipped)
         )
         first += size
-    return tuple(made)
+    return tuple(pieces)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -247,35 +250,45 @@ def _pieces(weight: Unformed, sizes: Any, dim: int) -> Any:
 
 @_operation(F.linear, _C._nn.linear)
 def _linear(_: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is(weight, 2) or _is(input):
+    if not _is_unformed(weight, 2) or _is_unformed(input):
         return NotImplemented
-    return _matrix(input, weight, False, bias)
+    return _matrix_product(input, weight, False, bias)
 
 
-@_operation(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm,
-            Tensor.bmm)  # fmt: skip
+@_operation(
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)
 def _matmul(func: Any, input: Any, other: Any) -> Any:
     if func is Tensor.__rmatmul__:
         input, other = other, input
-    if _is(input) and _is(other):
+    if _is_unformed(input) and _is_unformed(other):
         return NotImplemented
-    if _is(other):
+    if _is_unformed(other):
         if other.ndim == 2:
-            return _matrix(input, other, True)
-        rows = _rows(input, other)
-        return NotImplemented if rows is None else _batched(rows, other, True)
+            return _matrix_product(input, other, True)
+        rows = _rows_per_matrix(input, other)
+        return NotImplemented if rows is None else _batched_product(rows, other, True)
     if input.ndim == 2:
         if other.ndim > 2:
             return NotImplemented
         return (
-            _matrix(other, input, False) if other.ndim == 1 else _matrix(other.mT, input, False).mT
+            _matrix_product(other, input, False)
+            if other.ndim == 1
+            else _matrix_product(other.mT, input, False).mT
         )
-    rows = _rows(other.mT, input) if other.ndim > 1 else None
-    return NotImplemented if rows is None else _batched(rows, input, False).mT
+    rows = _rows_per_matrix(other.mT, input) if other.ndim > 1 else None
+    return NotImplemented if rows is None else _batched_product(rows, input, False).mT
 
 
-def _rows(x: Tensor, weight: Unformed) -> Tensor | None:
-    """x as [E, t, in], the rows of each matrix."""
+def _rows_per_matrix(x: Tensor, weight: Unformed) -> Tensor | None:
+    """x as [E, t, in]: for each matrix the rows that it multiplies."""
     count = weight.shape[0]
     if x.ndim < 2 or x.ndim > 3 or (x.ndim == 3 and x.shape[0] not in (1, count)):
         return None
@@ -283,21 +296,21 @@ def _rows(x: Tensor, weight: Unformed) -> Tensor | None:
 
 
 @_operation(torch.baddbmm, Tensor.baddbmm)
-def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **how: Any) -> Any:
-    if how or _is(input):
+def _baddbmm(_: Any, input: Any, batch1: Any, batch2: Any, **options: Any) -> Any:
+    if options or _is_unformed(input):
         return NotImplemented
     y = _matmul(torch.bmm, batch1, batch2)
     return y if y is NotImplemented else y + input.to(y.dtype)
 
 
 @_operation(torch.addmm, Tensor.addmm)
-def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **how: Any) -> Any:
-    if how or _is(input) or not _is(mat2, 2) or _is(mat1):
+def _addmm(_: Any, input: Any, mat1: Any, mat2: Any, **options: Any) -> Any:
+    if options or _is_unformed(input) or not _is_unformed(mat2, 2) or _is_unformed(mat1):
         return NotImplemented
     return (
-        _matrix(mat1, mat2, True, input)
+        _matrix_product(mat1, mat2, True, input)
         if input.ndim == 1
-        else _matrix(mat1, mat2, True) + input.to(mat1.dtype)
+        else _matrix_product(mat1, mat2, True) + input.to(mat1.dtype)
     )
 
 
@@ -307,80 +320,86 @@ def _grouped_mm(
 ) -> Any:
     if bias is not None or out_dtype is not None:
         return NotImplemented
-    return _grouped(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
+    return _grouped_product(input, weight, offs, lambda x, W, ends: func(x, W, offs=ends))
 
 
 @_operation("transformers::grouped_mm_fallback")
 def _transformers_grouped_mm(func: Any, input: Any, weight: Any, offs: Any) -> Any:
-    return _grouped(input, weight, offs, func)
+    return _grouped_product(input, weight, offs, func)
 
 
-def _is(value: Any, axes: int = 0) -> bool:
+def _is_unformed(value: Any, axes: int = 0) -> bool:
     return isinstance(value, Unformed) and (not axes or value.ndim == axes)
 
 
-def _autocast(x: Tensor) -> bool:
+def _has_autocast(x: Tensor) -> bool:
     return _C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
 
 
-def _matrix(x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None) -> Tensor:
+def _matrix_product(
+    x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
+) -> Tensor:
     """x Mᵀ + bias of a matrix M [out, in], or x M + bias if ``transposed``."""
     W, A, B = weight.oriented(transposed)
     scale = weight.stack.scale
-    if x.dtype == W.dtype and x.ndim > 1 and not _autocast(x):
+    if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
         recorded = torch.is_grad_enabled() and (
             x.requires_grad or A.requires_grad or B.requires_grad
         )
-        # of which a call has many, with few rows each
+        # a call has many such products with few rows each
         if recorded and x.ndim == 2 and bias is None and x.is_cpu:
             return grouped.linear(x, W, A, B, scale, None, weight.stack.source)
         return (fused.linear if recorded else fused.linear_without_graph)(scale, x, W, bias, A, B)
     y = F.linear(x, W, bias)
-    low = LowRank(A, B, scale) if _autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
+    low = LowRank(A, B, scale) if _has_autocast(x) else LowRank(A.to(x.dtype), B.to(x.dtype), scale)
     return reference.matmul_update(x, low.A, low.B, scale, y)
 
 
-def _batched(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
-    """x [S, t, in] times the matrices [S, out, in] transposed, or [S, in, out] if ``transposed``:
-    [S, t, out]."""
+def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
+    """[S, t, out]: x [S, t, in] times the transposed matrices [S, out, in], or times matrices
+    [S, in, out] if ``transposed``."""
     stack = weight.stack
-    if isinstance(weight.index, Tensor) and _by_rows(x, weight):
-        order, back, where = _rows_by_id(stack, weight.index)
+    if isinstance(weight.index, Tensor) and _can_group_rows(x, weight):
+        order, inverse, segments = _group_rows(stack, weight.index)
         W, A, B = stack.part(None, weight.flipped != transposed)
         rows = x[:, 0] if order is None else x[:, 0].index_select(0, order)
-        y = grouped.linear(rows, W, A, B, stack.scale, where)
-        return (y if back is None else y.index_select(0, back))[:, None]
+        y = grouped.linear(rows, W, A, B, stack.scale, segments)
+        return (y if inverse is None else y.index_select(0, inverse))[:, None]
     W, A, B = weight.oriented(transposed)
-    if not _autocast(x):
+    if not _has_autocast(x):
         A, B = A.to(x.dtype), B.to(x.dtype)
     h = torch.bmm(x, A.mT) * stack.scale
-    part = torch.bmm(h, B.mT)
-    return torch.bmm(x, W.mT) + part if _autocast(x) else torch.baddbmm(part, x, W.mT)
+    update = torch.bmm(h, B.mT)
+    return torch.bmm(x, W.mT) + update if _has_autocast(x) else torch.baddbmm(update, x, W.mT)
 
 
-def _by_rows(x: Tensor, weight: Unformed) -> bool:
-    """Whether each row of x with a matrix of its own can be put to the others of that matrix."""
-    return x.is_cpu and x.shape[1] == 1 and x.dtype == weight.dtype and not _autocast(x)
+def _can_group_rows(x: Tensor, weight: Unformed) -> bool:
+    """Whether the rows of x, each with its matrix, can be grouped by matrix."""
+    return x.is_cpu and x.shape[1] == 1 and x.dtype == weight.dtype and not _has_autocast(x)
 
 
-def _rows_by_id(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
-    """(order of the rows by matrix, the way back, the segments), once for all stacks of a call."""
-    known = stack.call.get(id(ids))
-    if known is None:
+def _group_rows(stack: Stack, ids: Tensor) -> tuple[Tensor | None, Tensor | None, grouped.Segments]:
+    """(order of the rows by matrix, the inverse order, the segments), computed once for all stacks
+    of a call. An order is None if the rows are already sorted."""
+    entry = stack.call.get(id(ids))
+    if entry is None:
         count = len(stack.W)
-        order, where = grouped.by_id(
+        order, segments = grouped.by_id(
             [number + count if number < 0 else number for number in ids.tolist()], count
         )
-        way = torch.tensor(order) if order != list(range(len(order))) else None
-        known = stack.call[id(ids)] = ids, (way, None if way is None else way.argsort(), where)
-    return known[1]
+        row_order = torch.tensor(order) if order != list(range(len(order))) else None
+        entry = stack.call[id(ids)] = (
+            ids,
+            (row_order, None if row_order is None else row_order.argsort(), segments),
+        )
+    return entry[1]
 
 
-def _grouped(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> Any:
-    """Rows x [S, in] in the order of the matrices [E, in, out], of which each has those up to its
-    place in ``ends``."""
+def _grouped_product(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> Any:
+    """Rows x [S, in], sorted by matrix, times the matrices [E, in, out]. ``ends`` [E] are the
+    indices at which the rows of each matrix end."""
     if (
-        not _is(weight, 3)
+        not _is_unformed(weight, 3)
         or weight.index is not None
         or type(x) is not Tensor
         or ends is None
@@ -391,10 +410,10 @@ def _grouped(x: Any, weight: Any, ends: Any, product: Callable[..., Tensor]) -> 
         return NotImplemented
     stack = weight.stack
     W, A, B = weight.oriented(True)
-    with no_autocast(x) if _autocast(x) else nullcontext():  # as the base's product has it
+    with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
         if not x.is_cpu:
             return grouped.elsewhere(x, W, A, B, stack.scale, ends, product)
-        known = stack.call.get(id(ends))
-        if known is None:
-            known = stack.call[id(ends)] = ends, grouped.segments(ends.tolist(), len(x))
-        return grouped.linear(x, W, A, B, stack.scale, known[1], stack.source)
+        entry = stack.call.get(id(ends))
+        if entry is None:
+            entry = stack.call[id(ends)] = ends, grouped.segments(ends.tolist(), len(x))
+        return grouped.linear(x, W, A, B, stack.scale, entry[1], stack.source)

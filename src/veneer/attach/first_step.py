@@ -1,9 +1,10 @@
-"""The first step of an optimiser after an adapter was attached: does it train the adapter?
+"""Warn if the first step of an optimiser after ``attach`` does not train the adapter.
 
-An optimiser that was made before ``attach`` holds the frozen base alone, and steps without moving
-anything. So does one of the parameters of an adapter that was loaded without ``trainable=True``,
-where something else gives the loss a gradient. A hook on all optimisers looks at each new adapter
-until a step has shown either way, and is removed with the last of them.
+An optimiser that was created before ``attach`` holds only the frozen base, and its steps change
+nothing. The same holds for an optimiser with the parameters of an adapter that was loaded without
+``trainable=True``, if other parameters give the loss a gradient. A hook on all optimisers checks
+each new adapter until a step has shown whether the adapter trains. The hook is removed once no
+adapter is left to check.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from veneer.errors import sentence, warn_caller
 
 
 class NotTrained(UserWarning):
-    """An optimiser steps, and an adapter that is meant to train does not change."""
+    """Warns that an optimiser took a step that cannot change an adapter meant to train."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class _NewAdapter:
     model: weakref.ref[nn.Module]
     parameters: tuple[weakref.ref[nn.Parameter], ...]
 
-    def alive(self) -> list[nn.Parameter]:
+    def live_parameters(self) -> list[nn.Parameter]:
         parameters = (reference() for reference in self.parameters)
         return [parameter for parameter in parameters if parameter is not None]
 
@@ -43,38 +44,37 @@ _HOOKS: list[Any] = []
 
 
 def watch_first_step(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> None:
-    """Warn in an optimiser's first step if it shows that this new adapter does not train
-    (``NotTrained``)."""
+    """Warn (``NotTrained``) in the first step of an optimiser that should train this new adapter
+    but does not."""
     references = tuple(map(weakref.ref, parameters))
-    _NEW[:] = [adapter for adapter in _NEW if adapter.alive()]
+    _NEW[:] = [adapter for adapter in _NEW if adapter.live_parameters()]
     if references:
         _NEW.append(_NewAdapter(name, weakref.ref(model), references))
     if _NEW and not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_look))
+        _HOOKS.append(register_optimizer_step_pre_hook(_check_step))
 
 
-def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    held = _parameters(optimizer)
+    optimizer_parameters = _optimizer_parameters(optimizer)
     problems = []
     for adapter in tuple(_NEW):
-        parameters = adapter.alive()
-        ours = [parameter for parameter in parameters if id(parameter) in held]
+        parameters = adapter.live_parameters()
+        ours = [parameter for parameter in parameters if id(parameter) in optimizer_parameters]
         idle = not ours and all(parameter.grad is None for parameter in parameters)
-        if parameters and (idle or not (ours or _holds_base(adapter, held))):
-            continue  # a step of something else
+        if parameters and (idle or not (ours or _holds_base(adapter, optimizer_parameters))):
+            continue  # the step of an optimiser for something else
         _NEW.remove(adapter)
         if ours and not any(parameter.requires_grad for parameter in ours):
-            problems += _frozen(adapter, held)
-        elif parameters and not ours and not _held_elsewhere(parameters):
-            found = (
+            problems += _frozen_adapter_problems(adapter, optimizer_parameters)
+        elif parameters and not ours and not _in_any_optimizer(parameters):
+            problem = (
                 f"a step of {type(optimizer).__name__}, which holds no parameter of adapter"
-                f" {adapter.name!r}"
+                f" {adapter.name!r}, whose parameters have gradients"
             )
-            found += ", whose parameters have gradients"
             do = "make the optimizer after attach, of handle.parameters()"
-            problems.append(sentence(found, "an optimizer that trains the adapter", do))
+            problems.append(sentence(problem, "an optimizer that trains the adapter", do))
     if not _NEW:
         while _HOOKS:
             _HOOKS.pop().remove()
@@ -82,23 +82,27 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         warn_caller(problem, NotTrained, within=("veneer", "torch"))
 
 
-def _parameters(optimizer: Any) -> dict[int, Any]:
+def _optimizer_parameters(optimizer: Any) -> dict[int, Any]:
     groups = getattr(optimizer, "param_groups", None) or ()
     return {id(parameter): parameter for group in groups for parameter in group["params"]}
 
 
-def _frozen(adapter: _NewAdapter, held: dict[int, Any]) -> list[str]:
-    """The problem of an optimiser that holds a frozen adapter, unless it holds all of a model of
-    which others train."""
-    if any(parameter.requires_grad for parameter in held.values()) and _holds_base(adapter, held):
+def _frozen_adapter_problems(
+    adapter: _NewAdapter, optimizer_parameters: dict[int, Any]
+) -> list[str]:
+    """The problem of an optimiser that holds a frozen adapter; none if it holds base parameters of
+    the same model too and some parameter trains: then the adapter may be frozen on purpose."""
+    if any(parameter.requires_grad for parameter in optimizer_parameters.values()) and _holds_base(
+        adapter, optimizer_parameters
+    ):
         return []
     problem = f"an optimizer of adapter {adapter.name!r}, whose parameters require no gradient"
     do = "load it with trainable=True, or leave its parameters out of the optimizer"
     return [sentence(problem, "parameters that train", do)]
 
 
-def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:
-    """Whether some of these are base parameters of the adapter's model. An optimiser of another
+def _holds_base(adapter: _NewAdapter, optimizer_parameters: dict[int, Any]) -> bool:
+    """Whether an optimiser holds base parameters of the adapter's model. The optimiser of another
     adapter holds none."""
     model = adapter.model()
     if model is None:
@@ -106,11 +110,14 @@ def _holds_base(adapter: _NewAdapter, held: dict[int, Any]) -> bool:
     of_adapters = {
         id(parameter) for *_, state in layer_states(model) for parameter in state.parameters()
     }
-    return any(key in held and key not in of_adapters for key in map(id, model.parameters()))
+    return any(
+        key in optimizer_parameters and key not in of_adapters
+        for key in map(id, model.parameters())
+    )
 
 
-def _held_elsewhere(parameters: list[nn.Parameter]) -> bool:
-    """Whether any other optimiser holds one of these."""
+def _in_any_optimizer(parameters: list[nn.Parameter]) -> bool:
+    """Whether any optimiser in this process holds one of these parameters."""
     wanted = set(map(id, parameters))
     optimizers = (value for value in gc.get_objects() if issubclass(type(value), Optimizer))
-    return any(not wanted.isdisjoint(_parameters(optimizer)) for optimizer in optimizers)
+    return any(not wanted.isdisjoint(_optimizer_parameters(optimizer)) for optimizer in optimizers)

@@ -1,6 +1,7 @@
-"""Weights that no checkpoint held, such as a new classification head: transformers initialises them
-at random. An adapter that neither trains nor stores them is worth little to whoever loads it, as
-the next load makes other ones.
+"""Warn about weights that are in no checkpoint, such as a new classification head.
+
+transformers initialises these weights at random. If an adapter neither trains nor stores them, it
+cannot be reproduced: the next load of the model initialises other numbers.
 """
 
 from __future__ import annotations
@@ -16,34 +17,39 @@ from veneer.errors import listing
 
 
 class FreshWeights(UserWarning):
-    """Parameters that neither the checkpoint nor the adapter holds: who loads the adapter gets
-    other numbers there."""
+    """Warns of parameters that neither the checkpoint nor the adapter stores. They will have other
+    values when the adapter is loaded again."""
 
 
-def fresh(names: Names) -> dict[int, ParamRef]:
-    """The parameters that a checkpoint did not hold, where each is first met, by identity.
-    transformers marks what it loads; of a model without such marks nothing is known, nor of weights
-    that are spread over processes once they have been moved, by which all of them lose theirs."""
-    found: dict[int, ParamRef] = {}
-    own = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
-    marked = {
-        spread for spread, _, parameter in own if getattr(parameter, "_is_hf_initialized", False)
-    }
-    for spread, ref, parameter in own:
-        if spread in marked and not getattr(parameter, "_is_hf_initialized", False):
-            found.setdefault(id(parameter), ref)
-    return found
+def fresh_parameters(names: Names) -> dict[int, ParamRef]:
+    """The parameters that were not in the checkpoint: the first reference to each, by its ``id``.
+
+    transformers marks the parameters that it loads. Without any such mark nothing is known, so the
+    result is empty. Sharded parameters lose their marks when they are moved, so sharded and
+    unsharded parameters are considered separately.
+    """
+    references: dict[int, ParamRef] = {}
+    parameters = [(is_sharded(parameter), ref, parameter) for ref, parameter in names.parameters()]
+    with_marks = {sharded for sharded, _, parameter in parameters if _was_loaded(parameter)}
+    for sharded, ref, parameter in parameters:
+        if sharded in with_marks and not _was_loaded(parameter):
+            references.setdefault(id(parameter), ref)
+    return references
+
+
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def has_head(model: nn.Module) -> bool:
-    """Whether a model of transformers is a head on a base model, rather than that base model
-    itself."""
+    """Whether a transformers model has a head on top of a base model, rather than being that base
+    model itself."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and isinstance(getattr(model, prefix, None), nn.Module)
 
 
 def warn_fresh(lost: Collection[ParamRef], when: str, *, stacklevel: int) -> None:
-    """Warn of fresh parameters that an adapter does not hold."""
+    """Warn (``FreshWeights``) of fresh parameters that an adapter does not store."""
     if lost:
         paths = [f"{path}.{name}".lstrip(".") for path, name in lost]
         modules = list(dict.fromkeys(path or name for path, name in lost))

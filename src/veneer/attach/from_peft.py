@@ -1,13 +1,15 @@
-"""Answers to a user of PEFT who meets an attached model: the counterpart of each method.
+"""Tell users of PEFT which function of Veneer replaces each method of a PEFT model.
 
-    answer_methods(model)     model.merge_and_unload() and the like raise an error that names Veneer's function
-    peft_problem(model)       why a model that PEFT has adapted cannot be attached to
+    override_peft_methods(model)   merge_and_unload() and others raise an error that names the
+                                   function of Veneer
+    peft_problem(model)            why Veneer cannot attach to a model that PEFT has adapted
 
-An attached model stays its own class, so that it has none of the methods of a ``PeftModel``, and
-those that transformers and diffusers mix into every model would look for adapters of PEFT. So the
-object itself gets an attribute that raises (``method_overrides.py``). Rejected: ``__getattr__`` of
-a subclass, as every parameter and child of a module is found through it; and doing what PEFT does,
-as PEFT's methods change what later calls compute.
+An attached model keeps its class. It has no methods of ``PeftModel``, and the methods that
+transformers and diffusers mix into every model would look for adapters of PEFT. So the model object
+gets attributes that raise (``method_overrides.py``).
+
+Rejected: ``__getattr__`` of a subclass, because every access to a parameter or child of a module
+would go through it. And emulating PEFT, because PEFT's methods change what later calls compute.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from veneer.attach.adapted_module import own_class, walk
+from veneer.attach.adapted_module import base_class, walk
 from veneer.attach.method_overrides import put
 from veneer.errors import MethodError, sentence
 
@@ -29,8 +31,8 @@ _USE = (
     "call the model inside `with veneer.use(model, name):`, or name None for the base; "
     "veneer.set_default(model, name) chooses for all other calls"
 )
-#: a method of a PeftModel, or of what transformers and diffusers mix into a model -> how the same
-#: is done here
+#: a method of a PeftModel, or of the mixins of transformers and diffusers -> its counterpart in
+#: Veneer
 METHODS = {
     "merge_and_unload": _MERGE,
     "merge_adapter": "handle.merge(), or veneer.merge(model, name)",
@@ -65,10 +67,10 @@ METHODS = {
 _MIXINS = ("transformers.integrations.peft", "diffusers.loaders.peft")
 
 
-def answer_methods(model: nn.Module) -> None:
-    """Let the methods of ``METHODS`` raise, called on this model. A class's own method of such a
-    name stays, unless it is that of a mixin which looks for adapters of PEFT."""
-    cls = own_class(model)
+def override_peft_methods(model: nn.Module) -> None:
+    """Make the methods in ``METHODS`` raise on this model. A method that the model's class defines
+    stays, unless it comes from a mixin that looks for adapters of PEFT."""
+    cls = base_class(model)
     for name in METHODS:
         method = getattr(cls, name, None)
         if name not in model.__dict__ and (
@@ -78,17 +80,18 @@ def answer_methods(model: nn.Module) -> None:
 
 
 def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise the MethodError of the PEFT method ``name``."""
     problem = (
-        f"{name}(), a method of PEFT's models, called on a {own_class(model).__name__} with"
+        f"{name}(), a method of PEFT's models, called on a {base_class(model).__name__} with"
         " adapters of Veneer"
     )
     raise MethodError(
-        problem, "functions of Veneer, as attaching leaves a model of its own class", METHODS[name]
+        problem, "functions of Veneer, because an attached model keeps its class", METHODS[name]
     )
 
 
 def peft_problem(model: nn.Module) -> str | None:
-    """Why a model into which PEFT has put adapters cannot be attached to, or None."""
+    """The problem of a model into which PEFT has put adapters, or None."""
     wrapper = getattr(sys.modules.get("peft.peft_model"), "PeftModel", None)
     tuned = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if wrapper is not None and isinstance(model, wrapper):
@@ -96,7 +99,7 @@ def peft_problem(model: nn.Module) -> str | None:
     elif tuned is not None and (
         path := next((path for path, module in walk(model) if isinstance(module, tuned)), None)
     ):
-        problem = f"a {own_class(model).__name__} into which PEFT has put adapters (at {path!r})"
+        problem = f"a {base_class(model).__name__} into which PEFT has put adapters (at {path!r})"
     else:
         return None
     do = (

@@ -1,9 +1,9 @@
-"""How adapted linear layers run through the fused kernel: alone, or together with those that read
-the same input.
+"""Run adapted linear layers through the fused kernel, one at a time or several that read the same
+input:
 
-    self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three, the others take theirs
+    self.q_proj(x), self.k_proj(x), self.v_proj(x)      the first call computes all three outputs
 
-Only plain changes come here, ΔW = s · B A of all outputs, over a plain weight.
+Only plain changes ΔW = s · B A of all outputs of a plain weight are supported here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from veneer.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Direct:
+class FusedChange:
     """One plain low-rank change of a layer that is a matrix product.
 
     Fields:
-        change: the ``Change``; its A and B are read at each call, as they may be replaced.
-        weight, bias: the names of the layer's parameters; None where it cannot have a bias.
-        flipped: the weight lies transposed, [in, out].
+        change: the ``Change``; its A and B are read at each call, because they may be replaced.
+        weight, bias: the names of the layer's parameters; None for a layer that cannot have a bias.
+        flipped: whether the weight is stored transposed, as [in, out].
         forms_above: the number of tokens above which W + ΔW is formed (``plan.forms_above``).
     """
 
@@ -40,28 +40,30 @@ class Direct:
 
     @property
     def drops(self) -> float:
-        """The dropout of a call now."""
+        """The dropout probability in the present mode."""
         return self.change.dropout if self.change.training else 0.0
 
     def fits(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the layer may be computed on x before its own call: no hook of it gives it
-        another x."""
+        """Whether the layer's output for x may be computed before the layer is called: the kernel
+        supports x, and no hook of the layer replaces its input."""
         weight: Any = module._parameters[self.weight]
         hooks = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         return not hooks and (fused.applies(x, weight) or device.applies(x, weight))
 
     def frozen(self, module: nn.Module) -> tuple[Any, Any]:
         """The layer's weight [out, in] and its bias, if it has one."""
-        own = module._parameters
-        weight: Any = own[self.weight]
-        return weight.mT if self.flipped else weight, None if self.bias is None else own[self.bias]
+        parameters = module._parameters
+        weight: Any = parameters[self.weight]
+        bias = None if self.bias is None else parameters[self.bias]
+        return weight.mT if self.flipped else weight, bias
 
     def reads(self, module: nn.Module) -> tuple[Any, ...]:
-        """What the layer's output depends on besides x, to be compared."""
-        factors, own = self.change._parameters, module._parameters
+        """A key of all that the layer's output depends on besides x; equal keys mean equal
+        outputs."""
+        factors, parameters = self.change._parameters, module._parameters
         tensors = (
-            own[self.weight],
-            own[self.bias] if self.bias else None,
+            parameters[self.weight],
+            parameters[self.bias] if self.bias else None,
             factors["A"],
             factors["B"],
         )
@@ -69,52 +71,58 @@ class Direct:
 
 
 def identities(tensors: Iterable[Tensor | None]) -> Iterator[tuple[int, int]]:
-    """Of each tensor, what changes where another takes its place or its numbers change."""
-    return ((id(one), one._version) for one in tensors if one is not None)
+    """The ``id`` and version of each tensor: they differ once a tensor is replaced or written."""
+    return ((id(tensor), tensor._version) for tensor in tensors if tensor is not None)
 
 
-class Waiting(threading.local):
-    """What the call of one layer has made for others that read the same x; in each thread, of one x
-    at a time: what an exception has left there goes with the next one."""
+class PendingOutputs(threading.local):
+    """Outputs that the call of one layer has computed for other layers that read the same x.
+
+    Each thread holds the outputs of one x at a time. So outputs that an exception has left behind
+    are dropped with the next x.
+    """
 
     def __init__(self) -> None:
-        self._of: tuple[Any, int, dict[Any, Any]] = None, 0, {}
+        self._pending: tuple[Any, int, dict[Any, Any]] = None, 0, {}
 
-    def put(self, x: Tensor, made: dict[Any, Any]) -> None:
-        self._of = x, x._version, made
+    def put(self, x: Tensor, outputs: dict[Any, Any]) -> None:
+        self._pending = x, x._version, outputs
 
     def take(self, x: Tensor, key: Any) -> Any:
-        """What was made for ``key`` of this x, as it is; None if nothing was. It is given once."""
-        known, version, made = self._of
-        if known is not x or version != x._version or key not in made:
+        """Remove and return the output for ``key`` of this x. None if there is none, or if x has
+        been written since."""
+        pending_x, version, outputs = self._pending
+        if pending_x is not x or version != x._version or key not in outputs:
             return None
-        found = made.pop(key)
-        if not made:
-            self._of = None, 0, {}
-        return found
+        output = outputs.pop(key)
+        if not outputs:
+            self._pending = None, 0, {}
+        return output
 
 
-def direct(change: Any, module: nn.Module, layer: Layer) -> Direct:
-    """What is known of a change of ``module`` before a call."""
+def make_fused_change(change: Any, module: nn.Module, layer: Layer) -> FusedChange:
+    """The ``FusedChange`` of a plain change of ``module``."""
     weight: Any = module._parameters[layer.weight]
     bias = "bias" if "bias" in module._parameters else None
     _, out, in_ = change.dims
     forms = cost_model.forms_above(out, in_, change.rank, weight.dtype)
-    return Direct(change, layer.weight, bias, layer.out_axis == 1, forms)
+    return FusedChange(change, layer.weight, bias, layer.out_axis == 1, forms)
 
 
 def outputs(
-    members: Sequence[tuple[nn.Module, Direct]], x: Tensor, seed: int | None = None
+    members: Sequence[tuple[nn.Module, FusedChange]], x: Tensor, seed: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same x [*, in]. ``seed``: of their one draw of dropout;
-    None draws it."""
+    """The outputs of layers that read the same x [*, in], all with the same dropout mask. ``seed``
+    is the seed of that mask; None draws a new one."""
     weights, biases, A, B = [], [], [], []
-    here = x.is_cpu
-    for module, known in members:
-        weight, bias = known.frozen(module)
+    on_cpu = x.is_cpu
+    for module, fused_change in members:
+        weight, bias = fused_change.frozen(module)
         weights.append(weight)
         biases.append(bias)
-        factors = known.change._parameters if here else known.change.adapter_parameters
+        factors = (
+            fused_change.change._parameters if on_cpu else fused_change.change.adapter_parameters
+        )
         A.append(factors["A"])
         B.append(factors["B"])
     dropout = members[0][1].drops
@@ -122,91 +130,103 @@ def outputs(
         seed = 0
     elif seed is None:
         seed = new_seed()
-    scales = tuple(known.change.scale for _, known in members)
-    if not here:
+    scales = tuple(fused_change.change.scale for _, fused_change in members)
+    if not on_cpu:
         return device.linears(scales, x, weights, biases, A, B, None, dropout, seed)
     tokens = x.numel() // x.shape[-1]
     form = (
         not dropout
         and x.dtype.itemsize >= 4
-        and all(tokens > known.forms_above for _, known in members)
+        and all(tokens > fused_change.forms_above for _, fused_change in members)
     )
     return fused.linears(fused.Settings(scales, dropout, seed, form), x, weights, biases, A, B)
 
 
-class Together:
-    """Layers of one module that read the same input: the first one that is called computes all of
-    them at once, the others then take what is theirs.
+class SharedInputLayers:
+    """Layers of one module that read the same input. The first layer called computes the outputs of
+    all; the other calls take theirs.
 
-    That is one node in the graph, so it is for an x that has a graph itself: ``backward`` through
-    one output frees what lies below x, and so could not be called through the others later either.
-    With dropout it is for every x that may be seen again in such a graph: the draw is one for all,
-    and checkpointing must meet the same draw without a graph.
+    All outputs come from one autograd node. So x must have a graph itself: then ``backward``
+    through one output frees the graph below x, and a later ``backward`` through another output
+    would fail in any case. With dropout, the outputs are also shared without a graph. All layers
+    use one dropout mask, and checkpointing, which runs the layers without a graph first, must draw
+    the same masks in both runs.
 
-    ``members`` are (module, its part of the adapter) in the order of their calls. Whether an output
-    is still that of its layer is seen when it is taken: by the identities and versions of all that
-    it was computed from.
+    ``members`` are (module, layer adapter) pairs in the order of their calls. An output is valid
+    only while all tensors that it was computed from are unchanged; their identities and versions
+    are compared when it is taken.
     """
 
     def __init__(self, members: list[tuple[nn.Module, Any]]) -> None:
         self.members = members
 
     @staticmethod
-    def applies(known: Direct, x: Tensor) -> bool:
+    def applies(fused_change: FusedChange, x: Tensor) -> bool:
         if torch.is_grad_enabled():
-            return x.grad_fn is not None or (x.requires_grad and known.drops > 0)
-        return known.drops > 0 and not x.is_inference()  # whose version nobody counts
+            return x.grad_fn is not None or (x.requires_grad and fused_change.drops > 0)
+        return fused_change.drops > 0 and not x.is_inference()  # inference tensors have no version
 
-    def output(self, module: nn.Module, part: Any, x: Tensor) -> Tensor:
-        """The output of ``module``, whose part this is, of x [*, in] to which this applies."""
-        ready = _READY.take(x, id(part))
+    def output(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> Tensor:
+        """The output of ``module`` with its layer adapter for x [*, in], where ``applies``
+        holds."""
+        ready = _PENDING.take(x, id(layer_adapter))
         if ready is not None:
             y, read = ready
-            if read == part.direct.reads(module) and (x.is_cpu or y.dtype == device.dtype_of(x)):
+            if read == layer_adapter.direct.reads(module) and (
+                x.is_cpu or y.dtype == device.dtype_of(x)
+            ):
                 return y
-        known = part.direct
-        if part is not self.members[0][1] or not known.fits(module, x):
-            return outputs([(module, known)], x)[0]
-        others = [
-            (other, own.direct) for other, own in self.members[1:] if own.direct.fits(other, x)
+        fused_change = layer_adapter.direct
+        if layer_adapter is not self.members[0][1] or not fused_change.fits(module, x):
+            return outputs([(module, fused_change)], x)[0]
+        later_members = [
+            (later_module, later_adapter)
+            for later_module, later_adapter in self.members[1:]
+            if later_adapter.direct.fits(later_module, x)
+            and later_adapter.direct.drops == fused_change.drops
         ]
-        others = [(other, own) for other, own in others if own.drops == known.drops]
-        y, *rest = outputs([(module, known), *others], x)
-        if rest:
-            parts = {id(own.direct): id(own) for _, own in self.members}
-            _READY.put(
+        later_changes = [(later_module, later.direct) for later_module, later in later_members]
+        y, *later_outputs = outputs([(module, fused_change), *later_changes], x)
+        if later_outputs:
+            _PENDING.put(
                 x,
                 {
-                    parts[id(own)]: (y, own.reads(other))
-                    for (other, own), y in zip(others, rest, strict=True)
+                    id(later_adapter): (later_y, later_adapter.direct.reads(later_module))
+                    for (later_module, later_adapter), later_y in zip(
+                        later_members, later_outputs, strict=True
+                    )
                 },
             )
         return y
 
-    def seed(self, module: nn.Module, part: Any, x: Tensor) -> int:
-        """That of the draw of ``module`` on x where its output is computed apart: with the draws of
-        ``output``, one for all members that read this x. Those of several adapters wait at once,
-        where rows of each are in x."""
+    def seed(self, module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
+        """The dropout seed of ``module`` for x, where its output is computed separately. As in
+        ``output``, all members that read this x get the same seed. Seeds of several adapters can be
+        pending at once, because x may have rows of each."""
         shared_input, version, seeds = getattr(_THREAD, "seeds", (None, 0, {}))
         if shared_input is not x or version != x._version:
             seeds = {}
-        seed = seeds.pop(id(part), None)
+        seed = seeds.pop(id(layer_adapter), None)
         if seed is None:
-            known, seed = part.direct, new_seed()
-            if part is self.members[0][1] and known.fits(module, x):
-                others = [own for other, own in self.members[1:] if own.direct.fits(other, x)]
-                seeds |= {id(own): seed for own in others if own.direct.drops == known.drops}
+            fused_change, seed = layer_adapter.direct, new_seed()
+            if layer_adapter is self.members[0][1] and fused_change.fits(module, x):
+                seeds |= {
+                    id(later_adapter): seed
+                    for later_module, later_adapter in self.members[1:]
+                    if later_adapter.direct.fits(later_module, x)
+                    and later_adapter.direct.drops == fused_change.drops
+                }
         _THREAD.seeds = (x, x._version, seeds) if seeds else (None, 0, {})
         return seed
 
 
-def seed_of(module: nn.Module, part: Any, x: Tensor) -> int:
-    """The seed of the dropout of a part that is direct, on x."""
+def seed_of(module: nn.Module, layer_adapter: Any, x: Tensor) -> int:
+    """The dropout seed for x of a layer adapter that has a ``FusedChange``."""
     return (
         new_seed()
-        if part.together is None or x.is_inference()
-        else part.together.seed(module, part, x)
+        if layer_adapter.together is None or x.is_inference()
+        else layer_adapter.together.seed(module, layer_adapter, x)
     )
 
 
-_READY, _THREAD = Waiting(), threading.local()
+_PENDING, _THREAD = PendingOutputs(), threading.local()

@@ -1,8 +1,9 @@
-"""Put planned adapters into a model, and take them out again.
+"""Install planned adapters in a model, and detach them again.
 
-install(model, name, plans)     makes all adapter parameters first, then puts them into the layers
-build, place                    the two halves of it, for who keeps the parts outside of the model (a bank)
-detach(model)                   gives back the very model: classes, modules, parameters, ``requires_grad``
+install                 creates all adapter parameters, then adds them to the layers of a model
+build_layer_adapters    the first step of ``install``; a bank stores the layer adapters itself
+adapt_modules           the second step: gives modules their adapted class
+detach                  restores the model: classes, modules, parameters, ``requires_grad``
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import (
-    enter,
+    adapt_methods,
+    base_class,
     layer_states,
-    own_class,
     set_child,
     state_of,
     uninstall,
@@ -29,7 +30,7 @@ from veneer.attach.adapted_module import install as make_adapted
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.first_step import watch_first_step
-from veneer.attach.fused_linear import Together
+from veneer.attach.fused_linear import SharedInputLayers
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters_of, need_adapters, parameter_path, unwrap
 from veneer.attach.method_overrides import take_back
@@ -49,6 +50,7 @@ from veneer.layers import kind_of
 from veneer.layers._base import factors
 from veneer.variants import VARIANTS, InitContext
 
+#: for one planned weight, functions that read the data from which its variant starts, by name
 Calibration = Callable[[LowRankPlan], Mapping[str, Callable[[], Tensor]]]
 
 
@@ -63,28 +65,44 @@ def install(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> None:
-    """Put a planned adapter in place and freeze the base. All memory is allocated before the model
-    is touched. ``parameters``: the adapter parameters of each weight; made anew without.
-    ``calibration``: what a variant may look at of one weight besides the weight itself, by name."""
-    problems = list(name_problems(model, name))  # another thread may have been faster
+    """Install a planned adapter and freeze the base. All memory is allocated before the model is
+    changed.
+
+    Args:
+        parameters: the adapter parameters of each weight; None initialises new ones.
+        calibration: the data, besides the weight itself, from which a variant may start.
+
+    Raises:
+        TargetError: the name is taken, or the variant cannot start from some weights.
+    """
+    # checked again, as another thread may have attached an adapter of this name
+    problems = list(name_problems(model, name))
     raise_all(TargetError, "Nothing was attached", problems)
     names = Names(model)
-    parts = build(names, plans, trainable=trainable, parameters=parameters, calibration=calibration)
-    attached = enlist(model)
-    selected = place(names, attached, plans, parts)
-    for path, part in parts.items():
+    layer_adapters = build_layer_adapters(
+        names, plans, trainable=trainable, parameters=parameters, calibration=calibration
+    )
+    attached = ensure_adapters(model)
+    selected = adapt_modules(names, attached, plans, layer_adapters)
+    for path, layer_adapter in layer_adapters.items():
         layer_state: Any = state_of(names.modules[path])
-        set_child(layer_state, name, part)
+        set_child(layer_state, name, layer_adapter)
     attached.set_adapters(
         {**attached.configs, name: plans.config},
         {**attached.selections, name: ActiveAdapter(name, selected, on=attached.merged)},
     )
     watch_first_step(
-        model, name, (parameter for part in parts.values() for parameter in part.parameters())
+        model,
+        name,
+        (
+            parameter
+            for layer_adapter in layer_adapters.values()
+            for parameter in layer_adapter.parameters()
+        ),
     )
 
 
-def build(
+def build_layer_adapters(
     names: Names,
     plans: Plans,
     *,
@@ -92,56 +110,60 @@ def build(
     parameters: Mapping[ParamRef, Mapping[str, Tensor]] | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, LayerAdapter]:
-    """The parts of a planned adapter by the path of their module. The model does not know them yet.
-    ``TargetError``: a variant cannot start from these weights."""
-    modules, given = names.modules, parameters or {}
+    """The layer adapters of a planned adapter, by the path of their module. The model is not
+    changed.
+
+    Raises:
+        TargetError: the variant cannot start from some weights.
+    """
+    modules, parameters = names.modules, parameters or {}
     for entry in plans.low:
         entry.storage.prepare(modules[entry.path])
     problems: list[str] = []
-    parts: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
+    layer_adapters: defaultdict[str, LayerAdapter] = defaultdict(LayerAdapter)
     for entry in plans.low:
         try:
             change = make_change(
-                entry, modules, plans.config, given.get(entry.ref, {}), calibration
+                entry, modules, plans.config, parameters.get(entry.ref, {}), calibration
             )
-        except _BadStartError as error:
+        except _InitializationError as error:
             problems.append(str(error))
             continue
-        parts[entry.path].low._modules[entry.weight] = change
+        layer_adapters[entry.path].low._modules[entry.weight] = change
         for path, weight in entry.holders:
-            parts[path].changes[weight] = change
+            layer_adapters[path].changes[weight] = change
     for entry in plans.low if problems else ():
         if state_of(modules[entry.path]) is None:
             entry.storage.release(modules[entry.path])
     raise_all(TargetError, "Nothing was attached", problems)
-    _copy_full(parts, modules, plans)
-    # who reads past a weight's holder is told of its part, and each module with a fused fast path
-    # has one
+    _copy_full(layer_adapters, modules, plans)
+    # Modules that read the weight of a module below directly get a reference to its layer adapter.
+    # Each module with a fused fast path above an adapted module gets a layer adapter too.
     readers = [reader for entry in plans.low for reader in entry.weight_readers]
     for reader in (*readers, *plans.full_readers):
-        below = parts[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
-        part = parts[reader.path]
+        below = layer_adapters[names.canonical[".".join((reader.path, *reader.below)).strip(".")]]
+        layer_adapter = layer_adapters[reader.path]
         if reader.method == "forward":
-            part.read_below[reader.below] = below
+            layer_adapter.read_below[reader.below] = below
         else:
-            part.entries.setdefault(reader.method, {})[reader.below] = below
-    for path in list(parts):
+            layer_adapter.entries.setdefault(reader.method, {})[reader.below] = below
+    for path in list(layer_adapters):
         for above in switched(names, path):
-            parts[above]  # makes it
+            layer_adapters[above]  # the defaultdict creates it
     for path, module in modules.items():
         if without_gradient(module):
-            parts[path]  # for what is below
-    for path, part in parts.items():
-        part.requires_grad_(trainable).train(modules[path].training)
-    return {path: parts[path] for path in modules if path in parts}
+            layer_adapters[path]  # so that gradients reach adapted modules below
+    for path, layer_adapter in layer_adapters.items():
+        layer_adapter.requires_grad_(trainable).train(modules[path].training)
+    return {path: layer_adapters[path] for path in modules if path in layer_adapters}
 
 
 def _copy_full(
-    parts: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans
+    layer_adapters: defaultdict[str, LayerAdapter], modules: Mapping[str, nn.Module], plans: Plans
 ) -> None:
-    """Give the parts copies of what is trained in full; tied parameters have one, but for those in
-    ``apart``. A frozen base keeps its running statistics too: what training would move becomes a
-    copy that the adapter owns."""
+    """Add copies of the parameters that are trained in full to the layer adapters. Tied parameters
+    share one copy unless the plan lists them in ``apart``. Running statistics, which training would
+    change, are copied too, so that those of the frozen base stay as they are."""
     plain = {
         path: module
         for path, module in modules.items()
@@ -154,34 +176,36 @@ def _copy_full(
     }
     copies: dict[Any, nn.Parameter] = {}
     for path, parameters in {**moving, **plans.full}.items():
-        full, module = parts[path].full, modules[path]
-        # in the module's order, wherever the names come from: an optimiser's state goes by the
-        # order of parameters
-        for name, held in module._parameters.items():
+        full, module = layer_adapters[path].full, modules[path]
+        # in the module's order, because an optimiser's state depends on the order of parameters
+        for name, parameter in module._parameters.items():
             if name not in parameters:
                 continue
-            own: Any = _no_bias(module) if held is None else held
-            key: Any = (path, name) if held is None or (path, name) in plans.apart else id(held)
+            is_unique = parameter is None or (path, name) in plans.apart
+            key: Any = (path, name) if is_unique else id(parameter)
+            source: Any = _zero_bias(module) if parameter is None else parameter
             if key not in copies:
                 copies[key] = nn.Parameter(
-                    whole(own.detach()).to(trained_dtype(plans.config, own.dtype), copy=True)
+                    whole(source.detach()).to(trained_dtype(plans.config, source.dtype), copy=True)
                 )
             full.register_parameter(name, copies[key])
-        for name, own in module._buffers.items() if path in plans.whole or path in moving else ():
-            if own is not None and name not in module._non_persistent_buffers_set:
-                full.register_buffer(name, own.detach().clone())
+        for name, buffer in (
+            module._buffers.items() if path in plans.whole or path in moving else ()
+        ):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                full.register_buffer(name, buffer.detach().clone())
 
 
-def _no_bias(module: nn.Module) -> Tensor:
-    """The bias of a layer without one, which an adapter may have: zeros."""
+def _zero_bias(module: nn.Module) -> Tensor:
+    """A bias of zeros [out] for a layer without a bias, which an adapter may train."""
     kind: Any = kind_of(module)
     weight: Any = weight_of(module, kind.weight)
     dims = kind.dims(module, weight.shape)
     return weight.detach().new_zeros(dims.groups * dims.out)
 
 
-def enlist(model: nn.Module) -> ModelAdapters:
-    """The ``ModelAdapters`` of a model; where it had none, a new one, and a frozen base."""
+def ensure_adapters(model: nn.Module) -> ModelAdapters:
+    """The ``ModelAdapters`` of a model. If it has none, create it and freeze the base."""
     attached = adapters_of(model)
     if attached is None:
         attached = ModelAdapters()
@@ -189,81 +213,95 @@ def enlist(model: nn.Module) -> ModelAdapters:
         model.__dict__[ADAPTERS] = attached
         attached.claim(model)
         for parameter in model.parameters():
-            parameter.requires_grad = False  # the method refuses a parameter that has no shape yet
+            # not ``requires_grad_``, which fails on a parameter that has no shape yet
+            parameter.requires_grad = False
     return attached
 
 
-def place(
-    names: Names, attached: ModelAdapters, plans: Plans, parts: Mapping[str, LayerAdapter]
+def adapt_modules(
+    names: Names, attached: ModelAdapters, plans: Plans, layer_adapters: Mapping[str, LayerAdapter]
 ) -> dict[Any, LayerAdapter]:
-    """Make the modules adapted; return the parts as ``ActiveAdapter`` has them. No layer state
-    holds them yet."""
+    """Give the modules their adapted class; return the layer adapters by the keys of an
+    ``ActiveAdapter``. They are not added to the layer states."""
     modules = names.modules
     holders = [(entry, path) for entry in plans.low for path, _ in entry.holders]
     transposed = {
-        p
-        for entry, p in holders
-        if kind_for(modules[p], entry.weight).out_axis != entry.layer.out_axis
+        holder_path
+        for entry, holder_path in holders
+        if kind_for(modules[holder_path], entry.weight).out_axis != entry.layer.out_axis
     }
     selected: dict[Any, LayerAdapter] = {}
-    for path, part in parts.items():
+    for path, layer_adapter in layer_adapters.items():
         module = modules[path]
         layer_state = state_of(module)
         if layer_state is None:
             kind = kind_of(module)
             storage = storage_of(weight_of(module, kind.weight)) if kind is not None else None
-            trusted = storage.modules() if storage is not None else ()
-            factored = kind is not None and factors(kind, module, type(module), trusted)
+            storage_modules = storage.modules() if storage is not None else ()
+            factored = kind is not None and factors(kind, module, type(module), storage_modules)
             product = factored and kind.product and storage is not None and storage.name == "plain"
             layer_state = LayerState(attached, kind, factored, switches(module), product)
             attached.paths[layer_state.key] = path
-            layer_state.stock = kind is not None and own_class(module) in kind.types()
+            layer_state.stock = kind is not None and base_class(module) in kind.types()
             layer_state.train(module.training)
-            own = storage is not None and storage.opaque
-            layer_state.opaque = BASES["opaque"] if own or without_gradient(module) else None
+            is_opaque = storage is not None and storage.opaque
+            layer_state.opaque = BASES["opaque"] if is_opaque or without_gradient(module) else None
             make_adapted(module, layer_state)
             layer_state.bound = tuple(bound(module))
         layer_state.transposed = layer_state.transposed or path in transposed
-        part.finalize(module, layer_state)
-        enter(module, part.entries)
-        selected.update(dict.fromkeys(part.keys(layer_state), part))
-    share(names, parts)
+        layer_adapter.finalize(module, layer_state)
+        adapt_methods(module, layer_adapter.entries)
+        selected.update(dict.fromkeys(layer_adapter.keys(layer_state), layer_adapter))
+    group_shared_inputs(names, layer_adapters)
     return selected
 
 
-def share(names: Names, parts: Mapping[str, LayerAdapter]) -> None:
+def group_shared_inputs(names: Names, layer_adapters: Mapping[str, LayerAdapter]) -> None:
+    """Group the layers that read the same input, so that one call computes all of them."""
     for path, module in names.modules.items():
-        for children in same_input(own_class(module)):
+        for children in same_input(base_class(module)):
             by_size: defaultdict[Any, list[tuple[nn.Module, LayerAdapter]]] = defaultdict(list)
-            for p in dict.fromkeys(
+            for child_path in dict.fromkeys(
                 names.canonical.get(parameter_path(path, child), "") for child in children
             ):
-                part = parts.get(p) if p != path else None
-                if part is not None and part.direct is not None and part.together is None:
-                    change = part.direct.change
-                    by_size[change.dims.in_, change.dropout].append((names.modules[p], part))
+                layer_adapter = layer_adapters.get(child_path) if child_path != path else None
+                if (
+                    layer_adapter is not None
+                    and layer_adapter.direct is not None
+                    and layer_adapter.together is None
+                ):
+                    change = layer_adapter.direct.change
+                    by_size[change.dims.in_, change.dropout].append(
+                        (names.modules[child_path], layer_adapter)
+                    )
             for members in by_size.values():
-                together = Together(members) if len(members) > 1 else None
-                for _, part in members:
-                    part.together = together
+                together = SharedInputLayers(members) if len(members) > 1 else None
+                for _, layer_adapter in members:
+                    layer_adapter.together = together
 
 
-class _BadStartError(TargetError):
-    """Numbers from which a variant starts are not finite, or too near to that for linear
-    algebra."""
+class _InitializationError(TargetError):
+    """A variant cannot be initialised from a weight or its data: they are not finite, or a
+    decomposition of them fails."""
 
 
-def _starting(entry: LowRankPlan, variant: str, what: str, read: Callable[[], Tensor]) -> Tensor:
-    """What is read, if a variant can start from it."""
+def _read_initial_data(
+    entry: LowRankPlan, variant: str, kind: str, read: Callable[[], Tensor]
+) -> Tensor:
+    """Read a weight or its data for the initialisation of a variant.
+
+    Raises:
+        _InitializationError: some values are not finite.
+    """
     values = read()
     if values.is_meta or values.isfinite().all():
         return values
-    problem = f"the {'weight' if what == 'base' else f'{what} of'} {entry.where!r}"
+    problem = f"the {'weight' if kind == 'base' else f'{kind} of'} {entry.where!r}"
     do = (
         "repair the base or the data, exclude the layer, or use a variant that starts from neither,"
         " such as lora"
     )
-    raise _BadStartError(
+    raise _InitializationError(
         f"{problem} with NaN or infinity",
         f"finite numbers, from which variant {variant!r} starts",
         do,
@@ -274,28 +312,44 @@ def make_change(
     entry: LowRankPlan,
     modules: Mapping[str, nn.Module],
     config: LoraConfig,
-    given: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> Change:
-    """The change of one weight, with its parameters on its device: those that are given, or their
-    start."""
+    """The change of one weight, with its parameters on the device of the weight.
+
+    Args:
+        parameters: the adapter parameters by name; empty initialises new ones.
+    """
     module = modules[entry.path]
     weight = weight_of(module, entry.weight)
-    own = {name: value for name, value in given.items() if name != ROWS}
-    parameters = _variant_parameters(entry, weight, config, own, calibration) if entry.rank else {}
+    change_parameters: dict[str, Tensor] = {}
+    if entry.rank:
+        loaded = {name: value for name, value in parameters.items() if name != ROWS}
+        change_parameters = _variant_parameters(entry, weight, config, loaded, calibration)
     tokens = None if entry.tokens is None else torch.tensor(entry.tokens, device="cpu")
     if tokens is not None:
-        rows = given[ROWS] if ROWS in given else start(entry.storage.dense(weight), tokens)
+        rows = (
+            parameters[ROWS] if ROWS in parameters else start(entry.storage.dense(weight), tokens)
+        )
         dtype = trained_dtype(config, entry.storage.dtype(weight))
-        parameters[ROWS] = rows.to(entry.storage.device(weight), dtype, copy=True)
+        change_parameters[ROWS] = rows.to(entry.storage.device(weight), dtype, copy=True)
     return Change(
-        parameters, layer=entry.layer, variant=VARIANTS[config.variant], storage=entry.storage, dims=entry.dims,
-        rank=entry.rank, alpha=entry.alpha, dropout=0.0 if tokens is not None else config.dropout, rows=_rows(entry),
-        tokens=tokens, frozen_input=entry.layer.frozen_input(module), module_only=entry.module_only,
-    )  # fmt: skip
+        change_parameters,
+        layer=entry.layer,
+        variant=VARIANTS[config.variant],
+        storage=entry.storage,
+        dims=entry.dims,
+        rank=entry.rank,
+        alpha=entry.alpha,
+        dropout=0.0 if tokens is not None else config.dropout,
+        rows=_row_indices(entry),
+        tokens=tokens,
+        frozen_input=entry.layer.frozen_input(module),
+        module_only=entry.module_only,
+    )
 
 
-def _rows(entry: LowRankPlan) -> Tensor | None:
+def _row_indices(entry: LowRankPlan) -> Tensor | None:
     return None if entry.rows is None else torch.tensor(entry.rows, device="cpu")
 
 
@@ -303,11 +357,13 @@ def _variant_parameters(
     entry: LowRankPlan,
     weight: Any,
     config: LoraConfig,
-    given: Mapping[str, Tensor],
+    loaded: Mapping[str, Tensor],
     calibration: Calibration | None,
 ) -> dict[str, Tensor]:
-    """What the variant trains or holds of one weight: what is given, or how it starts."""
-    layer, variant, rows = entry.layer, VARIANTS[config.variant], _rows(entry)
+    """The variant's parameters of one weight, trained and frozen: the loaded ones, or newly
+    initialised ones. Parameters that the variant derives are initialised in any case, unless they
+    were loaded."""
+    layer, variant, rows = entry.layer, VARIANTS[config.variant], _row_indices(entry)
 
     def base() -> Tensor:
         dense = entry.storage.dense(weight)
@@ -315,85 +371,87 @@ def _variant_parameters(
         return dense if rows is None else dense[:, rows.to(dense.device)]
 
     dims = entry.start_dims
-    found = calibration(entry) if calibration is not None and not given else {}
-    seen: Any = {
-        name: partial(_starting, entry, variant.name, name, read)
-        for name, read in {"base": base, **found}.items()
+    data = calibration(entry) if calibration is not None and not loaded else {}
+    readers: Any = {
+        name: partial(_read_initial_data, entry, variant.name, name, read)
+        for name, read in {"base": base, **data}.items()
     }
-    begin = InitContext(
-        dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **seen
+    init_context = InitContext(
+        dims.groups, dims.out, dims.in_, entry.rank, layer.fan_in(entry.dims), **readers
     )
     device = entry.storage.device(weight)
-    parameters = {name: value.to(device) for name, value in given.items()}
-    if not given or variant.derived:
+    parameters = {name: value.to(device) for name, value in loaded.items()}
+    if not loaded or variant.derived:
         try:
             with torch.no_grad(), torch.device(device):
-                begun = variant.init(begin)  # where its data are: of float64, not on every device
-            parameters = {**{name: value.to(device) for name, value in begun.items()}, **parameters}
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # numbers that are finite, and yet too large
-            found = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
+                # on the device of its data: float64 data are not on every device
+                initial = variant.init(init_context)
+            parameters = {name: value.to(device) for name, value in initial.items()} | parameters
+        # finite numbers that are too large for a decomposition
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            problem = f"{entry.where!r}, from which variant {variant.name!r} cannot start ({error})"
             do = "exclude the layer, or use a variant that does not start from it, such as lora"
-            raise _BadStartError(found, "numbers that have a decomposition", do) from error
+            raise _InitializationError(problem, "numbers that have a decomposition", do) from error
     dtype = trained_dtype(config, entry.storage.dtype(weight))
     for name in parameters.keys() - variant.derived:
         parameters[name] = parameters[name].to(
-            dtype, copy=bool(given), memory_format=torch.contiguous_format
+            dtype, copy=bool(loaded), memory_format=torch.contiguous_format
         )
     return parameters
 
 
 def trained_dtype(config: LoraConfig, base: torch.dtype) -> torch.dtype:
-    """What is trained for a weight of dtype ``base`` has the config's dtype, else float32 or, if
-    wider, ``base``."""
+    """The dtype of the parameters that are trained for a weight of dtype ``base``: that of the
+    config, else float32, or float64 if ``base`` is."""
     return torch_dtype(config.dtype) if config.dtype else at_least_float32(base)
 
 
 @in_turn
 def detach(model: nn.Module, name: str | None = None, *, keep_merged: bool = False) -> None:
-    """Remove the adapter ``name`` (None: all of them). With the last one, the model is again the
-    very object graph that it was: classes, modules, parameters, ``requires_grad``.
+    """Remove the adapter ``name`` (None: all adapters). When the last one is removed, the model has
+    the same objects as before ``attach``: classes, modules, parameters, ``requires_grad``.
 
     Args:
-        keep_merged: leave the weights of a merged adapter merged, and with them a plain model.
+        keep_merged: keep the weights of a merged adapter merged, so that the plain model has them.
 
     Raises:
         SelectionError: there is no such adapter.
-        MergeError: the adapter is merged and ``keep_merged`` is False, or it is merged on top of
-            another that stays, or one that stays was attached while it was merged, which it no
-            longer is. Nothing was changed.
+        MergeError: the adapter is merged and ``keep_merged`` is False; or it is merged on top of
+            another adapter that stays; or an adapter that stays was attached while it was merged,
+            and it is no longer merged. The model is not changed.
     """
     model = unwrap(model)
     attached = need_adapters(model, name)
     names = list(attached.configs) if name is None else [name]
-    _may_go(attached, names, keep_merged)
+    _require_detachable(attached, names, keep_merged)
     if any(map(names.__contains__, attached.merges())):
-        attached.untied = ()  # what is merged into weights of their own stays in them
+        attached.untied = ()  # weights that were untied for the merge stay untied
     for adapter in names:
         attached.selections[adapter].parts = None  # an error for calls that still select it
     for _, _, layer_state in layer_states(model):
         for adapter in names:
             set_child(layer_state, adapter, None)
-    kept = [key for key in attached.configs if key not in names]
+    remaining = [key for key in attached.configs if key not in names]
     for selected in attached.selections.values():
-        if selected.on in names:  # what is merged stays in the weights, and is theirs from here on
+        if selected.on in names:  # the merged weights are the base weights from now on
             selected.on = None
     attached.chain = tuple(merged for merged in attached.chain if merged not in names)
     attached.set_adapters(
-        {key: attached.configs[key] for key in kept},
-        {key: attached.selections[key] for key in kept},
+        {key: attached.configs[key] for key in remaining},
+        {key: attached.selections[key] for key in remaining},
     )
-    for _, module in walk(model) if not kept else ():
+    for _, module in walk(model) if not remaining else ():
         take_back(module)
-    abandon(model, attached)
+    release_layers(model, attached)
 
 
-def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
-    """Raise a MergeError where adapters cannot be detached now."""
+def _require_detachable(attached: ModelAdapters, names: list[str], keep_merged: bool) -> None:
+    """Raise a MergeError if some of these adapters cannot be detached now."""
     merged = attached.merges()
     for number, name in enumerate(merged):
         if name not in names:
             continue
-        below = next((other for other in merged[number + 1 :] if other not in names), None)
+        below = next((lower for lower in merged[number + 1 :] if lower not in names), None)
         if not keep_merged:
             do = (
                 "call veneer.unmerge(model) first, or detach(model, keep_merged=True) to keep the"
@@ -403,18 +461,20 @@ def _may_go(attached: ModelAdapters, names: list[str], keep_merged: bool) -> Non
         if below is not None:
             problem = f"{name!r} merged on top of {below!r}, which stays"
             do = f"detach {below!r} with keep_merged=True first, or call veneer.unmerge(model)"
-            raise MergeError(problem, "the one that was merged first", do)
+            raise MergeError(problem, "the adapter that was merged first", do)
     for adapter, selected in attached.selections.items():
         if selected.on in names and selected.on not in merged and adapter not in names:
-            problem = f"{adapter!r}, attached while {selected.on!r} was merged, which is to go"
+            problem = (
+                f"{adapter!r}, attached while {selected.on!r} was merged, which is to be detached"
+            )
             raise MergeError(
                 problem, f"{selected.on!r} merged, or {adapter!r} detached", "detach that one first"
             )
 
 
-def abandon(model: nn.Module, attached: ModelAdapters) -> None:
-    """Give modules without an adapter their class and storage back, and a model without adapters
-    its ``requires_grad``: unless a bank needs them."""
+def release_layers(model: nn.Module, attached: ModelAdapters) -> None:
+    """Restore the class and storage of modules without an adapter, and the ``requires_grad`` of a
+    model without adapters. Do nothing while a bank uses the model."""
     if attached.banks:
         return
     for _, module, layer_state in list(layer_states(model)):

@@ -1,10 +1,11 @@
-"""Find what is attached to a model: its adapters, the layers that one of them changes, the weights
-that change there.
+"""Look up the adapters of a model, and the layers and weights that an adapter changes.
 
-adapters_of(model)      what all adapters of a model share, or None       seen through DDP and ``torch.compile``
-need_adapters(model)    the same, or the error that says what to do
+adapters_of(model)      the ``ModelAdapters`` of a model, or None; also through DDP and
+                        ``torch.compile``
+need_adapters(model)    the same, or an error that says what to do
 adapters(model, name)   (path, module, LayerAdapter) of each layer that the adapter changes
-changes(model, name)    (path, module, weight, Change) of each weight with a low-rank change, a tied one once
+changes(model, name)    (path, module, weight, Change) of each weight with a low-rank change; a tied
+                        weight once
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from veneer.errors import SelectionError, TargetError, listing, nearest, sentenc
 
 
 def adapters_of(model: nn.Module) -> ModelAdapters | None:
-    """What the adapters attached to ``model`` share, seen through DDP's and ``torch.compile``'s
-    wrappers."""
+    """The ``ModelAdapters`` of the model inside the wrappers of DDP and ``torch.compile``, or
+    None."""
     return unwrap(model).__dict__.get(ADAPTERS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and (distributed) data-parallel wrappers. ``TargetError``:
-    it is no module."""
+    """The model inside the wrappers of ``torch.compile`` and of (distributed) data parallelism.
+
+    Raises:
+        TargetError: ``model`` is not a module.
+    """
     if not isinstance(model, nn.Module):
         raise TargetError(
             f"a {type(model).__name__} for a model", "a torch.nn.Module", "load the model first"
@@ -43,30 +47,39 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def need_adapters(model: nn.Module, name: str | None = None, *, walk: bool = True) -> ModelAdapters:
-    """The model's ``ModelAdapters``; a SelectionError if it has none or none of this name, or if
-    layers belong to another model's. Without ``walk`` those are looked for only while there is a
-    copied layer anywhere."""
+    """The ``ModelAdapters`` of a model.
+
+    Args:
+        name: an adapter that must exist.
+        walk: check all layers for adapters of another model. Without it, they are checked only if
+            some adapted layer in this process has been copied.
+
+    Raises:
+        SelectionError: the model has no adapter, or none of this name, or a layer has adapters of
+            another model.
+    """
     attached = adapters_of(model)
     if attached is None:
         raise SelectionError(
-            f"no adapter on this {type(model).__name__}", "one", "call veneer.attach or load first"
+            f"no adapter on this {type(model).__name__}",
+            "an attached adapter",
+            "call veneer.attach or load first",
         )
     attached.claim(unwrap(model))
-    if (walk or STRAY) and (problem := strangers(model)):
+    if (walk or STRAY) and (problem := foreign_layers_problem(model)):
         raise SelectionError(problem)
     if name is not None and not (isinstance(name, str) and name in attached.configs):
-        found = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
+        problem = f"no adapter named {name!r}{nearest(str(name), attached.configs)}"
         raise SelectionError(
-            found, f"one of {', '.join(attached.configs)}", "use a name that is attached"
+            problem, f"one of {', '.join(attached.configs)}", "use a name that is attached"
         )
     return attached
 
 
-def strangers(model: nn.Module) -> str | None:
-    """The problem of layers with adapters of another model, which a walk over this one's layers
-    would meet, or None."""
+def foreign_layers_problem(model: nn.Module) -> str | None:
+    """The problem of layers in this model that have adapters of another model, or None."""
 
-    def others() -> list[str]:
+    def foreign_paths() -> list[str]:
         attached = adapters_of(model)
         return [
             path
@@ -74,7 +87,8 @@ def strangers(model: nn.Module) -> str | None:
             if layer_state.attached is not attached
         ]
 
-    if not others() or not (paths := in_turn(others)()):  # another thread may be attaching
+    # checked again under the lock, because another thread may be attaching
+    if not foreign_paths() or not (paths := in_turn(foreign_paths)()):
         return None
     problem = f"adapters attached through another model object at {listing(paths, 3)}"
     do = (
@@ -85,19 +99,29 @@ def strangers(model: nn.Module) -> str | None:
 
 
 def only_name(model: nn.Module, name: str | None) -> str:
-    """``name``, or that of the model's default, or of its only adapter; a SelectionError if there
-    are several and no default."""
+    """``name``, or the name of the model's default adapter or of its only adapter.
+
+    Raises:
+        SelectionError: ``name`` is None, and the model has several adapters and no default.
+    """
     attached = need_adapters(model, name)
     name = attached.default_name if name is None else name
     if name is None and len(attached.configs) > 1:
         problem = f"{len(attached.configs)} adapters ({', '.join(attached.configs)}) and no name"
-        raise SelectionError(problem, "a name", "say which adapter is meant")
+        raise SelectionError(problem, "a name", "pass the name of one adapter")
     return name if name is not None else next(iter(attached.configs))
 
 
 def selected_name(model: nn.Module, method: str = "this") -> str:
-    """The name of the adapter that a call of the model would use here. ``SelectionError``: several
-    adapters and none selected, the base alone, or one for each row; ``method`` is what asks."""
+    """The name of the adapter that a call of the model would use in the current context.
+
+    Args:
+        method: the calling method, for the error.
+
+    Raises:
+        SelectionError: the model has several adapters and none is selected, or the base is
+            selected, or an adapter for each row.
+    """
     attached = need_adapters(model)
     chosen = context.current.selection.get(attached.uid)
     if chosen is None:
@@ -111,33 +135,37 @@ def selected_name(model: nn.Module, method: str = "this") -> str:
 
 
 def adapters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, LayerAdapter]]:
-    """(path, module, its part of the adapter) of each module where that does something, in the
-    model's order."""
+    """Yield (path, module, layer adapter) for each module in which the adapter has parameters, in
+    the model's order.
+
+    Raises:
+        SelectionError: a layer or weight that the adapter changes has been replaced or removed.
+    """
     layers = list(layer_states(model))
     attached = adapters_of(model)
     if attached is not None and name in attached.selections:
-        _must_be_there(attached, name, {layer_state.key for _, _, layer_state in layers})
+        _require_layers_present(attached, name, {layer_state.key for _, _, layer_state in layers})
     for path, module, layer_state in layers:
-        part = layer_state.get(name)
-        if part is not None and _holds_parameters(part):
-            for weight, change in part.changes.items():
+        layer_adapter = layer_state.get(name)
+        if layer_adapter is not None and _holds_parameters(layer_adapter):
+            for weight, change in layer_adapter.changes.items():
                 frozen_weight(change, module, weight)
-            part.replacements(module)
-            yield path, module, part
+            layer_adapter.replacements(module)
+            yield path, module, layer_adapter
 
 
-def _holds_parameters(part: LayerAdapter) -> bool:
-    return bool(part.low._modules or part.full.state_dict())
+def _holds_parameters(layer_adapter: LayerAdapter) -> bool:
+    return bool(layer_adapter.low._modules or layer_adapter.full.state_dict())
 
 
-def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
-    """Raise a SelectionError where layers that an adapter changes, by their keys, are no longer in
-    the model."""
-    parts = attached.selections[name].parts or {}
+def _require_layers_present(attached: ModelAdapters, name: str, keys: set[int]) -> None:
+    """Raise a SelectionError if a layer that the adapter changes is no longer in the model.
+    ``keys`` are those of the layer states in the model."""
+    layer_adapters = attached.selections[name].parts or {}
     lost = [
         key
-        for key, part in parts.items()
-        if isinstance(key, int) and key not in keys and _holds_parameters(part)
+        for key, layer_adapter in layer_adapters.items()
+        if isinstance(key, int) and key not in keys and _holds_parameters(layer_adapter)
     ]
     if lost:
         paths = [repr(attached.paths.get(key, f"layer {key}")) for key in lost]
@@ -150,10 +178,10 @@ def _must_be_there(attached: ModelAdapters, name: str, keys: set[int]) -> None:
 
 
 def changes(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str, Change]]:
-    """(path, module, weight, change) of each weight that the adapter ``name`` changes, once, in the
-    model's order."""
-    for path, module, part in adapters(model, name):
-        for weight, change in part.low._modules.items():
+    """Yield (path, module, weight, change) for each weight that the adapter changes at a low rank,
+    once, in the model's order."""
+    for path, module, layer_adapter in adapters(model, name):
+        for weight, change in layer_adapter.low._modules.items():
             yield path, module, weight, change  # pyright: ignore[reportReturnType]
 
 

@@ -69,11 +69,11 @@ class _StoredWeight:
     def change(self) -> tuple[LowRank, Tensor | None]:
         """ΔW and the gain, which are made of the weight that the adapter was attached to."""
         if self.origin is None:
-            return self.keeper.exactly(self.target)
+            return self.keeper.resolve_float64(self.target)
         merged = {key: tensor.clone() for key, tensor in self.stored().items()}
         try:
             self.write(self.origin)
-            return self.keeper.exactly(self.target)
+            return self.keeper.resolve_float64(self.target)
         finally:
             self.write(merged)
 
@@ -460,7 +460,7 @@ def _folded(
         if moment is not None:
             problem = f"{where}: inputs= of a weight that is rounded as it is stored or read"
             problems.append(sentence(problem, "none: it has no faithful rounding", "leave it out"))
-        exact = change.changed(weight.target, low, gain, torch.float64)
+        exact = change.changed_weight(weight.target, low, gain, torch.float64)
         return _encoded(weight, change.layer.apply_forward_rewrite(weight.module, exact), problems)
     matrix = change.layer.unfold(dense, change.dims)
     square = len(matrix), *[matrix.shape[2]] * 2
@@ -504,7 +504,7 @@ def _onto_grid(
     """What a storage with other numbers than a dtype's is to hold: each to nearest, then as
     ``rounding`` says."""
     change, storage, target = weight.keeper, cast(GridStorage, weight.storage), weight.target
-    content = _encoded(weight, change.changed(target, low, gain, torch.float64), problems)
+    content = _encoded(weight, change.changed_weight(target, low, gain, torch.float64), problems)
     if content is None or rounding == "nearest":
         return content
     stored, report = cast(tuple[dict[str, Tensor], LayerMerge], content)  # a change has a report

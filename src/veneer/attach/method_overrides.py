@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.adapted_module import own_class, walk
+from veneer.attach.adapted_module import base_class, walk
 from veneer.attach.state import STATE, LayerState
 
 
@@ -61,7 +61,7 @@ def stands(module: nn.Module, name: str) -> bool:
 def without_adapters(module: nn.Module) -> nn.Module:
     """A view of a module as it would be without adapters: its own class, no layer states, the same
     parameters."""
-    plain = object.__new__(own_class(module))
+    plain = object.__new__(base_class(module))
     plain.__dict__.update(module.__dict__)
     take_back(plain)
     plain.__dict__["_modules"] = {

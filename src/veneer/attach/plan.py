@@ -15,8 +15,8 @@ from torch import nn
 
 from veneer.attach import refusals, token_targets
 from veneer.attach import targets as targeting
-from veneer.attach.adapted_module import own_class, weight_of
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.adapted_module import base_class, weight_of
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
@@ -164,7 +164,10 @@ class _Planner:
         random values would leave the head to whoever loads the adapter."""
         if "all-linear" not in self.words:
             return []
-        found, left_out = fresh(self.names), targeting.excluded(self.names, self.config, [])
+        found, left_out = (
+            fresh_parameters(self.names),
+            targeting.excluded(self.names, self.config, []),
+        )
         head = targeting.fresh_head(
             self.names, [ref for key, ref in found.items() if key not in self.frozen]
         )
@@ -346,7 +349,7 @@ def _low_plan(
     module = names.modules[path]
     layer, weight = kind_for(module, name), weight_of(module, name)
     storage: Any = storage_of(weight)
-    where = f"{parameter_path(path, name)!r} ({own_class(module).__name__})"
+    where = f"{parameter_path(path, name)!r} ({base_class(module).__name__})"
     dims = layer.dims(module, storage.shape(weight))
     rows = None
     if spec.slices is not None:

@@ -126,7 +126,7 @@ class Kept:
 
 @torch.no_grad()
 def values(change: Change, weight: Any) -> Tensor:
-    """``change.changed`` in the dtype of the weight, computed in at least float32 and in the memory
+    """``change.changed_weight`` in the dtype of the weight, computed in at least float32 and in the memory
     of ΔW."""
     low, gain = change.resolve(weight)
     sum_ = _sum(change, weight, low)

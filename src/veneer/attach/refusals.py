@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import own_class, walk, weight_of
+from veneer.attach.adapted_module import base_class, walk, weight_of
 from veneer.attach.from_peft import peft_problem
-from veneer.attach.lookup import adapters_of, parameter_path, strangers
+from veneer.attach.lookup import adapters_of, foreign_layers_problem, parameter_path
 from veneer.attach.state import STATE, LayerState
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
@@ -68,7 +68,7 @@ def _refusal(names: Names, holder: ParamRef, target: ParamRef) -> str | None:
     shared = (
         "" if holder == target else f" (it shares the weight of target {parameter_path(*target)!r})"
     )
-    what = f"{path!r}, a {own_class(module).__name__}{shared}"
+    what = f"{path!r}, a {base_class(module).__name__}{shared}"
     if problem := unreadable_problem(path, module):
         return problem
     if weight is None:
@@ -122,7 +122,7 @@ def unreadable_problem(path: str, module: nn.Module) -> str | None:
     said = unreadable(module)
     if said is None:
         return None
-    problem = f"{path!r}, a {own_class(module).__name__}, {said[0]}"
+    problem = f"{path!r}, a {base_class(module).__name__}, {said[0]}"
     return sentence(problem, "weights in a floating-point dtype", f"{said[1]}, or leave it out")
 
 
@@ -264,7 +264,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         )
     if problem := _misread(model):
         yield problem
-    if problem := strangers(model):
+    if problem := foreign_layers_problem(model):
         yield problem
     # its parameters would be no part of what is sharded, and of what averages gradients; nor the
     # same on every rank

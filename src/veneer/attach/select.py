@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from veneer import context
-from veneer.attach.blend import blended, finite_weights
+from veneer.attach.blend import blend_adapters, require_finite_weights
 from veneer.attach.lookup import need_adapters, unwrap
 from veneer.attach.select_rows import by_rows
 from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator, in_turn
@@ -104,7 +104,7 @@ class use:
         returns."""
         self._entered = True
         return stepwise(
-            lambda: context.changed({self._uid: self._selected}, **self._path), function
+            lambda: context.override({self._uid: self._selected}, **self._path), function
         )
 
     def __del__(self) -> None:
@@ -144,7 +144,7 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
     if not choice:
         do = 'name adapters and their weights, as {"a": 0.7, "b": 0.3}, or None for the base alone'
         raise SelectionError("a blend of nothing, {}", "at least one adapter", do)
-    finite_weights(choice)
+    require_finite_weights(choice)
     if None in choice:
         problem, expected = (
             "the weight of None in a blend",
@@ -153,7 +153,7 @@ def selected(model: nn.Module, choice: Choice) -> ActiveAdapter:
         raise SelectionError(problem, expected, "leave it out")
     uses = [(selected(model, name), weight) for name, weight in choice.items()]
     uses = [(active, weight) for active, weight in uses if weight]
-    return blended(uses) if uses else BASE
+    return blend_adapters(uses) if uses else BASE
 
 
 def stepwise(block: Callable[[], AbstractContextManager[Any]], function: Any) -> Any:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from veneer import context
-from veneer.attach.adapted_module import method_of, own_class, own_forward, walk
-from veneer.attach.blend import same_weights
-from veneer.attach.fused_linear import Waiting, identities, seed_of
-from veneer.attach.layer_adapter import LayerAdapter, with_update
+from veneer.attach.adapted_module import base_class, base_forward, method_of, walk
+from veneer.attach.blend import common_base_adapter
+from veneer.attach.fused_linear import PendingOutputs, identities, seed_of
+from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.layer_call import with_update
 from veneer.attach.routed_rows import spread, tokens_a_row
 from veneer.attach.state import BASE, STATE, ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
@@ -39,7 +40,7 @@ from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
 #: outputs of layers that wait for their calls
-_READY = Waiting()
+_READY = PendingOutputs()
 #: tensors, and what holds none
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
@@ -143,7 +144,7 @@ class Parts(Mapping[Any, Any]):
             yield
             return
         with (
-            context.changed({self.uid: selected}),
+            context.override({self.uid: selected}),
             selected.stream or nullcontext(),
         ):
             yield
@@ -190,9 +191,9 @@ class _ByRows:
         found = [(module, self.whole[module._modules[STATE].key]) for module in modules[0][1:]]
         return [(module, own) for module, own in found if own.changes and own.bounds == self.bounds]
 
-    def seen(self, method: str = "forward"):
+    def reached_ids(self, method: str = "forward"):
         for part in self.parts:
-            yield from () if part is None else part.seen(method)
+            yield from () if part is None else part.reached_ids(method)
 
     def run(
         self,
@@ -301,7 +302,7 @@ class _ByRows:
                     module, base, layer_state, args, kwargs, now, share=share, method=method
                 )
             if method == "forward":
-                return own_forward(module, base, *args, **kwargs)
+                return base_forward(module, base, *args, **kwargs)
             return method_of(base, method)(module, *args, **kwargs)
 
     def _seeds(self, module: Any, x: Any) -> list[int | None]:
@@ -394,7 +395,7 @@ class _ByRows:
     def _plain(self, module: Any, x: Any) -> Tensor | None:
         """The output of a linear layer where each part is one plain change that drops nothing in
         this call, and those of the layers that read the same x, if these are the same for every
-        adapter (``fused_linear.Together``)."""
+        adapter (``fused_linear.SharedInputLayers``)."""
         spans = self._of_tokens(module, x)
         if spans is None:
             return None
@@ -564,7 +565,7 @@ def _spans(rows: Sequence[Tensor]) -> list[tuple[int, int]] | None:
 
 def _cannot_tell(module: nn.Module, why: str) -> SelectionError:
     do = "exclude that layer, or run each adapter on its rows alone"
-    return SelectionError(f"a {own_class(module).__name__} {why}", "one row an adapter", do)
+    return SelectionError(f"a {base_class(module).__name__} {why}", "one row an adapter", do)
 
 
 def _objects(value: Any) -> Iterator[Any]:
@@ -597,7 +598,7 @@ def by_rows(
     merged = (
         distinct[0].name if len(distinct) == 1 and distinct[0].name == attached.merged else None
     )
-    return ActiveAdapter(merged, parts, same_weights(distinct))
+    return ActiveAdapter(merged, parts, common_base_adapter(distinct))
 
 
 def time_first(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from veneer.attach.adapted_module import own_class, walk
+from veneer.attach.adapted_module import base_class, walk
 from veneer.bases import hidden, is_opaque, unreadable
 from veneer.config import LoraConfig, Targets
 from veneer.errors import listing, nearest, sentence
@@ -331,7 +331,7 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
 def _types(names: Names) -> str:
     """The layers that can be attached to, by type: "2 Conv2d, 1 BatchNorm2d"."""
     counts = Counter(
-        own_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path)
+        base_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path)
     )
     return listing(f"{count} {name}" for name, count in counts.most_common())
 
@@ -359,7 +359,7 @@ def left_out_of_word(names: Names, config: LoraConfig) -> str:
         if config.layers is not None and _block(path) not in kept:
             continue
         matrices = [name for name in kind.weights(module) if (path, name) not in excluded_refs]
-        counts[own_class(module).__name__] += any(
+        counts[base_class(module).__name__] += any(
             _is_operator(kind, module, name) for name in matrices
         )
     return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)

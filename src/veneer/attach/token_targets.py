@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for
 from veneer.attach.targets import Names, ParamRef
@@ -29,7 +29,7 @@ def wanted(names: Names, tokens: Any, problems: list[str]) -> dict[ParamRef, tup
         module = names.modules[path]
         kind = kind_of(module)
         if kind is None or kind.name not in KINDS:
-            what = f"trainable_tokens of {path!r}, a {own_class(module).__name__}"
+            what = f"trainable_tokens of {path!r}, a {base_class(module).__name__}"
             problems.append(sentence(what, "an embedding or a linear head", "name that"))
             continue
         owner = holders_of(names, (path, kind.weight), by_identity)[0]
@@ -112,7 +112,7 @@ def token_problems(
         kind = kind_for(module, name)
         if kind.name not in KINDS:
             problem = (
-                f"trainable_tokens of {where!r}, which {path!r} ({own_class(module).__name__})"
+                f"trainable_tokens of {where!r}, which {path!r} ({base_class(module).__name__})"
                 " reads in another way"
             )
             yield sentence(

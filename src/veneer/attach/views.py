@@ -20,10 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from veneer.attach.adapted_module import (
-    KEPT,
-    WRAPPED,
+    ACCELERATE_FORWARD,
+    COMPRESSED_FORWARD,
+    base_class,
     method_of,
-    own_class,
     state_of,
     wrapped_forward,
 )
@@ -36,7 +36,7 @@ from veneer.attach.dtypes import (
     output_dtype,
     widen,
 )
-from veneer.attach.experts import form_from_now_on, stand_ins
+from veneer.attach.experts import always_form_weights, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached
 from veneer.attach.unformed import CannotStandError
 from veneer.bases import BASES
@@ -84,8 +84,8 @@ def viewed(
                 function, module, base, {**full, **standing}, layer_state, args, kwargs
             )
         except CannotStandError:
-            form_from_now_on(layer_state)
-    values = {**full, **part.changed(module, wide)}
+            always_form_weights(layer_state)
+    values = {**full, **part.changed_weights(module, wide)}
     if wide:
         own = {**module._buffers, **module._parameters, **values}
         values = {
@@ -113,7 +113,7 @@ def _on_numbers(part: Any, module: Any, layer_state: Any, args: tuple, kwargs: d
     """A linear layer whose own forward reads nothing that could be replaced: its op, on W + ΔW in
     at least float32."""
     (x,), full = (*args, *kwargs.values()), part.replacements(module)
-    ((name, dense),) = part.changed(module, wide=True).items()
+    ((name, dense),) = part.changed_weights(module, wide=True).items()
     bias = full.get("bias", getattr(module, "bias", None))
     with no_autocast(x):
         bias = None if bias is None else widen(bias, dense.dtype)
@@ -170,10 +170,10 @@ def _view_read_below(
         *own.entries.values(),
     ):
         parts = {**read_below, **parts}
-    values = {**own.replacements(module), **own.changed(module, wide=False)}
+    values = {**own.replacements(module), **own.changed_weights(module, wide=False)}
     return _seen(
         module,
-        own_class(module),
+        base_class(module),
         values,
         _children_read_below(module, parts, made),
         layer_state,
@@ -240,13 +240,15 @@ def view(
         base = base.__bases__[0]
     seen = object.__new__(base)
     seen.__dict__.update(module.__dict__)
-    if WRAPPED in seen.__dict__ and wrapped_forward(module):  # of the view, as it is of the module
-        seen.__dict__[WRAPPED] = MethodType(base.forward, seen)
+    if ACCELERATE_FORWARD in seen.__dict__ and wrapped_forward(
+        module
+    ):  # of the view, as it is of the module
+        seen.__dict__[ACCELERATE_FORWARD] = MethodType(base.forward, seen)
         seen.__dict__["forward"] = partial(seen.__dict__["forward"].func, seen)
     # what is around it moves inputs to the device of the module, which has run already
-    if KEPT in seen.__dict__:
+    if COMPRESSED_FORWARD in seen.__dict__:
         seen.__dict__["forward"] = MethodType(
-            base.forward if base is not type(module) else seen.__dict__[KEPT], seen
+            base.forward if base is not type(module) else seen.__dict__[COMPRESSED_FORWARD], seen
         )
     if attributes:
         seen.__dict__.update(attributes)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.attach.adapted_module import instance_forward, own_class, wrapped_forward
+from veneer.attach.adapted_module import base_class, instance_forward, wrapped_forward
 from veneer.attach.source_analysis import mentions, reads
 from veneer.attach.source_reader import Reads, attribute
 from veneer.attach.state import ModulePath
@@ -67,7 +67,7 @@ def weight_readers(
                 break
     for above, below in _above(names, path):
         module, target = names.modules[above], (*below, weight)
-        cls = own_class(module)
+        cls = base_class(module)
         forward = ("forward", *bound(module).values()) if below and not switches(module) else ()
         found = [method for method in forward if _reads(module, method, target)]
         if found and not (
@@ -98,7 +98,7 @@ def _constants(module: nn.Module) -> _Constants:
 
 def _analysed(module: nn.Module, method: str, known: _Constants = frozenset()) -> Reads:
     return reads(
-        own_class(module), method, frozenset((*module._modules, *own_parameters(module))), known
+        base_class(module), method, frozenset((*module._modules, *own_parameters(module))), known
     )
 
 
@@ -154,7 +154,7 @@ def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module does something itself, and is no mere container of parameters."""
-    forward = getattr(own_class(module), "forward", None)
+    forward = getattr(base_class(module), "forward", None)
     return forward is not None and forward is not nn.Module.forward
 
 
@@ -179,7 +179,7 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
         return (
             f"it is a {kind}, whose items are its children: its adapters would be one of the items"
         )
-    if isinstance(attribute(own_class(module), method), functools.cached_property):
+    if isinstance(attribute(base_class(module), method), functools.cached_property):
         return "that is computed once and kept, whatever is selected"
     wrapped = method == "forward" and (
         wrapped_forward(module) or instance_forward(module) is not None

@@ -24,9 +24,9 @@ from veneer import context
 from veneer.adapter_files.folder import missing
 from veneer.adapter_files.match_model import MatchCache
 from veneer.attach.adapted_module import layer_states, walk
-from veneer.attach.blend import finite_weights
-from veneer.attach.install import abandon, enlist
-from veneer.attach.lookup import adapters_of, strangers, unwrap
+from veneer.attach.blend import require_finite_weights
+from veneer.attach.install import ensure_adapters, release_layers
+from veneer.attach.lookup import adapters_of, foreign_layers_problem, unwrap
 from veneer.attach.select_rows import time_first
 from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
@@ -77,7 +77,7 @@ class Bank:
         verify_base: bool = True,
     ) -> None:
         model, dtype = unwrap(model), None if dtype is None else torch_dtype(dtype)
-        if problem := strangers(model):
+        if problem := foreign_layers_problem(model):
             raise SelectionError(problem)
         modules = (module for _, module in walk(model))
         if problem := spread_problem(modules, "a bank", "give it a model that one process holds"):
@@ -86,7 +86,7 @@ class Bank:
         self.dtype, self.verify_base = dtype, verify_base
         self.on_event: Callable[[str, str, float], None] | None = None
         with CHANGING:
-            self._attached = enlist(model)
+            self._attached = ensure_adapters(model)
             self._attached.banks += 1
         self._frame = Frame(self._attached.uid, time_first(model))
         self._entries: dict[str, Entry] = {}
@@ -255,7 +255,7 @@ class Bank:
         """
         done: Future[Lease] = Future()
         with self._changed:
-            finite_weights(adapter_weights)
+            require_finite_weights(adapter_weights)
             if (lease := self._warm(adapter_weights)) is not None:
                 done.set_result(lease)
                 return done
@@ -342,7 +342,7 @@ class Bank:
             with CHANGING:
                 self._attached.banks -= 1
                 if adapters_of(self.model) is self._attached:
-                    abandon(self.model, self._attached)
+                    release_layers(self.model, self._attached)
         finally:
             self._loading.release()
 
@@ -502,7 +502,7 @@ class Bank:
                 selected = ActiveAdapter("a bank's rows", batch_state.use(uses).table)
             chosen = BASE if selected is None else selected
             outside = partial(OutsideGenerator, "bank.rows(…)")
-            with context.changed({self._attached.uid: chosen}, outside=outside):
+            with context.override({self._attached.uid: chosen}, outside=outside):
                 yield
         finally:
             if (

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.attach.blend import blended
+from veneer.attach.blend import blend_adapters
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.select_rows import Parts
 from veneer.attach.state import BASE, ActiveAdapter
@@ -110,10 +110,10 @@ class Layer:
             )
         return factors
 
-    def seen(self, method: str = "forward") -> Iterator[int]:
+    def reached_ids(self, method: str = "forward") -> Iterator[int]:
         for resident in self.batch_state.assignment.members:
             if self.key in resident.parts:
-                yield from resident.parts[self.key].seen(method)
+                yield from resident.parts[self.key].reached_ids(method)
 
     def run(
         self,
@@ -218,7 +218,7 @@ class BatchAssignment:
             for uses in dict.fromkeys(rows)
         }
         selections = [
-            blended(
+            blend_adapters(
                 [
                     (ActiveAdapter(resident.path.name, resident.parts), weight)
                     for resident, weight in uses

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.attach.blend import finite_weights
+from veneer.attach.blend import require_finite_weights
 from veneer.bank.batch_state import Uses
 from veneer.bank.resident import ResidentAdapter
 from veneer.errors import SelectionError
@@ -115,7 +115,7 @@ def weights_of(choice: Any) -> dict[str, float]:
     if isinstance(choice, str):
         return {choice: 1.0}
     if isinstance(choice, Mapping):
-        finite_weights(choice)
+        require_finite_weights(choice)
         return dict(choice)
     problem = f"{choice!r} for a row"
     raise SelectionError(

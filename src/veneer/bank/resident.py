@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach.adapted_module import state_of, weight_of
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.install import build, enlist, place, trained_dtype
+from veneer.attach.install import (
+    adapt_modules,
+    build_layer_adapters,
+    ensure_adapters,
+    trained_dtype,
+)
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, need_adapters
 from veneer.attach.plan import LowRankPlan
@@ -76,7 +81,7 @@ class ResolvedLowRank:
     def changes(self) -> dict[str, ResolvedLowRank]:
         return {self.name: self}
 
-    def seen(self, method: str = "forward") -> Iterator[int]:
+    def reached_ids(self, method: str = "forward") -> Iterator[int]:
         yield id(self)
 
     def below(self, method: str) -> Mapping[ModulePath, Any]:
@@ -88,8 +93,8 @@ class ResolvedLowRank:
     def stacks(self, module: nn.Module) -> None:
         """As ``LayerAdapter.stacks``: this is a layer of one matrix."""
 
-    def changed(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
-        """As ``LayerAdapter.changed``."""
+    def changed_weights(self, module: nn.Module, wide: bool) -> dict[str, Tensor]:
+        """As ``LayerAdapter.changed_weights``."""
         weight: Any = weight_of(module, self.name)
         dense = weight.to(at_least_float32(weight.dtype))
         if self.gain is not None:
@@ -153,12 +158,12 @@ def load_resident(
     if recipe is not None and not load_plan.full and recipe.config == config:
         tables = recipe.table(load_plan.adapter_parameters, dtype)
         return _resident(path, config.variant, tables, [], len(tables))
-    layer_adapters = build(
+    layer_adapters = build_layer_adapters(
         names, load_plan.plans, trainable=False, parameters=load_plan.adapter_parameters
     )
     load_plan.fill(layer_adapters)
     with CHANGING:
-        table = place(names, enlist(model), load_plan.plans, layer_adapters)
+        table = adapt_modules(names, ensure_adapters(model), load_plan.plans, layer_adapters)
     resolved_low, general = _split_adapters(names, layer_adapters, dtype)
     tables = {
         key: resolved_low.get(id(layer_adapter), layer_adapter)
@@ -353,7 +358,7 @@ def _resolve_adapter(
 def _flatten_factors(low: LowRank, gain: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
     """[A, B, gain] as a ``ResolvedLowRank`` has them."""
     if gain is not None:
-        low = low.gained(gain.view(1, -1))
+        low = low.scale_rows(gain.view(1, -1))
     B = (low.B[0].to(at_least_float32(low.B.dtype)) * low.scale).mT
     return [
         factor if factor is None else factor.detach().to(dtype) for factor in (low.A[0], B, gain)

@@ -115,7 +115,7 @@ def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[Adapter
     for module in training_modes:
         module.training = False
     try:
-        with torch.no_grad(), context.changed({uid: BASE}):
+        with torch.no_grad(), context.override({uid: BASE}):
             alone = model(*batches[0].args, **batches[0].kwargs)
             args, kwargs = join_batches(batches)
             among = split_output(model(*args, **kwargs), [batch.row_count for batch in batches])[0]

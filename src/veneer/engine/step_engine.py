@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.blend import same_weights
+from veneer.attach.blend import common_base_adapter
 from veneer.attach.lookup import need_adapters
 from veneer.attach.select_rows import Parts, time_first
 from veneer.attach.state import ActiveAdapter
@@ -199,7 +199,7 @@ class StepEngine:
         result = PassResult({}, {})
         for group in _group_requests(requests):
             selection, dropout = self._select(group)
-            with torch.no_grad(), context.changed(selection), dropout:
+            with torch.no_grad(), context.override(selection), dropout:
                 result.values.update(self._values(group, result.failures, keep_going))
         return result
 
@@ -207,7 +207,7 @@ class StepEngine:
         """Forward and backward of requests that share a forward."""
         with ExitStack() as stack:
             selection, dropout = self._select(group)
-            stack.enter_context(context.changed(selection))
+            stack.enter_context(context.override(selection))
             if len(group) == 1:
                 stack.enter_context(self.adapters[next(iter(group))].stream)
             before = generator_states(self._devices)
@@ -276,7 +276,7 @@ class StepEngine:
             if len(self._assignments) >= MOST_ASSIGNMENTS:
                 self._assignments.clear()
             self._assignments[key] = selections, parts
-        selected = ActiveAdapter(None, parts, same_weights(parts.selections))
+        selected = ActiveAdapter(None, parts, common_base_adapter(parts.selections))
         dropout = DropoutByAdapter(parts) if self._has_dropout() else nullcontext()
         return {attached.uid: selected}, dropout
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from veneer.adapter_files import read
 from veneer.adapter_files.folder import content_hash
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.install import detach
 from veneer.attach.select import use
 from veneer.attach.targets import Names, fresh_head
@@ -58,7 +58,7 @@ def load_to_train(model: Any, start: Start) -> Handle:
     """Attach the adapter. ``ConfigError``: the base has a new head, of random weights, which the
     adapter does not train; else as ``veneer.load``."""
     names = Names(model)
-    heads = fresh_head(names, fresh(names).values())
+    heads = fresh_head(names, fresh_parameters(names).values())
     handle = load(model, start.folder, name=OWN, trainable=True)
     layers = handle.layers
     lacking = [

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import own_class
+from veneer.attach.adapted_module import base_class
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.select import use
@@ -358,7 +358,7 @@ class _Head:
 
     def __init__(self, model: nn.Module, path: ModulePath, inputs: dict[str, Any]) -> None:
         self.model, self.inputs = model, inputs
-        if "output_router_logits" in inspect.signature(own_class(model).forward).parameters:
+        if "output_router_logits" in inspect.signature(base_class(model).forward).parameters:
             # the balance of the experts is known already
             self.inputs = {
                 **inputs,
@@ -384,7 +384,7 @@ class _Head:
         """The same while the model's forward runs: a wrapper around it, such as accelerate's
         autocast, is around this already, and could not be entered twice."""
         self.rows = rows
-        return own_class(self.model).forward(self.view, **self.inputs)
+        return base_class(self.model).forward(self.view, **self.inputs)
 
     def rows_of(self, output: Any, labels: Tensor, places: Tensor) -> Tensor | None:
         """The body's hidden states as rows [b · s, h]; None if it gave none for each token of
@@ -491,7 +491,7 @@ def _body(model: nn.Module) -> ModulePath | None:
         return None  # what is differentiated at once is no part of a compiled graph
     if any(model.__dict__.get(hooks) for hooks in _HOOKS):
         return None  # they expect one call a batch (FSDP2's do)
-    own = inspect.unwrap(own_class(model).forward)
+    own = inspect.unwrap(base_class(model).forward)
     forward = model.__dict__.get("forward")
     if forward is not None and not (
         isinstance(forward, MethodType)

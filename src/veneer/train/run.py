@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from veneer.attach.check import check
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.summary import size
 from veneer.attach.targets import Names, fresh_head, listed
 from veneer.config import LoraConfig
@@ -399,7 +399,8 @@ def _new_heads(model: Any, config: TrainConfig) -> list[str]:
         return []
     names = Names(model)
     return sorted(
-        {path for path, _ in fresh_head(names, fresh(names).values())} - {*config.train_also}
+        {path for path, _ in fresh_head(names, fresh_parameters(names).values())}
+        - {*config.train_also}
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from veneer.attach.adapted_module import own_class
+from veneer.attach.adapted_module import base_class
 from veneer.distributed import is_spread, reshard
 from veneer.models.load import Base
 from veneer.models.shares import WholeOnlyError
@@ -36,7 +36,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     found = [
         module
         for module in model.modules()
-        if own_class(module).__name__ in names and module is not model
+        if base_class(module).__name__ in names and module is not model
     ]
     holders = defaultdict[int, set[nn.Module]](set)
     for module in model.modules():

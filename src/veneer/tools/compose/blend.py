@@ -83,13 +83,13 @@ def rescaled(
         do = "change the weights a little, or use another method"
         raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
     products = [
-        term.low.to(torch.float64).gained(gain) for term, gain in zip(terms, gains, strict=True)
+        term.low.to(torch.float64).scale_rows(gain) for term, gain in zip(terms, gains, strict=True)
     ]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
     low, *_, error = reduced(total, how)
     # the magnitude is that of the stored factors, so that the gain is G when they are read
-    low = low.to(torch.float64).gained(1 / G).to(dtype)
+    low = low.to(torch.float64).scale_rows(1 / G).to(dtype)
     return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, error)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import own_class, weight_of
+from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.install import install
 from veneer.attach.lookup import adapters, changes
 from veneer.attach.lookup import parameter_path as joined
@@ -50,7 +50,9 @@ def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
         if gain is None:  # not as a difference of large numbers
             deltas[joined(path, weight)] = change.layer.fold(low.delta(torch.float64), dense.shape)
         else:
-            deltas[joined(path, weight)] = change.changed(target, low, gain, torch.float64) - dense
+            deltas[joined(path, weight)] = (
+                change.changed_weight(target, low, gain, torch.float64) - dense
+            )
     for path, module, part in adapters(model, name):
         for own, value in part.full.state_dict().items():
             old = {**module._parameters, **module._buffers}[own]
@@ -134,7 +136,7 @@ def put(
     problems += overlaps(
         names, [*factors, *((path, key) for path, keys in own.items() for key in keys)]
     )
-    raise_all(AdapterError, f"These changes do not fit this {own_class(model).__name__}", problems)
+    raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
     for plan in low:  # a plan goes by the first module that has the weight
         first = next(ref for ref in plan.holders if ref in factors)
         factors[plan.ref] = factors[first]

@@ -82,7 +82,7 @@ def _whole_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
-        low, gain = change.exactly(weight_of(module, weight))
+        low, gain = change.resolve_float64(weight_of(module, weight))
         if gain is not None:
             problem = f"trained tokens of {parameter_path(path, weight)!r}, which DoRA rescales"
             raise AdapterError(problem, "a product alone", _MERGE)

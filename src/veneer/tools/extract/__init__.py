@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
-from veneer.attach.adapted_module import own_class
+from veneer.attach.adapted_module import base_class
 from veneer.attach.install import detach, install
 from veneer.attach.lookup import adapters, adapters_of, parameter_path
 from veneer.attach.targets import Names, ParamRef
@@ -312,7 +312,7 @@ def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)
         stock = kind.name == GENERAL or any(
-            own_class(module).forward is known.forward for known in kind.types()
+            base_class(module).forward is known.forward for known in kind.types()
         )
         if weight is not None and not stock:
             weight.data[:8].normal_(generator=generator)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import own_class
+from veneer.attach.adapted_module import base_class
 from veneer.attach.lookup import adapters_of, unwrap
 from veneer.attach.targets import Names
 from veneer.errors import ExtractError, listing, raise_all, sentence
@@ -204,7 +204,7 @@ def _tuned(tuned: Source, structure: nn.Module, own: bool) -> BaseWeights:
         return state_dict_weights(structure, tuned, "the tuned model")
     folder = _folder(tuned, structure)
     if own and (folder / "config.json").is_file() and hasattr(structure, "base_model_prefix"):
-        return folder_weights(models.meta_model(folder, own_class(structure).__name__), folder)
+        return folder_weights(models.meta_model(folder, base_class(structure).__name__), folder)
     return folder_weights(structure, folder)
 
 

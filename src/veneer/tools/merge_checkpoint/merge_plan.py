@@ -388,7 +388,7 @@ def apply(
 def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, Tensor | None]:
     """(ΔW, gain) of the part of the parameter that ``held`` is."""
     if not work.place.index:
-        return change.exactly(change.layer.fold(held, work.shape))
+        return change.resolve_float64(change.layer.fold(held, work.shape))
     if change.tokens is not None:
         problem = f"trained tokens of {work.path!r}, which the files hold in parts"
         raise MergeError(
@@ -423,7 +423,7 @@ def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, 
         }  # fmt: skip
         return change.variant.resolve(own, change.scale, lambda: held)
     if change.rows is not None:
-        low = low.place(change.rows, change.dims.out)
+        low = low.expand_rows(change.rows, change.dims.out)
     return LowRank(low.A[groups], low.B[groups, rows], low.scale), None
 
 
@@ -446,7 +446,8 @@ def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank
             "a row that these weights scale to nothing", "a gain that is not 0", "change them"
         )
     own = [
-        low.to(torch.float64).gained(gain / whole) for low, gain in zip(lows, gains, strict=True)
+        low.to(torch.float64).scale_rows(gain / whole)
+        for low, gain in zip(lows, gains, strict=True)
     ]
     return LowRank.sum(own, shares), whole.flatten()
 

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import own_class, state_of
+from veneer.attach.adapted_module import base_class, state_of
 from veneer.attach.lookup import only_name
 from veneer.attach.select import use
 from veneer.attach.summary import size
@@ -255,7 +255,7 @@ def step_of(
     }
     if found := [reason for reason, there in reasons.items() if there]:
         raise ConfigError(
-            f"{own_class(model).__name__}, which {found[0]}",
+            f"{base_class(model).__name__}, which {found[0]}",
             "a decoder of tokens",
             "plan a like one",
         )

@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 from transformers import set_seed
 
-from veneer.attach.fresh_weights import fresh
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.plan import plan
 from veneer.attach.summary import size
 from veneer.attach.targets import Names
@@ -309,7 +309,7 @@ class _Work:
     def run(self, stopped: Callable[[], bool]) -> SweepResult:
         set_seed(self.config.seed)
         self.model = self.task.load().model
-        if "seed" in self.settings.axes and fresh(Names(self.model)):
+        if "seed" in self.settings.axes and fresh_parameters(Names(self.model)):
             found = (
                 "axis 'seed', and a head that no checkpoint of the base held, whose start hangs on"
                 " the seed"
