@@ -18,7 +18,7 @@ from scripts import errors_page
 
 import veneer
 from veneer.errors import AdapterError
-from veneer.formats import peft as peft_format
+from veneer.formats import peft_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "veneer"
@@ -398,7 +398,7 @@ def test_what_loading_refuses_of_a_config_is_what_the_page_says():
         name = re.match(r"`(\w+)`", cell)[1]
         refused = False
         try:
-            peft_format.check_config({**config, name: {"a": 1}})
+            peft_fields.check_config({**config, name: {"a": 1}})
         except AdapterError as error:
             refused = f"{name}={{'a': 1}}" in str(
                 error

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import veneer
-from veneer.adapter_files.folder import CORE
+from veneer.adapter_files.file_names import CORE
 from veneer.adapter_files.verify import verify
 
 from .mutations import MUTATIONS, Mutant

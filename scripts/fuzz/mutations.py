@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from veneer.adapter_files.folder import CORE
+from veneer.adapter_files.file_names import CORE
 from veneer.adapter_files.record import PARAMETERS, RECORD, hash_record, hash_tensors
 from veneer.fileio.hashing import hash_json
 from veneer.formats import peft

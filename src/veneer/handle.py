@@ -42,9 +42,7 @@ _HUB_PAGE = "https://huggingface.co/"
 
 def _cover(model: nn.Module) -> None:
     # files take as long to import as the rest: not before use
-    from veneer.adapter_files.trainers import (
-        cover,
-    )
+    from veneer.adapter_files.trainers import cover
 
     cover(model)
 

@@ -27,10 +27,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files.folder import FILES
+from veneer.adapter_files.file_names import FILES
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import refill, write_adapter
-from veneer.adapter_files.trainers import cover, disable_dropout, teach
+from veneer.adapter_files.trainers import cover, disable_dropout, patch_trainers
 from veneer.attach.lookup import adapters_of, selected_name, unwrap
 from veneer.attach.reference import Reference, reference_of
 from veneer.config import LoraConfig
@@ -72,7 +72,7 @@ def callback(config: LoraConfig | None = None) -> Any:
     """
     from transformers import TrainerCallback
 
-    teach()
+    patch_trainers()
 
     class AdapterCallback(TrainerCallback):
         def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

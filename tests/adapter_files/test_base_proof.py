@@ -362,7 +362,7 @@ def test_a_derived_adapter_proves_what_all_its_sources_prove(tmp_path):
 @pytest.fixture
 def hashed(monkeypatch) -> list[int]:
     """The sizes of the weights that are hashed."""
-    base_proof.forget()
+    base_proof.clear_fingerprints()
     sizes: list[int] = []
     plain = base_proof.fingerprint
     monkeypatch.setattr(
@@ -637,7 +637,7 @@ def test_a_record_of_a_4bit_base_as_it_was_loaded_is_read_on_a_fresh_one_and_exp
             lambda self, weight, stored: stored,
         )
         veneer.attach(packed_model(), veneer.LoraConfig(rank=2, targets=["0"])).save(tmp_path / "a")
-    base_proof.forget()
+    base_proof.clear_fingerprints()
     veneer.load(packed_model(), tmp_path / "a")
     with pytest.raises(BaseMismatchError, match=r"AVX512-BF16 has rounded.*load the base anew"):
         veneer.load(repack(packed_model()), tmp_path / "a")

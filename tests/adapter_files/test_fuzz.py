@@ -56,8 +56,14 @@ def some(stands, mutation, count=30) -> list:
 @pytest.mark.parametrize(
     ("mutation", "sabotage", "value", "words"),
     [
-        ("flip_data", "veneer.adapter_files.folder.must_belong", lambda checks, path: None, "no hash was made|verify"),
-        ("put_number", "veneer.adapter_files.folder.odd_numbers", lambda tensors, do: iter(()), "verify|not finite"),
+        (
+            "flip_data", "veneer.adapter_files.folder.require_unchanged", lambda checks, path: None,
+            "no hash was made|verify",
+        ),
+        (
+            "put_number", "veneer.adapter_files.folder.number_problems", lambda tensors, do: iter(()),
+            "verify|not finite",
+        ),
         ("truncate", "veneer.adapter_files.folder.read_tensors", lambda path: 1 / 0, "ZeroDivisionError"),
         ("more_files", "scripts.fuzz.judge.BYTES", -(2**40), "MiB of memory"),
         ("more_files", "scripts.fuzz.judge._as_it_was", lambda stand, model: False, "not what it was"),

@@ -15,8 +15,8 @@ from tests.support.toys import error, randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files import folder
-from veneer.adapter_files.model_card import LINE, NAME, card, front_matter, renewed
+from veneer.adapter_files import file_names
+from veneer.adapter_files.model_card import LINE, NAME, card, front_matter, renew_card
 from veneer.variants import VARIANTS
 
 PEFT = {
@@ -365,10 +365,10 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
 
 
 def test_renewed():
-    assert renewed(f"new\n{LINE}\n", None) == f"new\n{LINE}\n"
-    assert renewed(f"new\n{LINE}\n", f"old\n{LINE}\n") == f"new\n{LINE}\n"
+    assert renew_card(f"new\n{LINE}\n", None) == f"new\n{LINE}\n"
+    assert renew_card(f"new\n{LINE}\n", f"old\n{LINE}\n") == f"new\n{LINE}\n"
     assert (
-        renewed(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n") == f"new\n{LINE}\nnotes {LINE}\n"
+        renew_card(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n") == f"new\n{LINE}\nnotes {LINE}\n"
     )
 
 
@@ -381,11 +381,11 @@ def test_the_files_that_are_copied_are_an_adapters_own(tmp_path):
     path = save(tmp_path / "a", config=veneer.LoraConfig(rank=1, variant="loha"))
     (path / "evil.pkl").write_bytes(b"x")
     (tmp_path / "b").mkdir()
-    folder.copy_files(path, tmp_path / "b")
-    assert {file.name for file in (tmp_path / "b").iterdir()} == set(folder.FILES)
-    assert folder.content_hash(path) == folder.content_hash(tmp_path / "b")
-    for name in folder.FILES:
+    file_names.copy_files(path, tmp_path / "b")
+    assert {file.name for file in (tmp_path / "b").iterdir()} == set(file_names.FILES)
+    assert file_names.content_hash(path) == file_names.content_hash(tmp_path / "b")
+    for name in file_names.FILES:
         data = (tmp_path / "b" / name).read_bytes()
         (tmp_path / "b" / name).write_bytes(data + b" ")
-        assert folder.content_hash(path) != folder.content_hash(tmp_path / "b")
+        assert file_names.content_hash(path) != file_names.content_hash(tmp_path / "b")
         (tmp_path / "b" / name).write_bytes(data)

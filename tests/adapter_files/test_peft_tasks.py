@@ -13,7 +13,7 @@ from tests.support.toys import error, randomise
 from torch import nn
 
 import veneer
-from veneer.formats.peft import lacks
+from veneer.formats.peft_behaviour import wrapper_lacks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, and of tiny configs
 
@@ -194,8 +194,8 @@ def test_peft_s_wrappers_have_the_attributes_that_we_think_they_have():
         own = [*vars(layer), *type(layer).__constants__, *layer._modules]
         own += [attribute for attribute, value in layer._parameters.items() if value is not None]
         for attribute in (one for one in own if not one.startswith("_")):
-            assert lacks(attribute) != hasattr(getattr(wrapped, name), attribute), (name, attribute)
-            told += lacks(attribute)
+            assert wrapper_lacks(attribute) != hasattr(getattr(wrapped, name), attribute), (name, attribute)
+            told += wrapper_lacks(attribute)
     assert told > 20
 
 

@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
     from scripts.matrix.cases import NOTE
     from scripts.matrix.page import Page
 
-from veneer.adapter_files import match_model, save_load
+from veneer.adapter_files import match_parameters, save_load
 from veneer.attach import select_rows
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
@@ -194,8 +194,8 @@ def unmerge_subtracts(patch):
 
 
 def save_loses_alpha(patch):
-    original = save_load._described
-    patch.setattr(save_load, "_described", lambda change: {**original(change), "alpha": 32})
+    original = save_load._describe_change
+    patch.setattr(save_load, "_describe_change", lambda change: {**original(change), "alpha": 32})
 
 
 def load_loses_alpha(patch):
@@ -211,13 +211,13 @@ def load_loses_alpha(patch):
 
 
 def load_is_off_by_a_bit(patch):
-    original = match_model._Match.parameters_of
+    original = match_parameters.ParameterReader.read
 
     def numbers(*args):
         found = original(*args)
         return {**found, "A": torch.nextafter(found["A"], found["A"] + 1)}
 
-    patch.setattr(match_model._Match, "parameters_of", numbers)
+    patch.setattr(match_parameters.ParameterReader, "read", numbers)
 
 
 def rows_lose_their_order(patch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import AdapterError
-from veneer.formats import peft
+from veneer.formats import peft_paths
 from veneer.formats.patterns import MAX_LENGTH, Ends, Expressions, literal, matcher_of_whole_texts
 
 ATOMS = [
@@ -212,7 +212,7 @@ def test_layers_as_peft_finds_them(pattern, layers):
         "m.q",
     ]
     theirs = LoraConfig(**config)
-    assert peft.expected_paths(config, paths) == {
+    assert peft_paths.expected_paths(config, paths) == {
         path for path in paths if check_target_module_exists(theirs, path)
     }
 

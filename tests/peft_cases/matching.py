@@ -19,7 +19,7 @@ from torch import nn
 
 import veneer
 from veneer.errors import TargetError
-from veneer.formats.peft import expected_paths
+from veneer.formats.peft_paths import expected_paths
 
 from .rows import Row
 from .ways import DiffersError, Result, tried

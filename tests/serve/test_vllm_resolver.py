@@ -23,7 +23,7 @@ from tests.support.hostile import stripped
 from tests.support.tiny import tiny_model, write_tiny
 
 import veneer
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.errors import AdapterError, BaseMismatchError, LibraryError, RemoteError
 from veneer.models.base_weights import BaseWeight
 from veneer.serve.vllm_plugin import register

@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_model, write_tiny
 import veneer
 from cases.serving import vllm_environment
 from serve_cases import servers
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.store.library import Library
 from veneer.store.remote import push
 

@@ -15,7 +15,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.errors import AdapterError, LibraryError, OutputExistsError
 from veneer.fileio.temporary import NEW, write_plan
 from veneer.store.library import COPY, GRACE, INDEX, LOCK, OBJECTS, Library, default_folder, resolve

@@ -19,7 +19,7 @@ from tests.support.toys import randomise
 from torch import nn
 
 import veneer
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.errors import AdapterError, OutputExistsError, RemoteError
 from veneer.store.library import Library, resolve
 from veneer.store.remote import pull, push

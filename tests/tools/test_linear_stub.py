@@ -70,10 +70,10 @@ def test_whatever_is_drawn_is_right(name, tmp_path):
 def test_an_adapter_that_tells_no_kinds(tmp_path, asked, monkeypatch):
     """As they were saved before."""
     model, base = tiny(tmp_path / "base")
-    told = veneer.adapter_files.save_load._described
+    told = veneer.adapter_files.save_load._describe_change
     monkeypatch.setattr(
         veneer.adapter_files.save_load,
-        "_described",
+        "_describe_change",
         lambda change: {k: v for k, v in told(change).items() if k != "kind"},
     )
     adapter = trained(model, tmp_path / "adapter", targets="all-linear")

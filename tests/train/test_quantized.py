@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import veneer
 from veneer import models
-from veneer.adapter_files.record import malformed
+from veneer.adapter_files.record import record_problems
 from veneer.bases import storage_of
 from veneer.errors import BaseMismatchError, ConfigError
 from veneer.fileio.hashing import fingerprint
@@ -406,6 +406,6 @@ def test_the_memory_of_offloaded_activations_is_counted_elsewhere(
 def test_a_record_whose_word_on_quantisation_is_no_table_is_refused(run: Any) -> None:
     saved = veneer.adapter_files.read(run.adapter)
     base = {**saved.metadata["base"], "quantized": "nf4"}
-    (problem,) = malformed({**saved.metadata, "base": base}, saved.path)
+    (problem,) = record_problems({**saved.metadata, "base": base}, saved.path)
     assert "quantized by name" in problem
-    assert list(malformed(saved.metadata, saved.path)) == []
+    assert list(record_problems(saved.metadata, saved.path)) == []

@@ -1,10 +1,10 @@
-"""Adapter folders: what a trained adapter is on the disk, and the way from a folder to a model and
+"""Adapter folders: the form of a trained adapter on disk, and the way from a model to a folder and
 back.
 
 In: a path, or a model with adapters. Out: ``AdapterFiles``, or a folder written in one step.
-``folder`` and ``record`` know files alone; ``match_*`` hold them against a model, ``peft_mapping``
-in PEFT's terms; ``save_load`` is the way from one to the other, and ``verify`` tells everything
-that can be proven of a folder.
+``folder`` and ``record`` handle files without a model; ``match_*`` compare them with a model, and
+``peft_mapping`` maps them to PEFT's files; ``save_load`` saves and installs adapters; ``verify``
+reports everything that can be checked of a folder.
 """
 
 from veneer.adapter_files.folder import AdapterFiles, read

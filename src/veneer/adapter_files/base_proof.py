@@ -4,14 +4,14 @@
     base.rest       of every other parameter and lasting buffer, but those that the adapter replaces, by each name
     base.fresh      those that no checkpoint ever held (a head that was initialised at loading), by path
 
-What is no part of it: buffers that the model computes itself (they are in no state dict), and what
-the adapter holds a copy of, such as running statistics.
+The proof leaves out buffers that the model computes itself (no state dict holds them), and tensors
+that the adapter holds a copy of, such as running statistics.
 
-A fingerprint is kept as long as its weight lives, and holds while that has the same memory, shape
-and type, torch counts no write to it, and a sample of its elements is the same. Writes of few
-elements through ``.data`` are not seen; ``forget`` is for whoever does that. Rejected: the count
-alone, as torch does not count what is written through ``.data``, which is how much code initialises
-or adds to a weight.
+A fingerprint is cached as long as its weight lives. It is valid while the weight has the same
+memory, shape and dtype, torch's version counter has not moved, and a sample of its elements is
+unchanged. The cache misses writes of a few elements through ``.data``; code that does so calls
+``clear_fingerprints``. Rejected: the version counter alone, as torch does not count writes through
+``.data``, which much code uses to initialise weights or to add to them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of
 from veneer.models.base_weights import ModuleWeight
 
-#: elements of a weight that are looked at to tell whether it was written to
+#: elements of a weight that are sampled to detect a write
 SAMPLE = 1024
 
 
 @dataclass(frozen=True)
 class Content:
-    """The values of one weight: what ``storage`` makes of the tensors that it stored, or ``anchor``
-    itself. ``anchor`` lives as long as these."""
+    """The values of one weight: ``storage`` decodes them from ``stored``; without a storage they
+    are ``anchor`` itself. ``anchor`` lives as long as the values do and keys the cache."""
 
     weight: Any
     storage: Storage | None
@@ -48,8 +48,9 @@ class Content:
     anchor: Any
 
     def dense(self, as_loaded: bool = False) -> Tensor:
-        """The weight as its storage settles it, or ``as_loaded``, which is what an earlier Veneer
-        took prints of."""
+        """The weight in dense form after its first call, or ``as_loaded``: earlier releases of
+        Veneer took fingerprints of that form. (Some packed weights round their scales in the first
+        call.)"""
         with torch.no_grad():
             if self.storage is None:
                 dense = self.anchor
@@ -60,18 +61,18 @@ class Content:
                     else self.storage.after_first_call(self.weight, self.stored)
                 )
                 dense = self.storage.decode(self.weight, stored)
-        whole = getattr(dense, "full_tensor", None)  # of a weight that is spread over processes
-        return dense if whole is None else whole()
+        full_tensor = getattr(dense, "full_tensor", None)  # of a sharded weight
+        return dense if full_tensor is None else full_tensor()
 
     def stamp(self) -> tuple[Any, ...] | None:
-        """What differs once it was written to; None where nothing tells."""
-        own = [self.anchor]
+        """A value that changes with every write to the weight; None if no write can be detected."""
+        sources = [self.anchor]
         if isinstance(self.anchor, nn.Module):
-            # below such a module are its adapters alone
+            # an opaque storage has only its adapters below the module
             deep = self.storage is None or not self.storage.opaque
-            own = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
-        tensors = {id(tensor): tensor for tensor in (*own, *self.stored.values())}.values()
-        # one that only stands for others, packed or in other processes, has no memory of its own
+            sources = [*self.anchor.parameters(deep), *self.anchor.buffers(deep)]
+        tensors = {id(tensor): tensor for tensor in (*sources, *self.stored.values())}.values()
+        # wrapper subclasses (packed or sharded tensors) have no memory themselves
         lie = (
             t for t in tensors if not is_traceable_wrapper_subclass(t) and t.layout == torch.strided
         )
@@ -79,8 +80,8 @@ class Content:
 
 
 def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> Content:
-    """The values of a weight; those that it had before, which ``bits`` has by identity, if an
-    adapter is merged into it. The storage must be prepared."""
+    """The values of a weight, or, if an adapter is merged into it, its values before the merge,
+    which ``bits`` holds by the identity of the weight. The storage must be prepared."""
     before = bits.get(id(weight.weight))
     if before:
         return Content(weight.weight, weight.storage, dict(before), next(iter(before.values())))
@@ -88,9 +89,9 @@ def _content(weight: ModuleWeight, bits: Mapping[int, Mapping[str, Tensor]]) -> 
     return Content(weight.weight, weight.storage, stored, weight.weight)
 
 
-#: {(kind, as it was loaded): (stamp, fingerprint)} by the identity of the tensor
-_KNOWN: Any = WeakIdKeyDictionary()
-#: threads that hash take turns, so that none computes what another is about to know
+#: {(kind, as_loaded): (stamp, fingerprint)} by the identity of the tensor
+_CACHE: Any = WeakIdKeyDictionary()
+#: threads hash one after another, so that no fingerprint is computed twice
 _HASHING = threading.RLock()
 
 
@@ -100,46 +101,50 @@ def fingerprints_of(
     kind: str = XXH3,
     as_loaded: bool = False,
 ) -> list[str]:
-    """The fingerprint of each tensor, computed for those alone that changed since they were last
-    asked for. ``bits``: what merged weights held before, by identity (``merge.kept_bits``).
-    ``kind``: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
-    ``as_loaded``: as ``Content.dense`` has it."""
-    with _HASHING, _prepared(tensors):
+    """The fingerprint of each tensor, from the cache where the tensor has not changed.
+
+    Args:
+        bits: the values of merged weights before the merge, by identity (``merge.kept_bits``).
+        kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
+        as_loaded: as in ``Content.dense``.
+    """
+    with _HASHING, _prepare_storages(tensors):
         contents = [_content(tensor, bits or {}) for tensor in tensors]
         stamps = [content.stamp() for content in contents]
-        found: list[str] = []
+        fingerprints: list[str] = []
         for content, stamp in zip(contents, stamps, strict=True):
-            then, value = _KNOWN.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
-            if stamp is None or then != stamp:
+            cached_stamp, value = _CACHE.get(content.anchor, {}).get((kind, as_loaded), (None, ""))
+            if stamp is None or cached_stamp != stamp:
                 value = fingerprint(content.dense(as_loaded), kind)
-                # nobody has written to it meanwhile
+                # cache it unless another thread wrote to the weight meanwhile
                 if stamp is not None and content.stamp() == stamp:
-                    _KNOWN.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
-            found.append(value)
-        return found
+                    _CACHE.setdefault(content.anchor, {})[kind, as_loaded] = stamp, value
+            fingerprints.append(value)
+        return fingerprints
 
 
-def settling(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
-    """Those that are packed in a way which a call may change for good."""
+def call_modified_weights(tensors: Sequence[ModuleWeight]) -> list[ModuleWeight]:
+    """The weights whose packed values the first call may change permanently."""
     return [
-        one
-        for one in tensors
-        if one.storage is not None
-        and type(one.storage).after_first_call is not Storage.after_first_call
+        tensor
+        for tensor in tensors
+        if tensor.storage is not None
+        and type(tensor.storage).after_first_call is not Storage.after_first_call
     ]
 
 
 def earlier_fingerprints(tensors: Sequence[ModuleWeight], kind: str = XXH3) -> dict[str, str]:
-    """By name, the fingerprints that an earlier Veneer took of packed weights which a call may
-    change: as loaded."""
-    packed = settling(tensors)
+    """The fingerprints, by name, that earlier releases of Veneer took of packed weights: of the
+    values as loaded, before the first call may change them."""
+    packed = call_modified_weights(tensors)
     fingerprints = zip(packed, fingerprints_of(packed, kind=kind, as_loaded=True), strict=True)
     return {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
 
 
-def has_settled(tensor: ModuleWeight) -> bool:
-    """Whether a call has changed it so already: nobody can tell how it was loaded."""
-    with _HASHING, _prepared([tensor]):
+def was_modified_by_call(tensor: ModuleWeight) -> bool:
+    """Whether a call has changed the packed weight already, so that its values as loaded are
+    lost."""
+    with _HASHING, _prepare_storages([tensor]):
         content = _content(tensor, {})
         return torch.equal(content.dense(), content.dense(as_loaded=True))
 
@@ -150,21 +155,20 @@ def fingerprint_beside(
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
     kind: str = XXH3,
 ) -> str:
-    """The fingerprint of a weight without some of its rows, ascending: those that an adapter puts
-    in their place."""
-    with _HASHING, _prepared([tensor]):
+    """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
+    with _HASHING, _prepare_storages([tensor]):
         return hashing.fingerprint_beside(_content(tensor, bits or {}).dense(), rows, kind)
 
 
-def forget() -> None:
-    """Forget every fingerprint: the next save or load hashes its base anew."""
+def clear_fingerprints() -> None:
+    """Empty the cache: the next save or load hashes its base anew."""
     with _HASHING:
-        _KNOWN.clear()
+        _CACHE.clear()
 
 
 @contextmanager
-def _prepared(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
-    """A block in which the storages can read. A module without adapters is then as it was."""
+def _prepare_storages(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
+    """Prepare the storages for reading; afterwards release those of modules without adapters."""
     packed = [tensor for tensor in tensors if tensor.storage is not None]
     try:
         for tensor in packed:
@@ -177,45 +181,56 @@ def _prepared(tensors: Sequence[ModuleWeight]) -> Iterator[None]:
 
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    place = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-    return *place, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
+    layout = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return *layout, 0 if tensor.is_inference() else tensor._version, _sample(tensor)
 
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> bytes:
-    """Some elements from all over the memory of a tensor, and all of a small one."""
+    """The bytes of elements sampled evenly over the memory of a tensor; of all if it is small."""
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not tensor.numel():
         return b""
     span = 1 + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    # odd: an even one may be a multiple of the width, and see few columns
+    # odd: an even step may be a multiple of the width and sample few columns
     step = max(1, span // SAMPLE) | 1
-    with torch._C.DisableTorchFunctionSubclass():  # of a parameter that is packed, the bytes
+    with torch._C.DisableTorchFunctionSubclass():  # read the bytes of packed parameters
         some = tensor.as_strided((-(-span // step),), (step,), tensor.storage_offset()).cpu()
         some = some.contiguous()
         return bytes(memory_of(some))
 
 
-def record_of(
+def base_record(
     tensors: Sequence[ModuleWeight],
     changed: Mapping[str, ModuleWeight],
     left_out: Collection[int],
     fingerprints_of_all: Callable[[Sequence[ModuleWeight]], Sequence[str | None]],
 ) -> dict[str, dict[str, str]]:
-    """The fingerprints of a record, "weights" and "rest". ``changed``: what the adapter changes at
-    a low rank, by path. ``left_out``: the identities of what is neither: what the adapter replaces.
-    ``fingerprints_of_all``: the fingerprint of each tensor, None of one of which nobody knows."""
-    own = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
-    rest = [tensor for tensor in tensors if id(tensor.weight) not in own and tensor.is_readable]
-    found = fingerprints_of_all([*changed.values(), *rest])
-    others = zip(rest, found[len(changed) :], strict=True)
+    """The fingerprints of a record, as "weights" and "rest".
+
+    Args:
+        changed: the weights that the adapter changes at a low rank, by path.
+        left_out: the identities of tensors that belong to neither, as the adapter replaces them.
+        fingerprints_of_all: gives the fingerprint of each tensor, None where it is unknown.
+    """
+    excluded_ids = {id(tensor.weight) for tensor in changed.values()}.union(left_out)
+    rest = [
+        tensor for tensor in tensors if id(tensor.weight) not in excluded_ids and tensor.is_readable
+    ]
+    fingerprints = fingerprints_of_all([*changed.values(), *rest])
+    rest_fingerprints = zip(rest, fingerprints[len(changed) :], strict=True)
     return {
         "weights": {
-            at: value for at, value in zip(changed, found, strict=False) if value is not None
+            path: value
+            for path, value in zip(changed, fingerprints, strict=False)
+            if value is not None
         },
         "rest": {
-            name: value for tensor, value in others for name in tensor.names if value is not None
+            name: value
+            for tensor, value in rest_fingerprints
+            for name in tensor.names
+            if value is not None
         },
     }

@@ -1,10 +1,10 @@
-"""Adapters made of other adapters, without a model: what ``compose`` and ``convert`` write.
+"""Write an adapter that is derived from other adapters, without a model (``compose``, ``convert``).
 
-    sources: the adapters that it came from        low: path in PEFT's file -> PeftLayer        full: path -> tensors
+    sources: the source adapters        low: path in PEFT's file -> PeftLayer        full: path -> tensors
 
-What the sources prove goes over to the result: the fingerprints of their base, which must be one
-base, and the weights that they change. Where a source proves nothing, as another library wrote it,
-the result proves nothing either; where one knows of adapted layers alone, so does the result.
+The result inherits the proof of its sources: the fingerprints of their base, which must be one
+base, and the weights that they change. If a source has no record, as another library wrote it, the
+result has none. If a record covers the adapted layers alone, so does that of the result.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.folder import AdapterFiles, odd_changes, write
-from veneer.adapter_files.peft_mapping import config_fields, written
+from veneer.adapter_files.folder import AdapterFiles, write
+from veneer.adapter_files.number_checks import change_problems
+from veneer.adapter_files.peft_mapping import config_fields, file_tensor
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all
 from veneer.fileio.hashing import XXH3, kind_in, prints_in
-from veneer.formats import peft
+from veneer.formats import peft, peft_paths
 
 
 def write_derived(
@@ -34,71 +35,111 @@ def write_derived(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter folder with these changes. ``sources``: at least one; the first lends its
-    config. ``low``: the changes (``PeftLayer.with_low`` makes them; with ``extras`` where
-    ``variant`` has some). ``full``: parameters that are trained in full, by path and name.
-    ``variant``: "lora" or "dora". ``BaseMismatchError``: the sources were made for different bases.
-    ``AdapterError``: a number is not finite or a change absurdly large, or nothing is left.
-    ``OutputExistsError``: the path exists and ``overwrite`` is False."""
+    """Write an adapter folder with these changes.
+
+    Args:
+        sources: at least one adapter; the first gives the config.
+        low: the changes (``PeftLayer.with_low`` makes them), with ``extras`` if ``variant`` has
+            any.
+        full: parameters that are trained in full, by path and name.
+        variant: "lora" or "dora".
+
+    Raises:
+        BaseMismatchError: the sources were trained on different bases.
+        AdapterError: a number is not finite, a change is absurdly large, or there is no change.
+        OutputExistsError: the path exists and ``overwrite`` is False.
+    """
     path, full = Path(path), full or {}
     if not low and not full:
         raise AdapterError("no change at all", "at least one", "check what was left out")
-    # ``read`` would refuse it
-    raise_all(AdapterError, f"{path} was not written", list(odd_changes(low)))
+    # ``read`` would refuse such a folder
+    raise_all(AdapterError, f"{path} was not written", list(change_problems(low)))
     tensors = {
-        peft.key(at, suffix): written(tensor)
-        for at, layer in low.items()
+        peft.key(path_in_file, suffix): file_tensor(tensor)
+        for path_in_file, layer in low.items()
         for suffix, tensor in (
             (layer.suffixes[0], layer.A),
             (layer.suffixes[1], layer.B),
             *layer.extras.items(),
         )
     }
-    for at, parameters in full.items():
-        # what is trained in full stands below the wrapper of an adapted module
-        inside = f"{at}.base_layer".lstrip(".") if at in low else at
-        tensors |= {peft.key(inside, name): written(tensor) for name, tensor in parameters.items()}
+    for path_in_file, parameters in full.items():
+        # PEFT's wrapper of an adapted module has the module's parameters below it
+        inside = f"{path_in_file}.base_layer".lstrip(".") if path_in_file in low else path_in_file
+        tensors |= {
+            peft.key(inside, name): file_tensor(tensor) for name, tensor in parameters.items()
+        }
     config = _config(sources, low, full, variant)
     base = merged_base(sources)
     changes = None if base is None else _changes(sources, low)
     first = sources[0].config
     ranks = [layer.rank for layer in low.values()] or [first.rank]
-    # what the numbers were trained in says nothing of the new ones, unless they are in it
-    kept = first.dtype is not None and all(
+    # keep the dtype of the training only if the new tensors have it
+    keep_dtype = first.dtype is not None and all(
         t.dtype == getattr(torch, str(first.dtype)) for t in tensors.values()
     )
-    own = replace(
-        first, variant=variant, rank=max(ranks), alpha=float(config["lora_alpha"]), dropout=0.0, ranks={}, alphas={},
-        slices={}, layers=None, exclude=(), targets=tuple(dict.fromkeys(layer.at for layer in low.values())) or "all",
-        dtype=first.dtype if kept else None,
-    )  # fmt: skip
+    targets = tuple(dict.fromkeys(layer.target_path for layer in low.values())) or "all"
+    new_config = replace(
+        first,
+        variant=variant,
+        rank=max(ranks),
+        alpha=float(config["lora_alpha"]),
+        dropout=0.0,
+        ranks={},
+        alphas={},
+        slices={},
+        layers=None,
+        exclude=(),
+        targets=targets,
+        dtype=first.dtype if keep_dtype else None,
+    )
     if base is not None:
-        # what is left out is one of the rest again, what is trained in full is none
-        trained = {
-            f"{peft.unnested(at)[0]}.{name}".lstrip(".")
-            for at, tensors in full.items()
-            for name in tensors
-        }
-        fingerprints, changed = prints_in(base), changes or {}
-        base["weights"] = {at: base["weights"][at] for at in changed}
-        if "rest" in base:
-            base["rest"] = {
-                at: print_ for at, print_ in fingerprints.items() if at not in {*changed, *trained}
-            }
-            if fresh := [name for name in base.pop("fresh", ()) if name not in trained]:
-                base["fresh"] = fresh
+        base = _narrow_base(base, changes or {}, full)
     write(
-        path, tensors, config, base=base, changes=changes, config=own, provenance=provenance or {},
-        overwrite=overwrite, parameters={},
-    )  # fmt: skip
+        path,
+        tensors,
+        config,
+        base=base,
+        changes=changes,
+        config=new_config,
+        provenance=provenance or {},
+        overwrite=overwrite,
+        parameters={},
+    )
     return path
 
 
+def _narrow_base(
+    base: Mapping[str, Any], changes: Mapping[str, Any], full: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The base's part of the record for the changes that are left. Weights whose change was dropped
+    belong to "rest" again; tensors that are trained in full do not."""
+    trained = {
+        f"{peft_paths.strip_wrappers(path_in_file)[0]}.{name}".lstrip(".")
+        for path_in_file, tensors in full.items()
+        for name in tensors
+    }
+    narrowed = dict(base)
+    narrowed["weights"] = {weight_path: base["weights"][weight_path] for weight_path in changes}
+    if "rest" in base:
+        narrowed["rest"] = {
+            name: fingerprint
+            for name, fingerprint in prints_in(base).items()
+            if name not in {*changes, *trained}
+        }
+        if fresh := [name for name in narrowed.pop("fresh", ()) if name not in trained]:
+            narrowed["fresh"] = fresh
+    return narrowed
+
+
 def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
-    """What the sources say of their base, with the fingerprints of all of them; None where one of
-    them says nothing. "rest" is there if all of them have it. ``BaseMismatchError``: they speak of
-    different bases. ``AdapterError``: their fingerprints are of different kinds, so that nobody can
-    tell."""
+    """The base of the sources' records, with the fingerprints of all of them; None if a source has
+    no record. "rest" is in the result if all records have it.
+
+    Raises:
+        BaseMismatchError: the sources were trained on different bases.
+        AdapterError: their fingerprints are of different kinds and cannot be compared.
+    """
     if any(source.record is None for source in sources):
         return None
     bases = [source.metadata["base"] for source in sources]
@@ -109,11 +150,13 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
         problem = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
         do = "load and save those of an earlier Veneer again, on their base"
         raise AdapterError(problem, "fingerprints of one kind, which can be compared", do)
-    known: dict[str, str] = {}
+    fingerprints_by_name: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
         fingerprints = prints_in(base)
         differ = [
-            name for name, print_ in fingerprints.items() if known.get(name, print_) != print_
+            name
+            for name, print_ in fingerprints.items()
+            if fingerprints_by_name.get(name, print_) != print_
         ]
         if differ:
             problem = (
@@ -121,28 +164,33 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
                 f" ({listing(differ, 3)})"
             )
             raise BaseMismatchError(problem, "adapters of one base", "leave one of them out")
-        known |= fingerprints
-    weights = {at: print_ for base in bases for at, print_ in base["weights"].items()}
-    whole = {key: value for key, value in bases[0].items() if key not in ("rest", "fresh")} | {
-        "weights": weights
+        fingerprints_by_name |= fingerprints
+    weights = {
+        weight_path: print_ for base in bases for weight_path, print_ in base["weights"].items()
     }
+    shared_record = {
+        key: value for key, value in bases[0].items() if key not in ("rest", "fresh")
+    } | {"weights": weights}
     if all("rest" in base for base in bases):
-        whole["rest"] = {name: print_ for name, print_ in known.items() if name not in weights}
+        shared_record["rest"] = {
+            name: print_ for name, print_ in fingerprints_by_name.items() if name not in weights
+        }
         fresh = list(dict.fromkeys(name for base in bases for name in base.get("fresh", ())))
-        whole |= {"fresh": fresh} if fresh else {}
-    return whole
+        shared_record |= {"fresh": fresh} if fresh else {}
+    return shared_record
 
 
 def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer]) -> dict[str, Any]:
-    layers = {layer.at: layer for layer in low.values()}
+    """The record's "changes" of the new adapter, by weight, from those of its sources."""
+    layers = {layer.target_path: layer for layer in low.values()}
     changes: dict[str, Any] = {}
     for source in sources:
-        for weight, said in source.metadata["changes"].items():
+        for weight, change in source.metadata["changes"].items():
             layer = layers.get(weight) or layers.get(weight.rpartition(".")[0])
             if layer is None:
                 continue
-            known = changes.get(weight, said)
-            if known.get("module_only", False) != said.get("module_only", False):
+            recorded = changes.get(weight, change)
+            if recorded.get("module_only", False) != change.get("module_only", False):
                 problem = (
                     f"a change of {weight!r} that some of them make to what its module gives, as"
                     " PEFT does, alone"
@@ -151,9 +199,9 @@ def _changes(sources: Sequence[AdapterFiles], low: Mapping[str, peft.PeftLayer])
                     problem, "changes of one kind", "leave those out, or compose the others"
                 )
             same = {
-                key: said[key]
+                key: change[key]
                 for key in ("kind", "rows", "module_only")
-                if key in said and known.get(key) == said[key]
+                if key in change and recorded.get(key) == change[key]
             }
             changes[weight] = {"rank": layer.rank, "alpha": layer.alpha, **same}
     return changes
@@ -165,25 +213,30 @@ def _config(
     full: Mapping[str, Mapping[str, Tensor]],
     variant: str,
 ) -> dict[str, Any]:
+    """PEFT's config of the new adapter."""
     configs = [source.peft_config for source in sources]
     sizes = {peft.pattern_of(path, layer): (layer.rank, layer.alpha) for path, layer in low.items()}
     parameters = list(
-        dict.fromkeys(layer.at for path, layer in low.items() if peft.of_parameter(path, layer))
+        dict.fromkeys(
+            layer.target_path for path, layer in low.items() if peft.of_parameter(path, layer)
+        )
     )
-    targets = [layer.at for path, layer in low.items() if not peft.of_parameter(path, layer)]
-    said = [config.get("target_modules") for config in configs]
-    simple = all(isinstance(names, list) for names in said) and not any(
+    targets = [
+        layer.target_path for path, layer in low.items() if not peft.of_parameter(path, layer)
+    ]
+    target_lists = [config.get("target_modules") for config in configs]
+    simple = all(isinstance(names, list) for names in target_lists) and not any(
         config.get("exclude_modules") or config.get("layers_to_transform") is not None
         for config in configs
     )
-    union = sorted({name for names in said for name in names or ()}) if simple else []
-    kept = {
-        layer.at
+    union = sorted({name for names in target_lists for name in names or ()}) if simple else []
+    module_targets = {
+        layer.target_path
         for source in sources
         for path, layer in source.low.items()
         if not peft.of_parameter(path, layer)
     }
-    whole = union if union and kept == set(targets) else sorted(set(targets))
+    target_modules = union if union and module_targets == set(targets) else sorted(set(targets))
     types = [str(config.get("peft_type")) for config in configs]
     modules = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
     biases = [config.get("bias") or "none" for config in configs]
@@ -192,7 +245,7 @@ def _config(
         "task_type": configs[0].get("task_type"),
         "base_model_name_or_path": configs[0].get("base_model_name_or_path"),
         "lora_dropout": 0.0,
-        "target_modules": whole if low else peft.NO_TARGETS,
+        "target_modules": target_modules if low else peft.NO_TARGETS,
         "modules_to_save": modules or None,
         "bias": next((bias for bias in ("all", "lora_only") if bias in biases and full), "none"),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),

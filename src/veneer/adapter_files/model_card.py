@@ -8,12 +8,12 @@
     <!-- … -->
     notes of people
 
-It is made of what is known: PEFT's config and Veneer's record. What is not known is left out or
-said to be "not stated". Nothing reads it back, so people may edit it. Saving again writes anew what
-stands above the last line of the template and keeps what stands below; a card without that line
-belongs to somebody else and is kept whole.
+The card is generated from PEFT's config and Veneer's record; facts that these lack are left out or
+"not stated". No code reads the card, so people may edit it. Saving again rewrites the text above
+the last line of the template and keeps the notes below it; a card without that line was written by
+somebody else and is kept unchanged.
 
-The keys of ``provenance`` that it reads, all of them optional:
+The card reads these keys of ``provenance``, all of them optional:
 
     title, description  str           the heading; a paragraph of Markdown below it
     license             str           as the hub spells it ("apache-2.0"), or any other words
@@ -49,8 +49,8 @@ LINE = (
 )
 UNKNOWN = "...  # the base"
 _DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-# of a run's config: what is named elsewhere in the card, and what only the machine that trained
-# cares about
+# settings of a run that other sections of the card show, or that matter on the training machine
+# alone
 _ELSEWHERE = {
     "base",
     "data",
@@ -69,15 +69,20 @@ def card(
     record: Mapping[str, Any] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> str:
-    """The text of an adapter's README.md. ``peft_config``: the fields of ``adapter_config.json``.
-    ``record``: Veneer's record (``AdapterFiles.record``), or None for an adapter of another
-    library. ``shapes``: of the tensors in its file, by name, which say more of who can load it."""
+    """The text of an adapter's README.md.
+
+    Args:
+        peft_config: the fields of ``adapter_config.json``.
+        record: Veneer's record (``AdapterFiles.record``); None for an adapter of another library.
+        shapes: the shapes of the tensors in PEFT's file, by name, from which the card tells whether
+            vLLM can load it.
+    """
     return _Card(peft_config, record or {}, shapes or {}).text()
 
 
-def renewed(new: str, old: str | None) -> str:
-    """The card ``new`` with the notes below the line of the card ``old``; ``old`` itself if it has
-    no such line."""
+def renew_card(new: str, old: str | None) -> str:
+    """The card ``new`` with the notes below the last line of the template in ``old``; ``old``
+    itself if it lacks that line."""
     if old is None:
         return new
     _, line, notes = old.partition(LINE)
@@ -91,20 +96,24 @@ class _Card:
         record: Mapping[str, Any],
         shapes: Mapping[str, Sequence[int]],
     ) -> None:
-        self.config, self.record, self.shapes, self.told = config, record, shapes, _told(record)
+        self.config, self.record, self.shapes, self.provenance = (
+            config,
+            record,
+            shapes,
+            _parse_provenance(record),
+        )
         self.base = record.get("base", {})
         named = config.get("base_model_name_or_path")
         self.base_name = self.base.get("name") or named
         self.variant = record.get("config", {}).get("variant", "lora")
-        self.title = self.told["title"] or (
-            "LoRA adapter" + (f" for {_shown(named)}" if named else "")
+        self.title = self.provenance["title"] or (
+            "LoRA adapter" + (f" for {_display_name(named)}" if named else "")
         )
         self.data, self.eval_data = (
-            self.told["config"].get("data"),
-            self.told["config"].get("eval_data"),
+            self.provenance["config"].get("data"),
+            self.provenance["config"].get("eval_data"),
         )
-        # the class of a base that reads images, sounds or another sequence, as transformers names
-        # it
+        # transformers' class of a base that reads images, sounds or an encoder's sequence
         name = str(self.base.get("architecture"))
         self.family = (
             name if name.isidentifier() and name.endswith("ForConditionalGeneration") else None
@@ -118,15 +127,19 @@ class _Card:
             "Base": self.of_base(),
             "Data": self.of_data(),
             "Training": _table("setting", self.settings()),
-            "Metrics": _table("metric", self.told["metrics"]),
+            "Metrics": _table("metric", self.provenance["metrics"]),
             "Licence": (
-                f"{_line(self.told['license'] or 'Not stated')}. The base model has a licence of"
-                " its own."
+                f"{_line(self.provenance['license'] or 'Not stated')}. The base model has a licence"
+                " of its own."
             ),
             "Use": "\n\n".join(self.use()),
             "Verify": self.verification(),
         }
-        body = [f"# {_line(self.title)}", self.what(), _paragraphs(self.told["description"])]
+        body = [
+            f"# {_line(self.title)}",
+            self.summary(),
+            _paragraphs(self.provenance["description"]),
+        ]
         body += [f"## {name}\n\n{text}" for name, text in sections.items() if text]
         return (
             f"---\n{front_matter(self.metadata())}---\n\n"
@@ -136,7 +149,7 @@ class _Card:
 
     def metadata(self) -> dict[str, Any]:
         base = _hub_id(self.base_name)
-        datasets = map(_hub_id, (*self.told["datasets"], self.data, self.eval_data))
+        datasets = map(_hub_id, (*self.provenance["datasets"], self.data, self.eval_data))
         metadata = {
             "library_name": "veneer" if self.not_peft else "peft",
             "base_model": base,
@@ -145,9 +158,9 @@ class _Card:
             "tags": list(
                 dict.fromkeys(["lora", *(["veneer"] if self.record else []), self.variant])
             ),
-            "language": self.told["language"],
+            "language": self.provenance["language"],
             "datasets": list(dict.fromkeys(filter(None, datasets))),
-            **_licence(self.told["license"]),
+            **_licence(self.provenance["license"]),
             "model-index": self.model_index(),
         }
         return {key: value for key, value in metadata.items() if value}
@@ -156,16 +169,16 @@ class _Card:
         data = self.eval_data or self.data
         measured = [
             {"type": name.removeprefix("eval_"), "name": name, "value": value}
-            for name, value in self.told["metrics"].items()
+            for name, value in self.provenance["metrics"].items()
             if name.startswith("eval_") and type(value) in (int, float) and math.isfinite(value)
         ]
         if not measured or not data or not self.generates:
             return []
-        dataset = {"name": _shown(data), "type": _hub_id(data) or "private"}
+        dataset = {"name": _display_name(data), "type": _hub_id(data) or "private"}
         results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}]
         return [{"name": self.title, "results": results}]
 
-    def what(self) -> str:
+    def summary(self) -> str:
         paths = self.record.get("changes", {})
         kinds = Counter(".".join(path.split(".")[-2:]).removesuffix(".weight") for path in paths)
         ranks = sorted({self.config["r"], *(self.config.get("rank_pattern") or {}).values()})
@@ -177,7 +190,7 @@ class _Card:
         )
         if kinds:
             listed = [f"{_code(kind)} × {count}" for kind, count in kinds.items()]
-            text += f" It changes {len(paths)} weights: {_some(listed, 24)}."
+            text += f" It changes {len(paths)} weights: {_abbreviate(listed, 24)}."
         return text
 
     def of_base(self) -> str:
@@ -191,10 +204,10 @@ class _Card:
                 f"{_code(hash_json(base['weights'])[:32])}. Veneer refuses another base."
             )
         if base.get("rest"):
-            others = "tensors that the adapter does not change: norms, embeddings, heads"
-            text += f" It also compares {len(base['rest'])} {others}."
+            unchanged = "tensors that the adapter does not change: norms, embeddings, heads"
+            text += f" It also compares {len(base['rest'])} {unchanged}."
         if base.get("fresh"):
-            lost = _some([_code(name) for name in base["fresh"]], 8)
+            lost = _abbreviate([_code(name) for name in base["fresh"]], 8)
             text += (
                 "\n\nParameters that were random as it was trained, and that no file holds:"
                 f" {lost}."
@@ -203,23 +216,23 @@ class _Card:
 
     def of_data(self) -> str:
         named = {"trained on": self.data, "evaluated on": self.eval_data}
-        lines = [f"- {what} {_code(_shown(data))}" for what, data in named.items() if data]
-        lines += [f"- {_code(name)}" for name in self.told["datasets"]]
+        lines = [f"- {label} {_code(_display_name(data))}" for label, data in named.items() if data]
+        lines += [f"- {_code(name)}" for name in self.provenance["datasets"]]
         lines += [
             f"- hash of {_line(name)}: {_code(value)}"
-            for name, value in self.told["data"].items()
+            for name, value in self.provenance["data"].items()
             if value
         ]
         return "\n".join(lines) or "Not stated."
 
     def settings(self) -> dict[str, Any]:
-        trained = self.told["config"] or self.record.get("config") or {}
-        known = {name: value for name, value in trained.items() if value not in (None, [], "")}
-        settings = {name: value for name, value in known.items() if name not in _ELSEWHERE}
+        trained = self.provenance["config"] or self.record.get("config") or {}
+        nonempty = {name: value for name, value in trained.items() if value not in (None, [], "")}
+        settings = {name: value for name, value in nonempty.items() if name not in _ELSEWHERE}
         settings = settings or {"rank": self.config["r"], "alpha": self.config["lora_alpha"]}
         return {
             **settings,
-            **({"finished": self.told["finished"]} if self.told["finished"] else {}),
+            **({"finished": self.provenance["finished"]} if self.provenance["finished"] else {}),
         }
 
     def use(self) -> Iterator[str]:
@@ -232,12 +245,12 @@ class _Card:
         loader = self.family or "AutoModelForCausalLM"
         by_transformers = [f"from transformers import {loader}"] if plain else []
         from_transformers = (
-            f"model = {f'{loader}.from_pretrained({_quoted(plain)})' if plain else UNKNOWN}"
+            f"model = {f'{loader}.from_pretrained({_quote(plain)})' if plain else UNKNOWN}"
         )
         ours, by_ours = from_transformers, by_transformers
         if name and not self.family:
             ours, by_ours = (
-                f"model = load_base({_quoted(name)}).model",
+                f"model = load_base({_quote(name)}).model",
                 ["from veneer.models import load_base"],
             )
         yield _python(["import veneer", *by_ours], ours, 'veneer.load(model, ".")  # this folder')
@@ -271,14 +284,15 @@ class _Card:
             "`veneer inspect .` reads every byte of this folder and compares it with the hashes in"
             " its record"
         )
-        own = self.record["hashes"].get("record")
-        return f"{text}, whose own is {_code(own)}." if own is not None else f"{text}."
+        record_hash = self.record["hashes"].get("record")
+        return (
+            f"{text}, whose own is {_code(record_hash)}." if record_hash is not None else f"{text}."
+        )
 
 
 def front_matter(metadata: Mapping[str, Any]) -> str:
-    """Lines ``key: value`` of YAML, each value in JSON's form. What YAML 1.1 reads otherwise than
-    JSON is written so that both agree: floats have a point, and what YAML does not print is
-    escaped."""
+    """Lines ``key: value`` of YAML, each value as JSON that YAML 1.1 reads alike: floats have a
+    point, and characters that YAML forbids are escaped."""
     return "".join(f"{key}: {_flow(value)}\n" for key, value in metadata.items())
 
 
@@ -303,7 +317,7 @@ def _flow(value: Any) -> str:
 
 
 def _licence(words: str) -> dict[str, str]:
-    """The hub takes a licence from its list, or "other" with a name of the user's."""
+    """The hub's fields of a licence: a word of its list, or "other" with a free name."""
     if not words:
         return {}
     if re.fullmatch(r"[a-z][a-z0-9.+-]*", words.lower()):
@@ -314,21 +328,21 @@ def _licence(words: str) -> dict[str, str]:
     }
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a provenance that a card reads. It may hold anything: what has another form
-    counts as not told."""
-    given = record.get("provenance", {})
-    told: dict[str, Any] = {}
+def _parse_provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a provenance that a card reads. A provenance may hold anything: values of another
+    type count as missing."""
+    provenance = record.get("provenance", {})
+    fields: dict[str, Any] = {}
     for key in ("title", "description", "license", "finished"):
-        told[key] = given[key] if isinstance(given.get(key), str) else ""
+        fields[key] = provenance[key] if isinstance(provenance.get(key), str) else ""
     for key in ("config", "data", "metrics"):
-        told[key] = given[key] if isinstance(given.get(key), Mapping) else {}
+        fields[key] = provenance[key] if isinstance(provenance.get(key), Mapping) else {}
     for key in ("language", "datasets"):
-        words = [given[key]] if isinstance(given.get(key), str) else given.get(key)
-        told[key] = (
+        words = [provenance[key]] if isinstance(provenance.get(key), str) else provenance.get(key)
+        fields[key] = (
             [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
         )
-    return told
+    return fields
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:
@@ -343,35 +357,34 @@ def _python(imports: list[str], *lines: str) -> str:
     return "\n".join(["```python", *imports, "", *lines, "```"])
 
 
-def _some(words: list[str], most: int) -> str:
-    return ", ".join([*words[:most], *(["…"] if len(words) > most else [])])
+def _abbreviate(words: list[str], limit: int) -> str:
+    return ", ".join([*words[:limit], *(["…"] if len(words) > limit else [])])
 
 
 def _hub_id(name: Any) -> str | None:
-    """The name if it is that of a hub repository, as far as can be told: "owner/name", and no such
-    path here."""
+    """The name if it looks like a hub repository: "owner/name", and no such path exists here."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         return None
     return None if name.endswith((*_DATA_FILES, ".gguf")) or Path(name).exists() else name
 
 
-def _shown(name: Any) -> str:
-    """A hub id as it is; of a path, the last part, as the others are of one machine."""
+def _display_name(name: Any) -> str:
+    """A hub id unchanged; for a path its last part, since the rest describes one machine."""
     return str(name) if _hub_id(name) else Path(str(name)).name or str(name)
 
 
 def _paragraphs(text: str) -> str:
-    """Markdown of others, without the line that the notes stand below."""
+    """Markdown from users, without the line that separates the notes."""
     return escape_controls(text.replace("\r\n", "\n").replace(LINE, "").strip())
 
 
 def _line(words: Any) -> str:
-    """Words of others on one line, with what Markdown and HTML would take for marks escaped."""
+    """Text from users on one line, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(escape_controls(str(words)).split()))
 
 
 def _code(words: Any) -> str:
-    """Words of others as code, on one line."""
+    """Text from users as inline code, on one line."""
     text = " ".join(escape_controls(str(words)).split())
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -384,5 +397,5 @@ def _cell(value: Any) -> str:
     return _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _quoted(name: Any) -> str:
+def _quote(name: Any) -> str:
     return escape_controls(json.dumps(str(name), ensure_ascii=False))

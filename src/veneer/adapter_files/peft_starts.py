@@ -1,17 +1,17 @@
-"""PiSSA and OLoRA as PEFT saves them unless it is asked to convert: A and B, and a start that PEFT
-takes off the base.
+"""Folders of PiSSA and OLoRA that PEFT saved without conversion: A and B are relative to a base
+from which PEFT subtracted their initial values.
 
     loading into PEFT    W₀ = W − s B₀ A₀        A₀, B₀: from W and the rank alone
                          y = op(x; W₀ + s B A)
     here                 ΔW = s (B A − B₀ A₀) = s [B − B₀, B₀] @ [A ; A − A₀]        twice the rank
 
-So such a folder is a plain change of the base that it was made for, once that is there. In 16 bits
-PEFT rounds W₀ too, by as much as W is rounded. Written as above, what was not trained is nearly
-zero, and no difference of large products.
+With its base, such a folder is therefore a plain change of that base. (In 16 bits PEFT rounds W₀ as
+it rounds W.) In the form above, untrained values give a ΔW of nearly zero, not a difference of
+large products.
 
-Rejected: to leave it to PEFT's conversion alone, which needs the start, and that is in no such
-folder. What cannot be made again is refused (``formats/peft.py``): a random approximation
-(``pissa_niter_…``), a start from data.
+Rejected: to require PEFT's conversion, which needs the initial values, and no such folder has them.
+Starts that cannot be recomputed are refused (``formats/peft_fields.py``): random approximations
+(``pissa_niter_…``) and starts from data.
 
 Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; ``pissa_init`` and
 ``olora_init`` of PEFT 0.21.
@@ -35,8 +35,8 @@ from veneer.lowrank import LowRank
 def without_start(
     names: Names, ref: ParamRef, kind: str, config: Mapping[str, Any], layer: peft.PeftLayer
 ) -> LowRank | str:
-    """The change of the base that a layer of such a folder is, of twice its rank; or why it is
-    none, in words. ``kind`` is that of the layer."""
+    """The layer as a change of the unchanged base, of twice its rank, or, as a text, why that is
+    impossible. ``kind``: the name of the layer's kind."""
     start = str(config["init_lora_weights"]).lower()
     weight: Any = weight_of(names.modules[ref[0]], ref[1])
     storage: Any = storage_of(weight)

@@ -1,19 +1,19 @@
-"""The record of an adapter folder: what it says about the adapter, its hashes, and whether the
-files are still those.
+"""The record of an adapter folder: facts about the adapter and its base, and hashes that tell
+whether the files changed after they were written.
 
     veneer.json, and the same in the header of adapter_model.safetensors:
     format      of the record
-    base        name, architecture, the labels of a classifier, the fingerprint of each tensor (``base_proof.py``):
-                those that the adapter changes apart from the rest, of which folders of an earlier
-                Veneer say nothing; quantized: how it was packed as the adapter was trained, and
-                whether the fingerprints are of what it was packed from
-    changes     rank, alpha and rows of each changed weight; the tokens that are trained, and of how many rows
+    base        name, architecture, the labels of a classifier; weights, rest: the fingerprints of the changed and
+                of the other tensors (``base_proof.py``; earlier releases recorded no rest);
+                quantized: how the base was packed in training, and whether the fingerprints are
+                those of the unpacked weights
+    changes     rank, alpha and rows of each changed weight; the trained tokens, and the number of rows of the weight
     config      the LoraConfig
     hashes      of the tensors, of adapter_config.json, of veneer.safetensors, and of the record itself
-    versions, provenance    of the libraries; what the caller gave
+    versions, provenance    the versions of the libraries; the mapping that the caller passed
 
-A hash tells what an accident changed; whoever writes a folder can write its hashes. So nothing that
-a record says decides about more than the adapter itself.
+Hashes detect accidents, not attacks: the author of a folder can write any hashes. So a record never
+decides about anything but the adapter itself.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ PARAMETERS = "veneer.safetensors"
 FORMAT = 1
 
 
-def sealed(
+def seal_record(
     record: dict[str, Any],
     tensors: Mapping[str, Tensor],
     peft_config: Mapping[str, Any],
     provenance: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """A record with the hashes of everything, its own included."""
+    """The record with the hashes of all files and its own hash."""
     record = {
         "format": FORMAT,
         **record,
@@ -59,7 +59,7 @@ def sealed(
     if parameters:
         record["hashes"][PARAMETERS] = hash_tensors(parameters)
     try:
-        # as it will be read: JSON turns the keys of a mapping into strings
+        # hash the record as it will be read: JSON turns the keys of a mapping into strings
         record = json.loads(json.dumps(record))
     except TypeError as error:
         raise AdapterError(
@@ -71,18 +71,18 @@ def sealed(
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of the libraries. Each is read from a file of text, which is a quarter of the time that a
-    small save takes."""
-    found = {}
+    """The versions of the libraries by name. Cached: reading them takes a quarter of the time of a
+    small save."""
+    versions = {}
     for package in ("veneer", "torch", "transformers"):
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def _plain(value: Any) -> Any:
-    """A provenance as strict JSON has it: an infinite loss is the text "inf", as JSON has no such
-    number, and half of a surrogate pair, as a file name may hold one, is "?"."""
+    """A provenance as strict JSON: an infinite number becomes the text "inf", and a lone surrogate,
+    which a file name may hold, becomes "?"."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float) and not math.isfinite(value):
@@ -92,8 +92,8 @@ def _plain(value: Any) -> Any:
     return [_plain(below) for below in value] if isinstance(value, list | tuple) else value
 
 
-def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The record in the header of the tensors, which are another library's if there is none."""
+def record_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record in the header of the tensor file; None if another library wrote the file."""
     if "veneer" not in metadata:
         if (path / RECORD).exists():
             problem = f"{RECORD} beside a {peft.TENSORS} without Veneer's record"
@@ -110,15 +110,15 @@ def record_in(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         raise AdapterError(problem, "Veneer's record", "get it again") from error
 
 
-def altered(
+def compare_hashes(
     path: Path,
     record: Mapping[str, Any],
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor] | None,
 ) -> dict[str, bool]:
-    """For each part of a folder that the record has a hash of, in words: whether it has changed.
-    ``parameters``: those of ``veneer.safetensors``; None if they could not be read."""
+    """Whether each file or tensor set that the record has a hash of has changed, by a description
+    of it. ``parameters``: the tensors of ``veneer.safetensors``; None if they could not be read."""
     hashes = record["hashes"]
     checks = {
         "the record in its header": hash_record(record) != hashes.get("record"),
@@ -132,8 +132,9 @@ def altered(
     return checks
 
 
-def must_belong(checks: Mapping[str, bool], path: Path) -> None:
-    changed = [what for what, other in checks.items() if other]
+def require_unchanged(checks: Mapping[str, bool], path: Path) -> None:
+    """Raise AdapterError if any check of ``compare_hashes`` found a change."""
+    changed = [subject for subject, is_changed in checks.items() if is_changed]
     if changed:
         problem = f"{path}, of which {' and '.join(changed)} changed after it was written"
         if changed == [PARAMETERS]:
@@ -144,8 +145,8 @@ def must_belong(checks: Mapping[str, bool], path: Path) -> None:
 
 
 def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The labels of the classifier that a record is of, in the order of its outputs; None: it is of
-    none, or an earlier Veneer wrote it and no run of ``veneer train`` says them either."""
+    """The labels of the classifier that was adapted, in the order of its outputs; None if it was no
+    classifier, or if neither the record nor the run of ``veneer train`` lists them."""
     task = record.get("provenance", {}).get("task")
     for labels in (
         record.get("base", {}).get("labels"),
@@ -156,8 +157,8 @@ def labels_in(record: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None
 
 
-def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """What is wrong with a record, as far as it can be told without a model."""
+def record_problems(record: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """The problems of a record that can be found without a model."""
     if record.get("format") != FORMAT:
         yield sentence(
             f"format {_brief(record.get('format'))} in {path}",
@@ -200,47 +201,52 @@ def malformed(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         yield sentence(
             f"changes and fingerprints of other weights ({odd})", "the same", "get another copy"
         )
-    for at, change in changes.items():
-        said = change if isinstance(change, dict) else {}
-        rank, alpha, tokens = said.get("rank"), said.get("alpha"), said.get("tokens")
-        least = 0 if tokens else 1
-        if (
-            type(rank) is not int
-            or not least <= rank <= peft.MAX_RANK
-            or type(alpha) not in (int, float)
-        ):
-            expected = f"a rank of at least {least} and a number"
+    for weight_path, change in changes.items():
+        yield from _change_problems(weight_path, change)
+
+
+def _change_problems(weight_path: str, change: Any) -> Iterator[str]:
+    """The problems of one entry of "changes"."""
+    fields = change if isinstance(change, dict) else {}
+    rank, alpha, tokens = fields.get("rank"), fields.get("alpha"), fields.get("tokens")
+    least = 0 if tokens else 1
+    if (
+        type(rank) is not int
+        or not least <= rank <= peft.MAX_RANK
+        or type(alpha) not in (int, float)
+    ):
+        expected = f"a rank of at least {least} and a number"
+        yield sentence(
+            f"rank {_brief(rank)} and alpha {_brief(alpha)} for {weight_path!r}",
+            expected,
+            "get another copy",
+        )
+    if type(fields.get("module_only", False)) is not bool:
+        yield sentence(
+            f"module_only {_brief(fields['module_only'])} for {weight_path!r}",
+            "true or false",
+            "get another copy",
+        )
+    for field in ("rows", "tokens"):
+        if field in fields and not _ranges(fields[field]):
             yield sentence(
-                f"rank {_brief(rank)} and alpha {_brief(alpha)} for {at!r}",
-                expected,
+                f"{field} {_brief(fields[field])} for {weight_path!r}",
+                "(start, stop) pairs",
                 "get another copy",
             )
-        if type(said.get("module_only", False)) is not bool:
-            yield sentence(
-                f"module_only {_brief(said['module_only'])} for {at!r}",
-                "true or false",
-                "get another copy",
-            )
-        for field in ("rows", "tokens"):
-            if field in said and not _ranges(said[field]):
-                yield sentence(
-                    f"{field} {_brief(said[field])} for {at!r}",
-                    "(start, stop) pairs",
-                    "get another copy",
-                )
-        if "tokens" in said and type(said.get("of")) is not int:
-            problem = f"tokens of {_brief(said.get('of'))} rows for {at!r}"
-            yield sentence(problem, "the number of rows of its weight", "get another copy")
+    if "tokens" in fields and type(fields.get("of")) is not int:
+        problem = f"tokens of {_brief(fields.get('of'))} rows for {weight_path!r}"
+        yield sentence(problem, "the number of rows of its weight", "get another copy")
 
 
 def _ranges(value: Any) -> bool:
-    """Whether these are (start, stop) pairs, ascending or not."""
+    """Whether ``value`` is a list of (start, stop) pairs, ascending or not."""
     pairs = (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(part, list) and len(part) == 2 for part in value)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
     )
-    return pairs and all(type(end) is int and end >= 0 for part in value for end in part)
+    return pairs and all(type(end) is int and end >= 0 for pair in value for end in pair)
 
 
 def _brief(value: Any) -> str:
@@ -260,10 +266,10 @@ def ranges_of(indices: Iterable[int]) -> list[list[int]]:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for key in throttled(sorted(tensors)):
-        whole.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
-    return whole.hexdigest()
+        total.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
+    return total.hexdigest()
 
 
 def hash_record(record: Mapping[str, Any]) -> str:

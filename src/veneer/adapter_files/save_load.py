@@ -1,6 +1,5 @@
-"""Between a model and an adapter folder: ``save`` collects what an adapter is, ``install_from``
-puts one in place that ``match_model.py`` has verified against the model. The folder itself is
-``folder.py``'s."""
+"""Save an adapter of a model to a folder, and install an adapter from a folder. ``folder.py``
+writes and reads the folder, and ``match_model.py`` verifies it against the model."""
 
 from __future__ import annotations
 
@@ -13,14 +12,10 @@ import torch
 from torch import nn
 
 from veneer.adapter_files import token_rows
-from veneer.adapter_files.base_proof import (
-    fingerprint_beside,
-    fingerprints_of,
-    record_of,
-)
+from veneer.adapter_files.base_proof import base_record, fingerprint_beside, fingerprints_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
-from veneer.adapter_files.peft_mapping import peft_config, peft_entries, tensors_of, written
+from veneer.adapter_files.peft_mapping import file_tensor, peft_config, peft_entries, tensors_of
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
 from veneer.attach.adapted_module import base_class, walk, weight_of, with_values
@@ -42,8 +37,8 @@ from veneer.variants import VARIANTS, InitContext
 
 
 class LoadedElsewhere(UserWarning):
-    """An adapter folder was written that other readers, PEFT or ``from_pretrained``, cannot load,
-    or not whole; the text says why, and what can."""
+    """An adapter folder was written that PEFT or ``from_pretrained`` cannot load, or only in part;
+    the text gives the reason and a way to load it."""
 
 
 @torch.no_grad()
@@ -58,39 +53,38 @@ def save(
     fingerprints: Mapping[str, str] | None = None,
     alone: bool = False,
 ) -> Path:
-    """Write the adapter ``name`` (None: the only one) as a folder, in one step: a crash leaves what
-    was there before, or the whole.
+    """Write the adapter ``name`` (None: the only one) as a folder, in one atomic step: after a
+    crash the path holds the old folder or the new one.
 
     In several processes (``torch.distributed``: DDP, FSDP2) every rank that holds the model must
-    call this, with the same path. Weights that are spread over them are gathered, one at a time;
-    all ranks compare what they hold, the first one writes, and the others return once the folder is
-    there. Where they differ, or one fails or stays away (``distributed.PATIENCE``), every rank
-    raises and nothing is replaced.
+    call this with the same path. Sharded weights are gathered one at a time; all ranks compare
+    their tensors, the first rank writes, and the others return once the folder exists. If the ranks
+    differ, or one fails or does not call (``distributed.PATIENCE``), every rank raises and nothing
+    is replaced.
 
     Args:
-        base_name: what to call the base; None takes the name that transformers loaded it by, and
-            none for an adapter that was attached to merged weights.
-        provenance: anything worth knowing about the training, as JSON values (the first rank's).
-            The model card (README.md) shows some keys of it, such as "license" and "metrics": see
+        base_name: the name of the base; None takes the name that transformers loaded it by, and no
+            name for an adapter that was attached to merged weights.
+        provenance: facts about the training, as JSON values (those of the first rank). The model
+            card (README.md) shows some of its keys, such as "license" and "metrics"; see
             ``model_card.py``.
-        overwrite: replace the adapter in a folder that exists; all other files stay, and notes at
-            the end of its model card.
-        fingerprints: of the base's tensors, by their paths, for a model that stands for its base
-            without holding the values (``models.meta_model``); those of changed weights must be
-            there. None takes those of the tensors that it holds.
-        alone: this rank saves by itself and waits for no other: under DDP, where each rank holds
-            all, behind an ``if rank == 0``.
+        overwrite: replace the adapter in an existing folder; all other files stay, and so do notes
+            at the end of its model card.
+        fingerprints: the fingerprints of the base's tensors, by path, for a model without values
+            (``models.meta_model``); those of changed weights are required. None computes them from
+            the model.
+        alone: this rank saves by itself and waits for no other rank; under DDP, where each rank
+            has the whole model, call it behind ``if rank == 0``.
 
     Raises:
         OutputExistsError: the path exists and ``overwrite`` is False; it is a file, or holds
             another whole model.
-        AdapterError: a trained number is not finite, the variant has no form in such a folder, or
-            the base's weights are not known any more (merged with ``keep=False``); ranks that
-            differ or do not come.
-        MergeError: the adapter was attached while another was merged, which it no longer is.
+        AdapterError: a trained value is not finite; the variant has no form in such a folder; the
+            base's weights are lost (merged with ``keep=False``); ranks differ or do not call.
+        MergeError: the adapter was attached while another was merged, which is no longer merged.
 
     Warns:
-        FreshWeights: parameters that the checkpoint did not hold are not in the folder either.
+        FreshWeights: parameters of the model are in neither the checkpoint nor the folder.
         LoadedElsewhere: PEFT has the variant (DoRA), but not for one of these layers, and cannot
             read the folder.
     """
@@ -99,7 +93,7 @@ def save(
     def put(content: Mapping[str, Any]) -> None:
         write(path, **content, provenance=provenance or {}, overwrite=overwrite)
         reason = peft.not_for_peft(content["peft_config"])
-        # a variant of PEFT's own, which it has not here
+        # PEFT has the variant, but not for these layers
         if reason and VARIANTS[content["config"].variant].peft_keys:
             text = (
                 f"PEFT cannot read {path} ({reason}): load it with veneer.load, or merge the"
@@ -112,45 +106,50 @@ def save(
 
 
 def save_by(
-    put: Callable[[Mapping[str, Any]], None], model: nn.Module, path: Path, name: str | None,
-    base_name: str | None = None, fingerprints: Mapping[str, str] | None = None, alone: bool = False,
-) -> None:  # fmt: skip
-    """``save`` with another last step: ``put`` writes what was gathered, on one of the ranks that
-    meet at ``path``."""
+    put: Callable[[Mapping[str, Any]], None],
+    model: nn.Module,
+    path: Path,
+    name: str | None,
+    base_name: str | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+    alone: bool = False,
+) -> None:
+    """``save`` with another last step: ``put`` gets the collected content, on one of the ranks that
+    save to ``path``."""
     model = unwrap(model)
     if not alone:
         reshard(model)
     _must_be_gathered(model, only_name(model, name))
     ranks = meet(str(path), model, alone=alone)
 
-    def collected() -> dict[str, Any]:
-        own = only_name(model, name)
-        modules = [change for *_, change in changes(model, own)] + [
-            part.full for _, _, part in adapters(model, own)
+    def collect() -> dict[str, Any]:
+        adapter_name = only_name(model, name)
+        modules = [change for *_, change in changes(model, adapter_name)] + [
+            layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
         values = whole_values(value for m in modules for value in (*m.parameters(), *m.buffers()))
         with with_values(modules, values):
-            return _content(model, own, base_name, fingerprints)
+            return _content(model, adapter_name, base_name, fingerprints)
 
     if ranks is None:
-        put(collected())
+        put(collect())
         return
-    # before what is gathered
+    # compare the outlines before anything is gathered
     ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")
-    content = ranks.each(collected, _mark, "an adapter, or a base,")
+    content = ranks.each(collect, _content_hash, "an adapter, or a base,")
     ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
 
 
 def _must_be_gathered(model: nn.Module, name: str) -> None:
-    """Raise an AdapterError where FSDP1 has flattened the weights and spread them over processes,
-    which does not say what their shapes were, or where its wrappers are part of the paths."""
+    """Raise AdapterError if FSDP1 has flattened and sharded the weights, so that their shapes are
+    lost, or if its wrappers are part of the paths."""
     if not has_fsdp1(module for _, module in walk(model)):
         return
     weights = [weight_of(module, weight) for _, module, weight, _ in changes(model, name)]
     inside = any("_fsdp_wrapped_module" in path for path, _ in walk(model))
     if inside or any(isinstance(weight, nn.Parameter) and weight.dim() == 1 for weight in weights):
-        found = "a model in torch's first FullyShardedDataParallel (FSDP1)"
-        found += (
+        problem = "a model in torch's first FullyShardedDataParallel (FSDP1)"
+        problem += (
             ", which wraps modules of it"
             if inside
             else ", whose weights it has spread over processes"
@@ -161,24 +160,26 @@ def _must_be_gathered(model: nn.Module, name: str) -> None:
                 ", or save on every rank inside of `with"
                 " FullyShardedDataParallel.summon_full_params(wrapped):`"
             )
-        raise AdapterError(found, "whole weights, or those of FSDP2", do)
+        raise AdapterError(problem, "whole weights, or those of FSDP2", do)
 
 
 def _outline(model: nn.Module, name: str) -> list[Any]:
-    """What an adapter consists of, without the values."""
-    parts = {path: part.state_dict() for path, _, part in adapters(model, name)}
+    """The name, config, and the paths and shapes of the tensors of an adapter."""
+    states = {path: layer_adapter.state_dict() for path, _, layer_adapter in adapters(model, name)}
     shapes = [
-        (path, key, [*value.shape]) for path, part in parts.items() for key, value in part.items()
+        (path, key, [*value.shape])
+        for path, state in states.items()
+        for key, value in state.items()
     ]
     return [name, need_adapters(model, name).configs[name].to_dict(), shapes]
 
 
-def _mark(content: Mapping[str, Any]) -> str:
-    """A hash of all that the folder will hold, but for the provenance."""
+def _content_hash(content: Mapping[str, Any]) -> str:
+    """A hash of the content of the folder, without the provenance."""
     tensors = {
         key: digest(tensor)
-        for part in ("tensors", "parameters")
-        for key, tensor in content[part].items()
+        for kind in ("tensors", "parameters")
+        for key, tensor in content[kind].items()
     }
     rest = {
         key: value
@@ -193,8 +194,8 @@ def base_name_of(model: nn.Module) -> str | None:
 
 
 def labels_of(model: nn.Module) -> list[str] | None:
-    """The labels of a classifier of transformers, in the order of its outputs; None of any other
-    model, whose config has two as well."""
+    """The labels of a classifier of transformers, in the order of its outputs; None for any other
+    model (the config of every model has two default labels)."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names or not base_class(model).__name__.endswith("Classification"):
         return None
@@ -204,6 +205,7 @@ def labels_of(model: nn.Module) -> list[str] | None:
 def _content(
     model: nn.Module, name: str, base_name: str | None, fingerprints: Mapping[str, str] | None
 ) -> dict[str, Any]:
+    """The arguments for ``folder.write``: the tensors, configs and fingerprints of an adapter."""
     config = need_adapters(model, name).configs[name]
     if VARIANTS[config.variant].peft is None:
         raise AdapterError(
@@ -211,12 +213,12 @@ def _content(
         )
     names = Names(model)
     peft_form = peft_entries(names, name)
-    # merged weights have no name
+    # an adapter of merged weights has no base with a name
     if base_name is None and need_adapters(model).selections[name].on is None:
         base_name = base_name_of(model)
     weights = {
-        parameter_path(at, weight): (weight_of(module, weight), change)
-        for at, module, weight, change in changes(model, name)
+        parameter_path(weight_path, weight): (weight_of(module, weight), change)
+        for weight_path, module, weight, change in changes(model, name)
     }
     exact = {id(entry.change): entry.exact for entry in peft_form}
     return {
@@ -232,14 +234,16 @@ def _content(
             **({} if (quantised := quantization_in(model)) is None else {"quantized": quantised}),
             **_proof(names, name, weights, fingerprints),
         },
-        "changes": {at: _described(change) for at, (_, change) in weights.items()},
+        "changes": {
+            weight_path: _describe_change(change) for weight_path, (_, change) in weights.items()
+        },
         "config": config,
         "parameters": {
-            f"{at}.{key}": written(value)
-            for at, (_, change) in weights.items()
+            f"{weight_path}.{key}": file_tensor(value)
+            for weight_path, (_, change) in weights.items()
             if not exact.get(id(change), True)
             for key, value in change.adapter_parameters.items()
-            if key not in change.variant.derived or not _derived(change)
+            if key not in change.variant.derived or not _has_default_derived(change)
         },
     }
 
@@ -250,33 +254,37 @@ def _proof(
     weights: Mapping[str, tuple[Any, Change]],
     fingerprints: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The fingerprints of all that the adapted model computes with, and what of it no checkpoint
-    ever held. ``weights``: what it changes at a low rank, by path."""
+    """The fingerprints of the tensors that the adapted model computes with, and the parameters
+    among them that no checkpoint holds ("fresh"). ``weights``: the weights that it changes at a low
+    rank, by path, with their changes."""
     model, tensors = names.model, list_weights(names)
     by_identity = {id(tensor.weight): tensor for tensor in tensors}
     replaced = {
         id({**module._parameters, **module._buffers}[key])
-        for _, module, part in adapters(model, name)
-        for key in (*part.full._parameters, *part.full._buffers)
+        for _, module, layer_adapter in adapters(model, name)
+        for key in (*layer_adapter.full._parameters, *layer_adapter.full._buffers)
     }
-    # in its new rows
+    # the adapter holds the fresh rows of these
     held = {id(weight) for weight, change in weights.values() if change.tokens is not None}
     lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
-    # a base model's own output does not need its pooler, and nobody uses a random one
+    # the output of a model without a head does not depend on its pooler, which may be random
     gone = unkept(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if has_head(model) else lost)
 
     def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
         if fingerprints is not None:
             return [
-                next((fingerprints[at] for at in tensor.names if at in fingerprints), None)
+                next((fingerprints[name] for name in tensor.names if name in fingerprints), None)
                 for tensor in tensors
             ]
         sources = sources_of(model)
-        return [sources.get(own, own) for own in fingerprints_of(tensors, kept_bits(model, name))]
+        return [
+            sources.get(computed, computed)
+            for computed in fingerprints_of(tensors, kept_bits(model, name))
+        ]
 
-    unknown = [at for at, (held, _) in weights.items() if id(held) in gone]
+    unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
     if unknown:
         problem = (
             f"{listing(unknown)}, merged with keep=False, of which nobody knows what the base was"
@@ -284,14 +292,17 @@ def _proof(
         raise AdapterError(
             problem, "the base's weights, for its fingerprint", "save it before that merge"
         )
-    record = record_of(
-        tensors, {at: by_identity[id(held)] for at, (held, _) in weights.items()}, left_out, of
+    record = base_record(
+        tensors,
+        {weight_path: by_identity[id(held)] for weight_path, (held, _) in weights.items()},
+        left_out,
+        of,
     )
-    for at, (held, change) in weights.items() if fingerprints is None else ():
-        # whose rows are the adapter's: the base's there are no part of what it needs
+    for weight_path, (held, change) in weights.items() if fingerprints is None else ():
+        # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
             ids = change.tokens.tolist()
-            record["weights"][at] = fingerprint_beside(
+            record["weights"][weight_path] = fingerprint_beside(
                 by_identity[id(held)], ids, kept_bits(model, name)
             )
     return {
@@ -301,22 +312,30 @@ def _proof(
 
 
 def install_from(
-    model: nn.Module, path: str | Path, name: str, *, trainable: bool, verify_base: bool, of_weights: bool = False,
-    untie: bool | None = None, grow: bool = False,
-) -> None:  # fmt: skip
-    """What ``veneer.load`` does: verify the folder against the model, then install it.
+    model: nn.Module,
+    path: str | Path,
+    name: str,
+    *,
+    trainable: bool,
+    verify_base: bool,
+    of_weights: bool = False,
+    untie: bool | None = None,
+    grow: bool = False,
+) -> None:
+    """Verify a folder against a model, then install the adapter (``veneer.load``).
 
-    ``of_weights`` says that the changes are those of weights also where no record says it: they
-    came from a format that means weights, so that it does not matter where PEFT would compute
-    something else. ``untie``: whether the names of a tied weight that the folder changes apart get
-    weights of their own (``ties.untie_for``). ``grow``: let the vocabulary of the model grow first,
-    as that of the adapter's base did.
+    Args:
+        of_weights: the changes are changes of weights even without a record, as they come from a
+            format that defines them so; PEFT's deviations then do not matter.
+        untie: whether the names of a tied weight that the folder changes separately get weights of
+            their own (``ties.untie_for``).
+        grow: first grow the vocabulary of the model to that of the adapter's base.
     """
-    with token_rows.grown(model, path) if grow else nullcontext():
+    with token_rows.grow_vocabulary(model, path) if grow else nullcontext():
         untied = untie_for(model, path, untie)
         try:
-            found = list(name_problems(model, name))
-            load_plan = match(model, path, found, verify_base=verify_base, of_weights=of_weights)
+            problems = list(name_problems(model, name))
+            load_plan = match(model, path, problems, verify_base=verify_base, of_weights=of_weights)
             install(
                 model,
                 name,
@@ -331,12 +350,14 @@ def install_from(
     if untied is not None:
         attached = need_adapters(model, name)
         attached.untied = (*attached.untied, untied)
-    load_plan.fill({at: part for at, _, part in adapters(model, name)})
+    load_plan.fill(
+        {module_path: layer_adapter for module_path, _, layer_adapter in adapters(model, name)}
+    )
 
 
-def _derived(change: Change) -> bool:
-    """Whether the parameters that no file needs are those which the sizes give: PEFT's VeRA has
-    others."""
+def _has_default_derived(change: Change) -> bool:
+    """Whether the derived parameters equal those that the sizes give, so that no file needs them.
+    They differ in a VeRA adapter from PEFT."""
     held, dims = change.adapter_parameters, change.dims
     out = dims.out if change.rows is None else len(change.rows)
     start = InitContext(dims.groups, out, dims.in_, change.rank, change.layer.fan_in(dims))
@@ -350,7 +371,8 @@ def _derived(change: Change) -> bool:
     return True
 
 
-def _described(change: Change) -> dict[str, Any]:
+def _describe_change(change: Change) -> dict[str, Any]:
+    """The record's entry of one change."""
     described: dict[str, Any] = {
         "kind": change.layer.name,
         "rank": change.rank,
@@ -360,7 +382,7 @@ def _described(change: Change) -> dict[str, Any]:
     if change.rows is not None:
         described["rows"] = ranges_of(change.rows.tolist())
     if change.tokens is not None:
-        # of the weight as it lies
+        # the rows of the stored weight
         rows = change.dims.in_ if change.layer.out_axis else change.dims.out
         described |= {"tokens": ranges_of(change.tokens.tolist()), "of": rows}
     return described

@@ -1,8 +1,8 @@
-"""Names of tied weights that a folder changes apart: they need weights of their own
+"""Tied weights whose names a folder changes differently: these names need separate weights
 (``attach/weight_tying.py``).
 
 PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in
-full or in some rows, and leave the other name as it was. That is no change of the one weight.
+full or in some rows, and leave the other name unchanged. That is no change of one shared weight.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from veneer.formats import peft
 
 
 class TieBroken(UserWarning):
-    """A folder of PEFT changes a tied weight under some of its names alone: until the last adapter
+    """A folder of PEFT changes a tied weight under some of its names only: until the last adapter
     is detached, each of these names has a weight of its own."""
 
 
 def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Untied | None:
-    """Untie the names that the folder ``path`` changes apart; None where there are none.
+    """Untie the names that the folder ``path`` changes differently; None if there are none.
 
     Args:
-        required: None warns of it; True does not; False unties nothing.
+        required: None unties with a warning, True without, False does not untie.
 
     Raises:
-        AdapterError: a weight that is stored packed, or into which an adapter is merged.
+        AdapterError: such a weight is stored packed, or an adapter is merged into it.
     """
     if required is False:
         return None
@@ -58,11 +58,11 @@ def untie_for(model: nn.Module, path: str | Path, required: bool | None) -> Unti
         raise AdapterError(problem, "an unmerged model", "call veneer.unmerge(model) first")
     untied = untie(names, refs)
     if required is None and untied.names:
-        warnings.warn(_described(path, untied), TieBroken, stacklevel=4)
+        warnings.warn(_describe_untied(path, untied), TieBroken, stacklevel=4)
     return untied if untied.names else None
 
 
-def _described(path: str | Path, untied: Untied) -> str:
+def _describe_untied(path: str | Path, untied: Untied) -> str:
     pairs = [
         f"{parameter_path(*ref)!r} apart from {parameter_path(*keeps)!r}"
         for ref, keeps in untied.names
@@ -76,34 +76,35 @@ def _described(path: str | Path, untied: Untied) -> str:
 
 
 def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights that a folder changes apart: at a low rank, where it does not
-    change every name alike; in full, by values of their own; in rows that PEFT gives to one of the
-    names alone."""
+    """The names of tied weights that a folder changes differently: at a low rank, if the names have
+    different changes; in full, if they have different values; in token rows that PEFT gives to one
+    of the names only."""
     low = {ref_at(names, path, saved.peft_config): layer for path, layer in saved.low.items()}
-    found: list[ParamRef] = []
+    refs_low: list[ParamRef] = []
     tied = [refs for refs in holders(names).values() if len(refs) > 1]
     for refs in tied:
-        there = [low[ref] for ref in refs if ref in low]
-        if there and (
-            len(there) < len(refs) or not all(_alike(there[0], other) for other in there)
+        layers = [low[ref] for ref in refs if ref in low]
+        if layers and (
+            len(layers) < len(refs)
+            or not all(_alike(layers[0], tied_layer) for tied_layer in layers)
         ):
-            found += [ref for ref in refs if ref in low]
+            refs_low += [ref for ref in refs if ref in low]
     full: dict[str, dict[str, torch.Tensor]] = {}
     for path, tensors in saved.full.items():
-        at = module_at(names, path)
-        # PEFT writes the frozen weight of an adapted embedding along
-        full.setdefault(at, {}).update(
-            {name: value for name, value in tensors.items() if (at, name) not in low}
+        module_path = module_at(names, path)
+        # PEFT saves the frozen weight of an adapted embedding too
+        full.setdefault(module_path, {}).update(
+            {name: value for name, value in tensors.items() if (module_path, name) not in low}
         )
     more = [ref for ref in apart(names, full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
-    # values in place of a packed weight need no copy of it
+    # full values replace a packed weight and need no copy of it
     plain = [
         ref
         for ref in dict.fromkeys(more)
         if type(weight_of(names.modules[ref[0]], ref[1])) is nn.Parameter
     ]
-    return list(dict.fromkeys([*found, *plain]))
+    return list(dict.fromkeys([*refs_low, *plain]))
 
 
 def _fits(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
@@ -111,35 +112,38 @@ def _fits(names: Names, ref: ParamRef, full: Mapping[str, Mapping[str, torch.Ten
 
 
 def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
-    """The names of tied weights of which the folder trains tokens apart."""
-    by_identity, found = holders(names), []
+    """The names of tied weights for which the folder trains different token rows."""
+    by_identity, token_refs = holders(names), []
     recorded = saved.metadata.get("base", {})
-    known = {at for part in ("weights", "rest") for at in recorded.get(part) or ()}
-    for at in saved.tokens:
-        owner = token_rows.owner_at(names, at, by_identity)
+    recorded_names = {
+        tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()
+    }
+    for module_path in saved.tokens:
+        owner = token_rows.owner_at(names, module_path, by_identity)
         if owner is None:
             continue
-        ref = token_rows.ref_of(names, at)
-        others = [
-            other
-            for other in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
-            if other != ref
+        ref = token_rows.ref_of(names, module_path)
+        tied_refs = [
+            tied_ref
+            for tied_ref in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
+            if tied_ref != ref
         ]
         if saved.record is None:
-            alone = token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
-            entries = [saved.tokens[path] for path, _ in others if path in saved.tokens]
-            own = saved.tokens[at]
-            alone |= any(
-                other.ids != own.ids or not torch.equal(other.rows, own.rows) for other in entries
+            apart = token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
+            entries = [saved.tokens[path] for path, _ in tied_refs if path in saved.tokens]
+            entry = saved.tokens[module_path]
+            apart |= any(
+                tied_entry.ids != entry.ids or not torch.equal(tied_entry.rows, entry.rows)
+                for tied_entry in entries
             )
-        else:  # the record knows the other name as a weight of its own
-            alone = any(parameter_path(*other) in known for other in others)
-        found += [ref] if alone else []
-    return found
+        else:  # the record lists the other name as a separate weight
+            apart = any(parameter_path(*tied_ref) in recorded_names for tied_ref in tied_refs)
+        token_refs += [ref] if apart else []
+    return token_refs
 
 
-def _alike(layer: peft.PeftLayer, other: peft.PeftLayer) -> bool:
-    """Whether two layers hold one change of a matrix, each as it lies there or its transpose."""
-    if layer.suffixes == other.suffixes:
-        return torch.equal(layer.A, other.A) and torch.equal(layer.B, other.B)
-    return torch.equal(layer.A, other.B.mT) and torch.equal(layer.B, other.A.mT)
+def _alike(layer: peft.PeftLayer, second: peft.PeftLayer) -> bool:
+    """Whether two layers hold the same change of a matrix, one of them possibly transposed."""
+    if layer.suffixes == second.suffixes:
+        return torch.equal(layer.A, second.A) and torch.equal(layer.B, second.B)
+    return torch.equal(layer.A, second.B.mT) and torch.equal(layer.B, second.A.mT)

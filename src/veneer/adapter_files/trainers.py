@@ -1,19 +1,19 @@
-"""Trainers of other libraries, taught what they know of a ``PeftModel`` alone. Nobody has to ask
-for it: ``cover`` is called when an adapter is attached.
+"""Patches for the trainers of transformers and TRL, which otherwise support adapters in a
+``PeftModel`` only. ``cover`` applies them when an adapter is attached.
 
     Trainer(…).train(resume_from_checkpoint=…), load_best_model_at_end
-        the parameters in the checkpoint are copied into those that train; a model without an
-        adapter gets the one of the checkpoint
+        copies the parameters in the checkpoint into those that train; a model without an adapter
+        gets the adapter of the checkpoint
     Trainer(quantised model with an adapter)
-        it can be trained
+        accepts the model
     DPOTrainer(…), KTOTrainer, GRPOTrainer, RLOOTrainer
-        what they load as a reference model is the policy's own weights (``attach/reference.py``)
+        use the policy's own base weights as reference model (``attach/reference.py``)
     TRL's disable_dropout=True
-        is for an adapter's dropout too
+        also disables the dropout of adapters
 
-Each is one function of a library that asks first whether the model has adapters of ours, put in its
-place once somebody else has imported the library (``when_imported``). What such a trainer would do
-without a word is refused.
+Each patch replaces one function of a library, once the library is imported (``when_imported``), and
+calls the original for models without adapters of Veneer. Settings with which a trainer would
+silently ignore an adapter are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from veneer.adapter_files import model_card
-from veneer.adapter_files.folder import copy_files
+from veneer.adapter_files.file_names import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
 from veneer.attach.adapted_module import state_of, walk
@@ -44,52 +44,51 @@ from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 
 TRAINER = "transformers.trainer"
-#: modules of TRL whose trainer switches dropout off, or loads a second copy of the base to compare
-#: the policy with
+#: modules of TRL whose trainer disables dropout, or loads a second copy of the base as the policy's
+#: reference
 TRL = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "reward"))
 
 
 def cover(model: nn.Module) -> None:
-    """Let a model with adapters be saved as what it is, also each part of it that could be saved by
-    itself, and trainers that are imported, or will be, know it."""
+    """Patch ``save_pretrained`` of a model with adapters and of its modules, and the trainers that
+    are or will be imported."""
     for _, module in walk(model):
         if callable(getattr(module, SAVE, None)):
             put(module, SAVE, save_pretrained)
     override_peft_methods(model)
     if "transformers" in sys.modules:
-        teach()
+        patch_trainers()
 
 
-def teach() -> None:
-    """Teach the trainers of transformers and TRL, now or when they are imported."""
-    when_imported(TRAINER, learn)
+def patch_trainers() -> None:
+    """Patch the trainers of transformers and TRL, now or when they are imported."""
+    when_imported(TRAINER, patch_trainer)
     for name in TRL:
-        when_imported(name, learn_trl)
+        when_imported(name, patch_trl)
 
 
-def _adapted(model: Any) -> bool:
+def _has_adapter(model: Any) -> bool:
     attached = adapters_of(model) if isinstance(model, nn.Module) else None
     return attached is not None and bool(attached.configs)
 
 
-# ---- transformers
-# ------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
-def learn(module: Any) -> None:
-    """Teach the ``Trainer`` in ``transformers.trainer``."""
+def patch_trainer(module: Any) -> None:
+    """Patch the ``Trainer`` in ``transformers.trainer``."""
     trainer = module.Trainer
     if hasattr(trainer, "_asks_veneer"):
         return
     trainer._asks_veneer = True
 
-    def before(name: str, own: Callable[..., bool]) -> None:
-        """Let ``own`` do what a method does, unless it returns False."""
-        theirs = getattr(trainer, name)
+    def before(name: str, replacement: Callable[..., bool]) -> None:
+        """Call ``replacement`` in place of a method, and the original if it returns False."""
+        original = getattr(trainer, name)
 
-        @functools.wraps(theirs)
+        @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return None if own(self, *args, **kwargs) else theirs(self, *args, **kwargs)
+            return None if replacement(self, *args, **kwargs) else original(self, *args, **kwargs)
 
         setattr(trainer, name, method)
 
@@ -105,30 +104,30 @@ def learn(module: Any) -> None:
     before("train", lambda self, *args, **kwargs: _must_be_used(self))
     before("evaluate", lambda self, *args, **kwargs: _must_be_used(self))
     before("_push_from_checkpoint", _copy_all)
-    before("create_model_card", lambda self, *args, **kwargs: _has_a_card(self))
+    before("create_model_card", lambda self, *args, **kwargs: _has_card(self))
 
     validate = module.validate_quantization_for_training
     module.validate_quantization_for_training = lambda model: (
-        None if _adapted(model) else validate(model)
+        None if _has_adapter(model) else validate(model)
     )
 
 
 def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
-    """Load a checkpoint that ``save_pretrained`` wrote, if that is for us."""
+    """Load a checkpoint that ``save_pretrained`` wrote. False if the trainer must load it."""
     # FSDP and DeepSpeed keep the whole state of the model in files of their own
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return False
-    if _adapted(model):
+    if _has_adapter(model):
         if not stands(unwrap(model), SAVE):
             return False
         refill(model, folder)
         return True
-    theirs = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-    if theirs or not (Path(folder) / peft.CONFIG).is_file():
+    is_peft = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    if is_peft or not (Path(folder) / peft.CONFIG).is_file():
         return False
     install_from(model, folder, "default", trainable=True, verify_base=True)
     try:
-        _must_be_used(trainer)  # as ``train`` asked before there was an adapter
+        _must_be_used(trainer)  # ``train`` checked this before the model had an adapter
     except VeneerError:
         detach(model)
         raise
@@ -138,31 +137,34 @@ def _load(trainer: Any, model: nn.Module, folder: str) -> bool:
 
 
 def _copy_all(trainer: Any, checkpoint_folder: str) -> bool:
-    """Before a push in mid-run, transformers copies an adapter from the checkpoint into the folder
-    that is uploaded: PEFT's files, if PEFT is installed. All of it belongs together, as hashes seal
-    it."""
-    if _adapted(trainer.model) and trainer.is_world_process_zero():
+    """Copy all files of an adapter from the checkpoint into the folder that a push during training
+    uploads. Transformers would copy PEFT's files alone, and only if PEFT is installed; the others
+    belong to them, as the record has their hashes."""
+    if _has_adapter(trainer.model) and trainer.is_world_process_zero():
         copy_files(Path(checkpoint_folder), Path(trainer.args.output_dir))
     return False
 
 
-def _has_a_card(trainer: Any) -> bool:
-    """The card of an adapter says what it is and how to load it. ``Trainer`` would take it for
-    PEFT's, write another in its place and ask the model, as PEFT's, to mend that. (TRL's trainers
-    write one of their own.)"""
+def _has_card(trainer: Any) -> bool:
+    """Whether the output folder has Veneer's model card. ``Trainer`` would take it for PEFT's,
+    replace it and call a method of ``PeftModel``. (TRL's trainers write a card of their own.)"""
     card = Path(trainer.args.output_dir) / model_card.NAME
     return (
-        _adapted(trainer.model)
+        _has_adapter(trainer.model)
         and card.is_file()
         and model_card.LINE in card.read_text(encoding="utf-8")
     )
 
 
 def _must_be_used(trainer: Any) -> bool:
-    """What a trainer would leave out without a word. ``TargetError``: TRL's forward multiplies by
-    the weight of the output layer, past an adapter there (of a ``PeftModel`` TRL refuses that too).
-    ``ConfigError``: a reference that should move and has no weights of its own; vLLM, which TRL
-    would give the weights of the base."""
+    """Refuse settings with which a trainer would silently ignore an adapter. Always False.
+
+    Raises:
+        TargetError: TRL's forward multiplies by the weight of the output layer and skips an adapter
+            of that layer (TRL refuses such a ``PeftModel`` too).
+        ConfigError: a reference model that should be updated and has no weights of its own; vLLM,
+            to which TRL would send the weights of the base.
+    """
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     if isinstance(reference, Reference) and getattr(trainer.args, "sync_ref_model", False):
         problem = "sync_ref_model=True with a reference model that is the policy's own base"
@@ -171,7 +173,7 @@ def _must_be_used(trainer: Any) -> bool:
             "one that stays",
             "leave sync_ref_model out, or pass a whole model as ref_model",
         )
-    if not _adapted(model):
+    if not _has_adapter(model):
         return False
     if getattr(trainer.args, "use_vllm", False):
         problem = (
@@ -186,8 +188,8 @@ def _must_be_used(trainer: Any) -> bool:
     if isinstance(forward, MethodType) and forward.__func__.__code__.co_name == "_fused_forward":
         head = model.get_output_embeddings()
         layer_state = None if head is None else state_of(head)
-        part = None if layer_state is None else layer_state.get(selected_name(model))
-        if part is not None and (part.changes or part.full._parameters):
+        layer_adapter = None if layer_state is None else layer_state.get(selected_name(model))
+        if layer_adapter is not None and (layer_adapter.changes or layer_adapter.full._parameters):
             problem = (
                 f"an adapter of the output layer for TRL's {type(trainer).__name__}, which"
                 " multiplies by its weight"
@@ -201,81 +203,82 @@ def _must_be_used(trainer: Any) -> bool:
     return False
 
 
-# ---- TRL
-# ---------------------------------------------------------------------------------------------------------
+# ---- TRL -----------------------------------------------------------------------------------------
 
-#: the trainer that is being made
+#: the trainer whose ``__init__`` is running
 _MAKING: ContextVar[Any] = ContextVar("veneer_trainer", default=None)
 
 
-def learn_trl(module: Any) -> None:
-    """Teach a module of TRL that the reference of a policy with an adapter is no second model, and
-    what drops."""
+def patch_trl(module: Any) -> None:
+    """Patch a module of TRL: the reference model of a policy with an adapter is the policy's base,
+    and ``disable_dropout`` covers adapters."""
     if hasattr(module, "_asks_veneer"):
         return
     module._asks_veneer = True
-    load, theirs = module.create_model_from_path, getattr(module, "disable_dropout_in_model", None)
+    load, original = (
+        module.create_model_from_path,
+        getattr(module, "disable_dropout_in_model", None),
+    )
 
     @functools.wraps(load)
     def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
-        # None: it is the policy itself that is loaded
+        # None while the policy itself is loaded
         policy = getattr(_MAKING.get(), "model", None)
         return (
             reference_of(policy)
-            if policy is not None and _adapted(policy)
+            if policy is not None and _has_adapter(policy)
             else load(*args, **kwargs)
         )
 
     def disable_dropout_in_model(model: nn.Module) -> None:
-        """TRL looks for ``nn.Dropout``, of which an adapter of PEFT has one a layer."""
-        assert theirs is not None
-        theirs(model)
-        _drop_nothing(model)
+        """TRL disables ``nn.Dropout`` modules, which PEFT's adapters have and Veneer's do not."""
+        assert original is not None
+        original(model)
+        _zero_dropout(model)
 
     module.create_model_from_path = create_model_from_path
-    if theirs is not None:
-        module.disable_dropout_in_model = functools.wraps(theirs)(disable_dropout_in_model)
+    if original is not None:
+        module.disable_dropout_in_model = functools.wraps(original)(disable_dropout_in_model)
     for name, value in vars(module).items():
         if (
             isinstance(value, type)
             and value.__module__ == module.__name__
             and name.endswith("Trainer")
         ):
-            value.__init__ = _noted(value.__init__)
+            value.__init__ = _track_construction(value.__init__)
 
 
-def _drop_nothing(model: nn.Module) -> None:
+def _zero_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Change):
             module.dropout = 0.0
 
 
 def disable_dropout(model: nn.Module, settings: Any) -> None:
-    """What TRL's ``disable_dropout`` did, for an adapter that was attached after it."""
+    """Disable the dropout of an adapter that was attached after TRL's ``disable_dropout`` ran."""
     if getattr(settings, "disable_dropout", False):
-        _drop_nothing(model)
+        _zero_dropout(model)
 
 
-def _noted(init: Callable[..., None]) -> Callable[..., None]:
-    """``init``, while which ``_MAKING`` is the object that it makes."""
+def _track_construction(init: Callable[..., None]) -> Callable[..., None]:
+    """``init`` with ``_MAKING`` set to the object under construction."""
 
     @functools.wraps(init)
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+    def tracked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         token = _MAKING.set(self)
         try:
             init(self, *args, **kwargs)
         finally:
             _MAKING.reset(token)
 
-    return made
+    return tracked_init
 
 
-# ---- when others are imported
-# ------------------------------------------------------------------------------------
+# ---- when others are imported --------------------------------------------------------------------
 
 
 def when_imported(name: str, call: Callable[[Any], None]) -> None:
-    """Call ``call`` with a module: now, or once somebody has imported it, which takes seconds."""
+    """Call ``call`` with a module: now if it is imported, else after its import."""
     if name in sys.modules:
         call(sys.modules[name])
     elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
@@ -283,7 +286,8 @@ def when_imported(name: str, call: Callable[[Any], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing by itself; sees one module being imported, once."""
+    """A finder that delegates to the other finders and calls ``call`` after the import of one
+    module, once."""
 
     def __init__(self, name: str, call: Callable[[Any], None]) -> None:
         self.name, self.call = name, call
@@ -291,12 +295,12 @@ class _Watch(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.name:
             return None
-        others = (
+        specs = (
             finder.find_spec(fullname, path, target)
             for finder in [*sys.meta_path]
             if finder is not self
         )
-        spec: Any = next((spec for spec in others if spec is not None), None)
+        spec: Any = next((spec for spec in specs if spec is not None), None)
         if spec is not None:
             run = spec.loader.exec_module
 

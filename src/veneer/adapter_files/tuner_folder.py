@@ -1,11 +1,11 @@
-"""A folder of one of PEFT's other tuners (``formats/peft_tuners.py``) as the one that Veneer would
-write of it.
+"""Conversion of a folder of PEFT's other tuners (``formats/peft_tuners.py``) into the folder that
+Veneer would write.
 
-    plain    LoRA's config and tensors, with the plain change that each of the tuner's amounts to
-    own      the variant's parameters, and their rank and alpha, by the path of the weight
+    plain      LoRA's config and tensors, with the plain change that each of the tuner's changes amounts to
+    variant    the variant's parameters, and their rank and alpha, by the path of the weight
 
-So what reads low-rank changes alone (``convert``, ``compose``, ``compare``) reads these folders
-too, and what installs an adapter installs the variant, which trains on.
+So tools for low-rank changes (``convert``, ``compose``, ``compare``) read these folders too, and
+``veneer.load`` installs the variant, whose training can go on.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from veneer.attach.targets import Names, own_parameters
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, raise_all, sentence
-from veneer.formats import peft, peft_tuners
+from veneer.formats import peft, peft_paths, peft_tuners
 from veneer.formats.peft_tuners import Tuner, VariantChange, Weights
 from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 
-#: more numbers in the factors of a plain change are no adapter's: a file of a few megabytes could
-#: ask for terabytes
+#: the largest number of values in the factors of a plain change: a file of a few megabytes could
+#: otherwise require terabytes
 LARGEST = 2**31
 
 
 @dataclass(frozen=True)
 class TunerFolder:
-    """What a folder of another tuner holds.
+    """The content of a folder of another tuner.
 
     Fields:
         source: the tuner's own config.
@@ -59,8 +59,8 @@ class TunerFolder:
     numbers: int
 
     @property
-    def whole(self) -> bool:
-        """Whether what it changes is trained in full."""
+    def trains_in_full(self) -> bool:
+        """Whether the tuner trains its modules in full."""
         return not self.tuner.needs
 
     def config_of(self, plain: LoraConfig) -> LoraConfig:
@@ -71,7 +71,7 @@ class TunerFolder:
 
 
 class Unsized(Mapping[str, Any]):
-    """In place of changes of which nobody knows the shapes: whoever asks for one is told why."""
+    """Stands for changes of unknown shapes: any access raises an AdapterError with the reason."""
 
     def __init__(self, folder: TunerFolder, path: Any) -> None:
         self.folder, self.path = folder, path
@@ -98,8 +98,8 @@ class Unsized(Mapping[str, Any]):
 def weights_of(names: Names) -> Weights:
     """The shapes of a model's weights by their path, and the dtypes of plain ones."""
 
-    def found(at: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
-        path, _, name = at.rpartition(".")
+    def find_shape(weight_path: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        path, _, name = weight_path.rpartition(".")
         module = names.modules.get(names.canonical.get(path, path))
         weight = (
             None
@@ -112,51 +112,59 @@ def weights_of(names: Names) -> Weights:
         plain = storage.name == "plain" and weight.dtype.is_floating_point
         return tuple(storage.shape(weight)), weight.dtype if plain else None
 
-    return found
+    return find_shape
 
 
 @torch.no_grad()
 def tuner_folder(
     tuner: Tuner, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Weights | None
 ) -> TunerFolder:
-    """What a tuner's files hold. ``AdapterError``: tensors that are no change of this tuner, or not
-    of this base."""
+    """Convert a tuner's files. ``AdapterError``: the tensors are no changes of this tuner, or do
+    not fit the base."""
     needs_base_shapes = peft_tuners.needs_base_shapes(tuner, weights)
-    own, rest = peft_tuners.changes(tuner, config, tensors, weights)
+    changes, rest = peft_tuners.changes(tuner, config, tensors, weights)
     lora, plain, problems = peft_tuners.as_lora(tuner, config), {}, []
     parameters: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    for at, change in own.items():
-        low = _plain(tuner, at, change, problems)
+    for module_path, change in changes.items():
+        low = _plain(tuner, module_path, change, problems)
         if low is None:
             continue
-        plain[at] = low
+        plain[module_path] = low
         groups, out, in_ = *low.B.shape[:2], low.A.shape[2]
         assert groups == 1
-        # PEFT gives a layer more than its weight can have
-        rank = min(peft.strength(lora, at)[0], out, in_)
+        # PEFT allows a rank above min(out, in)
+        rank = min(peft_paths.strength(lora, module_path)[0], out, in_)
         if tuner.type == "ADALORA":
             rank = min(change.parameters["A"].shape[1], rank)
-        sizes[f"{at}.weight"] = rank, _alpha(tuner, change.scale, rank)
-        parameters |= {f"{at}.weight.{name}": value for name, value in change.parameters.items()}
+        sizes[f"{module_path}.weight"] = rank, _alpha(tuner, change.scale, rank)
+        parameters |= {
+            f"{module_path}.weight.{name}": value for name, value in change.parameters.items()
+        }
     raise_all(AdapterError, "These adapter tensors cannot be used", problems)
-    made = dict(rest)
-    for at, low in plain.items():
-        A, B = peft_tuners.plain_shapes(at, low.A[0], low.B[0], weights)
-        made |= {peft.key(at, "lora_A.weight"): A, peft.key(at, "lora_B.weight"): B}
-    scales = {at: (low.rank, low.scale * low.rank) for at, low in plain.items()}
+    plain_tensors = dict(rest)
+    for module_path, low in plain.items():
+        A, B = peft_tuners.plain_shapes(module_path, low.A[0], low.B[0], weights)
+        plain_tensors |= {
+            peft.key(module_path, "lora_A.weight"): A,
+            peft.key(module_path, "lora_B.weight"): B,
+        }
+    scales = {module_path: (low.rank, low.scale * low.rank) for module_path, low in plain.items()}
     usual = next(iter(scales.values()), (lora["r"], lora["lora_alpha"]))
     source, config = config, config_fields({**lora, "use_rslora": False}, scales, usual, ())
-    held = {
+    tuner_tensors = {
         key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in tuner.suffixes
     }
-    paths = {peft.unnested(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0] for key in held}
-    numbers = sum(tensor.numel() for tensor in held.values())
+    paths = {
+        peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).rpartition(".")[0])[0]
+        for key in tuner_tensors
+    }
+    numbers = sum(tensor.numel() for tensor in tuner_tensors.values())
     return TunerFolder(
         tuner,
         source,
         config,
-        made,
+        plain_tensors,
         parameters,
         sizes,
         needs_base_shapes,
@@ -170,14 +178,19 @@ def _alpha(tuner: Tuner, scale: float, rank: int) -> float:
     return scale / VARIANTS[tuner.variant].scale(1.0, rank)
 
 
-def _plain(tuner: Tuner, at: str, change: VariantChange, problems: list[str]) -> LowRank | None:
-    """The plain change that one amounts to, of a rank that its weight can have."""
+def _plain(
+    tuner: Tuner, module_path: str, change: VariantChange, problems: list[str]
+) -> LowRank | None:
+    """The plain change that a variant's change amounts to, of a rank of at most min(out, in); None,
+    with a problem added, if it has none."""
     parameters, variant = change.parameters, VARIANTS[tuner.variant]
     if _count(tuner, parameters) > LARGEST:
         sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
         expected = f"factors of at most {LARGEST:,} numbers"
         problems.append(
-            sentence(f"{sizes} at {at!r}", expected, "get another copy; its tensors are damaged")
+            sentence(
+                f"{sizes} at {module_path!r}", expected, "get another copy; its tensors are damaged"
+            )
         )
         return None
     try:
@@ -185,12 +198,12 @@ def _plain(tuner: Tuner, at: str, change: VariantChange, problems: list[str]) ->
         dense = low.delta(torch.float64) if low.rank > min(low.B.shape[1], low.A.shape[2]) else None
     except (RuntimeError, IndexError, ValueError) as error:
         sizes = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in parameters.items())
-        problem = f"{sizes} at {at!r} ({str(error).splitlines()[0]})"
+        problem = f"{sizes} at {module_path!r} ({str(error).splitlines()[0]})"
         problems.append(sentence(problem, f"a change of {tuner.type}", "get both files again"))
         return None
     if dense is None:
         return low
-    # ΔW and an identity have fewer numbers
+    # ΔW and an identity have fewer values than the factors
     dense, (out, in_) = (
         dense.to(low.A.dtype),
         dense.shape[1:],
@@ -200,7 +213,7 @@ def _plain(tuner: Tuner, at: str, change: VariantChange, problems: list[str]) ->
 
 
 def _count(tuner: Tuner, parameters: Mapping[str, Tensor]) -> int:
-    """How many numbers the factors of the plain change have, as the shapes say."""
+    """The number of values in the factors of the plain change, from the shapes."""
     shapes = {name: value.shape for name, value in parameters.items()}
     if tuner.type == "LOHA":
         rank = shapes["A1"][1] * shapes["A2"][1]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.adapter_files.folder import missing
+from veneer.adapter_files.folder import folder_problems
 from veneer.adapter_files.match_model import MatchCache
 from veneer.attach.adapted_module import layer_states, walk
 from veneer.attach.blend import require_finite_weights
@@ -115,7 +115,7 @@ class Bank:
         path = Path(path)
         if not isinstance(name, str) or not name:
             raise SelectionError(f"the name {name!r}", "a text", "choose one")
-        raise_all(AdapterError, f"{name!r} cannot be registered", missing(path))
+        raise_all(AdapterError, f"{name!r} cannot be registered", folder_problems(path))
         with self._changed:
             self._open()
             old = self._entries.get(name)
@@ -177,7 +177,7 @@ class Bank:
 
     def _replace(self, name: str, path: Path, pin: bool) -> None:
         """Load an adapter beside the one of its name, and then let the name mean the new one."""
-        raise_all(AdapterError, f"{name!r} cannot be replaced", missing(path))
+        raise_all(AdapterError, f"{name!r} cannot be replaced", folder_problems(path))
         with self._loading:
             with self._changed:
                 self._open()

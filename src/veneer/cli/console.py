@@ -158,11 +158,11 @@ def open_base_and_adapters(
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
     """Refuse folders that hold no adapter, before a base is converted or read for them."""
-    from veneer.adapter_files.folder import missing
+    from veneer.adapter_files.folder import folder_problems
     from veneer.errors import AdapterError, raise_all
 
     for folder in folders:
-        raise_all(AdapterError, f"{folder} cannot be read", missing(Path(folder)))
+        raise_all(AdapterError, f"{folder} cannot be read", folder_problems(Path(folder)))
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:
@@ -181,7 +181,7 @@ def tokenizer_beside(folder: Path) -> Any:
 
 def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
     """The one with all tokens of these adapters' own, or None."""
-    from veneer.adapter_files.folder import common_tokenizer
+    from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
 
     place = common_tokenizer(folders)

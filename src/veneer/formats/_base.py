@@ -128,8 +128,8 @@ class Format:
         recognises: (first bytes, keys of the tensors, header if it is safetensors) -> whether a
             file is one.
         parts: its names may say which model of a pipeline a layer is of.
-        peft: its loaders compute with PEFT, which leaves out what ``peft.differs`` names; other
-            formats mean weights.
+        peft: its loaders compute with PEFT, which leaves out what
+            ``peft_behaviour.deviation_reason`` names; other formats mean weights.
         read, write: see the top; None where ``convert`` itself does it.
     """
 
@@ -165,7 +165,7 @@ def kind_of_change(
         return "embedding"
     if layer.A.dim() > 2:
         return "conv" if groups == 1 else "grouped conv"
-    if layer.stacked or groups > 1:
+    if layer.is_stacked or groups > 1:
         return "stack"
     if of_parameter(path, layer) or not weight.endswith(".weight"):
         return "parameter"

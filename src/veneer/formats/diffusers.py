@@ -38,6 +38,8 @@ from veneer.formats import (
     Options,
     parts,
     peft,
+    peft_fields,
+    peft_paths,
     register,
 )
 from veneer.formats._base import PAIR, cast, layer_of, read_tensors, scalar
@@ -77,21 +79,23 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     part_by_path = {path_in_file: parts.part_of(path_in_file) or "model" for path_in_file in groups}
     before, left_out = parts.choose_parts(part_by_path.values(), base, options.part)
     config = _header_of(path, header)
-    configs = {part: _config_of(config, part) for part in before}
+    configs = {component: _config_of(config, component) for component in before}
     low: dict[str, peft.PeftLayer] = {}
     for path_in_file, group in groups.items():
-        part = part_by_path[path_in_file]
-        if part not in before:
+        component = part_by_path[path_in_file]
+        if component not in before:
             continue
-        path_in_model = path_in_file if part == "model" else path_in_file.partition(".")[2]
-        start = before[part]
+        path_in_model = path_in_file if component == "model" else path_in_file.partition(".")[2]
+        start = before[component]
         path_in_part = parts.path_in_base(
-            part, path_in_model, lambda path, start=start: f"{start}{path}.weight" in base.shapes
+            component,
+            path_in_model,
+            lambda path, start=start: f"{start}{path}.weight" in base.shapes,
         )
-        path_in_base = path_in_file if part == "model" else f"{start}{path_in_part}"
+        path_in_base = path_in_file if component == "model" else f"{start}{path_in_part}"
         try:
             low[path_in_base] = _layer(
-                path_in_file, path_in_model, path_in_base, group, configs[part], base
+                path_in_file, path_in_model, path_in_base, group, configs[component], base
             )
         except AdapterError as error:
             problems.append(str(error))
@@ -133,7 +137,7 @@ def _layer(
         )
     alpha = scalar(group["alpha"], f"{path_in_file}.alpha") if "alpha" in group else None
     if alpha is None and config:
-        rank, _, scale = peft.strength(config, path_in_model)
+        rank, _, scale = peft_paths.strength(config, path_in_model)
         alpha = scale * rank
     return layer_of(
         path_in_base, group["A"], group["B"], alpha, shape=shape, magnitude=group.get("magnitude")
@@ -151,18 +155,18 @@ def _header_of(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     raise AdapterError(problem, "the config of the adapter", "get the file again")
 
 
-def _config_of(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+def _config_of(config: Mapping[str, Any], component: str) -> dict[str, Any]:
     """PEFT's fields for one part of a pipeline, checked; nothing where the header has none."""
     fields = {
-        key.removeprefix(f"{part}."): value
+        key.removeprefix(f"{component}."): value
         for key, value in config.items()
-        if key.startswith(f"{part}.")
+        if key.startswith(f"{component}.")
     }
-    fields = fields or (dict(config) if part == "model" else {})
+    fields = fields or (dict(config) if component == "model" else {})
     if fields.get("r") is None:
         return {}
     fields = {"peft_type": "LORA", "target_modules": [], "lora_alpha": fields["r"], **fields}
-    peft.check_config(fields)
+    peft_fields.check_config(fields)
     return fields
 
 
@@ -172,25 +176,27 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         parts.locate_modules(adapter.changes, options.part, "diffusers") if not problems else {}
     )
     by_part: dict[str, list[LowRankChange]] = {
-        part: [] for part in sorted({part for part, _ in locations.values()})
+        component: [] for component in sorted({component for component, _ in locations.values()})
     }
     for change in adapter.changes if by_part else ():
         by_part[locations[change.weight][0]].append(change)
     dora = {
-        part: {change.magnitude is not None for change in changes}
-        for part, changes in by_part.items()
+        component: {change.magnitude is not None for change in changes}
+        for component, changes in by_part.items()
     }
     problems += [  # PEFT's flag is one for all layers
-        sentence(f"layers of {part} with and without DoRA", "one of both", "convert them apart")
-        for part in by_part
-        if len(dora[part]) > 1
+        sentence(
+            f"layers of {component} with and without DoRA", "one of both", "convert them apart"
+        )
+        for component in by_part
+        if len(dora[component]) > 1
     ]
     raise_all(AdapterError, "diffusers' format cannot hold this adapter", problems)
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for part, changes in by_part.items():
-        start = "" if part == "model" else f"{part}."
-        *pair, magnitude = _suffixes(part, [locations[change.weight][1] for change in changes])
+    for component, changes in by_part.items():
+        start = "" if component == "model" else f"{component}."
+        *pair, magnitude = _suffixes(component, [locations[change.weight][1] for change in changes])
         for change in changes:
             module_path = f"{start}{locations[change.weight][1]}"
             for suffix, tensor in zip(pair, (change.layer.A, change.layer.B), strict=True):
@@ -204,10 +210,10 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
         fields = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": peft.patterns_for(ranks, rank),
-            "alpha_pattern": peft.patterns_for(alphas, alpha),
+            "rank_pattern": peft_paths.patterns_for(ranks, rank),
+            "alpha_pattern": peft_paths.patterns_for(alphas, alpha),
             "target_modules": sorted(ranks),
-            "use_dora": True in dora[part],
+            "use_dora": True in dora[component],
             "lora_bias": False,
         }
         config |= {f"{start}{key}": value for key, value in fields.items()}
@@ -219,10 +225,10 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     return []
 
 
-def _suffixes(part: str, modules: Iterable[str]) -> tuple[str, str, str]:
+def _suffixes(component: str, modules: Iterable[str]) -> tuple[str, str, str]:
     """The suffixes behind a module's path in the keys of A, B and the magnitude, for a part with
     these modules."""
-    if not part.startswith("text_encoder"):
+    if not component.startswith("text_encoder"):
         return PAIR[0], PAIR[1], peft.MAGNITUDE
     down, up = PAIR if any(f".{module}".endswith(ATTENTION) for module in modules) else NAMED
     return down, up, f"{peft.MAGNITUDE}.weight"

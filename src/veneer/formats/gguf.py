@@ -170,9 +170,11 @@ def write(adapter: Adapter, path: Path, base: BaseFacts, options: Options) -> li
     names = _Names(library, base)
     problems = [problem for change in adapter.changes for problem in _refusals(change, names)]
     if adapter.full:
-        found = f"{listing([at or 'the model' for at in adapter.full], 3)} trained in full"
+        adapter_problem = f"{listing([module_path or 'the model' for module_path in adapter.full], 3)} trained in full"
         problems.append(
-            sentence(found, "low-rank changes alone", "merge the adapter and convert the model")
+            sentence(
+                adapter_problem, "low-rank changes alone", "merge the adapter and convert the model"
+            )
         )
     raise_all(AdapterError, "GGUF cannot hold this adapter", problems)
     alphas = [alpha_of(change.layer) for change in adapter.changes if alpha_of(change.layer)]
@@ -322,7 +324,7 @@ def read(path: Path, base: BaseFacts, options: Options) -> Contents:
     order = {
         weight.removesuffix(".weight"): position for position, weight in enumerate(base.shapes)
     }
-    low = dict(sorted(low.items(), key=lambda item: order.get(item[1].at, 0)))
+    low = dict(sorted(low.items(), key=lambda item: order.get(item[1].target_path, 0)))
     about = {"header": {key: value for key, value in fields.items() if not key.startswith("GGUF.")}}
     return Contents(low, base_name=base.name, about=about, transposed=names.family.name == "GPT2")
 
@@ -368,7 +370,9 @@ def _stack_experts(
             for sibling in base.shapes
             if sibling.startswith(f"{above}.") and sibling != weight
         )
-        first = later and all(layer.at.rpartition(".")[0] != above for layer in low.values())
+        first = later and all(
+            layer.target_path.rpartition(".")[0] != above for layer in low.values()
+        )
         A, B = _join_pairs(
             [pairs_by_name.get(name) for name in names.of(weight)],
             base.shapes[weight],
@@ -397,7 +401,7 @@ def _join_pairs(
         problem = f"changes of {weight!r} that do not fit its shape {tuple(shape)}"
         raise AdapterError(problem, "those of its base", "give the base that it was made for")
     A = present[0][0]
-    if len(present) == len(pairs) and all(torch.equal(other, A) for other, _ in present):
+    if len(present) == len(pairs) and all(torch.equal(a, A) for a, _ in present):
         return A, torch.cat([B for _, B in present], 1)
     # the scale is alpha / rank, and the rank grows: B takes what that loses
     total_rank = sum(a.shape[1] for a, _ in present)

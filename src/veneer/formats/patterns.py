@@ -158,10 +158,10 @@ class Ends:
     def first(self, path: str) -> str | None:
         segments = path.split(".")
         below = (".".join(segments[start:]) for start in range(len(segments)))
-        found = [self._words[end] for end in below if end in self._words]
-        found += next(([number] for number, matches in self._plain if matches(path)), [])
-        found += next(([self._complex[index]] for index in self._expressions.matching(path)), [])
-        return self.sources[min(found)] if found else None
+        indices = [self._words[end] for end in below if end in self._words]
+        indices += next(([number] for number, matches in self._plain if matches(path)), [])
+        indices += next(([self._complex[index]] for index in self._expressions.matching(path)), [])
+        return self.sources[min(indices)] if indices else None
 
 
 #: what has neither a choice nor a repetition

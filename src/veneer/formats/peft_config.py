@@ -27,7 +27,7 @@ _SAME_VALUE = {
     "layers_to_transform": "layers",
     "trainable_token_indices": "trainable_tokens",
 }
-_BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
+BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 #: starts that are variants of the same name here
 _STARTS = ("corda", "eva", "loftq", "lora_ga", "mica", "olora", "orthogonal", "pissa")
 #: the task heads that PEFT trains in full without being told
@@ -95,7 +95,7 @@ def lora_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for peft_name, name in (("rank_pattern", "ranks"), ("alpha_pattern", "alphas")):
         patterns = values.get(peft_name) or {}
         ours[name] = {_layer_pattern(key): value for key, value in patterns.items()}
-    ours["bias"] = _BIASES.get(values.get("bias", "none"), values.get("bias"))
+    ours["bias"] = BIASES.get(values.get("bias", "none"), values.get("bias"))
     ours["variant"] = _variant(values, problems)
     return ours, problems
 
@@ -159,13 +159,13 @@ def _variant(values: Mapping[str, Any], problems: list[str]) -> str:
             sentence(f"init_lora_weights={start!r}", f"True, or one of {', '.join(_STARTS)}", do)
         )
     elif (flags and name) or (len(flags) > 1 and "qalora" in flags):
-        found = " with ".join(
+        problem = " with ".join(
             [f"use_{flag}=True" for flag in flags] + [f"init_lora_weights={start!r}"]
         )
-        problems.append(sentence(found, "a variant that has all of it", "choose one of them"))
+        problems.append(sentence(problem, "a variant that has all of it", "choose one of them"))
     if "qalora" in flags and values.get("qalora_group_size", _GROUP_SIZE) != _GROUP_SIZE:
-        found = f"qalora_group_size={values['qalora_group_size']!r}"
-        problems.append(sentence(found, str(_GROUP_SIZE), "use that size"))
+        problem = f"qalora_group_size={values['qalora_group_size']!r}"
+        problems.append(sentence(problem, str(_GROUP_SIZE), "use that size"))
     if name == "corda" and _corda_method(values.get("corda_config")) == "kpm":
         name = "corda_kpm"
     return name or "_".join(flags) or "lora"

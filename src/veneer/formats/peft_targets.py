@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing
-from veneer.formats import peft, peft_tokens
+from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_tuners import PROJECTIONS, tuner_of
 
 #: what narrows the targets of LoRA, and which of it the configs of other types do not have, which
@@ -50,10 +50,13 @@ def left_out(
         config["target_modules"] = ".*"
     # PEFT adapts the out-projection of an attention along with it, whatever it is called
     names = {
-        path: {peft.unnested(name)[0] for name in (path, peft.attention_of(path) or path)}
+        path: {
+            peft_paths.strip_wrappers(name)[0]
+            for name in (path, peft_paths.attention_of(path) or path)
+        }
         for path in by_module
     }
-    expected = peft.expected_paths(config, set().union(*names.values()))
+    expected = peft_paths.expected_paths(config, set().union(*names.values()))
     if expected is None:
         return {}
     inside = [key for path, keys in by_module.items() for key in keys if names[path] & expected]
@@ -69,7 +72,7 @@ def left_out(
         keys += [
             key for key in tensors if key.startswith(below) and "." not in key.removeprefix(below)
         ]
-        outside.setdefault(peft.unnested(path)[0], []).extend(keys)
+        outside.setdefault(peft_paths.strip_wrappers(path)[0], []).extend(keys)
     return outside
 
 
@@ -157,6 +160,6 @@ def _module_of(key: str, config: Mapping[str, Any], suffixes: Iterable[str]) -> 
 
 def _means_parameter(config: Mapping[str, Any], path: str) -> bool:
     """Whether ``target_parameters`` may mean a parameter of the module at a path of the file."""
-    bare = peft.unnested(path)[0]
+    bare = peft_paths.strip_wrappers(path)[0]
     above = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
     return any(not end or bare == end or bare.endswith(f".{end}") for end in above)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
-from veneer.formats import peft
+from veneer.formats import peft, peft_paths
 
 SUFFIX, ALONE = "token_adapter.trainable_tokens_delta", "trainable_tokens_delta"
 FIELD, TYPE = "trainable_token_indices", "TRAINABLE_TOKENS"
@@ -27,9 +27,9 @@ FIELD, TYPE = "trainable_token_indices", "TRAINABLE_TOKENS"
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows [n, d] of the tokens ``ids``, ascending, in the module at the path ``at``."""
+    """The rows [n, d] of the tokens ``ids``, ascending, in the module at ``module_path``."""
 
-    at: str
+    module_path: str
     ids: tuple[int, ...]
     rows: Tensor
 
@@ -70,7 +70,7 @@ def split(
     for key in sorted(key for key in tensors if key.endswith(f".{SUFFIX}")):
         rows, module_path = (
             tensors[key],
-            peft.unnested(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0],
+            peft_paths.strip_wrappers(key.removeprefix(peft.PREFIX).removesuffix(f".{SUFFIX}"))[0],
         )
         ids = indices(config, module_path)
         if rows.dim() != 2 or len(ids) != len(rows) or len(set(ids)) != len(ids) or not ids:
@@ -92,10 +92,14 @@ def split(
 
 def indices(config: Mapping[str, Any], module_path: str) -> Sequence[int]:
     """The ids that a config has for the module at a path, in the order of its rows."""
-    said = config.get(FIELD) or ()
-    if not isinstance(said, Mapping):
-        return list(said)
+    field = config.get(FIELD) or ()
+    if not isinstance(field, Mapping):
+        return list(field)
     return next(
-        (ids for end, ids in said.items() if module_path == end or module_path.endswith(f".{end}")),
+        (
+            ids
+            for end, ids in field.items()
+            if module_path == end or module_path.endswith(f".{end}")
+        ),
         [],
     )

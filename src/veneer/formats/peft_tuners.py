@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing, raise_all, sentence
-from veneer.formats import peft
+from veneer.formats import peft, peft_fields, peft_paths
 
 #: the shape and, where it is plain, the dtype of a base's parameter, by its path; None where the
 #: base lacks it
@@ -54,7 +54,7 @@ class ModuleTensors:
     """The tensors of one module by suffix, its rank and scale as the config says, the pattern of
     AdaLoRA's ranks, and VeRA's projections, cut to the layer."""
 
-    at: str
+    module_path: str
     tensors: Mapping[str, Tensor]
     rank: int
     scale: float
@@ -72,8 +72,8 @@ class Tuner:
         suffixes: of a module's tensors; each of ``needs`` is one of these, or a choice of several
             that go together.
         fields: the tuner's own name of a field of LoRA's config.
-        own: its own further fields, which change nothing that is computed from the file, with the
-            test of each.
+        extra_fields: its further fields, which change nothing that is computed from the file, with
+            the test of each.
         read: what a file holds of one module -> its change.
     """
 
@@ -82,7 +82,7 @@ class Tuner:
     suffixes: tuple[str, ...]
     needs: tuple[tuple[tuple[str, ...], ...], ...]
     fields: Mapping[str, str]
-    own: Mapping[str, Callable[[Any], bool]]
+    extra_fields: Mapping[str, Callable[[Any], bool]]
     read: Callable[[ModuleTensors], VariantChange]
 
 
@@ -220,11 +220,13 @@ def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
     return TUNERS.get(str(config.get("peft_type")))
 
 
-def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool = False) -> None:
-    """``peft.check_config``, for the configs of these tuners too."""
-    tuner = None if ours else tuner_of(config)
+def check_config(
+    config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
+) -> None:
+    """``peft_fields.check_config``, for the configs of these tuners too."""
+    tuner = None if by_veneer else tuner_of(config)
     problems = []
-    for name, test in tuner.own.items() if tuner is not None else ():
+    for name, test in tuner.extra_fields.items() if tuner is not None else ():
         value = config.get(name)
         if value is not None and not test(value):
             problem = f"{name}={repr(value)[:200]} in {peft.CONFIG}"
@@ -245,7 +247,9 @@ def check_config(config: Mapping[str, Any], ours: bool = False, with_base: bool 
                 )
             )
     raise_all(AdapterError, f"This {peft.CONFIG} cannot be used", problems)
-    peft.check_config(config if tuner is None else as_lora(tuner, config), ours, with_base)
+    peft_fields.check_config(
+        config if tuner is None else as_lora(tuner, config), by_veneer, with_base
+    )
 
 
 #: how the names begin that PEFT's tuners give their tensors; only LoRA's may have ".weight" behind
@@ -266,15 +270,15 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         *_, above, last = ["", "", *key.removeprefix(peft.PREFIX).split(".")]
         marked = [segment for segment in (above, last) if segment.startswith(_MARKS)]
         if tuner is not None:
-            known = (
+            is_valid = (
                 "ln_tuning_layers" in (above, last) if not tuner.needs else last in tuner.suffixes
             )
-            known = known or (type_ == "VERA" and key in PROJECTIONS)
+            is_valid = is_valid or (type_ == "VERA" and key in PROJECTIONS)
         elif type_ == _TOKENS:
-            known = last == "trainable_tokens_delta"
+            is_valid = last == "trainable_tokens_delta"
         else:
-            known = all(mark.startswith("lora_") for mark in marked) or above == "token_adapter"
-        if marked and not known:
+            is_valid = all(mark.startswith("lora_") for mark in marked) or above == "token_adapter"
+        if marked and not is_valid:
             strange.append(key)
     if strange:
         problem = (
@@ -287,7 +291,11 @@ def check_tensors(config: Mapping[str, Any], keys: Iterable[str]) -> None:
 def as_lora(tuner: Tuner, config: Mapping[str, Any]) -> dict[str, Any]:
     """A tuner's config in LoRA's fields: its targets, and the rank and alpha that the scale of a
     change comes from. A field that neither knows is still there."""
-    own_fields = {*tuner.own, *tuner.fields.values(), *(_UNUSED if tuner.type == "ADALORA" else ())}
+    own_fields = {
+        *tuner.extra_fields,
+        *tuner.fields.values(),
+        *(_UNUSED if tuner.type == "ADALORA" else ()),
+    }
     lora = {name: value for name, value in config.items() if name not in own_fields}
     lora |= {name: config.get(own_name) for name, own_name in tuner.fields.items()}
     if tuner.type == "ADALORA" and _number(lora.get("lora_alpha")) and lora["lora_alpha"] <= 0:
@@ -324,7 +332,7 @@ def changes(
         if tuner.type == "LN_TUNING" and (above := path.removesuffix(".ln_tuning_layers")) != path:
             rest[peft.key(above, suffix)] = tensor
         elif bare != key and suffix in tuner.suffixes:
-            by_module.setdefault(peft.unnested(path)[0], {})[suffix] = tensor
+            by_module.setdefault(peft_paths.strip_wrappers(path)[0], {})[suffix] = tensor
         elif key not in PROJECTIONS or tuner.type != "VERA":
             rest[key] = tensor
     cut = (
@@ -332,7 +340,7 @@ def changes(
     )
     lora, patterns, layer_changes = as_lora(tuner, config), config.get("rank_pattern") or {}, {}
     for module_path, module_tensors in by_module.items():
-        rank, alpha, scale = peft.strength(lora, module_path)
+        rank, alpha, scale = peft_paths.strength(lora, module_path)
         pattern = None
         if tuner.type == "ADALORA":
             scale, pattern = alpha / (rank + EPSILON), patterns.get(f"{module_path}.lora_E")
@@ -478,9 +486,10 @@ def drawn_projections(key: int, rank: int, out: int, in_: int) -> tuple[Tensor, 
     return A, B
 
 
-def differs(kind: str, module: Any) -> str | None:
-    """As ``peft.differs``, for these tuners: why PEFT computes something else than a change of the
-    weight gives, or why the change is none that a variant has; None if neither."""
+def deviation_reason(kind: str, module: Any) -> str | None:
+    """As ``peft_behaviour.deviation_reason``, for these tuners: why PEFT computes something else
+    than a change of the weight gives, or why the change is none that a variant has; None if
+    neither."""
     if kind in ("conv1d", "conv2d"):  # with the layer's stride, padding, dilation and groups
         if module.groups != 1:
             return (

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from veneer.errors import listing
-from veneer.formats import peft, peft_targets
+from veneer.formats import peft, peft_paths, peft_targets
 
 __all__ = ["problems"]
 
@@ -98,10 +98,12 @@ def _scales(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     and lora_alpha."""
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or not config.get("r"):
         return []
-    scale = peft.strength(config)[2]  # of no path: no pattern applies
+    scale = peft_paths.strength(config)[2]  # of no path: no pattern applies
     paths = {parsed[0] for parsed in map(parse, names) if parsed is not None}
     deviating = sorted(
-        path for path in paths if abs(peft.strength(config, path)[2] - scale) > 1e-6 * abs(scale)
+        path
+        for path in paths
+        if abs(peft_paths.strength(config, path)[2] - scale) > 1e-6 * abs(scale)
     )
     text = (
         f"layers have scales of their own ({listing(deviating, 2)}), which releases of vLLM have"

@@ -26,7 +26,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from veneer.adapter_files.record import record_in
+from veneer.adapter_files.record import record_in_header
 from veneer.errors import (
     AdapterError,
     BaseMismatchError,
@@ -97,7 +97,7 @@ class Adapters:
     def _must_be_base(self, base: str, path: Path) -> str:
         """How far the base is that of the adapter's record, in words. ``BaseMismatchError``: it is
         not."""
-        saved = record_in(
+        saved = record_in_header(
             path, read_header(path / peft.TENSORS).metadata
         )  # the rest was verified as it was pulled
         if saved is None:

@@ -29,14 +29,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter_files.folder import (
+from veneer.adapter_files.file_names import (
     FILES,
+    adapter_file_names,
     content_hash,
     copy_files,
     has_content,
-    own_files,
-    read,
 )
+from veneer.adapter_files.folder import read
 from veneer.errors import (
     AdapterError,
     LibraryError,
@@ -408,7 +408,7 @@ def _entry(path: Path, name: str, key: str, tags: tuple[str, ...]) -> Entry:
     base: Any = saved.metadata.get("base", {}).get("name") or saved.peft_config.get(
         "base_model_name_or_path"
     )
-    size = sum((path / file).stat().st_size for file in own_files(path))
+    size = sum((path / file).stat().st_size for file in adapter_file_names(path))
     added = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(name, key, tags, added, size, base, saved.config.variant, saved.config.rank)
 

@@ -30,16 +30,16 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from veneer.adapter_files.folder import (
+from veneer.adapter_files.file_names import (
     FILES,
     TOKENIZER,
+    adapter_file_names,
     content_hash,
     copy_files,
     has_content,
-    own_files,
-    read,
-    read_tokens,
+    trains_tokens,
 )
+from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, write_whole
 from veneer.models.gguf import cache_dir
@@ -225,7 +225,7 @@ def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> 
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         remote_files = set(api.list_repo_files(repo, revision=target.revision))
-        local_files, ours = own_files(path), (*FILES, *(TOKENIZER if read_tokens(path) else ()))
+        local_files, ours = adapter_file_names(path), (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
         stale = [
             name for name in ours if name in remote_files and name not in local_files
         ]  # another variant's numbers, say
@@ -253,7 +253,7 @@ def _pull_hub(source: Place, keep: Path) -> Path:
             _api().snapshot_download(
                 repo, revision=commit, local_dir=folder, allow_patterns=list(FILES)
             )
-            if read_tokens(folder):
+            if trains_tokens(folder):
                 _api().snapshot_download(
                     repo, revision=commit, local_dir=folder, allow_patterns=list(TOKENIZER)
                 )
@@ -339,7 +339,7 @@ def _push_store(path: Path, target: Place) -> str:
         system, root = file_system(target)
         system.makedirs(f"{root}/{key}", exist_ok=True)
         steps = getattr(system, "local_file", False)  # where writing a file is no single step
-        for name in own_files(path):
+        for name in adapter_file_names(path):
             if steps:  # somebody may read what an earlier push has put there
                 with new_file(Path(root) / key / name, overwrite=True) as file:
                     system.put_file(str(path / name), str(file))
@@ -377,7 +377,7 @@ def _pull_store(source: Place, keep: Path) -> Path:
                 PurePosixPath(file).name for file in system.ls(remote_folder, detail=False)
             }
             for names in (FILES, TOKENIZER):
-                for name in names if names is FILES or read_tokens(folder) else ():
+                for name in names if names is FILES or trains_tokens(folder) else ():
                     if name in remote_names:
                         system.get_file(f"{remote_folder}/{name}", str(folder / name))
 

@@ -31,7 +31,7 @@ from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, prints_in
-from veneer.formats import peft
+from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied
 
@@ -183,7 +183,7 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
             problem = f"changes of {at!r} of (groups, out, in) = {sizes[0]} and {sizes[1]}"
             problems.append(sentence(problem, "adapters of one model", "compare those"))
     raise_all(AdapterError, "These adapters cannot be compared", problems)
-    magnitudes = [{layer.at: layer.extras for layer in each.low.values()} for each in pair]
+    magnitudes = [{layer.target_path: layer.extras for layer in each.low.values()} for each in pair]
     full = [_full(each) for each in pair]
     only = [
         tuple(
@@ -263,7 +263,7 @@ def _space(bases: Sequence[tuple[Tensor, Tensor]]) -> Space | None:
 
 
 def _full(saved: AdapterFiles) -> dict[str, Tensor]:
-    items = ((peft.unnested(path)[0], tensors) for path, tensors in saved.full.items())
+    items = ((peft_paths.strip_wrappers(path)[0], tensors) for path, tensors in saved.full.items())
     full = {
         parameter_path(at, name): tensor
         for at, tensors in items
@@ -272,7 +272,7 @@ def _full(saved: AdapterFiles) -> dict[str, Tensor]:
     tokens = (
         (one, *row) for one in saved.tokens.values() for row in zip(one.ids, one.rows, strict=True)
     )
-    return full | {f"{parameter_path(one.at, 'weight')}[{id_}]": row for one, id_, row in tokens}
+    return full | {f"{parameter_path(one.module_path, 'weight')}[{id_}]": row for one, id_, row in tokens}
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

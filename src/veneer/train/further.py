@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.adapter_files import read
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.install import detach
 from veneer.attach.select import use

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapter_files.folder import LARGEST
+from veneer.adapter_files.number_checks import MAX_MAGNITUDE
 from veneer.attach.lookup import changes, need_adapters
 from veneer.config import LoraConfig
 from veneer.engine import PassResult, TrainedAdapter, isolate_failures
@@ -320,13 +320,15 @@ class Trainer:
         norms = wide_norms(parameters)
         sizes = [abs(pair.scale) * norms[pair.A] * norms[pair.B] for pair in self._products[run]]
         # No value is larger than the norm of its tensor, so that values are seldom looked at.
-        within = all(norm <= LARGEST for norm in norms)
+        within = all(norm <= MAX_MAGNITUDE for norm in norms)
         sizes.append(0.0 if within else largest_magnitude(parameters))
-        worst = next((size for size in sizes if not size <= LARGEST), None)  # NaN is not, either
+        worst = next(
+            (size for size in sizes if not size <= MAX_MAGNITUDE), None
+        )  # NaN is not, either
         if worst is not None:
             raise DivergenceError(
                 f"a run that diverged: a step made numbers of up to {worst:.3g}",
-                f"weights, and changes of weights, of at most {LARGEST:g}",
+                f"weights, and changes of weights, of at most {MAX_MAGNITUDE:g}",
                 "load a checkpoint into it and go on with a smaller learning rate, or begin a new "
                 "run",
             )

@@ -30,7 +30,7 @@ from veneer.attach.lookup import parameter_path
 from veneer.attach.targets import path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
-from veneer.formats import peft
+from veneer.formats import peft, peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied
 from veneer.tools.compose.blend import (
@@ -157,7 +157,7 @@ def compose(
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
     for file in files:
-        file.no_tokens("a combination of adapters")
+        file.refuse_trained_tokens("a combination of adapters")
     used = [number for number, weight in enumerate(given) if weight]
     notes = [
         f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used
@@ -329,7 +329,7 @@ def _layer_weights(
     known = [name for aligned in aligned_weights for name in (aligned.at, aligned.weight) if name]
     for source in sources:
         for path, tensors in source.full.items():
-            at = peft.unnested(path)[0]
+            at = peft_paths.strip_wrappers(path)[0]
             known += [at, *(parameter_path(at, name) for name in tensors)]
     rules, problems = [], []
     for pattern, factor in layers.items():

@@ -3,9 +3,9 @@
     align(adapter files) -> an AlignedWeight for each weight that any of them changes: at, path, who
     changes it
 
-Changes are matched by ``PeftLayer.at``, as PEFT nests what it wraps. A tied weight stands in a file
-under each of its names; the record lists the first. The others are its aliases, of which the
-changes are the same product, transposed where one module reads the weight so.
+Changes are matched by ``PeftLayer.target_path``, as PEFT nests what it wraps. A tied weight stands
+in a file under each of its names; the record lists the first. The others are its aliases, of which
+the changes are the same product, transposed where one module reads the weight so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
-from veneer.formats import peft
+from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.lowrank import LowRank
 
 
@@ -26,7 +26,7 @@ from veneer.lowrank import LowRank
 class AlignedWeight:
     """One weight, as adapters change it."""
 
-    at: str  # the path of its module, or of the parameter where that is meant (``PeftLayer.at``)
+    at: str  # ``PeftLayer.target_path``: the path of its module, or of the parameter
     path: str  # in a file with all the changes
     parameter: bool  # whether a file means the parameter, not the module
     weight: str | None  # the path of the weight, where a record says it
@@ -58,7 +58,7 @@ def align(
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for number, saved in enumerate(saved_adapters):
         for path, layer in saved.low.items():
-            changes.setdefault(layer.at, {})[number] = path, layer
+            changes.setdefault(layer.target_path, {})[number] = path, layer
     parameters = {
         at
         for at, entries in changes.items()
@@ -114,7 +114,7 @@ def _weights(
     """(the path of each weight by ``at``, the aliases by ``at``)."""
     weights: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
-    by_at = [{layer.at: layer for layer in saved.low.values()} for saved in saved_adapters]
+    by_at = [{layer.target_path: layer for layer in saved.low.values()} for saved in saved_adapters]
     for saved, layers in zip(saved_adapters, by_at, strict=True):
         # the path of each weight that the record lists, by ``at``
         own = {
@@ -171,11 +171,13 @@ def _paths(
             ordered = _ordered(above, inside.pop(above, []), changes, order, problems)
             for number, own in enumerate(ordered, 1):
                 nests = ["base_layer"] * (len(ordered) - number)
-                paths[own] = ".".join([*([peft.nested(above, wraps)] if above else []), *nests])
-        elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
-            paths[at] = f"{peft.nested(at, wraps).removesuffix(last)}base_layer.{last}"
+                paths[own] = ".".join(
+                    [*([peft_paths.add_wrappers(above, wraps)] if above else []), *nests]
+                )
+        elif any(peft_paths.attention_of(path) is not None for path, _ in entries.values()):
+            paths[at] = f"{peft_paths.add_wrappers(at, wraps).removesuffix(last)}base_layer.{last}"
         else:
-            paths[at] = peft.nested(at, wraps)
+            paths[at] = peft_paths.add_wrappers(at, wraps)
     return paths
 
 
@@ -190,7 +192,9 @@ def _ordered(
         return sorted(ats, key=[parameter_path(module, name) for name in order(module)].index)
     for number in {number for at in ats for number in changes[at]}:
         depths = {
-            at: peft.unnested(changes[at][number][0])[1] for at in ats if number in changes[at]
+            at: peft_paths.strip_wrappers(changes[at][number][0])[1]
+            for at in ats
+            if number in changes[at]
         }
         if len(depths) == len(ats):
             return sorted(ats, key=lambda at: -depths[at])
@@ -202,15 +206,17 @@ def _ordered(
 
 def applied(saved: AdapterFiles) -> dict[str, LowRank]:
     """The product of each change by ``at``, as the library that wrote it applies it: PEFT adds that
-    of an attention's out-projection ``peft.TIMES`` times. AdapterError where this is not known of
-    its version."""
+    of an attention's out-projection ``peft_behaviour.OUT_PROJ_REPEATS`` times. AdapterError where
+    this is not known of its version."""
     products = {}
     for path, layer in saved.low.items():
-        twice = saved.record is None and peft.attention_of(path) is not None
-        if twice and (reason := peft.unsure(saved.peft_config)) is not None:
-            problem = f"a change of {layer.at!r} in {saved.path}: {reason}"
+        twice = saved.record is None and peft_paths.attention_of(path) is not None
+        if twice and (reason := peft_behaviour.out_proj_problem(saved.peft_config)) is not None:
+            problem = f"a change of {layer.target_path!r} in {saved.path}: {reason}"
             raise AdapterError(problem, "a known meaning", "use PEFT for it")
-        products[layer.at] = (
-            replace(layer.low, scale=layer.scale * peft.TIMES) if twice else layer.low
+        products[layer.target_path] = (
+            replace(layer.low, scale=layer.scale * peft_behaviour.OUT_PROJ_REPEATS)
+            if twice
+            else layer.low
         )
     return products

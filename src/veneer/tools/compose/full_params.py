@@ -17,7 +17,7 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
-from veneer.formats import peft
+from veneer.formats import peft_paths
 from veneer.tools.compose.align import AlignedWeight
 from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.frozen_weights import FrozenWeights
@@ -39,7 +39,7 @@ def combined(
     where: dict[str, str] = {}
     for number, source in enumerate(sources):
         for path, tensors in source.full.items():
-            at = peft.unnested(path)[0]
+            at = peft_paths.strip_wrappers(path)[0]
             where[at] = path if where.get(at, path) == path else at
             for name, tensor in tensors.items():
                 params.setdefault((at, name), {})[number] = tensor

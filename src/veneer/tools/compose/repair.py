@@ -125,7 +125,7 @@ def repair(
         )
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
-    saved.no_tokens("a repair")
+    saved.refuse_trained_tokens("a repair")
     weights, lows = FrozenWeights(base, model), applied(saved)
     found = (
         found

@@ -29,7 +29,8 @@ from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.peft_mapping import means_parameter, otherwise, ref_at
+from veneer.adapter_files.peft_deviations import deviations
+from veneer.adapter_files.peft_mapping import means_parameter, ref_at
 from veneer.attach.install import detach
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import kind_for
@@ -49,6 +50,9 @@ from veneer.formats import (
     MisreadElsewhere,
     Options,
     peft,
+    peft_behaviour,
+    peft_fields,
+    peft_paths,
     peft_tuners,
 )
 from veneer.formats._base import cast, kind_of_change, read_tensors
@@ -370,14 +374,14 @@ def _weights(facts: BaseFacts) -> peft_tuners.Weights | None:
 def _plain_problems(saved: AdapterFiles, base_info: BaseInfo) -> Iterator[str]:
     """Why PEFT's LoRA would apply the plain changes that those of another tuner amount to in
     another way."""
-    convolutions = [layer.at for layer in saved.low.values() if layer.A.dim() > 2]
+    convolutions = [layer.target_path for layer in saved.low.values() if layer.A.dim() > 2]
     if not convolutions:
         return
     assert base_info.module is not None  # who told that they are
     names = Names(base_info.module())
     for at in convolutions:
         module = names.modules[names.canonical[at]]
-        reason = peft.differs(kind_for(module, "weight").name, module)
+        reason = peft_behaviour.deviation_reason(kind_for(module, "weight").name, module)
         if reason is not None:
             yield sentence(
                 f"a change of {at!r}: {reason}", "layers that PEFT's LoRA computes", "merge it"
@@ -433,7 +437,7 @@ def _verify(model: nn.Module, said: Mapping[str, Any], source: Path) -> None:
 
 def _changes(saved: AdapterFiles, facts: BaseFacts) -> tuple[LowRankChange, ...]:
     said = saved.metadata.get("changes") or {}
-    fused = {at for path in saved.low if (at := peft.attention_of(path)) is not None}
+    fused = {at for path in saved.low if (at := peft_paths.attention_of(path)) is not None}
     transposed = bool(saved.peft_config.get("fan_in_fan_out"))
     return tuple(
         LowRankChange(
@@ -449,7 +453,7 @@ def _weight(
 ) -> str:
     """The parameter that an entry of the file changes: as the record says, or the base, or else as
     PEFT would."""
-    at = layer.at
+    at = layer.target_path
     if peft.of_parameter(path, layer) or at in said or at in facts.shapes:
         return at
     recorded = [weight for weight in said if weight.rpartition(".")[0] == at]
@@ -509,7 +513,7 @@ def _refuse(saved: AdapterFiles, from_: str, to: Format, base_info: BaseInfo) ->
     # else `install_from` asks the model
     unasked = to.name not in ("veneer", "dense") or base_info.module is None
     if unasked:
-        peft.check_config(saved.peft_config, saved.record is not None)
+        peft_fields.check_config(saved.peft_config, saved.record is not None)
         alone = [
             at for at, said in saved.metadata.get("changes", {}).items() if said.get("module_only")
         ]
@@ -554,11 +558,11 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
         ref = ref_at(names, path, config)
         if ref is None:
             continue
-        past, reason = otherwise(
+        past, reason = deviations(
             names, ref, layer, means_parameter(names, ref, config), saved.tuner
         )
         if reason := past or reason:
-            problem = f"a change of {layer.at!r} that PEFT applies in another way: {reason}"
+            problem = f"a change of {layer.target_path!r} that PEFT applies in another way: {reason}"
             problems.append(sentence(problem, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import size_of
+from veneer.adapter_files.token_rows import vocabulary_size
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for
@@ -42,7 +42,7 @@ def need_rows(saved: AdapterFiles, to: str, facts: BaseFacts) -> None:
         return
     rows, size = (
         listing(f"{len(one.ids)} of {at!r}" for at, one in saved.tokens.items()),
-        size_of(saved),
+        vocabulary_size(saved),
     )
     what, expected = (
         f"{saved.path} with trained tokens ({rows})",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter_files.folder import content_hash
+from veneer.adapter_files.file_names import content_hash
 from veneer.attach.merge_report import MergeReport
 from veneer.errors import BaseMismatchError, MergeError, listing, raise_all
 from veneer.fileio.atomic import must_not_exist, new_folder

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from veneer.adapter_files.folder import TOKENIZER
+from veneer.adapter_files.file_names import TOKENIZER
 from veneer.models.safetensors_dir import Checkpoint
 from veneer.tools.merge_checkpoint.head import Head
 

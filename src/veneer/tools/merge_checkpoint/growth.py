@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import growth
+from veneer.adapter_files.token_rows import grown_size
 from veneer.errors import MergeError
 from veneer.fileio.untrusted import Entry
 from veneer.models.safetensors_dir import Checkpoint
@@ -26,7 +26,7 @@ from veneer.models.safetensors_dir import Checkpoint
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
     """Let a model without weights have as many rows of its vocabulary as the adapters need; the
     number, or None."""
-    sizes = [size for saved in saved_adapters if (size := growth(model, saved)) is not None]
+    sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
     if not sizes:
         return None
     # BART's, which has a column for each token

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapter_files.folder import common_tokenizer, read
+from veneer.adapter_files.file_names import common_tokenizer
+from veneer.adapter_files.folder import read
 from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, kind_of

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.errors import AdapterError
-from veneer.formats import peft
+from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
 from veneer.tools.compose.align import AlignedWeight, align, applied
@@ -195,7 +195,7 @@ def examine(
     cuts = _cuts(looks)
     next_rank, why = _next_rank(looks, cuts)
     own = [
-        f"{peft.unnested(path)[0]}.{name}"
+        f"{peft_paths.strip_wrappers(path)[0]}.{name}"
         for path, tensors in saved.full.items()
         for name in tensors
     ]

@@ -1,0 +1,97 @@
+"""The checks of an adapter's numbers without a model: dtypes, values that are not finite, and norms
+that would overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from veneer.errors import listing, sentence
+from veneer.fileio.throttle import throttled
+from veneer.formats import peft
+
+#: the largest value of an adapter's tensors and the largest norm of a change: larger ones would
+#: overflow in the first products
+MAX_MAGNITUDE = 1e9
+#: dtypes of changes, and further dtypes of modules that are trained in full
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
+    """Problems of single tensors: an unknown dtype, values that are not finite or absurdly
+    large."""
+    types = {
+        key: tensor.dtype
+        for key, tensor in tensors.items()
+        if tensor.dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES)
+    }
+    if types:
+        problem = (
+            f"numbers stored as {listing(sorted(set(map(str, types.values()))))} in"
+            f" {listing(types)}"
+        )
+        yield sentence(problem, "float64, float32, bfloat16 or float16", "convert them to bfloat16")
+    floats = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if tensor.dtype in FLOAT_DTYPES and tensor.numel()
+    }
+    # one pass: the largest magnitude is not finite if any value is not
+    largest = {
+        key: max(map(abs, map(float, tensor.aminmax())))
+        for key, tensor in throttled(floats.items())
+    }
+    broken = [key for key, size in largest.items() if not math.isfinite(size)]
+    if broken:
+        yield sentence(f"numbers that are not finite in {listing(broken)}", "finite ones", do)
+    absurd = [
+        f"{key} ({size:.1e})" for key, size in largest.items() if MAX_MAGNITUDE < size < math.inf
+    ]
+    if absurd:
+        yield sentence(
+            f"numbers beyond {MAX_MAGNITUDE:.0e} in {listing(absurd)}",
+            "an adapter that did not diverge",
+            do,
+        )
+
+
+def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
+    """Problems of low-rank changes: factors of integers, and products that would overflow."""
+    for path, entry in throttled(low.items()):
+        factors = {"A": entry.A, "B": entry.B, **entry.extras}
+        types = {
+            name: tensor.dtype
+            for name, tensor in factors.items()
+            if tensor.dtype not in FLOAT_DTYPES
+        }
+        if types:
+            problem = (
+                f"{', '.join(f'{name} stored as {dtype}' for name, dtype in types.items())} at"
+                f" {path!r}"
+            )
+            yield sentence(problem, "floating-point numbers", "get the file again")
+            continue
+        # an upper bound of ‖scale · B A‖
+        norm = abs(entry.scale) * entry.A.double().norm().item() * entry.B.double().norm().item()
+        if not norm <= MAX_MAGNITUDE:
+            problem = f"a change of norm up to {norm:.1e} at {path!r} (scale {entry.scale:g})"
+            yield sentence(
+                problem,
+                f"one of at most {MAX_MAGNITUDE:.0e}",
+                "get another copy; its alpha or numbers are damaged",
+            )
+
+
+def variance_problems(full: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+    """Problems of running variances: negative values, whose square root a norm layer would take."""
+    for path, tensors in full.items():
+        variance = tensors.get("running_var")
+        if variance is not None and variance.dtype in FLOAT_DTYPES and bool((variance < 0).any()):
+            yield sentence(
+                f"a variance below zero in {path}.running_var", "variances", "get the file again"
+            )
