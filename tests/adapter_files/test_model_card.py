@@ -368,7 +368,8 @@ def test_renewed():
     assert renew_card(f"new\n{LINE}\n", None) == f"new\n{LINE}\n"
     assert renew_card(f"new\n{LINE}\n", f"old\n{LINE}\n") == f"new\n{LINE}\n"
     assert (
-        renew_card(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n") == f"new\n{LINE}\nnotes {LINE}\n"
+        renew_card(f"new\n{LINE}\n", f"old\n{LINE}\nnotes {LINE}\n")
+        == f"new\n{LINE}\nnotes {LINE}\n"
     )
 
 

@@ -194,7 +194,10 @@ def test_peft_s_wrappers_have_the_attributes_that_we_think_they_have():
         own = [*vars(layer), *type(layer).__constants__, *layer._modules]
         own += [attribute for attribute, value in layer._parameters.items() if value is not None]
         for attribute in (one for one in own if not one.startswith("_")):
-            assert wrapper_lacks(attribute) != hasattr(getattr(wrapped, name), attribute), (name, attribute)
+            assert wrapper_lacks(attribute) != hasattr(getattr(wrapped, name), attribute), (
+                name,
+                attribute,
+            )
             told += wrapper_lacks(attribute)
     assert told > 20
 

@@ -727,7 +727,9 @@ def test_adapters_that_do_not_belong_together(tmp_path):
     with pytest.raises(AdapterError, match="tied to another weight in one"):
         compose([one, other], tmp_path / "out")
     as_parameter = trained(model, tmp_path / "p", targets=["q_proj"])
-    layer = replace(next(iter(read(a).low.values())), target_path="model.layers.0.self_attn.q_proj.weight")
+    layer = replace(
+        next(iter(read(a).low.values())), target_path="model.layers.0.self_attn.q_proj.weight"
+    )
     odd = replace(read(as_parameter), low={"model.layers.0.self_attn.q_proj": layer}, record=None)
     with pytest.raises(AdapterError, match="of its parameter"):
         compose([a, odd], tmp_path / "out")

@@ -209,9 +209,11 @@ def _disagreement(
             )
             stored = {**variant.init(start), **stored}
         low, _ = variant.resolve(stored, variant.scale(entry.alpha, entry.rank), base)
-        low = low if entry.rows is None else low.place(torch.tensor(entry.rows), entry.dims.out)
+        low = (
+            low if entry.rows is None else low.expand_rows(torch.tensor(entry.rows), entry.dims.out)
+        )
         frozen_input = entry.layer.frozen_input(module)
-        low = low if frozen_input is None else low.without(frozen_input)
+        low = low if frozen_input is None else low.zero_input(frozen_input)
         A, B = (
             torch.cat([low.A, product.A], 1),
             torch.cat([low.B * low.scale, -product.B * product.scale], 2),

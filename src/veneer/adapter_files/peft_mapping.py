@@ -24,7 +24,7 @@ from veneer.adapter_files.peft_deviations import (
     is_zero,
     outside_reader,
 )
-from veneer.attach.adapted_module import layer_states, base_class, weight_of
+from veneer.attach.adapted_module import base_class, layer_states, weight_of
 from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters, parameter_path

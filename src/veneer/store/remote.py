@@ -225,7 +225,10 @@ def _push_hub(path: Path, target: Place, message: str, private: bool | None) -> 
         if target.revision and not target.revision.startswith("refs/"):
             api.create_branch(repo, branch=target.revision, exist_ok=True)
         remote_files = set(api.list_repo_files(repo, revision=target.revision))
-        local_files, ours = adapter_file_names(path), (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
+        local_files, ours = (
+            adapter_file_names(path),
+            (*FILES, *(TOKENIZER if trains_tokens(path) else ())),
+        )
         stale = [
             name for name in ours if name in remote_files and name not in local_files
         ]  # another variant's numbers, say

@@ -272,7 +272,9 @@ def _full(saved: AdapterFiles) -> dict[str, Tensor]:
     tokens = (
         (one, *row) for one in saved.tokens.values() for row in zip(one.ids, one.rows, strict=True)
     )
-    return full | {f"{parameter_path(one.module_path, 'weight')}[{id_}]": row for one, id_, row in tokens}
+    return full | {
+        f"{parameter_path(one.module_path, 'weight')}[{id_}]": row for one, id_, row in tokens
+    }
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

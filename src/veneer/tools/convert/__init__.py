@@ -562,7 +562,9 @@ def _must_be_of_weights(saved: AdapterFiles, to: Format, model: nn.Module | None
             names, ref, layer, means_parameter(names, ref, config), saved.tuner
         )
         if reason := past or reason:
-            problem = f"a change of {layer.target_path!r} that PEFT applies in another way: {reason}"
+            problem = (
+                f"a change of {layer.target_path!r} that PEFT applies in another way: {reason}"
+            )
             problems.append(sentence(problem, "a change of the weight", "use PEFT for it"))
     raise_all(AdapterError, "This adapter is none of the weights", problems)
 
