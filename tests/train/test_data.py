@@ -340,6 +340,6 @@ def test_the_advice_knows_usual_columns_and_says_what_is_unsure(tmp_path, row, w
 def test_the_advice_of_other_tasks_names_no_column_at_random(tmp_path):
     raw = [("line 1", {"id": 1, "sentence": "a", "intent": "b"})]
     with pytest.raises(DataError, match="--columns text=sentence,label=intent"):
-        data.by_part(raw, "rows.jsonl", "", ("text", "label"))
+        data.select_fields(raw, "rows.jsonl", "", ("text", "label"))
     with pytest.raises(DataError, match="--columns chosen=COLUMN,rejected=COLUMN"):
-        data.by_part(raw, "rows.jsonl", "", ("chosen", "rejected"))
+        data.select_fields(raw, "rows.jsonl", "", ("chosen", "rejected"))

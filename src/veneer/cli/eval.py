@@ -167,7 +167,7 @@ def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
     from veneer.cli.console import base_and_adapter, echo_json, err, out, table_of, tokenizer_beside
     from veneer.errors import ConfigError
     from veneer.store.library import resolve
-    from veneer.train.callbacks import measured
+    from veneer.train.callbacks import measure_formatter
     from veneer.train.evaluate import evaluate_task, task_of
 
     task = task_of(record, asked.base, asked.data, asked.loading, **options)
@@ -203,7 +203,7 @@ def _measure_task(asked: _Asked, record: Any, options: dict[str, Any]) -> None:
         table.add_row(
             label,
             f"{found['loss']:.4f}",
-            *(measured(name, task.item)(found[name]) for name in names),
+            *(measure_formatter(name, task.item)(found[name]) for name in names),
         )
     out.print(table)
     out.print(f"{len(rows):,} examples{f', {rows.dropped:,} dropped' if rows.dropped else ''}")

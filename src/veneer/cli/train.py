@@ -92,7 +92,7 @@ def train_command(
         _agree(processes.count, dry_run, find_rate, launcher, workers, max_restarts)
         return load_config(config, **{name: _value(name, value) for name, value in flags.items()})
 
-    settings = processes.each(read, _content, "settings")
+    settings = processes.run_on_all(read, _content, "settings")
 
     from veneer.cli import console
 
@@ -177,7 +177,7 @@ def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str 
     if not processes.first:  # what all would say alike, the first one says
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    if processes.one(lambda: finished_before(str(settings.output))):
+    if processes.run_on_first(lambda: finished_before(str(settings.output))):
         say(err, f"The run in {settings.output} is finished.")
         leave(str(settings.output))
         return None

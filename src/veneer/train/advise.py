@@ -1,13 +1,13 @@
-"""`veneer advise`: rank and rate to start from, by what is known, each with its source.
+"""`veneer advise`: initial settings for a run, from published results, each with its source.
 
-    rank    trainable numbers ≥ tokens that are learnt, to the next power of two
-    rate    ten times that of training everything, half as much again for a run of few steps; of a Llama or a Qwen
-            10 · 5e-5 · (2000 / width)^p
-    scale   alpha / r with alpha 32, so that the rate does not hang on the rank
-    where   all linear layers
+    rank      trainable numbers ≥ tokens with a label, rounded up to a power of two
+    rate      ten times that of full fine-tuning, 1.5 times as much for a short run; for Llama and
+              Qwen 10 · 5e-5 · (2000 / width)^p
+    scale     alpha / r with alpha 32, so that the best rate does not depend on the rank
+    targets   all linear layers
 
-It is where to begin a search, and no more: `try_out` trains a few of its neighbours for a short
-while, at once.
+The advice is only a starting point for a search: `try_out` trains a few neighbouring settings for a
+short time, all at once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ COOKBOOK = (
 QLORA = "Dettmers et al. 2023, QLoRA, arXiv:2305.14314"
 LORA = "Hu et al. 2021, LoRA, arXiv:2106.09685"
 
-#: the smallest and the largest rank that is advised
+#: smallest and largest advised rank
 RANKS = 4, 512
-#: the exponent p by which rates fall with the width, where somebody fitted it, and the rate
-#: elsewhere
+#: exponent p of the rate's decrease with the width, for the families with a published fit; the rate
+#: for all others
 EXPONENTS, USUAL = {"llama": 0.781, "qwen": 0.0775}, 2e-4
-#: steps of a run that counts as short, and how much higher its rate is; steps of a trial
+#: maximal steps of a short run; factor of its rate; maximal steps of a trial
 SHORT, FASTER, TRIAL = 100, 1.5, 48
 
 
 class Advice(NamedTuple):
-    """A setting of `TrainConfig`, why it is advised, and whose finding that is."""
+    """A setting of `TrainConfig`, its advised value, the reason, and the reason's source. The field
+    names are the keys of `veneer advise --json`."""
 
     setting: str
     value: Any
@@ -51,8 +52,8 @@ class Advice(NamedTuple):
 
 @with_trust_of_config
 def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
-    """What to start from on the data and base of `config`; and its data, read. No weights are.
-    Raises as `fit`."""
+    """(advice for the data and base of `config`, the prepared data). Reads no weights. Raises as
+    `fit` does."""
     if config.task != "sft":
         problem = f"task {config.task}, of whose rows nobody knows how much they teach"
         raise ConfigError(
@@ -63,42 +64,43 @@ def advise(config: TrainConfig) -> tuple[list[Advice], Prepared]:
     task.open()
     prepared = task.prepare()
     learnt, numbers, width, kind = prepared.train.trained_tokens, *_base(config)
-    return [_rank(learnt, numbers), _rate(width, kind, prepared.steps), *_rest()], prepared
+    advice = [_rank(learnt, numbers), _rate(width, kind, prepared.steps), *_fixed_advice()]
+    return advice, prepared
 
 
 def _rank(learnt: int, numbers: int) -> Advice:
     low, high = RANKS
     wanted = 2 ** math.ceil(math.log2(max(learnt / numbers, 1)))
     rank = min(max(wanted, low), high)
-    why = f"{learnt:,} tokens are learnt, and a rank has {numbers:,} numbers: {rank * numbers:,} "
-    why += (
+    reason = (
+        f"{learnt:,} tokens are learnt, and a rank has {numbers:,} numbers: {rank * numbers:,} "
+    )
+    reason += (
         "are at least as many"
         if wanted <= high
         else "are fewer, so training everything may learn more"
     )
-    return Advice("rank", rank, why, PRIMER)
+    return Advice("rank", rank, reason, PRIMER)
 
 
 def _rate(width: int, kind: str, steps: int) -> Advice:
     family = next((name for name in EXPONENTS if name in kind), None)
     if family is None:
-        rate, why, source = (
-            USUAL,
-            f"ten times {USUAL / 10:g}, which is usual for training everything",
-            REGRET,
-        )
+        rate, source = USUAL, REGRET
+        reason = f"ten times {USUAL / 10:g}, which is usual for training everything"
     else:
         rate, source = 10 * 5e-5 * (2000 / width) ** EXPONENTS[family], COOKBOOK
-        why = (
+        reason = (
             f"ten times the rate of training everything, as fitted to a {family} of width {width:,}"
         )
     if steps <= SHORT:
         rate, source = rate * FASTER, REGRET if source == REGRET else f"{source}; {REGRET}"
-        why += f"; half as much again for a run of {steps} steps, since B begins at 0"
-    return Advice("learning_rate", float(f"{rate:.2g}"), why, source)
+        reason += f"; half as much again for a run of {steps} steps, since B begins at 0"
+    return Advice("learning_rate", float(f"{rate:.2g}"), reason, source)
 
 
-def _rest() -> list[Advice]:
+def _fixed_advice() -> list[Advice]:
+    """The settings that depend neither on the data nor on the base."""
     return [
         Advice(
             "alpha",
@@ -119,7 +121,7 @@ def _rest() -> list[Advice]:
 
 
 def _base(config: TrainConfig) -> tuple[int, int, str]:
-    """(numbers of an adapter of rank 1, width, kind) of a base, of its config alone."""
+    """(trainable numbers of an adapter of rank 1, width, model type) of a base, from its config."""
     import torch
 
     from veneer.config import LoraConfig
@@ -127,60 +129,70 @@ def _base(config: TrainConfig) -> tuple[int, int, str]:
     from veneer.models.locate import config_of
     from veneer.models.meta import countable_model
 
-    told = config_of(config.base)
-    told = getattr(told, "text_config", None) or told
+    base_config = config_of(config.base)
+    base_config = getattr(base_config, "text_config", None) or base_config
     model = countable_model(config.base, torch.bfloat16)
     numbers = attach(model, LoraConfig(rank=1, targets="all-linear")).summary().trainable
     embedding: Any = model.get_input_embeddings()
-    return numbers, int(embedding.weight.shape[1]), str(told.model_type)
+    return numbers, int(embedding.weight.shape[1]), str(base_config.model_type)
 
 
-def configured(config: TrainConfig, advice: Sequence[Advice]) -> TrainConfig:
-    """`config` as advised."""
-    return make_config({**config.content(), **{one.setting: one.value for one in advice}})
+def apply_advice(config: TrainConfig, advice: Sequence[Advice]) -> TrainConfig:
+    """`config` with the advised settings."""
+    return make_config({**config.content(), **_values(advice)})
+
+
+def _values(advice: Sequence[Advice]) -> dict[str, Any]:
+    return {setting: value for setting, value, *_ in advice}
 
 
 def try_out(
     config: TrainConfig, advice: Sequence[Advice], steps: int, folder: Path, **options: Any
 ) -> list[Advice] | None:
-    """The advice, with the rank and the rate that did best in a short sweep of its neighbours in
-    `folder`: a third and three times the rate, and a quarter of the rank. None: it was interrupted,
-    with a checkpoint. ``options``: as `sweep` takes them."""
+    """The advice with the best rank and rate of a short sweep in `folder`, over a third, one and
+    three times the advised rate and over a quarter of and the full advised rank. None if the sweep
+    was interrupted; it then left a checkpoint. ``options``: arguments of `sweep`."""
     from veneer.train.sweep.run import sweep
     from veneer.train.sweep.settings import make_sweep
 
-    given = {one.setting: one.value for one in advice}
-    rate, rank = given["learning_rate"], given["rank"]
+    values = _values(advice)
+    rate, rank = values["learning_rate"], values["rank"]
     axes = {
         "learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
         "rank": list(dict.fromkeys([max(1, rank // 4), rank])),
     }
     steps = min(steps, TRIAL)
-    tried = configured(config, advice).model_copy(update={"output": folder, "max_steps": steps})
-    found = sweep(tried, make_sweep({"axes": axes}), **options)
-    if found.interrupted:
+    trial = apply_advice(config, advice).model_copy(update={"output": folder, "max_steps": steps})
+    result = sweep(trial, make_sweep({"axes": axes}), **options)
+    if result.interrupted:
         return None
-    facts = found.facts
-    best = next(one for one in facts["candidates"] if one["name"] == facts["best"])
-    why = f"best of {len(facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
+    facts = result.facts
+    best = next(run for run in facts["candidates"] if run["name"] == facts["best"])
+    reason = f"best of {len(facts['candidates'])} after {steps} steps, loss {best['loss']:.4f}"
     return [
-        one._replace(value=best["changes"][one.setting], why=f"{why}; advised was {one.value:g}", source=str(folder))
-        if one.setting in best["changes"] else one
-        for one in advice
-    ]  # fmt: skip
+        (
+            Advice(
+                setting, best["changes"][setting], f"{reason}; advised was {value:g}", str(folder)
+            )
+            if setting in best["changes"]
+            else Advice(setting, value, first_reason, source)
+        )
+        for setting, value, first_reason, source in advice
+    ]
 
 
 def as_yaml(config: TrainConfig, advice: Sequence[Advice]) -> str:
-    """The configuration file of a run as advised, with the reasons as comments."""
+    """The YAML configuration of a run with the advised settings, and the reasons as comments."""
     import yaml
 
-    default, advised = TrainConfig.defaults(), {one.setting for one in advice}
-    own = {
-        name: value for name, value in config.content().items()
+    default, advised = TrainConfig.defaults(), _values(advice)
+    settings = {
+        name: value
+        for name, value in config.content().items()
         if name not in advised and (name not in default or value != default[name])
-    }  # fmt: skip
-    lines = [yaml.safe_dump(own, sort_keys=False, allow_unicode=True).rstrip()]
-    for one in advice:
-        line = yaml.safe_dump({one.setting: one.value}).rstrip()
-        lines += ["", f"# {one.why}", f"#   {one.source}", line]
+    }
+    lines = [yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()]
+    for setting, value, reason, source in advice:
+        line = yaml.safe_dump({setting: value}).rstrip()
+        lines += ["", f"# {reason}", f"#   {source}", line]
     return "\n".join(lines) + "\n"

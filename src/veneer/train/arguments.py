@@ -1,5 +1,5 @@
-"""From a configuration to the arguments of transformers' `Trainer`, or for the task sft of trl's
-`SFTTrainer`."""
+"""The arguments of transformers' `Trainer`, or of trl's `SFTTrainer` for the task sft, from a
+configuration."""
 
 from __future__ import annotations
 
@@ -20,54 +20,31 @@ from veneer.train.prepare import Prepared
 
 
 def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> TrainingArguments:
-    """What the trainer is told. Raises `ConfigError` for an optimiser or a tracker that
-    transformers does not know, and for activations to be offloaded to where they are."""
+    """The trainer's arguments for a configuration and its data. Raises `ConfigError` for an
+    optimiser or a tracker that transformers does not know, and for offloading activations on a
+    CPU."""
     on_cpu = "cpu" in (config.device_map, config.device or best_device())
-    if config.offload_activations and on_cpu:
-        problem = (
-            "offload_activations, and a run on the processor, whose activations are in main memory"
-            " already"
-        )
-        do = (
-            "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
-            " batch_size"
-        )
-        raise ConfigError(problem, "a GPU", do)
-    early = config.early_stopping  # then the best checkpoint must be one that was evaluated
+    _check_settings(config, on_cpu)
+    early = config.early_stopping  # its best checkpoint must coincide with an evaluation
     eval_every = (
         config.eval_every or (early and config.save_every) or max(1, math.ceil(prepared.steps / 5))
     )
     save_every = config.save_every or (
         eval_every if early else max(1, math.ceil(prepared.steps / 10))
     )
-    optimisers = [str(name.value) for name in OptimizerNames]
-    # which transformers would refuse later, with a traceback
-    if config.optimiser not in optimisers:
-        problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
-        raise ConfigError(
-            problem, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
-        )
-    for tracker in config.trackers:
-        if tracker not in (ready := get_available_reporting_integrations()):
-            problem = (
-                f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
-                " or not installed"
-            )
-            raise ConfigError(
-                problem,
-                f"one that is (here: {listing(ready)})",
-                "install its package, or correct it",
-            )
-    make, own = TrainingArguments, {}
-    if config.task == "sft":  # trl, whose import takes half a second, is for no other task
+    arguments_class, sft_arguments = TrainingArguments, {}
+    if config.task == "sft":  # no other task needs trl, which takes half a second to import
         from trl.trainer.sft_config import SFTConfig
 
-        make, own = SFTConfig, {
-            "max_length": prepared.max_length, "packing": config.packing,
-            "dataset_kwargs": {"skip_prepare_dataset": True},  # tokenised and packed already
+        arguments_class = SFTConfig
+        sft_arguments = {
+            "max_length": prepared.max_length,
+            "packing": config.packing,
+            # the data set is already tokenised and packed
+            "dataset_kwargs": {"skip_prepare_dataset": True},
             "activation_offloading": config.offload_activations,
-        }  # fmt: skip
-    return make(
+        }
+    return arguments_class(
         output_dir=str(output),
         max_steps=prepared.steps,
         per_device_train_batch_size=config.batch_size,
@@ -92,14 +69,46 @@ def arguments_of(config: TrainConfig, output: Path, prepared: Prepared) -> Train
         load_best_model_at_end=bool(early),  # by the loss
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide them; `StopOnNan` ends the run
+        logging_nan_inf_filter=False,  # the filter would hide a nan from `StopOnNan`
         report_to=config.trackers or "none",
         activation_checkpointing=config.activation_checkpointing,
         gradient_checkpointing=None,  # pyright: ignore[reportArgumentType]
-        bf16=False,  # the weights have their type already: no autocast
+        bf16=False,  # no autocast: the weights already have their dtype
         disable_tqdm=True,
-        remove_unused_columns=config.task == "sft",  # a task's collator reads all of them
+        remove_unused_columns=config.task == "sft",  # collators of other tasks read all columns
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=on_cpu,
-        **own,
+        **sft_arguments,
     )
+
+
+def _check_settings(config: TrainConfig, on_cpu: bool) -> None:
+    """Raise `ConfigError` for an unknown optimiser or tracker, which transformers would refuse
+    later, with a traceback, and for offloading activations on a CPU."""
+    if config.offload_activations and on_cpu:
+        problem = (
+            "offload_activations, and a run on the processor, whose activations are in main memory"
+            " already"
+        )
+        do = (
+            "leave it out; to hold fewer of them, set activation_checkpointing or a smaller"
+            " batch_size"
+        )
+        raise ConfigError(problem, "a GPU", do)
+    optimisers = [str(name.value) for name in OptimizerNames]
+    if config.optimiser not in optimisers:
+        problem = f"optimiser {config.optimiser!r}{nearest(config.optimiser, optimisers)}"
+        raise ConfigError(
+            problem, "one that transformers knows", f"choose for example {listing(optimisers, 4)}"
+        )
+    for tracker in config.trackers:
+        if tracker not in (ready := get_available_reporting_integrations()):
+            problem = (
+                f"tracker {tracker!r}{nearest(tracker, INTEGRATION_TO_CALLBACK)}, which is unknown"
+                " or not installed"
+            )
+            raise ConfigError(
+                problem,
+                f"one that is (here: {listing(ready)})",
+                "install its package, or correct it",
+            )

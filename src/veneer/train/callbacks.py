@@ -1,5 +1,5 @@
-"""What watches a run: the log file, the progress display, the stop on a signal, the stop on a loss
-that is not a number."""
+"""Callbacks of a run: the log file, the progress display, and the stops on a signal and on a loss
+that is not finite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from veneer.train.tasks import Task
 
 
-#: what is said where the first step of a run has nothing to learn from
+#: warning if the first step of a run has equal rewards for all answers
 ALIKE = (
     "step {step:>5}  Every answer to a prompt got the same reward ({reward:.3f}), so that this step"
     " taught nothing. If later steps show ± 0.000 too, nothing is trained: see what the reward"
@@ -34,9 +34,9 @@ ALIKE = (
 
 
 class LossLog(TrainerCallback):
-    """One JSON line a step into output/log.jsonl: step, loss, grad_norm, learning_rate, epoch,
-    tokens, seconds. `seconds` and `tokens` go on from `before`, the last line of the run that is
-    resumed."""
+    """Write one JSON line per step to output/log.jsonl: step, loss, grad_norm, learning_rate,
+    epoch, tokens, seconds. `seconds` and `tokens` continue from the last line of `before`, the log
+    of a resumed run."""
 
     def __init__(self, output: Path, before: list[dict[str, Any]], task: Task) -> None:
         self.path, self.measures = output / LOG, task.measures
@@ -57,7 +57,7 @@ class LossLog(TrainerCallback):
             **{name: logs[name] for name in logs if name in keep},
         }
         if not line.keys() & {"loss", "eval_loss"}:
-            return  # the summary at the end of a run
+            return  # transformers' summary at the end of a run
         if "num_tokens" in logs:
             line["tokens"] = int(logs["num_tokens"])
         line["seconds"] = round(time.perf_counter() - self.started, 3)
@@ -66,7 +66,8 @@ class LossLog(TrainerCallback):
 
 
 class StopOnNan(TrainerCallback):
-    """Raise when the loss or the gradient is not finite: going on would only spoil the adapter."""
+    """Raise `TrainingError` if the loss or the gradient is not finite, because further steps would
+    only spoil the adapter."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -85,21 +86,22 @@ class StopOnNan(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (and SIGTERM) ends the run after the current step, with a checkpoint. A Ctrl-C after
-    that ends it at once; a SIGTERM does not, since a scheduler may send one to each process, and
-    torchrun another. Use as a context manager around `trainer.train()`. `asked` says whether a
-    signal came, or `order` was given; `stopped`, whether the run ends: of several processes (not
-    `alone`), all must end after the same step, so the trainer sets it for all at once."""
+    """End the run after the current step, with a checkpoint, on Ctrl-C or SIGTERM. A second Ctrl-C
+    ends it immediately; a second SIGTERM does not, because a scheduler and torchrun may each send
+    one. Use as a context manager around `trainer.train()`. `requested`: a signal arrived, or
+    `order` returned True. `stopped`: the run ends. With several processes (not `alone`) all must
+    end after the same step, so the trainer sets `stopped` in all of them together."""
 
     def __init__(
         self, console: Console, alone: bool = True, order: Callable[[], bool] | None = None
     ) -> None:
-        self.asked, self.stopped, self.alone, self.console = False, False, alone, console
+        self.requested, self.stopped = False, False
+        self.alone, self.console = alone, console
         self._order = order
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python allows handlers nowhere else
+        # Python allows signal handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._handle)
@@ -112,26 +114,28 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
+        if not self.requested:
             say(self.console, "Stopping after this step … (Ctrl-C to stop at once)")
-        self.asked, self.stopped = True, self.stopped or self.alone
+        self.requested, self.stopped = True, self.stopped or self.alone
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._order is not None and not self.asked and self._order():
-            self.asked, self.stopped = True, self.alone
+        if self._order is not None and not self.requested and self._order():
+            self.requested, self.stopped = True, self.alone
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):
-    """Loss, tokens a second and time left: a live bar on a terminal, now and then a line in a log
-    file."""
+    """Show the loss, tokens per second and the remaining time: as a live bar on a terminal, else as
+    a line every ten seconds."""
 
     def __init__(self, console: Console, start: int, task: Task) -> None:
-        self.measures = {f"eval_{name}": measured(name, task.item) for name in task.measures}
-        self.console, self.start = console, start  # the step at which this session begins
+        self.formatters = {
+            f"eval_{name}": measure_formatter(name, task.item) for name in task.measures
+        }
+        self.console, self.start = console, start  # first step of this session
         self.bar: Progress | None = None
         self.task: Any = None
         # (seconds, tokens, step) of the last 50 steps
@@ -143,9 +147,14 @@ class ProgressBar(TrainerCallback):
             return
         if self.console.is_terminal:
             self.bar = Progress(
-                SpinnerColumn(), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                console=self.console, expand=True, refresh_per_second=4,
-            )  # fmt: skip
+                SpinnerColumn(),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                expand=True,
+                refresh_per_second=4,
+            )
             self.task = self.bar.add_task(
                 "", total=state.max_steps, completed=state.global_step, text="first step …"
             )
@@ -157,15 +166,17 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        step, now = state.global_step, time.perf_counter()
+        step, clock = state.global_step, time.perf_counter()
         if "eval_loss" in logs:
-            told = "".join(
-                f", {tell(logs[name])}" for name, tell in self.measures.items() if name in logs
+            measures = "".join(
+                f", {format_measure(logs[name])}"
+                for name, format_measure in self.formatters.items()
+                if name in logs
             )
-            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{told}")
+            say(self.console, f"step {step:>5}  evaluation loss {logs['eval_loss']:.4f}{measures}")
         if "loss" not in logs:
             return
-        self.recent.append((now, int(logs.get("num_tokens", 0)), step))
+        self.recent.append((clock, int(logs.get("num_tokens", 0)), step))
         text = f"loss {logs['loss']:.4f}{_reward(logs)}{self._speed(state.max_steps)}"
         if step == self.start + 1 and logs.get("reward_spread", 1.0) <= 1e-6 * max(
             1.0, abs(logs.get("reward", 0.0))
@@ -173,53 +184,50 @@ class ProgressBar(TrainerCallback):
             say(self.console, ALIKE.format(step=step, reward=logs["reward"]))
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
-        elif step in (self.start + 1, state.max_steps) or now - self.printed > 10:
-            self.printed = now
+        elif step in (self.start + 1, state.max_steps) or clock - self.printed > 10:
+            self.printed = clock
             say(self.console, f"step {step:>5}/{state.max_steps}  {text}")
 
     def _speed(self, total: int) -> str:
-        (then, tokens, step), (now, tokens_now, step_now) = self.recent[0], self.recent[-1]
-        if step_now == step or now <= then:
+        (start, first_tokens, first_step), (end, tokens, step) = self.recent[0], self.recent[-1]
+        if step == first_step or end <= start:
             return ""
-        left = (total - step_now) * (now - then) / (step_now - step)
-        return f"  {(tokens_now - tokens) / (now - then):,.0f} tokens/s  {duration(left)} left"
+        remaining = (total - step) * (end - start) / (step - first_step)
+        rate = (tokens - first_tokens) / (end - start)
+        return f"  {rate:,.0f} tokens/s  {duration(remaining)} left"
 
     def close(self) -> None:
-        """Stop drawing; also after an error, or the terminal stays without a cursor."""
+        """Stop drawing. Call it after errors too, because the bar hides the terminal's cursor."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 def _reward(logs: dict[str, Any]) -> str:
-    """The mean reward of a step and its spread among the answers to one prompt, where there are
-    rewards."""
+    """The mean reward of a step and its spread among the answers to one prompt; "" for a task
+    without rewards."""
     if "reward_spread" not in logs:
         return ""
     return f"  reward {logs['reward']:.3f} ± {logs['reward_spread']:.3f}"
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: a path may hold brackets, which rich would read as markup, and must
-    not be broken."""
+    """Print a line unchanged: without rich's markup, since a path may contain brackets, and without
+    line breaks."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def measured(name: str, item: str) -> Callable[[float], str]:
-    """How a measure is told."""
+def measure_formatter(name: str, item: str) -> Callable[[float], str]:
+    """A function that formats a measure's value. ``item``: what the task counts, such as token."""
     if name == "accuracy":
         return lambda value: f"{value:.1%} of {item}s right"
     return lambda value: f"{name} {value:.4f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 5 s, 2 h 10 min."""
-    minutes, left = divmod(max(0, round(seconds)), 60)
+    """A readable duration: 42 s, 3 min 5 s, 2 h 10 min."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {left} s"
-        if minutes
-        else f"{left} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

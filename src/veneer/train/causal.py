@@ -1,10 +1,10 @@
-"""Does a model predict each token from those before it alone?
+"""Test that a model is causal: it predicts each token only from the tokens before it.
 
     rows 0 and 1 differ from token t on    →    logits before t are equal
 
-A model that sees later tokens reads its labels off its input: the loss falls and nothing is learnt.
-A config tells it of the encoders that transformers knows (``models.must_be_causal``); this tells it
-of every model, by two short rows.
+A model that sees later tokens reads its labels in its input, so the loss falls although it learns
+nothing. ``models.must_be_causal`` recognises transformers' encoders by their config; this test runs
+two short rows and works for every model.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 from veneer.errors import ConfigError
 
-#: tokens of the trial, and how many of them are the same in both rows
+#: tokens of a test row, and the number of leading tokens that both rows share
 LENGTH, SAME = 8, 5
 
 
 @torch.no_grad()
 def must_not_see_later_tokens(model: Any, name: str) -> None:
-    """Raise a ConfigError if the logits of a position depend on tokens after it. ``model``: one of
-    transformers', called with input_ids and attention_mask [2, LENGTH]. Its mode is kept. ``name``:
-    what to call it in the error."""
+    """Raise a ConfigError if the logits of a position depend on later tokens. ``model``: a model of
+    transformers; it is called with input_ids and attention_mask [2, LENGTH] in evaluation mode, and
+    its mode is restored. ``name``: the base's name in the error."""
     size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(LENGTH) * 7 + 3).remainder(size).repeat(2, 1)
     ids[1, SAME:] = (ids[1, SAME:] + size // 2).remainder(size)
@@ -35,10 +35,9 @@ def must_not_see_later_tokens(model: Any, name: str) -> None:
         ]
     finally:
         model.train(training)
-    one, other = logits.double()
-    # both rows run in one batch, where equal numbers give equal ones: what is left is the order of
-    # sums on a GPU
-    if (one - other).norm() > max(1e-4, 4 * torch.finfo(logits.dtype).eps) * one.norm():
+    first, second = logits.double()
+    # In one batch, equal inputs give equal logits, except for the order of sums on a GPU.
+    if (first - second).norm() > max(1e-4, 4 * torch.finfo(logits.dtype).eps) * first.norm():
         problem = (
             f"{name}, a {type(model).__name__} whose predictions change with the tokens that come"
             " after them"

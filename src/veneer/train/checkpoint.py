@@ -1,14 +1,16 @@
-"""What a run leaves in its output folder.
+"""Files of a run in its output folder.
 
 output/
-  run.json                 status (running, interrupted, finished, cleared), configuration, hashes of the data
-  log.jsonl                one line a step, one an evaluation; grows, and is cut back to the step that a run resumes at
-  checkpoint-120/          complete by construction: its name is given last, when all of it is on the disk
+  run.json                 status (running, interrupted, finished, cleared), configuration, hashes
+                           of the data
+  log.jsonl                one line per step and per evaluation; a resumed run first drops the lines
+                           after its step
+  checkpoint-120/          always complete: it gets its name when all of its files are on the disk
     adapter/  optimizer.pt  scheduler.pt  trainer_state.json
-    rng_state.pth          of several processes, one each: rng_state_0.pth, rng_state_1.pth, …
-  .checkpoint-130.….tmp/   what a kill leaves of one that was being written; swept away at the next start
+    rng_state.pth          with several processes one each: rng_state_0.pth, rng_state_1.pth, …
+  .checkpoint-130.….tmp/   an incomplete checkpoint of a killed run; the next start removes it
   adapter/  metrics.json   the result
-  .run.lock                held while a run writes here; .run.lock.holder says which process it is
+  .run.lock                held while a run writes here; .run.lock.holder names the process
 """
 
 from __future__ import annotations
@@ -41,29 +43,29 @@ def path_of(output: str | Path, step: int) -> Path:
 
 
 def newest(output: Path) -> tuple[Path, int] | None:
+    """(folder, step) of the newest checkpoint, or None."""
     steps = {
         path: path.name.removeprefix("checkpoint-")
         for path in output.glob("checkpoint-*")
         if path.is_dir()
     }
-    found = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
-    return max(found, key=lambda pair: pair[1], default=None)
+    checkpoints = [(path, int(step)) for path, step in steps.items() if step.isdecimal()]
+    return max(checkpoints, key=lambda pair: pair[1], default=None)
 
 
 def clear(output: Path, *names: str) -> None:
-    """Remove what an earlier run wrote under these names, and its checkpoints. Its record says so
-    first, and stays until another takes its place: what a kill leaves of a run that is being
-    removed is none to go on with."""
-    if (found := read_json(output / RUN)) is not None:
-        write_json(output / RUN, {**found, "status": CLEARED})
+    """Remove an earlier run's checkpoints and the files with these names. The status in run.json
+    changes to "cleared" first, so that a run whose removal was interrupted is not resumed."""
+    if (record := read_json(output / RUN)) is not None:
+        write_json(output / RUN, {**record, "status": CLEARED})
     for path in (*(output / name for name in names), *output.glob("checkpoint-*")):
         remove(path)
 
 
 @contextmanager
 def only_writer(output: Path, processes: Processes) -> Iterator[None]:
-    """A block in which no other run writes to `output`, which begins without what killed ones left
-    half-written. `OutputExistsError`: another process has it."""
+    """A block in which no other run writes to `output`. Removes incomplete files of killed runs at
+    its start. Raises `OutputExistsError` if another process writes its run there."""
 
     def refusal(holder: str) -> OutputExistsError:
         problem = f"{holder}, which writes its run to {output}"
@@ -72,23 +74,22 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
         )
 
     def hold() -> None:
-        if not output.is_file():  # which is refused soon
+        if not output.is_file():  # `can_resume` refuses a file
             stack.enter_context(locked(output / LOCK, refusal))
-        if (output / RUN).exists():  # else it is no folder of ours
+        if (output / RUN).exists():  # leave folders of other programs alone
             sweep(output)
 
     try:
         with ExitStack() as stack:
-            processes.one(hold)
+            processes.run_on_first(hold)
             yield
     finally:
         if processes.first and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()  # of a run that could not begin
+            output.rmdir()  # the run could not begin
 
 
 def is_taken(output: Path) -> bool:
-    """Whether the folder holds more than the lock of this run, and a record that was never
-    whole."""
+    """Whether the folder holds more than the lock of this run and incomplete run records."""
     return output.is_dir() and not all(
         file.name.startswith((LOCK, f".{RUN}.")) for file in output.iterdir()
     )
@@ -97,23 +98,23 @@ def is_taken(output: Path) -> bool:
 def write(
     output: str | Path, step: int, fill: Callable[[Path], None], processes: Processes
 ) -> None:
-    """checkpoint-`step`: a folder that every process fills, and that gets its name when all have;
-    when one fails, it vanishes, and all raise. A failed write, whichever library noticed it, comes
-    out as an `OSError`."""
+    """Write checkpoint-`step`: every process fills a temporary folder, which gets its final name
+    once all are done. If one process fails, the folder is removed and all raise. A failed write
+    raises `OSError`, whichever library reported it."""
     target = path_of(output, step)
 
-    def filled(folder: Path) -> None:
-        with disk_errors(target):  # not around the meetings, whose errors are no disk's
+    def fill_folder(folder: Path) -> None:
+        with disk_errors(target):  # not around errors of the communication between processes
             fill(folder)
 
     with ExitStack() as stack:
-        made = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
-        folder = Path(processes.one(lambda: str(stack.enter_context(made))))
+        writer = new_folder(target, overwrite=True, replaces=[STATE, EVERYTHING])
+        folder = Path(processes.run_on_first(lambda: str(stack.enter_context(writer))))
         try:
-            processes.each(lambda: filled(folder))
-            processes.each(stack.close)
+            processes.run_on_all(lambda: fill_folder(folder))
+            processes.run_on_all(stack.close)
         except BaseException:
-            # the first one's went, and this one, still writing, may have made it again
+            # the first process removed the folder, but this one may have created it again since
             if not processes.first:
                 shutil.rmtree(folder.parent, ignore_errors=True)
             raise
@@ -129,13 +130,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The lines of the log. A last line that a power cut tore is left out."""
+    """The lines of the log, without a last line that is incomplete after a power cut."""
     text = (output / LOG).read_text(encoding="utf-8") if (output / LOG).is_file() else ""
     return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
 
 
 def cut_log(output: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step`, which are about to be computed again; return those that stay."""
-    kept = [line for line in read_log(output) if line["step"] <= step]
-    write_whole(output / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+    """Drop the lines after `step`, which the resumed run computes again, and return the others."""
+    lines = [line for line in read_log(output) if line["step"] <= step]
+    write_whole(output / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines

@@ -1,8 +1,7 @@
-"""Names that columns have in data sets that people share, for the advice of an error: nothing is
-read by a guess.
+"""Usual column names of public data sets, for the advice in errors. Data is never read by a guess.
 
-advice(["instruction", "input", "output"], first_row)   what to do, with the flags that name the columns
-likely("label", ["sentence", "intent"])                 the column that plays a part by its name, or None
+advice(["instruction", "input"], first_row)     what to do, with the flags that name the columns
+likely("label", ["sentence", "intent"])         the likely column of a field, or None
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 from veneer.errors import listing
 
-#: usual names of a part, the most usual first
+#: usual column names of a field, the most usual first
 NAMES = {
     "messages": (
         "messages",
@@ -56,65 +55,81 @@ NAMES = {
     "anchor": ("anchor", "query", "question", "sentence1", "premise"),
     "positive": ("positive", "pos", "answer", "passage", "document", "sentence2", "hypothesis"),
 }
-#: data sets with a column that belongs to the prompt where it holds something: (name, prompt, that
-#: column, completion)
+#: data sets with an optional context column that belongs to the prompt: (name, prompt, context,
+#: completion)
 FORMS = (
     ("alpaca", "instruction", "input", "output"),
     ("dolly", "instruction", "context", "response"),
 )
 
 
-def likely(part: str, names: Sequence[str]) -> str | None:
-    """The column that plays a part by its name, as usual or nearly so; None if there is none."""
+def likely(field: str, names: Sequence[str]) -> str | None:
+    """The column whose name is usual for a field, or close to the field's name; else None."""
     lower = {name.lower(): name for name in reversed(names)}
-    for usual in NAMES.get(part, (part,)):
+    for usual in NAMES.get(field, (field,)):
         if usual in lower:
             return lower[usual]
-    near = difflib.get_close_matches(part, lower, 1, 0.75)
+    near = difflib.get_close_matches(field, lower, 1, 0.75)
     return lower[near[0]] if near else None
 
 
 def advice(
     names: Sequence[str], first: Mapping[str, Any], prompt: str | None, completion: str | None
 ) -> str:
-    """What to do about columns that no shape of sft has. ``prompt``, ``completion``: those that
-    were named already."""
+    """What to do about columns that fit no shape of sft. ``first``: the first row. ``prompt``,
+    ``completion``: the columns that the user has already named."""
     chats = [name for name in names if _is_chat(first.get(name))]
     if prompt is None and completion is None and (chats or likely("messages", names)):
         chat = chats[0] if chats else likely("messages", names)
         return f"name the column of the chats: --messages-column {chat}."
-    for form, asked, context, answer in FORMS:
-        if prompt is None and completion is None and {asked, answer} <= {*names}:
-            flags = f"--prompt-column {asked} --completion-column {answer}"
+    for form, prompt_column, context, completion_column in FORMS:
+        if prompt is None and completion is None and {prompt_column, completion_column} <= {*names}:
+            flags = f"--prompt-column {prompt_column} --completion-column {completion_column}"
             if context not in names:
                 return f"name these columns of {form}: {flags}."
             return (
                 f"these are the columns of {form}, whose `{context}` belongs to the prompt where it"
-                f" holds something: write both into one column `prompt`, and `{answer}` into"
-                f" `completion`; {flags} would leave `{context}` out."
+                f" holds something: write both into one column `prompt`, and `{completion_column}`"
+                f" into `completion`; {flags} would leave `{context}` out."
             )
-    asked = prompt or likely("prompt", [name for name in names if name != completion])
-    answer = completion or likely(
-        "completion", [name for name in names if name not in (asked, prompt)]
+    prompt_column = prompt or likely("prompt", [name for name in names if name != completion])
+    completion_column = completion or likely(
+        "completion", [name for name in names if name not in (prompt_column, prompt)]
     )
-    if asked is not None and answer is not None:
+    if prompt_column is not None and completion_column is not None:
         guess = "" if prompt and completion else " (by their names: check that they mean it)"
         return (
-            f"rename the columns, or name them: --prompt-column {asked} --completion-column"
-            f" {answer}{guess}."
+            f"rename the columns, or name them: --prompt-column {prompt_column} --completion-column"
+            f" {completion_column}{guess}."
         )
     if len(names) == 1:
         return f"if it is plain text, name it: --text-column {names[0]}."
-    known = (
-        f"--prompt-column {asked} " if asked else f"--completion-column {answer} " if answer else ""
+    named_flag = (
+        f"--prompt-column {prompt_column} "
+        if prompt_column
+        else f"--completion-column {completion_column} "
+        if completion_column
+        else ""
     )
-    open_ = "completion" if asked else "prompt" if answer else "prompt and which the completion"
-    rest = listing((repr(name) for name in names if name not in (asked, answer)), 8)
-    flags = known or "--prompt-column COLUMN "
-    flags += "--prompt-column COLUMN" if answer and not asked else "--completion-column COLUMN"
+    unclear_fields = (
+        "completion"
+        if prompt_column
+        else "prompt"
+        if completion_column
+        else "prompt and which the completion"
+    )
+    candidates = listing(
+        (repr(name) for name in names if name not in (prompt_column, completion_column)), 8
+    )
+    flags = named_flag or "--prompt-column COLUMN "
+    flags += (
+        "--prompt-column COLUMN"
+        if completion_column and not prompt_column
+        else "--completion-column COLUMN"
+    )
     return (
-        f"it is not clear which of {rest} is the {open_}: name them: {flags} (or --text-column,"
-        " --messages-column)."
+        f"it is not clear which of {candidates} is the {unclear_fields}: name them: {flags} (or"
+        " --text-column, --messages-column)."
     )
 
 

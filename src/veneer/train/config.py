@@ -1,10 +1,10 @@
-"""The configuration of a training run: one pydantic model, from which the YAML file, the flags and
-the help are made.
+"""The configuration of a training run: one pydantic model defines the YAML file, the flags and
+their help.
 
-    veneer train run.yaml --rank 32        the file first, then the flags over it
+    veneer train run.yaml --rank 32        flags override the file
 
-An unknown field is an error that names the nearest known one. Nothing here imports torch, so
-`veneer train --help` stays fast.
+An unknown field is an error that names the nearest known field. This module does not import torch,
+so `veneer train --help` stays fast.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from pydantic import (
 
 from veneer.errors import ConfigError, nearest
 
-#: torch's name of a dtype -> the short one that the settings have
+#: torch's name of a dtype -> its short name in the settings
 _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
-# Fields that may differ when a run is resumed: they change what is kept or shown, not what is
-# computed.
+# Fields that may change when a run is resumed: they do not affect the computed numbers.
 FREE_ON_RESUME = frozenset(
     {
         "resume", "overwrite", "trackers", "save_every", "keep_checkpoints", "output", "offload_activations",
@@ -38,15 +37,15 @@ FREE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-# What an adapter that is trained further brings along.
-ITS_OWN = (
+# Fields that the files of an adapter define, if `adapter` names one to train further.
+ADAPTER_FIELDS = (
     "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "bias", "variant", "adapter_dtype",
     "add_tokens", "trainable_tokens",
 )  # fmt: skip
 
 
 def _panel(title: str) -> Any:
-    """What makes the fields that `veneer train --help` shows below a title."""
+    """A function that defines fields which `veneer train --help` shows under a title."""
 
     def field(default: Any, help: str, **limits: Any) -> Any:
         return Field(default, description=help, json_schema_extra={"panel": title}, **limits)
@@ -60,12 +59,12 @@ _data, _task, _adapter, _optimiser, _run = map(
 
 
 def task_names() -> list[str]:
-    """The tasks that there are: the files of `tasks/`, which are not imported for their names."""
+    """Names of the tasks, from the files of `tasks/`, without importing them."""
     return sorted(file.stem for file in Path(__file__).with_name("tasks").glob("[a-z]*.py"))
 
 
 class TrainConfig(BaseModel):
-    """Everything that `veneer train` can be told. Only `base`, `data` and `output` have no default.
+    """All settings of `veneer train`. Only `base`, `data` and `output` have no default.
 
     Defaults and their sources: rank 16 on all linear layers and a learning rate ten times that of
     full fine-tuning (2e-4 against the usual 2e-5) follow "LoRA Without Regret" (Schulman and
@@ -265,42 +264,50 @@ class TrainConfig(BaseModel):
 
     @field_validator("columns", mode="before")
     @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        """part=column, comma-separated, as the flag writes it."""
+    def _parse_columns(cls, value: Any) -> Any:
+        """Parse the flag's form, `part=column` pairs with commas between."""
         if not isinstance(value, str):
             return value
-        pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
-        if not all(part and column for part, _, column in pairs):
+        pairs = [pair.strip().partition("=") for pair in value.split(",") if pair.strip()]
+        if not all(field and column for field, _, column in pairs):
             raise ValueError("expected PART=COLUMN, several of them with commas between")
-        names = [part for part, _, _ in pairs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{twice!r} twice; expected one column for each part")
-        return {part: column for part, _, column in pairs}
+        names = [field for field, _, _ in pairs]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{repeated!r} twice; expected one column for each part")
+        return {field: column for field, _, column in pairs}
 
     @field_validator(
-        "targets", "exclude", "train_also", "add_tokens", "trainable_tokens", "trackers", "layers", "resume", "reward",
+        "targets",
+        "exclude",
+        "train_also",
+        "add_tokens",
+        "trainable_tokens",
+        "trackers",
+        "layers",
+        "resume",
+        "reward",
         mode="before",
-    )  # fmt: skip
+    )
     @classmethod
-    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
-        """A comma-separated text is a list: the flags write it so. One value is a list of one, but
-        for `targets`."""
+    def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Split a comma-separated text, the flags' form of a list. A single value becomes a list of
+        one element, except for `targets`."""
         if info.field_name == "resume":
             return None if value == "auto" else value
         if isinstance(value, str) and "," in value and not value.startswith("re:"):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+            value = [element.strip() for element in value.split(",") if element.strip()]
         if info.field_name == "targets":
             return value[0] if isinstance(value, list) and len(value) == 1 else value
         return [value] if isinstance(value, int | str) else value
 
     @field_validator("optimiser")
     @classmethod
-    def _named(cls, value: str) -> str:
+    def _expand_optimiser(cls, value: str) -> str:
         return "adamw_torch_fused" if value == "adamw" else value
 
     @field_validator("task")
     @classmethod
-    def _known(cls, value: str) -> str:
+    def _check_task(cls, value: str) -> str:
         names = task_names()
         if value not in names:
             raise ValueError(
@@ -349,45 +356,47 @@ class TrainConfig(BaseModel):
                 "device and device_map are both given; expected one: a map places all of the model"
             )
         if self.adapter is not None:
-            told = [
+            conflicts = [
                 name
-                for name in ITS_OWN
+                for name in ADAPTER_FIELDS
                 if getattr(self, name) != type(self).model_fields[name].default
             ]
-            if told:
+            if conflicts:
                 raise ValueError(
-                    f"{', '.join(told)} beside adapter, which has its own: leave one of them out"
+                    f"{', '.join(conflicts)} beside adapter, which has its own: leave one of"
+                    " them out"
                 )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite are both given; expected one of them")
         return self
 
     def content(self) -> dict[str, Any]:
+        """All fields as JSON values."""
         return self.model_dump(mode="json")
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The fields that need not be given, as `content` has them."""
+        """The default values of the optional fields, as in `content`."""
         return {
             name: info.default for name, info in cls.model_fields.items() if not info.is_required()
         }
 
 
 def load_config(path: Path | None = None, **changes: Any) -> TrainConfig:
-    """The configuration in the YAML file at `path` with `changes` over it (those that are not
-    None).
+    """The configuration in the YAML file at `path`, overridden by the `changes` that are not None.
 
-    Raises `ConfigError` for a file that cannot be read or parsed; for all unknown fields and wrong
-    values at once.
+    Raises:
+        ConfigError: the file cannot be read or parsed, or has unknown fields or wrong values, which
+            are reported all at once.
     """
-    given = {name: value for name, value in changes.items() if value is not None}
-    return (
-        make_config(given) if path is None else make_config({**read_yaml(path), **given}, str(path))
-    )
+    overrides = {name: value for name, value in changes.items() if value is not None}
+    if path is None:
+        return make_config(overrides)
+    return make_config({**read_yaml(path), **overrides}, str(path))
 
 
 def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainConfig:
-    """`TrainConfig(**fields)` whose errors are one readable `ConfigError`."""
+    """`TrainConfig(**fields)`, with all validation errors in one readable `ConfigError`."""
     try:
         return TrainConfig(**fields)
     except ValidationError as error:
@@ -399,6 +408,7 @@ def make_config(fields: dict[str, Any], source: str = "the arguments") -> TrainC
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `ConfigError` for a file that cannot be read or parsed."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -415,9 +425,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             getattr(error, "problem_mark", None),
             getattr(error, "problem", None) or str(error),
         )
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         message = (
-            f"{path}{where} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo:"
+            f"{path}{position} is not YAML: {problem}.\nExpected lines such as `rank: 16`.\nDo:"
             " fix it."
         )
         raise ConfigError(message) from error
@@ -425,7 +435,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}, which is nested too deep", "lines such as `rank: 16`", "fix it"
         ) from error
-    except ValueError as error:  # a number of thousands of digits, a date that is none
+    except ValueError as error:  # a number of thousands of digits, or an invalid date
         raise ConfigError(
             f"{path}, with a value that cannot be read ({error})"[:300],
             "lines such as `rank: 16`",
@@ -445,8 +455,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _explain(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"][:1])
-    kind, found = problem["type"], problem["input"]
+    """One line for a validation error of pydantic."""
+    name = ".".join(str(key) for key in problem["loc"][:1])
+    kind, rejected = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         if name == "sweep":
             return "sweep is a section for `veneer sweep`"
@@ -455,7 +466,7 @@ def _explain(problem: Any) -> str:
             f"; did you mean {near[0]!r}?" if near else "; see `veneer train --help`"
         )
     if kind == "missing":
-        about = TrainConfig.model_fields[name].description
-        return f"{name} is missing: {about} (add `{name}: …` or --{name.replace('_', '-')})"
+        description = TrainConfig.model_fields[name].description
+        return f"{name} is missing: {description} (add `{name}: …` or --{name.replace('_', '-')})"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: found {found!r}; {message[0].lower()}{message[1:]}" if name else message
+    return f"{name}: found {rejected!r}; {message[0].lower()}{message[1:]}" if name else message

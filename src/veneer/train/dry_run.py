@@ -1,10 +1,10 @@
-"""`veneer train --dry-run`: everything up to the first step, and nothing written.
+"""`veneer train --dry-run`: everything up to the first step, without writing any file.
 
-The output folder, the data, the tokens and the targets are judged as a run judges them. The base is
-on the meta device, where it has shapes and no weights, unless it is quantised or to be, gets more
-tokens or the head of another task than language, the variant starts from data or an adapter is
-trained further: then it is loaded. What only weights tell is left to the run: whether every adapter
-is reached, and whether the loss is a number.
+The output folder, the data, the tokens and the targets are checked as in a run. The base is on the
+meta device, with shapes and without weights. It is loaded only if it is quantised or will be, if it
+gets new tokens or the head of a task other than language, if the variant starts from data, or if an
+adapter is trained further. Not checked are the properties that need weights: whether the forward
+reaches every adapter, and whether the loss is finite.
 """
 
 from __future__ import annotations
@@ -18,47 +18,49 @@ from rich.console import Console
 from veneer.models.load import best_device, meta_base
 from veneer.models.locate import config_of
 from veneer.models.remote_code import with_trust_of_config
+from veneer.train.adapter_setup import attach_adapter
 from veneer.train.callbacks import duration, say
 from veneer.train.config import TrainConfig
 from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.prepare import Prepared
 from veneer.train.processes import Processes
-from veneer.train.run import attach_as, begin, describe
+from veneer.train.run import prepare_run
+from veneer.train.run_summary import print_summary
 from veneer.train.tasks import Task
 from veneer.variants import VARIANTS
 
-#: seconds for which the machine's products are timed
+#: seconds for which matrix products are timed
 TIMED = 0.3
-#: characters of each part of the example that are shown
+#: maximal number of characters that are shown of each segment of the example
 SHOWN = 1000
 
 
 @with_trust_of_config
 def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
-    """Print what the run would do, how much memory and at least how much time it takes, and its
-    first example.
+    """Print the summary of the run, its estimated memory, a lower bound of its time, and its first
+    example.
 
     Raises: as ``fit`` does before its first step.
     """
     console = console or Console(stderr=True)
     output = config.output.expanduser()
-    task, ids, prepared, found, _ = begin(config, output, console, Processes())
-    packed = (
+    task, ids, prepared, resume_point, _ = prepare_run(config, output, console, Processes())
+    quantized = (
         config.quantize or getattr(config_of(config.base), "quantization_config", None) is not None
     )
-    shapes_do = (
-        not packed and not ids and not VARIANTS[config.variant].needs and config.adapter is None
+    shapes_suffice = (
+        not quantized and not ids and not VARIANTS[config.variant].needs and config.adapter is None
     )
-    if shapes_do and task.continues():
+    if shapes_suffice and task.continues():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
-    handle = attach_as(task, model, prepared, ids)
+    handle = attach_adapter(task, model, prepared, ids)
     cached = HiddenStateCache(model) if config.cache_lower else None
-    describe(task, model, handle, prepared, cached, console)
-    done = 0 if found is None else found[1]
-    # an answer that is still to be drawn may be short, and half of the layers read what the other
-    # half writes to
+    print_summary(task, model, handle, prepared, cached, console)
+    done = 0 if resume_point is None else resume_point[1]
+    # There is no bound for grpo, whose answers may be short, nor for encoder-decoder models, of
+    # which each half reads other tokens.
     bounded = task.name != "grpo" and not getattr(model.config, "is_encoder_decoder", False)
     if bounded and any(prepared.train.lengths):
         say(console, f"Time     {_time(task, model, prepared, prepared.steps - done)}")
@@ -67,9 +69,9 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
 
 
 def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
-    """A lower bound: the products of the base alone, forward and back through it, at the speed that
-    this machine's have now. Backward ends at the lowest adapted block, which is not counted; nor is
-    what else a step does."""
+    """A lower bound of the time of some steps: the matrix products of the base in forward and
+    backward, at this machine's current speed. It ignores that backward ends at the lowest adapted
+    block, and all other operations of a step."""
     config = task.config
     tokens = (
         sum(prepared.train.lengths) / len(prepared.train) * config.batch_size * config.grad_accum
@@ -78,17 +80,18 @@ def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
     tables = {id(embedding.weight)} if embedding is not None else set()
     head = model.get_output_embeddings()
     weights = sum(
-        parameter.numel() for parameter in model.parameters()
+        parameter.numel()
+        for parameter in model.parameters()
         if parameter.dim() > 1 and id(parameter) not in tables and not parameter.requires_grad
-    )  # fmt: skip
+    )
     labelled = (
         0 if head is None else prepared.train.trained_tokens / max(sum(prepared.train.lengths), 1)
     )
     if head is not None and id(head.weight) not in tables:
         weights -= head.weight.numel()
-    of_head = 0 if head is None else head.weight.numel() * labelled
+    head_weights = 0 if head is None else head.weight.numel() * labelled
     passes = 3 if config.activation_checkpointing else 2
-    operations = 2 * tokens * (passes * weights + 2 * of_head)
+    operations = 2 * tokens * (passes * weights + 2 * head_weights)
     device = config.device or best_device()
     speed = _speed(device, model.dtype, round(min(tokens, 1024)) or 1)
     least = duration(steps * operations / speed)
@@ -96,7 +99,7 @@ def _time(task: Task, model: Any, prepared: Prepared, steps: int) -> str:
 
 
 def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
-    """Operations a second of a product [tokens, 1024] · [1024, 1024] on this device."""
+    """Operations per second of a product [tokens, 1024] · [1024, 1024] on this device."""
     x, weight = (torch.randn(size, 1024, device=device, dtype=dtype) for size in (tokens, 1024))
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     torch.mm(x, weight)
@@ -110,11 +113,11 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
 
 
 def _show(task: Task, prepared: Prepared, console: Console) -> None:
-    """The first example as the model sees it: what is only read, and what is learnt."""
-    parts = task.shown(prepared.train[0])
-    width = max(len(part.name) for part in parts)
+    """Print the first example by segments, each of which is either only read or learnt."""
+    segments = task.shown(prepared.train[0])
+    width = max(len(segment.name) for segment in segments)
     say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
-    for learnt, name, text in parts:
+    for learnt, name, text in segments:
         head = f"{'learnt' if learnt else 'read':<6}" + (f" {name:<{width}}" if width else "")
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
         for line in shown.split("\n"):

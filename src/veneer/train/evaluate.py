@@ -1,5 +1,5 @@
-"""How well a model predicts examples: loss, perplexity, share of tokens right, share of completions
-exactly right."""
+"""Evaluation of a model on examples: loss, perplexity, token accuracy, exact match of
+completions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from veneer.train.tokens import IGNORED, Examples
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss`: mean negative log-likelihood in nats over `tokens` labelled tokens; `accuracy`: share
-    of them that are the most likely one."""
+    """`loss`: mean negative log-likelihood in nats over `tokens` tokens with a label; `accuracy`:
+    share of these tokens that are the most likely token."""
 
     loss: float
     accuracy: float
@@ -37,6 +37,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluation:
+    """Evaluate a causal language model. Its training mode is restored."""
     order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
     total, items, correct, training = 0.0, 0, 0, model.training
     model.eval()
@@ -54,17 +55,17 @@ def evaluate(model: Any, examples: Examples, *, batch_size: int = 8) -> Evaluati
 
 @torch.no_grad()
 def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) -> dict[str, float]:
-    """The loss and the measures of any task but sft: means over the items of all rows, and how many
-    items there are."""
+    """The loss and the measures of a task other than sft, as means over the items of all rows, and
+    the number of items."""
     order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
     total, items, sums, training = 0.0, 0, dict[str, float](), model.training
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
             batch = task.collate([rows[i] for i in order[start : start + batch_size]])
-            found = task.loss(model, to(model.device, batch))
-            total, items = total + float(found.total), items + found.items
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.sums.items()}
+            loss = task.loss(model, to(model.device, batch))
+            total, items = total + float(loss.total), items + loss.items
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in loss.sums.items()}
     finally:
         model.train(training)
     means = {name: value / max(items, 1) for name, value in {"loss": total, **sums}.items()}
@@ -74,18 +75,19 @@ def evaluate_task(task: Task, model: Any, rows: Rows, *, batch_size: int = 8) ->
 def task_of(
     record: Mapping[str, Any], base: str, data: str, loading: Mapping[str, Any], **fields: Any
 ) -> Task:
-    """The task of an adapter's record (`Task.record`; {"name": …} for one without), on other data.
-    ``loading``: as `load_base` takes it; ``fields``: of `TrainConfig`, over those of the record;
-    None leaves the record's. Raises `ConfigError`."""
+    """The task in an adapter's metadata (`Task.record`; {"name": …} for a task without one), on
+    other data. ``loading``: arguments of `load_base`; ``fields``: fields of `TrainConfig` that
+    override the record's, unless they are None. Raises `ConfigError`."""
     config = {name: value for name, value in record.items() if name in RECORDED}
     config |= {name: value for name, value in fields.items() if value is not None}
     name = record.get("name", "sft")
     config |= {"task": name, "base": base, "data": data, "output": "."}
-    made = make_config(config, "what the adapter says of its task")
-    return TASKS[name](made, settings_in(record), loading)
+    task_config = make_config(config, "what the adapter says of its task")
+    return TASKS[name](task_config, settings_in(record), loading)
 
 
 def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
@@ -97,30 +99,30 @@ def collate(examples: Examples, rows: list[int], device: Any = "cpu") -> dict[st
     right."""
     width = max(examples.lengths[i] for i in rows)
     ids, labels = [examples.input_ids[i] for i in rows], [examples.labels[i] for i in rows]
-    parts = {
+    columns = {
         "input_ids": (ids, 0),
         "attention_mask": ([[1] * len(row) for row in ids], 0),
         "labels": (labels, IGNORED),
     }
     return {
         name: torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
-        for name, (lists, fill) in parts.items()
+        for name, (lists, fill) in columns.items()
     }
 
 
 def exact(
     model: Any, tokenizer: Any, rows: Records, *, max_new_tokens: int = 64, batch_size: int = 16
 ) -> float:
-    """Share of prompt/completion rows whose greedy continuation is the completion, surrounding
-    spaces aside. Raises `DataError` for tools and calls of them: what is written is compared as
-    text."""
-    for row, place in zip(rows.rows, rows.places, strict=True):
+    """Share of prompt/completion rows whose greedy continuation equals the completion, except for
+    surrounding whitespace. Raises `DataError` for rows with tools or tool calls, because answers
+    are compared as text."""
+    for row, location in zip(rows.rows, rows.places, strict=True):
         answer = row["completion"]
         if row.get(TOOLS) or (
             isinstance(answer, list) and any("tool_calls" in message for message in answer)
         ):
             problem = (
-                f"{rows.source}, {place}: tools, or calls of them, among what should be exactly"
+                f"{rows.source}, {location}: tools, or calls of them, among what should be exactly"
                 " right"
             )
             raise DataError(

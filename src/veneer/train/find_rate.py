@@ -1,12 +1,11 @@
-"""`veneer train --find-rate`: which learning rate suits a run, from a short sweep over its own
-data.
+"""`veneer train --find-rate`: a learning rate for a run, from a short range test on its data.
 
-    rate_k = low · (high / low)^(k / steps)        one step each, from the run's own start, with its optimiser
+    rate_k = low · (high / low)^(k / steps)        one step each, with the run's optimiser
 
-The loss falls first, faster as the rate grows, and rises where the rate is too high. Suggested is a
-tenth of the rate at the lowest smoothed loss: at the lowest one a step is about to be too long.
-Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, has the sweep.
-Nothing is written, and what the sweep trained is dropped.
+The loss first falls, faster as the rate grows, and rises when the rate is too high. The suggested
+rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long. The test
+is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186. It
+writes no files and discards the trained adapter.
 """
 
 from __future__ import annotations
@@ -24,42 +23,42 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from veneer.errors import ConfigError, TrainingError
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import vocabulary
+from veneer.train.adapter_setup import attach_adapter
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import say
 from veneer.train.config import TrainConfig
 from veneer.train.further import as_reference
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.run import attach_as
 from veneer.train.tasks import TASKS
 from veneer.train.trainer import trainer_of
 
 LOW, HIGH, STEPS = 1e-6, 1.0, 80
-#: a share of the lowest smoothed loss above which the sweep ends, once it has seen a third of the
-#: rates
+#: the sweep ends at this multiple of the lowest smoothed loss, after a third of the rates
 WORSE = 1.5
-#: of the losses' running mean
-KEPT = 0.8
+#: decay of the running mean of the losses
+DECAY = 0.8
 
 
 @dataclass(frozen=True)
 class RateSweep:
-    """``rates``, and the ``losses`` (sft: nats a token) of the step before each was applied;
-    ``smoothed``: their running mean."""
+    """``rates``, and the ``losses`` (sft: nats per token) before each rate was applied;
+    ``smoothed``: their bias-corrected running mean."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
 
     @property
     def smoothed(self) -> tuple[float, ...]:
-        found, mean = [], 0.0
+        means, mean = [], 0.0
         for count, loss in enumerate(self.losses, 1):
-            mean = KEPT * mean + (1 - KEPT) * loss
-            found.append(mean / (1 - KEPT**count))  # as if there had been no zero before the first
-        return tuple(found)
+            mean = DECAY * mean + (1 - DECAY) * loss
+            means.append(mean / (1 - DECAY**count))  # corrects the bias of the initial zero
+        return tuple(means)
 
     @property
     def suggested(self) -> float:
-        """A learning rate, to one digit. ``TrainingError``: the loss fell nowhere."""
+        """A learning rate, rounded to one digit. Raises ``TrainingError`` if the loss never
+        falls."""
         smoothed = self.smoothed
         best = min(range(len(smoothed)), key=smoothed.__getitem__)
         if best == 0 or smoothed[best] > 0.995 * smoothed[0]:
@@ -73,7 +72,7 @@ class RateSweep:
         return float(f"{round(rate / digit) * digit:.0e}")
 
     def lines(self, count: int = 16) -> list[str]:
-        """A table for people: some of the rates with their smoothed losses, drawn as bars."""
+        """A printable table of about `count` rates with their smoothed losses, as bars."""
         smoothed = self.smoothed
         low, high = min(smoothed), max(smoothed[0], min(smoothed))
         shown = sorted({round(k * (len(smoothed) - 1) / (count - 1)) for k in range(count)})
@@ -87,8 +86,8 @@ class RateSweep:
 
 
 class _Sweep(TrainerCallback):
-    """Gives each step its rate and keeps its loss; ends where the loss has left the lowest one
-    behind."""
+    """Set the rate of each step and record its loss; stop when the loss is far above its lowest
+    value."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -123,10 +122,10 @@ class _Sweep(TrainerCallback):
 
 @with_trust_of_config
 def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSweep:
-    """Sweep the rates on the data of ``config``, one step each. The output folder is not looked at.
+    """Sweep the rates on the data of ``config``, one step each. Ignores the output folder.
 
     Raises: as ``fit`` does before its first step; ``ConfigError``: the task is grpo, whose loss
-    tells nothing; ``TrainingError``: not even the first loss is a number.
+    does not measure progress; ``TrainingError``: the first loss is not finite.
     """
     if config.task == "grpo":
         problem, do = (
@@ -150,13 +149,19 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
         arguments.report_to, arguments._n_gpu = [], min(arguments.n_gpu, 1)
         set_seed(config.seed)
         base = task.load()._replace(tokenizer=task.processor)
-        handle = attach_as(task, base.model, prepared, ids)
+        handle = attach_adapter(task, base.model, prepared, ids)
         sweep = _Sweep()
         trainer = trainer_of(
-            task, base.model, HiddenStateCache(base.model) if config.cache_lower else None,
-            args=arguments, train_dataset=prepared.train_set, processing_class=base.tokenizer, callbacks=[sweep],
-            adapter=handle, base_name=config.base,
-        )  # fmt: skip
+            task,
+            base.model,
+            HiddenStateCache(base.model) if config.cache_lower else None,
+            args=arguments,
+            train_dataset=prepared.train_set,
+            processing_class=base.tokenizer,
+            callbacks=[sweep],
+            adapter=handle,
+            base_name=config.base,
+        )
         trainer.remove_callback(PrinterCallback)
         say(
             console,

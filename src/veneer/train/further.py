@@ -1,9 +1,9 @@
 """An adapter that a run trains further (`adapter` of the configuration), such as sft's before dpo.
 
-What it changes and how is its own; the run says on which rows, with which loss and at which rate.
-Of a task that is measured from a reference, that adapter as it was is the reference, as in TRL: a
-second adapter, frozen, on the same base (``as_reference``), which the loss selects
-(``tasks/_base.reference``).
+The adapter's files define its targets, rank and variant; the run defines the data, the loss and the
+learning rate. If the loss compares with a reference, the adapter in its initial state is the
+reference, as in TRL: a second, frozen adapter on the same base (``as_reference``), which the loss
+selects (``tasks/_base.reference``).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OWN, REFERENCE = "default", "reference"
 
 
 class Start(NamedTuple):
-    """The folder of an adapter to train further, the hash of its files, and what its record says of
-    its task."""
+    """The folder of an adapter to train further, the hash of its files, and its record of the task
+    that trained it."""
 
     folder: Path
     hash: str
@@ -37,9 +37,9 @@ class Start(NamedTuple):
 
 
 def start_of(adapter: str | None) -> Start | None:
-    """Look at the adapter; None: the run makes one. ``AdapterError``: it is damaged, or there is
-    none. ``ConfigError``: it trains tokens, of which a base has no rows before it is grown for a
-    run."""
+    """The start of a run from an adapter; None if the run trains a new one. Raises ``AdapterError``
+    for a damaged or missing adapter, and ``ConfigError`` for an adapter that trains tokens, because
+    the base may not have rows for them yet."""
     if adapter is None:
         return None
     folder = resolve(adapter)
@@ -55,16 +55,17 @@ def start_of(adapter: str | None) -> Start | None:
 
 
 def load_to_train(model: Any, start: Start) -> Handle:
-    """Attach the adapter. ``ConfigError``: the base has a new head, of random weights, which the
-    adapter does not train; else as ``veneer.load``."""
+    """Attach the adapter. Raises ``ConfigError`` if the base has a new head of random weights that
+    the adapter does not train; otherwise raises as ``veneer.load``."""
     names = Names(model)
     heads = fresh_head(names, fresh_parameters(names).values())
     handle = load(model, start.folder, name=OWN, trainable=True)
     layers = handle.layers
     lacking = [
-        path for path, name in heads
+        path
+        for path, name in heads
         if path not in layers or name not in (*layers[path].changes, *layers[path].full._parameters)
-    ]  # fmt: skip
+    ]
     if lacking:
         handle.detach()
         problem = (
@@ -81,8 +82,8 @@ def load_to_train(model: Any, start: Start) -> Handle:
 
 @contextmanager
 def as_reference(model: Any, start: Start | None, refers: bool) -> Iterator[None]:
-    """Around the steps of a run: where its loss refers to the adapter as it was, that is there, and
-    not selected."""
+    """A block around the steps of a run. If the loss compares with the initial adapter (`refers`),
+    that adapter is attached as a second one in the block, but not selected."""
     if start is None or not refers:
         yield
         return

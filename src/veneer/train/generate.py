@@ -1,10 +1,10 @@
-"""Text from a model, many prompts at a time.
+"""Generate text with a model, for many prompts at a time.
 
     texts = generate(model, tokenizer, ["2 + 2 =", …], max_new_tokens=32)
 
-Prompts of similar length share a batch, padded on the left so that every row goes on from its last
-token. A row ends at the end-of-text token, at a stop string, or at `max_new_tokens`; the longest
-prompts run first, so that too little memory shows at once.
+Prompts of similar length share a batch, padded on the left so that every row continues from its
+last token. A row ends at the end-of-text token, at a stop string, or after `max_new_tokens`. The
+longest prompts run first, so that a lack of memory shows at once.
 """
 
 from __future__ import annotations
@@ -37,21 +37,40 @@ def generate(
     until: Callable[[], bool] | None = None,
 ) -> list[str]:
     """The continuation of each prompt, in order, without the prompt and without the stop string.
-    ``prompts``: texts, or chats (lists of {"role", "content"}), which go through the tokenizer's
-    chat template. ``temperature``: 0 takes the most likely token each time; above 0 samples.
-    ``top_p``: when sampling, from the smallest set of tokens with this much probability. ``top_k``:
-    and from so many tokens; 0 is all. ``stop``: strings that end a row. ``seed``: of the sampling.
-    Prompt i draws from ``sample_seed(seed, i)``, whatever batch it is in. None draws a seed from
-    torch's generator; otherwise the global random state is left as it was. ``say``: called with
-    each piece of the text of a single prompt as it is written. ``until``: asked after each token;
-    what is written when it says True is the text. Penalties of the base's generation_config.json
-    apply. ``DataError``: an empty prompt, or a prompt with `max_new_tokens` is longer than the
-    model's context."""
+    Applies the penalties of the base's generation_config.json.
+
+    Args:
+        prompts: texts, or chats (lists of {"role", "content"}), which are encoded by the
+            tokenizer's chat template.
+        temperature: 0 always takes the most likely token; above 0 samples.
+        top_p: sample from the smallest set of tokens with this total probability.
+        top_k: sample from this many most likely tokens; 0 is all.
+        batch_size: prompts per batch.
+        stop: strings that end a row.
+        seed: of the sampling; prompt i draws from ``sample_seed(seed, i)`` in any batch. None draws
+            a seed from torch's generator; otherwise the global random state does not change.
+        say: called with each new piece of text, for a single prompt.
+        until: called after each token; generation ends when it returns True.
+
+    Raises:
+        DataError: a prompt is empty, or longer than the model's context with `max_new_tokens`.
+    """
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
     sampled = continuations(
-        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        top_k=top_k, batch_size=batch_size, stop=stop, seed=seed, say=say, until=until, penalties=True,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        batch_size=batch_size,
+        stop=stop,
+        seed=seed,
+        say=say,
+        until=until,
+        penalties=True,
+    )
     texts = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     for word in stop:
         texts = [text.split(word, 1)[0] for text in texts]
@@ -75,40 +94,37 @@ def continuations(
     until: Callable[[], bool] | None = None,
     penalties: bool = False,
 ) -> list[list[int]]:
-    """The new tokens of each prompt of token ids, in order, up to the end-of-text token and with
-    it. ``penalties``: apply those of the base's generation_config.json. Without them the tokens are
-    samples of the model itself, as the loss of a policy needs them. Other arguments and errors as
-    of ``generate``."""
+    """The new token ids of each encoded prompt, in order, up to and including the end-of-text
+    token. ``penalties``: apply those of the base's generation_config.json. Without them the tokens
+    are samples of the model's own distribution, which a policy loss requires. Other arguments and
+    errors as for ``generate``."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
-    context = context_of(model)
-    if (
-        context is not None
-        and encoded
-        and (longest := len(encoded[order[0]])) + max_new_tokens > context
-    ):
-        problem = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
-        do = "shorten the prompt, or ask for fewer new tokens"
-        raise DataError(problem, f"at most {context:,} together, the model's context", do)
+    _check_context(model, max(map(len, encoded), default=0), max_new_tokens)
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, stop_strings=list(stop) or None,
-        use_cache=True, do_sample=False, num_beams=1,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=end,
+        stop_strings=list(stop) or None,
+        use_cache=True,
+        do_sample=False,
+        num_beams=1,
+    )
     options = {
         "generation_config": config,
         **({"tokenizer": tokenizer} if stop else {}),
-        **_watched(say, until, tokenizer),
+        **_stream_options(say, until, tokenizer),
     }
     if seed is None and temperature > 0:
         seed = int(torch.randint(2**62, ()))
     answers: list[list[int]] = [[] for _ in encoded]
-    training, of_base = model.training, model.generation_config
+    training, base_config = model.training, model.generation_config
     model.eval()
     try:
-        if not penalties:  # transformers fills what `config` leaves open from the model's
+        if not penalties:  # transformers fills unset fields of `config` from the model's config
             model.generation_config = GenerationConfig()
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -122,7 +138,7 @@ def continuations(
             for row, tokens in zip(rows, new, strict=True):
                 answers[row] = tokens[: tokens.index(end) + 1] if end in tokens else tokens
     finally:
-        model.generation_config = of_base
+        model.generation_config = base_config
         model.train(training)
     return answers
 
@@ -139,8 +155,9 @@ def _pad_left(
 
 
 def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]) -> list[Any]:
-    """What makes the most likely token of a greedy run a draw. transformers' own sampling draws a
-    batch's tokens from one generator, so that the answer to a prompt would depend on the others."""
+    """Logits processors whose greedy choice is a sample: temperature, top-k, top-p, and random
+    perturbation with one generator per row. transformers' own sampling uses one generator for a
+    batch, so the answer to a prompt would depend on the other prompts."""
     from transformers import (
         LogitsProcessor,
         TemperatureLogitsWarper,
@@ -162,41 +179,50 @@ def _sampling(temperature: float, top_p: float, top_k: int, seeds: Sequence[int]
     return [*processors, Perturb()]
 
 
+def _check_context(model: Any, longest: int, max_new_tokens: int) -> None:
+    """Raise `DataError` if the longest prompt with the new tokens exceeds the model's context."""
+    context = context_of(model)
+    if context is not None and longest and longest + max_new_tokens > context:
+        problem = f"a prompt of {longest:,} tokens and {max_new_tokens:,} new ones"
+        do = "shorten the prompt, or ask for fewer new tokens"
+        raise DataError(problem, f"at most {context:,} together, the model's context", do)
+
+
 def context_of(model: Any) -> int | None:
-    """How many tokens a model's positions allow, if it says so."""
+    """The maximal number of positions in a model's config, or None."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _watched(
+def _stream_options(
     say: Callable[[str], None] | None, until: Callable[[], bool] | None, tokenizer: Any
 ) -> dict[str, Any]:
-    """The arguments of transformers' ``generate`` for who reads along, and for who ends it."""
+    """The arguments of transformers' ``generate`` that call `say` and `until`."""
     from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-    class Aloud(TextStreamer):
+    class CallbackStreamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text and say is not None:
                 say(text)
 
-    class Until(StoppingCriteria):
+    class CallbackCriteria(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full(
                 (len(input_ids),), until is not None and until(), device=input_ids.device
             )
 
-    aloud = (
-        {}
-        if say is None
-        else {"streamer": Aloud(tokenizer, skip_prompt=True, skip_special_tokens=True)}
-    )
-    return (
-        aloud if until is None else {**aloud, "stopping_criteria": StoppingCriteriaList([Until()])}
-    )
+    options: dict[str, Any] = {}
+    if say is not None:
+        options["streamer"] = CallbackStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+    if until is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([CallbackCriteria()])
+    return options
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The token ids of a text, or of a chat through the tokenizer's template, up to where its
-    answer begins."""
+    """The token ids of a text, or of a chat by the tokenizer's template, including the header of
+    the answer. Raises `DataError` for an empty prompt or a chat without a template."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif tokenizer.chat_template is None:

@@ -1,9 +1,9 @@
-"""Hidden-state cache for the frozen lower blocks: computed once for each row of the data.
+"""Hidden-state cache of the frozen lower blocks: their output is computed once per row of the data.
 
-    row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  hidden [s, h], kept
-    batch of rows         →  their hidden, padded with zeros   →  blocks k …, the head
+    row (ids, positions)  →  blocks 0 … k-1, alone in a batch  →  cached hidden states [s, h]
+    batch of rows         →  cached states, zero-padded        →  blocks k …, the head
 
-A row is computed alone, without padding: a resumed run ends in the same bits.
+Each row is computed alone, without padding, so that a resumed run ends in the same bits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from veneer.attach.lookup import unwrap
 from veneer.errors import ConfigError
 
-#: the inputs of a row that its hidden states may depend on
-READ = {"input_ids", "attention_mask", "position_ids"}
-#: and those that they do not depend on, or that flash attention reads of the positions
-OTHER = {
+#: model inputs on which the hidden states of a row may depend
+KEY_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+#: model inputs on which they do not depend, or that follow from the positions (flash attention)
+IGNORED_INPUTS = {
     "labels", "num_items_in_batch", "use_cache", "logits_to_keep", "return_dict", "seq_idx", "cu_seq_lens_q",
     "cu_seq_lens_k", "max_length_q", "max_length_k",
 }  # fmt: skip
@@ -33,62 +33,63 @@ INSTEAD = "leave out cache_lower"
 
 
 class HiddenStateCache:
-    """The frozen lower blocks of a model, and their output for each row. ``model``: one of
-    transformers' causal language models, with everything that trains in the upper ones of its
-    blocks. ``ConfigError``: something outside those blocks trains, nothing lies below, or what lies
-    below is random."""
+    """The frozen lower blocks of a model, and their output for each row. ``model``: a causal
+    language model of transformers whose trainable parameters all lie in its upper blocks. Raises
+    ``ConfigError`` if a parameter outside the blocks trains, if there are no blocks below the
+    trained ones, or if these have dropout."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks, self.count = _below(model)
-        self.known: dict[bytes, Tensor] = {}  # hidden states [s, h] of a row, in main memory
-        self.extra_outputs: tuple[Any, ...] | None = (
-            None  # what a block gives besides them; None if it gives no tuple
-        )
+        self.blocks, self.count = _frozen_blocks(model)
+        #: hidden states [s, h] by the hash of a row's inputs, in main memory
+        self.states: dict[bytes, Tensor] = {}
+        #: further outputs of a block; None if its output is not a tuple
+        self.extra_outputs: tuple[Any, ...] | None = None
 
     @property
     def bytes(self) -> int:
-        """What is kept now."""
-        return sum(hidden.nbytes for hidden in self.known.values())
+        """Current size of the cache in bytes."""
+        return sum(hidden.nbytes for hidden in self.states.values())
 
     @contextmanager
-    def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within the block the model's forward takes the hidden states of this batch from memory,
-        computed if need be. ``inputs``: the model's keyword arguments: input_ids [b, s], and
-        attention_mask, with padding on the right, or the position_ids of packed rows, or neither.
-        ``ConfigError``: another input, or padding on the left; what the blocks above compute
-        depends on more than the hidden states (seen when the first row is computed)."""
+    def use_for(self, model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """A block in which the model's forward on this batch reads the hidden states from the
+        cache, which computes missing ones. ``inputs``: the model's keyword arguments: input_ids
+        [b, s] with an attention_mask (padding on the right), or the position_ids of packed rows, or
+        neither. Raises ``ConfigError`` for other inputs, for padding on the left, and if the upper
+        blocks depend on more than the hidden states (tested on the first row)."""
         hidden = []
         for row in _rows(inputs):
             content = b"".join(
                 name.encode() + row[name].cpu().numpy().tobytes() for name in sorted(row)
             )
-            key, first = hashlib.blake2b(content, digest_size=16).digest(), not self.known
-            if key not in self.known:
-                self.known[key] = self._computed(unwrap(model), row)
+            key, first = hashlib.blake2b(content, digest_size=16).digest(), not self.states
+            if key not in self.states:
+                self.states[key] = self._compute_states(unwrap(model), row)
             if first:
-                self._prove(unwrap(model), row, self.known[key])
-            hidden.append(self.known[key])
-        whole = pad_sequence(hidden, batch_first=True).to(inputs["input_ids"].device)
-        short = inputs["input_ids"].shape[1] - whole.shape[1]
-        with self._standing_in(nn.functional.pad(whole, (0, 0, 0, short))):
+                self._test(unwrap(model), row, self.states[key])
+            hidden.append(self.states[key])
+        batch = pad_sequence(hidden, batch_first=True).to(inputs["input_ids"].device)
+        padding = inputs["input_ids"].shape[1] - batch.shape[1]
+        with self._replace_blocks(nn.functional.pad(batch, (0, 0, 0, padding))):
             yield
 
     @torch.no_grad()
-    def _computed(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
-        found: list[Tensor] = []
+    def _compute_states(self, model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+        """The hidden states [s, h] of a row after the lower blocks, on the CPU."""
+        states: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def capture(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, tuple):
                 self.extra_outputs = output[1:]
                 output = output[0]
-            found.append(output[0].cpu())
-            raise _Reached
+            states.append(output[0].cpu())
+            raise _StopForward
 
-        hook = self.blocks[-1].register_forward_hook(keep)
+        hook = self.blocks[-1].register_forward_hook(capture)
         try:
             model(**row, use_cache=False)
-        except _Reached:
-            return found[0]
+        except _StopForward:
+            return states[0]
         finally:
             hook.remove()
         raise ConfigError(
@@ -96,11 +97,11 @@ class HiddenStateCache:
         )
 
     @contextmanager
-    def _standing_in(self, hidden: Tensor) -> Iterator[None]:
-        """The last of the lower blocks answers with these hidden states, the others with what they
-        are given."""
+    def _replace_blocks(self, hidden: Tensor) -> Iterator[None]:
+        """A block in which the last lower block returns these hidden states, and each other lower
+        block returns its input."""
 
-        def answer(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def replacement(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = (
                 hidden if block is self.blocks[-1] else args[0] if args else kwargs["hidden_states"]
             )
@@ -109,43 +110,44 @@ class HiddenStateCache:
         before = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for block in self.blocks:
-                block.forward = partial(answer, block)
+                block.forward = partial(replacement, block)
             yield
         finally:
-            for block, own in zip(self.blocks, before, strict=True):
+            for block, forward in zip(self.blocks, before, strict=True):
                 block.__dict__.pop("forward", None)
-                if own is not None:
-                    block.forward = own
+                if forward is not None:
+                    block.forward = forward
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
-        """That the model computes the same from the hidden states as from the row."""
+    def _test(self, model: nn.Module, row: dict[str, Tensor], hidden: Tensor) -> None:
+        """Raise ``ConfigError`` unless the model computes the same logits from the hidden states as
+        from the row."""
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
-            expected = model(**row, use_cache=False).logits
-            # nothing that another row has left behind may be read either
+            reference = model(**row, use_cache=False).logits
+            # a forward on another row replaces any state that the lower blocks store in the model
             model(**{**row, "input_ids": row["input_ids"].flip(1)}, use_cache=False)
-            with self._standing_in(hidden.to(expected.device)[None]):
-                found = model(**row, use_cache=False).logits
+            with self._replace_blocks(hidden.to(reference.device)[None]):
+                logits = model(**row, use_cache=False).logits
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if not torch.allclose(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
-            self.known.clear()
-            what = "blocks above that read more of the lower ones than their hidden states"
+        if not torch.allclose(logits, reference, rtol=0, atol=1e-3 * float(reference.abs().max())):
+            self.states.clear()
+            problem = "blocks above that read more of the lower ones than their hidden states"
             raise ConfigError(
-                what, "a stack of blocks, each on the output of the one before", INSTEAD
+                problem, "a stack of blocks, each on the output of the one before", INSTEAD
             )
 
 
-class _Reached(Exception):  # noqa: N818 (it is no error)
-    """The lower blocks have run; nothing above needs to."""
+class _StopForward(Exception):  # noqa: N818 (control flow, not an error)
+    """Ends a forward after the lower blocks."""
 
 
-def _below(model: Any) -> tuple[list[nn.Module], int]:
-    """(the blocks below the lowest one in which something trains, how many blocks there are)."""
-    expected = "everything that trains to lie in the upper blocks"
+def _frozen_blocks(model: Any) -> tuple[list[nn.Module], int]:
+    """(the blocks below the lowest one with a trained parameter, number of all blocks)."""
+    requirement = "everything that trains to lie in the upper blocks"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ConfigError("a base that is sharded over processes", "a whole one", INSTEAD)
@@ -156,7 +158,7 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
         if trained and all(name.startswith(f"{path}.") for name in trained):
             lowest = min(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in trained)
             if not lowest:
-                raise ConfigError("an adapter in block 0", expected, f"set layers, or {INSTEAD}")
+                raise ConfigError("an adapter in block 0", requirement, f"set layers, or {INSTEAD}")
             drops = [
                 module.p for module in stack[:lowest].modules() if isinstance(module, nn.Dropout)
             ]
@@ -170,18 +172,23 @@ def _below(model: Any) -> tuple[list[nn.Module], int]:
     outside = next(
         (name for name in trained if not name.startswith(f"{stack}.")), "nothing that trains"
     )
-    raise ConfigError(f"{outside!r}, outside the blocks", expected, f"set targets, or {INSTEAD}")
+    raise ConfigError(f"{outside!r}, outside the blocks", requirement, f"set targets, or {INSTEAD}")
 
 
 def _rows(inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    more = {name for name, value in inputs.items() if value is not None} - READ - OTHER
-    if more:
-        raise ConfigError(f"inputs {sorted(more)}", f"only {sorted(READ)}", INSTEAD)
+    """The inputs of each row [1, s], without its padding."""
+    unsupported = (
+        {name for name, value in inputs.items() if value is not None} - KEY_INPUTS - IGNORED_INPUTS
+    )
+    if unsupported:
+        raise ConfigError(f"inputs {sorted(unsupported)}", f"only {sorted(KEY_INPUTS)}", INSTEAD)
     mask = inputs.get("attention_mask")
     rows = []
     for number in range(len(inputs["input_ids"])):
         row = {
-            name: inputs[name][number : number + 1] for name in READ if inputs.get(name) is not None
+            name: inputs[name][number : number + 1]
+            for name in KEY_INPUTS
+            if inputs.get(name) is not None
         }
         if mask is not None:
             length = int(mask[number].sum())

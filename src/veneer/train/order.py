@@ -1,12 +1,11 @@
-"""Which rows a forward pass takes: in which order, and, of several processes, which of them are
-whose.
+"""The order of the rows in an epoch, and their distribution over several processes.
 
-    epoch       every row once, in an order that depends on (seed, epoch) alone
-    batches     0 1 2 3 4 5 6 …                  in that order, as many rows in each
-    process p   p, p + n, p + 2n, …              of n processes: the n that follow each other run at once
+    epoch       every row once, in an order that depends on (seed, epoch) only
+    batches     0 1 2 3 4 5 6 …                  consecutive rows, the same number in each
+    process p   p, p + n, p + 2n, …              of n processes: n consecutive batches run at once
 
-A step takes as many batches from each process, so the rows of a step are those that one process
-would take.
+A step takes the same number of batches from each process, so its rows are those of a step in one
+process.
 """
 
 from __future__ import annotations
@@ -20,25 +19,19 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-#: the key under which a batch says that it counts for nothing
+#: key of a batch that carries no weight
 SPARE = "veneer_spare"
 
 
 class EpochSampler(Sampler[int]):
-    """Every index once, in an order that depends on (seed, epoch) alone; neighbours, if `grouped`,
-    are of like length. transformers sorts each stretch of fifty batches by length, longest first,
-    so the batches of a stretch come in falling order of length; here the batches are shuffled after
-    that, all but the first, which holds the longest example and so shows at once whether memory
-    suffices. `batch`: the examples of a step."""
+    """Every index once, in an order that depends on (seed, epoch) only. `grouped`: neighbours have
+    similar lengths. transformers sorts each group of fifty batches by falling length; this sampler
+    then shuffles the batches, except for the first one, which holds the longest example and shows
+    at once whether the memory suffices. `batch`: number of examples in a step."""
 
     def __init__(self, lengths: list[int], batch: int, seed: int, grouped: bool = True) -> None:
-        self.lengths, self.batch, self.seed, self.grouped, self.epoch = (
-            lengths,
-            batch,
-            seed,
-            grouped,
-            0,
-        )
+        self.lengths, self.batch, self.seed, self.grouped = lengths, batch, seed, grouped
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -53,16 +46,16 @@ class EpochSampler(Sampler[int]):
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
         first, *batches = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
-        # short: it would shift all the others
+        # a short last batch stays last, because it would shift all batches after it
         last = batches.pop() if batches and len(indices) % self.batch else []
         order = torch.randperm(len(batches), generator=generator).tolist()
         return chain(first, *(batches[number] for number in order), last)
 
 
 class ShareSampler(BatchSampler):
-    """The batches of one of several processes: as many for each. accelerate fills up the end of an
-    epoch with rows that were there before; here a process for which no batch is left gets one row
-    that counts for nothing, written ~index, so that no other process waits for it."""
+    """The batches of one of several processes; all have the same number. At the end of an epoch,
+    accelerate repeats earlier rows for processes without a batch. Here such a process gets one row
+    without weight, written ~index, so that the other processes do not wait for it."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, processes: int) -> None:
         self.sampler: Any = sampler
@@ -80,7 +73,7 @@ class ShareSampler(BatchSampler):
 
 
 class _WithSpare(Dataset[Any]):
-    """Rows by their index, and by ~index as rows that count for nothing."""
+    """Rows by index; by ~index as rows without weight."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -92,23 +85,25 @@ class _WithSpare(Dataset[Any]):
         return self.rows[index] if index >= 0 else {**self.rows[~index], SPARE: True}
 
 
-def shared(
+def share_loader(
     loader: DataLoader[Any],
     rank: int,
     processes: int,
     spare: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> DataLoader[Any]:
-    """What one of several processes loads of what `loader`, accelerate's of such a process, has.
-    `spare`: makes a batch one that counts for nothing."""
-    whole: Any = loader.batch_sampler
-    batches = ShareSampler(whole.batch_sampler.sampler, whole.batch_size, rank, processes)
+    """A loader of one process's share of the rows of `loader`, which is accelerate's loader for
+    that process. `spare`: a function that removes the weight of a batch."""
+    sampler: Any = loader.batch_sampler
+    batches = ShareSampler(sampler.batch_sampler.sampler, sampler.batch_size, rank, processes)
     collate: Callable[[Any], Any] = loader.collate_fn
 
-    def marked(rows: list[dict[str, Any]]) -> Any:
+    def collate_and_mark(rows: list[dict[str, Any]]) -> Any:
         batch = collate(
             [{name: value for name, value in row.items() if name != SPARE} for row in rows]
         )
         return {**spare(batch), SPARE: True} if SPARE in rows[0] else batch
 
     rows = _WithSpare(loader.dataset)
-    return DataLoader(rows, batch_sampler=batches, collate_fn=marked, pin_memory=loader.pin_memory)
+    return DataLoader(
+        rows, batch_sampler=batches, collate_fn=collate_and_mark, pin_memory=loader.pin_memory
+    )

@@ -1,4 +1,4 @@
-"""From a configuration to data that the trainer takes, and the number of steps that they make."""
+"""The data sets of a run, ready for the trainer, and the number of steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from veneer.errors import ConfigError
 from veneer.train import data
 from veneer.train.config import TrainConfig
 
-LONGEST = 2048  # tokens: the default limit, where the model's context is longer
-SHORT = 200  # characters of a prompt that a line of the terminal shows
+#: default maximal length of an example in tokens, if the model's context is longer
+LONGEST = 2048
+#: maximal number of characters of a sample prompt
+SHORT = 200
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The data of a run, ready for the trainer, and the number of steps. `train` and `evaluation`
-    are `tokens.Examples` or `tasks.Rows`. `unused` are columns that nothing reads. `prompt` is what
-    one may ask who learnt from the data: a text, or a chat; None where there is none that fits a
-    line."""
+    are `tokens.Examples` or `tasks.Rows`. `unused`: columns that the task does not read. `prompt`:
+    a sample prompt from the data, a text or a chat; None if no prompt fits into a line."""
 
     train: Any
     evaluation: Any
@@ -37,8 +38,8 @@ class Prepared:
 
 
 def max_length(config: TrainConfig) -> int:
-    """The longest example in tokens that a run takes. Raises `ConfigError` for more than the base
-    can."""
+    """The maximal length of a run's examples in tokens. Raises `ConfigError` if it exceeds the
+    context of the base."""
     context = models.context_length(config.base)
     length = config.max_length or min(context or LONGEST, LONGEST)
     if context is not None and length > context:
@@ -57,9 +58,9 @@ def prepare(
     length: int,
     dataset: Callable[[Any, int], Any] | None = None,
 ) -> Prepared:
-    """Read, check, split and encode the data of `config`, and count the steps. ``read``: of
-    (source, split); ``encode``: records to examples; ``dataset``: what the trainer takes of
-    examples, if not their own `dataset()`."""
+    """Read, check, split and encode the data of `config`, and count the steps. ``read``: (source,
+    split) to records; ``encode``: records to examples; ``dataset``: (examples, length) to the
+    trainer's data set, in place of the examples' `dataset()`."""
     rows = read(config.data, config.split)
     held_out = read(config.eval_data, "train") if config.eval_data is not None else None
     if config.eval_fraction:
@@ -68,22 +69,29 @@ def prepare(
             config.eval_fraction,
             config.seed if config.eval_seed is None else config.eval_seed,
         )
-    parts = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
-    examples = {name: encode(part) for name, part in parts.items()}
+    records = {"train": rows} if held_out is None else {"train": rows, "eval": held_out}
+    examples = {name: encode(split_records) for name, split_records in records.items()}
     sets = {
-        name: part.dataset() if dataset is None else dataset(part, length)
-        for name, part in examples.items()
+        name: encoded.dataset() if dataset is None else dataset(encoded, length)
+        for name, encoded in examples.items()
     }
     world = int(os.environ.get("WORLD_SIZE", "1"))
     steps = config.max_steps or math.ceil(
         config.epochs * steps_an_epoch(config, len(sets["train"]), world)
     )
-    hashes = {name: part.sha256 for name, part in parts.items()}
+    hashes = {name: split_records.sha256 for name, split_records in records.items()}
     prompt = prompt_of([rows.rows[i] for i in examples["train"].index])
     return Prepared(
-        examples["train"], examples.get("eval"), sets["train"], sets.get("eval"), length, steps, hashes, rows.unused,
-        prompt,
-    )  # fmt: skip
+        train=examples["train"],
+        evaluation=examples.get("eval"),
+        train_set=sets["train"],
+        eval_set=sets.get("eval"),
+        max_length=length,
+        steps=steps,
+        hashes=hashes,
+        unused=rows.unused,
+        prompt=prompt,
+    )
 
 
 def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
@@ -91,30 +99,34 @@ def steps_an_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
 
 
 def prompt_of(rows: Sequence[dict[str, Any]]) -> str | list[Any] | None:
-    """The chat of the first row if it is one; else the shortest prompt, of one line if there is
-    such, that a terminal shows as it is."""
-    asked = [_asked(row) for row in rows]
-    if isinstance(asked[0], list):
-        return asked[0]
-    fit = [
-        text for text in asked
-        if isinstance(text, str) and len(text) <= SHORT and text.strip() and text.replace("\n", "").isprintable()
-    ]  # fmt: skip
-    return min(fit, key=lambda text: (text.count("\n"), len(text)), default=None)
+    """A sample prompt: the chat of the first row, if it has one; else the shortest printable prompt
+    of the fewest lines, or None."""
+    prompts = [_prompt_in(row) for row in rows]
+    if isinstance(prompts[0], list):
+        return prompts[0]
+    printable = [
+        text
+        for text in prompts
+        if isinstance(text, str)
+        and len(text) <= SHORT
+        and text.strip()
+        and text.replace("\n", "").isprintable()
+    ]
+    return min(printable, key=lambda text: (text.count("\n"), len(text)), default=None)
 
 
-def _asked(row: dict[str, Any]) -> Any:
-    """What is there before what is learnt; of a text that is learnt whole, the first five words."""
-    for part in ("messages", "prompt"):
-        if part in row:
-            return row[part]
+def _prompt_in(row: dict[str, Any]) -> Any:
+    """The prompt or chat of a row; of a row with only a text, its first five words."""
+    for field in ("messages", "prompt"):
+        if field in row:
+            return row[field]
     text = row.get("chosen", row.get("text"))
     return " ".join(text.split(maxsplit=5)[:5]) if isinstance(text, str) else text
 
 
 def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records, data.Records]:
-    """(the rest, a random share `fraction` of the rows, at least one), each in its original order;
-    the same for a seed."""
+    """(training rows, held-out rows), each in the original order. A random `fraction` of the rows,
+    at least one, is held out; the same rows for the same seed."""
     count = max(1, round(len(rows) * fraction))
     if count >= len(rows):
         problem = f"eval_fraction {fraction} of {len(rows)} examples leaves none to train on"
@@ -126,8 +138,8 @@ def split(rows: data.Records, fraction: float, seed: int) -> tuple[data.Records,
 
 
 def pack(dataset: Any, max_length: int) -> Any:
-    """Several examples in one row of at most `max_length` tokens, with their lengths in the column
-    seq_lengths."""
+    """Pack several examples into rows of at most `max_length` tokens, with their lengths in the
+    column seq_lengths."""
     from datasets.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,

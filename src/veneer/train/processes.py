@@ -1,12 +1,12 @@
 """A run in several processes, as torchrun starts them.
 
-    a step      batch_size · grad_accum examples, however many processes there are: each computes its share
-    gradients   averaged over the processes once a step: nothing else travels
-    files       the first process writes; it alone prints
+    a step      batch_size · grad_accum examples in total: each process computes its share
+    gradients   averaged over the processes once per step, the only communication
+    files       only the first process writes and prints
 
-Every process does everything else: it reads the data and the base, and attaches the adapter. They
-do so stage by stage, and a stage ends with one outcome: all are through, or all raise what one of
-them met (`distributed.Ranks`).
+Everything else runs in every process: each reads the data and the base, and attaches the adapter.
+All run the same stages, and each stage has one outcome: either all processes complete it, or all
+raise the error of the one that failed (`distributed.Ranks`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: seconds that a process waits for the others: one may read a base from a slower disk
+#: seconds that a process waits for the others, which may read the base from a slower disk
 PATIENCE = 3600.0
-#: where a launcher's store says which run its processes have finished
+#: key in the launcher's store: output folder of the run that its processes have finished
 FINISHED = "veneer/finished"
-#: what a base that is divided over the processes cannot do, and why, by the setting `parallel`
+#: settings that a base divided over the processes excludes, with the reason, by `parallel`
 UNDIVIDED = {
     "fsdp": {
         "quantize": "packed weights are not spread", "a quantised base": "packed weights are not spread",
@@ -45,13 +45,14 @@ UNDIVIDED = {
         "a preference from adapter": "the base is cut before that adapter is there once more, as it was",
     },
 }  # fmt: skip
-#: what a launcher tells a process
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: environment variables that a launcher sets
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """Those of one run. A run in one process has no `ranks`, and waits for nobody. `same_rows`:
-    each computes on all rows, with a part of the base, instead of on its share of them."""
+    """The processes of one run. `ranks` is None for a run in one process. `same_rows`: each process
+    computes on all rows with a part of the base (tensor parallelism), not on its share of the
+    rows."""
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks, self.same_rows, self.parent = ranks, False, os.getppid()
@@ -66,51 +67,51 @@ class Processes:
 
     @property
     def shares(self) -> int:
-        """Into how many the rows of a step are divided."""
+        """The number of shares into which the rows of a step are divided."""
         return 1 if self.same_rows else self.count
 
     @property
     def share(self) -> int:
-        """Which of them this process has."""
+        """The index of this process's share."""
         return 0 if self.same_rows else self.rank
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.ranks is None or self.ranks.writes
 
     def must_have_parent(self) -> None:
-        """`TrainingError` if what started this process is gone: started again, it would start
-        others beside this one, which write to the same output."""
+        """Raise `TrainingError` if the launcher of this process is gone: a restarted launcher would
+        start more processes, which would write to the same output."""
         if self.ranks is not None and os.getppid() != self.parent:
             do = "start it again: it goes on from the last checkpoint"
             raise TrainingError(
                 "the launcher of this process is gone", "torchrun, until the end", do
             )
 
-    def each(
-        self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", what: str = ""
+    def run_on_all(
+        self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", subject: str = ""
     ) -> T:
-        """As `Ranks.each`."""
-        return work() if self.ranks is None else self.ranks.each(work, summary, what)
+        """Run `work` in every process, as `Ranks.each` does: all return, or all raise."""
+        return work() if self.ranks is None else self.ranks.each(work, summary, subject)
 
-    def one(self, work: Callable[[], Any]) -> Any:
-        """As `Ranks.one`: what `work` gives must be a JSON value."""
+    def run_on_first(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in the first process, as `Ranks.one` does, and return its result, which must
+        be a JSON value, in every process."""
         return work() if self.ranks is None else self.ranks.one(work)
 
 
 def join() -> Processes:
-    """The processes that a launcher started, which find each other here; or this one, if there was
-    none.
+    """Join the processes that a launcher started; without a launcher, this process alone.
 
     Raises:
-        ConfigError: the environment names several, and not where they meet.
+        ConfigError: the environment sets a WORLD_SIZE, but not the other variables of a launcher.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        # accelerate would make one process a group, and wrap the model into DDP
+        # with LOCAL_RANK set, accelerate would wrap the model of a single process in DDP
         os.environ.pop("LOCAL_RANK", None)
         return Processes()
-    if missing := [name for name in TOLD if name not in os.environ]:
+    if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
         problem = f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}"
         raise ConfigError(
             problem, "what torchrun sets", "start the run with torchrun, or unset WORLD_SIZE"
@@ -123,82 +124,85 @@ def join() -> Processes:
 
     if not dist.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():  # gloo for what lies in main memory
+        if torch.cuda.is_available():  # gloo for tensors in main memory
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
         timeout = timedelta(seconds=PATIENCE)
         store, rank, count = next(rendezvous("env://", timeout=timeout))
-        store = meeting(store, rank, count)
+        store = fresh_store(store, rank, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     return Processes(everyone("train", PATIENCE))
 
 
-def meeting(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
-    """A part of `store` for these processes alone, which holds nothing yet. torchrun's store
-    outlives the processes that it starts again and keeps what they wrote: torch 2.13 would connect
-    to their addresses. Machines count restarts each for itself, so the first process gives the part
-    a name. Each other one writes a number of its own under the name that it finds, and knows that
-    it is none of an earlier start once its number is among those listed there.
+def fresh_store(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
+    """An empty namespace of `store` for the processes of this start. torchrun's store outlives the
+    processes that it restarts and keeps their entries, so torch 2.13 would connect to their old
+    addresses. Each machine counts restarts on its own, so the first process names the namespace
+    with a random token. Every other process writes its own token under that name, and accepts the
+    name once its token is in the list that the first process publishes there: a name left by an
+    earlier start never lists it.
 
     Raises:
-        TrainingError: some do not come in time.
+        TrainingError: some processes do not arrive in `patience` seconds.
     """
     from torch._C._distributed_c10d import PrefixStore
 
     from veneer.distributed import awaited
 
-    own, deadline = uuid4().hex, time.monotonic() + patience
+    token, deadline = uuid4().hex, time.monotonic() + patience
     if rank == 0:
-        keys = [f"veneer/{own}/{other}" for other in range(1, count)]
-        store.set("veneer/start", own)
+        keys = [f"veneer/{token}/{peer}" for peer in range(1, count)]
+        store.set("veneer/start", token)
         if absent := awaited(store, keys, patience):
-            raise _alone(f"{len(absent)} of {len(keys)} other processes did not come", patience)
-        store.set(f"veneer/{own}/all", json.dumps([store.get(key).decode() for key in keys]))
-        return PrefixStore(own, store)
+            raise _timeout_error(
+                f"{len(absent)} of {len(keys)} other processes did not come", patience
+            )
+        store.set(f"veneer/{token}/all", json.dumps([store.get(key).decode() for key in keys]))
+        return PrefixStore(token, store)
     while time.monotonic() < deadline:
         if store.check(["veneer/start"]):
             name = store.get("veneer/start").decode()
-            store.set(f"veneer/{name}/{rank}", own)
-            if store.check([f"veneer/{name}/all"]) and own in json.loads(
+            store.set(f"veneer/{name}/{rank}", token)
+            if store.check([f"veneer/{name}/all"]) and token in json.loads(
                 store.get(f"veneer/{name}/all")
             ):
                 return PrefixStore(name, store)
         time.sleep(0.02)
-    raise _alone("the first process did not come", patience)
+    raise _timeout_error("the first process did not come", patience)
 
 
-def _alone(found: str, patience: float) -> TrainingError:
+def _timeout_error(problem: str, patience: float) -> TrainingError:
     return TrainingError(
-        f"{found} within {patience:g} s",
+        f"{problem} within {patience:g} s",
         "all of them",
         "see what they printed, on their machines too",
     )
 
 
 def leave(output: str) -> None:
-    """Leave the others, after a run that all of them ended, and whose result, if it has one, is in
-    `output`."""
+    """Leave the process group after a run that ended in all processes, and record `output` in the
+    launcher's store."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         if dist.get_rank() == 0:
-            _launchers_store().set(FINISHED, output)
+            _launcher_store().set(FINISHED, output)
         dist.barrier()
         dist.destroy_process_group()
 
 
 def finished_before(output: str) -> bool:
-    """Whether processes of the same launcher have finished the run in `output`: one of them failed
-    as it left, so all were started again."""
+    """Whether processes of the same launcher have already finished the run in `output`. They are
+    restarted if one of them fails while it exits."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    store = _launchers_store()
+    store = _launcher_store()
     return store.check([FINISHED]) and store.get(FINISHED).decode() == output
 
 
-def _launchers_store() -> Any:
+def _launcher_store() -> Any:
     import torch.distributed as dist
 
     store: Any = dist.distributed_c10d._get_default_store()
@@ -208,38 +212,37 @@ def _launchers_store() -> Any:
 
 
 def share(config: TrainConfig, processes: int, *, compares_rows: bool) -> TrainConfig:
-    """The configuration of one of several processes, in whose steps all of them together see as
-    many examples as `config` says (`divided`).
+    """The configuration of one of several processes, such that a step of all of them together has
+    the number of examples in `config` (`split_step`).
 
     Args:
         compares_rows: the loss compares the examples of one forward pass, so their number must
-            stay.
+            not change.
 
     Raises:
-        ConfigError: the examples of a step do not divide.
+        ConfigError: the examples of a step cannot be divided evenly.
     """
     if processes == 1:
         return config
     if config.device_map is not None:
-        found = f"device_map over {processes} processes, each of which has a device"
-        raise ConfigError(found, "one of the two", "leave out device_map, or run without torchrun")
-    rows, passes = divided(config.batch_size, config.grad_accum, processes)
+        problem = f"device_map over {processes} processes, each of which has a device"
+        do = "leave out device_map, or run without torchrun"
+        raise ConfigError(problem, "one of the two", do)
+    rows, passes = split_step(config.batch_size, config.grad_accum, processes)
     if compares_rows and rows != config.batch_size:
-        found = (
-            f"{_step(config.batch_size, config.grad_accum, processes)}: {rows} in a forward pass,"
-            " whose rows "
-        )
-        found += f"the loss of task {config.task} compares"
-        raise ConfigError(found, f"{config.batch_size} in a forward pass", _advice(processes))
+        step = _describe_step(config.batch_size, config.grad_accum, processes)
+        problem = f"{step}: {rows} in a forward pass, whose rows the loss of task {config.task}"
+        expected = f"{config.batch_size} in a forward pass"
+        raise ConfigError(f"{problem} compares", expected, _advice(processes))
     return config.model_copy(update={"batch_size": rows, "grad_accum": passes})
 
 
 def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
-    """Raises `ConfigError` for what does not work on a base that is spread (fsdp) or cut (tp) over
-    `count` processes. ``refers``: whether the loss measures from a reference."""
+    """Raise `ConfigError` for settings that do not work on a base that is spread (fsdp) or cut (tp)
+    over `count` processes. ``refers``: whether the loss compares with a reference."""
     from veneer.models.locate import config_of
 
-    there = {
+    in_use = {
         "quantize": config.quantize,
         "a quantised base": (
             getattr(config_of(config.base), "quantization_config", None) is not None
@@ -249,9 +252,9 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
         "task grpo": config.task == "grpo",
         "a preference from adapter": refers and config.adapter is not None,
     }
-    for name, why in UNDIVIDED[config.parallel].items():
-        if there[name]:
-            problem = f"parallel {config.parallel} with {name}: {why}"
+    for name, reason in UNDIVIDED[config.parallel].items():
+        if in_use[name]:
+            problem = f"parallel {config.parallel} with {name}: {reason}"
             raise ConfigError(problem, "one of them", "set parallel to ddp, or leave the other out")
     if config.shard_size is not None and count % config.shard_size:
         problem = f"shard_size {config.shard_size} of {count} processes"
@@ -260,20 +263,21 @@ def must_divide(config: TrainConfig, count: int, refers: bool = False) -> None:
         )
 
 
-def divided(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:
-    """(examples of a forward pass, forward passes) in a step of one of several processes that share
-    the examples: as few passes as hold `batch_size` examples at most. `ConfigError`: they do not
-    divide."""
-    own, rest = divmod(batch_size * grad_accum, processes)
+def split_step(batch_size: int, grad_accum: int, processes: int) -> tuple[int, int]:
+    """(examples per forward pass, forward passes) of a step in one of several processes that share
+    its examples: the fewest equal passes of at most `batch_size` examples. Raises `ConfigError` if
+    the examples cannot be divided evenly."""
+    share_size, rest = divmod(batch_size * grad_accum, processes)
     if rest:
-        raise ConfigError(
-            _step(batch_size, grad_accum, processes), "as many for each process", _advice(processes)
-        )
-    passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= batch_size)
-    return own // passes, passes
+        problem = _describe_step(batch_size, grad_accum, processes)
+        raise ConfigError(problem, "as many for each process", _advice(processes))
+    passes = next(
+        n for n in range(1, share_size + 1) if share_size % n == 0 and share_size // n <= batch_size
+    )
+    return share_size // passes, passes
 
 
-def _step(batch_size: int, grad_accum: int, processes: int) -> str:
+def _describe_step(batch_size: int, grad_accum: int, processes: int) -> str:
     examples = (
         f"batch_size {batch_size} × grad_accum {grad_accum} = {batch_size * grad_accum} examples a"
         " step"

@@ -1,14 +1,16 @@
-"""A run in several workers that Ray Train starts, and starts again when one dies.
+"""A run in several workers that Ray Train starts, and restarts when one dies.
 
-    driver                                       workers
-    launch(work, …)         ── work ──────▶      work(asked), in torch.distributed, in the driver's folder
-    prints                  ◀─ lines ──────      what the first one writes to stderr
-    Ctrl-C                  ── asked() ───▶      looked at after each step
+    driver                                     workers
+    launch(work, …)  ── work ─────────────▶    work(stop_requested), in torch.distributed
+    prints           ◀─ lines ─────────────    stderr of the first worker
+    Ctrl-C           ── stop_requested() ─▶    called after each step
 
-Ray places the workers, has them find each other, and replaces all of them when one is gone.
-Everything else is as under torchrun: checkpoints are ours, in the output folder that all of them
-reach, and new workers go on from the newest. An error that would come again ends the run at once,
-and reaches the driver as it was raised.
+Workers run in the driver's working folder.
+
+Ray places the workers, connects them, and replaces all of them when one dies. Everything else works
+as under torchrun: Veneer writes the checkpoints to the output folder, which all workers can access,
+and new workers resume from the newest one. An error that would recur in new workers ends the run at
+once, and the driver raises the original error.
 """
 
 from __future__ import annotations
@@ -37,68 +39,68 @@ from ray.train import (
     UserCallback,
     WorkerGroupError,
     get_context,
-)  # fmt: skip
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from veneer.errors import ConfigError, TrainingError, VeneerError, listing
 from veneer.train.processes import PATIENCE
 
-#: seconds between two looks at what the workers have said
-LOOK = 0.2
+#: seconds between two polls of the workers' lines
+POLL = 0.2
 
-Asked = Callable[[], bool]
+StopRequested = Callable[[], bool]
 Say = Callable[[str], Any]
-#: what each worker does, while `asked()` says whether the run is to stop; the driver gets what the
-#: first one's gives
-Work = Callable[[Asked], Any]
+#: the work of each worker; its argument tells whether the run shall stop. The driver gets the
+#: result of the first worker
+Work = Callable[[StopRequested], Any]
 
 
-class Line:
-    """Between the driver and the workers: a Ray actor beside the driver."""
+class Channel:
+    """Communication between the driver and the workers: a Ray actor on the driver's node."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.stop, self.value = False, None
+        self.stop, self.result = False, None
 
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def heard(self) -> list[str]:
+    def take_lines(self) -> list[str]:
         lines, self.lines = self.lines, []
         return lines
 
-    def ask(self) -> None:
+    def request_stop(self) -> None:
         self.stop = True
 
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.stop
 
-    def end(self, value: Any) -> None:
-        self.value = value
+    def set_result(self, result: Any) -> None:
+        self.result = result
 
-    def ended(self) -> Any:
-        return self.value
+    def get_result(self) -> Any:
+        return self.result
 
 
 def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | None = None) -> Any:
-    """What `work` gives on the first of so many workers; called from a program's main thread.
+    """Run `work` in several workers and return the result of the first one. Must be called in the
+    main thread.
 
     Args:
-        work: goes to the workers by its name, so they must be able to import it.
-        max_restarts: how often all start again because one is gone.
+        work: an importable function, because the workers get it by its name.
+        max_restarts: how often all workers may restart because one died.
         say: prints a line.
-        gpus: one for each worker. None: if the cluster has any.
+        gpus: whether each worker gets a GPU. None: if the cluster has any.
 
     Raises:
-        what a worker raised; TrainingError: workers died more often than that; ConfigError: no
-        cluster where one was named. KeyboardInterrupt: a second Ctrl-C.
+        Exception: the error of a worker.
+        TrainingError: workers died more than `max_restarts` times.
+        ConfigError: there is no cluster at RAY_ADDRESS.
+        KeyboardInterrupt: a second Ctrl-C.
     """
-    # Ray's log would hold, and tell again, what is printed
-    for name in (
-        "PRINT_PATCH",
-        "WORKER_STRUCTURED_LOGGING",
-    ):
+    # otherwise Ray would log and repeat the printed lines
+    for name in ("PRINT_PATCH", "WORKER_STRUCTURED_LOGGING"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -107,69 +109,82 @@ def launch(work: Work, workers: int, max_restarts: int, say: Say, gpus: bool | N
         do = "check the address; unset it for a Ray on this machine"
         raise ConfigError(problem, "one that answers", do) from error
     try:
-        has: dict[str, Any] = ray.cluster_resources()
-        gpu = has.get("GPU", 0) > 0 if gpus is None else gpus
-        for kind in ("CPU", "GPU") if gpu else ("CPU",):
-            if (count := int(has.get(kind, 0))) < workers:
-                say(
-                    f"The cluster has {count} {kind}s for {workers} workers, which wait for more"
-                    " (or Ctrl-C)."
-                )
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        line = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
+        gpu = _use_gpus(workers, say, gpus)
+        driver_node = ray.get_runtime_context().get_node_id()
+        on_driver = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+        actor = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=on_driver)
+        channel = actor.remote()
         with tempfile.TemporaryDirectory() as folder:
             trainer = TorchTrainer(
                 _worker,
-                train_loop_config={"work": work, "line": line, "folder": str(Path.cwd())},
-                torch_config=TorchConfig("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(PATIENCE)),
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-                run_config=RunConfig(  # the folder is for Ray's own records, of which there are none
-                    storage_path=folder, failure_config=FailureConfig(max_failures=max_restarts),
-                    callbacks=[Watch(line, workers)],
+                train_loop_config={"work": work, "channel": channel, "folder": str(Path.cwd())},
+                torch_config=TorchConfig(
+                    "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=int(PATIENCE)
                 ),
-            )  # fmt: skip
-            done = _aside(trainer.fit)  # in this thread, Ray would take Ctrl-C for an order to kill
-            with _ask_on_signal(line, say):
-                while not done.done():
-                    _print(line, say)
-                    time.sleep(LOOK)
-        _print(line, say)
-        _outcome(done.exception(), max_restarts)
-        return ray.get(line.ended.remote())
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+                run_config=RunConfig(
+                    storage_path=folder,  # for Ray's own checkpoints, of which there are none
+                    failure_config=FailureConfig(max_failures=max_restarts),
+                    callbacks=[WatchFailures(channel, workers)],
+                ),
+            )
+            # in a thread of its own, because Ray would kill the workers on Ctrl-C in this one
+            future = _run_in_thread(trainer.fit)
+            with _stop_on_signal(channel, say):
+                while not future.done():
+                    _print_lines(channel, say)
+                    time.sleep(POLL)
+        _print_lines(channel, say)
+        _raise_failure(future.exception(), max_restarts)
+        return ray.get(channel.get_result.remote())
     finally:
         ray.shutdown()
 
 
-def _aside(work: Callable[[], Any]) -> Future[Any]:
-    """Begin something that the end of this program does not wait for."""
-    done: Future[Any] = Future()
+def _use_gpus(workers: int, say: Say, gpus: bool | None) -> bool:
+    """Whether the workers get GPUs. Prints which resources the cluster lacks for them."""
+    resources: dict[str, Any] = ray.cluster_resources()
+    gpu = resources.get("GPU", 0) > 0 if gpus is None else gpus
+    for kind in ("CPU", "GPU") if gpu else ("CPU",):
+        if (count := int(resources.get(kind, 0))) < workers:
+            say(
+                f"The cluster has {count} {kind}s for {workers} workers, which wait for more"
+                " (or Ctrl-C)."
+            )
+    return gpu
+
+
+def _run_in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Run `work` in a daemon thread."""
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            done.set_result(work())
+            future.set_result(work())
         except BaseException as error:
-            done.set_exception(error)
+            future.set_exception(error)
 
     Thread(target=run, daemon=True).start()
-    return done
+    return future
 
 
-def _print(line: Any, say: Say) -> None:
-    for text in ray.get(line.heard.remote()):
+def _print_lines(channel: Any, say: Say) -> None:
+    for text in ray.get(channel.take_lines.remote()):
         say(text)
 
 
 @contextmanager
-def _ask_on_signal(line: Any, say: Say) -> Iterator[None]:
-    """Ctrl-C (and SIGTERM) ends the run after a step, with a checkpoint; a second one at once."""
-    asked = False
+def _stop_on_signal(channel: Any, say: Say) -> Iterator[None]:
+    """A block in which Ctrl-C or SIGTERM ends the run after a step, with a checkpoint, and a second
+    signal ends it immediately."""
+    requested = False
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
-        line.ask.remote()
+        requested = True
+        channel.request_stop.remote()
         say("Stopping after this step … (again to stop at once)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -180,20 +195,19 @@ def _ask_on_signal(line: Any, say: Say) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _outcome(error: BaseException | None, max_restarts: int) -> None:
-    """Raise what a run ended with, if it failed, as what it was."""
-    if isinstance(error, ControllerError) and hasattr(error.controller_failure, "comes_again"):
+def _raise_failure(error: BaseException | None, max_restarts: int) -> None:
+    """Raise the original error of a failed run."""
+    if isinstance(error, ControllerError) and hasattr(error.controller_failure, "recurs"):
         raise error.controller_failure from None
     if not isinstance(error, WorkerGroupError):
         if error is not None:
             raise error
         return
-    for (
-        failure
-    ) in error.worker_failures.values():  # what a worker could still say, rather than that it died
-        if hasattr(failure, "comes_again") and not getattr(failure, "told_elsewhere", False):
+    # prefer an error that a worker raised to the news that a worker died
+    for failure in error.worker_failures.values():
+        if hasattr(failure, "recurs") and not getattr(failure, "told_elsewhere", False):
             raise failure from None
-    died = (
+    problem = (
         f"worker {listing(map(str, sorted(error.worker_failures)))} that died, after {max_restarts}"
         " restarts"
     )
@@ -201,76 +215,73 @@ def _outcome(error: BaseException | None, max_restarts: int) -> None:
         "see what killed it (memory?) in Ray's logs; the same command goes on from the last"
         " checkpoint"
     )
-    raise TrainingError(died, "workers that live", do) from None
+    raise TrainingError(problem, "workers that live", do) from None
 
 
-class Watch(UserCallback):
-    """Sits in Ray's controller, which would start all workers again after any error."""
+class WatchFailures(UserCallback):
+    """Callback of Ray's controller, which would otherwise restart all workers after any error."""
 
-    def __init__(self, line: Any, workers: int) -> None:
-        self.line, self.workers = line, workers
+    def __init__(self, channel: Any, workers: int) -> None:
+        self.channel, self.workers = channel, workers
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise an error that would come again: Ray then ends the run. Say what else befell the
-        workers."""
+        """Raise an error that would recur, so that Ray ends the run. Print any other failure."""
         for error in worker_exceptions.values():
-            if getattr(error, "comes_again", False):
+            if getattr(error, "recurs", False):
                 raise error
-        ranks = [
-            rank for rank, error in worker_exceptions.items() if not hasattr(error, "comes_again")
-        ]
+        ranks = [rank for rank, error in worker_exceptions.items() if not hasattr(error, "recurs")]
         if ranks:
             problem = f"Worker {listing(map(str, sorted(ranks)))} of {self.workers} died"
         else:
             rank, error = min(worker_exceptions.items())
             problem = f"Worker {rank} of {self.workers} failed ({type(error).__name__}: {error})"
-        ray.get(self.line.say.remote(f"{problem}. All start again, if any restart is left."))
+        ray.get(self.channel.say.remote(f"{problem}. All start again, if any restart is left."))
 
 
-class _Said(io.TextIOBase):
-    """A file whose lines the driver prints."""
+class _ChannelFile(io.TextIOBase):
+    """A text file whose lines the driver prints."""
 
-    def __init__(self, line: Any) -> None:
-        self.line, self.rest = line, ""
+    def __init__(self, channel: Any) -> None:
+        self.channel, self.rest = channel, ""
 
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         if lines:
-            self.line.say.remote("\n".join(lines))
+            self.channel.say.remote("\n".join(lines))
         return len(text)
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What runs in each worker, in a thread of its own."""
-    first, line = get_context().get_world_rank() == 0, config["line"]
+    """The main function of each worker."""
+    first, channel = get_context().get_world_rank() == 0, config["channel"]
     try:
         try:
-            os.chdir(config["folder"])  # so that paths mean what they mean in the driver
+            os.chdir(config["folder"])  # relative paths must mean the same as in the driver
         except OSError as error:
             problem = f"no folder {config['folder']} on the node {os.uname().nodename}"
             raise ConfigError(
                 problem, "the driver's, on a file system that all share", "start it in such one"
             ) from error
-        with redirect_stderr(_Said(line)) if first else nullcontext():
-            value = config["work"](lambda: first and ray.get(line.asked.remote()))
+        with redirect_stderr(_ChannelFile(channel)) if first else nullcontext():
+            result = config["work"](lambda: first and ray.get(channel.stop_requested.remote()))
         if first:
-            ray.get(line.end.remote(value))  # after all that it has said
+            ray.get(channel.set_result.remote(result))  # arrives after all printed lines
     except Exception as error:
-        told: Any = error
+        picklable: Any = error
         if not isinstance(error, VeneerError) and type(error) not in vars(builtins).values():
-            # another library's may not travel
-            told = RuntimeError(f"{type(error).__name__}: {error}")
+            # an error class of another library may not be picklable
+            picklable = RuntimeError(f"{type(error).__name__}: {error}")
         if not isinstance(error, VeneerError | OSError):
-            told.add_note(f"In a worker:\n{traceback.format_exc()}")
-        told.comes_again = _comes_again(error)
-        if told is error:
+            picklable.add_note(f"In a worker:\n{traceback.format_exc()}")
+        picklable.recurs = _recurs(error)
+        if picklable is error:
             raise
-        raise told from error
+        raise picklable from error
 
 
-def _comes_again(error: Exception) -> bool:
-    """Whether new workers would end like this. Not what comes of another worker that is gone, and
-    not what torch raises of a device or a connection."""
+def _recurs(error: Exception) -> bool:
+    """Whether new workers would raise the same error. False for consequences of another worker's
+    death, and for torch's errors of a device or a connection."""
     if isinstance(error, VeneerError):
         return not (
             error.told_elsewhere

@@ -1,5 +1,5 @@
-"""trl's `SFTTrainer` with Veneer's adapters in it, for the task sft: packing, offloading, and a
-lean loss."""
+"""trl's `SFTTrainer` for Veneer's adapters, for the task sft: packing, offloading, and a loss
+without full logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from veneer.train.hidden_state_cache import HiddenStateCache
 from veneer.train.loss import token_loss
 from veneer.train.order import SPARE
 from veneer.train.tokens import IGNORED
-from veneer.train.trainer import TrainsAdapter, seen_as_adapted
+from veneer.train.trainer import TrainsAdapter, marked_as_adapted
 
-#: the key under which a batch says how many labels it has
+#: key of a batch's number of labels
 LABELS = "veneer_labels"
 
 
@@ -23,12 +23,13 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
     """An `SFTTrainer` for a model with a Veneer adapter attached.
 
     Takes `SFTTrainer`'s arguments, with tokenised data sets (columns input_ids, labels), and
-        adapter: the handle that `veneer.attach` gave;
-        base_name: what the adapter's metadata calls the base;
-        hidden_state_cache: of the frozen blocks below the lowest adapted one, or None.
+        adapter: the handle that `veneer.attach` returned;
+        base_name: the name of the base in the adapter's metadata;
+        hidden_state_cache: cache of the frozen blocks below the lowest adapted one, or None.
     """
 
-    _passes = 1  # forward passes of this step that count, in all processes
+    #: forward passes of this step in all processes, without those that carry no weight
+    _passes = 1
 
     def __init__(
         self,
@@ -39,50 +40,46 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         hidden_state_cache: HiddenStateCache | None,
         **kwargs: Any,
     ) -> None:
-        own = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
-        with seen_as_adapted(model):
+        forward = {"forward": model.__dict__["forward"]} if "forward" in model.__dict__ else {}
+        with marked_as_adapted(model):
             super().__init__(model, **kwargs)
         model.__dict__.pop("forward", None)  # SFTTrainer's fused head
-        model.__dict__.update(own)
-        self.adapter, self.base_name, self.hidden_state_cache = (
-            adapter,
-            base_name,
-            hidden_state_cache,
-        )
-        # The loss divides by the labels of the whole accumulated batch, whatever the model's
-        # forward accepts.
+        model.__dict__.update(forward)
+        self.adapter, self.base_name = adapter, base_name
+        self.hidden_state_cache = hidden_state_cache
+        # The loss divides by the labels of all accumulated batches, even if the model's forward
+        # takes no number of labels.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
     def _send_telemetry(self) -> None:
-        """A training run is nobody else's business."""
+        """Send nothing: a training run is private."""
 
     def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """The batches of a step, each with the number of its labels, so that nothing in the step
-        waits for the device: numbers of all of them, and the tokens of all processes, are read here
-        at once."""
+        """The batches of a step, each with the number of its labels. All counts of the step, in all
+        processes, are read from the device here at once, so that nothing else waits for it."""
         samples, items = super().get_batch_samples(*args)
         if samples and all("labels" in inputs for inputs in samples):
-            # packed rows have no mask, and no padding
+            # packed rows have neither a mask nor padding
             real = [inputs for inputs in samples if SPARE not in inputs]
             masks = [inputs.get("attention_mask") for inputs in real]
-            whole = sum(
+            packed_tokens = sum(
                 inputs["input_ids"].numel()
                 for inputs, mask in zip(real, masks, strict=True)
                 if mask is None
             )
             counts = [(inputs["labels"][:, 1:] != IGNORED).sum() for inputs in samples]
-            seen: Any = sum(
+            tokens: Any = sum(
                 (mask.sum() for mask in masks if mask is not None),
-                torch.full_like(counts[0], whole),
+                torch.full_like(counts[0], packed_tokens),
             )
-            passes = torch.full_like(seen, len(real))
-            numbers = torch.stack([*counts, *self._over_all(seen, passes)]).tolist()
+            passes = torch.full_like(tokens, len(real))
+            numbers = torch.stack([*counts, *self._sum_counts(tokens, passes)]).tolist()
             counts, (total, self._passes, *signals) = numbers[: len(counts)], numbers[len(counts) :]
-            self._heed(signals)
+            self._stop_on_signals(signals)
             samples = [
                 {**inputs, LABELS: count} for inputs, count in zip(samples, counts, strict=True)
             ]
@@ -93,7 +90,8 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of `token_loss`; counts tokens, and in evaluation the right answers."""
+        """The loss of `token_loss`. In evaluation also adds to the sums of the loss and the
+        accuracy."""
         if return_outputs:
             raise NotImplementedError(
                 "AdapterTrainer computes no full logits; set prediction_loss_only=True"
@@ -103,17 +101,17 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):
         with (
             nullcontext()
             if self.hidden_state_cache is None
-            else self.hidden_state_cache.given(model, inputs)
+            else self.hidden_state_cache.use_for(model, inputs)
         ):
             result = token_loss(model, inputs, accuracy=not training, count=count)
         if not training:
-            self._count(result.total, result.items, result.correct)
+            self._add_evaluation(result.total, result.items, result.correct)
         items = result.items if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = result.total / items.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the count is of all processes, and gradients are averaged
+            # the number of labels covers all processes, which later average their gradients
             loss = loss * self.processes.shares
-        # a mean over the passes of all processes, which are averaged
+        # the balancing loss is a mean over the passes of all processes; their gradients are averaged
         if result.extra is not None and not spare:
             loss = loss + result.extra * (self.processes.shares / self._passes if training else 1)
         return loss

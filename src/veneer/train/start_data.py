@@ -1,8 +1,9 @@
-"""What a variant starts from in a training run: the first rows of its training data.
+"""Calibration data for variants that compute their initial values from it: the first rows of a
+run's training data.
 
-EVA and CorDA look at the inputs of each layer, LoRA-GA at the gradient of each weight. A row is a
-batch, so that no padding is among the inputs; the loss is the model's own, a mean over the labels
-of the row.
+EVA and CorDA use the inputs of each layer, LoRA-GA the gradient of each weight. Each row is a batch
+of its own, so that the inputs contain no padding. The loss is the model's own, a mean over the
+labels of the row.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from veneer.train.tasks import Task
 from veneer.train.tokens import IGNORED, Examples
 from veneer.variants import VARIANTS
 
-#: how many rows
+#: number of rows
 ROWS = 64
 
 
 def start_data(task: Task, rows: Any, model: Any) -> dict[str, Any]:
-    """The arguments of ``attach`` that the task's variant asks for: ``batches``, or none. What is
-    no part of the training data (LoftQ's original weights) is for the caller to give.
-    ``ConfigError``: it starts from the gradient of a loss that is not the model's own."""
+    """The arguments of ``attach`` that the task's variant needs: ``batches``, or nothing. The
+    caller provides arguments that do not come from the data, such as LoftQ's original weights.
+    Raises ``ConfigError`` for a variant that needs gradients and a task whose loss is not the
+    model's own."""
     variant = task.config.variant
     needs = VARIANTS[variant].needs & {"inputs", "gradient"}
     if not needs:
@@ -50,8 +52,8 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _batches(examples: Examples, device: torch.device, learns: bool) -> Iterator[dict[str, Any]]:
-    """The first ``ROWS`` rows from which something is learnt, as arguments of the model, in the
-    order of the data."""
+    """The first ``ROWS`` rows that have a label, as arguments of the model, in the order of the
+    data."""
     learnt = (
         row
         for row, labels in enumerate(examples.labels)

@@ -1,18 +1,20 @@
-"""A base of which each process computes a part of every matrix, by transformers' own plan for the
-model (tensor parallelism). All processes see the same rows.
+"""Tensor parallelism: each process computes a shard of every matrix, by transformers' plan for the
+model. All processes see the same rows.
 
-    column-wise   y_p = x W_pᵀ + s (x Aᵀ) B_pᵀ                rows p of W, of B, of the bias, of DoRA's magnitude
-    row-wise      y = Σ_p [x_p W_pᵀ + s (x_p A_pᵀ) Bᵀ] + bias      columns p of W and of A: one sum, that of the base
+    column-wise   y_p = x W_pᵀ + s (x Aᵀ) B_pᵀ
+                  rows p of W, of B, of the bias, of DoRA's magnitude
+    row-wise      y = Σ_p [x_p W_pᵀ + s (x_p A_pᵀ) Bᵀ] + bias
+                  columns p of W and of A: one sum, as for the base alone
 
-The adapter is whole in each process, as without: a layer's call sees the part of it that belongs to
-the process's part of W. So what a process has of a gradient is one term of a sum, in every
-parameter of a layer that is cut, and that sum is taken where gradients are averaged anyway, once a
-step (``Part``). Rejected: parts of A and B as parameters. A's gradient in a column-wise layer and
-B's in a row-wise one would still be summed, and checkpoints, optimiser states and starts would have
-to be put together and taken apart.
+Each process holds the full adapter, and a layer's call uses the shard of it that belongs to the
+process's shard of W. In every parameter of a cut layer, the gradient in a process is therefore one
+term of a sum. The sum is taken once per step, where gradients are averaged anyway (``Shard``).
+Rejected: shards of A and B as parameters. The gradient of A in a column-wise layer and of B in a
+row-wise layer would still need a sum, and checkpoints, optimiser states and initial values would
+have to be split and joined.
 
-Layers whose input and output are whole by the plan (an embedding, a head, a fused projection that
-transformers gathers) stay whole here. Base: Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
+Layers with full input and output in the plan (an embedding, a head, a fused projection that
+transformers gathers) are not cut. Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
 """
 
 from __future__ import annotations
@@ -39,34 +41,35 @@ from veneer.lowrank import LowRank
 from veneer.variants import VARIANTS
 from veneer.variants.dora import gain_of, row_norms
 
-#: what the plan calls a layer: how its weights are cut
+#: how the weights of a layer are cut, by the plan's name for its style
 COLUMNS, ROWS, EXPERTS, BETWEEN = "column-wise", "row-wise", "experts", "between"
 STYLES = {
     "colwise": COLUMNS, "packed_colwise": COLUMNS, "rowwise": ROWS, "moe_tp_experts": EXPERTS,
     "replicated_with_grad_allreduce": BETWEEN,
 }  # fmt: skip
-#: of layers whose input and output are whole
-WHOLE = {
+#: styles of layers with full input and output, which are not cut
+UNCUT = {
     "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "embedding_rowwise",
     "embedding_colwise", "replicate",
 }  # fmt: skip
-#: parameters of a variant, by the side of ΔW on which they lie
+#: how the parameters of a variant are cut, by the side of ΔW to which they belong
 SIDES = {"A": ROWS, "B": COLUMNS, "magnitude": COLUMNS}
 
 
 class Cut(NamedTuple):
-    """How one weight is cut: along ``axis``, counted from the end; ``kept`` [k] are the places that
-    this process keeps of it."""
+    """How one weight is cut: along ``axis``, counted from the end. ``indices`` [k] are the rows or
+    columns that this process keeps."""
 
     how: str
     axis: int
-    kept: Tensor
+    indices: Tensor
 
 
 @dataclass(eq=False)
 class CutLayer:
-    """A layer of which this process computes a part, by ``how``. ``weights`` are the cuts of its
-    own, by name; ``values`` what stands for its own parameters in a call, by their identity."""
+    """A layer of which this process computes a shard, cut by ``how``. ``weights``: the cuts of the
+    layer's weights, by name. ``values``: the local tensors that replace its parameters in a call,
+    by the id of the parameter."""
 
     module: Any
     how: str
@@ -74,17 +77,17 @@ class CutLayer:
     values: dict[int, Any] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------ what is
-# cut
+# ------------------------------------------------------------------------------------ cut a model
 
 
 def split(model: Any, device: torch.device) -> None:
-    """Cut the matrices of a model with adapters by its plan, and put all else on ``device``, where
-    the processes meet.
+    """Cut the matrices of a model with adapters by its plan, and move all other tensors to
+    ``device``, on which the processes communicate.
 
     Raises:
-        ConfigError: transformers has no plan for the model, or one that is not understood; a number
-            of processes that does not divide what is cut; an adapter that a cut layer cannot carry.
+        ConfigError: transformers has no plan for the model, or one with an unknown style; the
+            number of processes does not divide a size that is cut; a cut layer does not support its
+            adapter.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -93,7 +96,7 @@ def split(model: Any, device: torch.device) -> None:
     state = _Mesh(mesh.get_group(), mesh.size(), mesh.get_local_rank())
     for layer in layers:
         for name, cut in layer.weights.items():
-            _keep_part(layer, name, cut, mesh, device)
+            _keep_shard(layer, name, cut, mesh, device)
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
@@ -103,15 +106,16 @@ def split(model: Any, device: torch.device) -> None:
                     table[name] = value.to(device)
     for layer in layers:
         layer.weights = {
-            name: cut._replace(kept=cut.kept.to(device)) for name, cut in layer.weights.items()
+            name: cut._replace(indices=cut.indices.to(device))
+            for name, cut in layer.weights.items()
         }
         layer.module.__dict__["forward"] = _forward_of(layer, state)
 
 
 def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
-    """The layers that are cut, and how. Changes nothing; raises as ``split``."""
+    """The layers to cut, with their cuts. Does not change the model; raises as ``split``."""
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
-    problems = [f"{style!r} in its plan" for style in sorted({*plan.values()} - {*STYLES} - WHOLE)]
+    problems = [f"{style!r} in its plan" for style in sorted({*plan.values()} - {*STYLES} - UNCUT)]
     problems += _heads(model.config.get_text_config(), processes)
     layers = []
     for path, module in model.named_modules():
@@ -120,19 +124,21 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
         layers.append(layer := CutLayer(module, how))
         for name, weight in module._parameters.items():
             style = style_of(plan, path, name)
-            own = STYLES.get(style)
-            if weight is None or own == BETWEEN or (own == ROWS and weight.ndim == 1):
+            weight_cut = STYLES.get(style)
+            if weight is None or weight_cut == BETWEEN:
                 continue
-            if own not in (COLUMNS, ROWS):
+            if weight_cut == ROWS and weight.ndim == 1:
+                continue
+            if weight_cut not in (COLUMNS, ROWS):
                 problems.append(f"{path}.{name}, which its plan leaves out")
                 continue
-            axis = -1 if own == ROWS or weight.ndim == 1 else -2
+            axis = -1 if weight_cut == ROWS or weight.ndim == 1 else -2
             size, blocks = weight.shape[axis], 2 if style == "packed_colwise" else 1
             if size % (blocks * processes):
-                problems.append(f"{size} {'inputs' if own == ROWS else 'outputs'} of {path}")
+                problems.append(f"{size} {'inputs' if weight_cut == ROWS else 'outputs'} of {path}")
                 continue
-            kept = torch.arange(size).view(blocks, processes, -1)[:, rank]
-            layer.weights[name] = Cut(own, axis, kept.flatten())
+            indices = torch.arange(size).view(blocks, processes, -1)[:, rank]
+            layer.weights[name] = Cut(weight_cut, axis, indices.flatten())
         problems += _misfits(path, layer)
     if not problems and not any(layer.weights for layer in layers):
         problems.append("no plan of transformers that cuts matrices")
@@ -149,36 +155,33 @@ def cut_layers(model: Any, processes: int, rank: int) -> list[CutLayer]:
 
 
 def style_of(plan: Mapping[str, str], path: str, name: str | None = None) -> str:
-    """What a plan says of a module, or of its parameter ``name``: then what it says of that, if it
-    does. Plans write ``*`` for numbers."""
+    """The plan's style for a module, or for its parameter ``name`` if the plan has one; "" if
+    neither is in the plan. Plans write ``*`` for numbers."""
     key = re.sub(r"\.\d+(?=\.|$)", ".*", path)
     return (plan.get(f"{key}.{name}") if name else None) or plan.get(key, "")
 
 
 def _heads(config: Any, processes: int) -> Iterator[str]:
-    """Attention is cut between heads."""
+    """Problems with cutting attention, which is only possible between heads."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % processes:
             yield f"{name} {heads}"
 
 
-def _parts(module: nn.Module) -> Iterator[LayerAdapter]:
-    """What each adapter does at a layer."""
+def _layer_adapters(module: nn.Module) -> Iterator[LayerAdapter]:
+    """The adapters of a layer."""
     layer_state = state_of(module)
-    return (
-        iter(())
-        if layer_state is None
-        else (cast(LayerAdapter, part) for part in layer_state._modules.values())
-    )
+    if layer_state is not None:
+        yield from (cast(LayerAdapter, adapter) for adapter in layer_state._modules.values())
 
 
 def _misfits(path: str, layer: CutLayer) -> Iterator[str]:
-    """What an adapter does at a layer that is cut, and cannot."""
-    for part in _parts(layer.module):
-        if part.read_below or part.entries:
+    """Problems with adapters that a cut layer does not support."""
+    for adapter in _layer_adapters(layer.module):
+        if adapter.read_below or adapter.entries:
             yield f"{path}, of which other methods than forward read adapted weights"
-        for name, change in part.changes.items():
+        for name, change in adapter.changes.items():
             names = {*change._parameters, *change._buffers} - {*SIDES}
             resolves = (VARIANTS["lora"].resolve, VARIANTS["dora"].resolve)
             if names or change.variant.resolve not in resolves:
@@ -199,55 +202,57 @@ def _misfits(path: str, layer: CutLayer) -> Iterator[str]:
                 yield f"dropout at {path}: each process would drop the same places of its part"
 
 
-def _keep_part(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.device) -> None:
-    """Put this process's part of a weight in the place of all of it, as a DTensor: whoever needs
-    the whole gathers."""
-    from torch.distributed.tensor import DTensor, Shard
+def _keep_shard(layer: CutLayer, name: str, cut: Cut, mesh: Any, device: torch.device) -> None:
+    """Replace a weight by a DTensor of which this process holds its shard. A reader of the full
+    weight can gather it."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as ShardPlacement
     from torch.distributed.tensor.placement_types import _StridedShard
 
     weight: Any = layer.module._parameters[name]
-    own = (
-        weight.detach().index_select(cut.axis % weight.ndim, cut.kept.to(weight.device)).to(device)
-    )
-    jumps = int((cut.kept.diff() != 1).sum()) if mesh.size() > 1 else 0
     axis = cut.axis % weight.ndim
-    placement = _StridedShard(axis, split_factor=jumps + 1) if jumps else Shard(axis)
-    whole = DTensor.from_local(
-        own, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
+    local = weight.detach().index_select(axis, cut.indices.to(weight.device)).to(device)
+    jumps = int((cut.indices.diff() != 1).sum()) if mesh.size() > 1 else 0
+    placement = _StridedShard(axis, split_factor=jumps + 1) if jumps else ShardPlacement(axis)
+    sharded = DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    whole = nn.Parameter(whole, requires_grad=False)
-    layer.module._parameters[name] = whole
-    layer.values[id(whole)] = nn.Parameter(own, requires_grad=False)
+    parameter = nn.Parameter(sharded, requires_grad=False)
+    layer.module._parameters[name] = parameter
+    layer.values[id(parameter)] = nn.Parameter(local, requires_grad=False)
 
 
-# ------------------------------------------------------------------------------------------ one
-# call
+# ------------------------------------------------------------------------------ call a cut layer
 
 
 class _Mesh:
-    """The processes, and the input of column-wise layers that was seen last: those that read the
-    same one share it, so that its gradients are added up before they travel."""
+    """The processes, and the last input of a column-wise layer. Layers with the same input share
+    one entry of the graph, so that their gradients are added before the all-reduce."""
 
     def __init__(self, group: Any, count: int, rank: int) -> None:
         self.group, self.count, self.rank = group, count, rank
-        self.seen: tuple[Tensor, Tensor] | None = None
+        #: the last input, and the tensor that stands for it in the graph
+        self.last_input: tuple[Tensor, Tensor] | None = None
 
     def enter(self, x: Any) -> Any:
-        """A whole tensor that goes into a cut layer: its gradient is a sum over the processes."""
+        """An input of a cut layer: the backward sums its gradient over the processes."""
         if not (
             isinstance(x, Tensor) and is_float(x) and x.requires_grad and torch.is_grad_enabled()
         ):
             return x
-        if self.seen is None or self.seen[0] is not x:
-            self.seen = x, cast(Tensor, _SummedGradient.apply(x, self.group))
-        return self.seen[1]
+        if self.last_input is None or self.last_input[0] is not x:
+            self.last_input = x, cast(Tensor, _SummedGradient.apply(x, self.group))
+        return self.last_input[1]
 
     def leave(self, y: Tensor) -> Tensor:
-        self.seen = None
+        """The output of a row-wise layer: the sum over the processes."""
+        self.last_input = None
         return cast(Tensor, _Summed.apply(y, self.group))
 
 
 class _SummedGradient(torch.autograd.Function):
+    """The identity, with a gradient that is summed over the processes."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
@@ -261,6 +266,8 @@ class _SummedGradient(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
+    """The sum over the processes, with the identity as its backward."""
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
         y = y.clone(memory_format=torch.contiguous_format)
@@ -272,34 +279,35 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
-class Part(torch.autograd.Function):
-    """The part ``kept`` (None: all) of a parameter that is whole in each process. What backward
-    finds is one of ``n`` terms of its gradient; n times that, averaged over the processes, is their
-    sum."""
+class Shard(torch.autograd.Function):
+    """The shard at ``indices`` (None: all) of a parameter that each process holds in full. The
+    incoming gradient is one of ``n`` terms, one per process. Backward multiplies it by n, so that
+    the later average over the processes is the sum of the terms."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, axis: int, kept: Tensor | None, n: int) -> Tensor:
-        ctx.shape, ctx.axis, ctx.kept, ctx.n = whole.shape, axis, kept, n
-        return whole.view_as(whole) if kept is None else whole.index_select(axis, kept)
+    def forward(ctx: Any, parameter: Tensor, axis: int, indices: Tensor | None, n: int) -> Tensor:
+        ctx.shape, ctx.axis, ctx.indices, ctx.n = parameter.shape, axis, indices, n
+        if indices is None:
+            return parameter.view_as(parameter)
+        return parameter.index_select(axis, indices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient = gradient * ctx.n
-        if ctx.kept is not None:
-            gradient = gradient.new_zeros(ctx.shape).index_copy_(ctx.axis, ctx.kept, gradient)
+        if ctx.indices is not None:
+            gradient = gradient.new_zeros(ctx.shape).index_copy_(ctx.axis, ctx.indices, gradient)
         return gradient, None, None, None
 
 
 def _forward_of(layer: CutLayer, mesh: _Mesh) -> Callable[..., Any]:
-    """The forward of a layer that is cut: its class's own, or its adapter's, on the parts that
-    belong to the process."""
+    """The forward of a cut layer: the forward of its class, on the shards of this process."""
     module = layer.module
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if layer.how in (COLUMNS, EXPERTS):
             args = tuple(map(mesh.enter, args))
             kwargs = {name: mesh.enter(value) for name, value in kwargs.items()}
-        with parts_in_place(layer, mesh):
+        with shards_in_place(layer, mesh):
             y = type(module).forward(module, *args, **kwargs)
         return mesh.leave(y) if layer.how in (ROWS, EXPERTS) else y
 
@@ -307,82 +315,82 @@ def _forward_of(layer: CutLayer, mesh: _Mesh) -> Callable[..., Any]:
 
 
 @contextmanager
-def parts_in_place(layer: CutLayer, mesh: Any) -> Iterator[None]:
-    """A block in which a layer and its adapters hold this process's parts."""
+def shards_in_place(layer: CutLayer, mesh: Any) -> Iterator[None]:
+    """A block in which a layer and its adapters hold the shards of this process."""
     module, values = layer.module, dict(layer.values)
     modules, drops = [module], False
     with ExitStack() as stack:
-        for part in _parts(module):
-            values |= _full(part, layer, mesh)
-            modules.append(part.full)
-            for name, change in part.changes.items():
-                values |= _factors(change, layer.weights.get(name), mesh)
+        for adapter in _layer_adapters(module):
+            values |= _shards_of_full_parameters(adapter, layer, mesh)
+            modules.append(adapter.full)
+            for name, change in adapter.changes.items():
+                values |= _shards_of_change(change, layer.weights.get(name), mesh)
                 modules.append(change)
                 drops = drops or bool(change.training and change.dropout)
-                stack.enter_context(_as_part(change, layer.weights.get(name), mesh))
+                stack.enter_context(_with_local_dims(change, layer.weights.get(name), mesh))
         bias = module._parameters.get("bias")
         if layer.how == ROWS and bias is not None and mesh.rank:
-            values[id(bias)] = None  # added once: by the first process
+            values[id(bias)] = None  # only the first process adds it
         stack.enter_context(with_values(modules, values))
-        stack.enter_context(_draws(mesh) if drops and layer.how == ROWS else nullcontext())
+        stack.enter_context(_local_seed(mesh) if drops and layer.how == ROWS else nullcontext())
         yield
 
 
-def _full(part: LayerAdapter, layer: CutLayer, mesh: Any) -> dict[int, Any]:
-    """What stands for parameters that are trained in full."""
+def _shards_of_full_parameters(adapter: LayerAdapter, layer: CutLayer, mesh: Any) -> dict[int, Any]:
+    """Shards of the parameters that an adapter trains in full, by the id of the parameter."""
     values: dict[int, Any] = {}
-    for name, value in part.full._parameters.items():
+    for name, value in adapter.full._parameters.items():
         if value is None:
             continue
         cut = layer.weights.get(name)
-        # of a layer that has none of its own
+        # a bias that the base's layer lacks
         if cut is None and name == "bias" and layer.how == COLUMNS:
             cut = next(iter(layer.weights.values()))._replace(axis=-1)
         if layer.how == ROWS and name == "bias" and mesh.rank:
             values[id(value)] = torch.zeros_like(value)
         elif cut is None:
-            values[id(value)] = Part.apply(value, 0, None, mesh.count)
+            values[id(value)] = Shard.apply(value, 0, None, mesh.count)
         else:
-            values[id(value)] = Part.apply(value, cut.axis % value.ndim, cut.kept, mesh.count)
+            values[id(value)] = Shard.apply(value, cut.axis % value.ndim, cut.indices, mesh.count)
     return values
 
 
-def _factors(change: Change, cut: Cut | None, mesh: Any) -> dict[int, Any]:
-    """What stands for the parameters of a change: A [g, r, in], B [g, out, r], magnitude [g ·
-    out]."""
+def _shards_of_change(change: Change, cut: Cut | None, mesh: Any) -> dict[int, Any]:
+    """Shards of the parameters of a change, by the id of the parameter: A [g, r, in], B [g, out,
+    r], magnitude [g · out]."""
     values: dict[int, Any] = {}
     tables: Mapping[str, Any] = {**change._parameters, **change._buffers}
     for name, value in tables.items():
-        kept = cut.kept if cut is not None and SIDES[name] == cut.how else None
+        indices = cut.indices if cut is not None and SIDES[name] == cut.how else None
         if name == "magnitude":
             grouped = value.view(change.dims.groups, -1)
-            values[id(value)] = cast(Tensor, Part.apply(grouped, 1, kept, mesh.count)).flatten()
+            values[id(value)] = cast(Tensor, Shard.apply(grouped, 1, indices, mesh.count)).flatten()
         else:
-            values[id(value)] = Part.apply(value, 2 if name == "A" else 1, kept, mesh.count)
+            values[id(value)] = Shard.apply(value, 2 if name == "A" else 1, indices, mesh.count)
     return values
 
 
 @contextmanager
-def _as_part(change: Change, cut: Cut | None, mesh: Any) -> Iterator[None]:
-    """A block in which a change is that of a part of its weight."""
+def _with_local_dims(change: Change, cut: Cut | None, mesh: Any) -> Iterator[None]:
+    """A block in which a change has the dimensions of the process's shard of the weight."""
     if cut is None:
         yield
         return
     dims, variant = change.dims, change.variant
-    size = len(cut.kept)
+    size = len(cut.indices)
     groups, out, in_ = dims
     change.dims = Dims(groups, out, size) if cut.how == ROWS else Dims(groups, size, in_)
     if cut.how == ROWS and variant.resolve is VARIANTS["dora"].resolve:
-        change.variant = replace(variant, resolve=_dora_of(mesh.group))
+        change.variant = replace(variant, resolve=_dora_resolve(mesh.group))
     try:
         yield
     finally:
         change.dims, change.variant = dims, variant
 
 
-def _dora_of(group: Any) -> Callable[..., Any]:
-    """DoRA where each process has some columns of W: the norm of a row is known once all have said
-    theirs, one number an output."""
+def _dora_resolve(group: Any) -> Callable[..., Any]:
+    """``resolve`` of DoRA for a process that holds some columns of W: the squared row norms are
+    summed over the processes, one number per output."""
 
     def resolve(parameters: Mapping[str, Tensor], scale: float, base: Callable[[], Tensor]) -> Any:
         low = LowRank(parameters["A"], parameters["B"], scale)
@@ -394,11 +402,11 @@ def _dora_of(group: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def _draws(mesh: Any) -> Iterator[None]:
-    """A block in which each process draws other numbers: it drops places of another part of the
-    input. After it, all go on with the same ones, of which whole inputs are dropped."""
-    own = (new_seed() + mesh.rank) % 2**62
+def _local_seed(mesh: Any) -> Iterator[None]:
+    """A block with a different random stream in each process, for dropout on shards of an input.
+    After it, all processes continue the common stream, for dropout on full inputs."""
+    local_seed = (new_seed() + mesh.rank) % 2**62
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(own)
+        torch.manual_seed(local_seed)
         yield

@@ -1,11 +1,11 @@
-"""transformers' trainers with Veneer's adapters in them: lean loss, exact order of the data, atomic
-checkpoints.
+"""transformers' trainers for Veneer's adapters: loss without full logits, reproducible order of the
+data, atomic checkpoints.
 
-`TaskTrainer` is the plain `Trainer` with the loss of a task; for the task sft,
-`sft_trainer.AdapterTrainer` is trl's.
+`TaskTrainer` is transformers' `Trainer` with the loss of a task; the task sft uses
+`sft_trainer.AdapterTrainer`, based on trl's.
 
-What is taken from trl and transformers: the loop, accumulation, precision, devices, schedules,
-optimisers, packing, collation, trackers. What is replaced, and why:
+The loop, accumulation, precision, devices, schedules, optimisers, packing, collation and trackers
+are those of trl and transformers. The following are replaced:
 
 - the loss: `loss.token_loss`, because trl's fused head multiplies by `lm_head.weight` and so
   bypasses an adapter there;
@@ -38,15 +38,16 @@ from veneer.precision import double
 from veneer.train import checkpoint
 from veneer.train.callbacks import StopOnSignal
 from veneer.train.hidden_state_cache import HiddenStateCache
-from veneer.train.order import SPARE, EpochSampler, shared
+from veneer.train.order import SPARE, EpochSampler, share_loader
 from veneer.train.processes import Processes
 from veneer.train.tasks import Rows, Task, TaskLoss
 
 
 @contextmanager
-def seen_as_adapted(model: Any) -> Iterator[None]:
-    """A block in which transformers' trainer sees that a quantised model has adapters, as it asks
-    by PEFT's mark. Only there: elsewhere the mark makes methods of the model call PEFT."""
+def marked_as_adapted(model: Any) -> Iterator[None]:
+    """A block in which the model carries PEFT's mark, by which transformers' trainer recognises
+    that a quantised model has adapters. Outside, the mark would make methods of the model call
+    PEFT."""
     model.__dict__["_hf_peft_config_loaded"] = True
     try:
         yield
@@ -55,20 +56,20 @@ def seen_as_adapted(model: Any) -> Iterator[None]:
 
 
 class TrainsAdapter(Trainer):
-    """What a `Trainer` of an adapter does whatever its loss is: the order of the rows, evaluation,
-    checkpoints, and the sums over several processes. `processes`, `stop` and `group_by_length` are
-    set by who runs it."""
+    """The parts of a `Trainer` of an adapter that do not depend on the loss: the order of the rows,
+    evaluation, checkpoints, and sums over several processes. `run.fit` sets `processes`, `stop` and
+    `group_by_length`."""
 
     adapter: Any
     base_name: str
     processes = Processes()
     stop: StopOnSignal | None = None
     group_by_length = True
-    _eval_total: torch.Tensor | None = (
-        None  # sums over the evaluation so far: loss, items, measures
-    )
+    #: sums over the evaluation so far: loss, items, measures
+    _eval_total: torch.Tensor | None = None
     measures: tuple[str, ...] = ("accuracy",)
-    provenance: dict[str, Any] = {}  # what a checkpoint's adapter says of its run beside the step
+    #: metadata of a checkpoint's adapter besides the step
+    provenance: dict[str, Any] = {}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -87,8 +88,8 @@ class TrainsAdapter(Trainer):
 
     @functools.cached_property
     def _flops_per_entry(self) -> int:
-        """What transformers says of one entry of a batch, which is the same for all, and walks the
-        whole model."""
+        """transformers' count of operations for one entry of a batch. It is cached, because it is
+        the same for all entries and visits the full model."""
         name = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({name: torch.empty(1)})
 
@@ -97,30 +98,31 @@ class TrainsAdapter(Trainer):
         return 0 if main is None else main.numel() * self._flops_per_entry
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """With every row once, whatever the number of processes."""
+        """A loader with every row once, for any number of processes."""
         loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self.processes.count == 1:
             return loader
-        own = shared(loader, self.processes.share, self.processes.shares, self._spare)
+        share = share_loader(loader, self.processes.share, self.processes.shares, self._spare)
         return prepare_data_loader(
-            own, self.args.device, num_processes=1, process_index=0, put_on_device=True
+            share, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
     def _spare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of rows that another process has, as one that counts for nothing."""
+        """The batch without weight in the loss: its rows belong to another process."""
         return batch
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Without a wrapper around the model. torch's DDP sends all weights of the base when it is
-        made, hides the model from the loss, which then needs whole logits, and must be told which
-        parameters a pass may leave out. `average_gradients` sends those of the adapter once a step,
-        and asks for nothing else."""
-        # transformers' word for a model that sees to its own processes: it is not wrapped
+        """Prepare the training without torch's DDP around the model. DDP would broadcast all base
+        weights at its construction, hide the model from the loss, which would then compute full
+        logits, and need to know which parameters a pass may skip. `average_gradients` only
+        communicates the adapter's gradients, once per step."""
+        # with this flag, transformers does not wrap the model
         self.is_distributed_loading_by_transformers = self.processes.count > 1
         return super()._prepare_for_training(*args, **kwargs)
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """All begin with the first one's values: another device may have rounded another way."""
+        """Broadcast the trained parameters of the first process, because initial values may be
+        rounded differently on other devices."""
         with torch.no_grad():
             for parameter in self._trained:
                 dist.broadcast(parameter.data, src=0)
@@ -139,54 +141,55 @@ class TrainsAdapter(Trainer):
         return loss
 
     def get_tp_size(self) -> int:
-        """How many processes compute on the same rows: transformers' word for it."""
+        """Number of processes that compute on the same rows."""
         return self.processes.count // self.processes.shares
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all shares of the rows, of the same shape."""
+        """The sum of a tensor over all shares of the rows, in the same shape."""
         if self.processes.shares > 1:
             dist.all_reduce(value)
         return value
 
-    def _over_all(self, *seen: torch.Tensor) -> torch.Tensor:
-        """Counts of this step, summed over all shares of the rows; of several processes, then how
-        many of them got a signal to stop."""
+    def _sum_counts(self, *counts: torch.Tensor) -> torch.Tensor:
+        """Counts of this step, summed over all shares of the rows. With several processes, the last
+        element is the number of processes with a request to stop."""
         if self.processes.count == 1:
-            return torch.stack(seen)
-        asked = self.stop is not None and self.stop.asked
-        sums = torch.stack([*seen, torch.full_like(seen[0], int(asked))])
+            return torch.stack(counts)
+        requested = self.stop is not None and self.stop.requested
+        sums = torch.stack([*counts, torch.full_like(counts[0], int(requested))])
         dist.all_reduce(sums)
         sums[:-1] //= self.get_tp_size()
         return sums
 
-    def _heed(self, signals: list[int]) -> None:
-        """All processes stop after this step, if one of them was to."""
+    def _stop_on_signals(self, signals: list[int]) -> None:
+        """Stop all processes after this step if one of them has a request to stop."""
         if self.stop is not None and any(signals):
             self.stop.stopped = True
 
-    def _count(self, *sums: torch.Tensor) -> None:
+    def _add_evaluation(self, *sums: torch.Tensor) -> None:
         """Add to the sums of an evaluation: loss, items, then each measure."""
         device = self.accelerator.device
         counts = torch.stack([double(value.detach().to(device)) for value in sums])
         self._eval_total = counts if self._eval_total is None else self._eval_total + counts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As before, with the loss and the measures as means over all items."""
+        """The evaluation loop of transformers, with the loss and the measures as means over all
+        items."""
         self._eval_total = None
         output = super().evaluation_loop(*args, **kwargs)
-        reshard(self.adapter.model)  # what no backward follows stays gathered
+        reshard(self.adapter.model)  # FSDP keeps weights gathered if no backward follows
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._eval_total is not None and output.metrics is not None:
             loss, items, *sums = self._sum(self._eval_total).tolist()
             output.metrics[f"{prefix}_loss"] = loss / max(items, 1)
             for name, value in zip(self.measures, sums, strict=True):
-                if not math.isnan(value):  # one that these rows do not have
+                if not math.isnan(value):  # these rows do not have the measure
                     output.metrics[f"{prefix}_{name}"] = value / max(items, 1)
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """checkpoint-N: adapter, optimiser, schedule, random states, trainer state. Complete, or
-        not there at all."""
+        """Write checkpoint-N atomically: adapter, optimiser, schedule, random states, trainer
+        state."""
         from transformers.trainer_callback import ExportableState
         from transformers.trainer_utils import rotate_checkpoints
 
@@ -195,12 +198,11 @@ class TrainsAdapter(Trainer):
         callbacks: Any = self.state.stateful_callbacks
         run_dir = self._get_output_dir(trial=trial)
 
-        def fill(
-            folder: Path,
-        ) -> None:  # on every rank: they compare what they hold, and the main one writes
-            about = {"step": step, **self.provenance}
+        def fill(folder: Path) -> None:
+            # on every rank: `save` compares the ranks' parameters, and the first rank writes
+            provenance = {"step": step, **self.provenance}
             self.adapter.save(
-                folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=about
+                folder / checkpoint.ADAPTER, base_name=self.base_name, provenance=provenance
             )
             if main and self.adapter.config.trainable_tokens:
                 tokenizer: Any = self.processing_class
@@ -213,9 +215,9 @@ class TrainsAdapter(Trainer):
                     checkpoint.path_of(run_dir, self.state.best_global_step)
                 )
             if main:
-                for item in [*self.callback_handler.callbacks, self.control]:
-                    if isinstance(item, ExportableState):
-                        callbacks[type(item).__name__] = item.state()
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        callbacks[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(folder / checkpoint.STATE))
 
         checkpoint.write(run_dir, step, fill, self.processes)
@@ -226,33 +228,28 @@ class TrainsAdapter(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: `run.fit` has loaded the checkpoint's adapter instead of attaching a new one."""
+        """Do nothing: `run.fit` loads the checkpoint's adapter instead of attaching a new one."""
 
     def _load_best_model(self) -> None:
-        """Give the adapter the numbers of the best checkpoint."""
+        """Load the adapter's parameters from the best checkpoint."""
         if self.state.best_model_checkpoint is not None:
             refill(self.adapter.model, Path(self.state.best_model_checkpoint) / checkpoint.ADAPTER)
 
 
 class TaskTrainer(TrainsAdapter):
-    """A `Trainer` whose loss is a task's. Takes `Trainer`'s arguments, with `Rows` as data sets;
-    `adapter` and `base_name` as `AdapterTrainer`."""
+    """A `Trainer` with the loss of a task. Takes `Trainer`'s arguments, with `Rows` as data sets,
+    and `adapter` and `base_name` as `AdapterTrainer`."""
 
     def __init__(
         self, model: Any, *, task: Task, adapter: Any, base_name: str, **kwargs: Any
     ) -> None:
-        with seen_as_adapted(model):
+        with marked_as_adapted(model):
             super().__init__(model, data_collator=task.collate, **kwargs)
-        self.task, self.adapter, self.base_name, self.measures = (
-            task,
-            adapter,
-            base_name,
-            task.measures,
-        )
+        self.task, self.measures = task, task.measures
+        self.adapter, self.base_name = adapter, base_name
         self.provenance = {"task": task.record()}
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = (
-            True  # by the items of the accumulated batch
-        )
+        # the loss divides by the items of all accumulated batches
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._total_train_tokens, self._train_sums = 0, {}
         if self.args.activation_checkpointing:  # pyright: ignore[reportAttributeAccessIssue] (SFTConfig's)
             model.gradient_checkpointing_enable(
@@ -264,51 +261,47 @@ class TaskTrainer(TrainsAdapter):
         real = [inputs for inputs in samples if SPARE not in inputs]
         masks = [inputs["attention_mask"].sum() for inputs in real if "attention_mask" in inputs]
         items = torch.tensor(sum(map(self.task.items, real)), device=self.accelerator.device)
-        seen: Any = sum(masks, torch.zeros_like(items))
-        counts = self._over_all(items, seen.to(items.device))
-        _, seen, *signals = counts.tolist()
-        self._heed(signals)
-        self._total_train_tokens += seen
+        tokens: Any = sum(masks, torch.zeros_like(items))
+        counts = self._sum_counts(items, tokens.to(items.device))
+        _, all_tokens, *signals = counts.tolist()
+        self._stop_on_signals(signals)
+        self._total_train_tokens += all_tokens
         return samples, counts[0]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The task's loss, and its measures."""
+        """The task's loss; also adds to the sums of its measures."""
         spare = SPARE in inputs
-        found = self.task.loss(
+        result = self.task.loss(
             model, {name: value for name, value in inputs.items() if name != SPARE}
         )
         if spare:
-            found = TaskLoss(
-                found.total * 0.0, 0, {name: value * 0 for name, value in found.sums.items()}
+            result = TaskLoss(
+                result.total * 0.0, 0, {name: value * 0 for name, value in result.sums.items()}
             )
-        sums = [torch.as_tensor(found.sums.get(name, math.nan)) for name in self.measures]
-        items = torch.tensor(float(found.items))
+        sums = [torch.as_tensor(result.sums.get(name, math.nan)) for name in self.measures]
+        items = torch.tensor(float(result.items))
         if not model.training:
-            self._count(found.total, items, *sums)
-            return found.total.detach() / max(found.items, 1)
+            self._add_evaluation(result.total, items, *sums)
+            return result.total.detach() / max(result.items, 1)
         for name, value in zip(("items", *self.measures), (items, *sums), strict=True):
             self._train_sums[name] = self._train_sums.get(name, 0.0) + float(value)
-        loss = found.total / (found.items if num_items_in_batch is None else num_items_in_batch)
+        loss = result.total / (result.items if num_items_in_batch is None else num_items_in_batch)
         return loss * (self.processes.shares if num_items_in_batch is not None else 1)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss alone, which counts itself."""
+        """The loss only; `compute_loss` adds it to the sums of the evaluation."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the tokens seen so far, and the measures of the step where the task takes them in
-        training."""
+        """Log also the number of tokens so far and the means of the task's measures since the last
+        entry."""
         if "loss" in logs:
-            names, own = (
-                [*self._train_sums],
-                torch.tensor([*self._train_sums.values()], dtype=torch.float32),
-            )
-            sums = dict(
-                zip(names, self._sum(own.to(self.accelerator.device)).tolist(), strict=True)
-            )
+            local_sums = torch.tensor([*self._train_sums.values()], dtype=torch.float32)
+            global_sums = self._sum(local_sums.to(self.accelerator.device)).tolist()
+            sums = dict(zip(self._train_sums, global_sums, strict=True))
             items = sums.pop("items", 0.0)
             logs |= {
                 name: value / max(items, 1.0)
@@ -321,9 +314,9 @@ class TaskTrainer(TrainsAdapter):
 
 
 def trainer_of(task: Task, model: Any, cached: HiddenStateCache | None, **options: Any) -> Any:
-    """The trainer of a task: trl's for sft, which packs and offloads; else the plain one with the
-    task's loss."""
-    if task.name == "sft":  # only then: trl takes half a second to import
+    """The trainer of a task: `AdapterTrainer` for sft, which supports packing and offloading; else
+    `TaskTrainer`."""
+    if task.name == "sft":  # imported only here, because trl takes half a second to import
         from veneer.train.sft_trainer import AdapterTrainer
 
         return AdapterTrainer(model, hidden_state_cache=cached, **options)

@@ -1,10 +1,10 @@
-"""Tokens that a run adds or trains: the tokenizer learns them, the base grows rows for them, the
-adapter trains these.
+"""Tokens that a run adds or trains: they are added to the tokenizer, the base's embeddings get rows
+for them, and the adapter trains these rows.
 
-A token that was added is ordinary text to the tokenizer, so that a client may write it
-(``serve/prompts.py`` keeps special tokens from texts). The new rows begin as transformers makes
-them, near the mean of the others, by the seed of the run: a run that goes on must begin with the
-very rows.
+An added token is ordinary text to the tokenizer, not a special token, so that clients may write it
+(``serve/prompts.py`` removes special tokens from texts). transformers initialises the new rows near
+the mean of the others; here it does so with the run's seed, because a resumed run must begin with
+the same rows.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from veneer.train.config import TrainConfig
 
 
 def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Add the tokens of a configuration to its tokenizer; the ids of all that are to be trained,
-    ascending. ``ConfigError``: one is no token of it, and is not added; the processor of the task
-    reads no texts."""
+    """Add the tokens of a configuration to its tokenizer, and return the ids of all tokens to train
+    in ascending order. Raises ``ConfigError`` for a token to train that the tokenizer lacks, and if
+    the task's processor is not a tokenizer."""
     if not (config.add_tokens or config.trainable_tokens):
         return ()
     if not hasattr(tokenizer, "get_vocab"):
@@ -35,24 +35,25 @@ def learn(config: TrainConfig, tokenizer: Any) -> tuple[int, ...]:
             f"add_tokens with {empty[0]!r}", "texts that are not blank", "leave it out"
         )
     tokenizer.add_tokens(config.add_tokens)
-    known = tokenizer.get_vocab()
-    wanted = [*config.add_tokens, *config.trainable_tokens]
-    lacking = [text for text in wanted if text not in known]
+    token_ids = tokenizer.get_vocab()
+    trained = [*config.add_tokens, *config.trainable_tokens]
+    lacking = [text for text in trained if text not in token_ids]
     problems = [
         sentence(
             f"trainable_tokens {text!r}",
-            f"a token of the {len(known):,} of {config.base}",
+            f"a token of the {len(token_ids):,} of {config.base}",
             "use add_tokens",
         )
         for text in lacking
     ]
     raise_all(ConfigError, "These tokens cannot be trained", problems)
-    return tuple(sorted({known[text] for text in wanted}))
+    return tuple(sorted({token_ids[text] for text in trained}))
 
 
 def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[str, tuple[int, ...]]:
-    """Give the base a row for each token of its tokenizer; what ``LoraConfig.trainable_tokens``
-    takes: the ids by the path of the embedding, and of a head that is not tied to it."""
+    """Give the base's embeddings a row for each token of its tokenizer. Returns the value of
+    ``LoraConfig.trainable_tokens``: the ids, by the path of the embedding and of a head that is not
+    tied to it."""
     if not ids:
         return {}
     if len(model.get_input_embeddings().weight) <= max(ids):
@@ -61,8 +62,6 @@ def grow(model: Any, tokenizer: Any, ids: tuple[int, ...], seed: int) -> dict[st
             model.resize_token_embeddings(len(tokenizer))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
-    ends = [
-        embedding,
-        *([head] if head is not None and head.weight is not embedding.weight else []),
-    ]
-    return {paths[id(end)]: ids for end in ends}
+    untied = head is not None and head.weight is not embedding.weight
+    tables = [embedding, head] if untied else [embedding]
+    return {paths[id(table)]: ids for table in tables}

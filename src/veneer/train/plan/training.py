@@ -24,7 +24,7 @@ from veneer.errors import ConfigError, nearest, sentence
 from veneer.train.plan.count import Step, Work, count_step
 from veneer.train.plan.hardware import SLACK, Hardware
 from veneer.train.plan.memory import packed_linears, parts_of, spread, weights
-from veneer.train.processes import divided
+from veneer.train.processes import split_step
 from veneer.train.tensor_parallel import COLUMNS, ROWS, STYLES, style_of
 
 STRATEGIES = ("ddp", "fsdp", "tp")
@@ -137,7 +137,7 @@ class Planner:
             *(strategy == one for one in STRATEGIES[1:]),
         )
         if not tp:
-            rows, passes = divided(run.batch, run.accumulate, devices)
+            rows, passes = split_step(run.batch, run.accumulate, devices)
             run = replace(run, batch=rows, accumulate=passes)
         step = self.step(run, chunked=not fsdp or devices == 1)
         step = step.cut(devices) if tp else step

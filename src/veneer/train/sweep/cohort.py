@@ -27,13 +27,13 @@ from veneer.attach.check import check
 from veneer.engine import TrainedAdapter
 from veneer.errors import ConfigError, TargetError, VeneerError, raise_all
 from veneer.train import checkpoint
+from veneer.train.adapter_setup import lora_config
 from veneer.train.arguments import arguments_of
 from veneer.train.evaluate import to
 from veneer.train.loss import causal_loss
 from veneer.train.many import Runs
 from veneer.train.order import EpochSampler
 from veneer.train.prepare import Prepared, steps_an_epoch
-from veneer.train.run import lora_of
 from veneer.train.start_data import start_data
 from veneer.train.sweep.held_out import OutputAsModel, evaluate_runs
 from veneer.train.tasks import Task
@@ -127,7 +127,7 @@ class Cohort:
             self.runs.add(name, resumed_from / name / checkpoint.ADAPTER, seed=config.seed)
             return
         start = start_data(task, self.prepared.train, self.model)
-        lora = lora_of(config, self.model, {})
+        lora = lora_config(config, self.model, {})
         self.runs.add(name, lora, seed=config.seed, **start)
         # among candidates that are attached alike, the check of the first holds for all
         if config.check and lora not in self._checked:

@@ -45,13 +45,14 @@ from veneer.errors import (
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.models.remote_code import with_trust_of_config
 from veneer.train import checkpoint
+from veneer.train.adapter_setup import lora_config
 from veneer.train.arguments import arguments_of
 from veneer.train.callbacks import StopOnSignal, duration, say
 from veneer.train.config import FREE_ON_RESUME, TrainConfig, make_config, task_names
 from veneer.train.plan import memory
 from veneer.train.prepare import steps_an_epoch
 from veneer.train.processes import Processes
-from veneer.train.run import lora_of, provenance_of, tell_versions, versions, write_status
+from veneer.train.run_record import print_changed_versions, provenance_of, versions, write_status
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import alone_words, edge_words, edges, measure_alone
 from veneer.train.sweep.page import page
@@ -112,7 +113,7 @@ def sweep(
         StopOnSignal(console) as stop,
     ):
         work = _Work(config, settings, keep_going, console, shown)
-        return work.run(lambda: stop.asked or (stop_order is not None and stop_order()))
+        return work.run(lambda: stop.requested or (stop_order is not None and stop_order()))
 
 
 class _Work:
@@ -259,7 +260,7 @@ class _Work:
             task = copy.copy(self.task)  # with what it has learnt of the data
             task.config = config
             arguments_of(config, self.output, self.prepared)
-            plan(self.model, lora_of(config, self.model, {}), one.name)
+            plan(self.model, lora_config(config, self.model, {}), one.name)
         except VeneerError as error:
             one.status, one.note = FAILED, str(error)
             return f"candidate {one.name} ({words(one.changes)}): {error}"
@@ -318,7 +319,7 @@ class _Work:
         if self.found is not None:
             self._replay()
             say(self.console, f"Resuming from {self.found}.")
-            tell_versions(checkpoint.read_json(self.output / checkpoint.RUN), self.console)
+            print_changed_versions(checkpoint.read_json(self.output / checkpoint.RUN), self.console)
         else:
             self._add(self._ask())
         found, ready = self.found, False

@@ -188,7 +188,9 @@ class Task(ABC):
     def read(self, source: str, split: str) -> data.Records:
         """The records of a source, with the columns by their part."""
         raw, digest = data.raw_rows(source, split)
-        return data.by_part(raw, source, digest, self.parts, self.optional, self.config.columns)
+        return data.select_fields(
+            raw, source, digest, self.parts, self.optional, self.config.columns
+        )
 
     @abstractmethod
     def encode(self, records: data.Records) -> Any:

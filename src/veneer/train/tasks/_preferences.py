@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.errors import DataError
-from veneer.train import data, tokens
+from veneer.train import data, row_shape, tokens
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import log_probabilities
 from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, pad_of, token_batch
@@ -34,7 +34,7 @@ class Causal(Task):
         is labelled."""
         kind = "prompt" if "prompt" in rows[0] else "text"
         checked = [
-            data.shaped(row, f"{records.source}, {place}")
+            row_shape.check_texts_or_chats(row, f"{records.source}, {place}")
             for row, place in zip(rows, records.places, strict=True)
         ]
         part = replace(records, kind=kind, rows=checked)

@@ -98,7 +98,7 @@ class Classify(Task):
             )
         self.kind = kinds[0]
         parts = ("words", "labels") if self.kind == "words" else (self.kind, "label")
-        return data.by_part(
+        return data.select_fields(
             raw, source, digest, parts, ("text_pair",) if self.kind == "text" else (), renamed
         )
 

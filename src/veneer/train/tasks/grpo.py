@@ -31,7 +31,7 @@ from torch import Tensor
 
 from veneer.attach.lookup import unwrap
 from veneer.errors import ConfigError, DataError
-from veneer.train import data
+from veneer.train import data, row_shape
 from veneer.train.generate import continuations, encode
 from veneer.train.loss import log_probabilities
 from veneer.train.prepare import Prepared
@@ -75,7 +75,9 @@ class Grpo(Causal):
         """All columns: those besides the prompt are the reward functions'."""
         _ = self.functions  # a file that is wrong is told before the base is looked at
         raw, digest = data.raw_rows(source, split)
-        records = data.by_part(raw, source, digest, self.parts, self.optional, self.config.columns)
+        records = data.select_fields(
+            raw, source, digest, self.parts, self.optional, self.config.columns
+        )
         column = self.config.columns.get("prompt", "prompt")
         rows = [
             {
@@ -98,7 +100,9 @@ class Grpo(Causal):
             )
         rows = []
         for row, place in zip(records.rows, records.places, strict=True):
-            prompt = data.shaped({"prompt": row["prompt"]}, f"{records.source}, {place}")["prompt"]
+            prompt = row_shape.check_texts_or_chats(
+                {"prompt": row["prompt"]}, f"{records.source}, {place}"
+            )["prompt"]
             rows.append(
                 {"ids": encode(prompt, self.processor), "prompt": prompt, "columns": row["columns"]}
             )

@@ -88,7 +88,7 @@ class Seq2seq(Task):
     def read(self, source: str, split: str) -> data.Records:
         raw, digest = data.raw_rows(source, split)
         parts = ("audio", "text") if self.speech else ("prompt", "completion")
-        return data.by_part(raw, source, digest, parts, (), self.config.columns)
+        return data.select_fields(raw, source, digest, parts, (), self.config.columns)
 
     def encode(self, records: data.Records) -> Rows:
         answers = self._answers(texts_of(records, "text" if self.speech else "completion"))

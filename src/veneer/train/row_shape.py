@@ -1,0 +1,266 @@
+"""Shape of a data row: detect which columns the task sft reads, and check their values.
+
+column names of the first row  ->  "messages" | "prompt" (+ completion) | "text"
+value of a column              ->  a text, or a list of messages {"role", "content"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from veneer.errors import DataError, listing, nearest
+from veneer.train.column_names import advice, likely
+
+Kind = Literal["messages", "prompt", "text", "columns"]
+
+#: column with the tools that a chat may call
+TOOLS = "tools"
+#: columns that hold the labels of a classifier or of a preference task
+LABELS = ("label", "labels", "label_text")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names by field; None stands for the column with the field's own name, if there is
+    one."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+def detect_columns(
+    names: list[str], first: dict[str, Any], columns: Columns, source: str
+) -> tuple[Kind, dict[str, str]]:
+    """(shape, column by field) of the rows: from the columns that the options name, else from the
+    usual names, the most specific shape first. Raises `DataError` if no shape fits, or if the rows
+    belong to another task than sft."""
+    for option, column in vars(columns).items():
+        if column is not None and column not in names:
+            raise DataError(
+                f"{source} has no column {column!r}{nearest(column, names)} (asked for as the"
+                f" {option} column); it has {list_names(names)}.\nDo: name one that exists, for"
+                f" example --{option}-column {names[0]}."
+            )
+    if not any(vars(columns).values()):
+        _refuse_other_tasks(names, first, source)
+    if columns.messages is not None:
+        return "messages", {"messages": columns.messages}
+    if columns.text is not None:
+        return "text", {"text": columns.text}
+    no_pair_named = columns.prompt is None and columns.completion is None
+    if no_pair_named and (chat := _chat_column(names)):
+        return "messages", {"messages": chat}
+    prompt, completion = columns.prompt or "prompt", columns.completion or "completion"
+    if prompt in names and completion in names:
+        return "prompt", {"prompt": prompt, "completion": completion}
+    if no_pair_named and "text" in names:
+        return "text", {"text": "text"}
+    wanted = ("messages", "prompt", "completion", "text")
+    near = [
+        f"{name!r} looks like {match[0]!r}"
+        for name in names
+        if (match := difflib.get_close_matches(name.lower(), wanted, 1, 0.6)) and name not in wanted
+    ]
+    raise DataError(
+        f"{source} has the columns {list_names(names)}.\n"
+        "Expected `messages` (a chat), or `prompt` and `completion`, or `text`."
+        f"{' ' + '; '.join(near) + '.' if near else ''}\n"
+        f"Do: {advice(names, first, columns.prompt, columns.completion)}"
+    )
+
+
+def _chat_column(names: list[str]) -> str | None:
+    return next((name for name in ("messages", "conversations") if name in names), None)
+
+
+def _refuse_other_tasks(names: list[str], first: dict[str, Any], source: str) -> None:
+    """Refuse rows of preferences or labels: a language model trained on them would not learn what
+    they express. Called only if the user names no columns; naming some accepts that the others are
+    ignored."""
+    if {"chosen", "rejected"} <= {*names}:
+        flags = (
+            "--messages-column chosen"
+            if isinstance(first["chosen"], list)
+            else "--text-column chosen"
+        )
+        prompt = likely("prompt", names)
+        flags = flags if prompt is None else f"--prompt-column {prompt} --completion-column chosen"
+        raise DataError(
+            f"{source} holds preferences: the columns {list_names(names)}.\nExpected examples to"
+            " imitate, as the task is sft.\nDo: to learn that one answer is better than another,"
+            f" choose --task dpo, orpo or reward; or imitate the chosen answers alone: {flags}."
+        )
+    if labels := [name for name in names if name.lower() in LABELS]:
+        unlabelled = [name for name in names if name not in labels]
+        text = next((name for name in ("text", *unlabelled) if name in names), "TEXT")
+        flags = (
+            "--prompt-column prompt --completion-column completion"
+            if "prompt" in names
+            else f"--text-column {text}"
+        )
+        flags = f"--messages-column {chat}" if (chat := _chat_column(names)) else flags
+        raise DataError(
+            f"{source} has the column {labels[0]!r} beside"
+            f" {list_names(unlabelled) if unlabelled else 'no other'}.\nExpected examples to"
+            " imitate, as the task is sft, which would leave the labels out.\nDo: to learn the"
+            " labels, choose --task classify (kto, if they judge completions), or write each as"
+            " text into `completion`, with its text in `prompt`; to leave them out, name the"
+            f" columns to read: {flags}."
+        )
+
+
+def check_texts_or_chats(row: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """A row of prompt and completion, or of text, with each value checked by `check_text_or_chat`.
+    Raises `DataError`, also if some values are texts and others are chats."""
+    checked = {
+        field: check_text_or_chat(value, field, field, location) for field, value in row.items()
+    }
+    if len({isinstance(value, str) for value in checked.values()}) > 1:
+        types = ", ".join(f"{field} is {json_type(value)}" for field, value in checked.items())
+        problem = f"{location}: {types}"
+        raise DataError(
+            problem, "all of them text, or all lists of messages", "bring them into one form"
+        )
+    return checked
+
+
+def check_text_or_chat(value: Any, field: str, column: str, location: str) -> Any:
+    """The text or the parsed messages in a column. Raises `DataError` for anything else."""
+    if field != "messages" and isinstance(value, str):
+        return value
+    if field != "text" and isinstance(value, list):
+        if not value:
+            raise DataError(
+                f"{location} holds an empty list of messages.\nDo: fix or remove that row."
+            )
+        return [_parse_message(message, location) for message in value]
+    expected = {"messages": "a list of messages", "text": "text"}.get(
+        field, "text or a list of messages"
+    )
+    raise DataError(
+        f"{location}: the column {column!r} holds a {json_type(value)}: {snippet(to_json(value))}\n"
+        f"Expected {expected}.\nDo: fix or remove that row."
+    )
+
+
+def _parse_message(message: Any, location: str) -> dict[str, Any]:
+    """One chat message in the form {"role", "content"}. Converts the ShareGPT form {"from",
+    "value"}, joins a content of several text parts into one text, and parses the arguments of tool
+    calls that are JSON text (OpenAI's form) into dicts, which chat templates expect."""
+    match message:
+        case {"from": str(role), "value": content}:
+            message = {
+                "role": {"human": "user", "gpt": "assistant"}.get(role, role),
+                "content": content,
+            }
+    match message:
+        case {"role": str()}:
+            # Parquet fills absent keys with None
+            message = {key: value for key, value in message.items() if value is not None}
+    match message:
+        case {"role": str(), "content": [*texts]} if texts and all(map(_is_text, texts)):
+            message = {**message, "content": "".join(text["text"] for text in texts)}
+    match message:
+        case {"role": "assistant", "tool_calls": [_, *_] as calls} if isinstance(
+            message.get("content", ""), str
+        ):
+            return {
+                **message,
+                "content": message.get("content", ""),
+                "tool_calls": [_parse_tool_call(call, location) for call in calls],
+            }
+        case {"role": str(), "content": str()}:
+            return message
+    raise DataError(
+        f"{location} holds a message that is not one: {snippet(to_json(message))}\nExpected"
+        ' {"role": "user" | "assistant" | "system" | "tool", "content": "text"}, where the'
+        ' content may be a list of {"type": "text", "text": "..."}, and an assistant\'s may'
+        ' stand beside "tool_calls".\nDo: fix or remove that row.'
+    )
+
+
+def _is_text(content_part: Any) -> bool:
+    return (
+        isinstance(content_part, dict)
+        and content_part.get("type") == "text"
+        and isinstance(content_part.get("text"), str)
+    )
+
+
+def _parse_tool_call(call: Any, location: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        arguments = None
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(arguments, dict)
+    ):
+        raise DataError(
+            f"{location} holds a tool call that is not one: {snippet(to_json(call))}\nExpected"
+            ' {"type": "function", "function": {"name": "...", "arguments": {...}}}.\nDo:'
+            " fix or remove that row."
+        )
+    parsed = {
+        "name": function["name"],
+        "arguments": {name: value for name, value in arguments.items() if value is not None},
+    }
+    extra = {
+        name: value
+        for name, value in call.items()
+        if name not in ("function", "name", "arguments", "type")
+    }
+    return {
+        "type": "function",
+        **{name: value for name, value in extra.items() if value is not None},
+        "function": parsed,
+    }
+
+
+def parse_tools(value: Any, location: str) -> list[Any]:
+    """The tools of a row, as a list of JSON schemas. ``value`` is that list, or the list as JSON
+    text, which is the form that a table's column can hold. Raises `DataError` otherwise."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        tools = None
+    if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
+        return tools
+    problem = f"{location} holds {TOOLS} that are none: {snippet(to_json(value))}"
+    raise DataError(problem, "a list of JSON schemas of functions", "fix it, or remove that row")
+
+
+def list_names(names: Iterable[str]) -> str:
+    return listing(map(repr, names), 12)
+
+
+def json_type(value: Any) -> str:
+    names = {
+        "str": "text",
+        "NoneType": "null",
+        "dict": "object",
+        "float": "number",
+        "int": "number",
+    }
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def to_json(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return f"a {json_type(value)} that is nested too deep to be shown"
+
+
+def snippet(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,186 @@
+"""The record of a run in its output folder: whether a run there can be resumed, with which
+configuration, data and library versions it began, and the results that its files hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from veneer.errors import ConfigError, OutputExistsError
+from veneer.train import checkpoint
+from veneer.train.callbacks import say
+from veneer.train.config import FREE_ON_RESUME, TrainConfig
+from veneer.train.prepare import Prepared
+from veneer.train.tasks import Task
+
+#: the checkpoint to resume from and its step; None for a run from the start
+ResumePoint = tuple[Path, int] | None
+
+
+def open_output(
+    config: TrainConfig, output: Path, prepared: Prepared, resume_point: ResumePoint
+) -> list[dict[str, Any]]:
+    """Create or clear the output folder and mark the run as running. Returns the last two lines of
+    the log that the run continues."""
+    # called after all checks: a run that cannot begin leaves no files behind
+    if resume_point is None and (output / checkpoint.RUN).exists():
+        checkpoint.clear(output, checkpoint.ADAPTER, checkpoint.LOG, checkpoint.METRICS, "runs")
+    output.mkdir(parents=True, exist_ok=True)
+    write_status(output, "running", config, prepared)
+    return checkpoint.cut_log(output, resume_point[1] if resume_point is not None else 0)[-2:]
+
+
+def can_resume(config: TrainConfig, output: Path) -> bool:
+    """Whether `output` holds a run to resume; False means that a new run starts. `overwrite` allows
+    replacing a run that cannot be resumed; a run that can be resumed is resumed all the same.
+
+    Raises:
+        OutputExistsError: `output` holds a finished run, an unfinished one that `resume` excludes,
+            or other files.
+        ConfigError: there is no run to resume, or it has another configuration.
+    """
+    if output.is_file():
+        raise OutputExistsError(
+            f"{output} is a file", "a folder for the run", "choose another output"
+        )
+    run = checkpoint.read_json(output / checkpoint.RUN)
+    if run is None and checkpoint.is_taken(output):
+        do = "choose another output; Veneer replaces nothing that it did not write"
+        raise OutputExistsError(
+            f"{output} is not empty and holds no Veneer run", "a new folder", do
+        )
+    if run is None or run["status"] == checkpoint.CLEARED:
+        if config.resume:
+            raise ConfigError(
+                f"no run in {output}", "one to resume", "leave out --resume, or check the path"
+            )
+        return False
+    if run["status"] == "finished" and config.overwrite:
+        return False
+    if run["status"] == "finished":
+        do = "choose another output, or pass --overwrite to replace it"
+        raise OutputExistsError(f"{output} holds a finished run", "a new folder", do)
+    # defaults stand for settings that the run's version of Veneer lacked
+    old, new = {**TrainConfig.defaults(), **run["config"]}, config.content()
+    changed = [
+        name
+        for name in {**old, **new}
+        if name not in FREE_ON_RESUME and old.get(name) != new.get(name)
+    ]
+    if not changed and config.resume is not False:
+        return True
+    if config.overwrite or checkpoint.newest(output) is None:  # nothing would be lost
+        return False
+    lines = "".join(f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+    raise (ConfigError if changed else OutputExistsError)(
+        f"Found: {output} holds an unfinished"
+        f" run{' with another configuration' if changed else ''}.{lines}\nExpected: the same"
+        " configuration, to resume it exactly, or a new folder. Do: undo the change, choose"
+        " another output, or pass --overwrite to start over."
+    )
+
+
+def find_resume_point(
+    config: TrainConfig, output: Path, prepared: Prepared, console: Console
+) -> tuple[str, int] | None:
+    """(folder, step) of the newest checkpoint of the run in `output`; None if there is none, or if
+    the data changed and `overwrite` is set. Raises `ConfigError` if the data changed otherwise."""
+    if checkpoint.read_json(output / checkpoint.RUN)["data"] == prepared.hashes:
+        if (newest := checkpoint.newest(output)) is None:
+            return None
+        say(console, f"Resuming from step {newest[1]} ({newest[0]}).")
+        print_changed_versions(checkpoint.read_json(output / checkpoint.RUN), console)
+        return str(newest[0]), newest[1]
+    if config.overwrite:
+        return None
+    inputs = "the data"
+    if config.adapter is not None:
+        inputs = "the data, or the adapter that it trains further,"
+    problem = f"{inputs} have changed since the unfinished run in {output} began"
+    do = "restore them, choose another output, or pass --overwrite to start over"
+    raise ConfigError(problem, "the same bytes, to resume it exactly", do)
+
+
+def write_status(output: Path, status: str, config: TrainConfig, prepared: Prepared) -> None:
+    """Write run.json: the status, configuration, hashes of the data, steps and versions."""
+    record = {
+        "status": status,
+        "config": config.content(),
+        "data": prepared.hashes,
+        "steps": prepared.steps,
+        "versions": versions(),
+    }
+    checkpoint.write_json(output / checkpoint.RUN, record)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run's losses depend on, by name."""
+    names = ("veneer", "torch", "transformers", "trl", "accelerate")
+    return {**{name: version(name) for name in names}, "python": platform.python_version()}
+
+
+def print_changed_versions(run: Mapping[str, Any], console: Console) -> None:
+    """Print the libraries whose versions differ from those that a resumed run began with."""
+    before, installed = run.get("versions", {}), versions()
+    changed = [
+        f"{name} {before[name]}, now {current}"
+        for name, current in installed.items()
+        if before.get(name, current) != current
+    ]
+    if changed:
+        say(
+            console,
+            f"Versions The run was made with {'; '.join(changed)}: its losses may differ from those"
+            " of a run that",
+        )
+        say(
+            console,
+            "         was not interrupted. Install the versions of before to go on exactly.",
+        )
+
+
+def read_results(output: Path, interrupted: bool) -> dict[str, Any]:
+    """The results of a run that ended, from its files, as JSON values."""
+    lines = checkpoint.read_log(output)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    tokens = max((line.get("tokens", 0) for line in lines), default=0)
+    last, step = checkpoint.newest(output) or (None, 0)
+    folder, steps = (last, step) if interrupted else (output, len(losses))
+    if folder is None:
+        raise RuntimeError(f"the run in {output} was stopped, yet wrote no checkpoint")
+    return {
+        "adapter": str(folder / checkpoint.ADAPTER),
+        "losses": losses,
+        "eval_losses": evaluations,
+        "steps": steps,
+        "seconds": lines[-1]["seconds"] if lines else 0.0,
+        "tokens": tokens,
+        "checkpoint": last and str(last),
+    }
+
+
+def provenance_of(
+    config: TrainConfig, task: Task, prepared: Prepared, model: Any, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """The training provenance in the metadata of a finished run's adapter."""
+    return {
+        "config": config.content(),
+        "task": task.record(),
+        "data": prepared.hashes,
+        "base_dtype": str(model.dtype).removeprefix("torch."),
+        "metrics": {
+            name: metrics[name] for name in metrics if name not in ("seconds", "peak_memory_bytes")
+        },
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

@@ -1,0 +1,74 @@
+"""The summary that a run prints before its first step: base, data, steps, memory, adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from veneer.attach.summary import size
+from veneer.distributed import is_spread
+from veneer.train.callbacks import say
+from veneer.train.hidden_state_cache import HiddenStateCache
+from veneer.train.plan import memory
+from veneer.train.prepare import Prepared
+from veneer.train.processes import Processes
+from veneer.train.tasks import Task
+
+
+def print_summary(
+    task: Task,
+    model: Any,
+    handle: Any,
+    prepared: Prepared,
+    cached: HiddenStateCache | None,
+    console: Console,
+    processes: Processes | None = None,
+) -> None:
+    """Print the base, the data, the steps, the estimated memory, the cached blocks and the
+    adapter."""
+    processes = processes or Processes()
+    config, train = task.config, prepared.train
+    changed = {"dropped": train.dropped, "truncated": train.truncated}
+    notes = "".join(f", {count:,} examples {change}" for change, count in changed.items() if count)
+    storage = [str(model.dtype).removeprefix("torch.")]
+    storage += [f"linear layers in {config.quantize}"] if config.quantize else []
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    storage += [f"on {', '.join(devices)}"] if len(devices) > 1 else []
+    say(console, f"Base     {config.base} ({', '.join(storage)})")
+    say(console, f"Data     {config.data}: {task.amount(train)}{notes}")
+    if prepared.unused:
+        say(console, f"         columns that are not used: {', '.join(prepared.unused)}")
+    if prepared.evaluation is not None:
+        say(console, f"         {len(prepared.evaluation):,} examples to evaluate on")
+    local_rows = config.batch_size * config.grad_accum
+    split = f", {local_rows} in each of {processes.count} processes" if processes.count > 1 else ""
+    rows = f"packed rows, of at most {prepared.max_length} tokens" if config.packing else "examples"
+    say(console, f"Steps    {prepared.steps:,} of {local_rows * processes.shares} {rows}{split}")
+    if config.parallel != "ddp" and processes.count == 1:
+        say(
+            console,
+            f"         parallel {config.parallel} does nothing here: this is one process (torchrun"
+            " starts several)",
+        )
+    if not console.quiet:  # the estimate counts a step, which takes a while
+        divided_later = {
+            "ddp": "",
+            "fsdp": ", before the base is spread",
+            "tp": ", before the base is cut",
+        }[config.parallel]
+        scope = "" if is_spread(model.modules()) else divided_later
+        scope = f" in each{scope}" if processes.count > 1 else ""
+        say(console, f"Memory   {memory.estimate(model, config, *task.largest(prepared))}{scope}")
+    if cached is not None:
+        examples = [train] if prepared.evaluation is None else [train, prepared.evaluation]
+        tokens = sum(sum(dataset_rows.lengths) for dataset_rows in examples)
+        width = model.get_input_embeddings().weight.shape[1]
+        cache_size = size(tokens * width * model.dtype.itemsize)
+        say(
+            console,
+            f"Lower    {len(cached.blocks)} of {cached.count} blocks run once for each row;"
+            f" {cache_size}"
+            " are kept",
+        )
+    say(console, str(handle.summary()))
