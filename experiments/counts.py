@@ -152,7 +152,7 @@ def memory_of(model: Any) -> dict[str, dict[str, int]]:
     holds them: of LoRA with as many numbers as q and v have at rank 4, as `veneer plan` counts it,
     and of full fine-tuning by the same rules, without activations."""
     trained = [own for own in model.parameters() if own.requires_grad_(True).requires_grad]
-    full = memory.parts_of(model, "adamw_torch", None)
+    full = memory.memory_breakdown(model, "adamw_torch", None)
     for own in trained:
         own.requires_grad_(False)
     # as many numbers as q and v with a pair each, and one adapter, as a step needs it

@@ -23,7 +23,7 @@ from veneer.models.meta import countable_model
 from veneer.train.plan.hardware import (
     BYTES,
     CONTEXT,
-    KNOWN,
+    DEVICES,
     LAUNCH,
     LINKS,
     PRODUCTS,
@@ -31,7 +31,7 @@ from veneer.train.plan.hardware import (
     Hardware,
 )
 from veneer.train.plan.serving import BUSY, Load, plan_service
-from veneer.train.plan.training import Planned, Planner, Run
+from veneer.train.plan.training import RunPlan, Planner, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -99,13 +99,13 @@ def training(base: str) -> list[str]:
         for device, count in MACHINES[base]:
             run = Run(1, 4096, accumulate=count, checkpointing=True, quantize=quantize)
             for strategy in ("ddp", "fsdp", "tp") if count > 1 else ("ddp",):
-                if strategy == "tp" and count > KNOWN[device].machine:
+                if strategy == "tp" and count > DEVICES[device].machine:
                     continue  # its sums are waited for, over a network
                 if strategy == "ddp" and count > 1 and base != "8B":
                     continue  # as much memory as one device
                 if strategy != "ddp" and quantize:
                     continue  # packed weights are not spread
-                rows.append(cells(made.plan(run, strategy, count, KNOWN[device])))
+                rows.append(cells(made.plan(run, strategy, count, DEVICES[device])))
     heads = [
         "devices",
         "by",
@@ -121,7 +121,7 @@ def training(base: str) -> list[str]:
     return [f"### {base}", "", f"{WHOSE[base]}. {count}.", "", *table(heads, rows), ""]
 
 
-def cells(one: Planned) -> list[str]:
+def cells(one: RunPlan) -> list[str]:
     assert one.seconds is not None
     assert one.speed is not None
     return [
@@ -138,7 +138,7 @@ def serving() -> list[str]:
         ("405B", 16, "h200", 8), ("1T experts", 16, "h200", 16),
     ):  # fmt: skip
         load = Load(requests=100, prompt=1024, answer=256, adapters=10_000, rows=64, devices=count)
-        one = plan_service(planner(base, rank).model, load, KNOWN[device])
+        one = plan_service(planner(base, rank).model, load, DEVICES[device])
         name = [base, str(rank), f"{count} × {device}", f"{one.adapter / 2**20:,.0f}"]
         if not one.rows:
             rows.append([*name, f"{one.row / 2**20:,.0f}", "0", "", "", "", "", ""])
@@ -229,13 +229,13 @@ ERRORS = {"held_error": 0.10, "memory_error": 0.10, "time_error": 0.15}
 
 def published() -> list[str]:
     """Beside figures of others; who they are stands in the text of the page."""
-    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=KNOWN["h100"])
+    nemo = planner("8B").plan(Run(2, 4096, accumulate=16), on=DEVICES["h100"])
     large = [
-        planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, KNOWN["h100"])
+        planner("70B").plan(Run(1, 4096, accumulate=32), how, 8, DEVICES["h100"])
         for how in ("fsdp", "tp")
     ]
     tune = planner("8B", 8, "q_proj,v_proj", "bfloat16")
-    card, other = KNOWN["rtx4090"], Run(2, 2048, checkpointing=True)
+    card, other = DEVICES["rtx4090"], Run(2, 2048, checkpointing=True)
     lora = tune.plan(other, on=card)
     packed = tune.plan(Run(2, 2048, checkpointing=True, quantize="nf4"), on=card)
     whole = tune.plan(Run(2, 2048), on=card)
@@ -267,7 +267,7 @@ def of_peak(tokens: float, peak: float, checkpointing: bool) -> str:
     return f"{tokens * one.operations / one.tokens / peak / 1e12:.0%}"
 
 
-def gib(one: Planned) -> str:
+def gib(one: RunPlan) -> str:
     return f"{one.total / GIB:.1f}"
 
 
@@ -293,7 +293,7 @@ def devices() -> list[str]:
             f"{one.bandwidth / 1e9:,.0f}", f"{one.link / 1e9:.0f}", str(one.machine),
             f"{one.network.bandwidth / 1e9:g}", linked(one),
         ]
-        for one in KNOWN.values()
+        for one in DEVICES.values()
     ]  # fmt: skip
     return table(heads, rows)
 

@@ -1,16 +1,17 @@
-"""Several processes that hold one model: which weights are spread over them, and how they do one
-thing together.
+"""Several processes that hold one model: which weights are sharded, and how all ranks do one thing
+with one outcome.
 
-    is_sharded(tensor), whole(tensor)       a DTensor, as FSDP2 and tensor parallelism make them; all of its numbers
-    ranks = meet("save …", …)               every rank that holds the model has come; None where there is no other
-    ranks = everyone("train", patience)     all ranks, which are known to come
-    ranks.each(work, summary)               on every rank, with one outcome: all have it, or one error on all
-    ranks.one(work)                         on the first rank, with its outcome on all
-    average_gradients(parameters)           what each rank has its own of: one all-reduce
+    is_sharded(tensor), full_tensor(tensor)   DTensors (FSDP2, tensor parallelism); all their values
+    ranks = meet_ranks("save …", …)           the ranks that hold the model; None if there is one
+    ranks = all_ranks("train", patience)      all ranks, which are sure to call it
+    ranks.run_on_all(work, summary)           work on every rank: all succeed, or all raise an error
+    ranks.run_on_first(work)                  work on the first rank; every rank gets its result
+    average_gradients(parameters)             gradients of replicated parameters: one all-reduce
 
-What is said goes through the store of ``torch.distributed``, not through collectives: so a rank
-that stays away or fails becomes an error on the others, instead of a hang. Gathering a weight is a
-collective; within ``Ranks.each`` it begins only once every rank stands before it (``Ranks.gate``).
+Messages go through the store of ``torch.distributed``, not through collectives, so a rank that
+fails or does not come is an error on the others instead of a hang. Gathering a weight is a
+collective; within ``Ranks.run_on_all`` it begins only after every rank has reached it
+(``Ranks.gate``).
 """
 
 from __future__ import annotations
@@ -33,92 +34,100 @@ from veneer.errors import AdapterError, VeneerError, listing, sentence
 
 T = TypeVar("T")
 
-#: seconds for which a rank waits for the others
+#: seconds that a rank waits for the others
 PATIENCE = 300.0
-#: seconds for which the first rank waits before it concludes that it was called alone, where
-#: nothing is spread
+#: seconds after which the first rank concludes that only it was called, if no weight is sharded
 ALONE = 30.0
 
-#: the ranks whose ``each`` is running
-_WITHIN: ContextVar[Ranks | None] = ContextVar("veneer_ranks", default=None)
-#: by who takes part: how many meetings this process has had
-_MET: dict[str, int] = {}
+#: the ranks whose ``run_on_all`` is running
+_CURRENT_RANKS: ContextVar[Ranks | None] = ContextVar("veneer_ranks", default=None)
+#: number of meetings of this process, by a hash of the members or by a name
+_MEETINGS: dict[str, int] = {}
 
 
 class SavedAlone(UserWarning):
-    """Of several processes, one alone saved a model that each of them holds: nobody compared it
-    with the others."""
+    """Only one of several processes that hold a model saved it, so its copy was not compared with
+    those of the others."""
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is one of torch's DTensors. Loads nothing: where there is one, its module is
-    loaded."""
+    """Whether a tensor is a DTensor of torch. Does not import the module: if a DTensor exists, it
+    is imported already."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Any) -> Any:
-    """All numbers of a tensor that may be spread over processes: then a collective, which each of
-    them must call."""
+def full_tensor(tensor: Any) -> Any:
+    """The full tensor of one that may be sharded. For a sharded tensor this is a collective, which
+    every rank must call."""
     if not is_sharded(tensor):
         return tensor
-    ranks = _WITHIN.get()
+    ranks = _CURRENT_RANKS.get()
     if ranks is not None:
         ranks.gate()
     return tensor.full_tensor()
 
 
-def together() -> bool:
-    """Whether every rank does what runs here, with one outcome (``Ranks.each``)."""
-    return _WITHIN.get() is not None
+def within_run_on_all() -> bool:
+    """Whether the current code runs within ``Ranks.run_on_all``."""
+    return _CURRENT_RANKS.get() is not None
 
 
 def _fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    return [] if loaded is None else [one for one in modules if isinstance(one, loaded.FSDPModule)]
-
-
-def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module, without the one that ``fully_shard`` puts in front of it."""
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    return kind.__mro__[2] if loaded is not None and issubclass(kind, loaded.FSDPModule) else kind
-
-
-def is_spread(modules: Iterable[nn.Module]) -> bool:
-    """Whether weights of these modules are spread over processes, also while FSDP2 has some of them
-    gathered."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    modules = list(modules)
-    return any(is_sharded(own) for one in modules for own in one._parameters.values()) or bool(
-        _fsdp_modules(modules)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (
+        []
+        if fsdp is None
+        else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
     )
 
 
-def spread_problem(modules: Iterable[nn.Module], what: str, do: str) -> str | None:
-    """The problem of an operation that needs whole weights, or None."""
+def plain_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before ``fully_shard`` replaced it by a subclass."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (
+        module_class.__mro__[2]
+        if fsdp is not None and issubclass(module_class, fsdp.FSDPModule)
+        else module_class
+    )
+
+
+def is_spread(modules: Iterable[nn.Module]) -> bool:
+    """Whether weights of these modules are sharded over processes, even while FSDP2 has gathered
+    them."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    modules = list(modules)
+    return any(
+        is_sharded(parameter) for module in modules for parameter in module._parameters.values()
+    ) or bool(_fsdp_modules(modules))
+
+
+def spread_problem(modules: Iterable[nn.Module], operation: str, do: str) -> str | None:
+    """The problem of an operation that needs full weights, as an error text; None if they are not
+    sharded."""
     modules = list(modules)
     if has_fsdp1(modules):
-        problem = f"{what} of a model in torch's first FullyShardedDataParallel (FSDP1)"
+        problem = f"{operation} of a model in torch's first FullyShardedDataParallel (FSDP1)"
         return sentence(
             problem,
             "whole weights",
             f"{do}; FSDP2 (torch.distributed.fsdp.fully_shard) shards what is attached",
         )
     problem = (
-        f"{what} of a model whose weights are spread over processes (DTensor, as FSDP2 makes them)"
+        f"{operation} of a model whose weights are spread over processes (DTensor, as FSDP2 makes"
+        " them)"
     )
     return sentence(problem, "whole weights", do) if is_spread(modules) else None
 
 
 def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
-    """Whether a module is wrapped by FSDP1, or its parameters are parts of a flat one that FSDP1
-    made of them."""
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    if loaded is None:
+    """Whether FSDP1 wraps a module, or its parameters are views into a flat parameter of FSDP1."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
         return False
     return any(
-        isinstance(module, loaded.FullyShardedDataParallel)
+        isinstance(module, fsdp.FullyShardedDataParallel)
         or any(
             getattr(parameter, "_fsdp_flattened", False)
             for parameter in module._parameters.values()
@@ -128,17 +137,23 @@ def has_fsdp1(modules: Iterable[nn.Module]) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 has gathered: after a forward that no backward followed it may be older
+    """Free the weights that FSDP2 has gathered: after a forward without backward, they may be older
     than the shards."""
     for module in _fsdp_modules(model.modules()):
         module.reshard()
 
 
-def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
-    """The ranks that hold a model, once all of them have come to save it at ``path``; None for a
-    rank that saves by itself: the only one, one that was told so (``alone``), or one that the
-    others leave waiting. ``AdapterError``: the weights are spread, and not every rank comes in
-    time, comes to the same path, or may come."""
+def meet_ranks(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
+    """Wait until all ranks that hold a model have called this to save it at ``path``.
+
+    Returns:
+        the ranks; None if this rank saves without the others: it is the only one, ``alone`` is set,
+        or no other rank came in time.
+
+    Raises:
+        AdapterError: the weights are sharded, and not every rank comes in time or with the same
+            path, or ``alone`` is set.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
     sharded: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
@@ -160,77 +175,92 @@ def meet(path: str, model: nn.Module, *, alone: bool) -> Ranks | None:
             " over it"
         )
         raise AdapterError(problem, "gloo or nccl", "initialise torch.distributed with one of them")
-    if store is None:  # MPI has none
+    if store is None:  # MPI has no store
         return None
-    return _met(store, members, path, spread=bool(meshes))
+    return _arrive(store, members, path, spread=bool(meshes))
 
 
-def _met(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Ranks | None:
-    """Who comes is written down; whether all have come is decided once, for all: ``compare_set``
-    lets one win."""
-    who, own = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16], dist.get_rank()
+def _arrive(store: Any, members: Sequence[int], path: str, *, spread: bool) -> Ranks | None:
+    """Each rank records its arrival in the store. Whether all have come is decided once for all
+    ranks, by an atomic ``compare_set``."""
+    own_rank = dist.get_rank()
 
-    def warn(found: str) -> None:
+    def warn(problem: str) -> None:
+        expected = "a call on every rank, which compares them"
         do = (
             "call save on every rank at about the same time, or on one with alone=True, which does"
             " not wait"
         )
-        warnings.warn(
-            sentence(found, "a call on every rank, which compares them", do),
-            SavedAlone,
-            stacklevel=5,
-        )
+        warnings.warn(sentence(problem, expected, do), SavedAlone, stacklevel=5)
 
-    limit = ALONE if own == members[0] and not spread else PATIENCE
-    while True:
-        number = _MET.get(who, 0)
-        _MET[who] = number + 1
-        key = f"veneer/{who}/{number}"
-        come = {rank: f"{key}/come/{rank}" for rank in members}
-        ended = store.check([f"{key}/decided"]) and store.get(f"{key}/decided").decode() == "left"
-        left = {
-            rank: store.get(at).decode() for rank, at in come.items() if ended and store.check([at])
-        }
-        if not ended or path in left.values():
-            break  # else it was another save, which this rank took no part in
-    if ended and not spread:
-        warn(f"{path}, which rank {listing(map(str, left))} saved before rank {own} came")
+    key, arrival_keys, earlier_paths = _next_meeting(store, members, path)
+    if earlier_paths and not spread:
+        earlier = listing(map(str, earlier_paths))
+        warn(f"{path}, which rank {earlier} saved before rank {own_rank} came")
         return Ranks(store, key, ())
-    store.set(come[own], path)
-    absent = awaited(store, [*come.values()], limit, f"{key}/decided")
-    decided = store.compare_set(f"{key}/decided", "", "left" if absent else "all").decode()
-    here = [rank for rank in members if decided == "all" or store.check([come[rank]])]
-    paths = {rank: store.get(come[rank]).decode() for rank in here}
-    same = len(set(paths.values())) == 1
-    if decided == "all" and same:
+    patience = ALONE if own_rank == members[0] and not spread else PATIENCE
+    store.set(arrival_keys[own_rank], path)
+    missing = wait_for_keys(store, [*arrival_keys.values()], patience, f"{key}/decided")
+    decision = store.compare_set(f"{key}/decided", "", "left" if missing else "all").decode()
+    arrived = [rank for rank in members if decision == "all" or store.check([arrival_keys[rank]])]
+    paths = {rank: store.get(arrival_keys[rank]).decode() for rank in arrived}
+    same_path = len(set(paths.values())) == 1
+    if decision == "all" and same_path:
         return Ranks(store, key, members)
-    if spread or (same and len(here) > 1):
-        found = f"rank {listing(map(str, here))} of {len(members)} alone, after up to {limit:g} s"
-        found = (
-            found
-            if same
-            else f"other paths on other ranks ({listing(f'{r}: {p}' for r, p in paths.items())})"
-        )
+    if spread or (same_path and len(arrived) > 1):
+        if same_path:
+            ranks = listing(map(str, arrived))
+            problem = f"rank {ranks} of {len(members)} alone, after up to {patience:g} s"
+        else:
+            path_of_rank = listing(f"{rank}: {text}" for rank, text in paths.items())
+            problem = f"other paths on other ranks ({path_of_rank})"
         do = "let every rank that holds the model call save, with the same path"
-        raise AdapterError(f"{path} was not written. {sentence(found, 'every rank', do)}")
-    if len(here) == 1:
-        warn(f"{path} saved by rank {own} of {len(members)} alone, after {limit:g} s")
+        raise AdapterError(f"{path} was not written. {sentence(problem, 'every rank', do)}")
+    if len(arrived) == 1:
+        warn(f"{path} saved by rank {own_rank} of {len(members)} alone, after {patience:g} s")
     return None
 
 
-def everyone(name: str, patience: float) -> Ranks:
-    """All ranks of ``torch.distributed``, which work together for long: each waits ``patience``
-    seconds for another one. ``name``: of what they do, in which each process meets equally
-    often."""
-    number = _MET.get(name, 0)
-    _MET[name] = number + 1
+def _next_meeting(
+    store: Any, members: Sequence[int], path: str
+) -> tuple[str, dict[int, str], dict[int, str]]:
+    """The meeting in which this rank takes part.
+
+    Returns:
+        (key of the meeting in the store, key of each rank's arrival, path of each rank that saved
+        before this rank came). Meetings that ended without this rank, for saves to other paths, are
+        skipped.
+    """
+    members_hash = hashlib.sha256(json.dumps([*members]).encode()).hexdigest()[:16]
+    while True:
+        meeting = _MEETINGS.get(members_hash, 0)
+        _MEETINGS[members_hash] = meeting + 1
+        key = f"veneer/{members_hash}/{meeting}"
+        arrival_keys = {rank: f"{key}/come/{rank}" for rank in members}
+        decided = f"{key}/decided"
+        if not store.check([decided]) or store.get(decided).decode() != "left":
+            return key, arrival_keys, {}
+        earlier_paths = {
+            rank: store.get(arrival_key).decode()
+            for rank, arrival_key in arrival_keys.items()
+            if store.check([arrival_key])
+        }
+        if path in earlier_paths.values():
+            return key, arrival_keys, earlier_paths
+
+
+def all_ranks(name: str, patience: float) -> Ranks:
+    """All ranks of ``torch.distributed``; each waits up to ``patience`` seconds for another. Every
+    process must call this equally often with one ``name``."""
+    meeting = _MEETINGS.get(name, 0)
+    _MEETINGS[name] = meeting + 1
     store = dist.distributed_c10d._get_default_store()
-    return Ranks(store, f"veneer/{name}/{number}", range(dist.get_world_size()), patience)
+    return Ranks(store, f"veneer/{name}/{meeting}", range(dist.get_world_size()), patience)
 
 
 class Ranks:
-    """The ranks of one meeting. ``writes`` is true on the one that writes files; of no members, on
-    none."""
+    """The ranks of one meeting. ``writes``: whether this rank writes files; with no members, none
+    does."""
 
     def __init__(
         self, store: Any, key: str, members: Sequence[int], patience: float | None = None
@@ -241,97 +271,97 @@ class Ranks:
         self.writes = self.rank in members[:1]
         self.step = self.gates = 0
 
-    def each(self, work: Callable[[], T], summary: Callable[[T], str], what: str) -> T:
-        """What ``work`` gives on this rank, if it succeeds on every one and they agree.
+    def run_on_all(self, work: Callable[[], T], summary: Callable[[T], str], subject: str) -> T:
+        """Run ``work`` on every rank and return its result on this rank, if it succeeds on all and
+        the results agree.
 
         Args:
-            summary: a short text of the result, which must be the same on every rank.
-            what: what they would disagree on, in words.
+            summary: returns a short text of the result, which must be the same on every rank.
+            subject: the name of the result in errors.
 
         Raises:
-            what ``work`` raises: here at once, on the other ranks as the same kind of error.
+            the error of ``work``: here at once, and on the other ranks an error of the same class.
             AdapterError: the summaries differ, or a rank does not answer.
         """
         self.step, self.gates = self.step + 1, 0
-        here, keys = (
-            f"{self.key}/{self.step}/{self.rank}",
-            {f"{self.key}/{self.step}/{r}": r for r in self.members},
-        )
-        token = _WITHIN.set(self)
+        result_key = f"{self.key}/{self.step}/{self.rank}"
+        rank_of_key = {f"{self.key}/{self.step}/{r}": r for r in self.members}
+        token = _CURRENT_RANKS.set(self)
         try:
             result = work()
-            # never empty, which not every store tells from nothing
-            own = json.dumps(summary(result))
+            # JSON is never empty: some stores cannot tell an empty value from a missing one
+            own_summary = json.dumps(summary(result))
         except BaseException as error:
-            self._fail(error)
+            self._report_error(error)
             raise
         finally:
-            _WITHIN.reset(token)
-        self.store.set(here, own)
-        absent = awaited(self.store, [*keys], self.patience, self._failed)
-        self._raise_failed()
-        if absent:
-            missing = listing(str(keys[key]) for key in absent)
-            problem = f"no answer from rank {missing} within {self.patience:g} s"
+            _CURRENT_RANKS.reset(token)
+        self.store.set(result_key, own_summary)
+        missing_keys = wait_for_keys(self.store, [*rank_of_key], self.patience, self._failure_key)
+        self._raise_reported_error()
+        if missing_keys:
+            missing_ranks = listing(str(rank_of_key[key]) for key in missing_keys)
+            problem = f"no answer from rank {missing_ranks} within {self.patience:g} s"
             raise AdapterError(
                 problem, "one from every rank", "see what that rank printed; it may be gone"
             )
         groups: dict[str, list[int]] = {}
-        for key, rank in keys.items():
+        for key, rank in rank_of_key.items():
             groups.setdefault(json.loads(self.store.get(key)), []).append(rank)
         if len(groups) > 1:
-            parted = " and ".join(
+            differences = " and ".join(
                 f"{text[:12]} on rank {listing(map(str, ranks))}" for text, ranks in groups.items()
             )
             do = (
                 "look for what differs by rank: a seed, gradients that are not averaged, a base"
                 " that was loaded anew"
             )
-            error = AdapterError(f"{what} that differs by rank ({parted})", "one on all ranks", do)
+            error = AdapterError(
+                f"{subject} that differs by rank ({differences})", "one on all ranks", do
+            )
             error.told_elsewhere = not self.writes
             raise error
         return result
 
-    def one(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives on the first rank, a JSON value, on every one. Raises as ``each``."""
-        place = f"{self.key}/{self.step + 1}/value"
-        self.each(
-            lambda: self.store.set(place, json.dumps(work())) if self.writes else None,
+    def run_on_first(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` on the first rank and return its result, a JSON value, on every rank. Raises
+        as ``run_on_all``."""
+        value_key = f"{self.key}/{self.step + 1}/value"
+        self.run_on_all(
+            lambda: self.store.set(value_key, json.dumps(work())) if self.writes else None,
             lambda _: "",
             "",
         )
-        return json.loads(self.store.get(place))
+        return json.loads(self.store.get(value_key))
 
-    def _fail(self, error: BaseException) -> None:
-        """Let the others know. Where one failed before this rank, its error is the one that is
-        told; what came of it here, such as a connection that it closed, is not another one."""
-        own = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
-        first = json.loads(self.store.compare_set(self._failed, "", json.dumps(own)))
+    def _report_error(self, error: BaseException) -> None:
+        """Report an error to the other ranks. If another rank failed first, its error counts, and
+        an error that results from it here, such as a closed connection, is replaced by it."""
+        report = {"rank": self.rank, "error": type(error).__name__, "text": str(error)}
+        first_report = json.loads(self.store.compare_set(self._failure_key, "", json.dumps(report)))
         if "told_elsewhere" in vars(error) or not isinstance(error, Exception):
-            return  # it went through another ``each`` within this one
-        elsewhere = first["rank"] != self.rank
-        if elsewhere and not isinstance(error, VeneerError | OSError):
-            raise _error(first) from error
-        alike = first == {**own, "rank": first["rank"]}
-        error.told_elsewhere = elsewhere and alike  # pyright: ignore[reportAttributeAccessIssue]
+            return  # a nested ``run_on_all`` has reported it already
+        failed_elsewhere = first_report["rank"] != self.rank
+        if failed_elsewhere and not isinstance(error, VeneerError | OSError):
+            raise _error_of_rank(first_report) from error
+        same_error = first_report == {**report, "rank": first_report["rank"]}
+        error.told_elsewhere = failed_elsewhere and same_error  # pyright: ignore[reportAttributeAccessIssue]
 
     def gate(self) -> None:
-        """Wait until every rank stands here, before what all of them must do at once.
+        """Wait until every rank has reached this call, before a collective.
 
         Raises:
-            what a rank raised that will not come; AdapterError: one does not come in time.
+            the error of another rank, if one failed; AdapterError: a rank does not come in time.
         """
         if not self.members:
             return
         self.gates += 1
-        key, deadline, pause = (
-            f"{self.key}/{self.step}/gate/{self.gates}",
-            time.monotonic() + self.patience,
-            0.001,
-        )
+        key = f"{self.key}/{self.step}/gate/{self.gates}"
+        deadline = time.monotonic() + self.patience
+        pause = 0.001
         count = self.store.add(key, 1)
         while count < len(self.members):
-            self._raise_failed()
+            self._raise_reported_error()
             if time.monotonic() > deadline:
                 problem = (
                     f"{count} of {len(self.members)} ranks at the gathering of a weight after"
@@ -343,46 +373,48 @@ class Ranks:
             time.sleep(pause)
             pause, count = min(2 * pause, 0.1), self.store.add(key, 0)
 
-    def _raise_failed(self) -> None:
-        """Raise what another rank raised first, wherever it was: it comes no more."""
-        if self.store.check([self._failed]):
-            raise _error(json.loads(self.store.get(self._failed)))
+    def _raise_reported_error(self) -> None:
+        """Raise the first error of another rank, which then will not come."""
+        if self.store.check([self._failure_key]):
+            raise _error_of_rank(json.loads(self.store.get(self._failure_key)))
 
     @property
-    def _failed(self) -> str:
+    def _failure_key(self) -> str:
         return f"{self.key}/failed"
 
 
-def _error(first: dict[str, Any]) -> VeneerError:
-    """The error of the rank that failed first, as the others raise it."""
-    error = getattr(errors, first["error"], AdapterError)(
-        f"On rank {first['rank']}: {first['text'] or first['error']}"
+def _error_of_rank(report: dict[str, Any]) -> VeneerError:
+    """The error of the rank that failed first, as the other ranks raise it."""
+    error = getattr(errors, report["error"], AdapterError)(
+        f"On rank {report['rank']}: {report['text'] or report['error']}"
     )
     error.told_elsewhere = True
     return error
 
 
-def awaited(store: Any, keys: Sequence[str], seconds: float, stop: str | None = None) -> list[str]:
-    """Which keys a store still lacks when all are there, when ``stop`` is, or when the time is
-    over."""
+def wait_for_keys(
+    store: Any, keys: Sequence[str], seconds: float, stop: str | None = None
+) -> list[str]:
+    """Wait until a store has all keys, has the key ``stop``, or the time is over. Returns the
+    missing keys."""
     deadline, pause = time.monotonic() + seconds, 0.002
-    absent = [*keys]
+    missing = [*keys]
     while True:
-        absent = [key for key in absent if not store.check([key])]
-        if not absent or time.monotonic() > deadline:
-            return absent
+        missing = [key for key in missing if not store.check([key])]
+        if not missing or time.monotonic() > deadline:
+            return missing
         if stop is not None and store.check([stop]):
-            # what was there before it, too
-            return [key for key in absent if not store.check([key])]
+            # keys may have been set just before `stop`
+            return [key for key in missing if not store.check([key])]
         time.sleep(pause)
         pause = min(2 * pause, 0.2)
 
 
 @torch.no_grad()
-def whole_values(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
-    """All numbers of those tensors that are spread, by the identity of the tensor."""
+def full_tensors(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
+    """The full tensors of the sharded ones among ``values``, by the id of the tensor."""
     return {
-        id(value): whole(value.detach())
+        id(value): full_tensor(value.detach())
         for value in values
         if is_sharded(value) and value is not None
     }
@@ -390,24 +422,28 @@ def whole_values(values: Iterable[Tensor | None]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give each parameter the mean of its gradients on all ranks: one all-reduce, in float32
-    (float64 for those). Where a rank has no gradient, it counts as zeros; where none has, there is
-    none."""
-    own = [parameter.grad for parameter in parameters]
-    device, wide = parameters[0].device, torch.float32
+    """Replace each parameter's gradient by its mean over all ranks, in one all-reduce in float32
+    (float64 if a parameter has that dtype). A missing gradient counts as zeros, unless no rank has
+    one."""
+    gradients = [parameter.grad for parameter in parameters]
+    device, dtype = parameters[0].device, torch.float32
     if any(parameter.dtype == torch.float64 for parameter in parameters):
-        wide = torch.float64
-    sizes = [*(parameter.numel() for parameter in parameters), len(own)]
-    flat = torch.zeros(sum(sizes), dtype=wide, device=device)
-    *parts, counts = flat.split(sizes)
-    here = [gradient is not None for gradient in own]
-    counts.copy_(torch.tensor(here))
-    for part, gradient in zip(parts, own, strict=True):
+        dtype = torch.float64
+    sizes = [*(parameter.numel() for parameter in parameters), len(gradients)]
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    *slices, counts = flat.split(sizes)
+    present = [gradient is not None for gradient in gradients]
+    counts.copy_(torch.tensor(present))
+    for gradient_slice, gradient in zip(slices, gradients, strict=True):
         if gradient is not None:
-            part.copy_(gradient.flatten())
+            gradient_slice.copy_(gradient.flatten())
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    # only where a gradient is missing does the host ask the device about the others'
-    there = here if all(here) else counts.tolist()
-    for parameter, part, some in zip(parameters, parts, there, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype) if some else None
+    # copy the counts to the host only if this rank lacks a gradient
+    present_anywhere = present if all(present) else counts.tolist()
+    for parameter, gradient_slice, is_present in zip(
+        parameters, slices, present_anywhere, strict=True
+    ):
+        parameter.grad = (
+            gradient_slice.view_as(parameter).to(parameter.dtype) if is_present else None
+        )

@@ -1,17 +1,16 @@
 """Veneer in the training loops of other libraries.
 
-What saves a model by its own ``save_pretrained`` needs nothing of this: transformers' ``Trainer``
-and all of TRL's trainers save an adapter alone, resume from it, and take the policy's own base for
-a reference, once ``veneer.attach`` has been called. This is for the rest.
+A trainer that saves a model by the model's own ``save_pretrained`` needs nothing of this module.
+After ``veneer.attach``, transformers' ``Trainer`` and all of TRL's trainers save only the adapter,
+resume from it, and use the policy's own base as the reference. This module serves the others.
 
-    callback(config)              attach within a transformers or TRL trainer, which may load the model itself
-    lightning_callback(config)    Lightning's checkpoints hold the adapter alone, and the random state
-    unpack(checkpoint, folder)    the adapter folder in such a checkpoint
-    accelerate_hooks(accelerator) accelerate's save_state and load_state write and read the adapter
-    alone
+    callback(config)              attach within a transformers or TRL trainer
+    lightning_callback(config)    Lightning's checkpoints hold the adapter and the random state
+    unpack(checkpoint, folder)    extract the adapter folder from such a checkpoint
+    accelerate_hooks(accelerator) save_state and load_state of accelerate write and read adapters
     Reference, reference_of       a reference model without a second copy of the weights
 
-The libraries are imported when one of these is called, never before.
+The libraries are imported when one of these functions is called.
 """
 
 from __future__ import annotations
@@ -53,22 +52,22 @@ KEY = "veneer"
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
 
 
-def _adapted(model: nn.Module) -> bool:
+def _has_adapter(model: nn.Module) -> bool:
     attached = adapters_of(model)
     return attached is not None and bool(attached.configs)
 
 
 def callback(config: LoraConfig | None = None) -> Any:
     """A ``TrainerCallback`` that attaches a new adapter to the model of a transformers or TRL
-    trainer, which may have loaded it itself (``SFTTrainer("base", callbacks=[callback(config)])``).
-    One script then starts and resumes a run.
+    trainer. It also serves if the trainer loads the model itself (``SFTTrainer("base",
+    callbacks=[callback(config)])``). The same script starts and resumes a run.
 
     Args:
-        config: what to attach, unless the model has an adapter already. None attaches nothing: the
-            adapter is that of the checkpoint which ``train(resume_from_checkpoint=…)`` is given.
+        config: the config to attach, unless the model has an adapter. None attaches nothing: the
+            adapter comes from the checkpoint of ``train(resume_from_checkpoint=…)``.
 
     Raises:
-        ConfigError: when training begins and the model has no adapter: it would be trained whole.
+        ConfigError: training begins and the model has no adapter, so that all weights would train.
     """
     from transformers import TrainerCallback
 
@@ -76,12 +75,12 @@ def callback(config: LoraConfig | None = None) -> Any:
 
     class AdapterCallback(TrainerCallback):
         def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if config is not None and not _adapted(kwargs["model"]):
+            if config is not None and not _has_adapter(kwargs["model"]):
                 attach(kwargs["model"], config)
                 disable_dropout(kwargs["model"], args)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not _adapted(kwargs["model"]):
+            if not _has_adapter(kwargs["model"]):
                 do = (
                     "give callback() a config, resume from a checkpoint, or attach (in model_init,"
                     " if you pass one)"
@@ -94,105 +93,108 @@ def callback(config: LoraConfig | None = None) -> Any:
 
 
 # ---- Lightning
-# ---------------------------------------------------------------------------------------------------
 
 
 def lightning_callback(config: LoraConfig | None = None, *, module: str = "model") -> Any:
-    """A Lightning ``Callback`` for a ``LightningModule`` whose part ``module`` has an adapter.
+    """A Lightning ``Callback`` for a ``LightningModule`` whose submodule ``module`` has an adapter.
 
-    Its checkpoints then hold the files of the adapter folder in place of that part's tensors, and
-    the random state of torch, which Lightning leaves out: a run resumed at the end of an epoch goes
-    on to the same numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the like put them
-    back. The base is verified against the adapter's fingerprints, and a model without an adapter
-    gets that of the checkpoint. The rest of the LightningModule is saved and loaded as ever; so are
-    checkpoints from before. Several parts with an adapter take a callback each.
+    Checkpoints hold the files of the adapter folder in place of that submodule's tensors. They also
+    hold torch's random state, which Lightning leaves out, so that a run resumed at the end of an
+    epoch continues with the same numbers. ``fit(ckpt_path=…)``, ``test(ckpt_path="best")`` and the
+    like restore both. The base is verified against the adapter's fingerprints, and a model without
+    an adapter gets that of the checkpoint. The rest of the LightningModule is saved and loaded as
+    usual, as are older checkpoints. Each submodule with an adapter needs its own callback.
 
     Args:
-        config: attached when the trainer sets up, unless the part has an adapter already; None
+        config: attached when the trainer sets up, unless the submodule has an adapter; None
             attaches nothing.
-        module: path of the model within the LightningModule; "" is all of it.
+        module: path of the model within the LightningModule; "" is the LightningModule itself.
 
     Raises:
-        ConfigError: Lightning is not installed; as it runs, there is no such part, another callback
-            has it, it has no adapter when training begins, its weights are spread over processes
-            (FSDP), whose checkpoints Lightning writes otherwise, or a checkpoint holds the adapter
-            of a part that no callback has.
+        ConfigError: Lightning is not installed. While it runs: there is no such submodule; another
+            callback serves it; it has no adapter when training begins; its weights are sharded over
+            processes (FSDP), whose checkpoints Lightning writes in another way; or a checkpoint
+            holds the adapter of a submodule without a callback.
     """
-    bases = tuple(lightning.Callback for lightning in _lightning())
+    bases = tuple(lightning.Callback for lightning in _lightning_modules())
 
     def setup(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
-        model = _part(pl_module, module)
-        others = (
-            one.veneer_part
-            for one in trainer.callbacks
-            if one is not self and hasattr(one, "veneer_part")
+        model = _submodule(pl_module, module)
+        other_paths = (
+            callback.veneer_part
+            for callback in trainer.callbacks
+            if callback is not self and hasattr(callback, "veneer_part")
         )
         if (
-            twice := next((path for path in others if _part(pl_module, path) is model), None)
+            duplicate := next(
+                (path for path in other_paths if _submodule(pl_module, path) is model), None
+            )
         ) is not None:
-            problem = f"two lightning_callbacks for one model (module={twice!r}, module={module!r})"
+            problem = (
+                f"two lightning_callbacks for one model (module={duplicate!r}, module={module!r})"
+            )
             raise ConfigError(
                 problem,
                 "one for each part with an adapter",
                 "leave one of them out, or say module=…",
             )
-        # of a checkpoint that a call which does not train has read
+        # discard the random state that an earlier `test` or `predict` has loaded
         pl_module.__dict__.pop("_veneer_random", None)
-        if config is not None and not _adapted(model):
+        if config is not None and not _has_adapter(model):
             attach(model, config)
         if "_veneer_parts" not in pl_module.__dict__:
             pl_module.__dict__["_veneer_parts"] = []
-            _pack(pl_module)
+            _replace_checkpoint_hooks(pl_module)
         if module not in pl_module.__dict__["_veneer_parts"]:
             pl_module.__dict__["_veneer_parts"].append(module)
 
     def on_fit_start(self: Any, trainer: Any, pl_module: Any) -> None:
-        if not _adapted(_part(pl_module, module)):
+        if not _has_adapter(_submodule(pl_module, module)):
             do = "give lightning_callback() a config, resume from a checkpoint, or attach"
             raise ConfigError(
                 "a model without an adapter as training begins", "one with an adapter", do
             )
         if (states := pl_module.__dict__.pop("_veneer_random", None)) is not None:
-            _set_random(states)  # before the loader of the next epoch draws its seed
+            _set_random_states(states)  # before the data loader of the next epoch draws its seed
 
-    own = {"veneer_part": module, "setup": setup, "on_fit_start": on_fit_start}
-    return type("AdapterCallback", bases, own)()
+    attributes = {"veneer_part": module, "setup": setup, "on_fit_start": on_fit_start}
+    return type("AdapterCallback", bases, attributes)()
 
 
-def _lightning() -> list[Any]:
-    """Lightning under each of its names that has been imported; if none has, under the first that
-    there is."""
+def _lightning_modules() -> list[Any]:
+    """The modules of Lightning that are imported, under each of its names; if none is, the first
+    one that is installed."""
     if imported := [sys.modules[name] for name in LIGHTNING if name in sys.modules]:
         return imported
-    there = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
-    if not there:
+    installed = [name for name in LIGHTNING if importlib.util.find_spec(name.partition(".")[0])]
+    if not installed:
         raise ConfigError("no Lightning", f"one of {', '.join(LIGHTNING)}", "pip install lightning")
-    return [importlib.import_module(there[0])]
+    return [importlib.import_module(installed[0])]
 
 
-def _part(pl_module: Any, path: str) -> nn.Module:
+def _submodule(pl_module: Any, path: str) -> nn.Module:
     try:
         return unwrap(pl_module.get_submodule(path))
     except AttributeError:
-        parts = ", ".join(name for name, _ in pl_module.named_children())
+        child_names = ", ".join(name for name, _ in pl_module.named_children())
         problem = f"no module {path!r} in {type(pl_module).__name__}"
         raise ConfigError(
-            problem, f"the path of the model (there is {parts})", "say module=…"
+            problem, f"the path of the model (there is {child_names})", "say module=…"
         ) from None
 
 
-def _pack(pl_module: Any) -> None:
-    """Let the hooks of a LightningModule put the adapters of its ``_veneer_parts`` into its
-    checkpoints, and take them out again. Lightning calls these for every checkpoint; a callback's
-    own not for ``save_weights_only``."""
+def _replace_checkpoint_hooks(pl_module: Any) -> None:
+    """Replace a LightningModule's checkpoint hooks by ones that save and load the adapters of its
+    ``_veneer_parts``. Lightning calls the module's hooks for every checkpoint, but a callback's
+    hooks not with ``save_weights_only``."""
     save, load = pl_module.on_save_checkpoint, pl_module.on_load_checkpoint
 
-    def parts() -> dict[str, nn.Module]:
-        return {path: _part(pl_module, path) for path in pl_module.__dict__["_veneer_parts"]}
+    def adapted_models() -> dict[str, nn.Module]:
+        return {path: _submodule(pl_module, path) for path in pl_module.__dict__["_veneer_parts"]}
 
-    def ours(models: Iterable[nn.Module]) -> dict[str, Tensor]:
-        """What the module's state has in the memory of these models, under whatever names."""
-        memory = {
+    def shared_entries(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+        """The entries of the module's state that share memory with these models, under any name."""
+        addresses = {
             _address(value)
             for model in models
             for value in model.state_dict().values()
@@ -202,39 +204,39 @@ def _pack(pl_module: Any) -> None:
         return {
             key: value
             for key, value in state.items()
-            if _is_tensor(value) and _address(value) in memory
+            if _is_tensor(value) and _address(value) in addresses
         }
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        models = {path: model for path, model in parts().items() if _adapted(model)}
+        models = {path: model for path, model in adapted_models().items() if _has_adapter(model)}
         if any(is_spread(model.modules()) for model in models.values()):
             problem = "weights that are spread over processes, in a checkpoint of Lightning"
             raise ConfigError(
                 problem, "whole ones", "leave lightning_callback out; save with handle.save"
             )
         if models:
-            for key in ours(models.values()):
+            for key in shared_entries(models.values()):
                 checkpoint["state_dict"].pop(key, None)
-            adapters = {path: _files(model) for path, model in models.items()}
-            checkpoint[KEY] = {"adapters": adapters, "random": _random()}
+            adapters = {path: _read_files(model) for path, model in models.items()}
+            checkpoint[KEY] = {"adapters": adapters, "random": _random_states()}
         save(checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         if KEY in checkpoint:
-            models, adapters = parts(), checkpoint[KEY]["adapters"]
-            if strange := adapters.keys() - models.keys():
+            models, adapters = adapted_models(), checkpoint[KEY]["adapters"]
+            if unmatched_paths := adapters.keys() - models.keys():
                 problem = (
-                    f"a checkpoint with adapters of {_quoted(strange)}, and callbacks for"
-                    f" {_quoted(models)} alone"
+                    f"a checkpoint with adapters of {_quote_names(unmatched_paths)}, and callbacks"
+                    f" for {_quote_names(models)} alone"
                 )
                 do = "give the trainer a lightning_callback(module=…) for each"
                 raise ConfigError(problem, "a callback for each adapter", do)
             for path, files in adapters.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    _write(files, Path(folder))
-                    _put_back(models[path], Path(folder))
+                    _write_files(files, Path(folder))
+                    _restore_adapter(models[path], Path(folder))
             checkpoint["state_dict"] = {
-                **ours(models[path] for path in adapters),
+                **shared_entries(models[path] for path in adapters),
                 **checkpoint["state_dict"],
             }
             pl_module.__dict__["_veneer_random"] = checkpoint[KEY]["random"]
@@ -245,7 +247,7 @@ def _pack(pl_module: Any) -> None:
     )
 
 
-def _quoted(paths: Iterable[str]) -> str:
+def _quote_names(paths: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(paths)))
 
 
@@ -257,8 +259,8 @@ def _address(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
-def _files(model: nn.Module) -> dict[str, Tensor]:
-    """The files of an adapter folder, as bytes that any reader of tensors reads."""
+def _read_files(model: nn.Module) -> dict[str, Tensor]:
+    """The files of the adapter folder as tensors of bytes."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         write_adapter(model, selected_name(model), folder, alone=True)
@@ -268,51 +270,49 @@ def _files(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def _write(files: Mapping[str, Tensor], folder: Path) -> None:
-    for name in FILES:  # and none that a stranger's checkpoint names
+def _write_files(files: Mapping[str, Tensor], folder: Path) -> None:
+    for name in FILES:  # ignore other names, which an untrusted checkpoint may contain
         if name in files:
             (folder / name).write_bytes(files[name].cpu().numpy().tobytes())
 
 
-def _put_back(model: nn.Module, folder: Path) -> None:
-    if _adapted(model):
+def _restore_adapter(model: nn.Module, folder: Path) -> None:
+    if _has_adapter(model):
         refill(model, folder)
     else:
         install_from(model, folder, "default", trainable=True, verify_base=True)
         cover(model)
 
 
-def _random() -> dict[str, Any]:
+def _random_states() -> dict[str, Any]:
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": devices}
 
 
-def _set_random(states: Mapping[str, Any]) -> None:
+def _set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = None) -> Path:
-    """Write the adapter folder that is in a Lightning checkpoint of ``lightning_callback``.
+    """Write the adapter folder from a Lightning checkpoint of ``lightning_callback``.
 
     Args:
-        module: the part whose adapter is meant, if there are several.
+        module: path of the submodule whose adapter is written, if the checkpoint has several.
 
     Returns:
-        the folder, which ``veneer.load``, PEFT and ``from_pretrained`` take.
+        the folder, which ``veneer.load``, PEFT and ``from_pretrained`` read.
 
     Raises:
-        AdapterError: there is no adapter in the file, none of this part, several and no ``module``,
-            or it is not whole.
+        AdapterError: the file has no adapter, none of this submodule, or several and no ``module``
+            is given, or it is incomplete.
         OutputExistsError: the folder exists and is not empty.
     """
-    expected, do = (
-        "a Lightning checkpoint with one",
-        "pass one that lightning_callback had a part in",
-    )
+    expected = "a Lightning checkpoint with one"
+    do = "pass one that lightning_callback had a part in"
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        checkpoint_content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -320,42 +320,42 @@ def unpack(checkpoint: str | Path, folder: str | Path, *, module: str | None = N
         raise AdapterError(
             f"{checkpoint}, of which no adapter can be read ({error})", expected, do
         ) from error
-    held = content.get(KEY) if isinstance(content, dict) else None
-    adapters = held.get("adapters") if isinstance(held, dict) else None
+    entry = checkpoint_content.get(KEY) if isinstance(checkpoint_content, dict) else None
+    adapters = entry.get("adapters") if isinstance(entry, dict) else None
     if not isinstance(adapters, dict) or not adapters:
         raise AdapterError(f"{checkpoint}, in which there is no adapter", expected, do)
     if module is None and len(adapters) == 1:
         (module,) = adapters
     if module not in adapters:
         problem = (
-            f"module={module!r} for {checkpoint}, which holds the adapters of {_quoted(adapters)}"
+            f"module={module!r} for {checkpoint}, which holds the adapters of"
+            f" {_quote_names(adapters)}"
         )
         raise AdapterError(problem, "one of these", "say module=…")
-    with new_folder(folder) as made:
-        _write(adapters[module], made)
+    with new_folder(folder) as new_files:
+        _write_files(adapters[module], new_files)
     return Path(folder)
 
 
 # ---- accelerate
-# --------------------------------------------------------------------------------------------------
 
 
 def accelerate_hooks(accelerator: Any) -> Callable[[], None]:
-    """Let ``accelerator.save_state`` write, in the place of each prepared model with an adapter,
-    its adapter folder (``veneer``, ``veneer_1``, …), and ``load_state`` read it into the adapter
-    that is attached. Optimisers, schedulers and random states are accelerate's as ever. Under FSDP
-    and DeepSpeed, which keep weights in files of their own, nothing changes; checkpoints from
-    before are read as they were.
+    """Let ``accelerator.save_state`` write, for each prepared model with an adapter, an adapter
+    folder (``veneer``, ``veneer_1``, …) instead of its weights, and ``load_state`` read it into the
+    attached adapter. Accelerate still saves optimisers, schedulers and random states. Under FSDP
+    and DeepSpeed, which keep weights in files of their own, nothing changes. Older checkpoints are
+    read as before.
 
     Returns:
-        a function that takes the hooks out again.
+        a function that removes the hooks.
     """
 
     def names(models: list[Any]) -> list[tuple[int, str]]:
         """(index, name of the folder) of each model with an adapter."""
-        places = [index for index, model in enumerate(models) if _adapted(model)]
+        indices = [index for index, model in enumerate(models) if _has_adapter(model)]
         return [
-            (index, f"{KEY}_{number}" if number else KEY) for number, index in enumerate(places)
+            (index, f"{KEY}_{number}" if number else KEY) for number, index in enumerate(indices)
         ]
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:

@@ -1,8 +1,8 @@
-"""Ways to train an adapter's parameters: LoRA+, LoRA-FA, Riemannian gradients, and AdaLoRA's budget
-of ranks, for any optimiser of torch.
+"""Methods to train an adapter's parameters, for any optimiser of torch: LoRA+, LoRA-FA, Riemannian
+gradients, and AdaLoRA's rank budget.
 
-Each function takes a ``Handle``, or what it reads from one: (name, parameter) pairs whose names end
-in the parameter's name (``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
+Each function takes a ``Handle``; or (name, parameter) pairs whose names end in the parameter's name
+(``"layers.0.q_proj.weight.A"``), or modules that hold the parameters.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["RankBudget", "freeze_a", "lora_plus", "precondition", "regulariser"]
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
-#: the parameters of a triplet, and what else a variant may train beside A
+#: the parameters of a triplet; parameters other than A that a variant may train
 _TRIPLET, _OTHER_FACTORS = ("A", "B", "E"), {"B", "C", "E", "R", "b", "d"}
-#: A, or one of several such as A1 and A2
+#: A, or its several factors such as A1 and A2
 _IN_FACTOR = re.compile(r"A\d*")
-#: rows of an embedding that are trained themselves, and are no factor of a change
+#: rows of an embedding that are trained in full; not a factor
 _TOKEN_ROWS = "token_rows"
 
 
@@ -35,26 +35,28 @@ def lora_plus(
     weight_decay: float = 0.0,
     embedding_lr: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups in which everything but A learns ``ratio`` times as fast as A: LoRA+. Hayou
-    et al. 2024, arXiv:2402.12354. The paper's ratio of 16 suits LoRA's start and an ``lr`` about
-    half the usual one.
+    """Parameter groups in which every parameter but A has ``ratio`` times the learning rate of A:
+    LoRA+, Hayou et al. 2024, arXiv:2402.12354. The paper's ratio of 16 suits LoRA's start and an
+    ``lr`` of about half the usual one.
 
         optimiser = torch.optim.AdamW(lora_plus(handle, lr=1e-4))
 
     Args:
-        named_parameters: a handle, a module, or (name, parameter) pairs. Parameters that are not
-            trained are left out.
+        named_parameters: a handle, a module, or (name, parameter) pairs. Frozen parameters are left
+            out.
         lr: learning rate of A (and of A1, A2 of a variant with several).
-        ratio: learning rate of the rest over that of A.
-        weight_decay: of every group.
-        embedding_lr: learning rate of adapters of embeddings, which the authors' code trains apart.
-            Only a handle tells which these are; given pairs, there is no such group.
+        ratio: learning rate of the other parameters over that of A.
+        weight_decay: weight decay of every group.
+        embedding_lr: learning rate of adapters of embeddings, which the authors' code also trains
+            in a separate group. Only a handle identifies them; from pairs, no such group is made.
 
     Raises:
-        ConfigError: nothing to train, or a learning rate or ratio that is not above 0.
+        ConfigError: no trainable parameter, or a learning rate or ratio that is not above 0.
     """
     named = [
-        (name, parameter) for name, parameter in _named(named_parameters) if parameter.requires_grad
+        (name, parameter)
+        for name, parameter in _named_parameters(named_parameters)
+        if parameter.requires_grad
     ]
     values = {"lr": lr, "ratio": ratio, "embedding_lr": embedding_lr}
     problems = [
@@ -70,62 +72,70 @@ def lora_plus(
         )
     raise_all(ConfigError, "LoRA+ cannot be used", problems)
     changes = _changes(named_parameters).values()
-    embedding = [change for change in changes if change.layer.name.startswith("embedding")]
-    embeddings = {id(parameter) for change in embedding for parameter in change.parameters()}
+    embedding_changes = [change for change in changes if change.layer.name.startswith("embedding")]
+    embedding_ids = {
+        id(parameter) for change in embedding_changes for parameter in change.parameters()
+    }
     groups: dict[float, list[nn.Parameter]] = {lr: [], lr * ratio: [], embedding_lr: []}
     for name, parameter in named:
-        last = name.rpartition(".")[2]
-        rate = lr if last == _TOKEN_ROWS or _IN_FACTOR.fullmatch(last) else lr * ratio
-        if id(parameter) in embeddings and last != _TOKEN_ROWS:
-            rate = embedding_lr
-        groups[rate].append(parameter)
+        parameter_name = name.rpartition(".")[2]
+        group_lr = (
+            lr
+            if parameter_name == _TOKEN_ROWS or _IN_FACTOR.fullmatch(parameter_name)
+            else lr * ratio
+        )
+        if id(parameter) in embedding_ids and parameter_name != _TOKEN_ROWS:
+            group_lr = embedding_lr
+        groups[group_lr].append(parameter)
     return [
-        {"params": own, "lr": rate, "weight_decay": weight_decay}
-        for rate, own in groups.items()
-        if own
+        {"params": group_parameters, "lr": group_lr, "weight_decay": weight_decay}
+        for group_lr, group_parameters in groups.items()
+        if group_parameters
     ]
 
 
 def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
-    """Freeze every A at its random start and train the rest: LoRA-FA. Zhang et al. 2023,
+    """Freeze every A at its random start and train the rest: LoRA-FA, Zhang et al. 2023,
     arXiv:2308.03303.
 
         optimiser = torch.optim.AdamW(freeze_a(handle), lr=1e-3)
 
-    B A x needs x for the gradient of A alone. With A frozen the factored path keeps only A x, rank
-    values a token in place of ``in``; gradients of what is trained stay exact. Undo it with
-    ``A.requires_grad_()``.
+    Of the product B A x, only the gradient of A needs x. With A frozen, the factored path saves A x
+    instead, rank values a token in place of ``in``; the gradients of trained parameters stay exact.
+    Undo it with ``A.requires_grad_()``.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs.
 
     Returns:
-        the parameters that are still trained: every B, and what else is trained beside A and B.
+        the parameters that are still trained: every B, and parameters beside A and B.
 
     Raises:
-        ConfigError: a layer for which this makes no sense, with every problem at once; nothing is
-            frozen then. Such are variants that do not train both A and B, that train other factors
-            between or beside them, or whose A is not a random start of full rank: B could then
-            never reach some of its directions.
+        ConfigError: a layer that cannot be trained with A frozen; the error lists all problems, and
+            nothing is frozen. Such layers do not train both A and B, train other factors between or
+            beside them, or have an A that is not a random start of full rank, so that B could not
+            reach some of its directions.
     """
-    named = list(_named(named_parameters))
-    low = _low(named)
-    started = {path for path, part in _parts(named_parameters) if hasattr(part, "A0")}
+    named = list(_named_parameters(named_parameters))
+    low_rank_parameters = _low_rank_parameters(named)
+    shifted_paths = {
+        path for path, module in _adapter_modules(named_parameters) if hasattr(module, "A0")
+    }
     problems = [
         sentence(
             f"{reason} at {path or 'the top'}",
             "a random A and a B, both trained",
             'use variant "lora"',
         )
-        for path, parameters in low.items()
-        if (reason := _why_not_frozen(parameters, path in started))
+        for path, parameters in low_rank_parameters.items()
+        if (reason := _freeze_problem(parameters, path in shifted_paths))
     ]
-    if not low:
+    if not low_rank_parameters:
         problems.append(
             sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters")
         )
     raise_all(ConfigError, "A cannot be frozen", problems)
-    for parameters in low.values():
+    for parameters in low_rank_parameters.values():
         parameters["A"].requires_grad_(False)
         parameters["A"].grad = None
     return [parameter for _, parameter in named if parameter.requires_grad]
@@ -134,52 +144,57 @@ def freeze_a(named_parameters: Named | Any) -> list[nn.Parameter]:
 def precondition(
     optimizer: torch.optim.Optimizer, named_parameters: Named | Any, damping: float = 1e-2
 ) -> Any:
-    """Let each step of ``optimizer`` see Riemannian gradients: that of A becomes (BᵀB + δI)⁻¹ dA,
-    that of B becomes dB (AAᵀ + δI)⁻¹, with δ the damping. Both then learn at rates that suit each
-    other, so one rate serves for both whatever the rank. Zhang and Pilanci 2024, arXiv:2402.02347.
+    """Let each step of ``optimizer`` use Riemannian gradients: that of A becomes (BᵀB + δI)⁻¹ dA,
+    that of B becomes dB (AAᵀ + δI)⁻¹, with the damping δ. A and B then need the same learning rate
+    for every rank. Zhang and Pilanci 2024, arXiv:2402.02347.
 
         optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-3)
         veneer.optim.precondition(optimizer, handle)
 
-    It is a hook of the optimiser itself, so it also serves in ``optimizers=(optimizer, None)`` of a
-    trainer; clipping comes before it. The r × r matrices are computed in float32, or float64 where
-    the parameters are. What is trained beside A and B (a gain, a head, rows of tokens) keeps its
-    gradient.
+    The function registers a hook on the optimiser, so it also works in ``optimizers=(optimizer,
+    None)`` of a trainer; clipping happens before the hook. The r × r matrices are computed in
+    float32, or in float64 for float64 parameters. Parameters beside A and B (a gain, a head, rows
+    of tokens) keep their gradients.
 
     Args:
         named_parameters: a handle, a module, or (name, parameter) pairs.
         damping: δ, above 0.
 
     Returns:
-        the handle of the hook; ``.remove()`` ends it.
+        the handle of the hook; ``.remove()`` removes it.
 
     Raises:
-        ConfigError: a damping that is not above 0, no A and B, a variant with other factors, or
-            with one of both frozen, or parameters that ``optimizer`` does not train; nothing is
-            changed then. In a step: a closure, which would compute the gradients anew after the
-            hook.
+        ConfigError: a damping that is not above 0, no A and B, a variant with other factors, a
+            frozen A or B, or parameters that ``optimizer`` does not train; nothing is changed then.
+            In a step: a closure, which would compute the gradients again after the hook.
     """
-    low = _low(named_parameters)
+    low_rank_parameters = _low_rank_parameters(named_parameters)
     problems = [
         sentence(
             f"trained numbers {listing(names)} at {path or 'the top'}",
             "A and B, both trained",
             'use variant "lora"',
         )
-        for path, own in low.items()
+        for path, parameters in low_rank_parameters.items()
         if not {"A", "B"}
-        <= set(names := [name for name, value in own.items() if value.requires_grad])
-        or len(set(own) & (_OTHER_FACTORS | {"A"})) > 2
+        <= set(names := [name for name, value in parameters.items() if value.requires_grad])
+        or len(set(parameters) & (_OTHER_FACTORS | {"A"})) > 2
     ]
-    if not low:
+    if not low_rank_parameters:
         problems.append(
             sentence("no A and B", "those of an adapter", "pass a handle, or its named parameters")
         )
     if not damping > 0:
         problems.append(sentence(f"damping={damping!r}", "a number above 0", "use e.g. 1e-2"))
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    pairs = [(own["A"], own["B"]) for own in low.values() if {"A", "B"} <= own.keys()]
-    if any(id(parameter) not in known for pair in pairs for parameter in pair):
+    optimizer_ids = {
+        id(parameter) for group in optimizer.param_groups for parameter in group["params"]
+    }
+    pairs = [
+        (parameters["A"], parameters["B"])
+        for parameters in low_rank_parameters.values()
+        if {"A", "B"} <= parameters.keys()
+    ]
+    if any(id(parameter) not in optimizer_ids for pair in pairs for parameter in pair):
         do = "pass it handle.parameters(), and call precondition before anything wraps it"
         problems.append(
             sentence("an optimiser without some A or B", "one that trains all of them", do)
@@ -194,24 +209,26 @@ def precondition(
                 f"A preconditioned step. {sentence(problem, 'none', 'call backward before step()')}"
             )
         for A, B in pairs:
-            exact = torch.promote_types(A.dtype, torch.float32)
-            left, right = B.to(exact), A.to(exact)
-            eye = damping * torch.eye(A.shape[-2], dtype=exact, device=A.device)
+            dtype = torch.promote_types(A.dtype, torch.float32)
+            wide_B, wide_A = B.to(dtype), A.to(dtype)
+            eye = damping * torch.eye(A.shape[-2], dtype=dtype, device=A.device)
             if A.grad is not None:
-                A.grad.copy_(torch.linalg.solve(left.mT @ left + eye, A.grad.to(exact)))
+                A.grad.copy_(torch.linalg.solve(wide_B.mT @ wide_B + eye, A.grad.to(dtype)))
             if B.grad is not None:
                 B.grad.copy_(
-                    torch.linalg.solve(right @ right.mT + eye, B.grad.to(exact), left=False)
+                    torch.linalg.solve(wide_A @ wide_A.mT + eye, B.grad.to(dtype), left=False)
                 )
 
     return optimizer.register_step_pre_hook(hook)
 
 
-def _why_not_frozen(parameters: dict[str, nn.Parameter], started: bool) -> str | None:
-    trained = [name for name, value in parameters.items() if value.requires_grad or name == "A"]
-    if not {"A", "B"} <= set(trained) or "E" in parameters:
-        return f"trained numbers {listing(trained)}"
-    if started:
+def _freeze_problem(parameters: dict[str, nn.Parameter], has_shifted_start: bool) -> str | None:
+    trained_names = [
+        name for name, value in parameters.items() if value.requires_grad or name == "A"
+    ]
+    if not {"A", "B"} <= set(trained_names) or "E" in parameters:
+        return f"trained numbers {listing(trained_names)}"
+    if has_shifted_start:
         return "an A that did not start at random"
     if not parameters["A"].detach().any(dim=-1).all():
         return "an A with rows of zeros"
@@ -219,7 +236,7 @@ def _why_not_frozen(parameters: dict[str, nn.Parameter], started: bool) -> str |
 
 
 class RankBudget:
-    """Which triplets each layer of an ``adalora`` adapter keeps. Zhang et al. 2023,
+    """Chooses the triplets that each layer of an ``adalora`` adapter keeps. Zhang et al. 2023,
     arXiv:2303.10512, section 3.2.
 
         budget = RankBudget(handle, final_rank=8, total_steps=1000, warmup=100, final=300, every=10)
@@ -228,21 +245,24 @@ class RankBudget:
 
     A triplet is a column of B, a row of A and the E between them. Its importance is s(E) + mean
     s(B) + mean s(A), with s = Ī · Ū for every number w: Ī is the moving average of the sensitivity
-    |w · ∂loss/∂w|, Ū that of |I − Ī|. The budget of all layers together stays at its start for
-    ``warmup`` steps, falls with the cube of what remains, and is final for the last ``final``
-    steps, in which the choice no longer changes. The most important triplets keep mask = 1; the
-    others get mask = 0 and E = 0. The gradient of E ignores the mask, so they may come back.
+    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup`` steps,
+    then decreases with the cube of the remaining share, and is constant for the last ``final``
+    steps, in which the choice no longer changes. The most important triplets have mask = 1; the
+    others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be chosen
+    again.
 
     Args:
         source: a handle, a module that contains the layers, or the layers: modules with parameters
             A [g, r, in], B [g, out, r] and E [g, r] and a buffer mask [g, r].
-        final_rank: how many triplets a layer (and group) keeps in the end, on average.
-        total_steps, warmup, final: optimiser steps of the run, before the budget falls, and after.
+        final_rank: number of triplets that a layer (and group) keeps in the end, on average.
+        total_steps: optimiser steps of the run.
+        warmup: steps before the budget decreases.
+        final: steps at the end with the final budget.
         every: steps between two choices.
         beta1, beta2: smoothing of sensitivity and uncertainty, in (0, 1).
 
     Raises:
-        ConfigError: a layer of another variant, no layer, or numbers that do not fit each other.
+        ConfigError: a layer of another variant, no layer, or numbers that contradict each other.
     """
 
     def __init__(
@@ -289,29 +309,32 @@ class RankBudget:
         self._sensitivity, self._uncertainty = (
             {
                 key: torch.zeros_like(
-                    own, dtype=torch.promote_types(own.dtype, torch.float32), requires_grad=False
+                    parameter,
+                    dtype=torch.promote_types(parameter.dtype, torch.float32),
+                    requires_grad=False,
                 )
-                for key, own in self._parameters()
+                for key, parameter in self._parameters()
             }
             for _ in range(2)
         )
 
     def budget(self, step_number: int) -> int:
-        """How many triplets all layers together keep at this step."""
+        """The number of triplets that all layers together keep at this step."""
         if step_number <= self.warmup:
             return self.first_budget
-        left = (self.total_steps - self.final - step_number) / (
+        remaining_share = (self.total_steps - self.final - step_number) / (
             self.total_steps - self.final - self.warmup
         )
         return int(
-            self.final_budget + (self.first_budget - self.final_budget) * max(0.0, left) ** 3
+            self.final_budget
+            + (self.first_budget - self.final_budget) * max(0.0, remaining_share) ** 3
         )
 
     @torch.no_grad()
     def step(self, step_number: int) -> int:
-        """Judge the triplets by the gradients of this step, and choose anew where the schedule says
-        so. Call it once a step, after ``backward`` (best after the optimiser's step too) and before
-        ``zero_grad``.
+        """Update the importance of the triplets from the gradients of this step, and choose again
+        if the schedule says so. Call it once a step, after ``backward`` (preferably after the
+        optimiser's step too) and before ``zero_grad``.
 
         Args:
             step_number: steps since the start of the run, from 1.
@@ -320,7 +343,7 @@ class RankBudget:
             the budget at this step, in triplets.
 
         Raises:
-            ConfigError: numbers without a gradient.
+            ConfigError: parameters without a gradient.
         """
         budget = self.budget(step_number)
         if self.settled:
@@ -330,50 +353,52 @@ class RankBudget:
             do = "call step after backward and before zero_grad"
             raise ConfigError(f"no gradient at {listing(missing)}", "one", do)
         for key, parameter in self._parameters():
-            smooth, unsure, gradient = (
-                self._sensitivity[key],
-                self._uncertainty[key],
-                cast(Tensor, parameter.grad),
-            )
-            now = (parameter * gradient).abs().to(smooth)
-            # a step that a gradient scaler skips teaches nothing
-            now = torch.where(now.isfinite(), now, smooth)
-            smooth.lerp_(now, 1 - self.beta1)
-            unsure.lerp_((now - smooth).abs(), 1 - self.beta2)
-        last = step_number >= self.total_steps - self.final
-        if last or (step_number > self.warmup and step_number % self.every == 0):
-            self._choose(budget)
-            self.settled = last
+            sensitivity = self._sensitivity[key]
+            uncertainty = self._uncertainty[key]
+            gradient = cast(Tensor, parameter.grad)
+            current = (parameter * gradient).abs().to(sensitivity)
+            # ignore gradients that a gradient scaler would skip
+            current = torch.where(current.isfinite(), current, sensitivity)
+            sensitivity.lerp_(current, 1 - self.beta1)
+            uncertainty.lerp_((current - sensitivity).abs(), 1 - self.beta2)
+        is_final = step_number >= self.total_steps - self.final
+        if is_final or (step_number > self.warmup and step_number % self.every == 0):
+            self._update_masks(budget)
+            self.settled = is_final
         return budget
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on: the averages, and whether the choice is final. Masks are in
+        """The state for a checkpoint: the averages, and whether the choice is final. Masks are in
         the model's state."""
         averages = {
-            name: {key: value.clone() for key, value in own.items()}
-            for name, own in self._averages()
+            name: {key: value.clone() for key, value in averages_of_parameters.items()}
+            for name, averages_of_parameters in self._averages()
         }
         return {**averages, "settled": self.settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict`` of a budget over the same layers.
+        """Load the ``state_dict`` of a budget over the same layers.
 
         Raises:
-            ConfigError: other layers, or other sizes. Nothing was loaded.
+            ConfigError: other layers, or other sizes; nothing is loaded then.
         """
-        for name, own in self._averages():
-            theirs = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
-            ours = {key: tuple(value.shape) for key, value in own.items()}
-            if theirs != ours:
-                odd = sorted(
-                    key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
+        for name, averages in self._averages():
+            loaded_shapes = {key: tuple(value.shape) for key, value in state.get(name, {}).items()}
+            shapes = {key: tuple(value.shape) for key, value in averages.items()}
+            if loaded_shapes != shapes:
+                different_keys = sorted(
+                    key
+                    for key in loaded_shapes.keys() | shapes.keys()
+                    if loaded_shapes.get(key) != shapes.get(key)
                 )
                 do = "make the RankBudget of the adapter that this state is of"
                 raise ConfigError(
-                    f"a state that differs at {listing(odd)}", "the same layers and sizes", do
+                    f"a state that differs at {listing(different_keys)}",
+                    "the same layers and sizes",
+                    do,
                 )
-        for name, own in self._averages():
-            for key, value in own.items():
+        for name, averages in self._averages():
+            for key, value in averages.items():
                 value.copy_(state[name][key])
         self.settled = bool(state["settled"])
 
@@ -384,16 +409,16 @@ class RankBudget:
         for path, layer in self.layers.items():
             yield from ((f"{path}.{name}".lstrip("."), getattr(layer, name)) for name in _TRIPLET)
 
-    def _choose(self, budget: int) -> None:
+    def _update_masks(self, budget: int) -> None:
         scores = []
         for path in self.layers:
             keys = [f"{path}.{name}".lstrip(".") for name in _TRIPLET]
             A, B, E = (self._sensitivity[key] * self._uncertainty[key] for key in keys)
             scores.append((E + A.mean(dim=2) + B.mean(dim=1)).flatten())  # [g · r]
         device = scores[0].device
-        whole = torch.cat([score.to(device) for score in scores])
-        order = torch.argsort(whole, descending=True, stable=True)
-        masks = torch.zeros_like(whole).index_fill_(0, order[:budget], 1)
+        all_scores = torch.cat([score.to(device) for score in scores])
+        order = torch.argsort(all_scores, descending=True, stable=True)
+        masks = torch.zeros_like(all_scores).index_fill_(0, order[:budget], 1)
         for layer, mask in zip(
             self.layers.values(), masks.split([len(score) for score in scores]), strict=True
         ):
@@ -402,10 +427,10 @@ class RankBudget:
 
 
 def regulariser(source: Any) -> Tensor:
-    """How far the B and A of an ``adalora`` adapter are from orthogonal: the mean of ‖BᵀB − I‖² and
-    ‖AAᵀ − I‖² (squared Frobenius norms, [r, r]) over all layers and groups, a scalar to add to the
-    loss with a weight of about 0.1. The paper's R is their sum; the mean gives a weight the same
-    meaning for models of every depth.
+    """The distance of the B and A of an ``adalora`` adapter from orthogonality: the mean of ‖BᵀB −
+    I‖² and ‖AAᵀ − I‖² (squared Frobenius norms, [r, r]) over all layers and groups. Add this scalar
+    to the loss with a weight of about 0.1. The paper's R is the sum; with the mean, a weight has
+    the same effect in models of every depth.
 
     Raises:
         ConfigError: a layer of another variant, or no layer.
@@ -415,30 +440,32 @@ def regulariser(source: Any) -> Tensor:
         for _, layer in _triplets(source)
         for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B)
     ]
-    off = [(gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(-2, -1)) for gram in grams]
-    return torch.cat([part.to(off[0].device) for part in off]).mean()
+    deviations = [
+        (gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(-2, -1)) for gram in grams
+    ]
+    return torch.cat([deviation.to(deviations[0].device) for deviation in deviations]).mean()
 
 
-def _named(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    own = getattr(source, "named_parameters", None)
-    yield from own() if own else source
+def _named_parameters(source: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    named_parameters = getattr(source, "named_parameters", None)
+    yield from named_parameters() if named_parameters else source
 
 
-def _low(source: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained numbers of each low-rank change by its path, and by their names."""
+def _low_rank_parameters(source: Any) -> dict[str, dict[str, nn.Parameter]]:
+    """The trained parameters of each low-rank change, by its path and by their names."""
     layers: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in _named(source):
-        path, _, last = name.rpartition(".")
-        layers.setdefault(path, {})[last] = parameter
+    for name, parameter in _named_parameters(source):
+        path, _, parameter_name = name.rpartition(".")
+        layers.setdefault(path, {})[parameter_name] = parameter
     return {
-        path: own
-        for path, own in layers.items()
-        if own.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, own))
+        path: parameters
+        for path, parameters in layers.items()
+        if parameters.keys() & _OTHER_FACTORS or any(map(_IN_FACTOR.fullmatch, parameters))
     }
 
 
-def _parts(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of everything in ``source`` that may hold adapter parameters, each once."""
+def _adapter_modules(source: Any) -> Iterator[tuple[str, Any]]:
+    """(path, module) of each module in ``source`` that may hold adapter parameters, once."""
     if isinstance(source, nn.Module):
         pairs: Any = source.named_modules()
     elif isinstance(getattr(source, "changes", None), Mapping):  # a handle's
@@ -448,35 +475,37 @@ def _parts(source: Any) -> Iterator[tuple[str, Any]]:
             item if isinstance(item, tuple) else (str(index), item)
             for index, item in enumerate(source)
         ]
-    seen: set[int] = set()
-    for path, part in pairs:
-        if id(part) not in seen:
-            seen.add(id(part))
-            yield path, part
+    visited: set[int] = set()
+    for path, module in pairs:
+        if id(module) not in visited:
+            visited.add(id(module))
+            yield path, module
 
 
 def _changes(source: Any) -> Mapping[str, Any]:
-    """The low-rank changes of a handle by path; of another source none."""
+    """The low-rank changes of a handle by path; empty for another source."""
     changes = getattr(source, "changes", None)
     return changes if isinstance(changes, Mapping) else {}
 
 
 def _triplets(source: Any) -> Iterator[tuple[str, Any]]:
-    """(path, module) of every layer with A, B, E and mask; other low-rank layers are an error."""
-    found, others = [], []
-    for path, part in _parts(source):
-        if all(hasattr(part, name) for name in (*_TRIPLET, "mask")):
-            found.append((path, part))
-        elif any(hasattr(part, name) for name in ("A", "B", "A2", "B2")):
-            others.append(path or "the top")
-    if others or not found:
-        at = (
-            f"numbers of another variant at {listing(others)}"
-            if others
+    """(path, module) of every layer with A, B, E and mask. Raises for other low-rank layers."""
+    triplets, other_paths = [], []
+    for path, layer in _adapter_modules(source):
+        if all(hasattr(layer, name) for name in (*_TRIPLET, "mask")):
+            triplets.append((path, layer))
+        elif any(hasattr(layer, name) for name in ("A", "B", "A2", "B2")):
+            other_paths.append(path or "the top")
+    if other_paths or not triplets:
+        problem_text = (
+            f"numbers of another variant at {listing(other_paths)}"
+            if other_paths
             else "no layer with A, B, E and mask"
         )
         problem = sentence(
-            at, "an adapter of variant 'adalora'", 'attach with LoraConfig(variant="adalora")'
+            problem_text,
+            "an adapter of variant 'adalora'",
+            'attach with LoraConfig(variant="adalora")',
         )
         raise ConfigError(f"Ranks can only be allocated to adalora. {problem}")
-    yield from found
+    yield from triplets

@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_model
 from torch import Tensor, nn
 
 import veneer
-from veneer.distributed import is_sharded, whole
+from veneer.distributed import full_tensor, is_sharded
 
 # the ranks are processes of their own, of which no ImportError tells
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs("transformers")]
@@ -59,7 +59,7 @@ def tensors(model: nn.Module, optimiser: Any) -> dict[str, Tensor]:
 
 
 def numbers(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(value).detach().clone() for name, value in values.items()}
+    return {name: full_tensor(value).detach().clone() for name, value in values.items()}
 
 
 def same(values: dict[str, Tensor], others: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 import veneer
 from veneer import distributed
-from veneer.distributed import whole
+from veneer.distributed import full_tensor
 from veneer.errors import (
     AdapterError,
     CheckError,
@@ -231,7 +231,7 @@ def trainers_let_rank_0_save(rank: int, folder: Path) -> None:
     dist.barrier()
     handle.save(folder / "together")
     shard(model)
-    state = {key: whole(value) for key, value in model.state_dict().items()}
+    state = {key: full_tensor(value) for key, value in model.state_dict().items()}
     if rank == 0:  # as Trainer does under FSDP
         model.save_pretrained(folder / "whole state", state_dict=state)
 

@@ -149,3 +149,18 @@ def test_the_state_of_an_optimizer_finds_its_parameters_by_name():
     for old, new in zip(first, reversed(turned), strict=True):
         for key, value in optimizer.state[old].items():
             assert torch.equal(loaded.state[new][key], value)
+
+
+def test_own_is_a_deprecated_name_of_the_states_of_a_stream():
+    runs = veneer.train_many(nn.Linear(4, 3), {"a": veneer.LoraConfig(rank=2, targets="all")})
+    stream = runs.stream("a")
+    with pytest.warns(DeprecationWarning, match="states") as caught:
+        old = stream.own
+    assert caught[0].filename == __file__
+    assert old is stream.states
+    with stream:
+        first = torch.rand(3)
+    with pytest.warns(DeprecationWarning, match="states"):
+        stream.own = old
+    with stream:
+        assert torch.equal(torch.rand(3), first)

@@ -153,7 +153,7 @@ def test_an_example_is_shown_as_one_reads_it(name: str, tmp_path: Path) -> None:
     config = config_of(name, tmp_path, eval_fraction=0.0)
     task = TASKS[config.task](config)
     task.open()
-    shown = task.shown(task.prepare().train[0])
+    shown = task.segments(task.prepare().train[0])
     told = [f"{'learnt' if learnt else 'read'} {part} {text}" for learnt, part, text in shown]
     assert told == [line.format(*config.reward) for line in SHOWN[name]]
 
@@ -176,7 +176,7 @@ def test_a_prompt_of_several_turns_is_shown_once(tmp_path: Path) -> None:
     config = config_of("dpo", tmp_path, data=str(data), eval_fraction=0.0)
     task = TASKS["dpo"](config)
     task.open()
-    prompt, chosen, rejected = task.shown(task.prepare().train[0])
+    prompt, chosen, rejected = task.segments(task.prepare().train[0])
     assert prompt == (False, "prompt", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
     assert (chosen.learnt, chosen.name, chosen.text[0]) == (True, "chosen", "b")
     assert (rejected.learnt, rejected.name, rejected.text[0]) == (True, "rejected", "c")

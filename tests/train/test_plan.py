@@ -23,9 +23,9 @@ from veneer.models.meta import countable_model
 from veneer.train import loss
 from veneer.train.config import make_config
 from veneer.train.plan import count, memory
-from veneer.train.plan.hardware import CONTEXT, KNOWN, LAUNCH, LINKS, PRODUCTS, hardware
+from veneer.train.plan.hardware import CONTEXT, DEVICES, LAUNCH, LINKS, PRODUCTS, find_hardware
 from veneer.train.plan.serving import Load, plan_service
-from veneer.train.plan.training import Planner, Run, recommend, table
+from veneer.train.plan.training import Planner, Run, plan_all, recommend
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 300}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -86,8 +86,8 @@ def test_the_numbers_that_train_are_those_of_a_real_attach(base, config):
     planner = Planner(countable(base, **config))
     assert planner.trainable == sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert planner.total == sum(p.numel() for p in made.parameters() if not p.requires_grad)
-    planned = memory.parts_of(planner.model, "adamw", None)
-    assert planned["base"] == memory.weights(made)[0]
+    planned = memory.memory_breakdown(planner.model, "adamw", None)
+    assert planned["base"] == memory.weight_bytes(made)[0]
     assert planned["adapter"] == sum(p.nbytes for p in made.parameters() if p.requires_grad)
 
 
@@ -109,13 +109,13 @@ def test_the_operations_are_those_of_the_products():
     base, thin = sum(a * b for a, b in shapes), sum(rank * (a + b) for a, b in shapes)
     attention = 4 * batch * 4 * length * (length + 1) // 2 * 16
     forward, head = 3 * (2 * tokens * (base + thin) + attention), 2 * tokens * width * 300
-    assert operations(step.whole.forward) == forward + 2 * head
+    assert operations(step.total.forward) == forward + 2 * head
     # no gradient goes below the lowest block; flash attention computes its products again, 5 in
     # place of 2
     below = 2 * tokens * sum(a * b for a, b in shapes[:3])
     backward = 3 * (2 * tokens * (base + 2 * thin) + attention * 5 // 2) - below
     thin_below = 2 * tokens * rank * 3 * width  # of A in the lowest block's three first layers
-    assert operations(step.whole.backward) == backward - thin_below
+    assert operations(step.total.backward) == backward - thin_below
 
 
 def operations(work: count.Work) -> int:
@@ -127,8 +127,8 @@ def test_what_blocks_cost_adds_up(base):
     """The model with all of its blocks is what is said of it by one of each kind."""
     model = countable(base)
     with count_on_meta():
-        whole = count._run(model, 2, 32, 1.0)
-    said = count.count_step(countable(base), 2, 32).whole
+        whole = count._run_step(model, 2, 32, 1.0)
+    said = count.count_step(countable(base), 2, 32).total
     assert said.saved == whole.saved
     assert said.operations == whole.operations
     assert +said.forward == +whole.forward
@@ -172,7 +172,7 @@ def test_blocks_below_the_lowest_adapter_keep_nothing():
 def test_few_blocks_cost_what_each_of_many_does(config):
     """transformers runs as many blocks as the config says, also where one stands twice to see what
     it costs."""
-    one, two, three, four = (count.count_step(countable({**LLAMA, "num_hidden_layers": n}, **config), 2, 16).whole
+    one, two, three, four = (count.count_step(countable({**LLAMA, "num_hidden_layers": n}, **config), 2, 16).total
                              for n in (1, 2, 3, 4))  # fmt: skip
     assert (
         two.forward.total() - one.forward.total()
@@ -185,17 +185,17 @@ def test_few_blocks_cost_what_each_of_many_does(config):
 
 def test_checkpointing_trades_activations_for_a_forward_pass():
     step = count.count_step(countable(LLAMA), 4, 64)
-    again = step.checkpointed
+    again = step.with_checkpointing
     (block,) = step.blocks
-    assert again.operations == step.whole.operations + 3 * operations(block.cost.forward)
-    assert again.saved == step.whole.saved - 3 * (block.cost.saved - step.hidden)
-    assert again.saved < again.peak < step.whole.peak
+    assert again.operations == step.total.operations + 3 * operations(block.cost.forward)
+    assert again.saved == step.total.saved - 3 * (block.cost.saved - step.hidden_bytes)
+    assert again.saved < again.peak < step.total.peak
 
 
 def test_the_loss_is_counted_as_it_is_computed():
     assert count.ROWS == loss.CHUNK
     few, all_ = (
-        count.count_step(countable(LLAMA), 2, 256, labelled=share).whole for share in (0.25, 1.0)
+        count.count_step(countable(LLAMA), 2, 256, labelled=share).total for share in (0.25, 1.0)
     )
     assert operations(all_.forward) - operations(few.forward) == 2 * 2 * 64 * 300 * 384
 
@@ -241,7 +241,7 @@ def test_a_run_by_fsdp_is_told_what_one_process_holds(monkeypatch):
     monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(memory.dist, "get_world_size", lambda: 4)
     each, _ = memory.predict(model, settings, 64, 32)
-    blocks = memory.weights(model.model.layers)[0]
+    blocks = memory.weight_bytes(model.model.layers)[0]
     assert each["base"] == -(-alone["base"] // 4)
     assert each["gathered"] in (alone["base"] - blocks, alone["base"] - blocks // 3)
     assert memory.predict(model, SETTINGS, 64, 32)[0] == alone
@@ -258,7 +258,7 @@ def test_runs_at_once_hold_the_rows_of_all_that_share_a_forward():
     for name in "bc":
         parameters[name] = veneer.attach(model, veneer.LoraConfig(rank=2), name).parameters()
     numbers = sum(parameter.numel() for parameter in own)
-    runs = {name: memory.Run(SETTINGS, each, rows=0) for name, each in parameters.items()}
+    runs = {name: memory.ConcurrentRun(SETTINGS, each, rows=0) for name, each in parameters.items()}
     found = memory.predict_at_once(model, runs, 64, 32)
     assert found["base"] == alone["base"]
     assert found["adapter"] == 3 * alone["adapter"]
@@ -282,9 +282,9 @@ def test_the_blocks_are_those_of_the_text():
         )
     )
     veneer.attach(model, veneer.LoraConfig(rank=2, targets=["re:.*language_model.*q_proj"]))
-    step = memory.step_of(model, 2, 16, 1.0)
+    step = memory.count_model_step(model, 2, 16, 1.0)
     assert sum(blocks.count for blocks in step.blocks) == 3
-    assert step.checkpointed.saved < step.whole.saved
+    assert step.with_checkpointing.saved < step.total.saved
 
 
 # ---- memory
@@ -295,13 +295,13 @@ def test_the_blocks_are_those_of_the_text():
 def test_the_parts_of_a_run_are_what_holds_them(batch):
     model = countable(LLAMA)
     planner, run = Planner(model), Run(batch, 64, accumulate=2)
-    planned = planner.plan(run, on=hardware("h100"))
+    planned = planner.plan(run, on=find_hardware("h100"))
     own = 4 * planner.trainable  # float32 on a 16-bit base
     assert planned.memory["adapter"] == planned.memory["gradients"] == own
     assert planned.memory["optimiser"] == 2 * own
     assert planned.memory["base"] == 2 * planner.total
     assert planned.fits
-    assert planned.total <= KNOWN["h100"].memory - CONTEXT
+    assert planned.total <= DEVICES["h100"].memory - CONTEXT
     assert planned.tokens == 2 * 64 * batch
     nf4 = planner.plan(Run(batch, 64, quantize="nf4"))
     assert nf4.memory["base"] < planned.memory["base"]
@@ -327,7 +327,7 @@ def test_gradients_of_one_pass_come_as_its_activations_go():
 def test_stacks_of_experts_are_not_packed():
     model = countable(MIXED)
     experts = sum(p.nbytes for p in model.parameters() if p.dim() == 3 and not p.requires_grad)
-    assert memory.to_be_packed(model, "nf4")[0] > experts > 0
+    assert memory.packed_weight_bytes(model, "nf4")[0] > experts > 0
 
 
 # ---- several devices
@@ -374,7 +374,7 @@ def test_fsdp_spreads_the_base_and_gathers_it_twice_a_pass():
         root + 2 * block,
     )  # at the loss, or while blocks run
     held = [planned.memory[name] for name in ("gathered", "activations", "workspace")]
-    cost = planner.step(planned.run, chunked=False).whole
+    cost = planner.step(planned.run, chunked=False).total
     assert sum(held) == root + max(cost.peak_loss, cost.peak_backward + 2 * block)
     assert planned.run.accumulate == 3  # of one row
     assert planned.sent == round(
@@ -403,7 +403,7 @@ def test_tp_cuts_what_transformers_cuts():
     assert two.operations == pytest.approx(one.operations - blocks / 2)  # the head is whole on each
     sums = 3 * 4 * (2 * 32 * 64 * 2)  # blocks · sums · bytes of a hidden state, of a ring of two
     assert two.sent == sums + 4 * planner.trainable
-    wide = sum(3 * blocks.cost.wide for blocks in planner.step(Run(2, 32)).blocks)
+    wide = sum(3 * blocks.cost.replicated for blocks in planner.step(Run(2, 32)).blocks)
     assert one.memory["activations"] > two.memory["activations"] > wide
 
 
@@ -444,7 +444,9 @@ def test_a_run_is_checked(wrong):
 
 
 def test_a_plan_leaves_out_what_cannot_be():
-    plans, left_out = table(Planner(countable(LLAMA)), Run(2, 16), (1, 2, 4), ("ddp", "tp"), None)
+    plans, left_out = plan_all(
+        Planner(countable(LLAMA)), Run(2, 16), (1, 2, 4), ("ddp", "tp"), None
+    )
     assert [(one.devices, one.strategy) for one in plans] == [(1, "ddp"), (2, "ddp"), (2, "tp")]
     assert len(left_out) == 2
     assert "2 examples a step, over 4 processes" in left_out[0]
@@ -456,20 +458,20 @@ def test_a_plan_leaves_out_what_cannot_be():
 
 
 def test_time_is_that_of_each_call_at_its_limit():
-    on = KNOWN["h100"]
+    on = DEVICES["h100"]
     large, tiny = (10**12, 10**6, False), (10, 10, True)
     assert on.seconds(count.Work({large: 2})) == pytest.approx(2 * 10**12 / (PRODUCTS * 989e12))
     assert on.seconds(count.Work({tiny: 5})) == pytest.approx(5 * LAUNCH)
     assert on.seconds(count.Work({large: 1}), itemsize=4) == pytest.approx(
         10**12 / (PRODUCTS * 67e12)
     )
-    assert on.sending(10**9, 8) == pytest.approx(10**9 / (LINKS * 450e9))
-    assert on.sending(10**9, 16) == pytest.approx(
+    assert on.transfer_seconds(10**9, 8) == pytest.approx(10**9 / (LINKS * 450e9))
+    assert on.transfer_seconds(10**9, 16) == pytest.approx(
         10**9 / (LINKS * 400e9)
     )  # eight adapters, of 50 GB/s each
 
 
-@pytest.mark.parametrize("one", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("one", DEVICES.values(), ids=DEVICES)
 def test_each_device_has_a_source(one):
     assert urlsplit(one.source).hostname.endswith((".nvidia.com", "nvdam.widen.net", "www.amd.com"))
     maker = (".nvidia.com", "rocm.docs.amd.com")
@@ -479,16 +481,16 @@ def test_each_device_has_a_source(one):
 
 
 def test_the_help_names_all_devices():
-    assert f"Device: {', '.join(KNOWN)}." in " ".join(said("--help").replace("│", " ").split())
+    assert f"Device: {', '.join(DEVICES)}." in " ".join(said("--help").replace("│", " ").split())
 
 
 def test_unknown_hardware_is_refused():
     with pytest.raises(ConfigError, match="h100"):
-        hardware("h10")
+        find_hardware("h10")
 
 
 def test_what_is_recommended_fits():
-    planner, on = Planner(countable(LLAMA)), hardware("h100")
+    planner, on = Planner(countable(LLAMA)), find_hardware("h100")
     assert recommend(planner, Run(1, 32), (1, 2), ("ddp",), on).startswith("one h100: ")
     most, less = (planner.plan(Run(8, 128, checkpointing=how)).total for how in (False, True))
     small, none = (
@@ -510,11 +512,11 @@ def test_keys_and_values_are_those_of_the_model(base):
     with torch.no_grad():
         cache = real(base).eval()(input_ids=ids, use_cache=True)["past_key_values"]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert plan_service(countable(base), Load(prompt=16, answer=8), KNOWN["l4"]).row == held
+    assert plan_service(countable(base), Load(prompt=16, answer=8), DEVICES["l4"]).row == held
 
 
 def test_a_service_fits_and_answers_its_load():
-    model, on = countable(LLAMA), KNOWN["l4"]
+    model, on = countable(LLAMA), DEVICES["l4"]
     planned = plan_service(model, Load(requests=1000, adapters=500, rows=32), on)
     assert planned.rows == 32
     assert planned.in_memory == 500
@@ -527,7 +529,7 @@ def test_a_service_fits_and_answers_its_load():
 
 def test_a_base_that_does_not_fit_a_replica_is_said():
     model = countable({**LLAMA, "vocab_size": 200_000_000})
-    planned = plan_service(model, Load(), KNOWN["l4"])
+    planned = plan_service(model, Load(), DEVICES["l4"])
     assert (planned.rows, planned.replicas, planned.answered) == (0, 0, 0.0)
 
 

@@ -339,13 +339,13 @@ def test_the_memory_of_packed_weights_is_what_they_take(wide: Path) -> None:
     )
     for kind, wanted in (("int8", int8), ("nf4", nf4)):
         model = load(wide, kind, "bf16").requires_grad_(False)
-        assert memory.weights(model) == (wanted, 2 * max(linear.values()))
+        assert memory.weight_bytes(model) == (wanted, 2 * max(linear.values()))
         model(torch.arange(8)[None])  # which moves the scales of 8 bits elsewhere
-        assert memory.weights(model) == (wanted, 2 * max(linear.values()))
+        assert memory.weight_bytes(model) == (wanted, 2 * max(linear.values()))
     plain = load(wide, None, "bf16").requires_grad_(False)
-    assert memory.weights(plain) == (2 * sum(numbers.values()), 0)
+    assert memory.weight_bytes(plain) == (2 * sum(numbers.values()), 0)
     for kind, wanted in (("int8", int8), ("nf4", nf4)):  # as it is planned without packing anything
-        assert memory.to_be_packed(plain, kind) == (wanted, 2 * max(linear.values()))
+        assert memory.packed_weight_bytes(plain, kind) == (wanted, 2 * max(linear.values()))
 
 
 def test_what_a_step_on_packed_weights_holds_is_counted(
@@ -382,7 +382,7 @@ def test_the_memory_of_an_optimiser_is_what_it_keeps(make: Callable[..., Any], n
         for key, value in state.items()
         if torch.is_tensor(value) and value.numel() > 1 and not key.startswith("qmap")
     )
-    assert sum(memory.states(p, config.optimiser) for p in trained) == pytest.approx(
+    assert sum(memory.state_bytes(p, config.optimiser) for p in trained) == pytest.approx(
         found, rel=0.001
     )
 

@@ -30,7 +30,7 @@ from veneer.train.evaluate import evaluate
 from veneer.train.run import fit
 from veneer.train.sweep import cohort, held_out, run
 from veneer.train.sweep.cohort import Cohort
-from veneer.train.sweep.conclusions import edges
+from veneer.train.sweep.conclusions import find_edges
 from veneer.train.sweep.held_out import evaluate_runs
 from veneer.train.sweep.record import FINISHED, Candidate, State
 from veneer.train.sweep.run import sweep
@@ -45,7 +45,7 @@ GRID = {"rank": [2, 4], "learning_rate": [1e-3, 5e-3]}
 def ran(make: Make, output: str, axes: Any, section: Any = None, **changes: Any) -> Any:
     fields = {"eval_every": 4, "epochs": 1, "check": False, **changes}
     keywords = {
-        name: fields.pop(name) for name in ("keep_going", "shown", "stop_order") if name in fields
+        name: fields.pop(name) for name in ("keep_going", "on_step", "stop_order") if name in fields
     }
     return sweep(
         make(output, **fields),
@@ -134,7 +134,7 @@ def test_a_sweep_that_ends_early_goes_on_to_the_same_numbers(
     whole = ran(make, "whole", GRID, section, save_every=2)
     for moment in moments:
         with pytest.raises(ZeroDivisionError):
-            ran(make, "broken", GRID, section, save_every=2, shown=crash_at(moment))
+            ran(make, "broken", GRID, section, save_every=2, on_step=crash_at(moment))
     stopped = ran(make, "broken", GRID, section, save_every=2, stop_order=lambda: True)
     assert stopped.interrupted
     assert stopped.best is not None, "the first cohort's"
@@ -161,7 +161,7 @@ def test_the_weaker_end_at_rungs_and_free_their_share(make: Make) -> None:
         axes,
         {"rungs": [2, 0.5], "keep": 0.5, "at_once": 8},
         max_steps=8,
-        shown=shown,
+        on_step=shown,
     )
     assert found.facts["rungs"] == [2, 4]
     assert [len(names) for names in seen] == [8, 4, 4, 2, 2, 2, 2, 2]
@@ -301,7 +301,7 @@ def test_a_section_that_is_wrong_says_so(section: Any, message: str) -> None:
 def test_another_sweep_is_not_resumed_and_none_is_replaced_unasked(make: Make) -> None:
     section = {"rungs": []}
     with pytest.raises(ZeroDivisionError):
-        ran(make, "sweep", GRID, section, max_steps=4, save_every=1, shown=crash_at((0, 2)))
+        ran(make, "sweep", GRID, section, max_steps=4, save_every=1, on_step=crash_at((0, 2)))
     with pytest.raises(OutputExistsError, match="unfinished sweep with another sweep"):
         ran(make, "sweep", GRID, {"rungs": [1]}, max_steps=4, save_every=1)
     with pytest.raises(OutputExistsError, match="another rank"):
@@ -405,12 +405,12 @@ def test_a_candidate_that_cannot_begin_later_ends_none_of_the_others(make: Make)
 
 def test_a_sweep_may_be_told_later_to_keep_going(make: Make) -> None:
     with pytest.raises(ZeroDivisionError):
-        ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, save_every=1, shown=crash_at((0, 2)))
+        ran(make, "sweep", GRID, {"rungs": []}, max_steps=4, save_every=1, on_step=crash_at((0, 2)))
     seen = []
     options: Any = {
         "max_steps": 4,
         "save_every": 1,
-        "shown": lambda state, steps: seen.append(state.step),
+        "on_step": lambda state, steps: seen.append(state.step),
     }
     ran(make, "sweep", GRID, {"rungs": []}, keep_going=True, **options)
     assert seen == [2, 3, 4]
@@ -467,7 +467,7 @@ def test_the_report_says_where_the_winner_lies_and_how_far_it_goes_alone(
 )  # fmt: skip
 def test_an_edge_is_an_end_beyond_which_there_is_more(axes: Any, changes: Any, lying: Any) -> None:
     settings = make_sweep({"axes": axes, "candidates": None if "low" not in str(axes) else 4})
-    assert [(edge["axis"], edge["side"]) for edge in edges(settings.axes, changes)] == lying
+    assert [(edge["axis"], edge["side"]) for edge in find_edges(settings.axes, changes)] == lying
 
 
 def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +481,7 @@ def test_what_cannot_be_replaced_is_an_error(make: Make, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shutil, "rmtree", refused)
     seen = []
-    options: Any = {"max_steps": 1, "shown": lambda state, steps: seen.append(state.step)}
+    options: Any = {"max_steps": 1, "on_step": lambda state, steps: seen.append(state.step)}
     with pytest.raises(PermissionError):
         ran(make, "sweep", {"rank": [1, 2]}, {"rungs": []}, overwrite=True, **options)
     assert not seen
@@ -517,7 +517,7 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
     section = {"rungs": [2, 6], "keep": 0.6, "judged_by": "training"}
     axes = {"learning_rate": [1e-2, 3e-2, 5e-3, 1e-5]}
     shown = Progress(Console(file=io.StringIO(), width=200))
-    found = ran(make, "sweep", axes, section, max_steps=8, eval_every=None, shown=shown)
+    found = ran(make, "sweep", axes, section, max_steps=8, eval_every=None, on_step=shown)
     assert evaluated == [2]
     lines = shown.console.file.getvalue().splitlines()
     kinds = ["mean loss in training", "mean loss in training", "evaluation"]

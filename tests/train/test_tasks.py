@@ -23,7 +23,7 @@ from veneer.train.config import make_config, task_names
 from veneer.train.evaluate import evaluate_task, task_of
 from veneer.train.run import fit
 from veneer.train.tasks import TASKS, Rows
-from veneer.train.tasks._media import image_of, sound_of
+from veneer.train.tasks._media import read_audio, read_image
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import TaskTrainer
 
@@ -313,12 +313,12 @@ def test_an_image_of_each_form(tmp_path: Path) -> None:
 
     pixels = torch.arange(12).view(3, 4).numpy() * 20
     Image.fromarray(pixels.astype("uint8")).save(tmp_path / "a.png")
-    file = image_of("a.png", "here", tmp_path)
+    file = read_image("a.png", "here", tmp_path)
     assert file.shape == (3, 4, 3)
     for value in (pixels.tolist(), pixels[..., None].tolist(), file.tolist()):
-        assert (image_of(value, "here", tmp_path) == file).all()
+        assert (read_image(value, "here", tmp_path) == file).all()
     with pytest.raises(DataError, match=r"0 to 300"):
-        image_of([[300]], "here", tmp_path)
+        read_image([[300]], "here", tmp_path)
 
 
 def test_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
@@ -350,14 +350,14 @@ def test_sound_of_each_form(tmp_path: Path) -> None:
         file.setframerate(8000)
         file.writeframes(b"\x00\x40\x00\xc0")
     expected = [0.5, -0.5]
-    assert sound_of("a.wav", "here", tmp_path, 8000).tolist() == expected
+    assert read_audio("a.wav", "here", tmp_path, 8000).tolist() == expected
     assert (
-        sound_of({"array": expected, "sampling_rate": 8000}, "here", tmp_path, 8000).tolist()
+        read_audio({"array": expected, "sampling_rate": 8000}, "here", tmp_path, 8000).tolist()
         == expected
     )
-    assert sound_of(expected, "here", tmp_path, 8000).tolist() == expected
+    assert read_audio(expected, "here", tmp_path, 8000).tolist() == expected
     with pytest.raises(DataError, match="8000 samples a second"):
-        sound_of("a.wav", "here", tmp_path, 16000)
+        read_audio("a.wav", "here", tmp_path, 16000)
 
 
 def test_a_head_that_knows_the_labels_keeps_them(folder: Path, tmp_path: Path) -> None:

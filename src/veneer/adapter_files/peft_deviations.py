@@ -16,7 +16,7 @@ from veneer.attach.targets import Names, ParamRef
 from veneer.attach.views import view
 from veneer.attach.weight_readers import weight_readers
 from veneer.bases import storage_of
-from veneer.distributed import is_sharded, whole
+from veneer.distributed import full_tensor, is_sharded
 from veneer.formats import peft, peft_behaviour, peft_tuners
 from veneer.layers import Layer
 
@@ -133,7 +133,7 @@ def _plain_forward(kind: Layer, module: nn.Module, name: str) -> bool:
     x = torch.arange(2 * kind.dims(module, dense.shape).in_, device=dense.device)
     x = x[:2] % len(dense) if embeds else x.view(2, -1).to(dense.dtype).sin()
     sharded = {
-        parameter_name: whole(value)
+        parameter_name: full_tensor(value)
         for parameter_name, value in module._parameters.items()
         if is_sharded(value)
     }

@@ -27,7 +27,7 @@ from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
 from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
-from veneer.distributed import has_fsdp1, meet, reshard, whole_values
+from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json
 from veneer.formats import peft
@@ -120,14 +120,14 @@ def save_by(
     if not alone:
         reshard(model)
     _must_be_gathered(model, only_name(model, name))
-    ranks = meet(str(path), model, alone=alone)
+    ranks = meet_ranks(str(path), model, alone=alone)
 
     def collect() -> dict[str, Any]:
         adapter_name = only_name(model, name)
         modules = [change for *_, change in changes(model, adapter_name)] + [
             layer_adapter.full for _, _, layer_adapter in adapters(model, adapter_name)
         ]
-        values = whole_values(value for m in modules for value in (*m.parameters(), *m.buffers()))
+        values = full_tensors(value for m in modules for value in (*m.parameters(), *m.buffers()))
         with with_values(modules, values):
             return _content(model, adapter_name, base_name, fingerprints)
 
@@ -135,9 +135,9 @@ def save_by(
         put(collect())
         return
     # compare the outlines before anything is gathered
-    ranks.each(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")
-    content = ranks.each(collect, _content_hash, "an adapter, or a base,")
-    ranks.each(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
+    ranks.run_on_all(lambda: _outline(model, only_name(model, name)), hash_json, "an adapter")
+    content = ranks.run_on_all(collect, _content_hash, "an adapter, or a base,")
+    ranks.run_on_all(lambda: put(content) if ranks.writes else None, lambda _: "", "a folder")
 
 
 def _must_be_gathered(model: nn.Module, name: str) -> None:

@@ -37,7 +37,7 @@ from veneer.attach.select import selected
 from veneer.attach.state import STATE, ActiveAdapter
 from veneer.attach.views import view
 from veneer.bases import is_opaque
-from veneer.distributed import is_spread, reshard, spread_problem, together
+from veneer.distributed import is_spread, reshard, spread_problem, within_run_on_all
 from veneer.errors import CheckError, listing, raise_all, sentence
 from veneer.fileio.tensors import cpu_copy
 from veneer.layers import kind_of
@@ -129,7 +129,7 @@ def check(
         )
     modules = (module for _, module in walk(model))
     do = "check the model in one process, before it is sharded"
-    if not together() and (problem := spread_problem(modules, "a check", do)):
+    if not within_run_on_all() and (problem := spread_problem(modules, "a check", do)):
         raise CheckError(problem)
     if isinstance(example, Mapping):
         call = partial(model, **example)

@@ -44,7 +44,7 @@ from veneer.attach.weight_readers import bound, switched, switches
 from veneer.attach.weight_tying import tie_again
 from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig, torch_dtype
-from veneer.distributed import whole
+from veneer.distributed import full_tensor
 from veneer.errors import MergeError, TargetError, raise_all
 from veneer.layers import kind_of
 from veneer.layers._base import factors
@@ -186,7 +186,9 @@ def _copy_full(
             source: Any = _zero_bias(module) if parameter is None else parameter
             if key not in copies:
                 copies[key] = nn.Parameter(
-                    whole(source.detach()).to(trained_dtype(plans.config, source.dtype), copy=True)
+                    full_tensor(source.detach()).to(
+                        trained_dtype(plans.config, source.dtype), copy=True
+                    )
                 )
             full.register_parameter(name, copies[key])
         for name, buffer in (

@@ -21,7 +21,7 @@ from veneer.attach.state import STATE, LayerState
 from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import switched, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable
-from veneer.distributed import spread_problem, together
+from veneer.distributed import spread_problem, within_run_on_all
 from veneer.errors import listing, sentence
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.layers._base import GENERAL
@@ -269,7 +269,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     # its parameters would be no part of what is sharded, and of what averages gradients; nor the
     # same on every rank
     do = "attach or load the adapter first, then shard the model (fully_shard)"
-    if not together() and (
+    if not within_run_on_all() and (
         problem := spread_problem((module for _, module in walk(model)), "an adapter", do)
     ):
         yield problem

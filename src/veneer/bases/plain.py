@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases._base import BASES, Storage, register
-from veneer.distributed import whole
+from veneer.distributed import full_tensor
 from veneer.kernels.reference import round_once
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ class Plain(Storage):
     def decode(self, weight: Any, stored: Mapping[str, Tensor]) -> Tensor:
         # of a DTensor the whole: outside of a forward, where FSDP2 has it gathered
         values = stored["values"]
-        return values if type(values) is nn.Parameter else whole(values)
+        return values if type(values) is nn.Parameter else full_tensor(values)
 
     def dtype(self, weight: Any) -> torch.dtype:
         return weight.dtype

@@ -90,7 +90,7 @@ def _tried(settings: Any, advice: Any, steps: int, folder: Path, try_out: Any) -
     from veneer.train.sweep.table import Progress
 
     with Progress(console.err) as progress:
-        found = try_out(settings, advice, steps, folder, console=console.err, shown=progress)
+        found = try_out(settings, advice, steps, folder, console=console.err, on_step=progress)
     if found is None:
         raise Exit(130)
     return found

@@ -90,9 +90,9 @@ def plan_command(
       veneer plan --base llama/config.json --quantize nf4 --hardware rtx4090 --json
       veneer plan --base llama/config.json --serve --adapters 10000 --requests 50
     """
-    from veneer.train.plan.hardware import hardware as known
+    from veneer.train.plan.hardware import find_hardware
 
-    on = known(hardware)
+    on = find_hardware(hardware)
     given = {
         "base": base, "rank": rank, "targets": targets, "variant": variant, "max_length": length, "batch_size": batch,
         "grad_accum": accumulate, "precision": precision, "quantize": quantize, "optimiser": optimiser,
@@ -114,13 +114,13 @@ def _plan_run(
     settings: Any, model: Any, strategy: str | None, devices: int, on: Any, as_json: bool
 ) -> None:
     """Print what a training run takes, for 1 to `devices` devices."""
-    from veneer.train.plan.training import STRATEGIES, Planner, recommend, table
+    from veneer.train.plan.training import STRATEGIES, Planner, plan_all, recommend
 
     run, planner = _run(settings), Planner(model)
     counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
     counts = counts if counts[-1] == devices else [*counts, devices]
     strategies = (strategy,) if strategy else STRATEGIES
-    plans, left_out = table(planner, run, counts, strategies, on)
+    plans, left_out = plan_all(planner, run, counts, strategies, on)
     advice = recommend(planner, run, counts, strategies, on)
     facts = {
         "trainable": planner.trainable, "total": planner.total,

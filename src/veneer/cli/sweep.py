@@ -76,7 +76,7 @@ def sweep_command(
         raise ConfigError("a sweep in several processes", "one process", "run it without torchrun")
     console.setup_logging()
     with Progress(console.err) as progress:
-        found = sweep(train, settings, keep_going=keep_going, console=console.err, shown=progress)
+        found = sweep(train, settings, keep_going=keep_going, console=console.err, on_step=progress)
     if found.interrupted:
         say(console.err, f"Stopped, with a checkpoint in {found.output}")
         say(console.err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")

@@ -206,7 +206,7 @@ def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
     for flag, value in (("--quantize", settings.quantize), ("--device-map", settings.device_map)):
         how += [flag, value] if isinstance(value, str) else []
     inspect = ["inspect", str(result.adapter)]
-    if not TASKS[settings.task].continues():
+    if not TASKS[settings.task].generates_text():
         return [["eval", base, str(settings.eval_data or settings.data), *how, *adapter], inspect]
     if result.prompt is None:
         first = inspect

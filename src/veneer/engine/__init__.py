@@ -1,5 +1,5 @@
-"""One engine for training several adapters on one base: `train_many`, the candidates of a sweep and
-the training service are its callers.
+"""One engine that trains several adapters on one base, for `train_many`, the candidates of a sweep
+and the training service.
 
     engine = StepEngine(model)
     engine.add("a", handle.parameters(), engine.new_stream(seed=0))
@@ -7,13 +7,13 @@ the training service are its callers.
     engine.adapters["a"].clip(1.0); engine.adapters["a"].step()
 
     step_engine.py      requests of adapters → shared passes → losses, gradients, steps
-    batches.py          batches joined, outputs split, rows checked for independence
-    random_streams.py   random numbers of each adapter
-    gradients.py        set aside, restored, added, clipped
-    optimizer_state.py  an optimiser's state as named tensors
+    batches.py          join batches, split outputs, check that rows are independent
+    random_streams.py   the random numbers of each adapter
+    gradients.py        take, restore, add and clip gradients
+    optimizer_state.py  the state of an optimiser as named tensors
 
-In: attached adapters, and a request for each. Out: losses and gradients with the numbers that each
-adapter's own loop would compute, and the errors of those that failed.
+In: attached adapters, and a request for each. Out: losses and gradients with the same numbers as in
+each adapter's own loop, and the errors of adapters that failed.
 """
 
 from veneer.engine.random_streams import RandomStream

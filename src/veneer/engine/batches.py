@@ -1,10 +1,10 @@
-"""Batches of several adapters as one batch of the base, and the output as one for each adapter.
+"""Join batches of several adapters into one batch of the base, and split the output by adapter.
 
     {"a": [3, n], "b": [5, n]} ─ join_batches ─> [8, n] ─ model ─> [8, m]
                                ─ split_output ─> {"a": [3, m], "b": [5, m]}
 
-That is right for a model that computes each row independently of the others in the batch.
-``check_independent_rows`` tries whether it does.
+This requires a model that computes each row independently of the others in the batch;
+``check_independent_rows`` tests it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class AdapterBatch(NamedTuple):
 
     @property
     def shape_key(self) -> Any:
-        """Batches with equal keys can share a forward: their structure, dtypes, devices and shapes
-        but for the first axis agree, and so do their values that are no tensors."""
+        """Batches with equal keys can share a forward. The key holds their structure, the dtypes,
+        devices and shapes (without the first axis) of tensors, and all other values."""
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         leaf_keys = [
             (
@@ -48,9 +48,16 @@ class AdapterBatch(NamedTuple):
 
 
 def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> AdapterBatch:
-    """A caller's batch, ``(inputs, target)`` or a mapping with labels, as an ``AdapterBatch``.
-    ``default_inputs``: keyword arguments that it may leave out. ``DataError``: it has another form,
-    or its tensors differ in rows."""
+    """Convert a caller's batch, ``(inputs, target)`` or a mapping with labels, to an
+    ``AdapterBatch``.
+
+    Args:
+        name: the adapter, for errors.
+        default_inputs: keyword arguments of the model, unless the batch contains them.
+
+    Raises:
+        DataError: the batch has another form, or its tensors differ in rows.
+    """
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         target = batch.get("labels")
@@ -79,7 +86,7 @@ def read_batch(name: str, batch: Any, default_inputs: Mapping[str, Any]) -> Adap
 
 
 def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of one call of the model that holds the rows of all batches."""
+    """The arguments of one call of the model with the rows of all batches."""
     return pytree.tree_map(
         lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0],
         *[(batch.args, batch.kwargs) for batch in batches],
@@ -87,8 +94,12 @@ def join_batches(batches: Sequence[AdapterBatch]) -> tuple[tuple[Any, ...], dict
 
 
 def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
-    """The output of such a call as one for each batch. ``SelectionError``: a tensor with a gradient
-    is not by row, such as a balance of experts over all tokens."""
+    """Split the output of such a call by batch.
+
+    Raises:
+        SelectionError: a tensor that requires a gradient does not have one entry for each row, such
+            as a load-balancing loss of experts over all tokens.
+    """
     leaves, structure = pytree.tree_flatten(output)
     pieces = []
     for leaf in leaves:
@@ -109,8 +120,8 @@ def split_output(output: Any, row_counts: Sequence[int]) -> list[Any]:
 
 
 def check_independent_rows(model: nn.Module, uid: str, batches: Sequence[AdapterBatch]) -> None:
-    """Raise a SelectionError if the base, in evaluation mode, gives another output for the first
-    batch's rows among those of the others than for these rows alone."""
+    """Raise a SelectionError if the base, in eval mode, gives another output for the first batch
+    when it is joined with other batches."""
     training_modes = {module: module.training for _, module in walk(model)}
     for module in training_modes:
         module.training = False

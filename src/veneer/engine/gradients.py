@@ -1,7 +1,7 @@
-"""Gradients of one adapter: set aside, put back, added, measured and clipped.
+"""Gradients of one adapter: taken, restored, added, measured and clipped.
 
-A pass that fails leaves the gradients of earlier passes as they were, so these are set aside
-before it (``take_gradients``) and added once it has succeeded.
+A pass that fails must leave the gradients of earlier passes unchanged. So these are taken from the
+parameters before the pass (``take_gradients``) and added after it has succeeded.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from veneer import precision
 
-#: by parameter, in order; None where there is none
+#: the gradient of each parameter, or None
 Gradients = list[Tensor | None]
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:
-    """The parameters' gradients, which are removed from them."""
+    """Remove the parameters' gradients and return them."""
     gradients = [parameter.grad for parameter in parameters]
     restore_gradients(parameters, [None] * len(gradients))
     return gradients
@@ -31,16 +31,16 @@ def restore_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) 
 
 
 def add_to_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
-    """Add the parameters' gradients to those that were taken, in place, and put the sums back: a
-    gradient tensor stays the same object, as with ``loss.backward()``."""
+    """Add the parameters' gradients in place to the ones that were taken, and restore the sums. As
+    with ``loss.backward()``, the gradient of a parameter stays the same tensor object."""
     for parameter, gradient in zip(parameters, earlier, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 
 def add_earlier(parameters: Sequence[nn.Parameter], earlier: Gradients) -> None:
-    """Add gradients that were taken to those of the parameters. ``earlier`` stays as it is, so that
-    it can still be restored."""
+    """Add gradients that were taken to those of the parameters. ``earlier`` is not modified, so it
+    can still be restored."""
     for parameter, gradient in zip(parameters, earlier, strict=True):
         if parameter.grad is None:
             parameter.grad = gradient
@@ -55,15 +55,15 @@ def present_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def clip_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float, *, wide: bool = False
 ) -> float:
-    """Scale gradients down to the joint norm ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``
-    does; 0 leaves them as they are.
+    """Scale gradients down to a joint norm of ``max_norm``, as ``torch.nn.utils.clip_grad_norm_``
+    does; 0 leaves them unchanged.
 
     Args:
-        wide: compute the norm in float64, for gradients whose squares float32 cannot hold. Without,
-            it has the bits that a loop of transformers' ``Trainer`` gets.
+        wide: compute the norm in float64, for gradients whose squares overflow float32. Without it,
+            the result is bit for bit that of transformers' ``Trainer``.
 
     Returns:
-        the norm before.
+        the norm before scaling.
     """
     gradients = present_gradients(parameters)
     if wide:
@@ -78,11 +78,11 @@ def clip_gradients(
 
 
 def wide_norms(tensors: Sequence[Tensor]) -> list[float]:
-    """The norm of each tensor, in float64 where the device has that: float32 cannot hold the
-    squares of large values."""
+    """The norm of each tensor, in float64 if the device supports it: squares of large values
+    overflow float32."""
     if not tensors:
         return []
-    device = tensors[0].device  # a base may be spread over several
+    device = tensors[0].device  # a base may use several devices
     wide = torch.float64 if precision.has_float64(device) else torch.float32
     with torch.no_grad():
         norms = torch._foreach_norm(list(tensors), 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
@@ -90,7 +90,7 @@ def wide_norms(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value; NaN where there is one."""
+    """The largest absolute value; NaN if there is a NaN."""
     if not tensors:
         return 0.0
     with torch.no_grad():

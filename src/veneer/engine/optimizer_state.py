@@ -1,8 +1,8 @@
-"""The state of an adapter's optimiser as tensors with names, which a safetensors file can hold.
+"""The state of an adapter's optimiser as named tensors, for a safetensors file.
 
     "exp_avg:model.layers.0.q_proj.A"      key of the state, name of the parameter
 
-A name finds its parameter again whatever the order in which a later version lists them.
+States are matched by name, so a later version may list parameters in another order.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameter_names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The optimiser's state by key and parameter. ``parameter_names``: in the order of the
-    optimiser's parameters."""
+    """The optimiser's state as {"key:parameter name": tensor}. ``parameter_names``: in the order of
+    the optimiser's parameters."""
     state = optimizer.state_dict()["state"]
     return {
         f"{key}:{parameter_names[index]}": value.detach().cpu().contiguous()
@@ -29,7 +29,7 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameter_names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give an optimiser the state that ``optimizer_tensors`` returned."""
+    """Load a state that ``optimizer_tensors`` returned."""
     indices = {name: index for index, name in enumerate(parameter_names)}
     state: dict[int, dict[str, Tensor]] = {}
     for label, tensor in tensors.items():

@@ -1,12 +1,13 @@
-"""Random numbers of each adapter: inside a block, torch's default generators continue that
-adapter's own sequence.
+"""Random numbers of each adapter: within a context, torch's default generators continue that
+adapter's sequence.
 
-    RandomStream       of one adapter: it begins as ``torch.manual_seed(seed)`` does
-    DropoutByAdapter   the base's dropout on rows of several adapters, each drawn from its stream
+    RandomStream       the sequence of one adapter; starts as after ``torch.manual_seed(seed)``
+    DropoutByAdapter   draws the base's dropout on rows of several adapters from their streams
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ _DROPOUT_FUNCTIONS: Any = {
 
 
 def random_devices(model: nn.Module) -> list[torch.device]:
-    """The devices whose default generators a call of the model may draw from."""
+    """The devices whose default generators a call of the model may use."""
     cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     return [torch.device("cpu"), *sorted(cuda, key=str)]
 
@@ -53,12 +54,23 @@ def set_generator_states(devices: Iterable[torch.device], states: Iterable[Tenso
 
 
 def equal_states(states: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(torch.equal(left, right) for left, right in zip(states, expected, strict=True))
+    return all(
+        torch.equal(state, expected_state)
+        for state, expected_state in zip(states, expected, strict=True)
+    )
+
+
+def _warn_of_own() -> None:
+    message = (
+        "Runs.stream(name).own is now Runs.stream(name).states. Do: use states; own is removed in"
+        " 0.3."
+    )
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class RandomStream:
-    """A block in which torch's default generators are one adapter's. Blocks of one stream may be
-    nested. ``states``: of its generators, by device, outside of a block."""
+    """Context manager in which torch's default generators continue one adapter's sequence. It is
+    reentrant. ``states``: the generator states by device, valid outside of the context."""
 
     def __init__(self, seed: int, devices: Sequence[torch.device]) -> None:
         self.devices = devices
@@ -67,8 +79,19 @@ class RandomStream:
         self._outer_states: list[Tensor] = []
         self._depth = 0
 
+    @property
+    def own(self) -> list[Tensor]:
+        """Deprecated name of ``states``."""
+        _warn_of_own()
+        return self.states
+
+    @own.setter
+    def own(self, states: list[Tensor]) -> None:
+        _warn_of_own()
+        self.states = states
+
     def restart(self, seed: int) -> None:
-        """Begin again, as ``torch.manual_seed(seed)`` does."""
+        """Restart the sequence, as ``torch.manual_seed(seed)`` does."""
         self.states = [
             torch.Generator(device).manual_seed(seed).get_state() for device in self.devices
         ]
@@ -98,7 +121,7 @@ class RandomStream:
 
 
 def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The attributes of modules that may be a dropout probability, by their names."""
+    """(module, attribute) of each attribute whose name suggests a dropout probability."""
     return [
         (module, attribute)
         for _, module in walk(model)
@@ -109,41 +132,41 @@ def dropout_settings(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class DropoutByAdapter(TorchFunctionMode):
-    """A block in which functions of torch that drop entries of a whole batch draw for the rows of
-    each adapter from that adapter's stream."""
+    """Torch function mode in which dropout on a joined batch draws for each adapter's rows from
+    that adapter's stream."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, assignment: Parts) -> None:
         super().__init__()
-        self.parts = parts
-        self.row_counts = [after - first for first, after in parts.spans or ()]
+        self.assignment = assignment
+        self.row_counts = [after - first for first, after in assignment.spans or ()]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _drops(func, args, kwargs):
             return func(*args, **kwargs)
-        active = context.current.selection.get(self.parts.uid)
-        if active is None or active.parts is not self.parts:
-            # a layer that is computed for one adapter's rows alone
+        active = context.current.selection.get(self.assignment.uid)
+        if active is None or active.parts is not self.assignment:
+            # a layer that runs for the rows of a single adapter
             return func(*args, **kwargs)
         if func in _DROPOUT_FUNCTIONS:
             kwargs = {**kwargs, "inplace": False}
         values = [*args, *kwargs.values()]
         by_row = [
-            isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.parts.count
+            isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.assignment.count
             for value in values
         ]
         if not by_row[0]:
             problem = f"dropout of a tensor {list(values[0].shape)} of the base"
             do = "set the base's own dropout to 0, or its modules to eval()"
             raise SelectionError(
-                problem, f"the {self.parts.count} rows of the batch along its first axis", do
+                problem, f"the {self.assignment.count} rows of the batch along its first axis", do
             )
         pieces = [
             value.split(self.row_counts) if split else value
             for value, split in zip(values, by_row, strict=True)
         ]
         outputs = []
-        for index, selection in enumerate(self.parts.selections):
+        for index, selection in enumerate(self.assignment.selections):
             arguments = [
                 piece[index] if split else piece
                 for piece, split in zip(pieces, by_row, strict=True)

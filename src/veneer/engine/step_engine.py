@@ -3,13 +3,13 @@
     requests by adapter ─ equal shapes ─> one forward of the base ─> a loss for each adapter
                         ─ one backward ─> gradients of each adapter's own parameters ─> its step
 
-An adapter's own: its parameters (any variant, rank, dtype), its random numbers
-(``random_streams.py``), its rows, its loss, its optimiser. Common: the base's forward and backward.
-Batches that differ in shape do not share a forward, so an adapter's numbers never depend on the
-others: padding, chosen by the longest, would change what dropout draws.
+Each adapter has its own parameters (any variant, rank, dtype), random numbers
+(``random_streams.py``), rows, loss and optimiser. The base's forward and backward are shared.
+Batches of different shapes do not share a forward, so an adapter's numbers never depend on other
+adapters: padding to the longest batch would change the numbers that dropout draws.
 
-A pass that raises leaves gradients and random numbers of its adapters as they were.
-``isolate_failures`` then computes each adapter alone, so that the failure of one is its own.
+A pass that raises leaves the gradients and random numbers of its adapters unchanged.
+``isolate_failures`` then computes each adapter separately, so that only failing adapters fail.
 
 Rejected: the sum of the losses as one function of the joined output (a mean over rows would mix the
 adapters); a copy of the model for each adapter.
@@ -55,7 +55,7 @@ from veneer.engine.random_streams import (
 )
 from veneer.errors import ConfigError, SelectionError
 
-#: joined batches whose selection of rows is kept
+#: number of cached row assignments of joined batches
 MOST_ASSIGNMENTS = 64
 
 #: one forward of the joined rows of some adapters -> the output of each
@@ -63,11 +63,14 @@ Forward = Callable[[nn.Module, Mapping[str, AdapterBatch]], Mapping[str, Any]]
 
 
 class PassRequest(NamedTuple):
-    """A forward of one adapter's rows, and a backward of its loss.
+    """A request for a forward of one adapter's rows, and the backward of its loss.
 
-    ``loss``: (output, target) -> scalar; None, for a forward alone, returns the output.
-    ``forward``: None for the model's output by rows. Requests share a forward only if theirs are
-    equal. ``weight``: a factor of the gradient, not of the loss that is returned."""
+    Fields:
+        loss: (output, target) -> scalar; None returns the output of a forward.
+        forward: computes the outputs of joined batches; None is the model's output by rows.
+            Requests share a forward only if their values of this field are equal.
+        weight: a factor of the gradient, but not of the returned loss.
+    """
 
     batch: AdapterBatch
     loss: Callable[[Any, Any], Any] | None = None
@@ -83,7 +86,7 @@ Requests = Mapping[str, PassRequest]
 
 
 class PassResult(NamedTuple):
-    """By adapter: losses, detached, or outputs; and the errors of those that have none."""
+    """By adapter: detached losses, or outputs; and the errors of failed adapters."""
 
     values: dict[str, Any]
     failures: dict[str, Exception]
@@ -91,8 +94,8 @@ class PassResult(NamedTuple):
 
 @dataclass(eq=False)
 class TrainedAdapter:
-    """Parameters, random numbers and optimiser of one adapter. ``scheduler``: of the learning rate;
-    None if each step sets it."""
+    """Parameters, random numbers and optimiser of one adapter. ``scheduler``: the learning rate
+    schedule; None if the caller sets the rate before each step."""
 
     parameters: list[nn.Parameter]
     stream: RandomStream
@@ -109,7 +112,7 @@ class TrainedAdapter:
         return clip_gradients(self.parameters, max_norm, wide=wide)
 
     def step(self) -> None:
-        """The optimiser's step on the gradients that are there, which are used up."""
+        """Take a step of the optimiser and of the schedule, and clear the gradients."""
         assert self.optimizer is not None
         self.optimizer.step()
         if self.scheduler is not None:
@@ -117,7 +120,7 @@ class TrainedAdapter:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, schedule and random numbers, for ``torch.save``."""
+        """The state of optimiser, schedule and random numbers, for ``torch.save``."""
         assert self.optimizer is not None
         return {
             "optimizer": self.optimizer.state_dict(),
@@ -133,24 +136,25 @@ class TrainedAdapter:
 
 
 class StepEngine:
-    """The adapters of one base that are trained together, in ``adapters`` by name. The caller
-    attaches and detaches them, and calls from one thread."""
+    """Trains several adapters on one base, in ``adapters`` by name. The caller attaches and
+    detaches them, and must call all methods from one thread."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.adapters: dict[str, TrainedAdapter] = {}
-        # walks through the model, done once
+        # results of walks through the model
         self._devices = random_devices(model)
         self._dropout_settings = dropout_settings(model)
         self._time_first = time_first(model)
-        # a cache of keys and values would hold those of all rows
+        # a joined forward must not return one cache of keys and values for the rows of all
         parameters = inspect.signature(model.forward).parameters
         self._default_inputs = {"use_cache": False} if "use_cache" in parameters else {}
         self._checked_structures: set[Any] = set()
         self._assignments: dict[Any, tuple[list[ActiveAdapter], Parts]] = {}
 
     def new_stream(self, seed: int) -> RandomStream:
-        """Random numbers for an adapter; its parameters are drawn within a block of it."""
+        """Random numbers for an adapter. Attach the adapter within this context, so that its start
+        is drawn from the stream."""
         return RandomStream(seed, self._devices)
 
     def add(self, name: str, parameters: list[nn.Parameter], stream: RandomStream) -> None:
@@ -166,13 +170,13 @@ class StepEngine:
         return read_batch(name, batch, self._default_inputs)
 
     def backward(self, requests: Requests, keep_going: bool = False) -> PassResult:
-        """Add the gradients of each adapter's loss to its parameters, as ``loss.backward()`` in a
-        loop of its own would.
+        """Add the gradients of each adapter's loss to its parameters, as ``loss.backward()`` does
+        in a separate loop.
 
         Args:
-            keep_going: an adapter whose loss raises is listed in ``failures``; its gradients stay
-                as they were. Else, and for any other error, all adapters stay as they were, and the
-                error is raised.
+            keep_going: if the loss of an adapter raises, list it in ``failures`` and leave its
+                gradients unchanged. Without it, and for any other error, raise, and leave all
+                adapters unchanged.
         """
         adapters = [self.adapters[name] for name in requests]
         earlier = [take_gradients(adapter.parameters) for adapter in adapters]
@@ -194,7 +198,7 @@ class StepEngine:
         return result
 
     def forward(self, requests: Requests, keep_going: bool = False) -> PassResult:
-        """The output of each adapter's rows, or its loss, without gradients. ``keep_going``: as for
+        """The output of each adapter's rows, or its loss, without gradients. ``keep_going``: as in
         ``backward``."""
         result = PassResult({}, {})
         for group in _group_requests(requests):
@@ -232,7 +236,8 @@ class StepEngine:
         keep_going: bool,
         check: Callable[[str, Any], None] = lambda name, value: None,
     ) -> dict[str, Any]:
-        """One forward, and the loss of each request; its output if it has no loss."""
+        """Run one forward. Returns each request's loss, or its output if the request has no
+        loss."""
         batches = {name: request.batch for name, request in group.items()}
         self._check_rows(batches)
         forward = next(iter(group.values())).forward or _output_rows
@@ -256,32 +261,34 @@ class StepEngine:
     def _select(
         self, group: Requests
     ) -> tuple[dict[str, ActiveAdapter], AbstractContextManager[Any]]:
-        """The selection of adapters for the joined rows, and a block for the base's own dropout."""
+        """The adapter selection for the joined rows, and a context for the base's own dropout."""
         attached = need_adapters(self.model, walk=False)
         selections = [attached.selections[name] for name in group]
-        with_streams = [
+        selections_with_streams = [
             dataclasses.replace(selection, stream=self.adapters[name].stream)
             for name, selection in zip(group, selections, strict=True)
         ]
         if len(group) == 1:
-            return {attached.uid: with_streams[0]}, nullcontext()
-        # Each layer plans its work on these rows in the first call; the plan is kept while the
-        # adapters stay.
+            return {attached.uid: selections_with_streams[0]}, nullcontext()
+        # Each layer plans its work on these rows in the first call, and reuses the plan until the
+        # set of adapters changes.
         key = tuple((name, request.batch.row_count) for name, request in group.items())
-        before, parts = self._assignments.get(key, (None, None))
-        if parts is None or before != selections:
+        earlier_selections, assignment = self._assignments.get(key, (None, None))
+        if assignment is None or earlier_selections != selections:
             row_counts = [request.batch.row_count for request in group.values()]
             rows = torch.arange(sum(row_counts), device="cpu").split(row_counts)
-            parts = Parts(attached.uid, with_streams, rows, sum(row_counts), self._time_first)
+            assignment = Parts(
+                attached.uid, selections_with_streams, rows, sum(row_counts), self._time_first
+            )
             if len(self._assignments) >= MOST_ASSIGNMENTS:
                 self._assignments.clear()
-            self._assignments[key] = selections, parts
-        selected = ActiveAdapter(None, parts, common_base_adapter(parts.selections))
-        dropout = DropoutByAdapter(parts) if self._has_dropout() else nullcontext()
+            self._assignments[key] = selections, assignment
+        selected = ActiveAdapter(None, assignment, common_base_adapter(assignment.selections))
+        dropout = DropoutByAdapter(assignment) if self._has_dropout() else nullcontext()
         return {attached.uid: selected}, dropout
 
     def _has_dropout(self) -> bool:
-        """Whether the base has dropout of its own now."""
+        """Whether dropout of the base is active."""
         return any(
             module.training and getattr(module, attribute) > 0
             for module, attribute in self._dropout_settings
@@ -299,15 +306,18 @@ class StepEngine:
 def isolate_failures(
     run_pass: Callable[..., PassResult], requests: Mapping[str, Any]
 ) -> PassResult:
-    """``run_pass(requests, keep_going=True)``, whose errors are returned as failures of single
-    adapters: if the requests cannot be computed together, each is computed alone. ``run_pass``:
-    ``StepEngine.backward``, ``forward``, or a function around one of them."""
+    """Call ``run_pass(requests, keep_going=True)`` so that errors become failures of single
+    adapters: if the joint pass raises, each request is computed separately.
+
+    Args:
+        run_pass: ``StepEngine.backward``, ``forward``, or a function around one of them.
+    """
     try:
         return run_pass(requests, keep_going=True)
     except Exception as error:
         if len(requests) == 1:
             return PassResult({}, dict.fromkeys(requests, error))
-    # The error is gone here, and with it the memory of the failed pass.
+    # Here the exception is deleted, and with it the references to the tensors of the failed pass.
     result = PassResult({}, {})
     for name, request in requests.items():
         alone = isolate_failures(run_pass, {name: request})
@@ -317,7 +327,7 @@ def isolate_failures(
 
 
 def _group_requests(requests: Requests) -> list[dict[str, PassRequest]]:
-    """Requests that share a forward, in the order of their first ones."""
+    """Group requests that share a forward, in the order of each group's first request."""
     groups: dict[Hashable, dict[str, PassRequest]] = {}
     for name, request in requests.items():
         groups.setdefault(request.group_key, {})[name] = request

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.targets import Names, fresh_head, listed
 from veneer.config import LoraConfig
 from veneer.handle import attach, load

@@ -51,7 +51,7 @@ def dry_run(config: TrainConfig, *, console: Console | None = None) -> None:
     shapes_suffice = (
         not quantized and not ids and not VARIANTS[config.variant].needs and config.adapter is None
     )
-    if shapes_suffice and task.continues():
+    if shapes_suffice and task.generates_text():
         model: Any = meta_base(config.base, precision=config.precision, device=config.device)
     else:
         model = task.load().model
@@ -114,7 +114,7 @@ def _speed(device: str, dtype: torch.dtype, tokens: int) -> float:
 
 def _show(task: Task, prepared: Prepared, console: Console) -> None:
     """Print the first example by segments, each of which is either only read or learnt."""
-    segments = task.shown(prepared.train[0])
+    segments = task.segments(prepared.train[0])
     width = max(len(segment.name) for segment in segments)
     say(console, f"Example  row {prepared.train.index[0] + 1} of the data:")
     for learnt, name, text in segments:

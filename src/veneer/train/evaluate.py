@@ -16,7 +16,7 @@ from veneer.train.data import TOOLS, Records
 from veneer.train.generate import generate
 from veneer.train.loss import token_loss
 from veneer.train.tasks import TASKS, Rows, Task
-from veneer.train.tasks._base import RECORDED, settings_in
+from veneer.train.tasks._base import RECORDED, extract_settings
 from veneer.train.tokens import IGNORED, Examples
 
 
@@ -83,7 +83,7 @@ def task_of(
     name = record.get("name", "sft")
     config |= {"task": name, "base": base, "data": data, "output": "."}
     task_config = make_config(config, "what the adapter says of its task")
-    return TASKS[name](task_config, settings_in(record), loading)
+    return TASKS[name](task_config, extract_settings(record), loading)
 
 
 def to(device: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def find_rate(config: TrainConfig, *, console: Console | None = None) -> RateSwe
             f"Sweep    {STEPS} steps of {config.batch_size * config.grad_accum} examples, rates"
             f" {LOW:g} to {HIGH:g}",
         )
-        with as_reference(base.model, task.further, task.refers()):
+        with as_reference(base.model, task.further, task.needs_reference()):
             trainer.train()
     if not sweep.losses:
         problem, do = (

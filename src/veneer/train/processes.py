@@ -92,13 +92,13 @@ class Processes:
     def run_on_all(
         self, work: Callable[[], T], summary: Callable[[T], str] = lambda _: "", subject: str = ""
     ) -> T:
-        """Run `work` in every process, as `Ranks.each` does: all return, or all raise."""
-        return work() if self.ranks is None else self.ranks.each(work, summary, subject)
+        """Run `work` in every process, as `Ranks.run_on_all` does: all return, or all raise."""
+        return work() if self.ranks is None else self.ranks.run_on_all(work, summary, subject)
 
     def run_on_first(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the first process, as `Ranks.one` does, and return its result, which must
+        """Run `work` in the first process, as `Ranks.run_on_first` does, and return its result, which must
         be a JSON value, in every process."""
-        return work() if self.ranks is None else self.ranks.one(work)
+        return work() if self.ranks is None else self.ranks.run_on_first(work)
 
 
 def join() -> Processes:
@@ -120,7 +120,7 @@ def join() -> Processes:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    from veneer.distributed import everyone
+    from veneer.distributed import all_ranks
 
     if not dist.is_initialized():
         backend = "gloo"
@@ -131,7 +131,7 @@ def join() -> Processes:
         store, rank, count = next(rendezvous("env://", timeout=timeout))
         store = fresh_store(store, rank, count)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    return Processes(everyone("train", PATIENCE))
+    return Processes(all_ranks("train", PATIENCE))
 
 
 def fresh_store(store: Any, rank: int, count: int, patience: float = PATIENCE) -> Any:
@@ -147,13 +147,13 @@ def fresh_store(store: Any, rank: int, count: int, patience: float = PATIENCE) -
     """
     from torch._C._distributed_c10d import PrefixStore
 
-    from veneer.distributed import awaited
+    from veneer.distributed import wait_for_keys
 
     token, deadline = uuid4().hex, time.monotonic() + patience
     if rank == 0:
         keys = [f"veneer/{token}/{peer}" for peer in range(1, count)]
         store.set("veneer/start", token)
-        if absent := awaited(store, keys, patience):
+        if absent := wait_for_keys(store, keys, patience):
             raise _timeout_error(
                 f"{len(absent)} of {len(keys)} other processes did not come", patience
             )

@@ -242,7 +242,7 @@ def _make_task(config: TrainConfig, processes: Processes) -> Task:
         options = {"loading": {**loading, "device": "cpu"}}
     task = kind(config, **options)
     if divided:
-        must_divide(config, processes.count, task.refers())
+        must_divide(config, processes.count, task.needs_reference())
     return task
 
 
@@ -301,7 +301,7 @@ def _run_trainer(
     if resume_point is not None and resume_point[1] >= prepared.steps:
         return  # the run was killed between its last checkpoint and its end
     try:
-        with stop, as_reference(trainer.model, task.further, task.refers()):
+        with stop, as_reference(trainer.model, task.further, task.needs_reference()):
             trainer.train(
                 resume_from_checkpoint=str(resume_point[0]) if resume_point is not None else None
             )
@@ -392,7 +392,9 @@ def _finish(
     change += f", evaluation {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
     say(console, f"Done     {result.steps:,} steps in {watch.duration(result.seconds)}: {change}")
     say(console, f"Adapter  {result.adapter}")
-    return replace(result, metrics=metrics, prompt=prepared.prompt if task.continues() else None)
+    return replace(
+        result, metrics=metrics, prompt=prepared.prompt if task.generates_text() else None
+    )
 
 
 def _collect_metrics(config: TrainConfig, task: Task, result: Result) -> dict[str, Any]:
@@ -407,7 +409,7 @@ def _collect_metrics(config: TrainConfig, task: Task, result: Result) -> dict[st
         "tokens": result.tokens,
         "trainable_parameters": summary.trainable,
     }
-    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak()}
+    metrics |= {"total_parameters": summary.total, "peak_memory_bytes": memory.peak_memory()}
     if evaluations := [loss for _, loss in result.eval_losses]:
         metrics["eval_loss"] = min(evaluations) if config.early_stopping else evaluations[-1]
         lines = [

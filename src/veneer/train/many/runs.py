@@ -1,8 +1,8 @@
-"""``train_many`` and ``Runs``: adapters by name, with batches and losses as callers pass them,
-on the step engine (``veneer/engine``).
+"""``train_many`` and ``Runs``: adapters by name, with batches and losses in the caller's form, on
+the step engine (``veneer/engine``).
 
-A causal language model has a forward of its own here, which keeps −log p of the labels instead of
-all logits: runs share its head too.
+A causal language model has a separate forward here, which computes −log p of the labels without all
+logits, so that runs share its output head too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class LabelLoss(NamedTuple):
-    """A loss of a causal language model that needs only −log p of each label, [n], row after row:
-    ``function`` maps these to a scalar."""
+    """A loss of a causal language model that needs only −log p of each label, [n], in the order of
+    the rows. ``function`` maps these to a scalar."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -41,18 +41,18 @@ def train_many(
     seeds: int | Mapping[str, int] = 0,
     keep_going: bool = False,
 ) -> Runs:
-    """Attach an adapter for each config, to be trained at once: see ``Runs``.
+    """Attach an adapter for each config and train them at once: see ``Runs``.
 
     Args:
         model: any module that computes each row of a batch independently of the others.
-        configs: by the run's name; a path is an adapter folder to be trained further.
-        seeds: of a run's start and dropout, one for all or by name. A run is that of
-            ``torch.manual_seed(seed)``, ``veneer.attach`` and a loop of its own.
-        keep_going: leave runs out that cannot begin, and losses that raise; ``Runs.failed`` has
+        configs: by the run's name; a path is an adapter folder whose training continues.
+        seeds: the seed of a run's start and dropout, one for all or by name. A run has the numbers
+            of ``torch.manual_seed(seed)``, ``veneer.attach`` and a separate loop.
+        keep_going: leave out runs that cannot begin, and losses that raise; ``Runs.failed`` holds
             their errors.
 
     Raises:
-        TargetError: with every problem of every config. The model is as it was.
+        TargetError: the problems of all configs. The model is unchanged.
     """
     if unwrap(model) is not model:
         problem = f"a {type(model).__name__} around a {type(unwrap(model)).__name__}"
@@ -81,7 +81,7 @@ def train_many(
 
 
 class Runs(Mapping[str, Handle]):
-    """Runs by name, each the ``Handle`` of its adapter: ``runs["a"].parameters()`` go to an
+    """Runs by name, each the ``Handle`` of its adapter. Pass ``runs["a"].parameters()`` to an
     optimiser.
 
     ``failed``: the errors of runs that did not begin, and of losses that raised in the last
@@ -106,7 +106,7 @@ class Runs(Mapping[str, Handle]):
     def add(
         self, name: str, config: LoraConfig | str | Path, *, seed: int = 0, **start: Any
     ) -> Handle:
-        """Let another run join. ``start``: ``batches``, ``loss`` and ``original`` of
+        """Add another run. ``start``: ``batches``, ``loss`` and ``original`` of
         ``veneer.attach``."""
         stream = self.engine.new_stream(seed)
         with stream:
@@ -119,16 +119,16 @@ class Runs(Mapping[str, Handle]):
         return handle
 
     def stream(self, name: str) -> RandomStream:
-        """The random numbers of a run: a block in which torch's default generators are its own, and
-        ``states``, of these generators."""
+        """The random numbers of a run: a context in which torch's default generators are the run's
+        own. ``states``: the states of these generators."""
         return self.engine.adapters[name].stream
 
     def restart(self, name: str, seed: int) -> None:
-        """Let a run's random numbers begin again, as ``torch.manual_seed(seed)`` does."""
+        """Restart a run's random numbers, as ``torch.manual_seed(seed)`` does."""
         self.stream(name).restart(seed)
 
     def remove(self, name: str) -> None:
-        """Let a run end: its adapter is detached. Save it first."""
+        """End a run and detach its adapter. Save it first."""
         self[name].detach()
         del self._handles[name]
         self.engine.remove(name)
@@ -140,26 +140,26 @@ class Runs(Mapping[str, Handle]):
         *,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, Tensor]:
-        """Add the gradients of each run's loss to its parameters, as ``loss.backward()`` of its own
-        would.
+        """Add the gradients of each run's loss to its parameters, as a separate ``loss.backward()``
+        does.
 
         Args:
-            batches: by run, any of them: ``(inputs, target)``, with inputs a tensor, a tuple of
-                positional or a mapping of keyword arguments of the model; or a mapping of these
-                with "labels", the target. All tensors of the inputs hold the run's rows along their
-                first axis. Those of equal shapes but for the rows share a forward.
-            loss: ``(output, target) -> scalar`` of the run's own rows, or one by run.
-                ``veneer.train.loss.causal_loss`` stands for the mean loss a label of a causal
-                language model, a ``LabelLoss`` for any other of them.
-            weights: a factor of each run's gradient; 1 without.
+            batches: by run, for any of them: ``(inputs, target)``, with inputs a tensor, a tuple of
+                positional or a mapping of keyword arguments of the model; or a mapping of keyword
+                arguments with "labels" as the target. All tensors of the inputs hold the run's rows
+                along the first axis. Batches whose shapes differ only in rows share a forward.
+            loss: ``(output, target) -> scalar`` of the run's own rows, one for all or by run.
+                ``veneer.train.loss.causal_loss`` is the mean loss by label of a causal language
+                model; for another loss of such a model pass a ``LabelLoss``.
+            weights: a factor of each run's gradient; by default 1.
 
         Returns:
             each run's loss, without its weight.
 
         Raises:
-            DataError, ConfigError: a batch or a loss in no such form. Errors that a loss raises,
-                with a note of the run's name.
-            SelectionError: the model mixes rows. In each of these cases no gradient has changed.
+            DataError, ConfigError: a batch or a loss of another form. An error that a loss raises
+                has a note with the run's name.
+            SelectionError: the model mixes rows. In all these cases the gradients are unchanged.
         """
         requests = self.requests(batches, loss, weights)
         self.failed = {}
@@ -173,8 +173,8 @@ class Runs(Mapping[str, Handle]):
         loss: Loss | LabelLoss | Mapping[str, Loss | LabelLoss],
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, PassRequest]:
-        """Arguments of ``backward`` as requests to the engine; raises its ``DataError`` and
-        ``ConfigError``."""
+        """Convert the arguments of ``backward`` to requests of the engine. Raises its ``DataError``
+        and ``ConfigError``."""
         weights = weights or {}
         unknown = [name for name in (*batches, *weights) if name not in self]
         if unknown:
@@ -209,20 +209,20 @@ class Runs(Mapping[str, Handle]):
     def label_losses(
         self, batches: Mapping[str, Any], *, accuracy: bool = False
     ) -> dict[str, LabelLosses]:
-        """`veneer.train.loss.label_losses` of some runs' batches, in shared forwards without
+        """`veneer.train.loss.label_losses` of the batches of some runs, in shared forwards without
         gradients.
 
         Args:
-            batches: by run, as ``backward`` takes them of a causal language model.
+            batches: by run, in the form of ``backward`` for a causal language model.
 
         Raises:
-            DataError: a batch in no such form. SelectionError: the model mixes rows.
+            DataError: a batch of another form. SelectionError: the model mixes rows.
         """
         return self._forward(batches, partial(_label_losses, accuracy=accuracy))
 
     def outputs(self, batches: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's output for some runs' batches, each its own rows, in shared forwards without
-        gradients. Takes and raises the same as ``label_losses``, of any model."""
+        """The model's output for the batches of some runs, in shared forwards without gradients.
+        Takes and raises the same as ``label_losses``, for any model."""
         return self._forward(batches, None)
 
     def _forward(self, batches: Mapping[str, Any], forward: Any) -> dict[str, Any]:
@@ -237,8 +237,8 @@ class Runs(Mapping[str, Handle]):
 def _causal_values(
     mean_loss_names: set[str], model: nn.Module, batches: Mapping[str, AdapterBatch]
 ) -> dict[str, Tensor]:
-    """−log p of each run's labels; for a run alone in ``mean_loss_names`` the mean, by a loss that
-    needs less memory."""
+    """−log p of each run's labels; for a single run in ``mean_loss_names`` their mean, by a loss
+    that needs less memory."""
     if len(batches) == 1 and not mean_loss_names.isdisjoint(batches):
         ((name, batch),) = batches.items()
         inputs = {**_keyword_inputs(name, batch), "labels": batch.target}
@@ -264,8 +264,8 @@ def _label_losses(
 
 
 def _keyword_inputs(name: str, batch: AdapterBatch) -> dict[str, Any]:
-    """The keyword arguments of a batch of a language model. ``DataError``: it has others, or no
-    labels."""
+    """The keyword arguments of a language model's batch. Raises ``DataError`` for positional
+    arguments or missing labels."""
     if batch.args or not isinstance(batch.target, Tensor) or len(batch.target) != batch.row_count:
         problem = f"a batch of {name!r} without labels [{batch.row_count}, tokens]"
         raise DataError(

@@ -1,15 +1,14 @@
-"""A training step on torch's meta device, counted: what it holds, what it computes and what it
-moves.
+"""Count a training step on torch's meta device: bytes held, operations, bytes moved.
 
-The model's own forward and backward run, with tensors that have shapes and no numbers, and every
-operation is seen. So nothing is assumed of an architecture but that its blocks repeat: of blocks
-that are alike one runs, and a second one tells what each more of them costs.
+The model's own forward and backward run on tensors that have shapes and no data, and a dispatch
+mode records every operation. The only assumption about the architecture is that its blocks repeat:
+one block of each kind runs, and a second run with one more block gives the cost of each repetition.
 
     step = edges + Σ count · block          for bytes held, operations and bytes moved
 
-Saved bytes are exact where the device does as torch's meta device says. Not seen: workspaces inside
-a kernel, and the slack of an allocator. Attention is causal: its kernels compute the half below the
-diagonal, and that is counted.
+Saved bytes are exact if the device saves the same tensors as torch's meta device. Workspaces inside
+a kernel and the slack of an allocator are not counted. Attention is taken as causal: its kernels
+compute only the half below the diagonal, so half of the operations are counted.
 """
 
 from __future__ import annotations
@@ -31,45 +30,46 @@ from veneer.errors import ConfigError
 from veneer.kernels.device import count_on_meta
 from veneer.models.messages import first_line
 
-#: rows of logits at a time, as the loss of ``veneer train`` has them
+#: number of rows whose logits exist at once, as in the loss of ``veneer train``
 ROWS = 256
 
-#: (operations, bytes moved, whether tensor parallelism leaves it whole) of a call -> how many such
-#: calls
+#: (operations, bytes moved, whether tensor parallelism replicates the call on each device) ->
+#: number of such calls
 Work = Counter[tuple[int, int, bool]]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part of a step costs.
+    """The cost of a step or of a block.
 
     Fields:
-        saved: bytes that wait for backward.
-        wide: bytes of these that are as wide as the hidden state, so that tensor parallelism does
-            not split them.
-        peak_loss, peak_backward: bytes that are held at most until the loss and its gradient are
-            known, and from then on, gradients of parameters aside.
-        forward, backward: calls of operations.
+        saved: bytes that forward keeps for backward.
+        replicated: bytes of these in tensors as wide as the hidden state, which tensor parallelism
+            keeps whole on each device.
+        peak_loss, peak_backward: the most bytes held until the gradient of the loss is computed,
+            and from then on, without the gradients of parameters.
+        forward, backward: the calls of operations.
     """
 
     saved: int = 0
-    wide: int = 0
+    replicated: int = 0
     peak_loss: int = 0
     peak_backward: int = 0
     forward: Work = field(default_factory=Counter)
     backward: Work = field(default_factory=Counter)
 
-    def plus(self, other: Cost, times: int = 1) -> Cost:
-        sizes = (getattr(self, name) + times * getattr(other, name) for name in _BYTES)
-        works = (
-            _plus(getattr(self, name), getattr(other, name), times)
+    def plus(self, added: Cost, times: int = 1) -> Cost:
+        """The sum of this cost and ``times`` the ``added`` one."""
+        sizes = (getattr(self, name) + times * getattr(added, name) for name in _BYTES)
+        calls = (
+            _add_work(getattr(self, name), getattr(added, name), times)
             for name in ("forward", "backward")
         )
-        return Cost(*sizes, *works)
+        return Cost(*sizes, *calls)
 
     @property
     def peak(self) -> int:
-        """Bytes that the step holds at most."""
+        """The most bytes that the step holds."""
         return max(self.peak_loss, self.peak_backward)
 
     @property
@@ -80,38 +80,38 @@ class Cost:
             for (operations, _, _), count in work.items()
         )
 
-    def cut(self, devices: int) -> Cost:
-        """What a part costs each of several devices that share its matrices, and heads of
-        attention: all of them hold and read what is as wide as the hidden state."""
-        less = (self.saved - self.wide) * (devices - 1) // devices
-        sizes = self.saved - less, self.wide, self.peak_loss - less, self.peak_backward - less
-        return Cost(*sizes, cut(self.forward, devices), cut(self.backward, devices))
+    def shard(self, devices: int) -> Cost:
+        """The cost on each of ``devices`` devices that divide matrices and attention heads. Each
+        holds and reads all tensors as wide as the hidden state."""
+        saved_elsewhere = (self.saved - self.replicated) * (devices - 1) // devices
+        sizes = (
+            self.saved - saved_elsewhere,
+            self.replicated,
+            self.peak_loss - saved_elsewhere,
+            self.peak_backward - saved_elsewhere,
+        )
+        return Cost(*sizes, shard_work(self.forward, devices), shard_work(self.backward, devices))
 
 
-_BYTES = ("saved", "wide", "peak_loss", "peak_backward")
+_BYTES = ("saved", "replicated", "peak_loss", "peak_backward")
 
 
-def cut(work: Work, devices: int) -> Work:
-    """The share of the work that one of several devices does."""
+def shard_work(work: Work, devices: int) -> Work:
+    """The work of one of several devices."""
     shares = Work()
-    for (operations, moved, whole), count in work.items():
-        shares[
-            (
-                (operations, moved, whole)
-                if whole
-                else (operations // devices, moved // devices, whole)
-            )
-        ] += count
+    for (operations, moved, replicated), count in work.items():
+        divisor = 1 if replicated else devices
+        shares[operations // divisor, moved // divisor, replicated] += count
     return shares
 
 
-def _plus(work: Work, other: Work, times: int) -> Work:
-    return Counter({call: work[call] + times * other[call] for call in {*work, *other}})
+def _add_work(work: Work, added: Work, times: int) -> Work:
+    return Counter({call: work[call] + times * added[call] for call in {*work, *added}})
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """``count`` repeated blocks that are alike: one of them, and what each costs."""
+class BlockGroup:
+    """``count`` equal blocks: one of them, and the cost of each."""
 
     count: int
     block: nn.Module
@@ -120,34 +120,46 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one batch: ``whole``, and of that the repeated blocks. ``hidden``: bytes of a
-    hidden state."""
+    """The step of one batch.
 
-    whole: Cost
-    blocks: tuple[Blocks, ...]
-    hidden: int
+    Fields:
+        total: its cost.
+        blocks: the repeated blocks, whose costs ``total`` includes.
+        hidden_bytes: size of a hidden state of the batch.
+    """
+
+    total: Cost
+    blocks: tuple[BlockGroup, ...]
+    hidden_bytes: int
 
     @property
-    def checkpointed(self) -> Cost:
-        """The step where a block keeps its input alone, and runs again before its backward."""
-        cost = self.whole
+    def with_checkpointing(self) -> Cost:
+        """The cost with activation checkpointing: each block saves only its input and runs again
+        before its backward."""
+        cost = self.total
         for blocks in self.blocks:
-            own = blocks.cost
-            less = self.hidden - own.saved
-            again = Cost(less, self.hidden - own.wide, less, less, backward=own.forward)
-            cost = cost.plus(again, blocks.count)
+            block_cost = blocks.cost
+            freed = self.hidden_bytes - block_cost.saved
+            recomputed = Cost(
+                freed,
+                self.hidden_bytes - block_cost.replicated,
+                freed,
+                freed,
+                backward=block_cost.forward,
+            )
+            cost = cost.plus(recomputed, blocks.count)
         return cost.plus(
             Cost(peak_backward=max((blocks.cost.saved for blocks in self.blocks), default=0))
         )
 
-    def cut(self, devices: int) -> Step:
-        """The step of one of several devices that share the blocks' matrices; embedding and head
-        are whole on each."""
-        blocks = tuple(replace(one, cost=one.cost.cut(devices)) for one in self.blocks)
-        whole = self.whole
-        for before, after in zip(self.blocks, blocks, strict=True):
-            whole = whole.plus(before.cost, -before.count).plus(after.cost, after.count)
-        return Step(whole, blocks, self.hidden)
+    def shard(self, devices: int) -> Step:
+        """The step of one of several devices that divide the blocks' matrices; each has the whole
+        embedding and output head."""
+        blocks = tuple(replace(group, cost=group.cost.shard(devices)) for group in self.blocks)
+        total = self.total
+        for full, shard in zip(self.blocks, blocks, strict=True):
+            total = total.plus(full.cost, -full.count).plus(shard.cost, shard.count)
+        return Step(total, blocks, self.hidden_bytes)
 
 
 def count_step(
@@ -159,80 +171,87 @@ def count_step(
     plain: bool = True,
     chunked: bool = True,
 ) -> Step:
-    """A step of ``batch`` rows of ``length`` tokens, forward, loss and backward.
+    """Count a step of ``batch`` rows of ``length`` tokens: forward, loss and backward.
 
     Args:
-        model: as ``countable_model`` makes it, with an adapter on it.
-        labelled: the share of the tokens that have a label: the output head sees no others.
-        plain: the frozen weights are plain, so that adapted linear layers are one function each;
-            packed ones (4 and 8 bits) are products of their library, beside which the adapter keeps
-            its inputs whole.
-        chunked: the loss takes ``ROWS`` rows of logits at a time; on a base that fsdp spreads, all
-            of them.
+        model: a result of ``countable_model``, with an adapter attached.
+        labelled: share of the tokens that have a label; only these pass through the output head.
+        plain: whether the frozen weights are plain, so that an adapted linear layer is one autograd
+            function. A packed weight (4 or 8 bits) is multiplied by its library, and the adapter
+            saves its inputs in addition.
+        chunked: whether the loss computes the logits of ``ROWS`` rows at a time. False: of all rows
+            at once, as for a base that FSDP shards.
 
     Raises:
-        ConfigError: the model has no repeated blocks, or does what cannot be counted without
-            numbers.
+        ConfigError: the model has no repeated blocks, or cannot run on tensors without data.
     """
-    table = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     with count_on_meta() if plain else nullcontext():
-        whole, blocks = _by_kind(model, lambda: _run(model, batch, length, labelled, chunked))
-    return Step(whole, blocks, batch * length * table.shape[-1] * table.element_size())
+        total, blocks = _count_by_block_kind(
+            model, lambda: _run_step(model, batch, length, labelled, chunked)
+        )
+    return Step(total, blocks, batch * length * embedding.shape[-1] * embedding.element_size())
 
 
 def count_forward(model: Any, length: int) -> tuple[int, int]:
-    """(operations, bytes of keys and values that stay) of one row of so many tokens, without a
-    graph. ``ConfigError``: as ``count_step``."""
+    """Count a forward without gradients of one row of ``length`` tokens: (operations, bytes of the
+    cached keys and values). Raises ``ConfigError`` as ``count_step``."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
 
     def run() -> Cost:
-        with torch.no_grad(), count_on_meta(), _Counter(model, 0) as seen:
+        with torch.no_grad(), count_on_meta(), _OperationCounter(model, 0) as counter:
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            kept: Any = next(value for value in output.values() if hasattr(value, "layers"))
+            cache: Any = next(value for value in output.values() if hasattr(value, "layers"))
         tensors = [
             value
-            for layer in kept.layers
+            for layer in cache.layers
             for value in vars(layer).values()
             if isinstance(value, Tensor)
         ]
-        # not how many there are
-        held = sum(one.nbytes for one in tensors if one.is_floating_point())
-        return Cost(saved=held, forward=seen.work)
+        # integer tensors of a cache are counters, not keys or values
+        cache_bytes = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
+        return Cost(saved=cache_bytes, forward=counter.work)
 
-    whole, _ = _by_kind(model, run)
-    return whole.operations, whole.saved
+    total, _ = _count_by_block_kind(model, run)
+    return total.operations, total.saved
 
 
-def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, ...]]:
-    """What ``run`` costs with all repeated blocks, from runs with one or two of each kind in their
-    place."""
-    path, stack = _blocks(model)
+def _count_by_block_kind(
+    model: Any, run: Callable[[], Cost]
+) -> tuple[Cost, tuple[BlockGroup, ...]]:
+    """The cost of ``run`` for all blocks, measured with one block of each kind, and once more for
+    each kind with a second block of it. Also returns the groups of equal blocks."""
+    path, block_list = _block_list(model)
     kinds: dict[Any, list[nn.Module]] = {}
-    frozen = True  # below the lowest adapted block nothing is kept
-    for block in stack:
+    frozen = True  # forward saves nothing below the lowest adapted block
+    for block in block_list:
         frozen &= not any(p.requires_grad for p in block.parameters())
-        kinds.setdefault((frozen, *_shape(block)), []).append(block)
-    first = [alike[0] for alike in kinds.values()]
-    depths = [(config, config.num_hidden_layers) for config in _configs(model)]
+        kinds.setdefault((frozen, *_block_signature(block)), []).append(block)
+    one_of_each = [equal_blocks[0] for equal_blocks in kinds.values()]
+    depths = [(config, config.num_hidden_layers) for config in _depth_configs(model)]
 
     def cost_of(blocks: Sequence[nn.Module]) -> Cost:
-        for config, number in depths:  # transformers runs no block beyond it
+        for config, number in depths:  # transformers runs at most `num_hidden_layers` blocks
             config.num_hidden_layers = max(number, len(blocks))
-        _put(model, path, nn.ModuleList(blocks))
+        _set_block_list(model, path, nn.ModuleList(blocks))
         return run()
 
     try:
         with torch.random.fork_rng(devices=[]):  # dropout draws a seed
-            whole, blocks = cost_of(first), []
-            for alike in kinds.values():
-                second = alike[:2][-1]
-                more = [
-                    one
-                    for block in first
-                    for one in ([block, second] if block is alike[0] else [block])
+            total, blocks = cost_of(one_of_each), []
+            for equal_blocks in kinds.values():
+                another = equal_blocks[:2][-1]
+                with_another = [
+                    repeated
+                    for block in one_of_each
+                    for repeated in ([block, another] if block is equal_blocks[0] else [block])
                 ]
-                blocks.append(Blocks(len(alike), alike[0], cost_of(more).plus(whole, -1)))
-    except Exception as error:  # of the model's own code, on tensors that it may not expect
+                blocks.append(
+                    BlockGroup(
+                        len(equal_blocks), equal_blocks[0], cost_of(with_another).plus(total, -1)
+                    )
+                )
+    except Exception as error:  # the model's own code may fail on tensors without data
         problem = (
             f"{type(model).__name__}, which cannot run without numbers ({first_line(error)[:160]})"
         )
@@ -240,103 +259,101 @@ def _by_kind(model: Any, run: Callable[[], Cost]) -> tuple[Cost, tuple[Blocks, .
             problem, "a model whose shapes do not depend on its data", "plan a like one"
         ) from error
     finally:
-        _put(model, path, stack)
+        _set_block_list(model, path, block_list)
         model.zero_grad()
-        for config, number in depths:
-            config.num_hidden_layers = number
-    for each in blocks:
-        whole = whole.plus(each.cost, each.count - 1)
-    return whole, tuple(blocks)
+        for config, depth in depths:
+            config.num_hidden_layers = depth
+    for group in blocks:
+        total = total.plus(group.cost, group.count - 1)
+    return total, tuple(blocks)
 
 
-def _run(model: Any, batch: int, length: int, labelled: float, chunked: bool = True) -> Cost:
-    """One step of the model as it is."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for (
-        parameter
-    ) in trained:  # they are counted elsewhere, and all are there while batches accumulate
+def _run_step(model: Any, batch: int, length: int, labelled: float, chunked: bool = True) -> Cost:
+    """The cost of one step of the model as it is."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # gradients exist beforehand, as while batches accumulate; `memory.py` counts their bytes
+    for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     head: Any = model.get_output_embeddings()
     width = model.get_input_embeddings().weight.shape[-1]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    body = model.base_model if model.base_model is not model else model
-    with _Counter(model, width) as seen:
-        states = body(input_ids=ids, use_cache=False)[0]
-        saved, wide = seen.held()
+    decoder = model.base_model if model.base_model is not model else model
+    with _OperationCounter(model, width) as counter:
+        states = decoder(input_ids=ids, use_cache=False)[0]
+        saved, replicated = counter.live_bytes()
         rows = states.flatten(0, 1)[: max(1, round(batch * length * labelled))]
         gradients = (
             torch.zeros_like(rows)
             if head is None
-            else (_in_chunks if chunked else _at_once)(head, rows.detach())
+            else (_chunked_loss_gradient if chunked else _full_loss_gradient)(head, rows.detach())
         )
-        forward, seen.work = seen.work, Counter()
-        loss, seen.peak = seen.peak, seen.live
+        forward, counter.work = counter.work, Counter()
+        peak_loss, counter.peak = counter.peak, counter.live
         rows.backward(gradients)
         del states, rows, gradients
-        return Cost(saved, wide, loss, seen.peak, forward, seen.work)
+        return Cost(saved, replicated, peak_loss, counter.peak, forward, counter.work)
 
 
-def _in_chunks(head: Any, rows: Tensor) -> Tensor:
-    """The gradient of the cross-entropy in the rows, a chunk of them at a time, as
-    ``train/loss.py`` has it."""
-    return torch.cat([_chunk(head, piece.requires_grad_()) for piece in rows.split(ROWS)])
+def _chunked_loss_gradient(head: Any, rows: Tensor) -> Tensor:
+    """Gradient of the cross-entropy with respect to the rows, computed in chunks as in
+    ``train/loss.py``."""
+    return torch.cat([_chunk_gradient(head, chunk.requires_grad_()) for chunk in rows.split(ROWS)])
 
 
-def _chunk(head: Any, rows: Tensor) -> Tensor:
+def _chunk_gradient(head: Any, rows: Tensor) -> Tensor:
     logits = head(rows)
-    wide = logits.detach().float()  # held until this returns
-    return torch.autograd.grad(logits, rows, wide.softmax(-1).to(logits.dtype))[0]
+    float_logits = logits.detach().float()  # alive until the function returns
+    return torch.autograd.grad(logits, rows, float_logits.softmax(-1).to(logits.dtype))[0]
 
 
-def _at_once(head: Any, rows: Tensor) -> Tensor:
-    """The same by the logits of all rows, as ``train/loss.py`` has it where the head cannot be
-    called alone."""
-    return torch.autograd.grad(_total(head, rows.requires_grad_()), rows)[0]
+def _full_loss_gradient(head: Any, rows: Tensor) -> Tensor:
+    """The same from the logits of all rows at once, as ``train/loss.py`` does if the output head
+    cannot be called separately."""
+    return torch.autograd.grad(_summed_loss(head, rows.requires_grad_()), rows)[0]
 
 
-def _total(head: Any, rows: Tensor) -> Tensor:
+def _summed_loss(head: Any, rows: Tensor) -> Tensor:
     labels = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    logits = head(rows)  # held until this returns
+    logits = head(rows)  # alive until the function returns
     return torch.nn.functional.cross_entropy(logits[labels].float(), labels, reduction="sum")
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Those of the model and of the models in it that say how many blocks run, each once."""
-    found = {
+def _depth_configs(model: nn.Module) -> list[Any]:
+    """The distinct configs, of the model and of models inside it, that set the number of blocks."""
+    configs = {
         id(config): config
         for module in model.modules()
         if (config := getattr(module, "config", None)) is not None
     }
     return [
         config
-        for config in found.values()
+        for config in configs.values()
         if isinstance(getattr(config, "num_hidden_layers", None), int)
     ]
 
 
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of repeated blocks, and its path: of all lists of modules the one with the most
-    parameters."""
-    lists = [
+def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(path, list) of the repeated blocks: the module list with the most parameters."""
+    module_lists = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     ]
-    if lists:
+    if module_lists:
         return max(
-            lists, key=lambda one: sum(parameter.numel() for parameter in one[1].parameters())
+            module_lists, key=lambda entry: sum(weight.numel() for weight in entry[1].parameters())
         )
     problem = f"{type(model).__name__}, which has no list of blocks"
     raise ConfigError(problem, "a transformer of transformers, whose blocks repeat", "plan one")
 
 
-def _put(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
+def _set_block_list(model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = blocks
 
 
-def _shape(block: nn.Module) -> tuple[Any, ...]:
-    """What makes blocks alike: their modules, how far back these look, and the shapes of their
+def _block_signature(block: nn.Module) -> tuple[Any, ...]:
+    """The properties that equal blocks share: classes of modules, attention windows, shapes of
     parameters."""
     modules = tuple(
         (name, type(module).__qualname__, getattr(module, "sliding_window", None))
@@ -347,82 +364,88 @@ def _shape(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-class _Counter(TorchDispatchMode):
-    """Sees each operation: the storages that it makes, until they are freed, those of the model's
-    own tensors aside; its work. ``width``: of hidden states."""
+class _OperationCounter(TorchDispatchMode):
+    """Dispatch mode that records each operation's work, and the bytes of the storages that
+    operations create, until these are freed. Storages of the model's own tensors are not counted.
+
+    Args:
+        width: number of features of hidden states.
+    """
 
     def __init__(self, model: nn.Module, width: int) -> None:
         super().__init__()
         self.work: Work = Counter()
         self.width, self.live, self.peak = width, 0, 0
         self.storages: dict[int, tuple[Any, int, bool]] = {}
-        self.own = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
-        self.own |= {
+        tensors = [*model.parameters(), *model.buffers()]
+        self.model_storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.model_storages |= {
             p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None
         }
 
-    def held(self) -> tuple[int, int]:
-        """Bytes that are held now, and those of tensors as wide as a hidden state."""
-        return self.live, sum(size for _, size, wide in self.storages.values() if wide)
+    def live_bytes(self) -> tuple[int, int]:
+        """(bytes that are held now, bytes of these in tensors as wide as a hidden state)."""
+        return self.live, sum(size for _, size, replicated in self.storages.values() if replicated)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        outputs = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
-        for one in outputs:
-            self._made(one)
-        own = {one.untyped_storage()._cdata for one in inputs}
+        inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        outputs = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        for tensor in outputs:
+            self._track_storage(tensor)
+        input_storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         views = not func._schema.is_mutable and all(
-            one.untyped_storage()._cdata in own for one in outputs
+            tensor.untyped_storage()._cdata in input_storages for tensor in outputs
         )
         if outputs and not views and "empty" not in func._schema.name:
-            moved, operations = (
-                sum(one.nbytes for one in (*inputs, *outputs)),
-                operations_of(func, args, kwargs, out),
+            moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
+            operations = count_operations(func, args, kwargs, out)
+            replicated = not operations and all(
+                tensor.dim() > 1 and tensor.shape[-1] == self.width for tensor in outputs
             )
-            whole = not operations and all(
-                one.dim() > 1 and one.shape[-1] == self.width for one in outputs
-            )
-            self.work[operations, moved, whole] += 1
+            self.work[operations, moved, replicated] += 1
         return out
 
-    def _made(self, one: Tensor) -> None:
-        storage = one.untyped_storage()
+    def _track_storage(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
         key = storage._cdata
-        if not one.is_meta or key in self.storages or key in self.own:
+        if not tensor.is_meta or key in self.storages or key in self.model_storages:
             return
         size = storage.nbytes()
-        gone = weakref.ref(storage, lambda _: self._freed(key))
-        self.storages[key] = gone, size, one.dim() > 1 and one.shape[-1] == self.width
+        reference = weakref.ref(storage, lambda _: self._untrack_storage(key))
+        self.storages[key] = reference, size, tensor.dim() > 1 and tensor.shape[-1] == self.width
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _freed(self, key: int) -> None:
+    def _untrack_storage(self, key: int) -> None:
         _, size, _ = self.storages.pop(key)
         self.live -= size
 
 
-def operations_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Floating-point operations of a product, two for each multiplication; 0 for what is none."""
+def count_operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of a matrix product or attention, two for each multiplication; 0
+    for any other operation."""
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"):
-        left, right = (args[1], args[2]) if "add" in name else (args[0], args[1])
+        left_factor, right_factor = (args[1], args[2]) if "add" in name else (args[0], args[1])
         if name != "_grouped_mm":
-            return 2 * left.numel() * right.shape[-1]
-        if right.dim() == 3:  # rows, each times the matrix of its group
-            return 2 * left.numel() * right.shape[-1]
-        return 2 * left.shape[0] * left.shape[1] * right.shape[-1]  # a gradient: groups of columns
+            return 2 * left_factor.numel() * right_factor.shape[-1]
+        if right_factor.dim() == 3:  # each row times the matrix of its group
+            return 2 * left_factor.numel() * right_factor.shape[-1]
+        return 2 * left_factor.shape[0] * left_factor.shape[1] * right_factor.shape[-1]  # gradient
     formula = flop_registry.get(func._overloadpacket)
-    found = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-    if "attention" in name and _argument(func, "is_causal", args, kwargs):
+    operations = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+    if "attention" in name and _call_argument(func, "is_causal", args, kwargs):
         length = args[1].shape[-2] if "backward" in name else args[0].shape[-2]
-        found = found * (length + 1) // (2 * length)
-    return found
+        operations = operations * (length + 1) // (2 * length)
+    return operations
 
 
-def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """What a call gives for an argument of this name; None if the function has none."""
-    places = [argument.name for argument in func._schema.arguments]
-    place = places.index(name) if name in places else None
-    return kwargs.get(name, args[place] if place is not None and place < len(args) else None)
+def _call_argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """The argument of a call with this name; None if the function has no such parameter."""
+    names = [argument.name for argument in func._schema.arguments]
+    position = names.index(name) if name in names else None
+    return kwargs.get(
+        name, args[position] if position is not None and position < len(args) else None
+    )

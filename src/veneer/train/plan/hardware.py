@@ -1,9 +1,9 @@
-"""Devices as their makers publish them, and the time that counted work takes on one.
+"""Published figures of devices, and the time that counted work takes on one.
 
     seconds = Σ calls · max(operations / (PRODUCTS · peak), bytes / (BYTES · bandwidth), LAUNCH)
 
-A roofline for each call. The three shares are those of a well-fed device, the same for all: what a
-program reaches of them is measured, not published, so that ratios of times are better than times.
+A roofline for each call. The three shares are those of a well-used device and the same for all
+devices. They are measured, not published, so ratios of times are more reliable than times.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import NamedTuple
 from veneer.errors import ConfigError, nearest
 from veneer.train.plan.count import Work
 
-#: shares of the published peak that large products reach, of the bandwidth that passes over memory
-#: do, and of that of
-#: the links between devices
+#: achieved shares of published figures: of the peak by large products, of the bandwidth by passes
+#: over memory, and of the bandwidth of links between devices
 PRODUCTS, BYTES, LINKS = 0.65, 0.8, 0.75
-#: seconds that a call takes however small it is: the launch of a kernel
+#: least seconds of a call: the launch of a kernel
 LAUNCH = 4e-6
-#: bytes of a GPU that are never a program's: the driver's context, and workspaces of libraries
+#: bytes of a GPU that no program can use: the driver's context, and workspaces of libraries
 CONTEXT = 0.75 * 2**30
-#: share of what a run holds that lies free between it, in the allocator's blocks
+#: fragmentation: free bytes in the allocator's blocks, as a share of the bytes held
 SLACK = 0.05
 
 
 class Network(NamedTuple):
-    """What a machine sends to others, in bytes a second, and who says so (None: nobody)."""
+    """Bandwidth from one machine to others in bytes a second, and its source (None: an
+    assumption)."""
 
     bandwidth: float
     source: str | None
@@ -39,14 +39,14 @@ class Hardware:
 
     Fields:
         memory: bytes.
-        peak16, peak32: operations a second of dense products in 16 bits with sums in float32, and
-            in float32.
+        peak16, peak32: operations a second of dense products, in 16 bits with float32 accumulation,
+            and in float32.
         bandwidth: bytes a second of its memory.
-        link: bytes a second that it sends to others of its machine (one direction).
+        link: bytes a second to other devices of its machine, in one direction.
         host: bytes a second that it reads from main memory.
-        machine: devices that these links join.
-        network: that between machines.
-        source: who says so, but of the network.
+        machine: number of devices that these links join.
+        network: the network between machines.
+        source: where the figures but the network's are published.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Hardware:
         return self.memory - CONTEXT
 
     def seconds(self, work: Work, itemsize: int = 2) -> float:
-        """Of counted work, in products of this many bytes a number."""
+        """Seconds that counted work takes, with products of ``itemsize`` bytes a number."""
         peak = (self.peak16 if itemsize < 4 else self.peak32) * PRODUCTS
         bandwidth = self.bandwidth * BYTES
         return sum(
@@ -73,10 +73,10 @@ class Hardware:
             for (operations, moved, _), count in work.items()
         )
 
-    def sending(self, sent: float, devices: int) -> float:
-        """Seconds to send bytes, of a device among so many. What passes between machines are as
-        many rings as they have adapters, so that a device has all of these for its part of a
-        sum."""
+    def transfer_seconds(self, sent: float, devices: int) -> float:
+        """Seconds in which one of ``devices`` devices sends ``sent`` bytes. Between machines,
+        collectives run one ring for each network adapter, so a device can use all of them for its
+        share."""
         return sent / (
             LINKS
             * (self.link if devices <= self.machine else min(self.link, self.network.bandwidth))
@@ -84,8 +84,8 @@ class Hardware:
 
 
 GB, TB, T = 1e9, 1e12, 1e12
-#: NVLink and xGMI are published as the sum of both directions; PCIe of 16 lanes sends 32 (4.0) or
-#: 64 (5.0) GB/s
+#: NVLink and xGMI are published as the sum of both directions; 16 lanes of PCIe send 32 GB/s (4.0)
+#: or 64 GB/s (5.0)
 PCIE4, PCIE5 = 32 * GB, 64 * GB
 
 _PDF = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center"
@@ -94,17 +94,16 @@ _HGX = "https://www.nvidia.com/en-us/data-center/hgx/"
 _BASEPOD = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/"
 _DGX_A100 = "https://developer.nvidia.com/blog/defining-ai-innovation-with-dgx-a100/"
 _VLLM_MORI = "https://rocm.docs.amd.com/en/latest/how-to/rocm-for-ai/inference/benchmark-docker/vllm-mori-distributed.html"
-#: machines that their makers build have an adapter a device, of 400 or 200 Gbit/s; one of devices
-#: that are bought alone
-#: is taken to have one of 100 Gbit/s
+#: complete machines from the makers have a network adapter of 400 or 200 Gbit/s for each device;
+#: for machines of devices sold singly, one of 100 Gbit/s is assumed
 _DGX, _A100 = Network(400 * GB, f"{_BASEPOD}core-components.html"), Network(200 * GB, _DGX_A100)
 _AMD, _ANY = Network(400 * GB, _VLLM_MORI), Network(12.5 * GB, None)
 
-#: dense products; datasheets since Ampere give twice as much, for weights half of which are zeros
-#: ("with sparsity")
-KNOWN = {
-    one.name: one
-    for one in (
+#: figures for dense products; datasheets since Ampere also give twice these, for weights of which
+#: half are zeros ("with sparsity")
+DEVICES = {
+    device.name: device
+    for device in (
         Hardware(
             "l4", 24 * GB, 121 * T, 30.3 * T, 300 * GB, PCIE4, PCIE4, 8, _ANY,
             "https://www.nvidia.com/en-us/data-center/l4/",
@@ -146,11 +145,13 @@ KNOWN = {
 }  # fmt: skip
 
 
-def hardware(name: str) -> Hardware:
-    """A device by its name here. ``ConfigError``: an unknown one."""
-    found = KNOWN.get(name.lower())
-    if found is None:
+def find_hardware(name: str) -> Hardware:
+    """The device of this name. Raises ``ConfigError`` for an unknown name."""
+    device = DEVICES.get(name.lower())
+    if device is None:
         raise ConfigError(
-            f"hardware {name!r}{nearest(name, KNOWN)}", f"one of {', '.join(KNOWN)}", "choose one"
+            f"hardware {name!r}{nearest(name, DEVICES)}",
+            f"one of {', '.join(DEVICES)}",
+            "choose one",
         )
-    return found
+    return device

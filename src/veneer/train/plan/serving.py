@@ -1,14 +1,14 @@
-"""A service: what lies in a replica's memory, how fast it answers, and how many replicas a load
-takes.
+"""Plan a service: the memory of a replica, its speed, and the number of replicas for a load.
 
-    memory   base + adapters in memory + keys and values of the running rows + slack ≤ what the devices have
-    step     max(bytes read, operations) of one token for each row: the weights once (packed ones also as they are
-             unpacked), each adapter of the batch once, each row's keys and values
+    memory   base + adapters in memory + keys and values of the running rows + slack
+             ≤ the devices' memory
+    step     max(time of bytes, time of operations) of one token for each row: the weights once
+             (packed ones also unpacked), each adapter of the batch once, each row's keys and values
     request  its prompt's operations, and a row's share of one step for each token of its answer
 
-A replica is ``devices`` devices with the weights cut between them (tensor parallelism). Rows fill
-what memory the adapters leave, up to ``rows``. The load is spread evenly; a replica is meant to be
-busy ``BUSY`` of the time, since queues grow without bound as that comes near 1.
+A replica is ``devices`` devices that share the weights by tensor parallelism. Rows fill the memory
+that the adapters leave, up to ``rows``. The load is spread evenly over replicas, each of which is
+busy for the share ``BUSY`` of the time: queues grow without bound as this share nears 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.train.plan.count import count_forward
 from veneer.train.plan.hardware import BYTES, PRODUCTS, SLACK, Hardware
-from veneer.train.plan.memory import packed_linears, to_be_packed, weights
+from veneer.train.plan.memory import packed_linears, packed_weight_bytes, weight_bytes
 
 #: share of the time that a replica is busy at the load
 BUSY = 0.7
@@ -28,8 +28,10 @@ BUSY = 0.7
 
 @dataclass(frozen=True)
 class Load:
-    """``requests`` a second, each of a ``prompt`` and an ``answer`` of so many tokens, by one of
-    ``adapters`` adapters. At most ``rows`` run at once in a replica, of ``devices`` devices."""
+    """The load of a service: ``requests`` a second, each with ``prompt`` and ``answer`` tokens and
+    one of ``adapters`` adapters. A replica has ``devices`` devices and runs at most ``rows`` rows
+    at once.
+    """
 
     requests: float = 1.0
     prompt: int = 512
@@ -40,32 +42,32 @@ class Load:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        whole = ("prompt", "answer", "adapters", "rows", "devices")
-        wrong = [name for name in whole if getattr(self, name) < 1] + ["requests"] * (
+        counts = ("prompt", "answer", "adapters", "rows", "devices")
+        wrong = [name for name in counts if getattr(self, name) < 1] + ["requests"] * (
             self.requests <= 0
         )
         if wrong:
-            found = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            problem = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
             raise ConfigError(
-                found, "counts of at least 1, and more than 0 requests a second", "correct it"
+                problem, "counts of at least 1, and more than 0 requests a second", "correct it"
             )
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a load takes.
+    """The resources that a load needs.
 
     Fields:
         base, adapter, row: bytes of the base, of one adapter, and of the keys and values of one row
-            at its longest.
-        rows: that run at once in a replica. 0: the base and one row do not fit.
-        in_memory: adapters in a replica's memory beside these rows, at most all.
+            of full length.
+        rows: rows that run at once in a replica; 0 if the base and one row do not fit.
+        in_memory: adapters that fit into a replica's memory beside these rows, at most all.
         step: seconds for one token of each row.
         answered: requests a second that a replica can answer.
-        replicas: for the load.
-        hits: share of the requests whose adapter is in the memory of its replica, if each adapter
-            is asked for alike and goes to one replica alone.
-        fetch: seconds to read an adapter that is not, from main memory.
+        replicas: number of replicas for the load.
+        hits: share of the requests whose adapter is in memory, if adapters are equally popular and
+            each is assigned to one replica.
+        fetch: seconds to read an adapter from main memory.
     """
 
     hardware: str
@@ -83,14 +85,16 @@ class Service:
 
 
 def plan_service(model: Any, load: Load, on: Hardware) -> Service:
-    """What ``load`` takes on this hardware. ``model``: as ``countable_model`` makes it, with a like
-    adapter on it."""
+    """Plan ``load`` on the hardware ``on``. ``model``: a result of ``countable_model``, with an
+    adapter of the intended shape attached."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     itemsize = model.dtype.itemsize
     adapter = itemsize * sum(parameter.numel() for parameter in trained)
-    base = (weights(model) if load.quantize is None else to_be_packed(model, load.quantize))[0]
+    base = (
+        weight_bytes(model) if load.quantize is None else packed_weight_bytes(model, load.quantize)
+    )[0]
     linears = packed_linears(model, load.quantize) if load.quantize else []
-    # written for their products, and read there
+    # each unpacked weight is written once and read once
     unpacked = 2 * sum(weight.nbytes for weight, _ in linears)
     length = load.prompt + load.answer
     operations, row = count_forward(model, length)
@@ -104,14 +108,14 @@ def plan_service(model: Any, load: Load, on: Hardware) -> Service:
     if rows == 0:
         return Service(on.name, load, base, adapter, row, 0, 0, math.inf, 0.0, 0, 0.0, math.inf)
     in_memory = min(load.adapters, math.floor((room - rows * row) / adapter))
-    different = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
-    read = (
-        _read(model, base, rows)
+    distinct_adapters = load.adapters * (1 - (1 - 1 / load.adapters) ** rows)
+    read_bytes = (
+        _weights_read(model, base, rows)
         + unpacked
-        + different * adapter
+        + distinct_adapters * adapter
         + rows * row * (load.prompt + load.answer / 2) / length
     )
-    step = max(read / bandwidth, rows * operations / peak)
+    step = max(read_bytes / bandwidth, rows * operations / peak)
     busy = load.prompt * operations / peak + load.answer * step / rows
     replicas = math.ceil(load.requests * busy / BUSY)
     hits = min(1.0, in_memory * replicas / load.adapters)
@@ -131,24 +135,24 @@ def plan_service(model: Any, load: Load, on: Hardware) -> Service:
     )
 
 
-def _read(model: Any, base: int, rows: int) -> float:
-    """Bytes of the weights that one step reads: of a stack of experts, those that any of the rows
-    is sent to."""
+def _weights_read(model: Any, base: int, rows: int) -> float:
+    """Expected bytes of the weights that one step reads. Of a stack of experts it reads those to
+    which at least one row is routed."""
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(
         config, "n_routed_experts", None
     )
     experts = experts or getattr(config, "num_experts", None)
-    chosen = getattr(config, "num_experts_per_tok", None)
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    # a row for each token
-    looked_up = 0 if head is not None and head.weight is table else table.nbytes
-    if not experts or not chosen:
-        return base - looked_up
+    # a step reads only one row of the embedding for each token
+    lookup_only = 0 if head is not None and head.weight is table else table.nbytes
+    if not experts or not experts_per_token:
+        return base - lookup_only
     stacks = sum(
-        one.nbytes
-        for one in model.parameters()
-        if one.dim() == 3 and len(one) == experts and not one.requires_grad
+        parameter.nbytes
+        for parameter in model.parameters()
+        if parameter.dim() == 3 and len(parameter) == experts and not parameter.requires_grad
     )
-    return base - looked_up - stacks * (1 - chosen / experts) ** rows
+    return base - lookup_only - stacks * (1 - experts_per_token / experts) ** rows

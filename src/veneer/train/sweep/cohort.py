@@ -1,12 +1,12 @@
-"""Candidates that share a base: each step is one forward and one backward for all whose rows have
-one shape (``veneer/engine``).
+"""Candidates that train together on one base: each step is one forward and one backward for all
+candidates whose batches have equal shapes (``veneer/engine``).
 
-A candidate is the run that `veneer train` makes of its configuration alone: the same start, order
-of rows, optimiser, schedule, clipping and random numbers. Candidates of one data seed have the same
-rows in each step, so they share it; others take forwards of their own.
+A candidate has the numbers of its own run of `veneer train`: the same start, order of rows,
+optimiser, schedule, clipping and random numbers. Candidates with one data seed have the same rows
+in each step and share its forward; candidates with other rows take forwards of their own.
 
-Random numbers besides dropout are drawn here too: torch's loaders take a number from the default
-generator whenever they begin, for an epoch or an evaluation.
+Besides dropout, torch's data loaders draw a number from the default generator at the start of each
+epoch and each evaluation; `draw` does the same here.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from veneer.train.start_data import start_data
 from veneer.train.sweep.held_out import OutputAsModel, evaluate_runs
 from veneer.train.tasks import Task
 
-#: of a candidate's own state in a checkpoint: optimiser, schedule, random numbers
+#: the file of a candidate's optimiser, schedule and random numbers in a checkpoint
 STATE = "state.pt"
 
 
 @dataclass(eq=False)
 class Member:
-    """A candidate that trains: its task, and its adapter on the engine."""
+    """A candidate in training: its task, and its adapter on the engine."""
 
     task: Task
     adapter: TrainedAdapter
@@ -60,8 +60,8 @@ class Member:
         return config.seed if config.data_seed is None else config.data_seed
 
     def step(self, loss: float) -> str | None:
-        """The optimiser's step on the gradients that are there; or why there is none: a loss or a
-        gradient that is not finite."""
+        """Take the optimiser's step. Returns a problem instead if the loss or the gradient is not
+        finite."""
         norm = self.adapter.clip(self.task.config.max_grad_norm or 0.0)
         if not math.isfinite(loss):
             return f"the loss is {loss}"
@@ -76,11 +76,12 @@ class Cohort:
 
     Args:
         model: the base.
-        tasks: of each candidate, by name, with its own configuration.
+        tasks: by candidate, a task with the candidate's configuration.
         resumed_from: the folder of a checkpoint, or None.
-        keep_going: leave candidates out that cannot begin; otherwise ``TargetError`` names all.
+        keep_going: leave out candidates that cannot begin; otherwise raise a ``TargetError`` that
+            names all of them.
 
-    ``failed``: by name, why a candidate could not begin, or was dropped later.
+    ``failed``: by candidate, why it could not begin or was dropped.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Cohort:
         self._checked: list[Any] = []
         try:
             self._for_each(tasks, lambda name: self._attach(name, tasks[name], resumed_from))
-            decays = _weight_decays(model)
+            weight_decays = _weight_decays(model)
             self._for_each(
-                self.runs, lambda name: self._start(name, tasks[name], output, resumed_from, decays)
+                self.runs,
+                lambda name: self._start(name, tasks[name], output, resumed_from, weight_decays),
             )
             if not keep_going:
                 problems = [f"candidate {name}: {problem}" for name, problem in self.failed.items()]
@@ -111,8 +113,8 @@ class Cohort:
             raise
 
     def _for_each(self, names: Iterable[str], action: Callable[[str], None]) -> None:
-        """Run ``action`` for each candidate. If it raises, the candidate has failed and its adapter
-        is detached."""
+        """Run ``action`` for each candidate. If it raises, record the failure and detach the
+        adapter."""
         for name in [*names]:
             try:
                 action(name)
@@ -129,7 +131,7 @@ class Cohort:
         start = start_data(task, self.prepared.train, self.model)
         lora = lora_config(config, self.model, {})
         self.runs.add(name, lora, seed=config.seed, **start)
-        # among candidates that are attached alike, the check of the first holds for all
+        # candidates with equal adapter configs need only one check
         if config.check and lora not in self._checked:
             check(self.model, task.example(self.prepared, self.model.device), name)
             self._checked.append(lora)
@@ -140,12 +142,15 @@ class Cohort:
         task: Task,
         output: Path,
         resumed_from: Path | None,
-        decays: Mapping[int, bool],
+        weight_decays: Mapping[int, bool],
     ) -> None:
-        """Give a candidate its optimiser and schedule, and their state if there is one."""
+        """Create a candidate's optimiser and schedule, and restore their state from a
+        checkpoint."""
         adapter = self.runs.engine.adapters[name]
         arguments, steps = arguments_of(task.config, output, self.prepared), self.prepared.steps
-        adapter.optimizer = _create_optimizer(arguments, self.model, adapter.parameters, decays)
+        adapter.optimizer = _create_optimizer(
+            arguments, self.model, adapter.parameters, weight_decays
+        )
         adapter.scheduler = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=adapter.optimizer,
@@ -155,7 +160,7 @@ class Cohort:
         if resumed_from is not None:
             state = torch.load(resumed_from / name / STATE, weights_only=True)
             adapter.load_state_dict(state)
-        else:  # as a trainer does once the adapter is attached
+        else:  # transformers' Trainer also seeds after the adapter is attached
             adapter.stream.restart(task.config.seed)
         self.members[name] = Member(task, adapter)
 
@@ -168,11 +173,12 @@ class Cohort:
 
     @property
     def _first_task(self) -> Task:
-        """Of any candidate: they agree in all that rows depend on, but for their order."""
+        """The task of one candidate, for everything that candidates share; only the order of rows
+        differs."""
         return next(iter(self.members.values())).task
 
     def _step_rows(self, order: int) -> Iterator[list[list[int]]]:
-        """The row indices of each step, by its passes; the same for all candidates that have this
+        """The row indices of each step, as a list of forward passes, for candidates with this
         order."""
         config = self._first_task.config
         lengths = self.prepared.train.lengths
@@ -193,8 +199,8 @@ class Cohort:
         return steps_an_epoch(self._first_task.config, len(self.prepared.train))
 
     def step(self) -> dict[str, float]:
-        """One step of all; the loss of each. Candidates whose loss or gradient is not finite are
-        dropped and listed in `failed`."""
+        """Train one step. Returns each candidate's loss. Candidates whose loss or gradient is not
+        finite are dropped and listed in `failed`."""
         if self._step % self.steps_an_epoch == 0:
             self.draw()
         passes = {order: self._collate(next(rows)) for order, rows in self._rows.items()}
@@ -219,8 +225,8 @@ class Cohort:
         return {name: losses[name] for name in losses if name in self.members}
 
     def _collate(self, passes: Sequence[Sequence[int]]) -> list[tuple[Any, int]]:
-        """The batches of a step as `Runs` takes them, and how many items the loss of each is a mean
-        over."""
+        """(batch in the form of `Runs.backward`, number of items in its mean loss) of each forward
+        pass."""
         task, rows = self._first_task, self.prepared.train
         batches = []
         for indices in passes:
@@ -235,27 +241,27 @@ class Cohort:
         return {name: partial(_mean_loss, member.task) for name, member in self.members.items()}
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """The loss and the measures of each on the rows held out."""
+        """The loss and measures of each candidate on the held-out rows."""
         tasks = {name: member.task for name, member in self.members.items()}
         return evaluate_runs(self.runs, tasks, self.prepared.evaluation)
 
     def draw(self) -> None:
-        """Draw the number of each run that torch's loaders take when an epoch or an evaluation of a
-        run alone begins."""
+        """Draw the number that torch's data loader takes at the start of an epoch or evaluation,
+        from each candidate's random stream."""
         for member in self.members.values():
             with member.adapter.stream:
                 torch.empty((), dtype=torch.int64).random_()
 
     def remove(self, name: str) -> None:
-        """Let a candidate end; its memory is free."""
+        """End a candidate and free its memory."""
         self.runs.remove(name)
         del self.members[name]
         orders = {member.order for member in self.members.values()}
         self._rows = {order: rows for order, rows in self._rows.items() if order in orders}
 
     def save(self, folder: Path, provenance: Callable[[str], Mapping[str, Any]]) -> None:
-        """Each candidate's adapter and state, in a folder of its name. `provenance`: of its
-        adapter, by name."""
+        """Save each candidate's adapter and state to a folder of its name. `provenance`: returns
+        the provenance of an adapter by the candidate's name."""
         for name, member in self.members.items():
             (folder / name).mkdir()
             self.runs[name].save(
@@ -277,8 +283,8 @@ def _mean_loss(task: Task, output: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _weight_decays(model: Any) -> dict[int, bool]:
-    """By the id of each parameter that trains, in the order of their names, whether its weights
-    decay."""
+    """Whether weight decay applies, by the id of each trainable parameter, in the order of the
+    names."""
     decayed = {*Trainer.get_decay_parameter_names(None, model)}  # pyright: ignore
     return {
         id(parameter): name in decayed
@@ -288,19 +294,21 @@ def _weight_decays(model: Any) -> dict[int, bool]:
 
 
 def _create_optimizer(
-    arguments: Any, model: Any, parameters: list[nn.Parameter], decays: Mapping[int, bool]
+    arguments: Any, model: Any, parameters: list[nn.Parameter], weight_decays: Mapping[int, bool]
 ) -> torch.optim.Optimizer:
-    """The optimiser that transformers' trainer creates from these arguments, over one candidate's
+    """The optimiser of transformers' Trainer for these arguments, over one candidate's
     parameters."""
     by_id = {id(parameter): parameter for parameter in parameters}
     groups = [
         {
             "params": [
-                by_id[key] for key, decay in decays.items() if key in by_id and decay is decayed
+                by_id[key]
+                for key, decay in weight_decays.items()
+                if key in by_id and decay is has_decay
             ],
-            "weight_decay": rate,
+            "weight_decay": weight_decay,
         }
-        for decayed, rate in ((True, arguments.weight_decay), (False, 0.0))
+        for has_decay, weight_decay in ((True, arguments.weight_decay), (False, 0.0))
     ]
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)

@@ -1,5 +1,5 @@
-"""What a sweep may conclude of its winner: whether a wider search could find a better one, and
-whether the winner does alone what it did among the others."""
+"""Conclusions about a sweep's winner: whether a wider search could find a better candidate, and
+whether the winner has the same losses when it trains as a single run."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from veneer.train.config import TrainConfig
 from veneer.train.run import fit
 from veneer.train.sweep.settings import CHANCE, Range
 
-#: steps of the winner that are trained again, alone
-AGAIN = 20
-#: the share of a range at its ends that counts as its edge
+#: number of steps of the winner's repetition
+REPEATED_STEPS = 20
+#: the share of a range at each end that counts as its edge
 EDGE = 0.1
 
 
-def edges(
+def find_edges(
     axes: Mapping[str, list[Any] | Range], changes: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The axes of numbers at whose lowest or highest value the winner lies: {"axis", "value",
-    "side", "tried"}. An end beyond which the setting cannot go, such as a dropout of 0, is no
-    edge."""
-    lying = []
+    """The numeric axes at whose lowest or highest value the winner lies: {"axis", "value", "side",
+    "tried"}. A limit of the setting itself, such as a dropout of 0, is no edge."""
+    winner_edges = []
     for axis, values in axes.items():
         bounds = _bounds(values)
         if axis in CHANCE or bounds is None or axis not in changes:
             continue
         low, high = bounds
         value, log = changes[axis], isinstance(values, Range) and values.log
-        share = _share(value, low, high, log)
+        share = _relative_position(value, low, high, log)
         margin = EDGE if isinstance(values, Range) else 0.0
         side = "lowest" if share <= margin else "highest" if share >= 1 - margin else None
-        if side is not None and not (side == "lowest" and value == _least(axis)):
-            lying.append({"axis": axis, "value": value, "side": side, "tried": [low, high]})
-    return lying
+        if side is not None and not (side == "lowest" and value == _lower_limit(axis)):
+            winner_edges.append({"axis": axis, "value": value, "side": side, "tried": [low, high]})
+    return winner_edges
 
 
 def _bounds(values: list[Any] | Range) -> tuple[float, float] | None:
@@ -58,32 +57,37 @@ def _bounds(values: list[Any] | Range) -> tuple[float, float] | None:
     )
 
 
-def _share(value: float, low: float, high: float, log: bool) -> float:
-    """How far a value lies from ``low`` to ``high``, 0 to 1."""
+def _relative_position(value: float, low: float, high: float, log: bool) -> float:
+    """The position of a value between ``low`` and ``high``, 0 to 1."""
     if log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low)
 
 
-def _least(axis: str) -> float | None:
-    """The least value that a setting can have, where that value is allowed itself."""
+def _lower_limit(axis: str) -> float | None:
+    """The least valid value of a setting, if the limit is inclusive."""
     limits = TrainConfig.model_fields[axis].metadata
-    return next((limit.ge for limit in limits if isinstance(limit, annotated_types.Ge)), None)  # pyright: ignore
+    inclusive = (limit.ge for limit in limits if isinstance(limit, annotated_types.Ge))
+    return next(inclusive, None)  # pyright: ignore
 
 
-def edge_words(edge: Mapping[str, Any]) -> str:
-    low, high = edge["tried"]
+def describe_edge(edge: Mapping[str, Any]) -> str:
+    lowest, highest = edge["tried"]
     return (
         f"{edge['axis']} {edge['value']:g} lies at the {edge['side']} end of what was tried"
-        f" ({low:g} to {high:g}): a better one may lie beyond it."
+        f" ({lowest:g} to {highest:g}): a better one may lie beyond it."
     )
 
 
-def measure_alone(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any]:
-    """Train the winner again for its first steps, as `veneer train` does, and compare with its
-    losses of the sweep: {"steps", "largest" difference, "step" of it, "last" difference}, or
-    {"problem"} where that could not be done."""
-    count, steps = 0, min(AGAIN, len(losses))
+def repeat_winner(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any]:
+    """Train the first steps of the winner again with `veneer train`'s loop, and compare the losses
+    with those of the sweep.
+
+    Returns:
+        {"steps", "largest" difference, "step" of the largest, "last" difference}, or {"problem"} if
+        the comparison failed.
+    """
+    count, steps = 0, min(REPEATED_STEPS, len(losses))
 
     def enough() -> bool:
         nonlocal count
@@ -92,39 +96,36 @@ def measure_alone(config: TrainConfig, losses: Sequence[float]) -> dict[str, Any
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            alone = {
+            changes = {
                 "output": Path(folder) / "again",
                 "check": False,
                 "eval_every": 10**9,
                 "save_every": 10**9,
             }
             result = fit(
-                config.model_copy(update=alone),
+                config.model_copy(update=changes),
                 console=Console(quiet=True),
                 quiet=True,
                 stop_order=enough,
             )
-    except (
-        VeneerError,
-        OSError,
-        RuntimeError,
-    ) as error:  # the sweep itself is done, and keeps its result
+    except (VeneerError, OSError, RuntimeError) as error:  # the sweep keeps its result
         return {"problem": first_line(error)}
-    apart = [
-        abs(again - before) for again, before in zip(result.losses[:steps], losses, strict=False)
+    differences = [
+        abs(repeated - original)
+        for repeated, original in zip(result.losses[:steps], losses, strict=False)
     ]
-    if not apart:
+    if not differences:
         return {"problem": "it was stopped before its first step"}
-    largest = max(apart)
+    largest = max(differences)
     return {
-        "steps": len(apart),
+        "steps": len(differences),
         "largest": largest,
-        "step": apart.index(largest) + 1,
-        "last": apart[-1],
+        "step": differences.index(largest) + 1,
+        "last": differences[-1],
     }
 
 
-def alone_words(alone: Mapping[str, Any]) -> str:
+def describe_repetition(alone: Mapping[str, Any]) -> str:
     if "problem" in alone:
         return (
             "How far the winner trained alone goes from its curve could not be measured:"

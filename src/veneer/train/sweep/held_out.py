@@ -1,8 +1,8 @@
-"""Losses and measures of candidates on the rows held out, in passes of the base that they share.
+"""Losses and measures of candidates on the held-out rows, in shared forwards of the base.
 
-A pass has the same rows for each of several candidates. No candidate's loss depends on the others,
-but for rounding. Memory is that of `TOKENS` tokens without gradients, however many candidates there
-are.
+A forward has the same rows for each of several candidates. A candidate's loss does not depend on
+the others, except for rounding. Memory is that of `TOKENS` tokens without gradients, for any number
+of candidates.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from veneer.train.evaluate import to
 from veneer.train.many import Runs
 from veneer.train.tasks import Task
 
-#: of a pass, with padding: as many as a processor needs to be busy
+#: tokens of a forward, with padding: enough to use a processor fully
 TOKENS = 2048
 
 
 def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str, dict[str, float]]:
-    """The loss and the measures of each run of `tasks`: means over the items of all rows."""
+    """The loss and measures of each run of `tasks`, as means over the items of all rows."""
     task, model = next(iter(tasks.values())), runs.model
     sums: dict[str, dict[str, float]] = {name: {} for name in tasks}
     items, training = dict.fromkeys(tasks, 0), model.training
@@ -47,8 +47,8 @@ def evaluate_runs(runs: Runs, tasks: Mapping[str, Task], rows: Any) -> dict[str,
 def plan_passes(
     names: Sequence[str], lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
-    """The candidates of each pass, and the indices of its rows, longest first. `batch_size`: rows
-    of each candidate, where rows have no lengths in tokens."""
+    """(candidates, row indices) of each forward, the longest rows first. `batch_size`: rows of each
+    candidate, if rows have no lengths in tokens."""
     order, start = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True), 0
     while start < len(order):
         width = lengths[order[start]]
@@ -63,12 +63,12 @@ def plan_passes(
 def _batch_sums(
     runs: Runs, tasks: Mapping[str, Task], batch: Any
 ) -> dict[str, tuple[int, dict[str, Any]]]:
-    """By run, how many items the batch has and the sums over them."""
+    """(number of items of the batch, sums over them) by run."""
     sums: dict[str, tuple[int, dict[str, Any]]] = {}
     if next(iter(tasks.values())).name == "sft":
         by_run = runs.label_losses(dict.fromkeys(tasks, batch), accuracy=True)
-        for name, (losses, _, right) in by_run.items():
-            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, right).sum()}
+        for name, (losses, _, correct) in by_run.items():
+            measures = {"loss": losses.sum(), "accuracy": cast(Tensor, correct).sum()}
             sums[name] = len(losses), measures
         return sums
     outputs = runs.outputs({name: (task.inputs(batch), None) for name, task in tasks.items()})
@@ -79,7 +79,8 @@ def _batch_sums(
 
 
 class OutputAsModel:
-    """Stands for the model in a task's loss, whose only pass has been computed."""
+    """Takes the place of the model in a task's loss and returns an output that has been computed
+    already."""
 
     def __init__(self, output: Any, training: bool) -> None:
         self.output, self.training = output, training

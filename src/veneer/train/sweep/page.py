@@ -1,4 +1,4 @@
-"""The report of a sweep as one HTML page that stands alone, drawn from what `sweep.json` holds."""
+"""The report of a sweep as one self-contained HTML page, made from the contents of `sweep.json`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 from veneer.tools.report.charts import COLOURS, Points, lines, table
 from veneer.tools.report.page import document
 from veneer.train.callbacks import duration
-from veneer.train.sweep.conclusions import alone_words, edge_words
-from veneer.train.sweep.record import ENDED, FAILED, FINISHED, words
+from veneer.train.sweep.conclusions import describe_edge, describe_repetition
+from veneer.train.sweep.record import ENDED, FAILED, FINISHED, format_changes
 
 Facts = Mapping[str, Any]
 
-#: points of a curve of training losses, each the mean of a stretch
+#: number of points of a training curve; each is the mean of several steps
 POINTS = 60
 
 
@@ -48,18 +48,24 @@ def page(facts: Facts) -> str:
         _curves(candidates),
         _quality(candidates),
         _spread(facts),
-        _all(candidates, sweep),
+        _candidate_table(candidates, sweep),
     ]
-    parts = "".join(f"<section>{part}</section>" for part in sections if part)
+    section_html = "".join(f"<section>{section}</section>" for section in sections if section)
     footer = f"{escape(facts['output'])}. <code>sweep.json</code> has the same numbers."
     return document(
-        f"Sweep of {len(candidates)} candidates", lead, _cards(facts, candidates), parts, footer
+        f"Sweep of {len(candidates)} candidates",
+        lead,
+        _cards(facts, candidates),
+        section_html,
+        footer,
     )
 
 
-def _rank(one: Facts) -> tuple[bool, float]:
-    """Those that ran to their end first, the best one before others."""
-    return one["status"] != FINISHED, float("inf") if one["loss"] is None else one["loss"]
+def _rank(candidate: Facts) -> tuple[bool, float]:
+    """Sort key: candidates that ran to their end first, then by loss."""
+    return candidate["status"] != FINISHED, (
+        float("inf") if candidate["loss"] is None else candidate["loss"]
+    )
 
 
 def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str]]:
@@ -67,7 +73,7 @@ def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str
     yield f"{best['loss']:.4f}", f"loss of the winner, {best['name']}"
     yield f"{best['parameters']:,}", "numbers that it trains"
     count = {
-        status: sum(one["status"] == status for one in candidates)
+        status: sum(candidate["status"] == status for candidate in candidates)
         for status in (FINISHED, ENDED, FAILED)
     }
     yield (
@@ -78,65 +84,94 @@ def _cards(facts: Facts, candidates: Sequence[Facts]) -> Iterator[tuple[str, str
 
 
 def _winner(facts: Facts) -> str:
-    best = next(one for one in facts["candidates"] if one["name"] == facts["best"])
-    text = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
+    best = next(
+        candidate for candidate in facts["candidates"] if candidate["name"] == facts["best"]
+    )
+    config = yaml.safe_dump(dict(facts["config"]), sort_keys=False, allow_unicode=True)
+    edges = "".join(f"<p><b>{escape(describe_edge(edge))}</b></p>" for edge in facts["edges"])
     return (
-        f"<h2>The winner: {escape(words(best['changes']))}</h2><p>Its adapter is in"
-        f" {escape(facts['folder'])}.</p>{''.join(f'<p><b>{escape(edge_words(edge))}</b></p>' for edge in facts['edges'])}<p>{escape(alone_words(facts['alone']))}"
-        " This trains it"
-        f" alone:</p><pre>{escape(shlex.join(facts['command']))}</pre><details><summary>Its"
-        f" configuration</summary><pre>{escape(text)}</pre></details>"
+        f"<h2>The winner: {escape(format_changes(best['changes']))}</h2>"
+        f"<p>Its adapter is in {escape(facts['folder'])}.</p>{edges}"
+        f"<p>{escape(describe_repetition(facts['alone']))} This trains it alone:</p>"
+        f"<pre>{escape(shlex.join(facts['command']))}</pre>"
+        f"<details><summary>Its configuration</summary><pre>{escape(config)}</pre></details>"
     )
 
 
-def _named(one: Facts) -> str:
-    return f"{one['name']}: {words(one['changes'])}"
+def _candidate_label(candidate: Facts) -> str:
+    return f"{candidate['name']}: {format_changes(candidate['changes'])}"
 
 
 def _curves(candidates: Sequence[Facts]) -> str:
-    measured = [one for one in candidates if one["measured"]]
-    held = [[(step, told["loss"]) for step, told in one["evaluations"]] for one in measured]
-    trained = [_smoothed(one["losses"]) for one in measured]
-    top, charts = _ceiling([one["measured"] for one in measured]), []
-    for y, curves in (("loss on the rows held out", held), ("loss in training", trained)):
-        named = [(one, own) for one, own in zip(measured, curves, strict=True) if own]
-        if max((len(own) for _, own in named), default=0) < 2 and curves is held:
-            continue  # measured at the end alone: no curve
-        named = [(one, [(x, min(value, top)) for x, value in own]) for one, own in named]
-        series = {_named(one): own for one, own in named[:COLOURS]}
-        faint = [own for _, own in named[COLOURS:]]
+    drawn_candidates = [candidate for candidate in candidates if candidate["measured"]]
+    held_out_curves = [
+        [(step, measures["loss"]) for step, measures in candidate["evaluations"]]
+        for candidate in drawn_candidates
+    ]
+    training_curves = [_average_stretches(candidate["losses"]) for candidate in drawn_candidates]
+    ceiling, charts = _ceiling([candidate["measured"] for candidate in drawn_candidates]), []
+    for y, curves in (
+        ("loss on the rows held out", held_out_curves),
+        ("loss in training", training_curves),
+    ):
+        labelled_curves = [
+            (candidate, curve)
+            for candidate, curve in zip(drawn_candidates, curves, strict=True)
+            if curve
+        ]
+        if (
+            max((len(curve) for _, curve in labelled_curves), default=0) < 2
+            and curves is held_out_curves
+        ):
+            continue  # only one evaluation, at the end
+        labelled_curves = [
+            (candidate, [(x, min(value, ceiling)) for x, value in curve])
+            for candidate, curve in labelled_curves
+        ]
+        series = {
+            _candidate_label(candidate): curve for candidate, curve in labelled_curves[:COLOURS]
+        }
+        faint = [curve for _, curve in labelled_curves[COLOURS:]]
         charts.append(f"<figure>{lines(series, x='step', y=y, bottom=None, faint=faint)}</figure>")
-    more = f" The best {COLOURS} have colours." if len(measured) > COLOURS else ""
-    return f'<h2>Curves</h2><p>Cut at {top:.3g}.{more}</p><div class="pair">{"".join(charts)}</div>'
+    note = f" The best {COLOURS} have colours." if len(drawn_candidates) > COLOURS else ""
+    return (
+        f"<h2>Curves</h2><p>Cut at {ceiling:.3g}.{note}</p><div"
+        f' class="pair">{"".join(charts)}</div>'
+    )
 
 
 def _ceiling(curves: Sequence[Points]) -> float:
-    """Losses above it are drawn there: those of a rate that is far too high would leave the others
-    one line."""
-    firsts, best = [own[0][1] for own in curves], min(own[-1][1] for own in curves)
+    """The limit of the loss axis. Higher losses are drawn at it: a diverging candidate would
+    otherwise flatten the curves of all others."""
+    firsts, best = [curve[0][1] for curve in curves], min(curve[-1][1] for curve in curves)
     return max(sorted(firsts)[len(firsts) // 2] * 1.1, best + 0.1)
 
 
-def _smoothed(losses: Sequence[float]) -> list[tuple[float, float]]:
+def _average_stretches(losses: Sequence[float]) -> list[tuple[float, float]]:
     width = max(1, len(losses) // POINTS)
     stretches = [losses[i : i + width] for i in range(0, len(losses), width)]
     return [
-        (min((number + 1) * width, len(losses)), mean(own)) for number, own in enumerate(stretches)
+        (min((number + 1) * width, len(losses)), mean(stretch))
+        for number, stretch in enumerate(stretches)
     ]
 
 
 def _quality(candidates: Sequence[Facts]) -> str:
-    names = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
+    labels = {FINISHED: "ran to the end", ENDED: "ended early, where it ended"}
     series = {
-        said: [
-            (one["parameters"] / 1e3, one["loss"]) for one in candidates if one["status"] == status
+        label: [
+            (candidate["parameters"] / 1e3, candidate["loss"])
+            for candidate in candidates
+            if candidate["status"] == status
         ]
-        for status, said in names.items()
+        for status, label in labels.items()
     }
-    series = {said: points for said, points in series.items() if points}
+    series = {label: points for label, points in series.items() if points}
     best = candidates[0]["loss"]
-    top = max(best * 1.5, *(loss for _, loss in series[names[FINISHED]]))
-    series = {said: [(x, min(loss, top)) for x, loss in points] for said, points in series.items()}
+    ceiling = max(best * 1.5, *(loss for _, loss in series[labels[FINISHED]]))
+    series = {
+        label: [(x, min(loss, ceiling)) for x, loss in points] for label, points in series.items()
+    }
     chart = lines(
         series, x="trainable parameters, in thousands", y="last loss", bottom=None, dots=True
     )
@@ -147,30 +182,41 @@ def _spread(facts: Facts) -> str:
     if not facts["spread"]:
         return ""
     rows = [
-        [words(one["changes"]) or "as configured", str(len(one["losses"])), f"{one['mean']:.4f}",
-         f"{one['deviation']:.4f}", f"{min(one['losses']):.4f}", f"{max(one['losses']):.4f}"]
-        for one in sorted(facts["spread"], key=lambda one: one["mean"])
-    ]  # fmt: skip
-    heads = ["settings", ">seeds", ">mean", ">deviation", ">lowest", ">highest"]
+        [
+            format_changes(group["changes"]) or "as configured",
+            str(len(group["losses"])),
+            f"{group['mean']:.4f}",
+            f"{group['deviation']:.4f}",
+            f"{min(group['losses']):.4f}",
+            f"{max(group['losses']):.4f}",
+        ]
+        for group in sorted(facts["spread"], key=lambda group: group["mean"])
+    ]
+    headings = ["settings", ">seeds", ">mean", ">deviation", ">lowest", ">highest"]
     note = (
         "Candidates that ran to the end and differ in their seeds alone. What differs by less is"
         " chance."
     )
-    return f"<h2>Spread over seeds</h2><p>{note}</p>{table(heads, rows)}"
+    return f"<h2>Spread over seeds</h2><p>{note}</p>{table(headings, rows)}"
 
 
-def _all(candidates: Sequence[Facts], sweep: Facts) -> str:
+def _candidate_table(candidates: Sequence[Facts], sweep: Facts) -> str:
     axes = [*sweep["axes"]]
-    heads = ["candidate", *axes, ">numbers", ">steps", ">loss", ""]
+    headings = ["candidate", *axes, ">numbers", ">steps", ">loss", ""]
     rows = [
         [
-            one["name"], *(words({"": one["changes"].get(name, "")}).strip() for name in axes),
-            f"{one['parameters']:,}" if one["parameters"] else "–", str(len(one["losses"])),
-            "–" if one["loss"] is None else f"{one['loss']:.4f}", one["status"],
+            candidate["name"],
+            *(format_changes({"": candidate["changes"].get(name, "")}).strip() for name in axes),
+            f"{candidate['parameters']:,}" if candidate["parameters"] else "–",
+            str(len(candidate["losses"])),
+            "–" if candidate["loss"] is None else f"{candidate['loss']:.4f}",
+            candidate["status"],
         ]
-        for one in candidates
-    ]  # fmt: skip
+        for candidate in candidates
+    ]
     notes = "".join(
-        f"<p>{escape(one['name'])}: {escape(one['note'])}</p>" for one in candidates if one["note"]
+        f"<p>{escape(candidate['name'])}: {escape(candidate['note'])}</p>"
+        for candidate in candidates
+        if candidate["note"]
     )
-    return f"<h2>All candidates</h2>{table(heads, rows)}{notes}"
+    return f"<h2>All candidates</h2>{table(headings, rows)}{notes}"

@@ -1,5 +1,5 @@
-"""What is known of a sweep: every candidate's losses, and where the sweep stands. It goes into each
-checkpoint, and at the end, with what follows from it, into `sweep.json` and the report."""
+"""The record of a sweep: every candidate's losses and the progress of the sweep. Each checkpoint
+holds it; at the end it goes, with the conclusions, into `sweep.json` and the report."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from typing import Any
 
 from veneer.train.sweep.settings import CHANCE
 
-#: what becomes of a candidate
+#: the statuses of a candidate
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"
 
 
 @dataclass
 class Candidate:
-    """`changes`: of the run's configuration. `losses[i]`: of step i + 1; `evaluations`: of (step,
-    what was measured on the rows held out, the loss among it); `judged`: of (step, the mean loss in
-    training), at rungs that judge by that. `note`: why it failed. `parameters`: how many it
-    trains."""
+    """One candidate.
+
+    Fields:
+        changes: its settings, where they differ from the sweep's configuration.
+        note: why it failed.
+        parameters: number of trainable parameters.
+        losses: the training loss of each step, from step 1.
+        evaluations: (step, the loss and measures on the held-out rows).
+        judged: (step, mean training loss) of rungs that compare training losses.
+    """
 
     name: str
     cohort: int
@@ -34,22 +40,22 @@ class Candidate:
     judged: list[tuple[int, float]] = field(default_factory=list)
 
     @property
-    def measured(self) -> list[tuple[int, float]]:
-        """(step, the loss on the rows held out), in order: at rungs that by which it was judged, be
-        it in training."""
-        return sorted(
-            ({step: told["loss"] for step, told in self.evaluations} | dict(self.judged)).items()
-        )
+    def loss_history(self) -> list[tuple[int, float]]:
+        """(step, loss on the held-out rows), in order; at rungs that compare training losses, the
+        mean training loss instead."""
+        held_out = {step: measures["loss"] for step, measures in self.evaluations}
+        return sorted((held_out | dict(self.judged)).items())
 
     @property
     def loss(self) -> float | None:
-        """The last one that was measured."""
-        return self.measured[-1][1] if self.measured else None
+        """The last loss of `loss_history`."""
+        return self.loss_history[-1][1] if self.loss_history else None
 
 
 @dataclass
 class State:
-    """After `step` steps of the cohort of that number. `best`: whose folder is `best/`."""
+    """The state of a sweep after `step` steps of cohort number `cohort`. `best`: the candidate
+    whose adapter is in the folder `best/`."""
 
     cohort: int = 0
     step: int = 0
@@ -59,69 +65,90 @@ class State:
     candidates: list[Candidate] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Candidate:
-        return next(one for one in self.candidates if one.name == name)
+        return next(candidate for candidate in self.candidates if candidate.name == name)
 
-    def of(self, cohort: int) -> list[Candidate]:
-        return [one for one in self.candidates if one.cohort == cohort]
+    def in_cohort(self, cohort: int) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.cohort == cohort]
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> State:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        candidates = [Candidate(**one) for one in found.pop("candidates")]
-        for one in candidates:
-            one.evaluations = [(step, measured) for step, measured in one.evaluations]
-            one.judged = [(step, loss) for step, loss in one.judged]
-        return cls(**found, candidates=candidates)
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        candidates = [Candidate(**values) for values in fields.pop("candidates")]
+        for candidate in candidates:  # JSON has lists in place of tuples
+            candidate.evaluations = [(step, measures) for step, measures in candidate.evaluations]
+            candidate.judged = [(step, loss) for step, loss in candidate.judged]
+        return cls(**fields, candidates=candidates)
 
-    def judged(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, the loss of each that was evaluated or judged there), in order."""
-        found: dict[int, dict[str, float]] = {}
-        for one in self.of(cohort):
-            for step, loss in one.measured:
-                found.setdefault(step, {})[one.name] = loss
-        yield from sorted(found.items())
+    def losses_by_step(self, cohort: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, loss of each candidate that was compared there), in order."""
+        losses: dict[int, dict[str, float]] = {}
+        for candidate in self.in_cohort(cohort):
+            for step, loss in candidate.loss_history:
+                losses.setdefault(step, {})[candidate.name] = loss
+        yield from sorted(losses.items())
 
-    def finished(self) -> list[Candidate]:
-        """Those that ran to their end, the best one first."""
-        found = [one for one in self.candidates if one.status == FINISHED]
-        return sorted(found, key=lambda one: one.loss if one.loss is not None else float("inf"))
+    def finished_candidates(self) -> list[Candidate]:
+        """Candidates that ran to their end, the best first."""
+        finished = [candidate for candidate in self.candidates if candidate.status == FINISHED]
+        return sorted(
+            finished,
+            key=lambda candidate: float("inf") if candidate.loss is None else candidate.loss,
+        )
 
     def spread(self) -> list[dict[str, Any]]:
-        """Settings of which several candidates ran to their end, with other seeds: their losses."""
+        """Mean and deviation of the losses of finished candidates that differ only in seeds."""
         groups: dict[str, list[Candidate]] = {}
-        seen: list[dict[str, Any]] = []  # a sampler may draw one again
-        for one in self.finished():
-            if one.changes in seen:
+        distinct: list[dict[str, Any]] = []  # a sampler may draw the same settings again
+        for candidate in self.finished_candidates():
+            if candidate.changes in distinct:
                 continue
-            seen.append(one.changes)
-            settings = {name: value for name, value in one.changes.items() if name not in CHANCE}
-            groups.setdefault(json.dumps(settings), []).append(one)
-        return [
-            {
-                "changes": json.loads(settings), "candidates": [one.name for one in own], "losses": losses,
-                "mean": mean(losses), "deviation": stdev(losses),
+            distinct.append(candidate.changes)
+            settings = {
+                name: value for name, value in candidate.changes.items() if name not in CHANCE
             }
-            for settings, own in groups.items()
-            if len(losses := [one.loss for one in own if one.loss is not None]) > 1
-        ]  # fmt: skip
+            groups.setdefault(json.dumps(settings), []).append(candidate)
+        spreads = []
+        for settings, group in groups.items():
+            losses = [candidate.loss for candidate in group if candidate.loss is not None]
+            if len(losses) > 1:
+                spreads.append(
+                    {
+                        "changes": json.loads(settings),
+                        "candidates": [candidate.name for candidate in group],
+                        "losses": losses,
+                        "mean": mean(losses),
+                        "deviation": stdev(losses),
+                    }
+                )
+        return spreads
 
     def facts(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The record as JSON values."""
         return {
-            "best": self.best, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "spread": self.spread(),
-            "candidates": [{**asdict(one), "loss": one.loss, "measured": one.measured} for one in self.candidates],
-        }  # fmt: skip
+            "best": self.best,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "spread": self.spread(),
+            "candidates": [
+                {
+                    **asdict(candidate),
+                    "loss": candidate.loss,
+                    "measured": candidate.loss_history,
+                }
+                for candidate in self.candidates
+            ],
+        }
 
 
-def words(changes: Mapping[str, Any]) -> str:
-    """Settings as one reads them."""
-    return ", ".join(f"{name} {_word(value)}" for name, value in changes.items())
+def format_changes(changes: Mapping[str, Any]) -> str:
+    """Settings as text: "rank 4, targets q_proj+v_proj"."""
+    return ", ".join(f"{name} {_format_value(value)}" for name, value in changes.items())
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
-        return "+".join(map(_word, value))
+        return "+".join(map(_format_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,12 +1,11 @@
-"""Which candidates a sweep has, and who of them goes on.
+"""Propose the candidates of a sweep and decide which end early.
 
-    ask(count)              the next ones: the settings in which each differs
-    judge(step, losses)     who ends here
-    tell(name, loss)        how one ended
+    ask(count)                     the next candidates: the settings in which each differs
+    judge(step, losses)            the candidates that end at this step
+    report_end(name, loss, ...)    a candidate has ended
 
-All of it is a function of the settings and of what was measured: a sweep that goes on asks and
-tells again what its record says, and is where it was. So nothing of a sampler's or pruner's own is
-kept in a file.
+The results depend only on the settings and on the losses. So a resumed sweep repeats these calls
+with the recorded losses, and no file holds the state of a sampler or pruner.
 """
 
 from __future__ import annotations
@@ -20,38 +19,48 @@ from typing import Any
 from veneer.errors import ConfigError, nearest
 from veneer.train.sweep.settings import Range, Sweep
 
-#: settings that are whole numbers
-WHOLE = frozenset({"rank", "seed", "data_seed"})
-#: digits of a number that is drawn
+#: settings with integer values
+INTEGERS = frozenset({"rank", "seed", "data_seed"})
+#: significant digits of a random number
 DIGITS = 4
 
 
 class Search:
-    """``count``: how many candidates there are in all; ``rungs``: the steps after which the weaker
-    end."""
+    """The search of a sweep.
+
+    Attributes:
+        count: number of candidates in all.
+        rungs: the steps after which the weaker candidates end.
+        adaptive: whether candidates depend on the results of earlier ones.
+    """
 
     def __init__(self, settings: Sweep, steps: int) -> None:
         self.settings, self.rungs = settings, settings.rung_steps(steps)
-        self.sampled = settings.chosen not in ("grid", "random")  # each depends on how others did
-        self.study, self.trials = _study(settings, self.sampled), dict[str, Any]()
+        # a sampler of Optuna proposes candidates by the results of earlier ones
+        self.adaptive = settings.chosen not in ("grid", "random")
+        self.study, self.trials = _study(settings, self.adaptive), dict[str, Any]()
         lists = [values for values in settings.axes.values() if isinstance(values, list)]
         self.count = settings.candidates or math.prod(map(len, lists))
-        self._listed = self._drawn() if settings.ranges else self._grid()
-        self._asked = 0
+        self._next_settings = self._random_settings() if settings.ranges else self._grid_settings()
+        self._proposed_count = 0
 
     def ask(self, count: int) -> dict[str, dict[str, Any]]:
-        """Up to `count` more candidates by name; none when there were all."""
-        found = {}
-        for _ in range(min(count, self.count - self._asked)):
-            self._asked += 1
-            name = f"c{self._asked:0{len(str(self.count))}}"
+        """Up to `count` further candidates, as {name: settings}; empty after the last one."""
+        candidates = {}
+        for _ in range(min(count, self.count - self._proposed_count)):
+            self._proposed_count += 1
+            name = f"c{self._proposed_count:0{len(str(self.count))}}"
             if self.study is not None:
                 self.trials[name] = self.study.ask()
-            found[name] = self._suggested(self.trials[name]) if self.sampled else next(self._listed)
-        return found
+            candidates[name] = (
+                self._suggest_settings(self.trials[name])
+                if self.adaptive
+                else next(self._next_settings)
+            )
+        return candidates
 
     def judge(self, step: int, losses: Mapping[str, float]) -> set[str]:
-        """Who of those that were evaluated after `step` ends here; never the best one."""
+        """The candidates that end at `step`, of those with a loss there; never the best one."""
         best = min(losses, key=losses.__getitem__, default=None)
         for name in losses if self.study is not None else ():
             self.trials[name].report(losses[name], step)
@@ -59,11 +68,12 @@ class Search:
             return {name for name in losses if self.trials[name].should_prune()} - {best}
         if step not in self.rungs:
             return set()
-        ordered = sorted(losses, key=losses.__getitem__)  # of equal ones, the earlier stays
+        ordered = sorted(losses, key=losses.__getitem__)  # of equal losses, the earlier continues
         return {*ordered[math.ceil(round(len(ordered) * self.settings.keep, 6)) :]}
 
-    def tell(self, name: str, loss: float | None, ended: bool) -> None:
-        """That a candidate is through, with its last loss; `ended`: early; None: it failed."""
+    def report_end(self, name: str, loss: float | None, ended: bool) -> None:
+        """Report that a candidate has ended, with its last loss, or None if it failed. `ended`: it
+        ended early."""
         if self.study is None:
             return
         TrialState = import_module("optuna.trial").TrialState
@@ -74,101 +84,110 @@ class Search:
             self.trials[name], None if state is not TrialState.COMPLETE else loss, state=state
         )
 
-    def _grid(self) -> Iterator[dict[str, Any]]:
-        """Every combination in order, or as many as are asked for, none twice."""
+    def _grid_settings(self) -> Iterator[dict[str, Any]]:
+        """All combinations in order, or for the sampler "random" as many distinct ones as there are
+        candidates."""
         axes: Any = self.settings.axes
         numbers = range(math.prod(map(len, axes.values())))
         if self.settings.chosen == "random":
             numbers = random.Random(self.settings.seed).sample(numbers, self.count)
         for number in numbers:
-            found = {}
+            settings = {}
             for name, values in reversed(axes.items()):
-                number, place = divmod(number, len(values))
-                found[name] = values[place]
-            yield {name: found[name] for name in axes}
+                number, index = divmod(number, len(values))
+                settings[name] = values[index]
+            yield {name: settings[name] for name in axes}
 
-    def _drawn(self) -> Iterator[dict[str, Any]]:
-        source = random.Random(self.settings.seed)
+    def _random_settings(self) -> Iterator[dict[str, Any]]:
+        generator = random.Random(self.settings.seed)
         while True:
-            yield {name: _draw(source, name, values) for name, values in self.settings.axes.items()}
+            yield {
+                name: _draw(generator, name, values) for name, values in self.settings.axes.items()
+            }
 
-    def _suggested(self, trial: Any) -> dict[str, Any]:
-        found = {}
+    def _suggest_settings(self, trial: Any) -> dict[str, Any]:
+        settings = {}
         for name, values in self.settings.axes.items():
-            # by number: Optuna takes no lists, such as targets, as values
+            # by index: Optuna takes no lists, such as targets, as values
             if isinstance(values, list):
-                found[name] = values[trial.suggest_categorical(name, [*range(len(values))])]
-            elif name in WHOLE:
-                found[name] = trial.suggest_int(
+                settings[name] = values[trial.suggest_categorical(name, [*range(len(values))])]
+            elif name in INTEGERS:
+                settings[name] = trial.suggest_int(
                     name, math.ceil(values.low), math.floor(values.high), log=values.log
                 )
             else:
-                found[name] = rounded(
+                settings[name] = round_digits(
                     trial.suggest_float(name, values.low, values.high, log=values.log)
                 )
-        return found
+        return settings
 
 
-def _draw(source: random.Random, name: str, values: list[Any] | Range) -> Any:
+def _draw(generator: random.Random, name: str, values: list[Any] | Range) -> Any:
     if isinstance(values, list):
-        return source.choice(values)
+        return generator.choice(values)
     low, high = (
         (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
     )
-    number = source.uniform(low, high)
+    number = generator.uniform(low, high)
     number = math.exp(number) if values.log else number
     return (
         min(max(round(number), math.ceil(values.low)), math.floor(values.high))
-        if name in WHOLE
-        else rounded(number)
+        if name in INTEGERS
+        else round_digits(number)
     )
 
 
-def rounded(number: float) -> float:
-    """To a few digits: what a person would write, and read."""
+def round_digits(number: float) -> float:
+    """Round to `DIGITS` significant digits, for readable settings."""
     return float(f"{number:.{DIGITS}g}")
 
 
-def _study(settings: Sweep, sampled: bool) -> Any:
-    """The study of Optuna's, if its sampler or pruner is asked for. Raises `ConfigError`."""
-    if not sampled and settings.pruner is None:
+def _study(settings: Sweep, adaptive: bool) -> Any:
+    """Optuna's study, if its sampler or pruner is configured; else None. Raises `ConfigError`."""
+    if not adaptive and settings.pruner is None:
         return None
     try:
         optuna: Any = import_module("optuna")
     except ImportError as error:
-        problem = f"sampler {settings.chosen!r}" if sampled else f"pruner {settings.pruner!r}"
+        problem = f"sampler {settings.chosen!r}" if adaptive else f"pruner {settings.pruner!r}"
         raise ConfigError(
             f"{problem}, and {error}", "Optuna", "pip install 'veneer[sweep]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = settings.sampler if sampled else "RandomSampler"  # without axes it draws nothing
+    sampler = settings.sampler if adaptive else "RandomSampler"  # unused: it gets no axes
     return optuna.create_study(
-        sampler=_made(optuna.samplers, sampler, "sampler", seed=settings.seed),
-        pruner=_made(optuna.pruners, settings.pruner or "NopPruner", "pruner"),
+        sampler=_create_component(optuna.samplers, sampler, "sampler", seed=settings.seed),
+        pruner=_create_component(optuna.pruners, settings.pruner or "NopPruner", "pruner"),
     )
 
 
-def _made(module: Any, given: Any, what: str, **options: Any) -> Any:
-    name = given["name"] if isinstance(given, dict) else given
-    kind = getattr(module, name, None)
-    if name not in module.__all__ or not isinstance(kind, type):
+def _create_component(module: Any, choice: Any, role: str, **options: Any) -> Any:
+    """Create a sampler or pruner of Optuna.
+
+    Args:
+        choice: its class name, or {"name": class name, option: value}.
+        role: "sampler" or "pruner".
+    """
+    name = choice["name"] if isinstance(choice, dict) else choice
+    optuna_class = getattr(module, name, None)
+    if name not in module.__all__ or not isinstance(optuna_class, type):
         names = [
-            word
-            for word in module.__all__
-            if word.lower().endswith(what) and not word.startswith("Base")
+            class_name
+            for class_name in module.__all__
+            if class_name.lower().endswith(role) and not class_name.startswith("Base")
         ]
-        more = ["grid", "random", *names] if what == "sampler" else names
+        choices = ["grid", "random", *names] if role == "sampler" else names
         raise ConfigError(
-            f"{what} {name!r}{nearest(name, more)}", f"one of {', '.join(more)}", "correct it"
+            f"{role} {name!r}{nearest(name, choices)}", f"one of {', '.join(choices)}", "correct it"
         )
     options |= (
-        {key: value for key, value in given.items() if key != "name"}
-        if isinstance(given, dict)
+        {key: value for key, value in choice.items() if key != "name"}
+        if isinstance(choice, dict)
         else {}
     )
     try:
-        return kind(**options)
+        return optuna_class(**options)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"{what} {name!r}, and {error}", "options that it takes", "see Optuna's page of it"
+            f"{role} {name!r}, and {error}", "options that it takes", "see Optuna's page of it"
         ) from error

@@ -1,10 +1,10 @@
-"""What a sweep is told beside the run's own configuration: the section `sweep:` of its YAML file.
+"""Settings of a sweep beside the run's own configuration: the section `sweep:` of its YAML file.
 
-axes       what is tried: a list of values, or a range {low, high, log}
-sampler    grid (every combination of lists), random, or a sampler of Optuna's by its name
-rungs      where the weaker candidates end, or `pruner`: one of Optuna's by its name
-judged_by which loss is compared at a rung: that on the rows held out, or the mean one in training
-           over the latter half of the steps so far, which costs nothing
+axes       the values to try: a list, or a range {low, high, log}
+sampler    grid (every combination of lists), random, or the name of a sampler of Optuna
+rungs      the steps at which the weaker candidates end; or `pruner`: the name of one of Optuna's
+judged_by the loss that a rung compares: that on the held-out rows, or the mean training loss of the
+           latter half of the steps so far, which needs no evaluation
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from veneer.errors import ConfigError, listing, nearest
 from veneer.train.config import TrainConfig, make_config, read_yaml
 
-#: the settings of a run that its candidates may differ in: what the adapter is, how it learns, and
-#: chance
+#: settings in which candidates may differ: of the adapter, of the optimisation, and seeds
 AXES = (
-    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias", "adapter_dtype",
-    "learning_rate", "schedule", "warmup", "optimiser", "weight_decay", "adam_beta2", "max_grad_norm", "seed",
-    "data_seed",
+    "rank", "alpha", "dropout", "targets", "exclude", "layers", "train_also", "variant", "bias",
+    "adapter_dtype", "learning_rate", "schedule", "warmup", "optimiser", "weight_decay",
+    "adam_beta2", "max_grad_norm", "seed", "data_seed",
 )  # fmt: skip
-#: of these, the ones that stand for chance: candidates that differ in nothing else are one
-#: setting, measured again
+#: the seeds: candidates that differ only in these repeat one setting
 CHANCE = frozenset({"seed", "data_seed"})
-#: settings that a sweep has no place for
-WITHOUT = ("packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens", "trainable_tokens",
-           "trackers", "device_map", "activation_checkpointing", "adapter")  # fmt: skip
-#: the share of a run after which candidates end for the first time, and again; the share of them
-#: that goes on
+#: settings that a sweep does not support
+UNSUPPORTED = (
+    "packing", "cache_lower", "offload_activations", "early_stopping", "add_tokens",
+    "trainable_tokens", "trackers", "device_map", "activation_checkpointing", "adapter",
+)  # fmt: skip
+#: defaults: the shares of a run after which the weaker candidates end, and the share of candidates
+#: that continues
 RUNGS, KEEP = (1 / 9, 1 / 3), 1 / 3
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, of which each is as likely, or with `log` each order of
-    magnitude."""
+    """Numbers from `low` to `high`, drawn uniformly, or with `log` log-uniformly."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +46,7 @@ class Range(BaseModel):
     log: bool = False
 
     @model_validator(mode="after")
-    def _ordered(self) -> Range:
+    def _check_order(self) -> Range:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(f"low {self.low:g} and high {self.high:g}; expected low < high")
         if self.log and self.low <= 0:
@@ -71,7 +70,7 @@ class Sweep(BaseModel):
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _agree(self) -> Sweep:
+    def _check(self) -> Sweep:
         for name, values in self.axes.items():
             if name not in AXES:
                 raise ValueError(
@@ -79,17 +78,18 @@ class Sweep(BaseModel):
                 )
             if isinstance(values, list) and not values:
                 raise ValueError(f"axis {name!r} without values; expected some")
-        ranges, combinations = (
-            self.ranges,
-            math.prod(len(one) for one in self.axes.values() if isinstance(one, list)),
-        )
-        for what in (self.sampler, self.pruner):
-            if isinstance(what, dict) and not isinstance(what.get("name"), str):
-                raise ValueError(f"{what}; expected a name, and options of Optuna's")
+        ranges = self.ranges
+        combinations = math.prod(len(axis) for axis in self.axes.values() if isinstance(axis, list))
+        for component in (self.sampler, self.pruner):
+            if isinstance(component, dict) and not isinstance(component.get("name"), str):
+                raise ValueError(f"{component}; expected a name, and options of Optuna's")
         if self.sampler == "grid" and (ranges or self.candidates):
-            what = f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+            conflict = (
+                f"axis {ranges[0]!r}, a range" if ranges else f"candidates: {self.candidates}"
+            )
             raise ValueError(
-                f"sampler grid and {what}; expected lists of values alone, all of which are tried"
+                f"sampler grid and {conflict}; expected lists of values alone, all of which are"
+                " tried"
             )
         if self.chosen != "grid" and self.candidates is None:
             raise ValueError(
@@ -120,36 +120,34 @@ class Sweep(BaseModel):
 
     @property
     def chosen(self) -> str:
-        """The sampler: without one, the grid of all combinations, unless there is a range or
-        `candidates`."""
-        given = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
-        return given or ("random" if self.ranges or self.candidates else "grid")
+        """The name of the sampler. By default the grid of all combinations, or "random" if there is
+        a range or `candidates`."""
+        name = self.sampler["name"] if isinstance(self.sampler, dict) else self.sampler
+        return name or ("random" if self.ranges or self.candidates else "grid")
 
     @property
     def ranges(self) -> list[str]:
-        """The axes that are no lists."""
+        """The axes that are ranges."""
         return [name for name, values in self.axes.items() if isinstance(values, Range)]
 
     def rung_steps(self, steps: int) -> list[int]:
-        """The steps after which the weaker candidates end. `ConfigError`: one that the run does not
-        have."""
+        """The steps after which the weaker candidates end. Raises `ConfigError` for a rung beyond
+        the end of the run."""
         if beyond := [rung for rung in self.rungs or () if rung >= max(steps, 1)]:
-            found, do = (
-                f"rung {beyond[0]:g} in a run of {steps} steps",
-                "name an earlier step, or a share such as 0.3",
-            )
-            raise ConfigError(found, f"less than {steps}", do)
-        given = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
-        found = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in given}
-        return sorted(step for step in found if step < steps)
+            problem = f"rung {beyond[0]:g} in a run of {steps} steps"
+            do = "name an earlier step, or a share such as 0.3"
+            raise ConfigError(problem, f"less than {steps}", do)
+        rungs = [] if self.pruner is not None else RUNGS if self.rungs is None else self.rungs
+        steps_of_rungs = {max(1, round(rung if rung >= 1 else rung * steps)) for rung in rungs}
+        return sorted(step for step in steps_of_rungs if step < steps)
 
     def content(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
 
 def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
-    """The configuration in a YAML file with `changes` over it, and its section `sweep:`. Raises
-    `ConfigError`."""
+    """Read the configuration of a YAML file, with `changes` over it, and its section `sweep:`.
+    Raises `ConfigError`."""
     fields = {
         **read_yaml(path),
         **{name: value for name, value in changes.items() if value is not None},
@@ -166,7 +164,7 @@ def load_sweep(path: Path, **changes: Any) -> tuple[TrainConfig, Sweep]:
 
 
 def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
-    """`Sweep(**fields)` whose errors are one readable `ConfigError`."""
+    """`Sweep(**fields)`, with validation errors as one readable `ConfigError`."""
     try:
         return Sweep(**fields)
     except ValidationError as error:
@@ -178,21 +176,25 @@ def make_sweep(fields: dict[str, Any], source: str = "the arguments") -> Sweep:
 
 
 def _explain(problem: Any) -> str:
-    place = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "Range"))]
+    location = [
+        str(component)
+        for component in problem["loc"]
+        if not str(component).startswith(("list[", "Range"))
+    ]
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
     if problem["type"] == "extra_forbidden":
         return (
             "unknown field"
-            f" {place[-1]!r}{nearest(place[-1], [*Sweep.model_fields, *Range.model_fields])}"
+            f" {location[-1]!r}{nearest(location[-1], [*Sweep.model_fields, *Range.model_fields])}"
         )
-    return f"{'.'.join(place)}: {message}" if place else message
+    return f"{'.'.join(location)}: {message}" if location else message
 
 
 def must_fit(config: TrainConfig) -> None:
-    """Raise `ConfigError` for settings of a run that a sweep has no place for."""
+    """Raise `ConfigError` for settings of a run that a sweep does not support."""
     default = TrainConfig.defaults()
-    for name in WITHOUT:
+    for name in UNSUPPORTED:
         if getattr(config, name) != default[name]:
             raise ConfigError(
                 f"{name} in a sweep", "candidates that share each pass of the base", "leave it out"

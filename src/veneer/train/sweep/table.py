@@ -1,5 +1,5 @@
-"""What a sweep shows while it runs: a live table on a terminal, and a line an evaluation
-elsewhere."""
+"""Terminal output of a sweep: an overview before it starts, then a live table on a terminal, or a
+line for each evaluation elsewhere."""
 
 from __future__ import annotations
 
@@ -10,15 +10,29 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from veneer.attach.summary import size
 from veneer.train.callbacks import say
-from veneer.train.sweep.record import FINISHED, RUNNING, WAITING, Candidate, State, words
+from veneer.train.plan import memory
+from veneer.train.prepare import Prepared
+from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.record import (
+    FINISHED,
+    RUNNING,
+    WAITING,
+    Candidate,
+    State,
+    format_changes,
+)
+from veneer.train.sweep.search import Search
+from veneer.train.tasks import Task
 
-#: candidates that the table shows; of more, the best
+#: number of candidates that the table shows, the best ones
 ROWS = 30
 
 
 class Progress:
-    """Called with the state after each step. Use as a context manager around the sweep."""
+    """Shows the state of a sweep; call it after each step. Use as a context manager around the
+    sweep."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -38,58 +52,100 @@ class Progress:
             self.live.stop()
 
     def __call__(self, state: State, steps: int) -> None:
-        own = state.of(state.cohort)
         if self.live is not None:
-            if not self._running:  # not before there is something to show
+            if not self._running:  # start the display once there is something to show
                 self.live.start()
                 self._running = True
-            self.live.update(table(state, steps), refresh=True)
+            self.live.update(candidate_table(state, steps), refresh=True)
             return
-        now = [one for one in own if one.measured and one.measured[-1][0] == state.step]
-        if now:
-            best = min(now, key=_loss)
-            left = sum(one.status in (RUNNING, FINISHED) for one in own)
-            text = (
-                f"step {state.step:>5}/{steps}  {left} of {len(own)} go on; best {best.name}"
-                f" ({words(best.changes)})"
+        cohort = state.in_cohort(state.cohort)
+        evaluated = [
+            candidate
+            for candidate in cohort
+            if candidate.loss_history and candidate.loss_history[-1][0] == state.step
+        ]
+        if evaluated:
+            best = min(evaluated, key=_loss)
+            remaining = sum(candidate.status in (RUNNING, FINISHED) for candidate in cohort)
+            by_training_loss = best.judged and best.judged[-1][0] == state.step
+            kind = "mean loss in training" if by_training_loss else "evaluation"
+            say(
+                self.console,
+                f"step {state.step:>5}/{steps}  {remaining} of {len(cohort)} go on; best"
+                f" {best.name} ({format_changes(best.changes)}), {kind} {_loss(best):.4f}",
             )
-            told = (
-                "mean loss in training"
-                if best.judged and best.judged[-1][0] == state.step
-                else "evaluation"
-            )
-            say(self.console, f"{text}, {told} {_loss(best):.4f}")
 
 
-def _loss(one: Candidate) -> float:
-    return float("inf") if one.loss is None else one.loss
+def _loss(candidate: Candidate) -> float:
+    return float("inf") if candidate.loss is None else candidate.loss
 
 
-def table(state: State, steps: int) -> Table:
-    """The candidates, the best first: those of this cohort that run, those that ended, those that
-    wait."""
-    order = {RUNNING: 0, FINISHED: 0, WAITING: 2}
-    ordered = sorted(state.candidates, key=lambda one: (order.get(one.status, 1), _loss(one)))
-    made = Table(box=None, header_style="bold", caption_justify="left")
-    for head in ("", "settings", "step", "loss", "held out", ""):
-        made.add_column(
-            head,
-            justify="right" if head in ("step", "loss", "held out") else "left",
+def candidate_table(state: State, steps: int) -> Table:
+    """A table of the candidates: running ones, then ended ones, then waiting ones, the best of each
+    first."""
+    group = {RUNNING: 0, FINISHED: 0, WAITING: 2}
+    ranking = sorted(
+        state.candidates,
+        key=lambda candidate: (group.get(candidate.status, 1), _loss(candidate)),
+    )
+    table = Table(box=None, header_style="bold", caption_justify="left")
+    for heading in ("", "settings", "step", "loss", "held out", ""):
+        table.add_column(
+            heading,
+            justify="right" if heading in ("step", "loss", "held out") else "left",
             overflow="fold",
         )
-    for one in ordered[:ROWS]:
-        last = f"{one.losses[-1]:.4f}" if one.losses else ""
-        held = f"{one.evaluations[-1][1]['loss']:.4f}" if one.evaluations else ""
-        style = "" if one.status in (RUNNING, FINISHED) else "dim"
-        made.add_row(
-            one.name,
-            words(one.changes),
-            f"{len(one.losses)}/{steps}",
-            last,
-            held,
-            one.status,
-            style=style,
+    for candidate in ranking[:ROWS]:
+        evaluations = candidate.evaluations
+        table.add_row(
+            candidate.name,
+            format_changes(candidate.changes),
+            f"{len(candidate.losses)}/{steps}",
+            f"{candidate.losses[-1]:.4f}" if candidate.losses else "",
+            f"{evaluations[-1][1]['loss']:.4f}" if evaluations else "",
+            candidate.status,
+            style="" if candidate.status in (RUNNING, FINISHED) else "dim",
         )
-    if len(ordered) > ROWS:
-        made.caption = f"and {len(ordered) - ROWS} more"
-    return made
+    if len(ranking) > ROWS:
+        table.caption = f"and {len(ranking) - ROWS} more"
+    return table
+
+
+def print_overview(
+    console: Console,
+    task: Task,
+    prepared: Prepared,
+    search: Search,
+    cohort: Cohort,
+    trainable_parameters: int,
+) -> None:
+    """Print the base, the data, the steps, the number of candidates and the estimated memory.
+
+    Args:
+        trainable_parameters: the sum over the candidates of the cohort.
+    """
+    config, settings, model = task.config, search.settings, cohort.model
+    base_bytes = sum(
+        parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    at_once = min(settings.at_once, search.count)
+    rungs = ", ".join(map(str, search.rungs))
+    ends = f"; the weaker end after steps {rungs}" if rungs else ""
+    lines = [
+        f"Base     {config.base} ({dtype}, {size(base_bytes)})",
+        f"Data     {config.data}: {task.amount(prepared.train)}",
+        f"         {len(prepared.evaluation):,} examples to evaluate on",
+        f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
+        f"Sweep    {search.count} candidates ({settings.chosen}), {at_once} at once{ends}",
+        f"         {trainable_parameters:,} numbers train at once",
+    ]
+    for line in lines:
+        say(console, line)
+    if not console.quiet:  # the estimate counts a step, which takes time
+        runs = {
+            name: memory.ConcurrentRun(member.task.config, member.parameters, member.order)
+            for name, member in cohort.members.items()
+        }
+        estimate = memory.estimate_at_once(model, runs, *task.largest(prepared))
+        say(console, f"Memory   {estimate}")

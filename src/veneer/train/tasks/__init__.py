@@ -1,12 +1,12 @@
-"""What `veneer train` can learn: one file a task, found through the registry `TASKS`.
+"""The tasks of `veneer train`: one file a task, looked up by name in the registry `TASKS`.
 
 In: a configuration. Out: rows as tensors, a model with the head that the task needs, the loss of a
 batch.
 """
 
 from veneer.registry import import_all
-from veneer.train.tasks._base import TASKS, Prepared, Rows, Shown, Task, TaskLoss, register
+from veneer.train.tasks._base import TASKS, Prepared, Rows, RowSegment, Task, TaskLoss, register
 
 import_all(__name__, list(__path__))
 
-__all__ = ["TASKS", "Prepared", "Rows", "Shown", "Task", "TaskLoss", "register"]
+__all__ = ["TASKS", "Prepared", "RowSegment", "Rows", "Task", "TaskLoss", "register"]

@@ -1,6 +1,6 @@
-"""Images and sounds of a row: a file, or the numbers themselves.
+"""Read the image or audio of a row, given as a file or as numbers.
 
-image   a path, or rows of numbers [h][w] or [h][w][c], 0 to 255 (as transformers' processors take them)
+image   a path, or nested lists [h][w] or [h][w][c] of 0 to 255 (as transformers' processors take)
 audio   a path to a .wav file, numbers of -1 to 1, or {"array": […], "sampling_rate": 16000}
 """
 
@@ -18,17 +18,25 @@ from veneer.errors import DataError
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
-    """[h, w, 3] in 0 to 255. `folder`: what a relative path begins at."""
+def read_image(value: Any, location: str, folder: Path) -> np.ndarray:
+    """An image as [h, w, 3], 0 to 255.
+
+    Args:
+        location: the row, for errors.
+        folder: the folder that relative paths start from.
+
+    Raises:
+        DataError: the value is no image.
+    """
     if isinstance(value, str):
         from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(folder / Path(value).expanduser()) as image:
-                return np.array(image.convert("RGB"))  # which torch may write to
+                return np.array(image.convert("RGB"))  # a writable copy, as torch expects
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(
-                f"{where}: no image at {value} ({error})", "an image file", "check the path"
+                f"{location}: no image at {value} ({error})", "an image file", "check the path"
             ) from error
     try:
         pixels = np.asarray(value, dtype=np.float32)
@@ -37,59 +45,58 @@ def image_of(value: Any, where: str, folder: Path) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or not pixels.size:
-        problem = f"{where}: an image of shape {pixels.shape}"
+        problem = f"{location}: an image of shape {pixels.shape}"
         raise DataError(
             problem,
             "[h][w], [h][w][1] or [h][w][3], or the path of a file",
             "fix or remove that row",
         )
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
-        problem = f"{where}: an image of {pixels.min()} to {pixels.max()}"
+        problem = f"{location}: an image of {pixels.min()} to {pixels.max()}"
         raise DataError(problem, "numbers of 0 to 255", "scale them, or remove that row")
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
 
 
-def folder_of_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """([(place, {"image", "label"})] of folder/LABEL/FILE in the order of their names, a hash of it
-    all)."""
-    found = [
+def list_labelled_images(folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """([(location, {"image", "label"})] of the files folder/LABEL/FILE, sorted by name; a hash of
+    names and contents)."""
+    images = [
         (f"{sub.name}/{file.name}", {"image": str(file.resolve()), "label": sub.name})
         for sub in sorted(folder.iterdir())
         if sub.is_dir()
         for file in sorted(sub.iterdir())
         if file.suffix.lower() in IMAGES
     ]
-    if not found:
+    if not images:
         raise DataError(
             f"no image in {folder}", "a folder for each label, with images in it", "check the path"
         )
-    whole = hashlib.sha256()
-    for place, row in found:
-        whole.update(place.encode() + hashlib.sha256(Path(row["image"]).read_bytes()).digest())
-    return found, whole.hexdigest()
+    digest = hashlib.sha256()
+    for location, row in images:
+        digest.update(location.encode() + hashlib.sha256(Path(row["image"]).read_bytes()).digest())
+    return images, digest.hexdigest()
 
 
-def sound_of(value: Any, where: str, folder: Path, rate: int) -> np.ndarray:
-    """[samples] in -1 to 1, at `rate` samples a second."""
-    own = rate
+def read_audio(value: Any, location: str, folder: Path, rate: int) -> np.ndarray:
+    """Audio as [samples], -1 to 1. Raises `DataError` unless it has `rate` samples a second."""
     if isinstance(value, str):
-        samples, own = _wav(folder / Path(value).expanduser(), where)
+        samples, recorded_rate = _wav(folder / Path(value).expanduser(), location)
     else:
-        table = value if isinstance(value, dict) else {"array": value}
-        own = table.get("sampling_rate") or rate
+        audio = value if isinstance(value, dict) else {"array": value}
+        recorded_rate = audio.get("sampling_rate") or rate
         try:
-            samples = np.asarray(table.get("array"), dtype=np.float32)
+            samples = np.asarray(audio.get("array"), dtype=np.float32)
         except (TypeError, ValueError):
             samples = np.zeros((0, 0))
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        problem = f"{where}: audio of shape {samples.shape}"
+        problem = f"{location}: audio of shape {samples.shape}"
         raise DataError(
             problem,
             "one channel of finite numbers, or the path of a .wav file",
             "fix or remove that row",
         )
-    if own != rate:
-        problem = f"{where}: audio of {own} samples a second"
+    if recorded_rate != rate:
+        problem = f"{location}: audio of {recorded_rate} samples a second"
         raise DataError(
             problem,
             f"{rate}, as the base hears",
@@ -98,18 +105,22 @@ def sound_of(value: Any, where: str, folder: Path, rate: int) -> np.ndarray:
     return samples
 
 
-def _wav(path: Path, where: str) -> tuple[np.ndarray, int]:
+def _wav(path: Path, location: str) -> tuple[np.ndarray, int]:
     try:
         with wave.open(str(path)) as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            content = file.readframes(file.getnframes())
+            sample_bytes = file.getsampwidth()
+            channels = file.getnchannels()
+            rate = file.getframerate()
+            frames = file.readframes(file.getnframes())
     except (OSError, wave.Error, EOFError) as error:
         raise DataError(
-            f"{where}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
+            f"{location}: no sound at {path} ({error})", "a .wav file of PCM", "check the path"
         ) from error
-    if width != 2:
+    if sample_bytes != 2:
         raise DataError(
-            f"{where}: {path} with {8 * width} bits a sample", "16 bits", "convert it to 16-bit PCM"
+            f"{location}: {path} with {8 * sample_bytes} bits a sample",
+            "16 bits",
+            "convert it to 16-bit PCM",
         )
-    samples = np.frombuffer(content, dtype="<i2").astype(np.float32) / 32768
+    samples = np.frombuffer(frames, dtype="<i2").astype(np.float32) / 32768
     return samples.reshape(-1, channels).mean(axis=1), rate

@@ -1,5 +1,5 @@
-"""What the tasks on answers share: rows of a prompt with an answer or two, and the log-probability
-of each answer.
+"""Shared by tasks on answers (dpo, orpo, kto, grpo, reward): rows of a prompt with one or two
+answers, and the log-probability of each answer.
 
 chosen, rejected (and prompt)   →   [2b, s]: the chosen answers of a batch, then the rejected ones
 """
@@ -17,33 +17,43 @@ from veneer.errors import DataError
 from veneer.train import data, row_shape, tokens
 from veneer.train.causal import must_not_see_later_tokens
 from veneer.train.loss import log_probabilities
-from veneer.train.tasks._base import Base, Rows, Shown, Task, TaskLoss, pad_of, token_batch
+from veneer.train.tasks._base import (
+    Base,
+    Rows,
+    RowSegment,
+    Task,
+    TaskLoss,
+    padding_token,
+    token_batch,
+)
 from veneer.train.tokens import IGNORED
 
 
 class Causal(Task):
-    """A task of a causal language model."""
+    """Base class of tasks that train a causal language model on answers."""
 
     def load(self) -> Base:
         base = super().load()
         must_not_see_later_tokens(base.model, self.config.base)
         return base
 
-    def answers(self, records: data.Records, rows: list[dict[str, Any]]) -> tokens.Examples:
-        """Rows of a prompt and a completion (texts or chats), or of a text, as tokens; the answer
-        is labelled."""
+    def tokenise_answers(
+        self, records: data.Records, rows: list[dict[str, Any]]
+    ) -> tokens.Examples:
+        """Tokenise rows of a prompt and a completion (texts or chats), or of a text. The answer's
+        tokens are the labels."""
         kind = "prompt" if "prompt" in rows[0] else "text"
-        checked = [
-            row_shape.check_texts_or_chats(row, f"{records.source}, {place}")
-            for row, place in zip(rows, records.places, strict=True)
+        shaped_rows = [
+            row_shape.check_texts_or_chats(row, f"{records.source}, {location}")
+            for row, location in zip(rows, records.places, strict=True)
         ]
-        part = replace(records, kind=kind, rows=checked)
+        answer_records = replace(records, kind=kind, rows=shaped_rows)
         options: Any = {"max_length": self.max_length(), "too_long": self.config.too_long}
-        return tokens.tokenise(part, self.processor, **options)
+        return tokens.tokenise(answer_records, self.processor, **options)
 
     def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         ids, labels = zip(*pairs, strict=True)
-        return token_batch(ids, labels, pad_of(self.processor))
+        return token_batch(ids, labels, padding_token(self.processor))
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -54,56 +64,62 @@ class Causal(Task):
 
 
 class Preference(Causal):
-    """A task on pairs of answers, of which one is the better."""
+    """Base class of tasks on pairs of answers, a chosen and a rejected one."""
 
-    parts, optional, item = ("chosen", "rejected"), ("prompt",), "pair"
+    required_columns, optional_columns, item = ("chosen", "rejected"), ("prompt",), "pair"
     measures = ("accuracy", "margin")
 
     def encode(self, records: data.Records) -> Rows:
         rows = [with_prompt(row) for row in records.rows]
         sides = [
-            self.answers(records, [row[side] for row in rows]) for side in ("chosen", "rejected")
+            self.tokenise_answers(records, [row[side] for row in rows])
+            for side in ("chosen", "rejected")
         ]
-        where = [{index: i for i, index in enumerate(side.index)} for side in sides]
-        kept = [index for index in sides[0].index if index in where[1]]
-        if not kept:
+        row_numbers = [{index: i for i, index in enumerate(side.index)} for side in sides]
+        kept_indices = [index for index in sides[0].index if index in row_numbers[1]]
+        if not kept_indices:
             problem = f"no pair of {records.source} whose answers are both short enough"
             raise DataError(problem, "at least one", "raise max_length")
-        made, lengths, learnt = [], [], []
-        for index in kept:
-            numbers = [place[index] for place in where]
-            own = [
-                (side.input_ids[i], side.labels[i]) for side, i in zip(sides, numbers, strict=True)
+        encoded_rows, lengths, learnt = [], [], []
+        for index in kept_indices:
+            positions = [position_of_index[index] for position_of_index in row_numbers]
+            answers = [
+                (side.input_ids[i], side.labels[i])
+                for side, i in zip(sides, positions, strict=True)
             ]
-            made.append({"chosen": own[0], "rejected": own[1]})
-            lengths.append(2 * max(len(ids) for ids, _ in own))
-            learnt.append(sum(label != IGNORED for _, labels in own for label in labels))
+            encoded_rows.append({"chosen": answers[0], "rejected": answers[1]})
+            lengths.append(2 * max(len(ids) for ids, _ in answers))
+            learnt.append(sum(label != IGNORED for _, labels in answers for label in labels))
         return Rows(
-            made,
+            encoded_rows,
             lengths,
-            kept,
+            kept_indices,
             learnt,
-            len(records) - len(kept),
+            len(records) - len(kept_indices),
             max(side.truncated for side in sides),
         )
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
-        """What both sides begin with is the prompt."""
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
+        """The prompt is the unlabelled prefix that both sides share."""
         sides = [list(zip(*row[side], strict=True)) for side in ("chosen", "rejected")]
-        start = 0
+        prompt_length = 0
         while (
-            start < min(map(len, sides))
-            and sides[0][start] == sides[1][start]
-            and sides[0][start][1] == IGNORED
+            prompt_length < min(map(len, sides))
+            and sides[0][prompt_length] == sides[1][prompt_length]
+            and sides[0][prompt_length][1] == IGNORED
         ):
-            start += 1
+            prompt_length += 1
         prompt = (
-            self.stretches("prompt", *(part[:start] for part in row["chosen"])) if start else []
+            self.token_segments("prompt", *(segment[:prompt_length] for segment in row["chosen"]))
+            if prompt_length
+            else []
         )
         return prompt + [
-            part
+            segment
             for side in ("chosen", "rejected")
-            for part in self.stretches(side, *(part[start:] for part in row[side]))
+            for segment in self.token_segments(
+                side, *(segment[prompt_length:] for segment in row[side])
+            )
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -117,16 +133,16 @@ class Preference(Causal):
 
 
 def with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The two answers of a row, each with its prompt; without one, it is what two chats begin with
-    alike."""
+    """The two answers of a row, each with its prompt. If the row has no prompt, the messages that
+    both chats begin with are the prompt; two texts have none."""
     chosen, rejected = row["chosen"], row["rejected"]
     if "prompt" in row:
         prompt = row["prompt"]
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        same = 0
-        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-            same += 1
-        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
         return {"chosen": {"text": chosen}, "rejected": {"text": rejected}}
     return {
@@ -135,12 +151,12 @@ def with_prompt(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def summed(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """log p of each row's answer, [rows]: the sum over its tokens."""
+def answer_log_probabilities(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """log p of each row's answer, [rows]: a sum over its tokens."""
     return log_probabilities(model, batch).sum(dim=1)
 
 
-def judged(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """The measures of pairs from the rewards of their answers, [b] each."""
+def pair_measures(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Accuracy and margin, summed over pairs, from the rewards of their answers, [b] each."""
     margin = (chosen - rejected).detach()
     return {"accuracy": (margin > 0).sum(), "margin": margin.sum()}

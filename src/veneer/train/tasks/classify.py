@@ -6,9 +6,9 @@
 
     loss = -log p(label)                            a mean over labels
 
-The head is new, and trains in full, unless the base has one that knows all labels of the data.
-Labels are texts or whole numbers; their names go with the adapter. A word of several tokens carries
-its label on the first.
+A new head is trained in full, unless the base has a head with all labels of the data. Labels are
+texts or integers; their names are saved with the adapter. A word of several tokens has its label on
+the first.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from veneer.train import data
 from veneer.train.tasks._base import (
     Base,
     Rows,
-    Shown,
+    RowSegment,
     Task,
     TaskLoss,
-    limited,
-    pad_of,
-    padded,
+    apply_max_length,
+    pad_rows,
+    padding_token,
+    read_text_column,
     register,
-    texts_of,
 )
-from veneer.train.tasks._media import folder_of_images, image_of
+from veneer.train.tasks._media import list_labelled_images, read_image
 from veneer.train.tokens import IGNORED
 
 HEADS = {
@@ -54,27 +54,31 @@ HEADS = {
 
 @register
 class Classify(Task):
-    auto = HEADS["text"]  # unless the data are words or images
-    item, compares = "label", False  # a new head tells nothing
+    auto = HEADS["text"]  # changed by `load` for words and images
+    item, compares = "label", False  # an untrained head gives no baseline
     one_pass = True
 
-    def __init__(self, config: Any, known: Any = None, loading: Any = None) -> None:
-        super().__init__(config, known, loading)
-        kind, labels = self.known.get("kind", ""), self.known.get("labels", [])
+    def __init__(self, config: Any, task_settings: Any = None, loading: Any = None) -> None:
+        super().__init__(config, task_settings, loading)
+        kind = self.recorded_settings.get("kind", "")
+        labels = self.recorded_settings.get("labels", [])
         if (
             kind not in ("", *HEADS)
             or not isinstance(labels, list)
-            or not all(isinstance(one, str) for one in labels)
+            or not all(isinstance(label, str) for label in labels)
         ):
-            found = f"an adapter that says of its task {dict(self.known)}"[:300]
+            problem = f"an adapter that says of its task {dict(self.recorded_settings)}"[:300]
             raise ConfigError(
-                found, "a kind of rows and a list of labels", "name an adapter of the task classify"
+                problem,
+                "a kind of rows and a list of labels",
+                "name an adapter of the task classify",
             )
         self.kind: str = kind
         self.labels: list[str] = labels
 
     def open(self) -> Any:
-        """The processor comes with the data, which tell texts from images."""
+        """Check that the base has a config. `encode` loads the processor, since the columns of the
+        data decide between a tokenizer and an image processor."""
         config_of(self.config.base)
 
     def settings(self) -> dict[str, Any]:
@@ -83,23 +87,23 @@ class Classify(Task):
     def read(self, source: str, split: str) -> data.Records:
         folder = Path(source).expanduser()
         if folder.is_dir():
-            raw, digest = folder_of_images(folder)
+            raw, digest = list_labelled_images(folder)
         else:
             raw, digest = data.raw_rows(source, split)
         renamed, names = self.config.columns, [*raw[0][1]]
         kinds = [kind for kind in HEADS if kind in renamed or kind in names]
         if len(kinds) != 1 or (self.kind and kinds != [self.kind]):
             problem = f"{source} has the columns {listing(map(repr, names))}"
-            wanted = "`text` and `label`, `words` and `labels`, or `image` and `label`"
+            expected_columns = "`text` and `label`, `words` and `labels`, or `image` and `label`"
             raise DataError(
                 problem,
-                self.kind or wanted,
+                self.kind or expected_columns,
                 "name them, for instance --columns text=sentence,label=intent",
             )
         self.kind = kinds[0]
-        parts = ("words", "labels") if self.kind == "words" else (self.kind, "label")
+        columns = ("words", "labels") if self.kind == "words" else (self.kind, "label")
         return data.select_fields(
-            raw, source, digest, parts, ("text_pair",) if self.kind == "text" else (), renamed
+            raw, source, digest, columns, ("text_pair",) if self.kind == "text" else (), renamed
         )
 
     def _processor(self) -> Any:
@@ -116,66 +120,72 @@ class Classify(Task):
         if self.processor is None:
             self.processor = self._processor()
         column = "labels" if self.kind == "words" else "label"
-        places = [f"{records.source}, {place}" for place in records.places]
-        named = [
+        locations = [f"{records.source}, {location}" for location in records.places]
+        label_names = [
             [
-                _name(label, place)
+                _label_name(label, location)
                 for label in (row[column] if self.kind == "words" else [row[column]])
             ]
-            for row, place in zip(records.rows, places, strict=True)
+            for row, location in zip(records.rows, locations, strict=True)
         ]
-        self._know(named, places)
-        number = {label: i for i, label in enumerate(self.labels)}
-        numbers = [[number[label] for label in labels] for labels in named]
-        return getattr(self, f"_{self.kind}")(records, places, numbers)
+        self._choose_labels(label_names, locations)
+        label_index = {label: i for i, label in enumerate(self.labels)}
+        label_indices = [[label_index[label] for label in labels] for labels in label_names]
+        return getattr(self, f"_encode_{self.kind}")(records, locations, label_indices)
 
-    def _know(self, named: list[list[str]], places: list[str]) -> None:
-        """The labels that there are: the base's own if its head knows them all, else those of the
-        training data."""
+    def _choose_labels(self, label_names: list[list[str]], locations: list[str]) -> None:
+        """Set `labels`, unless they are set: the base's if its head has all labels of the data,
+        else those of the data. Raises `DataError` for a row whose label is not among them."""
         if not self.labels:
-            found = {label for labels in named for label in labels}
-            own = getattr(config_of(self.config.base), "id2label", None) or {}
-            base = [str(own[number]) for number in sorted(own)]
-            counted = all(label.lstrip("-").isdecimal() for label in found)
+            data_labels = {label for labels in label_names for label in labels}
+            id2label = getattr(config_of(self.config.base), "id2label", None) or {}
+            base_labels = [str(id2label[number]) for number in sorted(id2label)]
+            all_numeric = all(label.lstrip("-").isdecimal() for label in data_labels)
             self.labels = (
-                base
-                if self._has_head and found <= {*base}
-                else sorted(found, key=int if counted else str)
+                base_labels
+                if self._has_head and data_labels <= {*base_labels}
+                else sorted(data_labels, key=int if all_numeric else str)
             )
             if len(self.labels) < 2:
                 raise DataError(
                     f"one label alone, {self.labels[0]!r}", "two or more", "check the label column"
                 )
         known_labels = {*self.labels}
-        for labels, place in zip(named, places, strict=True):
-            if strange := [label for label in labels if label not in known_labels]:
-                found, known = (
-                    f"{place}: the label {strange[0]!r}",
-                    f"one of {listing(self.labels)}",
-                )
-                raise DataError(
-                    found, f"{known}, as in the training data", "fix or remove that row"
-                )
+        for labels, location in zip(label_names, locations, strict=True):
+            if unknown_labels := [label for label in labels if label not in known_labels]:
+                problem = f"{location}: the label {unknown_labels[0]!r}"
+                expected = f"one of {listing(self.labels)}, as in the training data"
+                raise DataError(problem, expected, "fix or remove that row")
 
     @cached_property
     def _has_head(self) -> bool:
-        """Whether the base comes with a head of this kind."""
-        named = getattr(config_of(self.config.base), "architectures", None) or ()
-        return any(one.endswith(HEADS[self.kind].removeprefix("AutoModel")) for one in named)
+        """Whether the base has a head of the class `HEADS[kind]`."""
+        architectures = getattr(config_of(self.config.base), "architectures", None) or ()
+        return any(
+            architecture.endswith(HEADS[self.kind].removeprefix("AutoModel"))
+            for architecture in architectures
+        )
 
-    def _text(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
+    def _encode_text(
+        self, records: data.Records, locations: list[str], label_indices: list[list[int]]
+    ) -> Rows:
         texts = [
-            texts_of(records, part) for part in ("text", "text_pair") if part in records.rows[0]
+            read_text_column(records, column)
+            for column in ("text", "text_pair")
+            if column in records.rows[0]
         ]
         ids = self.processor(*texts)["input_ids"]
         rows = [
-            {"ids": list(own), "labels": label} for own, label in zip(ids, numbers, strict=True)
+            {"ids": list(token_ids), "labels": label}
+            for token_ids, label in zip(ids, label_indices, strict=True)
         ]
-        return self._tokens(records, rows, texts)
+        return self._token_rows(records, rows, texts)
 
-    def _words(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
+    def _encode_words(
+        self, records: data.Records, locations: list[str], label_indices: list[list[int]]
+    ) -> Rows:
         rows = []
-        for row, place, labels in zip(records.rows, places, numbers, strict=True):
+        for row, location, labels in zip(records.rows, locations, label_indices, strict=True):
             words = row["words"]
             if (
                 not isinstance(words, list)
@@ -183,36 +193,35 @@ class Classify(Task):
                 or not all(isinstance(word, str) for word in words)
             ):
                 raise DataError(
-                    f"{place}: words are {words!r}"[:300],
+                    f"{location}: words are {words!r}"[:300],
                     "a list of texts",
                     "fix or remove that row",
                 )
             if len(words) != len(labels):
                 raise DataError(
-                    f"{place}: {len(words)} words and {len(labels)} labels",
+                    f"{location}: {len(words)} words and {len(labels)} labels",
                     "as many",
                     "fix that row",
                 )
             encoded = self.processor(words, is_split_into_words=True)
-            at = encoded.word_ids()
-            seen: set[int | None] = {None}
-            own = [IGNORED] * len(at)
-            for i, word in enumerate(at):
-                if word not in seen:
-                    seen.add(word)
-                    own[i] = labels[word]
-            rows.append({"ids": list(encoded["input_ids"]), "labels": own})
-        return self._tokens(records, rows, [])
+            word_indices = encoded.word_ids()
+            labelled_words: set[int | None] = {None}
+            token_labels = [IGNORED] * len(word_indices)
+            for i, word in enumerate(word_indices):
+                if word not in labelled_words:
+                    labelled_words.add(word)
+                    token_labels[i] = labels[word]
+            rows.append({"ids": list(encoded["input_ids"]), "labels": token_labels})
+        return self._token_rows(records, rows, [])
 
-    def _tokens(self, records: data.Records, rows: list[dict[str, Any]], texts: list[Any]) -> Rows:
+    def _token_rows(
+        self, records: data.Records, rows: list[dict[str, Any]], texts: list[Any]
+    ) -> Rows:
         limit = self.max_length()
 
         def cut(row: dict[str, Any]) -> dict[str, Any]:
-            # encoders end with a token of their own
-            ids = [
-                *row["ids"][: limit - 1],
-                row["ids"][-1],
-            ]
+            # an encoder's sequence ends with a special token, which must remain
+            ids = [*row["ids"][: limit - 1], row["ids"][-1]]
             labels = (
                 row["labels"]
                 if len(row["labels"]) == 1
@@ -221,57 +230,61 @@ class Classify(Task):
             return {"ids": ids, "labels": labels}
 
         lengths = [len(row["ids"]) for row in rows]
-        kept, rows, count = limited(records, rows, lengths, self.config, limit, cut)
-        if len(texts) == 2:  # which text each token is of, where the base tells them apart
-            kinds = self.processor(*([part[i] for i in kept] for part in texts)).get(
-                "token_type_ids"
-            )
-            if kinds is not None:
+        kept_indices, rows, truncated_count = apply_max_length(
+            records, rows, lengths, self.config, limit, cut
+        )
+        if len(texts) == 2:  # token types mark the text of each token, if the base uses them
+            token_types = self.processor(
+                *([column_texts[i] for i in kept_indices] for column_texts in texts)
+            ).get("token_type_ids")
+            if token_types is not None:
                 rows = [
-                    {**row, "kinds": own[: len(row["ids"])]}
-                    for row, own in zip(rows, kinds, strict=True)
+                    {**row, "token_types": row_types[: len(row["ids"])]}
+                    for row, row_types in zip(rows, token_types, strict=True)
                 ]
         return Rows(
             rows,
             [len(row["ids"]) for row in rows],
-            kept,
+            kept_indices,
             dropped=len(records) - len(rows),
-            truncated=count,
+            truncated=truncated_count,
         )
 
-    def _image(self, records: data.Records, places: list[str], numbers: list[list[int]]) -> Rows:
-        """Each is read once here, for its errors, and again for its batch: as tensors they would
-        fill the memory."""
+    def _encode_image(
+        self, records: data.Records, locations: list[str], label_indices: list[list[int]]
+    ) -> Rows:
+        """Each image is read here once to report errors, and again for its batch: as tensors they
+        would fill the memory."""
         folder = Path(records.source).expanduser().parent
         rows = [
-            {"image": row["image"], "place": place, "folder": folder, "labels": labels}
-            for row, place, labels in zip(records.rows, places, numbers, strict=True)
+            {"image": row["image"], "location": location, "folder": folder, "labels": labels}
+            for row, location, labels in zip(records.rows, locations, label_indices, strict=True)
         ]
         for row in rows:
-            image_of(row["image"], row["place"], folder)
+            read_image(row["image"], row["location"], folder)
         return Rows(rows, [0] * len(rows), [*range(len(rows))])
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         names = [self.labels[label] for label in row["labels"] if label != IGNORED]
         if self.kind == "image":
-            height, width, _ = image_of(row["image"], row["place"], row["folder"]).shape
-            about = f"{row['image']}, " if isinstance(row["image"], str) else ""
+            height, width, _ = read_image(row["image"], row["location"], row["folder"]).shape
+            file_name = f"{row['image']}, " if isinstance(row["image"], str) else ""
             return [
-                Shown(False, "image", f"{about}{width} × {height} pixels"),
-                Shown(True, "label", names[0]),
+                RowSegment(False, "image", f"{file_name}{width} × {height} pixels"),
+                RowSegment(True, "label", names[0]),
             ]
-        text = Shown(False, self.kind, self.processor.decode(row["ids"]))
+        text = RowSegment(False, self.kind, self.processor.decode(row["ids"]))
         if self.kind == "text":
-            return [text, Shown(True, "label", names[0])]
+            return [text, RowSegment(True, "label", names[0])]
         starts = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
         words = [row["ids"][start:end] for start, end in pairwise([*starts, len(row["ids"])])]
-        told = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
+        word_texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in words]
         return [
             text,
-            Shown(
+            RowSegment(
                 True,
                 "labels",
-                ", ".join(f"{word} → {name}" for word, name in zip(told, names, strict=True)),
+                ", ".join(f"{word} → {name}" for word, name in zip(word_texts, names, strict=True)),
             ),
         ]
 
@@ -283,11 +296,11 @@ class Classify(Task):
             "label2id": {label: number for number, label in names.items()},
         }
         if self.kind != "image":
-            fields["pad_token_id"] = pad_of(self.processor)
-        own = getattr(config_of(self.config.base), "num_labels", None)
-        if self._has_head and own != len(self.labels):
+            fields["pad_token_id"] = padding_token(self.processor)
+        head_size = getattr(config_of(self.config.base), "num_labels", None)
+        if self._has_head and head_size != len(self.labels):
             problem = (
-                f"{self.config.base}, whose head knows {own} labels, and data with"
+                f"{self.config.base}, whose head knows {head_size} labels, and data with"
                 f" {len(self.labels)}"
             )
             do = "name a base without a head, or change the labels of the data"
@@ -298,7 +311,7 @@ class Classify(Task):
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if self.kind == "image":
-            images = [image_of(row["image"], row["place"], row["folder"]) for row in rows]
+            images = [read_image(row["image"], row["location"], row["folder"]) for row in rows]
             pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")[
                 "pixel_values"
             ]
@@ -307,11 +320,11 @@ class Classify(Task):
                 "labels": torch.tensor([row["labels"][0] for row in rows]),
             }
         ids = [row["ids"] for row in rows]
-        mask = padded([[1] * len(own) for own in ids], 0)
-        batch = {"input_ids": padded(ids, pad_of(self.processor)), "attention_mask": mask}
-        if "kinds" in rows[0]:
-            batch["token_type_ids"] = padded([row["kinds"] for row in rows], 0)
-        labels = padded([row["labels"] for row in rows], IGNORED)
+        mask = pad_rows([[1] * len(row_ids) for row_ids in ids], 0)
+        batch = {"input_ids": pad_rows(ids, padding_token(self.processor)), "attention_mask": mask}
+        if "token_types" in rows[0]:
+            batch["token_type_ids"] = pad_rows([row["token_types"] for row in rows], 0)
+        labels = pad_rows([row["labels"] for row in rows], IGNORED)
         return {**batch, "labels": labels if self.kind == "words" else labels[:, 0]}
 
     def items(self, batch: Mapping[str, Any]) -> int:
@@ -320,20 +333,24 @@ class Classify(Task):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         logits: Tensor = model(**self.inputs(batch)).logits  # [b, labels] or [b, s, labels]
         labels = batch["labels"].to(logits.device)
-        there = labels != IGNORED
-        chosen, right = logits[there], labels[there]
-        total = cross_entropy(chosen.to(at_least_float32(chosen.dtype)), right, reduction="sum")
+        labelled = labels != IGNORED
+        labelled_logits, targets = logits[labelled], labels[labelled]
+        total = cross_entropy(
+            labelled_logits.to(at_least_float32(labelled_logits.dtype)), targets, reduction="sum"
+        )
         return TaskLoss(
-            total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()}
+            total,
+            len(targets),
+            {"accuracy": (labelled_logits.detach().argmax(dim=-1) == targets).sum()},
         )
 
 
-def _name(label: Any, place: str) -> str:
-    """A label as its name: text, a whole number or a truth value."""
+def _label_name(label: Any, location: str) -> str:
+    """The name of a label: a text, an integer or a boolean. Raises `DataError` for others."""
     if isinstance(label, bool | int | str):
         return str(label)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     raise DataError(
-        f"{place}: the label {label!r}"[:300], "text or a whole number", "fix or remove that row"
+        f"{location}: the label {label!r}"[:300], "text or a whole number", "fix or remove that row"
     )

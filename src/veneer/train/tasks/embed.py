@@ -1,13 +1,14 @@
-"""Embeddings: texts that belong together come to lie close.
+"""Embeddings: texts that belong together get similar vectors.
 
-    anchor, positive (, negative)    ranking: -log softmax over the batch of 20 · cos(anchor, ·) at its own positive
-                                     (multiple negatives: Henderson et al., 2017, arXiv:1705.00652)
+    anchor, positive (, negative)    ranking: -log softmax over the batch of 20 · cos(anchor, ·),
+                                     at the anchor's positive (multiple negatives: Henderson et
+                                     al., 2017, arXiv:1705.00652)
     anchor, positive, label          cosine: (cos(anchor, positive) - label)²
 
-The others' positives, and all negatives, are what an anchor's own positive is told apart from, so a
-batch should be as large as memory allows. Pooling and normalisation are those of the base's
-sentence-transformers files. The measure of ranking is the share of anchors whose nearest text is
-their own; of cosine, |cos - label|.
+Each anchor is compared with all positives and negatives of the batch, so a batch should be as large
+as memory allows. Pooling and normalisation are those of the base's sentence-transformers files.
+Measures: for ranking, the share of anchors whose nearest text is their positive (`accuracy`); for
+cosine, |cos - label| (`error`).
 """
 
 from __future__ import annotations
@@ -26,22 +27,24 @@ from veneer.models.load import Base
 from veneer.train import data
 from veneer.train.tasks._base import (
     Rows,
-    Shown,
+    RowSegment,
     Task,
     TaskLoss,
-    limited,
-    pad_of,
-    padded,
+    apply_max_length,
+    pad_rows,
+    padding_token,
+    read_text_column,
     register,
-    texts_of,
 )
 
-SCALE = 20.0  # of cosines, as sentence-transformers has it
+SCALE = 20.0  # factor of cosines, the default of sentence-transformers
 
 
 @register
 class Embed(Task):
-    parts, optional, auto = ("anchor", "positive"), ("negative", "label"), "AutoModel"
+    required_columns = ("anchor", "positive")
+    optional_columns = ("negative", "label")
+    auto = "AutoModel"
     measures, item = ("accuracy", "error"), "pair"
     compares_rows = True
 
@@ -60,46 +63,53 @@ class Embed(Task):
             raise DataError(
                 problem, "one of them", "remove one, or name the columns to read with --columns"
             )
-        sides = [part for part in ("anchor", "positive", "negative") if part in records.rows[0]]
-        ids = [self.processor(texts_of(records, part))["input_ids"] for part in sides]
+        sides = [
+            column for column in ("anchor", "positive", "negative") if column in records.rows[0]
+        ]
+        ids = [self.processor(read_text_column(records, column))["input_ids"] for column in sides]
         rows: list[dict[str, Any]] = [
             {"ids": [list(side[i]) for side in ids]} for i in range(len(records))
         ]
         if cosine:
-            for row, record, place in zip(rows, records.rows, records.places, strict=True):
-                row["label"] = _score(record["label"], f"{records.source}, {place}")
+            for row, record, location in zip(rows, records.rows, records.places, strict=True):
+                row["label"] = _score(record["label"], f"{records.source}, {location}")
         limit = self.max_length()
         longest = [max(map(len, row["ids"])) for row in rows]
 
-        def cut(row: dict[str, Any]) -> dict[str, Any]:  # encoders end with a token of their own
-            short = [
-                own if len(own) <= limit else [*own[: limit - 1], own[-1]] for own in row["ids"]
+        def cut(row: dict[str, Any]) -> dict[str, Any]:
+            # an encoder's sequence ends with a special token, which must remain
+            shortened = [
+                ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in row["ids"]
             ]
-            return {**row, "ids": short}
+            return {**row, "ids": shortened}
 
-        kept, rows, count = limited(records, rows, longest, self.config, limit, cut)
+        kept_indices, rows, truncated_count = apply_max_length(
+            records, rows, longest, self.config, limit, cut
+        )
         lengths = [len(sides) * max(map(len, row["ids"])) for row in rows]
-        return Rows(rows, lengths, kept, dropped=len(records) - len(rows), truncated=count)
+        return Rows(
+            rows, lengths, kept_indices, dropped=len(records) - len(rows), truncated=truncated_count
+        )
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         sides = zip(("anchor", "positive", "negative"), row["ids"], strict=False)
-        near = (
+        target = (
             ("cosine", f"{row['label']:g}")
             if "label" in row
             else ("nearest", "positive, of all in the batch")
         )
         return [
-            *(Shown(False, side, self.processor.decode(ids)) for side, ids in sides),
-            Shown(True, *near),
+            *(RowSegment(False, side, self.processor.decode(ids)) for side, ids in sides),
+            RowSegment(True, *target),
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """[sides · b, s]: all anchors, all positives, all negatives."""
         ids = [row["ids"][side] for side in range(len(rows[0]["ids"])) for row in rows]
-        mask = padded([[1] * len(row) for row in ids], 0)
+        mask = pad_rows([[1] * len(row) for row in ids], 0)
         scores = torch.tensor([row.get("label", float("nan")) for row in rows])
         return {
-            "input_ids": padded(ids, pad_of(self.processor)),
+            "input_ids": pad_rows(ids, padding_token(self.processor)),
             "attention_mask": mask,
             "labels": scores,
         }
@@ -110,29 +120,35 @@ class Embed(Task):
         vectors = pool(hidden, mask, self.encoder.pooling, self.encoder.normal)
         scores = batch["labels"].to(vectors.device, vectors.dtype)
         if bool(scores.isnan().any()):
-            anchors, others = vectors[: len(scores)], vectors[len(scores) :]
-            each, nearest = ranking_losses(anchors, others)
-            own = torch.arange(len(scores), device=nearest.device)
-            return TaskLoss(each.sum(), len(scores), {"accuracy": (nearest == own).sum()})
-        anchors, others = vectors.chunk(2)
-        cosines = cosine_similarity(anchors, others)
-        apart = (cosines - scores).abs()
-        return TaskLoss(apart.square().sum(), len(scores), {"error": apart.detach().sum()})
+            anchors, candidates = vectors[: len(scores)], vectors[len(scores) :]
+            row_losses, nearest = ranking_losses(anchors, candidates)
+            targets = torch.arange(len(scores), device=nearest.device)
+            return TaskLoss(row_losses.sum(), len(scores), {"accuracy": (nearest == targets).sum()})
+        anchors, candidates = vectors.chunk(2)
+        cosines = cosine_similarity(anchors, candidates)
+        distances = (cosines - scores).abs()
+        return TaskLoss(distances.square().sum(), len(scores), {"error": distances.detach().sum()})
 
 
-def ranking_losses(anchors: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """([b] losses, [b] which of the others is nearest) of anchors [b, h] and others [k · b, h],
-    positives first."""
-    scores = SCALE * normalize(anchors, dim=-1) @ normalize(others, dim=-1).mT  # [b, k · b]
-    own = torch.arange(len(anchors), device=scores.device)
-    return cross_entropy(scores, own, reduction="none"), scores.detach().argmax(dim=-1)
+def ranking_losses(anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses [b], index of the nearest candidate [b]).
+
+    Args:
+        anchors: [b, h].
+        candidates: [k · b, h], the positives first, in the order of the anchors.
+    """
+    scores = SCALE * normalize(anchors, dim=-1) @ normalize(candidates, dim=-1).mT  # [b, k · b]
+    targets = torch.arange(len(anchors), device=scores.device)
+    return cross_entropy(scores, targets, reduction="none"), scores.detach().argmax(dim=-1)
 
 
-def _score(value: Any, where: str) -> float:
+def _score(value: Any, location: str) -> float:
     try:
         score = float(value)
     except (TypeError, ValueError):
         score = float("nan")
     if not -1 <= score <= 1:
-        raise DataError(f"{where}: label is {value!r}", "a cosine of -1 to 1", "scale the labels")
+        raise DataError(
+            f"{location}: label is {value!r}", "a cosine of -1 to 1", "scale the labels"
+        )
     return score

@@ -1,12 +1,13 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306): answers that are good
-or bad, not pairs.
+"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306) on single answers that
+are labelled good or bad.
 
-    r = log π(y) - log π₀(y)      z = max(0, mean of r over prompts with another row's answer), without gradient
+    r = log π(y) - log π₀(y)
+    z = max(0, mean of r over prompts with another row's answer), without gradient
     loss = 1 - σ(β · (r - z)) if y is good, 1 - σ(β · (z - r)) if it is bad
 
-The answers of a batch, moved by one row, are the mismatched ones, so a batch needs two rows.
-Measures: the share of answers whose reward β · r has the sign that their label says, and the mean
-of β · r with that sign.
+Mismatched pairs are each prompt of a batch with the answer of the row before it, so a batch needs
+two rows. Measures: the share of answers whose reward β · r is positive if good and negative if bad
+(`accuracy`), and the mean of β · r for good and -β · r for bad ones (`reward`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
 from veneer.train import data
-from veneer.train.tasks._base import Rows, Shown, TaskLoss, reference, register
-from veneer.train.tasks._preferences import Causal, summed
+from veneer.train.tasks._base import Rows, RowSegment, TaskLoss, reference, register
+from veneer.train.tasks._preferences import Causal, answer_log_probabilities
 from veneer.train.tokens import IGNORED
 
 BETA = 0.1  # the paper's
@@ -28,7 +29,9 @@ BETA = 0.1  # the paper's
 
 @register
 class Kto(Causal):
-    parts, item, measures = ("prompt", "completion", "label"), "answer", ("accuracy", "reward")
+    required_columns = ("prompt", "completion", "label")
+    item = "answer"
+    measures = ("accuracy", "reward")
     compares_rows = True
 
     def encode(self, records: data.Records) -> Rows:
@@ -37,10 +40,13 @@ class Kto(Causal):
                 "kto with batch_size 1", "at least 2: others' answers measure the drift", "raise it"
             )
         good = [
-            _good(row["label"], f"{records.source}, {place}") for row, place in _placed(records)
+            _parse_label(row["label"], f"{records.source}, {location}")
+            for row, location in _rows_with_locations(records)
         ]
-        bare = [{part: row[part] for part in ("prompt", "completion")} for row in records.rows]
-        examples = self.answers(records, bare)
+        prompt_completions = [
+            {column: row[column] for column in ("prompt", "completion")} for row in records.rows
+        ]
+        examples = self.tokenise_answers(records, prompt_completions)
         rows = [
             {
                 "ids": ids,
@@ -55,31 +61,31 @@ class Kto(Causal):
         lengths = [2 * len(row["ids"]) for row in rows]
         return Rows(rows, lengths, examples.index, learnt, examples.dropped, examples.truncated)
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
         prompt, completion = (
             self.processor.decode(ids)
             for ids in (row["ids"][: row["start"]], row["ids"][row["start"] :])
         )
         label = "good" if row["good"] else "bad"
         return [
-            Shown(False, "prompt", prompt),
-            Shown(True, "completion", completion),
-            Shown(True, "label", label),
+            RowSegment(False, "prompt", prompt),
+            RowSegment(True, "completion", completion),
+            RowSegment(True, "label", label),
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """[2b, s]: the rows, then each prompt with the answer of the row before it."""
-        limit, made = self.max_length(), []
+        limit, pairs = self.max_length(), []
         for prompt, answer in [
             *zip(rows, rows, strict=True),
             *zip(rows, [rows[-1], *rows[:-1]], strict=True),
         ]:
             head, tail = prompt["ids"][: prompt["start"]], answer["ids"][answer["start"] :]
             ids = [*head, *tail][:limit]
-            made.append((ids, [*[IGNORED] * len(head), *tail][:limit]))
-        return {**self.batch(made), "good": torch.tensor([row["good"] for row in rows])}
+            pairs.append((ids, [*[IGNORED] * len(head), *tail][:limit]))
+        return {**self.batch(pairs), "good": torch.tensor([row["good"] for row in rows])}
 
-    def refers(self) -> bool:
+    def needs_reference(self) -> bool:
         return True
 
     def items(self, batch: Mapping[str, Any]) -> int:
@@ -88,13 +94,13 @@ class Kto(Causal):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         good = batch["good"]
         inputs = {name: value for name, value in batch.items() if name != "good"}
-        own = {name: value[: len(good)] for name, value in inputs.items()}
-        others = {name: value[len(good) :] for name, value in inputs.items()}
+        matched = {name: value[: len(good)] for name, value in inputs.items()}
+        mismatched = {name: value[len(good) :] for name, value in inputs.items()}
         with reference(model):
-            before = summed(model, inputs)
+            reference_log_p = answer_log_probabilities(model, inputs)
         with torch.no_grad():
-            drift = summed(model, others) - before[len(good) :]
-        reward = summed(model, own) - before[: len(good)]
+            drift = answer_log_probabilities(model, mismatched) - reference_log_p[len(good) :]
+        reward = answer_log_probabilities(model, matched) - reference_log_p[: len(good)]
         beta = BETA if self.config.beta is None else self.config.beta
         sign = torch.where(good.to(reward.device), 1.0, -1.0).to(reward.dtype)
         gain = (beta * reward * sign).detach()
@@ -103,24 +109,29 @@ class Kto(Causal):
 
 
 def losses(reward: Tensor, drift: Tensor, good: Tensor, beta: float) -> Tensor:
-    """[b] from log π - log π₀ of the answers and of the mismatched ones, [b] each, and which
-    answers are good."""
-    # a row that is left alone at the end of the data has nobody's answer but its own
-    apart = reward - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
-    return 1 - torch.sigmoid(beta * torch.where(good, apart, -apart))
+    """The loss of each answer, [b].
+
+    Args:
+        reward: log π - log π₀ of the answers, [b].
+        drift: the same of the mismatched answers, [b].
+        good: whether each answer is good, [b].
+    """
+    # a single row at the end of the data has no other row's answer to be paired with
+    gain = reward - (drift.mean().clamp(min=0).detach() if len(drift) > 1 else 0.0)
+    return 1 - torch.sigmoid(beta * torch.where(good, gain, -gain))
 
 
-def _placed(records: data.Records) -> Any:
+def _rows_with_locations(records: data.Records) -> Any:
     return zip(records.rows, records.places, strict=True)
 
 
-def _good(label: Any, where: str) -> bool:
-    words = {"true": True, "false": False, "1": True, "0": False}
-    value = words.get(label.strip().lower()) if isinstance(label, str) else label
-    if isinstance(value, bool) or value in (0, 1):
-        return bool(value)
+def _parse_label(label: Any, location: str) -> bool:
+    spellings = {"true": True, "false": False, "1": True, "0": False}
+    is_good = spellings.get(label.strip().lower()) if isinstance(label, str) else label
+    if isinstance(is_good, bool) or is_good in (0, 1):
+        return bool(is_good)
     raise DataError(
-        f"{where}: label is {label!r}",
+        f"{location}: label is {label!r}",
         "true for a good answer, false for a bad one",
         "fix that row",
     )

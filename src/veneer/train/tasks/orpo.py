@@ -1,11 +1,12 @@
-"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): imitation and
-preference without reference.
+"""Odds-ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691): supervised loss and
+preference loss in one, without a reference model.
 
-    loss = -log p(chosen) - β · log σ(log odds(chosen) - log odds(rejected))        odds(y) = p(y) / (1 - p(y))
+    loss = -log p(chosen) - β · log σ(log odds(chosen) - log odds(rejected))
+    odds(y) = p(y) / (1 - p(y))
 
-log p of an answer is the mean over its tokens. As in the paper, the first term is of the chosen
-answer alone (trl's counts the prompt too). Measures: the share of pairs whose chosen answer is the
-likelier, and by how much (mean log p).
+log p of an answer is the mean over its tokens. As in the paper, the first term covers the chosen
+answer alone (trl's includes the prompt). Measures: the share of pairs whose chosen answer has the
+higher mean log p (`accuracy`), and the difference (`margin`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from veneer.train.loss import log_probabilities
 from veneer.train.tasks._base import TaskLoss, register
-from veneer.train.tasks._preferences import Preference, judged
+from veneer.train.tasks._preferences import Preference, pair_measures
 from veneer.train.tokens import IGNORED
 
 BETA = 0.1  # λ of the paper
@@ -32,7 +33,7 @@ class Orpo(Preference):
         chosen, rejected = (log_probabilities(model, batch).sum(dim=1) / count).chunk(2)
         beta = BETA if self.config.beta is None else self.config.beta
         total = (-chosen - beta * log_ratio(chosen, rejected)).sum()
-        return TaskLoss(total, len(chosen), judged(chosen, rejected))
+        return TaskLoss(total, len(chosen), pair_measures(chosen, rejected))
 
 
 def log_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def log_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _log_rest(log_p: Tensor) -> Tensor:
-    """log(1 - p), for p near 1 and near 0."""
+    """log(1 - p), accurate for p near 1 and near 0."""
     tiny = torch.finfo(log_p.dtype).tiny
     near = log_p > -0.6931471805599453  # log 1/2
     far_safe = torch.where(near, log_p.new_tensor(-1.0), log_p)

@@ -1,10 +1,10 @@
-"""A reward model: one number for a text, higher for the better of two answers (Bradley and Terry,
+"""A reward model: a score for a text, higher for the better of two answers (Bradley and Terry,
 1952).
 
     loss = -log σ(r(chosen) - r(rejected))
 
-The head of one output is new, and trains in full. Measures: the share of pairs in the right order,
-and their distance.
+A new head of one output is trained in full. Measures: the share of pairs whose chosen answer has
+the higher score (`accuracy`), and the difference of the scores (`margin`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn.functional import logsigmoid
 
 from veneer import models
 from veneer.attach.dtypes import at_least_float32
-from veneer.train.tasks._base import Base, Shown, Task, TaskLoss, pad_of, register
-from veneer.train.tasks._preferences import Preference, judged
+from veneer.train.tasks._base import Base, RowSegment, Task, TaskLoss, padding_token, register
+from veneer.train.tasks._preferences import Preference, pair_measures
 
 
 @register
 class Reward(Preference):
     auto = "AutoModelForSequenceClassification"
-    compares = False  # a new head tells nothing
+    compares = False  # an untrained head gives no baseline
     one_pass = True
 
     def open(self) -> Any:
@@ -32,13 +32,13 @@ class Reward(Preference):
         return self.processor
 
     def load(self) -> Base:
-        model = self.model(num_labels=1, pad_token_id=pad_of(self.processor))
+        model = self.model(num_labels=1, pad_token_id=padding_token(self.processor))
         model.config.use_cache = False
         return Base(model, self.processor, self.config.base)
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
-        read = [part._replace(learnt=False) for part in super().shown(row)]
-        return [*read, Shown(True, "score", "higher for chosen than for rejected")]
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
+        segments = [segment._replace(learnt=False) for segment in super().segments(row)]
+        return [*segments, RowSegment(True, "score", "higher for chosen than for rejected")]
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return Task.inputs(self, batch)
@@ -46,9 +46,11 @@ class Reward(Preference):
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         scores = model(**self.inputs(batch)).logits[:, 0]  # [2b]
         chosen, rejected = scores.to(at_least_float32(scores.dtype)).chunk(2)
-        return TaskLoss(pair_losses(chosen, rejected).sum(), len(chosen), judged(chosen, rejected))
+        return TaskLoss(
+            pair_losses(chosen, rejected).sum(), len(chosen), pair_measures(chosen, rejected)
+        )
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """[b] of rewards [b]."""
+    """The loss of each pair, [b], from the rewards of its answers, [b] each."""
     return -logsigmoid(chosen - rejected)

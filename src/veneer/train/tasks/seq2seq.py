@@ -27,16 +27,16 @@ from veneer.train import data, prepare
 from veneer.train.tasks._base import (
     Base,
     Rows,
-    Shown,
+    RowSegment,
     Task,
     TaskLoss,
-    limited,
-    pad_of,
-    padded,
+    apply_max_length,
+    pad_rows,
+    padding_token,
+    read_text_column,
     register,
-    texts_of,
 )
-from veneer.train.tasks._media import sound_of
+from veneer.train.tasks._media import read_audio
 from veneer.train.tokens import IGNORED
 
 
@@ -46,8 +46,8 @@ class Seq2seq(Task):
     one_pass = True
 
     def read_data(self) -> None:
-        """Which columns are read hangs on the base, so that the files are looked at without
-        them."""
+        """Check that local files can be parsed. Their columns are checked later, since the base
+        decides which ones are needed."""
         for source in filter(None, (self.config.data, self.config.eval_data)):
             if data.is_local(source):
                 data.raw_rows(source)
@@ -76,7 +76,7 @@ class Seq2seq(Task):
         return self.processor
 
     def max_length(self) -> int:
-        """Of an answer, and of a text that the encoder reads."""
+        """The limit of an answer, and of a text that the encoder reads."""
         config = config_of(self.config.base)
         limit = getattr(config, "max_target_positions", None)
         return (
@@ -87,34 +87,34 @@ class Seq2seq(Task):
 
     def read(self, source: str, split: str) -> data.Records:
         raw, digest = data.raw_rows(source, split)
-        parts = ("audio", "text") if self.speech else ("prompt", "completion")
-        return data.select_fields(raw, source, digest, parts, (), self.config.columns)
+        columns = ("audio", "text") if self.speech else ("prompt", "completion")
+        return data.select_fields(raw, source, digest, columns, (), self.config.columns)
 
     def encode(self, records: data.Records) -> Rows:
-        answers = self._answers(texts_of(records, "text" if self.speech else "completion"))
+        answers = self._answer_ids(
+            read_text_column(records, "text" if self.speech else "completion")
+        )
         if self.speech:
-            folder, rate = (
-                Path(records.source).expanduser().parent,
-                int(self.features.sampling_rate),
-            )
-            limit = getattr(self.features, "n_samples", None)  # what Whisper hears at once
+            folder = Path(records.source).expanduser().parent
+            rate = int(self.features.sampling_rate)
+            limit = getattr(self.features, "n_samples", None)  # Whisper's window, in samples
             rows = []
-            for row, place, labels in zip(records.rows, records.places, answers, strict=True):
-                sound = sound_of(row["audio"], f"{records.source}, {place}", folder, rate)
+            for row, location, labels in zip(records.rows, records.places, answers, strict=True):
+                sound = read_audio(row["audio"], f"{records.source}, {location}", folder, rate)
                 if limit is not None and len(sound) > limit:
-                    problem = f"{records.source}, {place}: {len(sound) / rate:.1f} s of audio"
+                    problem = f"{records.source}, {location}: {len(sound) / rate:.1f} s of audio"
                     raise DataError(
                         problem,
                         f"at most {limit / rate:.1f} s, what the base hears at once",
                         "cut it",
                     )
-                about = {"place": f"{records.source}, {place}", "folder": folder}
-                rows.append({"audio": row["audio"], "labels": labels, **about})
+                source_fields = {"location": f"{records.source}, {location}", "folder": folder}
+                rows.append({"audio": row["audio"], "labels": labels, **source_fields})
         else:
-            ids = self.processor(texts_of(records, "prompt"))["input_ids"]
+            ids = self.processor(read_text_column(records, "prompt"))["input_ids"]
             rows = [
-                {"ids": list(own), "labels": labels}
-                for own, labels in zip(ids, answers, strict=True)
+                {"ids": list(token_ids), "labels": labels}
+                for token_ids, labels in zip(ids, answers, strict=True)
             ]
         limit = self.max_length()
         longest = [max(len(row["labels"]), len(row.get("ids", ()))) for row in rows]
@@ -123,30 +123,34 @@ class Seq2seq(Task):
             names = [name for name in ("ids", "labels") if name in row and len(row[name]) > limit]
             return {**row, **{name: [*row[name][: limit - 1], row[name][-1]] for name in names}}
 
-        kept, rows, count = limited(records, rows, longest, self.config, limit, cut)
-        # sounds of similar length share a batch; what they take is not counted in tokens
+        kept_indices, rows, truncated_count = apply_max_length(
+            records, rows, longest, self.config, limit, cut
+        )
+        # rows of similar length share a batch; the length of audio is not counted
         lengths = [len(row["labels"]) + len(row.get("ids", ())) for row in rows]
         learnt = [len(row["labels"]) for row in rows]
-        return Rows(rows, lengths, kept, learnt, len(records) - len(rows), count)
+        return Rows(rows, lengths, kept_indices, learnt, len(records) - len(rows), truncated_count)
 
-    def _answers(self, texts: list[str]) -> list[list[int]]:
-        end, made = self.processor.eos_token_id, []
+    def _answer_ids(self, texts: list[str]) -> list[list[int]]:
+        end_token, answers = self.processor.eos_token_id, []
         for ids in self.processor(text_target=texts)["input_ids"]:
-            ids = ids[1:] if ids[:1] == [self.start] else ids  # `inputs` begins with it
-            made.append(list(ids) if end is None or ids[-1:] == [end] else [*ids, end])
-        return made
+            ids = ids[1:] if ids[:1] == [self.start] else ids  # `inputs` prepends it again
+            answers.append(
+                list(ids) if end_token is None or ids[-1:] == [end_token] else [*ids, end_token]
+            )
+        return answers
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
-        answer = Shown(
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
+        answer = RowSegment(
             True, "text" if self.speech else "completion", self.processor.decode(row["labels"])
         )
         if not self.speech:
-            return [Shown(False, "prompt", self.processor.decode(row["ids"])), answer]
+            return [RowSegment(False, "prompt", self.processor.decode(row["ids"])), answer]
         rate = int(self.features.sampling_rate)
-        seconds = len(sound_of(row["audio"], row["place"], row["folder"], rate)) / rate
-        about = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
+        seconds = len(read_audio(row["audio"], row["location"], row["folder"], rate)) / rate
+        file_name = f"{row['audio']}, " if isinstance(row["audio"], str) else ""
         return [
-            Shown(False, "audio", f"{about}{seconds:.2f} s at {rate:,} samples a second"),
+            RowSegment(False, "audio", f"{file_name}{seconds:.2f} s at {rate:,} samples a second"),
             answer,
         ]
 
@@ -162,22 +166,22 @@ class Seq2seq(Task):
         return base
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        labels = padded([row["labels"] for row in rows], IGNORED)
+        labels = pad_rows([row["labels"] for row in rows], IGNORED)
         if not self.speech:
             ids = [row["ids"] for row in rows]
-            mask = padded([[1] * len(own) for own in ids], 0)
+            mask = pad_rows([[1] * len(row_ids) for row_ids in ids], 0)
             return {
-                "input_ids": padded(ids, pad_of(self.processor)),
+                "input_ids": pad_rows(ids, padding_token(self.processor)),
                 "attention_mask": mask,
                 "labels": labels,
             }
         rate = int(self.features.sampling_rate)
-        sounds = [sound_of(row["audio"], row["place"], row["folder"], rate) for row in rows]
-        whole = "max_length" if hasattr(self.features, "n_samples") else True
+        sounds = [read_audio(row["audio"], row["location"], row["folder"], rate) for row in rows]
+        padding = "max_length" if hasattr(self.features, "n_samples") else True
         inputs = self.features(
             sounds,
             sampling_rate=rate,
-            padding=whole,
+            padding=padding,
             return_attention_mask=True,
             return_tensors="pt",
         )
@@ -187,15 +191,20 @@ class Seq2seq(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The answers one to the right, begun with the start token: what the decoder reads. Sounds
-        are in the type of the base, which Whisper does not see to."""
+        """Arguments of the forward. `decoder_input_ids` are the labels shifted right, after the
+        start token. Audio features are cast to the dtype of the base, which Whisper expects."""
         labels: Tensor = batch["labels"]
         start = torch.full_like(labels[:, :1], self.start)
-        read = torch.cat(
-            [start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, pad_of(self.processor))],
+        decoder_ids = torch.cat(
+            [
+                start,
+                labels[:, :-1].masked_fill(
+                    labels[:, :-1] == IGNORED, padding_token(self.processor)
+                ),
+            ],
             dim=1,
         )
-        heard = {
+        encoder_inputs = {
             name: (
                 value.to(self.dtype)
                 if isinstance(value, Tensor) and value.is_floating_point()
@@ -203,19 +212,23 @@ class Seq2seq(Task):
             )
             for name, value in super().inputs(batch).items()
         }
-        return {**heard, "decoder_input_ids": read, "use_cache": False}
+        return {**encoder_inputs, "decoder_input_ids": decoder_ids, "use_cache": False}
 
     @cached_property
     def start(self) -> int:
-        """The token that answers begin with."""
+        """The decoder's start token."""
         return int(config_of(self.config.base).decoder_start_token_id)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
         logits: Tensor = model(**self.inputs(batch)).logits  # [b, s, v]
         labels = batch["labels"].to(logits.device)
-        there = labels != IGNORED
-        chosen, right = logits[there], labels[there]
-        total = cross_entropy(chosen.to(at_least_float32(chosen.dtype)), right, reduction="sum")
+        labelled = labels != IGNORED
+        labelled_logits, targets = logits[labelled], labels[labelled]
+        total = cross_entropy(
+            labelled_logits.to(at_least_float32(labelled_logits.dtype)), targets, reduction="sum"
+        )
         return TaskLoss(
-            total, len(right), {"accuracy": (chosen.detach().argmax(dim=-1) == right).sum()}
+            total,
+            len(targets),
+            {"accuracy": (labelled_logits.detach().argmax(dim=-1) == targets).sum()},
         )

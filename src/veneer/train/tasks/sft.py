@@ -1,5 +1,5 @@
-"""Imitate: chats, prompts with completions, or texts, token by token. Trained by trl's `SFTTrainer`
-(`trainer.py`), with packing and the hidden-state cache."""
+"""Supervised fine-tuning on chats, prompts with completions, or texts. Trained by trl's
+`SFTTrainer` (`trainer.py`), with packing and the hidden-state cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from veneer.train.loss import token_loss
 from veneer.train.prepare import Prepared
 from veneer.train.tasks._base import (
     Base,
-    Shown,
+    RowSegment,
     Task,
     TaskLoss,
-    pad_of,
+    padding_token,
     register,
-    short,
+    short_row_index,
     token_batch,
 )
 from veneer.train.tokens import IGNORED
@@ -33,7 +33,7 @@ class Sft(Task):
 
     def prepare(self) -> Prepared:
         dataset = (
-            (lambda part, length: prepare.pack(part.dataset(), length))
+            (lambda examples, length: prepare.pack(examples.dataset(), length))
             if self.config.packing
             else None
         )
@@ -52,12 +52,15 @@ class Sft(Task):
     def encode(self, records: data.Records) -> tokens.Examples:
         config = self.config
         return tokens.tokenise(
-            records, self.processor, max_length=self.max_length(), too_long=config.too_long,
+            records,
+            self.processor,
+            max_length=self.max_length(),
+            too_long=config.too_long,
             completion_only=config.completion_only,
-        )  # fmt: skip
+        )
 
-    def shown(self, row: dict[str, Any]) -> list[Shown]:
-        return self.stretches("", row["input_ids"], row["labels"])
+    def segments(self, row: dict[str, Any]) -> list[RowSegment]:
+        return self.token_segments("", row["input_ids"], row["labels"])
 
     def load(self) -> Base:
         base = models.load_base(self.config.base, **self.loading)
@@ -68,27 +71,27 @@ class Sft(Task):
         return token_batch(
             [row["input_ids"] for row in rows],
             [row["labels"] for row in rows],
-            pad_of(self.processor),
+            padding_token(self.processor),
         )
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> TaskLoss:
-        found = token_loss(model, batch, accuracy=not model.training)
-        return TaskLoss(found.total, int(found.items), {"accuracy": found.correct})
+        result = token_loss(model, batch, accuracy=not model.training)
+        return TaskLoss(result.total, int(result.items), {"accuracy": result.correct})
 
     def items(self, batch: Mapping[str, Any]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def example(self, prepared: Prepared, device: Any) -> dict[str, Any]:
         ids = torch.tensor(
-            [prepared.train.input_ids[short(prepared.train.lengths)][:64]], device=device
+            [prepared.train.input_ids[short_row_index(prepared.train.lengths)][:64]], device=device
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def largest(self, prepared: Prepared) -> tuple[int, int]:
         train, config = prepared.train, self.config
         if config.packing:
-            whole = prepared.max_length * config.batch_size
-            return whole, round(whole * train.trained_tokens / sum(train.lengths))
+            batch_tokens = prepared.max_length * config.batch_size
+            return batch_tokens, round(batch_tokens * train.trained_tokens / sum(train.lengths))
         longest = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)[
             : config.batch_size
         ]

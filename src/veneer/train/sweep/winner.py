@@ -1,0 +1,87 @@
+"""The folder of a sweep's winner, with the files that `veneer train` writes for a single run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from veneer.fileio.atomic import EVERYTHING, new_folder
+from veneer.train import checkpoint
+from veneer.train.config import TrainConfig
+from veneer.train.prepare import Prepared
+from veneer.train.run import provenance_of, write_status
+from veneer.train.sweep.cohort import Cohort
+from veneer.train.sweep.output_folder import BEST, TRAIN
+from veneer.train.sweep.record import Candidate
+from veneer.train.tasks import Task
+
+
+def single_run_config(config: TrainConfig, output: Path, eval_steps: int) -> TrainConfig:
+    """The configuration with which `veneer train` repeats a candidate."""
+    changes = {
+        "output": output / "again",
+        "eval_every": eval_steps,
+        "overwrite": False,
+        "resume": None,
+    }
+    return config.model_copy(update=changes)
+
+
+def changed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, as a YAML file must list them."""
+    default: Mapping[str, Any] = TrainConfig.defaults()
+    return {
+        name: value
+        for name, value in config.content().items()
+        if name not in default or value != default[name]
+    }
+
+
+def write_winner(
+    output: Path, config: TrainConfig, candidate: Candidate, task: Task, cohort: Cohort
+) -> None:
+    """Write the folder of the best candidate, replacing that of an earlier cohort.
+
+    Args:
+        output: the folder of the sweep.
+        config: the configuration of the candidate as a single run.
+        cohort: the cohort to which the candidate is still attached.
+    """
+    handle, prepared = cohort.runs[candidate.name], cohort.prepared
+    metrics = _metrics(candidate, handle.summary(), prepared)
+    provenance = provenance_of(config, task, prepared, cohort.model, metrics)
+    with new_folder(output / BEST, overwrite=True, replaces=[checkpoint.RUN, EVERYTHING]) as folder:
+        handle.save(folder / checkpoint.ADAPTER, base_name=config.base, provenance=provenance)
+        (folder / checkpoint.LOG).write_text(_log_lines(candidate))
+        (folder / TRAIN).write_text(
+            yaml.safe_dump(changed_settings(config), sort_keys=False, allow_unicode=True)
+        )
+        checkpoint.write_json(folder / checkpoint.METRICS, metrics)
+        write_status(folder, "finished", config, prepared)
+
+
+def _metrics(candidate: Candidate, summary: Any, prepared: Prepared) -> dict[str, Any]:
+    _, last_evaluation = candidate.evaluations[-1]
+    return {
+        "steps": prepared.steps,
+        "first_loss": candidate.losses[0],
+        "last_loss": candidate.losses[-1],
+        "trainable_parameters": summary.trainable,
+        "total_parameters": summary.total,
+        **{f"eval_{name}": value for name, value in last_evaluation.items()},
+    }
+
+
+def _log_lines(candidate: Candidate) -> str:
+    """Losses and evaluations as JSON lines, in the order of the steps."""
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(candidate.losses, 1)]
+    lines += [
+        {"step": step, **{f"eval_{name}": value for name, value in measures.items()}}
+        for step, measures in candidate.evaluations
+    ]
+    lines.sort(key=lambda line: (line["step"], "loss" not in line))
+    return "".join(json.dumps(line) + "\n" for line in lines)
