@@ -275,13 +275,13 @@ def recommend(
         prefix = " with checkpointing, a row at a time," if smallest_run != run else ""
         changes.append((f"{prefix} in nf4", replace(smallest_run, quantize="nf4")))
     for change, changed in changes:
-        fitting = [
+        feasible = [
             plan for plan in plan_all(planner, changed, counts, strategies, on)[0] if plan.fits
         ]
-        if fitting:
-            fewest = min(plan.devices for plan in fitting)
+        if feasible:
+            fewest = min(plan.devices for plan in feasible)
             best = max(
-                (plan for plan in fitting if plan.devices == fewest),
+                (plan for plan in feasible if plan.devices == fewest),
                 key=lambda plan: plan.speed or 0,
             )
             device_names = (

@@ -242,7 +242,7 @@ class _SweepRun:
                 " the seed"
             )
             raise ConfigError(problem, "one base for all candidates", "take the axis data_seed")
-        resume_from, opened = self.resume_from, False
+        resume_from, folder_exists = self.resume_from, False
         if resume_from is not None:
             self._replay()
             say(self.console, f"Resuming from {resume_from}.")
@@ -251,9 +251,9 @@ class _SweepRun:
             self._add(self._next_candidates())
         while self.state.in_cohort(self.state.cohort):
             cohort = self._attach_cohort(resume_from)
-            if not opened:
+            if not folder_exists:
                 self._open_output(cohort)
-            resume_from, opened = None, True
+            resume_from, folder_exists = None, True
             try:
                 if not self._train(cohort, should_stop):
                     self.folder.write_status("interrupted", self.prepared)
