@@ -119,13 +119,13 @@ def _below(one: Any, threshold: float) -> Any:
     import torch
 
     near, parts = (
-        torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.found)),
+        torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.intruders)),
         [],
     )
-    for cosines, triples in zip(near, one.found, strict=True):
-        # `found` has those below 1 alone; a cosine of 1 is no intruder at any threshold
-        parts.append(triples.at(cosines[cosines < 1.0] < threshold))
-    return replace(one, found=tuple(parts))
+    for cosines, triples in zip(near, one.intruders, strict=True):
+        # `intruders` has those below 1 alone; a cosine of 1 is no intruder at any threshold
+        parts.append(triples.select(cosines[cosines < 1.0] < threshold))
+    return replace(one, intruders=tuple(parts))
 
 
 def _random(one: Any, seed: int) -> Any:
@@ -139,8 +139,8 @@ def _random(one: Any, seed: int) -> Any:
 
     return replace(
         one,
-        found=tuple(
-            triples._replace(U=like(triples.U), V=like(triples.V)) for triples in one.found
+        intruders=tuple(
+            triples._replace(U=like(triples.U), V=like(triples.V)) for triples in one.intruders
         ),
     )
 

@@ -108,11 +108,11 @@ def asked_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from veneer.tools.merge_checkpoint import merge_plan
 
     def run(command, *, input, **_):
-        assert "import answer" in command[-1]
+        assert "import answer_request" in command[-1]
         answers = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # another process would print them
-            merge_plan.answer(io.BytesIO(input), answers)
+            merge_plan.answer_request(io.BytesIO(input), answers)
         return SimpleNamespace(returncode=0, stdout=answers.getvalue())
 
     monkeypatch.setattr(merge_plan, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))

@@ -176,7 +176,7 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     veneer, tmp_path, monkeypatch, stored, asked, served
 ):
     """Also where the processor multiplies bf16 natively; and the type is told."""
-    monkeypatch.setattr("veneer.models.load._fast_bf16", lambda: True)
+    monkeypatch.setattr("veneer.models.load._has_fast_bf16", lambda: True)
     tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     told = []

@@ -34,17 +34,17 @@ def test_directions_below_a_threshold_are_those_of_a_search_with_it(adapter):
     assert sum(one.count for one in wanted) > 0
     for one, own in zip(wanted, chosen, strict=True):
         assert own.count == one.count
-        torch.testing.assert_close(own.found[0].U, one.found[0].U)
+        torch.testing.assert_close(own.intruders[0].U, one.intruders[0].U)
 
 
 def test_the_control_takes_as_much_in_other_directions(adapter):
     model, folder = adapter
     for one in repair._intruders(folder, model):
         other = repair._random(one, 0)
-        torch.testing.assert_close(other.found[0].S, one.found[0].S)
+        torch.testing.assert_close(other.intruders[0].S, one.intruders[0].S)
         eye = torch.eye(other.count, dtype=torch.float64)
-        torch.testing.assert_close(other.found[0].U.mT @ other.found[0].U, eye)
-        assert (other.found[0].U * one.found[0].U).sum(0).abs().max() < 0.9
+        torch.testing.assert_close(other.intruders[0].U.mT @ other.intruders[0].U, eye)
+        assert (other.intruders[0].U * one.intruders[0].U).sum(0).abs().max() < 0.9
 
 
 def test_forgetting_is_compared_at_the_same_loss_of_the_task():

@@ -120,7 +120,7 @@ def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
         models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).where
     )
     assert map_checkpoint_names["layers.0.mlp.up_proj.weight"] == (
-        models.Place("model.layers.0.mlp.up_proj.weight"),
+        models.ParamSlice("model.layers.0.mlp.up_proj.weight"),
     )
 
 

@@ -19,7 +19,7 @@ from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError
 from veneer.lowrank import LowRank
-from veneer.tools.compare import _layer, compare
+from veneer.tools.compare import _compare_layer, compare
 from veneer.tools.compose import compose
 
 
@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_dense_changes(out, in_, ranks, extra):
             )
         )
     a, b = (low.delta(torch.float64)[0] for low in lows)
-    found = _layer("x", *lows, {}, {})
+    found = _compare_layer("x", *lows, {}, {})
     assert found.ranks == (ranks[0] + extra, ranks[1] + extra)
     assert found.norms == (pytest.approx(float(a.norm())), pytest.approx(float(b.norm())))
     assert found.difference == pytest.approx(float((a - b).norm() / max(a.norm(), b.norm())))
@@ -81,7 +81,7 @@ def test_angles_keep_their_digits_near_nought():
     )
     B = torch.ones(1, 3, 1, dtype=torch.float64)
     other = torch.tensor([[[math.cos(turn), math.sin(turn)]]], dtype=torch.float64)
-    found = _layer("x", LowRank(one, B, 1.0), LowRank(other, B, 1.0), {}, {})
+    found = _compare_layer("x", LowRank(one, B, 1.0), LowRank(other, B, 1.0), {}, {})
     assert found.rows.angles[0] == pytest.approx(math.degrees(turn), rel=1e-6)
     assert found.difference == pytest.approx(turn, rel=1e-6)
     assert found.columns.angles[0] < 1e-13
@@ -90,13 +90,13 @@ def test_angles_keep_their_digits_near_nought():
 def test_groups_and_changes_of_nothing():
     low = LowRank(torch.randn(2, 2, 4), torch.randn(2, 5, 2), 1.0)
     half = LowRank(low.A, torch.cat([low.B[:1], torch.zeros(1, 5, 2)]), 1.0)
-    found = _layer("x", low, half, {}, {})
+    found = _compare_layer("x", low, half, {}, {})
     assert found.rows.similarity == pytest.approx(1)  # of the group that both change
     assert len(found.rows.angles) == 2
     nothing = LowRank(low.A, torch.zeros(2, 5, 2), 1.0)
-    found = _layer("x", low, nothing, {}, {})
+    found = _compare_layer("x", low, nothing, {}, {})
     assert (found.difference, found.cosine, found.rows, found.columns) == (1, 0, None, None)
-    found = _layer("x", nothing, nothing, {}, {})
+    found = _compare_layer("x", nothing, nothing, {}, {})
     assert (found.difference, found.cosine, found.rows) == (0, 0, None)
 
 

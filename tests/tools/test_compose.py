@@ -26,7 +26,7 @@ from veneer.errors import AdapterError, BaseMismatchError, ConfigError, OutputEx
 from veneer.layers import LAYERS
 from veneer.lowrank import LowRank
 from veneer.tools.compose import METHODS, compose
-from veneer.tools.compose.merge_methods import MERGE_METHODS, factored, merged_vector
+from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -477,7 +477,7 @@ def ties_by_hand(vectors, weights, density):
 )
 def test_ties_is_the_papers(density, weights):
     vectors = [torch.randn(2, 5, 4, dtype=torch.float64) for _ in weights]
-    found = merged_vector(
+    found = merge_vectors(
         MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], weights, density, "0"
     )
     torch.testing.assert_close(found, ties_by_hand(vectors, weights, density))
@@ -491,7 +491,7 @@ def test_mixtures_are_pefts_on_dense_vectors(method):
     expected = peer(
         [vector.clone() for vector in vectors], torch.full((3,), 0.7, dtype=torch.float64), 0.2
     )
-    found = merged_vector(
+    found = merge_vectors(
         MERGE_METHODS[method], [lambda v=v: v for v in vectors], [0.7] * 3, 0.2, "0"
     )
     torch.testing.assert_close(found, expected)
@@ -502,14 +502,14 @@ def test_dare_drops_at_random_and_rescales(method):
     ones, merge_method = torch.ones(1, 200, 100, dtype=torch.float64), MERGE_METHODS[method]
 
     def run(seed):
-        return merged_vector(merge_method, [lambda: ones], [2.0], 0.25, seed)
+        return merge_vectors(merge_method, [lambda: ones], [2.0], 0.25, seed)
 
     found = run("0")
     assert set(found.unique().tolist()) == {0.0, 8.0}
     assert float(found.mean()) == pytest.approx(2, abs=4 * 8 * math.sqrt(0.25 * 0.75 / 20000))
     assert torch.equal(found, run("0"))
     assert not torch.equal(found, run("1"))
-    two = merged_vector(merge_method, [lambda: ones, lambda: ones], [1.0, 1.0], 0.25, "0")
+    two = merge_vectors(merge_method, [lambda: ones, lambda: ones], [1.0, 1.0], 0.25, "0")
     kinds = (
         {0.0, 4.0, 8.0} if method == "dare" else {0.0, 4.0}
     )  # drawn independently; the mean of those that agree
@@ -558,7 +558,7 @@ def test_mixtures_of_adapters_are_those_of_their_dense_changes(method, variant, 
         return
     for name, base in model.state_dict().items():
         vectors = [one[name] - base.double() for one in each]
-        expected = merged_vector(
+        expected = merge_vectors(
             MERGE_METHODS[method], [lambda v=v: v for v in vectors], [1, -0.5], 0.5, "0"
         )
         assert error(found[name] - base.double(), expected) < 1e-4 or not expected.any(), name
@@ -569,7 +569,7 @@ def test_a_mixture_to_a_rank_tells_its_error(tmp_path):
     parts = [trained(model, tmp_path / str(n), rank=3) for n in range(2)]
     report = compose(parts, tmp_path / "out", method="ties", density=0.3, rank=8)
     vectors = [read(part).products["layer"].delta(torch.float64) for part in parts]
-    dense = merged_vector(MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], [1, 1], 0.3, "")
+    dense = merge_vectors(MERGE_METHODS["ties"], [lambda v=v: v for v in vectors], [1, 1], 0.3, "")
     found = read(tmp_path / "out").products["layer"].delta(torch.float64)
     assert report.layers[0].rank == 8
     assert 0.05 < report.error < 0.9
@@ -584,7 +584,7 @@ def test_random_factors_are_nearly_the_best(shape):
     dense = (
         torch.randn(shape, dtype=torch.float64) @ torch.diag(0.9 ** torch.arange(shape[2])).double()
     )
-    low, left = factored(dense, 3, None, "0")
+    low, left = nearest_product(dense, 3, None, "0")
     best = float(torch.linalg.svdvals(dense)[:, 3:].norm())
     assert low.rank == 3
     assert left == pytest.approx(float((low.delta() - dense).norm()))

@@ -148,10 +148,10 @@ def test_names_that_mean_something_else_in_the_files(tmp_path, asked, monkeypatc
         lambda *given, **how: pytest.fail("the process of its own has other rules"),
     )
     whole = tiny(tmp_path / "again")[0]
-    real = merge_plan.recipe_for
+    real = merge_plan.plan_merge
     monkeypatch.setattr(
         veneer.tools.merge_checkpoint.job,
-        "recipe_for",
+        "plan_merge",
         lambda folder, given, drawn: real(folder, given, whole if drawn is None else drawn),
     )
     merge_checkpoint(base, [adapter], tmp_path / "out")

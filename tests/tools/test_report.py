@@ -77,7 +77,7 @@ def test_a_matrix_that_meets_itself_is_decomposed():
     """A bidiagonalisation from one vector sees each singular value once."""
     torch.manual_seed(0)
     Q = torch.linalg.qr(torch.randn(120, 120, dtype=torch.float64))[0]
-    assert intruders._bidiagonalised(Q, 3, 0) is None
+    assert intruders._bidiagonalise(Q, 3, 0) is None
     assert leading_triples(Q, 3).S.tolist() == pytest.approx([1, 1, 1])
     assert leading_triples(torch.zeros(120, 120, dtype=torch.float64), 2).S.tolist() == [0, 0]
 
@@ -168,7 +168,7 @@ def test_a_direction_that_the_base_has_is_no_intruder_and_a_new_one_is(tmp_path)
     )  # five of the six alike, not the last one that was raised to the second place
     assert one.cosines[0] == pytest.approx(5**-0.5, abs=0.05)
     assert one.cosines[1] == pytest.approx(1)
-    assert one.found[0].S.item() == pytest.approx(104, abs=2)
+    assert one.intruders[0].S.item() == pytest.approx(104, abs=2)
     gone = repair(tmp_path / "a", tmp_path / "b", base=model, factor=0, count=2, threshold=0.75)
     assert gone.intruders == 1
     assert torch.linalg.matrix_norm(merged(model, tmp_path / "b")["0.weight"], 2) < 25
@@ -336,4 +336,4 @@ def test_stacks_of_experts_are_looked_at_one_by_one(tmp_path):
     (one,) = find_intruders(read(path), FrozenWeights(model), count=2)
     assert kind_for(model["experts"], "up").name == GENERAL
     assert len(one.cosines) == 6
-    assert len(one.found) == 3
+    assert len(one.intruders) == 3

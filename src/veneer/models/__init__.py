@@ -1,7 +1,7 @@
-"""Base models and their files: found, loaded, converted, read tensor by tensor.
+"""Base models and their files: locate, load, convert, and read tensor by tensor.
 
-In: what a user calls a base. Out: modules, or tensors by name. The one room below train/ and serve/
-that imports transformers, and only when it is called.
+The input is the name of a base as the user gives it; the output is a module, or tensors by name.
+Below train/ and serve/ only this package imports transformers, and only inside functions.
 """
 
 from veneer.models.attention import use_products
@@ -20,12 +20,30 @@ from veneer.models.load import (
 )
 from veneer.models.locate import folder_of
 from veneer.models.messages import quiet
-from veneer.models.meta import Place, filled, map_checkpoint_names, meta_model
+from veneer.models.meta import ParamSlice, map_checkpoint_names, materialize_meta, meta_model
 from veneer.models.remote_code import trust_remote_code
 
 __all__ = [
-    "Base", "Encoder", "Place", "Precision", "cache_dir", "context_length", "filled", "folder_of", "is_causal",
-    "load_base", "load_encoder", "load_head", "load_tokenizer", "map_checkpoint_names", "meta_model", "must_be_causal",
-    "pick_dtype", "quiet", "save_plain", "stored_dtype", "trust_remote_code",
+    "Base",
+    "Encoder",
+    "ParamSlice",
+    "Precision",
+    "cache_dir",
+    "context_length",
+    "folder_of",
+    "is_causal",
+    "load_base",
+    "load_encoder",
+    "load_head",
+    "load_tokenizer",
+    "map_checkpoint_names",
+    "materialize_meta",
+    "meta_model",
+    "must_be_causal",
+    "pick_dtype",
+    "quiet",
+    "save_plain",
+    "stored_dtype",
+    "trust_remote_code",
     "use_products",
 ]  # fmt: skip

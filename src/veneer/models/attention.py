@@ -52,23 +52,30 @@ def use_products(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _attention() -> Callable[..., tuple[Any, None]]:
-    """What transformers' models call: query [b, h, s, d], key and value [b, kv, k, d] -> [b, s, h,
-    d]."""
+    """The attention function for transformers: query [b, h, s, d], key and value [b, kv, k, d] ->
+    [b, s, h, d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from veneer.kernels import attention
 
     def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0,
-        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
-    ) -> tuple[Any, None]:  # fmt: skip
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, None]:
         starts, longest = (kwargs.pop(name, None) for name in LENGTHS)
-        alike = kwargs.get("position_bias") is None and (
+        has_shared_mask = kwargs.get("position_bias") is None and (
             attention_mask is None or attention_mask.shape[1] == 1
         )
-        if alike and attention.is_packed(query, key, attention_mask, starts, longest):
+        if has_shared_mask and attention.is_packed(query, key, attention_mask, starts, longest):
             rows = attention.Packed(starts, longest)
-            query, key, value = (rows.apart(one) for one in (query, key, value))
+            query, key, value = (rows.apart(tensor) for tensor in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
             return (
                 rows.together(
@@ -76,14 +83,18 @@ def _attention() -> Callable[..., tuple[Any, None]]:
                 ),
                 None,
             )
-        if query.shape[2] > 1 and alike:
+        if query.shape[2] > 1 and has_shared_mask:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-            alone = causal and attention_mask is None
-            if attention.pays(query, key, alone and not dropout):
-                if alone and not dropout:
+            pure_causal = causal and attention_mask is None
+            if attention.pays(query, key, pure_causal and not dropout):
+                if pure_causal and not dropout:
                     return attention.causal(query, key, value, scaling).transpose(1, 2), None
-                bias = None if alone else attention.bias_of(attention_mask, causal, query, key)
-                output = attention.products(query, key, value, bias, scaling, dropout, causal=alone)
+                bias = (
+                    None if pure_causal else attention.bias_of(attention_mask, causal, query, key)
+                )
+                output = attention.products(
+                    query, key, value, bias, scaling, dropout, causal=pure_causal
+                )
                 return output.transpose(1, 2), None
         return sdpa_attention_forward(
             module,

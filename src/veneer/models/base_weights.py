@@ -38,7 +38,7 @@ from veneer.bases import Storage, storage_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of
 from veneer.models.locate import folder_of
-from veneer.models.meta import Place, map_checkpoint_names, meta_model
+from veneer.models.meta import ParamSlice, map_checkpoint_names, meta_model
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
 
 #: numbers of a weight that are read at once where it need not be in memory as a whole
@@ -136,8 +136,8 @@ class BaseWeights:
         }
         if len(matches) < 2:
             return next(iter(matches.values()), None)
-        first, *others = matches.values()
-        reads = (read for weight in others for read in (weight.read_rows, *weight.duplicates))
+        first, *further = matches.values()
+        reads = (read for weight in further for read in (weight.read_rows, *weight.duplicates))
         return BaseWeight(first.shape, first.dtype, first.read_rows, (*first.duplicates, *reads))
 
 
@@ -239,11 +239,15 @@ def list_weights(names: Names) -> list[ModuleWeight]:
                 entry[1].extend(f"{alias}.{name}".lstrip(".") for alias in names.aliases[path])
     return [
         ModuleWeight(
-            ref, tuple(paths), names.modules[ref[0]], weight,
-            None if is_buffer else storage_of(weight), is_buffer,
+            ref,
+            tuple(paths),
+            names.modules[ref[0]],
+            weight,
+            None if is_buffer else storage_of(weight),
+            is_buffer,
         )
         for ref, paths, weight, is_buffer in by_identity.values()
-    ]  # fmt: skip
+    ]
 
 
 def module_weights(model: nn.Module, label: str = "the model") -> BaseWeights:
@@ -301,11 +305,11 @@ def checkpoint_weights(
     """(the weights in a checkpoint by the names that they have in the state dict of ``model``, each
     under one of them; tensors of the checkpoint that the model does not have). ``CheckpointError``:
     tensors that do not fill the parameter that they belong to."""
-    places = map_checkpoint_names(model, checkpoint.where)
-    pieces: dict[str, list[tuple[str, Place]]] = {}
-    for name, tensor_places in places.items():
-        for place in tensor_places:
-            pieces.setdefault(place.path, []).append((name, place))
+    param_slices = map_checkpoint_names(model, checkpoint.where)
+    pieces: dict[str, list[tuple[str, ParamSlice]]] = {}
+    for name, tensor_slices in param_slices.items():
+        for param_slice in tensor_slices:
+            pieces.setdefault(param_slice.path, []).append((name, param_slice))
     state, problems = model.state_dict(), []
     weights: dict[str, BaseWeight] = {}
     for path, tensors in pieces.items():
@@ -322,7 +326,7 @@ def checkpoint_weights(
         read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
         weights[path] = BaseWeight(shape, dtype, read)
     raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
-    return weights, tuple(sorted(checkpoint.where.keys() - places.keys()))
+    return weights, tuple(sorted(checkpoint.where.keys() - param_slices.keys()))
 
 
 def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[str, BaseWeight]:
@@ -380,16 +384,16 @@ def _whole_weight(
 
 
 def _joined_shape(
-    checkpoint: Checkpoint, tensors: Sequence[tuple[str, Place]], shape: tuple[int, ...]
+    checkpoint: Checkpoint, tensors: Sequence[tuple[str, ParamSlice]], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """The shape of the parameter that these tensors make: that of the one tensor that holds all of
     it, else ``shape``; None if they do not fill ``shape``."""
     if len(tensors) == 1 and not tensors[0][1].index and not tensors[0][1].within:
         return checkpoint.shape(tensors[0][0])
     count = 0
-    for name, place in tensors:
-        target = slice_shape(shape, place.index)
-        source = slice_shape(checkpoint.shape(name), place.within)
+    for name, param_slice in tensors:
+        target = slice_shape(shape, param_slice.index)
+        source = slice_shape(checkpoint.shape(name), param_slice.within)
         if target != source and target != (1, *source):
             return None
         count += target.numel()
@@ -403,24 +407,29 @@ def slice_shape(shape: Sequence[int], index: Sequence[slice]) -> torch.Size:
 
 
 def _join_rows(
-    checkpoint: Checkpoint, tensors: Sequence[tuple[str, Place]], shape: tuple[int, ...],
-    dtype: torch.dtype, rows: slice | None,
-) -> Tensor:  # fmt: skip
+    checkpoint: Checkpoint,
+    tensors: Sequence[tuple[str, ParamSlice]],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: slice | None,
+) -> Tensor:
     """Rows of the parameter that tensors of the files make. Only tensors with such rows are
     read."""
-    name, place = tensors[0]
-    if len(tensors) == 1 and not place.index and len(place.within) < 2:
-        if place.within:
-            file_rows = range(checkpoint.shape(name)[0])[place.within[0]][rows or slice(None)]
+    name, param_slice = tensors[0]
+    if len(tensors) == 1 and not param_slice.index and len(param_slice.within) < 2:
+        if param_slice.within:
+            file_rows = range(checkpoint.shape(name)[0])[param_slice.within[0]][rows or slice(None)]
             rows = slice(file_rows.start, file_rows.stop)
         return checkpoint.read(name, rows).to(dtype)
-    wanted = range(shape[0])[rows or slice(None)]
-    joined = torch.empty(len(wanted), *shape[1:], dtype=dtype)
-    for name, place in tensors:
-        held = range(shape[0])[place.index[0]]
+    requested_rows = range(shape[0])[rows or slice(None)]
+    joined = torch.empty(len(requested_rows), *shape[1:], dtype=dtype)
+    for name, param_slice in tensors:
+        held_rows = range(shape[0])[param_slice.index[0]]
         # Rows are asked for of stacks alone, where a tensor is a matrix: none is cut along its rows
-        if held.start < wanted.stop and wanted.start < held.stop:
-            first_axis = slice(held.start - wanted.start, held.stop - wanted.start)
-            target = joined[(first_axis, *place.index[1:])]
-            target.copy_(checkpoint.read(name)[place.within].reshape(target.shape))
+        if held_rows.start < requested_rows.stop and requested_rows.start < held_rows.stop:
+            first_axis = slice(
+                held_rows.start - requested_rows.start, held_rows.stop - requested_rows.start
+            )
+            target = joined[(first_axis, *param_slice.index[1:])]
+            target.copy_(checkpoint.read(name)[param_slice.within].reshape(target.shape))
     return joined

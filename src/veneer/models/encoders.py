@@ -41,26 +41,27 @@ class Encoder(NamedTuple):
 
 def is_causal(source: str | Path) -> bool:
     """Whether a base is a causal language model, by its config alone. Raises as ``load_base``."""
-    return _otherwise(str(source)) is None
+    return _describe_non_causal(str(source)) is None
 
 
 def must_be_causal(source: str | Path) -> None:
-    """Refuse a base of which ``load_base`` could make a language model that is none. Reads its
-    config alone.
+    """Refuse a base that ``load_base`` would load as a language model although it is none. Reads
+    only its config.
 
     Raises:
-        ConfigError: it is an encoder, whose positions see what they should predict, or has another
-            head; or as ``load_base``.
+        ConfigError: the base is an encoder, in which positions see the tokens to predict, or has
+            another head; or as ``load_base``.
     """
-    reason = _otherwise(str(source))
+    reason = _describe_non_causal(str(source))
     if reason is not None:
-        other = "to train another kind of model, call veneer.attach on it in Python and train it"
-        do = f"choose a causal base; {other} with transformers' Trainer or a loop of your own"
+        advice = "to train another kind of model, call veneer.attach on it in Python and train it"
+        do = f"choose a causal base; {advice} with transformers' Trainer or a loop of your own"
         raise ConfigError(f"{source}, {reason}", "a causal language model", do)
 
 
-def _otherwise(name: str) -> str | None:
-    """What a base is by its config, in words, unless it is a causal language model."""
+def _describe_non_causal(name: str) -> str | None:
+    """A description of a base that is not a causal language model, by its config; None for a causal
+    one."""
     from transformers.models.auto import modeling_auto as auto
 
     if (
@@ -68,26 +69,32 @@ def _otherwise(name: str) -> str | None:
     ).is_file():  # sentence-transformers' list of what comes after the model
         return "an encoder of sentence-transformers"
     config = config_of(name)
-    named, values = (
+    class_names, values = (
         getattr(config, "architectures", None) or (),
         [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
     )
     # also a class that somebody has registered
     if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        found: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        values += [cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))]
-    causal = {one for value in values for one in ((value,) if isinstance(value, str) else value)}
-    called = " or ".join(named) or f"a {config.model_type} model"
+        registered: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        values += [
+            cls.__name__ for cls in (registered if isinstance(registered, tuple) else (registered,))
+        ]
+    causal = {
+        class_name
+        for value in values
+        for class_name in ((value,) if isinstance(value, str) else value)
+    }
+    class_text = " or ".join(class_names) or f"a {config.model_type} model"
     if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         config, "is_decoder", False
     ):
-        whole = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
+        kind = "an encoder and a decoder" if config.is_encoder_decoder else "an encoder"
         return (
-            f"whose config names {called}, {whole}: each position sees the tokens that it should"
+            f"whose config names {class_text}, {kind}: each position sees the tokens that it should"
             " predict"
         )
-    if named and not any(one in causal for one in named):
-        return f"whose config names {called}"
+    if class_names and not any(class_name in causal for class_name in class_names):
+        return f"whose config names {class_text}"
     return None
 
 
@@ -101,10 +108,10 @@ def load_encoder(
         ConfigError: as ``load_base``, or a pooling that is not known here.
     """
     name = str(source)
-    place = find_base(name)
-    pooling, normal, longest = _pooling(Path(place))
+    location = find_base(name)
+    pooling, normal, longest = _pooling(Path(location))
     model: Any = load_head(source, "AutoModel", precision=precision, device=device, **loading)
-    tokenizer = tokenizer_at(place, name)
+    tokenizer = tokenizer_at(location, name)
     limits = (
         longest,
         getattr(model.config, "max_position_embeddings", None),
@@ -118,19 +125,19 @@ def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
     """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens,
     width]. ``mask``: [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first
     token) or "max"."""
-    hidden, there = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
+    hidden, is_token = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
     if how == "cls":
         vectors = hidden[:, 0]
     elif how == "max":
-        vectors = hidden.masked_fill(~there, float("-inf")).amax(1)
+        vectors = hidden.masked_fill(~is_token, float("-inf")).amax(1)
     else:
-        vectors = (hidden * there).sum(1) / there.sum(1)
+        vectors = (hidden * is_token).sum(1) / is_token.sum(1)
     return nn.functional.normalize(vectors, dim=-1) if normal else vectors
 
 
 def _pooling(folder: Path) -> tuple[str, bool, int | None]:
-    """What sentence-transformers' files say: how to pool, whether to normalise, and how many tokens
-    at most."""
+    """(pooling, whether to normalise, maximum number of tokens) in the files of
+    sentence-transformers."""
 
     def read(file: Path) -> Any:
         try:

@@ -62,15 +62,15 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place: dict[str, Any] = {
+    source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,
     }
     try:
-        marked = AutoModelForCausalLM.from_pretrained(
-            **place, **code_options(), dtype=torch.float32
+        quantized_model = AutoModelForCausalLM.from_pretrained(
+            **source, **code_options(), dtype=torch.float32
         )
-        tokenizer = AutoTokenizer.from_pretrained(**place, **code_options())
+        tokenizer = AutoTokenizer.from_pretrained(**source, **code_options())
     except OSError:
         raise
     except (
@@ -81,11 +81,11 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
         raise ConfigError(
             problem, "a complete GGUF file of an architecture that transformers converts", do
         ) from error
-    config = type(marked.config)(**marked.config.to_dict())
+    config = type(quantized_model.config)(**quantized_model.config.to_dict())
     config.__dict__.pop("quantization_config", None)
-    plain: Any = type(marked)(config)
-    plain = plain.to(torch.float32)
-    plain.load_state_dict(marked.state_dict())
-    plain.tie_weights()
-    plain.generation_config = marked.generation_config
-    return plain, tokenizer
+    model: Any = type(quantized_model)(config)
+    model = model.to(torch.float32)
+    model.load_state_dict(quantized_model.state_dict())
+    model.tie_weights()
+    model.generation_config = quantized_model.generation_config
+    return model, tokenizer

@@ -115,9 +115,15 @@ def load_base(
     """
     name = str(source)
     model = load_head(
-        source, "AutoModelForCausalLM", precision=precision, device=device, attention=attention, quantize=quantize,
-        device_map=device_map, spread=spread,
-    )  # fmt: skip
+        source,
+        "AutoModelForCausalLM",
+        precision=precision,
+        device=device,
+        attention=attention,
+        quantize=quantize,
+        device_map=device_map,
+        spread=spread,
+    )
     tokenizer = tokenizer_at(find_base(name), name)
     return Base(model, tokenizer, name)
 
@@ -138,32 +144,36 @@ def load_head(
     "AutoModelForSequenceClassification": the weights of a head that the files lack are new.
     ``fields``: of its config, such as num_labels. All else, and what it raises, as
     ``load_base``."""
-    name, mapped = str(source), device_map is not None
-    if mapped and device is not None:
+    name, has_device_map = str(source), device_map is not None
+    if has_device_map and device is not None:
         problem = f"device={device!r} and device_map={device_map!r}"
         raise ConfigError(
             problem, "one of them", "leave out one: a device map places all of the model"
         )
     if isinstance(device_map, str) and device_map not in MAPS:
-        _must_be_here("device_map", device_map, MAPS)
-    _must_be_known(attention)
-    place = find_base(name)
+        _require_device("device_map", device_map, MAPS)
+    _require_attention(attention)
+    location = find_base(name)
     dtype, device = type_and_device(precision, device)
-    model: Any = _model(
-        name, place, auto, dtype, device, attention, quantize, device_map, spread, fields
+    model: Any = _load_model(
+        name, location, auto, dtype, device, attention, quantize, device_map, spread, fields
     )
-    if not mapped and quantize is None and spread is None:
+    if not has_device_map and quantize is None and spread is None:
         model = model.to(device)
     causal = auto == "AutoModelForCausalLM"  # whose masks it was measured with
-    usual = causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
-    if attention == "products" or (attention == "auto" and usual and not compares_attention(model)):
+    uses_sdpa = (
+        causal and model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
+    )
+    if attention == "products" or (
+        attention == "auto" and uses_sdpa and not compares_attention(model)
+    ):
         with quiet():
             use_products(model)
     if quantize is not None:
         must_have_whole_blocks(model, name)
         keep_packed(model)
         leave_files(model)
-        note_sources(model, _files_at(place))
+        note_sources(model, _cached_folder(location))
     return model.eval()
 
 
@@ -178,24 +188,33 @@ def meta_base(
     name = str(source)
     config, (dtype, _) = config_of(name), type_and_device(precision, device)
     with loading(name), torch.device("meta"):
-        own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
+        weight_dtype = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
         config = without_hub_kernel(config)
-        return AutoModelForCausalLM.from_config(config, dtype=own, **code_options(name)).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=weight_dtype, **code_options(name)
+        ).eval()
 
 
-def _files_at(place: str) -> Path:
-    """The folder that ``from_pretrained`` has read: of a hub id, the one in the cache, with no file
-    more."""
+def _cached_folder(location: str) -> Path:
+    """The folder that ``from_pretrained`` has read; of a hub id, its folder in the cache."""
     from transformers.utils.hub import cached_file
 
-    return Path(str(cached_file(place, "config.json"))).parent
+    return Path(str(cached_file(location, "config.json"))).parent
 
 
-def _model(
-    name: str, place: str, auto: str, dtype: Any, device: str, attention: str, quantize: Quantize | None,
-    device_map: Any, spread: Spread | None, fields: dict[str, Any],
-) -> Any:  # fmt: skip
-    """What ``from_pretrained`` makes of the files."""
+def _load_model(
+    name: str,
+    location: str,
+    auto: str,
+    dtype: Any,
+    device: str,
+    attention: str,
+    quantize: Quantize | None,
+    device_map: Any,
+    spread: Spread | None,
+    fields: dict[str, Any],
+) -> Any:
+    """The model as ``from_pretrained`` loads it."""
     import transformers
 
     options: dict[str, Any] = {"dtype": dtype, **code_options(name), **fields}
@@ -216,14 +235,14 @@ def _model(
                 "weights in 16 or 32 bits",
                 "leave out quantize, or name the base it was made of",
             )
-        own = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
+        weight_dtype = (config.dtype or pick_dtype("fp32")) if dtype == "auto" else dtype
         options |= {
-            "quantization_config": quantizer(quantize, own),
-            "device_map": {"": _exact(device)},
+            "quantization_config": quantizer(quantize, weight_dtype),
+            "device_map": {"": _indexed_device(device)},
         }
     if device_map is not None:
         options["device_map"] = device_map
-    _must_not_be_pickles(place, name)
+    _refuse_pickles(location, name)
     with loading(name):
         try:
             if spread is not None:
@@ -233,16 +252,18 @@ def _model(
                 return load_shares(
                     folder_of(name), auto, spread, torch.device(device), fields, **options
                 )
-            return getattr(transformers, auto).from_pretrained(place, **options)
+            return getattr(transformers, auto).from_pretrained(location, **options)
         except ImportError as error:
-            chosen = [key for key in options if key not in ("dtype", "trust_remote_code")]
-            problem = f"{name} with {', '.join(chosen) or 'its own code'}: {first_line(error)}"
+            option_names = [key for key in options if key not in ("dtype", "trust_remote_code")]
+            problem = (
+                f"{name} with {', '.join(option_names) or 'its own code'}: {first_line(error)}"
+            )
             raise ConfigError(problem, "an installed package", "install it") from error
 
 
-def _must_not_be_pickles(place: str, name: str) -> None:
-    """Refuse a folder whose weights lie in pickles alone."""
-    folder = Path(place)
+def _refuse_pickles(location: str, name: str) -> None:
+    """Refuse a folder that has weights only as pickles."""
+    folder = Path(location)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for ending in PICKLES for file in folder.glob(ending))
         if pickles:
@@ -257,43 +278,51 @@ def _must_not_be_pickles(place: str, name: str) -> None:
             raise ConfigError(problem, "weights as safetensors", do)
 
 
-def _must_be_known(attention: str) -> None:
+def _require_attention(attention: str) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if attention not in known and "/" not in attention:  # a kernel of the hub is owner/name
-        problem = f"attention {attention!r}{nearest(attention, known)}"
+    attention_names = ["auto", "products", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if (
+        attention not in attention_names and "/" not in attention
+    ):  # a kernel of the hub is owner/name
+        problem = f"attention {attention!r}{nearest(attention, attention_names)}"
         raise ConfigError(
-            problem, f"one of {listing(known, 8)}, or a kernel of the hub", "choose one"
+            problem, f"one of {listing(attention_names, 8)}, or a kernel of the hub", "choose one"
         )
 
 
-def _must_be_here(option: str, value: str, also: Sequence[str] = ()) -> None:
-    """Refuse a device that this machine does not have. ``also``: what the option takes besides."""
-    own = torch.accelerator.current_accelerator(check_available=True)
-    here = ["cpu", *sorted({best_device(), *([] if own is None else [own.type])} - {"cpu"})]
+def _require_device(option: str, value: str, extra_values: Sequence[str] = ()) -> None:
+    """Refuse a device that this machine lacks. ``extra_values``: other values that the option
+    allows."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device_types = [
+        "cpu",
+        *sorted({best_device(), *([] if accelerator is None else [accelerator.type])} - {"cpu"}),
+    ]
     try:
-        wanted = torch.device(value)
+        device = torch.device(value)
     except RuntimeError:
-        wanted = None
+        device = None
     count = (
-        torch.accelerator.device_count() if wanted is not None and wanted.type in here[1:] else 1
+        torch.accelerator.device_count()
+        if device is not None and device.type in device_types[1:]
+        else 1
     )
-    if wanted is None or wanted.type not in here or (wanted.index or 0) >= count:
-        maps = f", or {listing(also)}" if also else ""
+    if device is None or device.type not in device_types or (device.index or 0) >= count:
+        maps = f", or {listing(extra_values)}" if extra_values else ""
         raise ConfigError(
             f"{option}={value!r}",
-            f"a device of this machine ({' or '.join(here)}){maps}",
+            f"a device of this machine ({' or '.join(device_types)}){maps}",
             "choose one",
         )
 
 
-def _exact(device: str) -> Any:
-    """A device with its index, by which accelerate knows a GPU."""
-    exact = torch.device(device)
-    if exact.type == "cpu" or exact.index is not None:
+def _indexed_device(device: str) -> Any:
+    """The device with its index, as accelerate expects a GPU."""
+    torch_device = torch.device(device)
+    if torch_device.type == "cpu" or torch_device.index is not None:
         return device
-    return f"{exact.type}:{torch.accelerator.current_device_index()}"
+    return f"{torch_device.type}:{torch.accelerator.current_device_index()}"
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -303,27 +332,26 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def context_length(source: str | Path) -> int | None:
-    """How many positions the base can take, from its config alone; None where the architecture has
-    no limit."""
+    """The maximum number of positions in the base's config; None if the architecture has no
+    limit."""
     length = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None  # XLNet's -1 is no limit
 
 
 def stored_dtype(source: str | Path) -> torch.dtype | None:
-    """The torch dtype of a base's weights as its config has it; None where it does not say. Raises
-    as ``load_base``."""
+    """The torch dtype in a base's config, or None. Raises as ``load_base``."""
     return config_of(source).dtype
 
 
 def pick_dtype(precision: Precision) -> torch.dtype:
-    """The torch dtype of a precision; of "auto" bfloat16, where products in it run natively, else
-    float32. ``ConfigError``: there is none of this name."""
+    """The torch dtype of a precision. "auto" is bfloat16 if its products run natively, else
+    float32. ``ConfigError``: unknown name."""
     if precision == "auto":
-        return torch.bfloat16 if _fast_bf16() else torch.float32
+        return torch.bfloat16 if _has_fast_bf16() else torch.float32
     return torch_dtype(precision, "precision")
 
 
-def _fast_bf16() -> bool:
+def _has_fast_bf16() -> bool:
     """Whether bf16 products run natively; emulated ones are slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -331,10 +359,10 @@ def _fast_bf16() -> bool:
 
 
 def type_and_device(precision: Precision, device: str | None) -> tuple[Any, str]:
-    """What ``from_pretrained`` takes as dtype, and where the model goes: None is the GPU if there
-    is one. ``ConfigError``: a device that is not here."""
+    """(the dtype for ``from_pretrained``, the device; None is the GPU if there is one).
+    ``ConfigError``: this machine lacks the device."""
     if device is not None:
-        _must_be_here("device", device)
+        _require_device("device", device)
     dtype = "auto" if precision == "stored" else pick_dtype(precision)
     return dtype, device or best_device()
 
@@ -346,14 +374,14 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def tokenizer_at(place: str, name: str) -> Any:
+def tokenizer_at(location: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
     with loading(name):
         try:
-            return AutoTokenizer.from_pretrained(place, **code_options(name))
+            return AutoTokenizer.from_pretrained(location, **code_options(name))
         except Exception as error:
-            if not Path(place).is_dir() or needs_its_code(error):
+            if not Path(location).is_dir() or needs_its_code(error):
                 raise
             problem = f"no usable tokenizer in {name} ({first_line(error)})"
             do = "save the tokenizer into the same folder"

@@ -41,13 +41,13 @@ _announce = functools.cache(log.info)
 def folder_of(source: str | Path) -> Path:
     """The folder of a base's files: a hub id is downloaded, a GGUF file converted. Raises as
     ``load_base``."""
-    place = find_base(str(source))
-    if Path(place).is_dir():
-        return Path(place)
+    location = find_base(str(source))
+    if Path(location).is_dir():
+        return Path(location)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, ignore_patterns=list(_OTHER_WEIGHTS)))
+        return Path(snapshot_download(location, ignore_patterns=list(_OTHER_WEIGHTS)))
     except Exception as error:
         raise explained(str(source), error) from error
 
@@ -56,14 +56,13 @@ def config_of(source: str | Path, **fields: Any) -> Any:
     """The config of a base, as transformers reads it, with ``fields`` in place of its own."""
     from transformers import AutoConfig
 
-    place = find_base(str(source))
+    location = find_base(str(source))
     with loading(str(source)):
-        return AutoConfig.from_pretrained(place, **code_options(source), **fields)
+        return AutoConfig.from_pretrained(location, **code_options(source), **fields)
 
 
 def find_base(name: str) -> str:
-    """What to hand to `from_pretrained`: a folder or a hub id. A GGUF file is converted on the
-    way."""
+    """The folder or hub id for ``from_pretrained``. A GGUF file is converted first."""
     if name.startswith("package:"):
         return str(_from_folder(_package(name.removeprefix("package:")), name))
     path = Path(name).expanduser()
@@ -79,10 +78,10 @@ def find_base(name: str) -> str:
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not looks_like_id:
         hint = f" (nor is there a folder {path.parent})"
         if path.parent.is_dir():
-            near = difflib.get_close_matches(
+            similar_names = difflib.get_close_matches(
                 path.name, [p.name for p in path.parent.iterdir()], n=3, cutoff=0.5
             )
-            hint = f" (near it there is {', '.join(near)})" if near else ""
+            hint = f" (near it there is {', '.join(similar_names)})" if similar_names else ""
         expected = "a folder with config.json, a .gguf file, or a hub id such as owner/name"
         raise ConfigError(f"no base model at {name}{hint}", expected, "check the path")
     _announce("Asking the hub for %s …", name)
@@ -116,9 +115,9 @@ def _from_folder(path: Path, name: str) -> Path:
             "the folder of the model that it adapts",
         )
         raise ConfigError(problem, expected, f"`veneer inspect {name}` names its base")
-    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    file_names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     problem, expected = (
-        f"{name} is not a model folder; it holds {inside}",
+        f"{name} is not a model folder; it holds {file_names}",
         "config.json with model.safetensors, or one ",
     )
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""transformers kept quiet while it loads, and its errors in words that say what to do."""
+"""Silence transformers while it loads, and explain its errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ log = logging.getLogger("veneer.models")
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A block in which transformers reads what the user calls ``name``: quietly, and with errors
-    that can be read."""
+    """A context in which transformers reads the base that the user calls ``name``: without its
+    output, and with readable errors."""
     with quiet():
         try:
             yield
@@ -27,8 +27,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def explained(name: str, error: Exception) -> Exception:
-    """A readable error for what transformers raises when it cannot load; an unknown one is passed
-    on as it is."""
+    """A readable error for an exception of transformers; unknown ones are returned unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
         return error
     if needs_its_code(error):
@@ -63,7 +62,7 @@ def explained(name: str, error: Exception) -> Exception:
 
 
 def needs_its_code(error: Exception) -> bool:
-    """Whether transformers refused, as it was told to, to run code that lies beside a model."""
+    """Whether transformers refused to run code that lies beside a model."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
@@ -74,8 +73,8 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and notes of transformers, and without the hub client's line for
-    each retry."""
+    """Suppress the progress bars and notes of transformers and the retry messages of the hub
+    client."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as noise
 

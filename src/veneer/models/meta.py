@@ -1,12 +1,13 @@
-"""A model of transformers without its weights, and which parameter each tensor of a checkpoint is
-in it.
+"""Models of transformers without weights, and the parameter of each tensor in a checkpoint.
 
-    meta_model("folder")                    every module, name, shape and tie, on torch's meta device: no memory
-    countable_model("config.json", dtype)   the same of a causal language model, for a step on the meta device itself
-    map_checkpoint_names(model, names)      the name of a tensor in a file -> the parameter, or part of one, that it is
+    meta_model("folder")                   every module, name, shape and tie; weights take no memory
+    countable_model("config.json", dtype)  a causal language model whose training step runs on the
+                                           meta device, for counting operations
+    map_checkpoint_names(model, names)     the name of a tensor in a file -> slices of parameters
 
-A file may name and cut tensors otherwise than the model does (a prefix, q, k and v as one, an
-expert a tensor); transformers maps them as it loads, and this asks it how.
+A file may name and split tensors in another way than the model (a prefix, q, k and v as one tensor,
+a tensor for each expert). transformers converts them on loading; ``map_checkpoint_names`` applies
+its conversion rules.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Place(NamedTuple):
-    """What a tensor of a checkpoint is in the model: the parameter at ``path``, or the part
-    ``index`` of it (its first axes), as for one expert of a stack. ``within`` is the part of the
-    tensor that is meant, if that is not all of it, as where a file holds q, k and v as one."""
+class ParamSlice(NamedTuple):
+    """The parameter that a tensor of a checkpoint holds: ``path``, or the slice ``index`` of its
+    first axes, such as one expert of a stack. ``within``: the slice of the tensor, if the tensor
+    holds several parameters, such as q, k and v."""
 
     path: str
     index: tuple[slice, ...] = ()
@@ -41,36 +42,36 @@ class Place(NamedTuple):
 def meta_model(
     folder: str | Path, architecture: str | None = None, labels: Sequence[str] | None = None
 ) -> PreTrainedModel:
-    """The model of a folder in all but its weights: every module, name, shape and tie, with zeros
-    that take no memory.
+    """The model of a folder without its weights: every module, name, shape and tie, with zeros that
+    take no memory.
 
     Args:
-        architecture: a class of transformers; None, or one that transformers does not have, takes
-            the class that the folder's config names.
-        labels: of a classifier, for a head of so many outputs; None takes those of the folder's
+        architecture: a class of transformers; if it is None or unknown, the class in the folder's
+            config.
+        labels: labels of a classifier, one for each output of its head; None takes those in the
             config.
 
     Raises:
-        ConfigError: no configuration of a model that transformers knows.
+        ConfigError: transformers does not know the model.
     """
     import torch
     import transformers
 
     with loading(str(folder)):
         config = transformers.AutoConfig.from_pretrained(str(folder), **code_options())
-        named = [architecture, *(getattr(config, "architectures", None) or ())]
-        known = (getattr(transformers, name, None) for name in named if name)
+        class_names = [architecture, *(getattr(config, "architectures", None) or ())]
+        candidates = (getattr(transformers, name, None) for name in class_names if name)
         # a name may come from a file, and transformers has other classes than models too
         models = (
             cls
-            for cls in known
+            for cls in candidates
             if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
         )
         class_: Any = next(models, None)
         if class_ is None:
             problem = (
                 f"a model {config.model_type!r} of class"
-                f" {' or '.join(filter(None, named)) or 'unknown'}"
+                f" {' or '.join(filter(None, class_names)) or 'unknown'}"
             )
             raise ConfigError(problem, "a class of transformers", "give the model itself (model=…)")
         config.__dict__.pop("quantization_config", None)
@@ -79,7 +80,7 @@ def meta_model(
             config.label2id = {label: number for number, label in enumerate(labels)}
         with torch.device("meta"):
             model = class_(without_hub_kernel(config))
-    return filled(model.eval())
+    return materialize_meta(model.eval())
 
 
 def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -105,12 +106,12 @@ def countable_model(source: Any, dtype: torch.dtype | None = None) -> PreTrained
         config = copy.deepcopy(source)
     config.__dict__.pop("quantization_config", None)
     with loading(config.model_type), torch.device("meta"):
-        own, options = (
+        weight_dtype, options = (
             dtype or config.dtype or torch.bfloat16,
             code_options(source if isinstance(source, str | Path) else None),
         )
         model = transformers.AutoModelForCausalLM.from_config(
-            without_hub_kernel(config), dtype=own, **options
+            without_hub_kernel(config), dtype=weight_dtype, **options
         )
         return count_attention(model).train()
 
@@ -127,7 +128,7 @@ def count_attention(model: Any) -> Any:
 
 
 def _config_in(fields: Mapping[str, Any]) -> Any:
-    """What a config.json with these fields is to transformers."""
+    """The transformers config of a config.json with these fields."""
     import transformers
 
     kind = fields.get("model_type")
@@ -146,7 +147,7 @@ def _config_in(fields: Mapping[str, Any]) -> Any:
 
 
 def _config_at(source: str) -> Any:
-    """The config of a base, or that in a file of its own."""
+    """The config of a base, or the config in a .json file."""
     if Path(source).suffix != ".json":
         return config_of(source)
     try:
@@ -172,8 +173,8 @@ COUNTED = "veneer_counted"
 def _flash(
     module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
 ) -> Any:
-    """Flash attention, whatever the mask: [b, heads, s, d] each, fewer heads of keys and values;
-    and no weights."""
+    """Flash attention without regard to the mask. query, key, value: [b, heads, s, d], with fewer
+    heads of keys and values. Returns no attention weights."""
     import torch
     import torch.nn.functional as F
 
@@ -186,42 +187,44 @@ def _flash(
     return out.transpose(1, 2).contiguous(), None
 
 
-def filled(model: Any) -> Any:
-    """The model, with zeros on the CPU for what is on the meta device: pages that nobody touches
+def materialize_meta(model: Any) -> Any:
+    """Replace tensors on the meta device by zeros on the CPU, in place. Untouched pages of zeros
     take no memory."""
     import numpy
     import torch
 
-    made: dict[Any, Any] = {}
+    materialized: dict[Any, Any] = {}
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, value in own.items():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
                 if value is None or not value.is_meta:
                     continue
-                if value not in made:  # a tensor is hashed by its identity, so ties stay
-                    flat = torch.from_numpy(numpy.zeros(value.nbytes, numpy.uint8))
-                    flat = flat.view(value.dtype).view(value.shape)
-                    kept = isinstance(value, torch.nn.Parameter)
-                    made[value] = torch.nn.Parameter(flat, value.requires_grad) if kept else flat
-                own[name] = made[value]
+                if value not in materialized:  # a tensor is hashed by its identity, so ties stay
+                    tensor = torch.from_numpy(numpy.zeros(value.nbytes, numpy.uint8))
+                    tensor = tensor.view(value.dtype).view(value.shape)
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    materialized[value] = (
+                        torch.nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor
+                    )
+                table[name] = materialized[value]
     return model
 
 
 def without_meta(model: Any) -> Any:
-    """The model itself, or a copy that is ``filled`` where some of it is on the meta device."""
+    """The model, or a copy after ``materialize_meta`` if any tensor is on the meta device."""
     empty = any(value.is_meta for value in itertools.chain(model.parameters(), model.buffers()))
-    return filled(copy.deepcopy(model)) if empty else model
+    return materialize_meta(copy.deepcopy(model)) if empty else model
 
 
-def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Place, ...]]:
-    """What each tensor of a checkpoint is in ``model``. transformers renames, stacks, joins and
-    splits tensors as it loads them; its own rules are asked here. A tensor that is made into a
-    parameter in another way is left out, as is one that the model does not have: whoever wants to
-    change that parameter will miss it.
+def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[ParamSlice, ...]]:
+    """Map the tensors of a checkpoint to slices of the parameters of ``model``, by the rules with
+    which transformers renames, stacks, joins and splits tensors on loading. Tensors that the model
+    lacks, and those that it converts in another way, are left out, so callers find their parameters
+    uncovered.
     """
     state = model.state_dict()
     if not hasattr(model, "base_model_prefix") or not hasattr(model, "config"):
-        return {name: (Place(name),) for name in names if name in state}
+        return {name: (ParamSlice(name),) for name in names if name in state}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -233,8 +236,8 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pl
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix, found = model.base_model_prefix, {}
-    parts: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    prefix, slices_by_tensor = model.base_model_prefix, {}
+    converted: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
     for name in sorted(names, key=dot_natural_key):
         path, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if path not in state and name in state:
@@ -242,49 +245,59 @@ def map_checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, tuple[Pl
         if path not in state:
             continue
         if pattern is None:
-            found[name] = (Place(path),)
+            slices_by_tensor[name] = (ParamSlice(path),)
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            parts.setdefault(path, (converter, []))[1].append((name, pattern))
-    for path, (converter, tensors) in parts.items():
-        found |= _parts(path, converter, tensors, state)
-    return found
+            converted.setdefault(path, (converter, []))[1].append((name, pattern))
+    for path, (converter, tensors) in converted.items():
+        slices_by_tensor |= _map_converted(path, converter, tensors, state)
+    return slices_by_tensor
 
 
-def _parts(
+def _map_converted(
     path: str, rule: Any, tensors: list[tuple[str, str]], state: Any
-) -> dict[str, tuple[Place, ...]]:
-    """The parameters that a rule of transformers stacks or joins out of tensors, or cuts out of
-    one."""
+) -> dict[str, tuple[ParamSlice, ...]]:
+    """The slices for one conversion rule of transformers that stacks or joins several tensors, or
+    splits one."""
     steps = {type(step).__name__: getattr(step, "dim", None) for step in rule.operations}
     if steps == {"Chunk": 0} and len(tensors) == 1:
-        targets = [path.replace(rule.target_patterns[0], other) for other in rule.target_patterns]
+        targets = [
+            path.replace(rule.target_patterns[0], target_pattern)
+            for target_pattern in rule.target_patterns
+        ]
         if any(target not in state for target in targets):
             return {}
         sizes = [state[target].shape[0] for target in targets]
-        ends = [sum(sizes[: count + 1]) for count in range(len(sizes))]
-        within = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        places = (Place(target, (), (rows,)) for target, rows in zip(targets, within, strict=True))
-        return {tensors[0][0]: tuple(places)}
+        stops = [sum(sizes[: count + 1]) for count in range(len(sizes))]
+        within = [slice(end - size, end) for size, end in zip(sizes, stops, strict=True)]
+        param_slices = (
+            ParamSlice(target, (), (rows,)) for target, rows in zip(targets, within, strict=True)
+        )
+        return {tensors[0][0]: tuple(param_slices)}
     stacked = "MergeModulelist" in steps
-    known = steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
+    is_supported = (
+        steps.keys() <= {"MergeModulelist", "Concatenate"} and len(rule.target_patterns) == 1
+    )
     if (
-        not known
+        not is_supported
         or steps.get("MergeModulelist", 0) != 0
         or steps.get("Concatenate", int(stacked)) != int(stacked)
     ):
         return {}
-    shape, found = state[path].shape, {}
+    shape, slices_by_tensor = state[path].shape, {}
     patterns = [
-        pattern for pattern in rule.source_patterns if any(own == pattern for _, own in tensors)
+        pattern
+        for pattern in rule.source_patterns
+        if any(tensor_pattern == pattern for _, tensor_pattern in tensors)
     ]
-    share = shape[int(stacked)] // len(patterns)
-    for at, pattern in enumerate(patterns):
-        own = [name for name, other in tensors if other == pattern]
-        if len(own) != (shape[0] if stacked else 1):
+    rows_per_pattern = shape[int(stacked)] // len(patterns)
+    for pattern_index, pattern in enumerate(patterns):
+        names_of_pattern = [name for name, tensor_pattern in tensors if tensor_pattern == pattern]
+        if len(names_of_pattern) != (shape[0] if stacked else 1):
             return {}
-        for number, name in enumerate(own):
+        for number, name in enumerate(names_of_pattern):
             index = (slice(number, number + 1),) if stacked else ()
-            rows = (slice(at * share, (at + 1) * share),) if len(patterns) > 1 else ()
-            found[name] = (Place(path, index + rows),)
-    return found
+            start = pattern_index * rows_per_pattern
+            rows = (slice(start, start + rows_per_pattern),) if len(patterns) > 1 else ()
+            slices_by_tensor[name] = (ParamSlice(path, index + rows),)
+    return slices_by_tensor

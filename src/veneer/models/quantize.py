@@ -38,20 +38,19 @@ _SOURCES = "veneer_quantized_from"
 
 
 def quantizer(kind: Quantize, dtype: Any) -> Any:
-    """What ``from_pretrained`` takes as quantization_config. 4 bits: blocks of 64 with doubly
-    quantised scales (QLoRA, arXiv:2305.14314), products in ``dtype``. 8 bits: LLM.int8()
-    (arXiv:2208.07339).
+    """The quantization_config for ``from_pretrained``. 4 bits: blocks of 64 with doubly quantised
+    scales (QLoRA, arXiv:2305.14314), products in ``dtype``. 8 bits: LLM.int8() (arXiv:2208.07339).
 
     Raises:
         ConfigError: an unknown kind; bitsandbytes or accelerate is not installed.
     """
     if kind not in ("nf4", "fp4", "int8"):
         raise ConfigError(f"quantize={kind!r}", "nf4, fp4 or int8", "choose one, or leave it out")
-    lacking = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
-    if lacking:
-        problem = f"a base to be quantised to {kind}, and no {' nor '.join(lacking)}"
+    missing_packages = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing_packages:
+        problem = f"a base to be quantised to {kind}, and no {' nor '.join(missing_packages)}"
         raise ConfigError(
-            problem, "bitsandbytes, which keeps it so", f"pip install {' '.join(lacking)}"
+            problem, "bitsandbytes, which keeps it so", f"pip install {' '.join(missing_packages)}"
         )
     from transformers import BitsAndBytesConfig
 
@@ -68,18 +67,17 @@ def quantizer(kind: Quantize, dtype: Any) -> Any:
 
 
 def keep_packed(model: nn.Module) -> None:
-    """Keep every 4-bit weight in the layout in which it was made. On a CPU with AVX512-BF16 a call
-    in evaluation mode repacks them, which rounds their scales for good: the base would be another
-    one after its first call."""
+    """Keep 4-bit weights in their original layout. On a CPU with AVX512-BF16, bitsandbytes repacks
+    them in the first call in evaluation mode and rounds their scales, which would change the
+    base."""
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in module.__dict__:
             module.__dict__["support_avx512bf16_for_cpu"] = False
 
 
 def leave_files(model: nn.Module) -> None:
-    """Give each plain weight in main memory a place of its own. They lie in the file as it is
-    mapped, of which all that was read to be packed would stay resident beside what it was packed
-    to."""
+    """Copy each plain weight on the CPU out of the memory-mapped file. Otherwise the pages that
+    were read for packing stay resident beside the packed weights."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
@@ -88,16 +86,16 @@ def leave_files(model: nn.Module) -> None:
 def must_have_whole_blocks(model: nn.Module, name: str) -> None:
     """Refuse 4-bit weights on the processor whose rows are no whole blocks of 64 numbers:
     bitsandbytes (0.50) reads them there with the scales of other blocks."""
-    odd = [
+    partial_blocks = [
         f"{path} ({module.in_features})"
         for path, module in model.named_modules()
         if hasattr(getattr(module, "weight", None), "quant_state")
         and module.weight.device.type == "cpu"
         and int(module.in_features) % BLOCK  # pyright: ignore[reportArgumentType]
     ]
-    if odd:
+    if partial_blocks:
         problem = (
-            f"{name} in 4 bits on a CPU, where the rows of {listing(odd, 2)} are no multiples of"
+            f"{name} in 4 bits on a CPU, where the rows of {listing(partial_blocks, 2)} are no multiples of"
             f" {BLOCK}"
         )
         raise ConfigError(
@@ -106,10 +104,10 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
 
 
 def note_sources(model: nn.Module, folder: str | Path) -> None:
-    """Find, in the files at ``folder``, of which weight each packed one of ``model`` was made.
-    Reads these files once more, tensor by tensor. Weights that are no safetensors, that lie
-    otherwise in the model (GPT-2's), or of a class that transformers lacks, stay known by what they
-    are packed to alone."""
+    """Record, for each packed weight of ``model``, the fingerprint of its source in the files at
+    ``folder``. Reads these files once more, tensor by tensor. Weights that are not in safetensors,
+    have another layout in the model (GPT-2) or belong to a class that transformers lacks are
+    identified by their packed values alone."""
     from veneer.models.base_weights import folder_weights, list_weights
     from veneer.models.meta import meta_model
 
@@ -144,24 +142,24 @@ def sources_of(model: nn.Module) -> Mapping[str, str]:
 
 
 def quantization_in(model: nn.Module) -> dict[str, Any] | None:
-    """How a model of transformers is quantised, as a record says it: {"by": "bitsandbytes", "as":
-    "nf4"}; with "original": true where its weights go by the fingerprints of those that they were
-    made of. None: not at all."""
+    """The quantisation of a model for the record: {"by": "bitsandbytes", "as": "nf4"}, with
+    "original": true if its weights are identified by the fingerprints of their sources. None: not
+    quantised."""
     config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         return None
-    said = config if isinstance(config, dict) else config.to_dict()
-    method = getattr(said.get("quant_method"), "value", said.get("quant_method"))
+    fields = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
     kind = (
-        said.get("bnb_4bit_quant_type")
-        if said.get("load_in_4bit")
+        fields.get("bnb_4bit_quant_type")
+        if fields.get("load_in_4bit")
         else "int8"
-        if said.get("load_in_8bit")
+        if fields.get("load_in_8bit")
         else None
     )
-    about = {
+    description = {
         "by": str(method),
         "as": str(kind) if kind else None,
         "original": True if sources_of(model) else None,
     }
-    return {name: value for name, value in about.items() if value is not None}
+    return {name: value for name, value in description.items() if value is not None}

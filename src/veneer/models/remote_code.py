@@ -65,8 +65,11 @@ def hub_kernel(config: Any) -> str | None:
     implementation = getattr(config, "_attn_implementation", None)
     if isinstance(implementation, str) and "/" in implementation:
         return implementation
-    parts = (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
-    return next((kernel for part in parts if (kernel := hub_kernel(part)) is not None), None)
+    sub_configs = (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
+    return next(
+        (kernel for sub_config in sub_configs if (kernel := hub_kernel(sub_config)) is not None),
+        None,
+    )
 
 
 def refuse_hub_kernel(config: Any, base: str) -> None:

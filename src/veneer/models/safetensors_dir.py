@@ -1,11 +1,11 @@
-"""A model as its files: a folder of safetensors, read tensor by tensor and never as a whole.
+"""A checkpoint folder of safetensors files, read tensor by tensor.
 
     model.safetensors                                   one file, or
     model-00001-of-00002.safetensors, …                 shards, and
-    model.safetensors.index.json                        which tensor is in which shard
+    model.safetensors.index.json                        the shard of each tensor
 
-A tensor is read with plain reads into memory of its own: the pages of a map would count as the
-process's memory.
+Tensors are read into new memory. With a memory map, the mapped pages would count as memory of the
+process.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def must_hold_no_adapter(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files. ``files`` are their headers by name, ``index`` what the index
-    says (None for a single file), ``where`` the file of each tensor, in the order of files and of
-    the bytes in them."""
+    """A folder of safetensors files. ``files``: their headers by name; ``index``: the parsed index
+    (None for a single file); ``where``: the file of each tensor, in the order of files and
+    offsets."""
 
     folder: Path
     files: Mapping[str, Header]
@@ -99,8 +99,8 @@ class Checkpoint:
         return self.files[self.where[name]].data_start + self.entry(name).start
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some ``rows`` of its first axis, in memory of its own. ``KeyError``: no
-        such tensor. ``CheckpointError``: the file became shorter since its header was read."""
+        """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: no such tensor.
+        ``CheckpointError``: the file is shorter than its header says."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
@@ -119,9 +119,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The checkpoint in a folder: its headers, checked; no number of it is read.
-    ``CheckpointError``: no safetensors there, or several that no index tells apart, an index that
-    names other files or tensors than there are, a damaged file; with every problem at once."""
+    """Open the checkpoint in a folder and check its headers; no tensor is read.
+    ``CheckpointError``: no safetensors, several without an index, an index for other files or
+    tensors, or a damaged file; the error lists every problem."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"no folder {folder}", "the folder of a model", "check the path")
@@ -137,19 +137,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if indices:
         index_name = indices[0]
         refuse(misplaced(folder, indices))
-        index = _checked(read_json, folder / index_name)
+        index = _read_checked(read_json, folder / index_name)
         names = _named(folder / index_name, index)
     elif len(names) != 1:
-        raise CheckpointError(_which(folder, names))
+        raise CheckpointError(_missing_index_problem(folder, names))
     refuse(misplaced(folder, names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         problem = f"no {listing(missing)} in {folder}"
         raise CheckpointError(problem, "the files that the index names", "get the whole model")
-    files = {name: _checked(read_header, folder / name) for name in names}
+    files = {name: _read_checked(read_header, folder / name) for name in names}
     refuse(list(_problems(files, index)))
-    where = {tensor: file for file, header in files.items() for tensor in in_order(header)}
-    return Checkpoint(folder, files, index, index_name, where)
+    file_of_tensor = {tensor: file for file, header in files.items() for tensor in in_order(header)}
+    return Checkpoint(folder, files, index, index_name, file_of_tensor)
 
 
 def in_order(header: Header) -> list[str]:
@@ -158,8 +158,8 @@ def in_order(header: Header) -> list[str]:
     )
 
 
-def _checked(reader: Any, path: Path) -> Any:
-    """What a reader of ``headers`` gives; its errors as those of a checkpoint."""
+def _read_checked(reader: Any, path: Path) -> Any:
+    """Call a reader of headers; its errors become ``CheckpointError``."""
     try:
         return reader(path)
     except AdapterError as error:
@@ -167,7 +167,7 @@ def _checked(reader: Any, path: Path) -> Any:
 
 
 def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
-    """The files that an index names: plain names in its own folder."""
+    """The file names in an index, which must be plain names in its folder."""
     weights = index.get("weight_map")
     if (
         not isinstance(weights, dict)
@@ -176,26 +176,26 @@ def _named(path: Path, index: Mapping[str, Any]) -> list[str]:
     ):
         raise CheckpointError(f"no weight_map of names in {path}", "one", "get the file again")
     names = sorted(set(weights.values()))
-    odd = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
-    if odd:
-        problem = f"{listing(map(repr, odd))} in {path}"
+    invalid_names = [name for name in names if Path(name).name != name or not name.endswith(ENDING)]
+    if invalid_names:
+        problem = f"{listing(map(repr, invalid_names))} in {path}"
         raise CheckpointError(problem, f"names of {ENDING} files beside it", "get the file again")
     return names
 
 
 def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> Iterator[str]:
-    seen: dict[str, str] = {}
-    said = index["weight_map"] if index is not None else {}
+    file_of_name: dict[str, str] = {}
+    weight_map = index["weight_map"] if index is not None else {}
     for file, header in files.items():
         for name, entry in header.tensors.items():
-            if name in seen:
+            if name in file_of_name:
                 yield sentence(
-                    f"{name!r} in {seen[name]} and in {file}",
+                    f"{name!r} in {file_of_name[name]} and in {file}",
                     "one of them",
                     "get the whole model again",
                 )
-            if index is not None and said.get(name) != file:
-                problem = f"{name!r} in {file}, where the index says {said.get(name)!r}"
+            if index is not None and weight_map.get(name) != file:
+                problem = f"{name!r} in {file}, where the index says {weight_map.get(name)!r}"
                 yield sentence(
                     problem, "an index of these files", "get the index and its shards together"
                 )
@@ -203,27 +203,29 @@ def _problems(files: Mapping[str, Header], index: Mapping[str, Any] | None) -> I
                 yield sentence(
                     f"{name!r} of dtype {entry.dtype}", listing(DTYPES), "convert the model first"
                 )
-            seen[name] = file
-    lacking = sorted(said.keys() - seen.keys())
-    if lacking:
+            file_of_name[name] = file
+    missing_names = sorted(weight_map.keys() - file_of_name.keys())
+    if missing_names:
         yield sentence(
-            f"no {listing(lacking, 3)}, of which the index speaks", "it", "get the whole model"
+            f"no {listing(missing_names, 3)}, of which the index speaks",
+            "it",
+            "get the whole model",
         )
 
 
-def _which(folder: Path, names: list[str]) -> str:
+def _missing_index_problem(folder: Path, names: list[str]) -> str:
     if names:
         problem = f"{len(names)} files ending in {ENDING} in {folder} and no index"
         return sentence(
             problem, f"one, or *{INDEX} beside them", "keep the files of one model there"
         )
-    others = sorted(
+    pickles = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
     problem = f"no {ENDING} file in {folder}" + (
-        f", but {listing(others, 3)}, which are pickles" if others else ""
+        f", but {listing(pickles, 3)}, which are pickles" if pickles else ""
     )
     do = "save the model with save_pretrained of a current transformers, which writes safetensors"
     return sentence(
-        problem, f"a model as {ENDING}", do if others else "name the folder that holds the weights"
+        problem, f"a model as {ENDING}", do if pickles else "name the folder that holds the weights"
     )

@@ -1,5 +1,5 @@
-"""What a base's ``generation_config.json`` says of sampling: the defaults of requests that say
-nothing themselves."""
+"""The sampling fields of a base's ``generation_config.json``: defaults for requests without
+them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ SAMPLER = (
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Fields that a file gives; None for those that it leaves out. ``samples``: whether it asks for
-    sampling rather than the most likely token. ``others``: fields besides these that change which
-    tokens are sampled."""
+    """The fields in the file; None for missing ones. ``samples``: whether it enables sampling
+    instead of greedy decoding. ``others``: further fields that change which tokens are sampled."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -77,13 +76,13 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
     fields = {name: getattr(config, name, None) for name in NEUTRAL}
-    others = {
+    other_fields = {
         name: value
         for name, value in fields.items()
         if value is not None and value not in NEUTRAL[name]
     }
     return SamplingDefaults(
-        **values, samples=bool(getattr(config, "do_sample", False)), others=others
+        **values, samples=bool(getattr(config, "do_sample", False)), others=other_fields
     )
 
 

@@ -1,18 +1,17 @@
-"""A base of which each process reads its own rows of the files, and no weight as a whole.
+"""Load a base so that each process reads only its own rows of the files.
 
-    without_weights     what ``from_pretrained`` makes of the files; what they hold is on the meta device
-    spread              ``fully_shard``: each parameter becomes a DTensor, whose part here is still there
-    _read_shares        each part is read
+    without_weights     the model of ``from_pretrained``, with tensors of the files on the meta device
+    spread              ``fully_shard``: parameters become DTensors, their local shards still meta
+    _read_shares        reads each local shard
 
-transformers makes the model: it is given the tensors' shapes for tensors, so that it renames,
-casts, ties and checks them, and initialises what the files lack (a new head) as it always does. Its
-own rules then say which rows of which tensors a part consists of, of a stack of experts too
-(``base_weights.checkpoint_weights``). Where they make a parameter in another way,
-``WholeOnlyError`` says so.
+transformers builds the model. It gets the shapes of the tensors instead of their values, so it
+renames, casts, ties and checks them and initialises missing tensors (a new head) as usual. Its
+conversion rules then give the rows of the tensors that make up a shard, also for stacks of experts
+(``base_weights.checkpoint_weights``). ``WholeOnlyError``: they build a parameter in another way.
 
-Rejected: transformers' own reading into DTensors (its ``DistributedConfig``). It maps whole files
-into memory, cuts each tensor before it joins or splits several along the axis that is cut, and
-cannot be asked which it did.
+Rejected: transformers' own loading into DTensors (``DistributedConfig``). It maps whole files into
+memory, slices each tensor before it joins or splits several along the sharded axis, and does not
+report which it did.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class WholeOnlyError(ConfigError):
 
 
 class _Shape:
-    """Stands for a tensor of the files where transformers reads it: an empty one on the meta
-    device."""
+    """A placeholder that transformers reads instead of a tensor of the files: an empty tensor on
+    the meta device."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -56,7 +55,7 @@ def load_shares(
     spread: Callable[[Any], None],
     device: torch.device,
     fields: Mapping[str, Any],
-    **own: Any,
+    **options: Any,
 ) -> Any:
     """The model of a folder as transformers' class ``auto`` makes it, frozen, and spread over
     processes.
@@ -64,7 +63,7 @@ def load_shares(
     Args:
         spread: makes DTensors of its parameters, in place.
         fields: of its config.
-        own: of ``from_pretrained``.
+        options: of ``from_pretrained``.
 
     Raises:
         WholeOnlyError: no safetensors, packed weights, or a parameter that is not made of rows of
@@ -74,7 +73,7 @@ def load_shares(
         checkpoint = open_checkpoint(folder)
     except CheckpointError as error:
         raise WholeOnlyError(str(error)) from error
-    model = without_weights(checkpoint, auto, fields, **own).requires_grad_(False)
+    model = without_weights(checkpoint, auto, fields, **options).requires_grad_(False)
     sources = _sources(model, checkpoint)
     spread(model)
     _read_shares(model, sources, device)
@@ -94,14 +93,14 @@ def without_weights(
         raise WholeOnlyError(
             f"{folder}, whose weights are quantised", "weights in 16 or 32 bits", "read all of it"
         )
-    own = _dtype(checkpoint, config) if dtype == "auto" else dtype
+    weight_dtype = _dtype(checkpoint, config) if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         shell = getattr(transformers, auto).from_config(
-            without_hub_kernel(config), dtype=own, **code
+            without_hub_kernel(config), dtype=weight_dtype, **code
         )
     shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.where}
     model = type(shell).from_pretrained(
-        None, config=shell.config, state_dict=shapes, dtype=own, **code, **options
+        None, config=shell.config, state_dict=shapes, dtype=weight_dtype, **code, **options
     )
     model.config.name_or_path = model.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -110,75 +109,79 @@ def without_weights(
 
 
 def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
-    """What transformers takes for "auto"."""
+    """The dtype that transformers uses for "auto"."""
     floats = (dtype for dtype in map(checkpoint.dtype, checkpoint.where) if dtype.is_floating_point)
     return config.dtype or next(floats, torch.float32)
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], Any]]:
-    """(name, (the table that holds it, its name there), value) of all parameters and buffers, under
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str], Any]]:
+    """(name, (the dict that holds it, its key there), tensor) of all parameters and buffers, under
     all their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
-            for own, value in table.items():
+            for name, value in table.items():
                 if value is not None:
-                    yield f"{path}.{own}".lstrip("."), (table, own), value
+                    yield f"{path}.{name}".lstrip("."), (table, name), value
 
 
 def _sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, BaseWeight]:
-    """What the files hold of all that is on the meta device, by every name. Those that transformers
-    ties where both are in the files and equal, it could not compare: they are tied here."""
+    """The file weights of all tensors on the meta device, by every name. transformers cannot
+    compare tied weights here that are both in the files; equal ones are tied by this function."""
     values, _ = checkpoint_weights(model, checkpoint)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        own, other = model.get_parameter(target), model.get_parameter(source)
+        target_param, source_param = model.get_parameter(target), model.get_parameter(source)
         if (
-            own is not other
-            and own.is_meta
-            and other.is_meta
+            target_param is not source_param
+            and target_param.is_meta
+            and source_param.is_meta
             and _equal(values.get(target), values.get(source))
         ):
             path, _, name = target.rpartition(".")
-            setattr(model.get_submodule(path), name, other)
-    held = {name: value for name, _, value in _held(model) if value.is_meta}
-    found = {id(value): values[name] for name, value in held.items() if name in values}
-    if unknown := [name for name, value in held.items() if id(value) not in found]:
+            setattr(model.get_submodule(path), name, source_param)
+    meta_tensors = {name: value for name, _, value in _named_tensors(model) if value.is_meta}
+    weights_by_id = {
+        id(value): values[name] for name, value in meta_tensors.items() if name in values
+    }
+    if unmatched := [
+        name for name, value in meta_tensors.items() if id(value) not in weights_by_id
+    ]:
         problem = (
-            f"{checkpoint.folder}, whose {listing(unknown, 3)} is not made of rows of its tensors"
+            f"{checkpoint.folder}, whose {listing(unmatched, 3)} is not made of rows of its tensors"
         )
         raise WholeOnlyError(
             problem, "a tensor a parameter, or stacked or joined ones", "read all of it"
         )
-    return {name: found[id(value)] for name, value in held.items()}
+    return {name: weights_by_id[id(value)] for name, value in meta_tensors.items()}
 
 
-def _equal(one: BaseWeight | None, other: BaseWeight | None) -> bool:
-    if one is None or other is None or one.shape != other.shape:
+def _equal(first: BaseWeight | None, second: BaseWeight | None) -> bool:
+    if first is None or second is None or first.shape != second.shape:
         return False
-    return all(torch.equal(a, b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(first.blocks(), second.blocks(), strict=True))
 
 
 def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: torch.device) -> None:
-    """Read what of a model is on the meta device: of a DTensor the rows that are this process's, of
-    all else all.
+    """Read the tensors that are on the meta device: of a DTensor this process's rows, of others all
+    rows.
 
-    A parameter at a time is in memory twice if ``device`` is not the processor, or its dtype is not
-    that of the files.
+    A parameter is in memory twice while it is read, if ``device`` is not the CPU or its dtype
+    differs from that of the files.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as part_of
 
-    made = dict[int, Any]()
-    for name, (table, own), value in _held(model):
+    tensors_by_id = dict[int, Any]()
+    for name, (table, key), value in _named_tensors(model):
         if not value.is_meta:
             continue
-        if id(value) not in made:
+        if id(value) not in tensors_by_id:
             read = partial(_read, sources[name], value.dtype, device)
             if is_sharded(value):
-                shape, first = part_of(value.shape, value.device_mesh, value.placements)
-                here = read(slice(first[0], first[0] + shape[0]))
-                new = DTensor.from_local(
-                    here,
+                shape, offset = part_of(value.shape, value.device_mesh, value.placements)
+                local_rows = read(slice(offset[0], offset[0] + shape[0]))
+                tensor = DTensor.from_local(
+                    local_rows,
                     value.device_mesh,
                     value.placements,
                     run_check=False,
@@ -186,16 +189,18 @@ def _read_shares(model: nn.Module, sources: Mapping[str, BaseWeight], device: to
                     stride=value.stride(),
                 )
             else:
-                new = read(None)
-            made[id(value)] = (
-                nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+                tensor = read(None)
+            tensors_by_id[id(value)] = (
+                nn.Parameter(tensor, value.requires_grad)
+                if isinstance(value, nn.Parameter)
+                else tensor
             )
-            made[
+            tensors_by_id[
                 id(value)
             ]._is_hf_initialized = (
                 True  # as transformers marks what it has read (``fresh_weights``)
             )
-        table[own] = made[id(value)]
+        table[key] = tensors_by_id[id(value)]
 
 
 def _read(

@@ -1,16 +1,16 @@
-"""What is made of adapter folders and checkpoints without training: one room a task.
+"""Tools for adapter folders and checkpoints that work without training, one package for each task.
 
-    merge_checkpoint/   adapters into a checkpoint on disk, tensor by tensor, whatever its size
-    compose/            one adapter out of several: sums, a lower rank, task vectors; a repaired one
-    extract/            an adapter out of a full fine-tune, by the SVD of its change
-    convert/            an adapter from one library's format to another's
-    report/             a look inside an adapter, as numbers and as a page: ranks, where it changed what, forgetting
-    compare             two adapters side by side: norms, angles between their subspaces
-    intruders           directions of W + ΔW that W has none like
+    merge_checkpoint/   merge adapters into a checkpoint on disk, tensor by tensor, whatever its size
+    compose/            one adapter out of several: sums, a lower rank, task vectors; and repair
+    extract/            an adapter from a full fine-tune, by the SVD of its change
+    convert/            adapters between the formats of several libraries
+    report/             examine one adapter, as numbers and as an HTML page
+    compare             compare two adapters: norms, angles between their subspaces
+    intruders           singular directions of W + ΔW that resemble none of W
 
-In: folders (of adapters, of models). Out: a folder written in one step, and a report of what was
-done and lost. Rooms that write folders of different kinds do not know each other; compare,
-intruders and report line weights up as compose does.
+Inputs are folders of adapters and models. The output is a folder, written atomically, and a report
+of what was done and lost. Packages that write different kinds of folders do not import each other;
+compare, intruders and report align weights as compose does.
 """
 
 from veneer.registry import lazy_submodules

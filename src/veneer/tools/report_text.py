@@ -13,6 +13,6 @@ def rank_range(ranks: Iterable[int]) -> str:
     return f"rank {ordered[0]}" if len(ordered) == 1 else f"ranks {ordered[0]} to {ordered[-1]}"
 
 
-def counted(number: int, noun: str) -> str:
+def count_noun(number: int, noun: str) -> str:
     """ "1 layer", "2 layers"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

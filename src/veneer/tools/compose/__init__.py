@@ -1,14 +1,14 @@
-"""One adapter out of several: weighted sums, sums of a lower rank, and merges of task vectors
-(TIES, DARE).
+"""Compose several adapters into one: weighted sums, sums at a lower rank, and merges of task
+vectors (TIES, DARE).
 
-    sum     ΔW = Σ wᵢ ΔWᵢ       exact: factors side by side; the rank is the sum of the ranks
-    svd     the same, to a rank  its best approximation, from the thin factors alone
-    ties, dare, dare_ties, prune entry by entry on the dense ΔWᵢ, one layer after the other; then to
-    a rank
+    sum      ΔW = Σ wᵢ ΔWᵢ, exact: the factors are concatenated, the ranks add up
+    svd      the best approximation of that sum at a rank, computed from the thin factors
+    ties, dare, dare_ties, prune
+             merge the dense ΔWᵢ entry by entry, layer by layer, then truncate to a rank
 
 A weight may be negative: w = −1 is the negation of task arithmetic (Ilharco et al. 2023,
-arXiv:2212.04089). A sum of DoRA's changes and of plain ones is DoRA again (``blend.py``); it needs
-the base, as g = m / ‖W + ΔW‖ and a file has m.
+arXiv:2212.04089). A sum of DoRA changes and plain ones is a DoRA change (``blend.py``). It needs
+the base, because the gain is g = m / ‖W + ΔW‖ and a folder stores only m.
 """
 
 from __future__ import annotations
@@ -32,31 +32,28 @@ from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied
+from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.blend import (
     Blend,
     ComposeOptions,
     Term,
-    merged_by_method,
-    reduced,
-    rescaled,
+    merge_by_method,
+    reduce_rank,
+    sum_with_magnitudes,
 )
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.compose.full_params import Weigh, combined
+from veneer.tools.compose.full_params import Weigh, combine_full_params
 from veneer.tools.compose.merge_methods import MERGE_METHODS
-from veneer.tools.report_text import counted, rank_range
+from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
+from veneer.tools.report_text import count_noun, rank_range
 
-__all__ = ["ComposeReport", "LayerReport", "compose"]
-
-METHODS = ("sum", "svd", *MERGE_METHODS)
-#: pattern -> a factor for the layers that it matches, or one for each adapter
-Layers = Mapping[str, float | Sequence[float]]
+__all__ = ["METHODS", "ComposeReport", "LayerReport", "compose"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one weight. ``ranks``: of the adapters that change it; ``norm``: ‖ΔW‖ before
-    anything was left out; ``error``: the norm of what was left out, as a share of it."""
+    """The combined change of one weight. ``ranks``: those of the adapters that change it; ``rank``:
+    that of the result; ``norm``: ‖ΔW‖ before truncation; ``error``: ‖truncated part‖ / ``norm``."""
 
     path: str
     ranks: tuple[int, ...]
@@ -67,8 +64,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What ``compose`` wrote; ``str(report)`` is for people. ``verified``: every adapter proves its
-    base, so the result does too. ``notes``: what the caller should know."""
+    """The report of ``compose``; ``str(report)`` is readable text. ``verified``: every adapter has
+    a record with fingerprints of its base, so the result has one too. ``notes``: warnings for the
+    caller."""
 
     path: Path
     method: str
@@ -79,7 +77,7 @@ class ComposeReport:
 
     @property
     def error(self) -> float:
-        """The norm of what was left out in all layers, as a share of that of the whole change."""
+        """‖truncated parts of all layers‖ / ‖the change of all layers‖."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return (
             math.hypot(*(layer.norm * layer.error for layer in self.layers)) / norm if norm else 0.0
@@ -87,18 +85,21 @@ class ComposeReport:
 
     def __str__(self) -> str:
         ranks = rank_range(layer.rank for layer in self.layers)
-        adapters, layers = counted(len(self.weights), "adapter"), counted(len(self.layers), "layer")
-        worst, lost = (
+        adapters, layers = (
+            count_noun(len(self.weights), "adapter"),
+            count_noun(len(self.layers), "layer"),
+        )
+        worst, loss_text = (
             max(self.layers, key=lambda layer: layer.error, default=None),
             ", nothing left out",
         )
         if worst is not None and worst.error >= 1e-9:  # rounding in float64
-            lost = (
+            loss_text = (
                 f"; {self.error:.2%} of the change left out, {worst.error:.2%} at worst"
                 f" ({worst.path})"
             )
-        said = f"{self.method} of {adapters}: {layers}, {ranks}{lost}"
-        return "\n".join([said, *(f"note: {note}" for note in self.notes)])
+        summary = f"{self.method} of {adapters}: {layers}, {ranks}{loss_text}"
+        return "\n".join([summary, *(f"note: {note}" for note in self.notes)])
 
 
 @torch.no_grad()
@@ -111,195 +112,121 @@ def compose(
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
-    layers: Layers | None = None,
+    layers: LayerFactors | None = None,
     base: Source | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ComposeReport:
-    """Write the adapter that a combination of ``adapters`` is.
+    """Write a combination of ``adapters`` as one adapter folder.
 
     Args:
-        adapters: one or several folders, or what ``veneer.adapter_files.read`` gave.
-        weights: a number for each; None means 1 each. 0 leaves the adapter out.
+        adapters: one or several folders, or results of ``veneer.adapter_files.read``.
+        weights: a number for each adapter; None means 1 each. 0 leaves the adapter out.
         method: one of ``METHODS``; None is "svd" if a rank or an energy is given, else "sum".
-        rank: of the result, for every method but "sum" (where it is larger than the weight allows,
-            it is what that allows). The merge methods take the sum of the adapters' ranks if
-            neither it nor an energy is given.
-        energy: instead of a rank: the share of ‖ΔW‖² to keep in each layer, in (0, 1].
+        rank: rank of the result, for every method but "sum"; capped at min(out, in) of each
+            weight. Without ``rank`` and ``energy`` the merge methods use the sum of the adapters'
+            ranks.
+        energy: instead of ``rank``: the share of ‖ΔW‖² to keep in each layer, in (0, 1].
         density: the share of entries that ties, dare, dare_ties and prune keep of each ΔWᵢ, in (0,
             1].
-        layers: pattern → a factor for the layers that it matches (patterns as in ``LoraConfig``,
-            the first that matches counts), or a factor for each adapter.
+        layers: pattern → a factor for the layers that it matches, or a factor for each adapter.
+            Patterns are those of ``LoraConfig``; the first that matches a layer counts.
         base: a model, or its weights by path (a mapping, or a function that raises KeyError).
-            Needed for DoRA, and for parameters that are trained in full unless the weights of those
+            Needed for DoRA, and for parameters trained in full unless the weights of their
             adapters add up to 1.
-        model: beside weights by path, the model that they are of, on the meta device if need be.
-            Needed where shapes do not tell how a weight is used: square weights of GPT-2's Conv1D,
-            stacks of square matrices.
-        seed: of dare's random entries; the result depends on nothing else.
+        model: the model of the weights in ``base``, possibly on the meta device. Needed where a
+            shape does not determine the layout: square weights of GPT-2's Conv1D, stacks of square
+            matrices.
+        seed: seed of the entries that DARE drops. The result is deterministic given the seed.
 
     Raises:
         ConfigError: an option cannot be used.
-        AdapterError: the adapters cannot be put side by side, or the base is needed.
-        BaseMismatchError: the adapters are of different bases, or ``base`` is another one.
+        AdapterError: the adapters do not match each other, or the base is needed.
+        BaseMismatchError: the adapters have different bases, or ``base`` is not theirs.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     if isinstance(base, str | Path):
         problem, do = f"base={str(base)!r}", "load the model, or give open_checkpoint(folder).read"
         raise ConfigError(problem, "a model, or its weights by path", do)
     adapters = [adapters] if isinstance(adapters, str | Path | AdapterFiles) else list(adapters)
-    given, layers = [1.0] * len(adapters) if weights is None else list(weights), layers or {}
-    how = _options(len(adapters), given, method, rank, energy, density, layers, seed)
+    adapter_weights, layers = (
+        [1.0] * len(adapters) if weights is None else list(weights),
+        layers or {},
+    )
+    options = check_options(
+        len(adapters), adapter_weights, method, rank, energy, density, layers, seed
+    )
     must_not_exist(Path(out), overwrite)
     files = [
         adapter if isinstance(adapter, AdapterFiles) else read(adapter) for adapter in adapters
     ]
     for file in files:
         file.refuse_trained_tokens("a combination of adapters")
-    used = [number for number, weight in enumerate(given) if weight]
+    used = [number for number, weight in enumerate(adapter_weights) if weight]
     notes = [
         f"{file.path} has weight 0 and is left out" for n, file in enumerate(files) if n not in used
     ]
     sources, base_weights = [files[number] for number in used], FrozenWeights(base, model)
-    merged_base(sources)  # of one base, before anything is computed
-    notes += _unproven(sources)
+    merged_base(sources)  # check before any computation that the adapters share one base
+    notes += _unproven_notes(sources)
     aligned_weights = align(sources, base_weights.order)
     weigh = _layer_weights(
-        [given[number] for number in used], used, layers, aligned_weights, sources
+        [adapter_weights[number] for number in used], used, layers, aligned_weights, sources
     )
-    low, reports, variant = _changes(aligned_weights, sources, weigh, how, base_weights)
-    full = combined(sources, aligned_weights, weigh, how, base_weights)
-    provenance = {"composed": _provenance(files, given, how, layers), **(provenance or {})}
+    low, reports, variant = _combine_changes(aligned_weights, sources, weigh, options, base_weights)
+    full = combine_full_params(sources, aligned_weights, weigh, options, base_weights)
+    provenance = {
+        "composed": _provenance(files, adapter_weights, options, layers),
+        **(provenance or {}),
+    }
     path = write_derived(
         out, sources, low, full, variant=variant, overwrite=overwrite, provenance=provenance
     )
     verified = all(source.record is not None for source in sources)
-    return ComposeReport(path, how.method, tuple(given), tuple(reports), verified, tuple(notes))
-
-
-def _options(
-    count: int, weights: Sequence[float], method: str | None, rank: int | None, energy: float | None,
-    density: float | None, layers: Layers, seed: int,
-) -> ComposeOptions:  # fmt: skip
-    every = [*weights, *(value for factor in layers.values() for value in _listed(factor))]
-    finite, given = all(map(_is_finite_number, every)), len(weights)
-    nothing = finite and given and not any(weights)
-    odd = [
-        at
-        for at, factor in layers.items()
-        if not isinstance(factor, int | float) and len(factor) != count
-    ]
-    bad_rank = rank is not None and (type(rank) is not int or rank < 1)
-    bad_energy = energy is not None and not _is_share(energy)
-    reduces = rank is not None or energy is not None
-    method = method or ("svd" if reduces else "sum")
-    merges, bare = method in MERGE_METHODS, method == "svd" and not reduces
-    usual = f"give density={MERGE_METHODS[method].usual}, as in the paper" if merges else ""
-    useless = density is not None and method in ("sum", "svd")
-    checks = [
-        (count == 0, "no adapter", "at least one", "name the adapters"),
-        (
-            given != count,
-            f"{given} weights for {count} adapters",
-            "one each",
-            "leave them out to weigh all by 1",
-        ),
-        (not finite, f"weights {every}", "finite numbers", "correct them"),
-        (nothing, "weights that are all 0", "one that is not", "there would be nothing to write"),
-        (
-            odd,
-            f"factors of {listing(odd)} for other than {count} adapters",
-            "one each",
-            "correct it",
-        ),
-        (
-            method not in METHODS,
-            f"method={method!r}{nearest(str(method), METHODS)}",
-            " | ".join(METHODS),
-            'use "sum"',
-        ),
-        (bad_rank, f"rank={rank!r}", "a whole number of at least 1", "use 16"),
-        (bad_energy, f"energy={energy!r}", "a share of ‖ΔW‖² in (0, 1]", "use 0.99"),
-        (
-            rank is not None and energy is not None,
-            "both a rank and an energy",
-            "one of them",
-            "leave one out",
-        ),
-        (
-            method == "sum" and reduces,
-            "a rank or an energy for an exact sum",
-            "none",
-            "use method='svd'",
-        ),
-        (
-            bare,
-            "neither a rank nor an energy for svd",
-            "one of them",
-            "give rank=16 or energy=0.99",
-        ),
-        (
-            merges and not _is_share(density),
-            f"density={density!r} for {method}",
-            "a share of entries in (0, 1]",
-            usual,
-        ),
-        (
-            useless,
-            f"a density for {method}",
-            "none",
-            f"use it with one of {listing(MERGE_METHODS)}",
-        ),
-    ]
-    problems = [sentence(*said) for wrong, *said in checks if wrong]
-    raise_all(ConfigError, "These adapters cannot be composed so", problems)
-    return ComposeOptions(method, rank, energy, density or 1.0, seed)
-
-
-def _is_share(value: Any) -> bool:
-    return _is_finite_number(value) and 0 < value <= 1
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _listed(factor: float | Sequence[float]) -> list[float]:
-    return [factor] if isinstance(factor, int | float) else list(factor)
+    return ComposeReport(
+        path, options.method, tuple(adapter_weights), tuple(reports), verified, tuple(notes)
+    )
 
 
 def _provenance(
-    adapters: Sequence[AdapterFiles], weights: Sequence[float], how: ComposeOptions, layers: Layers
+    adapters: Sequence[AdapterFiles],
+    weights: Sequence[float],
+    options: ComposeOptions,
+    layers: LayerFactors,
 ) -> dict[str, Any]:
-    """What goes into the record: of each adapter the name of its folder, the hash of its record,
-    and its weight."""
-    of = [
+    """The provenance in the record: for each adapter the name of its folder, the hash of its
+    record, and its weight; and the options."""
+    adapter_entries = [
         {
-            "adapter": each.path.name,
-            "record": each.metadata.get("hashes", {}).get("record"),
+            "adapter": saved.path.name,
+            "record": saved.metadata.get("hashes", {}).get("record"),
             "weight": weight,
         }
-        for each, weight in zip(adapters, weights, strict=True)
+        for saved, weight in zip(adapters, weights, strict=True)
     ]
-    options = {"rank": how.rank, "energy": how.energy}
-    options |= {"density": how.density, "seed": how.seed} if how.method in MERGE_METHODS else {}
-    options |= (
-        {"layers": {pattern: _listed(factor) for pattern, factor in layers.items()}}
+    option_fields = {"rank": options.rank, "energy": options.energy}
+    option_fields |= (
+        {"density": options.density, "seed": options.seed}
+        if options.method in MERGE_METHODS
+        else {}
+    )
+    option_fields |= (
+        {"layers": {pattern: factor_list(factor) for pattern, factor in layers.items()}}
         if layers
         else {}
     )
     return {
-        "method": how.method,
-        **{name: value for name, value in options.items() if value is not None},
-        "of": of,
+        "method": options.method,
+        **{name: value for name, value in option_fields.items() if value is not None},
+        "of": adapter_entries,
     }
 
 
-def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
-    """Notes on adapters of other libraries. ``AdapterError``: they and others mean different things
-    by the same numbers."""
+def _unproven_notes(sources: Sequence[AdapterFiles]) -> list[str]:
+    """Notes on adapters without a record, written by other libraries. ``AdapterError``: PEFT
+    applies the factors of another adapter in a different way than Veneer."""
     foreign = [source for source in sources if source.record is None]
     if not foreign:
         return []
@@ -312,7 +239,7 @@ def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
             do = "load each on its model and save it with veneer.save first"
             raise AdapterError(problem, "adapters of Veneer's, or such as PEFT applies alike", do)
     for source in foreign:
-        applied(source)  # as PEFT would: an error where it is not known how
+        applied_products(source)  # raises if PEFT's behaviour is unknown
     names = listing((str(source.path) for source in foreign), 3)
     return [
         f"{names}: no record of the base, so the result has none; only you can tell that the bases"
@@ -321,16 +248,22 @@ def _unproven(sources: Sequence[AdapterFiles]) -> list[str]:
 
 
 def _layer_weights(
-    weights: Sequence[float], used: Sequence[int], layers: Layers, aligned_weights: Sequence[AlignedWeight],
+    weights: Sequence[float],
+    used: Sequence[int],
+    layers: LayerFactors,
+    aligned_weights: Sequence[AlignedWeight],
     sources: Sequence[AdapterFiles],
-) -> Weigh:  # fmt: skip
-    """The weight of an adapter in a layer: its own, times the factor of the first pattern of
-    ``layers`` that meets a name of the layer. Each pattern must match something."""
-    known = [name for aligned in aligned_weights for name in (aligned.at, aligned.weight) if name]
+) -> Weigh:
+    """A function that returns the weight of an adapter in a layer: the adapter's weight times the
+    factor of the first pattern in ``layers`` that matches one of the layer's names. Each pattern
+    must match at least one layer."""
+    layer_names = [
+        name for aligned in aligned_weights for name in (aligned.model_path, aligned.weight) if name
+    ]
     for source in sources:
         for path, tensors in source.full.items():
-            at = peft_paths.strip_wrappers(path)[0]
-            known += [at, *(parameter_path(at, name) for name in tensors)]
+            module_path = peft_paths.strip_wrappers(path)[0]
+            layer_names += [module_path, *(parameter_path(module_path, name) for name in tensors)]
     rules, problems = [], []
     for pattern, factor in layers.items():
         try:
@@ -344,11 +277,11 @@ def _layer_weights(
                 )
             )
             continue
-        if not any(map(test, known)):
-            leaves = dict.fromkeys(aligned.at.rpartition(".")[2] for aligned in aligned_weights)
-            problem = (
-                f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *known])}"
+        if not any(map(test, layer_names)):
+            leaves = dict.fromkeys(
+                aligned.model_path.rpartition(".")[2] for aligned in aligned_weights
             )
+            problem = f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *layer_names])}"
             problems.append(sentence(problem, f"names such as {listing(leaves)}", "correct it"))
         rules.append(
             (test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used])
@@ -363,11 +296,14 @@ def _layer_weights(
     return weigh
 
 
-def _changes(
-    aligned_weights: Sequence[AlignedWeight], sources: Sequence[AdapterFiles], weigh: Weigh, how: ComposeOptions,
+def _combine_changes(
+    aligned_weights: Sequence[AlignedWeight],
+    sources: Sequence[AdapterFiles],
+    weigh: Weigh,
+    options: ComposeOptions,
     base_weights: FrozenWeights,
-) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:  # fmt: skip
-    """(every change by its path in the file, a report of each weight, the variant)."""
+) -> tuple[dict[str, peft.PeftLayer], list[LayerReport], str]:
+    """(the combined changes by their path in the folder, a report of each weight, the variant)."""
     tied: defaultdict[str, list[AlignedWeight]] = defaultdict(list)
     for aligned in aligned_weights:
         if aligned.alias_of is not None:
@@ -377,53 +313,63 @@ def _changes(
         if aligned.alias_of is None:
             names = [
                 name
-                for each in (aligned, *tied[aligned.at])
-                for name in (each.at, each.weight)
+                for tied_weight in (aligned, *tied[aligned.model_path])
+                for name in (tied_weight.model_path, tied_weight.weight)
                 if name
             ]
-            weights[aligned.at] = {
+            weights[aligned.model_path] = {
                 number: weight for number in aligned.layers if (weight := weigh(names, number))
             }
-    changed = [aligned for aligned in aligned_weights if weights.get(aligned.at)]
+    changed = [aligned for aligned in aligned_weights if weights.get(aligned.model_path)]
     extras = any(
-        aligned.layers[number].extras for aligned in changed for number in weights[aligned.at]
+        aligned.layers[number].extras
+        for aligned in changed
+        for number in weights[aligned.model_path]
     )
-    rescales = extras and how.method not in MERGE_METHODS
+    rescales = extras and options.method not in MERGE_METHODS
     low, reports = {}, []
     for aligned in changed:
-        blend, layer = _change(aligned, weights[aligned.at], sources, how, base_weights, rescales)
-        low[aligned.path] = layer
-        for alias in tied[aligned.at]:
-            own = alias.template.with_low(
+        blend, layer = _combine_change(
+            aligned, weights[aligned.model_path], sources, options, base_weights, rescales
+        )
+        low[aligned.entry_path] = layer
+        for alias in tied[aligned.model_path]:
+            alias_layer = alias.template.with_low(
                 layer.low.T if alias.alias_of and alias.alias_of[1] else layer.low
             )
-            low[alias.path] = own.with_magnitude(blend.magnitude)
-        ranks = tuple(aligned.layers[number].low.rank for number in weights[aligned.at])
+            low[alias.entry_path] = alias_layer.with_magnitude(blend.magnitude)
+        ranks = tuple(aligned.layers[number].low.rank for number in weights[aligned.model_path])
         error = blend.error / blend.norm if blend.norm else 0.0
-        reports.append(LayerReport(aligned.at, ranks, layer.rank, blend.norm, error))
+        reports.append(LayerReport(aligned.model_path, ranks, layer.rank, blend.norm, error))
     ordered = {
-        aligned.path: low[aligned.path] for aligned in aligned_weights if aligned.path in low
+        aligned.entry_path: low[aligned.entry_path]
+        for aligned in aligned_weights
+        if aligned.entry_path in low
     }
     return ordered, reports, "dora" if rescales else "lora"
 
 
-def _change(
-    aligned: AlignedWeight, weights: Mapping[int, float], sources: Sequence[AdapterFiles], how: ComposeOptions,
-    base_weights: FrozenWeights, rescales: bool,
-) -> tuple[Blend, peft.PeftLayer]:  # fmt: skip
-    """One weight's change: as a value, and as a file holds it."""
+def _combine_change(
+    aligned: AlignedWeight,
+    weights: Mapping[int, float],
+    sources: Sequence[AdapterFiles],
+    options: ComposeOptions,
+    base_weights: FrozenWeights,
+    rescales: bool,
+) -> tuple[Blend, peft.PeftLayer]:
+    """The combined change of one weight, and its entry in the folder."""
     layers = [aligned.layers[number] for number in weights]
     dtype = (
         torch.float64 if any(layer.A.dtype == torch.float64 for layer in layers) else torch.float32
     )
     magnitudes = [layer.extras.get(peft.MAGNITUDE) for layer in layers]
     if (
-        how.method == "sum"
+        options.method == "sum"
         and list(weights.values()) == [1.0]
         and (magnitudes[0] is not None or not rescales)
     ):
-        # the change itself, for which no base is needed; what PEFT's file holds of some variants
-        # has too large a rank
+        # one unscaled change needs no base; PEFT stores some variants at a higher rank than
+        # needed, hence compact()
         low = layers[0].low.compact().to(dtype)
         return Blend(low, magnitudes[0], low.norm(), 0.0), layers[0].with_low(low).with_magnitude(
             magnitudes[0]
@@ -432,7 +378,7 @@ def _change(
     if rescales or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
             problem = (
-                f"DoRA, which rescales the rows of base and change together (at {aligned.at!r}),"
+                f"DoRA, which rescales the rows of base and change together (at {aligned.model_path!r}),"
                 " without the base"
             )
             raise AdapterError(
@@ -444,15 +390,15 @@ def _change(
         Term(layer.low.T if swapped else layer.low, magnitude, weight)
         for layer, magnitude, weight in zip(layers, magnitudes, weights.values(), strict=True)
     ]
-    if how.method in MERGE_METHODS:
-        blend = merged_by_method(
-            terms, how, None if base_weight is None else base_weight.weight, aligned.at
+    if options.method in MERGE_METHODS:
+        blend = merge_by_method(
+            terms, options, None if base_weight is None else base_weight.weight, aligned.model_path
         )
     elif base_weight is not None:
-        blend = rescaled(terms, how, base_weight.weight, aligned.at, dtype)
+        blend = sum_with_magnitudes(terms, options, base_weight.weight, aligned.model_path, dtype)
     else:
-        blend = reduced(
-            LowRank.sum([term.low for term in terms], [term.weight for term in terms]), how
+        blend = reduce_rank(
+            LowRank.sum([term.low for term in terms], [term.weight for term in terms]), options
         )
     low = (blend.low.T if swapped else blend.low).to(dtype)
     return blend, layers[0].with_low(low).with_magnitude(blend.magnitude)

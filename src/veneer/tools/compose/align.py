@@ -1,11 +1,10 @@
-"""Several adapters side by side: which of their changes are of the same weight.
+"""Align several adapters: find which of their changes apply to the same weight.
 
-    align(adapter files) -> an AlignedWeight for each weight that any of them changes: at, path, who
-    changes it
+    align(saved adapters) -> an AlignedWeight for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.target_path``, as PEFT nests what it wraps. A tied weight stands
-in a file under each of its names; the record lists the first. The others are its aliases, of which
-the changes are the same product, transposed where one module reads the weight so.
+Changes are matched by ``PeftLayer.at``, the module path without PEFT's wrappers. A folder has an
+entry for each name of a tied weight; the record lists the first name. The other entries are its
+aliases: the same product, transposed if the module uses the transposed weight.
 """
 
 from __future__ import annotations
@@ -24,81 +23,88 @@ from veneer.lowrank import LowRank
 
 @dataclass(frozen=True)
 class AlignedWeight:
-    """One weight, as adapters change it."""
+    """One weight with the changes of all adapters."""
 
-    at: str  # ``PeftLayer.target_path``: the path of its module, or of the parameter
-    path: str  # in a file with all the changes
-    parameter: bool  # whether a file means the parameter, not the module
-    weight: str | None  # the path of the weight, where a record says it
-    # the change that each adapter has here, by the adapter's number
+    model_path: str  # path of its module, or of the parameter (``PeftLayer.at``)
+    entry_path: str  # path in an adapter folder with all the changes
+    parameter: bool  # whether the entry names the parameter, not its module
+    weight: str | None  # the path of the weight, if a record has it
+    # the change by the number of the adapter
     layers: Mapping[int, peft.PeftLayer]
-    alias_of: tuple[str, bool] | None = (
-        None  # (at, transposed) of the weight that it is tied to, if that comes first
-    )
+    # (model path, transposed) of the weight that it is tied to, if that weight comes first
+    alias_of: tuple[str, bool] | None = None
 
     @property
     def template(self) -> peft.PeftLayer:
-        """A change here, for its shapes and suffixes."""
+        """One of the changes, for its shapes and suffixes."""
         return next(iter(self.layers.values()))
 
 
-#: the names of a module's own parameters in the model's order; None where nobody knows it
-Order = Callable[[str], Sequence[str]]
-#: by ``at`` and the adapter's number: (path in its file, change)
-Changes = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
+#: (path of a module) -> names of its parameters in the order of the model
+ParameterOrder = Callable[[str], Sequence[str]]
+#: (path in the adapter folder, change) by model path and number of the adapter
+ChangesByPath = Mapping[str, Mapping[int, tuple[str, peft.PeftLayer]]]
 
 
 def align(
-    saved_adapters: Sequence[AdapterFiles], order: Order | None = None
+    saved_adapters: Sequence[AdapterFiles], order: ParameterOrder | None = None
 ) -> list[AlignedWeight]:
-    """The weights that these adapters change, in the first one's order. ``AdapterError``: with
-    every problem at once: shapes that differ, a weight that is tied in one and not in another, a
-    module in one and its parameter in another, parameters whose order in a file nobody knows."""
+    """The weights that these adapters change, in the order of the first adapter.
+
+    Raises:
+        AdapterError: shapes differ, a weight is tied in one adapter only, one adapter changes a
+            module and another its parameter, or the order of a module's parameters is unknown. The
+            error lists every problem.
+    """
     problems: list[str] = []
     changes: dict[str, dict[int, tuple[str, peft.PeftLayer]]] = {}
     for number, saved in enumerate(saved_adapters):
         for path, layer in saved.low.items():
             changes.setdefault(layer.target_path, {})[number] = path, layer
     parameters = {
-        at
-        for at, entries in changes.items()
+        model_path
+        for model_path, entries in changes.items()
         if any(peft.of_parameter(*entry) for entry in entries.values())
     }
-    problems += _unlike(saved_adapters, changes, parameters)
-    weights, aliases = _weights(saved_adapters, problems)
-    paths = _paths(changes, parameters, order, problems)
+    problems += _mismatch_problems(saved_adapters, changes, parameters)
+    weights, aliases = _find_weights_and_aliases(saved_adapters, problems)
+    paths = _entry_paths(changes, parameters, order, problems)
     raise_all(AdapterError, "These adapters cannot be put side by side", problems)
     return [
         AlignedWeight(
-            at, paths[at], at in parameters, weights.get(at),
-            {number: layer for number, (_, layer) in changes[at].items()}, aliases.get(at),
+            model_path,
+            paths[model_path],
+            model_path in parameters,
+            weights.get(model_path),
+            {number: layer for number, (_, layer) in changes[model_path].items()},
+            aliases.get(model_path),
         )
-        for at in paths
-    ]  # fmt: skip
+        for model_path in paths
+    ]
 
 
-def _unlike(
-    saved_adapters: Sequence[AdapterFiles], changes: Changes, parameters: set[str]
+def _mismatch_problems(
+    saved_adapters: Sequence[AdapterFiles], changes: ChangesByPath, parameters: set[str]
 ) -> Iterator[str]:
-    """Changes of one place that cannot be changes of one weight."""
-    for at, entries in changes.items():
+    """Problems with changes under one model path that cannot apply to one weight."""
+    for model_path, entries in changes.items():
         shapes: dict[tuple, int] = {}
         for number, (path, layer) in entries.items():
             form = layer.suffixes, peft.of_parameter(path, layer), layer.dims, layer.A.shape[1:]
             shapes.setdefault(form, number)
         if len(shapes) > 1:
             sizes = [(form[2], saved_adapters[number].path) for form, number in shapes.items()]
-            said = [f"(groups, out, in) = {dims} in {path}" for dims, path in sizes]
+            descriptions = [f"(groups, out, in) = {dims} in {path}" for dims, path in sizes]
             yield sentence(
-                f"changes of {at!r} of {listing(said, 3)}",
+                f"changes of {model_path!r} of {listing(descriptions, 3)}",
                 "changes of one weight",
                 "leave one of them out",
             )
-    for at in parameters:
-        above = at.rpartition(".")[0]
-        if above in changes and above not in parameters:
+    for model_path in parameters:
+        module_path = model_path.rpartition(".")[0]
+        if module_path in changes and module_path not in parameters:
             problem = (
-                f"a change of the module {above!r} in one adapter and of its parameter {at!r} in"
+                f"a change of the module {module_path!r} in one adapter and of its parameter {model_path!r} in"
                 " another"
             )
             yield sentence(
@@ -108,106 +114,136 @@ def _unlike(
             )
 
 
-def _weights(
+def _find_weights_and_aliases(
     saved_adapters: Sequence[AdapterFiles], problems: list[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, bool]]]:
-    """(the path of each weight by ``at``, the aliases by ``at``)."""
+    """(the path of each recorded weight, the alias of each tied one), by model path."""
     weights: dict[str, str] = {}
     candidates: dict[str, dict[tuple[str, bool], None]] = {}
-    by_at = [{layer.target_path: layer for layer in saved.low.values()} for saved in saved_adapters]
-    for saved, layers in zip(saved_adapters, by_at, strict=True):
-        # the path of each weight that the record lists, by ``at``
-        own = {
-            w if w in layers else w.rpartition(".")[0]: w for w in saved.metadata.get("changes", {})
+    layers_by_path = [
+        {layer.target_path: layer for layer in saved.low.values()} for saved in saved_adapters
+    ]
+    for saved, layers in zip(saved_adapters, layers_by_path, strict=True):
+        # the weights in the record by model path
+        recorded_weights = {
+            weight if weight in layers else weight.rpartition(".")[0]: weight
+            for weight in saved.metadata.get("changes", {})
         }
-        weights |= own
-        for at in layers.keys() - own.keys() if saved.record is not None else ():
-            found = {
-                (other, t): None
-                for other in own
-                if other in layers
-                for t in _ties(layers[at], layers[other])
+        weights |= recorded_weights
+        for model_path in (
+            layers.keys() - recorded_weights.keys() if saved.record is not None else ()
+        ):
+            ties = {
+                (tied_path, transposed): None
+                for tied_path in recorded_weights
+                if tied_path in layers
+                for transposed in _tie_orientations(layers[model_path], layers[tied_path])
             }
-            candidates[at] = {c: None for c in candidates.get(at, found) if c in found}
+            candidates[model_path] = {
+                candidate: None
+                for candidate in candidates.get(model_path, ties)
+                if candidate in ties
+            }
     aliases: dict[str, tuple[str, bool]] = {}
-    for at, found in candidates.items():
-        # if several fit, their changes are equal in every adapter, and so is any sum of them
-        for other, transposed in found:
-            # by one change, or neither
-            pairs = [(layers.get(at), layers.get(other)) for layers in by_at]
-            if all(transposed in _ties(a, b) if a and b else a is b for a, b in pairs):
-                aliases[at] = other, transposed
+    for model_path, ties in candidates.items():
+        # if several match, their changes are equal in every adapter, so any of them will do
+        for tied_path, transposed in ties:
+            # every adapter must change both weights by one product, or neither
+            pairs = [(layers.get(model_path), layers.get(tied_path)) for layers in layers_by_path]
+            if all(transposed in _tie_orientations(a, b) if a and b else a is b for a, b in pairs):
+                aliases[model_path] = tied_path, transposed
                 break
         else:
-            text = f"a change of {at!r}, tied to another weight in one adapter and not in another"
+            text = f"a change of {model_path!r}, tied to another weight in one adapter and not in another"
             problems.append(sentence(text, "adapters of one model", "leave one of them out"))
     return weights, aliases
 
 
-def _ties(one: peft.PeftLayer, other: peft.PeftLayer) -> Iterator[bool]:
+def _tie_orientations(first: peft.PeftLayer, second: peft.PeftLayer) -> Iterator[bool]:
     for transposed in (False, True):
-        low = other.low.T if transposed else other.low
+        low = second.low.T if transposed else second.low
         if (
-            one.scale == other.scale
-            and torch.equal(one.low.A, low.A)
-            and torch.equal(one.low.B, low.B)
+            first.scale == second.scale
+            and torch.equal(first.low.A, low.A)
+            and torch.equal(first.low.B, low.B)
         ):
             yield transposed
 
 
-def _paths(
-    changes: Changes, parameters: set[str], order: Order | None, problems: list[str]
+def _entry_paths(
+    changes: ChangesByPath, parameters: set[str], order: ParameterOrder | None, problems: list[str]
 ) -> dict[str, str]:
-    """The path of each change in a file of all of them, with the wrappers that PEFT puts around
+    """The path of each change in a folder that holds all changes, with PEFT's wrappers of
     modules."""
-    inside: dict[str, list[str]] = {}
-    for at in filter(parameters.__contains__, changes):
-        inside.setdefault(at.rpartition(".")[0], []).append(at)
-    wraps = {module: len(ats) for module, ats in inside.items()}
+    parameters_by_module: dict[str, list[str]] = {}
+    for model_path in filter(parameters.__contains__, changes):
+        parameters_by_module.setdefault(model_path.rpartition(".")[0], []).append(model_path)
+    wrapper_counts = {
+        module: len(parameter_paths) for module, parameter_paths in parameters_by_module.items()
+    }
     paths: dict[str, str] = {}
-    for at, entries in changes.items():
-        above, _, last = at.rpartition(".")
-        if at in parameters:
-            ordered = _ordered(above, inside.pop(above, []), changes, order, problems)
-            for number, own in enumerate(ordered, 1):
-                nests = ["base_layer"] * (len(ordered) - number)
-                paths[own] = ".".join(
-                    [*([peft_paths.add_wrappers(above, wraps)] if above else []), *nests]
+    for model_path, entries in changes.items():
+        module_path, _, leaf_name = model_path.rpartition(".")
+        if model_path in parameters:
+            ordered = _order_parameters(
+                module_path, parameters_by_module.pop(module_path, []), changes, order, problems
+            )
+            for number, parameter in enumerate(ordered, 1):
+                wrappers = ["base_layer"] * (len(ordered) - number)
+                paths[parameter] = ".".join(
+                    [
+                        *(
+                            [peft_paths.add_wrappers(module_path, wrapper_counts)]
+                            if module_path
+                            else []
+                        ),
+                        *wrappers,
+                    ]
                 )
-        elif any(peft_paths.attention_of(path) is not None for path, _ in entries.values()):
-            paths[at] = f"{peft_paths.add_wrappers(at, wraps).removesuffix(last)}base_layer.{last}"
+        elif any(peft.attention_of(path) is not None for path, _ in entries.values()):
+            paths[model_path] = (
+                f"{peft_paths.add_wrappers(model_path, wrapper_counts).removesuffix(leaf_name)}base_layer.{leaf_name}"
+            )
         else:
-            paths[at] = peft_paths.add_wrappers(at, wraps)
+            paths[model_path] = peft_paths.add_wrappers(model_path, wrapper_counts)
     return paths
 
 
-def _ordered(
-    module: str, ats: list[str], changes: Changes, order: Order | None, problems: list[str]
+def _order_parameters(
+    module: str,
+    parameter_paths: list[str],
+    changes: ChangesByPath,
+    order: ParameterOrder | None,
+    problems: list[str],
 ) -> list[str]:
-    """The parameters of one module in the model's order, in which PEFT wraps them. A file tells it
-    by their depth: the first one is nested deepest."""
-    if len(ats) < 2:
-        return ats
+    """The parameters of one module in the order of the model, in which PEFT wraps them. Without a
+    model the order follows from the nesting in a folder: the first parameter is nested deepest."""
+    if len(parameter_paths) < 2:
+        return parameter_paths
     if order is not None:
-        return sorted(ats, key=[parameter_path(module, name) for name in order(module)].index)
-    for number in {number for at in ats for number in changes[at]}:
+        return sorted(
+            parameter_paths, key=[parameter_path(module, name) for name in order(module)].index
+        )
+    for number in {number for path in parameter_paths for number in changes[path]}:
         depths = {
-            at: peft_paths.strip_wrappers(changes[at][number][0])[1]
-            for at in ats
-            if number in changes[at]
+            path: peft_paths.strip_wrappers(changes[path][number][0])[1]
+            for path in parameter_paths
+            if number in changes[path]
         }
-        if len(depths) == len(ats):
-            return sorted(ats, key=lambda at: -depths[at])
-    problem = f"parameters of {module!r} ({listing(ats)}) that no one adapter changes all of"
+        if len(depths) == len(parameter_paths):
+            return sorted(parameter_paths, key=lambda path: -depths[path])
+    problem = (
+        f"parameters of {module!r} ({listing(parameter_paths)}) that no one adapter changes all of"
+    )
     expected = "their order in the model, in which PEFT nests them"
     problems.append(sentence(problem, expected, "pass the model (--base on the command line)"))
-    return ats
+    return parameter_paths
 
 
-def applied(saved: AdapterFiles) -> dict[str, LowRank]:
-    """The product of each change by ``at``, as the library that wrote it applies it: PEFT adds that
-    of an attention's out-projection ``peft_behaviour.OUT_PROJ_REPEATS`` times. AdapterError where
-    this is not known of its version."""
+def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
+    """The product of each change by model path, scaled as the library that wrote it applies it:
+    PEFT adds the change of an attention's out-projection ``peft.TIMES`` times. ``AdapterError``:
+    the behaviour of that PEFT version is unknown."""
     products = {}
     for path, layer in saved.low.items():
         twice = saved.record is None and peft_paths.attention_of(path) is not None

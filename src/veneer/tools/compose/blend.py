@@ -1,12 +1,12 @@
-"""One weight's changes, combined: a weighted sum, its best approximation of a rank, or dense ΔW
-merged (TIES).
+"""Combine the changes of one weight: a weighted sum, its best approximation at a rank, or a merge
+of the dense ΔW (TIES).
 
     plain     Σ wᵢ ΔWᵢ
     DoRA      W + Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) = G ⊙ (W + ΔW*)      G = 1 + Σ wᵢ (gᵢ − 1)      ΔW* = (1/G) ⊙ Σ wᵢ gᵢ ⊙ ΔWᵢ
 
-So a sum of DoRA changes, and of plain ones with g = 1, is DoRA with the magnitude G ⊙ ‖W + ΔW*‖. To
-a rank, S = G ⊙ ΔW* is approximated, as it is what reaches the weights: the error is then the best
-one there is for this G.
+So a sum of DoRA changes and plain ones (g = 1) is a DoRA change with magnitude G ⊙ ‖W + ΔW*‖. The
+truncation to a rank approximates S = G ⊙ ΔW*, the term that is added to the weights, so its error
+is minimal for this G.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from veneer.errors import AdapterError
 from veneer.lowrank import LowRank
-from veneer.tools.compose.merge_methods import MERGE_METHODS, factored, merged_vector
+from veneer.tools.compose.merge_methods import MERGE_METHODS, merge_vectors, nearest_product
 from veneer.variants.dora import row_norms
 
-#: |G| below which a row counts as scaled to nothing
+#: |G| below which a row counts as scaled to 0
 SMALLEST = 1e-6
 
 
@@ -36,8 +36,8 @@ class ComposeOptions(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One adapter's change of a weight as that lies: ΔW [g, out, in], DoRA's magnitude [g · out],
-    its share."""
+    """One adapter's change of a weight: ΔW [g, out, in] in the layout of the weight, DoRA's
+    magnitude [g · out] (None: not DoRA), and the adapter's weight in the sum."""
 
     low: LowRank
     magnitude: Tensor | None
@@ -45,8 +45,8 @@ class Term(NamedTuple):
 
 
 class Blend(NamedTuple):
-    """The change, its magnitude if it is DoRA's, the norm of the whole, and that of what was left
-    out."""
+    """The combined change, its DoRA magnitude [g · out] (None: not DoRA), ‖ΔW‖ before truncation,
+    and the norm of the truncated part."""
 
     low: LowRank
     magnitude: Tensor | None
@@ -54,32 +54,36 @@ class Blend(NamedTuple):
     error: float
 
 
-def reduced(total: LowRank, how: ComposeOptions) -> Blend:
-    """A sum as it is, or to a rank."""
-    if how.method == "sum" or (
-        how.rank is not None and total.rank <= min(how.rank, total.largest_rank)
+def reduce_rank(total: LowRank, options: ComposeOptions) -> Blend:
+    """The sum, truncated to the rank or energy in ``options`` unless the method is "sum"."""
+    if options.method == "sum" or (
+        options.rank is not None and total.rank <= min(options.rank, total.largest_rank)
     ):
         return Blend(total.compact(), None, total.norm(), 0.0)
     svd = total.svd()
-    rank = how.rank if how.rank is not None else svd.rank_for(how.energy or 1.0)
+    rank = options.rank if options.rank is not None else svd.rank_for(options.energy or 1.0)
     low, error = svd.cut(min(rank, total.largest_rank))
     return Blend(low, None, float(svd.S.norm()), error)
 
 
-def rescaled(
-    terms: Sequence[Term], how: ComposeOptions, weight: Tensor, at: str, dtype: torch.dtype
+def sum_with_magnitudes(
+    terms: Sequence[Term],
+    options: ComposeOptions,
+    weight: Tensor,
+    model_path: str,
+    dtype: torch.dtype,
 ) -> Blend:
-    """The sum of changes of which some are DoRA's, as DoRA's; the factors in ``dtype``. ``weight``:
-    the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, where the sum has no such
-    form."""
+    """The sum of DoRA and plain changes as one DoRA change with factors in ``dtype``. ``weight``:
+    the frozen weight [g, out, in]. ``AdapterError``: G is 0 in some row, so that no DoRA change
+    equals the sum."""
     W = weight.double()
     gains = [gain_of(term, W) for term in terms]
     G = 1 + torch.stack(
         [term.weight * (gain - 1) for term, gain in zip(terms, gains, strict=True)]
     ).sum(0)
-    nothing = int((G.abs() < SMALLEST).sum())
-    if nothing:
-        problem = f"a sum that scales {nothing} rows of {at!r} to 0"
+    zero_rows = int((G.abs() < SMALLEST).sum())
+    if zero_rows:
+        problem = f"a sum that scales {zero_rows} rows of {model_path!r} to 0"
         do = "change the weights a little, or use another method"
         raise AdapterError(problem, "a row that is W's, rescaled, plus a product", do)
     products = [
@@ -87,8 +91,8 @@ def rescaled(
     ]
     total = LowRank.sum(products, [term.weight for term in terms])
     norm = float(torch.baddbmm((G - 1)[..., None] * W, total.B, total.A, alpha=total.scale).norm())
-    low, *_, error = reduced(total, how)
-    # the magnitude is that of the stored factors, so that the gain is G when they are read
+    low, *_, error = reduce_rank(total, options)
+    # computed from the rounded factors, so that a reader of the file gets the gain G
     low = low.to(torch.float64).scale_rows(1 / G).to(dtype)
     return Blend(low, (G.flatten() * row_norms(W, low)).to(dtype), norm, error)
 
@@ -102,11 +106,11 @@ def gain_of(term: Term, W: Tensor) -> Tensor:
     return torch.where(norms == 0, torch.ones_like(gain), gain).view(W.shape[:2])
 
 
-def merged_by_method(
-    terms: Sequence[Term], how: ComposeOptions, weight: Tensor | None, at: str
+def merge_by_method(
+    terms: Sequence[Term], options: ComposeOptions, weight: Tensor | None, model_path: str
 ) -> Blend:
-    """The dense changes merged by one of ``MERGE_METHODS``, as factors; ``weight`` is for those
-    with a magnitude."""
+    """Merge the dense changes by one of ``MERGE_METHODS`` and factor the result. ``weight``: the
+    frozen weight [g, out, in], needed for DoRA changes."""
 
     def dense(term: Term) -> Tensor:
         delta = term.low.delta(torch.float64)
@@ -116,14 +120,18 @@ def merged_by_method(
         gain = gain_of(term, W)[..., None]
         return (gain - 1) * W + gain * delta
 
-    vectors, seed = [partial(dense, term) for term in terms], f"{how.seed}/{at}"
-    delta = merged_vector(
-        MERGE_METHODS[how.method], vectors, [term.weight for term in terms], how.density, seed
+    vectors, seed = [partial(dense, term) for term in terms], f"{options.seed}/{model_path}"
+    delta = merge_vectors(
+        MERGE_METHODS[options.method],
+        vectors,
+        [term.weight for term in terms],
+        options.density,
+        seed,
     )
     rank = (
         sum(term.low.rank for term in terms)
-        if how.rank is None and how.energy is None
-        else how.rank
+        if options.rank is None and options.energy is None
+        else options.rank
     )
-    low, error = factored(delta, rank, how.energy, seed)
+    low, error = nearest_product(delta, rank, options.energy, seed)
     return Blend(low, None, float(delta.norm()), error)

@@ -1,11 +1,11 @@
-"""The frozen weights below an adapter's changes, read from a model or from tensors by name, as [g,
-out, in].
+"""Read the frozen weights that an adapter changes, as [g, out, in], from a model or from tensors by
+name.
 
-    frozen_weights.frozen_weight(aligned)  ->  FrozenWeight(weight [g, out, in], swapped)
+    frozen_weights.frozen_weight(aligned, config)  ->  FrozenWeight(weight [g, out, in], swapped)
 
-A model says how each of its layers uses its weight. The shapes of tensors alone, with those of A
-and B, tell the kind nearly always; where they do not (a square matrix may lie either way), that is
-an error which asks for the model.
+With a model, the layer determines the layout of its weight. Without one, the shapes of the weight,
+A and B nearly always do. If they do not (a square matrix fits either orientation), an error asks
+for the model.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from veneer.layers import LAYERS
 from veneer.layers._base import GENERAL
 from veneer.layers.parameter import swapped_stack, without_unit_axes
 from veneer.models.base_weights import BaseWeights, open_base_weights
-from veneer.tools.compose.align import AlignedWeight, Order
+from veneer.tools.compose.align import AlignedWeight, ParameterOrder
 
-#: where base weights come from: a model, or their dense tensors by path
+#: the source of base weights: a model, or dense tensors by path
 Source = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 
 
 class FrozenWeight(NamedTuple):
-    """A frozen weight, [g, out, in] in its stored dtype; ``swapped``: a file holds the change of
-    its transpose; ``dense``: as it is stored, for its fingerprint."""
+    """A frozen weight [g, out, in] in its stored dtype. ``swapped``: the adapter folder stores the
+    transposed change. ``dense``: the weight in its stored shape, for its fingerprint."""
 
     weight: Tensor
     swapped: bool
@@ -45,17 +45,17 @@ class FrozenWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Base weights by path: of a model, a mapping, or a function that raises KeyError for a path
-    that it lacks; None: no base. ``structure`` is the model that tensors are of, on the meta device
-    if need be."""
+    """Base weights by path. ``source``: a model, a mapping, a function that raises KeyError for an
+    unknown path, or None (no base). ``structure``: the model of those tensors, possibly on the meta
+    device."""
 
     source: Source | None
     structure: nn.Module | None = None
 
     @cached_property
     def names(self) -> Names | None:
-        """The modules by path, where there is a model; AdapterError where an adapter is merged into
-        it."""
+        """The modules by path; None without a model. ``AdapterError``: an adapter is merged into
+        the model."""
         model = self.source if isinstance(self.source, nn.Module) else self.structure
         attached = adapters_of(self.source) if isinstance(self.source, nn.Module) else None
         if attached is not None and attached.merged is not None:
@@ -66,8 +66,8 @@ class FrozenWeights:
         return None if model is None else Names(unwrap(model))
 
     @property
-    def order(self) -> Order | None:
-        """The names of a module's parameters in the model's order, where there is a model."""
+    def order(self) -> ParameterOrder | None:
+        """The order of the parameters of each module; None without a model."""
         names = self.names
         return (
             None
@@ -80,8 +80,8 @@ class FrozenWeights:
         return None if self.source is None else open_base_weights(self.source)
 
     def get(self, path: str) -> Tensor | None:
-        """The dense parameter or buffer at this path, None where there is none; AdapterError where
-        it has no values."""
+        """The dense parameter or buffer at ``path`` on the CPU, or None. ``AdapterError``: it is on
+        the meta device."""
         if isinstance(self.source, nn.Module) and self.names is None:
             return None
         weight = None if self._reader is None else self._reader.get(path)
@@ -93,33 +93,36 @@ class FrozenWeights:
         return None if tensor is None else tensor.detach().cpu()
 
     def frozen_weight(self, aligned: AlignedWeight, config: Mapping[str, Any]) -> FrozenWeight:
-        """The weight that these changes are of; ``config`` is the PEFT config of an adapter that
-        changes it. ``AdapterError``: there is no such weight, or it cannot be told how it is
-        used."""
+        """The weight that these changes apply to. ``config``: the PEFT config of one of the
+        adapters. ``AdapterError``: the base lacks the weight, or its layout is ambiguous."""
         path = aligned.weight
         if (
             path is None
             and self.names is not None
-            and (ref := ref_at(self.names, aligned.path, config)) is not None
+            and (ref := ref_at(self.names, aligned.entry_path, config)) is not None
         ):
             path = parameter_path(*ref)
-        at = aligned.at
+        model_path = aligned.model_path
         paths = (
             [path]
             if path
-            else [parameter_path(at, "weight"), at, parameter_path(at, "in_proj_weight")]
+            else [
+                parameter_path(model_path, "weight"),
+                model_path,
+                parameter_path(model_path, "in_proj_weight"),
+            ]
         )
         path, dense = next(
-            ((p, found) for p in paths if (found := self.get(p)) is not None), ("", None)
+            ((p, tensor) for p in paths if (tensor := self.get(p)) is not None), ("", None)
         )
         if dense is None:
-            found = f"no {' or '.join(map(repr, paths))} in the base"
+            problem = f"no {' or '.join(map(repr, paths))} in the base"
             raise AdapterError(
-                found, "the weight that the adapters change", "pass the base that they are of"
+                problem, "the weight that the adapters change", "pass the base that they are of"
             )
         if not dense.is_floating_point():
-            found = f"{path!r} of {dense.dtype}"
-            raise AdapterError(found, "a storage that Veneer knows", "load it dense")
+            problem = f"{path!r} of {dense.dtype}"
+            raise AdapterError(problem, "a storage that Veneer knows", "load it dense")
         if self.names is not None:
             above, _, name = path.rpartition(".")
             module = self.names.modules[self.names.canonical[above]]
@@ -129,59 +132,64 @@ class FrozenWeights:
             swapped = swapped != (peft_form.out_axis != kind.out_axis)
             weight = kind.unfold(dense, kind.dims(module, dense.shape))
         else:
-            # with changes of parameters a file does not say that its layers are transposed: see
+            # a folder with changes of parameters may have transposed layers without saying so: see
             # peft_mapping
-            lying = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
-            weight, swapped = _by_shape(path, dense, aligned, lying)
+            transposed = bool(config.get("fan_in_fan_out") or config.get("target_parameters"))
+            weight, swapped = _weight_by_shape(path, dense, aligned, transposed)
         groups, out, in_ = aligned.template.dims
         if weight.shape != ((groups, in_, out) if swapped else (groups, out, in_)):
-            found = f"{path!r} of shape {tuple(dense.shape)} in the base"
+            problem = f"{path!r} of shape {tuple(dense.shape)} in the base"
             expected = f"a weight that a change of (groups, out, in) = {(groups, out, in_)} fits"
-            raise AdapterError(found, expected, "pass the base that the adapters are of")
+            raise AdapterError(problem, expected, "pass the base that the adapters are of")
         return FrozenWeight(weight, swapped, dense)
 
     def proven_weight(
         self, aligned: AlignedWeight, sources: Sequence[AdapterFiles]
     ) -> FrozenWeight:
-        """The weight below the changes of these adapters, which must be the one that they were made
-        for: ``BaseMismatchError`` by the fingerprints of their records. ``AdapterError`` as
-        ``frozen_weight``."""
-        found = self.frozen_weight(aligned, sources[0].peft_config)
-        printed = None
+        """As ``frozen_weight``, after a check against the fingerprints in the adapters' records.
+        ``BaseMismatchError``: an adapter was trained on another weight."""
+        frozen = self.frozen_weight(aligned, sources[0].peft_config)
+        actual = None
         for source in sources:
             expected = source.metadata.get("base", {}).get("weights", {}).get(aligned.weight)
-            printed = printed or (None if expected is None else fingerprint(found.dense, expected))
-            if printed != expected and expected is not None:
-                what = (
+            actual = actual or (None if expected is None else fingerprint(frozen.dense, expected))
+            if actual != expected and expected is not None:
+                problem = (
                     f"another weight {aligned.weight!r} in the base than {source.path} was made for"
                 )
-                raise BaseMismatchError(what, "the base of the adapters", "pass that base")
-        return found
+                raise BaseMismatchError(problem, "the base of the adapters", "pass that base")
+        return frozen
 
 
-def _by_shape(path: str, dense: Tensor, aligned: AlignedWeight, lying: bool) -> tuple[Tensor, bool]:
-    found = dict(_readings(dense, aligned))
-    # square, and no layer of this file lies transposed
-    if len(found) == 2 and dense.dim() == 2 and not lying:
-        del found["transposed"]
-    first = next(iter(found.values()), None)
+def _weight_by_shape(
+    path: str, dense: Tensor, aligned: AlignedWeight, transposed: bool
+) -> tuple[Tensor, bool]:
+    layouts = dict(_possible_layouts(dense, aligned))
+    # a square matrix, and no layer of this adapter is transposed
+    if len(layouts) == 2 and dense.dim() == 2 and not transposed:
+        del layouts["transposed"]
+    first = next(iter(layouts.values()), None)
     if first is None or not all(
-        s == first[1] and torch.equal(w, first[0]) for w, s in found.values()
+        s == first[1] and torch.equal(w, first[0]) for w, s in layouts.values()
     ):
-        ways = f"which may be {listing(found)}" if found else "whose shape fits no kind of layer"
-        what = (
+        layout_text = (
+            f"which may be {listing(layouts)}" if layouts else "whose shape fits no kind of layer"
+        )
+        problem = (
             f"{path!r} of shape {tuple(dense.shape)} with a change of A"
-            f" {tuple(aligned.template.A.shape)}, {ways}"
+            f" {tuple(aligned.template.A.shape)}, {layout_text}"
         )
         raise AdapterError(
-            what, "a weight of which it can be told how it is used", "pass model= too"
+            problem, "a weight of which it can be told how it is used", "pass model= too"
         )
     return first
 
 
-def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """The ways in which a weight of this shape can be what a change of this shape changes: its
-    kind's unfold."""
+def _possible_layouts(
+    dense: Tensor, aligned: AlignedWeight
+) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """(name of the layout, (weight as [g, out, in], swapped)) for each layer kind that fits the
+    shapes of the weight and of its change."""
     layer, sizes = aligned.template, without_unit_axes(dense.shape)
     groups, out, in_ = layer.dims
     if layer.suffixes == LAYERS["embedding"].file_keys:
@@ -210,5 +218,5 @@ def _readings(dense: Tensor, aligned: AlignedWeight) -> Iterator[tuple[str, tupl
         and dense.shape[0] % groups == 0
         and not aligned.parameter
     ):
-        parts = dense.reshape(groups, dense.shape[0] // groups, out, -1)
-        yield "transposed convolution", (parts.transpose(1, 2).reshape(groups, out, in_), False)
+        blocks = dense.reshape(groups, dense.shape[0] // groups, out, -1)
+        yield "transposed convolution", (blocks.transpose(1, 2).reshape(groups, out, in_), False)

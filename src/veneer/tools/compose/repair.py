@@ -1,12 +1,12 @@
-"""Intruder dimensions scaled down, written as an adapter folder.
+"""Scale down the intruder dimensions of an adapter, and write the result as an adapter folder.
 
     W'' = W' + Σⱼ (factor − 1) σⱼ uⱼ vⱼᵀ        j: the intruders of W' (``tools/intruders.py``)
 
-So ΔW'' = ΔW + the sum, a product whose rank is larger by the number of intruders: exact, and no
-training. Where the adapter is DoRA's, W' = g ⊙ (W + ΔW) keeps its gain: the sum is divided by g,
-and the magnitude is that of the new factors. Rows and columns in which ΔW is zero by its factors (a
-padding token, rows that do not change) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale
-the leading intruder of a weight so; here all that were found.
+ΔW'' = ΔW + the sum is an exact product whose rank grows by the number of intruders; nothing is
+trained. For a DoRA adapter, W' = g ⊙ (W + ΔW) keeps its gain g: the sum is divided by g, and the
+magnitude is recomputed from the new factors. Rows and columns that are zero in the factors (a
+padding token, frozen rows) stay zero. Shuttleworth et al. 2024, arXiv:2410.21228, scale the leading
+intruder of a weight this way; this module scales all intruders.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from veneer.errors import ConfigError
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
-from veneer.tools.compose.align import AlignedWeight, align, applied
+from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.compose.full_params import combined
+from veneer.tools.compose.full_params import combine_full_params
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
-from veneer.tools.report_text import counted, rank_range
+from veneer.tools.report_text import count_noun, rank_range
 from veneer.variants.dora import row_norms
 
 __all__ = ["FACTOR", "RepairReport", "RepairedWeight", "repair"]
 
-#: what is left of an intruder's singular value
+#: default factor of an intruder's singular value
 FACTOR = 0.5
 
 
 @dataclass(frozen=True)
 class RepairedWeight:
-    """One weight. ``looked_at``: how many leading singular vectors; ``intruders``: how many of them
-    are. ``removed``: the norm of what was taken off, as a share of ‖W' − W‖."""
+    """The repair of one weight. ``looked_at``: the number of leading singular vectors that were
+    examined; ``intruders``: how many of them are intruders. ``removed``: ‖W'' − W'‖ / ‖W' − W‖."""
 
     path: str
     looked_at: int
@@ -54,14 +54,13 @@ class RepairedWeight:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What ``repair`` wrote; ``str(report)`` is for people."""
+    """The report of ``repair``; ``str(report)`` is readable text. ``removed``: ‖W'' − W'‖ / ‖W' −
+    W‖ over all weights."""
 
     path: Path
     factor: float
     weights: tuple[RepairedWeight, ...]
-    removed: (
-        float  # the norm of what was taken off all weights, as a share of that of the whole change
-    )
+    removed: float
 
     @property
     def intruders(self) -> int:
@@ -76,12 +75,14 @@ class RepairReport:
                 " written as it was"
             )
         ranks = rank_range(weight.rank for weight in self.weights)
-        said = (
-            f"{counted(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in"
+        summary = (
+            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in"
             f" {touched} of "
         )
-        said += f"{counted(len(self.weights), 'weight')}, scaled by {self.factor:g}; {ranks}; "
-        return f"{said}{self.removed:.1%} of the change taken off"
+        summary += (
+            f"{count_noun(len(self.weights), 'weight')}, scaled by {self.factor:g}; {ranks}; "
+        )
+        return f"{summary}{self.removed:.1%} of the change taken off"
 
 
 @torch.no_grad()
@@ -102,15 +103,15 @@ def repair(
 
     Args:
         base, model: as ``compose`` takes them; the base is always needed.
-        factor: what is left of each intruder's singular value, in [0, 1]. 0 takes it away.
-        count, threshold: how many leading singular vectors of each weight are looked at, and the
+        factor: multiplies the singular value of each intruder, in [0, 1]. 0 removes it.
+        count, threshold: how many leading singular vectors of each weight to examine, and the
             cosine below which one is an intruder.
-        found: what ``find_intruders`` gave of this very adapter, to not look again.
+        found: the results of ``find_intruders`` for this adapter, if they are known already.
 
     Raises:
         ConfigError: an option cannot be used.
         AdapterError: the adapter has trained tokens, or the base lacks a weight.
-        BaseMismatchError: the base is another one.
+        BaseMismatchError: the adapter was trained on another base.
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     if base is None:
@@ -126,29 +127,37 @@ def repair(
     must_not_exist(Path(out), overwrite)
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     saved.refuse_trained_tokens("a repair")
-    weights, lows = FrozenWeights(base, model), applied(saved)
+    weights, lows = FrozenWeights(base, model), applied_products(saved)
     found = (
         found
         if found is not None
         else [*find_intruders(saved, weights, count=count, threshold=threshold)]
     )
     layers, reports = {}, []
-    for one in found:
-        layer = one.aligned.layers[0]
-        layers[one.aligned.at] = _repaired(one, layer, lows[one.aligned.at], factor, weights, saved)
-        lost = math.hypot(*(float(triples.S.norm()) for triples in one.found)) * (1 - factor)
-        share = lost / one.distance if one.distance else 0.0
-        rank = layers[one.aligned.at].rank
-        reports.append(RepairedWeight(one.aligned.at, len(one.cosines), one.count, rank, share))
+    for result in found:
+        layer = result.aligned.layers[0]
+        layers[result.aligned.model_path] = _repair_layer(
+            result, layer, lows[result.aligned.model_path], factor, weights, saved
+        )
+        removed_norm = math.hypot(*(float(triples.S.norm()) for triples in result.intruders)) * (
+            1 - factor
+        )
+        share = removed_norm / result.distance if result.distance else 0.0
+        rank = layers[result.aligned.model_path].rank
+        reports.append(
+            RepairedWeight(
+                result.aligned.model_path, len(result.cosines), result.count, rank, share
+            )
+        )
     aligned_weights = align([saved], weights.order)
-    low = {aligned.path: _layer(aligned, layers) for aligned in aligned_weights}
+    low = {aligned.entry_path: _layer(aligned, layers) for aligned in aligned_weights}
     how = ComposeOptions("sum", None, None, 1.0, 0)
-    full = combined([saved], aligned_weights, lambda names, number: 1.0, how, weights)
+    full = combine_full_params([saved], aligned_weights, lambda names, number: 1.0, how, weights)
     provenance = {
         "repaired": {
             "adapter": saved.path.name,
             "factor": factor,
-            "intruders": sum(one.count for one in found),
+            "intruders": sum(result.count for result in found),
         },
         **(provenance or {}),
     }
@@ -156,27 +165,29 @@ def repair(
     path = write_derived(
         out, [saved], low, full, variant=variant, provenance=provenance, overwrite=overwrite
     )
-    whole = math.hypot(*(one.distance for one in found))
+    total_distance = math.hypot(*(result.distance for result in found))
     removed = math.hypot(
-        *(report.removed * one.distance for report, one in zip(reports, found, strict=True))
+        *(report.removed * result.distance for report, result in zip(reports, found, strict=True))
     )
-    return RepairReport(path, float(factor), tuple(reports), removed / whole if whole else 0.0)
+    return RepairReport(
+        path, float(factor), tuple(reports), removed / total_distance if total_distance else 0.0
+    )
 
 
 def _layer(aligned: AlignedWeight, layers: Mapping[str, peft.PeftLayer]) -> peft.PeftLayer:
-    """What a file holds of a weight; under a further name of a tied one, what stands under its
-    first."""
+    """The folder's entry for a weight. An alias of a tied weight gets the change of its first
+    name."""
     if aligned.alias_of is None:
-        return layers[aligned.at]
-    at, transposed = aligned.alias_of
-    low = layers[at].low
+        return layers[aligned.model_path]
+    first_path, transposed = aligned.alias_of
+    low = layers[first_path].low
     return aligned.template.with_low(low.T if transposed else low).with_magnitude(
-        layers[at].extras.get(peft.MAGNITUDE)
+        layers[first_path].extras.get(peft.MAGNITUDE)
     )
 
 
-def _repaired(
-    one: WeightIntruders,
+def _repair_layer(
+    intruders: WeightIntruders,
     layer: peft.PeftLayer,
     low: LowRank,
     factor: float,
@@ -187,32 +198,34 @@ def _repaired(
         layer.extras.get(peft.MAGNITUDE),
         torch.promote_types(layer.A.dtype, torch.float32),
     )
-    if not one.count or factor == 1:
+    if not intruders.count or factor == 1:
         return layer.with_low(layer.low.compact().to(dtype)).with_magnitude(magnitude)
-    low = (low.T if one.swapped else low).to(torch.float64)
-    total = LowRank.sum([low, _taken_off(one, low, factor)], [1, 1]).compact()
-    if one.gain is not None:
+    low = (low.T if intruders.swapped else low).to(torch.float64)
+    total = LowRank.sum([low, _intruder_change(intruders, low, factor)], [1, 1]).compact()
+    if intruders.gain is not None:
         total = total.to(dtype)
-        W = weights.frozen_weight(one.aligned, saved.peft_config).weight.double()
-        magnitude = (one.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
-    total = total.T if one.swapped else total
-    # PEFT's out-projection of an attention
-    applied_twice = low.scale / layer.scale if layer.scale else 1.0
-    total = LowRank(total.A, total.B, total.scale / applied_twice).to(dtype)
+        W = weights.frozen_weight(intruders.aligned, saved.peft_config).weight.double()
+        magnitude = (intruders.gain.flatten() * row_norms(W, total).flatten()).to(dtype)
+    total = total.T if intruders.swapped else total
+    # PEFT adds the change of an attention's out-projection more than once
+    repeats = low.scale / layer.scale if layer.scale else 1.0
+    total = LowRank(total.A, total.B, total.scale / repeats).to(dtype)
     return layer.with_low(total).with_magnitude(magnitude)
 
 
-def _taken_off(one: WeightIntruders, low: LowRank, factor: float) -> LowRank:
-    """(factor − 1) Σ σ u vᵀ for each group, as one product: those with fewer intruders end in
-    zeros."""
-    width = max(len(triples.S) for triples in one.found)
+def _intruder_change(intruders: WeightIntruders, low: LowRank, factor: float) -> LowRank:
+    """(factor − 1) Σ σ u vᵀ of each group as one product; groups with fewer intruders are padded
+    with zeros."""
+    width = max(len(triples.S) for triples in intruders.intruders)
 
     def padded(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows.new_zeros(width - len(rows), rows.shape[1])])
 
-    A = torch.stack([padded(triples.V.mT) for triples in one.found])
-    B = torch.stack([padded((triples.U * triples.S * (factor - 1)).mT) for triples in one.found]).mT
-    if one.gain is not None:
-        B = B / one.gain.masked_fill(one.gain == 0, 1)[..., None]
+    A = torch.stack([padded(triples.V.mT) for triples in intruders.intruders])
+    B = torch.stack(
+        [padded((triples.U * triples.S * (factor - 1)).mT) for triples in intruders.intruders]
+    ).mT
+    if intruders.gain is not None:
+        B = B / intruders.gain.masked_fill(intruders.gain == 0, 1)[..., None]
     rows, columns = (low.B == 0).all(2, keepdim=True), (low.A == 0).all(1, keepdim=True)
     return LowRank(A.masked_fill(columns, 0), B.masked_fill(rows, 0), 1.0)

@@ -1,12 +1,11 @@
-"""A base as conversions ask for it: the names and shapes of its weights, its config, and the model
-itself only where weights are needed.
+"""The base of a conversion: names and shapes of its weights, its config, and the model itself only
+where weights are needed.
 
-    open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo(facts,
-    module)
+    open_base(model | "folder" | "file.gguf" | "package:NAME" | "owner/name") -> BaseInfo
 
-A folder that transformers knows is asked as a model without weights, since its files may name them
-otherwise. Another folder of safetensors, or of a diffusers pipeline, is read by its headers.
-Everything else is loaded.
+For a folder of a transformers model, the names come from the model on the meta device, because the
+files may use other names. For another folder of safetensors, or a diffusers pipeline, they come
+from the files' headers. Everything else is loaded.
 """
 
 from __future__ import annotations
@@ -34,8 +33,9 @@ from veneer.models.meta import without_meta
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base: what its files say, how to have the model itself (None: there is no base), and its
-    modules, whose weights may be zeros (None: only names and shapes are known)."""
+    """A base. ``facts``: names, shapes and config. ``module``: loads the model (None: no base was
+    given). ``structure``: its modules, whose weights may be zeros (None: only names and shapes are
+    known)."""
 
     facts: BaseFacts
     module: Callable[[], nn.Module] | None
@@ -43,8 +43,8 @@ class BaseInfo:
 
 
 def open_base(base: nn.Module | str | Path | None) -> BaseInfo:
-    """What a base says of itself. Of a folder no weight is read; the model is loaded when it is
-    asked for."""
+    """Names, shapes and config of a base. The weights of a folder are loaded only when
+    ``BaseInfo.module`` is called."""
     if base is None:
         return BaseInfo(BaseFacts(), None, None)
     if isinstance(base, nn.Module):
@@ -73,8 +73,8 @@ def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
         parameter_path(*ref): weight_of(names.modules[ref[0]], ref[1]) for ref in all_refs(names)
     }
     shapes = {
-        at: tuple(storage_of(weight).shape(weight))
-        for at, weight in weights.items()
+        weight_name: tuple(storage_of(weight).shape(weight))
+        for weight_name, weight in weights.items()
         if weight is not None
     }
     config: Any = getattr(model, "config", None)
@@ -84,14 +84,15 @@ def _facts_of(model: nn.Module, name: str | None = None) -> BaseFacts:
 
 
 def _facts_in(path: Path) -> tuple[BaseFacts, nn.Module | None]:
-    """What the files of a folder say, and the model without weights where transformers knows it."""
+    """The facts in the files of a folder, and the model without weights if transformers has its
+    class."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if config.get("model_type") and config.get("architectures"):
         try:
             model = models.meta_model(path)
             return _facts_of(model, str(path)), model
         except ConfigError:
-            # a class that transformers does not have: the names of its files are all there is
+            # transformers lacks the class: only the names in the files are known
             pass
     shapes = {
         parameter_path(part, name): entry.shape

@@ -1,8 +1,8 @@
-"""Between an adapter and the whole changes that it makes: ΔW = W' - W of every parameter, and back
-by singular values.
+"""Dense changes ΔW = W' - W of an adapter's parameters, and an adapter from dense changes by
+singular values.
 
-ΔW = gain ⊙ (W + scale · B A) - W           of any variant, on any layer; W' - W of what is trained in full
-ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the best product of a rank (Eckart and Young 1936)
+ΔW = gain ⊙ (W + scale · B A) - W           any variant, any layer; W' - W of parameters trained in full
+ΔW = U S Vᵀ ≈ (U √S) (√S Vᵀ)                the nearest product of a rank (Eckart and Young 1936)
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.install import install
-from veneer.attach.lookup import adapters, changes
-from veneer.attach.lookup import parameter_path as joined
+from veneer.attach.lookup import adapters, changes, parameter_path
 from veneer.attach.merge import no_weights_change
 from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
 from veneer.attach.refusals import check_full
@@ -31,43 +30,53 @@ from veneer.formats._base import LowRankChange
 from veneer.layers._base import GENERAL
 from veneer.lowrank import Svd
 
-#: the name of an adapter that is on a model for the time of a conversion
+#: the name of the adapter that a conversion installs on a model
 NAME = "veneer_convert"
-#: what is left of ‖ΔW‖ at the rank that a product of float32 factors has
+#: default bound on ‖ΔW - product‖ / ‖ΔW‖: the precision of float32 factors
 EXACT = 1e-6
 
 
 @torch.no_grad()
-def of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """ΔW of every parameter that the adapter ``name`` changes, in its own shape, each weight once.
-    Computed in float64; in float32 at least."""
+def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """ΔW of every parameter that the adapter ``name`` changes, in the parameter's shape, each
+    weight once. Computed in float64, returned in float32.
+
+    Raises:
+        AdapterError: the adapter changes outputs of modules, which no ΔW describes.
+    """
     raise_all(AdapterError, f"There is no ΔW of {name!r}", list(no_weights_change(model, name)))
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
         low, gain = change.resolve(target)
         dense = change.storage.dense(target).double()
-        if gain is None:  # not as a difference of large numbers
-            deltas[joined(path, weight)] = change.layer.fold(low.delta(torch.float64), dense.shape)
+        if gain is None:  # W + ΔW - W would lose digits
+            deltas[parameter_path(path, weight)] = change.layer.fold(
+                low.delta(torch.float64), dense.shape
+            )
         else:
-            deltas[joined(path, weight)] = (
+            deltas[parameter_path(path, weight)] = (
                 change.changed_weight(target, low, gain, torch.float64) - dense
             )
-    for path, module, part in adapters(model, name):
-        for own, value in part.full.state_dict().items():
-            old = {**module._parameters, **module._buffers}[own]
-            deltas[joined(path, own)] = (
-                value.double() - old.double() if value.is_floating_point() else value - old
+    for path, module, parameters in adapters(model, name):
+        for key, value in parameters.full.state_dict().items():
+            base_value = {**module._parameters, **module._buffers}[key]
+            deltas[parameter_path(path, key)] = (
+                value.double() - base_value.double()
+                if value.is_floating_point()
+                else value - base_value
             )
     return {
-        at: delta.float() if delta.is_floating_point() else delta for at, delta in deltas.items()
+        path: delta.float() if delta.is_floating_point() else delta
+        for path, delta in deltas.items()
     }
 
 
-def of_file(
+def deltas_of_file(
     low_rank: Sequence[LowRankChange], full: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """As ``of_model`` without a model, with the reasons for what cannot be told so."""
+    """As ``deltas_of_model``, without a model: (ΔW by name, problems with the changes that need the
+    base)."""
     deltas: dict[str, Tensor] = {}
     unknown = []
     for change in low_rank:
@@ -84,25 +93,29 @@ def of_file(
             )
             flat = low.delta(torch.float64).reshape(-1, *inner).float()  # of [g, out, in]
             deltas[change.weight] = flat.mT if kind in ("embedding", "Conv1D") else flat
-    unknown += [(at or "the model", "which is trained in full") for at in full]
+    unknown += [(weight or "the model", "which is trained in full") for weight in full]
     problems = [
-        sentence(f"a change of {at!r}, {why}", "the base beside it", "give the base")
-        for at, why in unknown
+        sentence(f"a change of {weight!r}, {reason}", "the base beside it", "give the base")
+        for weight, reason in unknown
     ]
     return deltas, problems
 
 
-def put(
+def install_deltas(
     model: nn.Module,
     deltas: Mapping[str, Tensor],
-    whole: frozenset[str],
+    full_names: frozenset[str],
     *,
     rank: int | None,
     energy: float | None,
 ) -> dict[str, float]:
-    """Install the adapter ``NAME`` that makes these changes. Vectors, and what ``whole`` names, are
-    trained in full. Returns, for each change that became a product, ‖ΔW - product‖ / ‖ΔW‖.
-    ``AdapterError``: names or shapes that the model does not have. Nothing was changed."""
+    """Install the adapter ``NAME`` that makes these changes. Vectors and the parameters in
+    ``full_names`` are stored in full, the rest as products of ``rank``, or of the lowest rank that
+    keeps the share ``energy`` of ‖ΔW‖². Returns ‖ΔW - product‖ / ‖ΔW‖ of each product, by name.
+
+    Raises:
+        AdapterError: the model lacks a name or has another shape. The model is unchanged.
+    """
     names, problems = Names(model), []
     refs = {
         name: ref
@@ -116,11 +129,15 @@ def put(
         module, delta = names.modules[path], deltas[name].double()
         kind = kind_for(module, weight)
         vector = delta.dim() < 2 or weight in module._buffers
-        if name in whole or vector or (kind.name == GENERAL and weight not in kind.weights(module)):
-            old = {**module._parameters, **module._buffers}[weight]
-            full.setdefault(path, {})[weight] = (old.double() + delta).to(old.dtype)
+        if (
+            name in full_names
+            or vector
+            or (kind.name == GENERAL and weight not in kind.weights(module))
+        ):
+            base_value = {**module._parameters, **module._buffers}[weight]
+            full.setdefault(path, {})[weight] = (base_value.double() + delta).to(base_value.dtype)
         else:
-            A, B, errors[name] = factor(
+            A, B, errors[name] = factor_delta(
                 kind.unfold(delta, kind.dims(module, delta.shape)), rank, energy
             )
             factors[path, weight] = {"A": A, "B": B}
@@ -128,43 +145,52 @@ def put(
     low = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
-    own = {
+    full_keys = {
         path: tuple(key for key in full[path] if key in names.modules[path]._parameters)
         for path in full
     }
-    check_full(names, own, problems)
+    check_full(names, full_keys, problems)
     problems += overlaps(
-        names, [*factors, *((path, key) for path, keys in own.items() for key in keys)]
+        names, [*factors, *((path, key) for path, keys in full_keys.items() for key in keys)]
     )
     raise_all(AdapterError, f"These changes do not fit this {base_class(model).__name__}", problems)
-    for plan in low:  # a plan goes by the first module that has the weight
+    for plan in low:  # the plan of a shared weight names the first of its modules
         first = next(ref for ref in plan.holders if ref in factors)
         factors[plan.ref] = factors[first]
     buffers = frozenset(
         path for path, tensors in full.items() if set(tensors) & set(names.modules[path]._buffers)
     )
-    most = max((plan.rank for plan in low), default=1)
+    highest_rank = max((plan.rank for plan in low), default=1)
     config = LoraConfig(
-        rank=most, alpha=float(most), targets=tuple(joined(*plan.ref) for plan in low) or "all",
-        train_also=tuple(full), dtype="float32",
-    )  # fmt: skip
-    plans = Plans(config, tuple(low), own, buffers, full_readers(names, own), apart(names, full))
+        rank=highest_rank,
+        alpha=float(highest_rank),
+        targets=tuple(parameter_path(*plan.ref) for plan in low) or "all",
+        train_also=tuple(full),
+        dtype="float32",
+    )
+    plans = Plans(
+        config, tuple(low), full_keys, buffers, full_readers(names, full_keys), apart(names, full)
+    )
     install(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
-        for at, _, part in adapters(model, NAME):
-            for key, value in full.get(at, {}).items():
-                {**part.full._parameters, **part.full._buffers}[key].copy_(value)
+        for module_path, _, module_parameters in adapters(model, NAME):
+            for key, value in full.get(module_path, {}).items():
+                {**module_parameters.full._parameters, **module_parameters.full._buffers}[
+                    key
+                ].copy_(value)
     return errors
 
 
 def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> ParamRef | None:
-    above, _, weight = name.rpartition(".")
-    path = names.canonical.get(above, "")
-    module = names.modules[path] if above in names.canonical else nn.Module()
+    module_path, _, weight = name.rpartition(".")
+    path = names.canonical.get(module_path, "")
+    module = names.modules[path] if module_path in names.canonical else nn.Module()
     parameter = weight in own_parameters(module)
     stored: Any = weight_of(module, weight) if parameter else module._buffers.get(weight)
     if stored is None:
-        problem = f"a change of {name!r}, which this model lacks{nearest(above, names.canonical)}"
+        problem = (
+            f"a change of {name!r}, which this model lacks{nearest(module_path, names.canonical)}"
+        )
         problems.append(sentence(problem, "the same modules", "use the model that it was made for"))
         return None
     shape = tuple(storage_of(stored).shape(stored) if parameter else stored.shape)
@@ -175,30 +201,33 @@ def _ref_of(names: Names, name: str, delta: Tensor, problems: list[str]) -> Para
     return path, weight
 
 
-def factor(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
-    """A [g, r, in], B [g, out, r] in float32, and the relative error, of ΔW [g, out, in] in
-    float64. ``rank``: r, at most min(out, in); None takes the least that keeps the share ``energy``
-    of ‖ΔW‖², or with None there too that leaves at most 1e-6 · ‖ΔW‖."""
+def factor_delta(
+    delta: Tensor, rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """A [g, r, in] and B [g, out, r] in float32, and their relative error, for ΔW [g, out, in] in
+    float64. r is ``rank``, at most min(out, in). If that is None, r is the lowest rank that keeps
+    the share ``energy`` of ‖ΔW‖²; if both are None, the lowest with an error of at most
+    1e-6 · ‖ΔW‖."""
     svd = Svd(*torch.linalg.svd(delta, full_matrices=False))
-    # [min]: what is left when only the first i are kept
-    rest = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
-    allowed = (EXACT**2 if energy is None else 1 - energy) * rest[0]
-    rank = max(1, int((rest > allowed).sum())) if rank is None else rank
+    # [min(out, in)]: the squared error if only the first i singular values are kept
+    tail_energy = svd.S.square().sum(0).flip(0).cumsum(0).flip(0)
+    max_energy_lost = (EXACT**2 if energy is None else 1 - energy) * tail_energy[0]
+    rank = max(1, int((tail_energy > max_energy_lost).sum())) if rank is None else rank
     low = svd.cut(rank)[0].to(torch.float32)
     norm = delta.norm().item()
     return low.A, low.B, (low.delta(torch.float64) - delta).norm().item() / norm if norm else 0.0
 
 
 def check_rank_options(rank: int | None, energy: float | None, whole: bool) -> None:
-    """AdapterError for a choice of the rank that means nothing."""
+    """``AdapterError`` unless at most one of the three options is given and its value is valid."""
     options = {"rank": rank, "energy": energy, "whole": whole or None}
-    given = [name for name, value in options.items() if value is not None]
+    given_options = [name for name, value in options.items() if value is not None]
     bad_rank = rank is not None and (type(rank) is not int or rank < 1)
     bad_energy = energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1)
     checks = [
-        (len(given) > 1, listing(given), "one of them", "leave the others out"),
+        (len(given_options) > 1, listing(given_options), "one of them", "leave the others out"),
         (bad_rank, f"rank={rank!r}", "a number of at least 1", "choose one"),
         (bad_energy, f"energy={energy!r}", "a share in (0, 1]", "choose one"),
     ]
-    problems = [sentence(*said) for wrong, *said in checks if wrong]
+    problems = [sentence(*error_texts) for failed, *error_texts in checks if failed]
     raise_all(AdapterError, "This cannot be made a product", problems)

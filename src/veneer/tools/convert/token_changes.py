@@ -1,14 +1,17 @@
-"""Trained tokens as plain low-rank changes, for formats that have no place for single rows.
+"""Trained tokens as plain low-rank changes, for formats that cannot store single rows.
 
-    ΔW = (R − W[ids]) at these rows = a product with the tokens' one-hot rows: of rank n, or n + r
-    beside a low-rank
-         change of the same weight, whose scale is multiplied into B
+    ΔW[ids] = R − W[ids], elsewhere 0       = E (R − W[ids]), E [rows, n] the tokens' one-hot columns
 
-A folder holds R, which means the same on any vocabulary that grew; ΔW is counted from the rows that
-one base has. So that base is asked for, as it grew, and what is written is right on it alone.
+The product has rank n; with a low-rank change of the same weight, whose scale is multiplied into B,
+it has rank n + r.
 
-An adapter of a model whose head is its input embedding changes both. A base that is the same with a
-head of its own (a GGUF with ``output.weight``) gets the change at both ends.
+A folder stores the rows R, which are the same for every base with a vocabulary of that size. ΔW is
+relative to the rows of one base, so the conversion needs that base, with its vocabulary already
+grown, and the result is right for that base alone.
+
+If the head of the trained model is tied to its input embedding, the adapter changes both. A base
+that stores the same head separately (a GGUF with ``output.weight``) gets the change in both
+weights.
 """
 
 from __future__ import annotations
@@ -35,27 +38,29 @@ from veneer.models.base_weights import list_weights
 _MERGE = "merge the adapter (`veneer merge`) and take the merged model"
 
 
-def need_rows(saved: AdapterFiles, to: str, facts: BaseFacts) -> None:
-    """``AdapterError`` where the base has not the rows, from which trained tokens of an adapter
-    change, or is none."""
+def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts) -> None:
+    """``AdapterError`` if the adapter has trained tokens and the base is missing or lacks their
+    rows."""
     if not saved.tokens:
         return
     rows, size = (
-        listing(f"{len(one.ids)} of {at!r}" for at, one in saved.tokens.items()),
+        listing(f"{len(tokens.ids)} of {path!r}" for path, tokens in saved.tokens.items()),
         vocabulary_size(saved),
     )
-    what, expected = (
+    adapter_description, expected = (
         f"{saved.path} with trained tokens ({rows})",
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
-        problem = f"{what}, and no base from whose rows {to!r} could count their changes"
+        problem = f"{adapter_description}, and no base from whose rows {target_format!r} could count their changes"
         raise AdapterError(problem, expected, f"give the base, or {_MERGE}")
-    there = min(facts.shapes.get(parameter_path(at, "weight"), (size,))[0] for at in saved.tokens)
-    if there < size:
+    base_rows = min(
+        facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved.tokens
+    )
+    if base_rows < size:
         problem = (
-            f"{what}, whose changes {to!r} counts from the base's own rows, and a base of {there}"
-            " rows"
+            f"{adapter_description}, whose changes {target_format!r} counts from the base's own"
+            f" rows, and a base of {base_rows} rows"
         )
         do = (
             f"grow it (model.resize_token_embeddings({size})), save_pretrained it, and give that;"
@@ -64,21 +69,28 @@ def need_rows(saved: AdapterFiles, to: str, facts: BaseFacts) -> None:
         raise AdapterError(problem, expected, do)
 
 
-def with_tokens(
+def replace_token_changes(
     model: nn.Module, name: str, saved: AdapterFiles, plain: Iterable[LowRankChange]
 ) -> tuple[LowRankChange, ...]:
-    """The low-rank changes of the adapter ``name``, which was read from ``saved`` and is on its
-    base: ``plain``, as its folder holds them, and for each weight of which tokens are trained one
-    of all that changes there, under each of its names. ``AdapterError``: DoRA of such a weight; a
-    base with other numbers at its ends, which were one weight."""
-    made = {change.weight: change for change in _whole_changes(model, name, saved)}
-    return (*(change for change in plain if change.weight not in made), *made.values())
+    """The low-rank changes of the adapter ``name``, which was read from ``saved`` and is installed
+    on ``model``: ``plain``, the changes in its folder, except that each weight with trained tokens
+    gets one change with both, under every name of the weight.
+
+    Raises:
+        AdapterError: DoRA rescales a weight with trained tokens, or the base's head differs from
+            its embedding although they were tied in training.
+    """
+    token_changes = {change.weight: change for change in _token_changes(model, name, saved)}
+    return (
+        *(change for change in plain if change.weight not in token_changes),
+        *token_changes.values(),
+    )
 
 
 @torch.no_grad()
-def _whole_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
+def _token_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator[LowRankChange]:
     names = Names(model)
-    by_identity, apart = holders(names), head_apart(names, saved)
+    by_identity, split_refs = holders(names), split_head(names, saved)
     for path, module, weight, change in changes(model, name):
         if change.tokens is None:
             continue
@@ -88,40 +100,56 @@ def _whole_changes(model: nn.Module, name: str, saved: AdapterFiles) -> Iterator
             raise AdapterError(problem, "a product alone", _MERGE)
         A, B = low.A[0].float(), (low.B[0] * low.scale).float()  # [r + n, in], [out, r + n]
         refs = holders_of(names, (path, weight), by_identity)
-        for at, own in dict.fromkeys(
-            [*refs, *(apart if apart is not None and apart[0] in refs else ())]
+        for holder_path, holder_weight in dict.fromkeys(
+            [*refs, *(split_refs if split_refs is not None and split_refs[0] in refs else ())]
         ):
-            turned = kind_for(names.modules[at], own).out_axis
-            # a tied weight, the other way round
-            a, b = (A, B) if turned == change.layer.out_axis else (B.mT, A.mT)
+            is_embedding = kind_for(names.modules[holder_path], holder_weight).out_axis
+            # a tied weight in a layer of the other orientation: swap the factors
+            layer_A, layer_B = (A, B) if is_embedding == change.layer.out_axis else (B.mT, A.mT)
             layer = layer_of(
-                at, a.contiguous(), b.contiguous(), None, suffixes=EMBEDDING if turned else PAIR
+                holder_path,
+                layer_A.contiguous(),
+                layer_B.contiguous(),
+                None,
+                suffixes=EMBEDDING if is_embedding else PAIR,
             )
-            yield LowRankChange(parameter_path(at, own), layer, "embedding" if turned else "linear")
+            yield LowRankChange(
+                parameter_path(holder_path, holder_weight),
+                layer,
+                "embedding" if is_embedding else "linear",
+            )
 
 
-def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
-    """(the input embedding, the head) of a base where these are two weights of the same numbers,
-    and were one where the adapter trained tokens of it: its record knows every weight of its base,
-    and no head. ``AdapterError``: two weights of other numbers."""
+def split_head(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] | None:
+    """(the input embedding, the head) if the base stores them as two equal weights and the adapter
+    was trained on a base where they were tied: its record lists every weight of that base, and no
+    head. None otherwise.
+
+    Raises:
+        AdapterError: the two weights differ.
+    """
     model: Any = names.model
     ends: list[Any] = [
         getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
     ]
-    at = {id(module): path for path, module in names.modules.items()}
+    path_by_id = {id(module): path for path, module in names.modules.items()}
     record = saved.metadata.get("base") or {}
-    if not record.get("rest") or any(id(end) not in at for end in ends):
+    if not record.get("rest") or any(id(end) not in path_by_id for end in ends):
         return None
-    (embedding, one), (head, other) = ((at[id(end)], weight_of(end, "weight")) for end in ends)
-    known = {*record["weights"], *record["rest"], *record.get("fresh", ())}
+    (embedding, embedding_weight), (head, head_weight) = (
+        (path_by_id[id(end)], weight_of(end, "weight")) for end in ends
+    )
+    recorded_names = {*record["weights"], *record["rest"], *record.get("fresh", ())}
     if (
         embedding not in saved.tokens
-        or one is other
-        or parameter_path(head, "weight") in known
+        or embedding_weight is head_weight
+        or parameter_path(head, "weight") in recorded_names
         or head in saved.full
     ):
         return None
-    if not torch.equal(*(cast(Any, storage_of(weight)).dense(weight) for weight in (one, other))):
+    if not torch.equal(
+        *(cast(Any, storage_of(weight)).dense(weight) for weight in (embedding_weight, head_weight))
+    ):
         problem = (
             f"trained tokens of {embedding!r}, then the head too, and a base whose {head!r} has"
             " other numbers"
@@ -132,14 +160,14 @@ def head_apart(names: Names, saved: AdapterFiles) -> tuple[ParamRef, ParamRef] |
     return (embedding, "weight"), (head, "weight")
 
 
-def own_prints(names: Names, saved: AdapterFiles) -> dict[str, str]:
-    """Whole fingerprints of the weights of which tokens are trained, by path: the record's leave
-    these rows out."""
-    known = saved.metadata.get("base") or {}
+def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:
+    """Fingerprints of all rows of the weights with trained tokens, by path. (The fingerprints in
+    the record leave the trained rows out.)"""
+    base_record = saved.metadata.get("base") or {}
     paths = [
-        at
-        for one in saved.tokens
-        if (at := parameter_path(one, "weight")) in known.get("weights", ())
+        weight_path
+        for token_path in saved.tokens
+        if (weight_path := parameter_path(token_path, "weight")) in base_record.get("weights", ())
     ]
     by_name = {
         name: tensor
@@ -148,5 +176,11 @@ def own_prints(names: Names, saved: AdapterFiles) -> dict[str, str]:
         for name in tensor.names
     }
     return dict(
-        zip(paths, fingerprints_of([by_name[at] for at in paths], kind=kind_in(known)), strict=True)
+        zip(
+            paths,
+            fingerprints_of(
+                [by_name[weight_path] for weight_path in paths], kind=kind_in(base_record)
+            ),
+            strict=True,
+        )
     )

@@ -1,20 +1,19 @@
-"""From a full fine-tune to an adapter: of every changed weight the product of thin matrices that is
-nearest to its change.
+"""Extract an adapter from a full fine-tune: the nearest low-rank product of each weight's change.
 
     ΔW = W_tuned − W_base ≈ B A        per weight, [g, out, in], truncated at a rank or at a share of ‖ΔW‖²
 
-    open both models → pair their weights → which changed → low rank, whole or lost → factor → save
+    open both models → pair their weights → find changes → low rank, full or lost → factor → save
 
-Models in folders are gone through weight by weight (stacks of experts matrix by matrix): memory is
-a few times the largest tensor, and what is written.
+Models in folders are read weight by weight (stacks of experts matrix by matrix), so memory is a few
+times the largest tensor plus the output.
 
-``B = U √S, A = √S Vᵀ`` and alpha = rank: the scale is 1 everywhere, also for a reader that knows no
-patterns.
+``B = U √S, A = √S Vᵀ`` and alpha = rank, so the scale is 1 everywhere, also for readers without
+per-layer ranks.
 
-A tuned model of coarser dtype is compared with the base rounded to that dtype: what rounding alone
-did is no change. Where the tuned dtype is the finer one the difference is taken as it is. What
-changed is written, or named in a report. Rejected: to write low rank and nothing else. A full
-fine-tune moves norms and biases too, and some of its changes have no low rank.
+If the tuned model has a coarser dtype, the base is rounded to that dtype before the comparison, so
+rounding alone is no change. If its dtype is finer, the difference is taken as it is. Every change
+is written or listed in the report. Rejected: writing low-rank changes only. A full fine-tune also
+changes norms and biases, and some of its changes do not have a low rank.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ Progress = Callable[[Extracted, int, int], None]
 
 
 class _Product(NamedTuple):
-    """The factors of one weight as they will be written: A [g, r, in], B [g, out, r]."""
+    """The factors of one weight in the written dtype: A [g, r, in], B [g, out, r]."""
 
     pair: WeightPair
     A: Tensor
@@ -83,8 +82,7 @@ def extract(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
-    """Write the adapter that turns ``base`` into ``tuned``, as nearly as its rank allows, as the
-    folder ``out``.
+    """Write the adapter folder ``out``: the best approximation of ``tuned`` − ``base`` at its rank.
 
     Args:
         base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a
@@ -114,79 +112,92 @@ def extract(
         OutputExistsError: the path exists and ``overwrite`` is False.
     """
     started, out = time.perf_counter(), Path(out)
-    raise_all(ConfigError, "Nothing was extracted", _odd_options(rank, energy, least))
+    raise_all(ConfigError, "Nothing was extracted", _option_problems(rank, energy, least))
     keep_patterns = keep_options(keep)
     must_not_exist(out, overwrite)
     both = open_both(base, tuned, model)
     weight_pairs, names = pair_weights(both), Names(both.model)
-    changed, attached = _changed(weight_pairs, both), adapters_of(both.model)
-    taken = () if attached is None else attached.configs
-    name = next(name for number in count() if (name := f"extracted{number}") not in taken)
+    changed, attached = _find_changed(weight_pairs, both), adapters_of(both.model)
+    used_names = () if attached is None else attached.configs
+    name = next(name for number in count() if (name := f"extracted{number}") not in used_names)
     excluded = (exclude,) if isinstance(exclude, str) else exclude
     selection = select_weights(names, changed, targets, excluded, keep_patterns, name)
     dtype = (
         torch.float64 if any(p.old.dtype == torch.float64 for p in selection.low) else torch.float32
     )
-    products, whole = [], list(selection.whole)
+    products, full_pairs = [], list(selection.whole)
     for number, pair in enumerate(selection.low, 1):
-        product = _factored(pair, rank, energy, dtype)
+        product = _factor_change(pair, rank, energy, dtype)
         if progress is not None:
             progress(product.facts, number, len(selection.low))
         if LOSSY in keep_patterns and (product.facts.large or product.facts.kept < least):
-            whole.append((pair, LITTLE))
+            full_pairs.append((pair, LITTLE))
         else:
             products.append(product)
-    if not products and not whole:
+    if not products and not full_pairs:
         problem = (
-            f"changes of {listing((one.path for one, _ in selection.lost), 3)} alone, which nothing"
+            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} alone, which nothing"
             " asks for"
         )
         raise ExtractError(problem, "something to write", "widen targets or keep")
     report = ExtractReport(
         out,
         tuple(product.facts for product in products),
-        tuple(Kept(one.path, torch.Size(one.old.shape).numel(), one.change(), why) for one, why in whole),
-        tuple(Lost(one.path, one.change(), why) for one, why in selection.lost),
-        len(weight_pairs) - len(changed), both.new.unread, least, 0.0,
-    )  # fmt: skip
-    said = {
+        tuple(
+            Kept(pair.path, torch.Size(pair.old.shape).numel(), pair.change(), reason)
+            for pair, reason in full_pairs
+        ),
+        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
+        len(weight_pairs) - len(changed),
+        both.new.unread,
+        least,
+        0.0,
+    )
+    record_fields = {
         "rank": rank,
         "energy": energy,
         "kept": report.kept,
         "lost": [entry.path for entry in report.lost],
     }
     _write(
-        both, name, products, whole, dtype, out, base_name=base_name or both.name,
-        provenance={"extracted": {"from": both.new.label, **said}, **(provenance or {})}, overwrite=overwrite,
-    )  # fmt: skip
+        both,
+        name,
+        products,
+        full_pairs,
+        dtype,
+        out,
+        base_name=base_name or both.name,
+        provenance={"extracted": {"from": both.new.label, **record_fields}, **(provenance or {})},
+        overwrite=overwrite,
+    )
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _odd_options(rank: Any, energy: Any, least: Any) -> list[str]:
+def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:
     bad_rank = rank is not None and (type(rank) is not int or rank < 1)
     bad_energy = energy is not None and not (isinstance(energy, int | float) and 0 < energy < 1)
     bad_least, share = (
         not (isinstance(least, int | float) and 0 <= least <= 1),
         "a share between 0 and 1",
     )
-    both, one = f"rank={rank!r} and energy={energy!r}", "give rank=16, or energy=0.95"
+    both_text, usual_fix = f"rank={rank!r} and energy={energy!r}", "give rank=16, or energy=0.95"
     checks = [
-        ((rank is None) == (energy is None), both, "one of them", one),
+        ((rank is None) == (energy is None), both_text, "one of them", usual_fix),
         (bad_rank, f"rank={rank!r}", "a whole number of at least 1", "use 16, or energy=0.95"),
         (bad_energy, f"energy={energy!r}", share, "use 0.95, or 0.999 to lose next to nothing"),
         (bad_least, f"least={least!r}", "a share from 0 to 1", "use 0.5"),
     ]
-    return [sentence(*said) for wrong, *said in checks if wrong]
+    return [sentence(*error_texts) for failed, *error_texts in checks if failed]
 
 
-def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
-    changed, broken = [], []
-    for one in weight_pairs:
-        differs, finite = one.compare()
-        changed += [one] if differs else []
-        broken += [] if finite or (one.entry.is_buffer and not differs) else [one.path]
-    if broken:
-        problem = f"NaN or infinity in {listing(broken, 40)}"
+def _find_changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]:
+    changed, non_finite_paths = [], []
+    for pair in weight_pairs:
+        differs, finite = pair.compare()
+        changed += [pair] if differs else []
+        non_finite_paths += [] if finite or (pair.entry.is_buffer and not differs) else [pair.path]
+    if non_finite_paths:
+        problem = f"NaN or infinity in {listing(non_finite_paths, 40)}"
         raise ExtractError(
             problem, "finite numbers in base and tuned model", "get the models again"
         )
@@ -198,51 +209,57 @@ def _changed(weight_pairs: Sequence[WeightPair], both: Both) -> list[WeightPair]
     return changed
 
 
-def _factored(
-    one: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype
+def _factor_change(
+    pair: WeightPair, rank: int | None, energy: float | None, dtype: torch.dtype
 ) -> _Product:
-    """The nearest product of one weight, in ``dtype``."""
+    """The nearest product to the change of one weight, in ``dtype``."""
     started = time.perf_counter()
-    fingerprint = fingerprint_of(one.old.shape, (one.old.read(rows) for rows in one.rows))
+    fingerprint = fingerprint_of(pair.old.shape, (pair.old.read(rows) for rows in pair.rows))
     dense, frozen_input = (
-        None if one.stacked else list(one.matrices()),
-        one.kind.frozen_input(one.module),
+        None if pair.is_stack else list(pair.matrices()),
+        pair.kind.frozen_input(pair.module),
     )
-    unseen = 0.0
+    frozen_energy = 0.0
     for matrix in dense or () if frozen_input is not None else ():  # an input that never changes
-        unseen += matrix[:, frozen_input].double().square().sum().item()
+        frozen_energy += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
 
     def matrices() -> Iterator[Tensor]:
-        return iter(dense) if dense is not None else one.matrices()
+        return iter(dense) if dense is not None else pair.matrices()
 
-    known = None
+    vectors_of_gram = None
     if energy is not None:
         spectra = []
         for matrix in matrices():
-            values, known = svd.spectrum(matrix)
+            values, vectors_of_gram = svd.spectrum(matrix)
             spectra.append(values)
         rank = svd.smallest_rank(spectra, energy)
     assert rank is not None  # one of the two is given
-    rank, change, error, methods, factors = min(rank, one.dims.max_rank), unseen, unseen, set(), []
+    rank, change, error, methods, factors = (
+        min(rank, pair.dims.max_rank),
+        frozen_energy,
+        frozen_energy,
+        set(),
+        [],
+    )
     for number, matrix in enumerate(matrices()):
-        if known is not None and one.dims.groups == 1:
-            vectors, method = known[:, :rank], "exact"
+        if vectors_of_gram is not None and pair.dims.groups == 1:
+            vectors, method = vectors_of_gram[:, :rank], "exact"
         else:
             vectors, method = svd.leading(matrix, rank, exact=energy is not None, seed=number)
         A, B = (factor.to(dtype) for factor in svd.split(matrix, vectors))
         change, error = change + svd.energy(matrix), error + svd.distance(matrix, A, B)
         factors.append((A.cpu(), B.cpu()))
         methods.add(method)
-    base = sum(svd.energy(one.old.read(rows).reshape(1, -1)) for rows in one.rows)
+    base = sum(svd.energy(pair.old.read(rows).reshape(1, -1)) for rows in pair.rows)
     A, B = (torch.stack(side) for side in zip(*factors, strict=True))
     method = "exact" if methods == {"exact"} else "randomised"
     relative = (change / base) ** 0.5 if base else math.inf
     seconds = time.perf_counter() - started
     error = (error / change) ** 0.5
     facts = Extracted(
-        one.path,
-        (one.dims.groups, one.dims.out, one.dims.in_),
+        pair.path,
+        (pair.dims.groups, pair.dims.out, pair.dims.in_),
         rank,
         change**0.5,
         relative,
@@ -250,31 +267,33 @@ def _factored(
         method,
         seconds,
     )
-    return _Product(one, A, B, fingerprint, facts)
+    return _Product(pair, A, B, fingerprint, facts)
 
 
 def _write(
     both: Both,
     name: str,
     products: Sequence[_Product],
-    whole: Whole,
+    full_pairs: Whole,
     dtype: torch.dtype,
     out: Path,
     **options: Any,
 ) -> None:
-    """Put the adapter onto the structure, save it, and take it off again."""
+    """Install the adapter on the base's structure, save it, and detach it."""
     names = Names(both.model)
     ranks = {product.pair.entry.ref: product.facts.rank for product in products}
-    at = [one.pair.path for one in products] or [one.path for one, _ in whole]
+    target_paths = [product.pair.path for product in products] or [
+        pair.path for pair, _ in full_pairs
+    ]
     common = max(ranks.values(), default=1)
     config = LoraConfig(
         rank=common,
         alpha=float(common),
-        targets=tuple(at),
+        targets=tuple(target_paths),
         dtype="float64" if dtype == torch.float64 else None,
     )
     problems: list[str] = []
-    plans = plan(names, config, ranks, [one for one, _ in whole], problems)
+    plans = plan(names, config, ranks, [pair for pair, _ in full_pairs], problems)
     raise_all(TargetError, "Nothing was written", problems)
     if both.meta_model:
         _show_forwards([(names.modules[path], weight) for path, weight in ranks])
@@ -283,20 +302,23 @@ def _write(
     }
     # what stands in the adapter in full are the tuned model's values, or the base's where only a
     # copy of the base is wanted, as for running statistics that did not change or that are left out
-    tuned = {path for one, _ in whole for path in one.entry.names}
-    done = {id(both.old.by_name.get(product.pair.path)) for product in products}
+    tuned = {path for pair, _ in full_pairs for path in pair.entry.names}
+    product_weights = {id(both.old.by_name.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
         install(both.model, name, plans, trainable=False, parameters=factors)
-        for path, _, part in adapters(both.model, name):
-            for key, value in (*part.full._parameters.items(), *part.full._buffers.items()):
-                at = parameter_path(path, key)
-                source = (both.new if at in tuned else both.old).by_name.get(at)
+        for path, _, module_parameters in adapters(both.model, name):
+            for key, value in (
+                *module_parameters.full._parameters.items(),
+                *module_parameters.full._buffers.items(),
+            ):
+                target_paths = parameter_path(path, key)
+                source = (both.new if target_paths in tuned else both.old).by_name.get(target_paths)
                 if source is not None and value is not None:
                     value.copy_(source.read(None))
         for entry in list_weights(names):
             value = both.old.find(entry.names)
-            if value is not None and id(value) not in done:
+            if value is not None and id(value) not in product_weights:
                 fingerprints[entry.path] = value.fingerprint()
         save(both.model, out, name=name, fingerprints=fingerprints, **options)
     finally:
@@ -306,13 +328,14 @@ def _write(
 
 
 def _show_forwards(targets: Sequence[tuple[nn.Module, str]]) -> None:
-    """Some random rows in each weight of a meta model that a forward of its own reads: whether that
-    computes what its kind does, which decides whether PEFT may have it, zeros do not tell."""
+    """Fill some rows of weights in a meta model with random values, where the module has a custom
+    forward. The check whether that forward computes what its layer kind does, and so whether PEFT
+    can apply the adapter, needs values other than zeros."""
     generator = torch.Generator().manual_seed(0)
     for module, name in targets:
         kind, weight = kind_for(module, name), module._parameters.get(name)
-        stock = kind.name == GENERAL or any(
-            base_class(module).forward is known.forward for known in kind.types()
+        has_stock_forward = kind.name == GENERAL or any(
+            base_class(module).forward is layer_class.forward for layer_class in kind.types()
         )
-        if weight is not None and not stock:
+        if weight is not None and not has_stock_forward:
             weight.data[:8].normal_(generator=generator)

@@ -1,4 +1,4 @@
-"""What an extraction did, in numbers and in a short text."""
+"""The report of an extraction: numbers and readable text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.tools.report_text import rank_range
 
 @dataclass(frozen=True)
 class Extracted:
-    """One weight whose change was written as a product."""
+    """One weight with a change that was written as a product."""
 
     path: str
     dims: tuple[int, int, int]  # (groups, out, in) of the change
@@ -31,19 +31,19 @@ class Extracted:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the product has."""
+        """The number of elements of both factors."""
         groups, out, in_ = self.dims
         return groups * self.rank * (out + in_)
 
     @property
     def large(self) -> bool:
-        """Whether the product has at least as many numbers as the weight itself."""
+        """Whether the factors have at least as many elements as the weight."""
         return self.numbers >= math.prod(self.dims)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One parameter (or buffer) that was written whole. ``change`` is the norm of its change."""
+    """One parameter or buffer that was written in full. ``change``: ‖ΔW‖; ``why``: the reason."""
 
     path: str
     numbers: int
@@ -53,8 +53,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Lost:
-    """One parameter (or buffer) that changed and is not in the adapter. ``change`` is the norm of
-    its change."""
+    """One parameter or buffer that changed and is not in the adapter. ``change``: ‖ΔW‖; ``why``:
+    the reason."""
 
     path: str
     change: float
@@ -63,8 +63,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction wrote. ``str(report)`` is a short text for people, ``to_dict`` plain JSON
-    values."""
+    """The report of an extraction. ``str(report)`` is readable text, ``to_dict`` JSON values."""
 
     path: Path
     # this and the next two: what became of each parameter that changed
@@ -79,10 +78,10 @@ class ExtractReport:
     @property
     def kept(self) -> float:
         """The share of ‖ΔW‖², over everything that changed, that the adapter holds."""
-        gone = sum((layer.error * layer.change) ** 2 for layer in self.layers)
-        gone += sum(entry.change**2 for entry in self.lost)
-        all_ = sum(entry.change**2 for entry in (*self.layers, *self.whole, *self.lost))
-        return 1 - gone / all_ if all_ else 1.0
+        lost_energy = sum((layer.error * layer.change) ** 2 for layer in self.layers)
+        lost_energy += sum(entry.change**2 for entry in self.lost)
+        total_energy = sum(entry.change**2 for entry in (*self.layers, *self.whole, *self.lost))
+        return 1 - lost_energy / total_energy if total_energy else 1.0
 
     @property
     def lossy(self) -> tuple[Extracted, ...]:
@@ -91,17 +90,17 @@ class ExtractReport:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the adapter holds."""
+        """The number of elements in the adapter."""
         return sum(entry.numbers for entry in (*self.layers, *self.whole))
 
     def to_dict(self) -> dict[str, Any]:
-        said = {
+        summary = {
             "path": str(self.path),
             "kept": self.kept,
             "numbers": self.numbers,
             "unchanged": self.unchanged,
         }
-        return said | {
+        return summary | {
             "seconds": self.seconds,
             "lossy": [layer.path for layer in self.lossy],
             "layers": [
@@ -136,8 +135,8 @@ class ExtractReport:
             lines.append(
                 f"{len(large)} need no fewer numbers as products than whole: {listing(large, 3)}"
             )
-        for why in dict.fromkeys(entry.why for entry in self.lost):
-            paths = [entry.path for entry in self.lost if entry.why == why]
-            lines.append(f"LOST: {len(paths)} that changed ({why}): {listing(paths, 3)}")
+        for reason in dict.fromkeys(entry.why for entry in self.lost):
+            paths = [entry.path for entry in self.lost if entry.why == reason]
+            lines.append(f"LOST: {len(paths)} that changed ({reason}): {listing(paths, 3)}")
         lines.append(f"{self.unchanged} did not change; {self.seconds:.1f} s")
         return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What becomes of each parameter that changed: a low-rank product, itself as a whole, or nothing.
+"""Decide how to write each changed parameter: as a low-rank product, in full, or not at all.
 
-low      what ``targets`` means and has a low-rank change      else
-whole    what ``keep`` means: every vector, unless told otherwise
-lost     the rest, each with the reason
+low      matched by ``targets`` and has a low-rank change; otherwise
+whole    matched by ``keep``: by default every vector; otherwise
+lost     not written, with the reason
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, an
 
 
 class Selection(NamedTuple):
-    """The pairs that changed, by what becomes of them, with the reason."""
+    """The changed pairs by the way they are written, with the reason."""
 
     low: tuple[WeightPair, ...]
     whole: tuple[tuple[WeightPair, str], ...]
@@ -51,40 +51,42 @@ def select_weights(
     keep: Sequence[str],
     adapter: str,
 ) -> Selection:
-    """Sort what changed; ``adapter`` is the name under which the adapter will stand on the model
-    for a moment. ``TargetError``: a pattern that matches nothing, a weight that cannot carry its
-    change; with every problem."""
+    """Sort the changed pairs. ``adapter``: the name under which the adapter will be installed on
+    the model. ``TargetError``: a pattern matches nothing, or a weight cannot carry its change; the
+    error lists every problem."""
     config = LoraConfig(rank=1, targets=targets, exclude=exclude)
     patterns = [pattern for pattern in keep if pattern not in WORDS]
     problems = bad_regex(LoraConfig(rank=1, targets=targets, exclude=[*config.exclude, *patterns]))
     raise_all(TargetError, "Nothing was extracted", problems)
     problems += name_problems(names.model, adapter)
     if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
-        found = f"{attached.merged!r} merged into the weights of the base"
-        problems.append(sentence(found, "an unmerged base", "call veneer.unmerge(model) first"))
-    chosen, found = select(names, config)
-    problems += found
-    wanted = set(chosen)
-    left_out = excluded(names, config, []) | _meant(
+        problem = f"{attached.merged!r} merged into the weights of the base"
+        problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
+    selected_refs, target_problems = select(names, config)
+    problems += target_problems
+    selected = set(selected_refs)
+    left_out = excluded(names, config, []) | _matching_refs(
         names, [p for p in config.exclude if names.matching(p)], []
     )
-    by_name = _meant(names, patterns, problems)
+    by_name = _matching_refs(names, patterns, problems)
     low, whole, lost = [], [], []
     for pair in changed:
-        ends = (path.rpartition(".") for path in pair.entry.names)
-        refs = {(names.canonical[above], name) for above, _, name in ends}  # every reference to it
-        if refs & left_out and not refs & wanted:
+        split_names = (path.rpartition(".") for path in pair.entry.names)
+        refs = {
+            (names.canonical[module_path], name) for module_path, _, name in split_names
+        }  # every reference to it
+        if refs & left_out and not refs & selected:
             lost.append((pair, EXCLUDED))
         elif refs & by_name:
             whole.append((pair, ASKED))
         elif not pair.entry.is_buffer and is_matrix(names, pair.entry.ref):
-            low.append(pair) if refs & wanted else lost.append((pair, NO_TARGET))
+            low.append(pair) if refs & selected else lost.append((pair, NO_TARGET))
         elif NONE in keep:
             lost.append((pair, NOT_KEPT))
         else:
             whole.append((pair, VECTOR))
     ranks = {pair.entry.ref: 1 for pair in low}
-    plan(names, config, ranks, [one for one, _ in whole], problems)
+    plan(names, config, ranks, [pair for pair, _ in whole], problems)
     if LOSSY in keep:
         plan(names, config, {}, low, problems)
     raise_all(TargetError, "Nothing was extracted", list(dict.fromkeys(problems)))
@@ -95,28 +97,27 @@ def plan(
     names: Names,
     config: LoraConfig,
     ranks: Mapping[ParamRef, int],
-    whole: Sequence[WeightPair],
+    full_pairs: Sequence[WeightPair],
     problems: list[str],
 ) -> Plans:
-    """The adapter with these ranks (alpha = rank, so that the scale is 1) and these parameters and
-    buffers in full."""
+    """The plan of an adapter with these ranks (alpha = rank, so that the scale is 1) and with these
+    parameters and buffers in full."""
     low = plan_low(
         names, {ref: TargetSpec(rank, float(rank)) for ref, rank in ranks.items()}, problems
     )
     full: dict[str, tuple[str, ...]] = {}
-    for pair in whole:
+    for pair in full_pairs:
         path, name = pair.entry.ref
         full[path] = (*full.get(path, ()), *(() if pair.entry.is_buffer else (name,)))
     full = {**dict.fromkeys(full, ()), **with_ties(names, full)}
     check_full(names, full, problems)
     problems += overlaps(names, changed_refs(low, full))
-    buffers = frozenset(pair.entry.ref[0] for pair in whole if pair.entry.is_buffer)
+    buffers = frozenset(pair.entry.ref[0] for pair in full_pairs if pair.entry.is_buffer)
     return Plans(config, tuple(low), full, buffers, full_readers(names, full))
 
 
 def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """``keep`` as a tuple; ConfigError for no pattern or word, and for words that contradict each
-    other."""
+    """``keep`` as a tuple. ``ConfigError``: it holds an invalid pattern or contradictory words."""
     words = (keep,) if isinstance(keep, str) else tuple(keep)
     if not all(isinstance(word, str) and word for word in words):
         problem, expected = (
@@ -129,21 +130,21 @@ def keep_options(keep: str | Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def _meant(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
-    """The parameters and buffers that patterns mean: of modules and all below them, or by their own
+def _matching_refs(names: Names, patterns: Sequence[str], problems: list[str]) -> set[ParamRef]:
+    """The parameters and buffers that patterns match: by a module above them, or by their own
     paths."""
-    meant: set[ParamRef] = set()
+    refs: set[ParamRef] = set()
     for pattern in patterns:
         below = [child for path in names.matching(pattern) for child in names.children(path)]
         modules = [(path, names.modules[path]) for path in below]
-        own = [
+        matches = [
             (path, name)
             for path, module in modules
             for name in (*own_parameters(module), *module._buffers)
         ]
-        own = own or names.parameters_matching(pattern)
-        if not own:
+        matches = matches or names.parameters_matching(pattern)
+        if not matches:
             problem = f"keep pattern {pattern!r} matches no parameter{names.suggest(pattern)}"
             problems.append(sentence(problem, "a name of this model", "correct or remove it"))
-        meant.update(own)
-    return meant
+        refs.update(matches)
+    return refs

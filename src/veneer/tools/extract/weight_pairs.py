@@ -1,8 +1,7 @@
-"""Two models side by side: each parameter of the base with the one that it became, and their
-difference.
+"""Pair the weights of a base and a tuned model, and compute their differences.
 
-open_both(base, tuned, model) -> Both      structure, base values, tuned values
-pair_weights(both) -> [WeightPair]         every name and shape checked
+open_both(base, tuned, model) -> Both      structure, base weights, tuned weights
+pair_weights(both) -> [WeightPair]         names and shapes are checked
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ PIECE = 1 << 21
 
 
 class Both(NamedTuple):
-    """Two models. ``model`` is the structure of the base: as a ``meta_model`` it holds no numbers
-    and is nobody's."""
+    """Two models. ``model``: the structure of the base; if ``meta_model`` is True it has no values
+    and belongs to no caller."""
 
     model: nn.Module
     meta_model: bool
@@ -54,7 +53,7 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightPair:
-    """One parameter or lasting buffer in both models. ``kind`` says how it lies as [g, out, in]."""
+    """One parameter or persistent buffer in both models. ``kind``: its layout as [g, out, in]."""
 
     entry: ModuleWeight
     old: BaseWeight
@@ -71,7 +70,7 @@ class WeightPair:
         return self.kind.dims(self.module, torch.Size(self.old.shape))
 
     @property
-    def stacked(self) -> bool:
+    def is_stack(self) -> bool:
         """Whether each row of the first axis is a matrix with a change of its own."""
         return (
             self.kind.name == GENERAL
@@ -81,33 +80,33 @@ class WeightPair:
 
     @property
     def rows(self) -> list[slice | None]:
-        """What is read at once: a matrix of a stack, or all."""
-        return [slice(g, g + 1) for g in range(self.old.shape[0])] if self.stacked else [None]
+        """The rows to read at a time: one matrix of a stack, or everything."""
+        return [slice(g, g + 1) for g in range(self.old.shape[0])] if self.is_stack else [None]
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(base, tuned), matrix by matrix if this is a stack, else as a whole."""
+    def matrix_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(base, tuned), matrix by matrix for a stack, else in one piece."""
         for rows in self.rows:
             yield self.old.read(rows), self.new.read(rows)
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(base, tuned) in ``pieces`` of one dtype."""
-        return (pair for base, tuned in self.parts() for pair in pieces(base, tuned))
+        return (pair for base, tuned in self.matrix_pairs() for pair in pieces(base, tuned))
 
     def matrices(self) -> Iterator[Tensor]:
-        """ΔW [out, in] of one group after the other, in memory of its own, at least float32."""
-        for base, tuned in self.parts():
+        """ΔW [out, in] of each group, in new memory, at least float32."""
+        for base, tuned in self.matrix_pairs():
             delta = difference(base, tuned)
             del base, tuned
             yield from self.kind.unfold(
-                delta, self.dims._replace(groups=1) if self.stacked else self.dims
+                delta, self.dims._replace(groups=1) if self.is_stack else self.dims
             )
 
     def compare(self) -> tuple[bool, bool]:
         """(whether anything changed, whether all of it is finite)."""
         changed, finite = False, True
-        for one, other in self.pieces():
-            changed = changed or not torch.equal(one, other)
-            finite = finite and _all_finite(one) and _all_finite(other)
+        for base_piece, tuned_piece in self.pieces():
+            changed = changed or not torch.equal(base_piece, tuned_piece)
+            finite = finite and _all_finite(base_piece) and _all_finite(tuned_piece)
         return changed, finite
 
     def change(self) -> float:
@@ -117,43 +116,50 @@ class WeightPair:
 
 
 def pieces(base: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both as flat pieces of one dtype: that which holds either; the base rounded to the tuned
-    dtype first where that is the coarser."""
+    """Both tensors as flat pieces of one dtype that can hold either. If the tuned dtype is coarser,
+    the base is rounded to it first."""
     tuned = tuned.to(base.device)
     floating = base.is_floating_point() and tuned.is_floating_point()
     rounds = floating and torch.finfo(tuned.dtype).eps > torch.finfo(base.dtype).eps
-    wide = torch.promote_types(base.dtype, tuned.dtype)
-    flat, other = base.reshape(-1), tuned.reshape(-1)
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE]
+    common_dtype = torch.promote_types(base.dtype, tuned.dtype)
+    flat_base, flat_tuned = base.reshape(-1), tuned.reshape(-1)
+    for start in range(0, flat_base.numel(), PIECE):
+        piece = flat_base[start : start + PIECE]
         piece = piece.to(tuned.dtype) if rounds else piece
-        yield piece.to(wide), other[start : start + PIECE].to(wide)
+        yield piece.to(common_dtype), flat_tuned[start : start + PIECE].to(common_dtype)
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether all are finite, by the smallest and the largest (NaN if one is): 16 times faster in
-    bfloat16."""
+    """Whether all values are finite, from minimum and maximum (NaN if any is): 16 times faster than
+    ``isfinite`` in bfloat16."""
     return not values.is_floating_point() or all(
         bool(end.isfinite()) for end in torch.aminmax(values)
     )
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
-    """tuned − base in float32, or float64 if one of them is; the two are in ``pieces``' one dtype
-    first."""
-    wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    delta = torch.empty(base.shape, dtype=wide, device=base.device)
+    """tuned − base in float32, or in float64 if either is float64, cast as ``pieces`` does."""
+    dtype = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
+    delta = torch.empty(base.shape, dtype=dtype, device=base.device)
     flat, start = delta.view(-1), 0
-    for one, other in pieces(base, tuned):
-        torch.sub(other.to(wide), one.to(wide), out=flat[start : start + one.numel()])
-        start += one.numel()
+    for base_piece, tuned_piece in pieces(base, tuned):
+        torch.sub(
+            tuned_piece.to(dtype),
+            base_piece.to(dtype),
+            out=flat[start : start + base_piece.numel()],
+        )
+        start += base_piece.numel()
     return delta
 
 
 def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
-    """Open two models; of a folder no number is read. ``ConfigError``, ``CheckpointError``: a
-    folder that is no model. ``ExtractError``: a state dict as the base without ``model``; adapters
-    on the tuned model that are not merged."""
+    """Open two models; weights in folders are not read yet.
+
+    Raises:
+        ConfigError, CheckpointError: a folder is not a model.
+        ExtractError: the base is a state dict without ``model``, or the tuned model has unmerged
+            adapters.
+    """
     name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
         # before the base: a path that is wrong is told before anything is converted
@@ -172,11 +178,11 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
         folder, name = _folder(base, model), str(base)
         structure = models.meta_model(folder) if model is None else unwrap(model)
         old = folder_weights(structure, folder)
-    tuned_weights = _tuned(tuned, structure, model is None)
+    tuned_weights = _read_tuned(tuned, structure, model is None)
     both = Both(structure, name is not None and model is None, name, old, tuned_weights)
-    for one in (base, tuned):
-        if isinstance(one, nn.Module) and (
-            meta := [path for path, p in one.named_parameters() if p.is_meta]
+    for source in (base, tuned):
+        if isinstance(source, nn.Module) and (
+            meta := [path for path, p in source.named_parameters() if p.is_meta]
         ):
             problem = f"{listing(meta, 3)} on the meta device"
             raise ExtractError(
@@ -185,9 +191,9 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     return both
 
 
-def _tuned(tuned: Source, structure: nn.Module, own: bool) -> BaseWeights:
-    """The tuned model's values. A folder with a configuration is read by its own (``own``): it may
-    tie other weights than the base does."""
+def _read_tuned(tuned: Source, structure: nn.Module, own_config: bool) -> BaseWeights:
+    """The weights of the tuned model. With ``own_config`` a folder is read by its own config: it
+    may tie other weights than the base does."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
         attached = adapters_of(tuned)
@@ -203,29 +209,33 @@ def _tuned(tuned: Source, structure: nn.Module, own: bool) -> BaseWeights:
     if isinstance(tuned, Mapping):
         return state_dict_weights(structure, tuned, "the tuned model")
     folder = _folder(tuned, structure)
-    if own and (folder / "config.json").is_file() and hasattr(structure, "base_model_prefix"):
+    if (
+        own_config
+        and (folder / "config.json").is_file()
+        and hasattr(structure, "base_model_prefix")
+    ):
         return folder_weights(models.meta_model(folder, base_class(structure).__name__), folder)
     return folder_weights(structure, folder)
 
 
 def _folder(source: str | Path, structure: nn.Module | None) -> Path:
-    """The folder of a model's files. With its structure at hand it needs no configuration."""
+    """The folder of a model's files. With a structure it needs no config."""
     path = Path(source).expanduser()
     plain = path.is_dir() and not (path / "adapter_config.json").is_file()
     return path if structure is not None and plain else models.folder_of(source)
 
 
 def pair_weights(both: Both) -> list[WeightPair]:
-    """Every parameter and lasting buffer of the base with what it is in the tuned model, in the
-    model's order. ``ExtractError``: other names, shapes or types, a tied weight with two values;
-    with all of them."""
+    """Each parameter and persistent buffer of the base with its counterpart in the tuned model, in
+    the order of the model. ``ExtractError``: names, shapes or dtypes differ, or a tied weight has
+    two values; the error lists every problem."""
     names = Names(both.model)
     pairs: list[WeightPair] = []
     missing: dict[str, list[str]] = {both.old.label: [], both.new.label: []}
     shapes, types, untied = [], [], []
-    known: set[str] = set()
+    known_names: set[str] = set()
     for entry in list_weights(names):
-        known.update(entry.names)
+        known_names.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
             # else the model makes it itself
@@ -239,40 +249,41 @@ def pair_weights(both: Both) -> list[WeightPair]:
                 f"{entry.path} {list(old.shape)} and {list(new.shape)} (the model's: {list(shape)})"
             )
             continue
-        if odd := [
+        if listed := [
             str(value.dtype)
             for value in (old, new)
             if value.dtype not in FLOATS and not entry.is_buffer
         ]:
-            types.append(f"{entry.path} ({', '.join(odd)})")
-        untied += _untied(both, entry, old, new)
+            types.append(f"{entry.path} ({', '.join(listed)})")
+        untied += _untied_problems(both, entry, old, new)
         pairs.append(WeightPair(entry, old, new, module, kind_for(module, entry.ref[1])))
-    more = {
-        weights.label: sorted(weights.by_name.keys() - known) for weights in (both.old, both.new)
+    extra_names = {
+        weights.label: sorted(weights.by_name.keys() - known_names)
+        for weights in (both.old, both.new)
     }
-    alike = (
+    advice = (
         "extract from models of one architecture; a vocabulary that grew must have grown in both"
         " (call "
     )
-    alike += "model.resize_token_embeddings on the base, then save_pretrained)"
+    advice += "model.resize_token_embeddings on the base, then save_pretrained)"
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
     checks = [
         *(
-            (paths, "no ", f" in {what}", "the parameters of the base", COMPARE)
-            for what, paths in missing.items()
+            (paths, "no ", f" in {label}", "the parameters of the base", COMPARE)
+            for label, paths in missing.items()
         ),
         *(
-            (paths, "", f" in {what}", "the parameters of the base alone", COMPARE)
-            for what, paths in more.items()
+            (paths, "", f" in {label}", "the parameters of the base alone", COMPARE)
+            for label, paths in extra_names.items()
         ),
-        (shapes, "other shapes: ", "", "the same in base and tuned model", alike),
+        (shapes, "other shapes: ", "", "the same in base and tuned model", advice),
         (types, stored, "", floats, "dequantise the model first"),
     ]
     problems = [
-        sentence(f"{a}{listing(odd, LONG)}{z}", expected, do)
-        for odd, a, z, expected, do in checks
-        if odd
+        sentence(f"{prefix}{listing(listed, LONG)}{suffix}", expected, do)
+        for listed, prefix, suffix, expected, do in checks
+        if listed
     ]
     raise_all(
         ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
@@ -286,7 +297,9 @@ COMPARE = "compare the two models"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _untied(both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight) -> Iterator[str]:
+def _untied_problems(
+    both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight
+) -> Iterator[str]:
     for weights, value in ((both.old, old), (both.new, new)):
         if not all(_equal(value.read, read) for read in value.duplicates):
             problem = (
@@ -297,6 +310,6 @@ def _untied(both: Both, entry: ModuleWeight, old: BaseWeight, new: BaseWeight) -
             yield sentence(problem, "one weight in both models", do)
 
 
-def _equal(one: ReadRows, other: ReadRows) -> bool:
-    first, second = one(None), other(None)
+def _equal(first_reader: ReadRows, second_reader: ReadRows) -> bool:
+    first, second = first_reader(None), second_reader(None)
     return first.shape == second.shape and all(torch.equal(a, b) for a, b in pieces(first, second))

@@ -32,7 +32,7 @@ from veneer.fileio.locks import locked
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter, open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
 from veneer.tools.merge_checkpoint.aux_files import RECORD
-from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor, planned
+from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor, plan_job
 from veneer.tools.merge_checkpoint.merged_files import CheckpointWriter, Progress, as_bytes
 
 __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
@@ -40,8 +40,8 @@ __all__ = ["CheckpointMerge", "merge_checkpoint", "prove"]
 
 @dataclass(frozen=True)
 class CheckpointMerge:
-    """What a merge of a checkpoint did: ``report`` as of ``veneer.merge``, by tensor; ``left_out``,
-    the names in the base's folder that were not copied (``aux_files.py``)."""
+    """The report of a merge. ``report``: as of ``veneer.merge``, by tensor; ``left_out``: names in
+    the base's folder that were not copied (``aux_files.py``)."""
 
     path: Path
     report: MergeReport
@@ -50,8 +50,10 @@ class CheckpointMerge:
 
     def __str__(self) -> str:
         lines = [self.report.summary, f"written to {self.path}"]
-        hidden = f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"
-        lines += [hidden] if self.left_out else []
+        left_out_text = (
+            f"not copied (weights of the base, hidden folders): {listing(self.left_out)}"
+        )
+        lines += [left_out_text] if self.left_out else []
         return "\n".join([*lines, *self.notes])
 
 
@@ -91,14 +93,14 @@ def merge_checkpoint(
     out = Path(out).expanduser().resolve()
     must_not_exist(out, overwrite)
     must_hold_no_adapter(out)
-    job = planned(base, adapters, dtype, rounding, verify_base, model)
+    job = plan_job(base, adapters, dtype, rounding, verify_base, model)
     try:
         return _write_merge(job, base, out, overwrite, progress)
     except BaseMismatchError:
-        if not job.merge_plan.by_prints:
+        if not job.merge_plan.by_fingerprints:
             raise
     # the names were taken for those of the model's parameters, which only the model knows
-    job = planned(base, adapters, dtype, rounding, verify_base, model, by_prints=False)
+    job = plan_job(base, adapters, dtype, rounding, verify_base, model, by_fingerprints=False)
     return _write_merge(job, base, out, overwrite, progress)
 
 
@@ -136,25 +138,24 @@ def prove(
     progress: Progress | None = None,
     model: nn.Module | None = None,
 ) -> int:
-    """Read a merged checkpoint again and compare every byte with what it must be: what no adapter
-    changes with the base, the rest with the merge done again. Returns how many tensors were
-    compared.
+    """Verify a merged checkpoint byte by byte: unchanged tensors against the base, the others
+    against a repeated merge. Returns how many tensors were compared.
 
     Raises:
-        MergeError: names the tensors, or the files beside them, that differ.
+        MergeError: lists the tensors and files that differ.
     """
-    job = planned(base, adapters, dtype, rounding, False, model)
+    job = plan_job(base, adapters, dtype, rounding, False, model)
     merged = open_checkpoint(out)
     problems = [
         f"{name!r} is in one of them only"
         for name in merged.where.keys() ^ job.checkpoint.where.keys()
     ]
     total, done = sum(map(job.checkpoint.bytes, job.checkpoint.where)), 0
-    _, compiled = job.room()
+    _, compiled = job.memory_limit()
     for name in job.checkpoint.where.keys() & merged.where.keys():
-        if merged.dtype(name) != job.target(name) or merged.shape(name) != job.checkpoint.shape(
+        if merged.dtype(name) != job.output_dtype(name) or merged.shape(
             name
-        ):
+        ) != job.checkpoint.shape(name):
             problems.append(f"{name!r} is of another shape or dtype")
             continue
         expected, _ = merge_tensor(job, name, job.checkpoint.read(name), compiled)
@@ -163,19 +164,22 @@ def prove(
         done += job.checkpoint.bytes(name)
         if progress is not None:
             progress(done, total, name)
-    problems += aux_files.differing(job.checkpoint, job.aux_changes, Path(out))
+    problems += aux_files.list_differences(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
     return len(merged.where)
 
 
 def _aux_files(job: MergeJob, folder: Path) -> list[str]:
-    """Write what belongs to the result besides its weights; the names of what was left out."""
-    checkpoint, left_out = job.checkpoint, aux_files.put(job.checkpoint, job.aux_changes, folder)
+    """Write the files beside the weights; returns the names of those that were left out."""
+    checkpoint, left_out = (
+        job.checkpoint,
+        aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder),
+    )
     if checkpoint.index is not None:
-        total = sum(map(job.written, checkpoint.where))
+        total = sum(map(job.output_bytes, checkpoint.where))
         metadata = checkpoint.index.get("metadata") or {}
         source, target = (
-            where / str(checkpoint.index_name) for where in (checkpoint.folder, folder)
+            parent / str(checkpoint.index_name) for parent in (checkpoint.folder, folder)
         )
         if metadata.get("total_size") == total:
             shutil.copyfile(source, target)
@@ -186,7 +190,7 @@ def _aux_files(job: MergeJob, folder: Path) -> list[str]:
 
 
 def _record(job: MergeJob, base: str | Path, report: MergeReport) -> dict[str, Any]:
-    """What was merged, for whoever finds the result: no paths of this machine."""
+    """The record of the merge, without paths of this machine."""
     adapters = [
         {"name": path.name, "weight": weight, "content": content_hash(path)}
         for path, weight in job.adapters

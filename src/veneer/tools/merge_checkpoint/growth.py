@@ -1,8 +1,8 @@
-"""A checkpoint whose vocabulary grows for the tokens that adapters train: more rows of its
-embedding and head.
+"""A checkpoint whose vocabulary grows for tokens that adapters add: more rows in embedding and
+head.
 
-The rows that are added are zeros until the merge puts the trained ones in their place; a row that
-no adapter trains is refused before (``token_rows.growth``).
+The new rows are zeros until the merge writes the trained rows. ``token_rows.growth`` has refused
+adapters that do not train every new row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from veneer.models.safetensors_dir import Checkpoint
 
 
 def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """Let a model without weights have as many rows of its vocabulary as the adapters need; the
-    number, or None."""
+    """Give a model without weights the rows of its vocabulary that the adapters need. Returns their
+    number, or None if none are added."""
     sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
     if not sizes:
         return None
@@ -40,54 +40,56 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
             " that"
         )
         raise MergeError(problem, expected, do)
-    made: dict[int, nn.Parameter] = {}
+    grown_weights: dict[int, nn.Parameter] = {}
     for side in ("input", "output"):
-        end = getattr(model, f"get_{side}_embeddings")()
-        if end is None:
+        layer = getattr(model, f"get_{side}_embeddings")()
+        if layer is None:
             continue
-        old = end.weight
-        if id(old) not in made:
+        old = layer.weight
+        if id(old) not in grown_weights:
             weight = torch.empty(max(sizes), old.shape[1], dtype=old.dtype, device="meta")
-            made[id(old)] = nn.Parameter(weight, old.requires_grad)
-        end.weight = made[id(old)]
-        name = "num_embeddings" if isinstance(end, nn.Embedding) else "out_features"
-        setattr(end, name, max(sizes))
-    models.filled(model)
+            grown_weights[id(old)] = nn.Parameter(weight, old.requires_grad)
+        layer.weight = grown_weights[id(old)]
+        name = "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features"
+        setattr(layer, name, max(sizes))
+    models.materialize_meta(model)
     return max(sizes)
 
 
 @dataclass(frozen=True)
 class GrownCheckpoint(Checkpoint):
-    """A checkpoint of which some tensors have more rows than their files hold: ``grown``, how many
-    these do, which are none of a tensor that the files lack."""
+    """A checkpoint with tensors that have more rows than in their files. ``grown``: the number of
+    rows in the files by name; 0 for a tensor that the files lack."""
 
     grown: Mapping[str, int]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         if name not in self.grown:
             return super().read(name, rows)
-        there, shape = self.grown[name], self.shape(name)
+        file_rows, shape = self.grown[name], self.shape(name)
         value = torch.zeros(shape, dtype=self.dtype(name))
-        if there:  # none of a tensor that the files lack
-            value[:there] = Checkpoint.read(self.as_it_is(name), name)
+        if file_rows:  # none of a tensor that the files lack
+            value[:file_rows] = Checkpoint.read(self.with_file_rows(name), name)
         return value if rows is None else value[rows]
 
-    def as_it_is(self, name: str) -> Checkpoint:
-        """One with this tensor as its file holds it."""
-        return _resized(self, {name: self.grown[name]})
+    def with_file_rows(self, name: str) -> Checkpoint:
+        """The checkpoint with this tensor as its file stores it."""
+        return _resize_tensors(self, {name: self.grown[name]})
 
 
-def grown(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
-    """A checkpoint in which tensors have so many rows, by their names."""
+def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
+    """The checkpoint with these numbers of rows, by name of the tensor."""
     larger = {name: rows for name, rows in sizes.items() if checkpoint.shape(name)[0] < rows}
     if not larger:
         return checkpoint
-    made = _resized(checkpoint, larger)
+    resized = _resize_tensors(checkpoint, larger)
     before = {name: checkpoint.shape(name)[0] for name in larger}
-    return GrownCheckpoint(made.folder, made.files, made.index, made.index_name, made.where, before)
+    return GrownCheckpoint(
+        resized.folder, resized.files, resized.index, resized.index_name, resized.where, before
+    )
 
 
-def _resized(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
+def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
     files = dict(checkpoint.files)
     for name, rows in sizes.items():
         header, old = files[checkpoint.where[name]], checkpoint.entry(name)

@@ -1,9 +1,9 @@
-"""A head that adapters train in full and that the files of the base lack, as those of an encoder
-lack a classifier's.
+"""A head that adapters train in full and the base's files lack, such as the classifier on an
+encoder.
 
-Head(architecture, labels)          what the configuration of the result says of it
-model_with_head(folder, adapters)   the model without weights, with as many labels as the adapters have
-with_added(checkpoint, tensors)     a checkpoint with these tensors too, of zeros until the merge fills them
+Head(architecture, labels)         its entries in the config of the result
+model_with_head(folder, adapters)  the model without weights, with the labels of the adapters
+add_tensors(checkpoint, tensors)   a checkpoint with these tensors, zeros until the merge
 """
 
 from __future__ import annotations
@@ -36,20 +36,23 @@ class Head:
 def model_with_head(
     folder: Path, saved_adapters: Sequence[AdapterFiles]
 ) -> tuple[Any, Head | None]:
-    """The model of a folder without its weights, as the adapters' records say it, and its head
-    where they know of one. ``MergeError``: they have heads of different labels."""
+    """The model of a folder without weights, with the architecture and labels in the adapters'
+    records, and its head if they have one. ``MergeError``: the adapters have heads with different
+    labels."""
     architecture = saved_adapters[0].metadata.get("base", {}).get("architecture")
-    known = {
+    labels_by_adapter = {
         str(saved.path): labels
         for saved in saved_adapters
         if (labels := labels_in(saved.metadata)) is not None
     }
-    if len({*known.values()}) > 1:
-        found = "; ".join(f"{path}: {listing(labels)}" for path, labels in known.items())
-        raise MergeError(
-            f"heads of different labels ({found})", "adapters of one task", "merge them apart"
+    if len({*labels_by_adapter.values()}) > 1:
+        label_lists = "; ".join(
+            f"{path}: {listing(labels)}" for path, labels in labels_by_adapter.items()
         )
-    labels = next(iter(known.values()), None)
+        raise MergeError(
+            f"heads of different labels ({label_lists})", "adapters of one task", "merge them apart"
+        )
+    labels = next(iter(labels_by_adapter.values()), None)
     model = models.meta_model(folder, architecture, labels)
     count = None if labels is not None else _count_of_labels(model, saved_adapters)
     if count is not None:  # the record is of an earlier Veneer
@@ -59,8 +62,8 @@ def model_with_head(
 
 
 def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None:
-    """How many outputs the head has that adapters train in full, where that is another number than
-    the model's."""
+    """The number of outputs of the head that adapters train in full, if the model has another
+    number."""
     for saved in saved_adapters if type(model).__name__.endswith("Classification") else ():
         for path, tensors in saved.full.items():
             for name, tensor in tensors.items():
@@ -76,9 +79,9 @@ def _count_of_labels(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int 
     return None
 
 
-def with_added(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -> Checkpoint:
-    """A checkpoint with more tensors, of these shapes and of the dtype that most of it has, at the
-    end of its last file."""
+def add_tensors(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """The checkpoint with tensors of these shapes, in its most common dtype, at the end of its last
+    file."""
     if not tensors:
         return checkpoint
     dtypes = [
@@ -101,5 +104,7 @@ def with_added(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]]) -
         index = {**index, "weight_map": {**index["weight_map"], **dict.fromkeys(tensors, file)}}
     rows = {**getattr(checkpoint, "grown", {}), **dict.fromkeys(tensors, 0)}
     files = {**checkpoint.files, file: replace(header, tensors=entries)}
-    where = {**checkpoint.where, **dict.fromkeys(tensors, file)}
-    return GrownCheckpoint(checkpoint.folder, files, index, checkpoint.index_name, where, rows)
+    file_of_tensor = {**checkpoint.where, **dict.fromkeys(tensors, file)}
+    return GrownCheckpoint(
+        checkpoint.folder, files, index, checkpoint.index_name, file_of_tensor, rows
+    )

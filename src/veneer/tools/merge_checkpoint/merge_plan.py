@@ -1,14 +1,14 @@
-"""What a merge does to each tensor of a checkpoint, found from names and shapes alone; and doing it
-to one tensor.
+"""Plan a merge from names and shapes alone, and merge one tensor.
 
-    recipe_for(folder, adapters) -> MergePlan: the edits of each tensor (place in the model,
-    weighted changes)
-    apply(work, tensor)           ->  the merged part of the tensor, rounded once, and what rounding did to the change
+    plan_merge(folder, adapters)          ->  MergePlan: the edits of each tensor (slice of the
+                                              parameter, weighted changes)
+    merge_changes(edit, weight, dtype, …) ->  the merged slice, rounded once, and statistics of the
+                                              rounding
 
-The model is built without weights (``models.meta_model``) and the adapters are loaded onto it, by
-the code that loads them onto a real one: whatever a live merge refuses is refused here.
-transformers, which knows the names, is 140 MB of code: adapters of ours say enough of linear layers
-(``linear_stub_model``), for all else a child process makes the plan.
+The model is built without weights (``models.meta_model``), and the adapters are loaded onto it by
+the code that loads them onto a real model, so this plan refuses everything that a live merge
+refuses. transformers, which maps the names, takes 140 MB of memory: for linear layers the records
+of Veneer's adapters suffice (``linear_stub_model``); otherwise a child process makes the plan.
 """
 
 from __future__ import annotations
@@ -32,33 +32,31 @@ from veneer.attach.change import Change
 from veneer.attach.install import detach
 from veneer.attach.lookup import adapters as adapters_of
 from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.merge import fold_change, no_weights_change
+from veneer.attach.merge import no_weights_change
 from veneer.attach.weight_tying import torn
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
-from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import Folded
 from veneer.layers import Layer
-from veneer.lowrank import LowRank
 from veneer.models.base_weights import slice_shape
 from veneer.models.meta import without_meta
 from veneer.models.safetensors_dir import Checkpoint, open_checkpoint
-from veneer.tools.merge_checkpoint.growth import grow_model, grown
-from veneer.tools.merge_checkpoint.head import Head, model_with_head, with_added
+from veneer.tools.merge_checkpoint.growth import grow_checkpoint, grow_model
+from veneer.tools.merge_checkpoint.head import Head, add_tensors, model_with_head
 
-#: an adapter folder and how much of it is merged
+#: an adapter folder and its weight in the merge
 Adapter = tuple[Path, float]
-NOWHERE = models.Place("")
+WHOLE_PARAM = models.ParamSlice("")
 
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What happens to one tensor, or to the part ``place.within`` of it, which is the part
-    ``place.index`` of the parameter ``path`` (its first name), of this ``shape``: ``changes`` with
-    their weights, or ``full``, values that replace it."""
+    """An edit of one tensor, or of the slice ``param_slice.within`` of it. The slice holds
+    ``param_slice.index`` of the parameter ``path`` (its first name), which has this ``shape``.
+    Either ``changes`` with their weights are added, or ``full``, values with weights, replaces
+    it."""
 
     path: str
     shape: torch.Size
-    place: models.Place = NOWHERE
+    param_slice: models.ParamSlice = WHOLE_PARAM
     changes: tuple[tuple[float, Change], ...] = ()
     full: tuple[tuple[float, Tensor], ...] = ()
 
@@ -67,91 +65,95 @@ class TensorEdit:
 class MergePlan:
     """Everything that a merge does to a checkpoint."""
 
-    works: Mapping[str, tuple[TensorEdit, ...]]  # by the name of a tensor
-    # the tensors that hold a parameter, by its path, where these are several
-    parts: Mapping[str, tuple[str, ...]]
-    #: of a parameter, by its path: the tensors that hold it, in its order, its shape, what each
-    #: adapter expects
-    #: (a fingerprint, and the tokens whose rows it leaves out)
+    edits: Mapping[str, tuple[TensorEdit, ...]]  # by the name of the tensor
+    # the tensors of a parameter that is split over several, by its path
+    split_tensors: Mapping[str, tuple[str, ...]]
+    #: by the path of a parameter: (its tensors in order, its shape, the fingerprint that each
+    #: adapter expects and the tokens whose rows that fingerprint leaves out)
     fingerprints: Mapping[
         str, tuple[tuple[str, ...], torch.Size, Mapping[str, tuple[str, tuple[int, ...]]]]
     ]
-    notes: tuple[str, ...]  # what a person should know
-    #: how many rows tensors of a vocabulary that grows will have, by their names
+    notes: tuple[str, ...]  # for the report
+    #: new numbers of rows of the tensors that grow with the vocabulary, by name
     sizes: Mapping[str, int] = field(default_factory=dict)
-    #: the shapes of tensors that the files lack and adapters train in full, and the head that
-    #: these are
+    #: shapes of tensors that adapters train in full and the files lack; the head that they form
     added: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head: Head | None = None
-    by_prints: bool = (
-        False  # it holds only if the fingerprints do, as ``linear_stub_model`` drew the model
-    )
+    #: the plan comes from ``linear_stub_model`` and is valid only if the fingerprints match
+    by_fingerprints: bool = False
 
 
-def recipe_for(
+def plan_merge(
     folder: Path, adapters: Sequence[Adapter], model: nn.Module | None = None
 ) -> MergePlan:
-    """What merging these adapters does to the checkpoint in ``folder``, which is of ``model``, with
-    or without weights; None lets a child process build that from the folder's config.
-    ``AdapterError``, ``TargetError``: an adapter that cannot be read, or that does not fit the
-    model. ``CheckpointError``: the files lack a weight that an adapter changes, or hold it in a way
-    that cannot be followed. ``MergeError``: a change that cannot be merged tensor by tensor."""
+    """Plan the merge of these adapters into the checkpoint in ``folder``. ``model``: the model of
+    the checkpoint, with or without weights; None lets a child process build it from the folder's
+    config.
+
+    Raises:
+        AdapterError, TargetError: an adapter cannot be read or does not fit the model.
+        CheckpointError: the files lack a weight that an adapter changes, or store it in an
+            unsupported form.
+        MergeError: a change cannot be merged tensor by tensor.
+    """
     if model is not None:
-        return _recipe(folder, adapters, model)
-    code = f"import sys; from {__name__} import answer; answer(sys.stdin.buffer, sys.stdout.buffer)"
-    # -P: no code from the folder that the user happens to be in, which may be one that was
-    # downloaded
-    command, question = [sys.executable, "-P", "-c", code], pickle.dumps((folder, adapters))
-    done = subprocess.run(command, input=question, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the process that reads the model's names ended with {done.returncode}")
-    found = pickle.loads(done.stdout)
-    if isinstance(found, VeneerError):
-        raise found
-    return found
+        return _plan(folder, adapters, model)
+    script = f"import sys; from {__name__} import answer_request; answer_request(sys.stdin.buffer, sys.stdout.buffer)"
+    # -P: import no code from the current folder, which may be a downloaded one
+    command, request = [sys.executable, "-P", "-c", script], pickle.dumps((folder, adapters))
+    process = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
+    if process.returncode:
+        raise RuntimeError(
+            f"the process that reads the model's names ended with {process.returncode}"
+        )
+    result = pickle.loads(process.stdout)
+    if isinstance(result, VeneerError):
+        raise result
+    return result
 
 
-def answer(questions: Any, answers: Any) -> None:
-    """The child process: a pickled question in, a pickled recipe or error out."""
+def answer_request(questions: Any, answers: Any) -> None:
+    """Run in the child process: read a pickled request, write a pickled plan or error."""
     folder, adapters = pickle.load(questions)
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever prints, prints elsewhere
+    stdout, sys.stdout = sys.stdout, sys.stderr  # stdout carries the pickled answer alone
     try:
-        found: Any = _recipe(folder, adapters, None)
+        result: Any = _plan(folder, adapters, None)
     except VeneerError as error:
-        found = error
+        result = error
     finally:
-        sys.stdout = out
-    pickle.dump(found, answers)
+        sys.stdout = stdout
+    pickle.dump(result, answers)
 
 
-def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
+def _plan(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) -> MergePlan:
     saved_adapters = [read(path) for path, _ in adapters]
-    whole, head = (
+    target_model, head = (
         model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
     )
     checkpoint = open_checkpoint(folder)
-    places = models.map_checkpoint_names(whole, checkpoint.where)
-    own, sizes = model is None or whole is not model, {}
-    if own and (rows := grow_model(whole, saved_adapters)) is not None:
-        ends = {
-            id(end.weight)
+    param_slices = models.map_checkpoint_names(target_model, checkpoint.where)
+    is_own_copy, sizes = model is None or target_model is not model, {}
+    if is_own_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
+        embedding_ids = {
+            id(embedding.weight)
             for side in ("input", "output")
-            if (end := _embeddings(whole, side)) is not None
+            if (embedding := _embeddings(target_model, side)) is not None
         }
-        into = {
+        grown_tensors = {
             tensor
-            for tensor, where in places.items()
-            if {id(_at(whole, place.path)) for place in where} & ends
+            for tensor, tensor_places in param_slices.items()
+            if {id(_get_tensor(target_model, param_slice.path)) for param_slice in tensor_places}
+            & embedding_ids
         }
-        sizes = dict.fromkeys(sorted(into), rows)
-        checkpoint = grown(checkpoint, sizes)
+        sizes = dict.fromkeys(sorted(grown_tensors), rows)
+        checkpoint = grow_checkpoint(checkpoint, sizes)
     attached: dict[str, Adapter] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             for number, adapter in enumerate(adapters):
                 install_from(
-                    whole,
+                    target_model,
                     adapter[0],
                     f"merged{number}",
                     trainable=False,
@@ -159,100 +161,116 @@ def _recipe(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) 
                     untie=False,
                 )
                 attached[f"merged{number}"] = adapter
-            notes = [*_precisions(adapters, saved_adapters), *(str(one.message) for one in caught)]
+            notes = [
+                *_quantization_notes(adapters, saved_adapters),
+                *(str(warning.message) for warning in caught),
+            ]
             notes += [f"The vocabulary grew to {rows} rows." for rows in {*sizes.values()}]
-            found = _read_off(whole, attached, saved_adapters, places, checkpoint, notes)
-            return replace(found, sizes=sizes, head=head)
+            merge_plan = _plan_from_model(
+                target_model, attached, saved_adapters, param_slices, checkpoint, notes
+            )
+            return replace(merge_plan, sizes=sizes, head=head)
         finally:
             for name in attached:
-                detach(whole, name)
+                detach(target_model, name)
 
 
 def _embeddings(model: Any, side: str) -> Any:
     return getattr(model, f"get_{side}_embeddings")()
 
 
-def _precisions(
+def _quantization_notes(
     adapters: Sequence[Adapter], saved_adapters: Sequence[AdapterFiles]
 ) -> Iterator[str]:
-    """What a person should know of adapters whose base was packed as they were trained."""
+    """Notes on adapters that were trained on a quantised base."""
     for (path, _), saved in zip(adapters, saved_adapters, strict=True):
-        said = saved.metadata.get("base", {}).get("quantized")
-        if said:
-            kind = said.get("as", f"{said.get('by')}'s form")
+        quantization = saved.metadata.get("base", {}).get("quantized")
+        if quantization:
+            kind = quantization.get("as", f"{quantization.get('by')}'s form")
             yield (
                 f"{path} was trained on its base in {kind}; it is merged into the weights that this"
                 " was made of."
             )
 
 
-def _read_off(
-    model: nn.Module, attached: Mapping[str, Adapter], saved_adapters: Sequence[AdapterFiles],
-    places: Mapping[str, tuple[models.Place, ...]], checkpoint: Checkpoint, notes: Sequence[str],
-) -> MergePlan:  # fmt: skip
-    """The plan that a model with the adapters attached shows; ``places`` are those of each tensor
-    in the model."""
+def _plan_from_model(
+    model: nn.Module,
+    attached: Mapping[str, Adapter],
+    saved_adapters: Sequence[AdapterFiles],
+    param_slices: Mapping[str, tuple[models.ParamSlice, ...]],
+    checkpoint: Checkpoint,
+    notes: Sequence[str],
+) -> MergePlan:
+    """The plan for a model with the adapters attached. ``param_slices``: for each tensor of the
+    files, its slices of the model's parameters."""
     names = {id(value): path for path, value in (*model.named_buffers(), *model.named_parameters())}
-    works = _wanted(model, attached, names)
-    # the tensors that hold each, and where
-    of: dict[str, dict[str, models.Place]] = {path: {} for path in works}
-    for tensor, own in places.items():
-        for place in own:
-            path = names[id(_at(model, place.path))]  # ties go by their first name
-            of.setdefault(path, {}).setdefault(tensor, place)
+    edits = _collect_edits(model, attached, names)
+    # for each parameter, its tensors and their slices
+    tensors_by_path: dict[str, dict[str, models.ParamSlice]] = {path: {} for path in edits}
+    for tensor, tensor_places in param_slices.items():
+        for param_slice in tensor_places:
+            path = names[
+                id(_get_tensor(model, param_slice.path))
+            ]  # tied parameters are listed under their first name
+            tensors_by_path.setdefault(path, {}).setdefault(tensor, param_slice)
     added = {
-        path: tuple(work.shape)
-        for path, work in works.items()
-        if not of[path] and _is_of_head(path, work)
+        path: tuple(edit.shape)
+        for path, edit in edits.items()
+        if not tensors_by_path[path] and _is_of_head(path, edit)
     }
-    of |= {path: {path: models.Place(path)} for path in added}
-    checkpoint = with_added(checkpoint, added)
+    tensors_by_path |= {path: {path: models.ParamSlice(path)} for path in added}
+    checkpoint = add_tensors(checkpoint, added)
     problems = [
         problem
-        for path, work in works.items()
-        for problem in _unplaced(path, work, of[path], checkpoint)
+        for path, edit in edits.items()
+        for problem in _coverage_problems(path, edit, tensors_by_path[path], checkpoint)
     ]
     raise_all(
         CheckpointError, f"The adapters do not fit the files in {checkpoint.folder}", problems
     )
-    placed: dict[str, list[TensorEdit]] = {}
-    for path, work in works.items():
-        for tensor, place in of[path].items():
-            placed.setdefault(tensor, []).append(replace(work, place=place))
+    edits_by_tensor: dict[str, list[TensorEdit]] = {}
+    for path, edit in edits.items():
+        for tensor, param_slice in tensors_by_path[path].items():
+            edits_by_tensor.setdefault(tensor, []).append(replace(edit, param_slice=param_slice))
     fingerprints: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for (adapter, _), saved in zip(attached.values(), saved_adapters, strict=True):
-        for at, expected in saved.metadata.get("base", {}).get("weights", {}).items():
-            fingerprints.setdefault(names[id(_at(model, at))], {})[str(adapter)] = (
+        for weight_path, expected in saved.metadata.get("base", {}).get("weights", {}).items():
+            fingerprints.setdefault(names[id(_get_tensor(model, weight_path))], {})[
+                str(adapter)
+            ] = (
                 expected,
-                saved.token_ids(at),
+                saved.token_ids(weight_path),
             )
     return MergePlan(
-        {tensor: tuple(own) for tensor, own in placed.items()},
+        {tensor: tuple(tensor_places) for tensor, tensor_places in edits_by_tensor.items()},
         {
-            path: _whole(of[path])
-            for path in works
-            if any(place.index for place in of[path].values())
+            path: _order_tensors(tensors_by_path[path])
+            for path in edits
+            if any(param_slice.index for param_slice in tensors_by_path[path].values())
         },
-        {path: (_whole(of[path]), works[path].shape, said) for path, said in fingerprints.items()},
-        tuple(dict.fromkeys([*notes, *_notes_of_added(model, added, of)])),
+        {
+            path: (_order_tensors(tensors_by_path[path]), edits[path].shape, expected_by_adapter)
+            for path, expected_by_adapter in fingerprints.items()
+        },
+        tuple(dict.fromkeys([*notes, *_added_head_notes(model, added, tensors_by_path)])),
         added=added,
     )
 
 
-def _is_of_head(path: str, work: TensorEdit) -> bool:
-    """Whether a parameter may be one that a base without this head lacks: trained in full, outside
-    of the blocks."""
-    in_full = not work.changes and work.full[0][1].is_floating_point()
-    return in_full and not any(part.isdigit() for part in path.split("."))
+def _is_of_head(path: str, edit: TensorEdit) -> bool:
+    """Whether a parameter may belong to a head that the base lacks: it is trained in full and is
+    outside the numbered blocks."""
+    in_full = not edit.changes and edit.full[0][1].is_floating_point()
+    return in_full and not any(component.isdigit() for component in path.split("."))
 
 
-def _notes_of_added(
-    model: nn.Module, added: Mapping[str, Any], of: Mapping[str, Any]
+def _added_head_notes(
+    model: nn.Module, added: Mapping[str, Any], tensors_by_path: Mapping[str, Any]
 ) -> Iterator[str]:
     if added:
         yield f"The base has no {listing(added, 4)}: added from the adapter."
-        ids = {id(_at(model, path)) for path in of if of[path]}
-        lacking = [path for path, own in model.named_parameters() if id(own) not in ids]
+        ids = {id(_get_tensor(model, path)) for path in tensors_by_path if tensors_by_path[path]}
+        lacking = [path for path, parameter in model.named_parameters() if id(parameter) not in ids]
         if lacking:
             yield (
                 f"Neither the base nor the adapter has {listing(lacking, 4)}: loading the result"
@@ -260,73 +278,81 @@ def _notes_of_added(
             )
 
 
-def _at(model: nn.Module, path: str) -> Tensor:
-    above, _, name = path.rpartition(".")
-    module = model.get_submodule(above)
+def _get_tensor(model: nn.Module, path: str) -> Tensor:
+    module_path, _, name = path.rpartition(".")
+    module = model.get_submodule(module_path)
     return module._parameters[name] if name in module._parameters else module._buffers[name]  # pyright: ignore[reportReturnType]
 
 
-def _wanted(
+def _collect_edits(
     model: nn.Module, attached: Mapping[str, Adapter], names: Mapping[int, str]
 ) -> dict[str, TensorEdit]:
-    """What happens to each parameter (and running statistic) that an adapter changes, by its
-    path."""
-    found: dict[str, TensorEdit] = {}
+    """The edit of each parameter and running statistic that an adapter changes, by its path."""
+    edits: dict[str, TensorEdit] = {}
     problems = {name: (*torn(model, name), *no_weights_change(model, name)) for name in attached}
-    ties = [f"{attached[name][0]}: {one}" for name, own in problems.items() for one in own]
-    raise_all(MergeError, "Nothing was merged", ties)
+    all_problems = [
+        f"{attached[name][0]}: {problem}"
+        for name, tie_problems in problems.items()
+        for problem in tie_problems
+    ]
+    raise_all(MergeError, "Nothing was merged", all_problems)
     for adapter, (_, share) in attached.items():
-        for at, module, weight, change in changes(model, adapter):
+        for module_path, module, weight, change in changes(model, adapter):
             target: Any = module._parameters.get(weight)
             rewrites = type(change.layer).apply_forward_rewrite is not Layer.apply_forward_rewrite
             rewrites = rewrites and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or rewrites:
-                text = (
-                    f"a change of {parameter_path(at, weight)!r}, which is computed or rewritten as"
+                problem = (
+                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or rewritten as"
                     " it is read"
                 )
                 do = "merge it in memory (veneer.merge), and save the model"
-                raise MergeError(text, "weights that lie in the files as they are used", do)
-            work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-            found[work.path] = replace(work, changes=(*work.changes, (share, change)))
-        for _, module, part in adapters_of(model, adapter):
-            for name, value in {**part.full._parameters, **part.full._buffers}.items():
+                raise MergeError(problem, "weights that lie in the files as they are used", do)
+            edit = edits.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
+            edits[edit.path] = replace(edit, changes=(*edit.changes, (share, change)))
+        for _, module, parameters in adapters_of(model, adapter):
+            for name, value in {**parameters.full._parameters, **parameters.full._buffers}.items():
                 target = {**module._parameters, **module._buffers}[name]
                 if value is None or target is None:
                     continue
-                work = found.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
-                # a tie has one copy, under several names
-                if not any(value is other for _, other in work.full):
-                    found[work.path] = replace(work, full=(*work.full, (share, value.detach())))
-    if both := [path for path, work in found.items() if work.changes and work.full]:
-        text = f"{listing(both)}, which one adapter changes and another replaces"
-        raise MergeError(text, "one or the other", "merge one adapter after the other")
-    return found
+                edit = edits.get(names[id(target)], TensorEdit(names[id(target)], target.shape))
+                # a tied parameter has one copy under several names
+                if not any(value is known_value for _, known_value in edit.full):
+                    edits[edit.path] = replace(edit, full=(*edit.full, (share, value.detach())))
+    if conflicts := [path for path, edit in edits.items() if edit.changes and edit.full]:
+        problem = f"{listing(conflicts)}, which one adapter changes and another replaces"
+        raise MergeError(problem, "one or the other", "merge one adapter after the other")
+    return edits
 
 
-def _unplaced(
-    path: str, work: TensorEdit, places: Mapping[str, models.Place], checkpoint: Checkpoint
+def _coverage_problems(
+    path: str,
+    edit: TensorEdit,
+    places_by_tensor: Mapping[str, models.ParamSlice],
+    checkpoint: Checkpoint,
 ):
-    """Why the files cannot be merged at one parameter: they lack it, in part or in whole, in
-    another shape or dtype."""
-    if not places and not work.changes and not work.full[0][1].is_floating_point():
-        return  # a counter of a norm, which old files do not have
+    """Problems of the files with one parameter: no tensor for all of it, or another shape or
+    dtype."""
+    if not places_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
+        return  # the counter of a norm, absent in old files
     covered = (
-        torch.zeros(work.shape, dtype=torch.bool) if any(p.index for p in places.values()) else None
+        torch.zeros(edit.shape, dtype=torch.bool)
+        if any(each.index for each in places_by_tensor.values())
+        else None
     )
-    for tensor, place in places.items():
-        shape, own = (
-            slice_shape(work.shape, place.index),
-            slice_shape(checkpoint.shape(tensor), place.within),
+    for tensor, param_slice in places_by_tensor.items():
+        shape, file_shape = (
+            slice_shape(edit.shape, param_slice.index),
+            slice_shape(checkpoint.shape(tensor), param_slice.within),
         )
-        if shape.numel() != own.numel() or (not place.index and shape != own):
+        if shape.numel() != file_shape.numel() or (not param_slice.index and shape != file_shape):
             yield sentence(
-                f"{tensor!r} of shape {tuple(own)}",
+                f"{tensor!r} of shape {tuple(file_shape)}",
                 f"{tuple(shape)}",
                 "name the base of the adapter",
             )
         dtype = checkpoint.dtype(tensor)
-        if work.changes and dtype not in (
+        if edit.changes and dtype not in (
             torch.float64,
             torch.float32,
             torch.bfloat16,
@@ -338,11 +364,11 @@ def _unplaced(
                 "dequantise it first",
             )
         if covered is not None:
-            covered[place.index] = True
+            covered[param_slice.index] = True
         if (
-            place.index
-            and work.changes
-            and type(work.changes[0][1].layer).unfold is not Layer.unfold
+            param_slice.index
+            and edit.changes
+            and type(edit.changes[0][1].layer).unfold is not Layer.unfold
         ):
             problem = f"{tensor!r}, a part of {path!r}"
             yield sentence(
@@ -350,113 +376,16 @@ def _unplaced(
                 "the whole of it in one tensor",
                 "merge it in memory (veneer.merge), and save it",
             )
-    if not places or (covered is not None and not covered.all()):
-        problem = f"no tensor that is {path!r}" + (" as a whole" if places else "")
+    if not places_by_tensor or (covered is not None and not covered.all()):
+        problem = f"no tensor that is {path!r}" + (" as a whole" if places_by_tensor else "")
         yield sentence(
             problem, "every weight that the adapter changes", "name the base that it was trained on"
         )
 
 
-def _whole(places: Mapping[str, models.Place]) -> tuple[str, ...]:
-    """The tensors that hold a parameter, in its order; of several that each hold all of it, one."""
-    ordered = sorted(places, key=lambda tensor: [part.start for part in places[tensor].index])
-    return tuple(ordered if places[ordered[0]].index else ordered[:1])
-
-
-class _NeedsBase(Exception):  # noqa: N818 (a question, not an error)
-    """A variant asks for the frozen weight."""
-
-
-def apply(
-    work: TensorEdit,
-    weight: Tensor,
-    dtype: torch.dtype,
-    rounding: str,
-    compiled: bool,
-) -> Folded:
-    """The merged part ``weight`` of a tensor, which is not changed: what ``veneer.merge`` writes
-    into a live model, bit for bit, with its ``rounding``. ``compiled=False`` leaves numba alone."""
-    shape = slice_shape(work.shape, work.place.index)
-    dense, lead = weight.reshape(shape), work.changes[0][1]
-    dims = lead.dims if not work.place.index else lead.layer.dims(None, shape)
-    held = lead.layer.unfold(dense, dims)
-    low, gain = _sum([(share, *_resolved(change, work, held)) for share, change in work.changes])
-    folded = fold_change(lead, held, low, gain, dtype=dtype, rounding=rounding, compiled=compiled)
-    return replace(folded, weight=lead.layer.fold(folded.weight, shape).reshape(weight.shape))
-
-
-def _resolved(change: Change, work: TensorEdit, held: Tensor) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) of the part of the parameter that ``held`` is."""
-    if not work.place.index:
-        return change.resolve_float64(change.layer.fold(held, work.shape))
-    if change.tokens is not None:
-        problem = f"trained tokens of {work.path!r}, which the files hold in parts"
-        raise MergeError(
-            problem, "the whole of it in one tensor", "merge it in memory, and save the model"
-        )
-    every = slice(None)
-    groups, rows = (
-        (*work.place.index, every)[:2] if change.dims.groups > 1 else (every, work.place.index[0])
+def _order_tensors(places_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
+    """The tensors that make up a parameter, in order; one of them if each holds all of it."""
+    ordered = sorted(
+        places_by_tensor, key=lambda tensor: [part.start for part in places_by_tensor[tensor].index]
     )
-
-    def need() -> Tensor:
-        raise _NeedsBase
-
-    numbers: dict[str, Any] = {
-        name: value.double() for name, value in change.adapter_parameters.items()
-    }
-    try:
-        low, _ = change.variant.resolve(numbers, change.scale, need)
-    except _NeedsBase:
-        if change.rows is not None or numbers.keys() - {"A", "B"} - set(change.variant.peft_keys):
-            problem = (
-                f"variant {change.variant.name!r} on {work.path!r}, which the files hold in parts"
-            )
-            raise MergeError(
-                problem, "the whole of it in one tensor", "merge it in memory"
-            ) from None
-        shape = change.dims[:2]
-        own = {
-            name: value[groups] if name == "A" else value[groups, rows] if name == "B"
-            else value.view(shape)[groups, rows].flatten()
-            for name, value in numbers.items()
-        }  # fmt: skip
-        return change.variant.resolve(own, change.scale, lambda: held)
-    if change.rows is not None:
-        low = low.expand_rows(change.rows, change.dims.out)
-    return LowRank(low.A[groups], low.B[groups, rows], low.scale), None
-
-
-def _sum(parts: Sequence[tuple[float, LowRank, Tensor | None]]) -> tuple[LowRank, Tensor | None]:
-    """Σ wᵢ (gᵢ ⊙ (W + ΔWᵢ) − W) as one change G ⊙ (W + ΔW) − W."""
-    if len(parts) == 1 and parts[0][0] == 1:
-        return parts[0][1:]
-    shares, lows, given = zip(*parts, strict=True)
-    if all(gain is None for gain in given):
-        return LowRank.sum(lows, shares), None
-    sizes = lows[0].B.shape[:2]
-    gains = [
-        torch.ones(sizes).double() if gain is None else gain.double().view(sizes) for gain in given
-    ]
-    whole = 1 + torch.stack(
-        [share * (gain - 1) for share, gain in zip(shares, gains, strict=True)]
-    ).sum(0)
-    if whole.abs().min() < 1e-6:
-        raise MergeError(
-            "a row that these weights scale to nothing", "a gain that is not 0", "change them"
-        )
-    own = [
-        low.to(torch.float64).scale_rows(gain / whole)
-        for low, gain in zip(lows, gains, strict=True)
-    ]
-    return LowRank.sum(own, shares), whole.flatten()
-
-
-def replaced(work: TensorEdit, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The part of a tensor that is trained in full, merged: W + Σ wᵢ (Pᵢ − W), rounded once."""
-    values = [(share, value[work.place.index].reshape(weight.shape)) for share, value in work.full]
-    if not weight.is_floating_point() or (len(values) == 1 and values[0][0] == 1):
-        value = values[0][1]
-        return round_once(value.double(), dtype) if value.is_floating_point() else value.to(dtype)
-    base = weight.double()
-    return round_once(base + sum(share * (value.double() - base) for share, value in values), dtype)
+    return tuple(ordered if places_by_tensor[ordered[0]].index else ordered[:1])

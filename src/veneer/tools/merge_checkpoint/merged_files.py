@@ -3,8 +3,8 @@
     read ──► compare the fingerprint ──► merge ──► write at the tensor's offset
 
 The header of a safetensors file fixes the offset of each tensor, so workers need no order among
-themselves. The bytes that they hold together are bounded (``MergeJob.room``). Tensors that no
-adapter changes are copied in blocks.
+themselves. The bytes that they hold together are bounded (``MergeJob.memory_limit``). Tensors that
+no adapter changes are copied in blocks.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Progress = Callable[[int, int, str], object]
 
 
 class _ByteBudget:
-    """Bytes that all workers together may hold. A tensor larger than the limit waits to be
-    alone."""
+    """A limit on the bytes that all workers hold together. A tensor above the limit waits until no
+    other is held."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
@@ -57,7 +57,7 @@ class CheckpointWriter:
 
     def __init__(self, job: MergeJob, folder: Path) -> None:
         self.job, self.folder = job, folder
-        limit, self._compiled = job.room()
+        limit, self._compiled = job.memory_limit()
         self._budget = _ByteBudget(limit)
         self._offsets: dict[str, int] = {}
         order = {name: number for number, name in enumerate(job.checkpoint.where)}
@@ -88,12 +88,12 @@ class CheckpointWriter:
         job = self.job
         with (self.folder / job.checkpoint.where[name]).open("r+b", buffering=0) as target:
             target.seek(self._offsets[name])
-            if job.copied(name):
+            if job.is_copied(name):
                 self._copy(target, name)
                 return []
-            with self._budget.reserve(job.both(name)):
+            with self._budget.reserve(job.buffer_bytes(name)):
                 tensor = job.checkpoint.read(name)
-                job.compare(self._parameters.get(name, ()), {name: tensor})
+                job.check_fingerprints(self._parameters.get(name, ()), {name: tensor})
                 result, reports = merge_tensor(job, name, tensor, self._compiled)
                 write_all(target, memoryview(as_bytes(result).numpy().data))
         return reports
@@ -114,8 +114,8 @@ class CheckpointWriter:
 
 @contextmanager
 def _worker_pool() -> Iterator[ThreadPoolExecutor]:
-    """Workers that share torch's threads: torch splits one operation over the threads of one worker
-    alone. After an error, tensors that wait are not begun."""
+    """A pool of workers that share torch's threads. After an error the waiting tensors are
+    dropped."""
     threads = torch.get_num_threads()
     workers = min(threads, WORKERS)
     share = math.ceil(threads / workers)

@@ -1,19 +1,19 @@
-"""A look inside an adapter: how much of its rank is in use, where its change went, what it may have
-made forget.
+"""Examine an adapter: how much of its rank is used, which weights it changes most, and what the
+model may have forgotten.
 
     examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
-    page.page(facts)     ->  str         one HTML page, drawn from that JSON and nothing else
+    page.page(facts)     ->  str         one HTML page, rendered from that JSON alone
 
-Of each weight, from the thin factors: the singular values of ΔW (of a stack or a grouped
+Computed for each weight from the thin factors: the singular values of ΔW (for a stack or a grouped
 convolution, the root of the sum of squares over its groups), and
 
     effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank". r if all are equal
-    rank for 99 %    the smallest that keeps this share of ‖ΔW‖²
-    lost at rank r   ‖what truncation to r leaves out‖ / ‖ΔW‖, of all weights together
+    rank for 99 %    the lowest rank that keeps this share of ‖ΔW‖²
+    lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 
 With a base: ‖W' − W‖ / ‖W‖ and intruder dimensions (``tools/intruders.py``). With another adapter:
-how the spaces of both lie to each other (``tools/compare.py``), beside what two random spaces
-share, max(r, r') / n.
+the similarity of the spaces of both (``tools/compare.py``), and that of two random spaces,
+max(r, r') / n.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from veneer.errors import AdapterError
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compare import LayerDifference, compare
-from veneer.tools.compose.align import AlignedWeight, align, applied
+from veneer.tools.compose.align import AlignedWeight, align, applied_products
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
 
 __all__ = ["Cut", "Report", "ReportLayer", "Shared", "examine"]
 
-#: the share of ‖ΔW‖² that the next rank has to hold, and of the allotted rank beyond which all of
-#: it counts as in use
+#: the share of ‖ΔW‖² that the suggested rank must keep; the share of the allotted rank above which
+#: the rank counts as fully used
 ENOUGH, FULL = 0.99, 0.75
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a weight's change shares with the other adapter's: φ and the principal angles in degrees
-    of the spaces that it reads from (``read``) and writes to (``written``); ``chance``: φ of two
-    random spaces of these ranks."""
+    """The similarity of a weight's change to that of the other adapter. ``read`` and ``written``:
+    φ of the row spaces and of the column spaces; ``angles``: their principal angles in degrees;
+    ``chance``: φ of two random spaces of these ranks."""
 
     cosine: float
     read: float | None
@@ -62,10 +62,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class ReportLayer:
-    """One weight that changes. ``block``: the first number of its path, None without one.
-    ``relative``: ‖W' − W‖ / ‖W‖; None without a base. ``cosines``, ``control``: those of the
-    leading singular vectors of W', and of the control; empty where none were looked at.
-    ``intruders``: how many are below the threshold, in W' and in the control."""
+    """One weight that changes. ``block``: the first number in its path, or None. ``relative``: ‖W'
+    − W‖ / ‖W‖; None without a base. ``cosines``, ``control``: cosines of the leading singular
+    vectors of W' and of the control; empty if none were examined. ``intruders``: how many are below
+    the threshold, in W' and in the control."""
 
     path: str
     block: int | None
@@ -85,14 +85,13 @@ class ReportLayer:
 
     @property
     def used(self) -> float:
-        """The share of the allotted rank in use."""
+        """The used share of the allotted rank."""
         return self.effective_rank / self.rank
 
 
 @dataclass(frozen=True)
 class Cut:
-    """All weights truncated to a rank: ``lost`` is the norm of what that leaves out, as a share of
-    the whole."""
+    """All weights truncated to a rank. ``lost``: ‖truncated part‖ / ‖ΔW‖."""
 
     rank: int
     lost: float
@@ -100,9 +99,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``examine`` found. ``base``: whether its weights were read; ``other``: the adapter
-    beside. ``in_full``: what is trained whole, of which nothing here speaks. ``next_rank`` and
-    ``why``: what to train with next."""
+    """The result of ``examine``. ``base``: its name, None if its weights were not read; ``other``:
+    the other adapter. ``in_full``: parameters trained in full, which the report does not examine.
+    ``next_rank`` and ``why``: the rank to train with next, and the reason. ``cuts``: truncations of
+    all layers to lower ranks."""
 
     adapter: str
     about: Mapping[str, Any]
@@ -118,7 +118,7 @@ class Report:
     leading: int = 0
     threshold: float = THRESHOLD
     seconds: float = 0.0
-    #: what was found of intruders, for a repair; no part of the JSON
+    #: the intruders of each weight, as ``repair`` takes them; not in the JSON
     found: tuple[WeightIntruders, ...] = field(default=(), repr=False)
 
     @property
@@ -126,7 +126,7 @@ class Report:
         return math.hypot(*(layer.norm for layer in self.layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without numbers that it does not have."""
+        """The report as JSON values; NaN and infinity become None."""
         facts = {name: value for name, value in vars(self).items() if name != "found"}
         facts["layers"] = [{**asdict(layer), "used": layer.used} for layer in self.layers]
         facts["cuts"] = [asdict(cut) for cut in self.cuts]
@@ -148,67 +148,82 @@ def examine(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Look inside an adapter.
+    """Examine an adapter.
 
     Args:
         base, model: as ``compose`` takes them.
-        base_name: what to call the base.
+        base_name: the name of the base in the report.
         other: another adapter of the same model.
-        count, threshold: of intruder dimensions; 0 looks for none.
-        seed: of the control's random directions.
+        count, threshold: how many leading singular vectors of each weight to examine (0: none), and
+            the cosine below which one is an intruder.
+        seed: seed of the control's random directions.
         progress: called with (path, done, total) after each weight of the base.
 
     Raises:
-        AdapterError: an adapter cannot be read, changes nothing at a low rank, or has other shapes
-            than the other one; the base lacks a weight.
-        BaseMismatchError: the base is another one than the adapter was made for.
+        AdapterError: an adapter cannot be read, has no low-rank change, or its shapes differ from
+            those of ``other``; or the base lacks a weight.
+        BaseMismatchError: the adapter was trained on another base.
     """
     saved = adapter if isinstance(adapter, AdapterFiles) else read(adapter)
     weights = FrozenWeights(base, model)
-    aligned = [one for one in align([saved], weights.order) if one.alias_of is None]
-    if not aligned:
-        found = f"{saved.path}, which changes no weight at a low rank"
+    aligned_weights = [
+        aligned for aligned in align([saved], weights.order) if aligned.alias_of is None
+    ]
+    if not aligned_weights:
+        problem = f"{saved.path}, which changes no weight at a low rank"
         raise AdapterError(
-            found,
+            problem,
             "changes of the form scale · B @ A",
             "`veneer inspect` lists what it trains in full",
         )
-    lows, found = applied(saved), {}
+    lows, intruders = applied_products(saved), {}
     if base is not None:
         search = find_intruders(
             saved, weights, count=count, threshold=threshold, control=True, seed=seed
         )
-        for done, one in enumerate(search, 1):
-            found[one.aligned.at] = one
+        for done, result in enumerate(search, 1):
+            intruders[result.aligned.model_path] = result
             if progress is not None:
-                progress(one.aligned.at, done, len(aligned))
+                progress(result.aligned.model_path, done, len(aligned_weights))
     difference = None if other is None else compare(saved, other)
     shared = (
         {}
         if difference is None
-        else {layer.path: _shared(layer, lows[layer.path]) for layer in difference.layers}
+        else {layer.path: _relate_layers(layer, lows[layer.path]) for layer in difference.layers}
     )
-    looks = [
-        _layer(one, lows[one.at], found.get(one.at), threshold, shared.get(one.at))
-        for one in aligned
+    layers = [
+        _examine_layer(aligned, lows[path], intruders.get(path), threshold, shared.get(path))
+        for aligned in aligned_weights
+        for path in [aligned.model_path]
     ]
-    cuts = _cuts(looks)
-    next_rank, why = _next_rank(looks, cuts)
-    own = [
+    cuts = _cuts(layers)
+    next_rank, reason = _next_rank(layers, cuts)
+    full_names = [
         f"{peft_paths.strip_wrappers(path)[0]}.{name}"
         for path, tensors in saved.full.items()
         for name in tensors
     ]
-    own += [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
+    full_names += [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
     return Report(
-        str(saved.path), _about(saved), base_name if base is not None else None,
-        None if difference is None else str(difference.b), tuple(looks), tuple(cuts), next_rank, why, tuple(own),
-        () if difference is None else difference.only_a, () if difference is None else difference.only_b,
-        count if base is not None else 0, threshold, sum(one.seconds for one in found.values()), tuple(found.values()),
-    )  # fmt: skip
+        adapter=str(saved.path),
+        about=_describe_adapter(saved),
+        base=base_name if base is not None else None,
+        other=None if difference is None else str(difference.b),
+        layers=tuple(layers),
+        cuts=tuple(cuts),
+        next_rank=next_rank,
+        why=reason,
+        in_full=tuple(full_names),
+        only_here=() if difference is None else difference.only_a,
+        only_other=() if difference is None else difference.only_b,
+        leading=count if base is not None else 0,
+        threshold=threshold,
+        seconds=sum(result.seconds for result in intruders.values()),
+        found=tuple(intruders.values()),
+    )
 
 
-def _about(saved: AdapterFiles) -> dict[str, Any]:
+def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:
     record = saved.metadata.get("base", {})
     return {
         "base": record.get("name") or saved.peft_config.get("base_model_name_or_path"),
@@ -221,55 +236,71 @@ def _about(saved: AdapterFiles) -> dict[str, Any]:
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """exp of the entropy of the singular values as shares of their sum; 0 where all are 0."""
-    whole = float(spectrum.sum())
-    if not whole:
+    """exp of the entropy of the singular values, normalised to sum 1; 0 if all are 0."""
+    total = float(spectrum.sum())
+    if not total:
         return 0.0
-    shares = spectrum / whole
+    shares = spectrum / total
     return float(torch.special.entr(shares).sum().exp())
 
 
-def _layer(
+def _examine_layer(
     aligned: AlignedWeight,
     low: LowRank,
-    found: WeightIntruders | None,
+    weight_intruders: WeightIntruders | None,
     threshold: float,
     shared: Shared | None,
 ) -> ReportLayer:
     svd = low.svd()
     spectrum = svd.S.square().sum(0).sqrt()
-    norm, number = float(spectrum.norm()), re.search(r"(?:^|\.)(\d+)\.", f"{aligned.at}.")
+    norm, number = float(spectrum.norm()), re.search(r"(?:^|\.)(\d+)\.", f"{aligned.model_path}.")
     rank_90, rank_99 = (svd.rank_for(share) if norm else 0 for share in (0.9, ENOUGH))
     relative, cosines, control, intruders = None, (), (), None
-    if found is not None:
-        relative = found.distance / found.norm if found.norm else math.inf
-        cosines, control = found.cosines, found.control
+    if weight_intruders is not None:
+        relative = (
+            weight_intruders.distance / weight_intruders.norm if weight_intruders.norm else math.inf
+        )
+        cosines, control = weight_intruders.cosines, weight_intruders.control
         intruders = (
-            (found.count, sum(cosine < threshold for cosine in control)) if cosines else None
+            (weight_intruders.count, sum(cosine < threshold for cosine in control))
+            if cosines
+            else None
         )
     return ReportLayer(
-        aligned.at, None if number is None else int(number[1]), aligned.at.rpartition(".")[2], aligned.template.dims,
-        aligned.template.rank, norm, tuple(spectrum.tolist()), effective_rank(spectrum), rank_90, rank_99, relative,
-        cosines, control, intruders, shared,
-    )  # fmt: skip
+        path=aligned.model_path,
+        block=None if number is None else int(number[1]),
+        kind=aligned.model_path.rpartition(".")[2],
+        shape=aligned.template.dims,
+        rank=aligned.template.rank,
+        norm=norm,
+        spectrum=tuple(spectrum.tolist()),
+        effective_rank=effective_rank(spectrum),
+        rank_90=rank_90,
+        rank_99=rank_99,
+        relative=relative,
+        cosines=cosines,
+        control=control,
+        intruders=intruders,
+        shared=shared,
+    )
 
 
-def _shared(layer: LayerDifference, low: LowRank) -> Shared:
-    most, rows, columns = max(layer.ranks), layer.rows, layer.columns
+def _relate_layers(layer: LayerDifference, low: LowRank) -> Shared:
+    largest_rank, rows, columns = max(layer.ranks), layer.rows, layer.columns
     return Shared(
         layer.cosine,
         None if rows is None else rows.similarity,
         None if columns is None else columns.similarity,
-        min(1.0, most / low.A.shape[2]),
-        min(1.0, most / low.B.shape[1]),
+        min(1.0, largest_rank / low.A.shape[2]),
+        min(1.0, largest_rank / low.B.shape[1]),
         () if rows is None else rows.angles,
         () if columns is None else columns.angles,
     )
 
 
 def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
-    """At the powers of two below the largest rank, and at that."""
-    largest, whole = (
+    """Truncations at the powers of two below the largest rank, and at that rank."""
+    largest, total_norm = (
         max(layer.rank for layer in layers),
         math.hypot(*(layer.norm for layer in layers)),
     )
@@ -280,7 +311,7 @@ def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
     ]
     return [
         *(
-            Cut(rank, lost / whole if whole else 0.0)
+            Cut(rank, lost / total_norm if total_norm else 0.0)
             for rank, lost in zip(ranks, lost, strict=True)
         ),
         Cut(largest, 0.0),
@@ -288,7 +319,7 @@ def _cuts(layers: Sequence[ReportLayer]) -> list[Cut]:
 
 
 def _next_rank(layers: Sequence[ReportLayer], cuts: Sequence[Cut]) -> tuple[int, str]:
-    """(the rank to train with next, why). By the change alone: it knows nothing of the loss."""
+    """(the rank to train with next, the reason), from the change alone, without any loss."""
     allotted = cuts[-1].rank
     used = sorted(layer.used for layer in layers)[len(layers) // 2]
     if not any(layer.norm for layer in layers):

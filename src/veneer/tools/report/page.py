@@ -1,7 +1,7 @@
-"""The report as one HTML page that stands alone: no script, no network; for a phone, a desk, paper,
-light and dark.
+"""Render a report as one self-contained HTML page: no scripts, no network; for phones, desktops and
+paper, in light and dark mode.
 
-Everything is drawn from ``Report.to_dict()`` and, under "losses", what ``veneer inspect`` measured:
+The input is ``Report.to_dict()``, with the measurements of ``veneer inspect`` under "losses":
 
     losses   {"data": {source, tokens} | None, "general": {…} | None, "note": text | None, "rows": [row, …]}
     row      {"what": "base" | "adapter" | "rank" | "repaired" | "weaker", "at": rank, factor or weight | None,
@@ -24,38 +24,45 @@ CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def page(facts: Facts) -> str:
-    """The page of a report's facts."""
+    """The HTML page of a report; ``facts``: see the module's docstring."""
     about = facts["about"]
     base = facts["base"] or about["base"] or "an unnamed base"
-    lead = (
+    introduction = (
         f"{about['variant']}, rank {about['rank']}, alpha {about['alpha']:g},"
         f" {about['parameters']:,} numbers, on "
     )
-    lead += f"{base}. " + (
+    introduction += f"{base}. " + (
         "" if about["verified"] else "Written by another library: nothing to verify it by. "
     )
-    lead += "" if facts["base"] else "Without --base nothing is said of the base's own weights. "
-    lead += (
+    introduction += (
+        "" if facts["base"] else "Without --base nothing is said of the base's own weights. "
+    )
+    introduction += (
         f"Trained in full and not looked at here: {', '.join(facts['in_full'])}."
         if facts["in_full"]
         else ""
     )
     sections = "".join(
-        f"<section>{part}</section>"
-        for part in (_rank(facts), _where(facts), *_optional(facts), _layers(facts))
+        f"<section>{section}</section>"
+        for section in (
+            _rank_section(facts),
+            _location_section(facts),
+            *_optional_sections(facts),
+            _layer_table(facts),
+        )
     )
     name = Path(facts["adapter"]).name
     footer = (
         f"{escape(facts['adapter'])}. Singular values are of ΔW = scale · B A, in float64 from the"
         " factors; <code>veneer inspect --json</code> has the same numbers."
     )
-    return document(f"A look inside {name}", lead, _cards(facts), sections, footer)
+    return document(f"A look inside {name}", introduction, _cards(facts), sections, footer)
 
 
 def document(
     title: str, lead: str, cards: Iterable[tuple[str, str]], sections: str, footer: str
 ) -> str:
-    """A whole page. ``cards``: (a number, what it is); ``sections`` and ``footer`` are HTML."""
+    """An HTML document. ``cards``: (number, caption); ``sections`` and ``footer`` are HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -83,22 +90,22 @@ def _cards(facts: Facts) -> Iterator[tuple[str, str]]:
             "‖W′ − W‖ / ‖W‖, median weight",
         )
     if facts["leading"]:
-        found, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
-        yield f"{found}", f"intruder dimensions; random changes of the same size have {control}"
+        intruders, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
+        yield f"{intruders}", f"intruder dimensions; random changes of the same size have {control}"
     rows = {
         row["what"]: row
         for row in facts.get("losses", {}).get("rows", ())
         if row["what"] in ("base", "adapter")
     }
-    for name, said in (("data", "loss on the data"), ("general", "loss on general text")):
+    for name, caption in (("data", "loss on the data"), ("general", "loss on general text")):
         if rows and rows["adapter"][name] is not None:
             yield (
                 f"{rows['base'][name]:.3f} → {rows['adapter'][name]:.3f}",
-                f"{said}: base → adapter",
+                f"{caption}: base → adapter",
             )
 
 
-def _rank(facts: Facts) -> str:
+def _rank_section(facts: Facts) -> str:
     kinds: dict[str, list[Any]] = {}
     for layer in facts["layers"]:
         if layer["norm"]:
@@ -122,7 +129,7 @@ def _rank(facts: Facts) -> str:
     for cut in facts["cuts"]:
         loss = rows.get(cut["rank"], {}).get("data")
         cells.append([str(cut["rank"]), f"{cut['lost']:.1%}", f"{1 - cut['lost'] ** 2:.1%}"])
-        cells[-1] += [_number(loss)] if measured else []
+        cells[-1] += [_format_loss(loss)] if measured else []
     note = (
         "Truncated after training, which says what is spare; training at a smaller rank may do"
         " better than that."
@@ -134,7 +141,7 @@ def _rank(facts: Facts) -> str:
         "<div"
         f" class='pair'><figure>{lines(series, x='singular value', y='share of the largest', top=1.0)}</figure>"
         f"<figure>{lines({'lost': lost}, x='rank', y='lost, of ‖ΔW‖')}</figure></div>{table(heads, cells)}"
-        + _map(
+        + _layer_heat_map(
             facts,
             "used",
             "Effective rank as a share of the allotted one, by block and kind",
@@ -153,47 +160,55 @@ def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> list[tuple[float, floa
     return [(number, mean(column)) for number, column in enumerate(zip(*shares, strict=True), 1)]
 
 
-def _where(facts: Facts) -> str:
+def _location_section(facts: Facts) -> str:
     relative = bool(facts["base"]) and all(
         layer["relative"] is not None for layer in facts["layers"]
     )
-    more = _map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if relative else ""
+    relative_map = (
+        _layer_heat_map(facts, "relative", "‖W′ − W‖ / ‖W‖", "{:.2%}") if relative else ""
+    )
     total = sum(layer["norm"] ** 2 for layer in facts["layers"])
     shares: dict[str, float] = {}
     for layer in facts["layers"]:
         shares[layer["kind"]] = shares.get(layer["kind"], 0.0) + layer["norm"] ** 2
-    ordered = sorted(shares.items(), key=lambda item: -item[1])
-    said = (
+    ordered = sorted(shares.items(), key=lambda kind_share: -kind_share[1])
+    shares_text = (
         ", ".join(f"{kind} {share / total:.0%}" for kind, share in ordered)
         if total
         else "nowhere: every change is 0"
     )
     return (
-        f"<h2>Where the change went</h2><p>Of ‖ΔW‖², by kind: {escape(said)}.</p>"
-        f'<div class="pair">{_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")}{more}</div>'
+        f"<h2>Where the change went</h2><p>Of ‖ΔW‖², by kind: {escape(shares_text)}.</p>"
+        f'<div class="pair">{_layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")}{relative_map}</div>'
     )
 
 
-def _optional(facts: Facts) -> Iterator[str]:
+def _optional_sections(facts: Facts) -> Iterator[str]:
     if facts["other"] is not None:
-        yield _similarity(facts)
+        yield _similarity_section(facts)
     if facts["leading"]:
-        yield _forgetting(facts)
+        yield _forgetting_section(facts)
     elif facts.get("losses"):
-        yield f"<h2>Losses</h2>{_losses(facts)}"
+        yield f"<h2>Losses</h2>{_loss_table(facts)}"
 
 
-def _similarity(facts: Facts) -> str:
+def _similarity_section(facts: Facts) -> str:
     both = [
         layer
         for layer in facts["layers"]
         if layer["shared"] and layer["shared"]["read"] is not None
     ]
-    only = [f"{len(facts[key])} weights are changed {what}" for key, what in (
-        ("only_here", "by this one alone"), ("only_other", "by the other alone")) if facts[key]]  # fmt: skip
-    head = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
+    exclusive_changes = [
+        f"{len(facts[key])} weights are changed {adapter_name}"
+        for key, adapter_name in (
+            ("only_here", "by this one alone"),
+            ("only_other", "by the other alone"),
+        )
+        if facts[key]
+    ]
+    heading = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
     if not both:
-        return f"{head}<p>They change no weight in common. {escape('; '.join(only))}</p>"
+        return f"{heading}<p>They change no weight in common. {escape('; '.join(exclusive_changes))}</p>"
     series = {}
     for name, side in (("reads from", "read"), ("writes to", "written")):
         longest = min(len(layer["shared"][f"angles_{side}"]) for layer in both)
@@ -206,7 +221,7 @@ def _similarity(facts: Facts) -> str:
         chance = mean(layer["shared"][f"chance_{side}"] for layer in both)
         caption = f"φ of the space that ΔW {name}; two random spaces: {chance:.3f}"
         maps.append(
-            _map(
+            _layer_heat_map(
                 {"layers": both},
                 lambda layer, side=side: layer["shared"][side],
                 caption,
@@ -216,77 +231,87 @@ def _similarity(facts: Facts) -> str:
         )
     cosine = median(layer["shared"]["cosine"] for layer in both)
     return (
-        f"{head}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
+        f"{heading}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
         " (Hu et al. 2021, "
-        f"section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {escape('; '.join(only))}</p>"
+        f"section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {escape('; '.join(exclusive_changes))}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
         f'<div class="pair">{"".join(maps)}</div>'
     )
 
 
-def _forgetting(facts: Facts) -> str:
+def _forgetting_section(facts: Facts) -> str:
     layers = [layer for layer in facts["layers"] if layer["intruders"] is not None]
     looked_at = sum(len(layer["cosines"]) for layer in layers)
-    found, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
+    intruders, control = (sum(layer["intruders"][side] for layer in layers) for side in (0, 1))
     series = {
-        name: _curve([cosine for layer in layers for cosine in layer[key]])
+        name: _distribution([cosine for layer in layers for cosine in layer[key]])
         for name, key in (
             ("this adapter", "cosines"),
             ("random changes of the same singular values", "control"),
         )
     }
     chart = lines(
-        series, x="highest cosine with a singular vector of W", y="share of vectors below", top=1.0,
+        series,
+        x="highest cosine with a singular vector of W",
+        y="share of vectors below",
+        top=1.0,
         mark=facts["threshold"],
-    )  # fmt: skip
-    said = (
+    )
+    explanation = (
         "A singular vector of W′ is an intruder if no singular vector of W has a cosine of"
         f" {facts['threshold']:g} with it (Shuttleworth et al. 2024). Of {looked_at} leading ones,"
-        f" {facts['leading']} a weight, {found} are; of random changes with the same singular"
+        f" {facts['leading']} a weight, {intruders} are; of random changes with the same singular"
         f" values, {control}. The base's leading directions outlive a change that is small beside"
         " them."
     )
-    said += (
+    explanation += (
         ""
-        if found > control
+        if intruders > control
         else " It has no more intruders than chance makes: they do not tell what was forgotten."
     )
-    caption, looked = "Intruders by block and kind", {"layers": layers}
-    where = _map(looked, lambda layer: layer["intruders"][0], caption, "{:.3g}") if found else ""
+    caption, examined_facts = "Intruders by block and kind", {"layers": layers}
+    intruder_map = (
+        _layer_heat_map(examined_facts, lambda layer: layer["intruders"][0], caption, "{:.3g}")
+        if intruders
+        else ""
+    )
     return (
-        f"<h2>Forgetting</h2><p>{said}</p><div"
-        f' class="pair"><figure>{chart}</figure>{where}</div>{_losses(facts)}'
+        f"<h2>Forgetting</h2><p>{explanation}</p><div"
+        f' class="pair"><figure>{chart}</figure>{intruder_map}</div>{_loss_table(facts)}'
     )
 
 
-def _curve(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The share of values up to x, at 41 places from 0 to 1."""
+def _distribution(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The cumulative distribution of ``values`` at 41 points from 0 to 1."""
     return [
         (step / 40, sum(value <= step / 40 for value in values) / len(values)) for step in range(41)
     ]
 
 
-def _losses(facts: Facts) -> str:
+def _loss_table(facts: Facts) -> str:
     losses = facts.get("losses")
     if not losses:
         return "<p>Give --base with --data or --general to measure what this does to the loss.</p>"
     names = [name for name in ("data", "general") if losses[name]]
-    said = {"data": "loss on the data", "general": "loss on general text"}
-    heads = ["model", ">taken off", *(f">{said[name]}" for name in names)]
-    what = {
-        "base": "base", "adapter": "with the adapter", "repaired": "intruders × {:g}", "weaker": "ΔW × {:.3g}, evenly",
-    }  # fmt: skip
+    captions = {"data": "loss on the data", "general": "loss on general text"}
+    heads = ["model", ">taken off", *(f">{captions[name]}" for name in names)]
+    model_labels = {
+        "base": "base",
+        "adapter": "with the adapter",
+        "repaired": "intruders × {:g}",
+        "weaker": "ΔW × {:.3g}, evenly",
+    }
     rows = [
         [
-            what[row["what"]].format(row["at"] if row["at"] is not None else ""),
+            model_labels[row["what"]].format(row["at"] if row["at"] is not None else ""),
             "" if row["removed"] is None else f"{row['removed']:.1%}",
-            *(_number(row[name]) for name in names),
+            *(_format_loss(row[name]) for name in names),
         ]
         for row in losses["rows"]
-        if row["what"] in what
+        if row["what"] in model_labels
     ]
     sources = "; ".join(
-        f"{said[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens"
+        f"{captions[name]}: {losses[name]['source']}, {losses[name]['tokens']:,} tokens"
         for name in names
     )
     repaired = any(row["what"] == "repaired" for row in losses["rows"])
@@ -295,10 +320,13 @@ def _losses(facts: Facts) -> str:
     return f"<p>Mean loss a token, in nats. {escape(note)}</p>{table(heads, rows)}"
 
 
-def _layers(facts: Facts) -> str:
-    based, looked = bool(facts["base"]), bool(facts["leading"])
+def _layer_table(facts: Facts) -> str:
+    has_base, has_intruders = bool(facts["base"]), bool(facts["leading"])
     heads = ["weight", ">rank", ">effective", ">for 90 %", ">for 99 %", ">‖ΔW‖"]
-    heads += [*([">‖W′−W‖/‖W‖"] if based else []), *([">intruders", ">random"] if looked else [])]
+    heads += [
+        *([">‖W′−W‖/‖W‖"] if has_base else []),
+        *([">intruders", ">random"] if has_intruders else []),
+    ]
     rows = []
     for layer in facts["layers"]:
         row = [
@@ -308,28 +336,33 @@ def _layers(facts: Facts) -> str:
             str(layer["rank_90"]),
         ]
         row += [str(layer["rank_99"]), f"{layer['norm']:.3g}"]
-        row += ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"] if based else []
-        row += [str(layer["intruders"][side]) for side in (0, 1)] if looked else []
+        row += (
+            ["∞" if layer["relative"] is None else f"{layer['relative']:.2%}"] if has_base else []
+        )
+        row += [str(layer["intruders"][side]) for side in (0, 1)] if has_intruders else []
         rows.append(row)
     return f"<details><summary>All {len(rows)} weights</summary>{table(heads, rows)}</details>"
 
 
-def _map(
+def _layer_heat_map(
     facts: Facts,
     value: str | Callable[[Any], float],
     caption: str,
     form: str,
     most: float | None = None,
 ) -> str:
-    """``heat_map`` of the layers, the mean where a block has several weights of one kind."""
-    read = value if callable(value) else lambda layer: layer[value]
+    """``heat_map`` of the layers; several weights of one kind in a block are averaged."""
+    get_value = value if callable(value) else lambda layer: layer[value]
     cells: dict[tuple[int | None, str], list[float]] = {}
     for layer in facts["layers"]:
-        cells.setdefault((layer["block"], layer["kind"]), []).append(read(layer))
+        cells.setdefault((layer["block"], layer["kind"]), []).append(get_value(layer))
     return heat_map(
-        {at: mean(own) for at, own in cells.items()}, caption=caption, form=form.format, most=most
+        {block_and_kind: mean(values) for block_and_kind, values in cells.items()},
+        caption=caption,
+        form=form.format,
+        most=most,
     )
 
 
-def _number(value: float | None) -> str:
+def _format_loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"

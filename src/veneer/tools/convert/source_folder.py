@@ -1,0 +1,139 @@
+"""Read the source of a conversion as an adapter folder in PEFT's layout.
+
+A source in another format is written to a scratch folder first, so that every format is checked
+and read by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.adapter_files import folder, save
+from veneer.adapter_files.base_proof import earlier_fingerprints, fingerprints_of
+from veneer.adapter_files.derived_folder import write_derived
+from veneer.adapter_files.folder import AdapterFiles
+from veneer.attach.install import detach
+from veneer.attach.targets import Names
+from veneer.config import LoraConfig
+from veneer.errors import AdapterError, BaseMismatchError, listing
+from veneer.fileio.hashing import kind_in, prints_in
+from veneer.fileio.untrusted import read_json
+from veneer.formats import FORMATS, BaseFacts, Contents, Options, peft, peft_tuners
+from veneer.models.base_weights import list_weights
+from veneer.tools.convert import deltas
+from veneer.tools.convert.base_info import BaseInfo
+
+
+def read_source(
+    source: Path,
+    source_format: str,
+    scratch: Path,
+    base_info: BaseInfo,
+    options: Options,
+    verify_base: bool,
+) -> tuple[AdapterFiles, Contents, dict[str, float]]:
+    """The adapter folder of ``source`` (written to ``scratch`` where the source is none), the
+    contents of the source file, and the relative error of each change that became a product."""
+    reader = FORMATS[source_format].read
+    if reader is None:
+        return folder.read(source, _weight_lookup(base_info.facts)), Contents(), {}
+    contents = reader(source, base_info.facts, options)
+    if not contents.low and not contents.deltas:
+        raise AdapterError(f"no change at all in {source}", "at least one", "check the file")
+    if contents.deltas:
+        errors = _write_from_deltas(source, contents, scratch, base_info, options, verify_base)
+        return folder.read(scratch), contents, errors
+    dora = [bool(layer.extras) for layer in contents.low.values()]
+    if any(dora) and not all(dora):
+        problem = f"{source}, where {sum(dora)} of {len(dora)} layers are DoRA"
+        raise AdapterError(problem, "all of them or none", "merge it with the tool that made it")
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": contents.base_name,
+        "r": 1,
+        "lora_alpha": 1,
+        "fan_in_fan_out": contents.transposed,
+    }
+    stub = AdapterFiles(source, LoraConfig(), config, None, {}, {}, {})
+    write_derived(scratch, [stub], contents.low, variant=contents.variant)
+    return folder.read(scratch), contents, {}
+
+
+def read_tuner_type(source: Path) -> str | None:
+    """The ``peft_type`` of a PEFT folder if it belongs to a tuner other than LoRA, else None."""
+    tuner = (
+        peft_tuners.tuner_of(read_json(source / peft.CONFIG))
+        if (source / peft.CONFIG).is_file()
+        else None
+    )
+    return None if tuner is None else tuner.type
+
+
+def _weight_lookup(facts: BaseFacts) -> peft_tuners.Weights | None:
+    """A function from a weight's name to its shape and dtype; None without a base."""
+    dtype_name = facts.config.get("dtype") or facts.config.get("torch_dtype")
+    dtype = getattr(torch, str(dtype_name).removeprefix("torch."), None)
+
+    def shape_and_dtype(name: str) -> tuple[tuple[int, ...], torch.dtype | None] | None:
+        return None if name not in facts.shapes else (facts.shapes[name], dtype)
+
+    return shape_and_dtype if facts.shapes else None
+
+
+def _write_from_deltas(
+    source: Path,
+    contents: Contents,
+    scratch: Path,
+    base_info: BaseInfo,
+    options: Options,
+    verify_base: bool,
+) -> dict[str, float]:
+    """Write a folder of dense changes to ``scratch``. Returns the relative error of each change
+    that became a product."""
+    if base_info.module is None:
+        problem = f"{source}, whose changes only a model's layers make products of"
+        raise AdapterError(problem, "the base that it was made for", "give the base")
+    model = base_info.module()
+    if verify_base:
+        _verify_fingerprints(model, contents.about.get("base") or {}, source)
+    full_names = frozenset(contents.deltas) if options.whole else contents.full
+    errors = deltas.install_deltas(
+        model, contents.deltas, full_names, rank=options.rank, energy=options.energy
+    )
+    try:
+        save(model, scratch, name=deltas.NAME, base_name=contents.base_name)
+    finally:
+        detach(model, deltas.NAME)
+    return errors
+
+
+def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Path) -> None:
+    """Compare ``model`` with the fingerprints that a dense file copied from its adapter's
+    record."""
+    tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
+    fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(record)), strict=True)
+    by_name = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
+    changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
+    mismatches = [
+        name for name, expected in changed_weights.items() if by_name.get(name) != expected
+    ]
+    mismatches += [
+        name
+        for name, expected in unchanged_weights.items()
+        if by_name.get(name, expected) != expected
+    ]
+    earlier = earlier_fingerprints(tensors, kind_in(record)) if mismatches else {}
+    mismatches = [
+        name for name in mismatches if earlier.get(name) != prints_in(record).get(name, "")
+    ]
+    if mismatches:
+        problem = (
+            f"other weights at {listing(mismatches, 3)} than those of {record.get('name')}, for"
+            f" which {source} was made"
+        )
+        raise BaseMismatchError(problem, "its own base", "give that one, or pass verify_base=False")
