@@ -119,7 +119,9 @@ def _below(one: Any, threshold: float) -> Any:
     import torch
 
     near, parts = (
-        torch.tensor(one.cosines, dtype=torch.float64).split(len(one.cosines) // len(one.intruders)),
+        torch.tensor(one.cosines, dtype=torch.float64).split(
+            len(one.cosines) // len(one.intruders)
+        ),
         [],
     )
     for cosines, triples in zip(near, one.intruders, strict=True):

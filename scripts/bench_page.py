@@ -59,7 +59,7 @@ README_ROWS = (
     ("forward pass, 256 tokens", "forward", {"tokens": 256}, "veneer", "wall"),
     ("forward pass, 1 token", "forward", {"tokens": 1}, "veneer", "wall"),
     ("16 rows with 8 adapters, 1 token", "mixed", {}, "veneer", "wall"),
-)  # fmt: skip
+)
 PAGE_ROWS = (
     *README_ROWS,
     ("own loss and attention: step, 4 × 256", "step", {"tokens": 1024}, OWN_LOSS, "wall"),
@@ -67,7 +67,7 @@ PAGE_ROWS = (
     ("own loss and attention: peak memory", "step_memory", {}, OWN_LOSS, "peak"),
     ("one thread, 2 layers: step, 512 tokens", "step_one_thread", {}, "veneer", "wall"),
     ("one thread, own loss and attention", "step_one_thread", {}, OWN_LOSS, "wall"),
-)  # fmt: skip
+)
 PEER_ARMS = ("peft", "peft, bf16 adapters")
 
 
@@ -114,13 +114,13 @@ def latest(name: str) -> dict[str, Any] | None:
 
 def cell(case: Mapping[str, Any], arm: str, floor: str, number: str, form: str) -> str:
     """Median, and the least and the most between the processes."""
-    found = runner.spread(case["processes"], arm, floor, number, form)
-    if found is None:
+    spread = runner.spread(case["processes"], arm, floor, number, form)
+    if spread is None:
         return "–"
     form, unit, scale = {"ratio": (".2f", "", 1), "bytes": (",.0f", " MiB", 2**20)}.get(
         form, (form, "", 1)
     )
-    middle, low, high = (format(value / scale, form) for value in found)
+    middle, low, high = (format(value / scale, form) for value in spread)
     return f"{middle}{unit}" + (f" ({low}–{high})" if low != high else "")
 
 
@@ -134,9 +134,9 @@ def readme() -> str:
     if not rows:
         return PENDING
     lead = _paragraph(
-        "Time and memory as ratios to the frozen base's own (lower is better), of SmolLM2-135M's shape "
-        "at rank 8 on a CPU: medians, and the range between processes "
-        "([how, and all others](docs/benchmarks.md))."
+        "Time and memory as ratios to the frozen base's own (lower is better), of SmolLM2-135M's"
+        " shape at rank 8 on a CPU: medians, and the range between processes ([how, and all"
+        " others](docs/benchmarks.md))."
     )
     head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
     return "\n".join([*lead, *table(head, rows)]).rstrip()
@@ -169,7 +169,7 @@ def _case_of(result: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[st
     return fits[0] if fits else None
 
 
-def _served() -> list[str]:
+def _serve_table() -> list[str]:
     result = latest("serve")
     if result is None:
         return []
@@ -195,16 +195,24 @@ def page() -> str:
     recorded of it."""
     cases = _known_cases()
     minutes = sum(case.minutes for case in cases.values() if case.group == "bench")
-    lines = ["# Benchmarks", "", *_paragraph(
-        f"`make bench` records all but serving, tasks and the planner (about {minutes:.0f} minutes on two quiet "
-        "cores), `make bench-serve`, `bench-tasks` and `bench-plan` the rest; `make docs` writes this page. "
-        "`python -m benchmarks --list` names the cases."
-    ), *_about_runner(), "## In short", "", *_in_short()]  # fmt: skip
+    lines = [
+        "# Benchmarks",
+        "",
+        *_paragraph(
+            f"`make bench` records all but serving, tasks and the planner (about {minutes:.0f}"
+            " minutes on two quiet cores), `make bench-serve`, `bench-tasks` and `bench-plan` the"
+            " rest; `make docs` writes this page. `python -m benchmarks --list` names the cases."
+        ),
+        *_about_runner(),
+        "## In short",
+        "",
+        *_in_short(),
+    ]
     for name, case in cases.items():
         recorded = runner.records(name, RESULTS)
         about = recorded[-1]["about"] if recorded else case.about
         lines += [f"## {TITLES[name]}", "", *_paragraph(f"{about} (`{name}`)")]
-        lines += _recorded(recorded) if recorded else ["Not recorded by the runner yet.", ""]
+        lines += _record_section(recorded) if recorded else ["Not recorded by the runner yet.", ""]
     lines += [
         (ROOT / "benchmarks" / "corrections.md").read_text().rstrip(),
         "",
@@ -257,29 +265,29 @@ def _in_short() -> list[str]:
         return _paragraph(PENDING.replace("docs/benchmarks.md", ""))
     missing = len(PAGE_ROWS) - len(rows)
     lead = (
-        "Wall time and memory as ratios to the floor of the same round (forward, and the gradient carried back; "
-        "or the plain base), the smaller, the better: medians, and the range between processes. SmolLM2-135M's "
-        "shape, rank 8 on all linear layers, default threads where nothing else is said."
-        + f" {missing} rows are not recorded yet."
-        * bool(missing)
+        "Wall time and memory as ratios to the floor of the same round (forward, and the gradient"
+        " carried back; or the plain base), the smaller, the better: medians, and the range between"
+        " processes. SmolLM2-135M's shape, rank 8 on all linear layers, default threads where"
+        " nothing else is said." + f" {missing} rows are not recorded yet." * bool(missing)
     )
     head = ["", "Veneer, fp32", "PEFT, fp32", "Veneer, bf16", "PEFT, bf16", "PEFT, bf16 adapters"]
-    return [*_paragraph(lead), *table(head, rows), *_served()]
+    return [*_paragraph(lead), *table(head, rows), *_serve_table()]
 
 
 def _about_runner() -> list[str]:
     return _paragraph(
-        "All arms of a case and the floor run in one process, each once in a round, in an order that is drawn anew for "
-        f"each round. A case has several processes, and the range that is shown lies between these. A process "
-        f"whose floor "
-        f"was more than {runner.LIMIT:.0%} away from its median in any round is thrown away for all arms and counted. "
-        "Peaks of memory and whole training runs have a process to themselves. A record names its commit and is never "
-        "changed; the latest is shown, whatever it says. Every raw time is in `benchmarks/results/NAME/COMMIT.json`. "
-        "What was expected before is in `benchmarks/predictions.md`, to which lines are only added."
+        "All arms of a case and the floor run in one process, each once in a round, in an order"
+        " that is drawn anew for each round. A case has several processes, and the range that is"
+        f" shown lies between these. A process whose floor was more than {runner.LIMIT:.0%} away"
+        " from its median in any round is thrown away for all arms and counted. Peaks of memory"
+        " and whole training runs have a process to themselves. A record names its commit and is"
+        " never changed; the latest is shown, whatever it says. Every raw time is in"
+        " `benchmarks/results/NAME/COMMIT.json`. What was expected before is in"
+        " `benchmarks/predictions.md`, to which lines are only added."
     )
 
 
-def _recorded(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
+def _record_section(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
     result = recorded[-1]
     title, _ = next(iter(result["shown"].values()))
     alternative = f"{title.capitalize()} of each arm, with the range between processes"
@@ -302,7 +310,7 @@ def _recorded(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
                 "",
                 *table(["", *(title for title, _ in shown.values())], rows),
             ]
-    lines = [*_paragraph(f"Equal: {result['equal']}."), *_paragraph(_made(result)), *lines]
+    lines = [*_paragraph(f"Equal: {result['equal']}."), *_paragraph(_provenance(result)), *lines]
     return [*picture, *_details("Numbers, machine and history", [*lines, *_history(recorded)])]
 
 
@@ -329,14 +337,14 @@ def _table_by_setting(result: Mapping[str, Any], number: str, shown: Sequence[st
     return [f"{describe(shared)}; {title}{of}:", "", *table(head, rows)]
 
 
-def _made(result: Mapping[str, Any]) -> str:
+def _provenance(result: Mapping[str, Any]) -> str:
     processes = [process for case in result["cases"] for process in case["processes"]]
     thrown = sum(not process["kept"] for process in processes)
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     return (
-        f"On {result['machine']}, {result['cores']} cores, load {result['load']:.1f} at the start; allocator "
-        f"{result['allocator']}; {versions}. Commit `{result['commit'][:12]}`, recorded {result['recorded'][:10]}; "
-        f"{len(processes) - thrown} processes, {thrown} thrown away."
+        f"On {result['machine']}, {result['cores']} cores, load {result['load']:.1f} at the start;"
+        f" allocator {result['allocator']}; {versions}. Commit `{result['commit'][:12]}`, recorded"
+        f" {result['recorded'][:10]}; {len(processes) - thrown} processes, {thrown} thrown away."
     )
 
 
@@ -346,11 +354,12 @@ def _history(recorded: Sequence[Mapping[str, Any]]) -> list[str]:
     number, (title, form) = next(iter(result["shown"].items()))
     lines = []
     for arm in result["cases"][0]["processes"][0]["rounds"]:
-        found = [
+        medians = [
             runner.spread(old["cases"][0]["processes"], arm, old["floor"], number, form)
-            for old in recorded if old["cases"][0]["setting"] == result["cases"][0]["setting"]
-        ]  # fmt: skip
-        values = [one[0] for one in found if one]
+            for old in recorded
+            if old["cases"][0]["setting"] == result["cases"][0]["setting"]
+        ]
+        values = [median[0] for median in medians if median]
         if arm.startswith("veneer") and values:
             lines.append(f"- `{arm}`: {sparkline(values)} {values[0]:.3g} → {values[-1]:.3g}")
     count = f"{len(recorded)} record{'s' if len(recorded) > 1 else ''}"
@@ -370,8 +379,8 @@ def _recorded_before() -> list[str]:
         )
         rows.append([f"`{file.name}`", str(result.get("machine", "–")), named or "–"])
     lead = (
-        "Recorded before by other programs, unchanged, in `benchmarks/results/before/`; no number of this page is "
-        "one of these. Programs and predictions of then are in git's history."
+        "Recorded before by other programs, unchanged, in `benchmarks/results/before/`; no number"
+        " of this page is one of these. Programs and predictions of then are in git's history."
     )
     files = _details("Files", table(["file", "machine", "versions"], rows))
     return ["## Recorded before", "", *_paragraph(lead), *files] if rows else []

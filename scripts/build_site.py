@@ -53,27 +53,27 @@ def collect(pages: Path) -> None:
 
 
 def api_pages() -> dict[str, str]:
-    """A page for each row of the table in docs/public-api.md, named after its first module. What a
-    module holds is its ``__all__``, which mkdocstrings reads itself."""
+    """A page for each row of the table in docs/public-api.md, named after its first module.
+    mkdocstrings reads the names of a module from its ``__all__``."""
     table = (ROOT / "docs" / "public-api.md").read_text().split("## How long", 1)[0]
     rows = [
         line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `veneer")
     ]
-    found = {}
+    pages = {}
     for modules, purpose in rows:
         names = re.findall(r"`(veneer[\w.]*)`", modules)
         title = purpose[0].upper() + purpose[1:]
-        parts = (
+        blocks = (
             [f"# {title}", f"In {modules}."] if len(names) > 1 else [f"# {modules}", f"{title}."]
         )
         for name in names:
-            parts += [f"## `{name}`"] * (len(names) > 1) + [f"::: {name}"]
-            parts += [
-                f"::: {place}\n    options:\n      show_root_heading: true"
-                for place in hidden(name)
+            blocks += [f"## `{name}`"] * (len(names) > 1) + [f"::: {name}"]
+            blocks += [
+                f"::: {identifier}\n    options:\n      show_root_heading: true"
+                for identifier in hidden(name)
             ]
-        found[names[0]] = "\n\n".join(parts) + "\n"
-    return found
+        pages[names[0]] = "\n\n".join(blocks) + "\n"
+    return pages
 
 
 def hidden(module: str) -> Iterator[str]:
@@ -127,11 +127,11 @@ def pieces(page: str) -> Iterator[tuple[str, str]]:
 def navigation(entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """(title, page) of the navigation, in its order."""
     for entry in entries:
-        ((title, there),) = entry.items()
-        if isinstance(there, str):
-            yield title, there
+        ((title, target),) = entry.items()
+        if isinstance(target, str):
+            yield title, target
         else:
-            yield from navigation(there)
+            yield from navigation(target)
 
 
 def llms(pages: Path) -> str:
@@ -153,12 +153,13 @@ def llms(pages: Path) -> str:
 def first_words(page: Path) -> str:
     """The first sentence of a page's first paragraph, without its links."""
     paragraphs = (
-        part for part in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", part)
+        block for block in page.read_text().split("\n\n") if re.match(r"[A-Za-z*`_\[]", block)
     )
     paragraph = next(paragraphs, None)
     if paragraph is None:
         raise SystemExit(
-            f"Found: {page.name} without a paragraph. Expected: one that says what it is. Do: write it."
+            f"Found: {page.name} without a paragraph. Expected: one that says what it is. Do:"
+            " write it."
         )
     text = " ".join(paragraph.split())
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)

@@ -1,8 +1,8 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
 variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
-docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md and blocks of
-README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/
-from those of experiments/.
+docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md
+and blocks of README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded
+results, docs/paper/ from those of experiments/.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -46,17 +46,17 @@ def help_of(command: str) -> str:
 
 
 def cli_page() -> str:
-    parts = ["# The command line", "", "Generated from `--help` by `make docs`.", ""]
+    lines = ["# The command line", "", "Generated from `--help` by `make docs`.", ""]
     for command in COMMANDS:
-        parts += [f"## `{f'veneer {command}'.strip()}`", "", "```text", help_of(command), "```", ""]
-    return "\n".join(parts)
+        lines += [f"## `{f'veneer {command}'.strip()}`", "", "```text", help_of(command), "```", ""]
+    return "\n".join(lines)
 
 
 def demo_table() -> str:
     """The table that `make demo` recorded in demo/result.json."""
     result = json.loads((ROOT / "demo" / "result.json").read_text())
     lines = ["| model | phoneme error rate | words exact |", "|---|---|---|"]
-    lines += [f"| {who} | {rate:.3f} | {exact:.1%} |" for who, rate, exact in result["scores"]]
+    lines += [f"| {model} | {rate:.3f} | {exact:.1%} |" for model, rate, exact in result["scores"]]
     return "\n".join([*lines, "", result["summary"]])
 
 
@@ -65,7 +65,10 @@ def variants_table() -> str:
     scales = {1.0: "alpha", 0.25: "alpha / r", 0.5: "alpha / √r"}
     calibration = {"inputs": "batches", "gradient": "batches, loss", "original": "the original"}
     lines = [
-        "| variant | scale | default alpha | trained, 512 × 512 at rank 8 | start | looks at | source |",
+        (
+            "| variant | scale | default alpha | trained, 512 × 512 at rank 8 | start | looks at |"
+            " source |"
+        ),
         "|---" * 7 + "|",
     ]
     weight, more, inputs = (
@@ -92,11 +95,11 @@ def variants_table() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, name: str, content: str) -> str:
+def fill_block(text: str, name: str, content: str) -> str:
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"no <!-- {name} --> block in the page")
-    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
 def pages_with_blocks() -> dict[str, str]:
@@ -113,7 +116,7 @@ def pages_with_blocks() -> dict[str, str]:
     for path, contents in blocks.items():
         text = (ROOT / path).read_text()
         for name, content in contents.items():
-            text = filled(text, name, content)
+            text = fill_block(text, name, content)
         filled_pages[path] = text
     return filled_pages
 
@@ -140,7 +143,8 @@ def main() -> int:
                 path.write_text(content)
     if "--check" in sys.argv and stale:
         print(
-            f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it and commit."
+            f"Found: {', '.join(stale)} out of date. Expected: what `make docs` writes. Do: run it"
+            " and commit."
         )
         return 1
     print(

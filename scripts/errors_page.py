@@ -21,9 +21,9 @@ def error_classes() -> list[type[errors.VeneerError]]:
 
 
 def read_docstring(error: type[Exception]) -> tuple[str, list[tuple[str, str]]]:
-    """What an error means, and its (cause, fix) pairs."""
+    """Return the meaning of an error, and its (cause, fix) pairs."""
     paragraphs = inspect.cleandoc(error.__doc__ or "").split("\n\n")
-    summary, text = (" ".join(part.split()) for part in [*paragraphs, ""][:2])
+    summary, text = (" ".join(paragraph.split()) for paragraph in [*paragraphs, ""][:2])
     return summary, re.findall(r"- Cause: (.+?) Fix: (.+?)(?= - Cause: |$)", text)
 
 

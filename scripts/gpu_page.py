@@ -26,15 +26,20 @@ that a kernel of a real GPU gives the numbers that the emulated device gives.
 def page() -> str:
     files = sorted(bench_page.RESULTS.glob("gpu-*.json"))
     results = [json.loads(file.read_text()) for file in files]
-    results = [one for one in results if one.get("device") == "cuda" and not one.get("quick")]
+    results = [
+        result for result in results if result.get("device") == "cuda" and not result.get("quick")
+    ]
     if not results:
         return LEAD + EMPTY
     note = (
-        "\nMedians of interleaved rounds, with quartiles; ratios are to the frozen base's step (forward, and the "
-        "gradient carried back to the embedded input) in the same round, the smaller the better. Memory is what a step "
-        "holds at its peak beyond what was there before it.\n"
+        "\nMedians of interleaved rounds, with quartiles; ratios are to the frozen base's step"
+        " (forward, and the gradient carried back to the embedded input) in the same round, the"
+        " smaller the better. Memory is what a step holds at its peak beyond what was there before"
+        " it.\n"
     )
-    return LEAD + note + "".join("\n" + "\n".join(_of(one)).rstrip() + "\n" for one in results)
+    return (
+        LEAD + note + "".join("\n" + "\n".join(_of(result)).rstrip() + "\n" for result in results)
+    )
 
 
 def _of(result: Mapping[str, Any]) -> list[str]:
@@ -42,8 +47,10 @@ def _of(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {result['gpu']}",
         "",
-        f"{result['gpus']} × {result['memory'] / 2**30:.0f} GiB, capability {result['capability']}, CUDA "
-        f"{result['cuda']}; {result['machine']}; {versions}.",
+        (
+            f"{result['gpus']} × {result['memory'] / 2**30:.0f} GiB, capability"
+            f" {result['capability']}, CUDA {result['cuda']}; {result['machine']}; {versions}."
+        ),
         "",
         *_checks(result["checks"]),
     ]
@@ -57,7 +64,10 @@ def _of(result: Mapping[str, Any]) -> list[str]:
         ]
     for case in result["decode"]:
         setting = case["setting"]
-        text = f"{setting['rows']} prompts of {setting['prompt']} tokens and {setting['tokens']} tokens to each"
+        text = (
+            f"{setting['rows']} prompts of {setting['prompt']} tokens and {setting['tokens']}"
+            " tokens to each"
+        )
         lines += [f"{text}, {setting['model']}, {setting['adapters']} adapters, {case['runs']} rounds.", "",
                   *_rows(case)]  # fmt: skip
     if result["skipped"]:
@@ -74,9 +84,9 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many are right, and each that is not."""
     right = sum(row["found"] == "right" for row in checks)
     lines = [f"{right} of {len(checks)} checks against float64 are right.", ""]
-    others = [row for row in checks if row["found"] != "right"]
-    if others:
-        rows = [[row["check"], row["found"], _cell(row["text"])] for row in others]
+    failures = [row for row in checks if row["found"] != "right"]
+    if failures:
+        rows = [[row["check"], row["found"], _cell(row["text"])] for row in failures]
         lines += bench_page.table(["check", "", ""], rows)
     return lines
 

@@ -40,9 +40,9 @@ def caption() -> str:
     losses, peer_losses = (curve(arm, "loss") for arm in ARMS.values())
     shares, peer_shares = (curve(arm, "accuracy") for arm in ARMS.values())
     return (
-        f"![Held-out loss by step: veneer train, and TRL with PEFT]({PICTURE})\n\n"
-        f"**{shares[0][1]:.0%} → {shares[-1][1]:.0%} of held-out tokens right**: SmolLM2-135M learns "
-        f"pronunciations in {losses[-1][0]} steps.\n"
-        f"TRL with PEFT: {peer_shares[-1][1]:.0%}, at a loss of {peer_losses[-1][1]:.2f} beside "
-        f"{losses[-1][1]:.2f} (medians of 3 seeds)."
+        "![Held-out loss by step: veneer train, and TRL with"
+        f" PEFT]({PICTURE})\n\n**{shares[0][1]:.0%} → {shares[-1][1]:.0%} of held-out tokens"
+        f" right**: SmolLM2-135M learns pronunciations in {losses[-1][0]} steps.\nTRL with PEFT:"
+        f" {peer_shares[-1][1]:.0%}, at a loss of {peer_losses[-1][1]:.2f} beside"
+        f" {losses[-1][1]:.2f} (medians of 3 seeds)."
     )

@@ -67,9 +67,9 @@ def page() -> str:
     record = json.loads(RECORD.read_text())
     reports = upstream_reports()
     lead = (
-        f"Written by `make docs` from what `python -m benchmarks.torture --record` recorded: "
-        f"{len(record['cases'])} cases, each library at its defaults and as its documentation says; "
-        f"torch {record['torch']}, {record['machine']}. {PURPOSE}"
+        "Written by `make docs` from what `python -m benchmarks.torture --record` recorded:"
+        f" {len(record['cases'])} cases, each library at its defaults and as its documentation"
+        f" says; torch {record['torch']}, {record['machine']}. {PURPOSE}"
     )
     lines = ["# What LoRA libraries get wrong", "", lead, "", counts(), "", RULES, ""]
     for library, version in record["versions"].items():

@@ -64,7 +64,7 @@ def _answer(answer: str, notes: dict[str, int]) -> str:
     return f"{word} ({notes.setdefault(reason, len(notes) + 1)})" if reason else answer
 
 
-def found(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def run_trainers(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.disable(logging.WARNING)
@@ -77,11 +77,11 @@ def found(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from rows(lambda run: not only or any(word in run.name for word in only))
 
 
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_answers(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two rows have the same answers; bytes of a checkpoint change with the names that a
     library writes."""
-    near = bool(one) and bool(other) and abs(one["size"] - other["size"]) < 0.1
-    return near and {**one, "size": None} == {**other, "size": None}
+    near = bool(first) and bool(second) and abs(first["size"] - second["size"]) < 0.1
+    return near and {**first, "size": None} == {**second, "size": None}
 
 
 def main() -> int:
@@ -93,26 +93,30 @@ def main() -> int:
         "--check", action="store_true", help="fail if the record says something else"
     )
     arguments = parser.parse_args()
-    made: dict[str, dict[str, Any]] = {}
-    for name, row in found(arguments.only):
-        made[name] = row
+    results: dict[str, dict[str, Any]] = {}
+    for name, row in run_trainers(arguments.only):
+        results[name] = row
         print(json.dumps({name: row}), file=sys.stderr)
     if arguments.check:
         recorded = json.loads(RECORD.read_text())["trainers"]
         stale = [
             name
-            for name in {*made, *recorded}
-            if name not in made or not same(made[name], recorded.get(name, {}))
+            for name in {*results, *recorded}
+            if name not in results or not same_answers(results[name], recorded.get(name, {}))
         ]
         if stale:
-            print(f"Found: other answers of {', '.join(sorted(stale))}. Expected: those of {RECORD.name}. "
-                  "Do: run python -m scripts.trainers and make docs, and commit.")  # fmt: skip
+            print(
+                f"Found: other answers of {', '.join(sorted(stale))}. Expected: those of"
+                f" {RECORD.name}. Do: run python -m scripts.trainers and make docs, and commit."
+            )
             return 1
     elif not arguments.only:
         versions = {name: version(name) for name in LIBRARIES}
-        RECORD.write_text(json.dumps({"versions": versions, "trainers": made}, indent=1) + "\n")
+        RECORD.write_text(json.dumps({"versions": versions, "trainers": results}, indent=1) + "\n")
     print(
-        f"{len(made)} trainers: as recorded" if arguments.check else f"{len(made)} trainers asked"
+        f"{len(results)} trainers: as recorded"
+        if arguments.check
+        else f"{len(results)} trainers asked"
     )
     return 0
 

@@ -19,7 +19,7 @@ PRIVATE = {
     "settle": "finalize", "hollow": "meta_model", "skeleton": "linear_stub_model", "prints": "fingerprints",
     "lineup": "BatchAssignment", "spot": "AlignedWeight", "grounds": "BaseWeights", "ground": "BaseWeight",
     "deck": "BatchState", "decks": "BatchState", "rack": "lanes", "racks": "lanes", "mix": "blend",
-    "mixes": "blend", "skinny": "thin_matmul", "dot16": "bf16_dot", "pace": "throttle", "paced": "throttled",
+    "mixes": "blend", "skinny": "thin_matmul", "dot16": "bf16_dot", "pace": "throttle", "paced": "throttle",
     "give_way": "throttle_loads", "chooser": "Sampler", "beside": "aux_files", "wholes": "full_params",
     "opened": "base_info",
 }  # fmt: skip

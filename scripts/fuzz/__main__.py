@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from . import __doc__
-from .judge import SECONDS, Outcome, one, stands_in, table, work
+from .judge import SECONDS, Outcome, judge_mutant, stands_in, table, work
 from .seeds import write_all
 
 
@@ -47,27 +47,27 @@ def _watch(folder: Path, seed: int, numbers: range, target: Any = work) -> list[
     process.start()
     theirs.close()
     outcomes: list[Outcome] = []
-    at, wait, what = None, 120.0, ""  # it imports torch first
+    current, wait, problem = None, 120.0, ""  # it imports torch first
     try:
         while True:
             if not _answers(ours, process, wait):
-                what = f"no end within {wait:.0f} s"
+                problem = f"no end within {wait:.0f} s"
                 break
-            said: Any = ours.recv()
-            if said is None:
+            message: Any = ours.recv()
+            if message is None:
                 return outcomes
-            at, wait = (said, SECONDS) if isinstance(said, int) else (None, 120.0)
-            if isinstance(said, Outcome):
-                outcomes.append(said)
+            current, wait = (message, SECONDS) if isinstance(message, int) else (None, 120.0)
+            if isinstance(message, Outcome):
+                outcomes.append(message)
     except EOFError:
         process.join()
-        what = f"the process died with exit code {process.exitcode}"
+        problem = f"the process died with exit code {process.exitcode}"
     finally:
         process.kill()
         process.join()
-    if at is None:
-        raise RuntimeError(f"the process that loads mutants does not work: {what}")
-    return [*outcomes, Outcome(at, "?", "?", "see --only", "failure", what, SECONDS)]
+    if current is None:
+        raise RuntimeError(f"the process that loads mutants does not work: {problem}")
+    return [*outcomes, Outcome(current, "?", "?", "see --only", "failure", problem, SECONDS)]
 
 
 def _answers(pipe: Any, process: Any, wait: float) -> bool:
@@ -97,23 +97,28 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _write(Path(folder))
-            outcome = one(arguments.only, arguments.seed, stands_in(Path(folder)))
+            outcome = judge_mutant(arguments.only, arguments.seed, stands_in(Path(folder)))
         print(outcome.kind, outcome.seed, outcome.mutation, outcome.notes, outcome.text, sep="\n")
         return int(outcome.kind == "failure")
     start = time.perf_counter()
     outcomes = run(arguments.count, arguments.seed)
     failures = [outcome for outcome in outcomes if outcome.kind == "failure"]
     for failure in failures:
-        print(f"FAILURE --seed {arguments.seed} --only {failure.number}: {failure.seed}, {failure.mutation}, "
-              f"{failure.notes}\n  {failure.text}")  # fmt: skip
+        print(
+            f"FAILURE --seed {arguments.seed} --only {failure.number}: {failure.seed},"
+            f" {failure.mutation}, {failure.notes}\n  {failure.text}"
+        )
     print(table(outcomes))
     print(
-        "refused: by one error, the model untouched. harmless: loads to the very outputs. different: a valid folder of "
-        "another adapter, where nothing can tell (no hashes, or all made anew)."
+        "refused: by one error, the model untouched. harmless: loads to the very outputs."
+        " different: a valid folder of another adapter, where nothing can tell (no hashes, or all"
+        " made anew)."
     )
     slowest = max(outcomes, key=lambda outcome: outcome.seconds)
-    print(f"{len(outcomes):,} mutants in {time.perf_counter() - start:.0f} s; the slowest, --only {slowest.number}, "
-          f"took {slowest.seconds:.2f} s")  # fmt: skip
+    print(
+        f"{len(outcomes):,} mutants in {time.perf_counter() - start:.0f} s; the slowest, --only"
+        f" {slowest.number}, took {slowest.seconds:.2f} s"
+    )
     return int(bool(failures))
 
 

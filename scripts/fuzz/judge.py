@@ -1,4 +1,4 @@
-"""What becomes of a mutant: refused, harmless or different; everything else is a failure."""
+"""Judge a mutant: refused, harmless or different; every other outcome is a failure."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class Outcome:
 
 @dataclass
 class Stand:
-    """A seed with its model and what that puts out, kept for all mutants of it."""
+    """A seed with its model and the model's outputs, shared by all mutants of the seed."""
 
     seed: Seed
     folder: Path
     twin: Path
     model: Any = None
-    other: Any = None
+    other_model: Any = None
     x: Any = None
     base: Any = None
     adapted: Any = None
     bits: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        self.model, self.other = self.seed.base(), self.seed.base(other=True)
+        self.model, self.other_model = self.seed.base(), self.seed.base(other=True)
         self.x = INPUTS[self.seed.model]()
         self.base, self.bits = (
             self.model(self.x),
@@ -85,27 +85,27 @@ def mutant(number: int, seed: int, stands: list[Stand], work: Path) -> tuple[Sta
     stand, name = rng.choice(stands), rng.choice(list(MUTATIONS))
     folder = work / "adapter"
     shutil.copytree(stand.folder, folder)
-    made = Mutant(folder, stand.twin, rng, stand.seed.ours)
-    MUTATIONS[name](made)
-    return stand, name, made
+    created = Mutant(folder, stand.twin, rng, stand.seed.ours)
+    MUTATIONS[name](created)
+    return stand, name, created
 
 
 @torch.no_grad()
-def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
+def judge(stand: Stand, candidate: Mutant) -> tuple[str, str]:
     """(kind, text) of a mutant. Raises MutantError, or whatever reading it raised."""
-    model = stand.other if made.other_base else stand.model
-    report = verify(made.folder)
+    model = stand.other_model if candidate.other_base else stand.model
+    report = verify(candidate.folder)
     try:
-        files = veneer.adapter_files.read(made.folder)
+        files = veneer.adapter_files.read(candidate.folder)
     except veneer.VeneerError:
         files = None
     if report.ok and files is None:
         raise MutantError(f"verify says good, and read refuses:\n{report}")
     str(report).encode()
     try:
-        handle = veneer.load(model, made.folder)
+        handle = veneer.load(model, candidate.folder)
     except veneer.VeneerError as error:
-        return "refused", _checked(stand, model, error)
+        return "refused", _check_refusal(stand, model, error)
     y = model(stand.x)
     handle.detach()
     if not _as_it_was(stand, model):
@@ -114,14 +114,14 @@ def judge(stand: Stand, made: Mutant) -> tuple[str, str]:
         raise MutantError("outputs that are not finite")
     if not report.ok:
         raise MutantError(f"verify refuses, and load does not:\n{report}")
-    if not made.other_base and torch.equal(y, stand.adapted):
+    if not candidate.other_base and torch.equal(y, stand.adapted):
         return "harmless", ""
-    if made.ours and not made.forged:
+    if candidate.ours and not candidate.forged:
         raise MutantError("other outputs, and no hash was made anew")
     return "different", f"off by {(y - stand.adapted).abs().max().item():.1e}"
 
 
-def _checked(stand: Stand, model: Any, error: Exception) -> str:
+def _check_refusal(stand: Stand, model: Any, error: Exception) -> str:
     text = str(error)
     if "Found: " not in text or " Do: " not in text:
         raise MutantError(f"an error that does not say what was found and what to do: {text}")
@@ -134,7 +134,7 @@ def _checked(stand: Stand, model: Any, error: Exception) -> str:
 
 
 def _as_it_was(stand: Stand, model: Any) -> bool:
-    if model is stand.other:
+    if model is stand.other_model:
         return not any("veneer" in key for key in [*model.state_dict(), *model.__dict__])
     state = model.state_dict()
     return state.keys() == stand.bits.keys() and all(
@@ -149,11 +149,11 @@ def stands_in(folder: Path) -> list[Stand]:
     ]
 
 
-def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
+def judge_mutant(number: int, seed: int, stands: list[Stand]) -> Outcome:
     """Make one mutant and judge it."""
     with tempfile.TemporaryDirectory() as work:
         try:
-            stand, name, made = mutant(number, seed, stands, Path(work))
+            stand, name, created = mutant(number, seed, stands, Path(work))
         except Exception:
             return Outcome(
                 number, "?", "?", "the mutation itself", "failure", traceback.format_exc()
@@ -161,11 +161,13 @@ def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
         if stand.model is None:
             stand.prepare()
         size = sum(
-            (made.folder / file).stat().st_size for file in CORE if (made.folder / file).is_file()
+            (created.folder / file).stat().st_size
+            for file in CORE
+            if (created.folder / file).is_file()
         )
         before, start = _peak(reset=True), time.perf_counter()
         try:
-            kind, text = judge(stand, made)
+            kind, text = judge(stand, created)
         except MutantError as error:
             kind, text = "failure", str(error)
         except Exception:
@@ -174,9 +176,12 @@ def one(number: int, seed: int, stands: list[Stand]) -> Outcome:
         if grown > BYTES + TIMES * min(size, 2**30):
             kind, text = (
                 "failure",
-                f"{grown / 2**20:.0f} MiB of memory for {size / 2**20:.2f} MiB of files; {kind} {text}",
+                (
+                    f"{grown / 2**20:.0f} MiB of memory for {size / 2**20:.2f} MiB of files; {kind}"
+                    f" {text}"
+                ),
             )
-        return Outcome(number, stand.seed.name, name, "; ".join(made.notes), kind, text, seconds)
+        return Outcome(number, stand.seed.name, name, "; ".join(created.notes), kind, text, seconds)
 
 
 def _peak(reset: bool = False) -> int:
@@ -203,7 +208,7 @@ def work(pipe: Connection, folder: Path, seed: int, numbers: Iterable[int]) -> N
         stand.prepare()
     for number in numbers:
         pipe.send(number)
-        pipe.send(one(number, seed, stands))
+        pipe.send(judge_mutant(number, seed, stands))
     pipe.send(None)
 
 

@@ -45,8 +45,8 @@ class Mutant:
 
     def file(self, *names: str) -> Path:
         """One of the files that are there."""
-        there = [self.folder / name for name in names or CORE if (self.folder / name).is_file()]
-        return self.random.choice(there)
+        files = [self.folder / name for name in names or CORE if (self.folder / name).is_file()]
+        return self.random.choice(files)
 
     def maybe_forge(self) -> None:
         if self.ours and self.random.random() < 0.7:
@@ -152,10 +152,10 @@ def put_record(folder: Path, record: Any, hashed: bool = True) -> bool:
     return hashed
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to everything below a JSON value, down to a depth: an earlier mutation may have put
-    in thousands."""
-    if len(at) > 100:
+def json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values below a JSON value, to a depth of 100: an earlier mutation may
+    have nested thousands."""
+    if len(path) > 100:
         return []
     items = (
         value.items()
@@ -164,31 +164,31 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, list)
         else ()
     )
-    found = []
+    paths = []
     for key, below in items:
-        found += [(*at, key), *places(below, (*at, key))]
-    return found
+        paths += [(*path, key), *json_paths(below, (*path, key))]
+    return paths
 
 
 def change_somewhere(value: Any, rng: random.Random, m: Mutant) -> None:
     """Replace, remove or add one thing in a JSON value."""
-    at = rng.choice(places(value))
+    path = rng.choice(json_paths(value))
     holder = value
-    for key in at[:-1]:
+    for key in path[:-1]:
         holder = holder[key]
     how = rng.random()
     if how < 0.7:
-        holder[at[-1]] = rng.choice(ODD)
-        m.note("put", repr(holder[at[-1]])[:60], "at", at)
+        holder[path[-1]] = rng.choice(ODD)
+        m.note("put", repr(holder[path[-1]])[:60], "at", path)
     elif how < 0.85:
-        del holder[at[-1]]
-        m.note("removed", at)
+        del holder[path[-1]]
+        m.note("removed", path)
     elif isinstance(holder, dict):
         holder[rng.choice(["x", "", "../x", "q", "é", "\x00", "linear.weight"])] = rng.choice(ODD)
-        m.note("added at", at[:-1])
+        m.note("added at", path[:-1])
     else:
         holder.append(rng.choice(ODD))
-        m.note("appended at", at[:-1])
+        m.note("appended at", path[:-1])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -238,16 +238,16 @@ def truncate(m: Mutant) -> None:
 
 @mutation
 def shuffle_bytes(m: Mutant) -> None:
-    """A range removed, doubled, zeroed or made random."""
+    """Remove, double, zero or randomise a range of bytes."""
     file = m.file()
     data = file.read_bytes()
     start = m.random.randrange(len(data))
     stop = min(len(data), start + m.random.choice([1, 4, 8, 64, 512]))
-    part = m.random.choice(
+    replacement = m.random.choice(
         [b"", data[start:stop] * 2, bytes(stop - start), m.random.randbytes(stop - start)]
     )
-    file.write_bytes(data[:start] + part + data[stop:])
-    m.note(file.name, start, stop, len(part))
+    file.write_bytes(data[:start] + replacement + data[stop:])
+    m.note(file.name, start, stop, len(replacement))
 
 
 @mutation
@@ -356,11 +356,11 @@ def lie_about_type_and_shape(m: Mutant) -> None:
 def lie_about_offsets(m: Mutant) -> None:
     def edit(header: dict[str, Any], name: str) -> Any:
         start, stop = header[name]["data_offsets"]
-        other = m.random.choice([key for key in header if key != "__metadata__"])
+        another_name = m.random.choice([key for key in header if key != "__metadata__"])
         lies = [
             [stop, start], [start + 4, stop + 4], [start - 4, stop - 4], [0, stop - start], [start, stop * 1000],
             [start], [start, 2**63], [2**63, 2**64 - 1], [-4, stop], [start, stop, stop], None, "0",
-            [float(start), stop], [start, None], [start + 1, stop + 1], list(header[other]["data_offsets"]),
+            [float(start), stop], [start, None], [start + 1, stop + 1], list(header[another_name]["data_offsets"]),
             [10**18, 10**18 + stop - start], [True, stop],
         ]  # fmt: skip
         header[name]["data_offsets"] = m.random.choice(lies)
@@ -374,14 +374,14 @@ def swap_offsets(m: Mutant) -> None:
     """Two tensors of one shape change places: a valid file with other numbers."""
 
     def edit(header: dict[str, Any], name: str) -> Any:
-        like = [
+        same_shape = [
             key
             for key, entry in header.items()
             if key != "__metadata__" and entry["shape"] == header[name]["shape"]
         ]
-        other = m.random.choice(like)
-        header[name], header[other] = header[other], header[name]
-        return other
+        twin = m.random.choice(same_shape)
+        header[name], header[twin] = header[twin], header[name]
+        return twin
 
     edit_header(m, edit)
 
@@ -394,15 +394,15 @@ def reorder(m: Mutant) -> None:
     header, data = read(file)
     names = list(header)
     m.random.shuffle(names)
-    moved, at, parts = {}, 0, []
+    reordered, offset, chunks = {}, 0, []
     for name in names:
-        moved[name] = header[name]
+        reordered[name] = header[name]
         if name != "__metadata__" and len(names) % 2:
             start, stop = header[name]["data_offsets"]
-            moved[name] = {**header[name], "data_offsets": [at, at + stop - start]}
-            at += stop - start
-            parts.append(data[start:stop])
-    write(file, moved, b"".join(parts) or data)
+            reordered[name] = {**header[name], "data_offsets": [offset, offset + stop - start]}
+            offset += stop - start
+            chunks.append(data[start:stop])
+    write(file, reordered, b"".join(chunks) or data)
 
 
 @mutation
@@ -471,9 +471,9 @@ def odd_header(m: Mutant) -> None:
         "record empty": {**header, "__metadata__": {**meta, "veneer": ""}},
         "record object": {**header, "__metadata__": {**meta, "veneer": '{"hashes": []}'}},
     }
-    which = m.random.choice(list(odd))
-    write(file, odd[which], data)
-    m.note(file.name, which)
+    choice = m.random.choice(list(odd))
+    write(file, odd[choice], data)
+    m.note(file.name, choice)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -533,11 +533,11 @@ def change_tensor(m: Mutant) -> None:
             "wide": torch.cat([value, value], -1) if value.dim() else value,
             "less": value[:1] if value.dim() else value, "float8": small.to(torch.float8_e4m3fn), "zero": value * 0,
         }  # fmt: skip
-        which = m.random.choice(list(edits))
+        choice = m.random.choice(list(edits))
         del tensors[name]
-        if edits[which] is not None:
-            tensors[name] = edits[which]
-        return which
+        if edits[choice] is not None:
+            tensors[name] = edits[choice]
+        return choice
 
     edit_tensors(m, edit)
 
@@ -588,11 +588,11 @@ def config_field(m: Mutant) -> None:
     else."""
     file = m.folder / CONFIG
     config = json.loads(file.read_text())
-    known = [
+    names = [
         *config, "rank_pattern", "alpha_pattern", "target_parameters", "exclude_modules", "layers_pattern", "lora_bias",
         "layers_to_transform", "use_qalora", "x", "trainable_token_indices", "peft_version", "init_lora_weights",
     ]  # fmt: skip
-    name = m.random.choice(known)
+    name = m.random.choice(names)
     if m.random.random() < 0.1:
         config.pop(name, None)
         m.note("removed", name)
@@ -677,10 +677,10 @@ def odd_json(m: Mutant) -> None:
         "again": content * 2,
         "nested objects": '{"a":' * 2000 + "1" + "}" * 2000,
     }
-    which = m.random.choice(list(odd))
-    value = odd[which]
+    choice = m.random.choice(list(odd))
+    value = odd[choice]
     file.write_bytes(value if isinstance(value, bytes) else value.encode())
-    m.note(file.name, which)
+    m.note(file.name, choice)
     m.maybe_forge()
 
 
@@ -768,7 +768,7 @@ def pickles(m: Mutant) -> None:
 
 @mutation
 def more_files(m: Mutant) -> None:
-    """What people keep beside an adapter; no harm."""
+    """Add files that people keep beside an adapter: harmless."""
     name = m.random.choice(
         ["README.md", "setup.py", "optimizer.pt", "tokenizer.json", "x.safetensors", ".hidden", "é"]
     )

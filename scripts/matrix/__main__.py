@@ -65,7 +65,8 @@ def main() -> int:
             )
             print("\n".join(lines))
             print(
-                "Found: docs/support.md out of date. Expected: what `make matrix` writes. Do: run it and commit."
+                "Found: docs/support.md out of date. Expected: what `make matrix` writes. Do: run"
+                " it and commit."
             )
             return 1
         print(f"docs/support.md: fresh\n{summary}")

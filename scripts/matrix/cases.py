@@ -34,27 +34,40 @@ Found = dict[str, str | None]
 
 #: what an exception says -> what the page says; any other is quoted
 WORDS = {
-    r"whose inputs cannot be read": "this variant starts from the inputs of every weight, and what they are is known "
-    "only inside this layer",
+    r"does not tell its inputs": (
+        "this variant starts from the inputs of every weight, and what they are is known only "
+        "inside this layer"
+    ),
     r"wrap RNN, GRU, or LSTM": "`torch.compile` leaves torch's recurrent layers as they are",
-    r"^PEFT: .*(MultiheadAttention does not support DoRA|ParamWrapper does not work with use_dora)": "PEFT has no DoRA "
-    "for it",
+    r"^PEFT: .*(MultiheadAttention does not support DoRA|ParamWrapper does not work with use_dora)": (
+        "PEFT has no DoRA for it"
+    ),
     r"^PEFT: .*PEFT has no \w+ layer": "PEFT has no adapter for this kind of layer",
-    r"^PEFT: .*(PEFT [\d.]+) applies .* out-projection 2 times": r"\1 adds the change of an attention's output "
-    "projection twice",
-    r"^PEFT: .*PEFT knows one fused in-projection": "PEFT adapts an attention only where queries, keys and values have "
-    "the same width",
-    r"^PEFT: .*PEFT leaves out dilation=([^\"]*?)\"?$": r"PEFT's adapter of a convolution ignores its dilation, which "
-    r"is \1 here",
-    r"^PEFT: .*PEFT leaves out padding_mode='(\w+)'": r"PEFT's adapter of a convolution ignores its padding mode, "
-    r"which is \1 here",
-    r"^PEFT: .*PEFT's change of a convolution in (\d+) groups": r"PEFT's adapter of a convolution in \1 groups equals "
-    "no change of its weight, so it cannot hold ours",
-    r"^PEFT: .*PEFT bounds the norm": "PEFT's adapter applies `max_norm` to its own numbers, and not to the changed "
-    "weight",
-    r"^PEFT: .*PEFT rescales the outputs of modules alone": "PEFT has DoRA for whole layers, and not for a parameter "
-    "by itself",
-    r"^PEFT: .*not for PEFT: '\S*?': (.*?)\"?$": r"\1",  # what we write into a folder that PEFT would read otherwise
+    r"^PEFT: .*(PEFT [\d.]+) applies .* out-projection 2 times": (
+        r"\1 adds the change of an attention's output " "projection twice"
+    ),
+    r"^PEFT: .*PEFT knows one fused in-projection": (
+        "PEFT adapts an attention only where queries, keys and values have the same width"
+    ),
+    r"^PEFT: .*PEFT leaves out dilation=([^\"]*?)\"?$": (
+        r"PEFT's adapter of a convolution ignores its dilation, which " r"is \1 here"
+    ),
+    r"^PEFT: .*PEFT leaves out padding_mode='(\w+)'": (
+        r"PEFT's adapter of a convolution ignores its padding mode, " r"which is \1 here"
+    ),
+    r"^PEFT: .*PEFT's change of a convolution in (\d+) groups": (
+        r"PEFT's adapter of a convolution in \1 groups equals "
+        "no change of its weight, so it cannot hold ours"
+    ),
+    r"^PEFT: .*PEFT bounds the norm": (
+        "PEFT's adapter applies `max_norm` to its own numbers, and not to the changed weight"
+    ),
+    r"^PEFT: .*PEFT rescales the outputs of modules alone": (
+        "PEFT has DoRA for whole layers, and not for a parameter by itself"
+    ),
+    r"^PEFT: .*not for PEFT: '\S*?': (.*?)\"?$": (
+        r"\1"
+    ),  # what we write into a folder that PEFT would read otherwise
 }
 
 
@@ -80,11 +93,11 @@ class Side(nn.Module):
 
 @dataclass
 class Results:
-    """What was found of one kind: {variant or storage: {operation: {example: …}}}, and what the
-    examples are."""
+    """The verdicts of one kind of layer or storage, {variant or storage: {operation: {example:
+    …}}}, and the descriptions of its examples."""
 
     name: str
-    found: dict[str, dict[str, Found]]
+    verdicts: dict[str, dict[str, Found]]
     examples: dict[str, str]
 
 
@@ -143,24 +156,24 @@ def attach(
 ) -> Any:
     """The variant as an adapter with random numbers, on every weight that there is, with all the
     data that it needs."""
-    given: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
     if variant.needs & {"inputs", "gradient"}:
-        given["batches"] = [(inputs,)]
+        calibration["batches"] = [(inputs,)]
     if "gradient" in variant.needs:
-        given["loss"] = lambda model, batch: sum(
+        calibration["loss"] = lambda model, batch: sum(
             y.square().sum() for y in flats(model(*batch)).values()
         )
     if "original" in variant.needs:
         state = {
             key: value for key, value in model.state_dict().items() if value.is_floating_point()
         }
-        given["original"] = {
+        calibration["original"] = {
             key: value + 0.05 * torch.randn_like(value) for key, value in state.items()
         }
     config = veneer.LoraConfig(
         rank=RANK, alpha=ALPHA, targets="all", variant=variant.name, exclude=exclude
     )
-    handle = veneer.attach(model, config, name or variant.name, **given)
+    handle = veneer.attach(model, config, name or variant.name, **calibration)
     randomise(handle)
     return handle
 
@@ -168,22 +181,22 @@ def attach(
 def attach_where_possible(
     base: Side, model: Side, variant: Variant, inputs: Mapping[str, tuple]
 ) -> dict[str, str]:
-    """Attach the variant to ``model``, leaving out the examples that refuse it; why they do, by
+    """Attach the variant to ``model`` without the examples that refuse it. Returns their reasons by
     name."""
     try:
         attach(model, variant, inputs)
         return {}
-    except Exception as whole:
+    except Exception as first_error:
         refused: dict[str, str] = {}
         for example, args in inputs.items():
             try:
                 attach(
                     Side({example: copy.deepcopy(getattr(base, example))}), variant, {example: args}
                 )
-            except Exception as own:
-                refused[example] = reason(own)
+            except Exception as error:
+                refused[example] = reason(error)
         if not refused:
-            raise whole
+            raise first_error
         if len(refused) < len(inputs):
             rest = {example: args for example, args in inputs.items() if example not in refused}
             attach(model, variant, rest, exclude=tuple(refused))
@@ -200,19 +213,19 @@ def rows_of(kind: Layer, module: nn.Module, args: tuple) -> int | None:
         *packed,
         *dict.fromkeys(size for x in tensors for size in x.shape[:2] if size > 1),
     )
-    whole, taken = flat(module(*args)), False
+    batch_output, has_rows = flat(module(*args)), False
     for count in candidates:
         try:
             each = []
             for row in range(count):
-                own, named = kind.take(module, args, {}, torch.tensor([row]), count)
-                taken = True
-                each.append(module(*own, **named))
-            if error(flat(kind.put(module, each, torch.arange(count))), whole) < 1e-10:
+                row_args, row_kwargs = kind.take(module, args, {}, torch.tensor([row]), count)
+                has_rows = True
+                each.append(module(*row_args, **row_kwargs))
+            if error(flat(kind.put(module, each, torch.arange(count))), batch_output) < 1e-10:
                 return count
         except (LookupError, RuntimeError):  # not an axis of rows
             continue
-    return None if taken else -candidates[0]
+    return None if has_rows else -candidates[0]
 
 
 def breaks_of(module: nn.Module, args: tuple) -> str:
@@ -230,11 +243,11 @@ def reason(error: Exception) -> str:
     """An exception as a few words that are the same on every machine."""
     text = " ".join(str(error).split()) or type(error).__name__
     for pattern, words in WORDS.items():
-        if said := re.search(pattern, text):
-            return short(said.expand(words))
-    found = re.search(r"Found: (.*?)\. Expected: ", text)
-    if isinstance(error, VeneerError) and found:
-        text = found[1]
+        if match := re.search(pattern, text):
+            return short(match.expand(words))
+    contract = re.search(r"Found: (.*?)\. Expected: ", text)
+    if isinstance(error, VeneerError) and contract:
+        text = contract[1]
     elif not isinstance(error, VeneerError | Inexact):
         text = text.split(". ")[0]
     text = re.sub(
@@ -250,9 +263,9 @@ def short(text: str) -> str:
     return re.sub(r"\((\d+)(?:, \1)*,?\)", r"\1", text)
 
 
-def described(module: nn.Module, first: nn.Module) -> str:
-    """How an example differs from the first one of its kind, which is the plainest."""
-    options = ", ".join(part for part in _options(module) if part not in _options(first))
+def describe_example(module: nn.Module, first: nn.Module) -> str:
+    """Describe how an example differs from the first and plainest example of its kind."""
+    options = ", ".join(option for option in _options(module) if option not in _options(first))
     name = type(module).__name__
     return (
         options
@@ -266,14 +279,14 @@ def described(module: nn.Module, first: nn.Module) -> str:
 def _options(module: nn.Module) -> list[str]:
     text = short(module.extra_repr())
     if isinstance(module, nn.MultiheadAttention):  # which does not say them
-        own = {
+        attributes = {
             "batch_first": module.batch_first,
             "kdim": module.kdim,
             "add_bias_kv": module.bias_k is not None,
         }
-        text = ", ".join(f"{name}={value}" for name, value in own.items())
-    parts = re.split(r", (?=\w+=)", text)
-    return [part for part in parts if "=" in part and not re.match(ORDINARY, part)]
+        text = ", ".join(f"{name}={value}" for name, value in attributes.items())
+    options = re.split(r", (?=\w+=)", text)
+    return [option for option in options if "=" in option and not re.match(ORDINARY, option)]
 
 
 def quiet() -> None:

@@ -1,5 +1,5 @@
-"""What each variant means, on dense matrices and from its paper alone: no cell is right because
-Veneer agrees with itself."""
+"""The definition of each variant on dense matrices, from its paper alone, so that the matrix does
+not compare Veneer with itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _product(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     return W + s * n["B"] @ n["A"]
 
 
-def _moved(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+def _product_minus_start(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     return W + s * (n["B"] @ n["A"] - n["B0"] @ n["A0"])
 
 
@@ -30,7 +30,7 @@ def _dora(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     return n["magnitude"].view(norm.shape) * V / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
-def _pooled(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
+def _product_on_pooled_input(n: Mapping[str, Tensor], s: float, W: Tensor) -> Tensor:
     pooled = n["A1"].shape[-1]
     size = W.shape[-1] // pooled
     group = torch.arange(W.shape[-1]) // size
@@ -48,15 +48,15 @@ MEANINGS: dict[str, Meaning] = {
     "eva": _product,
     "dora": _dora,
     "dora_rslora": _dora,
-    "pissa": _moved,
-    "olora": _moved,
-    "lora_ga": _moved,
-    "loftq": lambda n, s, W: _moved(n, s, W) + n["B0"] @ n["A0"],
-    "milora": _moved,
-    "corda": _moved,
-    "corda_kpm": _moved,
+    "pissa": _product_minus_start,
+    "olora": _product_minus_start,
+    "lora_ga": _product_minus_start,
+    "loftq": lambda n, s, W: _product_minus_start(n, s, W) + n["B0"] @ n["A0"],
+    "milora": _product_minus_start,
+    "corda": _product_minus_start,
+    "corda_kpm": _product_minus_start,
     "mica": _product,
-    "qalora": _pooled,
+    "qalora": _product_on_pooled_input,
     "lora_xs": lambda n, s, W: W + s * n["B"] @ n["R"] @ n["A"],
     "vera": lambda n, s, W: W + s * n["b"].diag_embed() @ n["B"] @ n["d"].diag_embed() @ n["A"],
     "adalora": lambda n, s, W: W + s * n["B"] @ (n["E"] * n["mask"]).diag_embed() @ n["A"],

@@ -37,7 +37,7 @@ from .cases import (
     attach,
     attach_where_possible,
     breaks_of,
-    described,
+    describe_example,
     flats,
     quiet,
     reason,
@@ -62,12 +62,15 @@ def weights_of(base: Side, handle: veneer.Handle) -> tuple[dict[str, Tensor], di
     leaves: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for path, change in handle.changes.items():
-        own = {
+        parameters = {
             name: number.detach().double().requires_grad_()
             for name, number in change.named_parameters()
         }
-        leaves |= {f"{path}.{name}": number for name, number in own.items()}
-        numbers = {**{name: buffer.double() for name, buffer in change.named_buffers()}, **own}
+        leaves |= {f"{path}.{name}": number for name, number in parameters.items()}
+        numbers = {
+            **{name: buffer.double() for name, buffer in change.named_buffers()},
+            **parameters,
+        }
         values[path] = meaning(
             change,
             ALPHA,
@@ -75,48 +78,50 @@ def weights_of(base: Side, handle: veneer.Handle) -> tuple[dict[str, Tensor], di
             numbers,
             base.get_parameter(path).detach().double(),
         )
-    for path, part in handle.layers.items():
-        for name, parameter in part.full.named_parameters():
+    for path, layer_state in handle.layers.items():
+        for name, parameter in layer_state.full.named_parameters():
             leaves[f"{path}.{name}"] = values[f"{path}.{name}"] = (
                 parameter.detach().double().requires_grad_()
             )
     return values, leaves
 
 
-def expected(
+def reference_outputs(
     case: Case, examples: Mapping[str, tuple]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(y by example, the trained numbers as leaves by name), with a graph from these to those."""
     handle = veneer.Handle(case.model, case.name)
     values, leaves = weights_of(case.base, handle)
-    for path, part in handle.layers.items():
-        values |= {f"{path}.{name}": buffer.clone() for name, buffer in part.full.named_buffers()}
+    for path, layer_state in handle.layers.items():
+        values |= {
+            f"{path}.{name}": buffer.clone() for name, buffer in layer_state.full.named_buffers()
+        }
     outputs = {}
     for example, args in examples.items():
-        own = {
+        example_weights = {
             path.removeprefix(f"{example}."): v
             for path, v in values.items()
             if path.startswith(f"{example}.")
         }
-        outputs[example] = flat(definition(getattr(case.base, example), own, args))
+        outputs[example] = flat(definition(getattr(case.base, example), example_weights, args))
     return outputs, leaves
 
 
 def forward(case: Case) -> Found:
     with torch.no_grad():
-        wanted, _ = expected(case, case.inputs)
+        wanted, _ = reference_outputs(case, case.inputs)
         base = flats(case.base(case.inputs))
-        found: Found = {}
+        verdicts: Found = {}
         for path in PATHS:
             with context.override(path=path):
                 for example, y in case.outputs().items():
-                    found[example] = found.get(example) or _within(
+                    verdicts[example] = verdicts.get(example) or _within(
                         error(y, wanted[example]), FORWARD
                     )
     idle = {example for example, y in base.items() if error(y, wanted[example]) < 1e-3}
     return {
         example: "the adapter changes nothing" if example in idle else why
-        for example, why in found.items()
+        for example, why in verdicts.items()
     }
 
 
@@ -124,7 +129,7 @@ def gradient(case: Case) -> Found:
     inputs = pytree.tree_map(
         lambda x: x.clone().requires_grad_() if _is_float(x) else x, dict(case.inputs)
     )
-    wanted, leaves = expected(case, inputs)
+    wanted, leaves = reference_outputs(case, inputs)
     weights = {example: torch.randn_like(y) for example, y in wanted.items()}
     xs = [
         (example, x)
@@ -132,11 +137,11 @@ def gradient(case: Case) -> Found:
         for x in pytree.tree_leaves(args)
         if _is_float(x)
     ]
-    own = dict(veneer.Handle(case.model, case.name).named_parameters())
-    if list(own) != list(leaves):
-        raise Inexact(f"trains {list(own)}")
-    names = [*(name.partition(".")[0] for name in own), *(example for example, _ in xs)]
-    found: Found = dict.fromkeys(case.inputs, EXACT)
+    parameters = dict(veneer.Handle(case.model, case.name).named_parameters())
+    if list(parameters) != list(leaves):
+        raise Inexact(f"trains {list(parameters)}")
+    names = [*(name.partition(".")[0] for name in parameters), *(example for example, _ in xs)]
+    verdicts: Found = dict.fromkeys(case.inputs, EXACT)
 
     def gradients(
         outputs: Mapping[str, Tensor], numbers: Mapping[str, Tensor]
@@ -146,11 +151,11 @@ def gradient(case: Case) -> Found:
 
     truth = gradients(wanted, leaves)
     for path in PATHS:
-        with context.override(path=path), veneer.use(case.model, case.name):
-            actual = gradients(flats(case.model(inputs)), own)
+        with context.changed(path=path), veneer.use(case.model, case.name):
+            actual = gradients(flats(case.model(inputs)), parameters)
         for example, mine, true in zip(names, actual, truth, strict=True):
-            found[example] = found[example] or _within(error(mine, true), GRADIENT)
-    return found
+            verdicts[example] = verdicts[example] or _within(error(mine, true), GRADIENT)
+    return verdicts
 
 
 def merge(case: Case) -> Found:
@@ -158,9 +163,9 @@ def merge(case: Case) -> Found:
     to W + ΔW."""
     adapted = case.outputs()
     veneer.merge(case.model, case.name)
-    found: Found = {}
+    verdicts: Found = {}
     for example, y in case.outputs().items():
-        found[example] = _within(error(y, adapted[example]), FORWARD, "other outputs")
+        verdicts[example] = _within(error(y, adapted[example]), FORWARD, "other outputs")
     veneer.unmerge(case.model)
     model, handle = in_bfloat16(case)
     exact, _ = weights_of(model, handle)
@@ -173,29 +178,29 @@ def merge(case: Case) -> Found:
     for path, values in exact.items():
         wrong = wrong_roundings(model.get_parameter(path).detach(), values.detach())
         example = path.partition(".")[0]
-        found[example] = found[example] or (
+        verdicts[example] = verdicts[example] or (
             f"{wrong} weights are not rounded to the nearest" if wrong else EXACT
         )
-    return found
+    return verdicts
 
 
 def unmerge(case: Case) -> Found:
     """The bits after every cycle: an error that undoes itself in the next one is an error too."""
     model, handle = in_bfloat16(case)
     before = bits(model)
-    found: Found = dict.fromkeys(case.inputs, EXACT)
+    verdicts: Found = dict.fromkeys(case.inputs, EXACT)
     for _ in range(CYCLES):
         handle.merge()
         merged = bits(model)
         handle.unmerge()
         after = bits(model)
-        for example in found:
-            own = [key for key in before if key.startswith(f"{example}.")]
-            if not any(not torch.equal(merged[key], before[key]) for key in own):
-                found[example] = found[example] or "the merge changed nothing"
-            if not all(torch.equal(after[key], before[key]) for key in own):
-                found[example] = found[example] or "other bits"
-    return found
+        for example in verdicts:
+            keys = [key for key in before if key.startswith(f"{example}.")]
+            if not any(not torch.equal(merged[key], before[key]) for key in keys):
+                verdicts[example] = verdicts[example] or "the merge changed nothing"
+            if not all(torch.equal(after[key], before[key]) for key in keys):
+                verdicts[example] = verdicts[example] or "other bits"
+    return verdicts
 
 
 def in_bfloat16(case: Case) -> tuple[Side, veneer.Handle]:
@@ -219,15 +224,15 @@ def save_load(case: Case) -> Found:
     before = case.outputs()
     with torch.no_grad():
         after = flats(fresh(case.inputs))
-    found: Found = {}
+    verdicts: Found = {}
     for example in case.inputs:
-        own = [name for name in mine if name.startswith(f"{example}.")]
-        same = all(torch.equal(mine[name], theirs[name]) for name in own)
+        names = [name for name in mine if name.startswith(f"{example}.")]
+        same = all(torch.equal(mine[name], theirs[name]) for name in names)
         equal = torch.equal(before[example], after[example])
-        found[example] = (
+        verdicts[example] = (
             EXACT if same and equal else "other outputs" if same else "other trained numbers"
         )
-    return found
+    return verdicts
 
 
 def mixed_batch(case: Case) -> Found:
@@ -238,40 +243,44 @@ def bank(case: Case) -> Found:
     """From the folders of both adapters, on a base of its own."""
     model = copy.deepcopy(case.base)
     with tempfile.TemporaryDirectory() as folder:
-        own = veneer.Bank(model)
+        adapter_bank = veneer.Bank(model)
         for name in (case.name, case.other):
             veneer.save(case.model, Path(folder) / name, name=name)
-            own.add(Path(folder) / name)
-        return _of_rows(case, own.rows, model)
+            adapter_bank.add(Path(folder) / name)
+        return _of_rows(case, adapter_bank.rows, model)
 
 
 def _of_rows(case: Case, select: Select, model: Side) -> Found:
-    found: Found = {}
+    verdicts: Found = {}
     for example, args in case.inputs.items():
         count = case.rows[example]
         try:
-            found[example] = (
-                LEFT_OUT if count is None else _mixed(case, example, args, count, select, model)
+            verdicts[example] = (
+                LEFT_OUT
+                if count is None
+                else _check_mixed_rows(case, example, args, count, select, model)
             )
-        except Exception as own:
-            found[example] = reason(own)
-    return found
+        except Exception as error:
+            verdicts[example] = reason(error)
+    return verdicts
 
 
-def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, model: Side) -> str:
+def _check_mixed_rows(
+    case: Case, example: str, args: tuple, count: int, select: Select, model: Side
+) -> str:
     """Rows in such an order that they must be brought back into it, as those of one adapter run
     together. Fewer than four are repeated: two would have one order alone."""
     choices = (case.name, case.other, None)
-    whole = []
+    outputs_by_choice = []
     if 0 < count < 4:
         module, again = getattr(case.base, example), torch.arange(4) % count
-        own, named = case.kind.take(module, args, {}, again, count)
-        args, count = inspect.signature(module.forward).bind(*own, **named).args, 4
+        row_args, row_kwargs = case.kind.take(module, args, {}, again, count)
+        args, count = inspect.signature(module.forward).bind(*row_args, **row_kwargs).args, 4
     count = abs(count)
     with torch.no_grad():
         for name in choices:
             with veneer.use(case.model, name):
-                whole.append(case.model({example: args})[example])
+                outputs_by_choice.append(case.model({example: args})[example])
         for pattern in (
             (case.name, case.other, case.name, None),
             (None, case.name, case.name, case.other),
@@ -283,7 +292,7 @@ def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, mo
             order = torch.tensor(
                 [choices.index(name) * count + row for row, name in enumerate(names)]
             )
-            expected = case.kind.put(getattr(case.model, example), whole, order)
+            expected = case.kind.put(getattr(case.model, example), outputs_by_choice, order)
             if why := _within(
                 error(flat(mixed), flat(expected)), FORWARD, "differs from the rows alone"
             ):
@@ -291,49 +300,49 @@ def _mixed(case: Case, example: str, args: tuple, count: int, select: Select, mo
     return EXACT
 
 
-def compiled(case: Case) -> Found:
+def compile_model(case: Case) -> Found:
     """Into one graph, but for what breaks without an adapter too; then with graph breaks."""
     broken = {example: args for example, args in case.inputs.items() if case.breaks[example]}
     rest = {example: args for example, args in case.inputs.items() if not case.breaks[example]}
-    found: Found = {}
+    verdicts: Found = {}
     if broken:
-        split = _compiled(case, broken, fullgraph=False)
-        found |= {
+        split = _check_compiled(case, broken, fullgraph=False)
+        verdicts |= {
             e: why or f"{NOTE}a gap in the compiled graph, as without an adapter: {case.breaks[e]}"
             for e, why in split.items()
         }
     if rest:
         try:
-            found |= _compiled(case, rest, fullgraph=True)
-        except Exception as own:
+            verdicts |= _check_compiled(case, rest, fullgraph=True)
+        except Exception as error:
             if len(case.inputs) > 1:
                 raise
-            split = _compiled(case, rest, fullgraph=False)
-            found |= {
-                e: why or f"{NOTE}a gap in the compiled graph: {reason(own)}"
+            split = _check_compiled(case, rest, fullgraph=False)
+            verdicts |= {
+                e: why or f"{NOTE}a gap in the compiled graph: {reason(error)}"
                 for e, why in split.items()
             }
-    return found
+    return verdicts
 
 
-def _compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found:
+def _check_compiled(case: Case, inputs: Mapping[str, tuple], fullgraph: bool) -> Found:
     run = case.compiled.setdefault(
         fullgraph, torch.compile(case.model, backend="aot_eager", fullgraph=fullgraph)
     )
-    found: Found = dict.fromkeys(inputs, EXACT)
+    verdicts: Found = dict.fromkeys(inputs, EXACT)
     for name in (case.name, case.other, case.name):
         with veneer.use(case.model, name), torch.no_grad():
             actual, wanted = flats(run(inputs)), flats(case.model(inputs))
-        found = {
-            e: found[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager")
+        verdicts = {
+            e: verdicts[e] or _within(error(actual[e], wanted[e]), FORWARD, "differs from eager")
             for e in inputs
         }
-    return found
+    return verdicts
 
 
 WITHOUT = (
-    "PEFT computes it exactly, but leaves numbers out of the folder that it writes: those of a vector that is trained "
-    "in full, if its module has other parameters or running statistics"
+    "PEFT computes it exactly, but leaves numbers out of the folder that it writes: those of a"
+    " vector that is trained in full, if its module has other parameters or running statistics"
 )
 
 
@@ -346,9 +355,9 @@ def peft_round_trip(case: Case) -> Found:
             return peft.PeftModel.from_pretrained(copy.deepcopy(case.base), f"{folder}/ours").eval()
 
         try:
-            there = theirs()
-            outputs = flats(there(case.inputs))
-            there.save_pretrained(f"{folder}/theirs")
+            peft_model = theirs()
+            outputs = flats(peft_model(case.inputs))
+            peft_model.save_pretrained(f"{folder}/theirs")
             same = {example: error(outputs[example], y) <= PEFT for example, y in wanted.items()}
             merged = (
                 outputs if all(same.values()) else flats(theirs().merge_and_unload()(case.inputs))
@@ -362,17 +371,17 @@ def peft_round_trip(case: Case) -> Found:
             {*load_file(f"{folder}/{whose}/adapter_model.safetensors")}
             for whose in ("ours", "theirs")
         )
-    found: Found = {}
+    verdicts: Found = {}
     for example, y in wanted.items():
         if same[example]:
             lost = any(f".{example}." in key for key in ours - rewritten)
             why = WITHOUT if lost else "what PEFT then writes gives other outputs"
-            found[example] = _within(error(again[example], y), PEFT, why)
+            verdicts[example] = _within(error(again[example], y), PEFT, why)
         elif error(merged[example], y) <= PEFT:
-            found[example] = "PEFT's forward differs from its own merge, which is ours"
+            verdicts[example] = "PEFT's forward differs from its own merge, which is ours"
         else:
-            found[example] = "PEFT computes something else from the same numbers"
-    return found
+            verdicts[example] = "PEFT computes something else from the same numbers"
+    return verdicts
 
 
 OPERATIONS: dict[str, Callable[[Case], Found]] = {
@@ -383,13 +392,13 @@ OPERATIONS: dict[str, Callable[[Case], Found]] = {
     "save/load": save_load,
     "mixed batch": mixed_batch,
     "bank": bank,
-    "compile": compiled,
+    "compile": compile_model,
     "PEFT round trip": peft_round_trip,
 }
 
 
-def _within(found: float, bound: float, what: str = "differs from the definition") -> str:
-    return EXACT if found <= bound else what
+def _within(distance: float, bound: float, problem: str = "differs from the definition") -> str:
+    return EXACT if distance <= bound else problem
 
 
 def _is_float(x: Any) -> bool:
@@ -399,16 +408,16 @@ def _is_float(x: Any) -> bool:
 def numbers_of(handle: veneer.Handle) -> dict[str, Tensor]:
     """Every number of an adapter, frozen ones and running statistics too, but for those of an input
     that never changes: they have no effect, and stand as zeros in a file."""
-    found: dict[str, Tensor] = {}
-    for at, change in handle.changes.items():
-        found |= {f"{at}.{name}": value for name, value in change.adapter_parameters.items()}
+    values: dict[str, Tensor] = {}
+    for path, change in handle.changes.items():
+        values |= {f"{path}.{name}": value for name, value in change.adapter_parameters.items()}
         if change.frozen_input is not None and "A" in change.adapter_parameters:
-            found[f"{at}.A"] = change.adapter_parameters["A"].index_fill(
+            values[f"{path}.A"] = change.adapter_parameters["A"].index_fill(
                 2, torch.tensor([change.frozen_input]), 0
             )
-    for at, part in handle.layers.items():
-        found |= {f"{at}.{name}": value for name, value in part.full.state_dict().items()}
-    return {name: value.detach() for name, value in found.items()}
+    for path, layer_state in handle.layers.items():
+        values |= {f"{path}.{name}": value for name, value in layer_state.full.state_dict().items()}
+    return {name: value.detach() for name, value in values.items()}
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -436,20 +445,20 @@ def wrong_roundings(rounded: Tensor, exact: Tensor) -> int:
 
 
 def run(operation: Callable[[Case], Found], case: Case) -> Found:
-    """What an operation says of each example; if it fails on all at once, of each alone."""
+    """Run an operation on all examples; if that raises, run it on each example alone."""
     try:
         return operation(case)
     except Exception as failed:
         if len(case.inputs) == 1:
             return dict.fromkeys(case.inputs, reason(failed))
-        found: Found = {}
+        verdicts: Found = {}
         for example in case.inputs:
-            found |= run(operation, case.solo(example))
-        # Each alone is exact: then it was their company.
+            verdicts |= run(operation, case.solo(example))
+        # every example alone is exact, so the error comes from running them together
         return (
-            found
-            if any(found.values())
-            else dict.fromkeys(found, f"side by side: {reason(failed)}")
+            verdicts
+            if any(verdicts.values())
+            else dict.fromkeys(verdicts, f"side by side: {reason(failed)}")
         )
 
 
@@ -482,12 +491,12 @@ def of_layer(
     refused = {
         variant.name: attach_where_possible(base, model, variant, inputs) for variant in chosen
     }
-    whole = [name for name, why in refused.items() if not why]
+    complete = [name for name, why in refused.items() if not why]
     results = Results(
         name,
         {},
         {
-            name: described(getattr(base, name), base.get_submodule("m0"))
+            name: describe_example(getattr(base, name), base.get_submodule("m0"))
             for name in inputs
             if name != "beside"
         },
@@ -495,13 +504,17 @@ def of_layer(
     for variant in chosen:
         torch.manual_seed(0)
         why = refused[variant.name]
-        own = {name: args for name, args in inputs.items() if name not in why}
-        other = next(name for name in whole if name != variant.name)
-        case = Case(kind, variant, base, own, model, other, rows, breaks, compiled_)
-        found = {
-            what: {**why, **(run(OPERATIONS[what], case) if own else {})} for what in operations
+        variant_inputs = {name: args for name, args in inputs.items() if name not in why}
+        second_variant = next(name for name in complete if name != variant.name)
+        case = Case(
+            kind, variant, base, variant_inputs, model, second_variant, rows, breaks, compiled_
+        )
+        verdicts_by_operation = {
+            operation: {**why, **(run(OPERATIONS[operation], case) if variant_inputs else {})}
+            for operation in operations
         }
-        results.found[variant.name] = {
-            what: {name: each[name] for name in results.examples} for what, each in found.items()
+        results.verdicts[variant.name] = {
+            operation: {name: each[name] for name in results.examples}
+            for operation, each in verdicts_by_operation.items()
         }
     return results

@@ -18,24 +18,30 @@ class Page:
         self.notes: dict[str, int] = {}
         self.counts = {"exact": 0, "exact, with a note": 0, "in part": 0, "no": 0}
 
-    def cell(self, found: Found, examples: Mapping[str, str]) -> tuple[str, str]:
+    def cell(self, verdicts: Found, examples: Mapping[str, str]) -> tuple[str, str]:
         """(the class of a cell, its text)."""
-        asked = {example: why for example, why in found.items() if why is not LEFT_OUT}
+        verdicts_with_rows = {
+            example: why for example, why in verdicts.items() if why is not LEFT_OUT
+        }
         reasons: dict[str, list[str]] = {}
-        for example, why in asked.items():
+        for example, why in verdicts_with_rows.items():
             if why:
                 reasons.setdefault(why, []).append(f"`{examples[example]}`")
-        if asked and not reasons:
+        if verdicts_with_rows and not reasons:
             return "exact", "exact"
         texts = [
-            why if len(own) == len(asked) else f"{', '.join(dict.fromkeys(own))}: {why}"
-            for why, own in reasons.items()
+            (
+                why
+                if len(labels) == len(verdicts_with_rows)
+                else f"{', '.join(dict.fromkeys(labels))}: {why}"
+            )
+            for why, labels in reasons.items()
         ]
         number = self.notes.setdefault(
             "; ".join(texts) or "no example has rows", len(self.notes) + 1
         )
-        good = sum(not why or why.startswith((NOTE, GRID)) for why in asked.values())
-        if asked and good == len(asked):
+        good = sum(not why or why.startswith((NOTE, GRID)) for why in verdicts_with_rows.values())
+        if verdicts_with_rows and good == len(verdicts_with_rows):
             rounded = any(why.startswith(GRID) for why in reasons)
             return "exact, with a note", f"{'to its grid' if rounded else 'exact'} [^{number}]"
         kind = "in part" if good else "no"
@@ -44,21 +50,21 @@ class Page:
     def rows(self, results: Results) -> Iterator[tuple[str, list[str]]]:
         """(variants, cells): one row for all variants of which the same was found."""
         groups: dict[tuple[str, ...], list[str]] = {}
-        for name, found in results.found.items():
-            cells = [self.cell(each, results.examples) for each in found.values()]
+        for name, operations in results.verdicts.items():
+            cells = [self.cell(each, results.examples) for each in operations.values()]
             for kind, _ in cells:
                 self.counts[kind] += 1
             groups.setdefault(tuple(text for _, text in cells), []).append(name)
         most = max(groups.values(), key=len)
         for cells, names in groups.items():
-            others = [name for name in results.found if name not in names]
-            if not others:
-                said = f"all {len(names)}" if len(names) > 1 else ""
-            elif names is most and len(others) < len(names):
-                said = f"all but {', '.join(others)}"
+            remaining = [name for name in results.verdicts if name not in names]
+            if not remaining:
+                variants = f"all {len(names)}" if len(names) > 1 else ""
+            elif names is most and len(remaining) < len(names):
+                variants = f"all but {', '.join(remaining)}"
             else:
-                said = ", ".join(names)
-            yield said, list(cells)
+                variants = ", ".join(names)
+            yield variants, list(cells)
 
 
 INTRO = """# What works with what
@@ -74,21 +80,40 @@ size of what is compared:
 """
 
 MEANINGS = {
-    "forward": "in float64, a call as it is made, and on both paths that it can be told to take (adding ΔW x, and "
-    "forming W + ΔW), is within 1e-10 of the definition: the module's own forward on gain ⊙ (W + ΔW), with ΔW and gain "
-    "as the variant's paper says",
-    "gradient": "on the same paths, of every adapter parameter and input, within 1e-9 of autograd through the "
-    "definition",
-    "merge": "the merged outputs are within 1e-10 of the adapted ones; in bfloat16 every merged weight is W + ΔW "
-    "rounded to the nearest",
-    "unmerge": f"in bfloat16, after each of {CYCLES} merges and unmerges, every bit of the base is back",
-    "save/load": "on a fresh base, the same config, the same adapter parameters and the same bits of output",
-    "mixed batch": "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows of "
-    "whole batches",
-    "bank": "the same of a `veneer.Bank` that holds the adapters from their folders, on a base of its own",
-    "compile": "`torch.compile` into one graph, switched between two adapters, is within 1e-10 of eager",
-    "PEFT round trip": "what PEFT loads and computes from our folder, and what we load from the folder that PEFT then "
-    "writes, within 1e-5",
+    "forward": (
+        "in float64, a call as it is made, and on both paths that it can be told to take (adding ΔW"
+        " x, and forming W + ΔW), is within 1e-10 of the definition: the module's own forward on"
+        " gain ⊙ (W + ΔW), with ΔW and gain as the variant's paper says"
+    ),
+    "gradient": (
+        "on the same paths, of every adapter parameter and input, within 1e-9 of autograd through"
+        " the definition"
+    ),
+    "merge": (
+        "the merged outputs are within 1e-10 of the adapted ones; in bfloat16 every merged weight"
+        " is W + ΔW rounded to the nearest"
+    ),
+    "unmerge": (
+        f"in bfloat16, after each of {CYCLES} merges and unmerges, every bit of the base is back"
+    ),
+    "save/load": (
+        "on a fresh base, the same config, the same adapter parameters and the same bits of output"
+    ),
+    "mixed batch": (
+        "rows of one batch that use this adapter, none and another one are within 1e-10 of the rows"
+        " of whole batches"
+    ),
+    "bank": (
+        "the same of a `veneer.Bank` that holds the adapters from their folders, on a base of"
+        " its own"
+    ),
+    "compile": (
+        "`torch.compile` into one graph, switched between two adapters, is within 1e-10 of eager"
+    ),
+    "PEFT round trip": (
+        "what PEFT loads and computes from our folder, and what we load from the folder that PEFT"
+        " then writes, within 1e-5"
+    ),
 }
 
 NOTES = """
@@ -110,42 +135,45 @@ other libraries: [quantised-bases.md](quantised-bases.md).
 """
 
 
-def counted(counts: Mapping[str, int]) -> str:
-    return f"{sum(counts.values())} cells: {', '.join(f'{count} {kind}' for kind, count in counts.items())}."
+def format_counts(counts: Mapping[str, int]) -> str:
+    return (
+        f"{sum(counts.values())} cells:"
+        f" {', '.join(f'{count} {kind}' for kind, count in counts.items())}."
+    )
 
 
 def page(layers: list[Results], storages: list[Results]) -> tuple[str, str]:
     """(the page, its summary)."""
-    made = Page()
+    builder = Page()
     lines = [
         f"| layer | variants | {' | '.join(OPERATIONS)} |",
         "|---" * (len(OPERATIONS) + 2) + "|",
     ]
     for results in layers:
-        for said, cells in made.rows(results):
-            lines.append(f"| {results.name} | {said} | {' | '.join(cells)} |")
+        for variants, cells in builder.rows(results):
+            lines.append(f"| {results.name} | {variants} | {' | '.join(cells)} |")
     sizes = (
         f"{len(layers)} layers × {len(VARIANTS.names())} variants × {len(OPERATIONS)} operations"
     )
-    summary = f"{sizes} = {counted(made.counts)}"
+    summary = f"{sizes} = {format_counts(builder.counts)}"
     lines += ["", summary, ""]
     skipped = {
         f"{results.name} (`{results.examples[example]}`)": None
         for results in layers
-        for found in results.found.values()
-        for example, why in found["mixed batch"].items()
+        for operations in results.verdicts.values()
+        for example, why in operations["mixed batch"].items()
         if why is LEFT_OUT
     }
     lines += [f"Examples without rows: {', '.join(skipped)}.", ""] if skipped else []
     lines += ["## Storages of a linear layer's weight, with variant `lora`", STORAGE_NOTES]
     lines += [f"| storage | examples | {' | '.join(STORED)} |", "|---" * (len(STORED) + 2) + "|"]
-    made.counts = dict.fromkeys(made.counts, 0)
+    builder.counts = dict.fromkeys(builder.counts, 0)
     for results in storages:
-        for _, row in made.rows(results):
+        for _, row in builder.rows(results):
             kinds = ", ".join(dict.fromkeys(results.examples.values()))
             lines.append(f"| {results.name} | {kinds} | {' | '.join(row)} |")
-    more = f"{len(storages)} storages × {len(STORED)} operations = {counted(made.counts)}"
+    more = f"{len(storages)} storages × {len(STORED)} operations = {format_counts(builder.counts)}"
     lines += ["", more, ""]
-    lines += [f"[^{number}]: {text}." for text, number in made.notes.items()]
+    lines += [f"[^{number}]: {text}." for text, number in builder.notes.items()]
     meanings = "\n".join(f"| {operation} | {MEANINGS[operation]} |" for operation in OPERATIONS)
     return f"{INTRO}{meanings}\n{NOTES}\n" + "\n".join(lines) + "\n", f"{summary}\n{more}"

@@ -45,7 +45,7 @@ class Stored:
         return self.model({"m0": (self.x if x is None else x,)})["m0"]
 
 
-def stored(storage: Storage, module: nn.Module, again: nn.Module) -> Stored:
+def create_case(storage: Storage, module: nn.Module, again: nn.Module) -> Stored:
     base, model = Side({"m0": again.eval()}), Side({"m0": module.eval()})
     handle = veneer.attach(model, veneer.LoraConfig(rank=2, alpha=2, targets="all"))
     randomise(handle)
@@ -103,9 +103,11 @@ def stored_forward(case: Stored) -> str:
 
 def stored_gradient(case: Stored) -> str:
     (change,) = case.handle.changes.values()
-    own = dict(change.named_parameters())
+    parameters = dict(change.named_parameters())
     x, x64 = case.x.clone().requires_grad_(), case.x.double().requires_grad_()
-    numbers = {name: number.detach().double().requires_grad_() for name, number in own.items()}
+    numbers = {
+        name: number.detach().double().requires_grad_() for name, number in parameters.items()
+    }
     _, wanted = stored_truth(case, x64, numbers, change.scale)
     weights = torch.randn_like(wanted)
     truth = torch.autograd.grad((wanted * weights).sum(), [*numbers.values(), x64])
@@ -113,24 +115,24 @@ def stored_gradient(case: Stored) -> str:
     def gradients(path: str | None) -> tuple[Tensor, ...]:
         with context.override(path=path):
             y = case(x)
-            return torch.autograd.grad(y, [*own.values(), x], weights.to(y.dtype))
+            return torch.autograd.grad(y, [*parameters.values(), x], weights.to(y.dtype))
 
-    def differ(found: tuple[Tensor, ...]) -> list[str]:
+    def differ(gradients: tuple[Tensor, ...]) -> list[str]:
         return [
             name
-            for name, a, b in zip((*own, "x"), found, truth, strict=True)
+            for name, a, b in zip((*parameters, "x"), gradients, truth, strict=True)
             if not error(a, b) <= bound
         ]
 
-    found, bound = gradients(None), 2 * BOUNDS[case.x.dtype]
-    wrong = differ(gradients("materialised")) or differ(found)
+    default_gradients, bound = gradients(None), 2 * BOUNDS[case.x.dtype]
+    wrong = differ(gradients("materialised")) or differ(default_gradients)
     if wrong == ["x"]:
         with veneer.use(case.model, None):
             (plain,) = torch.autograd.grad((case(x) * weights.to(x.dtype)).sum(), x)
         share = weights @ (change.scale * product(change))
         if (
-            error(found[-1], plain.double() + share) <= bound
-            and error(found[-1], truth[-1]) <= LIBRARY
+            error(default_gradients[-1], plain.double() + share) <= bound
+            and error(default_gradients[-1], truth[-1]) <= LIBRARY
         ):
             return ROUNDS.format("the gradient of x")
     return f"differs for {', '.join(wrong)}" if wrong else EXACT
@@ -164,8 +166,8 @@ def stored_merge(case: Stored) -> str:
         far > 0.01 * exact.numel()
     ):  # a block may stay as it was, where that is nearer than a grid of its own
         return f"{far} weights are not rounded to the nearest"
-    kept = 10 * round(10 * retention)  # coarse, so that no other machine rounds it otherwise
-    return f"{GRID}about {kept}% of a change a tenth as large as the weight"
+    percent = 10 * round(10 * retention)  # coarse, so that no other machine rounds it otherwise
+    return f"{GRID}about {percent}% of a change a tenth as large as the weight"
 
 
 #: float64 products that are summed in another order may round otherwise, once in a long while
@@ -176,34 +178,34 @@ def farther(merged: Tensor, exact: Tensor) -> int:
     """How many numbers have a nearer one on their own grid. Of the grid that a block shares those
     points are known that its other numbers lie on; 16 in a row are in one block of every
     storage."""
-    found, wanted = merged.reshape(-1, 16), exact.reshape(-1, 16)
-    nearest = (found[:, None, :] - wanted[:, :, None]).abs().amin(2)
-    slack = 0.002 * found.abs().amax(
+    rounded, targets = merged.reshape(-1, 16), exact.reshape(-1, 16)
+    nearest = (rounded[:, None, :] - targets[:, :, None]).abs().amin(2)
+    slack = 0.002 * rounded.abs().amax(
         1, keepdim=True
     )  # a scale that is rounded itself moves the grid
-    return int(((found - wanted).abs() > nearest + slack).sum())
+    return int(((rounded - targets).abs() > nearest + slack).sum())
 
 
 def stored_unmerge(case: Stored) -> str:
-    def held() -> dict[str, Tensor]:
+    def snapshot() -> dict[str, Tensor]:
         """The weight as it is stored, as it is read, and what it is computed from."""
         computed = case.weight.state_dict() if isinstance(case.weight, nn.Module) else {}
-        found = {
+        tensors = {
             **case.storage.stored_tensors(case.weight),
             **computed,
             "dense": case.storage.dense(case.weight),
         }
-        return {name: value.detach().clone() for name, value in found.items()}
+        return {name: value.detach().clone() for name, value in tensors.items()}
 
     same, moved = True, True
     with torch.no_grad():
-        before, y = held(), case()
+        before, y = snapshot(), case()
         for _ in range(3):
             case.handle.merge()
-            merged = held()
+            merged = snapshot()
             case()
             case.handle.unmerge()
-            after = held()
+            after = snapshot()
             moved &= not torch.equal(merged["dense"], before["dense"])
             same &= before.keys() == after.keys() and all(
                 torch.equal(after[name], before[name]) for name in before
@@ -242,25 +244,25 @@ def of_storage(name: str, operations: Sequence[str] = tuple(STORED)) -> Results:
     """Every operation on every example of one storage, or some of them."""
     quiet()
     storage = BASES[name]
-    results = Results(name, {name: {what: {} for what in operations}}, {})
+    results = Results(name, {name: {operation: {} for operation in operations}}, {})
     torch.manual_seed(0)
     fresh = list(storage.examples())  # the same again, as not every storage can be copied
     torch.manual_seed(0)
     for number, module in enumerate(list(storage.examples())):
         example = f"m{number}"
         torch.manual_seed(number)
-        results.examples[example] = named(storage, weight_of(module, "weight"))
-        case = stored(storage, module, fresh[number])
-        for what in operations:
+        results.examples[example] = storage_label(storage, weight_of(module, "weight"))
+        case = create_case(storage, module, fresh[number])
+        for operation in operations:
             try:
-                found = STORED[what](case)
+                verdict = STORED[operation](case)
             except Exception as failed:
-                found = reason(failed)
-            results.found[name][what][example] = found
+                verdict = reason(failed)
+            results.verdicts[name][operation][example] = verdict
     return results
 
 
-def named(storage: Storage, weight: Any) -> str:
+def storage_label(storage: Storage, weight: Any) -> str:
     """A stored weight in a few words: the type of its packing, and its dtype if that is not
     float32."""
     if isinstance(weight, ParametrizationList):

@@ -297,7 +297,8 @@ def test_a_folder_that_was_written_before_is_proven_by_its_own_hash(folder, prov
     assert not verify(path, other).ok
     handle.save(tmp_path / "again")
     assert all(
-        one.startswith("xxh3:") for one in hashing.prints_in(record(tmp_path / "again")).values()
+        one.startswith("xxh3:")
+        for one in hashing.recorded_fingerprints(record(tmp_path / "again")).values()
     )
     assert veneer.compare(path, tmp_path / "again").base == "unknown"
     with pytest.raises(

@@ -46,7 +46,7 @@ def some(stands, mutation, count=30) -> list:
     MUTATIONS.clear()
     MUTATIONS[mutation] = real[mutation]
     try:
-        return [judge.one(number, 3, stands) for number in range(count)]
+        return [judge.judge_mutant(number, 3, stands) for number in range(count)]
     finally:
         MUTATIONS.clear()
         MUTATIONS.update(real)
@@ -109,5 +109,5 @@ def test_a_process_that_dies_or_hangs_is_a_failure(tmp_path, monkeypatch, target
 
 
 def test_one_mutant_is_the_same_each_time(stands):
-    first, again = (judge.one(11, 5, stands) for _ in range(2))
+    first, again = (judge.judge_mutant(11, 5, stands) for _ in range(2))
     assert (first.mutation, first.notes, first.kind) == (again.mutation, again.notes, again.kind)

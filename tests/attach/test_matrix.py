@@ -64,7 +64,7 @@ def cells(operation, layers, variants=VARIANT_NAMES):
         results = operations.of_layer(layer, VARIANT_NAMES, [operation])
         for variant in variants:
             found[layer, variant] = Page().cell(
-                results.found[variant][operation], results.examples
+                results.verdicts[variant][operation], results.examples
             )[0]
     return found
 
@@ -414,7 +414,7 @@ def stored_cells(operation, names=STORED_NAMES):
     return {
         (name, example): not why or why.startswith((NOTE, storages.GRID))
         for name in names
-        for example, why in storages.of_storage(name, [operation]).found[name][operation].items()
+        for example, why in storages.of_storage(name, [operation]).verdicts[name][operation].items()
     }
 
 

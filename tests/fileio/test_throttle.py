@@ -25,7 +25,7 @@ def run(busy, items=20):
     def loop():
         if busy is not None:
             throttle.throttle_loads(busy)
-        for item in throttle.throttled(range(items)):
+        for item in throttle.throttle(range(items)):
             came.append(item)
             work(throttle.SLICE / 2)
 
@@ -45,7 +45,7 @@ def test_pauses(busy):
     came, pauses = run(None if busy is None else lambda: busy)
     assert came == list(range(20))
     assert (5 <= len(pauses) <= 10) if busy else not pauses
-    assert list(throttle.throttled(range(3))) == [0, 1, 2]  # this thread was not told to
+    assert list(throttle.throttle(range(3))) == [0, 1, 2]  # this thread was not told to
 
 
 def test_a_bank_loads_slowly_beside_calls_and_fast_alone(tmp_path, monkeypatch):

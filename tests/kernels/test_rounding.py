@@ -90,7 +90,7 @@ def test_the_bound_is_needed_and_the_float32_path_is_taken(monkeypatch):
     expected = round_once(exact(weight, low), weight.dtype)
     monkeypatch.setattr(rounding, "_in_float64", None)
     assert torch.equal(fold(weight, low, rounding="nearest").weight, expected)
-    monkeypatch.setattr(rounding, "_again", lambda *_: 0.0)
+    monkeypatch.setattr(rounding, "_round_doubtful", lambda *_: 0.0)
     wrong = (fold(weight, low, rounding="nearest").weight != expected).sum()
     assert 0 < wrong < weight.numel() / 100
 

@@ -259,7 +259,7 @@ def stranger(folder):
     make_adapter(folder / "bad", 11, base_seed=1, **CONFIGS["plain"])
 
 
-def pickled(folder):
+def pickle_problems(folder):
     make_adapter(folder / "bad", 11, **CONFIGS["plain"])
     (folder / "bad" / "adapter_model.safetensors").write_bytes(
         b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."
@@ -284,7 +284,7 @@ def claiming(folder):
     )
 
 
-@pytest.mark.parametrize("spoil", [damaged, stranger, pickled, linked, claiming])
+@pytest.mark.parametrize("spoil", [damaged, stranger, pickle_problems, linked, claiming])
 def test_an_adapter_that_cannot_be_trusted_serves_nobody(it, folder, spoil):
     spoil(folder)
     before = {entry.name for entry in it.service.bank.status() if entry.resident}

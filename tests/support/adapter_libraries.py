@@ -96,17 +96,17 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 def frozen(model: Any) -> dict[str, torch.Tensor]:
     """A copy of what does not."""
-    own = trained(model)
+    parameters = trained(model)
     return {
         name: value.detach().clone()
         for name, value in model.state_dict().items()
-        if name not in own
+        if name not in parameters
     }
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[name]) for name, value in one.items()
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
     )
 
 

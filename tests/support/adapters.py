@@ -22,27 +22,27 @@ TENSORS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "v
 def numbers(handle) -> dict:
     """Copies of all that an adapter trained, by path. What never changes of A (a padding token) is
     no part of it."""
-    found = {}
+    values = {}
     for path, change in handle.changes.items():
         for name, value in change.adapter_parameters.items():
             value = value.detach().clone()
             if name == "A" and change.frozen_input is not None:
                 value[..., change.frozen_input] = 0
-            found[f"{path}.{name}"] = value
-    for path, part in handle.layers.items():
-        found |= {
+            values[f"{path}.{name}"] = value
+    for path, layer_state in handle.layers.items():
+        values |= {
             f"{path}.{name}": value.detach().clone()
-            for name, value in part.full.state_dict().items()
+            for name, value in layer_state.full.state_dict().items()
         }
-    return found
+    return values
 
 
-def same(one: dict, other: dict) -> None:
+def same(first: dict, second: dict) -> None:
     """Assert that tensors by name are equal to the bit."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype, name
-        assert torch.equal(value, other[name]), name
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert torch.equal(value, second[name]), name
 
 
 class Small(nn.Module):
@@ -149,10 +149,10 @@ def forge(path, tensors=None, record=None, config=None, own=None):
     save_file(kept, path / TENSORS, metadata={"veneer": json.dumps(told)})
 
 
-def put(at, *values):
-    """A change of a nested mapping: what stands ``at`` becomes the last of ``values``; nothing
+def put(path, *values):
+    """A change of a nested mapping: what stands ``path`` becomes the last of ``values``; nothing
     removes it."""
-    *above, last = at
+    *above, last = path
 
     def change(value):
         for key in above:

@@ -53,12 +53,12 @@ def alone(
     return shown, wrong
 
 
-def column(page: sync_api.Page, place: int) -> sync_api.Locator:
-    return page.locator(".column").nth(place)
+def column(page: sync_api.Page, index: int) -> sync_api.Locator:
+    return page.locator(".column").nth(index)
 
 
-def answer(page: sync_api.Page, place: int) -> sync_api.Locator:
-    return column(page, place).locator(".text")
+def answer(page: sync_api.Page, index: int) -> sync_api.Locator:
+    return column(page, index).locator(".text")
 
 
 def send(page: sync_api.Page, prompt: str = "one two three", tokens: int = 6) -> None:
@@ -76,5 +76,5 @@ def load(page: sync_api.Page, folder: str, name: str | None = None) -> None:
 
 
 def ended(page: sync_api.Page, *states: str) -> None:
-    for place, state in enumerate(states):
-        expect(column(page, place)).to_have_attribute("data-state", state)
+    for index, state in enumerate(states):
+        expect(column(page, index)).to_have_attribute("data-state", state)

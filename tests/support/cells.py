@@ -26,9 +26,9 @@ def pairwise(cells: Iterable[Cell], marks: Mapping[Hashable, Any] | None = None)
     quick = covering(product)
 
     def parameters(cell: Cell) -> Any:
-        own = [] if cell in quick else [pytest.mark.slow]
-        own += [mark for value, mark in (marks or {}).items() if value in cell]
-        return pytest.param(*_flat(cell), id="-".join(map(_name, _flat(cell))), marks=own)
+        cell_marks = [] if cell in quick else [pytest.mark.slow]
+        cell_marks += [mark for value, mark in (marks or {}).items() if value in cell]
+        return pytest.param(*_flat(cell), id="-".join(map(_name, _flat(cell))), marks=cell_marks)
 
     return [parameters(cell) for cell in product]
 

@@ -15,9 +15,9 @@ from veneer.models.safetensors_dir import open_checkpoint
 def trained(model, path, size=0.05, args=(), **config):
     """A saved adapter with changes that are not zero; the model is as it was. ``args``: a call's,
     for variants that start from data."""
-    known = calibration(model, config.get("variant", "lora"), args)
+    calibration_data = calibration(model, config.get("variant", "lora"), args)
     handle = veneer.attach(
-        model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **known
+        model, veneer.LoraConfig(**{"rank": 2, "targets": "all", **config}), **calibration_data
     )
     randomise(handle, size)
     handle.save(path)
@@ -55,11 +55,11 @@ def tensors(folder):
     return {name: checkpoint.read(name) for name in checkpoint.where}
 
 
-def equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype, name
-        assert torch.equal(one[name], other[name]), name
+def equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype, name
+        assert torch.equal(first[name], second[name]), name
 
 
 def tiny(folder, dtype=torch.bfloat16, **options):

@@ -34,7 +34,7 @@ def quantised(linear: nn.Linear, rounds_x: bool = False) -> nn.Linear:
         groups = weight.view(len(weight), -1, GROUP)
         scale = groups.abs().amax(2) / 7
         numbers = (groups / scale[..., None]).round().clamp(-8, 7).view_as(weight).long() + 8
-        words = sum(numbers[:, place::8] << 4 * place for place in range(8))
+        words = sum(numbers[:, nibble::8] << 4 * nibble for nibble in range(8))
         del linear.weight
         linear.weight_packed = frozen(torch.where(words >= 2**31, words - 2**32, words).int())
         linear.weight_shape = frozen(torch.tensor(weight.shape))
@@ -75,7 +75,7 @@ def decompress_module(module: Any) -> None:
     if "weight_packed" in module._parameters:
         words = module.weight_packed
         numbers = (
-            torch.stack([words.long() >> 4 * place & 15 for place in range(8)], -1).flatten(1) - 8
+            torch.stack([words.long() >> 4 * nibble & 15 for nibble in range(8)], -1).flatten(1) - 8
         )
         dense = (numbers.view(*scale.shape, GROUP) * scale[..., None]).view(
             *module.weight_shape.tolist()

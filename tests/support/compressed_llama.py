@@ -39,11 +39,13 @@ def save_quantised(folder: Path, preset: str) -> None:
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is None:
             continue
-        weight, whole = module.weight.detach(), getattr(module, "weight_global_scale", None)
-        if whole is not None:
-            whole.data = generate_gparam(weight.min().view(1), weight.max().view(1))
+        weight, global_scale = module.weight.detach(), getattr(module, "weight_global_scale", None)
+        if global_scale is not None:
+            global_scale.data = generate_gparam(weight.min().view(1), weight.max().view(1))
         groups = weight.view(*module.weight_scale.shape, -1)
-        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=whole)
+        scale, _ = calculate_qparams(
+            groups.amin(-1), groups.amax(-1), args, global_scale=global_scale
+        )
         module.weight_scale.data = scale.to(module.weight_scale.dtype)
         module.quantization_status = QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)

@@ -106,11 +106,11 @@ def loop(operation: str, folder: Path, ready: Any, exchange: bool) -> None:
 def die_at(operation: str, folder: Path, number: int, step: int) -> None:
     """Do it once and die instead of the given step on the disk; exit normally if there are
     fewer."""
-    left = itertools.count(step, -1)
+    remaining = itertools.count(step, -1)
 
     def counted(function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
-            if next(left) == 0:
+            if next(remaining) == 0:
                 os._exit(DIED)
             return function(*args, **options)
 
@@ -146,27 +146,29 @@ def die_at_each(pipe: Any, operation: str, folder: Path, exchange: bool) -> None
         pipe.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-def work(folder: Path, who: int, count: int, failed: Any) -> None:
+def work(folder: Path, worker: int, count: int, failed: Any) -> None:
     """One of several processes that use one library at once."""
-    library, choice = _library(folder), random.Random(who)
+    library, choice = _library(folder), random.Random(worker)
     try:
         for number in range(count):
-            name = f"p{who}-{number}"
+            name = f"p{worker}-{number}"
             library.add(folder / "sources" / str(choice.randrange(4)), name, tags=["new"])
             library.tag("kept", name)
             veneer.adapter_files.read(library.get(name))
-            library.add(folder / "sources" / str(choice.randrange(4)), f"own-{who}", overwrite=True)
+            library.add(
+                folder / "sources" / str(choice.randrange(4)), f"own-{worker}", overwrite=True
+            )
             if number % 2:
                 library.remove(name)
             if choice.random() < 0.5:
                 library.gc(grace=0)
-            veneer.adapter_files.read(library.get(f"own-{who}"))
+            veneer.adapter_files.read(library.get(f"own-{worker}"))
     except BaseException as error:
-        failed.put(f"{who}: {error!r}")
+        failed.put(f"{worker}: {error!r}")
         raise
 
 
-def look(folder: Path, stop: Any, seen: Any, failed: Any) -> None:
+def look(folder: Path, stop: Any, observed: Any, failed: Any) -> None:
     """A reader beside the writers: every index that it reads is whole."""
     library, counted = _library(folder), 0
     try:
@@ -175,7 +177,7 @@ def look(folder: Path, stop: Any, seen: Any, failed: Any) -> None:
             assert {"kept"} <= {entry.name for entry in entries}
             veneer.adapter_files.read(library.get("kept"))
             counted += 1
-        seen.put(counted)
+        observed.put(counted)
     except BaseException as error:
         failed.put(f"reader: {error!r}")
         raise

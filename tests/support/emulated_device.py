@@ -38,8 +38,8 @@ COUNT = 2
 
 
 def _torch_folder() -> Path:
-    found: Any = importlib.util.find_spec("torch")
-    return Path(found.origin).parent
+    located: Any = importlib.util.find_spec("torch")
+    return Path(located.origin).parent
 
 
 def why_not() -> str:
@@ -123,7 +123,7 @@ def _pretend() -> None:
     """What torch asks a CUDA library for in Python."""
     compiler, torch.compile = (
         torch.compile,
-        lambda function=None, **_: function or (lambda own: own),
+        lambda function=None, **_: function or (lambda function: function),
     )
     with warnings.catch_warnings(), suppress(ImportError):
         warnings.simplefilter("ignore")
@@ -218,13 +218,13 @@ class Seen:
 
 @contextmanager
 def count() -> Iterator[Seen]:
-    seen = Seen()
+    recorded = Seen()
     DEVICE.device_record()
     try:
-        yield seen
+        yield recorded
     finally:
         lines = DEVICE.device_events().decode().splitlines()
-        seen.events = [(name, what) for name, what in (line.split("\t") for line in lines)]
+        recorded.events = [(name, what) for name, what in (line.split("\t") for line in lines)]
 
 
 class Bytes:
@@ -261,13 +261,13 @@ def one_visible() -> Iterator[None]:
 
 def waits_of(run: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Counter[str]:
     """The waits of a call that has run before, less those of the same without adapters."""
-    found = []
+    located = []
     for call in (run, plain):
         names: list[str] = []
         if call is not None:
             call()
-            with count() as seen:
+            with count() as recorded:
                 call()
-            names = seen.waits
-        found.append(Counter(names))
-    return found[0] - found[1]
+            names = recorded.waits
+        located.append(Counter(names))
+    return located[0] - located[1]

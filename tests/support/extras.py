@@ -73,8 +73,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
 def reason(error: object) -> str | None:
     """Why a test or a file of tests that ended like this is skipped: it imports an extra that is
     not installed."""
-    found = re.search(r"No module named '(\w+)", str(error))
-    name = None if found is None else found[1]
+    match = re.search(r"No module named '(\w+)", str(error))
+    name = None if match is None else match[1]
     if IN_CI or name not in EXTRAS or find_spec(name) is not None:
         return None
     return f"{name} is not installed"

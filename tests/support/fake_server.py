@@ -98,8 +98,8 @@ async def answer(
     fake.running += 1
     try:
         if model.startswith("bytes"):
-            said = f": a comment\n{event(BYTES)}{event('', 'stop')}data: [DONE]\n\n"
-            for byte in said.replace("\n", "\r\n").encode():
+            stream = f": a comment\n{event(BYTES)}{event('', 'stop')}data: [DONE]\n\n"
+            for byte in stream.replace("\n", "\r\n").encode():
                 yield bytes([byte])
                 await asyncio.sleep(0)
             return

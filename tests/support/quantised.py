@@ -46,15 +46,15 @@ def packed(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """Eight numbers of the last axis in one int32, the number ``order[i]`` in the i-th four
     bits."""
     words = torch.zeros(*numbers.shape[:-1], numbers.shape[-1] // 8, dtype=torch.int64)
-    for place, source in enumerate(order):
-        words |= numbers[..., source::8].long() << 4 * place
+    for nibble, source in enumerate(order):
+        words |= numbers[..., source::8].long() << 4 * nibble
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def unpacked(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     numbers = torch.empty(*words.shape, 8, dtype=torch.int64, device=words.device)
-    for place, source in enumerate(order):
-        numbers[..., source] = words.long() >> 4 * place & 15
+    for nibble, source in enumerate(order):
+        numbers[..., source] = words.long() >> 4 * nibble & 15
     return numbers.flatten(-2)
 
 
@@ -157,18 +157,18 @@ def _gptqmodel(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor
     if kind == "awq":
         from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear  # pyright: ignore[reportMissingImports]
 
-        made = AwqTorchLinear(**settings, bias=bias)
-        made.pack(linear, scale, zero)
-        made.post_init()
-        return made, made._dequantize_weight_for_inference(
+        layer = AwqTorchLinear(**settings, bias=bias)
+        layer.pack(linear, scale, zero)
+        layer.post_init()
+        return layer, layer._dequantize_weight_for_inference(
             torch.zeros(1, IN), dtype=torch.float16
         ).mT
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # pyright: ignore[reportMissingImports]
 
-    made = TorchLinear(**settings, bias=bias)
-    made.pack_block(linear, scale, zero, torch.arange(IN, dtype=torch.int32) // GROUP)
-    made.post_init()
-    return made, made.dequantize_weight().mT
+    layer = TorchLinear(**settings, bias=bias)
+    layer.pack_block(linear, scale, zero, torch.arange(IN, dtype=torch.int32) // GROUP)
+    layer.post_init()
+    return layer, layer.dequantize_weight().mT
 
 
 @torch.no_grad()
@@ -193,18 +193,18 @@ def _float8(weight: Tensor, bias: bool, kind: str) -> tuple[nn.Module, Tensor]:
     bytes_ = (grid / scale[:, None, :, None]).view(OUT, IN).to(torch.float8_e4m3fn)
     dense = (bytes_.float().view_as(grid) * scale[:, None, :, None]).view(OUT, IN)
     if kind == "fbgemm":
-        made: nn.Module = FbgemmFp8Linear(IN, OUT, bias)
-        made.weight_scale.data = scale
+        layer: nn.Module = FbgemmFp8Linear(IN, OUT, bias)
+        layer.weight_scale.data = scale
     elif kind == "compressed-tensors fp8":
-        made = CompressedTensorsFP8Linear(IN, OUT, bias)
-        made.weight_scale.data = scale.mT.contiguous()
+        layer = CompressedTensorsFP8Linear(IN, OUT, bias)
+        layer.weight_scale.data = scale.mT.contiguous()
     else:
-        made = FP8Linear(IN, OUT, blocks if kind == "fp8" else None, has_bias=bias)
-        made.weight_scale_inv.data = scale if kind == "fp8" else scale.view(())
-    made.weight.data = bytes_
+        layer = FP8Linear(IN, OUT, blocks if kind == "fp8" else None, has_bias=bias)
+        layer.weight_scale_inv.data = scale if kind == "fp8" else scale.view(())
+    layer.weight.data = bytes_
     if bias:
-        made.bias.data = torch.randn(OUT)
-    return made, dense
+        layer.bias.data = torch.randn(OUT)
+    return layer, dense
 
 
 @torch.no_grad()
@@ -258,9 +258,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             import transformers.integrations.finegrained_fp8 as fine
 
             monkeypatch.setattr(fine, "fp8_linear", fp8_linear)
-            whole = lambda x, scale_ub=None: (x, torch.ones(len(x)))  # noqa: E731 (rows that are not rounded)
-            monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", whole, raising=False)
-            monkeypatch.setattr(tensors, "quantize_fp8_per_row", whole, raising=False)
+            unrounded = lambda x, scale_ub=None: (x, torch.ones(len(x)))  # noqa: E731 (rows that are not rounded)
+            monkeypatch.setattr(fbgemm, "quantize_fp8_per_row", unrounded, raising=False)
+            monkeypatch.setattr(tensors, "quantize_fp8_per_row", unrounded, raising=False)
             rowwise = lambda x, w, sx, sw, **_: _multiplied(x, w, sw, None)  # noqa: E731
             monkeypatch.setattr(
                 torch.ops, "fbgemm", SimpleNamespace(f8f8bf16_rowwise=rowwise), raising=False
@@ -274,13 +274,13 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
         if kind in COMPRESSED:
             compressed.instead_of_the_library(monkeypatch)
             return
-        where, cls = ("hqq.core.quantize", HQQLinear) if kind == "hqq" else (
+        module_name, cls = ("hqq.core.quantize", HQQLinear) if kind == "hqq" else (
             "gptqmodel.nn_modules.qlinear", BaseQuantLinear)  # fmt: skip
-        module = ModuleType(where)
+        module = ModuleType(module_name)
         setattr(module, cls.__name__, cls)
-        monkeypatch.setitem(sys.modules, where, module)
+        monkeypatch.setitem(sys.modules, module_name, module)
 
-    def made(kind: str, bias: bool = True, real: bool = False) -> tuple[nn.Module, Tensor]:
+    def layer(kind: str, bias: bool = True, real: bool = False) -> tuple[nn.Module, Tensor]:
         weight = torch.randn(OUT, IN) * 0.1
         if not real:
             stand_in(kind)
@@ -299,7 +299,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module,
             dense = module.dequantized()
         return module, dense.double()
 
-    return made
+    return layer
 
 
 def variants_of(kinds: tuple[str, ...] = FORMATS) -> list:

@@ -25,8 +25,8 @@ def made(shape, ratio=1e-3, rank=4, dtype=torch.bfloat16, seed=0):
     return weight, LowRank(A, B, scale)
 
 
-def same_bits(one, other):
-    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+def same_bits(first, second):
+    return torch.equal(first.view(torch.int16), second.view(torch.int16))
 
 
 @st.composite

@@ -25,23 +25,23 @@ class Crash(TrainerCallback):
             raise ZeroDivisionError("a crash, as the test asked for")
 
 
-def same(one: Result, other: Result) -> None:
+def same(first: Result, second: Result) -> None:
     """Equal to the last bit: losses, evaluations, and the adapter's numbers."""
-    assert one.losses == other.losses
-    assert one.eval_losses == other.eval_losses
-    assert one.tokens == other.tokens
-    _same_numbers(one.adapter, other.adapter)
+    assert first.losses == second.losses
+    assert first.eval_losses == second.eval_losses
+    assert first.tokens == second.tokens
+    _same_numbers(first.adapter, second.adapter)
 
 
-def same_folders(one: Path, other: Path) -> None:
+def same_folders(first: Path, second: Path) -> None:
     """The same of the output folders of runs that ended."""
     names = ("step", "loss", "eval_loss", "tokens")
     logs = [
         [[line.get(name) for name in names] for line in checkpoint.read_log(output)]
-        for output in (one, other)
+        for output in (first, second)
     ]
     assert logs[0] == logs[1]
-    _same_numbers(one / "adapter", other / "adapter")
+    _same_numbers(first / "adapter", second / "adapter")
 
 
 def _same_numbers(*adapters: Path) -> None:

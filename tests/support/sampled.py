@@ -103,12 +103,12 @@ EVERY = {
 def leave_to_the_slow_suite(items: Iterable[pytest.Item]) -> set[str]:
     """Mark the cases slow that are not every n-th. Returns the entries that name no test of
     these."""
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0].removeprefix("tests/")
         if (every := EVERY.get(name)) is None or item.get_closest_marker("slow") is not None:
             continue
-        if every == 0 or seen[name] % every:
+        if every == 0 or counts[name] % every:
             item.add_marker(pytest.mark.slow)
-        seen[name] += 1
-    return EVERY.keys() - seen.keys()
+        counts[name] += 1
+    return EVERY.keys() - counts.keys()

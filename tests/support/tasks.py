@@ -33,8 +33,8 @@ def brief(completions, **_):
 
 
 def _save(model: Any, folder: Path, *processors: Any) -> Path:
-    for part in (model, *processors):
-        part.save_pretrained(folder)
+    for component in (model, *processors):
+        component.save_pretrained(folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
     draw = random.Random(0)
     letters = [draw.choice("ab") for _ in range(count)]
     texts = [" ".join(letter * draw.randint(1, 3) for _ in range(3)) for letter in letters]
-    other = {"a": "b", "b": "a"}
+    swapped = {"a": "b", "b": "a"}
     generator = np.random.default_rng(0)
     match kind:
         case "text":
@@ -118,17 +118,17 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
             labels = generator.integers(0, 2, count)
             pixels = generator.integers(0, 60, (count, 8, 8)) + 150 * labels[:, None, None]
             return [
-                {"image": one.tolist(), "label": int(label)}
-                for one, label in zip(pixels, labels, strict=True)
+                {"image": sample.tolist(), "label": int(label)}
+                for sample, label in zip(pixels, labels, strict=True)
             ]
         case "pairs":
             return [
-                {"prompt": f"{x}?", "chosen": f" {x * 3}", "rejected": f" {other[x] * 4}"}
+                {"prompt": f"{x}?", "chosen": f" {x * 3}", "rejected": f" {swapped[x] * 4}"}
                 for x in letters
             ]
         case "judged":
-            own = [draw.choice([x, other[x]]) for x in letters]
-            rows = zip(letters, own, strict=True)
+            choices = [draw.choice([x, swapped[x]]) for x in letters]
+            rows = zip(letters, choices, strict=True)
             return [
                 {"prompt": f"{x}?", "completion": f" {y * 3}", "label": x == y} for x, y in rows
             ]
@@ -154,8 +154,8 @@ def rows_of(kind: str, count: int = 32) -> list[dict[str, Any]]:
                 for x in letters
             ]
             return [
-                {"audio": one.round(4).tolist(), "text": x * 2}
-                for one, x in zip(waves, letters, strict=True)
+                {"audio": sample.round(4).tolist(), "text": x * 2}
+                for sample, x in zip(waves, letters, strict=True)
             ]
     raise ValueError(kind)
 
@@ -184,16 +184,16 @@ def config_of(name: str, folder: Path, output: str = "run", **changes: Any) -> A
     from veneer.train.config import make_config
 
     base, rows, settings = CASES[name]
-    place, file = folder / base, folder / f"{rows}.jsonl"
-    if not place.exists():
-        BASES[base](place)
+    target, file = folder / base, folder / f"{rows}.jsonl"
+    if not target.exists():
+        BASES[base](target)
     if not file.exists():
         write_rows(file, rows_of(rows))
     if settings["task"] == "grpo":
         (folder / "rewards.py").write_text(REWARDS)
         settings = {**settings, "reward": [f"{folder}/rewards.py:letters"]}
     fields: dict[str, Any] = {
-        "base": str(place), "data": str(file), "output": str(folder / output), "rank": 4, "batch_size": 8,
+        "base": str(target), "data": str(file), "output": str(folder / output), "rank": 4, "batch_size": 8,
         "learning_rate": 1e-2, "precision": "fp32", "eval_fraction": 0.25, "epochs": 4, "eval_every": 6,
         "save_every": 5, "dropout": 0.1, "schedule": "constant",
     }  # fmt: skip

@@ -87,8 +87,8 @@ def randomise(handle, size: float = 0.3) -> None:
             parameter.data.copy_(
                 noise + (parameter.detach().cpu().double() if name in around_one else 0)
             )
-    for part in handle.layers.values():
-        for parameter in part.full.parameters():
+    for layer_state in handle.layers.values():
+        for parameter in layer_state.full.parameters():
             parameter.data.add_(torch.randn_like(parameter) * size)
 
 
@@ -113,13 +113,13 @@ def example(kind, number=0, dtype=torch.float32):
 def numbers(model, name="a"):
     """Copies of what an adapter trains, under the keys of the model's state dict."""
     marks = {"veneer", name}
-    found = {
+    matches = {
         key: p.detach().clone()
         for key, p in model.named_parameters()
         if marks <= set(key.split("."))
     }
-    assert found
-    return found
+    assert matches
+    return matches
 
 
 def selected(model, name, *args):
@@ -130,19 +130,19 @@ def selected(model, name, *args):
 
 def definition(module, values, args):
     """A module's own forward on other parameters, buffers included: what every path must equal."""
-    other = copy.deepcopy(module)
+    copied = copy.deepcopy(module)
     for path, value in values.items():
         above, _, name = path.rpartition(".")
-        holder = other.get_submodule(above)
-        own = holder._parameters if name in holder._parameters else holder._buffers
-        own[name] = value
-    if getattr(other, "sparse", False):
-        other.sparse = (
+        holder = copied.get_submodule(above)
+        table = holder._parameters if name in holder._parameters else holder._buffers
+        table[name] = value
+    if getattr(copied, "sparse", False):
+        copied.sparse = (
             False  # torch cannot carry a sparse gradient on from a weight that is computed
         )
-    if isinstance(other, nn.RNNBase):
-        other._flat_weights = [other._parameters[name] for name in other._flat_weights_names]
-    return other(*args)
+    if isinstance(copied, nn.RNNBase):
+        copied._flat_weights = [copied._parameters[name] for name in copied._flat_weights_names]
+    return copied(*args)
 
 
 def flat(output):
@@ -163,14 +163,14 @@ def flat(output):
 def cast(args, dtype):
     """Arguments with their floating-point tensors in another dtype."""
 
-    def one(leaf):
+    def convert_leaf(leaf):
         if isinstance(leaf, PackedSequence):
             return leaf.to(dtype)
         return (
             leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
         )
 
-    return pytree.tree_map(one, args)
+    return pytree.tree_map(convert_leaf, args)
 
 
 def error(actual, expected) -> float:
@@ -182,19 +182,21 @@ def error(actual, expected) -> float:
 def calibration(model, variant, args=(), loss=None) -> dict:
     """What ``attach`` must be given so that ``variant`` can start on ``model``; ``args`` are those
     of a call."""
-    needs, given = VARIANTS[variant].needs, {}
+    needs, calibration = VARIANTS[variant].needs, {}
     if needs & {"inputs", "gradient"}:
-        given["batches"] = [args]
+        calibration["batches"] = [args]
     if "gradient" in needs:
-        given["loss"] = loss or (lambda model, batch: flat(model(*batch)).float().square().sum())
+        calibration["loss"] = loss or (
+            lambda model, batch: flat(model(*batch)).float().square().sum()
+        )
     if "original" in needs:
         state = {
             path: value for path, value in model.state_dict().items() if value.is_floating_point()
         }
-        given["original"] = {
+        calibration["original"] = {
             path: value + 0.1 * torch.randn_like(value) for path, value in state.items()
         }
-    return given
+    return calibration
 
 
 def bits(model) -> dict:

@@ -64,8 +64,8 @@ class Case:
         numbers, base = self.before
         after = trained(model)
         still = [name for name in numbers if torch.equal(numbers[name], after[name])]
-        now = libraries.frozen(model)
-        moved = [name for name in base if not torch.equal(base[name], now[name])]
+        frozen_values = libraries.frozen(model)
+        moved = [name for name in base if not torch.equal(base[name], frozen_values[name])]
         if still or moved:
             return f"no: {', '.join(still)} stayed, {', '.join(moved)} moved"
         return YES
@@ -97,14 +97,14 @@ class Case:
 
     def best(self) -> str:
         """At the end the model is that of the best checkpoint, and no longer the last."""
-        seen: list[dict[str, torch.Tensor]] = []
+        snapshots: list[dict[str, torch.Tensor]] = []
         model = self.model(1)
-        self.train(model, "best", best=lambda model: seen.append(trained(model)))
+        self.train(model, "best", best=lambda model: snapshots.append(trained(model)))
         first, _ = self.first
-        last = same(trained(first), seen[0])
+        last = same(trained(first), snapshots[0])
         return (
             YES
-            if len(seen) == 1 and same(trained(model), seen[0]) and not last
+            if len(snapshots) == 1 and same(trained(model), snapshots[0]) and not last
             else "no: other numbers"
         )
 
@@ -113,10 +113,10 @@ class Case:
         model, outcome = self.first
         outcome.save(self.folder / "saved")
         expected = outputs(model)
-        found = outputs(
+        results = outputs(
             HEADS[self.run.head].from_pretrained(self.folder / "saved", dtype=torch.float32)
         )
-        distance = float((found - expected).abs().max())
+        distance = float((results - expected).abs().max())
         if torch.equal(expected, outputs(loaded(self.bases, self.run))):
             return "no: the base"
         return YES if distance < 1e-5 else f"no: {distance:.0e} away"
@@ -127,15 +127,15 @@ class Case:
         if outcome.reference is None:
             return YES
         ours = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-        own = [
+        callbacks = [
             value
             for value in outcome.reference.state_dict().values()
             if isinstance(value, torch.Tensor)
         ]
         apart = sum(
-            value.numel() for value in own if value.untyped_storage().data_ptr() not in ours
+            value.numel() for value in callbacks if value.untyped_storage().data_ptr() not in ours
         )
-        return "no: a second copy" if apart or not own else YES
+        return "no: a second copy" if apart or not callbacks else YES
 
 
 #: the cell's name, and the head of its column
@@ -178,11 +178,11 @@ def rows(only: Callable[[Run], bool] = lambda run: True) -> Iterator[tuple[str, 
                 library.name: Case(library, run, bases, folder / library.name)
                 for library in (VENEER, PEFT)
             }
-            found: dict[str, Any] = {
+            results: dict[str, Any] = {
                 name: {cell: answer(case, cell) for cell in CELLS} for name, case in cases.items()
             }
             ratio = max(
                 size(cases["Veneer"].checkpoint(step)) / size(cases["PEFT"].checkpoint(step))
                 for step in (HALF, STEPS)
             )
-            yield run.name, {**found, "size": round(ratio, 2)}
+            yield run.name, {**results, "size": round(ratio, 2)}

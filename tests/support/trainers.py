@@ -150,10 +150,10 @@ def _hugging_face(build: Callable[..., Any]) -> Callable[..., Outcome]:
         best: Watch | None = None,
         integration: Any = None,
     ) -> Outcome:
-        given = integration if isinstance(integration, dict) else {}
-        own = [] if integration is None or given else [integration]
-        callbacks = own + [_best_at_half(best)] * (best is not None)
-        trainer = build(model, folder, callbacks, {} if best is None else BEST, **given)
+        options = integration if isinstance(integration, dict) else {}
+        report_to = [] if integration is None or options else [integration]
+        callbacks = report_to + [_best_at_half(best)] * (best is not None)
+        trainer = build(model, folder, callbacks, {} if best is None else BEST, **options)
         trainer.train(
             resume_from_checkpoint=None if resume is None else str(resume / f"checkpoint-{HALF}")
         )
@@ -182,7 +182,7 @@ def of_trl(
     """What builds a trainer of TRL by its short name."""
 
     def build(
-        model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **given: Any
+        model: Any, folder: Path, callbacks: list[Any], more: dict[str, Any], **options: Any
     ) -> Any:
         import importlib
 
@@ -194,7 +194,7 @@ def of_trl(
         return getattr(module, f"{name}Trainer")(
             model=model, args=getattr(config, f"{name}Config")(**arguments(folder, **settings, **more)),
             train_dataset=Dataset.from_list(rows()), eval_dataset=Dataset.from_list(rows()[:4]),
-            processing_class=tiny_tokenizer(), callbacks=callbacks, **scored, **given,
+            processing_class=tiny_tokenizer(), callbacks=callbacks, **scored, **options,
         )  # fmt: skip
 
     return build

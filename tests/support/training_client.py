@@ -59,10 +59,10 @@ class Client:
         if response.headers["content-type"] == "application/x-protobuf":
             assert kind is not None, "an answer in protobuf"
             return MESSAGES[kind].FromString(response.content)
-        found = response.json()
-        if "error" in found:
-            raise Failed(found["error"], found["category"])
-        return found
+        content = response.json()
+        if "error" in content:
+            raise Failed(content["error"], content["category"])
+        return content
 
     def run(self, number: int = 0, rank: int = 4, seed: int = 1, **lora: Any) -> Run:
         config = {"rank": rank, "seed": seed, **lora}
@@ -84,22 +84,22 @@ class Client:
         **fields: Any,
     ) -> Any:
         params = {"max_tokens": 6, "temperature": 0.0, **fields.pop("params", {})}
-        where = (
+        endpoint = (
             {"base_model": "tiny"}
             if session is None
             else {"sampling_session_id": session, "seq_id": number}
         )
         promised = self.post(
-            "asample", **where, num_samples=count, prompt={"chunks": [{"tokens": [*prompt]}]}, sampling_params=params,
+            "asample", **endpoint, num_samples=count, prompt={"chunks": [{"tokens": [*prompt]}]}, sampling_params=params,
             **fields,
         )  # fmt: skip
         message = self.result(promised, "SampleResponse")
         sequences = [
             SimpleNamespace(
-                tokens=np.frombuffer(one.tokens, "<i4").tolist(), logprobs=np.frombuffer(one.logprobs, "<f4"),
-                stop=("stop", "length")[one.stop_reason], top=one.topk_sampled_logprobs,
+                tokens=np.frombuffer(datum.tokens, "<i4").tolist(), logprobs=np.frombuffer(datum.logprobs, "<f4"),
+                stop=("stop", "length")[datum.stop_reason], top=datum.topk_sampled_logprobs,
             )
-            for one in message.sequences
+            for datum in message.sequences
         ]  # fmt: skip
         return SimpleNamespace(
             sequences=sequences,
@@ -158,7 +158,7 @@ class Run:
         message = self.client.result(promised, "ForwardBackwardOutput")
         logprobs = []
         for record in message.loss_fn_outputs:
-            (field,) = [one.value for one in record.fields if one.key == "logprobs"]
+            (field,) = [datum.value for datum in record.fields if datum.key == "logprobs"]
             offsets, values = (
                 np.frombuffer(field.offsets, "<i8") // 4,
                 np.frombuffer(field.data, "<f4"),
@@ -166,7 +166,8 @@ class Run:
             for first, after in itertools.pairwise(offsets):
                 logprobs.append(values[first:after].reshape(-1, *field.trailing_shape))
         return SimpleNamespace(
-            loss={one.key: one.value for one in message.metrics}["loss:sum"], logprobs=logprobs
+            loss={datum.key: datum.value for datum in message.metrics}["loss:sum"],
+            logprobs=logprobs,
         )
 
     def pass_(
@@ -187,8 +188,8 @@ class Run:
         return self.client.result(self.ask("save_weights", path=name, **fields))["path"]
 
     def sampler(self, number: int = 0, **fields: Any) -> str:
-        asked = self.ask("save_weights_for_sampler", sampling_session_seq_id=number, **fields)
-        return self.client.result(asked)["sampling_session_id"]
+        answer = self.ask("save_weights_for_sampler", sampling_session_seq_id=number, **fields)
+        return self.client.result(answer)["sampling_session_id"]
 
 
 def datum(tokens: Sequence[int], **inputs: Any) -> dict[str, Any]:

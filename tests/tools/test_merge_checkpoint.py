@@ -33,7 +33,7 @@ from veneer.errors import (
     OutputExistsError,
     TargetError,
 )
-from veneer.fileio.locks import locked
+from veneer.fileio.locks import hold_lock
 from veneer.kernels.switch import on
 from veneer.models.safetensors_dir import open_checkpoint
 from veneer.tools.merge_checkpoint import merge_checkpoint, merge_plan, prove
@@ -392,8 +392,8 @@ def test_two_processes_do_not_write_one_result(fcntl, tmp_path):
     holder = f"""
         {without}
         from pathlib import Path
-        from veneer.fileio.locks import locked
-        with locked(Path({str(tmp_path / ".out.merging.lock")!r}), AssertionError):
+        from veneer.fileio.locks import hold_lock
+        with hold_lock(Path({str(tmp_path / ".out.merging.lock")!r}), AssertionError):
             print("held", flush=True)
             while not Path({str(tmp_path / "go")!r}).exists():
                 time.sleep(0.01)
@@ -505,7 +505,7 @@ def test_the_other_process_that_merges_is_named(tmp_path):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     with (
-        locked(tmp_path / ".out.merging.lock", AssertionError),
+        hold_lock(tmp_path / ".out.merging.lock", AssertionError),
         pytest.raises(
             MergeError, match=rf"another process \({os.getpid()} on .*\), which merges into .*out"
         ),

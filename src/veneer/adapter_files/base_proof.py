@@ -149,7 +149,7 @@ def was_modified_by_call(tensor: ModuleWeight) -> bool:
         return torch.equal(content.dense(), content.dense(as_loaded=True))
 
 
-def fingerprint_beside(
+def fingerprint_without_rows(
     tensor: ModuleWeight,
     rows: Sequence[int],
     bits: Mapping[int, Mapping[str, Tensor]] | None = None,
@@ -157,7 +157,7 @@ def fingerprint_beside(
 ) -> str:
     """The fingerprint of a weight without the ``rows`` (ascending) that an adapter replaces."""
     with _HASHING, _prepare_storages([tensor]):
-        return hashing.fingerprint_beside(_content(tensor, bits or {}).dense(), rows, kind)
+        return hashing.fingerprint_without_rows(_content(tensor, bits or {}).dense(), rows, kind)
 
 
 def clear_fingerprints() -> None:

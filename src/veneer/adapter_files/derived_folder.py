@@ -21,7 +21,7 @@ from veneer.adapter_files.folder import AdapterFiles, write
 from veneer.adapter_files.number_checks import change_problems
 from veneer.adapter_files.peft_mapping import config_fields, file_tensor
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all
-from veneer.fileio.hashing import XXH3, kind_in, prints_in
+from veneer.fileio.hashing import XXH3, recorded_fingerprints, recorded_hash_kind
 from veneer.formats import peft, peft_paths
 
 
@@ -124,7 +124,7 @@ def _narrow_base(
     if "rest" in base:
         narrowed["rest"] = {
             name: fingerprint
-            for name, fingerprint in prints_in(base).items()
+            for name, fingerprint in recorded_fingerprints(base).items()
             if name not in {*changes, *trained}
         }
         if fresh := [name for name in narrowed.pop("fresh", ()) if name not in trained]:
@@ -144,7 +144,9 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
         return None
     bases = [source.metadata["base"] for source in sources]
     old = [
-        source.path for source, base in zip(sources, bases, strict=True) if kind_in(base) != XXH3
+        source.path
+        for source, base in zip(sources, bases, strict=True)
+        if recorded_hash_kind(base) != XXH3
     ]
     if 0 < len(old) < len(bases):
         problem = f"SHA-256 fingerprints in {listing(map(str, old))}, and XXH3 in the others"
@@ -152,7 +154,7 @@ def merged_base(sources: Sequence[AdapterFiles]) -> dict[str, Any] | None:
         raise AdapterError(problem, "fingerprints of one kind, which can be compared", do)
     fingerprints_by_name: dict[str, str] = {}
     for source, base in zip(sources, bases, strict=True):
-        fingerprints = prints_in(base)
+        fingerprints = recorded_fingerprints(base)
         differ = [
             name
             for name, print_ in fingerprints.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 from veneer.adapter_files import model_card
 from veneer.adapter_files.record import PARAMETERS, RECORD
 from veneer.errors import AdapterError, OutputExistsError, listing, raise_all, sentence
-from veneer.fileio.untrusted import misplaced, read_json
+from veneer.fileio.untrusted import location_problems, read_json
 from veneer.formats import peft, peft_tokens
 from veneer.models.load import tokenizer_at
 
@@ -46,7 +46,7 @@ def adapter_file_names(path: Path) -> list[str]:
     """The names of the files in a folder that belong to the adapter, including the tokenizer if it
     trains tokens. ``AdapterError``: one of them is a link out of the folder."""
     names = (*FILES, *(TOKENIZER if trains_tokens(path) else ()))
-    raise_all(AdapterError, f"{path} cannot be copied", misplaced(path, names))
+    raise_all(AdapterError, f"{path} cannot be copied", location_problems(path, names))
     return [name for name in names if (path / name).is_file()]
 
 
@@ -71,7 +71,7 @@ def tokenizer_folder(path: Path) -> Path | None:
     )
     return (
         path
-        if has_tokenizer and trains_tokens(path) and not any(misplaced(path, TOKENIZER))
+        if has_tokenizer and trains_tokens(path) and not any(location_problems(path, TOKENIZER))
         else None
     )
 

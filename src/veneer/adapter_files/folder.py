@@ -47,7 +47,13 @@ from veneer.errors import AdapterError, ConfigError, listing, raise_all, sentenc
 from veneer.fileio.atomic import new_folder
 from veneer.fileio.temporary import recover
 from veneer.fileio.tensors import read_tensors
-from veneer.fileio.untrusted import json_object, misplaced, pickled, read_header, read_json
+from veneer.fileio.untrusted import (
+    json_object,
+    location_problems,
+    pickle_problems,
+    read_header,
+    read_json,
+)
 from veneer.formats import peft, peft_fields, peft_targets, peft_tokens
 from veneer.formats.peft_config import BIASES
 from veneer.formats.peft_tuners import Weights, check_config, check_tensors, tuner_of
@@ -391,7 +397,7 @@ def folder_problems(path: Path) -> list[str]:
         recover(path.resolve())
     if not path.is_dir():
         return [sentence(f"no folder {path}", "an adapter folder", _how_to_fetch(str(path)))]
-    problems = [*pickled(path), *misplaced(path, FILES)]
+    problems = [*pickle_problems(path), *location_problems(path, FILES)]
     lacking = [file for file in (peft.CONFIG, peft.TENSORS) if not (path / file).is_file()]
     if lacking and not problems:
         problem = f"no {' and no '.join(lacking)} in {path}"

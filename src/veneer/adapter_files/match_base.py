@@ -12,14 +12,14 @@ from torch import nn
 from veneer.adapter_files.base_proof import (
     call_modified_weights,
     earlier_fingerprints,
-    fingerprint_beside,
+    fingerprint_without_rows,
     fingerprints_of,
     was_modified_by_call,
 )
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.targets import Names
 from veneer.errors import BaseMismatchError, listing, sentence
-from veneer.fileio.hashing import kind_in, prints_in
+from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.formats import peft_paths
 from veneer.models.base_weights import list_weights
 from veneer.models.quantize import sources_of
@@ -40,7 +40,7 @@ def must_be_base(names: Names, saved: AdapterFiles, cache: dict[str, dict[str, s
     """Compare the fingerprint of every tensor of the base that the record lists. ``cache``: the
     model's fingerprints by kind and name; new ones are added."""
     record = saved.metadata["base"]
-    recorded, kind = prints_in(record), kind_in(record)
+    recorded, kind = recorded_fingerprints(record), recorded_hash_kind(record)
     fingerprints = cache.setdefault(kind, {})
     tokens = {
         weight_path: recorded.pop(weight_path)
@@ -139,7 +139,7 @@ def _has_other_rows(names: Names, saved: AdapterFiles, weight_path: str, expecte
         for path, token_rows in saved.tokens.items()
         if f"{path}.{weight_path.rpartition('.')[2]}" in tensor.names
     )
-    return fingerprint_beside(tensor, ids, kind=expected) == expected
+    return fingerprint_without_rows(tensor, ids, kind=expected) == expected
 
 
 def warn_foreign(path: str | Path) -> None:

@@ -49,8 +49,8 @@ from veneer.attach.token_rows import ROWS
 from veneer.attach.weight_readers import has_forward
 from veneer.attach.weight_tying import apart
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
-from veneer.fileio.hashing import fingerprint_beside
-from veneer.fileio.throttle import throttled
+from veneer.fileio.hashing import fingerprint_without_rows
+from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
@@ -173,7 +173,7 @@ class _Match:
         self.add_problem(problem, "the same modules")
 
     def match_modules(self) -> None:
-        for file_path, entry in throttled(self.saved.low.items()):
+        for file_path, entry in throttle(self.saved.low.items()):
             ref = ref_at(self.names, file_path, self.saved.peft_config)
             if ref is None:
                 self.add_missing_module(entry.target_path, entry.target_path)
@@ -329,7 +329,7 @@ class _Match:
         reader = ParameterReader(saved, self.names, layers, self.problems)
         self.adapter_parameters = {
             entry.ref: (reader.read(entry) if entry.rank else {}) | self.rows_of(entry)
-            for entry in throttled(self.low)
+            for entry in throttle(self.low)
         }
         if recorded is not None:
             planned = {ref for entry in self.low for ref in entry.holders} | set(specs)
@@ -403,9 +403,9 @@ class _Match:
             written = self.full.get(holder, {}).pop(name, None)
             trained = entry.tokens or ()  # the base's values of these rows do not matter
             dense = entry.storage.dense(weight)
-            if written is not None and fingerprint_beside(written, trained) != fingerprint_beside(
-                dense, trained
-            ):
+            if written is not None and fingerprint_without_rows(
+                written, trained
+            ) != fingerprint_without_rows(dense, trained):
                 problem = f"another weight of {holder!r} in {self.saved.path} than in this model"
                 raise BaseMismatchError(
                     problem, "the base that it was trained on", "load that base"

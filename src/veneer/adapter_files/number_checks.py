@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import listing, sentence
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 
 #: the largest value of an adapter's tensors and the largest norm of a change: larger ones would
@@ -43,8 +43,7 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
     }
     # one pass: the largest magnitude is not finite if any value is not
     largest = {
-        key: max(map(abs, map(float, tensor.aminmax())))
-        for key, tensor in throttled(floats.items())
+        key: max(map(abs, map(float, tensor.aminmax()))) for key, tensor in throttle(floats.items())
     }
     broken = [key for key, size in largest.items() if not math.isfinite(size)]
     if broken:
@@ -62,7 +61,7 @@ def number_problems(tensors: Mapping[str, Tensor], do: str) -> Iterator[str]:
 
 def change_problems(low: Mapping[str, peft.PeftLayer]) -> Iterator[str]:
     """Problems of low-rank changes: factors of integers, and products that would overflow."""
-    for path, entry in throttled(low.items()):
+    for path, entry in throttle(low.items()):
         factors = {"A": entry.A, "B": entry.B, **entry.extras}
         types = {
             name: tensor.dtype

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, listing, sentence
 from veneer.fileio.hashing import digest, hash_json
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 from veneer.fileio.untrusted import parse, read_json
 from veneer.formats import peft
 
@@ -267,7 +267,7 @@ def ranges_of(indices: Iterable[int]) -> list[list[int]]:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
-    for key in throttled(sorted(tensors)):
+    for key in throttle(sorted(tensors)):
         total.update(f"{key} {tuple(tensors[key].shape)} {digest(tensors[key])}\n".encode())
     return total.hexdigest()
 

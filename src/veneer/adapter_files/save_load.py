@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from veneer.adapter_files import token_rows
-from veneer.adapter_files.base_proof import base_record, fingerprint_beside, fingerprints_of
+from veneer.adapter_files.base_proof import base_record, fingerprint_without_rows, fingerprints_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import file_tensor, peft_config, peft_entries, tensors_of
@@ -302,7 +302,7 @@ def _proof(
         # the adapter replaces these rows, so that the base's values in them do not matter
         if change.tokens is not None:
             ids = change.tokens.tolist()
-            record["weights"][weight_path] = fingerprint_beside(
+            record["weights"][weight_path] = fingerprint_without_rows(
                 by_identity[id(held)], ids, kept_bits(model, name)
             )
     return {

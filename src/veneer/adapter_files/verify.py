@@ -43,7 +43,7 @@ from veneer.adapter_files.record import (
 from veneer.adapter_files.verify_base import change_dims, check_against_base
 from veneer.errors import CheckpointError, listing, sentence
 from veneer.fileio.tensors import read_tensors
-from veneer.fileio.untrusted import MAX_JSON, misplaced, read_json, what_it_is
+from veneer.fileio.untrusted import MAX_JSON, describe_format, location_problems, read_json
 from veneer.formats import peft, peft_paths, peft_tokens
 from veneer.formats.peft_targets import describe
 from veneer.formats.peft_tuners import check_config, tuner_of
@@ -120,7 +120,7 @@ class _Verification:
         readable = {
             name
             for name in file_names.CORE
-            if (path / name).is_file() and not misplaced(path, [name])
+            if (path / name).is_file() and not location_problems(path, [name])
         }
         config, content = None, None
         if peft.CONFIG in readable:
@@ -275,7 +275,7 @@ class _Verification:
         for file in sorted(self.path.iterdir()):
             if file.name in file_names.FILES or (file.is_dir() and not file.is_symlink()):
                 continue
-            if misplaced(self.path, [file.name]) or not file.is_file():
+            if location_problems(self.path, [file.name]) or not file.is_file():
                 problem = f"{file.name} is a link that leads elsewhere, or no regular file"
             else:
                 problem = _file_danger(file)
@@ -326,7 +326,7 @@ def _file_danger(file: Path) -> str | None:
     """Why a file beside an adapter could do harm, or None."""
     with file.open("rb") as stream:
         head = stream.read(16)
-    file_type = what_it_is(head)
+    file_type = describe_format(head)
     is_program = file.suffix.lower() in _CODE_SUFFIXES or head.startswith(
         (b"#!", b"\x7fELF", b"MZ")
     )

@@ -16,7 +16,7 @@ from veneer.adapter_files.findings import FindingLog
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.weight_tying import UNTIE, same
 from veneer.errors import listing, sentence
-from veneer.fileio.hashing import fingerprint, fingerprint_beside
+from veneer.fileio.hashing import fingerprint, fingerprint_without_rows
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.models.base_weights import BaseWeights
@@ -80,7 +80,8 @@ def _check_changed_weights(
             )
         elif (
             recorded
-            and fingerprint_beside(weight, saved.token_ids(path), recorded[path]) != recorded[path]
+            and fingerprint_without_rows(weight, saved.token_ids(path), recorded[path])
+            != recorded[path]
         ):
             different.append(path)
         elif product_path is not None:

@@ -38,7 +38,7 @@ from veneer.attach.views import viewed
 from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
@@ -212,7 +212,7 @@ class Recipe:
     ) -> dict[Any, ResolvedLowRank]:
         variant = VARIANTS[self.config.variant]
         resolved = []
-        for entry, module in throttled(zip(self.low, self.modules, strict=True)):
+        for entry, module in throttle(zip(self.low, self.modules, strict=True)):
             weight: Any = weight_of(module, entry.weight)
             trained = trained_dtype(self.config, weight.dtype)
             trained_values = {
@@ -311,7 +311,7 @@ def _in_one_block(
         [value for *_, tensors in resolved for value in tensors if value is not None]
     )
     changes = []
-    for module, dims, tensors in throttled(resolved):
+    for module, dims, tensors in throttle(resolved):
         A, B, gain, bias = cast(Any, [None if value is None else next(flat) for value in tensors])
         layer_state: Any = state_of(module)
         changes.append(

@@ -2,10 +2,10 @@
 
 `veneer --help` reads the table below and loads none of the libraries of the commands
 (``commands.py``). This file loads none of its own either, so that without them it can say what to
-install. All errors meet here, in `run`: what the user can mend is one readable message on stderr
-and exit code 2; what nobody expected is a traceback, because it is a bug of ours.
+install. `run` handles all errors: errors that the user can correct are printed on stderr as one
+message, with exit code 2; all others are bugs of Veneer and keep their traceback. Exit codes:
 
-    0 done   1 a bug (of `diff --exit-code`: they differ)   2 bad input   130 stopped by Ctrl-C
+    0 success   1 bug (`diff --exit-code`: adapters differ)   2 bad input   130 stopped by Ctrl-C
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NoReturn
 from veneer.cli.extras import missing_package
 from veneer.errors import VeneerError, sentence
 
-# name -> one line. The command is <name>_command in veneer.cli.<name>, or in the file that FILES
-# names.
+# Command name -> its line in `veneer --help`. The function is <name>_command in veneer.cli.<name>,
+# or in the module that FILES names.
 COMMANDS = {
     "train": "Fine-tune a base model with an adapter.",
     "sweep": "Train many settings of a run at once, and keep the best.",
@@ -50,10 +50,21 @@ FILES = {
     **dict.fromkeys(("list", "add", "rm", "tag", "gc", "push", "pull"), "library"),
     "keygen": "serve",
 }
-MENDABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
-}  # fmt: skip
+#: system errors that the user can correct
+CORRECTABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+}
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +77,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         typer.main.get_command(app).main(
             args=[*arguments] if arguments is not None else None, prog_name="veneer"
         )
-    except SystemExit as stop:  # typer ends every command so; its own usage errors carry 2
+    except SystemExit as stop:  # typer ends every command this way; its usage errors have code 2
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except VeneerError as error:
         return _report(error, str(error))
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in CORRECTABLE:
             raise
         return _report(error, _explain(error))
     except ModuleNotFoundError as error:
@@ -92,8 +103,10 @@ def main() -> NoReturn:
 
 
 def _report(error: BaseException, message: str) -> int:
-    """Print one readable message, unless another process of a run tells it; with VENEER_DEBUG set,
-    the traceback too. Always 2."""
+    """Print an error as one message and return exit code 2.
+
+    Prints nothing if another process of the run reports the same error. Raises the error again if
+    VENEER_DEBUG is set."""
     from rich.text import Text
 
     from veneer.cli.console import SafeConsole
@@ -112,27 +125,31 @@ def _report(error: BaseException, message: str) -> int:
 
 
 def _explain(error: OSError) -> str:
-    """What the system refused, in the form of all messages."""
-    where = f" {error.filename}" if error.filename else ""
-    room, allowed = "room for the output", "a path that you may read and write"
+    """Phrase a system error like Veneer's own: found, expected, what to do."""
+    file_name = f" {error.filename}" if error.filename else ""
+    space, allowed = "room for the output", "a path that you may read and write"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return sentence(
-                f"no space left on the disk while writing{where}",
-                room,
+                f"no space left on the disk while writing{file_name}",
+                space,
                 "free some space and run again",
             )
         case errno.EFBIG:
             return sentence(
-                f"a limit on the size of a file, met by{where}", room, "raise the limit (ulimit -f)"
+                f"a limit on the size of a file, met by{file_name}",
+                space,
+                "raise the limit (ulimit -f)",
             )
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return sentence(
-                f"no permission for{where}", allowed, "choose another, or change its permissions"
+                f"no permission for{file_name}",
+                allowed,
+                "choose another, or change its permissions",
             )
         case _:
             return sentence(
-                f"{error.strerror}{':' + where if where else ''}",
+                f"{error.strerror}{':' + file_name if file_name else ''}",
                 allowed,
                 "check the path and the disk",
             )

@@ -1,5 +1,5 @@
-"""The commands as typer knows them: each is imported when it is called, and its line of help stands
-in ``COMMANDS``."""
+"""The typer application. Each command is imported when it is called; ``veneer --help`` takes its
+one-line descriptions from ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer, which of a flag that is given twice would take the last value without a
-        word."""
+        """Parse as typer does, but refuse repeated options. Typer would silently use the last
+        value."""
         _check_values(self.params, ctx.help_option_names, args)
         _, _, order = self.make_parser(ctx).parse_args(args=[*args])
         single = [
-            option.opts[0] for option in order
+            option.opts[0]
+            for option in order
             if option.param_type_name == "option" and not (option.multiple or option.is_eager)
-        ]  # fmt: skip
+        ]
         if repeated := [flag for flag in dict.fromkeys(single) if single.count(flag) > 1]:
-            found = ", ".join(
+            repetitions = ", ".join(
                 f"{flag} {'twice' if single.count(flag) == 2 else 'several times'}"
                 for flag in repeated
             )
-            raise ConfigError(found, "one value of each", "leave out all but one")
+            raise ConfigError(repetitions, "one value of each", "leave out all but one")
         return super().parse_args(ctx, args)
 
 
 def _check_values(params: Sequence[Any], helps: Sequence[str], args: Sequence[str]) -> None:
-    """click takes whatever follows an option for its value: `--train --port 1` made a folder called
+    """Refuse an option that is followed by another option instead of a value.
+
+    click would take the second option as the value: `--train --port 1` creates a folder called
     "--port"."""
     flags = [param for param in params if param.param_type_name == "option"]
     options: dict[str, Any] = {

@@ -1,5 +1,5 @@
-"""The two consoles (results to stdout, everything else to stderr), and what several commands
-share."""
+"""The two consoles (results to stdout, everything else to stderr), and functions that several
+commands share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console on which texts of strangers steer nothing: escape sequences in them are shown, not
-    sent."""
+    """A console that prints escape sequences in text visibly instead of sending them to the
+    terminal, so that untrusted text cannot control it."""
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -33,13 +33,12 @@ class SafeConsole(Console):
             yield segment if control else Segment(escape_controls(text), style)
 
 
-# What is printed may hold brackets, numbers and ":x:" of the user's: no markup, no colours, no
-# pictures for them.
+# No markup, highlighting or emoji: user text may contain brackets, numbers or ":x:".
 out = SafeConsole(markup=False, highlight=False, emoji=False)
 err = SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-class _Notes(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Veneer's log records as plain lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -47,9 +46,10 @@ class _Notes(logging.Handler):
 
 
 def setup_logging() -> None:
+    """Print Veneer's log records (level INFO and above) on stderr. Calling it again is harmless."""
     logger = logging.getLogger("veneer")
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes())
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
 
@@ -57,9 +57,10 @@ def setup_logging() -> None:
 def sampling_options(
     model: Any, temperature: float | None, top_p: float | None, top_k: int | None
 ) -> dict[str, Any]:
-    """How `veneer generate` and `veneer chat` sample: as they are told, else as the base's file
-    says, with a note of what it says. A file without do_sample = true asks for the most likely
-    token, whatever else it holds."""
+    """Return the sampling arguments of `veneer generate` and `veneer chat`.
+
+    Arguments that are None are taken from the base's generation_config.json, with a note on stderr.
+    Without do_sample = true in that file, the default temperature is 0 (greedy decoding)."""
     from veneer.models.sampling_defaults import FILE, NEUTRAL, SAMPLER, sampling_defaults
 
     base = sampling_defaults(model)
@@ -84,12 +85,26 @@ def sampling_options(
     }
 
 
+def loading_options(
+    precision: str, quantize: str | None, device: str | None, device_map: str | None, attention: str
+) -> dict[str, Any]:
+    """Return the options of a command as the keyword arguments of `load_base`."""
+    return {
+        "precision": precision,
+        "quantize": quantize,
+        "device": device,
+        "device_map": device_map,
+        "attention": attention,
+    }
+
+
 def echo_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
 def table_of(*heads: str) -> Table:
-    """A plain table. A head that begins with ">" is that of a column of numbers."""
+    """Create a plain table. Columns whose heading begins with ">" hold numbers and are aligned
+    right."""
     table = Table(box=None, header_style="bold", caption_justify="left")
     for head in heads:
         number = head.startswith(">")
@@ -101,15 +116,17 @@ def table_of(*heads: str) -> Table:
     return table
 
 
-def shown(table: Table, ordered: list[Any], count: int, others: str) -> list[Any]:
-    """The first ``count`` entries, all if it is 0; what is left out is counted under the table."""
-    if 0 < count < len(ordered):
-        table.caption = f"and {len(ordered) - count} {others} (--layers 0 shows all)"
-    return ordered[: count or None]
+def limit_rows(table: Table, entries: list[Any], count: int, remainder: str) -> list[Any]:
+    """Return the first ``count`` entries, or all if ``count`` is 0.
+
+    The table's caption gives the number of omitted entries; ``remainder`` describes them."""
+    if 0 < count < len(entries):
+        table.caption = f"and {len(entries) - count} {remainder} (--layers 0 shows all)"
+    return entries[: count or None]
 
 
 def open_library(folder: Path | None) -> Library:
-    """The library in a folder, or the default one."""
+    """Open the library in a folder, or the default library."""
     from veneer.store.library import Library, default_folder
 
     return Library(default_folder() if folder is None else folder)
@@ -118,8 +135,9 @@ def open_library(folder: Path | None) -> Library:
 def open_base_and_adapter(
     base: str, adapter: str | None, verify: bool = True, **loading: Any
 ) -> tuple[Base, Any]:
-    """The base and the handle of `adapter` on it, if given: read first, since it is the quicker to
-    fail. `loading`: as `load_base` takes it."""
+    """Load a base and attach an adapter, if one is named; return both (the handle may be None).
+
+    The adapter is read first, because that fails sooner. ``loading`` goes to `load_base`."""
     loaded, handles = open_base_and_adapters(
         base, {} if adapter is None else {"default": adapter}, verify, **loading
     )
@@ -133,7 +151,9 @@ def open_base_and_adapters(
     trusted: bool = False,
     **loading: Any,
 ) -> tuple[Base, dict[str, Any]]:
-    """The same for several adapters, by name. ``trusted``: code beside the base may run."""
+    """Load a base and attach several adapters ({name: source}); return it and {name: handle}.
+
+    ``trusted`` allows Python code in the base's folder to run."""
     import veneer
     from veneer.models.encoders import must_be_causal
     from veneer.models.load import load_base
@@ -144,20 +164,19 @@ def open_base_and_adapters(
     folders = {name: resolve(adapter) for name, adapter in adapters.items()}
     for folder in folders.values():
         veneer.adapter_files.read(folder)
-    tokenizer = _tokenizer_of_all(folders)
+    tokenizer = _common_tokenizer(folders)
     with trust_remote_code(base if trusted else None):
         must_be_causal(base)
         loaded = load_base(base, **loading)
-    names = folders.items()
     handles = {
         name: veneer.load(loaded.model, folder, name=name, verify_base=verify, grow=True)
-        for name, folder in names
+        for name, folder in folders.items()
     }
     return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer), handles
 
 
 def must_be_adapters(folders: Iterable[str | Path]) -> None:
-    """Refuse folders that hold no adapter, before a base is converted or read for them."""
+    """Raise AdapterError for folders without an adapter, before a base is converted or read."""
     from veneer.adapter_files.folder import folder_problems
     from veneer.errors import AdapterError, raise_all
 
@@ -166,7 +185,7 @@ def must_be_adapters(folders: Iterable[str | Path]) -> None:
 
 
 def tokenizer_for(base: str, adapter: str | None) -> Any:
-    """The tokenizer of a base, or that beside the adapter which trains tokens of its own."""
+    """Load the tokenizer in the adapter's folder if the adapter trains tokens, else the base's."""
     from veneer.models.load import load_tokenizer
     from veneer.store.library import resolve
 
@@ -175,22 +194,22 @@ def tokenizer_for(base: str, adapter: str | None) -> Any:
 
 
 def tokenizer_beside(folder: Path) -> Any:
-    """The tokenizer in the folder of an adapter that trains tokens, or None."""
-    return _tokenizer_of_all({"": folder})
+    """Load the tokenizer in the folder of an adapter that trains tokens, or return None."""
+    return _common_tokenizer({"": folder})
 
 
-def _tokenizer_of_all(folders: Mapping[str, Path]) -> Any:
-    """The one with all tokens of these adapters' own, or None."""
+def _common_tokenizer(folders: Mapping[str, Path]) -> Any:
+    """Load the tokenizer that contains all tokens that these adapters train, or return None."""
     from veneer.adapter_files.file_names import common_tokenizer
     from veneer.models.load import tokenizer_at
 
-    place = common_tokenizer(folders)
-    return None if place is None else tokenizer_at(str(place), str(place))
+    folder = common_tokenizer(folders)
+    return None if folder is None else tokenizer_at(str(folder), str(folder))
 
 
 def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContextManager[Any]]]:
-    """(label, what selects it) of each model that a command runs: the base if ``base``, the adapter
-    if any."""
+    """Return (label, context manager that selects it) for each model that a command runs: the base
+    if ``base`` is true, and the adapter if there is one."""
     import veneer
 
     if handle is None:
@@ -202,8 +221,10 @@ def base_and_adapter(handle: Any, base: bool) -> list[tuple[str, AbstractContext
 
 
 def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
-    """A base as the tools take it: {"base", "model"}. Of a folder they read the weights that they
-    need; what is packed in the files, or no safetensors, only the model itself can tell."""
+    """Return the arguments {"base", "model"} with which the tools read base weights.
+
+    Weights in a safetensors folder are read by name as they are needed. A quantised base, or one in
+    another format, is loaded as a model."""
     from veneer import models
     from veneer.adapter_files.folder import read
     from veneer.adapter_files.record import labels_in
@@ -224,8 +245,9 @@ def base_files(base: str, adapter: str | Path) -> dict[str, Any]:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """An adapter (a folder, library:NAME, a remote place) and its weight; a path that exists may
-    hold an equals sign itself."""
+    """Split ADAPTER[=WEIGHT] into the adapter's folder and its weight (default 1).
+
+    A path that exists is not split: it may itself contain an equals sign."""
     from veneer.store.library import resolve
 
     path, equals, weight = text.rpartition("=")
@@ -235,7 +257,7 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def number_in(word: str, text: str) -> float:
-    """The number behind an equals sign."""
+    """Parse the number behind an equals sign; ``text`` is the complete argument, for the error."""
     try:
         number = float(word)
     except ValueError:

@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from veneer.cli.options import ADAPTER_HELP, AsJson, Verify
 
-Part = Annotated[
+PipelineModel = Annotated[
     Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "model"]
     | None,
-    Option(help="Which model of an image pipeline the adapter is of."),
+    Option("--part", help="Which model of an image pipeline the adapter is of."),
 ]
 
 
+SourceAdapter = Annotated[
+    str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")
+]
+OutputPath = Annotated[Path, Argument(metavar="OUT", help="New folder or file.")]
+# not a Literal: the registry of formats validates the name, so new formats need no change here
+TargetFormat = Annotated[
+    str, Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
+]
+Base = Annotated[
+    str | None,
+    Option(
+        help=(
+            "Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's"
+            " folder too."
+        )
+    ),
+]
+StoredDtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    Option(help="Type of the numbers; as they are without."),
+]
+DenseRank = Annotated[int | None, Option(help="Of dense changes: the rank of the product.", min=1)]
+DenseEnergy = Annotated[float | None, Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")]
+KeepDense = Annotated[bool, Option("--whole", help="Of dense changes: keep them whole.")]
+
+
 def convert_command(
-    adapter: Annotated[
-        str, Argument(metavar="IN", help=f"{ADAPTER_HELP[:-1]}; a .safetensors or .gguf file.")
-    ],
-    output: Annotated[Path, Argument(metavar="OUT", help="New folder or file.")],
-    to: Annotated[  # the registry of formats decides what it may be, so that a new one needs no line here
-        str, Option(metavar="FORMAT", help="veneer, peft, kohya, diffusers, gguf or dense.")
-    ],
-    base: Annotated[
-        str | None,
-        Option(
-            help=(
-                "Base model: folder, .gguf file, package:NAME or hub id; for names, a pipeline's"
-                " folder too."
-            )
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
-        Option(help="Type of the numbers; as they are without."),
-    ] = None,
-    part: Part = None,
-    rank: Annotated[
-        int | None, Option(help="Of dense changes: the rank of the product.", min=1)
-    ] = None,
-    energy: Annotated[
-        float | None, Option(help="Of dense changes: the share of ‖ΔW‖² to keep.")
-    ] = None,
-    whole: Annotated[bool, Option("--whole", help="Of dense changes: keep them whole.")] = False,
+    adapter: SourceAdapter,
+    output: OutputPath,
+    to: TargetFormat,
+    base: Base = None,
+    dtype: StoredDtype = None,
+    pipeline_model: PipelineModel = None,
+    rank: DenseRank = None,
+    energy: DenseEnergy = None,
+    keep_dense: KeepDense = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what exists.")] = False,
     verify: Verify = True,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another format. What it is, is seen from what it holds.
+    """Write an adapter in another format. The input's format is recognised from its contents.
 
-    What the format cannot hold is an error; what it has no place for is told.
+    Changes that the target format cannot represent are an error; metadata that it cannot store is
+    listed.
 
     \b
     Examples:
@@ -60,30 +70,57 @@ def convert_command(
       veneer convert run/adapter plain --to peft
       veneer convert style.safetensors style --to peft --base stable-diffusion --part unet
     """
-    from veneer.adapter_files import UnverifiedAdapter
-    from veneer.cli.console import echo_json, err, out, setup_logging
+    from veneer.cli.console import echo_json, out, setup_logging
     from veneer.store.library import resolve
-    from veneer.tools.convert import MisreadElsewhere, conversion
+    from veneer.tools.convert import conversion as convert_adapter
 
     setup_logging()
-    said: list[str] = []
+    messages: list[str] = []
+    with _printed_warnings(messages):
+        conversion = convert_adapter(
+            resolve(adapter),
+            output,
+            to=to,
+            base=base,
+            dtype=dtype,
+            part=pipeline_model,
+            rank=rank,
+            energy=energy,
+            whole=keep_dense,
+            overwrite=overwrite,
+            verify_base=verify,
+        )
+    if as_json:
+        echo_json({**_facts(conversion), "warnings": messages})
+    else:
+        out.print(str(conversion), soft_wrap=True)
 
-    def show(message: Warning | str, *about: object) -> None:
-        said.append(str(message))
+
+@contextmanager
+def _printed_warnings(messages: list[str]) -> Iterator[None]:
+    """Print warnings about the adapter on stderr and append them to ``messages``."""
+    from veneer.adapter_files import UnverifiedAdapter
+    from veneer.cli.console import err
+    from veneer.tools.convert import MisreadElsewhere
+
+    def show(message: Warning | str, *_: object) -> None:
+        messages.append(str(message))
         err.print(f"Warning. {message}", soft_wrap=True)
 
-    with warnings.catch_warnings():
-        for kind in (MisreadElsewhere, UnverifiedAdapter):
-            warnings.simplefilter("always", kind)
-        warnings.showwarning = show  # as it was at the end of the block
-        done = conversion(
-            resolve(adapter), output, to=to, base=base, dtype=dtype, part=part, rank=rank, energy=energy, whole=whole,
-            overwrite=overwrite, verify_base=verify,
-        )  # fmt: skip
-    if as_json:
-        facts = {"path": str(done.path), "from": done.source, "to": done.to, "ranks": dict(done.ranks),
-                 "in_full": list(done.full), "left_out": list(done.left_out), "warnings": said,
-                 "errors": dict(done.errors)}  # fmt: skip
-        echo_json(facts)
-        return
-    out.print(str(done), soft_wrap=True)
+    with warnings.catch_warnings():  # restores showwarning
+        for category in (MisreadElsewhere, UnverifiedAdapter):
+            warnings.simplefilter("always", category)
+        warnings.showwarning = show
+        yield
+
+
+def _facts(conversion: Any) -> dict[str, Any]:
+    return {
+        "path": str(conversion.path),
+        "from": conversion.source,
+        "to": conversion.to,
+        "ranks": dict(conversion.ranks),
+        "in_full": list(conversion.full),
+        "left_out": list(conversion.left_out),
+        "errors": dict(conversion.errors),
+    }

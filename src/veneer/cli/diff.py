@@ -1,4 +1,4 @@
-"""`veneer diff`: where two adapters differ."""
+"""`veneer diff`: compare two adapters layer by layer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from typer import Argument, Exit, Option
 
 from veneer.cli.options import ADAPTER_HELP, AsJson
 
+ShownLayers = Annotated[
+    int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)
+]
+ExitCode = Annotated[bool, Option("--exit-code", help="End with code 1 if they differ.")]
+
 
 def diff_command(
     a: Annotated[str, Argument(metavar="A", help=ADAPTER_HELP)],
     b: Annotated[str, Argument(metavar="B", help=ADAPTER_HELP)],
-    layers: Annotated[
-        int, Option(help="Show the so many layers that differ most; 0 shows all.", min=0)
-    ] = 12,
+    layers: ShownLayers = 12,
     as_json: AsJson = False,
-    exit_code: Annotated[
-        bool, Option("--exit-code", help="End with code 1 if they differ.")
-    ] = False,
+    exit_code: ExitCode = False,
 ) -> None:
-    """Show where two adapters change a model, how much, and how far their directions lie apart.
+    """Show in which layers two adapters change a model, how much, and how far their directions lie
+    apart.
 
-    φ is the similarity of the spaces that they read from and write to: 1 if one lies within the
+    φ is the similarity of the subspaces that they read from and write to: 1 if one contains the
     other, 0 if they share no direction.
 
     \b
@@ -36,26 +38,30 @@ def diff_command(
     from veneer.store.library import resolve
     from veneer.tools.compare import compare
 
-    found = compare(resolve(a), resolve(b))
+    comparison = compare(resolve(a), resolve(b))
     if as_json:
-        facts = asdict(found) | {"a": str(found.a), "b": str(found.b), "identical": found.identical}
-        facts |= {
-            "same_change": found.same_change,
-            "difference": found.relative,
-            "cosine": found.cosine,
+        facts = asdict(comparison) | {
+            "a": str(comparison.a),
+            "b": str(comparison.b),
+            "identical": comparison.identical,
         }
-        # JSON has no infinity: null stands for what has no number
+        facts |= {
+            "same_change": comparison.same_change,
+            "difference": comparison.relative,
+            "cosine": comparison.cosine,
+        }
+        # JSON has no infinity or NaN: write null
         echo_json(json.loads(json.dumps(facts), parse_constant=lambda _: None))
     else:
-        out.print(str(found), soft_wrap=True)
-        if found.layers and not found.same_change:
-            out.print(_table(found.layers, layers))
-    if exit_code and not found.identical:
+        out.print(str(comparison), soft_wrap=True)
+        if comparison.layers and not comparison.same_change:
+            out.print(_layer_table(comparison.layers, layers))
+    if exit_code and not comparison.identical:
         raise Exit(1)
 
 
-def _table(entries: Any, count: int) -> Any:
-    from veneer.cli.console import shown, table_of
+def _layer_table(entries: Any, count: int) -> Any:
+    from veneer.cli.console import limit_rows, table_of
 
     ordered = sorted(entries, key=lambda entry: entry.difference * max(entry.norms), reverse=True)
     gains = (
@@ -66,7 +72,7 @@ def _table(entries: Any, count: int) -> Any:
     table = table_of(
         "layer", ">ranks", ">‖A‖", ">‖B‖", ">apart", ">cosine", ">φ in", ">φ out", *gains
     )
-    for entry in shown(table, ordered, count, "layers that differ less"):
+    for entry in limit_rows(table, ordered, count, "layers that differ less"):
         numbers = [f"{entry.ranks[0]}, {entry.ranks[1]}", *(f"{norm:.4g}" for norm in entry.norms)]
         numbers += [f"{entry.difference:.3g}", f"{entry.cosine:.3f}"]
         numbers += [

@@ -20,7 +20,7 @@ from veneer.cli.options import (
     Quantize,
     TrustRemoteCode,
     Verify,
-    joined,
+    merge_flag_values,
 )
 
 Task = Annotated[
@@ -133,7 +133,7 @@ def eval_command(
         how = {"whole": whole, "exact": exact, "max_new_tokens": max_new_tokens, "columns": named}
         measure = partial(_measure, asked, {**options, **how})
     else:
-        how = {"columns": ",".join(columns or ()) or None, "reward": joined(reward)}
+        how = {"columns": ",".join(columns or ()) or None, "reward": merge_flag_values(reward)}
         measure = partial(_measure_task, asked, record, {**options, **how})
     with remote_code.trust_remote_code(base if trust_remote_code else None):
         measure()

@@ -7,49 +7,55 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson, BaseModel, Overwrite, listed
+from veneer.cli.options import AsJson, BaseModel, Overwrite, split_commas
+
+TunedModel = Annotated[str, Argument(help="The same model, fine-tuned in full.")]
+OutputFolder = Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")]
+Rank = Annotated[int | None, Option(help="Rank of every product.")]
+Energy = Annotated[float | None, Option(help="Or the share of each change to keep, such as 0.95.")]
+TargetWeights = Annotated[
+    list[str] | None,
+    Option(help="Which weights get a product: words or patterns, comma separated (default: all)."),
+]
+ExcludedWeights = Annotated[
+    list[str] | None, Option(help="What is left out, however it changed; comma separated.")
+]
+FullWeights = Annotated[
+    list[str] | None,
+    Option(
+        help=(
+            "What is written whole: auto (changed norms, biases and the like), none, lossy"
+            " (also weights that "
+            "keep too little), or patterns beside them; comma separated (default: auto)."
+        )
+    ),
+]
+MinRetention = Annotated[
+    float, Option(help="The share of its change below which a weight is lossy.")
+]
+ShownLayers = Annotated[
+    int, Option(help="Show the so many layers that keep least; 0 shows all.", min=0)
+]
 
 
 def extract_command(
     base: BaseModel,
-    tuned: Annotated[str, Argument(help="The same model, fine-tuned in full.")],
-    output: Annotated[Path, Argument(metavar="OUT", help="New folder for the adapter.")],
-    rank: Annotated[int | None, Option(help="Rank of every product.")] = None,
-    energy: Annotated[
-        float | None, Option(help="Or the share of each change to keep, such as 0.95.")
-    ] = None,
-    targets: Annotated[
-        list[str] | None,
-        Option(
-            help="Which weights get a product: words or patterns, comma separated (default: all)."
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, Option(help="What is left out, however it changed; comma separated.")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        Option(
-            help=(
-                "What is written whole: auto (changed norms, biases and the like), none, lossy"
-                " (also weights that "
-                "keep too little), or patterns beside them; comma separated (default: auto)."
-            )
-        ),
-    ] = None,
-    least: Annotated[
-        float, Option(help="The share of its change below which a weight is lossy.")
-    ] = 0.5,
+    tuned: TunedModel,
+    output: OutputFolder,
+    rank: Rank = None,
+    energy: Energy = None,
+    targets: TargetWeights = None,
+    exclude: ExcludedWeights = None,
+    keep: FullWeights = None,
+    least: MinRetention = 0.5,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
-    layers: Annotated[
-        int, Option(help="Show the so many layers that keep least; 0 shows all.", min=0)
-    ] = 12,
+    layers: ShownLayers = 12,
 ) -> None:
     """Write the adapter that turns a base into its full fine-tune, as nearly as its rank allows.
 
-    Both models are read weight by weight, so that neither has to fit into memory. What changed and
-    is not in the adapter is named.
+    Both models are read weight by weight, so neither has to fit into memory. The report names the
+    weights that changed but are not in the adapter.
 
     \b
     Examples:
@@ -57,7 +63,7 @@ def extract_command(
       veneer extract base tuned adapter --energy 0.95 --targets all-linear --keep none
     """
     import veneer
-    from veneer.cli.console import echo_json, err, out, setup_logging, shown, table_of
+    from veneer.cli.console import echo_json, err, setup_logging
 
     setup_logging()
     with err.status("Comparing the models …") as status:
@@ -66,16 +72,32 @@ def extract_command(
             status.update(f"{done} of {total}  {layer.path}  {layer.kept:.2%} at rank {layer.rank}")
 
         report = veneer.extract(
-            base, tuned, output, rank=rank, energy=energy, targets=_listed(targets or ["all"]),
-            exclude=_listed(exclude or []), keep=_listed(keep or ["auto"]), least=least, base_name=base,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            base,
+            tuned,
+            output,
+            rank=rank,
+            energy=energy,
+            targets=_split_all(targets or ["all"]),
+            exclude=_split_all(exclude or []),
+            keep=_split_all(keep or ["auto"]),
+            least=least,
+            base_name=base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
         echo_json(report.to_dict())
         return
+    _print_report(report, layers)
+
+
+def _print_report(report: Any, count: int) -> None:
+    """Print the report with the ``count`` layers that keep the least of their change (0: all)."""
+    from veneer.cli.console import limit_rows, out, table_of
+
     table = table_of("weight", ">rank", ">‖ΔW‖/‖W‖", ">kept", ">error", ">seconds", "found")
-    for layer in shown(
-        table, sorted(report.layers, key=lambda layer: layer.kept), layers, "that keep more"
+    for layer in limit_rows(
+        table, sorted(report.layers, key=lambda layer: layer.kept), count, "that keep more"
     ):
         cells = (
             f"{layer.rank}",
@@ -88,5 +110,6 @@ def extract_command(
     out.print(str(report), soft_wrap=True)
 
 
-def _listed(values: list[str]) -> list[str]:
-    return [part for text in values for part in listed(text)]
+def _split_all(values: list[str]) -> list[str]:
+    """Flatten the comma-separated values of an option that can be repeated."""
+    return [entry for text in values for entry in split_commas(text)]

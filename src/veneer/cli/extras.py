@@ -1,20 +1,19 @@
-"""Which optional part of Veneer holds a package that is not installed."""
+"""Name the extra of Veneer (``veneer[train]``, …) that installs a missing package."""
 
 from __future__ import annotations
 
 import re
 from importlib import metadata
 
-#: modules that are named otherwise than the package that holds them
+#: module -> package, where their names differ
 _PACKAGES = {"yaml": "pyyaml", "google": "protobuf"}
-#: of several optional parts that hold a package, the first of these is meant: each contains those
-#: before it
+#: extras from smallest to largest; each contains those before it, so the first match is the
+#: smallest extra with a package
 _ORDER = ("cli", "train", "serve", "remote")
 
 
 def extra_with(module: str) -> str | None:
-    """The optional part of Veneer (``pip install 'veneer[…]'``) with the package of this module, or
-    None."""
+    """Return the smallest extra (``pip install 'veneer[…]'``) that installs a module, or None."""
     top = module.partition(".")[0]
     package = _PACKAGES.get(top, top).replace("_", "-").lower()
     extras = []
@@ -32,8 +31,7 @@ def extra_with(module: str) -> str | None:
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """What to tell a user about a package that is not installed; None where it is none of Veneer's
-    optional ones."""
+    """Return the error text for a missing package, or None if no extra of Veneer contains it."""
     extra = extra_with(error.name or "")
     if extra is None:
         return None

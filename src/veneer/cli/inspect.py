@@ -1,4 +1,4 @@
-"""`veneer inspect`: what an adapter is, read and verified without its base."""
+"""`veneer inspect`: read, verify and describe an adapter without its base."""
 
 from __future__ import annotations
 
@@ -13,57 +13,64 @@ from typer import Option
 from veneer.cli.options import ADAPTER_HELP, Adapter, AsJson, Device, Precision
 from veneer.errors import ConfigError
 
+ShownLayers = Annotated[
+    int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
+]
+ReportFile = Annotated[
+    Path | None,
+    Option(
+        metavar="FILE.html",
+        help="Write a look inside: ranks, where the change went, forgetting.",
+    ),
+]
+OtherAdapter = Annotated[
+    str | None, Option("--with", help=f"For the report. Beside it. {ADAPTER_HELP}")
+]
+ReportBase = Annotated[str | None, Option(help="For the report. The adapter's base model.")]
+TaskData = Annotated[
+    str | None,
+    Option(
+        help=(
+            "For the report. Held-out rows of the task: what smaller ranks and a repair lose there."
+        )
+    ),
+]
+GeneralText = Annotated[
+    str | None,
+    Option(
+        help=(
+            "For the report. General text (.txt, .jsonl): what was forgotten, what a repair"
+            " regains."
+        )
+    ),
+]
+IntruderCount = Annotated[
+    int,
+    Option(
+        help="For the report. Leading singular vectors to look at, of each weight; 0: none.",
+        min=0,
+    ),
+]
+
 
 def inspect_command(
     adapter: Adapter,
     as_json: AsJson = False,
-    layers: Annotated[
-        int, Option(help="Show the so many layers with the largest change; 0 shows all.", min=0)
-    ] = 12,
-    report: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE.html",
-            help="Write a look inside: ranks, where the change went, forgetting.",
-        ),
-    ] = None,
-    other: Annotated[
-        str | None, Option("--with", help=f"For the report. Beside it. {ADAPTER_HELP}")
-    ] = None,
-    base: Annotated[str | None, Option(help="For the report. The adapter's base model.")] = None,
-    data: Annotated[
-        str | None,
-        Option(
-            help=(
-                "For the report. Held-out rows of the task: what smaller ranks and a repair lose"
-                " there."
-            )
-        ),
-    ] = None,
-    general: Annotated[
-        str | None,
-        Option(
-            help=(
-                "For the report. General text (.txt, .jsonl): what was forgotten, what a repair"
-                " regains."
-            )
-        ),
-    ] = None,
-    intruders: Annotated[
-        int,
-        Option(
-            help="For the report. Leading singular vectors to look at, of each weight; 0: none.",
-            min=0,
-        ),
-    ] = 10,
+    layers: ShownLayers = 12,
+    report: ReportFile = None,
+    other: OtherAdapter = None,
+    base: ReportBase = None,
+    data: TaskData = None,
+    general: GeneralText = None,
+    intruders: IntruderCount = 10,
     batch_size: Annotated[int, Option(help="For the report. Rows in one forward pass.", min=1)] = 8,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Show an adapter's configuration, targets, counts, norms per layer and the fingerprint of its
+    """Show an adapter's configuration, targets, size, norms per layer and the fingerprint of its
     base.
 
-    Reading verifies: a truncated or altered file is an error.
+    Reading verifies the files: a truncated or altered file is an error.
 
     \b
     Examples:
@@ -75,25 +82,26 @@ def inspect_command(
     from veneer.cli.console import echo_json, out
     from veneer.store.library import resolve
 
-    given = {"--with": other, "--base": base, "--data": data, "--general": general}
-    if report is None and (flags := [flag for flag, value in given.items() if value is not None]):
+    report_flags = {"--with": other, "--base": base, "--data": data, "--general": general}
+    flags = [flag for flag, value in report_flags.items() if value is not None]
+    if report is None and flags:
         raise ConfigError(f"{flags[0]} without --report", "both", "add --report FILE.html")
     saved = veneer.adapter_files.read(resolve(adapter))
     facts = _facts(saved)
     if report is not None:
-        from veneer.cli.inspect_report import Asked, write_report
+        from veneer.cli.inspect_report import ReportRequest, write_report
 
         loading = {"precision": precision, "device": device}
-        asked = Asked(report, other, base, data, general, intruders, batch_size, loading)
-        facts["report"] = write_report(saved, asked)
+        request = ReportRequest(report, other, base, data, general, intruders, batch_size, loading)
+        facts["report"] = write_report(saved, request)
     if as_json:
         echo_json(facts)
     else:
-        out.print(_head(facts))
-        out.print(_norms(facts, layers))
+        out.print(_summary_table(facts))
+        out.print(_norm_table(facts, layers))
         if report is not None:
-            found = facts["report"]
-            out.print(f"rank to use next: {found['next_rank']} ({found['why']})", soft_wrap=True)
+            next_rank, reason = facts["report"]["next_rank"], facts["report"]["why"]
+            out.print(f"rank to use next: {next_rank} ({reason})", soft_wrap=True)
             out.print(f"report written to {report}", soft_wrap=True)
 
 
@@ -101,7 +109,7 @@ def _facts(saved: Any) -> dict[str, Any]:
     from veneer.fileio.hashing import coverage
 
     record = saved.metadata.get("base", {})
-    # of some of PEFT's tuners only the base tells the shapes
+    # for some of PEFT's tuners, only the base determines the shapes
     needs_base_shapes = (
         saved.tuner.paths if saved.tuner is not None and saved.tuner.needs_base_shapes else ()
     )
@@ -128,8 +136,8 @@ def _facts(saved: Any) -> dict[str, Any]:
 
 
 def _fingerprint(weights: dict[str, str]) -> str | None:
-    """One hash of the fingerprints of all adapted base weights: equal for equal bases and
-    targets."""
+    """Return one hash of the fingerprints of all adapted base weights. Equal bases and targets give
+    equal hashes."""
     return (
         hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:32]
         if weights
@@ -137,7 +145,7 @@ def _fingerprint(weights: dict[str, str]) -> str | None:
     )
 
 
-def _head(facts: dict[str, Any]) -> Any:
+def _summary_table(facts: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -149,15 +157,20 @@ def _head(facts: dict[str, Any]) -> Any:
     training += [f"loss {metrics['last_loss']:.4f}"] if "last_loss" in metrics else []
     training += [f"evaluation {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
     training += [f"on {run['data']}"] if training and "data" in run else []
-    how = facts["base"].get("quantized")
-    packed = f", trained on it in {how.get('as', 'packed form')} ({how.get('by')})" if how else ""
+    quantised = facts["base"].get("quantized")
+    storage = (
+        f", trained on it in {quantised.get('as', 'packed form')} ({quantised.get('by')})"
+        if quantised
+        else ""
+    )
     unverified = (
         "" if facts["verified"] else "  (written by another library: nothing to verify it by)"
     )
     rows = {
         "adapter": f"{facts['path']}{unverified}",
         "base": (
-            f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}{packed}"
+            f"{facts['base'].get('name') or '?'}{f' ({architecture})' if architecture else ''}"
+            f"{storage}"
         ),
         "fingerprint": facts["fingerprint"] or "none",
         "base proven": facts["proof"],
@@ -184,12 +197,12 @@ def _head(facts: dict[str, Any]) -> Any:
     return table
 
 
-def _norms(facts: dict[str, Any], count: int) -> Any:
-    from veneer.cli.console import shown, table_of
+def _norm_table(facts: dict[str, Any], count: int) -> Any:
+    from veneer.cli.console import limit_rows, table_of
 
     norms = sorted(facts["norms"].items(), key=lambda item: item[1], reverse=True)
     table = table_of("layer", ">‖ΔW‖", "")
-    for path, norm in shown(table, norms, count, "layers with smaller changes"):
+    for path, norm in limit_rows(table, norms, count, "layers with smaller changes"):
         table.add_row(
             path, f"{norm:.4g}", "█" * max(1, round(24 * norm / norms[0][1])) if norm > 0 else ""
         )

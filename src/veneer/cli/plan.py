@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from veneer.cli.options import AsJson, joined
+from veneer.cli.options import AsJson, merge_flag_values
 from veneer.errors import ConfigError
 
 GIB = 2**30
@@ -137,7 +137,7 @@ def _settings(config: Path | None, given: dict[str, Any]) -> Any:
     fields = {} if config is None else read_yaml(config)
     fields |= {
         name: value
-        for name, value in {**given, "targets": joined(given["targets"])}.items()
+        for name, value in {**given, "targets": merge_flag_values(given["targets"])}.items()
         if value is not None
     }
     if "base" not in fields:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from typer import Argument, Exit, Option
 
-from veneer.cli.options import NEW_TOKENS, joined
+from veneer.cli.options import NEW_TOKENS, merge_flag_values
 from veneer.errors import ConfigError
 from veneer.train.config import TrainConfig, load_config
 from veneer.train.processes import finished_before, join, leave
@@ -262,7 +262,7 @@ def _value(name: str, value: Any) -> Any:
     several times."""
     if not isinstance(value, list):
         return value
-    return ",".join(value) or None if name == "columns" else joined(value)
+    return ",".join(value) or None if name == "columns" else merge_flag_values(value)
 
 
 def _flag_type(annotation: Any) -> Any:

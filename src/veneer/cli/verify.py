@@ -1,5 +1,4 @@
-"""`veneer verify`: every check of an adapter folder, and of the base that it is said to be made
-for."""
+"""`veneer verify`: run every check of an adapter folder, and compare it with its base."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ def verify_command(
         bool, Option("--strict", help="Refuse an adapter with warnings too.")
     ] = False,
 ) -> None:
-    """Check an adapter: its files, header, hashes, config, numbers and norms, and that it was made
-    for a base.
+    """Check an adapter's files, header, hashes, config, values and norms, and that it was trained
+    on the given base.
 
-    Nothing in the folder is run, and no pickle is opened. The base is read one weight at a time.
-    The exit code is 0 for a good adapter and 2 for one that is refused.
+    No code in the folder is run, and no pickle is opened. The base is read one weight at a time.
+    The exit code is 0 for a valid adapter and 2 for a refused one.
 
     \b
     Examples:
@@ -40,7 +39,7 @@ def verify_command(
 
     adapter_folder = resolve(adapter)
     folder = None if base is None or not adapter_folder.is_dir() else Path(base).expanduser()
-    # which need no config
+    # safetensors files beside each other need no config.json
     if base is not None and folder is not None and not any(folder.glob(f"*{ENDING}")):
         folder = folder_of(base)
     report = verify(adapter_folder, folder)

@@ -1,5 +1,5 @@
-"""Files, below everything that knows what an adapter is: bytes come in carefully and go out whole.
+"""Reading untrusted files and writing files atomically.
 
-In: paths, tensors, JSON values. Out: the same, checked or written. It knows tensors, but no layer,
-adapter or model.
+In: paths, tensors, JSON values. Out: the same, validated or written. This folder knows tensors, but
+no layer, adapter or model.
 """

@@ -1,9 +1,8 @@
-"""Writing a folder or a file so that a crash leaves the old one or the new one, never a half.
+"""Atomic writes: after a crash, a folder or file is the old one or the new one, never a mixture.
 
-A new folder gets its name by a rename. Where a folder of that name may be replaced, the two are
-exchanged in one step, if all that the old one holds is to be replaced and the system can. Otherwise
-the files are replaced in place, one by one, and those of others stay where they are
-(``temporary.py``).
+A new folder gets its name by a rename. An existing folder is exchanged with the new one in one step
+if all of its files are to be replaced and the operating system supports the exchange. Otherwise its
+files are replaced one by one, and files that Veneer did not write stay (``temporary.py``).
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ from veneer.fileio.temporary import (
 )
 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
-#: as a pattern: whatever the folder holds is replaced, as nobody but Veneer writes to it
+#: pattern for folders that only Veneer writes to: every file in them is replaced
 EVERYTHING = "*"
-#: what a rename says of a path at which there is something, or where something is mounted
+#: errors of a rename to a path that exists, or where a file system is mounted
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EBUSY)
 
 
 def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
-    """Raise OutputExistsError if ``path`` is there and may not be replaced; an empty folder counts
-    as nothing. A file is never replaced by a folder, nor a folder by a file (``folder``: which of
-    them is to be written)."""
+    """Raise OutputExistsError if ``path`` exists and must not be replaced.
+
+    An empty folder may always be replaced. A file is never replaced by a folder, nor a folder by a
+    file; ``folder`` says which of the two will be written."""
     if overwrite and folder and path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"{path}, which is a file", "a path for a folder", "choose another, or remove the file"
@@ -58,21 +58,21 @@ def must_not_exist(path: Path, overwrite: bool, *, folder: bool = True) -> None:
 def new_folder(
     path: str | Path, *, overwrite: bool = False, replaces: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes ``path`` when the block ends: flushed to disk
-    first. When the block raises, nothing of it stays and ``path`` is as it was.
+    """Yield a temporary folder to fill. When the block ends, it is flushed to disk and becomes
+    ``path``. If the block raises, the folder is removed and ``path`` stays unchanged.
 
     Args:
-        overwrite: replace files of a folder that exists: those that are written anew, and those of
-            ``replaces``. All others stay.
-        replaces: patterns of names that an earlier one of the same kind may hold; "*" for a folder
-            that is replaced whole. The file without which nobody reads such a folder matches the
-            first one.
+        overwrite: replace files in an existing folder: those that the block writes, and those that
+            match ``replaces``. All other files stay.
+        replaces: patterns of file names that an earlier folder of the same kind may contain; "*"
+            replaces the complete folder. The first pattern matches the file without which readers
+            refuse the folder.
 
     Raises:
         OutputExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is False; or
-            it is a file. That is looked at before the block, and as the folder gets its name.
+            it is a file. Checked before the block and again before the rename.
     """
-    path = Path(path).resolve()  # a link stays, and what it leads to is replaced
+    path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     recover(path)
     must_not_exist(path, overwrite)
     within = path.is_dir() and (os.path.ismount(path) or bool(_files_to_keep(path, (), replaces)))
@@ -84,9 +84,9 @@ def new_folder(
 
 @contextmanager
 def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """The path of a temporary file to write, which becomes ``path`` when the block ends, as with
-    ``new_folder``. ``OutputExistsError``: ``path`` exists and ``overwrite`` is False, or is a
-    folder."""
+    """Yield the path of a temporary file to write, which becomes ``path`` as in ``new_folder``.
+
+    Raises OutputExistsError if ``path`` exists and ``overwrite`` is False, or if it is a folder."""
     path = Path(path).resolve()
     must_not_exist(path, overwrite, folder=False)
     with disk_errors(path), temporary(path) as folder:
@@ -103,13 +103,13 @@ def new_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` (in UTF-8) to ``path`` in one step, over what is there."""
+    """Write ``text`` (UTF-8) to ``path`` atomically; an existing file is replaced."""
     with new_file(path, overwrite=True) as file:
         file.write_text(text, encoding="utf-8")
 
 
 def _finish(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) -> None:
-    """Let ``new`` in a temporary folder become ``path``: flushed to disk first."""
+    """Flush ``new`` in a temporary folder to disk and move it to ``path``."""
     new, mode = container / NEW, _mode(container)
     new.chmod(mode)
     _flush(new, mode & 0o666)
@@ -121,17 +121,16 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
     new = container / NEW
     if container.parent != path and (not path.exists() or _is_empty(path)):
         try:
-            new.rename(path)  # an empty folder gives way
+            new.rename(path)  # also replaces an empty folder
             return
-        except (
-            OSError
-        ) as error:  # something is there by now, or the empty folder is one that is mounted
+        except OSError as error:
+            # another process created the path, or the empty folder is a mount point
             if error.errno not in _TAKEN:
                 raise
     must_not_exist(path, overwrite)
     written = [file.name for file in new.iterdir()]
     if not _files_to_keep(path, written, replaces) and not _holds_us(path) and _exchange(new, path):
-        for name in _files_to_keep(new, written, replaces):  # that came in between
+        for name in _files_to_keep(new, written, replaces):  # created before the exchange
             (new / name).rename(path / name)
         return
     writes = sorted(files_in(new), key=lambda name: (_rank(name, replaces), name))
@@ -151,15 +150,15 @@ def _put(container: Path, path: Path, overwrite: bool, replaces: Sequence[str]) 
 
 
 def _rank(name: str, patterns: Sequence[str]) -> int:
-    """The number of the first pattern that a name matches, or how many there are."""
+    """Return the index of the first pattern that matches a name; ``len(patterns)`` if none does."""
     return next(
         (rank for rank, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), len(patterns)
     )
 
 
 def _files_to_keep(folder: Path, written: Sequence[str], replaces: Sequence[str]) -> list[str]:
-    """The names in a folder that are not replaced: files that are not ``written`` and match no
-    pattern, and all folders."""
+    """Return the names in a folder that are not replaced: all folders, and files that are not
+    ``written`` and match no pattern."""
     if EVERYTHING in replaces:
         return []
     return [
@@ -179,7 +178,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _holds_us(path: Path) -> bool:
-    """Whether this process works in the folder, which an exchange would take from it."""
+    """Return whether the working directory of this process is in the folder. An exchange would
+    remove that directory."""
     try:
         return Path.cwd().is_relative_to(path)
     except FileNotFoundError:  # it was removed
@@ -187,13 +187,13 @@ def _holds_us(path: Path) -> bool:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step, where the system can; False if it cannot."""
+    """Swap two paths in one step; return False if the operating system cannot."""
     return _rename(first, second, _RENAME_EXCHANGE)
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Rename in one step, as a flag of Linux's renameat2 says; False if the system or the disk
-    cannot."""
+    """Rename with a flag of Linux's renameat2; return False if the system or disk does not support
+    the flag."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -203,7 +203,7 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what torch and safetensors raise when a write fails into the OSError that it was."""
+    """Convert the exceptions of torch and safetensors for failed writes to OSError."""
     try:
         yield
     except Exception as error:
@@ -213,16 +213,16 @@ def disk_errors(path: Path) -> Iterator[None]:
             os_error or "PytorchStreamWriter" in text or "inline_container" in text
         ):
             raise
-        # torch's writer says only that it failed; a disk without room is by far the usual reason
-        room = shutil.disk_usage(path.parent).free
+        # torch's writer does not say why it failed; the usual reason is a full disk
+        free = shutil.disk_usage(path.parent).free
         code = (
-            int(os_error.group(1)) if os_error else errno.ENOSPC if room < 64 * 2**20 else errno.EIO
+            int(os_error.group(1)) if os_error else errno.ENOSPC if free < 64 * 2**20 else errno.EIO
         )
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _flush(folder: Path, mode: int) -> None:
-    """Everything on disk, with the mode of a new file (safetensors writes for the owner alone)."""
+    """Flush all files to disk and give them the mode of a new file (safetensors sets 0600)."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)
@@ -234,9 +234,10 @@ def _flush(folder: Path, mode: int) -> None:
 
 
 def _mode(folder: Path) -> int:
-    """The mode that a new folder gets in ``folder``. Asking the umask itself means setting it, for
-    all threads: files that others make meanwhile would be anybody's, and of two that ask at once
-    one would leave it so."""
+    """Return the mode of new folders in ``folder``.
+
+    It is read from a probe folder: the umask itself can only be read by changing it for all
+    threads, which is a race and would give files of other threads the wrong mode."""
     probe = folder / ".mode"
     probe.mkdir(exist_ok=True)  # a run that was killed may have left one
     try:

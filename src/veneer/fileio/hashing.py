@@ -1,4 +1,5 @@
-"""Hashes of tensors and of JSON values, and the fingerprints of base weights in a record."""
+"""Hashes of tensors and JSON values, and the fingerprints of base weights in an adapter's
+record."""
 
 from __future__ import annotations
 
@@ -11,30 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: prefixes of a fingerprint, by its hash. XXH3 is as fast as memory. It detects accidents and
-#: edits; no hash of a record protects against a person who means harm.
+#: prefix of a fingerprint -> its hash. XXH3 runs at the speed of memory. It detects accidents and
+#: edits; a hash inside of the record cannot protect against an attacker who rewrites both.
 XXH3, SHA256 = "xxh3:", ""
-#: numbers that are rounded and hashed at once: few enough to stay in the cache in between, and for
-#: torch to round them in this thread alone; more from another device, where a transfer has a cost
+#: values per block that is rounded and hashed. PIECE fits into the cache and is small enough for
+#: torch to round in this thread; TRANSFER, for other devices, amortises the cost of a copy
 PIECE, TRANSFER = 1 << 15, 1 << 24
 
 
 def digest(tensor: Tensor) -> str:
+    """Return the hash of a tensor's dtype and values."""
     return _hash(str(tensor.dtype), [tensor])
 
 
 def fingerprint(weight: Tensor, like: str = XXH3) -> str:
-    """The first 128 bits of the hash of a weight's shape and of its values rounded to bfloat16:
-    "xxh3:" and 32 hexadecimal digits, or without "xxh3:" as folders hold it that were written
-    before (then it is SHA-256). A base is published in float32 or bfloat16 and loaded in either;
-    the rounding makes it recognisable in both. Whole numbers and booleans are taken as they are.
-    ``like``: the kind, or a fingerprint of it: what the result is to be compared with."""
+    """Return the hash of a weight's shape and values as "xxh3:" and 32 hexadecimal digits.
+
+    Floating-point values are rounded to bfloat16 first, because a base may be published in float32
+    and loaded in bfloat16, or the reverse. Integers and booleans are hashed unchanged.
+
+    Args:
+        like: XXH3, SHA256, or a fingerprint to compare with, whose kind is used. Earlier versions
+            of Veneer wrote the first 128 bits of SHA-256, without a prefix."""
     return fingerprint_of(weight.shape, [weight], like)
 
 
 def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = XXH3) -> str:
-    """The ``fingerprint`` of a weight of this shape that comes in blocks, one after the other
-    along its first axis."""
+    """Return the ``fingerprint`` of a weight of this shape whose consecutive blocks along the first
+    axis are passed one after the other."""
     from xxhash import xxh3_128
 
     kind = kind_of(like)
@@ -45,9 +50,11 @@ def fingerprint_of(shape: Sequence[int], blocks: Iterable[Tensor], like: str = X
     return kind + hasher.hexdigest()[:32]
 
 
-def fingerprint_beside(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
-    """The ``fingerprint`` of a weight without some rows, ascending, of which those beyond its end
-    do not count: an embedding that grew by just these has that of the one from before."""
+def fingerprint_without_rows(weight: Tensor, rows: Sequence[int], like: str = XXH3) -> str:
+    """Return the ``fingerprint`` of a weight without some rows.
+
+    ``rows`` are ascending; those beyond the end are ignored. For an embedding that grew by these
+    rows, the result is the fingerprint of the original embedding."""
     ends = [*(row for row in rows if row < len(weight)), len(weight)]
     starts = [0, *(row + 1 for row in ends[:-1])]
     shape = len(weight) - len(ends) + 1, *weight.shape[1:]
@@ -57,17 +64,17 @@ def fingerprint_beside(weight: Tensor, rows: Sequence[int], like: str = XXH3) ->
 
 
 def kind_of(fingerprint: str) -> str:
-    """How a fingerprint was made: XXH3 or SHA256."""
+    """Return the hash of a fingerprint: XXH3 or SHA256."""
     return XXH3 if fingerprint.startswith(XXH3) else SHA256
 
 
 def _feed(hasher: Any, tensor: Tensor) -> None:
-    """Hash the numbers of a tensor, floating-point ones as bfloat16, a piece at a time."""
+    """Hash the values of a tensor block by block, floating-point values as bfloat16."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     flat = tensor.reshape(-1)
     if tensor.device.type == "cpu" and tensor.dtype != dtype:
-        # a small one, which stays in the cache
+        # a small buffer that stays in the cache
         buffer = torch.empty(min(PIECE, len(flat)), dtype=torch.bfloat16)
         raw = memory_of(buffer)
         for piece in flat.split(PIECE) if len(flat) else ():
@@ -81,9 +88,10 @@ def _feed(hasher: Any, tensor: Tensor) -> None:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in main memory, which must outlive the result. Not through
-    numpy: torch never again resizes a storage that numpy has seen, and FSDP1 resizes that of
-    gathered weights to let go of them."""
+    """Return the bytes of a contiguous CPU tensor without a copy; the tensor must outlive them.
+
+    Rejected: ``tensor.numpy()``. torch refuses to resize a storage that numpy has seen, and FSDP1
+    resizes the storage of gathered weights to free it."""
     count = tensor.numel() * tensor.element_size()
     return (
         memoryview((ctypes.c_ubyte * count).from_address(tensor.data_ptr()))
@@ -92,18 +100,19 @@ def memory_of(tensor: Tensor) -> memoryview:
     )
 
 
-def prints_in(base: Mapping[str, Any]) -> dict[str, str]:
-    """Every fingerprint of a record's base, by name."""
+def recorded_fingerprints(base: Mapping[str, Any]) -> dict[str, str]:
+    """Return all fingerprints in a record's entry of the base: {weight name: fingerprint}."""
     return {**(base.get("rest") or {}), **(base.get("weights") or {})}
 
 
-def kind_in(base: Mapping[str, Any]) -> str:
-    """The kind of a record's fingerprints, which is one for all of them."""
-    return kind_of(next(iter(prints_in(base).values()), XXH3))
+def recorded_hash_kind(base: Mapping[str, Any]) -> str:
+    """Return the hash of a record's fingerprints, which is the same for all of them."""
+    return kind_of(next(iter(recorded_fingerprints(base).values()), XXH3))
 
 
 def coverage(base: Mapping[str, Any] | None) -> str:
-    """How much of a base a record proves, in words; None is that of a folder without a record."""
+    """Describe how much of the base a record covers; ``base`` is None for a folder without a
+    record."""
     if not base or "weights" not in base:
         return "nothing (written by another library)"
     changed, rest = len(base["weights"]), base.get("rest")

@@ -1,8 +1,8 @@
-"""Locks between processes: a lock file that is there for as long as a process holds it.
+"""Locks between processes: a lock file that exists while a process holds the lock.
 
-The system lets go of a lock when its holder dies. Beside a lock that is held for long stands
-``NAME.holder``, which says who holds it: the lock file itself is emptied by some versions of
-filelock when another process tries it.
+The operating system releases the lock when its holder dies. For a lock that is held for a long
+time, the file ``NAME.holder`` names the holder. The lock file itself cannot: some versions of
+filelock truncate it when another process tries to acquire the lock.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 HOLDER = ".holder"
-#: seconds that a process waits for another one that replaces files
+#: seconds to wait for another process that replaces files
 PATIENCE = 600.0
 
 
 @contextmanager
-def locked(path: Path, refusal: Callable[[str], Exception] | None = None) -> Iterator[None]:
-    """Hold the lock file ``path``, and remove it afterwards. While another process holds it: raise
-    ``refusal`` of a text that names that process; where it is None, wait."""
+def hold_lock(path: Path, refusal: Callable[[str], Exception] | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` inside of the block, and remove it afterwards.
+
+    If another process holds the lock, raise ``refusal(description of that process)``. If
+    ``refusal`` is None, wait for up to PATIENCE seconds, then raise TimeoutError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = acquire(path, 0 if refusal else PATIENCE), path.with_name(path.name + HOLDER)
     if lock is None:
         raise (
             TimeoutError(f"{path} is locked by another process")
             if refusal is None
-            else refusal(_read(holder))
+            else refusal(_describe_holder(holder))
         )
     try:
         if refusal is not None:
@@ -40,17 +42,19 @@ def locked(path: Path, refusal: Callable[[str], Exception] | None = None) -> Ite
     finally:
         if refusal is not None:
             holder.unlink(missing_ok=True)
-        # a system that keeps open files keeps this one, which is empty
+        # on systems that cannot delete open files, the empty lock file stays
         with suppress(PermissionError):
             path.unlink(missing_ok=True)
         lock.release()
 
 
 def acquire(path: Path, patience: float = 0) -> Any:
-    """The lock of the file ``path``, which is made if it is not there; None if another holder has
-    it for so many seconds. A holder that ends removes the file, so that a lock counts only while
-    its file is there."""
-    from filelock import FileLock, Timeout  # a hundredth of a second
+    """Acquire the lock file ``path``, which is created if needed. Returns the lock, or None if
+    another process holds it for more than ``patience`` seconds.
+
+    A holder removes the file before it releases the lock, so a lock counts only while its file
+    exists."""
+    from filelock import FileLock, Timeout  # the import takes 10 ms
 
     while True:
         lock = FileLock(path, thread_local=False)
@@ -60,10 +64,10 @@ def acquire(path: Path, patience: float = 0) -> Any:
             return None
         if path.exists():
             return lock
-        lock.release()  # its holder removed it in between
+        lock.release()  # the previous holder has just removed the file
 
 
-def _read(holder: Path) -> str:
+def _describe_holder(holder: Path) -> str:
     try:
         return holder.read_text(encoding="utf-8") or "another process"
     except FileNotFoundError:

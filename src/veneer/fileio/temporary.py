@@ -1,18 +1,17 @@
-"""Temporary folders, in which files are written before they get their name, and recovery of those
-that a killed writer left.
+"""Temporary folders for atomic writes, and recovery of the folders that killed writers left.
 
     .NAME.abcd1234.tmp/       beside NAME, or .veneer-abcd1234.tmp/ within the folder NAME
       lock                    held by the process that writes
-      new/                    what is to become NAME, or the file that is
-      plan.json               {"entry", "writes", "removes"}: new/ is whole, and its files move
-                              into NAME one by one
+      new/                    the future folder NAME, or the future file NAME
+      plan.json               {"entry", "writes", "removes"}: new/ is complete, and its files are
+                              moved into NAME one by one
 
-A folder that holds files of others is not exchanged for another one: its files are replaced in
-place. The first step takes away ``entry``, the file without which nobody reads the folder, and the
-last one puts the new one there. So a reader meets the old files, or the new ones, or none; and a
-writer that is killed in between leaves the plan and the rest of the files, with which ``recover``
-goes on. Rejected: hard links to the others' files in a new folder, which takes their folders from
-processes that work in them.
+In a folder that also contains other programs' files, the files are replaced one by one. The first
+step removes ``entry``, the file without which readers refuse the folder, and the last step writes
+the new one. So a reader sees the old files, the new files, or no valid folder. If the writer is
+killed meanwhile, ``recover`` continues from the plan and the remaining files. Rejected: a new
+folder with hard links to the other files, because processes that work in the old folder would lose
+it.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from veneer.fileio.locks import acquire, locked
+from veneer.fileio.locks import acquire, hold_lock
 
 NEW, LOCK, PLAN = "new", "lock", "plan.json"
-#: held while files of a folder are replaced one by one
+#: lock file that is held while files of a folder are replaced one by one
 FOLDER_LOCK = ".veneer.lock"
 _SIBLING, WITHIN = re.compile(r"\.(.+)\.[^.]+\.tmp"), re.compile(r"\.veneer-[^.]+\.tmp")
-#: what earlier versions of Veneer moved aside for a moment
+#: names of folders that earlier versions of Veneer moved aside for a moment
 _ASIDE = re.compile(r"\.(.+)\.replaced")
 
 
 @contextmanager
 def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
-    """A temporary folder for what is to become ``path``: beside it, or within it. It is gone when
-    the block ends, unless files were being moved out of it."""
+    """Create a locked temporary folder beside ``path``, or within it. It is removed when the block
+    ends, unless files were being moved out of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix, parent = (".veneer-", path) if within else (f".{path.name}.", path.parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
         lock = acquire(folder / LOCK)
         if lock is not None:
-            break  # else another process took the folder for a dead one's, before it was locked
+            break  # else another process removed the folder as a leftover before it was locked
     try:
         yield folder
     finally:
@@ -58,8 +57,8 @@ def temporary(path: Path, *, within: bool = False) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Settle the temporary folders that killed writers of ``path`` left: finish replacing files,
-    and remove the rest. A folder in which a living process writes stays."""
+    """Clean up the temporary folders of killed writers of ``path``: finish replacing files where
+    there is a plan, and remove the folders. Folders of running processes stay."""
     for sibling in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
         if (match := _SIBLING.fullmatch(sibling.name)) and match[1] == path.name:
             _finish_or_remove(sibling, path)
@@ -71,7 +70,7 @@ def recover(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """``recover`` for all that killed writers were writing in ``folder``."""
+    """Call ``recover`` for every path in ``folder`` that a killed writer was writing."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _SIBLING.fullmatch(path.name) or _ASIDE.fullmatch(path.name)
         if match is not None:
@@ -86,7 +85,7 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        return  # of another user, or on a disk that nobody writes to
+        return  # belongs to another user, or is on a read-only disk
     if lock is None:
         return
     try:
@@ -100,8 +99,8 @@ def _finish_or_remove(temporary_folder: Path, path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """A folder that an earlier version moved aside: it is the only one where ``path`` did not take
-    its place."""
+    """Restore a folder that an earlier version of Veneer moved aside, or remove it if ``path``
+    exists again."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if os.path.lexists(path):
@@ -115,23 +114,23 @@ def _plan(temporary_folder: Path) -> dict[str, Any]:
 
 
 def write_plan(temporary_folder: Path, entry: str, writes: list[str], removes: list[str]) -> None:
-    """Say that the files in ``new`` are whole and on the disk: from here on they become those of
-    the folder."""
-    written = temporary_folder / f"{PLAN}.new"
-    written.write_text(
+    """Record that the files in ``new`` are complete and on disk. From here on, recovery moves them
+    into the folder."""
+    new_plan = temporary_folder / f"{PLAN}.new"
+    new_plan.write_text(
         json.dumps({"entry": entry, "writes": writes, "removes": removes}), encoding="utf-8"
     )
-    with written.open("rb") as stream:
+    with new_plan.open("rb") as stream:
         os.fsync(stream.fileno())
-    written.replace(temporary_folder / PLAN)
+    new_plan.replace(temporary_folder / PLAN)
     flush_folder(temporary_folder)
 
 
 def move_files(temporary_folder: Path, path: Path) -> None:
-    """Replace the files of the folder ``path`` as the plan says, or go on with that."""
+    """Replace the files of the folder ``path`` according to the plan, or continue doing so."""
     plan, new = _plan(temporary_folder), temporary_folder / NEW
     entry, writes, removes = plan["entry"], plan["writes"], plan["removes"]
-    with locked(path / FOLDER_LOCK):
+    with hold_lock(path / FOLDER_LOCK):
         if (new / entry).exists():
             (path / entry).unlink(missing_ok=True)
             flush_folder(path)
@@ -150,14 +149,14 @@ def move_files(temporary_folder: Path, path: Path) -> None:
 
 
 def _remove_empty(folders: set[Path]) -> None:
-    for folder in sorted(folders, reverse=True):  # from below
+    for folder in sorted(folders, reverse=True):  # subfolders first
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def files_in(folder: Path) -> list[str]:
-    """The files below a folder, and links, by their relative paths; temporary folders and locks
-    left out."""
+    """Return the relative paths of all files and links below a folder, without those in temporary
+    folders and without locks."""
     names = []
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if Path(root, name).is_symlink()]
@@ -171,7 +170,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there."""
+    """Remove a folder or a file, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

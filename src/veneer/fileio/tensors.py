@@ -1,7 +1,7 @@
-"""The tensors of a safetensors file, read into memory of their own.
+"""Read the tensors of a safetensors file into newly allocated memory.
 
-The safetensors library maps the file: numbers that were checked would change with a later write to
-it, and a file that becomes shorter would end the process.
+The safetensors library maps the file into memory. With a map, a later write to the file would
+change values after they were checked, and truncating the file would kill the process.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, listing
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 from veneer.fileio.untrusted import read_header
 
-#: torch's dtypes by the names that safetensors has
+#: dtype name of safetensors -> torch dtype
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -42,7 +42,7 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         problem = f"{file} cannot be read ({listing(odd, 3)}: types of numbers that torch lacks)"
         raise AdapterError(problem, f"one of {', '.join(DTYPES)}", "convert them to bfloat16")
     with file.open("rb") as stream:
-        for name, entry in throttled(header.tensors.items()):
+        for name, entry in throttle(header.tensors.items()):
             flat = read_bytes(stream, header.data_start + entry.start, entry.stop - entry.start)
             if flat is None:
                 problem = f"{file} cannot be read (it ended within {name!r}, while it was read)"
@@ -56,13 +56,13 @@ def read_tensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_bytes(stream: BufferedReader, start: int, size: int) -> Tensor | None:
-    """Bytes of a file in memory of their own, [size] in uint8; None if it has not so many."""
+    """Read bytes of a file into a new tensor, uint8 [size]; None if the file ends before."""
     flat = torch.empty(size, dtype=torch.uint8, device="cpu")
     stream.seek(start)
     return flat if stream.readinto(flat.numpy().data) == size else None
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` in memory of the processor; a meta tensor stays one."""
+    """Copy a tensor to the CPU; a meta tensor is copied as a meta tensor."""
     tensor = tensor.detach()
     return tensor.clone() if tensor.device.type in ("cpu", "meta") else tensor.to("cpu", copy=True)

@@ -1,10 +1,9 @@
-"""Loops of long Python work that pause while another thread computes, if their thread was told to
-give way.
+"""Long Python loops that pause while another thread computes.
 
-Python runs one thread at a time. Preparing an adapter for tens of milliseconds delays the next step
-of a thread that computes by about as much; in slices it delays each of many steps a little.
-Rejected: the lowest priority for the thread on top of that. It made the pauses of the others
-longer, as it keeps Python while it waits for a core.
+Because of the GIL, preparing an adapter for tens of milliseconds delays the next step of a
+computing thread by about as much. With pauses, the work delays each of many steps a little.
+Rejected: also giving the loading thread the lowest priority. That delayed the other threads more,
+because the thread holds the GIL while it waits for a core.
 """
 
 from __future__ import annotations
@@ -16,25 +15,26 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-#: seconds of work, and of the pause behind it
+#: seconds of work, and of the pause after it
 SLICE, PAUSE = 0.001, 0.012
 
 _THREAD = threading.local()
 
 
 def throttle_loads(busy: Callable[[], bool]) -> None:
-    """From now on this thread pauses in ``throttled`` loops while ``busy()``."""
+    """Make this thread pause in ``throttle`` loops while ``busy()`` returns True."""
     _THREAD.busy, _THREAD.since = busy, time.thread_time()
 
 
-def gives_way() -> bool:
+def is_throttled() -> bool:
+    """Return whether this thread called ``throttle_loads``."""
     return getattr(_THREAD, "busy", None) is not None
 
 
-def throttled(items: Iterable[Item]) -> Iterator[Item]:
-    """``items``; with pauses between them in a thread that gives way."""
+def throttle(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield ``items``, with pauses between them in a thread that called ``throttle_loads``."""
     for item in items:
-        if gives_way() and time.thread_time() - _THREAD.since > SLICE:
+        if is_throttled() and time.thread_time() - _THREAD.since > SLICE:
             if _THREAD.busy():
                 time.sleep(PAUSE)
             _THREAD.since = time.thread_time()

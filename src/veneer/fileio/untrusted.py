@@ -1,18 +1,17 @@
-"""Reading files that nobody vouches for: the header of a safetensors file, JSON, and where a
-folder's own files lie.
+"""Reading untrusted files: headers of safetensors files, JSON, and the locations of a folder's
+files.
 
     8 bytes          n, the length of the header, little-endian
     n bytes          {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
                       "__metadata__": {…}}
-    the rest         the numbers, each tensor in its own range, without a gap
+    the rest         the tensors' bytes, each tensor in its own range, without gaps
 
-A file says of itself what it holds, and everything here treats that as a claim: each number is
-compared with the size on the disk before anything is allocated by it. Layout:
-https://github.com/huggingface/safetensors.
+The header is not trusted: every offset and size is compared with the size of the file before memory
+is allocated for it. Layout: https://github.com/huggingface/safetensors.
 
-The safetensors library refuses most of this, but names neither the file nor the tensor; and JSON
-has traps of its own: keys that are there twice, NaN, numbers of a million digits, lists nested so
-deep that a reader runs out of stack.
+The safetensors library refuses most invalid files, but its errors name neither the file nor the
+tensor. JSON has further risks: duplicate keys, NaN, numbers with a million digits, and lists nested
+so deeply that a parser overflows the stack.
 """
 
 from __future__ import annotations
@@ -27,32 +26,30 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError, listing, sentence
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 
-#: bits of one number, by the names that the format has
+#: dtype name of the format -> bits per value
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-#: bytes of a header, which is the safetensors library's own limit, and of all strings in its
-#: metadata
+#: bytes of a header (the limit of the safetensors library), and of all strings in its metadata
 MAX_HEADER, MAX_METADATA = 100_000_000, 16 * 2**20
-#: bytes of a JSON file, how deep it may nest, and how many commas, colons and brackets any JSON
-#: may hold: a list of
-#: empty lists is thirty times larger in memory than as text
+#: bytes of a JSON file, its depth, and its commas, colons and brackets (a list of empty lists takes
+#: thirty times more memory than its text)
 MAX_JSON, MAX_DEPTH, MAX_MARKS = 16 * 2**20, 64, 1_000_000
-#: characters of a tensor's name, and its axes
+#: characters of a tensor's name, and number of its axes
 MAX_NAME, MAX_AXES = 512, 64
-#: how many numbers a tensor may have: more have no address
+#: values of a tensor: more cannot be addressed
 MAX_COUNT = 2**63 - 1
 
 #: files that hold an adapter's tensors as a pickle
 PICKLES = tuple(
     f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle")
 )
-_BEGINNINGS = {
+_MAGIC_NUMBERS = {
     b"PK\x03\x04": (
         "a zip archive, as torch.save writes one: a pickle, which runs code when it is read"
     ),
@@ -66,7 +63,7 @@ _MARKS = (b",", b":", b"[", b"{")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its numbers are the bytes [start, stop), counted from
+    """One tensor of a file; its data are the bytes [start, stop), counted from
     ``Header.data_start``."""
 
     dtype: str
@@ -77,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file, each claim of it checked against the file's size."""
+    """The header of a safetensors file, validated against the file's size."""
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -85,9 +82,12 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of a safetensors file. No number of a tensor is read.
-    ``AdapterError``: names the file, and each tensor that is not what the file's size allows.
-    ``OSError``: the system does not let us read it."""
+    """Read and validate the header of a safetensors file, without the tensors' data.
+
+    Raises:
+        AdapterError: the header is invalid; names the file and each tensor that does not fit into
+            it.
+        OSError: the file cannot be read."""
     path = Path(path)
     if not path.is_file():  # opening a pipe or a device could wait forever
         raise AdapterError(_unreadable(path, "it is no regular file"))
@@ -105,7 +105,7 @@ def read_header(path: str | Path) -> Header:
         raise AdapterError(_unreadable(path, f"its header is not JSON: {error}")) from error
     metadata = content.pop("__metadata__", {})
     tensors = {
-        name: _entry(name, claim, size - 8 - length) for name, claim in throttled(content.items())
+        name: _entry(name, claim, size - 8 - length) for name, claim in throttle(content.items())
     }
     wrong = [claim for claim in tensors.values() if isinstance(claim, str)]
     problems = [_metadata_problem(metadata), *(wrong or [_gap(tensors, size - 8 - length)])]
@@ -121,7 +121,7 @@ def _unreadable(path: Path, why: str) -> str:
 
 
 def _not_a_header(head: bytes, size: int, length: int) -> str:
-    format_name = what_it_is(head)
+    format_name = describe_format(head)
     if format_name:
         return f"it is {format_name}"
     if size < 8:
@@ -134,16 +134,16 @@ def _not_a_header(head: bytes, size: int, length: int) -> str:
     return "its header does not begin with {"
 
 
-def what_it_is(head: bytes) -> str | None:
-    """The format of a file by its first bytes, for formats that are mistaken for tensors; None
-    for all others."""
+def describe_format(head: bytes) -> str | None:
+    """Describe a file's format by its first bytes, for formats that are mistaken for safetensors;
+    None for all others."""
     if (
         head[:1] == b"\x80"
         and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
         and head[2:8] != bytes(6)
     ):
         return "a pickle, which runs code when it is read"
-    return next((words for start, words in _BEGINNINGS.items() if head.startswith(start)), None)
+    return next((words for start, words in _MAGIC_NUMBERS.items() if head.startswith(start)), None)
 
 
 def _metadata_problem(metadata: Any) -> str | None:
@@ -159,33 +159,34 @@ def _metadata_problem(metadata: Any) -> str | None:
     )
 
 
-def _entry(name: str, claim: Any, room: int) -> Entry | str:
-    """The header's entry of one tensor, or the problem with it. ``room`` is how many bytes of data
-    there are."""
-    shown = f"tensor {name[:80]!r}"
+def _entry(name: str, claim: Any, size: int) -> Entry | str:
+    """Validate the header's entry of one tensor; return it, or a description of the problem.
+
+    ``size`` is the number of data bytes in the file."""
+    tensor = f"tensor {name[:80]!r}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         return (
-            f"{shown} has a name that is empty, longer than {MAX_NAME} characters or not printable"
+            f"{tensor} has a name that is empty, longer than {MAX_NAME} characters or not printable"
         )
     if not isinstance(claim, dict) or claim.keys() != _FIELDS:
-        return f"{shown} is not described by dtype, shape and data_offsets alone"
+        return f"{tensor} is not described by dtype, shape and data_offsets alone"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"{shown} has the unknown dtype {str(dtype)[:40]!r}"
+        return f"{tensor} has the unknown dtype {str(dtype)[:40]!r}"
     if not _counts(shape) or len(shape) > MAX_AXES:
-        return f"{shown} has a shape that is no list of at most {MAX_AXES} whole numbers"
+        return f"{tensor} has a shape that is no list of at most {MAX_AXES} whole numbers"
     if not _counts(offsets) or len(offsets) != 2:
-        return f"{shown} has data_offsets that are no two whole numbers"
+        return f"{tensor} has data_offsets that are no two whole numbers"
     start, stop = offsets
-    if not start <= stop <= room:
-        return f"{shown} claims the bytes {start:,} to {stop:,} of {room:,}"
+    if not start <= stop <= size:
+        return f"{tensor} claims the bytes {start:,} to {stop:,} of {size:,}"
     # strides are computed of an empty tensor too
     if math.prod(axis or 1 for axis in shape) > MAX_COUNT:
-        return f"{shown} has a shape {_short(shape)} that no memory can hold"
+        return f"{tensor} has a shape {_short(shape)} that no memory can hold"
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (stop - start):
         expected = f"{-(-bits // 8):,} by its shape {_short(shape)} of {dtype}"
-        return f"{shown} claims {stop - start:,} bytes, and {expected}"
+        return f"{tensor} claims {stop - start:,} bytes, and {expected}"
     return Entry(dtype, tuple(shape), start, stop)
 
 
@@ -197,22 +198,24 @@ def _short(shape: list[int]) -> str:
     return str(shape) if len(shape) <= 8 else f"[{', '.join(map(str, shape[:8]))}, …]"
 
 
-def _gap(tensors: Mapping[str, Any], room: int) -> str | None:
-    """Where two tensors overlap or bytes belong to none, or None."""
-    reached, before = 0, "the header"
+def _gap(tensors: Mapping[str, Any], size: int) -> str | None:
+    """Describe the first overlap of two tensors, or the first bytes of no tensor; None if there are
+    none."""
+    end, previous = 0, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start < reached:
-            return f"tensor {name!r} overlaps {before}"
-        if entry.start > reached:
-            return f"{entry.start - reached:,} bytes before tensor {name!r} belong to none"
-        reached, before = entry.stop, f"tensor {name!r}"
-    return f"{room - reached:,} bytes behind {before} belong to none" if reached != room else None
+        if entry.start < end:
+            return f"tensor {name!r} overlaps {previous}"
+        if entry.start > end:
+            return f"{entry.start - end:,} bytes before tensor {name!r} belong to none"
+        end, previous = entry.stop, f"tensor {name!r}"
+    return f"{size - end:,} bytes behind {previous} belong to none" if end != size else None
 
 
 def parse(text: str | bytes) -> Any:
-    """A JSON value, more strictly than ``json`` reads it: no key twice, no NaN or infinity, no
-    whole number beyond 64 bits, no half of a surrogate pair (which no file can be written with),
-    and bounded depth and memory. ASCII or UTF-8. ``ValueError``: says what was found."""
+    """Parse JSON (ASCII or UTF-8) more strictly than ``json``.
+
+    Refuses duplicate keys, NaN and infinity, integers beyond 64 bits, and lone surrogates (which
+    cannot be written to a file); bounds depth and memory. Raises ValueError with the reason."""
     raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     if len(raw) > MAX_HEADER or sum(map(raw.count, _MARKS)) > MAX_MARKS:
         raise ValueError(f"more than {MAX_MARKS:,} values")
@@ -229,7 +232,7 @@ def parse(text: str | bytes) -> Any:
             for container in level
             if isinstance(container, dict | list)
         )
-        level = [below for values in nested for below in values]
+        level = [child for children in nested for child in children]
     if level:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if b"\\ud" in raw or b"\\uD" in raw:
@@ -268,8 +271,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, file: str, do: str = "get the file again") -> dict[str, Any]:
-    """A JSON object of at most ``MAX_JSON`` bytes. ``AdapterError``: it is larger, no JSON, or no
-    object; says where and why."""
+    """Parse a JSON object of at most ``MAX_JSON`` bytes.
+
+    Raises AdapterError, which names the file and the reason, if the text is larger, is not JSON, or
+    is not an object. ``do`` is the advice in that error."""
     if len(text) > MAX_JSON:
         raise AdapterError(
             f"{file}, a JSON file of more than {MAX_JSON:,} bytes", "a smaller one", do
@@ -283,11 +288,11 @@ def json_object(text: str | bytes, file: str, do: str = "get the file again") ->
     return content
 
 
-def misplaced(folder: Path, names: Iterable[str]) -> list[str]:
-    """Problems of files that are neither regular files inside their folder nor links to such. One
-    exception: ``huggingface_hub`` keeps ``models--…/snapshots/<revision>/file`` as a link into
-    ``models--…/blobs``. So the files of a folder in such a snapshot may lie in the blobs of the
-    same repository."""
+def location_problems(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the problems of files that are neither regular files in the folder nor links to such.
+
+    One exception: ``huggingface_hub`` stores ``models--…/snapshots/<revision>/file`` as a link into
+    ``models--…/blobs``, so files of a snapshot may be in the blobs of the same repository."""
     folders, problems = _allowed_folders(folder), []
     for name in names:
         file = folder / name
@@ -325,8 +330,8 @@ def _allowed_folders(folder: Path) -> list[Path]:
     ]
 
 
-def pickled(folder: Path) -> list[str]:
-    """A problem for each pickle of an adapter in the folder. None is opened."""
+def pickle_problems(folder: Path) -> list[str]:
+    """Return a problem if the folder contains pickles of an adapter. No pickle is opened."""
     names = [name for name in PICKLES if os.path.lexists(folder / name)]
     problem = (
         f"{', '.join(names)} in {folder}: a pickle, "

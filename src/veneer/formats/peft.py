@@ -29,7 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.errors import AdapterError, raise_all, sentence
-from veneer.fileio.throttle import throttled
+from veneer.fileio.throttle import throttle
 from veneer.formats.peft_paths import attention_of, parameter_at, strength, strip_wrappers
 from veneer.lowrank import LowRank
 
@@ -159,7 +159,7 @@ def split(
     pairs: dict[str, dict[str, Any]] = {}
     full: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, tensor in throttled(tensors.items()):
+    for name, tensor in throttle(tensors.items()):
         bare = name.removeprefix(PREFIX)
         suffix = next(
             (suffix for suffix in parts_by_suffix if bare == suffix or bare.endswith(f".{suffix}")),

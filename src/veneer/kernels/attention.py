@@ -52,9 +52,9 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
     # first: torch.compile knows neither threads nor what a processor has
     eager = _eager(query, key)
     if size == 4:  # of chunks so small torch's many threads would have little to do
-        known = causal and eager and query.dtype is torch.float32
+        supported = causal and eager and query.dtype is torch.float32
         return (
-            known
+            supported
             and SHORTEST <= length <= LONGEST_PIECES[size]
             and torch.get_num_threads() <= THREADS
         )
@@ -355,14 +355,14 @@ class Packed:
         first, lengths = starts[:-1, None].long(), starts.diff()[:, None]
         column = torch.arange(longest)
         self.real = column < lengths  # [n, longest]
-        self.place = first + torch.minimum(column, lengths - 1)  # in the one row
+        self.positions = first + torch.minimum(column, lengths - 1)  # in the one row
         self.back = self.real.flatten().nonzero()[:, 0]
 
     def apart(self, x: Tensor) -> Tensor:
         return (
             x.transpose(1, 2)[0]
-            .index_select(0, self.place.flatten())
-            .unflatten(0, self.place.shape)
+            .index_select(0, self.positions.flatten())
+            .unflatten(0, self.positions.shape)
             .transpose(1, 2)
         )
 
@@ -371,6 +371,6 @@ class Packed:
 
     def row_masks(self, mask: Any) -> Tensor:
         """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
-        return (mask[0, 0, self.place[:, :, None], self.place[:, None, :]] & self.real[:, None])[
-            :, None
-        ]
+        return (
+            mask[0, 0, self.positions[:, :, None], self.positions[:, None, :]] & self.real[:, None]
+        )[:, None]

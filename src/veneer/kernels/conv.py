@@ -274,6 +274,6 @@ def _backward(
 
 def _definition(settings: Settings, x, weight, bias, A, B) -> list[Tensor]:
     h = _plain(settings, x, A.to(x.dtype).view(-1, *weight.shape[1:]), None)
-    part = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
+    change = torch.matmul(B.to(x.dtype) * settings.scale, h.flatten(2))
     y = _plain(settings, x, weight, bias)
-    return [y + part.view_as(y)]
+    return [y + change.view_as(y)]

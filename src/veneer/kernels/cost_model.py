@@ -46,9 +46,9 @@ class Costs:
         return MATERIALISED if self.materialised < self.factored else FACTORED
 
     def __str__(self) -> str:
-        both = ((FACTORED, self.factored), (MATERIALISED, self.materialised))
-        parts = (f"{name} +{cost / self.layer:.1%}" for name, cost in both)
-        return f"{', '.join(parts)} of the layer's own cost -> {self.choice}"
+        costs = ((FACTORED, self.factored), (MATERIALISED, self.materialised))
+        shares = (f"{name} +{cost / self.layer:.1%}" for name, cost in costs)
+        return f"{', '.join(shares)} of the layer's own cost -> {self.choice}"
 
 
 def costs(out: int, in_: int, rank: int, tokens: int, dtype: torch.dtype, training: bool) -> Costs:

@@ -1,27 +1,26 @@
-"""Linear layers that read one input, with their low-rank changes, on a device with its own memory
-(a GPU).
+"""Linear layers that read the same input, with their low-rank changes, on a GPU or similar device.
 
     y_i = gain_i ⊙ (x W_iᵀ + s_i · (drop(x) A_iᵀ) B_iᵀ) + bias_i
     x: [*, in]   W_i: [out_i, in]   A_i: [r_i, in]   B_i: [out_i, r_i]   gain_i: [out_i] or None
 
-The function that ``fused.py`` computes on a processor, by other means, since other things are dear
-here: a launch takes as long as the thin products themselves, and to read a number back stops the
-host until the device has caught up.
+``fused.py`` computes the same function on a CPU. The costs differ here: a launch takes as long as
+the low-rank products themselves, and reading a value back stops the host until the device has
+finished.
 
-- **Few launches.** Whatever is not of the dtype that the products run in is cast by one launch, the
-  gradients in backward too; a scale is a product's ``alpha``; x Wᵀ is added inside its own product
-  to what the change has written there. One layer with a float32 adapter in bfloat16: 4 forward and
-  6 backward (``tests/cuda/test_counts.py``).
-- **No waits.** Dropout is a mask from a seed, drawn again in backward: a processor draws the few
-  entries that it drops, whose number must be known before there is memory for them.
-- **Autocast** is seen to here, as torch's own would take each product apart: x, W, A and B are cast
-  together.
-- **16-bit outputs are rounded once**, with bias and change in them, where the device has products
-  that sum up in float32 (``_sums_wide``); with a gain, the product is rounded before it.
+- **Few launches.** All tensors of another dtype than the products' are cast by one launch,
+  gradients in backward too. A scale is the ``alpha`` of a product. x Wᵀ is added to the change
+  inside its own product. A layer with a float32 adapter in bfloat16 takes 4 launches forward and 6
+  backward (``tests/cuda/test_counts.py``).
+- **No synchronisation.** Dropout multiplies by a mask from a seed, drawn again in backward. The CPU
+  instead draws the positions of the dropped entries, whose number must be known to allocate them.
+- **Autocast** is applied here, because torch's autocast would handle each product separately: x, W,
+  A and B are cast together.
+- **16-bit outputs are rounded once**, including bias and change, if the device has products with
+  float32 output (``_sums_wide``). With a gain, the product is rounded before the gain.
 
-Saved are x (or what it was made of), the thin factors in the dtype of the products, h if it is
-small, and with a gain what it multiplies. A weight may be given as a function that reads it (4
-bits): it is read anew in backward.
+Saved are x (or its factors), the low-rank factors in the dtype of the products, h if it is small,
+and with a gain its input. A weight may be a function that reads it (4-bit storage); backward reads
+it again.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ class Settings(NamedTuple):
 
     Fields:
         scales: s_i.
-        dtype: that of the products and of y.
+        dtype: dtype of the products and of y.
         dropout, seed: as in ``fused.Settings``.
-        reads: for each layer what reads its weight in a dtype, [out, in], where that is no tensor;
-            else None.
+        reads: for each layer, a function that reads its weight [out, in] in a dtype, or None if the
+            weight is a tensor.
     """
 
     scales: tuple[float, ...]
@@ -62,14 +61,14 @@ class Settings(NamedTuple):
     reads: tuple[Read | None, ...]
 
 
-#: whether tensors on the meta device count as lying on a device
+#: whether tensors on the meta device take the path of a device
 _COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
 
 
 @contextmanager
 def count_on_meta() -> Iterator[None]:
-    """A block in which tensors on the meta device take the path of a device, so that what a step
-    there computes and saves can be counted without one."""
+    """Let tensors on the meta device take the path of a device inside of the block, so that a
+    step's operations and saved tensors can be counted without a device."""
     token = _COUNTED.set(True)
     try:
         yield
@@ -78,7 +77,7 @@ def count_on_meta() -> Iterator[None]:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether a call is an eager one, of a plain tensor on a device."""
+    """Return whether a call is eager and x is a plain floating-point tensor on a device."""
     return (
         type(x) is Tensor
         and not x.is_cpu
@@ -92,20 +91,19 @@ def plain(x: Tensor) -> bool:
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of x runs now: autocast leaves float64 alone."""
+    """Return the dtype of a matrix product of x, given autocast (which does not change float64)."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if x.itemsize < 8 and _autocast(kind) else x.dtype
 
 
 def _autocast(kind: str) -> bool:
-    """Whether autocast is on for a kind of device; torch has none for meta, and raises if it is
-    asked."""
+    """Return whether autocast is on for a type of device. torch raises for meta, which has none."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def applies(x: Tensor, weight: Any) -> bool:
-    """Whether ``linears`` is right for a call: ``plain``, on a frozen weight of the same dtype, or
-    one that autocast gives the same."""
+    """Return whether ``linears`` supports a call: a ``plain`` x and a frozen weight on its device,
+    of the same dtype after autocast."""
     if (
         not plain(x)
         or type(weight) is not nn.Parameter
@@ -117,7 +115,7 @@ def applies(x: Tensor, weight: Any) -> bool:
 
 
 def applies_alike(x: Tensor, weight: Any) -> bool:
-    """``applies`` where nothing is cast: for functions that leave autocast to others."""
+    """``applies`` without a cast of autocast: for functions that do not handle autocast."""
     return applies(x, weight) and dtype_of(x) == x.dtype == weight.dtype
 
 
@@ -132,18 +130,18 @@ def linears(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    """y_i for each layer, in the dtype that autocast says, else in that of x; differentiable once
-    more often than backward needs, in x, the biases, A, B and the gains.
+    """Return y_i for each layer, in autocast's dtype if it is on, else in x's. Twice differentiable
+    in x, the biases, A, B and the gains.
 
     Args:
         x: [*, in], for which ``plain`` holds.
-        weights: [out_i, in], or what reads it; they get no gradient.
-        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of one, of any
+        weights: [out_i, in], or functions that read them; they get no gradient.
+        A, B: [r_i, in] and [out_i, r_i], or all of them with a first axis of size 1, of any
             floating-point dtype.
         gains: [out_i] or None.
 
     Raises:
-        VeneerError: in backward, for a gradient with a graph through an x that autocast has cast.
+        VeneerError: in backward, for a second gradient through an x that autocast has cast.
     """
     gains = [None] * len(A) if gains is None else gains
     reads = tuple(cast(Any, None if isinstance(weight, Tensor) else weight) for weight in weights)
@@ -155,11 +153,11 @@ def linears(
         return _forward(None, settings, x, *tensors, *biases, *A, *B, *gains)
 
 
-_NOTHING = nullcontext()  # one serves all calls
+_NOTHING = nullcontext()  # shared by all calls
 
 
 def same_dtype(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """The tensors in a dtype; those of one other dtype by one launch."""
+    """Convert tensors to a dtype, with one launch for all tensors of the same other dtype."""
     converted, casts = list(tensors), {}
     for position, tensor in enumerate(tensors):
         if tensor is not None and tensor.dtype != dtype:
@@ -181,7 +179,7 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
         copies = [torch.empty_like(tensor, dtype=dtype, requires_grad=False) for tensor in tensors]
         vars(torch)["_foreach_copy_"](copies, tensors)
         return copies
-    # joined, and cast meanwhile
+    # concatenate, which also casts
     positions = [position for position, tensor in enumerate(tensors) if tensor.is_contiguous()]
     sizes = [tensors[position].numel() for position in positions]
     flat = tensors[0].new_empty(sum(sizes), dtype=dtype)
@@ -196,12 +194,12 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 
 @functools.cache
 def _copies_lists() -> bool:
-    """Whether this torch casts a list of tensors by one kernel of its own."""
+    """Return whether this torch has a kernel that casts a list of tensors."""
     return _C._dispatch_has_kernel_for_dispatch_key("aten::_foreach_copy_", "CUDA")
 
 
 def product(first: Tensor, second: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale · left right."""
+    """Return scale · first second; [m, k] × [k, n] -> [m, n], in ``out`` if given."""
     out = first.new_empty(first.shape[0], second.shape[1]) if out is None else out
     return (
         torch.mm(first, second, out=out)
@@ -212,8 +210,8 @@ def product(first: Tensor, second: Tensor, scale: float, out: Tensor | None = No
 
 @functools.cache
 def _sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of 16-bit numbers may be had in float32. Asked by making one: torch has them
-    for some."""
+    """Return whether the device has products of 16-bit tensors with float32 output. Tested with a
+    product, because torch supports them on some devices only."""
     if dtype.itemsize > 2:
         return False
     try:
@@ -227,7 +225,7 @@ def _sums_wide(device: torch.device, dtype: torch.dtype) -> bool:
 def add_change(
     h: Tensor, up: Tensor, scale: float, tokens: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """x Wᵀ + scale · h upᵀ + bias [T, out], rounded once where the device can."""
+    """Return x Wᵀ + scale · h upᵀ + bias, [T, out], rounded once if the device supports that."""
     up, weight = up.mT, weight.mT
     if bias is None:
         return product(h, up, scale).addmm_(tokens, weight)
@@ -243,7 +241,7 @@ def add_change(
 
 
 def onto(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """part + x Wᵀ + bias in 16 bits: ``add_change`` for a change that is there already."""
+    """Return change + x Wᵀ + bias in 16 bits, in place: ``add_change`` for a computed change."""
     if not _sums_wide(change.device, change.dtype):
         return change.addmm_(tokens, weight.mT).add_(bias)
     wide, options = change.float(), cast(Any, {"out_dtype": torch.float32})
@@ -256,7 +254,7 @@ def _matrix(factor: Tensor) -> Tensor:
 
 
 def _spans(ups: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where the ranks of each layer lie among those of all."""
+    """Return [start, end) of each layer's ranks among the joined ranks of all layers."""
     spans, first = [], 0
     for up in ups:
         spans.append((first, first + up.shape[1]))
@@ -265,11 +263,11 @@ def _spans(ups: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    weights, biases, A, B, gains = _apart(tensors)
+    weights, biases, A, B, gains = _divide(tensors)
     count, dtype = len(A), settings.dtype
     uncast = [x, *weights, *biases, *map(_matrix, A), *map(_matrix, B)]
     x_cast, *rest = same_dtype(uncast, dtype)
-    weights_, biases_, downs, ups = _apart(cast(Any, rest), 4)
+    weights_, biases_, downs, ups = _divide(cast(Any, rest), 4)
     joined = downs[0] if count == 1 else torch.cat(downs)  # [R, in]
     tokens = cast(Tensor, x_cast).reshape(-1, x.shape[-1])  # [T, in]
     read, keep = tokens, 1 - settings.dropout
@@ -293,17 +291,17 @@ def _forward(ctx: Any, settings: Settings, x: Tensor, *tensors: Any) -> tuple[Te
         if gain is not None:
             y = torch.mul(y, gain, out=torch.empty_like(y))
             y = y if bias is None else y.add_(bias)
-        ys.append(y.view(*x.shape[:-1], y.shape[1]).data)  # which forgets that it is a view
+        ys.append(y.view(*x.shape[:-1], y.shape[1]).data)  # `data` is not tracked as a view
     if ctx is not None:
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.shape, ctx.kind = settings, x.shape, x.device.type
         ctx.cast = None if x_cast is x else x.dtype
         *made_of, ctx.gate = input_to_save(x) if x_cast is x else SavedInput(cast(Tensor, x_cast))
         ctx.dropped = settings.dropout > 0 and made_of[1] is None
-        if ctx.dropped:  # backward reads no other x, and there is no more of this one
+        if ctx.dropped:  # backward needs only the dropped-out x
             made_of[0] = read
         h = h if h.shape[1] * 8 <= x.shape[-1] else None
-        # the casts of weights too, as torch's own autocast keeps them
+        # also save the casts of weights, as torch's autocast does
         pairs = zip(weights_, weights, strict=True)
         casts = (None if weight_cast is weight else weight_cast for weight_cast, weight in pairs)
         ctx.save_for_backward(*made_of, h, joined, *ups, *casts, *before, *tensors)
@@ -319,32 +317,21 @@ class _LinearsOnDevice(torch.autograd.Function):
             return _gradients(ctx, *gradients)
 
 
-# ``Function.apply`` spends a dozen Python calls on ``torch.func``, whose transforms never come here
-# (``plain``).
+# ``Function.apply`` makes a dozen Python calls for ``torch.func``, whose transforms never reach
+# this function (see ``plain``).
 _apply = cast(Any, super(torch.autograd.Function, _LinearsOnDevice)).apply
 
 
 def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     first, second, third, h, joined, *rest = ctx.saved_tensors
     settings, count = ctx.settings, len(ctx.settings.scales)
-    (ups, casts, unscaled_outputs), tensors = _apart(rest[: 3 * count], 3), rest[3 * count :]
+    (ups, casts, unscaled_outputs), tensors = _divide(rest[: 3 * count], 3), rest[3 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), ctx.needs_input_grad[1])
-    needs_x, needs = ctx.needs_input_grad[1], _apart(ctx.needs_input_grad[2:])
+    needs_x, needs = ctx.needs_input_grad[1], _divide(ctx.needs_input_grad[2:])
     if torch.is_grad_enabled():
-        if ctx.cast is not None:
-            raise VeneerError(
-                f"a second gradient through an input in {ctx.cast} that autocast casts to "
-                f"{settings.dtype}",
-                f"an input in {settings.dtype}, of which backward keeps no copy without a graph",
-                "cast the input before the layer, or compute this outside of autocast",
-            )
-        function = functools.partial(_definition, settings)
-        needed = ctx.needs_input_grad[1:]
-        return None, *reference.gradients_of(
-            function, (x, *tensors), needed, gradients, settings.dropout
-        )
+        return _differentiable_gradients(ctx, x, tensors, gradients)
     _, needs_bias, needs_A, needs_B, needs_gain = needs
-    weights, biases, A, B, gains = _apart(tensors)
+    weights, biases, A, B, gains = _divide(tensors)
     weights = [
         tensor if gradient is None else gradient
         for gradient, tensor in zip(casts, weights, strict=True)
@@ -383,37 +370,58 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
     if needs_x:
         dx = U @ joined
         dx = dx if keep_mask is None else dx.mul_(keep_mask)
-        for dy, weight, reading in zip(dys, weights, settings.reads, strict=True):
-            if dy is not None:
-                dx.addmm_(dy, reading(settings.dtype) if weight is None else weight)
-        dx = dx.view(ctx.shape)
+        dx = _add_frozen_gradients(dx, settings, dys, weights).view(ctx.shape)
     dA = [
         gradient if need and dy is not None else None
         for gradient, dy, need in zip(dA, gradients, needs_A, strict=True)
     ]
-    dtypes = [
-        ctx.cast or x.dtype,
-        *(None if gradient is None else gradient.dtype for gradient in (*biases, *A, *B)),
+    parameters = (*biases, *A, *B)
+    dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
+    dx, *converted = _convert_gradients([dx, *db, *dA, *dB], [ctx.cast or x.dtype, *dtypes])
+    converted = [
+        None if gradient is None else gradient.view(parameter.shape)
+        for gradient, parameter in zip(converted, parameters, strict=True)
     ]
-    dx, *converted = _own_dtypes([dx, *db, *dA, *dB], dtypes)
-    db, dA, dB = _apart(converted, 3)
-    dA, dB = (
-        [
-            None if gradient is None else gradient.view(tensor.shape)
-            for gradient, tensor in zip(ones, owns, strict=True)
-        ]
-        for ones, owns in ((dA, A), (dB, B))
+    return None, dx, *[None] * count, *converted, *dgain
+
+
+def _add_frozen_gradients(
+    dx: Tensor, settings: Settings, dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]
+) -> Tensor:
+    """Add Σ dy_i W_i, the gradient through the frozen weights, to dx in place."""
+    for dy, weight, read in zip(dys, weights, settings.reads, strict=True):
+        if dy is not None:
+            dx.addmm_(dy, read(settings.dtype) if weight is None else weight)  # pyright: ignore[reportOptionalCall]
+    return dx
+
+
+def _differentiable_gradients(
+    ctx: Any, x: Tensor, tensors: Sequence[Any], gradients: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """Return the gradients with a graph. Raises VeneerError if autocast has cast x: the saved cast
+    has no graph to x."""
+    settings = ctx.settings
+    if ctx.cast is not None:
+        raise VeneerError(
+            f"a second gradient through an input in {ctx.cast} that autocast casts to "
+            f"{settings.dtype}",
+            f"an input in {settings.dtype}, of which backward keeps no copy without a graph",
+            "cast the input before the layer, or compute this outside of autocast",
+        )
+    function = functools.partial(_definition, settings)
+    needed = ctx.needs_input_grad[1:]
+    return None, *reference.gradients_of(
+        function, (x, *tensors), needed, gradients, settings.dropout
     )
-    return None, dx, *[None] * count, *db, *dA, *dB, *dgain
 
 
-def _own_dtypes(
+def _convert_gradients(
     gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
-    """Each gradient in the dtype of what it is of."""
+    """Convert each gradient to its dtype, with one launch for all gradients of a dtype."""
     converted = list(gradients)
     for dtype in {*dtypes} - {None}:
-        positions = [position for position, own_dtype in enumerate(dtypes) if own_dtype == dtype]
+        positions = [position for position, target in enumerate(dtypes) if target == dtype]
         for position, gradient in zip(
             positions,
             same_dtype([gradients[position] for position in positions], cast(Any, dtype)),
@@ -423,17 +431,17 @@ def _own_dtypes(
     return converted
 
 
-def _apart(items: Sequence, pieces: int = 5) -> tuple[Any, ...]:
-    """Equal parts of a sequence: (weights, biases, A, B, gains)."""
+def _divide(items: Sequence, pieces: int = 5) -> tuple[Any, ...]:
+    """Divide a sequence into equal pieces, such as (weights, biases, A, B, gains)."""
     count = len(items) // pieces
     return tuple(items[number * count : (number + 1) * count] for number in range(pieces))
 
 
 def _definition(settings: Settings, x: Tensor, *tensors: Any) -> list[Tensor]:
-    """The same by differentiable operations, without dropout."""
+    """Compute the layers by differentiable operations, without dropout."""
     dtype, ys = settings.dtype, []
     x = x.to(dtype)
-    for number, (weight, bias, down, up, gain) in enumerate(zip(*_apart(tensors), strict=True)):
+    for number, (weight, bias, down, up, gain) in enumerate(zip(*_divide(tensors), strict=True)):
         weight = settings.reads[number](dtype) if weight is None else weight.to(dtype)  # pyright: ignore[reportOptionalCall]
         y = torch.nn.functional.linear(x, weight)
         y = reference.matmul_update(

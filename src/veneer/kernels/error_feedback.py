@@ -1,30 +1,32 @@
 """Round a weight so that the errors cancel where the adapter reads, or where it writes.
 
-    V = gain ⊙ (W + ΔW), exact      W' of a 16-bit type, or of the grid of a quantised one: each number one of V's two
-                                    neighbours      E = W' - V
-    minimise  ‖E Fᵀ‖² + λ ‖E‖²      F: [k, in], the directions to protect: those of A's rows, and given ones
+    V = gain ⊙ (W + ΔW), exact      W': rounded to a 16-bit dtype, or to a quantised weight's grid;
+                                    each value is one of V's two neighbours
+    E = W' - V
+    minimise  ‖E Fᵀ‖² + λ ‖E‖²      F [k, in]: the directions to protect, A's rows and given ones
 
-A change that is small beside the grid's step is lost to nearest where it does not reach the next
-tie, and that loss has the shape of ΔW itself. But what an adapter adds is B (A x): of all the
-errors of a row of numbers, only the k numbers E Fᵀ stand against it, and there are many more
-roundings to choose than that. So the columns are rounded one after the other, each number up or
-down, whichever leaves the smaller residual R = E Fᵀ of its row: error feedback, as in sigma-delta
-converters. (GPTQ, Frantar et al. 2022, arXiv:2210.17323, repairs an error by moving the columns
-still to come, which are then rounded to nearest: small repairs would vanish as ΔW does.) λ weighs
-the plain error, which keeps numbers from going far for little.
+Rounding to nearest loses a change that is small against the grid's step and does not reach the next
+tie, and the lost part has the shape of ΔW itself. But the adapter adds B (A x): of a row's errors,
+only the k values E Fᵀ matter, and a row has many more roundings to choose than that. So the columns
+are rounded one after the other, each value up or down, whichever leaves the smaller residual
+R = E Fᵀ of its row. This is error feedback, as in sigma-delta converters. (GPTQ, Frantar et al.
+2022, arXiv:2210.17323, instead corrects an error by changing the following columns and rounds these
+to nearest: small corrections would be lost as ΔW is.) λ weights the plain error, which avoids large
+errors for a small gain.
 
-    e = mid - copysign(half, t)     t = fᵀ R + mid (‖f‖² + λ)     f: the column of F;  its cell, less V: mid ± half
+    e = mid - copysign(half, t)     t = fᵀ R + mid (‖f‖² + λ)
+    f: the column of F      mid ± half: the bounds of the cell minus V
 
-Rows do not touch each other: a column is one vector operation over all of them. Within a chunk of
-columns, residuals are brought forward by the Gram matrix FᵀF of the chunk, in blocks, so that most
-of the work is matrix products. All is float64: V's neighbours are then V's own, and the order in
-which a product is summed (by another machine, or count of threads) turns one choice in 10¹² or so.
+Rows are independent: a column is one vector operation over all of them. Within a chunk of columns,
+the Gram matrix FᵀF of the chunk updates the residuals, in blocks, so that most of the work is
+matrix products. All arithmetic is float64, so that V's neighbours are exact; another order of
+summation (another machine or number of threads) changes about one choice in 10¹².
 
-Other inputs than those in the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ =
-10⁻³ ‖W‖ (three times at 10⁻⁴), three quarters of that of stochastic rounding
+Inputs outside of the span of A's rows get an error 1.6 times that of nearest at ‖ΔW‖ = 10⁻³ ‖W‖
+(three times at 10⁻⁴), three quarters of that of stochastic rounding
 (``benchmarks/results/before/merge_fidelity.json``). B's columns in place of A's rows (the
-transposed problem) pay no more on a real model, so they are for embeddings alone, whose inputs are
-indices and have no directions. Measured inputs are best by far, if they can be had.
+transposed problem) are no better on a real model, so they serve only embeddings, whose inputs are
+indices without directions. Measured inputs give by far the best result, if available.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ EXPONENT = 0x7FF0000000000000
 
 
 def basis(A: Float[Tensor, "g r in_"], cutoff: float = 1e-10) -> Float[Tensor, "g k in_"]:
-    """Orthonormal rows that span those of A (float64); rows of zeros where A has a smaller rank
-    than r."""
+    """Return orthonormal rows with the span of A's rows, float64. If the rank of A is below r, the
+    remaining rows are zero."""
     Q, upper = torch.linalg.qr(A.mT)  # [g, in, k], [g, k, r]
     vectors, sizes, _ = torch.linalg.svd(upper, full_matrices=False)
     spanned = sizes > cutoff * sizes[:, :1]
@@ -69,8 +71,8 @@ def basis(A: Float[Tensor, "g r in_"], cutoff: float = 1e-10) -> Float[Tensor, "
 def directions(
     A: Float[Tensor, "g r in_"], inputs: Float[Tensor, "g in_ in_"] | None
 ) -> Float[Tensor, "g k in_"]:
-    """F: the span of A's rows, then the directions in which ``inputs`` (Σ xᵀx) vary most, as long
-    as they vary there beside the first."""
+    """Return F: an orthonormal basis of A's rows, followed by the directions in which ``inputs``
+    (Σ xᵀx) vary most, each scaled by its standard deviation relative to the largest."""
     span = basis(A)
     if inputs is None:
         return span
@@ -93,37 +95,24 @@ def faithful(
     out: Float[Tensor, "g out in_"],
     grid: Grid | None = None,
 ) -> float:
-    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded as above; all of it must round to finite
-    numbers.
+    """Fill ``out`` with ``gain ⊙ (weight + ΔW)``, rounded by error feedback (see the module). All
+    values must round to finite numbers.
 
     Args:
-        low: in float64.
-        gain: [g, out, 1] or [g, 1, in] in float64. What it changes of a row lies outside of A's
-            rows: then the row's own change is a direction to protect too.
+        low: ΔW's factors in float64.
+        gain: [g, out, 1] or [g, 1, in] in float64. It changes a row in a direction outside of the
+            span of A's rows; the row's complete change is then protected as a further direction.
         protect: F in float64.
-        grid: of a weight of this shape, whose numbers ``out`` gets; without, those of its 16-bit
-            dtype.
+        grid: the values that ``out`` may take, for a quantised weight of this shape; by default
+            those of its 16-bit dtype.
 
     Returns:
-        ⟨ΔW, E⟩, where ΔW is all that changes.
+        ⟨ΔW, E⟩, where ΔW is the complete change, including the gain.
     """
-    groups, rows, columns = weight.shape
     if gain is not None and gain.shape[2] == 1:
-        gain = gain.expand(-1, rows, -1)
-    held = torch.promote_types(weight.dtype, out.dtype)
-    if weight.is_cpu:
-        high = max(1, min(rows, ROWS, HELD // (columns * held.itemsize)))
-        many = max(1, min(ROWS // high, HELD // (high * columns * held.itemsize)))
-        chunk, block = CHUNK, BLOCK
-    else:  # as many launches for every number of rows, in buffers of about the size of the weight
-        share = max(columns * held.itemsize / (5 * CHUNK * 8), 0.25)
-        high, many = -(-rows // max(1, round(1 / share))), groups
-        chunk, block = CHUNK * max(1, min(DEVICE_CHUNK // CHUNK, int(share))), DEVICE_BLOCK
-    pieces = [
-        (slice(group, group + many), slice(row, row + high))
-        for group in range(0, groups, many)
-        for row in range(0, rows, high)
-    ]
+        gain = gain.expand(-1, weight.shape[1], -1)
+    wide_dtype = torch.promote_types(weight.dtype, out.dtype)
+    pieces, chunk, block = _row_pieces(weight, wide_dtype)
 
     def round_rows(piece: tuple[slice, slice], _: None) -> float:
         groups_of_piece, rows_of_piece = piece
@@ -135,9 +124,9 @@ def faithful(
         )
         order = F.square().sum(1).argsort(dim=1, descending=True, stable=True)  # [g, in]
         F, A = (tensor.gather(2, order[:, None].expand_as(tensor)) for tensor in (F, A))
-        columns_first = _transpose_into(weight[piece]).to(held)  # [g, in, rows]
+        columns_first = _transpose_into(weight[piece]).to(wide_dtype)  # [g, in, rows]
         factor = gain
-        # one a row as [g, 1, out], one a column as [g, in, 1] in the order of the columns
+        # a gain for each row as [g, 1, out], for each column as [g, in, 1] in the columns' order
         if gain is not None:
             factor = (
                 gain[groups_of_piece, rows_of_piece].mT
@@ -154,8 +143,35 @@ def faithful(
     return sum(spread(pieces, lambda: None, round_rows, threads_for(weight, WORKERS)))
 
 
+def _row_pieces(
+    weight: Tensor, wide_dtype: torch.dtype
+) -> tuple[list[tuple[slice, slice]], int, int]:
+    """Divide a weight [g, out, in] into pieces of groups and rows.
+
+    Returns the pieces, and the numbers of columns in a chunk and in a block. On a CPU, a piece fits
+    into the cache. On a device, the number of launches does not depend on the number of rows, and
+    the buffers are about as large as the weight."""
+    groups, rows, columns = weight.shape
+    row_bytes = columns * wide_dtype.itemsize
+    if weight.is_cpu:
+        high = max(1, min(rows, ROWS, HELD // row_bytes))
+        many = max(1, min(ROWS // high, HELD // (high * row_bytes)))
+        chunk, block = CHUNK, BLOCK
+    else:
+        share = max(row_bytes / (5 * CHUNK * 8), 0.25)
+        high, many = -(-rows // max(1, round(1 / share))), groups
+        chunk, block = CHUNK * max(1, min(DEVICE_CHUNK // CHUNK, int(share))), DEVICE_BLOCK
+    pieces = [
+        (slice(group, group + many), slice(row, row + high))
+        for group in range(0, groups, many)
+        for row in range(0, rows, high)
+    ]
+    return pieces, chunk, block
+
+
 def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
-    """``one.mT`` in memory of its own. torch has a fast copy for this, of matrices of one type."""
+    """Copy ``matrix.mT`` into ``target``, or into new memory. torch has a fast copy for a
+    transposed matrix of the same dtype."""
     target = matrix.new_empty(matrix.mT.shape) if target is None else target
     if len(matrix) == 1:
         target[0].copy_(matrix[0].T)
@@ -164,15 +180,15 @@ def _transpose_into(matrix: Tensor, target: Tensor | None = None) -> Tensor:
     return target
 
 
-#: fill the last two with the cells of values [g, count, rows] at these places; the third is for
-#: whatever it takes
+#: (positions, values [g, count, rows], buffer, mid, half): fill ``mid`` and ``half`` with the cells
+#: of the values; the buffer may be overwritten
 _Cells = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) -> _Cells:
     if grid is None:
         return lambda _, value, free, mid, half: neighbours(value, dtype, free, mid, half)
-    # [g · in, rows], as ``_Rows.kept``
+    # [g · in, rows], as ``_Rows.stored``
     columns_grid = grid.map_tensors(lambda tensor: _transpose_into(tensor[piece]).flatten(0, 1))
 
     def cells(positions: Tensor, value: Tensor, _: Tensor, mid: Tensor, half: Tensor) -> None:
@@ -184,8 +200,8 @@ def _cells(dtype: torch.dtype, grid: Grid | None, piece: tuple[slice, slice]) ->
 
 
 class _Rows:
-    """Some rows of some groups, from their first column to the last, in ``order``: the longest
-    columns of F first, so that the last can trim the residual finely."""
+    """Error feedback on some rows of some groups, column after column in ``order``: the longest
+    columns of F first, so that the last columns can correct the residual finely."""
 
     def __init__(
         self,
@@ -202,8 +218,8 @@ class _Rows:
         self.F, self.A, self.B, self.gain, self.cells = F, A, B, gain, cells
         self.chunk, self.block = chunk, block
         self.groups, self.columns, self.rows = columns_first.shape
-        # the columns of a group below those of the one before
-        self.kept = columns_first.view(-1, self.rows)
+        # [g · in, rows]: the columns of each group below those of the previous group
+        self.stored = columns_first.view(-1, self.rows)
         self.order = order + self.columns * torch.arange(self.groups, device=order.device)[:, None]
         self.plain = PLAIN * F.square().sum() / (self.groups * self.columns)
         self.residual = F.new_zeros(self.groups, F.shape[1], self.rows)
@@ -234,9 +250,9 @@ class _Rows:
         return self.order[:, columns].reshape(-1)
 
     def _exact(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """V, and V - W where there is a gain: [g, count, rows]."""
+        """Return V, and V - W if there is a gain, each [g, count, rows]."""
         value, *_, change = (buffer[:, : columns.stop - columns.start] for buffer in self.buffers)
-        value.copy_(self.kept.index_select(0, self._column_index(columns)).view(value.shape))
+        value.copy_(self.stored.index_select(0, self._column_index(columns)).view(value.shape))
         if self.gain is not None:
             change.copy_(value)
         value.baddbmm_(self.A[:, :, columns].mT, self.B)
@@ -257,7 +273,7 @@ class _Rows:
             change /= self.size + (self.size == 0)
             tilt += mid * change.square()
         ahead *= self.lower[:count, :count]
-        # as if all went to the middle of their cells
+        # as if all values were rounded to the middle of their cells
         tilt.baddbmm_(F.mT, self.residual).baddbmm_(ahead, mid, alpha=-1)
         for first in range(0, count, self.block):
             last = min(first + self.block, count)
@@ -266,15 +282,15 @@ class _Rows:
                 tilt[:, last:].baddbmm_(ahead[:, last:, first:last], half[:, first:last])
         error = mid.sub_(half)
         self.residual.baddbmm_(F, error)
-        self.kept.index_copy_(
+        self.stored.index_copy_(
             0,
             self._column_index(columns),
-            value.add_(error).to(self.kept.dtype).reshape(-1, self.rows),
+            value.add_(error).to(self.stored.dtype).reshape(-1, self.rows),
         )
 
     def _block(self, first: int, ahead: Tensor, tilt: Tensor) -> None:
-        """Choose a few columns, one after the other: their ``halves`` get the sign by which e = mid
-        - half."""
+        """Round a few columns one after the other: give ``halves`` the sign with which
+        e = mid - half."""
         for column, factor in enumerate(ahead.unbind(2), first):
             half = self.halves[column]
             if self.gain is not None:
@@ -286,9 +302,10 @@ class _Rows:
 
 
 def neighbours(value: Tensor, dtype: torch.dtype, step: Tensor, mid: Tensor, half: Tensor) -> None:
-    """The cell of the grid in which each float64 ``value`` lies: half its width (with either sign),
-    and its middle less the value; both 0 for a number of the grid. Values beyond the largest finite
-    number become that. ``step`` is overwritten."""
+    """Compute the cell of the dtype's grid that contains each float64 ``value``.
+
+    ``half`` gets half of its width (with either sign), ``mid`` its middle minus the value; both are
+    0 for a value on the grid. Values are clamped to finite numbers. ``step`` is overwritten."""
     digits, smallest = GRID[dtype]
     largest = torch.finfo(dtype).max
     value.clamp_(-largest, largest)

@@ -1,9 +1,10 @@
-"""The numbers that a weight may hold if integers, or codes of a table, times a scale are what is
-stored.
+"""The grid of a quantised weight: the values that integers, or codes of a table, times a scale can
+represent.
 
-    W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] }      level: one of n ≤ 256, the same for all numbers
+    W[o, i] ∈ { (level - zero[o, i]) · scale[o, i] }
+    level: one of n ≤ 256, shared by all values
 
-A scale belongs to a row, or to a block of some numbers; here it is spread over the weight.
+A stored scale belongs to a row or to a block of values; here it is expanded to the weight's shape.
 """
 
 from __future__ import annotations

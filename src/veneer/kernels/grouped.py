@@ -187,7 +187,7 @@ class _Grouped(torch.autograd.Function):
         A,
         B,
     ):
-        ctx.scale, ctx.where = scale, row_segments
+        ctx.scale, ctx.row_segments = scale, row_segments
         index = _source_rows(x, source, row_segments is None)
         if index is not None:
             ctx.gate = None
@@ -238,7 +238,7 @@ def _source_rows(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None
 
 def _backward(ctx: Any, dy: Tensor):
     first, second, third, index, weight, A, B = ctx.saved_tensors
-    scale, row_segments = ctx.scale, ctx.where
+    scale, row_segments = ctx.scale, ctx.row_segments
     need_x, _, need_A, need_B = ctx.needs_input_grad[3:]
     saved = SavedInput(first, second, third, ctx.gate)
     x = restore_input(saved, need_x) if index is None else first
@@ -289,7 +289,7 @@ def _thin_gradients(
 
 def _differentiable(ctx: Any, x, weight, A, B, dy):
     tensors = x, A, B = [tensor.view_as(tensor) for tensor in (x, A, B)]
-    y = definition(x, weight, A, B, ctx.scale, ctx.where)
+    y = definition(x, weight, A, B, ctx.scale, ctx.row_segments)
     needs = [ctx.needs_input_grad[position] for position in (3, 5, 6)]
     differentiated = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     gradients = iter(

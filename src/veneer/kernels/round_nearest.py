@@ -1,20 +1,20 @@
-"""Rounding W + ΔW to nearest in one loop over the numbers, by numba: memory is read once and
-written once.
+"""Round W + ΔW to nearest in one loop, compiled by numba, that reads and writes memory once.
 
-    Δ = Σₖ (scale · B)[row, k] · A[k, column]        v = W + Δ        W' = bf16(either end of the interval around v)
+    Δ = Σₖ (scale · B)[row, k] · A[k, column]
+    v = W + Δ        W' = bf16(either end of the interval around v)
 
-Arithmetic and proof are those of ``kernels.rounding``; the numbers in doubt of a block are computed
-in float64 at once.
+The arithmetic and its proof are those of ``kernels.rounding``. Doubtful values of a block (those
+whose interval contains a rounding boundary) are computed in float64 directly after the block.
 
-What the compiler may do: contract a product and a sum into one operation, which rounds once where
-the bound allows for twice. What it may not: reorder. It would cancel v against the ends of its
-interval. The sums of the report alone are free of order (``_plus``), as they could not run on
-vectors otherwise. Integers are words of 32 bits in LLVM's own terms, as numba makes 64 of each sum
-of them, and vectors of half as many numbers.
+The compiler may contract a product and a sum into one operation: this rounds once, and the bound
+allows for two roundings. It must not reorder sums, because it would cancel v against the ends of
+its interval. Only the sums of the report may be reordered (``_plus``), so that they are vectorised.
+Integers are 32-bit words in LLVM's terms, because numba widens each integer sum to 64 bits, which
+halves the width of the vectors.
 
-Rows are gone through as they lie, in blocks of ``WIDE`` columns; A comes from the second cache.
-Rejected: C, which must be built for every system; torch.compile, which wants a C++ compiler where
-it runs.
+Rows are processed in memory order, in blocks of ``WIDE`` columns; A stays in the second-level
+cache. Rejected: C, which must be built for every system; torch.compile, which needs a C++ compiler
+at run time.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -107,15 +107,15 @@ def _raise_float(context: Any, value: Any):
 
 
 @intrinsic
-def _differs(context: Any, left: Any, right: Any):
+def _differs(context: Any, first: Any, second: Any):
     """The bits in which these differ."""
     return types.uint32(types.uint32, types.uint32), lambda _, builder, __, args: builder.xor(*args)
 
 
 @intrinsic
-def _either(context: Any, left: Any, right: Any):
+def _either(context: Any, first: Any, second: Any):
     """The bits that are in one of these."""
-    return left(left, left), lambda _, builder, __, args: builder.or_(*args)
+    return first(first, first), lambda _, builder, __, args: builder.or_(*args)
 
 
 @intrinsic
@@ -164,9 +164,16 @@ def _change(into, B, A, row, first, count):
         )
         for j in range(count):
             into[j] = (
-                into[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
-                + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
-            )  # fmt: skip
+                into[j]
+                + b0 * a0[j]
+                + b1 * a1[j]
+                + b2 * a2[j]
+                + b3 * a3[j]
+                + b4 * a4[j]
+                + b5 * a5[j]
+                + b6 * a6[j]
+                + b7 * a7[j]
+            )
 
 
 @numba.njit(fastmath={"contract"})
@@ -194,9 +201,16 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
     for j in range(len(old)):
         W = _wide(old[j])
         delta = (  # from a zero on, not from the first product: that may be -0
-            change[j] + b0 * a0[j] + b1 * a1[j] + b2 * a2[j] + b3 * a3[j]
-            + b4 * a4[j] + b5 * a5[j] + b6 * a6[j] + b7 * a7[j]
-        )  # fmt: skip
+            change[j]
+            + b0 * a0[j]
+            + b1 * a1[j]
+            + b2 * a2[j]
+            + b3 * a3[j]
+            + b4 * a4[j]
+            + b5 * a5[j]
+            + b6 * a6[j]
+            + b7 * a7[j]
+        )
         v = W + delta
         reach = np.float32(abs(v) * FARTHER + bound)
         upper, lower = _raise_float(v + reach), _raise_float(v - reach)

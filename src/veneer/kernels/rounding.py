@@ -2,24 +2,25 @@
 
     W' = round(gain ⊙ (W + scale · B @ A))        W: [g, out, in]   A: [g, r, in]   B: [g, out, r]
 
-**Once.** The stored number is the one nearest to the float64 result (ties to even); whatever is
-computed faster must give these bits. For 16-bit targets W + ΔW is v in float32, with a proven bound
-of its error, and both ends of the interval that must hold the exact number are rounded. Where they
-round alike, so does everything between; the few numbers (about one in 5,000) whose interval holds a
-tie of the 16-bit grid are computed again in float64 (Ziv 1991, "Fast evaluation of elementary
-mathematical functions with correctly rounded last bit"). That covers subnormals, overflow and
-cancellation without a case of its own.
+**One rounding.** The stored value is the one nearest to the float64 result (ties to even), and all
+faster paths must give the same bits. For 16-bit targets, v is W + ΔW in float32 with a proven bound
+of its error, and both ends of the interval that contains the exact value are rounded. If both round
+to the same value, so does everything between. The few values (about one in 5,000) whose interval
+contains a tie of the 16-bit grid are computed again in float64 (Ziv 1991, "Fast evaluation of
+elementary mathematical functions with correctly rounded last bit"). This covers subnormals,
+overflow and cancellation without special cases.
 
-    |v - exact|  ≤  2⁻²⁴ |v|  +  1.01 (r + 6) · 2⁻²⁴ · Σₖ |scale · B[row, k]| · maxⱼ |A[k, j]|  +  what underflows
+    |v - exact|  ≤  2⁻²⁴ |v|  +  1.01 (r + 6) · 2⁻²⁴ · Σₖ |scale · B[row, k]| · maxⱼ |A[k, j]|
+                    +  underflow
 
-The second term: r products and their sums, in any order, and the roundings of scale · B and of A to
-float32. An end of the interval, |v| (1 ± 2⁻²²) ± the rest, costs two more roundings of 2⁻²⁴ each,
-which its factor covers.
+The second term covers r products and their sums in any order, and the roundings of scale · B and of
+A to float32. Computing an end of the interval, |v| (1 ± 2⁻²²) ± the other terms, costs two more
+roundings of 2⁻²⁴ each, which the factor 1 ± 2⁻²² covers.
 
-**In one loop** over the numbers where numba is installed and a weight is large
-(``round_nearest.py``), else **in tiles** of ``TILE`` numbers, whose buffers stay in the cache.
-Rejected: comparing the low bits of v with those of a tie, one pass less (v's own last bit says
-nothing about its error after a cancellation).
+Large weights are processed **in one loop** if numba is installed (``round_nearest.py``), else **in
+tiles** of ``TILE`` values, whose buffers stay in the cache. Rejected: comparing the low bits of v
+with those of a tie, which saves a pass: after a cancellation, v's last bit does not bound its
+error.
 """
 
 from __future__ import annotations
@@ -128,24 +129,23 @@ def fold(
     out: Float[Tensor, "g out in_"] | None = None,
     compiled: bool = True,
 ) -> Folded:
-    """``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
+    """Return ``gain ⊙ (weight + ΔW)`` in ``dtype`` (default: the weight's).
 
     Args:
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
         gain: one factor a row, [g · out].
         rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto":
-            faithful where nearest would change the change by more than 1 % (see ``wanting``).
-        side: what faithful rounding protects: "inputs", those that A reads, or "outputs", those
-            that B writes.
-        inputs: Σ xᵀx of inputs (of that side) that faithful rounding protects too, in any scale.
-        out: where to put the result: of ``dtype``, with any strides, and no memory of ``weight``;
-            by default a tensor that lies in memory as ``weight`` does.
-        compiled: whether numba may be used: the same bits sooner, and 100 MiB for its code.
+            faithful if nearest would change ΔW by more than 1 % (see ``wanting``).
+        side: what faithful rounding protects: "inputs" (read by A) or "outputs" (written by B).
+        inputs: Σ xᵀx of further inputs (of that side) to protect, in any scale.
+        out: tensor for the result: of ``dtype``, with any strides, not sharing memory with
+            ``weight``; by default a new tensor with the memory layout of ``weight``.
+        compiled: whether numba may be used: faster, with the same bits, and 100 MiB for its code.
 
-    Beside the result, float64 copies of A and B and the code it needs less than 32 MiB on a
-    processor; on another device, about 2.5 times as much as a 16-bit weight takes. Without float64
-    there (MPS) the processor does it. The bits depend on neither strides nor threads. A result that
-    is not finite in ``dtype`` is not rounded faithfully.
+    Temporary memory, besides float64 copies of A and B and numba's code: below 32 MiB on a CPU;
+    about 2.5 times a 16-bit weight on another device. A device without float64 (MPS) uses the CPU.
+    The bits depend on neither strides nor threads. A result that is not finite in ``dtype`` is not
+    rounded faithfully.
 
     Raises:
         ConfigError: another rounding.
@@ -207,19 +207,17 @@ def fold_onto(
         if not (finite and _needs_faithful(rounding, sums)):
             return folded
         out = torch.empty_like(weight, dtype=torch.float32)
-        old, new, known = weight, out, grid()
+        old, new, levels = weight, out, grid()
         if side == "outputs":
             old, new, exact = old.mT, new.mT, exact.T
-            known, spread = (
-                known.map_tensors(lambda one: one.mT),
-                None if spread is None else spread.mT,
-            )
-        lost = faithful(old, exact, spread, directions(exact.A, inputs), new, known)
+            levels = levels.map_tensors(lambda tensor: tensor.mT)
+            spread = None if spread is None else spread.mT
+        lost = faithful(old, exact, spread, directions(exact.A, inputs), new, levels)
         return replace(folded, weight=out, retention=1 + lost / sums.size, rounding="faithful")
 
 
 def _needs_faithful(rounding: str, sums: Sums) -> bool:
-    """Whether what nearest did calls for faithful rounding."""
+    """Return whether the result of rounding to nearest requires faithful rounding."""
     return sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
 
 
@@ -241,10 +239,12 @@ def known_rounding(rounding: str) -> None:
 
 
 def wanting(sums: Sums) -> bool:
-    """Whether rounding to nearest is not good enough for ΔW: it keeps less or more than 99 to 101 %
-    of it. Losing 1 % adds an error of a tenth of ΔW; less is chance, in a weight of few numbers.
-    Where W is finer than the target, what is lost hides in the rounding of W: there the error alone
-    tells, a third of ΔW, as nearest adds to a W of the grid when it comes to lose that 1 %."""
+    """Return whether rounding to nearest is not good enough: it retains less than 99 % or more than
+    101 % of ΔW, or its error is above 0.3 ‖ΔW‖.
+
+    A loss of 1 % comes with an error of a tenth of ΔW; with a smaller error, the loss is chance in
+    a small weight. If W is finer than the target dtype, the rounding of W itself hides the loss, so
+    only the error tells: 0.3 is the error at which rounding a W on the grid loses 1 %."""
     return (abs(sums.retention - 1) > 0.01 and sums.error > 0.1) or sums.error > 0.3
 
 
@@ -252,7 +252,7 @@ def _nearest(
     weight: Tensor, low: LowRank, gain: Tensor | None, out: Tensor, compiled: bool
 ) -> tuple[Sums, bool]:
     old, new, factors, spread = weight, out, low, gain
-    if old.stride(-1) > old.stride(-2):  # it lies transposed: walk as it lies
+    if old.stride(-1) > old.stride(-2):  # stored transposed: process it in memory order
         old, new, factors, spread = old.mT, new.mT, low.T, None if gain is None else gain.mT
     bound = _bound(old, factors, new.dtype) if gain is None else None
     if bound is None:
@@ -264,13 +264,13 @@ def _nearest(
     tiles = () if ordinary else _pieces(new.shape, _tile(new), WIDEST)
     finite = all(bool(new[tile].isfinite().all()) for tile in tiles)
     if bound is not None and not (ordinary and sums.base > 1e-20 * old.numel()):
-        sums = _in_float64(old, factors, spread, None)  # squares that float32 does not hold
+        sums = _in_float64(old, factors, spread, None)  # squares are out of float32's range
     return sums, finite
 
 
 def rounding_loop(old: Tensor, new: Tensor) -> Any:
-    """The module ``round_nearest``, if it may be used and is for these weights [g, out, in]; it is
-    imported here, as it imports numba."""
+    """Return the module ``round_nearest`` if it is enabled and supports these weights [g, out, in],
+    else None. It is imported here because it imports numba."""
     if not on("round_nearest"):
         return None
     module = importlib.import_module("veneer.kernels.round_nearest")
@@ -278,10 +278,11 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
 
 
 def _tile(like: Tensor) -> int:
-    """Numbers in a tile at most. On a processor they fit into its cache. On a device each operation
-    has the time of a launch: there it is a share of the weight, so that as many are launched for
-    every weight, and the temporaries in float64 are a few times as large as a 16-bit weight; fewer
-    where memory is short."""
+    """Return the largest number of values in a tile.
+
+    On a CPU, a tile fits into the cache. On a device, each operation costs a launch, so a tile is a
+    fixed share of the weight: the number of launches is the same for every weight, and the float64
+    temporaries are a few times as large as a 16-bit weight. Less if memory is short."""
     if like.device.type == "cpu":
         return TILE
     tile = max(-(-like.numel() // SHARE), SMALLEST)
@@ -289,14 +290,14 @@ def _tile(like: Tensor) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that a CUDA device can still give, those that torch has set aside included."""
+    """Return the free bytes of a CUDA device, including unused bytes that torch has reserved."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator[Piece]:
-    """Slices of [g, out, in] with about ``most`` numbers: groups if those are small, else rows of
-    one, or what of these lies in ``widest`` columns."""
+    """Yield slices of [g, out, in] with about ``most`` values: several groups if these are small,
+    else rows of one group, in blocks of at most ``widest`` columns."""
     groups, rows, columns = shape
     wide = max(1, min(columns, widest or columns, most if widest else columns))
     high = max(1, min(rows, most // wide))
@@ -312,10 +313,16 @@ def _pieces(shape: torch.Size, most: int, widest: int | None = None) -> Iterator
 
 
 def _in_float64(
-    old: Tensor, low: LowRank, gain: Tensor | None, new: Tensor | None, made: Tensor | None = None
+    old: Tensor,
+    low: LowRank,
+    gain: Tensor | None,
+    new: Tensor | None,
+    rounded_weight: Tensor | None = None,
 ) -> Sums:
-    """The definition, tile by tile. ``new`` gets the result; without it there are only the sums, of
-    no rounding or of what is ``made`` already. ``gain`` is [g, out, 1] or [g, 1, in]."""
+    """Compute the definition tile by tile, and write the result to ``new``.
+
+    Without ``new``, only the sums are computed: of ``rounded_weight``, or without rounding.
+    ``gain`` is [g, out, 1] or [g, 1, in]."""
     if gain is not None and gain.shape[2] == 1:
         gain = gain.expand(-1, old.shape[1], -1)
 
@@ -325,8 +332,8 @@ def _in_float64(
         value = torch.bmm(low.B[groups, rows], low.A[groups, :, columns]).mul_(low.scale).add_(base)
         if gain is not None:
             value *= gain[groups, rows] if gain.shape[2] == 1 else gain[groups, :, columns]
-        if made is not None:
-            rounded = made[tile].double()
+        if rounded_weight is not None:
+            rounded = rounded_weight[tile].double()
         else:
             rounded = (
                 value.clone()
@@ -349,9 +356,10 @@ def _in_float64(
 
 
 def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
-    """A bound of float32's error in ΔW, for each row: [g, out, 1] in float32. None where the
-    float32 path is not for it: a target or a weight of more bits, numbers beyond its range,
-    products that torch may compute in less than float32."""
+    """Return a bound of float32's error in ΔW for each row, float32 [g, out, 1].
+
+    None if the float32 path does not apply: a target or weight with more bits, values outside of
+    its range, or products that torch may compute in lower precision."""
     if (
         not old.numel()
         or dtype not in HALF
@@ -368,7 +376,7 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
         low.A.abs().amax(2, keepdim=True),
     )
     reach = B @ widest  # [g, out, 1]
-    if not max(float(one.max()) for one in (B, widest, reach)) < 2.0**120:
+    if not max(float(tensor.max()) for tensor in (B, widest, reach)) < 2.0**120:
         return None
     underflow = TINY * (low.rank + B.sum(2, keepdim=True) + widest.sum(1, keepdim=True))
     return torch.where(reach > 0, 1.01 * ((low.rank + 6) * UNIT * reach + underflow), reach).float()
@@ -381,42 +389,42 @@ def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any
 
         def in_one_loop(piece: Piece, _: None) -> Tensor:
             groups, rows, _all = piece
-            place = groups, rows
-            own = (B[place], A[groups], bound[place], low.B[place], columns[groups], low.scale)
-            return loop.round_slab(old[place], *own, new[place])
+            slab = groups, rows
+            factors = (B[slab], A[groups], bound[slab], low.B[slab], columns[groups], low.scale)
+            return loop.round_slab(old[slab], *factors, new[slab])
 
         sums = spread(list(_pieces(old.shape, SLAB)), lambda: None, in_one_loop, threads)
     else:
 
         def in_tiles(piece: Piece, tile: Callable[[torch.Size], _Tile]) -> tuple[Tensor, Tensor]:
             groups, rows, _all = piece
-            place, first = (groups, rows), (groups.start * old.shape[1] + rows.start) * old.shape[2]
-            slab = old[place]
-            sums, doubtful = tile(slab.shape).fold(
-                slab, B[place], A[groups], bound[place], new[place]
+            slab = groups, rows
+            first = (groups.start * old.shape[1] + rows.start) * old.shape[2]
+            sums, doubtful = tile(old[slab].shape).fold(
+                old[slab], B[slab], A[groups], bound[slab], new[slab]
             )
             return sums, doubtful + first
 
         pieces = list(_pieces(old.shape, TILE))
-        found = spread(
+        results = spread(
             pieces,
             lambda: functools.cache(lambda shape: _Tile(shape, new.dtype)),
             in_tiles,
             threads,
         )
-        sums, doubtful = zip(*found, strict=True)
-        more = _again(torch.cat(doubtful), old, low, new)
+        sums, doubtful = zip(*results, strict=True)
+        more = _round_doubtful(torch.cat(doubtful), old, low, new)
     realised, moved, base = torch.stack(sums).double().sum(0).tolist()
     return Sums(low.norm() ** 2, realised + more, moved, base)
 
 
 class _Tile:
-    """The buffers of a tile; all tiles of that shape which a thread works on pass through them."""
+    """The buffers of one thread for tiles of one shape."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         count = shape.numel()
         padded_count = -(-count // LINE) * LINE
-        # whatever the caller's defaults are
+        # explicit dtype and device, because the caller may have changed torch's defaults
         wide = torch.zeros(4, padded_count, dtype=torch.float32, device="cpu")
         half, marks = (
             torch.zeros(padded_count, dtype=kind, device="cpu") for kind in (dtype, torch.int16)
@@ -430,15 +438,17 @@ class _Tile:
     def fold(
         self, old: Tensor, B: Tensor, A: Tensor, bound: Tensor, new: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fill ``new``; returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩, and the positions of
-        what is in doubt."""
+        """Fill ``new``. Returns ⟨ΔW, W' - W⟩, ⟨W' - W, W' - W⟩ and ⟨W, W⟩, and the positions of
+        doubtful values."""
         self.base.copy_(old)
         torch.bmm(B, A, out=self.change)
         torch.add(self.base, self.change, out=self.value)
         torch.copysign(bound, self.value, out=self.end)
-        self.end.add_(self.value, alpha=1 + 4 * UNIT)  # the end that is farther from zero
+        self.end.add_(
+            self.value, alpha=1 + 4 * UNIT
+        )  # the end of the interval that is farther from zero
         self.half.copy_(self.end)
-        # 2 v less that end: the other one
+        # 2 v - end: the other end
         new.copy_(torch.lerp(self.end, self.value, 2.0, out=self.end))
         torch.bitwise_xor(self.bits, new.view(torch.int16), out=self.marks)
         self.end.copy_(new)
@@ -448,7 +458,7 @@ class _Tile:
             self.flat_end,
             torch.linalg.vector_norm(self.lines, dim=1),
         )
-        # nearly none is in doubt: four are looked at as one word
+        # doubtful values are rare: test four of them as one word
         words = self.words.nonzero().squeeze(1)
         word, offset = self.words[words].view(torch.int16).view(-1, 4).nonzero().unbind(1)
         return (
@@ -457,14 +467,14 @@ class _Tile:
         )
 
 
-def _again(positions: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
-    """Compute these numbers in float64; returns what that adds to ⟨ΔW, W' - W⟩."""
+def _round_doubtful(positions: Tensor, old: Tensor, low: LowRank, new: Tensor) -> float:
+    """Compute the values at these positions in float64; return the correction of ⟨ΔW, W' - W⟩."""
     _, out, in_ = old.shape
     more = 0.0
     for chunk in positions.split(AGAIN):
         index = chunk // (out * in_), chunk // in_ % out, chunk % in_
         change = torch.zeros(len(chunk), dtype=torch.float64, device=chunk.device)
-        # one after the other, as the compiled loop does: the bits are to be the same
+        # in the order of the compiled loop, so that the bits are the same
         for k in range(low.rank):
             change += low.B[index[0], index[1], k] * low.A[index[0], k, index[2]]
         change *= low.scale

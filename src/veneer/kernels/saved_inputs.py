@@ -37,21 +37,21 @@ ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 class Gate:
-    """An activation that is computed again. Its output is held for the node that needs it
-    next; where a backward ends before that, until another one or the end of the graph."""
+    """An activation that is recomputed in backward. ``output`` is held for the node that needs it
+    next; if a backward ends before that, until the next backward or the end of the graph."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
-        self.made: Tensor | None = None
+        self.output: Tensor | None = None
 
     def hide(self, saved: Any, node: Any) -> None:
         """Take act(g) from the node of the product; ``node`` is that of the activation."""
 
-        def again(_: None) -> Tensor:
-            output, self.made = self.made, None
+        def recompute(_: None) -> Tensor:
+            output, self.output = self.output, None
             return self.activation(node._saved_self.detach()) if output is None else output
 
-        saved.register_hooks(lambda _: None, again)
+        saved.register_hooks(lambda _: None, recompute)
 
 
 class SavedInput(NamedTuple):
@@ -93,7 +93,7 @@ def restore_input(saved: SavedInput, passed: bool) -> Tensor:
     if gate is not None:
         first = gate.activation(first)
         if passed and not torch.is_grad_enabled():
-            gate.made = first
+            gate.output = first
     product = first * second
     if third is not None:
         product = product * third if torch.is_grad_enabled() else product.mul_(third)

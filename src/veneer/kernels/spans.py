@@ -1,19 +1,19 @@
-"""One linear layer on rows of which each span has low-rank factors of its own, as one
+"""A linear layer on a batch in which each span of rows has its own low-rank factors, as one
 differentiable function.
 
     y = x Wᵀ + bias,  and on the tokens of span i:  + s_i · (drop(x) A_iᵀ) B_iᵀ
     x: [*, in]   W: [out, in]   A_i: [r_i, in]   B_i: [out, r_i]
 
-The products with W are one for all rows, forward and backward, as W is frozen. What is thin runs on
-each span's own tokens, so that nothing of one span, a NaN included, reaches another's output or
-gradient: spans of one length without dropout as batched products, smaller ranks filled up with
-zeros, and of all layers that read one x where that can be one product; others one after another
-(``fused.py`` has the products). The change comes first and x Wᵀ is added to it, as in ``fused.py``.
-Saved are x, and h where it is small.
+W is frozen, so x Wᵀ is one product for all rows, in forward and backward. The low-rank products run
+on each span's own tokens, so that nothing of one span (such as a NaN) reaches the output or
+gradient of another. Spans of equal length without dropout are batched products, with smaller ranks
+padded by zeros, for all layers that read the same x where possible; other spans are computed one
+after another with the products of ``fused.py``. The change is computed first and x Wᵀ is added to
+it, as there. Saved are x, and h where it is small.
 
-All factors of a layer are one tensor to the function, joined by autograd's own ``cat``: eight
-adapters' are sixteen, and to take each by itself, here and in backward, took longer than the
-products of 16 tokens.
+All factors of a layer are passed as one tensor, joined by autograd's ``cat``. Passing the 16
+factors of eight adapters separately, in forward and backward, took longer than the products of 16
+tokens.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class _Linears(Function):
             fused.add_product(change, tokens, *frozen)
             for change, *frozen in zip(changes, weights, biases, strict=True)
         ]
-        ctx.spans, ctx.shape, ctx.way = spans, x.shape, products
+        ctx.spans, ctx.shape, ctx.products = spans, x.shape, products
         *made_of, ctx.gate = input_to_save(x)
         h = h if max(span.rank for span in spans) * 8 <= x.shape[-1] else [None] * len(h)
         ctx.save_for_backward(*made_of, downs, *ups, *weights, *h)
@@ -314,7 +314,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
         drops = max(span.dropout for span in spans)
         return None, *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops), *without
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    dx, dA, dB = ctx.way.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
+    dx, dA, dB = ctx.products.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
     if dx is not None:
         for dy, weight in zip(dys, weights, strict=True):
             dx.addmm_(dy, weight)

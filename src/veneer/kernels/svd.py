@@ -1,21 +1,21 @@
-"""The product of rank r that is nearest to a given matrix, and how near it is.
+"""The rank-r product that is nearest to a given matrix, and its distance.
 
-    D ≈ B A        D: [out, in]   A: [r, in] = √S Vᵀ   B: [out, r] = U √S        U S Vᵀ: the r largest singular triples
+    D ≈ B A        D: [out, in]   A: [r, in] = √S Vᵀ   B: [out, r] = U √S
+    U S Vᵀ: the r largest singular triples of D
 
-No other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936). What is sought
-is V, the leading eigenvectors of H = TᵀT, where T is D or Dᵀ, whichever is tall: [long, short]. The
-rest is one product, T V, whose columns have the singular values as their norms.
+No other product of rank r is nearer in the Frobenius norm (Eckart and Young 1936). V holds the
+leading eigenvectors of H = TᵀT, where T [long, short] is D or Dᵀ, the taller of the two. One
+product T V gives the rest: the norms of its columns are the singular values.
 
-- Exactly: H is formed in float64 and decomposed. A direction whose singular value is below 1e-8 of
-  the largest drowns in the rounding of H, and so do 1e-16 of ‖D‖² at most.
+- Exact: H is formed in float64 and decomposed. Directions whose singular value is below 1e-8 of the
+  largest are lost in the rounding of H; they hold at most 1e-16 of ‖D‖².
 - Randomised (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.3): H is
-  applied again and again to more random directions than are wanted, orthonormal each time, and
-  never formed. After a pass it is known how much of ‖D‖² the r best directions hold; as the gains
-  of the passes fall like powers, the last two of them tell what the limit holds. Directions that
-  are within ``FACTOR`` of that limit are taken; if ``PASSES`` do not get there, the exact way is
-  gone.
+  applied repeatedly to more random directions than needed, which are orthonormalised after each
+  pass; H is never formed. Each pass gives the share of ‖D‖² in the r best directions. The gains of
+  the passes decay geometrically, so the last two predict the limit. Directions within ``FACTOR`` of
+  that limit are accepted; if ``PASSES`` passes do not reach it, the exact method is used.
 
-Everything is summed in float64, in pieces of D that are cast one at a time. Rejected:
+All sums are in float64, over pieces of D that are cast one at a time. Rejected:
 ``torch.linalg.svd`` of D, 3 to 6 times slower than H and its eigenvectors, in several times the
 memory.
 """
@@ -43,20 +43,20 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
     """Directions that hold as much of ``matrix`` [out, in] as any ``rank`` directions can.
 
     Args:
-        exact: never randomised.
-        seed: of the random directions.
+        exact: never use the randomised method.
+        seed: seed of the random directions.
 
     Returns:
-        orthonormal [min(out, in), rank] in float64, and how they were found: "exact" or
+        orthonormal directions [min(out, in), rank] in float64, and the method: "exact" or
         "randomised".
     """
     out, in_ = matrix.shape
     long, short = max(out, in_), min(out, in_)
     directions = min(short, max(FEWEST, rank + 10 + rank // 4))
     pays = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
-    found = _project_randomly(matrix, rank, directions, seed) if pays and not exact else None
-    if found is not None:
-        return found, "randomised"
+    leading = _project_randomly(matrix, rank, directions, seed) if pays and not exact else None
+    if leading is not None:
+        return leading, "randomised"
     _, vectors = spectrum(matrix)
     return vectors[:, :rank].contiguous(), "exact"
 

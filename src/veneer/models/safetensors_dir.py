@@ -28,7 +28,7 @@ from veneer.errors import (
     sentence,
 )
 from veneer.fileio import tensors
-from veneer.fileio.untrusted import Entry, Header, misplaced, read_header, read_json
+from veneer.fileio.untrusted import Entry, Header, location_problems, read_header, read_json
 from veneer.formats import peft
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
@@ -136,12 +136,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     if indices:
         index_name = indices[0]
-        refuse(misplaced(folder, indices))
+        refuse(location_problems(folder, indices))
         index = _read_checked(read_json, folder / index_name)
         names = _named(folder / index_name, index)
     elif len(names) != 1:
         raise CheckpointError(_missing_index_problem(folder, names))
-    refuse(misplaced(folder, names))
+    refuse(location_problems(folder, names))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         problem = f"no {listing(missing)} in {folder}"

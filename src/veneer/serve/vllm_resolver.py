@@ -35,7 +35,7 @@ from veneer.errors import (
     raise_all,
     sentence,
 )
-from veneer.fileio.hashing import kind_in, prints_in
+from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.fileio.untrusted import read_header
 from veneer.formats import peft
 from veneer.models.base_weights import BaseWeights, open_base_weights
@@ -106,7 +106,11 @@ class Adapters:
         with self._lock:
             if base not in self._weights:
                 self._weights[base] = _weights(base)
-            weights, recorded, kind = self._weights[base], prints_in(record), kind_in(record)
+            weights, recorded, kind = (
+                self._weights[base],
+                recorded_fingerprints(record),
+                recorded_hash_kind(record),
+            )
             if weights is None:
                 base_name = record.get("name")
                 same = "the same" if base_name == base else f"the adapter's is {base_name}"

@@ -30,7 +30,7 @@ from torch import Tensor
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.attach.lookup import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
-from veneer.fileio.hashing import kind_of, prints_in
+from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import applied_products
@@ -206,7 +206,7 @@ def compare(a: str | Path | AdapterFiles, b: str | Path | AdapterFiles) -> Diffe
     base, weights = _compare_bases(*pair)
     layers = [
         _compare_layer(
-            path, *(lows[path] for lows in products), *(extras[path] for extras in magnitudes)
+            path, products[0][path], products[1][path], magnitudes[0][path], magnitudes[1][path]
         )
         for path in both
     ]
@@ -325,7 +325,9 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def _compare_bases(a: AdapterFiles, b: AdapterFiles) -> tuple[str, tuple[str, ...]]:
-    fingerprints_a, fingerprints_b = (prints_in(saved.metadata.get("base", {})) for saved in (a, b))
+    fingerprints_a, fingerprints_b = (
+        recorded_fingerprints(saved.metadata.get("base", {})) for saved in (a, b)
+    )
     shared = [
         name
         for name in fingerprints_a

@@ -24,7 +24,7 @@ from typing import Any
 
 from veneer.errors import OutputExistsError
 from veneer.fileio.atomic import EVERYTHING, disk_errors, new_folder, write_whole
-from veneer.fileio.locks import locked
+from veneer.fileio.locks import hold_lock
 from veneer.fileio.temporary import remove, sweep
 from veneer.train.processes import Processes
 
@@ -75,7 +75,7 @@ def only_writer(output: Path, processes: Processes) -> Iterator[None]:
 
     def hold() -> None:
         if not output.is_file():  # `can_resume` refuses a file
-            stack.enter_context(locked(output / LOCK, refusal))
+            stack.enter_context(hold_lock(output / LOCK, refusal))
         if (output / RUN).exists():  # leave folders of other programs alone
             sweep(output)
 

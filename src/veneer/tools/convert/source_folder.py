@@ -21,7 +21,7 @@ from veneer.attach.install import detach
 from veneer.attach.targets import Names
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BaseMismatchError, listing
-from veneer.fileio.hashing import kind_in, prints_in
+from veneer.fileio.hashing import recorded_fingerprints, recorded_hash_kind
 from veneer.fileio.untrusted import read_json
 from veneer.formats import FORMATS, BaseFacts, Contents, Options, peft, peft_tuners
 from veneer.models.base_weights import list_weights
@@ -116,7 +116,9 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
     """Compare ``model`` with the fingerprints that a dense file copied from its adapter's
     record."""
     tensors = [tensor for tensor in list_weights(Names(model)) if tensor.is_readable]
-    fingerprints = zip(tensors, fingerprints_of(tensors, kind=kind_in(record)), strict=True)
+    fingerprints = zip(
+        tensors, fingerprints_of(tensors, kind=recorded_hash_kind(record)), strict=True
+    )
     by_name = {name: fingerprint for tensor, fingerprint in fingerprints for name in tensor.names}
     changed_weights, unchanged_weights = record.get("weights") or {}, record.get("rest") or {}
     mismatches = [
@@ -127,9 +129,11 @@ def _verify_fingerprints(model: nn.Module, record: Mapping[str, Any], source: Pa
         for name, expected in unchanged_weights.items()
         if by_name.get(name, expected) != expected
     ]
-    earlier = earlier_fingerprints(tensors, kind_in(record)) if mismatches else {}
+    earlier = earlier_fingerprints(tensors, recorded_hash_kind(record)) if mismatches else {}
     mismatches = [
-        name for name in mismatches if earlier.get(name) != prints_in(record).get(name, "")
+        name
+        for name in mismatches
+        if earlier.get(name) != recorded_fingerprints(record).get(name, "")
     ]
     if mismatches:
         problem = (

@@ -31,7 +31,7 @@ from veneer.attach.refusals import holders, holders_of, kind_for
 from veneer.attach.targets import Names, ParamRef
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
-from veneer.fileio.hashing import kind_in
+from veneer.fileio.hashing import recorded_hash_kind
 from veneer.formats._base import EMBEDDING, PAIR, BaseFacts, LowRankChange, layer_of
 from veneer.models.base_weights import list_weights
 
@@ -179,7 +179,8 @@ def token_fingerprints(names: Names, saved: AdapterFiles) -> dict[str, str]:
         zip(
             paths,
             fingerprints_of(
-                [by_name[weight_path] for weight_path in paths], kind=kind_in(base_record)
+                [by_name[weight_path] for weight_path in paths],
+                kind=recorded_hash_kind(base_record),
             ),
             strict=True,
         )

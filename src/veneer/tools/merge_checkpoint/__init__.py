@@ -28,7 +28,7 @@ from veneer.adapter_files.file_names import content_hash
 from veneer.attach.merge_report import MergeReport
 from veneer.errors import BaseMismatchError, MergeError, listing, raise_all
 from veneer.fileio.atomic import must_not_exist, new_folder
-from veneer.fileio.locks import locked
+from veneer.fileio.locks import hold_lock
 from veneer.models.safetensors_dir import MODEL_FILES, must_hold_no_adapter, open_checkpoint
 from veneer.tools.merge_checkpoint import aux_files
 from veneer.tools.merge_checkpoint.aux_files import RECORD
@@ -113,7 +113,7 @@ def _write_merge(
         )
     lock = out.with_name(f".{out.name}.merging.lock")
     with (
-        locked(lock, partial(_busy, out)),
+        hold_lock(lock, partial(_busy, out)),
         new_folder(out, overwrite=overwrite, replaces=MODEL_FILES) as folder,
     ):
         layers = CheckpointWriter(job, folder).write(progress)

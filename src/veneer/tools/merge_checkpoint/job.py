@@ -23,7 +23,7 @@ from veneer.adapter_files.file_names import common_tokenizer
 from veneer.adapter_files.folder import read
 from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
-from veneer.fileio.hashing import fingerprint_beside, fingerprint_of, kind_of
+from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once
 from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
@@ -137,7 +137,7 @@ class MergeJob:
                 for name in tensors
             }
             actual = {
-                (kind, ids): fingerprint_beside(read(tensors[0]), ids, kind)
+                (kind, ids): fingerprint_without_rows(read(tensors[0]), ids, kind)
                 if ids
                 else fingerprint_of(
                     shape,
