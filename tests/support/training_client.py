@@ -90,9 +90,13 @@ class Client:
             else {"sampling_session_id": session, "seq_id": number}
         )
         promised = self.post(
-            "asample", **endpoint, num_samples=count, prompt={"chunks": [{"tokens": [*prompt]}]}, sampling_params=params,
+            "asample",
+            **endpoint,
+            num_samples=count,
+            prompt={"chunks": [{"tokens": [*prompt]}]},
+            sampling_params=params,
             **fields,
-        )  # fmt: skip
+        )
         message = self.result(promised, "SampleResponse")
         sequences = [
             SimpleNamespace(
