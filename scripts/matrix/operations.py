@@ -151,7 +151,7 @@ def gradient(case: Case) -> Found:
 
     truth = gradients(wanted, leaves)
     for path in PATHS:
-        with context.changed(path=path), veneer.use(case.model, case.name):
+        with context.override(path=path), veneer.use(case.model, case.name):
             actual = gradients(flats(case.model(inputs)), parameters)
         for example, mine, true in zip(names, actual, truth, strict=True):
             verdicts[example] = verdicts[example] or _within(error(mine, true), GRADIENT)

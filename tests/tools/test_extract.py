@@ -326,14 +326,14 @@ def test_a_stack_of_experts_is_read_matrix_by_matrix(name, tmp_path, monkeypatch
     base = REAL[name].build()[0]
     one, other = saved(base, tmp_path / "base"), saved(moved(base), tmp_path / "tuned")
     sizes = {}
-    whole = weight_pairs.WeightPair.parts
+    whole = weight_pairs.WeightPair.matrix_pairs
 
-    def parts(self):
+    def matrix_pairs(self):
         for base, tuned in whole(self):
             sizes.setdefault(self.path, []).append(base.numel())
             yield base, tuned
 
-    monkeypatch.setattr(weight_pairs.WeightPair, "parts", parts)
+    monkeypatch.setattr(weight_pairs.WeightPair, "matrix_pairs", matrix_pairs)
     veneer.extract(one, other, tmp_path / "a", rank=1)
     stacks = {path: value for path, value in base.named_parameters() if value.dim() == 3}
     assert stacks

@@ -124,7 +124,7 @@ def _sum_changes(
             "a row that these weights scale to nothing", "a gain that is not 0", "change them"
         )
     scaled_lows = [
-        low.to(torch.float64).gained(gain / total_gain)
+        low.to(torch.float64).scale_rows(gain / total_gain)
         for low, gain in zip(lows, gains, strict=True)
     ]
     return LowRank.sum(scaled_lows, shares), total_gain.flatten()
