@@ -34,7 +34,7 @@ Found = dict[str, str | None]
 
 #: what an exception says -> what the page says; any other is quoted
 WORDS = {
-    r"does not tell its inputs": (
+    r"whose inputs cannot be read": (
         "this variant starts from the inputs of every weight, and what they are is known only "
         "inside this layer"
     ),
