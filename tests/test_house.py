@@ -114,18 +114,52 @@ def lengths(tree: ast.AST):
             )
 
 
+#: files above 500 lines and functions above 60, with their lines: to be split, never to grow
+LARGE_FILES = {
+    "attach/merge.py": 604,
+    "attach/select_rows.py": 606,
+    "bank/bank.py": 520,
+    "formats/peft_tuners.py": 520,
+    "optim.py": 511,
+    "serve/training/store.py": 502,
+    "serve/training/worker.py": 571,
+}
+LONG_FUNCTIONS = {
+    "adapter_files/derived_folder.py:write_derived": 68,
+    "attach/select_rows.py:run": 67,
+    "attach/select_rows.py:_by_spans": 67,
+    "cli/eval.py:eval_command": 78,
+    "cli/plan.py:plan_command": 79,
+    "cli/serve.py:serve_command": 97,
+    "formats/gguf.py:read": 75,
+    "formats/peft_tuners.py:changes": 71,
+    "formats/peft_tuners.py:_projections": 69,
+    "kernels/device.py:_gradients": 61,
+    "tools/compose/repair.py:repair": 71,
+    "tools/convert/deltas.py:install_deltas": 71,
+    "tools/extract/__init__.py:extract": 77,
+    "tools/extract/weight_pairs.py:pair_weights": 61,
+    "tools/report/__init__.py:examine": 69,
+    "tools/report/charts.py:lines": 64,
+}
+
+
 def test_files_and_functions_can_be_read_at_once():
-    """At most 100 lines a function and 670 a file: 60 and 500, plus what formatting at 100 columns
-    instead of 120 added to functions and files that are not split yet. ruff (C901) holds the
-    complexity."""
-    assert [file for file in FILES if file.read_text().count("\n") > 670] == []
-    long = [
-        (file.name, name, lines)
-        for file in FILES
+    """At most 500 lines a file and 60 a function, but for those listed, which must not grow and
+    leave the list once they are split. ruff (C901) holds the complexity."""
+    paths = {file.relative_to(SOURCE).as_posix(): file for file in FILES}
+    sizes = {path: file.read_text().count("\n") for path, file in paths.items()}
+    large = {path: lines for path, lines in sizes.items() if lines > 500}
+    assert large.keys() == LARGE_FILES.keys()
+    assert all(lines <= LARGE_FILES[path] for path, lines in large.items())
+    long = {
+        f"{path}:{name}": lines
+        for path, file in paths.items()
         for name, lines in lengths(tree(file))
-        if lines > 100
-    ]
-    assert long == []
+        if lines > 60
+    }
+    assert long.keys() == LONG_FUNCTIONS.keys()
+    assert all(lines <= LONG_FUNCTIONS[name] for name, lines in long.items())
 
 
 def test_ruff_holds_the_complexity():
