@@ -453,7 +453,7 @@ def test_a_hundred_steps_lose_what_the_definition_loses(dropout):
 
 def test_an_adapted_linear_layer_makes_few_calls():
     """Each Python call is time in every layer of a decoding step. nn.Linear itself makes 9 in this
-    counting, in which `mm` and `t` count, unlike the operator and the property that they replace."""
+    counting."""
 
     def calls(layer, x):
         count = 0
@@ -473,9 +473,9 @@ def test_an_adapted_linear_layer_makes_few_calls():
     layer = nn.Linear(8, 8)
     assert calls(layer, torch.randn(2, 3, 8)) <= 9
     veneer.attach(layer, veneer.LoraConfig(rank=2))
-    assert calls(layer, torch.randn(2, 3, 8)) <= 28
+    assert calls(layer, torch.randn(2, 3, 8)) <= 23
     with torch.no_grad():
-        assert calls(layer, torch.randn(1, 1, 8)) <= 28
+        assert calls(layer, torch.randn(1, 1, 8)) <= 23
 
 
 def test_the_plan_forms_weights_for_many_tokens_in_float32_only():

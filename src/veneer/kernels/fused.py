@@ -168,15 +168,15 @@ def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
     """change + x Wᵀ + bias, in place and rounded once, where torch has a product that takes a bias
     and a summand."""
     if bias is None:
-        return change.addmm_(x, weight.t())
+        return change.addmm_(x, weight.mT)
     if change.dtype.itemsize >= 4:
         change += bias
-        return change.addmm_(x, weight.t())
+        return change.addmm_(x, weight.mT)
     if not change.is_cpu:
         return device.onto(change, x, weight, bias)
     if change.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(x, change, weight, bias, "add")
-    return change.addmm_(x, weight.t()).add_(bias)  # rounded twice
+    return change.addmm_(x, weight.mT).add_(bias)  # rounded twice
 
 
 def as_factor(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -364,14 +364,14 @@ class _Linear(torch.autograd.Function):
         if differs:
             down, up = down.to(dtype), up.to(dtype)
         if dtype.itemsize < 4:
-            h = torch.mm(tokens, down.t())  # [T, r]
+            h = torch.mm(tokens, down.mT)  # [T, r]
             h *= scale
-            change = torch.mm(h, up.t())
+            change = torch.mm(h, up.mT)
         else:
             few = tokens.shape[0] <= FEW
-            h = torch.mm(down, tokens.t()) if few else thin(down, tokens)  # [r, T]
+            h = torch.mm(down, tokens.mT) if few else thin(down, tokens)  # [r, T]
             h *= scale
-            change = torch.mm(h.t(), up.t())
+            change = torch.mm(h.mT, up.mT)
         y = add_product(change, tokens, weight, bias)  # [T, out]
         if ctx is not None:
             ctx.scale, ctx.shape = scale, x.shape
@@ -426,9 +426,10 @@ def linear_without_graph(
 ) -> Tensor:
     """``linear`` without a graph, to the same bits but in 16 bits: few tokens with float32 factors
     form B A x in float32, where products so small cost less."""
-    dtype, tokens = x.dtype, x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if dtype.itemsize >= 4 or tokens.shape[0] > FEW or A.dtype is not torch.float32:
+    dtype, width = x.dtype, x.shape[-1]
+    if dtype.itemsize >= 4 or A.dtype is not torch.float32 or x.numel() > FEW * width:
         return _Linear.forward(None, scale, x, weight, bias, A, B)
+    tokens = x if x.ndim == 2 else x.reshape(-1, width)
     down, up = A if A.ndim == 2 else A[0], B if B.ndim == 2 else B[0]
     change = (((tokens.float() @ down.mT) * scale) @ up.mT).to(dtype)
     one_row = bias is None and tokens.shape[0] == 1 and dtype is torch.bfloat16
