@@ -156,6 +156,7 @@ STEP = Case(
     ],
     step_arms,
     {**TOY, "rows": 2},
+    rounds=3,
     minutes=31,
 )
 STEP_ONE = Case(
