@@ -44,5 +44,6 @@ def caption() -> str:
         f" PEFT]({PICTURE})\n\n**{shares[0][1]:.0%} → {shares[-1][1]:.0%} of held-out tokens"
         f" right**: SmolLM2-135M learns pronunciations in {losses[-1][0]} steps.\nTRL with PEFT:"
         f" {peer_shares[-1][1]:.0%}, at a loss of {peer_losses[-1][1]:.2f} beside"
-        f" {losses[-1][1]:.2f} (medians of 3 seeds)."
+        f" {losses[-1][1]:.2f} (medians of 3 seeds,\n"
+        "[recorded before](docs/benchmarks.md#recorded-before))."
     )
