@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
-from scripts import bench_page, readme_picture
+import torch
+from scripts import bench_page, gpu_page, readme_picture
 from tests.support import extras
 from tests.support.forked import LARGE, Program
 from tests.support.tiny import write_tiny
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,7 +57,26 @@ def test_the_example_is_ten_lines_or_so():
     assert len([line for line in code("python").splitlines() if line.strip()]) <= 14
 
 
-@extras.needs("transformers")
+#: what the example's last line says: a fresh model reads the folder, in Veneer and in PEFT
+READ_AGAIN = """
+import runpy, warnings
+shown = runpy.run_path({file!r})
+import veneer
+from transformers import AutoModelForCausalLM
+batch = shown["batch"]
+expected = shown["model"](**batch).logits
+fresh, theirs = (AutoModelForCausalLM.from_pretrained({base!r}) for _ in range(2))
+assert (fresh(**batch).logits - expected).abs().max() > 1e-3
+veneer.load(fresh, "adapter")
+assert (fresh(**batch).logits - expected).abs().max() < 1e-5
+warnings.simplefilter("ignore")  # PEFT's own
+import peft
+theirs = peft.PeftModel.from_pretrained(theirs, "adapter")
+assert (theirs(**batch).logits - expected).abs().max() < 1e-5
+"""
+
+
+@extras.needs("transformers", "peft")
 def test_the_example_runs(tmp_path):
     """On a tiny base in place of the hub's."""
     base = write_tiny(tmp_path / "base")
@@ -62,10 +84,9 @@ def test_the_example_runs(tmp_path):
     assert replaced == 1
     file = tmp_path / "example.py"
     file.write_text(text)
-    program = f"import runpy; runpy.run_path({str(file)!r})"
+    program = READ_AGAIN.format(file=str(file), base=str(base))
     run = Program(program, *LARGE, folder=tmp_path, strict=True)
     assert run.wait() == 0, run.said
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 @extras.needs("trl", "fastapi", "uvicorn")
@@ -116,6 +137,47 @@ def test_picture_and_number_are_those_of_the_recorded_run():
     assert block("picture") == readme_picture.caption() + "\n"
     veneer, peft = (readme_picture.curve(arm, "loss") for arm in readme_picture.ARMS.values())
     assert [step for step, _ in veneer] == [step for step, _ in peft]
+
+
+# ---- what the README says of PEFT, and of GPUs
+
+
+@pytest.fixture
+def peft_model():
+    """A model with adapters "a" and "b" of PEFT's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config, adapter_name="a").eval()
+    model.add_adapter("b", config)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_selection_of_pefts_holds_in_every_thread(peft_model):
+    x = torch.randn(3, 8)
+    peft_model.set_adapter("a")
+    before = peft_model(x)
+    thread = threading.Thread(target=peft_model.set_adapter, args=("b",))
+    thread.start()
+    thread.join()
+    assert not torch.allclose(peft_model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_a_row_of_pefts_names_one_adapter(peft_model):
+    x = torch.randn(3, 8)
+    rows = peft_model(x, adapter_names=["a", "__base__", "b"])
+    peft_model.set_adapter("b")
+    torch.testing.assert_close(rows[2], peft_model(x)[2])
+    with pytest.raises(TypeError):
+        peft_model(x, adapter_names=["a", {"a": 0.7, "b": 0.3}, "b"])
+
+
+def test_no_gpu_is_said_as_long_as_none_is_recorded():
+    limits = (ROOT / "docs" / "limits.md").read_text()
+    pending = gpu_page.EMPTY in gpu_page.page()
+    assert ("no GPU has run it yet" in README) == pending
+    assert ("Nothing has run on a real one" in limits) == pending
 
 
 # ---- the table of results
