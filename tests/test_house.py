@@ -4,6 +4,7 @@ are documented."""
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_imports_run_one_way():
         if there != room(file) and FLOOR[there] >= FLOOR[room(file)]
     ]
     assert upward == []
+
+
+def test_imports_follow_the_drawing():
+    """A folder imports only what stands above it in docs/overview.md. By the table there, layers,
+    variants and storages know nothing of each other, and kernels nothing of modules."""
+    overview = (SOURCE.parents[1] / "docs" / "overview.md").read_text()
+    drawing = overview.split("src/veneer/\n", 1)[1].split("```", 1)[0]
+    drawn = re.findall(r"^  (\w+)(?:\.py|/)", drawing, re.MULTILINE)
+    apart = {"layers", "variants", "bases"}
+    wrong = [
+        f"{file} imports {there}"
+        for file in FILES
+        for there in imports(file)
+        if (here := room(file)) and there and here != there
+        if drawn.index(there) > drawn.index(here) or {here, there} <= apart
+    ]
+    assert wrong == []
+    kernels = [file for file in FILES if room(file) == "kernels"]
+    assert [file.name for file in kernels if "nn.Module" in file.read_text()] == []
 
 
 def test_the_server_knows_nothing_of_training():
