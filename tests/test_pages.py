@@ -17,6 +17,7 @@ import yaml
 from scripts import errors_page
 
 import veneer
+from veneer.attach.from_peft import METHODS
 from veneer.errors import AdapterError
 from veneer.formats import peft_fields
 
@@ -408,10 +409,40 @@ def test_what_loading_refuses_of_a_config_is_what_the_page_says():
 
 def test_every_helper_of_peft_has_its_row():
     peft = pytest.importorskip("peft")
+    from peft import helpers, optimizers
+
     methods = {*dir(peft.PeftModel), *dir(peft.LoraModel)} - {*dir(torch.nn.Module)}
     functions = {name for name in peft.__all__ if inspect.isfunction(getattr(peft, name))}
+    functions |= {
+        name
+        for name, value in {**vars(helpers), **vars(optimizers)}.items()
+        if inspect.isfunction(value) and value.__module__.startswith(("peft.helpers", "peft.optim"))
+    }
     told = set(
         re.findall(r"\w+", " ".join([*rows_of("Helpers"), *rows_of("Methods of the model")]))
     )
-    asked = functions | {name for name in methods if not name.startswith("_")}
+    asked = {name for name in functions | methods if not name.startswith("_")}
     assert asked <= told, asked - told
+
+
+def test_the_methods_that_are_answered_are_listed():
+    peft = pytest.importorskip("peft")
+    answered = METHODS.keys() & {*dir(peft.PeftModel), *dir(peft.LoraModel)}
+    text = FROM_PEFT.split("raise a `MethodError`", 1)[1].split("`save_pretrained`", 1)[0]
+    assert set(re.findall(r"`(\w+)`", text)) == answered
+
+
+def test_every_tuner_of_peft_is_named():
+    peft = pytest.importorskip("peft")
+    section = FROM_PEFT.split("## Other tuners\n", 1)[1].split("\n## ", 1)[0]
+    # two of them stand in the table of fields alone
+    types = {*re.findall(r"`(\w+)`", section), "LORA", "TRAINABLE_TOKENS"}
+    assert {kind.value for kind in peft.PeftType} <= types
+
+
+def test_the_page_on_the_config_has_every_field():
+    page = (ROOT / "docs" / "config.md").read_text().split("## Patterns")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == {
+        field.name for field in fields(veneer.LoraConfig)
+    }

@@ -433,7 +433,10 @@ def test_what_changes_more_than_weights_is_refused(tmp_path, fields):
         veneer.load(net(), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("type_", ["IA3", "OFT", "HRA", "RANDLORA", "PREFIX_TUNING"])
+@pytest.mark.parametrize(
+    "type_",
+    sorted({kind.value for kind in peft.PeftType} - TUNERS.keys() - {"LORA", "TRAINABLE_TOKENS"}),
+)
 def test_other_tuners_are_refused_by_name(tmp_path, type_):
     theirs(CONFIGS["loha"](), tmp_path / "adapter")
     change_config(tmp_path / "adapter", peft_type=type_)

@@ -39,9 +39,7 @@ def conv_net() -> nn.Module:
 # ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method", ["merge_and_unload", "unload", "set_adapter", "print_trainable_parameters"]
-)
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(
     "make", [tiny_model, lambda: nn.Sequential(nn.Linear(8, 8))], ids=["transformers", "torch"]
 )
