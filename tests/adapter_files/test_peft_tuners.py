@@ -189,6 +189,9 @@ def test_other_formats_take_them_too(tmp_path, case, to):
 def test_without_its_base_a_loha_is_converted_and_composed(tmp_path):
     model = theirs(CONFIGS["loha"](), tmp_path / "adapter")
     convert(tmp_path / "adapter", tmp_path / "plain", to="peft")
+    plain = veneer.adapter_files.read(tmp_path / "plain")
+    # the square of the rank, at most what the weight has
+    assert sorted(low.rank for low in plain.products.values()) == [3, 4]
     assert (
         error(peft.PeftModel.from_pretrained(net(), tmp_path / "plain").eval()(X), model(X)) < 1e-5
     )

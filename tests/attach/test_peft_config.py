@@ -93,14 +93,16 @@ def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path:
             veneer.LoraConfig.from_peft(wrong)
 
 
-def test_a_task_head_is_trained_in_full_under_either_name() -> None:
-    for names in (None, ["classifier", "score"]):
-        config = peft.LoraConfig(
-            target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=names
-        )
-        model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "score": nn.Linear(8, 2)})
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("SEQ_CLS", "score"), ("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")],
+)
+def test_a_task_head_is_trained_in_full_whether_it_is_named_or_not(task: str, head: str) -> None:
+    for names in (None, [head]):
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type=task, modules_to_save=names)
+        model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), head: nn.Linear(8, 2)})
         handle = veneer.attach(model, veneer.LoraConfig.from_peft(config))
-        assert {"score.weight", "score.bias"} <= {name for name, _ in handle.named_parameters()}
+        assert {f"{head}.weight", f"{head}.bias"} <= {name for name, _ in handle.named_parameters()}
 
 
 def test_names_that_are_patterns_here_keep_their_meaning() -> None:
