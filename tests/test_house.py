@@ -96,6 +96,18 @@ def test_imports_follow_the_drawing():
     assert [file.name for file in kernels if "nn.Module" in file.read_text()] == []
 
 
+@pytest.mark.parametrize("folder", ["layers", "variants", "bases", "formats"])
+def test_a_new_file_of_a_folder_with_a_registry_is_imported_without_another_line(folder):
+    names = sorted(file.stem for file in (SOURCE / folder).glob("*.py") if file.stem != "__init__")
+    code = (
+        f"import sys, veneer.{folder}\n"
+        f"print([name for name in {names} if f'veneer.{folder}.{{name}}' not in sys.modules])"
+    )
+    assert printed(code).strip() == "[]"
+    init = tree(SOURCE / folder / "__init__.py")
+    assert "import_all(__name__, list(__path__))" in ast.unparse(init)
+
+
 def test_the_server_knows_nothing_of_training():
     """serve/training/ registers itself (serve/extension.py), and the command line alone turns it
     on."""
