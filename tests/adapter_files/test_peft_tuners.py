@@ -146,6 +146,15 @@ def test_it_trains_on_and_is_saved_whole(tmp_path, case):
         assert error(peft.PeftModel.from_pretrained(net(), ours).eval()(X), after) < 1e-5
 
 
+def test_dropouts_of_pefts_training_are_not_applied(tmp_path):
+    config = peft.LoHaConfig(r=2, target_modules=["q"], rank_dropout=0.9, module_dropout=0.9)
+    expected = theirs(config, tmp_path / "adapter")(X)
+    model = net()
+    veneer.load(model, tmp_path / "adapter", trainable=True)
+    for _ in range(5):
+        assert error(model.train()(X), expected) < 1e-5
+
+
 @every
 def test_convert_to_peft_writes_plain_lora(tmp_path, case):
     expected = theirs(CONFIGS[case](), tmp_path / "adapter")(X)

@@ -92,6 +92,12 @@ def test_a_saved_adapter_loads_with_the_same_outputs_here_and_in_peft(tmp_path, 
         assert error(logits(theirs.merge_and_unload()), expected) < 1e-6
 
 
+def test_peft_refuses_tokens_beside_a_low_rank_change_of_their_embedding():
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], trainable_token_indices=NEW)
+    with pytest.raises(TypeError, match="cannot be applied to modules of type"):
+        peft.get_peft_model(llama(), config)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     "indices", [[42, 40], {"embed_tokens": [42, 40]}, {"embed_tokens": [42], "lm_head": [42]}]
