@@ -458,6 +458,41 @@ def test_other_tuners_are_refused_by_name(tmp_path, type_):
         veneer.load(net(), tmp_path / "adapter")
 
 
+#: types that are not read, but that PEFT merges
+MERGED_BY_PEFT = {
+    "IA3": lambda: peft.IA3Config(target_modules=["q"], feedforward_modules=[]),
+    "HIRA": lambda: peft.HiraConfig(target_modules=["q"], r=2),
+    "OFT": lambda: peft.OFTConfig(
+        target_modules=["q"], r=2, oft_block_size=0, use_cayley_neumann=False
+    ),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=["q"], boft_block_size=2),
+    "HRA": lambda: peft.HRAConfig(target_modules=["q"], r=2),
+    "FOURIERFT": lambda: peft.FourierFTConfig(target_modules=["q"], n_frequency=10),
+    "SHIRA": lambda: peft.ShiraConfig(target_modules=["q"], r=1),
+    "WAVEFT": lambda: peft.WaveFTConfig(target_modules=["q"], n_frequency=8),
+    "C3A": lambda: peft.C3AConfig(target_modules=["q"], block_size=2),
+    "VBLORA": lambda: peft.VBLoRAConfig(target_modules=["q"], vector_length=2, num_vectors=5, r=2),
+    "RANDLORA": lambda: peft.RandLoraConfig(target_modules=["q"], r=2, randlora_alpha=1),
+}
+
+
+@pytest.mark.parametrize("type_", MERGED_BY_PEFT)
+def test_what_peft_merges_of_a_type_that_is_not_read_becomes_an_adapter(tmp_path, type_):
+    model = peft.get_peft_model(net(), MERGED_BY_PEFT[type_]())
+    assert type_ not in TUNERS
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    merged = model.merge_and_unload().eval()
+    assert error(merged(X), net()(X)) > 1e-4
+    veneer.extract(net(), merged, tmp_path / "adapter", energy=1 - 1e-10)
+    ours = net()
+    (change,) = veneer.load(ours, tmp_path / "adapter").changes.values()
+    assert error(ours(X), merged(X)) < 1e-4
+    assert type_ != "HRA" or change.rank <= 2
+
+
 def test_a_bank_mixes_rows_of_several_tuners(tmp_path):
     bank, expected = veneer.Bank(net()), []
     cases = ["adalora", "loha", "lokr", "vera"]
