@@ -82,14 +82,14 @@ def test_imports_follow_the_drawing():
     variants and storages know nothing of each other, and kernels nothing of modules."""
     overview = (SOURCE.parents[1] / "docs" / "overview.md").read_text()
     drawing = overview.split("src/veneer/\n", 1)[1].split("```", 1)[0]
-    drawn = re.findall(r"^  (\w+)(?:\.py|/)", drawing, re.MULTILINE)
+    folders = re.findall(r"^  (\w+)(?:\.py|/)", drawing, re.MULTILINE)
     apart = {"layers", "variants", "bases"}
     wrong = [
-        f"{file} imports {there}"
+        f"{file} imports {imported}"
         for file in FILES
-        for there in imports(file)
-        if (here := room(file)) and there and here != there
-        if drawn.index(there) > drawn.index(here) or {here, there} <= apart
+        for imported in imports(file)
+        if (importer := room(file)) and imported and importer != imported
+        if folders.index(imported) > folders.index(importer) or {importer, imported} <= apart
     ]
     assert wrong == []
     kernels = [file for file in FILES if room(file) == "kernels"]

@@ -418,11 +418,11 @@ def test_every_helper_of_peft_has_its_row():
         for name, value in {**vars(helpers), **vars(optimizers)}.items()
         if inspect.isfunction(value) and value.__module__.startswith(("peft.helpers", "peft.optim"))
     }
-    told = set(
+    listed = set(
         re.findall(r"\w+", " ".join([*rows_of("Helpers"), *rows_of("Methods of the model")]))
     )
-    asked = {name for name in functions | methods if not name.startswith("_")}
-    assert asked <= told, asked - told
+    names = {name for name in functions | methods if not name.startswith("_")}
+    assert names <= listed, names - listed
 
 
 def test_the_methods_that_are_answered_are_listed():
