@@ -278,8 +278,9 @@ class LoraConfig:
 
     @staticmethod
     def from_peft(config: Any) -> LoraConfig:
-        """The config that means what PEFT's means: an adapter that is attached with it changes the
-        same weights, and computes the same from the same parameters.
+        """The config that means what PEFT's means: an adapter that is attached with it computes the
+        same from the same parameters, and changes the same weights but where docs/from-peft.md tells
+        a difference ("all-linear", ``layers_to_transform``, ``layers_pattern``).
 
         Args:
             config: a ``peft.LoraConfig``, a mapping of its fields, or the path of an

@@ -79,6 +79,38 @@ def test_the_same_tensors_train_and_compute_the_same(case: str) -> None:
     assert ours.dropout == config.lora_dropout
 
 
+@pytest.mark.parametrize(
+    ("fields", "theirs", "ours"),
+    [
+        (
+            {"target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"], "layers_to_transform": [1]},
+            {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"},
+            {"model.layers.1.self_attn.k_proj"},
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+            set(),
+            {"model.layers.1.self_attn.q_proj"},
+        ),
+    ],
+    ids=["a whole path", "a pattern"],
+)  # fmt: skip
+def test_layers_that_are_others_than_pefts_as_the_page_says(
+    fields: dict[str, Any], theirs: set[str], ours: set[str]
+) -> None:
+    config = peft.LoraConfig(r=2, **fields)
+    handle = veneer.attach(tiny_model(), veneer.LoraConfig.from_peft(config))
+    assert {path.removesuffix(".weight") for path in handle.changes} == ours
+    if theirs:
+        model: Any = peft.get_peft_model(tiny_model(), config)
+        assert {name.rpartition(".")[0] for name in trained_tensors(model)} == {
+            f"{path}.weight" for path in theirs
+        }
+    else:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.get_peft_model(tiny_model(), config)
+
+
 def test_a_config_is_read_from_an_object_a_mapping_a_file_and_a_folder(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True, task_type="CAUSAL_LM")
     expected = veneer.LoraConfig(rank=4, alpha=8, targets=["q_proj"], variant="rslora")
