@@ -239,11 +239,12 @@ def engine(place: Place) -> str:
     wanted = logits(exact(model), torch.tensor(ids))
     forward, slots = Forward(model), Slots(2, 64, place.device)
     with torch.inference_mode():
-        first = forward.fill(slots, 0, [row[:2] for row in ids])
+        rows: Any = [slots.allocate(64), slots.allocate(64)]
+        first = forward.fill(slots, rows, [row[:2] for row in ids])
         near("prompt", first, wanted[:, 1], 1e-4)
         for column in (2, 3):
             with place.watch(f"decode-{column}"):
-                y = forward.decode(slots, [row[column] for row in ids], [column] * 2)
+                y = forward.decode(slots, rows, [row[column] for row in ids], [column] * 2)
             near(f"column {column}", y, wanted[:, column], 1e-4)
     forward.close()
     return "2 rows"

@@ -189,10 +189,11 @@ def test_a_step_of_the_engine_waits_for_the_tokens_alone():
     model = tiny_model().to(G0)
     forward, slots, lengths = Forward(model), Slots(4, 64, G0), [3, 2]
     with torch.inference_mode():
-        forward.fill(slots, 0, [[4, 5, 6], [4, 5]])
+        rows = [slots.allocate(64), slots.allocate(64)]
+        forward.fill(slots, rows, [[4, 5, 6], [4, 5]])
 
         def run():
-            y = forward.decode(slots, [7, 8], list(lengths))
+            y = forward.decode(slots, rows, [7, 8], list(lengths))
             sample(y, [Sampler(Sampling(max_tokens=9, temperature=0.0))] * 2)
             lengths[0], lengths[1] = lengths[0] + 1, lengths[1] + 1
 

@@ -31,6 +31,36 @@ Length = Annotated[
         help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2
     ),
 ]
+AdapterMemory = Annotated[
+    str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
+]
+CacheMemory = Annotated[
+    str | None,
+    Option(
+        help=(
+            "Bytes that keys and values may take, of running answers and of cached prefixes, such"
+            " as 2GiB. Default: half of what is free."
+        )
+    ),
+]
+PrefixCache = Annotated[
+    bool,
+    Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Whether requests that begin alike share what was computed.",
+    ),
+]
+Gap = Annotated[
+    str | None,
+    Option(
+        help=(
+            "Time that prompts may take between two tokens of running answers, such as 150ms."
+            " Default: as long as computing these tokens takes."
+        )
+    ),
+]
+Rows = Annotated[int, Option(help="Answers that are written at one time.", min=1, max=4096)]
+Grace = Annotated[float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)]
 AllowOpen = Annotated[
     bool,
     Option(
@@ -65,15 +95,13 @@ def serve_command(
     name: Annotated[
         str | None, Option(help="What clients call the base. Default: the last part of BASE.")
     ] = None,
-    memory: Annotated[
-        str | None, Option(help="Bytes that adapters may take, such as 2GiB. Default: no limit.")
-    ] = None,
+    memory: AdapterMemory = None,
+    cache_memory: CacheMemory = None,
+    prefix_cache: PrefixCache = True,
     pin: Annotated[
         list[str] | None, Option(help=f"Load this adapter at the start and keep it; {MANY}.")
     ] = None,
-    rows: Annotated[
-        int, Option(help="Answers that are written at one time.", min=1, max=4096)
-    ] = Settings.rows,
+    rows: Rows = Settings.rows,
     length: Length = Settings.length,
     queue: Annotated[
         int, Option(help="Requests that may wait; more get 429.", min=1)
@@ -81,9 +109,8 @@ def serve_command(
     timeout: Annotated[
         float, Option(help="Seconds that an answer may take.", min=0.1)
     ] = Settings.timeout,
-    grace: Annotated[
-        float, Option(help="Seconds to finish what runs after SIGTERM.", min=0)
-    ] = 30.0,
+    gap: Gap = None,
+    grace: Grace = 30.0,
     keys: Annotated[Path | None, Option(help="File of API keys (see `veneer keygen`).")] = None,
     allow_open: AllowOpen = False,
     precision: StoredPrecision = "stored",
@@ -133,15 +160,18 @@ def serve_command(
             "--train with --replicas", "one server that trains", "leave out --replicas"
         )
     own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
+    cache = {"cache_memory": cache_memory, "gap": gap}
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
-        timeout=timeout, precision=precision, **own,
+        timeout=timeout, precision=precision, **own, **cache, prefix_cache=prefix_cache,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if engine == "vllm":
         _not_for_vllm(
             {
                 **own,
+                **cache,
+                "no_prefix_cache": None if prefix_cache else True,
                 "replicas": replicas,
                 "train": train,
                 "trust_remote_code": trust_remote_code or None,
@@ -351,6 +381,11 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
         ),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else size(budget)),
+        *(
+            [("memory for keys and values", size(service.engine.cache_memory))]
+            if service.engine
+            else []
+        ),
     ):
         table.add_row(Text(label, style="bold"), Text(value))
     err.print(table)

@@ -13,7 +13,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from itertools import accumulate
@@ -92,16 +92,23 @@ class Form:
         )
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.count, self.prompt_tokens = body.n * len(prompts), sum(map(len, prompts))
+        self.choices = body.n  # answers to a prompt
         self.heads, self.candid = heads or [""] * self.count, candid
         self.logprobs = body.alternatives() is not None
         self.usage = body.stream_options is not None and body.stream_options.include_usage
 
-    def counts(self, generated: int) -> dict[str, int]:
-        total = self.prompt_tokens + generated
+    def counts(self, generated: int, cached: Mapping[int, int]) -> dict[str, Any]:
+        """The usage of the call. ``cached``: of each answer, tokens of its prompt that were in the
+        cache; of a prompt with several answers, the first of them finds the least."""
+        least: dict[int, int] = {}
+        for index, tokens in cached.items():
+            prompt = index // self.choices
+            least[prompt] = min(tokens, least.get(prompt, tokens))
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": generated,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(least.values())},
         }
 
     def frame(self, choices: list[Any], *, chunk: bool = False, **more: Any) -> dict[str, Any]:
@@ -170,7 +177,8 @@ async def whole(answers: Answers, form: Form) -> dict[str, Any]:
 
     # 16 answers of 2,000 tokens with 20 alternatives each are seconds of work: not the loop's
     answer_choices = await asyncio.to_thread(choices) if form.logprobs else choices()
-    return form.frame(answer_choices, usage=form.counts(generated))
+    cached = {index: some[-1].cached for index, some in enumerate(pieces_by_answer)}
+    return form.frame(answer_choices, usage=form.counts(generated, cached))
 
 
 def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -197,6 +205,7 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
     without [DONE]."""
     generated, offsets = 0, [len(head) for head in form.heads]
     item: tuple[int, Piece] | None = first
+    cached: dict[int, int] = {}
     async with aclosing(pieces):
         for index, head in enumerate(form.heads):
             if form.chat:
@@ -209,6 +218,7 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
                 yield _data(refusal.body())
                 return
             generated += len(piece.tokens)
+            cached[index] = piece.cached
             shown = _logprobs(form, piece.tokens, offsets[index])
             offsets[index] += sum(len(token.text) for token in piece.tokens)
             if form.chat:
@@ -220,7 +230,7 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
                 yield _event(form, index, {"text": piece.text}, shown, finish=piece.finish)
             item = await anext(pieces, None)
         if form.usage:
-            yield _data(form.frame([], chunk=True, usage=form.counts(generated)))
+            yield _data(form.frame([], chunk=True, usage=form.counts(generated, cached)))
         yield b"data: [DONE]\n\n"
 
 

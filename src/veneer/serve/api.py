@@ -266,6 +266,7 @@ async def _answer(
             service.timeout,
             f"{form.id}-{number}",
             key.owner,
+            body.cache_salt,
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]

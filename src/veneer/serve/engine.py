@@ -2,20 +2,22 @@
 
     schedule → prefill → decode → sample → deliver
 
-One thread computes. A step is at most one call for new prompts, of at most ``prefill`` tokens, and
-one call for a token of each running row. A longer prompt is computed in pieces, beside the running
-rows, and joins them when it is whole.
+One thread computes. A step is at most one call for new prompts and one call for a token of each
+running row. Beside running rows a prompt is computed in pieces, as many tokens a step as time
+allows (``pace.py``).
 
-    submit → queue (scheduler: fair) → its adapters are loaded → prompt → row among the running →
-    end
+    submit → queue (scheduler: fair) → its adapters are loaded → row (memory: within a budget),
+    which begins with what is cached → prompt → running → end
+
+A running row for whose next token there is no memory takes that of the request that started last,
+which is computed again later: its tokens stay, and its client sees a pause.
 """
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,17 +30,22 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.serve.admission import Admission
 from veneer.serve.forward import Forward, context
+from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
+from veneer.serve.pace import Pace
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
-from veneer.serve.slots import Slots
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
 
-#: seconds without work after which memory that is free is given back to the system
-IDLE = 2.0
+#: seconds after which memory that nobody uses is given back to the system, and cached prefixes that
+#: nobody has asked for
+IDLE, PREFIX_IDLE = 2.0, 300.0
+
+#: requests of a call whose next tokens are to be sampled, and their logits
+Computed = tuple[list[RequestState], Tensor | None]
 
 
 class Engine:
@@ -51,20 +58,29 @@ class Engine:
         tokenizer: of the model.
         bank: the adapters; None serves the base alone.
         rows, queue: requests that run at a time, and that wait.
-        length: tokens of a prompt and its answer together; the model's own limit, if that is less.
+        length: tokens of a prompt and its answer together; less where the model's own limit or
+            ``cache_memory`` is less.
         prefill: tokens of prompts that are computed in one call.
-        observer: is told what happens: queued(blend), started(blend, waited), first_token(blend,
-            seconds), tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by
-            the engine's thread, queued by the client's.
+        observer: is told what happens: queued(blend), started(blend, waited), looked_up(blend,
+            tokens, cached), first_token(blend, seconds), tokens(blend, prompt, generated),
+            preempted(blend), finished(blend, reason, seconds). Called by the engine's thread,
+            queued by the client's.
         turn: a block around each step, for what must not change the model's layers meanwhile.
+        cache_memory: bytes that keys and values may take, those of rows and of cached prefixes
+            together; None is half of what is free now.
+        prefix_cache: whether requests that begin alike share what was computed.
+        gap: seconds of a step that prompts may take while rows run; None follows the time of the
+            decode calls (see ``Pace``).
 
     Raises:
-        ConfigError: an architecture that cannot be served (see ``Forward``).
+        ConfigError: an architecture that cannot be served (see ``Forward``), or a ``cache_memory``
+            that holds no row.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, bank: Any = None, rows: int = 16, length: int = 2048, prefill: int = 512,
-        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None,
+        queue: int = 256, observer: Any = None, turn: AbstractContextManager[Any] | None = None, *,
+        cache_memory: int | None = None, prefix_cache: bool = True, gap: float | None = None,
     ) -> None:  # fmt: skip
         most = context(model.config)
         self.length, self.prefill, self.rows = min(length, most or length), prefill, rows
@@ -73,10 +89,14 @@ class Engine:
         self._forward = Forward(model.eval())
         try:
             self._forward.prove(self.length, lambda count: self._select_adapters([None] * count))
+            device = self._forward.device
+            self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
+            self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
+            self._prefix_cache = prefix_cache
+            self._memory = self._new_memory()
         except BaseException:
             self._forward.close()
             raise
-        self._slots, self._aside = self._new_slots()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         sources = (
             getattr(model, "generation_config", None),
@@ -91,9 +111,8 @@ class Engine:
         ) - {None}
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
 
-        self._wake = (
-            threading.Condition()
-        )  # guards what follows; notified when there is something to do or to know
+        # guards what follows; notified when there is something to do or to know
+        self._wake = threading.Condition()
         self._scheduler: Scheduler[RequestState] = Scheduler(queue)
         self._poked = self._draining = self._closing = False
         self._live = 0
@@ -101,8 +120,10 @@ class Engine:
 
         # the engine's thread alone has these
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        self._long: RequestState | None = None  # whose prompt is computed in pieces
-        self._running: list[RequestState] = []  # row by row
+        self._pace = Pace(gap, prefill)
+        self._starts = itertools.count()
+        self._filling: list[RequestState] = []  # whose prompts are computed
+        self._running: list[RequestState] = []
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
 
@@ -167,12 +188,17 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._running) + (self._long is not None)
+        return len(self._filling) + len(self._running)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a row or for their adapters."""
         return self._scheduler.waiting + len(self._admission.admitted)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values, those of rows and of cached prefixes."""
+        return self._memory.nbytes
 
     @property
     def ready(self) -> bool:
@@ -189,9 +215,16 @@ class Engine:
         for state in self._all():
             if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
+        self._memory.trim(IDLE, PREFIX_IDLE)
         self._admission.admit(self.running)
-        self._compute(self._next_prompts(), self._fill)
-        self._compute(list(self._running), self._decode)
+        self._start_requests()
+        if states := self._next_fill():
+            tokens = len(states) * max(state.filled - state.length for state in states)
+            self._pace.note_fill(tokens, self._compute(states, self._fill))
+        self._widen_rows()
+        if self._running:
+            self._running.sort(key=lambda state: state.row.position if state.row else (0, 0))
+            self._pace.note_decode(self._compute(list(self._running), self._decode))
 
     def _run(self) -> None:
         finish: Finish = "error"
@@ -209,122 +242,157 @@ class Engine:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
             while not (self._poked or self.running or self._admission.loaded):
-                until = (
-                    min((state.deadline for state in self._all()), default=math.inf)
-                    - time.monotonic()
-                )
-                if until <= 0:
+                deadline = min((state.deadline for state in self._all()), default=math.inf)
+                if deadline <= time.monotonic():
                     break
-                pause = min(until, IDLE if self._worked else threading.TIMEOUT_MAX)
-                if not self._wake.wait(pause) and self._worked:
+                expiry = self._memory.expires_in(PREFIX_IDLE)
+                rest = IDLE if self._worked else threading.TIMEOUT_MAX if expiry is None else expiry
+                if not self._wake.wait(min(deadline - time.monotonic(), rest)) and (
+                    self._worked or expiry is not None
+                ):
                     self._worked = False
+                    self._memory.trim(0, PREFIX_IDLE)
                     give_back()
             self._poked = False
             return not self._closing
 
     def _step_or_restart(self) -> None:
-        """A step; one that fails between its calls ends all that ran, and the slots are made
-        anew."""
+        """A step; one that fails between its calls ends all that ran, and memory is made anew."""
         try:
             with self._turn:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            running = {*self._running, *self._called, *filter(None, [self._long])}
-            self._running, self._long = [], None
-            self._slots, self._aside = self._new_slots()
-            for state in running:
+            computing = {*self._filling, *self._running, *self._called}
+            self._filling, self._running = [], []
+            self._memory = self._new_memory()
+            for state in computing:
                 state.row = None
                 self._end(state, "error", f"{type(error).__name__}: {error}")
 
     def _all(self) -> list[RequestState]:
         with self._wake:
             waiting = self._scheduler.waiting_requests()
-        return [*self._running, *filter(None, [self._long]), *self._admission.admitted, *waiting]
+        return [*self._running, *self._filling, *self._admission.admitted, *waiting]
 
-    def _next_prompts(self) -> list[RequestState]:
-        """Choose the prompts to prefill next: one chunk of a long prompt, or several short ones
-        within the token budget."""
-        if self._long is not None:
-            return [self._long]
-        ready = self._admission.loaded[: self.rows - len(self._running)]
-        if ready and len(ready[0].request.prompt) > self.prefill:
-            group = ready[:1]
-            self._long = ready[0]
-        else:
-            short = [state for state in ready if len(state.request.prompt) <= self.prefill]
-            group = [
-                short[i]
-                for i in fit_budget([len(state.request.prompt) for state in short], self.prefill)
-            ]
-        admitted_at = time.monotonic()
-        for state in group:
+    def _start_requests(self) -> None:
+        """Give rows to requests whose adapters are loaded, while there are rows and memory. A
+        request whose beginning another one is about to compute waits for that."""
+        for state in self._admission.loaded:
+            if self.running >= self.rows:
+                return
+            try:
+                if self._memory.waits_for(state, self._filling):
+                    continue
+                if not self._memory.start(state):
+                    return
+            except Exception as error:
+                log.exception("request %s: no row could be made", state.request.id)
+                self._end(state, "error", f"{type(error).__name__}: {error}")
+                continue
             self._admission.remove(state)
-            self._notify_observer("started", state.request.blend, admitted_at - state.submitted)
-            with self._wake:
-                self._scheduler.began(admitted_at)
-        return group
+            self._filling.append(state)
+            if state.started is None:
+                self._note_start(state)
+
+    def _note_start(self, state: RequestState) -> None:
+        state.started, state.cached = next(self._starts), state.length
+        moment, blend = time.monotonic(), state.request.blend
+        self._notify_observer("started", blend, moment - state.submitted)
+        self._notify_observer("looked_up", blend, len(state.ids), state.cached)
+        with self._wake:
+            self._scheduler.began(moment)
+
+    def _next_fill(self) -> list[RequestState]:
+        """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
+        of the least served key and adapter, in turn, within the tokens that there is time for."""
+        if not self._filling:
+            return []
+        tokens = self._pace.tokens(len(self._running), len(self._filling))
+        with self._wake:
+            order = self._scheduler.by_service(self._filling)
+        counts = [min(len(state.ids) - state.length, tokens) for state in order]
+        chosen = fit_budget(counts, tokens)
+        for number in chosen:
+            order[number].filled = order[number].length + counts[number]
+        states = [order[number] for number in chosen]
+        unchosen = [state for state in self._filling if state not in states]
+        self._filling = [*unchosen, *states]
+        return states
 
     def _compute(
-        self, states: list[RequestState], call: Callable[[list[RequestState]], Tensor | None]
-    ) -> None:
-        """One call of the model for some requests, and what follows from it. A failure ends these
-        alone."""
-        if not states:
-            return
-        self._called = states
+        self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
+    ) -> float:
+        """One call of the model for some requests, and what follows from it: its seconds. A failure
+        ends these alone."""
+        self._called, start = states, time.monotonic()
         try:
             with self._select_adapters([state.lease for state in states]):
-                logits = call(states)
+                ready, logits = call(states)
             sampled_tokens = (
-                [] if logits is None else sample(logits, [state.sampler for state in states])
+                [] if logits is None else sample(logits, [state.sampler for state in ready])
             )
         except Exception as error:
             log.exception("a call for %d requests failed", len(states))
-            self._slots.clear(len(self._running), len(states))
             for state in states:
                 self._end(state, "error", f"{type(error).__name__}: {error}")
-            sampled_tokens = []
-        for state, sampled in zip(
-            states, sampled_tokens, strict=False
-        ):  # none, where a prompt is not whole yet
+            ready, sampled_tokens = [], []
+        seconds = time.monotonic() - start
+        for state, sampled in zip(ready, sampled_tokens, strict=True):
             self._accept(state, sampled)
         self._called = []
+        return seconds
 
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
-    def _fill(self, states: list[RequestState]) -> Tensor | None:
-        """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is
-        not whole yet."""
-        prompts, row, long = (
-            [state.request.prompt for state in states],
-            len(self._running),
-            self._long,
-        )
-        if long is None:
-            logits = self._forward.fill(self._slots, row, prompts)
-        else:  # the next piece
-            start, long.length = long.length, min(long.length + self.prefill, len(prompts[0]))
-            logits = self._forward.fill(self._aside, 0, [prompts[0][start : long.length]], start)
-            if long.length < len(prompts[0]):
-                return None
-            self._slots.adopt(row, self._aside, long.length)
-            self._long = None
-        for state in states:
-            state.length, state.row = len(state.request.prompt), len(self._running)
-            self._running.append(state)
-            self._charge(state, PROMPT * state.length)
-            self._notify_observer("tokens", state.request.blend, state.length, 0)
-        return logits
+    def _fill(self, states: list[RequestState]) -> Computed:
+        """Prompts, or pieces of them. Requests whose prompts are complete run from now on, and
+        their next tokens are sampled."""
+        rows: list[Any] = [state.row for state in states]
+        pieces = [state.ids[state.length : state.filled] for state in states]
+        starts = [state.length for state in states]
+        logits = self._forward.fill(self._memory.slots, rows, pieces, starts)
+        # what is not finite is no one else's beginning; a device is waited for here, so that the
+        # time of a piece is measured
+        finite = torch.isfinite(logits.amax(-1)).tolist()
+        complete: list[int] = []
+        for number, state in enumerate(states):
+            self._charge(state, PROMPT * (state.filled - state.length))
+            state.length = state.filled
+            if finite[number]:
+                self._memory.save(state)
+            if state.length == len(state.ids):
+                complete.append(number)
+                self._filling.remove(state)
+                self._running.append(state)
+                if not state.generated:
+                    self._notify_observer("tokens", state.request.blend, state.length, 0)
+        if len(complete) < len(states):
+            logits = logits[complete] if complete else None
+        return [states[number] for number in complete], logits
 
-    def _decode(self, states: list[RequestState]) -> Tensor:
-        logits = self._forward.decode(
-            self._slots, [state.last for state in states], [state.length for state in states]
-        )
+    def _widen_rows(self) -> None:
+        """Let each running row have room for its next token. Where memory has none, the requests
+        that started last give their rows back, and are computed again later."""
+        for state in sorted(self._running, key=_start_order):
+            while not self._memory.widen(state):
+                self._preempt(max([*self._filling, *self._running], key=_start_order))
+
+    def _preempt(self, state: RequestState) -> None:
+        self._memory.release(state)
+        (self._running if state in self._running else self._filling).remove(state)
+        state.length = 0
+        self._admission.put_back(state)
+        self._notify_observer("preempted", state.request.blend)
+
+    def _decode(self, states: list[RequestState]) -> Computed:
+        rows: list[Any] = [state.row for state in states]
+        tokens, lengths = [state.ids[-1] for state in states], [state.length for state in states]
+        logits = self._forward.decode(self._memory.slots, rows, tokens, lengths)
         for state in states:
             state.length += 1
-        return logits
+        return states, logits
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         if sampled.token is None:
@@ -359,16 +427,15 @@ class Engine:
         if state.done:
             return
         if state.row is not None:
-            row, last = state.row, self._running[-1]
-            self._slots.leave(row, len(self._running) - 1)
-            self._running[row], last.row = last, row  # the last one takes its place
-            self._running.pop()
-            state.row = None
-        if state is self._long:
-            self._aside.clear(0, 1)
-            self._long = None
+            if state.generated and finish != "error":
+                self._memory.save(state)  # the answer too: a conversation goes on behind it
+            self._memory.release(state)
+        for states in (self._filling, self._running):
+            if state in states:
+                states.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
+        state.namespace = None
         with self._wake:
             (self._scheduler.ended if state.taken else self._scheduler.remove)(state)
         state.end(finish, error, cause)  # who sees the last piece finds the place free
@@ -384,9 +451,15 @@ class Engine:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
-    def _new_slots(self) -> tuple[Slots, Slots]:
-        device = self._forward.device
-        return Slots(self.rows, self.length, device), Slots(1, self.length, device)
+    def _new_memory(self) -> Memory:
+        return Memory(
+            self.rows,
+            self.length,
+            self._forward.device,
+            self._forward.forms,
+            self.cache_memory,
+            prefix_cache=self._prefix_cache,
+        )
 
     def _charge(self, state: RequestState, tokens: float) -> None:
         with self._wake:
@@ -401,9 +474,6 @@ class Engine:
             log.exception("the engine's observer failed at %r", event)
 
 
-def give_back() -> None:
-    """Let the C library give memory that nothing uses back to the system, where it can be told to
-    (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def _start_order(state: RequestState) -> int:
+    """How many requests got a row before this one."""
+    return -1 if state.started is None else state.started

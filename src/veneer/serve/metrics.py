@@ -12,6 +12,7 @@ sums, whose size does not grow with them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -62,6 +63,15 @@ class Metrics:
         self.responses = Counter(
             "veneer_http_responses", "HTTP answers by status.", ["status"], **own
         )
+        self.prefix_queries = Counter(
+            "veneer_prefix_cache_queries", "Prompts' tokens that were looked up.", **own
+        )
+        self.prefix_hits = Counter(
+            "veneer_prefix_cache_hits", "Prompts' tokens that were in the cache.", **own
+        )
+        self.preemptions = Counter(
+            "veneer_num_preemptions", "Answers that gave their memory to others for a time.", **own
+        )
         self.ready = Gauge("veneer_ready", "1 if the server takes requests.", **own)
         self._labelled = (
             self.requests,
@@ -75,6 +85,13 @@ class Metrics:
 
     def started(self, blend: Mapping[str, float], waited: float) -> None:
         self.queue.observe(waited)
+
+    def looked_up(self, blend: Mapping[str, float], tokens: int, cached: int) -> None:
+        self.prefix_queries.inc(tokens)
+        self.prefix_hits.inc(cached)
+
+    def preempted(self, blend: Mapping[str, float]) -> None:
+        self.preemptions.inc()
 
     def first_token(self, blend: Mapping[str, float], seconds: float) -> None:
         self.first.observe(seconds)
@@ -110,6 +127,12 @@ class Metrics:
     def watch(self, engine: Any, bank: Any) -> None:
         """Add the gauges that are read off engine and bank when somebody asks."""
 
+        def cache_bytes() -> int:  # an encoder has no keys and values to keep
+            return getattr(engine, "cache_bytes", 0)
+
+        def cache_share() -> float:
+            return cache_bytes() / getattr(engine, "cache_memory", math.inf)
+
         def resident() -> list[int]:
             return [entry.bytes for entry in bank.status() if entry.resident]
 
@@ -123,6 +146,8 @@ class Metrics:
             ),
             ("veneer_resident_adapters", "Adapters in memory.", lambda: len(resident())),
             ("veneer_resident_bytes", "Bytes of the adapters in memory.", lambda: sum(resident())),
+            ("veneer_kv_cache_bytes", "Bytes of keys and values, with prefixes.", cache_bytes),
+            ("veneer_kv_cache_usage_perc", "Their share of --cache-memory, 0 to 1.", cache_share),
         ):
             Gauge(name, help_, registry=self.registry).set_function(read)
 

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from veneer.serve.prefixes import Namespace
 from veneer.serve.requests import Cause, Finish, Piece, Request, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
+from veneer.serve.slots import Row
 from veneer.serve.text import Detokenizer, Text
 
 log = logging.getLogger("veneer.serve")
@@ -43,9 +45,14 @@ class RequestState:
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
         self.future: Any = None  # of its adapters, from when its turn is near
         self.lease: Any = None
-        self.row: int | None = None  # where it is among the running rows; None before
-        self.length = self.generated = 0  # length: its tokens of which keys and values are kept
-        self.last = 0  # the token that was sampled last, which the next step computes
+        self.namespace: Namespace | None = None  # within which its computed tokens are cached
+        self.started: int | None = None  # how many got a row before it
+        self.row: Row | None = None  # from when its prompt is computed
+        self.ids = list(request.prompt)  # and the tokens that were sampled
+        self.length = 0  # its tokens of which the row has keys and values
+        self.filled = 0  # those that it will have after this step's call for prompts
+        self.generated = 0
+        self.cached = 0  # tokens of its prompt that were in the cache
         self._deliver, self._detokenizer, self._wake = deliver, detokenizer, wake
         self._pending: list[Token] = []
         self._new, self._stopped = "", False  # text and tokens that are sampled and not delivered
@@ -56,10 +63,11 @@ class RequestState:
         self._wake()
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
-        """Take the next token; deliver what became certain, unless the answer ends: why it does."""
+        """Take the next token; deliver it with the text that became certain, unless the answer
+        ends: why it does."""
         token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
-        self.last = token
+        self.ids.append(token)
         self.generated += 1
         top = tuple((id, text_of(id), logprob) for id, logprob in sampled.top)
         self._pending.append(Token(token, text_of(token), sampled.logprob, top))
@@ -72,8 +80,7 @@ class RequestState:
             return "stop"
         if self.generated >= self.limit:
             return "length"
-        if self._new:
-            self._send()
+        self._send()
         return None
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
@@ -93,7 +100,7 @@ class RequestState:
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
-            self._deliver(Piece(text, tokens, finish, error, cause))
+            self._deliver(Piece(text, tokens, finish, error, cause, self.cached))
         except Exception:
             log.exception(
                 "request %s: its client could not be given a piece; it is cancelled",

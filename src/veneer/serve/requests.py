@@ -49,6 +49,9 @@ class Request:
     timeout: float  # seconds from submit to the last token
     id: str  # a name for logs
     owner: str = ""  # the name of the API key that asks; "" where there are no keys. Rows are shared between them first
+    # : with the same salt, requests of different keys share cached prefixes; None shares them within
+    #: the key alone
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ class Token:
 class Piece:
     """The part of an answer that became certain since the piece before: its text and its tokens.
     Texts joined are the answer's text, without a stop string; tokens joined are all that were
-    generated. The last piece alone has ``finish``, and one that says "error" has words and, if it
-    is known, a cause."""
+    generated; a token without certain text comes with an empty one. The last piece alone has
+    ``finish``, and one that says "error" has words and, if it is known, a cause. ``cached``: tokens
+    of the prompt that were not computed, since they were in the cache."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: str | None = None
     cause: Cause | None = None
+    cached: int = 0
 
 
 class RequestError(VeneerError, ValueError):

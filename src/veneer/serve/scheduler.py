@@ -86,6 +86,10 @@ class Shares:
         """The name with the least service, of some that are busy."""
         return min(names, key=lambda name: (self._served[name], self._since[name]))
 
+    def count_of(self, name: str) -> float:
+        """The tokens that count for a name that is busy."""
+        return self._served[name]
+
     def turn(self, name: str) -> None:
         """It has its turn, and virtual time goes on to its count."""
         self.now = max(self.now, self._served[name])
@@ -178,6 +182,17 @@ class Scheduler(Generic[E]):
         return [
             request for lines in self._lines.values() for line in lines.values() for request in line
         ]
+
+    def by_service(self, requests: Iterable[E]) -> list[E]:
+        """Requests that run, those of the least served key and adapter first; equal ones stay in
+        their order."""
+        return sorted(
+            requests,
+            key=lambda request: (
+                self._owners.count_of(request.owner),
+                self._flows[request.owner].count_of(request.flow),
+            ),
+        )
 
     def charge(self, request: E, tokens: float) -> None:
         """Count tokens that were computed for a request that runs."""

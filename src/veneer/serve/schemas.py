@@ -219,8 +219,8 @@ Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator
 
 
 class Asked(Strict, ABC):
-    """The fields that both kinds of completion have in common. ``adapters``, ``top_k`` and
-    ``ignore_eos`` are not OpenAI's."""
+    """The fields that both kinds of completion have in common. ``adapters``, ``top_k``,
+    ``ignore_eos`` and ``cache_salt`` are not OpenAI's."""
 
     model: Name
     adapters: Blend | None = None
@@ -235,6 +235,7 @@ class Asked(Strict, ABC):
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
     ignore_eos: bool = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=limits.NAME)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:

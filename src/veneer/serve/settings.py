@@ -43,13 +43,18 @@ class Settings:
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
+    #: bytes that keys and values may take; None: half of what is free
+    cache_memory: int | None = None
+    prefix_cache: bool = True  # requests that begin alike share what was computed
+    #: seconds that prompts may take between two tokens of a running answer; None: as decoding takes
+    gap: float | None = None
     trust_remote_code: bool = False  # code beside the base may run
 
 
 def settings_of(base: str, **words: Any) -> Settings:
-    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` as "2GiB",
-    torch's words for a ``precision``, one ``pin`` or several. ``ConfigError``: a word that means
-    nothing."""
+    """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` and
+    ``cache_memory`` as "2GiB", ``gap`` as "150ms", torch's words for a ``precision``, one ``pin``
+    or several. ``ConfigError``: a word that means nothing."""
     memory, pin, precision = (
         words.get("memory"),
         words.get("pin") or (),
@@ -64,21 +69,37 @@ def settings_of(base: str, **words: Any) -> Settings:
         raise ConfigError(problem, expected, "check the spelling")
     words["name"] = words.get("name") or called_by_default(base)
     words["memory"] = bytes_in(None if memory is None else str(memory))
+    cache_memory, gap = words.get("cache_memory"), words.get("gap")
+    words["cache_memory"] = bytes_in(
+        None if cache_memory is None else str(cache_memory), "--cache-memory"
+    )
+    words["gap"] = seconds_in(None if gap is None else str(gap))
     words["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
     return Settings(base, **{**words, "precision": precision})
 
 
-def bytes_in(text: str | None) -> int | None:
-    """A number of bytes such as "2GiB" or "500MB"."""
+def bytes_in(text: str | None, flag: str = "--memory") -> int | None:
+    """A number of bytes such as "2GiB" or "500MB", the value of an option."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if count < 1:
         raise ConfigError(
-            f"--memory {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"
+            f"{flag} {text!r}", "a number of bytes", "write, for instance, 2GiB or 500MB"
         )
     return count
+
+
+def seconds_in(text: str | None) -> float | None:
+    """A duration such as "150ms" or "0.2s", in seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text.lower())
+    seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"--gap {text!r}", "a duration", "write, for instance, 150ms or 0.2s")
+    return seconds
 
 
 def called_by_default(base: str) -> str:

@@ -67,6 +67,9 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
             queue=settings.queue,
             observer=metrics,
             turn=None if plugin is None else plugin.turn,
+            cache_memory=settings.cache_memory,
+            prefix_cache=settings.prefix_cache,
+            gap=settings.gap,
         )
         engine.start()
         length = engine.length
@@ -120,7 +123,9 @@ def _causal(settings: Settings) -> Any:
 
 
 def _encoder(settings: Settings) -> Any:
-    options = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
+    names = ("quantize", "device_map", "attention", "cache_memory", "gap")
+    options = {name: getattr(settings, name) for name in names}
+    options["no_prefix_cache"] = None if settings.prefix_cache else True
     if flags := given(options):
         problem = f"{listing(flags)} for {settings.base}, an encoder"
         raise ConfigError(problem, "a causal language model", "leave them out")
