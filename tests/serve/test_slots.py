@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.serving import make
 
-from veneer.serve.attention import BLOCK
+from veneer.serve.attention import BLOCK, round_up
 from veneer.serve.forward import Forward
 from veneer.serve.slots import SMALLEST, Budget, LayerForm, Slots
 
@@ -143,7 +143,7 @@ def test_a_long_row_lies_apart_from_short_ones():
         forward.fill(slots, [long], [[5] * 700])
     assert [row.columns for row in short] == [SMALLEST] * 3
     assert before == 3 * SMALLEST * TOKEN
-    assert slots.nbytes - before == 1000 // BLOCK * BLOCK * TOKEN + BLOCK * TOKEN  # 1,008 columns
+    assert slots.nbytes - before == round_up(1000) * TOKEN
     slots.release(long)
     slots.trim()
     assert slots.nbytes == before
