@@ -309,6 +309,8 @@ def test_metrics(it):
     it.service.metrics.event("load", "french", 0.5)
     it.service.metrics.event("evict", "french", 0.0)
     it.service.metrics.event("fail", "french", 0.0)
+    it.service.metrics.looked_up({}, 30, 16)
+    it.service.metrics.preempted({})
     with it.http() as http:
         page = http.get("/metrics").text
     for line in (
@@ -325,6 +327,11 @@ def test_metrics(it):
         "veneer_waiting 0.0",
         "veneer_registered_adapters 1.0",
         "veneer_resident_bytes 0.0",
+        "veneer_prefix_cache_queries_total 30.0",
+        "veneer_prefix_cache_hits_total 16.0",
+        "veneer_num_preemptions_total 1.0",
+        "veneer_kv_cache_bytes 0.0",
+        "veneer_kv_cache_usage_perc 0.0",
         "veneer_ready 1.0",
         'veneer_http_responses_total{status="404"} 1.0',
     ):

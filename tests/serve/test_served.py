@@ -97,6 +97,45 @@ def test_a_prompt_that_another_adapter_has_seen_is_read_anew(it):
         assert ask(it, name, prompt, 12).choices[0].text == first[name]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_usage_says_what_was_in_the_cache(it, stream):
+    prompt, salt = [*range(120, 170), 3 + stream], f"salt {stream}"
+
+    def cached(prompts, **fields):
+        answer = it.client.completions.create(
+            model="plain", prompt=prompts, max_tokens=3, temperature=0, stream=stream, **fields,
+            stream_options={"include_usage": True} if stream else None,
+        )  # fmt: skip
+        usage = list(answer)[-1].usage if stream else answer.usage
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert cached(prompt, n=2, extra_body={"cache_salt": salt}) == 0  # of the first of them
+    assert cached(prompt, n=2, extra_body={"cache_salt": salt}) == 48
+    assert cached([prompt, [5] * 20, prompt], extra_body={"cache_salt": salt}) == 96
+    assert cached(prompt, extra_body={"cache_salt": salt + "!"}) == 0
+    with pytest.raises(openai.BadRequestError, match="cache_salt"):
+        cached(prompt, extra_body={"cache_salt": ""})
+
+
+def test_an_adapter_that_is_replaced_takes_what_it_computed_with_it(it, folder):
+    make_adapter(folder / "one", 11, **CONFIGS["plain"])
+    make_adapter(folder / "two", 12, **CONFIGS["plain"])
+
+    def asked():
+        answer = ask(it, "mine", PROMPT, 4)
+        return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+
+    for path in ("one", "two"):
+        body = {"lora_name": "mine", "lora_path": path, "load_inplace": True}
+        assert post(it, "load", **body).status_code == 200
+        first, second = asked(), asked()
+        assert (first[1], second[1]) == (0, 16)
+        assert first[0] == second[0] == ask(it, path, PROMPT, 4).choices[0].text
+    assert post(it, "unload", lora_name="mine").status_code == 200
+    assert post(it, "load", lora_name="mine", lora_path="two").status_code == 200
+    assert asked()[1] == 0
+
+
 def test_a_blend_of_one_with_nothing_is_that_one(it):
     prompt = list(range(10, 40))
     for name in ("plain", "dora"):
