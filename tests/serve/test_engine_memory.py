@@ -62,7 +62,7 @@ def work_off(engine, clients, watch=lambda: None) -> None:
     raise AssertionError("the engine does not get on")
 
 
-def cached(client) -> int:
+def cached_tokens(client) -> int:
     return client.pieces[-1].cached
 
 
@@ -96,7 +96,7 @@ def test_in_float32_answers_are_those_without_a_cache(name, opened):
             clients.append(Client(engine, ask))
             work_off(engine, clients)
         answers[prefix_cache] = [(client.tokens, logprobs(client)) for client in clients]
-        hits[prefix_cache] = sum(map(cached, clients))
+        hits[prefix_cache] = sum(map(cached_tokens, clients))
     assert hits[False] == 0
     assert hits[True] > 300
     for (tokens, chances), (same_tokens, same_chances) in zip(*answers.values(), strict=True):
@@ -117,8 +117,8 @@ def test_a_prompt_is_computed_once(length, opened):
     first, second = (Client(engine, asked(prompt, 20)) for _ in range(2))
     work_off(engine, [first, second])
     assert second.tokens == first.tokens == alone(make("llama"), prompt, 20)
-    assert (cached(first), cached(second)) == (0, (length - 1) // BLOCK * BLOCK)
-    assert sum(computed) == length + length - cached(second)
+    assert (cached_tokens(first), cached_tokens(second)) == (0, (length - 1) // BLOCK * BLOCK)
+    assert sum(computed) == length + length - cached_tokens(second)
     assert 1 <= computed[-1] <= BLOCK
 
 
@@ -131,7 +131,9 @@ def test_a_conversation_goes_on_behind_its_answers(opened):
         wanted = Client(plain, asked(prompt, 20, ignore_eos=True))
         work_off(plain, [wanted])
         assert client.tokens == wanted.tokens
-        assert cached(client) == (0 if len(prompt) == 50 else (len(prompt) - 9) // BLOCK * BLOCK)
+        assert cached_tokens(client) == (
+            0 if len(prompt) == 50 else (len(prompt) - 9) // BLOCK * BLOCK
+        )
         prompt = (*prompt, *client.tokens, *ids(8, len(prompt)))
 
 
@@ -141,7 +143,7 @@ def test_choices_of_one_prompt_compute_it_once(opened):
         Client(engine, asked(prompt, 10, temperature=1.0, seed=number)) for number in range(8)
     ]
     work_off(engine, clients)
-    assert [cached(client) for client in clients] == [0, *[112] * 7]
+    assert [cached_tokens(client) for client in clients] == [0, *[112] * 7]
 
 
 def test_no_key_sees_what_another_has_asked_unless_they_share_a_salt(opened):
@@ -151,7 +153,7 @@ def test_no_key_sees_what_another_has_asked_unless_they_share_a_salt(opened):
         request = replace(asked(prompt, 3), owner=owner, cache_salt=salt)
         client = Client(engine, request)
         work_off(engine, [client])
-        return cached(client)
+        return cached_tokens(client)
 
     assert ask("alice") == 0
     assert ask("bob") == 0
@@ -169,7 +171,7 @@ def test_no_adapter_sees_what_another_has_computed(opened):
     def ask(blend):
         client = Client(engine, asked(prompt, 3, blend=blend))
         work_off(engine, [client])
-        return cached(client)
+        return cached_tokens(client)
 
     blends = [{}, {"a": 1.0}, {"b": 1.0}, {"a": 0.5}, {"a": 0.5, "b": 0.5}]
     assert [ask(blend) for blend in blends] == [0] * 5
@@ -192,7 +194,7 @@ def test_what_is_not_finite_is_nobodys_beginning(opened):
     norm.data.copy_(sound)
     client = Client(engine, asked(prompt, 3))
     work_off(engine, [client])
-    assert (client.tokens, cached(client)) == (alone(make("llama"), prompt, 3), 0)
+    assert (client.tokens, cached_tokens(client)) == (alone(make("llama"), prompt, 3), 0)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from veneer.serve.attention import BLOCK
 from veneer.serve.pace import Pace
 
 
-def settled(gap, decode, *, fixed=0.04, token=0.002, running=8, filling=1) -> float:
+def settle_call(gap, decode, *, fixed=0.04, token=0.002, running=8, filling=1) -> float:
     """Seconds of a call for prompts, once its size has settled, on a machine on which a call takes
     ``fixed`` seconds and ``token`` for each token."""
     pace = Pace(gap, 512)
@@ -28,21 +28,21 @@ def test_nothing_is_held_back_while_nobody_is_kept_waiting():
 
 @pytest.mark.parametrize("gap", [0.08, 0.15, 0.5])
 def test_a_call_takes_no_longer_than_the_gap(gap):
-    assert gap - 2 * BLOCK * 0.002 <= settled(gap, decode=0.05) <= gap
+    assert gap - 2 * BLOCK * 0.002 <= settle_call(gap, decode=0.05) <= gap
 
 
 def test_a_gap_is_kept_however_many_wait():
-    assert settled(0.15, decode=0.05, filling=30, running=2) <= 0.15
+    assert settle_call(0.15, decode=0.05, filling=30, running=2) <= 0.15
 
 
 def test_a_gap_that_is_too_short_still_lets_prompts_through():
-    assert settled(0.001, decode=0.05) == 0.04 + BLOCK * 0.002
+    assert settle_call(0.001, decode=0.05) == 0.04 + BLOCK * 0.002
 
 
 def test_without_a_gap_prompts_take_as_long_as_decoding():
-    assert 0.1 - 2 * BLOCK * 0.002 <= settled(None, decode=0.1) <= 0.1
+    assert 0.1 - 2 * BLOCK * 0.002 <= settle_call(None, decode=0.1) <= 0.1
 
 
 def test_where_more_wait_than_run_they_take_more():
-    assert 0.3 <= settled(None, decode=0.1, filling=32, running=8) <= 0.4
-    assert settled(None, decode=0.1, filling=400, running=1) == 0.04 + 512 * 0.002
+    assert 0.3 <= settle_call(None, decode=0.1, filling=32, running=8) <= 0.4
+    assert settle_call(None, decode=0.1, filling=400, running=1) == 0.04 + 512 * 0.002

@@ -21,20 +21,20 @@ TOKEN = 2 * FORM.nbytes  # bytes of a token in both layers
 
 
 @functools.cache
-def known(name: str):
+def models_of(name: str):
     """A model in float64, and a Forward of a copy of it."""
-    own, served = make(name).double(), make(name).double()
-    return own, Forward(served)
+    reference, served = make(name).double(), make(name).double()
+    return reference, Forward(served)
 
 
-def wanted(model, tokens):
+def expected_logits(model, tokens):
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0, -1]
 
 
 def near(logits, model, tokens) -> bool:
     """Gemma 2 has a softmax in float32."""
-    return bool((logits - wanted(model, tokens)).abs().max() < 1e-5)
+    return bool((logits - expected_logits(model, tokens)).abs().max() < 1e-5)
 
 
 turn = st.one_of(
@@ -51,7 +51,7 @@ class Simulation:
     """Rows with the tokens that they should have."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.forward = known(name)
+        self.model, self.forward = models_of(name)
         self.slots = Slots(6, 256, CPU)
         self.rows: list[tuple] = []
         self.number = 0
@@ -133,7 +133,7 @@ def test_rows_are_as_if_alone(name, turns):
 
 
 def test_a_long_row_lies_apart_from_short_ones():
-    _, forward = known("llama")
+    _, forward = models_of("llama")
     slots = Slots(16, 1000, CPU)
     short = [slots.allocate(20) for _ in range(3)]
     with torch.inference_mode():
@@ -172,19 +172,19 @@ def test_what_others_hold_is_reclaimed_before_a_row_is_refused():
     budget.prefixes, asked = row, []
 
     def reclaim(lacking):
-        asked.append(lacking)
+        requested.append(lacking)
         budget.prefixes -= lacking
 
     slots.reclaim = reclaim
     assert slots.allocate(5) is not None
-    assert asked == [row // 4]
+    assert requested == [row // 4]
     assert slots.allocate(5) is None
-    assert len(asked) == 1  # all of it would not have been enough
+    assert len(requested) == 1  # all of it would not have been enough
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_row_may_begin_with_blocks_of_another(name):
-    model, forward = known(name)
+    model, forward = models_of(name)
     slots, tokens = Slots(4, 400, CPU), [7 * i % 250 + 3 for i in range(300)]
     with torch.inference_mode():
         first, second = slots.allocate(300), slots.allocate(300)
@@ -198,7 +198,7 @@ def test_a_row_may_begin_with_blocks_of_another(name):
 
 
 def test_rows_of_a_decode_call_are_sorted():
-    _, forward = known("llama")
+    _, forward = models_of("llama")
     slots = Slots(2, 64, CPU)
     rows = [slots.allocate(5), slots.allocate(5)]
     with torch.inference_mode(), pytest.raises(ValueError, match="sorted"):
@@ -212,7 +212,7 @@ def test_slots_are_of_no_use_outside_of_a_call():
 
 
 def test_a_call_that_fails_leaves_no_call_behind():
-    model, forward = known("llama")
+    model, forward = models_of("llama")
     slots = Slots(1, 8, CPU)
     with pytest.raises(ZeroDivisionError), slots.fill([slots.allocate(4)], [0], [4], 4):
         raise ZeroDivisionError
@@ -225,18 +225,18 @@ def test_a_call_that_fails_leaves_no_call_behind():
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
 @pytest.mark.parametrize("length", [20, 200], ids=["class that grows", "class that is made"])
 def test_memory_that_runs_out_while_it_grows_leaves_rows_as_they_are(failing, length, monkeypatch):
-    model, forward = known("llama")
+    model, forward = models_of("llama")
     slots, tokens = Slots(4, 400, CPU), [7 * i % 250 + 3 for i in range(20)]
     with torch.inference_mode():
         row = slots.allocate(25)
         forward.fill(slots, [row], [tokens])
-        made, own = [], torch.Tensor.new_zeros
+        sizes_made, new_zeros_of_torch = [], torch.Tensor.new_zeros
 
         def new_zeros(self, *sizes, **given):
-            made.append(sizes)
-            if len(made) > failing:
+            sizes_made.append(sizes)
+            if len(sizes_made) > failing:
                 raise torch.OutOfMemoryError("on purpose")
-            return own(self, *sizes, **given)
+            return new_zeros_of_torch(self, *sizes, **given)
 
         monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
         with pytest.raises(torch.OutOfMemoryError):

@@ -44,7 +44,7 @@ class Fill:
         self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
     ) -> None:
         self.rows, self.starts, self.counts, self.width = rows, starts, counts, width
-        self.masks: dict[Any, Tensor | None] = {}
+        self.masks: dict[Any, Tensor] = {}
         self.layers_stored = self.layers_attended = 0
 
     def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
@@ -84,12 +84,14 @@ class Fill:
         window: int | None,
         cap: float | None,
     ) -> Tensor:
-        mask = self._mask(start, key.shape[2], window, query.device)
+        mask = self._mask(start, key.shape[2], window, query)
         if cap is not None:
             if mask is None:
                 square = (query.shape[2], key.shape[2])
-                mask = torch.ones(square, dtype=torch.bool, device=query.device).tril_()
-            return _soft_capped_attention(query, key, value, mask, scale, cap)
+                visible = torch.ones(square, dtype=torch.bool, device=query.device).tril_()
+            else:
+                visible = mask == 0
+            return _soft_capped_attention(query, key, value, visible, scale, cap)
         grouped = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(
             query,
@@ -102,20 +104,20 @@ class Fill:
         )
         return attended.transpose(1, 2)
 
-    def _mask(
-        self, start: int, columns: int, window: int | None, device: torch.device
-    ) -> Tensor | None:
-        """True where a token sees a column, [width, columns]; None is "causal"."""
+    def _mask(self, start: int, columns: int, window: int | None, query: Tensor) -> Tensor | None:
+        """The mask that is added to the scores, [width, columns]; None is "causal". Torch would
+        make one of a mask of bools again in each layer."""
         if window is not None and start + self.width <= window:
             window = None
         if not start and window is None:
             return None
-        form = start, columns, window, device
+        form = start, columns, window, query.dtype, query.device
         if form not in self.masks:
-            tokens = torch.arange(start, start + self.width, device=device)
-            behind = tokens[:, None] - torch.arange(columns, device=device)
-            mask = behind >= 0
-            self.masks[form] = mask if window is None else mask & (behind < window)
+            tokens = torch.arange(start, start + self.width, device=query.device)
+            behind = tokens[:, None] - torch.arange(columns, device=query.device)
+            unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            zeros = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device)
+            self.masks[form] = zeros.masked_fill_(unseen, -torch.inf)
         return self.masks[form]
 
 

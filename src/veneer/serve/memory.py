@@ -70,9 +70,10 @@ class Memory:
         row = self.slots.allocate(len(state.ids) + min(state.limit - state.generated, HEADROOM))
         if row is None:
             return False
+        state.row = row
         blocks = self._find(state)
         self.slots.write_blocks(row, [block.data for block in blocks])
-        state.row, state.length = row, len(blocks) * BLOCK
+        state.length = len(blocks) * BLOCK
         return True
 
     def waits_for(self, state: RequestState, filling: Iterable[RequestState]) -> bool:
