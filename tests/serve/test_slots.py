@@ -169,7 +169,7 @@ def test_what_others_hold_is_reclaimed_before_a_row_is_refused():
     row = SMALLEST * TOKEN
     budget = Budget(2 * row)
     slots = Slots(4, 128, CPU, [FORM, FORM], budget)
-    budget.prefixes, asked = row, []
+    budget.prefixes, requested = row, []
 
     def reclaim(lacking):
         requested.append(lacking)
