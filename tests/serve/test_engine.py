@@ -61,7 +61,7 @@ def clean(engine) -> bool:
     """No number of a row that left is in the slots."""
     return all(
         not stored.abs().sum()
-        for size_class in engine._memory.slots.classes.values()
+        for size_class in engine._batch.memory.slots.classes.values()
         for layer in size_class.layers
         for stored in (layer.keys, layer.values)
     )
@@ -507,7 +507,11 @@ def test_an_exception_in_a_call_ends_the_requests_of_that_call_alone(call, opene
             raise RuntimeError("out of luck")
         return logits
 
+    def together(*args):
+        raise RuntimeError("in calls of their own it is seen whose failure it is")
+
     setattr(engine._forward, call, failing)
+    engine._forward.together = together
     running = Client(engine, asked((5, 6), 60, ignore_eos=True))
     assert running.first.wait(30)
     fails.set()
@@ -529,7 +533,7 @@ def test_an_exception_in_a_call_ends_the_requests_of_that_call_alone(call, opene
 def test_a_failure_between_calls_ends_what_ran_and_the_engine_goes_on(opened, monkeypatch):
     engine = opened(rows=2)
     monkeypatch.setattr(
-        engine._memory, "release", lambda *a: (_ for _ in ()).throw(RuntimeError("no memory"))
+        engine._batch.memory, "release", lambda *a: (_ for _ in ()).throw(RuntimeError("no memory"))
     )
     broken = Client(engine, asked((5, 6), 3))
     assert broken.wait().finish == "error"

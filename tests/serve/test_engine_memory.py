@@ -15,6 +15,7 @@ from veneer.errors import ConfigError
 from veneer.serve.attention import BLOCK
 from veneer.serve.engine import Engine
 from veneer.serve.requests import RequestError
+from veneer.serve.scheduler import PROMPT
 from veneer.serve.slots import SMALLEST
 
 #: bytes of a token of the tiny Llama, in both layers
@@ -44,7 +45,7 @@ def opened(tokenizer):
 
 def live_bytes(engine) -> int:
     """Bytes of the tensors that hold keys and values, counted one by one."""
-    memory = engine._memory
+    memory = engine._batch.memory
     layers = [layer for each in memory.slots.classes.values() for layer in each.layers]
     stored = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     blocks = [block.data for block in memory.prefixes._order] if memory.prefixes else []
@@ -107,19 +108,19 @@ def test_in_float32_answers_are_those_without_a_cache(name, opened):
 @pytest.mark.parametrize("length", [17, 33, 100, 224])
 def test_a_prompt_is_computed_once(length, opened):
     engine, prompt = opened(), ids(length)
-    computed, fill = [], engine._forward.fill
+    computed, charge = [], engine._scheduler.charge
 
-    def filling(slots, rows, pieces, starts):
-        computed.append(sum(map(len, pieces)))
-        return fill(slots, rows, pieces, starts)
+    def charging(state, tokens):
+        computed.append(tokens)
+        charge(state, tokens)
 
-    engine._forward.fill = filling
+    engine._scheduler.charge = charging
     first, second = (Client(engine, asked(prompt, 20)) for _ in range(2))
     work_off(engine, [first, second])
     assert second.tokens == first.tokens == alone(make("llama"), prompt, 20)
     assert (cached_tokens(first), cached_tokens(second)) == (0, (length - 1) // BLOCK * BLOCK)
-    assert sum(computed) == length + length - cached_tokens(second)
-    assert 1 <= computed[-1] <= BLOCK
+    prompt_tokens = sum(computed) - len(first.tokens) - len(second.tokens)
+    assert prompt_tokens == PROMPT * (length + length - cached_tokens(second))
 
 
 def test_a_conversation_goes_on_behind_its_answers(opened):
@@ -178,9 +179,9 @@ def test_no_adapter_sees_what_another_has_computed(opened):
     assert [ask(blend) for blend in blends] == [96] * 5
     assert ask({"a": 1.0, "b": 0.0}) == 96
     del bank.adapters["a"]  # and another one under its name
-    before = engine._memory.budget.prefixes
+    before = engine._batch.memory.budget.prefixes
     assert [ask(blend) for blend in blends[:3]] == [96, 0, 96]
-    assert engine._memory.budget.prefixes < before
+    assert engine._batch.memory.budget.prefixes < before
 
 
 def test_what_is_not_finite_is_nobodys_beginning(opened):
@@ -222,7 +223,7 @@ def test_200_requests_over_the_budget_end_right_and_never_exceed_it(prefix_cache
     clients = [Client(engine, asked(prompt, count)) for prompt, count in asks * 5]
 
     def watch():
-        budget = engine._memory.budget
+        budget = engine._batch.memory.budget
         assert live_bytes(engine) == engine.cache_bytes == budget.rows + budget.prefixes
         assert live_bytes(engine) + budget.reserve <= limit
 
@@ -280,7 +281,7 @@ def test_a_long_row_costs_short_ones_nothing(opened):
     widths = set()
 
     def watch():
-        for size_class in engine._memory.slots.classes.values():
+        for size_class in engine._batch.memory.slots.classes.values():
             widths.update((len(row.size_class.rows), row.columns) for row in size_class.rows)
 
     work_off(engine, [*short, long], watch)
@@ -316,10 +317,10 @@ def test_memory_goes_back_when_nobody_uses_it(opened, monkeypatch):
     engine = opened(rows=4)
     clients = [Client(engine, asked(ids(number * 40 + 5), 5)) for number in range(4)]
     work_off(engine, clients)
-    assert not any(each.rows for each in engine._memory.slots.classes.values())
+    assert not any(each.rows for each in engine._batch.memory.slots.classes.values())
     with torch.inference_mode():
         engine.step()
-    assert engine._memory.budget.rows == 0
+    assert engine._batch.memory.budget.rows == 0
     assert live_bytes(engine) == engine.cache_bytes > 0
     monkeypatch.setattr(module, "PREFIX_IDLE", 0.0)
     with torch.inference_mode():
@@ -337,13 +338,13 @@ def test_long_prompts_take_turns_beside_running_rows(opened):
     running = Client(engine, asked(ids(5), 200, ignore_eos=True))
     with torch.inference_mode():
         engine.step()
-    calls, fill = [], engine._forward.fill
+    calls, together = [], engine._forward.together
 
-    def filling(slots, rows, pieces, starts):
-        calls.append([(id(row), len(piece)) for row, piece in zip(rows, pieces, strict=True)])
-        return fill(slots, rows, pieces, starts)
+    def computing(slots, rows, tokens, lengths, pieces):
+        calls.append([(id(row), len(piece)) for row, _, piece in pieces])
+        return together(slots, rows, tokens, lengths, pieces)
 
-    engine._forward.fill = filling
+    engine._forward.together = computing
     long = [Client(engine, asked(ids(208, number), 2)) for number in range(3)]
     before = len(running.tokens)
     work_off(engine, long)
@@ -367,6 +368,44 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(opened):
         client.on_piece = lambda piece, name=name: order.append(name)
     work_off(engine, [long, short])
     assert order[0] == "short"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_prompts_beside_running_rows_are_answered_as_alone(name, opened):
+    """Each in pieces of a size of its own, in the calls of rows that come and go."""
+    model, asks = make(name), prompts(24, 120, seed=3)
+    wanted = [alone(model, ask, 12) for ask in asks]
+    for gap in (1e-9, 10.0, None):
+        engine = opened(name, rows=6, prefill=64, gap=gap)
+        clients = [Client(engine, asked(ask, 12)) for ask in asks]
+        work_off(engine, clients)
+        assert [client.tokens for client in clients] == wanted
+
+
+def test_a_failure_of_prompts_beside_rows_is_theirs_alone(opened, caplog):
+    engine = opened(rows=4)
+    running = Client(engine, asked(ids(5), 30, ignore_eos=True))
+    with torch.inference_mode():
+        engine.step()
+    fill = engine._forward.fill
+
+    def failing(slots, rows, pieces, *starts):
+        if len(rows) == 1 and len(pieces[0]) == 20:
+            raise RuntimeError("out of luck")
+        return fill(slots, rows, pieces, *starts)
+
+    def together(*args):
+        raise RuntimeError("out of luck together")
+
+    engine._forward.fill, engine._forward.together = failing, together
+    sick = Client(engine, asked(ids(20, 1), 5))
+    work_off(engine, [running, sick])
+    assert (running.finish, sick.finish) == ("length", "error")
+    assert "out of luck together" in caplog.text
+    plain = opened()
+    wanted = Client(plain, asked(ids(5), 30, ignore_eos=True))
+    work_off(plain, [wanted])
+    assert running.tokens == wanted.tokens
 
 
 # ----------------------------------------------------------------------------------------------

@@ -5,19 +5,28 @@ from __future__ import annotations
 import pytest
 
 from veneer.serve.attention import BLOCK
-from veneer.serve.pace import Pace
+from veneer.serve.pace import TOGETHER, Pace
+
+#: of a machine: seconds of a call, and of a prompt's token in it
+CALL, TOKEN = 0.04, 0.002
 
 
-def settle_call(gap, decode, *, fixed=0.04, token=0.002, running=8, filling=1) -> float:
-    """Seconds of a call for prompts, once its size has settled, on a machine on which a call takes
-    ``fixed`` seconds and ``token`` for each token."""
+def settle_step(gap, decode, *, running=8, filling=1) -> tuple[int, float]:
+    """The tokens of a step once they have settled, and the seconds that they add to ``decode``."""
     pace = Pace(gap, 512)
-    pace.note_fill(512, fixed + 512 * token)
-    for _ in range(20):
-        pace.note_decode(decode)
+    pace.note_fill(512, CALL + 512 * TOKEN)
+    tokens, added = 0, 0.0
+    for number in range(40):
+        if not number % 8:
+            pace.note_decode(decode)
         tokens = pace.tokens(running, filling)
-        pace.note_fill(tokens, fixed + tokens * token)
-    return fixed + pace.tokens(running, filling) * token
+        if tokens <= TOGETHER:
+            added = tokens * TOKEN
+            pace.note_together(tokens, decode + added)
+        else:
+            added = CALL + tokens * TOKEN
+            pace.note_fill(tokens, added)
+    return tokens, added
 
 
 def test_nothing_is_held_back_while_nobody_is_kept_waiting():
@@ -26,23 +35,32 @@ def test_nothing_is_held_back_while_nobody_is_kept_waiting():
     assert pace.tokens(0, 3) == 512
 
 
+def test_it_is_measured_first_how_long_rows_take():
+    pace = Pace(None, 512)
+    pace.note_fill(512, 1.0)
+    assert pace.tokens(1, 1) == 0
+    pace.note_decode(0.1)
+    assert pace.tokens(1, 1) > 0
+
+
 @pytest.mark.parametrize("gap", [0.08, 0.15, 0.5])
-def test_a_call_takes_no_longer_than_the_gap(gap):
-    assert gap - 2 * BLOCK * 0.002 <= settle_call(gap, decode=0.05) <= gap
+def test_prompts_take_the_gap_and_no_more(gap):
+    _, added = settle_step(gap, decode=0.05)
+    assert gap - 2 * BLOCK * TOKEN <= added <= gap
 
 
 def test_a_gap_is_kept_however_many_wait():
-    assert settle_call(0.15, decode=0.05, filling=30, running=2) <= 0.15
+    assert settle_step(0.15, decode=0.05, filling=30, running=2)[1] <= 0.15
 
 
 def test_a_gap_that_is_too_short_still_lets_prompts_through():
-    assert settle_call(0.001, decode=0.05) == 0.04 + BLOCK * 0.002
+    assert settle_step(0.001, decode=0.05)[0] == BLOCK
 
 
 def test_without_a_gap_prompts_take_as_long_as_decoding():
-    assert 0.1 - 2 * BLOCK * 0.002 <= settle_call(None, decode=0.1) <= 0.1
+    assert 0.1 - 2 * BLOCK * TOKEN <= settle_step(None, decode=0.1)[1] <= 0.1
 
 
 def test_where_more_wait_than_run_they_take_more():
-    assert 0.3 <= settle_call(None, decode=0.1, filling=32, running=8) <= 0.4
-    assert settle_call(None, decode=0.1, filling=400, running=1) == 0.04 + 512 * 0.002
+    assert 0.3 <= settle_step(None, decode=0.1, filling=32, running=8)[1] <= 0.4
+    assert settle_step(None, decode=0.1, filling=400, running=1)[0] == 512

@@ -42,6 +42,7 @@ turn = st.one_of(
     st.tuples(st.just("pieces"), st.lists(st.integers(1, 60), min_size=1, max_size=4)),
     st.tuples(st.just("together"), st.lists(st.integers(1, 40), min_size=2, max_size=2)),
     st.tuples(st.just("decode"), st.integers(1, 3)),
+    st.tuples(st.just("beside"), st.lists(st.integers(1, 40), min_size=1, max_size=2)),
     st.tuples(st.just("widen"), st.integers(0, 5)),
     st.tuples(st.just("release"), st.integers(0, 5)),
 )
@@ -89,14 +90,32 @@ class Simulation:
 
     def decode(self, times):
         for _ in range(times):
-            for row, tokens in self.rows:
-                tokens.append((tokens[-1] * 17 + 5) % 256 + 3)
-                assert self.slots.widen(row, len(tokens))
-            self.rows.sort(key=lambda pair: pair[0].position)
-            rows, tokens = zip(*self.rows, strict=True)
-            last, lengths = [ids[-1] for ids in tokens], [len(ids) - 1 for ids in tokens]
+            rows, tokens, last, lengths = self.next_tokens()
             logits = self.forward.decode(self.slots, rows, last, lengths)
         return zip(logits, tokens, strict=True)
+
+    def beside(self, widths):
+        """A token of each row, and new rows in the same call: the first of them from a column."""
+        tokens = [self.fresh(width + 5) for width in widths]
+        new = [self.slots.allocate(len(ids)) for ids in tokens]
+        self.forward.fill(self.slots, new[:1], [tokens[0][:5]])
+        starts = [5, 0][: len(widths)]
+        pieces = [
+            (row, start, ids[start:]) for row, start, ids in zip(new, starts, tokens, strict=True)
+        ]
+        rows, old, last, lengths = self.next_tokens()
+        logits = self.forward.together(self.slots, rows, last, lengths, pieces)
+        self.rows += zip(new, tokens, strict=True)
+        return zip(logits, [*old, *tokens], strict=True)
+
+    def next_tokens(self):
+        """Rows with one more token each, these tokens, and the columns that they go to."""
+        for row, tokens in self.rows:
+            tokens.append((tokens[-1] * 17 + 5) % 256 + 3)
+            assert self.slots.widen(row, len(tokens))
+        self.rows.sort(key=lambda pair: pair[0].position)
+        rows, tokens = zip(*self.rows, strict=True)
+        return rows, tokens, [ids[-1] for ids in tokens], [len(ids) - 1 for ids in tokens]
 
     def release(self, index):
         row, _ = self.rows.pop(index)
@@ -113,12 +132,12 @@ class Simulation:
 @given(turns=st.lists(turn, max_size=10))
 def test_rows_are_as_if_alone(name, turns):
     it = Simulation(name)
-    new = {"fill": len, "pieces": lambda _: 1, "together": len}
+    new = {"fill": len, "pieces": lambda _: 1, "together": len, "beside": len}
     with torch.inference_mode():
         for kind, argument in turns:
             if kind in new and len(it.rows) + new[kind](argument) > it.slots.rows:
                 continue
-            if (kind == "decode" and not it.rows) or (
+            if (kind in ("decode", "beside") and not it.rows) or (
                 kind in ("widen", "release") and argument >= len(it.rows)
             ):
                 continue

@@ -1,7 +1,8 @@
 """Attention of one call of the model, over keys and values that lie in size classes (``slots.py``).
 
-    fill      tokens of some rows, each from a column of its row on, right-padded to one width
-    decode    one token of each running row, behind the tokens that the row has
+    fill       tokens of some rows, each from a column of its row on, right-padded to one width
+    decode     one token of each running row, behind the tokens that the row has
+    together   a decode, and tokens of further rows, each of which is a row of the batch by itself
 
 A call is told of a layer's new keys and values (``keep``), writes them into the rows, and is then
 asked for that layer's attention (``attend``). Linear layers see all rows as one batch; attention is
@@ -11,7 +12,7 @@ computed for each run of neighbouring rows of one class, on views of the class's
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class Fill:
         """[rows, width, h, e] of queries [rows, h, width, d]."""
         key, value = self.new
         if not any(self.starts):
-            return self._attend(query, key, value, 0, scale, window, cap)
+            return self.attend_to(query, key, value, 0, scale, window, cap)
         outputs = []
         for number, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
             batch = slice(number, number + 1)
@@ -71,10 +72,10 @@ class Fill:
                 keys, values = layer.show(row.index, 1, columns)
             else:
                 keys, values = key[batch], value[batch]
-            outputs.append(self._attend(query[batch], keys, values, start, scale, window, cap))
+            outputs.append(self.attend_to(query[batch], keys, values, start, scale, window, cap))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend(
+    def attend_to(
         self,
         query: Tensor,
         key: Tensor,
@@ -84,6 +85,7 @@ class Fill:
         window: int | None,
         cap: float | None,
     ) -> Tensor:
+        """Attention of tokens that lie from column ``start`` on to the first columns of a row."""
         mask = self._mask(start, key.shape[2], window, query)
         if cap is not None:
             if mask is None:
@@ -221,6 +223,42 @@ class Decode:
             mask = flat.masked_fill_(unseen, -torch.inf)[:, None, None]
             self.masks[form] = mask
         return mask
+
+
+class Together:
+    """A ``Decode``, whose rows are the first of the batch, and behind them ``pieces``, each a
+    ``Fill`` of one row without padding, whose tokens are rows of the batch by themselves. All read
+    the weights once."""
+
+    def __init__(self, decode: Decode, pieces: Sequence[Fill]) -> None:
+        self.decode, self.pieces = decode, pieces
+        self.count = len(decode.positions)
+        self.layers_stored = self.layers_attended = 0
+
+    def keep(self, layer_index: int, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [n + tokens, kv, 1, d]."""
+        self.decode.keep(layer_index, key[: self.count], value[: self.count])
+        for piece, batch in self._batches():
+            # [1, kv, tokens, d]: the tokens of a piece side by side, as a fill has them
+            keys, values = (each[batch, :, 0].transpose(0, 1)[None] for each in (key, value))
+            piece.keep(layer_index, keys, values)
+
+    def attend(
+        self, query: Tensor, scale: float | None, window: int | None, cap: float | None
+    ) -> Tensor:
+        """[n + tokens, 1, h, e] of queries [n + tokens, h, 1, d]."""
+        outputs = [self.decode.attend(query[: self.count], scale, window, cap)]
+        for piece, batch in self._batches():
+            queries = query[batch, :, 0].transpose(0, 1)[None]
+            outputs.append(piece.attend(queries, scale, window, cap).transpose(0, 1))
+        return torch.cat(outputs)
+
+    def _batches(self) -> Iterator[tuple[Fill, slice]]:
+        """The pieces with their rows of the batch."""
+        start = self.count
+        for piece in self.pieces:
+            yield piece, slice(start, start + piece.width)
+            start += piece.width
 
 
 def _runs_of(rows: Sequence[Row], lengths: Sequence[int]) -> list[Run]:

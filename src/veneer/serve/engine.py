@@ -4,7 +4,7 @@
 
 One thread computes. A step is at most one call for new prompts and one call for a token of each
 running row. Beside running rows a prompt is computed in pieces, as many tokens a step as time
-allows (``pace.py``).
+allows (``pace.py``); a few of them are computed in the call of the rows.
 
     submit → queue (scheduler: fair) → its adapters are loaded → row (memory: within a budget),
     which begins with what is cached → prompt → running → end
@@ -15,7 +15,6 @@ which is computed again later: its tokens stay, and its client sees a pause.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
@@ -29,13 +28,14 @@ from torch import Tensor
 
 from veneer.errors import sentence
 from veneer.serve.admission import Admission
+from veneer.serve.batch import Batch
 from veneer.serve.forward import Forward, context
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
-from veneer.serve.pace import Pace
+from veneer.serve.pace import TOGETHER, Pace
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
-from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
+from veneer.serve.scheduler import Scheduler
 from veneer.serve.text import Detokenizer
 
 log = logging.getLogger("veneer.serve")
@@ -92,8 +92,6 @@ class Engine:
             device = self._forward.device
             self.cache_memory = free_bytes(device) // 2 if cache_memory is None else cache_memory
             self.length = longest_row(self._forward.forms, self.cache_memory, self.length)
-            self._prefix_cache = prefix_cache
-            self._memory = self._new_memory()
         except BaseException:
             self._forward.close()
             raise
@@ -120,10 +118,8 @@ class Engine:
 
         # the engine's thread alone has these
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        self._pace = Pace(gap, prefill)
-        self._starts = itertools.count()
-        self._filling: list[RequestState] = []  # whose prompts are computed
-        self._running: list[RequestState] = []
+        self._pace, self._prefix_cache = Pace(gap, prefill), prefix_cache
+        self._batch = self._new_batch()
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
 
@@ -188,7 +184,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._filling) + len(self._running)
+        return len(self._batch)
 
     @property
     def waiting(self) -> int:
@@ -198,7 +194,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values, those of rows and of cached prefixes."""
-        return self._memory.nbytes
+        return self._batch.memory.nbytes
 
     @property
     def ready(self) -> bool:
@@ -215,16 +211,23 @@ class Engine:
         for state in self._all():
             if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
-        self._memory.trim(IDLE, PREFIX_IDLE)
+        self._batch.memory.trim(IDLE, PREFIX_IDLE)
         self._admission.admit(self.running)
         self._start_requests()
-        if states := self._next_fill():
-            tokens = len(states) * max(state.filled - state.length for state in states)
-            self._pace.note_fill(tokens, self._compute(states, self._fill))
         self._widen_rows()
-        if self._running:
-            self._running.sort(key=lambda state: state.row.position if state.row else (0, 0))
-            self._pace.note_decode(self._compute(list(self._running), self._decode))
+        filling = self._batch.next_fill()
+        tokens = sum(state.filled - state.length for state in filling)
+        running = bool(self._batch.running)
+        if running and 0 < tokens <= TOGETHER and self._compute_together(filling, tokens):
+            return
+        if filling:
+            longest = max(state.filled - state.length for state in filling)
+            seconds = self._compute(filling, self._fill)
+            self._pace.note_fill(len(filling) * longest, seconds)
+            self._widen_rows()
+        if self._batch.running:
+            seconds = self._compute(self._batch.sort_running(), self._decode)
+            self._pace.note_decode(seconds)
 
     def _run(self) -> None:
         finish: Finish = "error"
@@ -245,13 +248,13 @@ class Engine:
                 deadline = min((state.deadline for state in self._all()), default=math.inf)
                 if deadline <= time.monotonic():
                     break
-                expiry = self._memory.expires_in(PREFIX_IDLE)
+                expiry = self._batch.memory.expires_in(PREFIX_IDLE)
                 rest = IDLE if self._worked else threading.TIMEOUT_MAX if expiry is None else expiry
                 if not self._wake.wait(min(deadline - time.monotonic(), rest)) and (
                     self._worked or expiry is not None
                 ):
                     self._worked = False
-                    self._memory.trim(0, PREFIX_IDLE)
+                    self._batch.memory.trim(0, PREFIX_IDLE)
                     give_back()
             self._poked = False
             return not self._closing
@@ -263,9 +266,8 @@ class Engine:
                 self.step()
         except Exception as error:
             log.exception("a step of the engine failed; what ran is ended")
-            computing = {*self._filling, *self._running, *self._called}
-            self._filling, self._running = [], []
-            self._memory = self._new_memory()
+            computing = {*self._batch.filling, *self._batch.running, *self._called}
+            self._batch = self._new_batch()
             for state in computing:
                 state.row = None
                 self._end(state, "error", f"{type(error).__name__}: {error}")
@@ -273,7 +275,8 @@ class Engine:
     def _all(self) -> list[RequestState]:
         with self._wake:
             waiting = self._scheduler.waiting_requests()
-        return [*self._running, *self._filling, *self._admission.admitted, *waiting]
+        batch = self._batch
+        return [*batch.running, *batch.filling, *self._admission.admitted, *waiting]
 
     def _start_requests(self) -> None:
         """Give rows to requests whose adapters are loaded, while there are rows and memory. A
@@ -282,43 +285,15 @@ class Engine:
             if self.running >= self.rows:
                 return
             try:
-                if self._memory.waits_for(state, self._filling):
+                if self._batch.memory.waits_for(state, self._batch.filling):
                     continue
-                if not self._memory.start(state):
+                if not self._batch.add(state):
                     return
             except Exception as error:
                 log.exception("request %s: no row could be made", state.request.id)
                 self._end(state, "error", f"{type(error).__name__}: {error}")
                 continue
             self._admission.remove(state)
-            self._filling.append(state)
-            if state.started is None:
-                self._note_start(state)
-
-    def _note_start(self, state: RequestState) -> None:
-        state.started, state.cached = next(self._starts), state.length
-        moment, blend = time.monotonic(), state.request.blend
-        self._notify_observer("started", blend, moment - state.submitted)
-        self._notify_observer("looked_up", blend, len(state.ids), state.cached)
-        with self._wake:
-            self._scheduler.began(moment)
-
-    def _next_fill(self) -> list[RequestState]:
-        """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
-        of the least served key and adapter, in turn, within the tokens that there is time for."""
-        if not self._filling:
-            return []
-        tokens = self._pace.tokens(len(self._running), len(self._filling))
-        with self._wake:
-            order = self._scheduler.by_service(self._filling)
-        counts = [min(len(state.ids) - state.length, tokens) for state in order]
-        chosen = fit_budget(counts, tokens)
-        for number in chosen:
-            order[number].filled = order[number].length + counts[number]
-        states = [order[number] for number in chosen]
-        unchosen = [state for state in self._filling if state not in states]
-        self._filling = [*unchosen, *states]
-        return states
 
     def _compute(
         self, states: list[RequestState], call: Callable[[list[RequestState]], Computed]
@@ -329,19 +304,61 @@ class Engine:
         try:
             with self._select_adapters([state.lease for state in states]):
                 ready, logits = call(states)
-            sampled_tokens = (
-                [] if logits is None else sample(logits, [state.sampler for state in ready])
-            )
         except Exception as error:
-            log.exception("a call for %d requests failed", len(states))
-            for state in states:
-                self._end(state, "error", f"{type(error).__name__}: {error}")
-            ready, sampled_tokens = [], []
-        seconds = time.monotonic() - start
-        for state, sampled in zip(ready, sampled_tokens, strict=True):
-            self._accept(state, sampled)
+            self._end_failed(states, error)
+        else:
+            if logits is not None:
+                self._sample(ready, logits)
         self._called = []
-        return seconds
+        return time.monotonic() - start
+
+    def _sample(self, states: list[RequestState], logits: Tensor) -> None:
+        """Give requests their next tokens, of logits [requests, vocabulary]."""
+        try:
+            sampled_tokens = sample(logits, [state.sampler for state in states])
+        except Exception as error:
+            self._end_failed(states, error)
+            return
+        for state, sampled in zip(states, sampled_tokens, strict=True):
+            self._accept(state, sampled)
+
+    def _end_failed(self, states: list[RequestState], error: Exception) -> None:
+        log.error("a call for %d requests failed", len(states), exc_info=error)
+        for state in states:
+            self._end(state, "error", f"{type(error).__name__}: {error}")
+
+    def _compute_together(self, filling: list[RequestState], tokens: int) -> bool:
+        """One call for the running rows and so many tokens of prompts. False: it failed, and ended
+        nobody; calls for either show whose failure it is."""
+        running, start = self._batch.sort_running(), time.monotonic()
+        states = [*running, *filling]
+        self._called = states
+        leases = [state.lease for state in running]
+        for state in filling:
+            leases += [state.lease] * (state.filled - state.length)
+        pieces: list[Any] = [
+            (state.row, state.length, state.ids[state.length : state.filled]) for state in filling
+        ]
+        rows: list[Any] = [state.row for state in running]
+        lengths = [state.length for state in running]
+        tokens_of_rows = [state.ids[-1] for state in running]
+        try:
+            with self._select_adapters(leases):
+                logits = self._forward.together(
+                    self._batch.memory.slots, rows, tokens_of_rows, lengths, pieces
+                )
+            finite = torch.isfinite(logits[len(running) :].amax(-1)).tolist()
+        except Exception:
+            log.warning("a call for rows and prompts failed; each is computed alone", exc_info=True)
+            return False
+        for state in running:
+            state.length += 1
+        complete = [len(running) + number for number in self._batch.note_filled(filling, finite)]
+        chosen = [*range(len(running)), *complete]
+        self._sample([states[number] for number in chosen], logits[chosen])
+        self._pace.note_together(tokens, time.monotonic() - start)
+        self._called = []
+        return True
 
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
@@ -352,44 +369,22 @@ class Engine:
         rows: list[Any] = [state.row for state in states]
         pieces = [state.ids[state.length : state.filled] for state in states]
         starts = [state.length for state in states]
-        logits = self._forward.fill(self._memory.slots, rows, pieces, starts)
-        # what is not finite is no one else's beginning; a device is waited for here, so that the
-        # time of a piece is measured
-        finite = torch.isfinite(logits.amax(-1)).tolist()
-        complete: list[int] = []
-        for number, state in enumerate(states):
-            self._charge(state, PROMPT * (state.filled - state.length))
-            state.length = state.filled
-            if finite[number]:
-                self._memory.save(state)
-            if state.length == len(state.ids):
-                complete.append(number)
-                self._filling.remove(state)
-                self._running.append(state)
-                if not state.generated:
-                    self._notify_observer("tokens", state.request.blend, state.length, 0)
+        logits = self._forward.fill(self._batch.memory.slots, rows, pieces, starts)
+        complete = self._batch.note_filled(states, torch.isfinite(logits.amax(-1)).tolist())
         if len(complete) < len(states):
             logits = logits[complete] if complete else None
         return [states[number] for number in complete], logits
 
     def _widen_rows(self) -> None:
-        """Let each running row have room for its next token. Where memory has none, the requests
-        that started last give their rows back, and are computed again later."""
-        for state in sorted(self._running, key=_start_order):
-            while not self._memory.widen(state):
-                self._preempt(max([*self._filling, *self._running], key=_start_order))
-
-    def _preempt(self, state: RequestState) -> None:
-        self._memory.release(state)
-        (self._running if state in self._running else self._filling).remove(state)
-        state.length = 0
-        self._admission.put_back(state)
-        self._notify_observer("preempted", state.request.blend)
+        """Have memory for the next token of each running row. Requests that had to give theirs to
+        others are computed again later."""
+        for state in self._batch.widen():
+            self._admission.put_back(state)
 
     def _decode(self, states: list[RequestState]) -> Computed:
         rows: list[Any] = [state.row for state in states]
         tokens, lengths = [state.ids[-1] for state in states], [state.length for state in states]
-        logits = self._forward.decode(self._memory.slots, rows, tokens, lengths)
+        logits = self._forward.decode(self._batch.memory.slots, rows, tokens, lengths)
         for state in states:
             state.length += 1
         return states, logits
@@ -426,13 +421,9 @@ class Engine:
         client knows."""
         if state.done:
             return
-        if state.row is not None:
-            if state.generated and finish != "error":
-                self._memory.save(state)  # the answer too: a conversation goes on behind it
-            self._memory.release(state)
-        for states in (self._filling, self._running):
-            if state in states:
-                states.remove(state)
+        if state.generated and finish != "error":
+            self._batch.memory.save(state)  # the answer too: a conversation goes on behind it
+        self._batch.remove(state)
         self._admission.remove(state)
         self._admission.release(state)
         state.namespace = None
@@ -451,8 +442,8 @@ class Engine:
         for state in self._all():
             self._end(state, finish, "the engine stopped" if finish == "error" else None)
 
-    def _new_memory(self) -> Memory:
-        return Memory(
+    def _new_batch(self) -> Batch:
+        memory = Memory(
             self.rows,
             self.length,
             self._forward.device,
@@ -460,6 +451,7 @@ class Engine:
             self.cache_memory,
             prefix_cache=self._prefix_cache,
         )
+        return Batch(memory, self._pace, self._scheduler, self._wake, self._notify_observer)
 
     def _charge(self, state: RequestState, tokens: float) -> None:
         with self._wake:
@@ -472,8 +464,3 @@ class Engine:
             getattr(self._observer, event)(*values)
         except Exception:
             log.exception("the engine's observer failed at %r", event)
-
-
-def _start_order(state: RequestState) -> int:
-    """How many requests got a row before this one."""
-    return -1 if state.started is None else state.started

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from veneer.attach.adapted_module import state_of
 from veneer.errors import ConfigError
 from veneer.serve.attention import BLOCK, NOW, attend, round_up
 from veneer.serve.slots import SMALLEST, LayerForm, Row, Slots
@@ -122,6 +123,34 @@ class Forward:
         with slots.decode(rows, lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
 
+    def together(
+        self,
+        slots: Slots,
+        rows: Sequence[Row],
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        pieces: Sequence[tuple[Row, int, Sequence[int]]],
+    ) -> Tensor:
+        """Logits [rows + pieces, vocabulary] of one call that is ``decode``, and computes further
+        tokens of prompts: each of ``pieces`` is a row, a column of it, and the tokens from there
+        on. In the batch each token is a row."""
+        ids, positions, wanted = [*tokens], [*lengths], list(range(len(rows)))
+        for _, start, piece in pieces:
+            ids += piece
+            positions += range(start, start + len(piece))
+            wanted.append(len(ids) - 1)
+        batch = self._to_device([ids, positions])
+        spans = [(row, start, len(piece)) for row, start, piece in pieces]
+        with slots.together(rows, lengths, batch[1, : len(rows)], spans):
+            NOW.rows = rows_wanted = self._to_device(wanted)
+            try:
+                logits = self._logits(slots, batch[0][:, None], batch[1][:, None], None)
+            finally:
+                NOW.rows = None
+        if len(logits) > len(wanted):  # a head with adapters, or one that is no module
+            logits = logits.index_select(0, rows_wanted.to(logits.device))
+        return logits
+
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last
         try:
@@ -146,7 +175,7 @@ class Forward:
                     input_ids=torch.tensor([ids], device=self.device), use_cache=False
                 ).logits[0]
             try:
-                outputs = dict(self._trial(ids, rows))
+                outputs = list(self._trial(ids, rows))
             except (
                 NotImplementedError,
                 AttributeError,
@@ -159,16 +188,17 @@ class Forward:
                 ) from error
         size = wanted.abs().amax().clamp_min(1e-3)
         allowed = 0.05 if wanted.dtype.itemsize == 2 else 1e-3
-        for column, logits in outputs.items():
+        for column, logits in outputs:
             off = float((logits - wanted[column]).abs().amax() / size)
             if not off < allowed:
                 raise self._refusal(f"whose logits on slots differ by {off:.1%} from its own")
 
     def _trial(self, ids: Sequence[int], select: SelectRows) -> Any:
         """Logits by column: of two rows of different size classes that are filled and decode
-        together, and of one that is filled in two calls."""
+        together, of one that is filled in two calls, and of one that is filled while another one
+        decodes."""
         total, half = len(ids), (len(ids) + 1) // 2
-        slots, lengths = Slots(2, 2 * SMALLEST, self.device), [max(1, half - 1), half]
+        slots, lengths = Slots(6, 2 * SMALLEST, self.device), [max(1, half - 1), half]
         rows: Any = [slots.allocate(columns) for columns in (SMALLEST, 2 * SMALLEST)]
         with select(2):
             yield half - 1, self.fill(slots, rows, [ids[:length] for length in lengths])[1]
@@ -181,6 +211,15 @@ class Forward:
             if half < total:
                 yield total - 1, self.fill(slots, rows, [ids[half:]], [half])[0]
         self.forms: tuple[LayerForm, ...] = tuple(slots.forms)
+        if half > 1:
+            rows = [slots.allocate(SMALLEST), slots.allocate(2 * SMALLEST)]
+            with select(2):
+                self.fill(slots, rows, [ids[:-1], ids[:1]])
+            with select(half):
+                piece = [(rows[1], 1, ids[1:half])]
+                logits = self.together(slots, rows[:1], ids[-1:], [total - 1], piece)
+            yield total - 1, logits[0]
+            yield half - 1, logits[1]
 
 
 def context(config: Any) -> int | None:
@@ -202,8 +241,10 @@ def context(config: Any) -> int | None:
 
 def _last_rows(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """In a call of the engine: the hidden state of each row's last token, [rows, 1, width], for the
-    head to read."""
-    last = getattr(NOW, "last", None)
+    head to read; or those of some rows, where no adapter of the head expects one for each."""
+    last, rows = getattr(NOW, "last", None), getattr(NOW, "rows", None)
+    if rows is not None and inputs and state_of(head) is None:
+        return (inputs[0].index_select(0, rows.to(inputs[0].device)), *inputs[1:])
     if last is None or not inputs or inputs[0].dim() != 3 or inputs[0].shape[0] != len(last):
         return None
     return (_last(inputs[0], last), *inputs[1:])

@@ -2,14 +2,18 @@
 
     tokens = seconds that prompts may take / seconds that a token of them took of late
 
-Between two tokens of a running row lie a decode call and a call for prompts. Without a ``gap``, the
-second may take as long as the first, so that a gap at most doubles; and where more prompts wait
-than rows run, as many times as long: most of those who wait are served by that.
+A few tokens are computed in the call of the running rows, and cost what they add to it: its weights
+are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take as
+long as the running rows do, so that the time between two tokens at most doubles; and where more
+prompts wait than rows run, as many times as long: most of those who wait are served by that.
 """
 
 from __future__ import annotations
 
 from veneer.serve.attention import BLOCK
+
+#: tokens of prompts up to which they are computed together with running rows
+TOGETHER = 128
 
 
 class Pace:
@@ -18,22 +22,37 @@ class Pace:
 
     def __init__(self, gap: float | None, most: int) -> None:
         self.gap, self.most = gap, most
-        self._token: float | None = None  # seconds of a prompt's token, of late
-        self._decode = 0.0  # seconds of a decode call, of late
+        #: seconds of late: of a decode call, and of a prompt's token in a call of its own and in
+        #: one together with running rows
+        self._decode = self._apart = self._together = 0.0
 
     def note_fill(self, tokens: int, seconds: float) -> None:
         """A call for so many tokens of prompts, padding included, took so long."""
-        token = seconds / tokens
-        self._token = token if self._token is None else (self._token + token) / 2
+        self._apart = _average(self._apart, seconds / tokens)
 
     def note_decode(self, seconds: float) -> None:
         """A call for a token of each running row took so long."""
-        self._decode = (self._decode + seconds) / 2 if self._decode else seconds
+        self._decode = _average(self._decode, seconds)
+
+    def note_together(self, tokens: int, seconds: float) -> None:
+        """A call for a token of each running row and so many tokens of prompts took so long."""
+        added = max(seconds - self._decode, seconds / 20)
+        self._together = _average(self._together or self._apart, added / tokens)
 
     def tokens(self, running: int, filling: int) -> int:
-        """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows."""
-        if not running or not self._token:
+        """How many tokens the next step computes of ``filling`` prompts, beside ``running`` rows.
+        None of them, where it is not known yet how long the rows take by themselves."""
+        if not running or not self._apart:
             return self.most
+        if not self._decode:
+            return 0
         seconds = self._decode * max(1.0, filling / running) if self.gap is None else self.gap
-        count = int(seconds / self._token)
+        count = int(seconds / (self._together or self._apart))
+        if count > TOGETHER:
+            count = max(TOGETHER, int(seconds / self._apart))
         return min(self.most, max(BLOCK, count - count % BLOCK))
+
+
+def _average(before: float, seconds: float) -> float:
+    """Of late: the last one counts half."""
+    return (before + seconds) / 2 if before else seconds

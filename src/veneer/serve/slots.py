@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from veneer.serve.attention import BLOCK, NOW, Decode, Fill, round_up
+from veneer.serve.attention import BLOCK, NOW, Decode, Fill, Together, round_up
 
 #: columns of the smallest size class
 SMALLEST = 128
@@ -214,7 +214,7 @@ class Slots(Cache):
         self.forms, self.budget = list(forms), budget or Budget()
         self.classes: dict[int, SizeClass] = {}
         self.reclaim: Callable[[int], None] = lambda lacking: None
-        self.call: Fill | Decode | None = None
+        self.call: Fill | Decode | Together | None = None
 
     def columns_for(self, length: int) -> int:
         """Columns of the class for rows of so many tokens."""
@@ -327,9 +327,7 @@ class Slots(Cache):
     ) -> Iterator[None]:
         """The call in here computes ``width`` tokens of rows, of which ``counts`` are no padding,
         from columns ``starts`` on."""
-        for row, start, count in zip(rows, starts, counts, strict=True):
-            row.touched = max(row.touched, start + count)
-        with self._during_call(Fill(rows, starts, counts, width)):
+        with self._during_call(self._fill_of(rows, starts, counts, width)):
             yield
 
     @contextlib.contextmanager
@@ -339,14 +337,38 @@ class Slots(Cache):
         """The call in here computes one token for each of the rows, behind the ``lengths`` tokens
         that it has. ``positions`` are these numbers as a tensor [n]. Rows are sorted by their
         positions."""
-        call = Decode(rows, lengths, positions)
-        for row, length in zip(rows, lengths, strict=True):
-            row.touched = max(row.touched, length + 1)
-        with self._during_call(call):
+        with self._during_call(self._decode_of(rows, lengths, positions)):
             yield
 
     @contextlib.contextmanager
-    def _during_call(self, call: Fill | Decode) -> Iterator[None]:
+    def together(
+        self,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        positions: Tensor,
+        pieces: Sequence[tuple[Row, int, int]],
+    ) -> Iterator[None]:
+        """The call in here computes a decode, and ``pieces``: of a row, from a column on, so many
+        tokens. Each token is a row of the batch."""
+        fills = [self._fill_of([row], [start], [count], count) for row, start, count in pieces]
+        with self._during_call(Together(self._decode_of(rows, lengths, positions), fills)):
+            yield
+
+    def _fill_of(
+        self, rows: Sequence[Row], starts: Sequence[int], counts: Sequence[int], width: int
+    ) -> Fill:
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            row.touched = max(row.touched, start + count)
+        return Fill(rows, starts, counts, width)
+
+    def _decode_of(self, rows: Sequence[Row], lengths: Sequence[int], positions: Tensor) -> Decode:
+        call = Decode(rows, lengths, positions)
+        for row, length in zip(rows, lengths, strict=True):
+            row.touched = max(row.touched, length + 1)
+        return call
+
+    @contextlib.contextmanager
+    def _during_call(self, call: Fill | Decode | Together) -> Iterator[None]:
         self.call = NOW.call = call
         try:
             yield
