@@ -62,5 +62,14 @@ def test_without_a_gap_prompts_take_as_long_as_decoding():
 
 
 def test_where_more_wait_than_run_they_take_more():
-    assert 0.3 <= settle_step(None, decode=0.1, filling=32, running=8)[1] <= 0.4
+    assert 0.3 <= settle_step(None, decode=0.1, filling=16, running=8)[1] <= 0.4
     assert settle_step(None, decode=0.1, filling=400, running=1)[0] == 512
+
+
+def test_a_step_of_many_adapters_computes_few_tokens_together():
+    pace = Pace(None, 512)
+    pace.note_fill(512, CALL + 512 * TOKEN)
+    pace.note_decode(0.1)
+    pace.note_together(16, 0.1 + 16 * TOKEN / 8)  # which is cheaper than a call of their own
+    assert pace.tokens(8, 1, together=128) == 128
+    assert pace.tokens(8, 1, together=32) == 48

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from veneer.serve.memory import Memory
-from veneer.serve.pace import Pace
+from veneer.serve.pace import TOGETHER, Pace
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
@@ -39,6 +39,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.filling) + len(self.running)
 
+    @property
+    def together(self) -> int:
+        """Tokens of prompts up to which they are computed in the call of the running rows: fewer
+        where these use several adapters, as a bank pads all of them to the longest."""
+        blends = {state.key for state in (*self.filling, *self.running) if state.key}
+        return min(TOGETHER, 2 * TOGETHER // max(1, len(blends)))
+
     def add(self, state: RequestState) -> bool:
         """Give a request a row. False: there is no memory for it now."""
         if not self.memory.start(state):
@@ -63,7 +70,9 @@ class Batch:
     def next_fill(self) -> list[RequestState]:
         """The requests of whose prompts this step computes tokens, each up to its ``filled``: those
         of the least served key and adapter, in turn, within the tokens that there is time for."""
-        tokens = self._pace.tokens(len(self.running), len(self.filling)) if self.filling else 0
+        if not self.filling:
+            return []
+        tokens = self._pace.tokens(len(self.running), len(self.filling), self.together)
         if not tokens:
             return []
         with self._lock:

@@ -31,7 +31,7 @@ from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.forward import Forward, context
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
-from veneer.serve.pace import TOGETHER, Pace
+from veneer.serve.pace import Pace
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
@@ -217,8 +217,8 @@ class Engine:
         self._widen_rows()
         filling = self._batch.next_fill()
         tokens = sum(state.filled - state.length for state in filling)
-        running = bool(self._batch.running)
-        if running and 0 < tokens <= TOGETHER and self._compute_together(filling, tokens):
+        together = self._batch.running and 0 < tokens <= self._batch.together
+        if together and self._compute_together(filling, tokens):
             return
         if filling:
             longest = max(state.filled - state.length for state in filling)
