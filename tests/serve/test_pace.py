@@ -71,5 +71,5 @@ def test_a_step_of_many_adapters_computes_few_tokens_together():
     pace.note_fill(512, CALL + 512 * TOKEN)
     pace.note_decode(0.1)
     pace.note_together(16, 0.1 + 16 * TOKEN / 8)  # which is cheaper than a call of their own
-    assert pace.tokens(8, 1, together=128) == 128
+    assert pace.tokens(8, 1, together=128) == 80
     assert pace.tokens(8, 1, together=32) == 48
