@@ -255,12 +255,13 @@ def test_rotary_frequencies_that_change_with_the_longest_row_end_the_length(kind
 
 def test_each_row_of_each_call_runs_with_its_lease(opened):
     bank = Recorder()
-    engine = opened(bank=bank, rows=3, prefill=64)
+    engine = opened(bank=bank, rows=3, prefill=64, start=False)
     bank.calls.clear()  # of the trial
     blends = [{"a": 1.0}, {}, {"a": 0.5, "b": 0.5}]
     clients = [
         Client(engine, asked((5, 6, 7), 4, blend=blend, ignore_eos=True)) for blend in blends
     ]
+    engine.start()
     for client in clients:
         assert client.wait().finish == "length"
     assert not bank.held

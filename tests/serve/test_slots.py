@@ -160,11 +160,11 @@ def test_a_long_row_lies_apart_from_short_ones():
         before = slots.nbytes
         long = slots.allocate(700)
         forward.fill(slots, [long], [[5] * 700])
-    assert [row.columns for row in short] == [SMALLEST] * 3
-    assert before == 3 * SMALLEST * TOKEN
-    assert slots.nbytes - before == round_up(1000) * TOKEN
-    slots.release(long)
-    slots.trim()
+        assert [row.columns for row in short] == [SMALLEST] * 3
+        assert before == 3 * SMALLEST * TOKEN
+        assert slots.nbytes - before == round_up(1000) * TOKEN
+        slots.release(long)
+        slots.trim()
     assert slots.nbytes == before
 
 

@@ -355,7 +355,8 @@ class Engine:
             state.length += 1
         complete = [len(running) + number for number in self._batch.note_filled(filling, finite)]
         chosen = [*range(len(running)), *complete]
-        self._sample([states[number] for number in chosen], logits[chosen])
+        logits = logits[chosen] if complete else logits[: len(running)]
+        self._sample([states[number] for number in chosen], logits)
         self._pace.note_together(tokens, time.monotonic() - start)
         self._called = []
         return True
