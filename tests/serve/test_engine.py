@@ -155,6 +155,12 @@ def test_no_call_is_larger_than_prefill_and_two_of_them_have_a_decode_call_betwe
         sizes.append(("decode", len(tokens)))
         return decode(slots, rows, tokens, lengths)
 
+    def computing(slots, rows, tokens, lengths, pieces):
+        sizes.append(("fill", sum(len(piece) for *_, piece in pieces)))
+        sizes.append(("decode", len(tokens)))
+        return together(slots, rows, tokens, lengths, pieces)
+
+    together, engine._forward.together = engine._forward.together, computing
     engine._forward.fill, engine._forward.decode = filling, decoding
     clients = [
         Client(engine, asked(ask, 30, ignore_eos=True)) for ask in [(5,) * 4, *prompts(12, 60)]
