@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from veneer.attach.adapted_module import state_of
 from veneer.errors import ConfigError
 from veneer.serve.attention import BLOCK, NOW, attend, round_up
-from veneer.serve.slots import SMALLEST, LayerForm, Row, Slots
+from veneer.serve.slots import LayerForm, Row, Slots
 
 PREFIX = "veneer_slots_"
 
@@ -198,21 +198,22 @@ class Forward:
         together, of one that is filled in two calls, and of one that is filled while another one
         decodes."""
         total, half = len(ids), (len(ids) + 1) // 2
-        slots, lengths = Slots(6, 2 * SMALLEST, self.device), [max(1, half - 1), half]
-        rows: Any = [slots.allocate(columns) for columns in (SMALLEST, 2 * SMALLEST)]
+        slots = Slots(6, 2 * BLOCK, self.device, smallest=BLOCK)
+        lengths = [max(1, half - 1), half]
+        rows: Any = [slots.allocate(columns) for columns in (BLOCK, 2 * BLOCK)]
         with select(2):
             yield half - 1, self.fill(slots, rows, [ids[:length] for length in lengths])[1]
             while lengths[1] < total:
                 yield lengths[1], self.decode(slots, rows, [ids[n] for n in lengths], lengths)[1]
                 lengths = [n + 1 for n in lengths]
-        rows = [slots.allocate(SMALLEST)]
+        rows = [slots.allocate(BLOCK)]
         with select(1):
             self.fill(slots, rows, [ids[:half]])
             if half < total:
                 yield total - 1, self.fill(slots, rows, [ids[half:]], [half])[0]
         self.forms: tuple[LayerForm, ...] = tuple(slots.forms)
         if half > 1:
-            rows = [slots.allocate(SMALLEST), slots.allocate(2 * SMALLEST)]
+            rows = [slots.allocate(BLOCK), slots.allocate(2 * BLOCK)]
             with select(2):
                 self.fill(slots, rows, [ids[:-1], ids[:1]])
             with select(half):

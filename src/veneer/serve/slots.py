@@ -198,8 +198,8 @@ class SizeClass:
 
 class Slots(Cache):
     """Room for ``rows`` rows of ``length`` tokens, taken as it is needed. ``forms``: of the model's
-    layers, if they are known. ``reclaim`` is called where the budget lacks so many bytes, and may
-    free others'."""
+    layers, if they are known. ``smallest``: columns of the smallest class. ``reclaim`` is called
+    where the budget lacks so many bytes, and may free others'."""
 
     def __init__(
         self,
@@ -208,9 +208,10 @@ class Slots(Cache):
         device: torch.device,
         forms: Sequence[LayerForm] = (),
         budget: Budget | None = None,
+        smallest: int = SMALLEST,
     ) -> None:
         super().__init__(layers=[])
-        self.rows, self.length, self.device = rows, length, device
+        self.rows, self.length, self.device, self.smallest = rows, length, device, smallest
         self.forms, self.budget = list(forms), budget or Budget()
         self.classes: dict[int, SizeClass] = {}
         self.reclaim: Callable[[int], None] = lambda lacking: None
@@ -218,7 +219,7 @@ class Slots(Cache):
 
     def columns_for(self, length: int) -> int:
         """Columns of the class for rows of so many tokens."""
-        columns = SMALLEST
+        columns = self.smallest
         while columns < length:
             columns *= 2
         return min(columns, round_up(self.length))
