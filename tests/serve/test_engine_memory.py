@@ -390,7 +390,7 @@ def test_a_failure_of_prompts_beside_rows_is_theirs_alone(opened, caplog):
     fill = engine._forward.fill
 
     def failing(slots, rows, pieces, *starts):
-        if len(rows) == 1 and len(pieces[0]) == 20:
+        if len(pieces[0]) == 12:
             raise RuntimeError("out of luck")
         return fill(slots, rows, pieces, *starts)
 
@@ -398,7 +398,7 @@ def test_a_failure_of_prompts_beside_rows_is_theirs_alone(opened, caplog):
         raise RuntimeError("out of luck together")
 
     engine._forward.fill, engine._forward.together = failing, together
-    sick = Client(engine, asked(ids(20, 1), 5))
+    sick = Client(engine, asked(ids(12, 1), 5))
     work_off(engine, [running, sick])
     assert (running.finish, sick.finish) == ("length", "error")
     assert "out of luck together" in caplog.text
