@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from veneer.serve.memory import Memory
-from veneer.serve.pace import TOGETHER, Pace
+from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 from veneer.serve.request_state import RequestState
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 
@@ -25,12 +25,17 @@ class Batch:
     def __init__(
         self,
         memory: Memory,
-        pace: Pace,
+        prefill_budget: PrefillBudget,
         scheduler: Scheduler[RequestState],
         lock: AbstractContextManager[Any],
         notify: Callable[..., None],
     ) -> None:
-        self.memory, self._pace, self._scheduler, self._lock = memory, pace, scheduler, lock
+        self.memory, self._prefill_budget, self._scheduler, self._lock = (
+            memory,
+            prefill_budget,
+            scheduler,
+            lock,
+        )
         self._notify = notify
         self._starts = itertools.count()
         self.filling: list[RequestState] = []
@@ -72,7 +77,7 @@ class Batch:
         of the least served key and adapter, in turn, within the tokens that there is time for."""
         if not self.filling:
             return []
-        tokens = self._pace.tokens(len(self.running), len(self.filling), self.together)
+        tokens = self._prefill_budget.tokens(len(self.running), len(self.filling), self.together)
         if not tokens:
             return []
         with self._lock:

@@ -4,7 +4,7 @@
 
 One thread computes. A step is at most one call for new prompts and one call for a token of each
 running row. Beside running rows a prompt is computed in pieces, as many tokens a step as time
-allows (``pace.py``); a few of them are computed in the call of the rows.
+allows (``prefill_budget.py``); a few of them are computed in the call of the rows.
 
     submit → queue (scheduler: fair) → its adapters are loaded → row (memory: within a budget),
     which begins with what is cached → prompt → running → end
@@ -31,7 +31,7 @@ from veneer.serve.admission import Admission
 from veneer.serve.batch import Batch
 from veneer.serve.forward import Forward, context
 from veneer.serve.memory import Memory, free_bytes, give_back, longest_row
-from veneer.serve.pace import Pace
+from veneer.serve.prefill_budget import PrefillBudget
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
 from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
@@ -70,7 +70,7 @@ class Engine:
             together; None is half of what is free now.
         prefix_cache: whether requests that begin alike share what was computed.
         gap: seconds of a step that prompts may take while rows run; None follows the time of the
-            decode calls (see ``Pace``).
+            decode calls (see ``PrefillBudget``).
 
     Raises:
         ConfigError: an architecture that cannot be served (see ``Forward``), or a ``cache_memory``
@@ -118,7 +118,7 @@ class Engine:
 
         # the engine's thread alone has these
         self._admission = Admission(bank, self._scheduler, self._wake, rows, self._poke, self._end)
-        self._pace, self._prefix_cache = Pace(gap, prefill), prefix_cache
+        self._prefill_budget, self._prefix_cache = PrefillBudget(gap, prefill), prefix_cache
         self._batch = self._new_batch()
         self._called: list[RequestState] = []  # for whom a call is made
         self._worked = False  # since memory was last given back
@@ -223,11 +223,11 @@ class Engine:
         if filling:
             longest = max(state.filled - state.length for state in filling)
             seconds = self._compute(filling, self._fill)
-            self._pace.note_fill(len(filling) * longest, seconds)
+            self._prefill_budget.note_fill(len(filling) * longest, seconds)
             self._widen_rows()
         if self._batch.running:
             seconds = self._compute(self._batch.sort_running(), self._decode)
-            self._pace.note_decode(seconds)
+            self._prefill_budget.note_decode(seconds)
 
     def _run(self) -> None:
         finish: Finish = "error"
@@ -357,7 +357,7 @@ class Engine:
         chosen = [*range(len(running)), *complete]
         logits = logits[chosen] if complete else logits[: len(running)]
         self._sample([states[number] for number in chosen], logits)
-        self._pace.note_together(tokens, time.monotonic() - start)
+        self._prefill_budget.note_together(tokens, time.monotonic() - start)
         self._called = []
         return True
 
@@ -452,7 +452,9 @@ class Engine:
             self.cache_memory,
             prefix_cache=self._prefix_cache,
         )
-        return Batch(memory, self._pace, self._scheduler, self._wake, self._notify_observer)
+        return Batch(
+            memory, self._prefill_budget, self._scheduler, self._wake, self._notify_observer
+        )
 
     def _charge(self, state: RequestState, tokens: float) -> None:
         with self._wake:

@@ -95,14 +95,14 @@ class Prefixes:
         wanted = count // BLOCK
         chain = self._walk(namespace.key, ids, wanted)
         self._touch(chain)
-        fitting = self._make_room(wanted - len(chain), set(chain))
-        if not fitting:
+        room = self._make_room(wanted - len(chain), set(chain))
+        if not room:
             return
         if namespace.key not in self._roots:
             self._roots[namespace.key] = Root(namespace, self._gone.append)
         parent: Block | Root = chain[-1] if chain else self._roots[namespace.key]
         first = len(chain)
-        for number, data in enumerate(read(first, first + fitting), first):
+        for number, data in enumerate(read(first, first + room), first):
             block = Block(tuple(ids[number * BLOCK : (number + 1) * BLOCK]), parent, data)
             parent.children[block.ids] = block
             self._order[block] = None

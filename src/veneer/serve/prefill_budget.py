@@ -17,7 +17,7 @@ from veneer.serve.attention import BLOCK
 TOGETHER = 128
 
 
-class Pace:
+class PrefillBudget:
     """``gap``: seconds of a step that prompts may take while rows run; None follows the decode
     calls. ``most``: tokens of prompts in any step, and in all steps in which no row runs."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from veneer.serve.attention import BLOCK
-from veneer.serve.pace import TOGETHER, Pace
+from veneer.serve.prefill_budget import TOGETHER, PrefillBudget
 
 #: of a machine: seconds of a call, and of a prompt's token in it
 CALL, TOKEN = 0.04, 0.002
@@ -13,34 +13,34 @@ CALL, TOKEN = 0.04, 0.002
 
 def settle_step(gap, decode, *, running=8, filling=1) -> tuple[int, float]:
     """The tokens of a step once they have settled, and the seconds that they add to ``decode``."""
-    pace = Pace(gap, 512)
-    pace.note_fill(512, CALL + 512 * TOKEN)
+    prefill_budget = PrefillBudget(gap, 512)
+    prefill_budget.note_fill(512, CALL + 512 * TOKEN)
     tokens, added = 0, 0.0
     for number in range(40):
         if not number % 8:
-            pace.note_decode(decode)
-        tokens = pace.tokens(running, filling)
+            prefill_budget.note_decode(decode)
+        tokens = prefill_budget.tokens(running, filling)
         if tokens <= TOGETHER:
             added = tokens * TOKEN
-            pace.note_together(tokens, decode + added)
+            prefill_budget.note_together(tokens, decode + added)
         else:
             added = CALL + tokens * TOKEN
-            pace.note_fill(tokens, added)
+            prefill_budget.note_fill(tokens, added)
     return tokens, added
 
 
 def test_nothing_is_held_back_while_nobody_is_kept_waiting():
-    pace = Pace(0.1, 512)
-    pace.note_fill(512, 100.0)
-    assert pace.tokens(0, 3) == 512
+    prefill_budget = PrefillBudget(0.1, 512)
+    prefill_budget.note_fill(512, 100.0)
+    assert prefill_budget.tokens(0, 3) == 512
 
 
 def test_it_is_measured_first_how_long_rows_take():
-    pace = Pace(None, 512)
-    pace.note_fill(512, 1.0)
-    assert pace.tokens(1, 1) == 0
-    pace.note_decode(0.1)
-    assert pace.tokens(1, 1) > 0
+    prefill_budget = PrefillBudget(None, 512)
+    prefill_budget.note_fill(512, 1.0)
+    assert prefill_budget.tokens(1, 1) == 0
+    prefill_budget.note_decode(0.1)
+    assert prefill_budget.tokens(1, 1) > 0
 
 
 @pytest.mark.parametrize("gap", [0.08, 0.15, 0.5])
@@ -67,9 +67,11 @@ def test_where_more_wait_than_run_they_take_more():
 
 
 def test_a_step_of_many_adapters_computes_few_tokens_together():
-    pace = Pace(None, 512)
-    pace.note_fill(512, CALL + 512 * TOKEN)
-    pace.note_decode(0.1)
-    pace.note_together(16, 0.1 + 16 * TOKEN / 8)  # which is cheaper than a call of their own
-    assert pace.tokens(8, 1, together=128) == 80
-    assert pace.tokens(8, 1, together=32) == 48
+    prefill_budget = PrefillBudget(None, 512)
+    prefill_budget.note_fill(512, CALL + 512 * TOKEN)
+    prefill_budget.note_decode(0.1)
+    prefill_budget.note_together(
+        16, 0.1 + 16 * TOKEN / 8
+    )  # which is cheaper than a call of their own
+    assert prefill_budget.tokens(8, 1, together=128) == 80
+    assert prefill_budget.tokens(8, 1, together=32) == 48
