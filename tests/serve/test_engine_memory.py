@@ -14,6 +14,7 @@ from tests.support.tiny import tiny_tokenizer
 from veneer.errors import ConfigError
 from veneer.serve.attention import BLOCK
 from veneer.serve.engine import Engine
+from veneer.serve.prefill_budget import MULTIPLE
 from veneer.serve.requests import RequestError
 from veneer.serve.scheduler import PROMPT
 from veneer.serve.slots import SMALLEST
@@ -348,7 +349,7 @@ def test_long_prompts_take_turns_beside_running_rows(opened):
     long = [Client(engine, asked(ids(208, number), 2)) for number in range(3)]
     before = len(running.tokens)
     work_off(engine, long)
-    assert all(len(call) == 1 and call[0][1] <= BLOCK for call in calls)
+    assert all(len(call) == 1 and call[0][1] <= MULTIPLE for call in calls)
     assert len({call[0][0] for call in calls[:3]}) == 3
     assert len(running.tokens) - before >= len(calls)  # a token between any two of them
     model = make("llama")

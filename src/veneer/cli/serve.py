@@ -55,7 +55,7 @@ Gap = Annotated[
     Option(
         help=(
             "Time that prompts may take between two tokens of running answers, such as 150ms."
-            " Default: as long as computing these tokens takes."
+            " Default: 0.7 of the time that computing these tokens takes."
         )
     ),
 ]

@@ -3,18 +3,23 @@
     tokens = seconds that prompts may take / seconds that a token of them took of late
 
 A few tokens are computed in the call of the running rows, and cost what they add to it: its weights
-are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take as
-long as the running rows do, so that the time between two tokens at most doubles. Where more prompts
-wait than half as many rows run, they may take more, by as much: with 4 rows and 24 prompts 12 times
-as long. A burst of requests is served sooner by that, and few rows are kept waiting for it.
+are read in any case. More of them are a call of their own. Without a ``gap`` prompts may take
+``SHARE`` of the time that the running rows take by themselves, so that the time between two tokens
+stays below twice that, measurements being late. Where more prompts wait than half as many rows run,
+they may take more, by as much: with 4 rows and 24 prompts 12 times. A burst of requests is served
+sooner by that, and few rows are kept waiting for it.
 """
 
 from __future__ import annotations
 
-from veneer.serve.attention import BLOCK
-
 #: tokens of prompts up to which they are computed together with running rows
 TOGETHER = 128
+
+#: of the time of a decode call, what prompts may take beside it
+SHARE = 0.7
+
+#: tokens of a step are a multiple of this, and so the same ones for many steps
+MULTIPLE = 8
 
 
 class PrefillBudget:
@@ -48,11 +53,12 @@ class PrefillBudget:
             return self.most
         if not self._decode:
             return 0
-        seconds = self._decode * max(1.0, 2 * filling / running) if self.gap is None else self.gap
+        share = SHARE * max(1.0, 2 * filling / running)
+        seconds = self._decode * share if self.gap is None else self.gap
         count = int(seconds / (self._together or self._apart))
         if count > together:
             count = max(together, int(seconds / self._apart))
-        return min(self.most, max(BLOCK, count - count % BLOCK))
+        return min(self.most, max(MULTIPLE, count - count % MULTIPLE))
 
 
 def _average(before: float, seconds: float) -> float:
