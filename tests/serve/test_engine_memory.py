@@ -384,7 +384,7 @@ def test_prompts_beside_running_rows_are_answered_as_alone(name, opened):
 
 
 def test_a_failure_of_prompts_beside_rows_is_theirs_alone(opened, caplog):
-    engine = opened(rows=4)
+    engine = opened(rows=4, gap=10.0)
     running = Client(engine, asked(ids(5), 30, ignore_eos=True))
     with torch.inference_mode():
         engine.step()
