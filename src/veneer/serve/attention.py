@@ -192,21 +192,16 @@ class Decode:
         form = number, heads, device
         if (targets := self.targets.get(form)) is None:
             size_class, start, stop = self.groups[number]
-            indices = torch.tensor(self._indices(number), device="cpu")
-            rows = indices.to(device, non_blocking=True)[:, None]
-            starts = (rows * heads + torch.arange(heads, device=device)) * size_class.columns
+            heads_of_runs = [
+                torch.arange(run.first * heads, (run.first + run.count) * heads, device=device)
+                for run in self.runs
+                if run.size_class is size_class
+            ]
+            starts = heads_of_runs[0] if len(heads_of_runs) == 1 else torch.cat(heads_of_runs)
             columns = self.positions[start:stop].to(device)[:, None]
-            targets = self.targets[form] = (starts + columns).view(-1)
+            targets = starts.view(-1, heads) * size_class.columns + columns
+            targets = self.targets[form] = targets.view(-1)
         return targets
-
-    def _indices(self, number: int) -> list[int]:
-        size_class = self.groups[number][0]
-        return [
-            index
-            for run in self.runs
-            if run.size_class is size_class
-            for index in range(run.first, run.first + run.count)
-        ]
 
     def _mask(self, number: int, window: int | None, query: Tensor) -> Tensor:
         """The mask that is added to the scores of a run, [rows, 1, 1, columns]."""
