@@ -23,7 +23,13 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.serve import vllm
 from veneer.serve.access import hash_of, read_keys
 from veneer.serve.api import create
-from veneer.serve.settings import Settings, bytes_in, called_by_default, settings_of
+from veneer.serve.settings import (
+    Settings,
+    bytes_in,
+    called_by_default,
+    seconds_in,
+    settings_of,
+)
 
 
 def test_keygen(veneer, tmp_path):
@@ -71,6 +77,26 @@ def test_what_is_no_number_of_bytes(text):
         bytes_in(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("150ms", 0.15), ("0.2s", 0.2), (" 2 S ", 2.0), (None, None)]
+)
+def test_durations(text, seconds):
+    assert seconds_in(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "150", "0ms", "-1s", "nan", "1 minute"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ConfigError, match="--gap"):
+        seconds_in(text)
+
+
+def test_memory_for_keys_and_values_is_a_number_of_bytes():
+    settings = settings_of("owner/base", cache_memory="2GiB", gap="150ms", prefix_cache=False)
+    assert (settings.cache_memory, settings.gap, settings.prefix_cache) == (2**31, 0.15, False)
+    with pytest.raises(ConfigError, match="--cache-memory 'much'"):
+        settings_of("owner/base", cache_memory="much")
+
+
 def test_a_config_file_means_what_the_command_line_means():
     written = settings_of("owner/base", precision="bfloat16", pin="french", memory=10**9, rows=3)
     assert written == settings_of(
@@ -106,6 +132,9 @@ def test_what_is_refused_before_anything_is_loaded(veneer, base, tmp_path):
             (["--keys", keys], "keygen"),
             (["--keys", tmp_path / "none"], "cannot be read"),
             (["--memory", "much"], "--memory"),
+            (["--gap", "soon"], "--gap"),
+            (["--engine", "vllm", "--cache-memory", "1GiB"], "--cache-memory"),
+            (["--engine", "vllm", "--no-prefix-cache"], "--no-prefix-cache"),
             (["--port", 70_000], "--port"),
         ):
             run = veneer(
