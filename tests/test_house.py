@@ -162,7 +162,6 @@ LONG_FUNCTIONS = {
     "attach/select_rows.py:_by_spans": 67,
     "cli/eval.py:eval_command": 78,
     "cli/plan.py:plan_command": 79,
-    "cli/serve.py:serve_command": 97,
     "formats/gguf.py:read": 75,
     "formats/peft_tuners.py:changes": 71,
     "formats/peft_tuners.py:_projections": 69,

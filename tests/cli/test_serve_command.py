@@ -179,19 +179,19 @@ def test_a_base_is_served_in_its_own_type_unless_another_is_asked_for(
     monkeypatch.setattr("veneer.models.load._has_fast_bf16", lambda: True)
     tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    told = []
+    dtypes = []
 
-    def listen(service, listening, host, port, budget, *_):
-        told.append((service.dtype, service.engine._forward.model.dtype))
+    def listen(service, server_socket, listener, memory):
+        dtypes.append((service.dtype, service.engine._forward.model.dtype))
         with TestClient(create(service), base_url="http://127.0.0.1") as client:
-            told.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
-        _announce(service, host, port, budget)
+            dtypes.extend(card["dtype"] for card in client.get("/v1/models").json()["data"])
+        _announce(service, listener, memory)
         service.close()
 
     monkeypatch.setattr("veneer.cli.serve._listen", listen)
     run = veneer("serve", tmp_path / "base", "--port", 0, *asked)
     assert run.code == 0, run
-    assert told == [(served, getattr(torch, served)), served]
+    assert dtypes == [(served, getattr(torch, served)), served]
     assert f"tokens, {served})" in " ".join(run.err.split())
 
 

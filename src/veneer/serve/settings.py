@@ -91,8 +91,8 @@ def called_by_default(base: str) -> str:
     return path.resolve().name if path.exists() else base
 
 
-def given(options: dict[str, Any]) -> list[str]:
-    """The flags of these options that were given."""
+def used_flags(options: dict[str, Any]) -> list[str]:
+    """The flags of the options that have another value than None or "auto"."""
     return [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()

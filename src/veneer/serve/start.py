@@ -20,7 +20,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
-from veneer.serve.settings import Settings, given
+from veneer.serve.settings import Settings, used_flags
 from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
@@ -121,7 +121,7 @@ def _causal(settings: Settings) -> Any:
 
 def _encoder(settings: Settings) -> Any:
     options = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
-    if flags := given(options):
+    if flags := used_flags(options):
         problem = f"{listing(flags)} for {settings.base}, an encoder"
         raise ConfigError(problem, "a causal language model", "leave them out")
     return models.load_encoder(settings.base, precision=settings.precision, device=settings.device)
