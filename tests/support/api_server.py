@@ -43,6 +43,9 @@ BASE = "tiny"
 class Ticket:
     request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
+    submitted: float = 1.0
+    started: float | None = None
+    cached_tokens: int = 0
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -77,7 +80,7 @@ class FakeEngine:
     def _write(self, ticket: Ticket, deliver: Any) -> None:
         request, finish = ticket.request, "length"
         sampling, text, generated = request.sampling, "", 0
-        blend = request.blend
+        blend, ticket.started = request.blend, ticket.submitted + 0.01
         if self.observer:
             self.observer.started(blend, 0.01)
         for number in range(min(self.words, sampling.max_tokens)):
@@ -103,6 +106,8 @@ class FakeEngine:
             self.running -= 1
         if self.observer:
             self.observer.first_token(blend, 0.02)
+            for _ in range(1, generated):
+                self.observer.next_token(blend, 0.03)
             self.observer.tokens(blend, len(request.prompt), generated)
             self.observer.finished(blend, finish, 0.1)
         deliver(Piece("", (), finish, self.fails or None, self.cause if self.fails else None))

@@ -54,8 +54,9 @@ class Engine:
         length: tokens of a prompt and its answer together; the model's own limit, if that is less.
         prefill: tokens of prompts that are computed in one call.
         observer: is told what happens: queued(blend), started(blend, waited), first_token(blend,
-            seconds), tokens(blend, prompt, generated), finished(blend, reason, seconds). Called by
-            the engine's thread, queued by the client's.
+            seconds), next_token(blend, seconds since the one before), tokens(blend, prompt,
+            generated), finished(blend, reason, seconds). Called by the engine's thread, queued by
+            the client's.
         turn: a block around each step, for what must not change the model's layers meanwhile.
 
     Raises:
@@ -260,6 +261,7 @@ class Engine:
         admitted_at = time.monotonic()
         for state in group:
             self._admission.remove(state)
+            state.started = admitted_at
             self._notify_observer("started", state.request.blend, admitted_at - state.submitted)
             with self._wake:
                 self._scheduler.began(admitted_at)
@@ -330,10 +332,11 @@ class Engine:
         if sampled.token is None:
             self._end(state, "error", sampled.error)
             return
-        if not state.generated:
-            self._notify_observer(
-                "first_token", state.request.blend, time.monotonic() - state.submitted
-            )
+        before, state.sampled = state.sampled, time.monotonic()
+        event, since = (
+            ("next_token", before) if state.generated else ("first_token", state.submitted)
+        )
+        self._notify_observer(event, state.request.blend, state.sampled - since)
         self._charge(state, 1)
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:
