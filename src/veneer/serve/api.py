@@ -21,11 +21,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
-from veneer.serve import limits, prompts, refusal
+from veneer.serve import docs_page, limits, prompts, refusal
 from veneer.serve.access import Key
 from veneer.serve.answers import Answers, Form, events, failure, of_cause, whole
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
+from veneer.serve.prompt_form import prompt_form
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, cause_of
 from veneer.serve.requests import Request as Job
@@ -60,12 +61,13 @@ def create(service: Service, *routers: Any) -> FastAPI:
     app.include_router(router)
     for extension in service.extensions:
         routers = (*extension.routers, *routers)
+    if service.docs:
+        routers = (*routers, docs_page.router)
     for added_router in routers:
         app.include_router(added_router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(VeneerError, _veneer)
-    app.add_exception_handler(Exception, _bug)
     app.add_middleware(Guard, service=service)
     return app
 
@@ -92,13 +94,6 @@ def _veneer(request: Request, error: Any) -> Response:
     return refusal.of(error).response()
 
 
-def _bug(request: Request, error: Exception) -> Response:
-    """starlette raises it again when this is sent, so that it is in the log."""
-    return Refusal(
-        500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
-    ).response()
-
-
 @router.get("/health")
 async def health() -> dict[str, str]:
     return {"status": "ok"}
@@ -108,7 +103,8 @@ async def health() -> dict[str, str]:
 async def ready(service: Serving) -> Response:
     if not service.ready:
         raise service.unready()
-    return JSONResponse({"status": "ready"})
+    extensions = [extension.path_prefix for extension in service.extensions]
+    return JSONResponse({"status": "ready", "extensions": extensions})
 
 
 @router.get("/metrics")
@@ -139,7 +135,10 @@ async def models(service: Serving, key: Asker) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: Serving, key: Asker) -> dict[str, Any]:
     blend = await requested_adapters(service, key, model, None)
-    return _card(service, next(iter(blend), None))
+    name = next(iter(blend), None)
+    folder = None if name is None else service.catalogue.folder_of(name)
+    form = await asyncio.to_thread(prompt_form, folder, service.tokenizer)
+    return {**_card(service, name), "prompt": form}
 
 
 @router.get("/v1/adapters")

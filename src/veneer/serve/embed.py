@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veneer.errors import sentence
 from veneer.models.encoders import pool
 from veneer.serve.refusal import Refusal
+from veneer.serve.request_log import CURRENT
 from veneer.serve.requests import Busy
 from veneer.serve.scheduler import SHARE, Scheduler, counted_as, key_of
 
@@ -93,6 +94,8 @@ class Embedder:
         """The vectors of some texts, later. To cancel the future drops the call. ``Busy``: too many
         texts wait, or too many of them are of the same key (without keys: of the same adapter)."""
         submitted_at = time.monotonic()
+        if (record := CURRENT.get()) is not None:
+            record.ask(blend, sum(map(len, texts)))
         call = _Call(texts, blend, submitted_at + timeout, submitted_at, owner)
         with self._changed:
             held_calls, free_places = self._held[call.holder], self.queue - self.waiting

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, listing
+from veneer.errors import ConfigError, listing, raise_all, sentence
+from veneer.serve.request_log import FORMATS
 
 _UNITS = {
     "": 1,
@@ -23,6 +25,7 @@ _UNITS = {
 #: torch's words for what a base is loaded in, and ``load_base``'s
 _TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _PRECISIONS = ("auto", "stored", *_TORCH.values())
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,16 @@ class Settings:
     device_map: str | None = None
     attention: str = "auto"
     trust_remote_code: bool = False  # code beside the base may run
+    log_format: str = "text"  # or "json"
+    cors: tuple[str, ...] = ()  # origins of web pages that may send requests
+    docs: bool = False  # a page at /docs that describes the API
+    otlp_endpoint: str | None = None  # a collector of OpenTelemetry, for traces
 
 
 def settings_of(base: str, **words: Any) -> Settings:
     """``Settings`` as somebody writes them, on a command line or in a file: ``memory`` as "2GiB",
-    torch's words for a ``precision``, one ``pin`` or several. ``ConfigError``: a word that means
-    nothing."""
+    torch's words for a ``precision``, one ``pin`` or ``cors`` or several. ``ConfigError``: a word
+    that means nothing."""
     memory, pin, precision = (
         words.get("memory"),
         words.get("pin") or (),
@@ -65,7 +72,35 @@ def settings_of(base: str, **words: Any) -> Settings:
     words["name"] = words.get("name") or called_by_default(base)
     words["memory"] = bytes_in(None if memory is None else str(memory))
     words["pin"] = (pin,) if isinstance(pin, str) else tuple(pin)
+    origins = words.get("cors") or ()
+    words["cors"] = checked_origins((origins,) if isinstance(origins, str) else origins)
+    if words.get("log_format", "text") not in FORMATS:
+        problem = f"--log-format {words['log_format']!r}"
+        raise ConfigError(problem, f"one of {listing(FORMATS)}", "check the spelling")
     return Settings(base, **{**words, "precision": precision})
+
+
+def checked_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """Origins as browsers send them. ``ConfigError``: one that no browser would send."""
+    origins = tuple(dict.fromkeys(origins))
+    wrong = [origin for origin in origins if origin != "*" and not _ORIGIN.fullmatch(origin)]
+    problems = [
+        sentence(
+            f"--cors {origin!r}",
+            "an origin: scheme, host and port, in small letters and without a path, or '*'",
+            "write, for instance, https://app.example.com or http://localhost:3000",
+        )
+        for origin in wrong
+    ]
+    raise_all(ConfigError, "No server was started", problems)
+    return origins
+
+
+def must_have_keys_for_any_origin(settings: Settings, open_to_all: bool) -> None:
+    """``ConfigError``: every page on the web could use a server that is open to all."""
+    if open_to_all and "*" in settings.cors:
+        do = "name the origins, or give --keys FILE"
+        raise ConfigError("--cors '*' without keys", "keys, or origins by name", do)
 
 
 def bytes_in(text: str | None) -> int | None:

@@ -20,7 +20,8 @@ from veneer.serve.engine import Engine
 from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
-from veneer.serve.settings import Settings, used_flags
+from veneer.serve.settings import Settings, must_have_keys_for_any_origin, used_flags
+from veneer.serve.tracing import open_tracer
 from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
@@ -39,7 +40,9 @@ def prepare_process() -> None:
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
     """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
+    must_have_keys_for_any_origin(settings, keys.open)
     _must_be_there(settings)
+    tracer = open_tracer(settings.otlp_endpoint, settings.name)
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -87,6 +90,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
         embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+        cors=settings.cors, docs=settings.docs, tracer=tracer,
     )  # fmt: skip
     if plugin is not None:
         try:

@@ -52,15 +52,15 @@ class Gateway:
     replica and gives its ASGI messages; ``ask_all`` sends it to all of them. ``lost``: what they
     raise when a replica has died."""
 
-    draining, extensions = False, ()  # for ``Guard``
+    draining, extensions, tracer = False, (), None  # for ``Guard``; a replica sends its own spans
 
     def __init__(
         self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
         ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
         ask_all: Callable[[Message, bytes], Awaitable[Sequence[Whole]]],
-        lost: tuple[type[Exception], ...],
+        lost: tuple[type[Exception], ...], cors: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.base, self.keys, self.hosts = base, keys, hosts
+        self.base, self.keys, self.hosts, self.cors = base, keys, hosts, cors
         self.metrics = Metrics()
         self._ask, self._ask_all, self._lost = ask, ask_all, lost
         self.app = Guard(self._answer, self)

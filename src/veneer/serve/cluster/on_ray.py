@@ -17,7 +17,8 @@ import os
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,10 +30,11 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from veneer.errors import ConfigError, listing
 from veneer.serve import limits
-from veneer.serve.access import Keyring, read_keys
+from veneer.serve.access import Keyring, follow_keys, read_keys
 from veneer.serve.cluster import gateway, routing
 from veneer.serve.guard import LOOPBACK
-from veneer.serve.settings import Settings, settings_of
+from veneer.serve.request_log import formatter_of
+from veneer.serve.settings import Settings, must_have_keys_for_any_origin, settings_of
 
 NAME = "veneer"
 #: seconds between two questions whether a replica is well
@@ -74,10 +76,12 @@ class Replica:
         from veneer.serve.api import create
         from veneer.serve.start import prepare_process, start
 
-        _log_to_stderr()
+        _log_to_stderr(settings.log_format)
         prepare_process()
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.service = start(settings, _keyring(keys))
+        self.service = start(replace(settings, cors=()), _keyring(keys))  # the gateway's task
+        if keys is not None:
+            self.service.key_watch = follow_keys(self.service, Path(keys))
         self.service.hosts = hosts
         self.application = create(self.service, page.router)
 
@@ -104,12 +108,16 @@ class Gateway:
     """The deployment that Ray's proxy hands requests to."""
 
     def __init__(
-        self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None
+        self, replicas: Any, settings: Settings, keys: str | None, hosts: tuple[str, ...] | None
     ) -> None:
-        _log_to_stderr()
+        _log_to_stderr(settings.log_format)
         lost = (RayActorError, DeploymentUnavailableError)
         self._replicas = replicas
-        self.gateway = gateway.Gateway(base, _keyring(keys), hosts, self._ask, self._ask_all, lost)
+        self.gateway = gateway.Gateway(
+            settings.name, _keyring(keys), hosts, self._ask, self._ask_all, lost, settings.cors
+        )
+        if keys is not None:
+            follow_keys(self.gateway, Path(keys))  # as long as this process lives
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.gateway.app
@@ -154,9 +162,8 @@ def application(
     actor: Mapping[str, float] | None = None,
 ) -> serve.Application:  # fmt: skip
     """Gateway and replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to Ray."""
-    _keyring(
-        keys
-    )  # a file that is wrong is told here, not in the log of a process that does not start
+    # a file that is wrong is told here, not in the log of a process that does not start
+    must_have_keys_for_any_origin(settings, _keyring(keys).open)
     router: dict[str, Any] = {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"rows": settings.rows},
@@ -169,7 +176,7 @@ def application(
     front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
         **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(replica.bind(settings, keys, hosts), settings.name, keys, hosts)
+    return front.bind(replica.bind(settings, keys, hosts), settings, keys, hosts)
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
@@ -230,12 +237,12 @@ def _keyring(keys: str | None) -> Keyring:
     return Keyring() if keys is None else read_keys(keys)
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(log_format: str) -> None:
     """Ray keeps what a process says, and shows it to whoever started it."""
     logger = logging.getLogger("veneer")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(formatter_of(log_format))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
