@@ -1,8 +1,9 @@
 """Write the generated parts of the docs: docs/cli.md from the commands' --help, the table of
 variants in docs/config.md from their registry, the errors in docs/troubleshooting.md from their
-docstrings, docs/plan.md from the planner, docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md
-and blocks of README.md, docs/start.md, docs/from-peft.md and docs/trainers.md from recorded
-results, docs/paper/ from those of experiments/.
+docstrings, docs/plan.md from the planner, examples/grafana.json from the table of its panels,
+docs/benchmarks.md, docs/torture.md, docs/gpu-measured.md and blocks of README.md, docs/start.md,
+docs/from-peft.md and docs/trainers.md from recorded results, docs/paper/ from those of
+experiments/.
 
     python scripts/docs.py            write
     python scripts/docs.py --check    fail if anything committed is stale
@@ -25,6 +26,7 @@ from experiments.page import pages as paper_pages
 import bench_page
 import errors_page
 import gpu_page
+import grafana_board
 import plan_page
 import readme_picture
 import torture_page
@@ -134,6 +136,7 @@ def main() -> int:
         **paper_pages(),
     }
     generated = {f"docs/{name}": content for name, content in pages.items()}
+    generated["examples/grafana.json"] = grafana_board.board()
     for name, content in (generated | pages_with_blocks()).items():
         path = ROOT / name
         if not path.exists() or path.read_text() != content:
