@@ -138,6 +138,132 @@ def test_what_is_asked_is_what_was_set(show: Open):
     assert "seed" not in server.asked[0]
 
 
+def test_a_system_prompt_and_stop_strings_are_sent(show: Open):
+    server = fake("french")
+    page = show(server)
+    expect(page.locator(".column")).to_have_count(2)
+    expect(page.get_by_label("System prompt")).to_be_hidden()
+    page.get_by_role("button", name="Add a system prompt").click()
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.type("Be brief.")
+    page.get_by_label("Stop at").fill("User:\n\\n\\n\n\\\\n")
+    send(page)
+    ended(page, "done", "done")
+    sent = server.asked[0]
+    assert sent["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one two three"},
+    ]
+    assert sent["stop"] == ["User:", "\n\n", "\\n"]
+    server.asked.clear()
+    page.get_by_role("radio", name="Completion").check()
+    expect(page.get_by_label("System prompt")).to_be_hidden()  # a text has none
+    page.get_by_label("Stop at").fill("")
+    send(page)
+    ended(page, "done", "done")
+    assert not server.asked[0].keys() & {"messages", "stop"}
+
+
+def test_the_page_opens_as_the_first_adapter_was_trained(show: Open):
+    trained = {"mode": "completion", "example": "3 + 5 ="}
+    page = show(fake("sums", "other", prompts={"sums": trained, "other": {"mode": "chat"}}))
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("3 + 5 =")
+    expect(page.get_by_role("button", name="Add a system prompt")).to_be_hidden()
+
+    trained = {"mode": "chat", "system": "You are a pirate.", "example": "Hello"}
+    server = fake("pirate", prompts={"pirate": trained})
+    page = show(server)
+    expect(page.get_by_label("System prompt")).to_have_value("You are a pirate.")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("Hello")
+    page.get_by_role("button", name="Send").click()
+    ended(page, "done", "done")
+    assert [message["role"] for message in server.asked[0]["messages"]] == ["system", "user"]
+
+
+def test_what_somebody_chose_or_typed_stays(show: Open):
+    trained = {"mode": "completion", "example": "3 + 5 ="}
+    page = show(fake("sums", prompts={"sums": trained}))
+    held: list[sync_api.Route] = []
+    page.route("**/v1/models/sums", lambda route: held.append(route))  # noqa: PLW0108 (playwright looks at the handler)
+    page.reload()
+    expect(page.locator(".column")).to_have_count(2)
+    page.get_by_role("radio", name="Completion").check()
+    page.get_by_role("radio", name="Chat").check()
+    page.get_by_label("Prompt", exact=True).fill("mine")
+    assert held
+    with page.expect_response("**/v1/models/sums"):
+        page.unroute("**/v1/models/sums")  # which lets go of what it held
+    expect(page.locator("#adapters .adapter")).to_have_count(1)  # asked for after it
+    expect(page.get_by_role("radio", name="Chat")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("mine")
+
+
+def test_a_link_reproduces_a_comparison_and_asks_nothing(show: Open):
+    server = fake("french", "german", "__proto__")
+    page = show(server)
+    expect(page.locator(".column")).to_have_count(3)
+    column(page, 0).get_by_label("Model of this column").select_option("Blend of two")
+    column(page, 0).get_by_label("First adapter").select_option("german")
+    column(page, 0).get_by_label("Second adapter").select_option("__proto__")
+    column(page, 0).get_by_label("Weight of german").fill("0.25")
+    column(page, 2).get_by_role("button", name="Remove").click()
+    page.get_by_role("button", name="Add a system prompt").click()
+    page.get_by_label("System prompt").fill("Be brief. & #")
+    page.get_by_label("Temperature").fill("0.25")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Stop at").fill("\\n")
+    send(page, "Grüße & more #1\nsecond line", tokens=5)
+    ended(page, "done", "done")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator("#link-words")).to_contain_text("no key")
+    link, first = page.url, list(server.asked)
+    assert "#mode=chat&" in link
+    server.asked.clear()
+    page = page.context.new_page()  # as somebody else opens it
+    page.goto(link)
+    expect(page.locator(".column")).to_have_count(2)
+    expect(page.get_by_role("article", name="0.25 german + 0.5 __proto__")).to_be_visible()
+    expect(page.get_by_label("System prompt")).to_have_value("Be brief. & #")
+    assert server.asked == []
+    page.get_by_role("button", name="Send").click()
+    ended(page, "done", "done")
+    by_model = lambda bodies: sorted(bodies, key=str)  # noqa: E731
+    assert by_model(server.asked) == by_model(first)
+
+    page.evaluate("location.hash = '#mode=completion&model=gone&model=french&temperature=0'")
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(column(page, 0).locator(".model option:checked")).to_have_text(
+        "gone (not on the server)"
+    )
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("")
+    expect(page.get_by_label("Temperature")).to_have_value("0")
+    page.evaluate("location.hash = '#prompt'")  # where the link that skips leads
+    expect(column(page, 1).locator(".model option:checked")).to_have_text("french")
+
+
+LINKS = """async ([path, fragments]) => {
+    const { read, write } = await import(path);
+    return fragments.map((fragment) => {
+        const linked = read(fragment);
+        return linked && [linked, read(write(linked))];
+    });
+}"""
+
+
+def test_fragments_that_are_no_link(show: Open):
+    page = show(fake())
+    fragments = [
+        "", "#", "#prompt", "#mode=other", "#model=a", "#mode=chat&x=1&model=&model=a",
+        '#mode=completion&blend=[["a",1],["b",-0.5]]&blend=[["a",1]]&blend=7&blend={&blend=[["a","1"],["b",2]]',
+    ]  # fmt: skip
+    linked = page.evaluate(LINKS, [f"/web/{files.DIGEST}/link.js", fragments])
+    assert linked[:5] == [None] * 5
+    assert linked[5] == [{"settings": {"mode": "chat"}, "columns": ["a"]}] * 2
+    blend = {"settings": {"mode": "completion"}, "columns": [[["a", 1], ["b", -0.5]]]}
+    assert linked[6] == [blend] * 2
+
+
 def test_a_field_that_is_wrong_stops_the_sending(show: Open):
     server = fake("french")
     page = show(server)
@@ -547,11 +673,26 @@ def test_on_a_phone(show: Open, width: int):
     server.held = False
     ended(page, "done", "done", "failed")
     page.get_by_text("Load an adapter").tap()
+    page.get_by_role("button", name="Add a system prompt").tap()
     assert page.evaluate(fits)
     assert page.evaluate(SMALL) == []
-    column(page, 2).scroll_into_view_if_needed()  # swiped to, within the row of columns
+    column(page, 2).scroll_into_view_if_needed()
     expect(column(page, 2)).to_be_in_viewport(ratio=0.4)
     assert page.evaluate("scrollX") == 0
+
+
+def test_two_answers_stand_under_one_another_on_a_phone(show: Open):
+    page = show(fake("french", pace=0.001), **PHONE)
+    expect(page.locator(".column")).to_have_count(2)
+    send(page, "some words that fill a line of a phone", tokens=120)
+    ended(page, "done", "done")
+    for place in range(2):  # both are there to be read, without a swipe
+        expect(column(page, place).locator(".answer")).to_be_in_viewport(ratio=1)
+    first, second = (column(page, place).bounding_box() for place in range(2))
+    assert first is not None
+    assert second is not None
+    assert first["x"] == second["x"]
+    assert second["y"] >= first["y"] + first["height"]
 
 
 CONTRAST = """() => {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from playwright import sync_api
 from tests.support.api_server import FakeEngine, adapter_at, fake_service, listening
@@ -21,7 +23,7 @@ KEYS = Keyring(
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Opens the page; no script may fail on the way."""
+    """Opens the page; no script may fail on the way, and nothing may be asked that is not there."""
     opened, wrong = [], []
 
     def show(keys=None):
@@ -34,6 +36,7 @@ def show(browser, tmp_path):
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("response", lambda answer: answer.status == 404 and wrong.append(answer.url))
         page.goto(url)
         return page, service
 
@@ -60,6 +63,16 @@ def test_answers_stream_side_by_side(show):
     send(page, "hello", tokens=2)
     ended(page, "done", "done", "done")
     assert {"french", "german"} in [set(request.blend) for request in service.engine.seen]
+
+
+def test_the_page_opens_as_the_record_of_the_adapter_says(show, tmp_path):
+    folder = adapter_at(tmp_path / "dir" / "a-first")
+    prompt = {"mode": "completion", "example": "3 + 5 ="}
+    (folder / "veneer.json").write_text(json.dumps({"provenance": {"prompt": prompt}}))
+    page, _ = show()
+    expect(page.locator(".column")).to_have_count(3)
+    expect(page.get_by_role("radio", name="Completion")).to_be_checked()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("3 + 5 =")
 
 
 def test_a_full_queue_is_told(show):
