@@ -44,8 +44,8 @@ class Ticket:
     request: Request
     cancelled: threading.Event = field(default_factory=threading.Event)
     submitted: float = 1.0
-    started: float | None = None
-    cached_tokens: int = 0
+    started_at: float | None = None
+    cached: int = 0
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -80,7 +80,7 @@ class FakeEngine:
     def _write(self, ticket: Ticket, deliver: Any) -> None:
         request, finish = ticket.request, "length"
         sampling, text, generated = request.sampling, "", 0
-        blend, ticket.started = request.blend, ticket.submitted + 0.01
+        blend, ticket.started_at = request.blend, ticket.submitted + 0.01
         if self.observer:
             self.observer.started(blend, 0.01)
         for number in range(min(self.words, sampling.max_tokens)):

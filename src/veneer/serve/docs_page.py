@@ -36,7 +36,7 @@ def render(description: Schema) -> str:
         for method, operation in methods.items()
     ]
     schemas = description.get("components", {}).get("schemas", {})
-    parts = [
+    lines = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: the API</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<link rel="stylesheet" href="web/{page.DIGEST}/page.css"></head>',
@@ -46,7 +46,7 @@ def render(description: Schema) -> str:
         *(_schema_section(name, schema) for name, schema in sorted(schemas.items())),
         "</main></body></html>",
     ]
-    return "\n".join(parts)
+    return "\n".join(lines)
 
 
 def _section(method: str, path: str, operation: Schema) -> str:

@@ -261,7 +261,7 @@ class Engine:
         admitted_at = time.monotonic()
         for state in group:
             self._admission.remove(state)
-            state.started = admitted_at
+            state.started_at = admitted_at
             self._notify_observer("started", state.request.blend, admitted_at - state.submitted)
             with self._wake:
                 self._scheduler.began(admitted_at)
@@ -332,11 +332,11 @@ class Engine:
         if sampled.token is None:
             self._end(state, "error", sampled.error)
             return
-        before, state.sampled = state.sampled, time.monotonic()
+        before, state.sampled_at = state.sampled_at, time.monotonic()
         event, since = (
             ("next_token", before) if state.generated else ("first_token", state.submitted)
         )
-        self._notify_observer(event, state.request.blend, state.sampled - since)
+        self._notify_observer(event, state.request.blend, state.sampled_at - since)
         self._charge(state, 1)
         self._notify_observer("tokens", state.request.blend, 0, 1)
         try:

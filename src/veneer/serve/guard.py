@@ -67,8 +67,8 @@ class Guard:
                 record.status = message["status"]
                 self.service.metrics.responses.labels(str(record.status)).inc()
                 # a replica behind this server has added the same ones
-                others = [pair for pair in message.get("headers", ()) if pair[0] not in names]
-                message = {**message, "headers": [*others, *added]}
+                theirs = [pair for pair in message.get("headers", ()) if pair[0] not in names]
+                message = {**message, "headers": [*theirs, *added]}
             await send(message)
 
         # what comes next, such as a replica, takes the request by the same id

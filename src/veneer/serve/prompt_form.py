@@ -35,7 +35,7 @@ def prompt_form(folder: Path | None, tokenizer: Any) -> dict[str, Any]:
 
 
 def _recorded_prompt(folder: Path) -> Mapping[str, Any]:
-    """What the record says of prompts; nothing where there is no record, or one that is damaged:
+    """The record's words on prompts; nothing where there is no record, or one that is damaged:
     such an adapter is refused when it is loaded, with the reason."""
     if not (folder / RECORD).is_file():
         return {}

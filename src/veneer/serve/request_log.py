@@ -83,9 +83,9 @@ class RequestRecord:
             self.first_token_seconds = time.monotonic() - self.started
         if piece.finish is not None:
             self.end(piece.finish)
-            self.cached_tokens += ticket.cached_tokens
-            if ticket.started is not None:
-                waited = ticket.started - ticket.submitted
+            self.cached_tokens += ticket.cached
+            if ticket.started_at is not None:
+                waited = ticket.started_at - ticket.submitted
                 self.queue_seconds = max(waited, self.queue_seconds or 0.0)
 
     def end(self, reason: str) -> None:

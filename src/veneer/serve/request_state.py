@@ -39,9 +39,9 @@ class RequestState:
         )
         self.text = Text(detokenizer, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
-        self.started: float | None = None  # when its prompt began to be computed, the first time
-        self.sampled = 0.0  # when its last token was
-        self.cached_tokens = 0  # of its prompt, of which keys and values were there already
+        self.started_at: float | None = None  # when its prompt began to be computed, the first time
+        self.sampled_at = 0.0  # when its last token was
+        self.cached = 0  # tokens of its prompt that were in the cache
         self.deadline = self.submitted + request.timeout
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
         self.future: Any = None  # of its adapters, from when its turn is near

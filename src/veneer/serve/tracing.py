@@ -113,8 +113,8 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
     is none, or the library is missing."""
     if endpoint is None:
         return None
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    address = urlsplit(endpoint)
+    if address.scheme not in ("http", "https") or not address.netloc:
         raise ConfigError(
             f"--otlp-endpoint {endpoint!r}",
             "the address of an OTLP collector over HTTP",
@@ -128,5 +128,5 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "OpenTelemetry's SDK and its exporter",
             "pip install 'veneer[tracing]', or leave the endpoint out",
         ) from error
-    address = endpoint if parts.path.strip("/") else endpoint.rstrip("/") + TRACES
-    return Tracer(base, OTLPSpanExporter(endpoint=address))
+    url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + TRACES
+    return Tracer(base, OTLPSpanExporter(endpoint=url))
