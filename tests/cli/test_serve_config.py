@@ -107,7 +107,7 @@ def test_the_environment_names_a_collector(veneer, started, monkeypatch):
         ("base: b\nrows: 0\n", ["--rows"]),
         ("base: b\nlog_format: xml\n", ["--log-format", "json"]),
         ("base: b\ncors: app.example.com\n", ["--cors 'app.example.com'"]),
-        ("rows: 4\n", ["BASE"]),
+        ("rows: 4\n", ["Missing argument 'base'"]),
         ("base: [", ["not YAML"]),
         ("- base", ["expected `name: value` lines"]),
     ],

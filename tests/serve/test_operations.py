@@ -244,7 +244,7 @@ def test_a_page_of_an_origin_that_is_named_may_ask(it):
         assert refused.status_code == 403
         assert "--cors" in refused.json()["error"]["message"]
         assert cors_headers(refused) == {}
-        assert preflight(http, headers="a b\x00").headers["access-control-allow-headers"] == (
+        assert preflight(http, headers="a b").headers["access-control-allow-headers"] == (
             "authorization, content-type"
         )
         assert http.get("/v1/models", headers={"Origin": APP}).status_code == 401

@@ -39,6 +39,7 @@ def render(description: Schema) -> str:
     lines = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: the API</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<link rel="icon" type="image/svg+xml" href="web/{page.DIGEST}/icon.svg">',
         f'<link rel="stylesheet" href="web/{page.DIGEST}/page.css"></head>',
         f'<body class="docs"><main><h1>{title}</h1>',
         '<p class="words">The same as JSON: <a href="openapi.json">openapi.json</a></p>',
@@ -51,7 +52,7 @@ def render(description: Schema) -> str:
 
 def _section(method: str, path: str, operation: Schema) -> str:
     """A route: what it does, its parameters, the schema of its body."""
-    words = operation.get("description") or operation.get("summary") or ""
+    words = operation.get("description", "")  # a summary is the function's name again
     rows = [
         (
             entry["name"],
@@ -64,7 +65,8 @@ def _section(method: str, path: str, operation: Schema) -> str:
     body = "".join(
         f"<p>Body: {_type_of(media.get('schema', {}))}</p>" for media in content.values()
     )
-    head = f"<h2><code>{method} {escape(path)}</code></h2><p>{escape(words)}</p>"
+    head = f"<h2><code>{method} {escape(path)}</code></h2>"
+    head += f"<p>{escape(words)}</p>" if words else ""
     return f'<section class="card">{head}{_table(rows)}{body}</section>'
 
 

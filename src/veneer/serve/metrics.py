@@ -23,6 +23,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 BASE, BLEND, UNLOADED, OTHER = "base", "blend", "unloaded", "other"
 #: the label of what was counted for adapters whose series are gone: in the sums, and not shown
@@ -197,24 +198,29 @@ class Metrics:
             ("veneer_resident_bytes", "Bytes of the adapters in memory.", lambda: sum(resident())),
         ):
             Gauge(name, help_, registry=self.registry).set_function(read)
-        residency: Any = SimpleNamespace(collect=lambda: [self._residency(bank)])
-        self.registry.register(residency)
-
-    def _residency(self, bank: Any) -> Metric:
-        """The bytes of each adapter in memory; of those without a place, together."""
-        sizes: Counts[str] = Counts()
-        for entry in bank.status():
-            if entry.resident:
-                sizes[self.label({entry.name: 1.0})] += entry.bytes
-        help_ = "Bytes of an adapter in memory."
-        family = GaugeMetricFamily("veneer_adapter_resident_bytes", help_, labels=["adapter"])
-        for label, size in sizes.items():
-            family.add_metric([label], size)
-        return family
+        self.registry.register(_Residency(self, bank))
 
     def page(self, *, adapters: bool = True) -> bytes:
         """In Prometheus' text format; without ``adapters``, sums over them."""
         return generate_latest(_Shown(self.registry, adapters))  # pyright: ignore[reportArgumentType]
+
+
+class _Residency(Collector):
+    """The bytes of each adapter in memory; of those without series of their own, together."""
+
+    def __init__(self, metrics: Metrics, bank: Any) -> None:
+        self._metrics, self._bank = metrics, bank
+
+    def collect(self) -> Iterator[Metric]:
+        sizes: Counts[str] = Counts()
+        for entry in self._bank.status():
+            if entry.resident:
+                sizes[self._metrics.label({entry.name: 1.0})] += entry.bytes
+        help_ = "Bytes of an adapter in memory."
+        family = GaugeMetricFamily("veneer_adapter_resident_bytes", help_, labels=["adapter"])
+        for label, size in sizes.items():
+            family.add_metric([label], size)
+        yield family
 
 
 @dataclass
