@@ -42,7 +42,7 @@ allow_open: true
 log_format: json
 cors: [https://app.example.com, "http://localhost:3000"]
 docs: true
-otlp_endpoint: http://localhost:4318
+otlp-endpoint: http://localhost:4318
 name:
 """
 
@@ -98,7 +98,7 @@ def test_the_environment_names_a_collector(veneer, started, monkeypatch):
     ("text", "words"),
     [
         ("base: b\nrwos: 4\n", ["'rwos'", "nearest: 'rows'"]),
-        ("base: b\nallow-open: true\n", ["'allow-open'", "nearest: 'allow_open'"]),
+        ("base: b\nallow-opn: true\n", ["'allow-opn'", "nearest: 'allow_open'"]),
         ("base: b\nconfig: other.yaml\n", ["the option 'config'"]),
         ("base: b\ndtype: bf16\nprecision: fp32\n", ["another spelling of it"]),
         ("base: b\nrows: [1, 2]\n", ["a list for 'rows'"]),

@@ -114,7 +114,7 @@ def test_a_missing_library_is_named(monkeypatch):
 def test_spans_reach_a_collector_over_http():
     """With the exporter, which is an extra of its own: a server of one request stands for the
     collector."""
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 

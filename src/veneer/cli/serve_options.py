@@ -44,7 +44,7 @@ def file_values(path: Path, params: Sequence[Any]) -> dict[str, Any]:
     }
     values, problems = {}, []
     for key, value in read_yaml(path).items():
-        param = names.get(key)
+        param = names.get(key.replace("-", "_"))
         if param is None:
             near = nearest(key, names, 1)
             problem = f"the option {key!r}{near} in {path}"
