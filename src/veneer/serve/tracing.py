@@ -121,7 +121,7 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "write, for instance, http://localhost:4318",
         )
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.exporter.otlp.proto.http import trace_exporter  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"--otlp-endpoint (or OTEL_EXPORTER_OTLP_ENDPOINT) without {error.name}",
@@ -129,4 +129,4 @@ def open_tracer(endpoint: str | None, base: str) -> Tracer | None:
             "pip install 'veneer[tracing]', or leave the endpoint out",
         ) from error
     url = endpoint if address.path.strip("/") else endpoint.rstrip("/") + TRACES
-    return Tracer(base, OTLPSpanExporter(endpoint=url))
+    return Tracer(base, trace_exporter.OTLPSpanExporter(endpoint=url))
