@@ -82,7 +82,7 @@ ConfigFile = Annotated[
     Path | None,
     Option(
         "--config",
-        help="YAML file with any of the options below, such as `rows: 8`; a flag wins over it.",
+        help="YAML file of options, such as `rows: 8`; a flag wins over it.",
         is_eager=True,
         callback=_read_file,
     ),
