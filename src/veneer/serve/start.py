@@ -74,16 +74,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         engine.start()
         length = engine.length
     else:
-        pad = tokenizer.pad_token_id or 0
-        embedder = Embedder(
-            model,
-            bank,
-            pad=pad,
-            how=loaded.pooling,
-            normal=loaded.normal,
-            rows=rows,
-            observer=metrics,
-        )
+        embedder = _embedder(loaded, bank, rows, metrics)
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
     service = Service(
@@ -121,6 +112,18 @@ def _causal(settings: Settings) -> Any:
         settings.base, precision=settings.precision, quantize=settings.quantize, device=settings.device,
         device_map=settings.device_map, attention=settings.attention,
     )  # fmt: skip
+
+
+def _embedder(encoder: Any, bank: Bank, rows: int, metrics: Metrics) -> Embedder:
+    return Embedder(
+        encoder.model,
+        bank,
+        pad=encoder.tokenizer.pad_token_id or 0,
+        how=encoder.pooling,
+        normal=encoder.normal,
+        rows=rows,
+        observer=metrics,
+    )
 
 
 def _encoder(settings: Settings) -> Any:
