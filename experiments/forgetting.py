@@ -24,6 +24,8 @@ from experiments.study import (
 SOURCE = "[Biderman et al. 2024](https://arxiv.org/abs/2405.09673), section 4.3"
 LORA, FULL = "LoRA, rank 8", "full fine-tuning"
 STEPS, BATCH, EVERY, TARGET = 40, 8, 8, 2.0
+#: a rate counts if its last loss aside is this much below the target, so that its results reach it
+MARGIN = 0.15
 #: added to the loss of a run that does not reach the target, so that it scores behind all that do
 UNREACHED = 100.0
 PLAN = Tuned(
@@ -45,9 +47,9 @@ Every {EVERY} steps two losses are taken: of the phonemes of 40 words that did n
 tokens of general text (Python's language reference, licence texts, descriptions of data sets).
 Forgetting is the rise of the second when the first falls to {TARGET:g}, interpolated between the
 two points around it. The rate of each method is the one that forgets least on words and texts
-aside, of the rates that reach {TARGET:g} within {STEPS} steps; results are of other words, other
-texts and {len(SEEDS)} other seeds. The claim holds if full fine-tuning forgets more, by the
-interval of the differences between runs of the same seed.
+aside, of the rates that come to {TARGET - MARGIN:g} or less there within {STEPS} steps; results are
+of other words, other texts and {len(SEEDS)} other seeds. The claim holds if full fine-tuning
+forgets more, by the interval of the differences between runs of the same seed.
 """
 EARLIER = """
 The page had "did not hold": at the same loss LoRA forgot +1.03 beside +0.17 of full fine-tuning.
@@ -95,7 +97,7 @@ def run(cell: Cell) -> dict[str, Any]:
 
         def measured_batches(batches: Iterable[list[int]]) -> Iterator[list[int]]:
             for step, batch in enumerate(batches):
-                if step % cell["every"] == 0 and step < cell["steps"]:
+                if step % cell["every"] == 0:
                     measure(step)
                 yield batch
 
@@ -109,13 +111,10 @@ def run(cell: Cell) -> dict[str, Any]:
         )
         measure(cell["steps"])
     rise = rise_at(points, cell["target"])
-    unreached = UNREACHED + points[-1][1]
-    return {
-        "points": points,
-        "numbers": count,
-        "rise": rise,
-        "aside": unreached if rise is None else rise,
-    }
+    last = points[-1][1]
+    counts = rise is not None and last <= cell["target"] - MARGIN
+    aside = rise if counts else UNREACHED + last
+    return {"points": points, "numbers": count, "rise": rise, "aside": aside}
 
 
 def rise_at(points: Sequence[tuple[int, float, float]], target: float) -> float | None:
