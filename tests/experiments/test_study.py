@@ -241,7 +241,7 @@ def test_a_table_is_markdown():
 
 
 def test_the_table_of_rates_marks_the_best():
-    text = study.rates_table(PLAN, complete(PLAN), "distance")
+    text = study.rates_table(PLAN, complete(PLAN))
     assert "**0.001: 0.000**" in text
     assert "**0.064: 0.000**" in text
     assert "seed 100" in text
