@@ -78,7 +78,8 @@ def pages() -> dict[str, str]:
     summary = f"Of {len(verdicts)} claims: {counts}."
     if waiting:
         summary += f"\n\nNot recorded under the rule yet: {', '.join(waiting)}."
-    return {**texts, "paper/README.md": "\n\n".join([HEAD.rstrip(), summary, *sections]) + "\n"}
+    blocks = [HEAD.rstrip(), *paragraphs(summary), *sections]
+    return {**texts, "paper/README.md": "\n\n".join(blocks) + "\n"}
 
 
 def write_page(
