@@ -30,12 +30,28 @@ TEXT = {
     "n": 1,
     "stream": True,
 }
+FIELDS = {
+    "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_p": 0.1, "logit_bias": {"5": 1},
+    "min_tokens": 1, "stop_token_ids": [5], "bad_words": ["a"], "allowed_token_ids": [5], "prompt_logprobs": 1,
+    "truncate_prompt_tokens": 9, "return_token_ids": True, "request_id": "a", "priority": 1, "echo": False,
+    "structured_outputs": {"regex": "a"}, "guided_choice": ["a"], "skip_special_tokens": True,
+}  # fmt: skip
+TEMPLATE = {
+    "chat_template_kwargs": {"a": False},
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
 VECTORS = {"model": BASE, "input": "a", "encoding_format": "base64", "dimensions": 3}
 LOAD = {"lora_name": "new", "lora_path": "french", "load_inplace": True, "pin": True}
 BODIES = {
     "/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/embeddings": VECTORS, "/v1/load_lora_adapter": LOAD,
     "/v1/unload_lora_adapter": {"lora_name": "new"},
 }  # fmt: skip
+#: a body with all of the fields is none that is right, but each of them is looked at
+MORE = {
+    "/v1/chat/completions": {**CHAT, **FIELDS, **TEMPLATE},
+    "/v1/completions": {**TEXT, **FIELDS},
+}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 anything = st.recursive(
@@ -83,8 +99,23 @@ def survives(answer):
         assert answer.json()["error"]["message"]
 
 
+@st.composite
+def with_some_fields(draw, route):
+    """A right body with some of the other fields, of which one is mutated."""
+    body = MORE[route]
+    names = draw(st.lists(st.sampled_from(sorted(body)), min_size=1, max_size=4, unique=True))
+    base = {name: BODIES[route][name] for name in ("model", "messages", "prompt") if name in body}
+    changed = draw(st.sampled_from(names))
+    return {**base, **{name: body[name] for name in names}, changed: draw(mutated(body[changed]))}
+
+
 cases = st.sampled_from(sorted(BODIES)).flatmap(
-    lambda route: st.tuples(st.just(route), mutated(BODIES[route]))
+    lambda route: st.tuples(
+        st.just(route),
+        mutated(BODIES[route]) | with_some_fields(route)
+        if route in MORE
+        else mutated(BODIES[route]),
+    )
 )
 
 

@@ -80,6 +80,8 @@ class FakeEngine:
         blend = request.blend
         if self.observer:
             self.observer.started(blend, 0.01)
+        if sampling.prompt_logprobs is not None:
+            deliver(Piece("", prompt=_scored(request.prompt, sampling.prompt_logprobs)))
         for number in range(min(self.words, sampling.max_tokens)):
             if ticket.cancelled.wait(self.pause):
                 finish = "cancelled"
@@ -118,6 +120,15 @@ class FakeEngine:
             ticket.cancel()
         for thread in self.threads:
             thread.join(timeout=10)
+
+
+def _scored(prompt: tuple[int, ...], alternatives: int) -> tuple[Token, ...]:
+    """A prompt's tokens "p0", "p1", …: the second has -0.2 and rank 2, the third -0.3 and rank 3."""
+    top = tuple((9 + i, f"x{i}", -1.0 - i) for i in range(alternatives))
+    return tuple(
+        Token(id, f"p{i}", -(i + 1) / 10, top, i + 1) if i else Token(id, "p0")
+        for i, id in enumerate(prompt)
+    )
 
 
 class FakeBank:

@@ -178,14 +178,23 @@ async def chat_completions(
 ) -> Response:
     blend = await _may_generate(service, key, body)
     size = sum(len(message.text) for message in body.messages)
-    prompt = await in_text_thread(
-        service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length)
-    )
-    token_limit = (
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    )
+    readable = prompts.readable(service.length, body.truncate_prompt_tokens)
+
+    def read() -> tuple[int, ...]:
+        return prompts.chat(
+            service.tokenizer,
+            body.messages,
+            readable,
+            body.template_arguments(),
+            add_special_tokens=body.add_special_tokens,
+        )
+
+    prompt = await in_text_thread(service, size, read)
+    token_limit = body.token_limit()
+    prompt = prompts.cut(prompt, body.truncate_prompt_tokens, token_limit, service.length)
     most = prompts.room([prompt], token_limit, service.length, short=False)
-    return await _answer(request, body, blend, [prompt], most)
+    heads = [body.messages[-1].text] * body.n if body.echo else []
+    return await _answer(request, body, blend, [prompt], most, heads)
 
 
 @router.post("/v1/completions")
@@ -193,22 +202,26 @@ async def completions(
     body: CompletionRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     blend = await _may_generate(service, key, body)
-    sent = body.prompt
-    if body.echo and body.logprobs is not None:
-        message = sentence(
-            "echo with logprobs", "one of them", "probabilities of a prompt are not computed here"
-        )
-        raise Refusal(400, message, param="echo")
+    sent, truncate, length = body.prompt, body.truncate_prompt_tokens, service.length
     if len(sent) * body.n > limits.ANSWERS:
         problem = f"{len(sent)} prompts with n = {body.n}"
         raise Refusal(
             400, problem, f"at most {limits.ANSWERS} answers", "send several requests", param="n"
         )
-    tokens = await _read(service, sent, "prompt")
-    most = prompts.room(tokens, body.max_tokens, service.length, short=True)
+    read_tokens = await read_texts(
+        service, sent, "prompt", prompts.readable(length, truncate), body.add_special_tokens
+    )
+    tokens = [prompts.cut(prompt, truncate, body.max_tokens, length) for prompt in read_tokens]
+    most = prompts.room(tokens, body.max_tokens, length, short=True)
 
     def echo_texts() -> list[str]:
-        return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
+        """The prompts as they were sent; of one that was cut, what is left."""
+        return [
+            text
+            if isinstance(text, str) and len(prompt) == len(uncut)
+            else service.tokenizer.decode(prompt)
+            for text, uncut, prompt in zip(sent, read_tokens, tokens, strict=True)
+        ]
 
     texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts) if body.echo else []
     return await _answer(
@@ -216,12 +229,26 @@ async def completions(
     )
 
 
-async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
-    """The tokens of some texts. Others have the tokenizer between two groups of them."""
+async def read_texts(
+    service: Service,
+    sent: Sequence[Any],
+    param: str,
+    length: int,
+    add_special_tokens: bool = True,
+) -> Tokens:
+    """The tokens of some texts, each of which may have ``length``. Others have the tokenizer
+    between two groups of them."""
     tokens: Tokens = []
 
     def read(text: Any) -> tuple[int, ...]:
-        return prompts.plain(service.tokenizer, text, service.vocabulary, service.length, param)
+        return prompts.plain(
+            service.tokenizer,
+            text,
+            service.vocabulary,
+            length,
+            param,
+            add_special_tokens=add_special_tokens,
+        )
 
     for group in prompts.groups(sent):
         tokens += await in_text_thread(
@@ -241,7 +268,7 @@ async def _may_generate(service: Service, key: Key, body: Asked) -> dict[str, fl
             "an encoder", "a causal language model", "use /v1/embeddings, or serve another base"
         )
         raise Refusal(400, message, param="model", code="not_generative")
-    prompts.check_schema(body.schema_of_answer())
+    prompts.check_grammar(body.schema_of_answer(), body.grammar_of_answer())
     return blend
 
 
@@ -258,14 +285,24 @@ async def _answer(
     service: Service = request.app.state.service
     key: Key = request.state.key
     form = Form(body, tokens, heads, key.admin)
+    _check_prompt_logprobs(body, tokens)
+    if body.min_tokens > most:
+        problem, expected = f"min_tokens {body.min_tokens}", f"at most {most}, which there may be"
+        raise Refusal(400, problem, expected, "ask for fewer", param="min_tokens")
+    bad_words: list[tuple[int, ...]] = []
+    if body.bad_words:
+        size = sum(map(len, body.bad_words))
+        work = partial(prompts.word_tokens, service.tokenizer, body.bad_words)
+        bad_words = await in_text_thread(service, size, work)
     jobs = [
         Job(
             prompt,
             blend,
-            body.sampling(most, number, service.sampling),
+            body.sampling(most, number, service.sampling, bad_words),
             service.timeout,
             f"{form.id}-{number}",
             key.owner,
+            priority=body.priority,
         )
         for number, prompt in enumerate(prompt for prompt in tokens for _ in range(body.n))
     ]
@@ -276,9 +313,7 @@ async def _answer(
         finally:
             answers.cancel()  # also where it was never begun
         return (
-            await asyncio.to_thread(JSONResponse, content)
-            if form.logprobs
-            else JSONResponse(content)
+            await asyncio.to_thread(JSONResponse, content) if form.large else JSONResponse(content)
         )
     with ExitStack() as otherwise:
         otherwise.callback(answers.cancel)
@@ -290,6 +325,19 @@ async def _answer(
             raise refused
         otherwise.pop_all()
     return _Stream(answers, events(form, first, pieces))
+
+
+def _check_prompt_logprobs(body: Asked, tokens: Tokens) -> None:
+    """Refuse a call that asks for more log-probabilities of its prompts than an answer may hold."""
+    alternatives = body.prompt_alternatives()
+    if alternatives is None:
+        return
+    count = (1 + alternatives) * body.n * sum(map(len, tokens))
+    if count > limits.PROMPT_LOGPROBS:
+        problem = f"{count:,} log-probabilities of prompts"
+        expected = f"at most {limits.PROMPT_LOGPROBS:,}"
+        param = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise Refusal(400, problem, expected, "send fewer prompts at once", param=param)
 
 
 async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
@@ -308,7 +356,7 @@ async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:
                 charge(0)
             raise
 
-    if jobs[0].sampling.schema is None:
+    if jobs[0].sampling.schema is None and jobs[0].sampling.grammar is None:
         return submit()
     try:
         return await _submit_with_schema(service, submit)
@@ -363,7 +411,7 @@ async def embeddings(
             f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out"
         )
         raise Refusal(400, message, param="dimensions")
-    tokens = await _read(service, body.input, "input")
+    tokens = await read_texts(service, body.input, "input", service.length)
     longest = max(map(len, tokens))
     if longest > service.length:
         message = sentence(

@@ -46,6 +46,7 @@ class _Call:
     deadline: float
     began: float
     owner: str = ""
+    priority: int = 0
     queued: bool = False
     done: Future[list[Tensor]] = field(default_factory=Future)
     lease: Any = None

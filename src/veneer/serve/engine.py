@@ -28,9 +28,12 @@ from torch import Tensor
 from veneer.errors import sentence
 from veneer.serve.admission import Admission
 from veneer.serve.forward import Forward, context
+from veneer.serve.grammars import Schemas
+from veneer.serve.processors import processors_of
+from veneer.serve.prompt_scores import PromptScorer
 from veneer.serve.request_state import Deliver, RequestState
 from veneer.serve.requests import Busy, Cause, Finish, Request, RequestError, cause_of
-from veneer.serve.sampling import SampledToken, Sampler, Schemas, sample
+from veneer.serve.sampling import SampledToken, Sampler, sample
 from veneer.serve.scheduler import PROMPT, Scheduler, fit_budget
 from veneer.serve.slots import Slots
 from veneer.serve.text import Detokenizer
@@ -90,6 +93,7 @@ class Engine:
             for id in (eos_id if isinstance(eos_id, list | tuple) else [eos_id])
         ) - {None}
         self._schemas = Schemas(tokenizer, self._forward.logits, sorted(self._eos))
+        self._scorer = PromptScorer(self._forward, prefill)
 
         self._wake = (
             threading.Condition()
@@ -116,12 +120,9 @@ class Engine:
         no other, has ``finish``. ``RequestError``: a prompt that is empty, too long or of unknown
         tokens; a schema that is not understood. ``Busy``: the queue is full, or the engine is
         draining."""
-        size, most, schema = (
-            len(request.prompt),
-            request.sampling.max_tokens,
-            request.sampling.schema,
-        )
-        if not 0 < size < self.length:
+        sampling, size, most = request.sampling, len(request.prompt), request.sampling.max_tokens
+        scored_alone = most == 0 and sampling.prompt_logprobs is not None  # no answer needs room
+        if not 0 < size <= self.length - (not scored_alone):
             expected = f"1 to {self.length - 1}, and room for an answer"
             raise RequestError(f"a prompt of {size} tokens", expected, "shorten it")
         if min(request.prompt) < 0 or max(request.prompt) >= self._vocabulary:
@@ -129,11 +130,17 @@ class Engine:
             raise RequestError(
                 "a token that the model does not have", expected, "use its tokenizer"
             )
-        if most < 1:
+        if most < 1 and not scored_alone:
             raise RequestError("an answer of no tokens", "max_tokens of at least 1", "ask for more")
         limit = min(most, self.length - size)
+        grammar = sampling.schema if sampling.grammar is None else sampling.grammar
         sampler = Sampler(
-            request.sampling, None if schema is None else self._schemas.matcher(schema)
+            sampling,
+            None if grammar is None else self._schemas.matcher(grammar),
+            processors_of(
+                sampling, request.prompt, self._eos, self._forward.logits, self._forward.device
+            ),
+            None if sampling.schema is None else self._schemas.layout(limit),
         )
         state = RequestState(request, deliver, sampler, self._detokenizer, limit, self._poke)
         with self._wake:
@@ -190,6 +197,7 @@ class Engine:
             if state.cancelled or step_start >= state.deadline:
                 self._end(state, "cancelled" if state.cancelled else "timeout")
         self._admission.admit(self.running)
+        self._score_prompts()
         self._compute(self._next_prompts(), self._fill)
         self._compute(list(self._running), self._decode)
 
@@ -247,7 +255,10 @@ class Engine:
         within the token budget."""
         if self._long is not None:
             return [self._long]
-        ready = self._admission.loaded[: self.rows - len(self._running)]
+        loaded = [
+            state for state in self._admission.loaded if state.score is None or state.score.done
+        ]
+        ready = loaded[: self.rows - len(self._running)]
         if ready and len(ready[0].request.prompt) > self.prefill:
             group = ready[:1]
             self._long = ready[0]
@@ -294,6 +305,28 @@ class Engine:
     def _select_adapters(self, leases: Sequence[Any]) -> AbstractContextManager[Any]:
         return nullcontext() if self._bank is None else self._bank.rows(leases)
 
+    def _score_prompts(self) -> None:
+        """The next piece of prompts of which log-probabilities are asked for. An answer of one
+        token, or of none, ends with its prompt; others wait for a row as if theirs were new."""
+        group = self._scorer.next_group(self._admission.loaded)
+        self._compute(group, self._scorer.compute)
+        for state in group:
+            if state.done or state.score is None or not state.score.done:
+                continue
+            state.send_prompt()
+            size, blend, ended_at = len(state.request.prompt), state.request.blend, time.monotonic()
+            self._charge(state, PROMPT * size)
+            if state.limit > 1:
+                continue
+            self._notify_observer("started", blend, ended_at - state.submitted)
+            self._notify_observer("tokens", blend, size, 0)
+            with self._wake:
+                self._scheduler.began(ended_at)
+            if state.limit == 0:
+                self._end(state, "length")
+            else:
+                self._compute([state], lambda states: states[0].score.last)  # pyright: ignore
+
     def _fill(self, states: list[RequestState]) -> Tensor | None:
         """Prompts, of which the first tokens are sampled; they run from now on. None: a long one is
         not whole yet."""
@@ -328,7 +361,7 @@ class Engine:
 
     def _accept(self, state: RequestState, sampled: SampledToken) -> None:
         if sampled.token is None:
-            self._end(state, "error", sampled.error)
+            self._end(state, "error", sampled.error, sampled.cause)
             return
         if not state.generated:
             self._notify_observer(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -110,6 +111,20 @@ class Forward:
         ids, positions = self._to_device([tokens, lengths]).unbind()
         with slots.decode(lengths, positions):
             return self._logits(slots, ids[:, None], positions[:, None], None)
+
+    def score(self, rows: Sequence[Sequence[int]], cache: Any = None) -> Tensor:
+        """Logits [rows, width, vocabulary] behind every token of some rows, by the model's own
+        attention, beside the slots. ``cache`` (``new_cache``): one row goes on from what it
+        holds."""
+        width = max(map(len, rows))
+        # what fills a row up is behind its tokens, and none of them sees it
+        ids = self._to_device([[*ids, *[ids[-1]] * (width - len(ids))] for ids in rows])
+        options = {"use_cache": False} if cache is None else {"use_cache": True, self.cache: cache}
+        return self.model(input_ids=ids, **options).logits
+
+    def new_cache(self) -> Any:
+        """An empty cache of transformers, for ``score``."""
+        return DynamicCache(config=self.model.config)
 
     def _logits(self, slots: Slots, ids: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
         NOW.last = last

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from veneer.serve.prompt_scores import PromptScore
 from veneer.serve.requests import Cause, Finish, Piece, Request, Token
 from veneer.serve.sampling import SampledToken, Sampler
 from veneer.serve.scheduler import counted_as, key_of
@@ -32,11 +33,14 @@ class RequestState:
         wake: Wake,
     ) -> None:
         self.request, self.sampler, self.limit = request, sampler, limit
-        self.key, self.flow, self.owner = (
+        self.key, self.flow, self.owner, self.priority = (
             key_of(request.blend),
             counted_as(request.blend),
             request.owner,
+            request.priority,
         )
+        alternatives = request.sampling.prompt_logprobs
+        self.score = None if alternatives is None else PromptScore(request.prompt, alternatives)
         self.text = Text(detokenizer, request.prompt, request.sampling.stop)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout
@@ -56,7 +60,8 @@ class RequestState:
         self._wake()
 
     def accept(self, sampled: SampledToken, eos: frozenset[int]) -> Finish | None:
-        """Take the next token; deliver what became certain, unless the answer ends: why it does."""
+        """Take the next token; deliver it with what became certain, also where it has no text yet,
+        unless the answer ends: why it does."""
         token, text_of = sampled.token, self._detokenizer.text
         assert token is not None
         self.last = token
@@ -67,14 +72,30 @@ class RequestState:
         sampling = self.request.sampling
         if token in sampling.stop_tokens or (token in eos and not sampling.ignore_eos):
             return "stop"
-        self._new, self._stopped = self.text.add(token)
+        watched = self.generated > sampling.min_tokens
+        self._new, self._stopped = self.text.add(token, watched=watched)
         if self._stopped or over:
             return "stop"
         if self.generated >= self.limit:
             return "length"
-        if self._new:
-            self._send()
+        self._send()
         return None
+
+    def send_prompt(self) -> None:
+        """Deliver the prompt's tokens with their log-probabilities, all of which are computed."""
+        assert self.score is not None
+        text_of = self._detokenizer.text
+        tokens = tuple(
+            Token(
+                score.token,
+                text_of(score.token),
+                score.logprob,
+                tuple((id, text_of(id), logprob) for id, logprob in score.top),
+                score.rank,
+            )
+            for score in self.score.tokens
+        )
+        self._send(prompt=tokens)
 
     def end(self, finish: Finish, error: str | None = None, cause: Cause | None = None) -> None:
         """Deliver what is left, with ``finish``."""
@@ -87,13 +108,17 @@ class RequestState:
         self._send(finish, error, cause)
 
     def _send(
-        self, finish: Finish | None = None, error: str | None = None, cause: Cause | None = None
+        self,
+        finish: Finish | None = None,
+        error: str | None = None,
+        cause: Cause | None = None,
+        prompt: tuple[Token, ...] = (),
     ) -> None:
         text, self._new = self._new, ""
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
-            self._deliver(Piece(text, tokens, finish, error, cause))
+            self._deliver(Piece(text, tokens, finish, error, cause, prompt=prompt))
         except Exception:
             log.exception(
                 "request %s: its client could not be given a piece; it is cancelled",

@@ -1,7 +1,7 @@
 """Chooses the next request: of the key that was served least, within it the adapter that was, and
 within an adapter who came first.
 
-    key ("alice")  →  adapter ("french")  →  requests, first come, first served
+    key ("alice")  →  adapter ("french")  →  requests by priority, then first come, first served
 
 This is start-time fair queueing (Goyal, Vin and Cheng 1996) of tokens;
 ``docs/decisions/serve.md`` has the rules and the reasons. A server without keys
@@ -51,6 +51,7 @@ class Waiting(Protocol):
     key: Key  # its blend
     flow: str  # what it is counted as (``counted_as``)
     owner: str  # the name of the API key that asks; "" where there are no keys
+    priority: int  # a lower one goes first, within its line
 
 
 E = TypeVar("E", bound=Waiting)
@@ -116,7 +117,8 @@ class Scheduler(Generic[E]):
         self._starts: deque[float] = deque(maxlen=33)  # when the last ones began
 
     def add(self, request: E) -> None:
-        """Put a request at the end of its line. ``Busy``: no place for it."""
+        """Put a request at the end of its line, but before those that have a higher number as
+        priority. ``Busy``: no place for it."""
         lines = self._lines.get(request.owner, {})
         theirs, flow_length = sum(map(len, lines.values())), len(lines.get(request.flow, ()))
         room = float(self.places - self.waiting)
@@ -137,7 +139,9 @@ class Scheduler(Generic[E]):
             )
         self._owners.enter(request.owner)
         self._flows.setdefault(request.owner, Shares()).enter(request.flow)
-        self.go_on(request)
+        line = self._grow(request)
+        ahead = sum(entry.priority <= request.priority for entry in line)
+        line.insert(ahead, request)
 
     def push_back(self, request: E) -> None:
         """Put a request that was taken before all others of its line again."""

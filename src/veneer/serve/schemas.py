@@ -13,7 +13,7 @@ for each would take seconds of the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,6 +24,7 @@ from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits
 from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
+from veneer.serve.sampling_fields import SamplingFields, TemplateFields
 
 T = TypeVar("T")
 
@@ -32,10 +33,17 @@ HARMLESS = {
     "prompt_cache_options", "parallel_tool_calls", "include_obfuscation", "lora_int_id",
 }  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
     "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"), "modalities": (["text"],), "service_tier": ("auto", "default"),
     "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
+    # vLLM's fields at vLLM's defaults
+    "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,), "detokenize": (True,),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "truncation_side": ("left",), "watermarking": (False,), "include_reasoning": (True,), "documents": ([],),
+    "mm_processor_kwargs": ({},), "media_io_kwargs": ({},), "vllm_xargs": ({},), "kv_transfer_params": ({},),
+    "ec_transfer_params": ({},), "routed_experts_prompt_start": (0,), "return_token_offsets": (False,),
+    "return_prompt_text": (False,), "return_mm_kwargs": (True,), "thinking_token_budget": (-1,),
+    "stream_interval": (1,),
 }  # fmt: skip
 
 #: unknown fields of one object that are looked at
@@ -192,7 +200,21 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
+    """``continuous_usage_stats``: vLLM's, the usage so far with each chunk."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    @model_validator(mode="after")
+    def _check_usage(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise wrong(
+                "continuous_usage_stats without include_usage",
+                "both, or neither",
+                "add include_usage = true",
+                "stream_options",
+            )
+        return self
 
 
 class JsonSchema(Strict):
@@ -218,14 +240,14 @@ class SchemaFormat(Strict):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Asked(Strict, ABC):
-    """The fields that both kinds of completion have in common. ``adapters``, ``top_k`` and
-    ``ignore_eos`` are not OpenAI's."""
+class Asked(Strict, SamplingFields, ABC):
+    """The fields that both kinds of completion have in common. ``adapters`` and ``top_k`` are not
+    OpenAI's."""
 
     model: Name
     adapters: Blend | None = None
     n: Annotated[int, Field(ge=1, le=limits.CHOICES)] = 1
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -234,7 +256,7 @@ class Asked(Strict, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
-    ignore_eos: bool = False
+    echo: bool = False
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -247,36 +269,94 @@ class Asked(Strict, ABC):
             )
         return self
 
-    def sampling(self, max_tokens: int, choice: int, base: SamplingDefaults) -> Sampling:
+    @model_validator(mode="after")
+    def _check_sampling_fields(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            do = "leave out stream"
+            raise wrong("prompt_logprobs with stream", "one of them", do, "prompt_logprobs")
+        is_text = self.response_format is None or isinstance(self.response_format, TextFormat)
+        if self.structured_outputs is not None and not is_text:
+            problem = "structured_outputs beside response_format"
+            raise wrong(problem, "one of them", "send one", "structured_outputs")
+        most = self.token_limit()
+        if most == 0 and self.prompt_alternatives() is None:
+            expected = "at least 1, or 0 with echo or prompt_logprobs"
+            raise wrong("the number 0 in max_tokens", expected, "ask for more", "max_tokens")
+        if most is not None and self.min_tokens > most:
+            problem = f"min_tokens {self.min_tokens} and max_tokens {most}"
+            raise wrong(problem, "at most max_tokens", "change one of them", "min_tokens")
+        return self
+
+    def sampling(
+        self,
+        max_tokens: int,
+        choice: int,
+        base: SamplingDefaults,
+        bad_words: Sequence[tuple[int, ...]] = (),
+    ) -> Sampling:
         """How answer number ``choice`` of the call is drawn; each has a seed of its own. ``base``:
-        of the fields that the client leaves out."""
+        of the fields that the client leaves out. ``bad_words``: the tokens of that field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = None if self.seed is None else sample_seed(self.seed, choice)
         temperature = _first(self.temperature, base.temperature, 1.0)
         top_p, top_k = _first(self.top_p, base.top_p, 1.0), _first(self.top_k, base.top_k, 0)
         return Sampling(
-            max_tokens, temperature, max(top_p, 1e-6), max(top_k, 0), seed, stop, self.alternatives(),
-            self.schema_of_answer(), self.ignore_eos,
-        )  # fmt: skip
+            max_tokens,
+            temperature,
+            max(top_p, 1e-6),
+            max(top_k, 0),
+            seed,
+            stop,
+            self.alternatives(),
+            self.schema_of_answer(),
+            prompt_logprobs=self.prompt_alternatives(),
+            **self.sampling_options(bad_words),
+        )
 
     @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives beside each token are asked for; None for no probabilities at
         all."""
 
+    def token_limit(self) -> int | None:
+        """How many tokens an answer may have, as the client says."""
+        return self.max_tokens
+
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives beside each token of the prompt have to be computed; None for none
+        of its probabilities."""
+        return self.prompt_logprobs
+
     def schema_of_answer(self) -> dict[str, Any] | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.schema_of_answer()
         if isinstance(self.response_format, SchemaFormat):
             return self.response_format.json_schema.schema_
         return {"type": "object"} if isinstance(self.response_format, ObjectFormat) else None
 
 
-class ChatRequest(Asked):
+class ChatRequest(Asked, TemplateFields):
     messages: Annotated[
         list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MESSAGES)
     ]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
+    add_special_tokens: bool = False
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.echo and self.messages[-1].role != "assistant":
+            raise wrong(
+                "echo, and a last message that is not the assistant's",
+                "one that the answer goes on from",
+                "leave out echo",
+                "echo",
+            )
+        return self
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -311,10 +391,17 @@ class CompletionRequest(Asked):
         AfterValidator(_as_list),
     ]
     logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] | None = None
-    echo: bool = False
+    add_special_tokens: bool = True
 
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def prompt_alternatives(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        if echoed is None and self.echo and self.max_tokens == 0:
+            echoed = 0  # nothing else of it is computed
+        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(counts, default=None)
 
 
 class EmbeddingRequest(Strict):

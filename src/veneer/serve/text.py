@@ -58,10 +58,12 @@ class Text:
         ):  # the prompt ends within a character: the answer does not begin with its rest
             self._ids, self._context, self._shown = [], 0, ""
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string ends it."""
+    def add(self, token: int, *, watched: bool = True) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop string ends it. Stop strings are looked for
+        in the text of tokens that are ``watched``."""
         self._ids.append(token)
-        return self._give(self._decode_certain(final=False), final=False)
+        new = self._decode_certain(final=False)
+        return self._give(new, final=False) if watched else (new, False)
 
     def end(self) -> str:
         """The rest of the text when no token follows: also bytes that are no character, and
