@@ -45,7 +45,9 @@ VECTORS = {"model": BASE, "input": "a", "encoding_format": "base64", "dimensions
 LOAD = {"lora_name": "new", "lora_path": "french", "load_inplace": True, "pin": True}
 BODIES = {
     "/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/v1/embeddings": VECTORS, "/v1/load_lora_adapter": LOAD,
-    "/v1/unload_lora_adapter": {"lora_name": "new"},
+    "/v1/unload_lora_adapter": {"lora_name": "new"}, "/tokenize": {"prompt": "a", "add_special_tokens": True},
+    "/detokenize": {"model": BASE, "tokens": [5, 6]}, "/score": {"model": BASE, "text_1": "a", "text_2": ["b", "c"]},
+    "/rerank": {"model": BASE, "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
 }  # fmt: skip
 #: a body with all of the fields is none that is right, but each of them is looked at
 MORE = {

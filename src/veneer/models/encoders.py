@@ -28,7 +28,7 @@ class Encoder(NamedTuple):
     """A loaded encoder, and how its tokens become one vector.
 
     ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1,
-    ``length`` the most tokens of a text.
+    ``length`` the most tokens of a text, ``labels`` those of the head that it was loaded with.
     """
 
     model: PreTrainedModel
@@ -37,6 +37,7 @@ class Encoder(NamedTuple):
     pooling: str
     normal: bool
     length: int
+    labels: int = 0
 
 
 def is_causal(source: str | Path) -> bool:
@@ -98,11 +99,25 @@ def _describe_non_causal(name: str) -> str | None:
     return None
 
 
+def is_scorer(source: str | Path) -> bool:
+    """Whether a base is a classifier of one label: its logit scores a text, or a pair of them."""
+    config = config_of(source)
+    names = getattr(config, "architectures", None) or ()
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    return is_classifier and getattr(config, "num_labels", None) == 1
+
+
 def load_encoder(
-    source: str | Path, *, precision: Precision = "auto", device: str | None = None, **loading: Any
+    source: str | Path,
+    *,
+    precision: Precision = "auto",
+    device: str | None = None,
+    with_head: bool = False,
+    **loading: Any,
 ) -> Encoder:
     """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean
-    of its tokens, normalised, where it has none. ``loading``: more of what ``load_base`` takes.
+    of its tokens, normalised, where it has none. ``with_head``: with its classifier, if it has one
+    of one label. ``loading``: more of what ``load_base`` takes.
 
     Raises:
         ConfigError: as ``load_base``, or a pooling that is not known here.
@@ -110,7 +125,9 @@ def load_encoder(
     name = str(source)
     location = find_base(name)
     pooling, normal, longest = _pooling(Path(location))
-    model: Any = load_head(source, "AutoModel", precision=precision, device=device, **loading)
+    scores = with_head and is_scorer(source)
+    auto = "AutoModelForSequenceClassification" if scores else "AutoModel"
+    model: Any = load_head(source, auto, precision=precision, device=device, **loading)
     tokenizer = tokenizer_at(location, name)
     limits = (
         longest,
@@ -118,7 +135,7 @@ def load_encoder(
         tokenizer.model_max_length,
     )
     length = min(int(limit) for limit in limits if limit)
-    return Encoder(model, tokenizer, name, pooling, normal, length)
+    return Encoder(model, tokenizer, name, pooling, normal, length, int(scores))
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:

@@ -1,5 +1,5 @@
 """The HTTP application: OpenAI's routes, vLLM's for adapters, and what an operator needs. Routes
-only.
+only; ``tokenize.py`` and ``score.py`` have those of vLLM beside OpenAI's.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
@@ -20,14 +20,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
-from veneer.serve import limits, prompts, refusal
+from veneer.errors import VeneerError, sentence
+from veneer.serve import limits, prompts, refusal, score, tokenize
 from veneer.serve.access import Key
-from veneer.serve.answers import Answers, Form, events, failure, of_cause, whole
+from veneer.serve.answers import Answers, Form, events, failure, whole
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
-from veneer.serve.requests import Busy, cause_of
+from veneer.serve.requests import Busy
 from veneer.serve.requests import Request as Job
 from veneer.serve.schemas import (
     Asked,
@@ -37,6 +37,7 @@ from veneer.serve.schemas import (
     LoadRequest,
     UnloadRequest,
 )
+from veneer.serve.score import embedder_of, vectors_of
 from veneer.serve.service import (
     Admin,
     Asker,
@@ -57,7 +58,8 @@ def create(service: Service, *routers: Any) -> FastAPI:
     """The application of a service; ``routers`` are added to its own."""
     app = FastAPI(title="Veneer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.service = service
-    app.include_router(router)
+    for core_router in (router, tokenize.router, score.router):
+        app.include_router(core_router)
     for extension in service.extensions:
         routers = (*extension.routers, *routers)
     for added_router in routers:
@@ -398,14 +400,7 @@ async def embeddings(
     body: EmbeddingRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     blend = await requested_adapters(service, key, body.model, body.adapters)
-    embedder = service.embedder
-    if embedder is None:
-        message = sentence(
-            "a causal language model",
-            "an encoder",
-            "serve one, such as a sentence-transformers model",
-        )
-        raise Refusal(400, message, param="model", code="no_embeddings")
+    embedder = embedder_of(service)
     if body.dimensions not in (None, embedder.width):
         message = sentence(
             f"dimensions {body.dimensions}", f"{embedder.width}, the model's own", "leave it out"
@@ -418,13 +413,7 @@ async def embeddings(
             f"an input of {longest} tokens", f"at most {service.length}", "shorten it"
         )
         raise Refusal(400, message, param="input", code="context_length_exceeded")
-    try:
-        computation = embedder.submit(tokens, blend, service.timeout, key.owner)
-        vectors = await unless_gone(request, asyncio.wrap_future(computation))
-    except (AdapterError, SelectionError, Refusal) as error:  # as the engine has it
-        if isinstance(error, Refusal) and error.code != "engine_error":
-            raise
-        raise of_cause(str(error), cause_of(error), key.admin) from error
+    vectors = await vectors_of(request, service, key, tokens, blend)
     form = as_base64 if body.encoding_format == "base64" else lambda vector: vector.tolist()
     data = [
         {"object": "embedding", "index": i, "embedding": form(vector)}

@@ -34,7 +34,7 @@ log = logging.getLogger("veneer.serve.access")
 #: paths that answer while the server drains: the operator's, and the page's own files
 ALWAYS = ("/health", "/ready", "/metrics")
 #: where a key is needed, besides the paths of extensions
-KEYED = "/v1"
+KEYED = ("/v1", "/v2", "/tokenize", "/detokenize", "/score", "/rerank")
 PAGE = "/web/"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]

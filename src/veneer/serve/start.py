@@ -80,6 +80,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
             normal=loaded.normal,
             rows=rows,
             observer=metrics,
+            labels=loaded.labels,
         )
     metrics.watch(engine or embedder, bank)
     catalogue.watch()
@@ -124,4 +125,6 @@ def _encoder(settings: Settings) -> Any:
     if flags := given(options):
         problem = f"{listing(flags)} for {settings.base}, an encoder"
         raise ConfigError(problem, "a causal language model", "leave them out")
-    return models.load_encoder(settings.base, precision=settings.precision, device=settings.device)
+    return models.load_encoder(
+        settings.base, precision=settings.precision, device=settings.device, with_head=True
+    )
