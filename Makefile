@@ -116,6 +116,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python scripts/words.py
 	$(BIN)/python -m pytest tests/test_house.py -q
 	$(BIN)/python scripts/docs.py --check
 	$(BIN)/python scripts/build_site.py

@@ -352,11 +352,8 @@ def _gradients(ctx: Any, *gradients: Tensor | None) -> Any:
         dy = dy.reshape(-1, dy.shape[-1])
         db[number] = dy.sum(0) if needs_bias[number] else None
         if gains[number] is not None:
-            dgain[number] = (
-                (dy * unscaled_outputs[number]).sum(0, dtype=gains[number].dtype)
-                if needs_gain[number]
-                else None
-            )
+            if needs_gain[number]:
+                dgain[number] = (dy * unscaled_outputs[number]).sum(0, dtype=gains[number].dtype)
             dy = torch.mul(dy, gains[number], out=torch.empty_like(dy))
         product(dy, ups[number], scale, U[:, start:end])
         dB[number] = product(dy.mT, h[:, start:end], scale) if needs_B[number] else None

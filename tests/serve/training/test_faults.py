@@ -256,7 +256,7 @@ def test_weights_that_others_push_out_while_a_sample_waits_are_read_again(
         real = training.engine.submit
 
         def between(request, deliver):
-            training.used(second)
+            training.register_checkpoint(second)
             return real(request, deliver)
 
         monkeypatch.setattr(training.engine, "submit", between)
@@ -406,6 +406,6 @@ def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, c
 
 
 def worker_place(path):
-    from veneer.serve.training.store import place_of
+    from veneer.serve.training.store import parse_checkpoint_path
 
-    return place_of(path)
+    return parse_checkpoint_path(path)

@@ -63,7 +63,7 @@ def test_a_request_that_comes_while_the_line_of_its_run_is_dropped_is_done(
         real = store.add_request
 
         def add_request(*args):
-            worker.do(lambda: worker.let_go(worker.lines[run.id])).result(timeout=20)
+            worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result(timeout=20)
             assert run.id not in worker.lines
             return real(*args)
 

@@ -169,7 +169,7 @@ def test_locks_are_taken_in_the_order_that_is_written_down(watch, base, tmp_path
         if not ORDER.index(pair[0]) < ORDER.index(pair[1])
     }
     assert not against
-    assert {"Bank._loading", "Turn._now", "Queue.wake", "Store._lock"} <= names
+    assert {"Bank._loading", "Turn._now", "Queue.wake", "Index.lock"} <= names
     loaders = {thread for thread, name in watch.takes if name == "Bank._loading"}
     assert loaders
     assert not [thread for thread in loaders if thread.startswith(PROMPT)]

@@ -160,7 +160,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
         failed_passes(run, run.ask_pass(bad), run.ask_pass(bad))
         with pytest.raises(Failed):
             run.step(-1)  # which is none
-        worker.do(lambda: worker.let_go(worker.lines[run.id])).result()
+        worker.do(lambda: worker.memory.let_go(worker.lines[run.id])).result()
     with opened(base, tmp_path) as (url, _):  # a restart forgets none
         again = Client(url)
         again.session = client.session

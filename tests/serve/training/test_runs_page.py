@@ -129,7 +129,7 @@ def test_runs_are_seen_as_they_train(show, it):
         "Nothing is trained now. The last batch, 5 min ago, was of alpha"
     )
     it.training.worker.do(
-        lambda: it.training.worker.let_go(it.training.worker.lines[run.id])
+        lambda: it.training.worker.memory.let_go(it.training.worker.lines[run.id])
     ).result()
     expect(said).to_contain_text("on disk")
     expect(page.locator("#notice")).to_be_hidden()
@@ -200,7 +200,7 @@ def test_many_runs_and_names_of_strangers(show, it):
     )
     assert page.evaluate("window.pwned") is None
     assert page.locator("body img, body script, body b").count() == 0
-    store._do("DELETE FROM runs WHERE session = ?", session)
+    store._index.execute("DELETE FROM runs WHERE session = ?", session)
     expect(page.locator(".run")).to_have_count(4)
 
 

@@ -664,7 +664,7 @@ def opened(base, folder, **options):
 
 def crash(service):
     """What a kill leaves: nothing is written any more."""
-    training_of(service).worker._write_state = lambda line: None
+    training_of(service).worker.memory.write_state_if_due = lambda line: None
 
 
 def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkeypatch):
@@ -679,7 +679,7 @@ def test_a_server_that_was_killed_goes_on_with_every_step(base, tmp_path, monkey
             run.step(0.02)
             if step == 1:
                 training_of(service).worker.do(
-                    lambda: training_of(service).worker.state(
+                    lambda: training_of(service).worker.memory.write_state(
                         training_of(service).worker.lines[run.id]
                     )
                 ).result()
@@ -826,7 +826,7 @@ def test_a_client_that_vanishes_frees_its_share(base, tmp_path):
         run = trained_run(client)
         before = run.pass_([datum(TEXT)], backward=False).logprobs[0]
         assert len(training.worker.trainer.runs) == 1
-        training._seen[client.session] -= 1000
+        training._heartbeats[client.session] -= 1000
         training.sweep()
         until(lambda: not training.worker.trainer.runs)
         np.testing.assert_array_equal(run.pass_([datum(TEXT)], backward=False).logprobs[0], before)
@@ -939,5 +939,5 @@ def test_a_tied_head_is_said_not_to_train(tmp_path):
 
 
 def test_json_of_failures_is_the_clients(monkeypatch):
-    body = json.loads(worker_.failure(ValueError("x"), own=True).body)
+    body = json.loads(worker_.failure(ValueError("x"), is_bug=True).body)
     assert body == {"error": "ValueError: x", "category": "server"}

@@ -1,13 +1,13 @@
-"""Runs that train on one base at once: the arithmetic of the service, without clients, queues and
-files of its own.
+"""Train several runs on one base at once. This module has the arithmetic of the service; clients
+and queues are elsewhere.
 
     passes of several runs ─ rows of similar length ─> one forward and backward of the base
                            ─> log-probabilities, gradients
 
 A ``Pass`` is a forward, and a backward if requested, of one run over data of any number and length.
-``compute`` takes rows of several of them, padded on the right to the longest, which a causal model
-does not see. The step engine (``veneer/engine``) computes them; if a run fails, its gradients stay
-as they were and the others go on.
+``compute`` takes rows of several passes, padded on the right to the longest; padding on the right
+does not affect a causal model. The step engine (``veneer/engine``) computes them. If a run fails,
+its gradients are restored and the others go on.
 """
 
 from __future__ import annotations
@@ -48,23 +48,22 @@ from veneer.serve.training.losses import LOSSES, Datum
 from veneer.train.many import LabelLoss, Runs
 from veneer.train.tokens import IGNORED
 
-#: tokens of rows that share a batch, on a processor and on a device; samples wait for a batch
+#: the most tokens in a batch, on a CPU and on a device; samples wait while a batch is computed
 TOKENS, DEVICE_TOKENS = 512, 8192
 ADAPTER, OPTIMIZER = "adapter", "optimizer.safetensors"
-#: bounds of the learning rate and of epsilon: beyond them, numbers overflow sooner or later
+#: bounds of the learning rate and of epsilon: beyond them, weights overflow sooner or later
 MOST_RATE, LEAST_EPS = 10.0, 1e-20
-#: of a gradient's values: AdamW keeps their squares, which float32 holds up to 3e38
+#: the largest value of a gradient: AdamW stores squares, and float32 overflows above 3e38
 MOST_GRADIENT = 1e18
 
 
 class DivergenceError(TrainingError):
-    """A step after which a run is no adapter any more: its weights are of no use, and a checkpoint
-    must be loaded into it."""
+    """A step made the weights of a run too large for an adapter folder. The run needs a checkpoint
+    to continue."""
 
 
 class Turn:
-    """Fair lock for two threads: the thread that has waited longest goes next, however often the
-    other one asks again."""
+    """Fair lock for two threads: the thread that has waited longest goes next."""
 
     def __init__(self) -> None:
         self._next = threading.Lock()
@@ -89,8 +88,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Adam:
-    """The settings of one step, as torch's AdamW has them; ``clip``: the largest norm of a
-    gradient, 0 for any."""
+    """The settings of one step of torch's AdamW. ``clip``: the largest norm of the gradient; 0 for
+    no limit."""
 
     rate: float = 1e-4
     beta1: float = 0.9
@@ -142,13 +141,13 @@ class Pass:
         return not self.left or self.error is not None
 
 
-#: of each run in a batch, the indices of its data
+#: for each run in a batch, indices of its data
 Rows = Mapping[str, Sequence[int]]
 
 
 class Trainer:
-    """Runs on one base by name. One thread calls it; ``turn`` is a block around all that calls the
-    model or changes its layers. ``model`` is in eval mode."""
+    """Runs on one base by name. Only one thread may call it. ``turn``: a lock that is held while
+    the model is called or its layers are changed. ``model`` is in eval mode."""
 
     def __init__(
         self, model: nn.Module, bank: Any, turn: AbstractContextManager[Any] | None = None
@@ -161,7 +160,7 @@ class Trainer:
         self._products: dict[str, list[Product]] = {}
 
     def begin(self, run: str, config: LoraConfig, seed: int) -> None:
-        """``TargetError``: the config does not fit the base."""
+        """Create a run. ``TargetError``: the config does not fit the base."""
         with self._turn:
             self._add_optimizer(run, self.runs.add(run, config, seed=seed))
 
@@ -275,8 +274,8 @@ class Trainer:
         return self.engine.adapters[run].parameters
 
     def _finish(self, training_pass: Pass) -> None:
-        """Add the gradients of a pass to those from before it. If it failed, or the sum is out of
-        bounds, these are restored."""
+        """Add the gradients of a pass to those of earlier passes. If it failed or the sum is out of
+        bounds, restore the earlier ones."""
         earlier = training_pass.earlier_gradients
         if earlier is None:
             return
@@ -284,7 +283,7 @@ class Trainer:
         if training_pass.error is None:
             add_earlier(parameters, earlier)
             largest = largest_magnitude(present_gradients(parameters))
-            if not largest <= MOST_GRADIENT:  # NaN is not, either
+            if not largest <= MOST_GRADIENT:  # also true for NaN
                 training_pass.error = TrainingError(
                     f"a gradient of up to {largest:.3g}",
                     f"numbers of at most {MOST_GRADIENT:g}",
@@ -295,12 +294,11 @@ class Trainer:
         training_pass.earlier_gradients = None
 
     def step(self, run: str, adam: Adam) -> dict[str, float]:
-        """A step of AdamW along the gradients of the passes since the last one.
+        """A step of AdamW along the gradients of the passes since the last step.
 
         Raises:
-            DataError: settings with which numbers would overflow; nothing has changed.
-            DivergenceError: after the step, no adapter folder can hold the weights. The run is of
-                no use any more.
+            DataError: settings with which weights would overflow; nothing has changed.
+            DivergenceError: after the step, no adapter folder can hold the weights.
         """
         adam.check()
         adapter = self.engine.adapters[run]
@@ -308,23 +306,21 @@ class Trainer:
         _adamw(adapter).param_groups[0].update(
             lr=adam.rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.decay
         )
-        with self._turn:  # samples are drawn from a copy, but the base of a call is common
+        with self._turn:  # samples use a copy of the adapter, but the same base
             adapter.step()
         self._check_bounds(run)
         return {"unclipped_grad_l2:mean": norm}
 
     def _check_bounds(self, run: str) -> None:
-        """``DivergenceError``: a run's numbers are such as ``adapter_files.folder`` neither writes
-        nor reads."""
+        """``DivergenceError``: a run's weights exceed the bound of ``adapter_files.folder``."""
         parameters = self._parameters(run)
         norms = wide_norms(parameters)
         sizes = [abs(pair.scale) * norms[pair.A] * norms[pair.B] for pair in self._products[run]]
-        # No value is larger than the norm of its tensor, so that values are seldom looked at.
+        # no value exceeds the norm of its tensor, so values are rarely compared one by one
         within = all(norm <= MAX_MAGNITUDE for norm in norms)
         sizes.append(0.0 if within else largest_magnitude(parameters))
-        worst = next(
-            (size for size in sizes if not size <= MAX_MAGNITUDE), None
-        )  # NaN is not, either
+        # ``not <=`` is also true for NaN
+        worst = next((size for size in sizes if not size <= MAX_MAGNITUDE), None)
         if worst is not None:
             raise DivergenceError(
                 f"a run that diverged: a step made numbers of up to {worst:.3g}",
@@ -341,8 +337,8 @@ class Trainer:
         provenance: Mapping[str, Any] | None = None,
         check: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Write the adapter and its optimiser as one folder, over what is there, unless ``check``
-        raises for the new folder."""
+        """Write the adapter and its optimiser as one folder, replacing an existing one. If
+        ``check`` raises an error for the new folder, nothing is replaced."""
         names = [name for name, _ in self.runs[run].named_parameters()]
         tensors = optimizer_tensors(_adamw(self.engine.adapters[run]), names)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -352,10 +348,10 @@ class Trainer:
             check(temporary)
 
     def load(self, run: str, folder: Path, *, optimizer: bool, adapter: str = ADAPTER) -> None:
-        """Load a saved run in place of the present one; ``adapter``: the path of its adapter in the
-        folder. ``AdapterError``: there is none, and the run is as it was."""
+        """Replace a run by a saved one. ``adapter``: the path of its adapter in the folder.
+        ``AdapterError``: there is no adapter, and the run is unchanged."""
         with self._turn:
-            if run in self.runs:  # tried beside it first
+            if run in self.runs:  # load it under another name first: this may fail
                 self.runs.add(f"{run}-new", folder / adapter)
                 self.runs.remove(f"{run}-new")
             tensors = read_tensors(folder / OPTIMIZER)[0] if optimizer else {}
@@ -371,15 +367,15 @@ class Trainer:
     def export(
         self, run: str, folder: Path, base: str | None, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the adapter alone, over what is there."""
+        """Write the adapter without its optimiser, replacing an existing folder."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.runs[run].save(folder, base_name=base, provenance=provenance, overwrite=True)
 
     @contextmanager
-    def sampled(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
-        """A block in which the model computes as samples are drawn, a row for each of these leases
-        of the bank; None is the base. Adapters are loaded before it: within, a load would wait for
-        memory that its holders free only after their turn."""
+    def sampling(self, leases: Sequence[Any]) -> Iterator[nn.Module]:
+        """A block in which row i of the model's input uses the adapter of the bank's lease
+        ``leases[i]``; None is the base. The adapters must be in memory already: a load within the
+        block could wait for memory whose holders wait for this thread's turn."""
         with self._turn, torch.inference_mode(), self._bank.rows(leases):
             yield self.model
 
@@ -390,7 +386,7 @@ def _adamw(adapter: TrainedAdapter) -> torch.optim.Optimizer:
 
 
 def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor) -> Tensor:
-    """Of one target a token: ``losses`` are −log p of all rows, one after another."""
+    """The loss with one target per token. ``losses``: −log p of the targets of all rows, joined."""
     sizes = [len(training_pass.data[index].tokens) for index in indices]
     return _sum_losses(training_pass, indices, (-losses).split(sizes))
 
@@ -398,7 +394,7 @@ def _loss_of_labels(training_pass: Pass, indices: Sequence[int], losses: Tensor)
 def _loss_of_logits(
     training_pass: Pass, indices: Sequence[int], output: Any, target: Any
 ) -> Tensor:
-    """Of several targets a token."""
+    """The loss with several targets per token."""
     logprobs = []
     for logits, index in zip(output.logits, indices, strict=True):
         targets = training_pass.data[index].targets.to(logits.device)
@@ -410,7 +406,7 @@ def _loss_of_logits(
 
 
 def _sum_losses(training_pass: Pass, indices: Sequence[int], logprobs: Sequence[Tensor]) -> Tensor:
-    """The loss of these rows; their log-probabilities are kept for the answer."""
+    """The loss of these rows. Their log-probabilities are stored in the pass for the answer."""
     total, loss = None, LOSSES[training_pass.loss]
     for index, row_logprobs in zip(indices, logprobs, strict=True):
         inputs = {

@@ -1,8 +1,9 @@
-"""A service that trains: what belongs together, and who is still there.
+"""The training service: its parts, and the sessions of its clients.
 
-A session's client says every ten seconds that it is there. One that has been silent for
-``VANISHED`` seconds, or has finished, holds nothing any more: its runs write their states and leave
-the memory, its samples are cancelled. It may come back: all that it was promised is on the disk.
+The client of a session sends a heartbeat every ten seconds. If it has been silent for ``VANISHED``
+seconds or has finished the session, its resources are freed: its runs write their states and leave
+the memory, and its samples are cancelled. It may come back, because every accepted request is on
+the disk.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
-from veneer.serve.training.operations import Operations, tied
+from veneer.serve.training.operations import Operations, has_tied_head
 from veneer.serve.training.quotas import over_quota
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.store import Place, Store
+from veneer.serve.training.store import Checkpoint, Store
 from veneer.serve.training.trainer import Trainer, Turn
 from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
 
-#: seconds after which a silent client is gone, and between two looks
+#: seconds after which the resources of a silent client are freed, and between two checks
 VANISHED, LOOK = 120.0, 10.0
-# : seconds for which a run waits for a number while later ones are there: the SDK sends a request
-# again for five minutes
+#: seconds for which a run waits for a missing request while later ones have arrived: the SDK
+#: repeats a request for five minutes
 OVERDUE = 330.0
-# : unnamed weights of a run that stay whether they are used or not, and seconds after their last
-# use that others do
+#: how many unnamed weights of a run are never deleted, and after how many seconds without use the
+#: others are
 UNNAMED, UNUSED = 8, 3600.0
-#: seconds that an address of a file is good for
+#: seconds for which the address of a file is valid
 FILES = 3600.0
-#: curves that are remembered of runs which no client of this server has used
+#: how many curves to cache of runs that no client of this server has used
 CURVES = 512
 
 
@@ -56,8 +57,8 @@ CURVES = 512
 class Training:
     """The parts of a training service; ``close`` ends it."""
 
-    base: str  # the name by which clients ask for it
-    tokenizer: str | None  # what clients load its tokenizer by
+    base: str  # its name for clients
+    tokenizer: str | None  # the folder or hub id from which clients load the tokenizer
     model: Any
     bank: Any
     engine: Any
@@ -69,16 +70,15 @@ class Training:
     operations: Operations = field(init=False)
     samples: Samples = field(init=False)
     checkpoints: CheckpointSource = field(init=False)
-    disk: ThreadPoolExecutor = field(
-        init=False
-    )  # for what writes: the event loop waits for no disk
-    curves: Callable[[str, int, int], Curve] = field(
-        init=False
-    )  # of runs at rest: (run, state, next request)
+    #: writes to the index, because the event loop must not wait for the disk
+    disk: ThreadPoolExecutor = field(init=False)
+    #: curves of runs that have no line: (run, state, next request) -> curve
+    curves: Callable[[str, int, int], Curve] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store.of_base(self.base, digest(self.model.get_input_embeddings().weight.detach()))
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        embedding = self.model.get_input_embeddings().weight
+        self.store.require_base(self.base, digest(embedding.detach()))
+        vocabulary = embedding.shape[0]
         trainer = Trainer(self.model, self.bank, self.turn)
         self.worker = Worker(
             trainer,
@@ -94,21 +94,19 @@ class Training:
         self.curves = lru_cache(CURVES)(
             lambda run, state, following: read_curve(self.store, run, state)
         )
-        self._seen: dict[str, float] = {}
-        self._used: OrderedDict[str, float] = (
-            OrderedDict()
-        )  # when a checkpoint was last sampled from
-        self._gaps: dict[
-            str, tuple[int, float]
-        ] = {}  # by run: the number that is missing, and since when
+        self._heartbeats: dict[str, float] = {}  # by session
+        #: when a checkpoint was last sampled from, the least recent first
+        self._last_uses: OrderedDict[str, float] = OrderedDict()
+        #: by run: the number of the missing request, and since when it is missing
+        self._gaps: dict[str, tuple[int, float]] = {}
         self._files: dict[str, tuple[Path, float]] = {}
-        self._lock = threading.Lock()  # of these
+        self._lock = threading.Lock()  # guards heartbeats, last uses and files
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._look, name="veneer-sessions", daemon=True)
 
     @property
-    def tied(self) -> bool:
-        return tied(self.model)
+    def has_tied_head(self) -> bool:
+        return has_tied_head(self.model)
 
     def start(self) -> None:
         self.worker.start()
@@ -122,18 +120,18 @@ class Training:
         self.disk.shutdown()
         self.store.close()
 
-    async def written(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Write to the index, in its thread. ``Refusal``: it cannot be written now."""
-        return await self._on_disk(
+    async def write(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Write to the index, in the thread for it. ``Refusal``: the disk failed."""
+        return await self._await_disk(
             asyncio.get_running_loop().run_in_executor(self.disk, work, *args)
         )
 
-    async def changed(self, work: Callable[[], Any]) -> Any:
-        """Change checkpoints, in the training thread as all such changes are: a row and
-        its files are of one save, copy or deletion. ``Refusal``: it cannot be written now."""
-        return await self._on_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
+    async def change_checkpoints(self, work: Callable[[], Any]) -> Any:
+        """Save, copy or delete checkpoints in the training thread, so that a row of the index and
+        its files always belong to the same change. ``Refusal``: the disk failed."""
+        return await self._await_disk(asyncio.shield(asyncio.wrap_future(self.worker.do(work))))
 
-    async def _on_disk(self, work: Awaitable[Any]) -> Any:
+    async def _await_disk(self, work: Awaitable[Any]) -> Any:
         try:
             return await work
         except (sqlite3.Error, OSError) as error:
@@ -146,57 +144,56 @@ class Training:
                 code="disk",
             ) from error
 
-    def seen(self, session: str) -> None:
+    def record_heartbeat(self, session: str) -> None:
         with self._lock:
-            self._seen[session] = time.monotonic()
+            self._heartbeats[session] = time.monotonic()
 
-    def used(self, path: str) -> str:
-        """The bank's name for samples of a checkpoint."""
+    def register_checkpoint(self, path: str) -> str:
+        """Register a checkpoint with the bank if necessary; return its name there."""
         folder = self.checkpoints.resolve(path).path
         if path not in self.bank:
             self.bank.register(path, folder)
-        self.keep(path)
+        self.record_use(path)
         return path
 
-    def keep(self, name: str) -> None:
-        """It is used now. Of what the bank holds beside runs, the least used one goes from memory;
-        it is read again for whoever waits for it."""
+    def record_use(self, name: str) -> None:
+        """Record that an adapter of the bank is sampled from. If the bank holds more than
+        ``resident`` of them, the least recently used ones leave its memory; they are read again
+        when they are needed."""
         with self._lock:
-            self._used[name] = time.monotonic()
-            self._used.move_to_end(name)
-            excess = [
-                self._used.popitem(last=False)[0] for _ in range(len(self._used) - self.resident)
-            ]
-        for old in excess:
+            self._last_uses[name] = time.monotonic()
+            self._last_uses.move_to_end(name)
+            excess = len(self._last_uses) - self.resident
+            least_recent = [self._last_uses.popitem(last=False)[0] for _ in range(excess)]
+        for unused in least_recent:
             try:
-                if old in self.bank:
-                    self.bank.register(old, self.folder_of(old), replace=True)
-            except (VeneerError, OSError):  # the one who uses ``name`` has nothing to do with it
-                log.exception("the samples of %s cannot be read again", old)
-                with suppress(SelectionError):  # it was deleted
-                    self.bank.remove(old)
+                if unused in self.bank:
+                    self.bank.register(unused, self.folder_of(unused), replace=True)
+            except (VeneerError, OSError):  # must not fail the call that uses ``name``
+                log.exception("the samples of %s cannot be read again", unused)
+                with suppress(SelectionError):  # it was deleted meanwhile
+                    self.bank.remove(unused)
 
     def folder_of(self, name: str) -> Path:
-        """The adapter that samples of a name tinker://… are drawn from: of a checkpoint, or of a
-        run as it is now."""
+        """The adapter folder of a name tinker://…: of a checkpoint, or of a run as it is now."""
         return self.checkpoints.resolve(name).path
 
     async def reserve_tokens(self, key: Key, most: int) -> Callable[[int], None]:
-        """Count the tokens that a call for samples may take at most. Call the returned
-        function with the number that it took; the first call counts. ``Refusal``: they are past the key's
-        quota."""
+        """Count the most tokens that a call for samples can use. The returned function replaces
+        that count by the number of tokens that were used, when it is first called. ``Refusal``: the
+        tokens exceed the key's quota."""
         if not key.owner:
             return lambda used: None
-        await self.written(self._reserve, key, most)
+        await self.write(self._reserve, key, most)
 
-        unused = iter([most])
+        reservation = iter([most])
 
         def charge(used: int) -> None:
-            if next(unused, None) is None:
+            if next(reservation, None) is None:
                 return
             done = self.disk.submit(self.store.settle_tokens, key.owner, most, used)
             done.add_done_callback(
-                partial(_logged, f"{used} tokens of {key.owner} were not counted")
+                partial(_log_failure, f"{used} tokens of {key.owner} were not counted")
             )
 
         return charge
@@ -208,7 +205,7 @@ class Training:
         self.store.reserve_tokens(key.owner, most)
 
     def address(self, folder: Path) -> str:
-        """A name, hard to guess, by which a folder's files can be had for a while."""
+        """A secret token by which a folder's files can be downloaded for ``FILES`` seconds."""
         moment, token = time.monotonic(), secrets.token_urlsafe(24)
         with self._lock:
             self._files = {
@@ -227,17 +224,17 @@ class Training:
         return names.get(name)
 
     def leave(self, session: str) -> None:
-        """A session's client is gone: its runs leave the memory."""
+        """Move the runs of a session whose client has left out of memory."""
         runs = {row["id"] for row in self.store.runs(None, session)}
 
-        def go() -> None:
+        def let_runs_go() -> None:
             for run in runs:
                 line = self.worker.lines.get(run)
                 if line is not None and line.current is None and not line.waiting:
-                    self.worker.let_go(line)
+                    self.worker.memory.let_go(line)
 
-        self.worker.do(go).add_done_callback(
-            partial(_logged, f"the runs of session {session} are still in memory")
+        self.worker.do(let_runs_go).add_done_callback(
+            partial(_log_failure, f"the runs of session {session} are still in memory")
         )
 
     def _look(self) -> None:
@@ -245,38 +242,42 @@ class Training:
             try:
                 self.sweep()
             except Exception:
-                log.exception("a look at the sessions failed")
+                log.exception("a check of the sessions failed")
 
     def sweep(self) -> None:
-        """Free what vanished clients hold; go on where numbers do not come; delete what has
-        expired, and weights without a name that nobody uses."""
+        """Free the resources of vanished clients; answer missing requests; delete expired
+        checkpoints and unused weights without a name."""
         moment = time.monotonic()
         self._fill_gaps(moment)
-        with self._lock:  # clients are seen meanwhile
-            vanished = [session for session, when in self._seen.items() if moment - when > VANISHED]
+        with self._lock:
+            vanished = [
+                session for session, last in self._heartbeats.items() if moment - last > VANISHED
+            ]
             for session in vanished:
-                del self._seen[session]
+                del self._heartbeats[session]
         for session in vanished:
             self.samples.leave_soon(session)
             self.leave(session)
-        self.worker.do(self._delete_old).add_done_callback(
-            partial(_logged, "old checkpoints are still there")
+        self.worker.do(self._delete_old_checkpoints).add_done_callback(
+            partial(_log_failure, "old checkpoints are still there")
         )
 
-    def _delete_old(self) -> None:
-        """The training thread's: what has expired by then, and was not saved anew."""
-        for checkpoint in [*self.store.expired(), *self._unused(time.monotonic())]:
+    def _delete_old_checkpoints(self) -> None:
+        """Delete expired and unused checkpoints. The training thread calls it, so that a checkpoint
+        which is saved again meanwhile is not deleted."""
+        unused = self._unused_checkpoints(time.monotonic())
+        for checkpoint in [*self.store.expired_checkpoints(), *unused]:
             try:
                 self.operations.delete(checkpoint)
-            except (VeneerError, OSError, sqlite3.Error):  # of one; the others are deleted
+            except (VeneerError, OSError, sqlite3.Error):  # go on with the others
                 log.exception("%s could not be deleted", checkpoint.path)
             else:
                 with self._lock:
-                    self._used.pop(checkpoint.path, None)
+                    self._last_uses.pop(checkpoint.path, None)
 
     def _fill_gaps(self, moment: float) -> None:
-        """Answer numbers that did not come for too long, as errors that say so: those after them go
-        on."""
+        """Answer requests that have been missing for too long with an error, so that the requests
+        after them are computed."""
         gaps: dict[str, tuple[int, float]] = {}
         for line in list(self.worker.lines.values()):
             first, after = line.next, min(list(line.waiting), default=0)
@@ -294,35 +295,34 @@ class Training:
                 after - 1,
             )
             for number in range(first, after):
-                problem, expected = (
-                    f"no request {number} for {OVERDUE:g} s, though later ones came",
-                    "each number once",
-                )
-                error = sentence(problem, expected, "send it again, with the next number")
+                problem = f"no request {number} for {OVERDUE:g} s, though later ones came"
+                error = sentence(problem, "each number once", "send it again, with the next number")
                 self.worker.accept(line.run, number, MISSING, json.dumps({"error": error}).encode())
         self._gaps = gaps
 
-    def _unused(self, moment: float) -> list[Place]:
-        checkpoints_of_run: dict[str, list[Place]] = {}
-        for row in self.store.unnamed():  # the newest first
-            checkpoint = Place(row["run"], row["kind"], row["name"])
-            checkpoints_of_run.setdefault(row["run"], []).append(checkpoint)
+    def _unused_checkpoints(self, moment: float) -> list[Checkpoint]:
+        """Unnamed weights beyond the newest ``UNNAMED`` of each run, not used for ``UNUSED``
+        seconds."""
+        checkpoints_by_run: dict[str, list[Checkpoint]] = {}
+        for row in self.store.hidden_checkpoints():  # the newest first
+            checkpoint = Checkpoint(row["run"], row["kind"], row["name"])
+            checkpoints_by_run.setdefault(row["run"], []).append(checkpoint)
         old = [
             checkpoint
-            for checkpoints in checkpoints_of_run.values()
+            for checkpoints in checkpoints_by_run.values()
             for checkpoint in checkpoints[UNNAMED:]
         ]
         with self._lock:
             return [
                 checkpoint
                 for checkpoint in old
-                if moment - self._used.setdefault(checkpoint.path, moment) > UNUSED
+                if moment - self._last_uses.setdefault(checkpoint.path, moment) > UNUSED
             ]
 
 
-def _logged(failure: str, done: Future[None]) -> None:
+def _log_failure(message: str, done: Future[None]) -> None:
     if (error := done.exception()) is not None:
-        log.error(failure, exc_info=error)
+        log.error(message, exc_info=error)
 
 
 def training_of(service: Any) -> Training:

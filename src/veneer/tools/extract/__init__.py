@@ -88,23 +88,25 @@ def extract(
         base, tuned: each a folder of safetensors (or what ``veneer.models.load_base`` takes), a
             live model, or a state dict (of the base only with ``model``). Neither is changed; no
             call of a live base may run meanwhile.
-        rank: of every product, lowered where a weight allows less. Either this or ``energy``.
-        energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that does.
-        targets, exclude: which weights get a product, as in ``LoraConfig``. What ``exclude`` means
-            is not written.
-        keep: what is written whole. "auto": changed vectors (norms, biases) and lasting buffers,
-            which have no low-rank change. Patterns and "lossy" (weights that keep less than
-            ``least`` of their change, or whose product has as many numbers as they) add to that;
-            "none" takes the vectors out.
+        rank: rank of every product; lower for weights that are too small. Give either this or
+            ``energy``.
+        energy: the share of ‖ΔW‖² in (0, 1) to keep; each weight gets the smallest rank that keeps
+            it.
+        targets, exclude: which weights get a product, as in ``LoraConfig``. Weights that
+            ``exclude`` matches are not written.
+        keep: which weights are written in full. "auto": changed vectors (norms, biases) and
+            persistent buffers, which have no low-rank change. Patterns and "lossy" add weights;
+            lossy are those that keep less than ``least`` of their change, or whose product would
+            have as many values as they do. "none" omits the vectors.
         least: the share of ‖ΔW‖² below which a weight counts as lossy.
-        model: the structure of a base that transformers cannot build; its values are not looked at.
-        base_name: what to call the base; None takes the folder, or the name that transformers
-            loaded it by.
-        provenance: anything worth knowing, as JSON values.
+        model: the structure of a base that transformers cannot build; its values are not used.
+        base_name: the recorded name of the base; None takes the folder, or the name by which
+            transformers loaded it.
+        provenance: JSON values to record with the adapter.
         progress: called after each weight.
 
     Raises:
-        ConfigError, CheckpointError: an option, or a folder that is no model.
+        ConfigError, CheckpointError: an invalid option, or a folder without a model.
         ExtractError: the models have other names or shapes, nothing changed, or values are not
             finite.
         TargetError: a pattern that matches nothing, or a changed weight that cannot carry an
@@ -134,25 +136,8 @@ def extract(
             full_pairs.append((pair, LITTLE))
         else:
             products.append(product)
-    if not products and not full_pairs:
-        problem = (
-            f"changes of {listing((pair.path for pair, _ in selection.lost), 3)} alone, which nothing"
-            " asks for"
-        )
-        raise ExtractError(problem, "something to write", "widen targets or keep")
-    report = ExtractReport(
-        out,
-        tuple(product.facts for product in products),
-        tuple(
-            Kept(pair.path, torch.Size(pair.old.shape).numel(), pair.change(), reason)
-            for pair, reason in full_pairs
-        ),
-        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in selection.lost),
-        len(weight_pairs) - len(changed),
-        both.new.unread,
-        least,
-        0.0,
-    )
+    unchanged = len(weight_pairs) - len(changed)
+    report = _report(out, products, full_pairs, selection.lost, unchanged, both.new.unread, least)
     record_fields = {
         "rank": rank,
         "energy": energy,
@@ -171,6 +156,37 @@ def extract(
         overwrite=overwrite,
     )
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _report(
+    out: Path,
+    products: Sequence[_Product],
+    full_pairs: Whole,
+    lost: Whole,
+    unchanged: int,
+    unread: Any,
+    least: float,
+) -> ExtractReport:
+    """The report of an extraction, without its seconds. ``ExtractError``: nothing to write."""
+    if not products and not full_pairs:
+        problem = (
+            f"changes of {listing((pair.path for pair, _ in lost), 3)} only, which neither targets"
+            " nor keep cover"
+        )
+        raise ExtractError(problem, "something to write", "widen targets or keep")
+    return ExtractReport(
+        out,
+        tuple(product.facts for product in products),
+        tuple(
+            Kept(pair.path, torch.Size(pair.old.shape).numel(), pair.change(), reason)
+            for pair, reason in full_pairs
+        ),
+        tuple(Lost(pair.path, pair.change(), reason) for pair, reason in lost),
+        unchanged,
+        unread,
+        least,
+        0.0,
+    )
 
 
 def _option_problems(rank: Any, energy: Any, least: Any) -> list[str]:

@@ -261,11 +261,31 @@ def pair_weights(both: Both) -> list[WeightPair]:
         weights.label: sorted(weights.by_name.keys() - known_names)
         for weights in (both.old, both.new)
     }
-    advice = (
-        "extract from models of one architecture; a vocabulary that grew must have grown in both"
-        " (call "
+    problems = _difference_problems(missing, extra_names, shapes, types)
+    raise_all(
+        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
     )
-    advice += "model.resize_token_embeddings on the base, then save_pretrained)"
+    return pairs
+
+
+#: how many names one message lists
+LONG = 40
+COMPARE = "compare the two models"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RESIZE = (
+    "extract from models of one architecture; a vocabulary that grew must have grown in both"
+    " (call model.resize_token_embeddings on the base, then save_pretrained)"
+)
+
+
+def _difference_problems(
+    missing: Mapping[str, list[str]],
+    extra_names: Mapping[str, list[str]],
+    shapes: list[str],
+    types: list[str],
+) -> list[str]:
+    """Problems of names that one model lacks or has in addition, by the model's label, and of
+    weights with other shapes or types."""
     stored = "weights stored as something else than floating-point numbers: "
     floats = "float64, float32, bfloat16 or float16"
     checks = [
@@ -277,24 +297,14 @@ def pair_weights(both: Both) -> list[WeightPair]:
             (paths, "", f" in {label}", "the parameters of the base alone", COMPARE)
             for label, paths in extra_names.items()
         ),
-        (shapes, "other shapes: ", "", "the same in base and tuned model", advice),
+        (shapes, "other shapes: ", "", "the same in base and tuned model", RESIZE),
         (types, stored, "", floats, "dequantise the model first"),
     ]
-    problems = [
-        sentence(f"{prefix}{listing(listed, LONG)}{suffix}", expected, do)
-        for listed, prefix, suffix, expected, do in checks
-        if listed
+    return [
+        sentence(f"{prefix}{listing(names, LONG)}{suffix}", expected, do)
+        for names, prefix, suffix, expected, do in checks
+        if names
     ]
-    raise_all(
-        ExtractError, f"{both.new.label} is no fine-tune of {both.old.label}", [*problems, *untied]
-    )
-    return pairs
-
-
-#: how many names one message lists
-LONG = 40
-COMPARE = "compare the two models"
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _untied_problems(

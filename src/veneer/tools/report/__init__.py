@@ -186,11 +186,8 @@ def examine(
             if progress is not None:
                 progress(result.aligned.model_path, done, len(aligned_weights))
     difference = None if other is None else compare(saved, other)
-    shared = (
-        {}
-        if difference is None
-        else {layer.path: _relate_layers(layer, lows[layer.path]) for layer in difference.layers}
-    )
+    relations = [] if difference is None else difference.layers
+    shared = {layer.path: _relate_layers(layer, lows[layer.path]) for layer in relations}
     layers = [
         _examine_layer(aligned, lows[path], intruders.get(path), threshold, shared.get(path))
         for aligned in aligned_weights
@@ -198,12 +195,6 @@ def examine(
     ]
     cuts = _cuts(layers)
     next_rank, reason = _next_rank(layers, cuts)
-    full_names = [
-        f"{peft_paths.strip_wrappers(path)[0]}.{name}"
-        for path, tensors in saved.full.items()
-        for name in tensors
-    ]
-    full_names += [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
     return Report(
         adapter=str(saved.path),
         about=_describe_adapter(saved),
@@ -213,7 +204,7 @@ def examine(
         cuts=tuple(cuts),
         next_rank=next_rank,
         why=reason,
-        in_full=tuple(full_names),
+        in_full=tuple(_full_names(saved)),
         only_here=() if difference is None else difference.only_a,
         only_other=() if difference is None else difference.only_b,
         leading=count if base is not None else 0,
@@ -221,6 +212,16 @@ def examine(
         seconds=sum(result.seconds for result in intruders.values()),
         found=tuple(intruders.values()),
     )
+
+
+def _full_names(saved: AdapterFiles) -> list[str]:
+    """Parameters that are trained in full, and descriptions of trained token rows."""
+    names = [
+        f"{peft_paths.strip_wrappers(path)[0]}.{name}"
+        for path, tensors in saved.full.items()
+        for name in tensors
+    ]
+    return names + [f"{len(rows.ids)} tokens of {path}" for path, rows in saved.tokens.items()]
 
 
 def _describe_adapter(saved: AdapterFiles) -> dict[str, Any]:

@@ -8,7 +8,7 @@ serves light and dark mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, EDGE = 400, 250, 40, 36, 26, 10
@@ -70,20 +70,11 @@ def lines(
             f' x2="{mark_x:.1f}" '
         )
         elements.append(f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    elements += [
-        f'<polyline class="axis" points="{" ".join(map(svg_point, line_points))}"/>'
-        for line_points in faint
-    ]
+    elements += [_polyline("axis", map(svg_point, line_points)) for line_points in faint]
     for number, line_points in enumerate(series.values()):
-        if not dots:
-            elements.append(
-                f'<polyline class="s{number % COLOURS}" points="{" ".join(map(svg_point, line_points))}"/>'
-            )
-            continue
-        for x_coordinate, y_coordinate in (svg_point(point).split(",") for point in line_points):
-            elements.append(
-                f'<circle class="s{number % COLOURS}" cx="{x_coordinate}" cy="{y_coordinate}" r="4"/>'
-            )
+        svg_points = [svg_point(point) for point in line_points]
+        style = f"s{number % COLOURS}"
+        elements += _circles(style, svg_points) if dots else [_polyline(style, svg_points)]
     legend = "".join(
         f'<span class="s{number % COLOURS}">{escape(name)}</span>'
         for number, name in enumerate(series)
@@ -94,6 +85,15 @@ def lines(
         f' aria-label="{title}">{"".join(elements)}</svg><div'
         f' class="key">{legend if len(series) > 1 else ""}</div>'
     )
+
+
+def _polyline(style: str, svg_points: Iterable[str]) -> str:
+    return f'<polyline class="{style}" points="{" ".join(svg_points)}"/>'
+
+
+def _circles(style: str, svg_points: Iterable[str]) -> list[str]:
+    centres = (point.split(",") for point in svg_points)
+    return [f'<circle class="{style}" cx="{x}" cy="{y}" r="4"/>' for x, y in centres]
 
 
 def _axes(
