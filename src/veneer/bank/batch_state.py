@@ -1,13 +1,14 @@
-"""The adapters of one call, laid out for ``kernels/batched.py``.
+"""Batched factors of the adapters that one call uses, for ``kernels/batched.py``.
 
     BatchState ─ layers         each changed by batched products
-               ─ assignments    what the rows of a call use: runs or lanes; groups of rows, gains and biases
+               ─ assignments    what each row of a call uses; groups of rows, gains and biases
 
-An assignment lays the factors of its adapters out, each in a lane of A [lanes, r, in] and B [lanes,
-r, out], for each layer and size of rank; the next call with the same adapters finds them. A layer
-that an adapter leaves alone, or changes at a smaller rank, has zeros there.
+An assignment stacks the factors of its adapters in A [lanes, r, in] and B [lanes, r, out], one lane
+for each adapter, for each layer and rounded rank. The next call with the same adapters uses the
+same tensors. Lanes of adapters that do not change a layer, or change it at a smaller rank, are
+padded with zeros.
 
-One call at a time has a batch state: nothing moves under it.
+Each running call has a batch state of its own, so none changes during a call.
 """
 
 from __future__ import annotations
@@ -30,23 +31,25 @@ from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
 
-#: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
+#: the smallest rounded rank: ranks are rounded up to powers of two, and adapters of the same
+#: rounded rank share a product
 SMALLEST = 8
-#: how many assignments are kept: a server's, for the rows that decode and those that begin
+#: how many assignments to cache: a server alternates between the rows that decode and those that
+#: prefill
 KEPT = 2
-#: tokens a row up to which rows are grouped
+#: the most tokens per row for which rows are grouped by adapter
 FEW = 4
-# : on a device: runs of rows up to which each is a product, and rows an adapter up to which each
-# has factors of its own
+#: on a device: the most runs of rows that are multiplied one by one, and the most rows per adapter
+#: that are multiplied with factors stacked for each row
 RUNS, ROWS = 2, 4
 
-#: what a row uses: adapters and their weights; nothing is the base alone
+#: the adapters of a row and their weights; empty for the base alone
 Uses = tuple[tuple[ResidentAdapter, float], ...]
 
 
 class Frame:
-    """What a bank knows of its model: the modules by the keys of their layer states, and how calls
-    are selected."""
+    """A bank's facts about its model: the modules by the keys of their layer states, the id under
+    which a selection is stored, and whether the batch is the second axis."""
 
     def __init__(self, uid: str, time_first: bool) -> None:
         self.uid, self.time_first = uid, time_first
@@ -54,7 +57,7 @@ class Frame:
 
 
 class Layer:
-    """One layer as a batch state has it."""
+    """One layer of a batch state, which runs in place of the layer's forward."""
 
     def __init__(self, batch_state: BatchState, key: Any, resolved_low: ResolvedLowRank) -> None:
         self.batch_state, self.key, self.name = batch_state, key, resolved_low.name
@@ -69,7 +72,7 @@ class Layer:
         self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
 
     def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
-        """The factors of these in a lane each: A [lanes, r, in], B [lanes, r, out]."""
+        """The factors of these adapters, one lane each: A [lanes, r, in], B [lanes, r, out]."""
         changes = [resident.parts.get(self.key) for resident in members]
         if self.away:
             A, B = self.side_by_side(
@@ -81,7 +84,7 @@ class Layer:
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
-        # another call, which may be an ordinary one, reads what is made here
+        # later calls, which may be outside of inference mode, use these tensors
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if len({len(factor) for factor in A}) == 1:
                 return torch.stack(A).to(self.dtype), torch.stack(B).to(self.dtype)
@@ -90,9 +93,9 @@ class Layer:
             ).to(self.dtype)
 
     def side_by_side(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
-        """A [n, r, in] and B [n, r, out] of n rows, those parts of each below each other, with
-        zeros below these: one copy each, in the dtype of the weight, that lives as long as a
-        product."""
+        """A [n, r, in] and B [n, r, out] of n rows: the factors of each row's changes, joined along
+        the rank and padded with zeros. They are copied once, in the dtype of the weight, and freed
+        after the product."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
         most, factors = max(ranks), []
         for name, width in (("A", self.in_), ("B", self.out)):
@@ -126,7 +129,7 @@ class Layer:
         share=True,
         method="forward",
     ) -> Any:
-        # Each Python call here is time in every layer of a decoding step.
+        # every Python call here costs time in each layer of a decoding step
         assignment = self.batch_state.assignment
         if len(args) == 1 and not kwargs and call.path is None:
             x, parameters = args[0], module._parameters
@@ -158,7 +161,7 @@ class Layer:
         )
 
     def multiply_groups(self, flat: Tensor, tokens: int, assignment: BatchAssignment) -> Tensor:
-        """Δ [N, out]."""
+        """ΔW x of all rows, [N, out]."""
         wide = flat if flat.dtype is self.dtype else flat.to(self.dtype)
         delta = None
         for grouping, (A, B) in assignment.groups(self, tokens):
@@ -176,7 +179,7 @@ class Layer:
         bias: Tensor | None,
         assignment: BatchAssignment,
     ) -> Tensor:
-        """With a gain or a bias of each row: gain ⊙ (x Wᵀ) + Δ + bias."""
+        """gain ⊙ (x Wᵀ) + Δ + bias, with a gain or a bias of each row."""
         gain, row_bias = assignment.extra(self, bias, flat)
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
@@ -191,14 +194,15 @@ class Layer:
 
 
 class BatchAssignment:
-    """What the rows of a call use. ``table`` is what is called in the place of each layer."""
+    """The adapters of each row of a call. ``table`` maps each layer's key to what runs in its
+    place."""
 
     def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
         self.members = list({resident: None for uses in rows for resident, _ in uses})
         self.lanes: dict[int, list[ResidentAdapter]] = {}
         for resident in sorted(self.members, key=lambda resident: resident.uid):
-            if resident.rank:  # rounded up, so that adapters of about one rank share a product
+            if resident.rank:  # adapters of similar rank share a product
                 self.lanes.setdefault(
                     max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
@@ -206,7 +210,7 @@ class BatchAssignment:
         siblings = (
             sibling for sibling in batch_state.assignments.values() if sibling.lanes == self.lanes
         )
-        #: laid out, by layer: for all assignments of the same adapters
+        #: stacked factors by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
             (sibling.factors for sibling in siblings), {}
         )
@@ -245,7 +249,8 @@ class BatchAssignment:
         }  # fmt: skip
 
     def runs(self, layer: Layer) -> list[batched.Run]:
-        """Neighbouring rows that use the same, with their factors of a layer."""
+        """Runs of neighbouring rows with the same adapters, and the factors of a layer for each
+        run."""
         if layer.key not in self.run_cache:
             runs: list[batched.Run] = []
             first = 0
@@ -276,9 +281,9 @@ class BatchAssignment:
         return 1 + sum(uses != next_uses for uses, next_uses in itertools.pairwise(self.rows))
 
     def multiplies_by_row(self, layer: Layer, tokens: int) -> bool:
-        """Whether each row is multiplied with factors of its own, laid out for the call: on a
-        device, and prompts of 16 bits on a processor, whose batched products are then one in place
-        of two an adapter."""
+        """Whether to multiply each row by factors stacked for that row. True on a device, and for
+        16-bit prompts on a CPU, where it takes one batched product in place of two for each
+        adapter."""
         if self.run_count <= RUNS:
             return False
         if not layer.away:
@@ -286,7 +291,7 @@ class BatchAssignment:
         return tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A [rows, r, in] and B [rows, r, out] of a layer, laid out for this call, and the weights
+        """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the weights
         [rows, 1, r]."""
         if layer.key not in self.by_row:
             rows = [
@@ -310,8 +315,8 @@ class BatchAssignment:
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
-        """For each size of rank how rows of so many tokens are grouped, and the factors of a
-        layer."""
+        """For each rounded rank, the grouping of rows with this number of tokens, and the factors
+        of a layer."""
         key, lanes = (tokens, layer.device, layer.dtype), self.lanes
         if key not in self.groupings:
             self.groupings[key] = [
@@ -330,8 +335,7 @@ class BatchAssignment:
     def extra(
         self, layer: Layer, bias: Tensor | None, like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gain and the bias of each row of a layer, [rows, out]; None where no row has its
-        own."""
+        """The gain and the bias of each row for a layer, [rows, out]; None if no row has one."""
         if layer.key not in self.extras:
             changes = {resident: resident.parts.get(layer.key) for resident in self.members}
 
@@ -360,11 +364,11 @@ def _grouping(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Grouping:
-    """The rows that use some of these adapters, by their lanes; made on the processor, as nobody
-    waits for it."""
+    """Group rows by the lanes of the adapters that they use. Computed on the CPU, so that nothing
+    waits for a device."""
     count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
     rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
-    mine: list[list[tuple[int, int]]] = []  # for each row, (lane, number within it)
+    mine: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
     for row, uses in enumerate(rows):
         mine.append([])
         for resident, weight in uses:
@@ -378,7 +382,8 @@ def _grouping(
         return tensor.to(device, non_blocking=True)
 
     def of_tokens(indices: Sequence[int]) -> Tensor | None:
-        """Indices of rows or lanes as those of their tokens; None where these are 0, 1, 2, …"""
+        """Indices of rows or lanes, expanded to indices of their tokens; None if these are 0, 1, 2,
+        …"""
         wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(
             tokens, device="cpu"
         )
@@ -411,7 +416,7 @@ def _grouping(
 
 
 class BatchState:
-    """Layers, what the rows of late calls used, and what those of the running call use."""
+    """The layers, cached assignments of recent calls, and the assignment of the running call."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
@@ -421,7 +426,7 @@ class BatchState:
         self.nothing: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """So many zeros, which nobody writes to."""
+        """``count`` zeros, shared and never written to."""
         buffer = self.nothing.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
@@ -431,7 +436,7 @@ class BatchState:
         return buffer[:count]
 
     def use(self, rows: tuple[Uses, ...]) -> BatchAssignment:
-        """Make what the rows use what calls of its layers mean."""
+        """Make ``rows`` the assignment of the calls that follow."""
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
         assignment = self.assignments.pop(key, None)
         if assignment is None:
@@ -443,14 +448,14 @@ class BatchState:
                         self.layers[layer] = Layer(self, layer, part)
             with torch.inference_mode(
                 False
-            ):  # another call, which may be an ordinary one, uses what is made here
+            ):  # later calls, which may be outside of inference mode, use its tensors
                 assignment = BatchAssignment(self, rows)
         self.assignments[key] = self.assignment = assignment
         return assignment
 
     def keep(self, alive: set[int]) -> None:
-        """Hold nothing of adapters that are no longer in memory; ``alive`` are the ``uid`` of those
-        that are."""
+        """Drop assignments with adapters that are no longer in memory. ``alive``: the ``uid`` of
+        those that are."""
         self.assignments = {
             key: assignment
             for key, assignment in self.assignments.items()

@@ -1,12 +1,12 @@
 """Replicas as deployments of Ray Serve: ``veneer serve --replicas N``, or ``app`` of this folder in
 Ray's config file.
 
-    Gateway   no model; reads the body of a request, since Ray's proxy routes by headers alone
+    Gateway   no model; reads the body of a request, because Ray's proxy routes by headers alone
     Replica   the server of one base, with all of its routes
 
-Ray places the replicas, starts a new one for each that dies, makes more or fewer of them, and knows
-how many requests each has (https://docs.ray.io/en/latest/serve/). Which replica has which adapter
-is routing.py's, by way of Ray's request router.
+Ray places the replicas, replaces those that die, scales their number, and counts the requests of
+each (https://docs.ray.io/en/latest/serve/). routing.py decides which replica has which adapter,
+through Ray's request router.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from veneer.serve.guard import LOOPBACK
 from veneer.serve.settings import Settings, settings_of
 
 NAME = "veneer"
-#: seconds between two questions whether a replica is well
+#: seconds between two health checks of a replica
 HEALTH = 2.0
 
 
 class AdapterRouter(RequestRouter):
-    """``routing.groups`` as a request router of Ray's; the adapter comes as the id of a multiplexed
-    model."""
+    """``routing.groups`` as a request router of Ray; the adapter is passed as the id of a
+    multiplexed model."""
 
     def initialize_state(self, rows: int = 16) -> None:
         self._rows = rows
@@ -59,7 +59,7 @@ class AdapterRouter(RequestRouter):
         adapter = ""
         if pending_request is not None:
             adapter = pending_request.metadata.multiplexed_model_id
-            pending_request.routing_context.should_backoff = True  # when all of them are full
+            pending_request.routing_context.should_backoff = True  # all replicas are full
         return [
             [named[name] for name in group]
             for group in routing.groups(adapter, running, self._rows)
@@ -90,18 +90,18 @@ class Replica:
         return await gateway.whole(self.name, self.application, request, body)
 
     def check_health(self) -> None:
-        """Ray asks; what fails is replaced by another."""
+        """Called by Ray; a replica for which it raises is replaced."""
         if not self.service.ready:
             raise RuntimeError("the engine has stopped")
 
     def __del__(self) -> None:
-        service = getattr(self, "service", None)  # none, where loading failed
+        service = getattr(self, "service", None)  # absent if loading failed
         if service is not None:
             service.close()
 
 
 class Gateway:
-    """The deployment that Ray's proxy hands requests to."""
+    """The deployment to which Ray's proxy sends requests."""
 
     def __init__(
         self, replicas: Any, base: str, keys: str | None, hosts: tuple[str, ...] | None
@@ -124,7 +124,7 @@ class Gateway:
             async for message in answer:
                 yield message
         except BaseException:
-            answer.cancel()  # a client that went away takes its request with it
+            answer.cancel()  # cancel the request of a client that has disconnected
             raise
 
     async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.Whole]:
@@ -153,10 +153,9 @@ def application(
     settings: Settings, keys: str | None, hosts: tuple[str, ...] | None, replicas: str, grace: float,
     actor: Mapping[str, float] | None = None,
 ) -> serve.Application:  # fmt: skip
-    """Gateway and replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to Ray."""
-    _keyring(
-        keys
-    )  # a file that is wrong is told here, not in the log of a process that does not start
+    """The gateway and the replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to
+    Ray."""
+    _keyring(keys)  # report an invalid file here, not in the log of a process that fails to start
     router: dict[str, Any] = {
         "request_router_class": AdapterRouter,
         "request_router_kwargs": {"rows": settings.rows},
@@ -173,8 +172,8 @@ def application(
 
 
 def scale(replicas: str, rows: int) -> dict[str, Any]:
-    """A number of replicas in Ray's words: "3", or "1-8", of which there are as many as keep their
-    rows busy."""
+    """Parse a number of replicas for Ray: "3", or a range such as "1-8" within which Ray scales by
+    load."""
     match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", replicas)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
@@ -194,9 +193,10 @@ def run(
     settings: Settings, *, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str,
     grace: float, started: Callable[[], None], until: Callable[[], Any],
 ) -> None:  # fmt: skip
-    """Serve on the Ray cluster of $RAY_ADDRESS, or on one of this machine that lives as long.
-    ``started`` is called when all replicas answer; ``until`` returns when they are to end."""
-    most = scale(replicas, settings.rows)  # told before Ray is started
+    """Serve on the Ray cluster of $RAY_ADDRESS, or on a new one of this machine that ends with the
+    server. ``started`` is called when all replicas answer; the server ends when ``until``
+    returns."""
+    most = scale(replicas, settings.rows)  # raises before Ray is started
     most = most.get("num_replicas") or most["autoscaling_config"]["max_replicas"]
     ours = "RAY_ADDRESS" not in os.environ
     ray_options: dict[str, Any] = {"include_dashboard": False} if ours else {}
@@ -210,7 +210,7 @@ def run(
         started()
         until()
     finally:
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C ends Ray's patience, not ours
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C must not interrupt the shutdown
             if ours:
                 serve.shutdown()
             else:
@@ -219,8 +219,8 @@ def run(
 
 
 def share(resources: Mapping[str, float], replicas: int, device: str | None) -> dict[str, float]:
-    """CPUs and GPUs of one of so many replicas: its share of what the cluster has, one GPU where
-    there are some."""
+    """CPUs and GPUs of each replica: an equal share of the cluster's CPUs, and one GPU if there are
+    any."""
     cpus = resources.get("CPU", 1.0) / replicas
     gpus = 1.0 if resources.get("GPU", 0.0) >= replicas and device != "cpu" else 0.0
     return {"num_cpus": float(int(cpus)) if cpus >= 1 else int(cpus * 100) / 100, "num_gpus": gpus}
@@ -231,7 +231,8 @@ def _keyring(keys: str | None) -> Keyring:
 
 
 def _log_to_stderr() -> None:
-    """Ray keeps what a process says, and shows it to whoever started it."""
+    """Let Ray print the output of its processes, which it otherwise keeps from the user who started
+    them."""
     logger = logging.getLogger("veneer")
     if not logger.handlers:
         handler = logging.StreamHandler()
