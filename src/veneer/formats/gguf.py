@@ -112,7 +112,7 @@ def recognises(start: bytes, keys: Iterable[str], header: Mapping[str, str]) -> 
 
 
 class _Names:
-    """The names of a base's tensors in llama.cpp, from its config."""
+    """llama.cpp's names for the tensors of a base, from the base's config."""
 
     def __init__(self, library: Any, base: BaseFacts) -> None:
         config = base.config
@@ -239,10 +239,10 @@ def _refusals(change: LowRankChange, names: _Names) -> Iterable[str]:
 def _tensors(
     change: LowRankChange, names: _Names, alpha: float
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """(name, lora_a, lora_b) of each tensor that a change becomes."""
+    """(name, lora_a, lora_b) of each tensor of a change."""
     layer, low, tensor_names = change.layer, change.layer.low, names.of(change.weight)
-    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # [g, r, in], [g, out, r]
-    if abs(factor - 1) >= 1e-7:  # more than the rounding of alpha to float32
+    A, B, factor = low.A, low.B, layer.scale * layer.rank / alpha  # A: [g, r, in], B: [g, out, r]
+    if abs(factor - 1) >= 1e-7:  # larger than the rounding error of alpha in float32
         B = (B.double() * factor).to(torch.promote_types(B.dtype, torch.float32))
     if change.kind == "embedding":
         yield tensor_names[0], A[0].mT, B[0]

@@ -36,8 +36,8 @@ EPSILON = 1e-5
 
 
 class VariantChange(NamedTuple):
-    """One change in its variant's terms: the parameters, with an axis for one group in front, and
-    the scale of the variant's product."""
+    """One change in its variant's terms: the parameters, with a leading axis for one group, and the
+    scale of the variant's product."""
 
     parameters: Mapping[str, Tensor]
     scale: float
@@ -218,7 +218,7 @@ def tuner_of(config: Mapping[str, Any]) -> Tuner | None:
 def check_config(
     config: Mapping[str, Any], by_veneer: bool = False, with_base: bool = False
 ) -> None:
-    """``peft_fields.check_config``, for the configs of these tuners too."""
+    """``peft_fields.check_config`` for these tuners' configs too."""
     tuner = None if by_veneer else tuner_of(config)
     problems = []
     for name, test in tuner.extra_fields.items() if tuner is not None else ():
@@ -419,8 +419,8 @@ def deviation_reason(kind: str, module: Any) -> str | None:
 def plain_shapes(
     module_path: str, A: Tensor, B: Tensor, weights: Weights | None
 ) -> Iterator[Tensor]:
-    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file: those of the layer,
-    where a base tells them."""
+    """A [r, in] and B [out, r] of a plain change in the shapes of LoRA's file, for the layer in the
+    base if one is known."""
     shape_and_dtype = None if weights is None else weights(f"{module_path}.weight")
     shape = () if shape_and_dtype is None else shape_and_dtype[0]
     conv = len(shape) > 2 and math.prod(shape[1:]) == A.shape[1]
