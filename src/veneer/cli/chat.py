@@ -99,14 +99,14 @@ def chat_command(
     from veneer.cli.console import err, open_base_and_adapters, sampling_options
     from veneer.store.catalogue import name_adapters
 
-    places = name_adapters(adapter or [])
+    folders = name_adapters(adapter or [])
     loaded, _ = open_base_and_adapters(
-        base, places, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
+        base, folders, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
         attention=attention, trusted=trust_remote_code,
     )  # fmt: skip
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
     sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
-    talk = Conversation(loaded.model, loaded.tokenizer, tuple(places), sampling)
+    talk = Conversation(loaded.model, loaded.tokenizer, tuple(folders), sampling)
     if system is not None:
         talk.system_command(system)
     terminal = sys.stdin.isatty()
@@ -193,7 +193,7 @@ class Conversation:
             return
         if name not in self.names:
             problem = f"no adapter {name!r}{nearest(name, self.names)}"
-            raise SelectionError(problem, self._expected(), "choose one of these")
+            raise SelectionError(problem, self._adapter_names(), "choose one of these")
         self.choice = name
         self.note(f"{self.label} answers.")
 
@@ -209,9 +209,11 @@ class Conversation:
         for word in text.split():
             name, equals, weight = word.partition("=")
             if name not in self.names or name in blend:
-                what = "twice" if name in blend else "which there is not"
+                reason = "twice" if name in blend else "which there is not"
                 raise SelectionError(
-                    f"adapter {name!r} in {word!r}, {what}", self._expected(), "name each once"
+                    f"adapter {name!r} in {word!r}, {reason}",
+                    self._adapter_names(),
+                    "name each once",
                 )
             blend[name] = number_in(weight, word) if equals else 1.0
         if not blend:
@@ -255,8 +257,8 @@ class Conversation:
             raise ConfigError(
                 problem, "a file for a conversation", "say, for instance, /save chats.jsonl"
             )
-        said = self.history(self.label)
-        row = {"messages": said} if self.templated else {"text": said}
+        content = self.history(self.label)
+        row = {"messages": content} if self.templated else {"text": content}
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -280,10 +282,13 @@ class Conversation:
         ]
         if not self.templated:
             return "\n".join(text + answer for text, answer in pairs)
-        said = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for text, answer in pairs:
-            said += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return said
+            messages += [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": answer},
+            ]
+        return messages
 
     def answer(self, text: str) -> None:
         """Say a text and print the answer, or both; what Ctrl-C has left of it is kept."""
@@ -320,11 +325,11 @@ class Conversation:
         from veneer.kernels.draws import sample_seed
         from veneer.train.generate import context_of, encode, generate
 
-        said = self.history(self.label_of(choice))
+        history = self.history(self.label_of(choice))
         if self.templated:
-            prompt: Any = [*said, {"role": "user", "content": text}]
+            prompt: Any = [*history, {"role": "user", "content": text}]
         else:
-            prompt = f"{said}\n{text}" if said else text
+            prompt = f"{history}\n{text}" if history else text
         context, tokens = context_of(self.model), len(encode(prompt, self.tokenizer))
         sampling = dict(self.sampling)
         if context is not None:
@@ -347,7 +352,7 @@ class Conversation:
         if sys.stdin.isatty():
             err.print(text)
 
-    def _expected(self) -> str:
+    def _adapter_names(self) -> str:
         return f"one of {', '.join(self.names)}" if self.names else "adapters, given with --adapter"
 
 

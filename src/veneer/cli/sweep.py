@@ -76,17 +76,19 @@ def sweep_command(
         raise ConfigError("a sweep in several processes", "one process", "run it without torchrun")
     console.setup_logging()
     with Progress(console.err) as progress:
-        found = sweep(train, settings, keep_going=keep_going, console=console.err, on_step=progress)
-    if found.interrupted:
-        say(console.err, f"Stopped, with a checkpoint in {found.output}")
+        outcome = sweep(
+            train, settings, keep_going=keep_going, console=console.err, on_step=progress
+        )
+    if outcome.interrupted:
+        say(console.err, f"Stopped, with a checkpoint in {outcome.output}")
         say(console.err, f"To go on:  {shlex.join(['veneer', *sys.argv[1:]])}")
         raise Exit(130)
     if as_json:
-        console.echo_json(found.facts)
+        console.echo_json(outcome.facts)
         return
     say(console.err, "\nNext:")
-    say(console.err, f"  {shlex.join(found.facts['command'])}")
+    say(console.err, f"  {shlex.join(outcome.facts['command'])}")
     say(
         console.err,
-        f"  {shlex.join(['veneer', 'inspect', str(found.output / 'best' / 'adapter')])}",
+        f"  {shlex.join(['veneer', 'inspect', str(outcome.output / 'best' / 'adapter')])}",
     )

@@ -135,12 +135,12 @@ def _agree(
             "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
         )
     if (dry_run or find_rate) and (processes > 1 or launcher):
-        found = f"--{'dry-run' if dry_run else 'find-rate'} "
-        found += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
-        raise ConfigError(found, "one process", "run it without a launcher")
+        problem = f"--{'dry-run' if dry_run else 'find-rate'} "
+        problem += f"with --launcher {launcher}" if launcher else f"in {processes} processes"
+        raise ConfigError(problem, "one process", "run it without a launcher")
     if launcher and processes > 1:
-        found = f"--launcher {launcher} in {processes} processes that another launcher started"
-        raise ConfigError(found, "one launcher", "run it without torchrun")
+        problem = f"--launcher {launcher} in {processes} processes that another launcher started"
+        raise ConfigError(problem, "one launcher", "run it without torchrun")
     if launcher and workers is None:
         raise ConfigError(
             f"--launcher {launcher} without --workers", "how many to start", "add --workers N"
@@ -163,7 +163,7 @@ def _ray() -> Any:
     return ray
 
 
-def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str | None:
+def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
     """The run, in each of its processes; where it stopped, if it was told to."""
     from rich.console import Console
 
@@ -181,7 +181,7 @@ def _run(settings: TrainConfig, asked: Callable[[], bool] | None = None) -> str 
         say(err, f"The run in {settings.output} is finished.")
         leave(str(settings.output))
         return None
-    result = fit(settings, console=err, stop_order=asked)
+    result = fit(settings, console=err, stop_order=stop_order)
     leave("" if result.interrupted else str(settings.output))
     if result.interrupted:
         return f"Stopped at step {result.steps} with a checkpoint: {result.checkpoint}"
@@ -231,8 +231,8 @@ def _room(prompt: str, result: Result) -> list[str]:
     from veneer.train.generate import context_of, encode
 
     context = context_of(result.model)
-    left = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
-    return [] if left >= NEW_TOKENS else ["--max-new-tokens", str(left)]
+    room = NEW_TOKENS if context is None else context - len(encode(prompt, result.tokenizer))
+    return [] if room >= NEW_TOKENS else ["--max-new-tokens", str(room)]
 
 
 def _find_rate(settings: TrainConfig) -> None:
@@ -240,20 +240,24 @@ def _find_rate(settings: TrainConfig) -> None:
     from veneer.train.callbacks import say
     from veneer.train.find_rate import find_rate as sweep
 
-    found = sweep(settings, console=err)
-    rate = found.suggested
-    for line in found.lines():
+    sweep_result = sweep(settings, console=err)
+    rate = sweep_result.suggested_rate
+    for line in sweep_result.lines():
         say(out, line)
     say(out, f"suggested: --learning-rate {rate:g}")
-    given = _without("--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"])
-    say(err, f"\nNext:\n  {shlex.join(['veneer', *given, '--learning-rate', f'{rate:g}'])}")
+    arguments = _without(
+        "--learning-rate", [word for word in sys.argv[1:] if word != "--find-rate"]
+    )
+    say(err, f"\nNext:\n  {shlex.join(['veneer', *arguments, '--learning-rate', f'{rate:g}'])}")
 
 
 def _without(flag: str, words: list[str]) -> list[str]:
     """A command line without a flag and its value."""
-    kept = [word for word in words if not word.startswith(f"{flag}=")]
+    remaining = [word for word in words if not word.startswith(f"{flag}=")]
     return [
-        word for at, word in enumerate(kept) if word != flag and (at == 0 or kept[at - 1] != flag)
+        word
+        for index, word in enumerate(remaining)
+        if word != flag and (index == 0 or remaining[index - 1] != flag)
     ]
 
 
@@ -320,5 +324,6 @@ def _help(info: Any) -> str:
 
 train_command.__signature__ = _signature()  # type: ignore[attr-defined]
 train_command.__annotations__ = {
-    name: made.annotation for name, made in inspect.signature(train_command).parameters.items()
+    name: parameter.annotation
+    for name, parameter in inspect.signature(train_command).parameters.items()
 }

@@ -260,8 +260,10 @@ def _lokr(group: Mapping[str, Tensor], alpha: float | None) -> tuple[Tensor, Ten
     (l, m), q = w1.shape, w2_a.shape[1]  # noqa: E741
     flat = w2_b.reshape(q, -1)  # [q, n·|k|]; w1's inputs vary slower than n and the kernel
     eye = torch.eye(min(l, m), dtype=w1.dtype)
-    left, right = (w1, eye) if m <= l else (eye, w1)
-    return _limit_rank(LowRank(torch.kron(right, flat)[None], torch.kron(left, w2_a)[None], scale))
+    left_factor, right_factor = (w1, eye) if m <= l else (eye, w1)
+    return _limit_rank(
+        LowRank(torch.kron(right_factor, flat)[None], torch.kron(left_factor, w2_a)[None], scale)
+    )
 
 
 def _limit_rank(low: LowRank) -> tuple[Tensor, Tensor, float]:

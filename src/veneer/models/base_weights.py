@@ -164,7 +164,7 @@ def _named_by_config(folder: Path) -> BaseWeights:
     if (folder / "config.json").is_file():
         with suppress(ConfigError):  # a model that transformers does not have
             by_name = folder_weights(meta_model(folder), folder).by_name
-    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.where}
+    file_weights = {name: _file_weight(checkpoint, name) for name in checkpoint.file_of}
     return BaseWeights(str(folder), by_name, file_weights=file_weights)
 
 
@@ -305,7 +305,7 @@ def checkpoint_weights(
     """(the weights in a checkpoint by the names that they have in the state dict of ``model``, each
     under one of them; tensors of the checkpoint that the model does not have). ``CheckpointError``:
     tensors that do not fill the parameter that they belong to."""
-    param_slices = map_checkpoint_names(model, checkpoint.where)
+    param_slices = map_checkpoint_names(model, checkpoint.file_of)
     pieces: dict[str, list[tuple[str, ParamSlice]]] = {}
     for name, tensor_slices in param_slices.items():
         for param_slice in tensor_slices:
@@ -326,7 +326,7 @@ def checkpoint_weights(
         read = partial(_join_rows, checkpoint, tuple(tensors), shape, dtype)
         weights[path] = BaseWeight(shape, dtype, read)
     raise_all(CheckpointError, f"The checkpoint {checkpoint.folder} cannot be used", problems)
-    return weights, tuple(sorted(checkpoint.where.keys() - param_slices.keys()))
+    return weights, tuple(sorted(checkpoint.file_of.keys() - param_slices.keys()))
 
 
 def _by_every_name(model: nn.Module, weights: Mapping[str, BaseWeight]) -> dict[str, BaseWeight]:

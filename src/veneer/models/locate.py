@@ -18,7 +18,7 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.models.gguf import converted_gguf
-from veneer.models.messages import explained, loading, log
+from veneer.models.messages import explain_error, loading, log
 from veneer.models.remote_code import code_options
 
 #: weights in other formats than safetensors, for other libraries
@@ -49,7 +49,7 @@ def folder_of(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(location, ignore_patterns=list(_OTHER_WEIGHTS)))
     except Exception as error:
-        raise explained(str(source), error) from error
+        raise explain_error(str(source), error) from error
 
 
 def config_of(source: str | Path, **fields: Any) -> Any:

@@ -35,19 +35,19 @@ SAMPLER = (
 @dataclass(frozen=True)
 class SamplingDefaults:
     """The fields in the file; None for missing ones. ``samples``: whether it enables sampling
-    instead of greedy decoding. ``others``: further fields that change which tokens are sampled."""
+    instead of greedy decoding. ``further_fields``: further fields that change which tokens are sampled."""
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
     samples: bool = False
-    others: Mapping[str, Any] = field(default_factory=dict)
+    further_fields: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, names: Iterable[str]) -> str:
         """These fields with their values, of those that the file gives: "temperature 0.6, top_k
         20"."""
-        values = {**vars(self), **self.others}
+        values = {**vars(self), **self.further_fields}
         return ", ".join(
             f"{name} {str(values[name])[:60]}"
             for name in sorted(names)
@@ -82,7 +82,7 @@ def sampling_defaults(model: Any) -> SamplingDefaults:
         if value is not None and value not in NEUTRAL[name]
     }
     return SamplingDefaults(
-        **values, samples=bool(getattr(config, "do_sample", False)), others=other_fields
+        **values, samples=bool(getattr(config, "do_sample", False)), further_fields=other_fields
     )
 
 

@@ -98,7 +98,7 @@ def without_weights(
         shell = getattr(transformers, auto).from_config(
             without_hub_kernel(config), dtype=weight_dtype, **code
         )
-    shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.where}
+    shapes: Any = {name: _Shape(checkpoint.shape(name)) for name in checkpoint.file_of}
     model = type(shell).from_pretrained(
         None, config=shell.config, state_dict=shapes, dtype=weight_dtype, **code, **options
     )
@@ -110,7 +110,9 @@ def without_weights(
 
 def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     """The dtype that transformers uses for "auto"."""
-    floats = (dtype for dtype in map(checkpoint.dtype, checkpoint.where) if dtype.is_floating_point)
+    floats = (
+        dtype for dtype in map(checkpoint.dtype, checkpoint.file_of) if dtype.is_floating_point
+    )
     return config.dtype or next(floats, torch.float32)
 
 

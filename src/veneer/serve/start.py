@@ -44,7 +44,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
     loaded: Any = (_causal if causal else _encoder)(settings)
     model, tokenizer = loaded.model, loaded.tokenizer
     sampling = sampling_defaults(model)
-    if ignored := sampling.describe([*(sampling.others), "repetition_penalty"]):
+    if ignored := sampling.describe([*(sampling.further_fields), "repetition_penalty"]):
         log.warning("Not applied here, of the base's %s: %s", FILE, ignored)
     base_length = models.context_length(settings.base) if causal else loaded.length
     length = min(settings.length, base_length or settings.length)

@@ -422,7 +422,7 @@ def _check_words(name: str, tags: Iterable[str]) -> None:
     expected = "1 to 128 letters, digits, '_', '-' and '.', the first a letter, a digit or '_'"
     wrong = [f"name {name!r}"] if not NAME.fullmatch(name) else []
     wrong += [f"tag {tag!r}" for tag in tags if not NAME.fullmatch(tag)]
-    problems = [sentence(found, expected, "choose another") for found in wrong]
+    problems = [sentence(problem, expected, "choose another") for problem in wrong]
     raise_all(LibraryError, f"The library cannot take {name!r}", problems)
 
 

@@ -359,11 +359,11 @@ def _push_store(path: Path, target: Place) -> str:
 def _pull_store(source: Place, keep: Path) -> Path:
     key = source.revision
     if key is not None and not _HASH.fullmatch(key):
-        found, do = (
+        problem, do = (
             f"the revision {key!r} of {source.address}",
             "give that, or leave it out for the newest",
         )
-        raise RemoteError(found, "what `push` returned after the '@'", do)
+        raise RemoteError(problem, "what `push` returned after the '@'", do)
     if key is not None and _intact(keep / key, key):
         return keep / key  # needs no network
     with store_errors(source, "read"):
@@ -371,8 +371,8 @@ def _pull_store(source: Place, keep: Path) -> Path:
         if key is None and system.exists(f"{root}/{LATEST}"):
             key = system.cat_file(f"{root}/{LATEST}").decode("ascii", "replace").strip()
             if not _HASH.fullmatch(key):
-                found = f"{source.address}/{LATEST}, which holds {key[:80]!r}"
-                raise RemoteError(found, "the hash of an adapter", "push one, or name a revision")
+                problem = f"{source.address}/{LATEST}, which holds {key[:80]!r}"
+                raise RemoteError(problem, "the hash of an adapter", "push one, or name a revision")
     remote_folder = root if key is None else f"{root}/{key}"
 
     def fetch(folder: Path) -> None:
@@ -392,9 +392,9 @@ def _pull_store(source: Place, keep: Path) -> Path:
     ):  # a place without revisions is fetched each time, and cached under its content hash
         fetched = Path(name)
         fetch(fetched)
-        found = content_hash(fetched)
+        key = content_hash(fetched)
         return keep_folder(
-            keep / found, source.address, lambda folder: copy_files(fetched, folder), found
+            keep / key, source.address, lambda folder: copy_files(fetched, folder), key
         )
 
 

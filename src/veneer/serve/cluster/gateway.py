@@ -39,7 +39,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Whole:
+class CompleteAnswer:
     """The complete answer of one replica."""
 
     replica: str
@@ -58,7 +58,7 @@ class Gateway:
     def __init__(
         self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
         ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
-        ask_all: Callable[[Message, bytes], Awaitable[Sequence[Whole]]],
+        ask_all: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
         lost: tuple[type[Exception], ...],
     ) -> None:  # fmt: skip
         self.base, self.keys, self.hosts = base, keys, hosts
@@ -103,7 +103,9 @@ class Gateway:
                 merged, {answer.replica: answer.body for answer in answers}
             )
             headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
-            answer = Whole("", 200, [*headers, (b"content-length", b"%d" % len(page))], page)
+            answer = CompleteAnswer(
+                "", 200, [*headers, (b"content-length", b"%d" % len(page))], page
+            )
         await send(
             {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
         )
@@ -206,7 +208,7 @@ async def messages(app: Any, request: Message, body: bytes) -> AsyncGenerator[Me
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def whole(name: str, app: Any, request: Message, body: bytes) -> Whole:
+async def complete_answer(name: str, app: Any, request: Message, body: bytes) -> CompleteAnswer:
     """The complete answer of an application to a request. ``name``: of its replica."""
     status, headers, content = 500, [], bytearray()
     async with aclosing(messages(app, request, body)) as answer:
@@ -215,7 +217,7 @@ async def whole(name: str, app: Any, request: Message, body: bytes) -> Whole:
                 status, headers = message["status"], list(message["headers"])
             else:
                 content += message.get("body", b"")
-    return Whole(name, status, headers, bytes(content))
+    return CompleteAnswer(name, status, headers, bytes(content))
 
 
 async def _lifespan(receive: Any, send: Any) -> None:

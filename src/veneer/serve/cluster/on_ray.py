@@ -86,8 +86,8 @@ class Replica:
             async for message in messages:
                 yield message
 
-    async def whole(self, request: dict[str, Any], body: bytes) -> gateway.Whole:
-        return await gateway.whole(self.name, self.application, request, body)
+    async def complete_answer(self, request: dict[str, Any], body: bytes) -> gateway.CompleteAnswer:
+        return await gateway.complete_answer(self.name, self.application, request, body)
 
     def check_health(self) -> None:
         """Called by Ray; a replica for which it raises is replaced."""
@@ -127,8 +127,8 @@ class Gateway:
             answer.cancel()  # cancel the request of a client that has disconnected
             raise
 
-    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.Whole]:
-        everybody = self._replicas.broadcast("whole", request, body)
+    async def _ask_all(self, request: dict[str, Any], body: bytes) -> list[gateway.CompleteAnswer]:
+        everybody = self._replicas.broadcast("complete_answer", request, body)
         return await asyncio.to_thread(everybody.results, timeout_s=limits.BODY_SECONDS)
 
 

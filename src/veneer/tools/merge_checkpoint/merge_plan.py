@@ -386,6 +386,7 @@ def _coverage_problems(
 def _order_tensors(places_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
     """The tensors that make up a parameter, in order; one of them if each holds all of it."""
     ordered = sorted(
-        places_by_tensor, key=lambda tensor: [part.start for part in places_by_tensor[tensor].index]
+        places_by_tensor,
+        key=lambda tensor: [axis_slice.start for axis_slice in places_by_tensor[tensor].index],
     )
     return tuple(ordered if places_by_tensor[ordered[0]].index else ordered[:1])

@@ -120,7 +120,7 @@ class Classify(Task):
         if self.processor is None:
             self.processor = self._processor()
         column = "labels" if self.kind == "words" else "label"
-        locations = [f"{records.source}, {location}" for location in records.places]
+        locations = [f"{records.source}, {location}" for location in records.locations]
         label_names = [
             [
                 _label_name(label, location)

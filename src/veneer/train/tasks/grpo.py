@@ -103,7 +103,7 @@ class Grpo(Causal):
                 problem, "room for a prompt", "lower answer_tokens, or raise max_length"
             )
         rows = []
-        for row, location in zip(records.rows, records.places, strict=True):
+        for row, location in zip(records.rows, records.locations, strict=True):
             prompt = row_shape.check_texts_or_chats(
                 {"prompt": row["prompt"]}, f"{records.source}, {location}"
             )["prompt"]

@@ -99,7 +99,7 @@ class Seq2seq(Task):
             rate = int(self.features.sampling_rate)
             limit = getattr(self.features, "n_samples", None)  # Whisper's window, in samples
             rows = []
-            for row, location, labels in zip(records.rows, records.places, answers, strict=True):
+            for row, location, labels in zip(records.rows, records.locations, answers, strict=True):
                 sound = read_audio(row["audio"], f"{records.source}, {location}", folder, rate)
                 if limit is not None and len(sound) > limit:
                     problem = f"{records.source}, {location}: {len(sound) / rate:.1f} s of audio"
