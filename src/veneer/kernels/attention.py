@@ -1,14 +1,14 @@
-"""Attention on a CPU, where torch's fused kernel is slow on short rows in 16 bits, and under a
-causal mask anyway.
+"""Attention on a CPU, for cases in which torch's fused kernel is slow: short rows in 16 bits, and
+causal masks.
 
     scores [b · kv, g · s, k] = bias + (scale · query) keyᵀ
-    chances = softmax(scores),    output = chances value
+    probabilities = softmax(scores),    output = probabilities value
 
-A key-value head serves the g query heads of its group in one product. Under a causal mask alone
-(``causal``) a few rows and heads are taken at a time, with the keys up to the last of these rows:
-scores that nobody sees are not computed, the others stay in the processor's cache, and none are
-kept, as backward makes them again (Dao et al. 2022, arXiv:2205.14135). In 16 bits scores are
-rounded before the softmax, as in transformers' "eager".
+A key-value head is multiplied with the g query heads of its group in one product. Under a purely
+causal mask (``causal``), a few rows and heads are computed at a time, with the keys up to the last
+of these rows. Masked scores are thus not computed, and the others stay in the processor's cache;
+none are saved, because backward recomputes them (Dao et al. 2022, arXiv:2205.14135). In 16 bits,
+scores are rounded before the softmax, as in transformers' "eager".
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from veneer.kernels import has_tiles
 _C: Any = torch._C
 _of_softmax: Any = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
-#: Threads of torch up to which pieces of float32 attention are ahead of its own kernel.
+#: The most torch threads for which computing float32 attention in pieces is faster than torch's
+#: kernel.
 THREADS = 3
-#: Keys up to which the products are the faster way in 16 bits.
+#: The most keys for which the products are faster in 16 bits.
 LONGEST = 288
-#: Keys from which on and up to which ``causal`` is, by the bytes of a number.
+#: The fewest and the most keys for which ``causal`` is faster; the most by the bytes of a value.
 SHORTEST, LONGEST_PIECES = 128, {2: 4096, 4: 2048}
-#: Rows of a query head that it takes at a time: in float32 where a key-value head serves several,
-#: and else; and scores
-#: for each of torch's threads.
+#: Rows of a query head at a time: in float32 if a key-value head serves several query heads, and
+#: otherwise; and the number of scores for each of torch's threads.
 PIECES, SCORES = (32, 64), 1 << 19
-#: Keys from which on torch's softmax of 16 bits takes several at a time, and is the faster one.
+#: The fewest keys for which torch's 16-bit softmax is vectorised, and so the faster one.
 VECTOR = 32
-#: Rows that see the same keys, where scores are kept.
+#: How many rows share the same keys if scores are saved.
 PIECE = 128
 
 
 def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
-    """Whether the products are the faster way for a call; ``causal``: there is a causal mask and no
-    other."""
+    """Whether the products are faster for a call. ``causal``: the mask is causal, with no other
+    mask."""
     length, size = key.shape[2], query.element_size()
     if query.device.type != "cpu" or size not in LONGEST_PIECES or not 1 < query.shape[2] == length:
         return False
-    # first: torch.compile knows neither threads nor what a processor has
+    # first, because torch.compile supports neither thread counts nor processor features
     eager = _eager(query, key)
-    if size == 4:  # of chunks so small torch's many threads would have little to do
+    if size == 4:  # chunks this small leave little to do for many torch threads
         supported = causal and eager and query.dtype is torch.float32
         return (
             supported
@@ -67,16 +67,15 @@ def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
 
 
 def _eager(*tensors: Tensor) -> bool:
-    """Whether a function of our own may be called: on plain tensors, and not under
-    ``torch.compile``, ``torch.func``, forward-mode AD or autocast."""
+    """Whether custom functions may be called: on plain tensors, and not under ``torch.compile``,
+    ``torch.func``, forward-mode AD or autocast."""
     if not untransformed() or _C._is_any_autocast_enabled():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale · query keyᵀ) value where row i sees no key behind the i-th: ``products``
-    without a bias.
+    """softmax(scale · query keyᵀ) value with a causal mask: ``products`` without a bias.
 
     Args:
         query, key, value: [b, h, s, d], [b, kv, s, d] and [b, kv, s, e] of one dtype, with h a
@@ -84,8 +83,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         scale: 1 / √d if None.
 
     Returns:
-        [b, h, s, e], differentiable. Scores are kept for backward where rows are few, and for the
-        gradient of a gradient.
+        [b, h, s, e], differentiable. Scores are saved for backward if there are few rows, and for
+        the gradient of a gradient.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.shape[2] < SHORTEST or not _eager(query, key, value):
@@ -142,7 +141,7 @@ def _gradients(
     """The gradients of query, key and value, from that of the output [b, h, s, e]."""
     b, h, s, d = query.shape
     of_query = query.new_empty(b, s, h, d).transpose(1, 2)
-    # sums over pieces are rounded to 16 bits once
+    # sums over pieces must be rounded to 16 bits only once
     wide = torch.promote_types(query.dtype, torch.float32)
     of_key, of_value = (
         torch.zeros(tensor.shape, dtype=wide, device=tensor.device) for tensor in (key, value)
@@ -173,17 +172,19 @@ def _gradients(
 
 
 def _size(heads: Tensor) -> int:
-    """Rows of a query head that are taken at a time, of heads [., ., g, s, d]."""
+    """The number of rows of a query head to compute at a time, for heads [., ., g, s, d]."""
     return PIECES[heads.shape[2] == 1 or heads.element_size() == 2]
 
 
 def _chunks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, count: int
 ) -> Iterator[tuple[tuple[slice, slice], Iterator[Any]]]:
-    """A few heads at a time: their place in [b, kv, ·], and what ``_turns`` yields of them."""
+    """Iterate over a few heads at a time: yields their indices in [b, kv, ·], and the iterator of
+    ``_turns`` for them."""
     heads, key, value = _by_head(query, key), key.contiguous(), value.contiguous()
     b, kv, group, s, _ = heads.shape
-    each = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)  # heads
+    # the number of heads at a time
+    each = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)
     tall, wide = (each // kv, kv) if each >= kv else (1, each)
     buffers: list[tuple[Tensor, ...]] = []
     for first_batch, first_head in itertools.product(range(0, b, tall), range(0, kv, wide)):
@@ -200,12 +201,13 @@ def _chunks(
 def _turns(
     heads: Tensor, keys: Tensor, values: Tensor, scale: float, buffers: list
 ) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows at a time, of heads [., ., g, s, d] with keys [n, s, d] and values [n, s, e].
+    """Iterate over a few rows at a time, of heads [., ., g, s, d] with keys [n, s, d] and values
+    [n, s, e].
 
     Yields:
         rows: [n, g · r, d], scaled.
         keys, values: [n, k, d] and [n, k, e], up to the last of these rows.
-        places: of [n, g · r, k], the same memory in each turn; the second holds the chances.
+        places: buffers [n, g · r, k], reused in each turn; the second holds the probabilities.
     """
     lowest = torch.finfo(heads.dtype).min
     hidden = torch.ones(_size(heads), _size(heads), dtype=torch.bool, device=heads.device).triu_(1)
@@ -221,9 +223,9 @@ def _turns(
 
 
 def _buffers(heads_like: Tensor, count: int) -> list[tuple[Tensor, ...]]:
-    """Memory for the turns of heads [., ., g, s, d], each time the same: for rows as [., ., g, r,
-    d] and [n, g · r, d], for scores that some rows do not see [n, g, r, r], and ``count`` of [n, g
-    · r, k], the first of which has these."""
+    """Reusable buffers for the turns of heads [., ., g, s, d]: rows as [., ., g, r, d] and [n, g ·
+    r, d]; the partly masked scores [n, g, r, r]; and ``count`` buffers of [n, g · r, k], of which
+    the first contains these scores."""
     *heads, group, s, d = heads_like.shape
     n, most = heads[0] * heads[1], min(_size(heads_like), s)
     scaled, memory = (
@@ -245,7 +247,7 @@ def _buffers(heads_like: Tensor, count: int) -> list[tuple[Tensor, ...]]:
 
 
 def _by_head(x: Tensor, key: Tensor) -> Tensor:
-    """[b, h, s, ·] as [b, kv, g, s, ·]."""
+    """Reshape [b, h, s, ·] to [b, kv, g, s, ·]."""
     return x.unflatten(1, (key.shape[1], -1))
 
 
@@ -265,8 +267,8 @@ def products(
         query, key, value: [b, h, s, d], [b, kv, k, d] and [b, kv, k, e], with h a multiple of kv.
         bias: [1 or b, 1, s, k] of the dtype of query, or None.
         scale: 1 / √d if None.
-        dropout: of the chances.
-        causal: row i sees no key behind the i-th; s = k, and there is no bias.
+        dropout: of the probabilities.
+        causal: whether a causal mask applies; s = k then, and there is no bias.
 
     Returns:
         [b, h, s, e].
@@ -281,7 +283,7 @@ def products(
         if bias is None:
             scores = rows @ keys
         else:
-            tall = bias.repeat(1, 1, group, 1)  # for the heads of a group below each other
+            tall = bias.repeat(1, 1, group, 1)  # repeated for the heads of a group
             tall = tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
             scores = torch.baddbmm(tall, rows, keys)
         return _output(scores, values, dropout).view(b, h, s, -1)
@@ -307,8 +309,8 @@ def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """The summand of the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: seen) or a summand
-    already; ``causal`` counts where there is none."""
+    """The bias of the scores. ``mask`` [1 or b, 1, s, k] is boolean (True: attended) or a bias
+    already; ``causal`` is used if there is no mask."""
     if mask is None:
         if not causal:
             return None
@@ -317,7 +319,7 @@ def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
         ).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask.to(query.dtype)
-    # finite: a row that sees nothing, such as one of padding, stays a number
+    # finite, so that a fully masked row, such as a row of padding, does not become NaN
     lowest = torch.finfo(query.dtype).min
     return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
         ~mask, lowest
@@ -325,8 +327,8 @@ def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Te
 
 
 def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) -> bool:
-    """Whether a call is one of several rows in one, [1, h, s, d], that are better taken apart:
-    whether there are at most half as many scores then, with each row filled up to the longest."""
+    """Whether a call [1, h, s, d] packs several rows that are better computed separately: if
+    padding each row to the longest leaves at most half as many scores."""
     if (
         not isinstance(starts, Tensor)
         or longest is None
@@ -345,17 +347,18 @@ def is_packed(query: Tensor, key: Tensor, mask: Any, starts: Any, longest: Any) 
 
 
 class Packed:
-    """Rows in one: row i is the tokens from ``starts[i]`` to ``starts[i + 1]``, at most
-    ``longest``.
+    """Several rows packed in one. Row i consists of tokens ``starts[i]`` to ``starts[i + 1]``, at
+    most ``longest``.
 
-    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row filled up on the right with its last
-    token. [n, longest, h, d] -> ``together`` -> [1, s, h, d]."""
+    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row padded on the right with its last
+    token. [n, longest, h, d] -> ``together`` -> [1, s, h, d].
+    """
 
     def __init__(self, starts: Tensor, longest: int) -> None:
         first, lengths = starts[:-1, None].long(), starts.diff()[:, None]
         column = torch.arange(longest)
         self.real = column < lengths  # [n, longest]
-        self.positions = first + torch.minimum(column, lengths - 1)  # in the one row
+        self.positions = first + torch.minimum(column, lengths - 1)  # positions in the packed row
         self.back = self.real.flatten().nonzero()[:, 0]
 
     def apart(self, x: Tensor) -> Tensor:
@@ -370,7 +373,7 @@ class Packed:
         return x.flatten(0, 1).index_select(0, self.back)[None]
 
     def row_masks(self, mask: Any) -> Tensor:
-        """Of a mask [1, 1, s, s], what concerns each row, [n, 1, longest, longest]."""
+        """The blocks of a mask [1, 1, s, s] that belong to each row, [n, 1, longest, longest]."""
         return (
             mask[0, 0, self.positions[:, :, None], self.positions[:, None, :]] & self.real[:, None]
         )[:, None]

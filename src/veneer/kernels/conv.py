@@ -3,20 +3,19 @@
     y = conv(x; W) + bias + s · B conv(drop(x); A)
     x: [n, in, *size]   W: [out, in, *k]   A: [r, in · |k|]   B: [out, r]   y: [n, out, *positions]
 
-Against the two convolutions and their sum in autograd:
+Differences from two convolutions and a sum in autograd:
 
-- with many positions, W + s B A is formed in float32, in forward and in backward: the bottleneck's
-  way through an output and through the gradient of x falls away, and the gradients of A and B need
-  thin products only;
-- with few, or in 16 bits, the bottleneck's part is added in place by a batched matrix product;
-- a kernel of one position is a matrix product, and one with strides copies the positions of x that
-  it reads once, and saves those in place of x;
-- where channels lie last in memory (``torch.channels_last``), positions are rows of a matrix: a
-  kernel of one position is a linear layer, and goes the way of those (``fused``), and so do the
-  products with B;
-- saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is a seed.
+- With many positions, W + s B A is formed in float32, in forward and in backward. No bottleneck of
+  the
+  size of the output is needed then, and the gradients of A and B need thin products only.
+- With few positions, or in 16 bits, the bottleneck's output is added in place by a batched product.
+- A kernel of one position is a matrix product. With strides, it copies the positions of x that it
+  reads once, and saves those instead of x.
+- If channels are last in memory (``torch.channels_last``), positions are rows of a matrix: a kernel
+  of one position is then computed as a linear layer (``fused``), and so are the products with B.
+- Saved are x and, unless W + s B A was formed, h = conv(x; A); dropout is saved as a seed.
 
-The backward of the backward goes through plain differentiable code.
+The backward of the backward is plain differentiable code.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from torch import Tensor
 
 from veneer.kernels import cost_model, device, dropout, fused, reference
 
-#: numbers in x up to which two convolutions and a sum, which are less Python, take no longer;
+#: the most numbers in x for which two convolutions and a sum, with less Python, are as fast;
 #: measured on a CPU core
 SMALL = 1 << 17
-#: how channels lie last, by the number of axes
+#: the channels-last memory format by the number of axes
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Geometry(NamedTuple):
-    """The options of a convolution with one group and zeros around x, a number each spatial
+    """The options of a convolution with one group and zero padding, one number for each spatial
     axis."""
 
     stride: tuple[int, ...]
@@ -51,8 +50,8 @@ class Geometry(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The options of a call: ``scale`` is s / (1 - ``drops``), ``form`` as
-    ``fused.Settings`` has it, and ``last`` whether channels lie last."""
+    """The options of a call. ``scale``: s / (1 - ``drops``); ``form``: as in ``fused.Settings``;
+    ``last``: whether channels are last in memory."""
 
     geometry: Geometry
     scale: float
@@ -63,7 +62,8 @@ class Settings(NamedTuple):
 
 
 def lies(x: Tensor) -> bool | None:
-    """Whether channels lie last in x [n, in, *size]; None where x is laid out neither way."""
+    """Whether channels are last in memory in x [n, in, *size]; None if x is neither contiguous nor
+    channels-last."""
     if x.is_contiguous():
         return False
     return True if x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) else None
@@ -82,11 +82,11 @@ def conv(
     """y [n, out, *positions], in the dtype of x; differentiable in x, bias, A and B.
 
     Args:
-        x: [n, in, *size], contiguous or with its channels last.
-        weight: [out, in, *k] of the dtype of x, laid out one way or the other; it gets no gradient.
-            Where either has its channels last, y has.
+        x: [n, in, *size], contiguous or channels-last.
+        weight: [out, in, *k] of the dtype of x, contiguous or channels-last; it gets no gradient.
+            If x or weight is channels-last, so is y.
         bias: [out] or None, of the dtype of x.
-        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x,
+        A, B: [r, in · |k|] and [out, r], of any floating-point dtype: computed in that of x, with
             gradients in their own.
         drops: probability of dropping an entry of x on the low-rank path.
     """
@@ -94,7 +94,7 @@ def conv(
     x = _laid(x, last)
     if weight[0, 0].numel() == 1 and not any(geometry.padding) and max(geometry.stride) > 1:
         read = [slice(None, None, step) for step in geometry.stride]
-        # by the axes as they lie, for the gradient to lie like x
+        # index in memory order, so that the gradient has the layout of x
         x = x.movedim(1, -1)[(slice(None), *read)].movedim(-1, 1) if last else x[(..., *read)]
         x = _laid(x, last)
         geometry = geometry._replace(stride=(1,) * len(geometry.stride))
@@ -171,22 +171,23 @@ class _Conv(torch.autograd.Function):
 
 
 def _laid(x: Tensor, last: bool) -> Tensor:
-    """x with its channels last, or contiguous."""
+    """x in channels-last or contiguous memory format."""
     return x.contiguous(memory_format=LAST[x.ndim]) if last else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [n, c, *positions], whose channels lie last, as a matrix [T, c] on the same memory."""
+    """View x [n, c, *positions], whose channels are last, as a matrix [T, c]."""
     return x.movedim(1, -1).view(-1, x.shape[1])
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:
-    """A matrix [T, c] as [n, c, *positions], positions of another tensor [n, *, *positions]."""
+    """View a matrix [T, c] as [n, c, *positions], with the positions of another tensor [n, *,
+    *positions]."""
     return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def _draw_entries(settings: Settings, x: Tensor) -> Tensor | None:
-    """The entries of x, in the order of memory, that the low-rank path does not see."""
+    """Entries of x, in memory order, that dropout removes from the low-rank path."""
     return (
         dropout.entries(x.numel(), settings.drops, settings.seed, x.device)
         if settings.drops
@@ -211,7 +212,8 @@ def _form_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tens
 
 
 def _is_product(geometry: Geometry, weight: Tensor) -> bool:
-    """Whether each position of the output is the product of the weight with that position of x."""
+    """Whether each position of the output is the product of the weight and the same position of
+    x."""
     return weight[0, 0].numel() == 1 and max(geometry.stride) == 1 and not any(geometry.padding)
 
 
@@ -231,7 +233,8 @@ def _thin(settings: Settings, x: Tensor, down: Tensor, weight: Tensor) -> Tensor
 def _through_up(
     settings: Settings, dy: Tensor, up: Tensor, h: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(the gradient of h [n, r, *positions], that of B [out, r] if there is h), from that of y."""
+    """(gradient of h [n, r, *positions], gradient of B [out, r] if h is given), from the gradient
+    of y."""
     if settings.last:
         rows, narrow = _rows(dy), (up * settings.scale).mT
         if h is None:
@@ -246,7 +249,7 @@ def _through_up(
 
 
 def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A: bool):
-    """(the gradient of x that comes through h, that of A [r, in · |k|]), from the gradient of h."""
+    """(gradient of x through h, gradient of A [r, in · |k|]), from the gradient of h."""
     dx = dA = None
     dropped = _draw_entries(settings, x)
     read = _without(settings, x, dropped) if need_A else x
@@ -267,7 +270,7 @@ def _through_thin(settings: Settings, x, down, weight, dh, need_x: bool, need_A:
 def _backward(
     settings: Settings, dy: Tensor, x: Tensor, weight: Tensor, of: tuple[bool, bool, bool]
 ) -> Any:
-    """The gradients of x, of the weight and of a bias, those that are asked for."""
+    """The gradients of x, the weight and a bias, as far as ``of`` requests them."""
     none, geometry = [0] * len(settings.geometry.stride), settings.geometry
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *geometry, False, none, 1, of)
 

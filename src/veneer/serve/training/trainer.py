@@ -128,17 +128,17 @@ class Pass:
     owner: str = ""
     total: float = 0.0
     error: Exception | None = None
-    left: list[int] = field(init=False)
+    remaining: list[int] = field(init=False)
     logprobs: list[Tensor | None] = field(init=False)
     earlier_gradients: Gradients | None = None
 
     def __post_init__(self) -> None:
-        self.left = sorted(range(len(self.data)), key=lambda index: -len(self.data[index].tokens))
+        self.remaining = sorted(range(len(self.data)), key=lambda index: -len(self.data[index].tokens))
         self.logprobs = [None] * len(self.data)
 
     @property
     def over(self) -> bool:
-        return not self.left or self.error is not None
+        return not self.remaining or self.error is not None
 
 
 #: for each run in a batch, indices of its data
@@ -207,7 +207,7 @@ class Trainer:
             if training_pass.error is None:
                 training_pass.total += float(result.values[run])
             computed = set(rows[run])
-            training_pass.left = [index for index in training_pass.left if index not in computed]
+            training_pass.remaining = [index for index in training_pass.remaining if index not in computed]
             if training_pass.over:
                 self._finish(training_pass)
         return sum(
@@ -221,18 +221,18 @@ class Trainer:
         the budget of tokens."""
         order = [
             (training_pass, rank)
-            for rank in range(max(len(training_pass.left) for training_pass in passes))
+            for rank in range(max(len(training_pass.remaining) for training_pass in passes))
             for training_pass in passes
-            if rank < len(training_pass.left)
+            if rank < len(training_pass.remaining)
         ]
         lengths = [
-            len(training_pass.data[training_pass.left[rank]].tokens)
+            len(training_pass.data[training_pass.remaining[rank]].tokens)
             for training_pass, rank in order
         ]
         rows: dict[str, list[int]] = {}
         for position in fit_budget(lengths, self.tokens):
             training_pass, rank = order[position]
-            rows.setdefault(training_pass.run, []).append(training_pass.left[rank])
+            rows.setdefault(training_pass.run, []).append(training_pass.remaining[rank])
         return rows
 
     def _run_passes(self, rows: Rows, passes: Mapping[str, Pass], keep_going: bool) -> PassResult:

@@ -328,7 +328,7 @@ class Worker:
         later would be computed alone each time."""
         with self._wake:
             current = [line.current for line in self.queue.active() if line.current]
-        if not current or any(len(one_pass.left) < len(one_pass.data) for one_pass in current):
+        if not current or any(len(one_pass.remaining) < len(one_pass.data) for one_pass in current):
             return
         deadline = time.monotonic() + min(MOST_LINGER, LINGER * self._batch_seconds)
         while (remaining := deadline - time.monotonic()) > 0:
@@ -354,20 +354,20 @@ class Worker:
     def _compute(self, passes: list[Pass]) -> None:
         """Compute one batch, and charge its time and tokens to the runs and owners in it."""
         began = time.monotonic()
-        rows_before = {training_pass.run: training_pass.left for training_pass in passes}
+        rows_before = {training_pass.run: training_pass.remaining for training_pass in passes}
         tokens = self.trainer.compute(passes)
         ended = time.monotonic()
         self._batch_seconds = ended - began
         computed = [
             training_pass
             for training_pass in passes
-            if len(training_pass.left) != len(rows_before[training_pass.run]) or training_pass.error
+            if len(training_pass.remaining) != len(rows_before[training_pass.run]) or training_pass.error
         ]
         runs = tuple(self.queue.named[training_pass.run].run for training_pass in computed)
         self.batch = Batch(runs, ended)
         for training_pass in computed:
             line = self.queue.named[training_pass.run]
-            rows = set(rows_before[training_pass.run]) - set(training_pass.left)
+            rows = set(rows_before[training_pass.run]) - set(training_pass.remaining)
             line.rate.add(began, ended, sum(len(training_pass.data[row].tokens) for row in rows))
             line.spent += self._batch_seconds / len(computed)
             self._shares.charge(training_pass.owner, tokens / len(computed))
