@@ -60,8 +60,8 @@ class Entry:
 
 
 class Lease:
-    """The right to use adapters, which stay in memory until it is released. ``adapter_weights``: the
-    requested weights by name; ``uses``: the same with the resident adapters."""
+    """The right to use adapters, which stay in memory until it is released. ``adapter_weights``:
+    the requested weights by name; ``uses``: the same with the resident adapters."""
 
     def __init__(
         self, bank: Bank, adapter_weights: Mapping[str, float], entries: Sequence[Entry]

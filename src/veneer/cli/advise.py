@@ -1,5 +1,5 @@
-"""`veneer advise`: rank and rate to start from, with their sources, as a configuration that `veneer
-train` takes."""
+"""`veneer advise`: recommend a rank, a learning rate and other settings to start from, with their
+sources, as a configuration for `veneer train`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`veneer chat`: a conversation with a base and its adapters, which are switched, blended and
-compared on the way.
+"""`veneer chat`: a conversation with a base and its adapters, which can be switched, blended and
+compared during the conversation.
 
-Answers go to stdout as they are written, everything else to stderr. Without a terminal (a pipe)
-each line of stdin is said or done as in one, nothing else is printed beside the answers, and a
-command that is wrong ends the program.
+Answers are streamed to stdout; everything else goes to stderr. Without a terminal (a pipe), each
+line of stdin is a text or a command, nothing but the answers is printed, and a wrong command ends
+the program.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def _converse(talk: Conversation, terminal: bool) -> None:
 
 
 class Conversation:
-    """What was said, and who answers. ``turns`` are (text, {label of who answered: answer}); who
-    did not answer a text goes on from the last answer to it."""
+    """The state of a conversation. ``turns`` are (text, {label: answer}), with the labels of the
+    models that answered. A model that did not answer a text continues from the last answer to
+    it."""
 
     def __init__(
         self, model: Any, tokenizer: Any, names: Sequence[str], sampling: Mapping[str, Any]
@@ -160,7 +161,7 @@ class Conversation:
 
     @property
     def label(self) -> str:
-        """Of who answers now."""
+        """The label of the current model."""
         return self.label_of(self.choice)
 
     def label_of(self, choice: str | dict[str, float] | None) -> str:
@@ -169,7 +170,7 @@ class Conversation:
         return "base" if choice is None else choice
 
     def take(self, line: str) -> bool:
-        """Do or say a line; whether the conversation goes on."""
+        """Run a command or answer a text; return whether the conversation goes on."""
         if not line.startswith("/") or line.startswith("//"):
             self.answer(line.removeprefix("/") if line.startswith("//") else line)
             return True
@@ -220,7 +221,7 @@ class Conversation:
             raise SelectionError(
                 "/blend of nothing", "names and weights", "say, for instance, /blend a=0.5 b=0.5"
             )
-        with veneer.use(self.model, blend):  # as a call will
+        with veneer.use(self.model, blend):  # raises the errors that a call would raise
             self.choice = blend
         self.note(f"{self.label} answers.")
 
@@ -249,7 +250,7 @@ class Conversation:
     def save_command(self, text: str) -> None:
         try:
             words = shlex.split(text)
-        except ValueError as error:  # a quote that is not closed
+        except ValueError as error:  # an unclosed quote
             do = "say, for instance, /save 'my chats.jsonl'"
             raise ConfigError(f"/save {text} ({error})", "a file for a conversation", do) from error
         if len(words) != 1 or not self.turns:
@@ -262,7 +263,7 @@ class Conversation:
         try:
             with private_file(Path(words[0]).expanduser()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:  # which must not end what was said
+        except OSError as error:  # must not end the conversation
             raise ConfigError(
                 f"/save {text} ({error})", "a file that can be written", "name another"
             ) from error
@@ -274,8 +275,8 @@ class Conversation:
         err.print(HELP)
 
     def history(self, label: str) -> Any:
-        """What was said, as who has this label sees it: messages, or one text for a base without a
-        template."""
+        """The conversation from the point of view of the model with this label: messages, or one
+        text for a base without a chat template."""
         pairs = [
             (text, answers.get(label, next(reversed(answers.values()), "")))
             for text, answers in self.turns
@@ -291,7 +292,7 @@ class Conversation:
         return messages
 
     def answer(self, text: str) -> None:
-        """Say a text and print the answer, or both; what Ctrl-C has left of it is kept."""
+        """Answer a text and print the answer, or both. A partial answer after Ctrl-C is kept."""
         from veneer.cli.console import err, out
 
         choices = [None, self.choice] if self.both else [self.choice]
@@ -346,7 +347,7 @@ class Conversation:
             ]
 
     def note(self, text: str) -> None:
-        """Tell a person something; a pipe has no person."""
+        """Print a note for a person at a terminal; nothing if the input is a pipe."""
         from veneer.cli.console import err
 
         if sys.stdin.isatty():
@@ -363,7 +364,8 @@ def _aloud(text: str) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed meanwhile; the second time it raises, as ever."""
+    """Yield a function that returns whether Ctrl-C was pressed. A second Ctrl-C raises
+    KeyboardInterrupt."""
     pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:

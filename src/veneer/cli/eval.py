@@ -1,5 +1,5 @@
-"""`veneer eval`: loss, perplexity and the share of correct tokens on a data set, of a base and of the
-base with an adapter."""
+"""`veneer eval`: loss, perplexity and the share of correct tokens on a data set, of a base and of
+the base with an adapter."""
 
 from __future__ import annotations
 

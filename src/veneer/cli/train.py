@@ -24,11 +24,11 @@ from veneer.train.processes import finished_before, join, leave
 if TYPE_CHECKING:
     from veneer.train.run import Result
 
-#: other spellings of a flag
+#: alternative spellings of a flag
 ALSO = {"attention": ("--attn",), "optimiser": ("--optimizer",)}
 
 
-#: what is done instead of a run
+#: actions that replace the run
 INSTEAD = {
     "dry_run": (
         "Do everything up to the first step (data, targets, memory, an example) and write nothing."
@@ -37,9 +37,9 @@ INSTEAD = {
 }
 
 
-#: how often workers that died are started again, unless it is said
+#: default number of restarts after a worker has died
 RESTARTS = 3
-#: what starts the processes of a run, where that is not torchrun: the flag's type, help and limits
+#: options of launchers other than torchrun: type, help and limits of each flag
 LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "launcher": (
         Literal["ray"],
@@ -129,7 +129,7 @@ def _agree(
     workers: int | None,
     max_restarts: int | None,
 ) -> None:
-    """Raise where what stands on the command line beside the settings does not go together."""
+    """Raise ``ConfigError`` for command-line options that contradict each other."""
     if dry_run and find_rate:
         raise ConfigError(
             "--dry-run and --find-rate", "one of them: a dry run takes no step", "leave one out"
@@ -153,7 +153,7 @@ def _agree(
 
 
 def _ray() -> Any:
-    """The bridge to Ray, which is loaded only for it."""
+    """Import the module for Ray only if it is used."""
     try:
         from veneer.train import ray
     except ImportError as error:
@@ -164,17 +164,17 @@ def _ray() -> Any:
 
 
 def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) -> str | None:
-    """The run, in each of its processes; where it stopped, if it was told to."""
+    """Run the training in each of its processes; return a message if it was stopped."""
     from rich.console import Console
 
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.run import fit
 
-    console.setup_logging()  # a worker of Ray's begins here
+    console.setup_logging()  # a Ray worker starts here
     processes = join()
     err = console.err if processes.first else Console(quiet=True)
-    if not processes.first:  # what all would say alike, the first one says
+    if not processes.first:  # messages that all processes would print come from the first one only
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     if processes.run_on_first(lambda: finished_before(str(settings.output))):
@@ -192,14 +192,15 @@ def _run(settings: TrainConfig, stop_order: Callable[[], bool] | None = None) ->
 
 
 def _content(settings: TrainConfig) -> str:
-    from veneer.fileio.hashing import hash_json  # torch, which one process does without so early
+    # imports torch, which one process does not need this early
+    from veneer.fileio.hashing import hash_json
 
     return hash_json(settings.content())
 
 
 def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
-    """The commands that make sense after a run: who learnt from chats is talked to, who learnt to
-    continue texts is given one, and either is merged; the rest is measured."""
+    """The commands to suggest after a run: chat with an adapter that was trained on chats, generate
+    with one that continues texts, and merge either of these; evaluate adapters of other tasks."""
     from veneer.train.tasks import TASKS
 
     base, adapter, how = settings.base, ["--adapter", str(result.adapter)], []
@@ -227,7 +228,7 @@ def _next(settings: TrainConfig, result: Result) -> list[list[str]]:
 
 
 def _room(prompt: str, result: Result) -> list[str]:
-    """How long an answer may be, where the context has no place for the usual one."""
+    """Flags for a shorter answer if the context has no room for one of the default length."""
     from veneer.train.generate import context_of, encode
 
     context = context_of(result.model)
@@ -262,8 +263,8 @@ def _without(flag: str, words: list[str]) -> list[str]:
 
 
 def _value(name: str, value: Any) -> Any:
-    """What `TrainConfig` reads of a flag: lists and tables are written with commas, or as the flag
-    several times."""
+    """The value of a flag in the form that `TrainConfig` reads: lists and tables are written with
+    commas, or by repeating the flag."""
     if not isinstance(value, list):
         return value
     return ",".join(value) or None if name == "columns" else merge_flag_values(value)
@@ -311,8 +312,8 @@ def _signature() -> inspect.Signature:
 
 
 def _help(info: Any) -> str:
-    """The field's description with its default, which the flag cannot carry: a flag that is not
-    given is None."""
+    """The field's description with its default, which the flag itself lacks: an unset flag is
+    None."""
     text = info.description or ""
     if info.is_required() or info.default in (None, [], {}, "") or "(default" in text:
         return text

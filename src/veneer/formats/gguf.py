@@ -377,8 +377,8 @@ def _stack_experts(
     alpha: float,
     base: BaseFacts,
 ) -> dict[str, PeftLayer]:
-    """Changes of experts in the layout of PEFT's file: A [E·r, in] and B [out, r·E]. If a module has
-    several, the path of the first has ``base_layer`` at its end, as PEFT nests the wrappers."""
+    """Changes of experts in the layout of PEFT's file: A [E·r, in] and B [out, r·E]. If a module
+    has several, the path of the first ends in ``base_layer``, because PEFT nests the wrappers."""
     low: dict[str, PeftLayer] = {}
     for weight in (weight for weight in base.shapes if weight in stacks):
         above, pairs_by_name = weight.rpartition(".")[0], stacks[weight]

@@ -4,13 +4,12 @@
     VENEER_COMPILED=saved_inputs     this optimisation only
     VENEER_COMPILED=1                all optimisations, the default
 
-round_nearest    A compiled loop rounds W + ΔW to bfloat16: the same bits as torch's operations, in a
-                 quarter of their time. It needs numba (the extra ``fast``), which takes half a
-                 second
-                 and 100 MiB to load: the first large weight that is merged loads it.
-saved_inputs     Not compiled: it edits the tensors that autograd's nodes save. A third of the memory
-                 that a step over a frozen Llama keeps is then recomputed in backward, with the same
-                 bits.
+round_nearest    A compiled loop rounds W + ΔW to bfloat16, with the same bits as torch's
+                 operations, in a quarter of their time. It needs numba (the extra ``fast``), which
+                 takes half a second and 100 MiB to load: the first large merged weight loads it.
+saved_inputs     Not compiled: it edits the tensors that autograd's nodes save. A third of the
+                 memory that a step over a frozen Llama keeps is then recomputed in backward, with
+                 the same bits.
 
 The variable is read once, when veneer is imported.
 """

@@ -1,9 +1,9 @@
-"""Attention as plain matrix products, for transformers' models, in the calls in which torch's fused
+"""Attention as plain matrix products, for transformers' models, in calls for which torch's fused
 kernel is slower.
 
-On a CPU that is so for short rows in 16 bits, and under a causal mask (``kernels/attention.py``
-says when). ``use_products`` registers an attention function with transformers that chooses call by
-call, and else is transformers' own "sdpa".
+These are calls on a CPU with short rows in 16 bits, or with a causal mask (see
+``kernels/attention.py``). ``use_products`` registers an attention function with transformers that
+chooses for each call, and otherwise uses transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = ["use_products"]
 
-#: what a model is told of the rows that were packed into one: where each begins, and the longest
+#: arguments that describe rows packed into one: where each begins, and the length of the longest
 LENGTHS = ("cu_seq_lens_q", "max_length_q")
-#: the name under which transformers knows Veneer's attention
+#: transformers' name for Veneer's attention
 PRODUCTS = "veneer_products"
 
 
 def use_products(model: PreTrainedModel) -> None:
     """Let a model compute attention as plain matrix products (``kernels.attention``) in the calls
-    in which these are the faster way, and as transformers' "sdpa" in all others.
+    for which these are faster, and as transformers' "sdpa" in all others.
 
     Raises:
-        ValueError: as transformers says, for a model whose attention cannot be chosen; or the model
-            does something else with an attention of another name than "sdpa", such as leaving out
-            the mask of a sparse one.
+        ValueError: transformers does not support choosing the model's attention, or the model
+            depends on the name "sdpa", for example to omit the mask of a sparse attention.
     """
     if compares_attention(model):
         problem = (

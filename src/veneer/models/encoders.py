@@ -1,7 +1,7 @@
-"""Text encoders: whether a base is one, and loading it with the pooling that its
-sentence-transformers files name.
+"""Text encoders: recognise them, and load them with the pooling in their sentence-transformers
+files.
 
-    is_causal("folder")         what the config alone says of a base
+    is_causal("folder")         from the config alone
     load_encoder("folder")      Encoder(model, tokenizer, name, pooling, normal, length)
 
 The pooling is read from the files of sentence-transformers; the library itself is not needed.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Encoder(NamedTuple):
-    """A loaded encoder, and how its tokens become one vector.
+    """A loaded encoder, and how to compute one vector from its tokens.
 
     ``pooling`` is "mean", "cls" or "max" over the tokens, ``normal`` whether vectors have length 1,
     ``length`` the most tokens of a text.
@@ -49,8 +49,8 @@ def must_be_causal(source: str | Path) -> None:
     only its config.
 
     Raises:
-        ConfigError: the base is an encoder, in which positions see the tokens to predict, or has
-            another head; or as ``load_base``.
+        ConfigError: the base is an encoder, in which positions attend to the tokens to predict, or
+            has another head; or as ``load_base``.
     """
     reason = _describe_non_causal(str(source))
     if reason is not None:
@@ -66,14 +66,14 @@ def _describe_non_causal(name: str) -> str | None:
 
     if (
         Path(find_base(name)) / "modules.json"
-    ).is_file():  # sentence-transformers' list of what comes after the model
+    ).is_file():  # sentence-transformers' list of the modules after the model
         return "an encoder of sentence-transformers"
     config = config_of(name)
     class_names, values = (
         getattr(config, "architectures", None) or (),
         [*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()],
     )
-    # also a class that somebody has registered
+    # includes classes that the user has registered
     if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         registered: Any = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         values += [
@@ -101,11 +101,11 @@ def _describe_non_causal(name: str) -> str | None:
 def load_encoder(
     source: str | Path, *, precision: Precision = "auto", device: str | None = None, **loading: Any
 ) -> Encoder:
-    """An encoder in eval mode, with the pooling that its sentence-transformers files name; the mean
-    of its tokens, normalised, where it has none. ``loading``: more of what ``load_base`` takes.
+    """An encoder in eval mode, with the pooling in its sentence-transformers files; without such
+    files, the normalised mean of its tokens. ``loading``: further arguments of ``load_base``.
 
     Raises:
-        ConfigError: as ``load_base``, or a pooling that is not known here.
+        ConfigError: as ``load_base``, or an unknown pooling.
     """
     name = str(source)
     location = find_base(name)
@@ -122,9 +122,9 @@ def load_encoder(
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str, normal: bool) -> Tensor:
-    """One vector a row, [rows, width] in float32 (float64 of float64), of ``hidden`` [rows, tokens,
-    width]. ``mask``: [rows, tokens], 1 where there is a token. ``how``: "mean", "cls" (the first
-    token) or "max"."""
+    """One vector per row, [rows, width], in float32 (float64 if ``hidden`` is), of ``hidden``
+    [rows, tokens, width]. ``mask``: [rows, tokens], 0 for padding. ``how``: "mean", "cls" (the
+    first token) or "max"."""
     hidden, is_token = hidden.to(at_least_float32(hidden.dtype)), mask.bool()[..., None]
     if how == "cls":
         vectors = hidden[:, 0]

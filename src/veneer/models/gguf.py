@@ -1,9 +1,9 @@
-"""A GGUF file as a folder that transformers loads in seconds.
+"""Convert a GGUF file to a folder that transformers loads in seconds.
 
 A GGUF file is converted once. transformers reads it slowly (25 s for 135 M parameters) and marks
-the result as quantised, whereupon it refuses to be saved or trained; so the weights are put into
-the plain class of the architecture and kept, exactly dequantised in fp32, under
-`$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where it loads in 2 s.
+the model as quantised, so that it can be neither saved nor trained. The weights are therefore
+dequantised exactly to fp32, put into the plain class of the architecture, and stored under
+`$XDG_CACHE_HOME/veneer` (or `~/.cache/veneer`), from where they load in 2 s.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from veneer.models.remote_code import code_options
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
+    """The folder of converted models: `$XDG_CACHE_HOME/veneer`, or `~/.cache/veneer`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
 def converted_gguf(file: Path) -> Path:
-    """The plain folder of a GGUF file, made now if it is not in the cache."""
+    """The plain folder of a GGUF file, converted now if it is not in the cache."""
     file = file.resolve()
     stat = file.stat()
     key = hashlib.sha256(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -43,7 +43,7 @@ def converted_gguf(file: Path) -> Path:
             " 'veneer[train]'."
         )
     log.info("Converting %s once (about half a minute for 100 MB); kept in %s", file.name, target)
-    # transformers' bar: nothing of it in a log file
+    # keep transformers' progress bar out of log files
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         gguf_claims.check(file, gguf_claims.MAX_MODEL_COUNT)
@@ -75,7 +75,7 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
         raise
     except (
         Exception
-    ) as error:  # gguf and transformers raise what they like on a damaged or unknown file
+    ) as error:  # gguf and transformers raise many kinds of errors for damaged or unknown files
         problem = f"{file} cannot be read as GGUF ({first_line(error)})"
         do = "fetch the file again, or use the model's safetensors"
         raise ConfigError(

@@ -33,7 +33,7 @@ from veneer.formats import peft
 
 ENDING, INDEX = ".safetensors", ".safetensors.index.json"
 
-#: torch's dtypes of the weights of models, by the names that safetensors has
+#: the dtypes of models' weights in safetensors files
 _WEIGHTS = (
     "F64",
     "F32",
@@ -50,8 +50,7 @@ _WEIGHTS = (
 )
 DTYPES = {name: tensors.DTYPES[name] for name in _WEIGHTS}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: patterns of the files that a whole model may consist of, and that another one in its place
-#: replaces
+#: patterns of a model's files, which another model that replaces it overwrites
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
@@ -60,8 +59,7 @@ MODEL_FILES = (
 
 
 def must_hold_no_adapter(folder: Path) -> None:
-    """``OutputExistsError`` for a folder with an adapter, into which a whole model is to be
-    written."""
+    """Raise ``OutputExistsError`` if a model is to be written to a folder with an adapter."""
     if (folder / peft.CONFIG).exists():
         problem = f"{folder}, which holds an adapter, for a whole model"
         expected = (
@@ -100,7 +98,7 @@ class Checkpoint:
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, or ``rows`` of its first axis, in new memory. ``KeyError``: no such tensor.
-        ``CheckpointError``: the file is shorter than its header says."""
+        ``CheckpointError``: the file is shorter than its header claims."""
         shape, size, start = self.shape(name), self.bytes(name), self.start(name)
         if rows is not None:
             first, last, _ = rows.indices(shape[0])
