@@ -2,7 +2,7 @@
 
     align(saved adapters) -> an AlignedWeight for each weight that any of the adapters changes
 
-Changes are matched by ``PeftLayer.at``, the module path without PEFT's wrappers. A folder has an
+Changes are matched by ``PeftLayer.target_path``, the module path without PEFT's wrappers. A folder has an
 entry for each name of a tied weight; the record lists the first name. The other entries are its
 aliases: the same product, transposed if the module uses the transposed weight.
 """
@@ -25,7 +25,7 @@ from veneer.lowrank import LowRank
 class AlignedWeight:
     """One weight with the changes of all adapters."""
 
-    model_path: str  # path of its module, or of the parameter (``PeftLayer.at``)
+    model_path: str  # path of its module, or of the parameter (``PeftLayer.target_path``)
     entry_path: str  # path in an adapter folder with all the changes
     parameter: bool  # whether the entry names the parameter, not its module
     weight: str | None  # the path of the weight, if a record has it
@@ -242,7 +242,7 @@ def _order_parameters(
 
 def applied_products(saved: AdapterFiles) -> dict[str, LowRank]:
     """The product of each change by model path, scaled as the library that wrote it applies it:
-    PEFT adds the change of an attention's out-projection ``peft.TIMES`` times. ``AdapterError``:
+    PEFT adds the change of an attention's out-projection ``peft_behaviour.OUT_PROJ_REPEATS`` times. ``AdapterError``:
     the behaviour of that PEFT version is unknown."""
     products = {}
     for path, layer in saved.low.items():
