@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.support.banks import saved
+from tests.support.banks import save_adapters
 from tests.support.emulated_device import G0, G1, count, waits_of
 from tests.support.tiny import tiny_model
 from tests.support.toys import randomise
@@ -159,7 +159,7 @@ def test_rows_of_several_adapters_do_not_wait():
 @pytest.fixture
 def bank(tmp_path):
     model = tiny_model().to(HALF)
-    saved(model, tmp_path, *"01234567", config=veneer.LoraConfig(rank=4))
+    save_adapters(model, tmp_path, *"01234567", config=veneer.LoraConfig(rank=4))
     bank = veneer.Bank(model.to(G0))
     for name in "01234567":
         bank.register(name, tmp_path / name)

@@ -181,7 +181,7 @@ class FakeBank:
 
 
 def adapter_at(path: Path, **fields: Any) -> Path:
-    """What looks like an adapter folder to whoever does not read it."""
+    """A folder that looks like an adapter folder unless its tensors are read."""
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **fields}))
     (path / "adapter_model.safetensors").write_bytes(b"")

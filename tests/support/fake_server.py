@@ -33,7 +33,7 @@ HTML = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 1</script><
 
 @dataclass
 class Fake:
-    """What the server holds, and what it was asked."""
+    """The state of the server, and the requests that it got."""
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     key: str | None = None  # asked for, if given
@@ -209,7 +209,7 @@ def application(fake: Fake) -> FastAPI:
 
 
 @contextmanager
-def served(fake: Fake) -> Iterator[str]:
+def serve_fake(fake: Fake) -> Iterator[str]:
     """The server in a thread: its address."""
     config = uvicorn.Config(
         application(fake), port=0, ws="none", log_level="error", timeout_graceful_shutdown=1

@@ -1,4 +1,4 @@
-"""What a layer computes, by its definition."""
+"""The output of a layer with a change, by definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: tiny models of several architectures, a bank that only
+"""Shared by the tests of the engine: tiny models of several architectures, a bank that only
 records, a client."""
 
 from __future__ import annotations

@@ -609,7 +609,8 @@ def test_only_vectors_changed(tmp_path):
     veneer.load(base, tmp_path / "a")
     assert torch.equal(base(WORDS).logits, tuned(WORDS).logits)
     with pytest.raises(
-        ExtractError, match=r"changes of model.norm.weight only, which neither targets nor keep cover"
+        ExtractError,
+        match=r"changes of model.norm.weight only, which neither targets nor keep cover",
     ):
         veneer.extract(base, tuned, tmp_path / "c", rank=4, keep="none")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.checkpoints import equal, in_memory, tensors, tiny, trained, written
+from tests.support.checkpoints import equal, in_memory, save_model, tensors, tiny, trained
 from tests.support.forked import LARGE, Program, printed
 from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
@@ -72,7 +72,7 @@ def test_every_architecture(name, variant, tmp_path):
     """Ties, fused weights, stacks that the files hold expert by expert, convolutions, norms,
     running statistics."""
     model = REAL[name].build()[0].to(torch.bfloat16)
-    base = written(model, tmp_path / "base", max_shard_size="40KB")
+    base = save_model(model, tmp_path / "base", max_shard_size="40KB")
     # a weight that is computed from others in the files
     computed = {"wav2vec2": "pos_conv_embed.conv"}.get(name, ())
     adapter = trained(model, tmp_path / "adapter", variant=variant, exclude=computed)
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_one_error(tmp_path):
 
 def test_a_weight_that_the_files_hold_as_others_is_refused(tmp_path):
     model = REAL["wav2vec2"].build()[0]
-    base, adapter = written(model, tmp_path / "base"), trained(model, tmp_path / "adapter")
+    base, adapter = save_model(model, tmp_path / "base"), trained(model, tmp_path / "adapter")
     with pytest.raises(MergeError, match=r"pos_conv_embed.conv.weight.*computed"):
         merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
 
@@ -477,7 +477,7 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
     """Checkpoints whose largest tensor has 24 or 128 MiB, with every linear weight changed. The
     second has room for numba's own code."""
     model = large(num_hidden_layers=blocks, vocab_size=vocabulary)
-    base = written(model, tmp_path / "base", max_shard_size="150MB")
+    base = save_model(model, tmp_path / "base", max_shard_size="150MB")
     adapter = trained(model, tmp_path / "adapter", targets="all-linear", rank=4)
     del model
     code = f"""

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from tests.support.forked import Program
-from tests.support.launched import ended, start
+from tests.support.launched import start, wait_for_all
 from tests.support.tiny import write_rows
 from tests.train.conftest import config_of
 
@@ -534,8 +534,8 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
         better = sorted(losses, key=losses.__getitem__)[:left]
         assert {*better} == {name for name, one in told.items() if len(one["losses"]) > step}
     assert [step for step, _ in told[found.facts["best"]]["evaluations"]] == [8]
-    ended = next(one for one in told.values() if one["status"] == "ended")
-    assert ended["loss"] == ended["judged"][-1][1]
+    ended_candidate = next(one for one in told.values() if one["status"] == "ended")
+    assert ended_candidate["loss"] == wait_for_all["judged"][-1][1]
     with pytest.raises(
         ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"
     ):
@@ -630,7 +630,7 @@ def test_killed_five_times_it_ends_the_same(
         return config.output, program
 
     whole, program = begun("whole")
-    ended([program])
+    wait_for_all([program])
     moments, killed = random.Random(seed), 0
     for share in (0.1, 0.3, 0.5, 0.7, 0.9):
         output, program = begun("killed")
@@ -641,7 +641,7 @@ def test_killed_five_times_it_ends_the_same(
         program.wait()
     assert killed == 5
     output, program = begun("killed")
-    assert "Resuming from" in ended([program])
+    assert "Resuming from" in wait_for_all([program])
     same(output, whole)
 
 

@@ -20,7 +20,9 @@ from veneer.serve.training.training import training_of
 
 def files(training, path):
     return sorted(
-        file.name for file in training.store.files_of(parse_checkpoint_path(path)).rglob("*") if file.is_file()
+        file.name
+        for file in training.store.files_of(parse_checkpoint_path(path)).rglob("*")
+        if file.is_file()
     )
 
 

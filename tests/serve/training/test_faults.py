@@ -60,7 +60,7 @@ def test_a_disk_that_fails_for_one_run_of_a_batch_leaves_no_other_waiting(
         for end in ends:
             assert end.result(timeout=20).binary
         for run, asked, loss in zip(runs, promised, expected, strict=True):
-            assert run.passed(asked).loss == pytest.approx(loss, rel=1e-5)
+            assert run.wait_for_pass(asked).loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_run_that_did_not_begin_takes_nothing_of_a_quota(base, tmp_path):

@@ -105,7 +105,7 @@ def test_no_promised_step_is_lost_in_twenty_kills(base, tmp_path):
             }
             stepped = patiently(lambda: client.post("optim_step", **step))  # noqa: B023
             run.number += 2
-            losses.append(patiently(lambda: run.passed(passed)).loss)  # noqa: B023
+            losses.append(patiently(lambda: run.wait_for_pass(passed)).loss)  # noqa: B023
             patiently(lambda: client.result(stepped))  # noqa: B023
         return run, losses
 

@@ -108,4 +108,4 @@ def test_a_client_that_polls_leaves_nothing_at_its_promise(it, client):
         assert len(worker_promise._done_callbacks) <= 1
     finally:
         go.set()
-    assert run.passed(promised).loss > 0
+    assert run.wait_for_pass(promised).loss > 0

@@ -126,7 +126,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
 
     assert sent(bodies[2]).status_code == 429
     assert sent(bodies[0]).status_code == 200
-    assert run.passed(last).loss > 0
+    assert run.wait_for_pass(last).loss > 0
     far = send(run, STEP, {"adam_params": {}}, 2**31 - 1)  # which would be waited for, for ever
     assert far.status_code == 429
     assert "2147483647" in far.json()["error"]["message"]
@@ -135,7 +135,7 @@ def test_the_number_whose_turn_it_is_finds_room(client, it, monkeypatch):
 def failed_passes(run, *promises):
     for promised in promises:
         with pytest.raises(Failed):
-            run.passed(promised)
+            run.wait_for_pass(promised)
 
 
 def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
@@ -150,7 +150,7 @@ def test_a_step_says_of_which_passes_it_is_not(base, tmp_path):
         forward, stepped = run.ask_pass(bad, backward=False), run.ask_step(0.01)
         held.set()
         failed_passes(run, refused, forward)
-        assert run.passed(good).loss > 0
+        assert run.wait_for_pass(good).loss > 0
         metrics = client.result(stepped)["metrics"]
         assert metrics["failed_passes:sum"] == 1  # what only looked is no part of a step
         assert metrics["unclipped_grad_l2:mean"] > 0
