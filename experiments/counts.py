@@ -17,8 +17,8 @@ import veneer
 from experiments.experiment import HU, Cell, Claim, Experiment, Run, table
 from veneer.models.meta import countable_model
 from veneer.train.plan import memory
-from veneer.train.plan.training import Planner
-from veneer.train.plan.training import Run as Step
+from veneer.train.plan.training_plan import Planner
+from veneer.train.plan.training_plan import Run as Step
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 NAMES = {

@@ -135,8 +135,8 @@ def swept(
     `train`, and `judge`): the changes of each, what it trains (`numbers`), and how it did on the
     rows that judge."""
     from veneer.train.config import make_config
-    from veneer.train.sweep.run import sweep
-    from veneer.train.sweep.settings import Sweep
+    from veneer.train.sweep.sweep_run import sweep
+    from veneer.train.sweep.sweep_settings import Sweep
 
     with tempfile.TemporaryDirectory(dir=folder) as output:
         config = make_config({

@@ -28,14 +28,14 @@ from veneer.train import checkpoint
 from veneer.train.config import load_config
 from veneer.train.evaluate import evaluate
 from veneer.train.run import fit
-from veneer.train.sweep import cohort, held_out, run
+from veneer.train.sweep import cohort, held_out, sweep_run
 from veneer.train.sweep.cohort import Cohort
 from veneer.train.sweep.conclusions import find_edges
 from veneer.train.sweep.held_out import evaluate_runs
-from veneer.train.sweep.record import FINISHED, Candidate, State
-from veneer.train.sweep.run import sweep
 from veneer.train.sweep.search import Search
-from veneer.train.sweep.settings import make_sweep
+from veneer.train.sweep.sweep_record import FINISHED, Candidate, State
+from veneer.train.sweep.sweep_run import sweep
+from veneer.train.sweep.sweep_settings import make_sweep
 from veneer.train.sweep.table import Progress
 
 Make = Callable[..., Any]
@@ -184,11 +184,11 @@ def test_the_best_folder_is_one_of_train(make: Make) -> None:
         make, "sweep", {"learning_rate": [1e-3, 5e-3], "seed": [0, 1]}, {"rungs": []}, max_steps=4
     )
     alone = fit(make("alone", max_steps=4), quiet=True)
-    run, other = (
+    summary, other = (
         json.loads((folder / "run.json").read_text()) for folder in (found.best, alone.output)
     )
-    assert run.keys() == other.keys()
-    assert run["status"] == "finished"
+    assert summary.keys() == other.keys()
+    assert summary["status"] == "finished"
     metrics, others = (
         json.loads((folder / "metrics.json").read_text()) for folder in (found.best, alone.output)
     )
@@ -424,7 +424,7 @@ def test_what_it_took_is_of_the_whole_sweep(make: Make, monkeypatch: pytest.Monk
             time.sleep(1)
             super().__init__(*args)
 
-    monkeypatch.setattr(run, "Cohort", Slow)
+    monkeypatch.setattr(sweep_run, "Cohort", Slow)
     began = time.perf_counter()
     found = ran(make, "sweep", {"rank": [1, 2]}, {"at_once": 1, "rungs": []}, max_steps=1)
     assert 2 < found.facts["seconds"] <= time.perf_counter() - began

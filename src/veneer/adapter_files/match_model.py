@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.expert_pairs import stack_experts
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.match_base import must_be_base, warn_foreign, warn_module_only
@@ -190,7 +190,7 @@ class _Match:
             if path not in self.names.modules:
                 self.add_missing_module(path, path)
         if self.saved.tokens or self.saved.peft_config.get(peft_tokens.FIELD):
-            self.tokens = token_rows.match_tokens(
+            self.tokens = saved_token_rows.match_tokens(
                 self.names, self.saved, self.problems, self.by_peft_rules
             )
 
@@ -343,7 +343,7 @@ class _Match:
         """The trained token rows of one planned weight, under their parameter name; empty if it
         has none."""
         tokens = self.tokens.get(entry.ref)
-        if self.saved.record is not None and token_rows.differs_from_record(
+        if self.saved.record is not None and saved_token_rows.differs_from_record(
             self.saved, entry.where, tokens
         ):
             self.add_problem(

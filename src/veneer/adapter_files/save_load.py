@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.base_proof import base_record, fingerprint_without_rows, fingerprints_of
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import match
@@ -222,10 +222,13 @@ def _content(
     }
     exact = {id(entry.change): entry.exact for entry in peft_form}
     return {
-        "tensors": {**tensors_of(model, name, peft_form), **token_rows.tensors_of(names, name)},
+        "tensors": {
+            **tensors_of(model, name, peft_form),
+            **saved_token_rows.tensors_of(names, name),
+        },
         "peft_config": (
             peft_config(names, name, config, base_name, peft_form)
-            | token_rows.config_fields(names, name)
+            | saved_token_rows.config_fields(names, name)
         ),
         "base": {
             "name": base_name,
@@ -331,7 +334,7 @@ def install_from(
             their own (``ties.untie_for``).
         grow: first grow the vocabulary of the model to that of the adapter's base.
     """
-    with token_rows.grow_vocabulary(model, path) if grow else nullcontext():
+    with saved_token_rows.grow_vocabulary(model, path) if grow else nullcontext():
         untied = untie_for(model, path, untie)
         try:
             problems = list(name_problems(model, name))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from veneer.adapter_files import token_rows
+from veneer.adapter_files import saved_token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
@@ -119,17 +119,17 @@ def _token_refs(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         tensor_name for kind in ("weights", "rest") for tensor_name in recorded.get(kind) or ()
     }
     for module_path in saved.tokens:
-        owner = token_rows.owner_at(names, module_path, by_identity)
+        owner = saved_token_rows.owner_at(names, module_path, by_identity)
         if owner is None:
             continue
-        ref = token_rows.ref_of(names, module_path)
+        ref = saved_token_rows.ref_of(names, module_path)
         tied_refs = [
             tied_ref
             for tied_ref in by_identity[id(weight_of(names.modules[owner[0]], owner[1]))]
             if tied_ref != ref
         ]
         if saved.record is None:
-            apart = token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
+            apart = saved_token_rows.trains_one_name(names, ref, by_identity, {*saved.tokens})
             entries = [saved.tokens[path] for path, _ in tied_refs if path in saved.tokens]
             entry = saved.tokens[module_path]
             apart |= any(

@@ -137,7 +137,7 @@ def _plan_run(
     settings: Any, model: Any, strategy: str | None, devices: int, device_type: Any, as_json: bool
 ) -> None:
     """Print what a training run takes, for 1 to `devices` devices."""
-    from veneer.train.plan.training import STRATEGIES, Planner, plan_all, recommend
+    from veneer.train.plan.training_plan import STRATEGIES, Planner, plan_all, recommend
 
     run, planner = _run(settings), Planner(model)
     counts = [2**power for power in range(devices.bit_length()) if 2**power <= devices]
@@ -215,7 +215,7 @@ def _model(settings: Any) -> Any:
 
 
 def _run(settings: Any) -> Any:
-    from veneer.train.plan.training import Run
+    from veneer.train.plan.training_plan import Run
 
     return Run(
         batch=settings.batch_size,

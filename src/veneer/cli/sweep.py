@@ -61,7 +61,7 @@ def sweep_command(
           seed: [0, 1]
         candidates: 16
     """
-    from veneer.train.sweep.settings import load_sweep
+    from veneer.train.sweep.sweep_settings import load_sweep
 
     changes = {"output": output, "resume": resume, "overwrite": overwrite or None}
     train, settings = load_sweep(config, **changes)
@@ -69,7 +69,7 @@ def sweep_command(
     from veneer.cli import console
     from veneer.train.callbacks import say
     from veneer.train.processes import join
-    from veneer.train.sweep.run import sweep
+    from veneer.train.sweep.sweep_run import sweep
     from veneer.train.sweep.table import Progress
 
     if join().count > 1:

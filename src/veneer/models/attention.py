@@ -2,7 +2,7 @@
 kernel is slower.
 
 These are calls on a CPU with short rows in 16 bits, or with a causal mask (see
-``kernels/attention.py``). ``use_products`` registers an attention function with transformers that
+``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers that
 chooses for each call, and otherwise uses transformers' own "sdpa".
 """
 
@@ -55,7 +55,7 @@ def _attention() -> Callable[..., tuple[Any, None]]:
     [b, s, h, d]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from veneer.kernels import attention
+    from veneer.kernels import cpu_attention
 
     def attend(
         module: Any,
@@ -72,8 +72,8 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         has_shared_mask = kwargs.get("position_bias") is None and (
             attention_mask is None or attention_mask.shape[1] == 1
         )
-        if has_shared_mask and attention.is_packed(query, key, attention_mask, starts, longest):
-            rows = attention.Packed(starts, longest)
+        if has_shared_mask and cpu_attention.is_packed(query, key, attention_mask, starts, longest):
+            rows = cpu_attention.Packed(starts, longest)
             query, key, value = (rows.apart(tensor) for tensor in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
             return (
@@ -85,13 +85,15 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         if query.shape[2] > 1 and has_shared_mask:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             pure_causal = causal and attention_mask is None
-            if attention.pays(query, key, pure_causal and not dropout):
+            if cpu_attention.pays(query, key, pure_causal and not dropout):
                 if pure_causal and not dropout:
-                    return attention.causal(query, key, value, scaling).transpose(1, 2), None
+                    return cpu_attention.causal(query, key, value, scaling).transpose(1, 2), None
                 bias = (
-                    None if pure_causal else attention.bias_of(attention_mask, causal, query, key)
+                    None
+                    if pure_causal
+                    else cpu_attention.bias_of(attention_mask, causal, query, key)
                 )
-                output = attention.products(
+                output = cpu_attention.products(
                     query, key, value, bias, scaling, dropout, causal=pure_causal
                 )
                 return output.transpose(1, 2), None

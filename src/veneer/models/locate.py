@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.models.gguf import converted_gguf
+from veneer.models.gguf_conversion import converted_gguf
 from veneer.models.messages import explain_error, loading, log
 from veneer.models.remote_code import code_options
 

@@ -48,7 +48,7 @@ from veneer.errors import (
 )
 from veneer.fileio.atomic import EVERYTHING, new_folder, write_whole
 from veneer.fileio.temporary import remove, sweep
-from veneer.models.gguf import cache_dir
+from veneer.models.gguf_conversion import cache_dir
 from veneer.store.remote import is_remote, keep_folder, pull
 
 __all__ = ["Collected", "Entry", "Library", "Rebuilt", "default_folder", "resolve"]

@@ -42,7 +42,7 @@ from veneer.adapter_files.file_names import (
 from veneer.adapter_files.folder import read
 from veneer.errors import AdapterError, RemoteError, VeneerError
 from veneer.fileio.atomic import EVERYTHING, new_file, new_folder, write_whole
-from veneer.models.gguf import cache_dir
+from veneer.models.gguf_conversion import cache_dir
 
 __all__ = ["pull", "push"]
 

@@ -35,8 +35,8 @@ from veneer.formats import peft
 from veneer.kernels.svd import spectrum
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import Term, gain_of
 from veneer.tools.compose.frozen_weights import FrozenWeights
+from veneer.tools.compose.weighted_sum import Term, gain_of
 
 #: defaults: how many leading singular vectors of a changed weight are examined, and the cosine
 #: below which one is an intruder

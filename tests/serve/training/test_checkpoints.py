@@ -15,7 +15,7 @@ from tests.support.training_client import Client, Failed, Run
 
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import parse_checkpoint_path
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 
 def files(training, path):

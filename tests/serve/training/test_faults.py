@@ -25,9 +25,9 @@ from veneer.serve.requests import Busy
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
+from veneer.serve.training.run_trainer import Trainer
 from veneer.serve.training.samples import Samples
-from veneer.serve.training.trainer import Trainer
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.wire import MESSAGES, read_pass
 from veneer.serve.training.worker import PASS, Worker
 

@@ -18,8 +18,8 @@ from tests.support.service import open_service
 from tests.support.training_client import Client, Failed, Run
 
 from veneer.errors import AdapterError
-from veneer.serve.training import training as training_
-from veneer.serve.training.training import training_of
+from veneer.serve.training import training_service as training_
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS, Worker
 
 #: settings of a step that are allowed, and take a run out of all bounds at the second time

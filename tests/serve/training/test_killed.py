@@ -17,7 +17,7 @@ from tests.serve.training.conftest import Local
 from tests.support.training_client import Client, Run, datum
 
 from serve_cases import servers
-from veneer.serve.training.trainer import OPTIMIZER
+from veneer.serve.training.run_trainer import OPTIMIZER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -13,7 +13,7 @@ from tests.support.service import open_service
 from tests.support.training_client import Client
 
 from veneer.serve.training.lines import Promise
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 from veneer.serve.training.worker import PASS
 
 

@@ -18,7 +18,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import curve as curve_
 from veneer.serve.training.curve import Curve, Rate
 from veneer.serve.training.losses import Datum
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 
 def stepped(curve, losses):

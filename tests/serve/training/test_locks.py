@@ -20,7 +20,7 @@ from tests.support.training_client import Client
 from veneer.attach import state as state_
 from veneer.serve import training
 from veneer.serve.requests import Request, Sampling
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 #: the locks of a server in their order, as the page has them
 ORDER = re.findall(r"^    \d+ +([\w.]+)", training.__doc__ or "", re.MULTILINE)

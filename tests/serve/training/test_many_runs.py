@@ -14,7 +14,7 @@ from tests.support.api_server import listening
 from tests.support.service import open_service
 from tests.support.training_client import Client, Run
 
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

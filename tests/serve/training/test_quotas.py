@@ -14,7 +14,7 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve import limits
 from veneer.serve.access import Key, Keyring, hash_of
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 BEARER = {"authorization": "Bearer vnr-a"}
 

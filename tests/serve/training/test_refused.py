@@ -15,8 +15,8 @@ from tests.support.training_client import Client, Failed, Run, datum
 
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
-from veneer.serve.training import training as training_
-from veneer.serve.training.training import training_of
+from veneer.serve.training import training_service as training_
+from veneer.serve.training.training_service import training_of
 
 STEP, SAVE = "optim_step", "save_weights"
 #: (route, body, words of the refusal); a text is sent as it is

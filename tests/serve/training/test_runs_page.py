@@ -19,7 +19,7 @@ from tests.support.training_client import Client, Run, datum
 from veneer.serve import page as files
 from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training.curve import Batch
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 expect = sync_api.expect
 expect.set_options(timeout=4_000)

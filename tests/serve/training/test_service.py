@@ -28,7 +28,7 @@ from veneer.serve.access import Key, Keyring, hash_of
 from veneer.serve.training import lines as lines_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.store import Store
-from veneer.serve.training.training import training_of
+from veneer.serve.training.training_service import training_of
 
 TEXT = [40, 51, 62, 73, 84, 95, 106, 117, 128, 139, 150, 161]
 

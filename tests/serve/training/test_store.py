@@ -11,8 +11,8 @@ import pytest
 
 from veneer.errors import ConfigError, SelectionError
 from veneer.serve.training.checkpoint_source import CheckpointSource, current_run
+from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import INDEX, Checkpoint, Store
-from veneer.serve.training.trainer import ADAPTER
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from veneer.adapter_files.verify import verify
 from veneer.engine import PassResult
 from veneer.errors import AdapterError, DataError, TargetError, TrainingError
 from veneer.serve.training.losses import LOSSES, Datum, check_datum, complete_settings
-from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
+from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 
 CONFIGS = {
     "a": veneer.LoraConfig(rank=4),

@@ -26,7 +26,7 @@ from veneer.serve.access import Key
 from veneer.serve.refusal import Refusal
 from veneer.serve.service import Route, beside_loop
 from veneer.serve.training.quotas import over_quota
-from veneer.serve.training.training import Training, training_of
+from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import PassHeader
 from veneer.serve.training.worker import PASS, REFUSED, REFUSED_PASS
 

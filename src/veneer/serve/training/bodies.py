@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from veneer.serve.refusal import wrong
 from veneer.serve.schemas import few_unknown
-from veneer.serve.training.trainer import Adam
+from veneer.serve.training.run_trainer import Adam
 
 Id = Annotated[str, Field(max_length=256)]
 Path = Annotated[str, Field(max_length=512)]

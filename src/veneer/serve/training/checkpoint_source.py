@@ -7,8 +7,8 @@ tinker://RUN/now           the run's weights when samples of it were last reques
 from __future__ import annotations
 
 from veneer.errors import SelectionError
+from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import Checkpoint, Store, parse_checkpoint_path
-from veneer.serve.training.trainer import ADAPTER
 from veneer.store.catalogue import Location
 
 SCHEME = "tinker://"

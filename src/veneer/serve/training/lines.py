@@ -18,8 +18,8 @@ from typing import NamedTuple
 from veneer.errors import sentence
 from veneer.serve.requests import Busy
 from veneer.serve.training.curve import Curve, Rate
+from veneer.serve.training.run_trainer import Pass
 from veneer.serve.training.store import Store
-from veneer.serve.training.trainer import Pass
 from veneer.serve.training.wire import Answer
 
 #: the most waiting requests of one run, and the most bytes of their bodies

@@ -27,7 +27,7 @@ from veneer.serve.training.accept import check_quota, run_of
 from veneer.serve.training.checkpoint_source import NOW, current_run
 from veneer.serve.training.routes import On, checkpoint_of
 from veneer.serve.training.store import KINDS, Checkpoint
-from veneer.serve.training.training import Training
+from veneer.serve.training.training_service import Training
 from veneer.serve.training.worker import PUBLISHED
 
 router = APIRouter(prefix="/api/v1", route_class=Route)

@@ -20,8 +20,8 @@ from veneer.errors import ConfigError, DataError
 from veneer.fileio.atomic import EVERYTHING, new_folder
 from veneer.serve.training.encrypt import SUFFIX, encrypt_files, read_recipients
 from veneer.serve.training.quotas import over_quota
+from veneer.serve.training.run_trainer import ADAPTER, Trainer
 from veneer.serve.training.store import NAME, Checkpoint, Store, folder_bytes, parse_checkpoint_path
-from veneer.serve.training.trainer import ADAPTER, Trainer
 from veneer.serve.training.worker import Line, Worker
 
 #: the least and greatest ttl_seconds of a checkpoint: an hour, ten years

@@ -11,8 +11,8 @@ from veneer import models
 from veneer.serve.access import Key
 from veneer.serve.extension import Extension
 from veneer.serve.training import live, rest, routes
-from veneer.serve.training.trainer import Turn
-from veneer.serve.training.training import Training, open_training
+from veneer.serve.training.run_trainer import Turn
+from veneer.serve.training.training_service import Training, open_training
 
 #: the most bytes of a body with training data; clients are configured to send less than a third
 MAX_BODY = 16 * 2**20

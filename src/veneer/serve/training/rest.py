@@ -29,9 +29,9 @@ from veneer.serve.training import bodies
 from veneer.serve.training.accept import check_quota, no_such, owns, run_of
 from veneer.serve.training.operations import LEAST_STAY, MOST_STAY
 from veneer.serve.training.routes import On, checkpoint_of, sampler_of, session_of
+from veneer.serve.training.run_trainer import ADAPTER
 from veneer.serve.training.store import KINDS, Checkpoint
-from veneer.serve.training.trainer import ADAPTER
-from veneer.serve.training.training import FILES, Training, training_of
+from veneer.serve.training.training_service import FILES, Training, training_of
 
 router = APIRouter(prefix="/api/v1", route_class=Route)
 

@@ -38,7 +38,7 @@ from veneer.serve.training.accept import (
 )
 from veneer.serve.training.operations import lora_config
 from veneer.serve.training.store import Checkpoint, parse_checkpoint_path
-from veneer.serve.training.training import Training, training_of
+from veneer.serve.training.training_service import Training, training_of
 from veneer.serve.training.wire import read_header
 from veneer.serve.training.worker import PASS, Answer
 

@@ -19,8 +19,8 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterError, BankFullError, TrainingError, sentence
 from veneer.serve.training.curve import Curve, read_curve, state_folder
 from veneer.serve.training.lines import Line, Queue
+from veneer.serve.training.run_trainer import DivergenceError, Pass, Trainer
 from veneer.serve.training.store import Store
-from veneer.serve.training.trainer import DivergenceError, Pass, Trainer
 
 log = logging.getLogger("veneer.serve.training")
 

@@ -30,8 +30,8 @@ from veneer.serve.training.curve import LOSS, Batch
 from veneer.serve.training.lines import Line, Promise, Queue, RunRequest
 from veneer.serve.training.losses import check_datum, complete_settings
 from veneer.serve.training.run_memory import PASS, REPLAYED, Operation, RunMemory
+from veneer.serve.training.run_trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.store import Store
-from veneer.serve.training.trainer import Adam, DivergenceError, Pass, Trainer
 from veneer.serve.training.wire import (
     Answer,
     failure,
@@ -361,7 +361,8 @@ class Worker:
         computed = [
             training_pass
             for training_pass in passes
-            if len(training_pass.remaining) != len(rows_before[training_pass.run]) or training_pass.error
+            if len(training_pass.remaining) != len(rows_before[training_pass.run])
+            or training_pass.error
         ]
         runs = tuple(self.queue.named[training_pass.run].run for training_pass in computed)
         self.batch = Batch(runs, ended)

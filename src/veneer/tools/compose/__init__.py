@@ -33,7 +33,11 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import (
+from veneer.tools.compose.frozen_weights import FrozenWeights, Source
+from veneer.tools.compose.full_params import Weigh, combine_full_params
+from veneer.tools.compose.merge_methods import MERGE_METHODS
+from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
+from veneer.tools.compose.weighted_sum import (
     Blend,
     ComposeOptions,
     Term,
@@ -41,10 +45,6 @@ from veneer.tools.compose.blend import (
     reduce_rank,
     sum_with_magnitudes,
 )
-from veneer.tools.compose.frozen_weights import FrozenWeights, Source
-from veneer.tools.compose.full_params import Weigh, combine_full_params
-from veneer.tools.compose.merge_methods import MERGE_METHODS
-from veneer.tools.compose.option_checks import METHODS, LayerFactors, check_options, factor_list
 from veneer.tools.report_text import count_noun, rank_range
 
 __all__ = ["METHODS", "ComposeReport", "LayerReport", "compose"]

@@ -27,9 +27,9 @@ from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft
 from veneer.lowrank import LowRank
 from veneer.tools.compose.align import AlignedWeight, align, applied_products
-from veneer.tools.compose.blend import ComposeOptions
 from veneer.tools.compose.frozen_weights import FrozenWeights, Source
 from veneer.tools.compose.full_params import combine_full_params
+from veneer.tools.compose.weighted_sum import ComposeOptions
 from veneer.tools.intruders import COUNT, THRESHOLD, WeightIntruders, find_intruders
 from veneer.tools.report_text import count_noun, rank_range
 from veneer.variants.dora import row_norms

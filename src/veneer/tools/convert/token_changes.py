@@ -24,7 +24,7 @@ from torch import nn
 
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import vocabulary_size
+from veneer.adapter_files.saved_token_rows import vocabulary_size
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import changes, parameter_path
 from veneer.attach.refusals import holders, holders_of, kind_for

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.adapter_files.token_rows import grown_size
+from veneer.adapter_files.saved_token_rows import grown_size
 from veneer.errors import MergeError
 from veneer.fileio.untrusted import Entry
 from veneer.models.safetensors_dir import Checkpoint

@@ -15,7 +15,8 @@ from veneer.train.callbacks import say
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
 from veneer.train.sweep.cohort import Cohort
-from veneer.train.sweep.record import (
+from veneer.train.sweep.search import Search
+from veneer.train.sweep.sweep_record import (
     FINISHED,
     RUNNING,
     WAITING,
@@ -23,7 +24,6 @@ from veneer.train.sweep.record import (
     State,
     format_changes,
 )
-from veneer.train.sweep.search import Search
 from veneer.train.tasks import Task
 
 #: number of candidates that the table shows, the best ones

@@ -133,7 +133,9 @@ class Pass:
     earlier_gradients: Gradients | None = None
 
     def __post_init__(self) -> None:
-        self.remaining = sorted(range(len(self.data)), key=lambda index: -len(self.data[index].tokens))
+        self.remaining = sorted(
+            range(len(self.data)), key=lambda index: -len(self.data[index].tokens)
+        )
         self.logprobs = [None] * len(self.data)
 
     @property
@@ -207,7 +209,9 @@ class Trainer:
             if training_pass.error is None:
                 training_pass.total += float(result.values[run])
             computed = set(rows[run])
-            training_pass.remaining = [index for index in training_pass.remaining if index not in computed]
+            training_pass.remaining = [
+                index for index in training_pass.remaining if index not in computed
+            ]
             if training_pass.over:
                 self._finish(training_pass)
         return sum(

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from veneer.train.sweep.settings import CHANCE
+from veneer.train.sweep.sweep_settings import CHANCE
 
 #: the statuses of a candidate
 WAITING, RUNNING, FINISHED, ENDED, FAILED = "waiting", "running", "finished", "ended", "failed"

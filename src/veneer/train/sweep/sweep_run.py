@@ -44,8 +44,9 @@ from veneer.train.sweep.conclusions import (
     repeat_winner,
 )
 from veneer.train.sweep.output_folder import BEST, REPORT, RESULT, STATE, TRAIN, SweepFolder
-from veneer.train.sweep.page import page
-from veneer.train.sweep.record import (
+from veneer.train.sweep.search import Search
+from veneer.train.sweep.sweep_page import page
+from veneer.train.sweep.sweep_record import (
     ENDED,
     FAILED,
     FINISHED,
@@ -55,8 +56,7 @@ from veneer.train.sweep.record import (
     State,
     format_changes,
 )
-from veneer.train.sweep.search import Search
-from veneer.train.sweep.settings import Sweep, must_fit
+from veneer.train.sweep.sweep_settings import Sweep, must_fit
 from veneer.train.sweep.table import print_overview
 from veneer.train.sweep.winner import changed_settings, single_run_config, write_winner
 from veneer.train.tasks import TASKS, Task

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from veneer.tools.report.charts import COLOURS, Points, lines, table
-from veneer.tools.report.page import document
+from veneer.tools.report.report_page import document
 from veneer.train.callbacks import duration
 from veneer.train.sweep.conclusions import describe_edge, describe_repetition
-from veneer.train.sweep.record import ENDED, FAILED, FINISHED, format_changes
+from veneer.train.sweep.sweep_record import ENDED, FAILED, FINISHED, format_changes
 
 Facts = Mapping[str, Any]
 

@@ -32,9 +32,9 @@ from veneer.serve.training.checkpoint_source import CheckpointSource
 from veneer.serve.training.curve import Curve, read_curve
 from veneer.serve.training.operations import Operations, has_tied_head
 from veneer.serve.training.quotas import over_quota
+from veneer.serve.training.run_trainer import Trainer, Turn
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.store import Checkpoint, Store
-from veneer.serve.training.trainer import Trainer, Turn
 from veneer.serve.training.worker import MISSING, Worker
 
 log = logging.getLogger("veneer.serve.training")
