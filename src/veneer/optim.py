@@ -239,11 +239,11 @@ class RankBudget:
 
     A triplet is a column of B, a row of A and the E between them. Its importance is s(E) + mean
     s(B) + mean s(A), with s = Ī · Ū for every number w: Ī is the moving average of the sensitivity
-    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup`` steps,
-    then decreases with the cube of the remaining share, and is constant for the last ``final``
-    steps, in which the choice no longer changes. The most important triplets have mask = 1; the
-    others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be chosen
-    again.
+    |w · ∂loss/∂w|, Ū that of |I − Ī|. The total budget of all layers is constant for ``warmup``
+    steps, then decreases with the cube of the remaining share, and is constant for the last
+    ``final`` steps, in which the choice no longer changes. The most important triplets have mask =
+    1; the others get mask = 0 and E = 0. The gradient of E ignores the mask, so a triplet may be
+    chosen again.
 
     Args:
         source: a handle, a module that contains the layers, or the layers: modules with parameters

@@ -244,9 +244,12 @@ class BatchAssignment:
             key: self.apart[key] if key in general else batch_state.layers[key] for key in keys
         }
         self.bent = {
-            key for resident in self.members for key, change in resident.parts.items()
-            if isinstance(change, ResolvedLowRank) and (change.gain is not None or change.bias is not None)
-        }  # fmt: skip
+            key
+            for resident in self.members
+            for key, change in resident.parts.items()
+            if isinstance(change, ResolvedLowRank)
+            and (change.gain is not None or change.bias is not None)
+        }
 
     def runs(self, layer: Layer) -> list[batched.Run]:
         """Runs of neighbouring rows with the same adapters, and the factors of a layer for each

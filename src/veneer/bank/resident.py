@@ -219,9 +219,10 @@ class Recipe:
                 for name, value in parameters[entry.ref].items()
             }
             low, gain = variant.resolve(
-                trained_values, variant.scale(entry.alpha, entry.rank),
+                trained_values,
+                variant.scale(entry.alpha, entry.rank),
                 lambda e=entry, w=weight: e.layer.unfold(e.storage.dense(w), e.dims),
-            )  # fmt: skip
+            )
             wanted = weight.dtype if dtype is None else dtype
             resolved.append((module, entry.dims, [*_flatten_factors(low, gain, wanted), None]))
         resolved_low = _in_one_block(resolved)

@@ -62,7 +62,8 @@ HELP = """\
 /reset               forget what was said
 /save FILE           add the conversation to a file, as a line that `veneer train` reads
 /help                this
-/quit                end, as Ctrl-D does. Ctrl-C stops an answer. //text says a text that begins with a slash"""
+/quit                end, as Ctrl-D does. Ctrl-C stops an answer.
+//TEXT               say a text that begins with a slash"""
 
 
 def chat_command(
@@ -101,9 +102,16 @@ def chat_command(
 
     folders = name_adapters(adapter or [])
     loaded, _ = open_base_and_adapters(
-        base, folders, verify, precision=precision, quantize=quantize, device=device, device_map=device_map,
-        attention=attention, trusted=trust_remote_code,
-    )  # fmt: skip
+        base,
+        folders,
+        verify,
+        precision=precision,
+        quantize=quantize,
+        device=device,
+        device_map=device_map,
+        attention=attention,
+        trusted=trust_remote_code,
+    )
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
     sampling |= sampling_options(loaded.model, temperature, top_p, top_k)
     talk = Conversation(loaded.model, loaded.tokenizer, tuple(folders), sampling)

@@ -60,9 +60,15 @@ LAUNCH: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 def train_command(
-    config: Path | None, *, dry_run: bool = False, find_rate: bool = False, launcher: str | None = None,
-    workers: int | None = None, max_restarts: int | None = None, **flags: Any,
-) -> None:  # fmt: skip
+    config: Path | None,
+    *,
+    dry_run: bool = False,
+    find_rate: bool = False,
+    launcher: str | None = None,
+    workers: int | None = None,
+    max_restarts: int | None = None,
+    **flags: Any,
+) -> None:
     """Fine-tune a base model with an adapter. Each setting can stand in the YAML file and as a
     flag; the flag wins.
 

@@ -46,4 +46,4 @@ __all__ = [
     "stored_dtype",
     "trust_remote_code",
     "use_products",
-]  # fmt: skip
+]

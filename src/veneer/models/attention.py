@@ -2,8 +2,8 @@
 kernel is slower.
 
 These are calls on a CPU with short rows in 16 bits, or with a causal mask (see
-``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers that
-chooses for each call, and otherwise uses transformers' own "sdpa".
+``kernels/cpu_attention.py``). ``use_products`` registers an attention function with transformers
+that chooses for each call, and otherwise uses transformers' own "sdpa".
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from veneer.models.quantize import (
     must_have_whole_blocks,
     note_sources,
     quantizer,
-)  # fmt: skip
+)
 from veneer.models.remote_code import (
     code_options,
     hub_kernel,
@@ -55,9 +55,10 @@ __all__ = [
     "stored_dtype",
 ]
 
-Precision = Literal[
-    "auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"
-] | torch.dtype  # fmt: skip
+Precision = (
+    Literal["auto", "stored", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"]
+    | torch.dtype
+)
 Spread = Callable[[Any], None]
 
 #: transformers' named device maps

@@ -95,8 +95,8 @@ def must_have_whole_blocks(model: nn.Module, name: str) -> None:
     ]
     if partial_blocks:
         problem = (
-            f"{name} in 4 bits on a CPU, where the rows of {listing(partial_blocks, 2)} are no multiples of"
-            f" {BLOCK}"
+            f"{name} in 4 bits on a CPU, where the rows of {listing(partial_blocks, 2)} are no"
+            f" multiples of {BLOCK}"
         )
         raise ConfigError(
             problem, "whole blocks, as bitsandbytes misreads others on a CPU", "take int8, or a GPU"

@@ -199,7 +199,8 @@ class Library:
         with self._change() as names:
             entry = self._need(names, name)
             if absent := [tag for tag in remove if tag not in entry.tags]:
-                problem = f"no tag {listing(map(repr, absent))} at {name!r}, which has {listing(entry.tags)}"
+                absent_tags = listing(map(repr, absent))
+                problem = f"no tag {absent_tags} at {name!r}, which has {listing(entry.tags)}"
                 raise LibraryError(problem, "tags that it has", "check the spelling")
             remaining = tuple(
                 tag for tag in dict.fromkeys((*entry.tags, *tags)) if tag not in remove
@@ -332,11 +333,9 @@ class Library:
         with self._lock(create=create):
             names = self._names()
             if not (self.folder / INDEX).exists():
-                self._write(
-                    names
-                    # before the first object, so that objects without an index mean that the index was
-                    # lost
-                )
+                # before the first object, so that objects without an index mean that the index was
+                # lost
+                self._write(names)
             yield names
             self._write(names)
 
@@ -442,7 +441,7 @@ def default_folder() -> Path:
         os.environ.get("VENEER_LIBRARY"),
     )
     if setting and is_remote(setting):
-        problem = f"VENEER_LIBRARY is {setting}, a remote place, of which vLLM's plug-in alone makes a library"
+        problem = f"VENEER_LIBRARY is {setting}, a remote library, which only vLLM's plug-in reads"
         raise LibraryError(problem, "a folder", "unset it here, or name a folder with --library")
     return Path(setting or Path(data) / "veneer" / "adapters").expanduser()
 

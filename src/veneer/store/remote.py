@@ -306,7 +306,10 @@ def _hub_errors(place: Place, action: str) -> Iterator[None]:
         elif status in (401, 403):
             words = f"no permission to {action} {address}", "it", f"{login} as somebody who may"
         elif status is None and not isinstance(error, ValueError):
-            do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled before needs none"
+            do = (
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; a commit that was pulled"
+                " before needs none"
+            )
             words = (
                 f"the hub cannot be reached for {address} ({_summarise(error)})",
                 "a network",

@@ -2,7 +2,7 @@
 
     rate_k = low · (high / low)^(k / steps)        one step each, with the run's optimiser
 
-The loss first falls, faster as the rate grows, and rises when the rate is too high. The suggested_rate
+The loss first falls, faster as the rate grows, and rises when the rate is too high. The suggested
 rate is a tenth of the rate at the lowest smoothed loss, where steps begin to be too long. The test
 is from Smith 2017, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186. It
 writes no files and discards the trained adapter.

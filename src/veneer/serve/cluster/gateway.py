@@ -56,11 +56,14 @@ class Gateway:
     draining, extensions = False, ()  # read by ``Guard``
 
     def __init__(
-        self, base: str, keys: Keyring, hosts: tuple[str, ...] | None,
+        self,
+        base: str,
+        keys: Keyring,
+        hosts: tuple[str, ...] | None,
         ask: Callable[[str, Message, bytes], AsyncGenerator[Message]],
         ask_all: Callable[[Message, bytes], Awaitable[Sequence[CompleteAnswer]]],
         lost: tuple[type[Exception], ...],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.base, self.keys, self.hosts = base, keys, hosts
         self.metrics = Metrics()
         self._ask, self._ask_all, self._lost = ask, ask_all, lost
@@ -113,9 +116,10 @@ class Gateway:
 
 
 async def relay(
-    attempt: Callable[[], AsyncGenerator[Message]], send: Callable[[Message], Awaitable[None]],
+    attempt: Callable[[], AsyncGenerator[Message]],
+    send: Callable[[Message], Awaitable[None]],
     lost: tuple[type[Exception], ...],
-) -> None:  # fmt: skip
+) -> None:
     """Forward the answer of the first attempt that succeeds. ``Refusal``: all attempts were
     lost."""
     for number in range(TRIES):

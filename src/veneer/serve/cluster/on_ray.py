@@ -150,9 +150,13 @@ def application_of(args: Mapping[str, Any]) -> serve.Application:
 
 
 def application(
-    settings: Settings, keys: str | None, hosts: tuple[str, ...] | None, replicas: str, grace: float,
+    settings: Settings,
+    keys: str | None,
+    hosts: tuple[str, ...] | None,
+    replicas: str,
+    grace: float,
     actor: Mapping[str, float] | None = None,
-) -> serve.Application:  # fmt: skip
+) -> serve.Application:
     """The gateway and the replicas. ``actor``: CPUs and GPUs of a replica; None leaves that to
     Ray."""
     _keyring(keys)  # report an invalid file here, not in the log of a process that fails to start
@@ -162,9 +166,12 @@ def application(
     }
     common = {"health_check_period_s": HEALTH, "graceful_shutdown_timeout_s": grace}
     replica = serve.deployment(Replica, name="Replica").options(
-        **common, **scale(replicas, settings.rows), request_router_config=RequestRouterConfig(**router),
-        max_ongoing_requests=settings.rows + settings.queue, ray_actor_options=dict(actor or {}),
-    )  # fmt: skip
+        **common,
+        **scale(replicas, settings.rows),
+        request_router_config=RequestRouterConfig(**router),
+        max_ongoing_requests=settings.rows + settings.queue,
+        ray_actor_options=dict(actor or {}),
+    )
     front = serve.deployment(serve.ingress()(Gateway), name="Gateway").options(
         **common, max_ongoing_requests=limits.CONNECTIONS, ray_actor_options={"num_cpus": 0}
     )
@@ -190,9 +197,17 @@ def scale(replicas: str, rows: int) -> dict[str, Any]:
 
 
 def run(
-    settings: Settings, *, keys: str | None, hosts: tuple[str, ...] | None, host: str, port: int, replicas: str,
-    grace: float, started: Callable[[], None], until: Callable[[], Any],
-) -> None:  # fmt: skip
+    settings: Settings,
+    *,
+    keys: str | None,
+    hosts: tuple[str, ...] | None,
+    host: str,
+    port: int,
+    replicas: str,
+    grace: float,
+    started: Callable[[], None],
+    until: Callable[[], Any],
+) -> None:
     """Serve on the Ray cluster of $RAY_ADDRESS, or on a new one of this machine that ends with the
     server. ``started`` is called when all replicas answer; the server ends when ``until``
     returns."""

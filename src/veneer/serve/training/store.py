@@ -349,7 +349,8 @@ class Store:
             request,
         )
         self._index.execute(
-            f"INSERT OR REPLACE INTO checkpoints {columns} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR REPLACE INTO checkpoints {columns}"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *values,
         )
 

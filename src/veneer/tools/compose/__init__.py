@@ -281,7 +281,8 @@ def _layer_weights(
             leaves = dict.fromkeys(
                 aligned.model_path.rpartition(".")[2] for aligned in aligned_weights
             )
-            problem = f"layers pattern {pattern!r} matches no layer{nearest(pattern, [*leaves, *layer_names])}"
+            suggestion = nearest(pattern, [*leaves, *layer_names])
+            problem = f"layers pattern {pattern!r} matches no layer{suggestion}"
             problems.append(sentence(problem, f"names such as {listing(leaves)}", "correct it"))
         rules.append(
             (test, [float(factor if isinstance(factor, int | float) else factor[n]) for n in used])
@@ -378,8 +379,8 @@ def _combine_change(
     if rescales or any(magnitude is not None for magnitude in magnitudes):
         if base_weights.source is None:
             problem = (
-                f"DoRA, which rescales the rows of base and change together (at {aligned.model_path!r}),"
-                " without the base"
+                "DoRA, which rescales the rows of base and change together (at"
+                f" {aligned.model_path!r}), without the base"
             )
             raise AdapterError(
                 problem, "the base's weights", "pass base= (--base on the command line)"

@@ -76,11 +76,9 @@ class RepairReport:
             )
         ranks = rank_range(weight.rank for weight in self.weights)
         summary = (
-            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors, in"
-            f" {touched} of "
-        )
-        summary += (
-            f"{count_noun(len(self.weights), 'weight')}, scaled by {self.factor:g}; {ranks}; "
+            f"{count_noun(self.intruders, 'intruder')} among {looked_at} leading singular vectors,"
+            f" in {touched} of {count_noun(len(self.weights), 'weight')}, scaled by"
+            f" {self.factor:g}; {ranks}; "
         )
         return f"{summary}{self.removed:.1%} of the change taken off"
 

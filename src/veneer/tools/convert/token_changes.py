@@ -52,7 +52,10 @@ def require_token_rows(saved: AdapterFiles, target_format: str, facts: BaseFacts
         f"the base with all {size} rows of its vocabulary",
     )
     if not facts.shapes:
-        problem = f"{adapter_description}, and no base from whose rows {target_format!r} could count their changes"
+        problem = (
+            f"{adapter_description}, and no base, from whose rows {target_format!r} stores the"
+            " differences"
+        )
         raise AdapterError(problem, expected, f"give the base, or {_MERGE}")
     base_rows = min(
         facts.shapes.get(parameter_path(path, "weight"), (size,))[0] for path in saved.tokens

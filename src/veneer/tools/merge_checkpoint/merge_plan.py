@@ -98,7 +98,10 @@ def plan_merge(
     """
     if model is not None:
         return _plan(folder, adapters, model)
-    script = f"import sys; from {__name__} import answer_request; answer_request(sys.stdin.buffer, sys.stdout.buffer)"
+    script = (
+        f"import sys; from {__name__} import answer_request;"
+        " answer_request(sys.stdin.buffer, sys.stdout.buffer)"
+    )
     # -P: import no code from the current folder, which may be a downloaded one
     command, request = [sys.executable, "-P", "-c", script], pickle.dumps((folder, adapters))
     process = subprocess.run(command, input=request, stdout=subprocess.PIPE, check=False)
@@ -303,8 +306,8 @@ def _collect_edits(
             rewrites = rewrites and getattr(module, "max_norm", None) is not None
             if target is None or change.storage.name != "plain" or rewrites:
                 problem = (
-                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or rewritten as"
-                    " it is read"
+                    f"a change of {parameter_path(module_path, weight)!r}, which is computed or"
+                    " rewritten as it is read"
                 )
                 do = "merge it in memory (veneer.merge), and save the model"
                 raise MergeError(problem, "weights that lie in the files as they are used", do)

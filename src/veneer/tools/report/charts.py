@@ -59,7 +59,8 @@ def lines(
 
     def svg_point(point: tuple[float, float]) -> str:
         value = math.log10(point[1]) if log_y else point[1]
-        return f"{LEFT + x_scale(point[0]) * (WIDTH - LEFT - EDGE):.1f},{_y_position(y_scale(value)):.1f}"
+        x = LEFT + x_scale(point[0]) * (WIDTH - LEFT - EDGE)
+        return f"{x:.1f},{_y_position(y_scale(value)):.1f}"
 
     x_scale = _scale(*xs)
     elements = [_axes(y_scale, log_y, xs, x_scale, x, y)]
@@ -119,7 +120,8 @@ def _axes(
             f' y2="{_y_position(share):.1f}"/>'
         )
         elements.append(
-            f'<text x="{LEFT - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">{label}</text>'
+            f'<text x="{LEFT - 6}" y="{_y_position(share) + 4:.1f}" text-anchor="end">'
+            f"{label}</text>"
         )
     # integer axes: ranks, indices of singular values
     integer_axis = all(float(value).is_integer() for value in xs) and xs[0] >= 1
@@ -197,7 +199,8 @@ def heat_map(
         rows.append(f"<tr><th>{'–' if block is None else block}</th>{''.join(row)}</tr>")
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll"><table class="map">'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></figure>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "</figure>"
     )
 
 
@@ -208,10 +211,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         f"<th{c}>{escape(head.removeprefix('>'))}</th>"
         for head, c in zip(heads, classes, strict=True)
     )
-    body = "".join(
-        f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>"
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = zip(row, classes, strict=True)
+        body += f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in cells)}</tr>"
     return (
         "<div"
         f' class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -70,8 +70,8 @@ def document(
         " 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
         f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        "<div"
-        f' class="cards">{"".join(map(_card, cards))}</div>{sections}<footer>{footer}</footer></body></html>\n'
+        f'<div class="cards">{"".join(map(_card, cards))}</div>{sections}'
+        f"<footer>{footer}</footer></body></html>\n"
     )
 
 
@@ -134,13 +134,13 @@ def _rank_section(facts: Facts) -> str:
         "Truncated after training, which says what is spare; training at a smaller rank may do"
         " better than that."
     )
+    spectrum = lines(series, x="singular value", y="share of the largest", top=1.0)
+    loss_by_rank = lines({"lost": lost}, x="rank", y="lost, of ‖ΔW‖")
     return (
         "<h2>How much of its rank is in use</h2><p>Singular values of ΔW, the largest 1, mean over"
-        " weights of a kind. "
-        f"Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
-        "<div"
-        f" class='pair'><figure>{lines(series, x='singular value', y='share of the largest', top=1.0)}</figure>"
-        f"<figure>{lines({'lost': lost}, x='rank', y='lost, of ‖ΔW‖')}</figure></div>{table(heads, cells)}"
+        f" weights of a kind. Next: rank {facts['next_rank']}; {escape(facts['why'])}. {note}</p>"
+        f"<div class='pair'><figure>{spectrum}</figure><figure>{loss_by_rank}</figure></div>"
+        f"{table(heads, cells)}"
         + _layer_heat_map(
             facts,
             "used",
@@ -177,9 +177,10 @@ def _location_section(facts: Facts) -> str:
         if total
         else "nowhere: every change is 0"
     )
+    norm_map = _layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")
     return (
         f"<h2>Where the change went</h2><p>Of ‖ΔW‖², by kind: {escape(shares_text)}.</p>"
-        f'<div class="pair">{_layer_heat_map(facts, "norm", "‖ΔW‖ by block and kind", "{:.2g}")}{relative_map}</div>'
+        f'<div class="pair">{norm_map}{relative_map}</div>'
     )
 
 
@@ -207,8 +208,9 @@ def _similarity_section(facts: Facts) -> str:
         if facts[key]
     ]
     heading = f"<h2>Beside {escape(Path(facts['other']).name)}</h2>"
+    exclusive = escape("; ".join(exclusive_changes))
     if not both:
-        return f"{heading}<p>They change no weight in common. {escape('; '.join(exclusive_changes))}</p>"
+        return f"{heading}<p>They change no weight in common. {exclusive}</p>"
     series = {}
     for name, side in (("reads from", "read"), ("writes to", "written")):
         longest = min(len(layer["shared"][f"angles_{side}"]) for layer in both)
@@ -232,8 +234,7 @@ def _similarity_section(facts: Facts) -> str:
     cosine = median(layer["shared"]["cosine"] for layer in both)
     return (
         f"{heading}<p>φ is 1 where one space lies within the other, 0 where they share no direction"
-        " (Hu et al. 2021, "
-        f"section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {escape('; '.join(exclusive_changes))}</p>"
+        f" (Hu et al. 2021, section 7.2). Median cosine of ΔW and ΔW′: {cosine:.3f}. {exclusive}</p>"
         f"<figure>{lines(series, x='principal angle', y='degrees, mean', top=90.0)}</figure>"
         f'<div class="pair">{"".join(maps)}</div>'
     )
