@@ -151,7 +151,7 @@ def conversion(
         if to == "veneer":
             provenance = {"converted from": source_format, **contents.about}
             changes = _write_veneer(saved, out, base_info.facts, on_model, provenance, overwrite)
-        elif target.write is None:  # peft
+        elif target.write is None:  # "peft", the only other format without a writer
             changes = _write_peft(saved, out, base_info.facts, options, overwrite)
         else:
             require_token_rows(saved, to, base_info.facts)

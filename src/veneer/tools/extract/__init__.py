@@ -48,9 +48,9 @@ from veneer.tools.extract.weight_pairs import Both, Source, WeightPair, open_bot
 
 __all__ = ["ExtractReport", "Extracted", "Kept", "Lost", "extract"]
 
-#: what is written whole, with the reason
+#: weights that are written in full or not at all, each with the reason
 Whole = Sequence[tuple[WeightPair, str]]
-#: (the layer that was factored last, how many are, how many there are)
+#: called with (the last factored layer, number of layers factored so far, number of layers in all)
 Progress = Callable[[Extracted, int, int], None]
 
 
@@ -236,7 +236,8 @@ def _factor_change(
         pair.kind.frozen_input(pair.module),
     )
     frozen_energy = 0.0
-    for matrix in dense or () if frozen_input is not None else ():  # an input that never changes
+    # leave out the input that never changes, such as the padding row of an embedding
+    for matrix in dense or () if frozen_input is not None else ():
         frozen_energy += matrix[:, frozen_input].double().square().sum().item()
         matrix[:, frozen_input] = 0
 
@@ -250,7 +251,7 @@ def _factor_change(
             values, vectors_of_gram = svd.spectrum(matrix)
             spectra.append(values)
         rank = svd.smallest_rank(spectra, energy)
-    assert rank is not None  # one of the two is given
+    assert rank is not None  # either `rank` or `energy` is given
     rank, change, error, methods, factors = (
         min(rank, pair.dims.max_rank),
         frozen_energy,
@@ -316,8 +317,8 @@ def _write(
     factors: dict[ParamRef, Mapping[str, Tensor]] = {
         product.pair.entry.ref: {"A": product.A, "B": product.B} for product in products
     }
-    # what stands in the adapter in full are the tuned model's values, or the base's where only a
-    # copy of the base is wanted, as for running statistics that did not change or that are left out
+    # Parameters that the adapter holds in full get the tuned model's values. Buffers that did not
+    # change or are left out, such as running statistics, get the base's.
     tuned = {path for pair, _ in full_pairs for path in pair.entry.names}
     product_weights = {id(both.old.by_name.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
@@ -328,8 +329,8 @@ def _write(
                 *module_parameters.full._parameters.items(),
                 *module_parameters.full._buffers.items(),
             ):
-                target_paths = parameter_path(path, key)
-                source = (both.new if target_paths in tuned else both.old).by_name.get(target_paths)
+                full_path = parameter_path(path, key)
+                source = (both.new if full_path in tuned else both.old).by_name.get(full_path)
                 if source is not None and value is not None:
                     value.copy_(source.read(None))
         for entry in list_weights(names):

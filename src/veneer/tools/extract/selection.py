@@ -30,7 +30,7 @@ from veneer.tools.extract.weight_pairs import WeightPair
 #: the words of ``keep`` beside patterns
 AUTO, NONE, LOSSY = WORDS = ("auto", "none", "lossy")
 
-#: why something is written whole, or not at all
+#: reasons to write a parameter in full, or not at all
 ASKED, VECTOR, LITTLE = "asked for", "no low-rank change", "lossy as a product"
 NO_TARGET, EXCLUDED, NOT_KEPT = "no target", "excluded", "no low-rank change, and keep says none"
 
@@ -72,9 +72,8 @@ def select_weights(
     low, whole, lost = [], [], []
     for pair in changed:
         split_names = (path.rpartition(".") for path in pair.entry.names)
-        refs = {
-            (names.canonical[module_path], name) for module_path, _, name in split_names
-        }  # every reference to it
+        # a tied weight has several references
+        refs = {(names.canonical[module_path], name) for module_path, _, name in split_names}
         if refs & left_out and not refs & selected:
             lost.append((pair, EXCLUDED))
         elif refs & by_name:

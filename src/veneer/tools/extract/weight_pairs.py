@@ -162,7 +162,7 @@ def open_both(base: Source, tuned: Source, model: nn.Module | None) -> Both:
     """
     name = None
     if isinstance(tuned, str | Path) and not Path(tuned).expanduser().is_dir():
-        # before the base: a path that is wrong is told before anything is converted
+        # report a wrong path before the base is loaded, which takes longer
         models.folder_of(tuned)
     if isinstance(base, nn.Module):
         structure = unwrap(base)
@@ -238,7 +238,7 @@ def pair_weights(both: Both) -> list[WeightPair]:
         known_names.update(entry.names)
         old, new = both.old.find(entry.names), both.new.find(entry.names)
         if old is None or new is None:
-            # else the model makes it itself
+            # a buffer that neither file holds is created by the model's constructor
             if old is not None or new is not None or not entry.is_buffer:
                 missing[both.old.label] += [entry.path] if old is None else []
                 missing[both.new.label] += [entry.path] if new is None else []

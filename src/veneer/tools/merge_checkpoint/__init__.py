@@ -6,8 +6,8 @@
 
 The result grows in a temporary folder beside OUT and takes its name in one step, once it is on the
 disk. A merge that fails or is killed leaves OUT as it was; the next merge into OUT removes what a
-killed one left. Rejected: a journal with which a killed merge goes on, since merging takes about as
-long as copying.
+killed one left. Rejected: a journal from which a killed merge could resume, since merging takes
+about as long as copying.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def merge_checkpoint(
     except BaseMismatchError:
         if not job.merge_plan.by_fingerprints:
             raise
-    # the names were taken for those of the model's parameters, which only the model knows
+    # The first plan assumed that the tensors are named as the model's parameters, and a
+    # fingerprint has refuted that. The second takes the names from the model itself.
     job = plan_job(base, adapters, dtype, rounding, verify_base, model, by_fingerprints=False)
     return _write_merge(job, base, out, overwrite, progress)
 

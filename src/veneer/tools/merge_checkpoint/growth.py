@@ -1,8 +1,8 @@
 """A checkpoint whose vocabulary grows for tokens that adapters add: more rows in embedding and
 head.
 
-The new rows are zeros until the merge writes the trained rows. ``token_rows.growth`` has refused
-adapters that do not train every new row.
+The new rows are zeros until the merge writes the trained rows. ``saved_token_rows.grown_size``
+refuses adapters that do not train every new row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def grow_model(model: Any, saved_adapters: Sequence[AdapterFiles]) -> int | None
     sizes = [size for saved in saved_adapters if (size := grown_size(model, saved)) is not None]
     if not sizes:
         return None
-    # BART's, which has a column for each token
+    # a buffer of BART with a column for each token
     if getattr(model, "final_logits_bias", None) is not None:
         problem, expected = (
             "'final_logits_bias', which grows with the vocabulary",
@@ -68,7 +68,7 @@ class GrownCheckpoint(Checkpoint):
             return super().read(name, rows)
         file_rows, shape = self.grown[name], self.shape(name)
         value = torch.zeros(shape, dtype=self.dtype(name))
-        if file_rows:  # none of a tensor that the files lack
+        if file_rows:  # 0: the files lack this tensor
             value[:file_rows] = Checkpoint.read(self.with_file_rows(name), name)
         return value if rows is None else value[rows]
 

@@ -39,7 +39,7 @@ from veneer.tools.merge_checkpoint.merge_plan import (
     plan_merge,
 )
 
-#: bytes that numba takes, with what it needs to compile
+#: bytes of memory that numba takes, including its compiler
 NUMBA = 128 * 2**20
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ class MergeJob:
     verify_base: bool
     #: the folder of the adapter whose tokenizer the result gets; None: the base's
     tokenizer: Path | None
-    #: how a parameter that several tensors hold is rounded, found when the first of them is there
+    #: the rounding of each parameter that several tensors hold, decided at the first of them
     decided: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -189,7 +189,7 @@ def plan_job(
     ]
     adapter_weights = [(Path(path), float(weight)) for path, weight in weighted_adapters]
     folder = Path(base).expanduser()
-    checkpoint = open_checkpoint(folder)  # first: it is the quicker to fail
+    checkpoint = open_checkpoint(folder)  # before the adapters, because it fails sooner
     saved_adapters = [read(path) for path, _ in adapter_weights]
     tokenizer = common_tokenizer({str(path): path for path, _ in adapter_weights})
     stub_model = (

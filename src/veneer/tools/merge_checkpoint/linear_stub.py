@@ -33,7 +33,7 @@ def linear_stub_model(
     try:
         vocabularies = set(_sizes(json.loads(config.read_text())))
     except (OSError, ValueError):
-        return None  # whoever looks for the model will say what is wrong with it
+        return None  # the code that builds the model reports the error
     shapes: dict[str, tuple[int, int]] = {}
     for saved in saved_adapters:
         for weight, change in saved.metadata.get("changes", {}).items():

@@ -331,19 +331,19 @@ def _collect_edits(
 def _coverage_problems(
     path: str,
     edit: TensorEdit,
-    places_by_tensor: Mapping[str, models.ParamSlice],
+    slices_by_tensor: Mapping[str, models.ParamSlice],
     checkpoint: Checkpoint,
 ):
     """Problems of the files with one parameter: no tensor for all of it, or another shape or
     dtype."""
-    if not places_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
+    if not slices_by_tensor and not edit.changes and not edit.full[0][1].is_floating_point():
         return  # the counter of a norm, absent in old files
     covered = (
         torch.zeros(edit.shape, dtype=torch.bool)
-        if any(each.index for each in places_by_tensor.values())
+        if any(each.index for each in slices_by_tensor.values())
         else None
     )
-    for tensor, param_slice in places_by_tensor.items():
+    for tensor, param_slice in slices_by_tensor.items():
         shape, file_shape = (
             slice_shape(edit.shape, param_slice.index),
             slice_shape(checkpoint.shape(tensor), param_slice.within),
@@ -379,17 +379,17 @@ def _coverage_problems(
                 "the whole of it in one tensor",
                 "merge it in memory (veneer.merge), and save it",
             )
-    if not places_by_tensor or (covered is not None and not covered.all()):
-        problem = f"no tensor that is {path!r}" + (" as a whole" if places_by_tensor else "")
+    if not slices_by_tensor or (covered is not None and not covered.all()):
+        problem = f"no tensor that is {path!r}" + (" as a whole" if slices_by_tensor else "")
         yield sentence(
             problem, "every weight that the adapter changes", "name the base that it was trained on"
         )
 
 
-def _order_tensors(places_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
+def _order_tensors(slices_by_tensor: Mapping[str, models.ParamSlice]) -> tuple[str, ...]:
     """The tensors that make up a parameter, in order; one of them if each holds all of it."""
     ordered = sorted(
-        places_by_tensor,
-        key=lambda tensor: [axis_slice.start for axis_slice in places_by_tensor[tensor].index],
+        slices_by_tensor,
+        key=lambda tensor: [axis_slice.start for axis_slice in slices_by_tensor[tensor].index],
     )
-    return tuple(ordered if places_by_tensor[ordered[0]].index else ordered[:1])
+    return tuple(ordered if slices_by_tensor[ordered[0]].index else ordered[:1])

@@ -2,12 +2,13 @@
 model may have forgotten.
 
     examine(adapter, …)  ->  Report      numbers alone; ``to_dict()`` is the JSON
-    page.page(facts)     ->  str         one HTML page, rendered from that JSON alone
+    report_page.page(facts)  ->  str     one HTML page, rendered from that JSON alone
 
 Computed for each weight from the thin factors: the singular values of ΔW (for a stack or a grouped
 convolution, the root of the sum of squares over its groups), and
 
-    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank". r if all are equal
+    effective rank   exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ / Σ σ: Roy and Vetterli 2007, "The effective rank".
+                     It is r if all σᵢ are equal
     rank for 99 %    the lowest rank that keeps this share of ‖ΔW‖²
     lost at rank r   ‖ΔW − ΔW truncated to r‖ / ‖ΔW‖, over all weights
 

@@ -74,7 +74,7 @@ class RunPlan:
     Fields:
         run: the run of one device, with its share of the rows.
         memory: the most bytes that a device holds, by use.
-        operations, sent: operations and bytes sent of a device in a step.
+        operations, sent: operations of a device in a step, and the bytes that it sends.
         tokens: tokens of a step on all devices together.
         seconds: seconds of a step; None without hardware.
         fits: whether a device has enough memory; None without hardware.
