@@ -137,12 +137,14 @@ def test_a_context_that_outlives_its_block_meets_no_other_rows(tmp_path):
         taken.run(model, x)
 
 
-def test_an_adapter_removed_in_use_stays_laid_out_and_leaves_nothing(tmp_path, monkeypatch):
+def test_an_adapter_removed_in_use_keeps_its_factors_and_leaves_nothing(tmp_path, monkeypatch):
     model = save_adapters(Linears(128), tmp_path, "a", "b")
     bank, x, made = bank_of(model, tmp_path, "a", "b"), torch.randn(2, 1, 128), []
-    lay_out = Layer.laid_out
+    stack_factors = Layer.stack_factors
     monkeypatch.setattr(
-        Layer, "laid_out", lambda *given: (made.append(given[0].name), lay_out(*given))[1]
+        Layer,
+        "stack_factors",
+        lambda *given: (made.append(given[0].name), stack_factors(*given))[1],
     )
     lease = bank.acquire({"a": 1.0}).result()
     for turn in range(3):

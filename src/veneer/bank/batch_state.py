@@ -33,15 +33,15 @@ from veneer.kernels.batched import Grouping
 
 #: the smallest rounded rank: ranks are rounded up to powers of two, and adapters of the same
 #: rounded rank share a product
-SMALLEST = 8
+LEAST_RANK = 8
 #: how many assignments to cache: a server alternates between the rows that decode and those that
 #: prefill
-KEPT = 2
+CACHED = 2
 #: the most tokens per row for which rows are grouped by adapter
-FEW = 4
+FEW_TOKENS = 4
 #: on a device: the most runs of rows that are multiplied one by one, and the most rows per adapter
 #: that are multiplied with factors stacked for each row
-RUNS, ROWS = 2, 4
+FEW_RUNS, ROWS_PER_ADAPTER = 2, 4
 
 #: the adapters of a row and their weights; empty for the base alone
 Uses = tuple[tuple[ResidentAdapter, float], ...]
@@ -64,23 +64,26 @@ class Layer:
         weight: Any = batch_state.frame.modules[key]._parameters[resolved_low.name]
         self.flipped = resolved_low.layer.out_axis == 1
         self.in_, self.out = resolved_low.A.shape[1], resolved_low.B.shape[1]
-        self.away = not weight.is_cpu
-        self.device, self.narrow = weight.device, weight.dtype
-        self.dtype = weight.dtype if self.away else at_least_float32(weight.dtype)
+        self.on_device = not weight.is_cpu
+        self.device, self.weight_dtype = weight.device, weight.dtype
+        self.dtype = weight.dtype if self.on_device else at_least_float32(weight.dtype)
         self.time_first = batch_state.frame.time_first
-        self.factors = resolved_low.A.dtype
-        self.nothing = resolved_low.A.new_empty(0, self.in_), resolved_low.B.new_empty(0, self.out)
+        self.factor_dtype = resolved_low.A.dtype
+        self.no_factors = (
+            resolved_low.A.new_empty(0, self.in_),
+            resolved_low.B.new_empty(0, self.out),
+        )
 
-    def laid_out(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
+    def stack_factors(self, members: Sequence[ResidentAdapter]) -> tuple[Tensor, Tensor]:
         """The factors of these adapters, one lane each: A [lanes, r, in], B [lanes, r, out]."""
         changes = [resident.parts.get(self.key) for resident in members]
-        if self.away:
-            A, B = self.side_by_side(
+        if self.on_device:
+            A, B = self.join_factors(
                 [[change] if type(change) is ResolvedLowRank else [] for change in changes]
             )
             return A, B
         pairs = [
-            (change.A, change.B) if type(change) is ResolvedLowRank else self.nothing
+            (change.A, change.B) if type(change) is ResolvedLowRank else self.no_factors
             for change in changes
         ]
         A, B = [A for A, _ in pairs], [B for _, B in pairs]
@@ -92,14 +95,14 @@ class Layer:
                 B, batch_first=True
             ).to(self.dtype)
 
-    def side_by_side(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
+    def join_factors(self, rows: Sequence[Sequence[ResolvedLowRank]]) -> list[Tensor]:
         """A [n, r, in] and B [n, r, out] of n rows: the factors of each row's changes, joined along
         the rank and padded with zeros. They are copied once, in the dtype of the weight, and freed
         after the product."""
         ranks = [sum(len(change.A) for change in changes) for changes in rows]
         most, factors = max(ranks), []
         for name, width in (("A", self.in_), ("B", self.out)):
-            zeros = self.batch_state.zeros(most * width, self.factors, self.device).view(
+            zeros = self.batch_state.zeros(most * width, self.factor_dtype, self.device).view(
                 most, width
             )
             pieces = [
@@ -109,7 +112,7 @@ class Layer:
                 if len(piece)
             ]
             factors.append(
-                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.narrow)
+                torch.cat(pieces or [zeros]).view(len(rows), most, width).to(self.weight_dtype)
             )
         return factors
 
@@ -147,16 +150,16 @@ class Layer:
                 tokens = len(flat) // assignment.count
                 if assignment.multiplies_by_row(self, tokens):
                     delta = batched.by_rows(flat, *assignment.row_factors(self))
-                elif tokens > FEW or (self.away and assignment.run_count <= RUNS):
+                elif tokens > FEW_TOKENS or (self.on_device and assignment.run_count <= FEW_RUNS):
                     delta = batched.by_runs(flat, self.out, assignment.runs(self), tokens)
                 else:
                     delta = self.multiply_groups(flat, tokens, assignment)
-                if self.key in assignment.bent:
-                    y = self.bent(delta, flat, weight, bias, assignment)
+                if self.key in assignment.with_gain_or_bias:
+                    y = self.add_gain_and_bias(delta, flat, weight, bias, assignment)
                 else:
                     y = fused.add_product(delta, flat, weight, bias)
                 return y.view(*x.shape[:-1], self.out)
-        return assignment.apart[self.key].run(
+        return assignment.row_parts[self.key].run(
             module, base, layer_state, args, kwargs, call, method=method
         )
 
@@ -171,7 +174,7 @@ class Layer:
             return flat.new_zeros(len(flat), self.out)
         return delta if delta.dtype is flat.dtype else delta.to(flat.dtype)
 
-    def bent(
+    def add_gain_and_bias(
         self,
         delta: Tensor,
         flat: Tensor,
@@ -194,21 +197,23 @@ class Layer:
 
 
 class BatchAssignment:
-    """The adapters of each row of a call. ``table`` maps each layer's key to what runs in its
-    place."""
+    """The adapters of each row of a call. ``table`` maps each layer's key to the object that
+    computes the layer in this call."""
 
     def __init__(self, batch_state: BatchState, rows: tuple[Uses, ...]) -> None:
         self.batch_state, self.rows, self.count = batch_state, rows, len(rows)
         self.members = list({resident: None for uses in rows for resident, _ in uses})
-        self.lanes: dict[int, list[ResidentAdapter]] = {}
+        self.members_by_rank: dict[int, list[ResidentAdapter]] = {}
         for resident in sorted(self.members, key=lambda resident: resident.uid):
             if resident.rank:  # adapters of similar rank share a product
-                self.lanes.setdefault(
-                    max(SMALLEST, 1 << (resident.rank - 1).bit_length()), []
+                self.members_by_rank.setdefault(
+                    max(LEAST_RANK, 1 << (resident.rank - 1).bit_length()), []
                 ).append(resident)
         self.groupings: dict[Any, list[Grouping]] = {}
         siblings = (
-            sibling for sibling in batch_state.assignments.values() if sibling.lanes == self.lanes
+            sibling
+            for sibling in batch_state.assignments.values()
+            if sibling.members_by_rank == self.members_by_rank
         )
         #: stacked factors by layer, shared by all assignments of the same adapters
         self.factors: dict[Any, list[tuple[Tensor, Tensor]]] = next(
@@ -235,15 +240,15 @@ class BatchAssignment:
         indices = [
             torch.tensor(row_indices, device="cpu") for row_indices in self.distinct.values()
         ]
-        self.apart = Parts(
+        self.row_parts = Parts(
             batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
         )
         general = {key for resident in self.members for key in resident.general}
         keys = dict.fromkeys(key for resident in self.members for key in resident.parts)
         self.table = {
-            key: self.apart[key] if key in general else batch_state.layers[key] for key in keys
+            key: self.row_parts[key] if key in general else batch_state.layers[key] for key in keys
         }
-        self.bent = {
+        self.with_gain_or_bias = {
             key
             for resident in self.members
             for key, change in resident.parts.items()
@@ -272,7 +277,10 @@ class BatchAssignment:
                         (
                             first,
                             row,
-                            [(A.to(layer.narrow), B.to(layer.narrow), w) for A, B, w in factors],
+                            [
+                                (A.to(layer.weight_dtype), B.to(layer.weight_dtype), w)
+                                for A, B, w in factors
+                            ],
                         )
                     )
                     first = row
@@ -287,11 +295,11 @@ class BatchAssignment:
         """Whether to multiply each row by factors stacked for that row. True on a device, and for
         16-bit prompts on a CPU, where it takes one batched product in place of two for each
         adapter."""
-        if self.run_count <= RUNS:
+        if self.run_count <= FEW_RUNS:
             return False
-        if not layer.away:
-            return tokens > FEW and layer.narrow.itemsize == 2
-        return tokens > FEW or self.count <= ROWS * max(len(self.members), 1)
+        if not layer.on_device:
+            return tokens > FEW_TOKENS and layer.weight_dtype.itemsize == 2
+        return tokens > FEW_TOKENS or self.count <= ROWS_PER_ADAPTER * max(len(self.members), 1)
 
     def row_factors(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
         """A [rows, r, in] and B [rows, r, out] of a layer, stacked for this call, and the weights
@@ -306,33 +314,35 @@ class BatchAssignment:
                 None,
             )
             if any(weight != 1 for weighted_changes in rows for _, weight in weighted_changes):
-                each = [
+                row_weights = [
                     torch.tensor([weight for change, weight in changes for _ in change.A])
                     for changes in rows
                 ]
-                weights = pad_sequence(each, batch_first=True)[:, None]
+                weights = pad_sequence(row_weights, batch_first=True)[:, None]
                 weights = weights.to(layer.dtype).to(layer.device, non_blocking=True)
             self.by_row[layer.key] = row_changes, weights
         row_changes, weights = self.by_row[layer.key]
-        A, B = layer.side_by_side(row_changes)
+        A, B = layer.join_factors(row_changes)
         return A, B, weights
 
     def groups(self, layer: Layer, tokens: int) -> Iterator[tuple[Grouping, tuple[Tensor, Tensor]]]:
         """For each rounded rank, the grouping of rows with this number of tokens, and the factors
         of a layer."""
-        key, lanes = (tokens, layer.device, layer.dtype), self.lanes
+        key, members_by_rank = (tokens, layer.device, layer.dtype), self.members_by_rank
         if key not in self.groupings:
             self.groupings[key] = [
-                _grouping(self.rows, members, *key) for members in lanes.values()
+                _grouping(self.rows, members, *key) for members in members_by_rank.values()
             ]
-        if layer.away:
+        if layer.on_device:
             return zip(
                 self.groupings[key],
-                [layer.laid_out(members) for members in lanes.values()],
+                [layer.stack_factors(members) for members in members_by_rank.values()],
                 strict=True,
             )
         if layer.key not in self.factors:
-            self.factors[layer.key] = [layer.laid_out(members) for members in lanes.values()]
+            self.factors[layer.key] = [
+                layer.stack_factors(members) for members in members_by_rank.values()
+            ]
         return zip(self.groupings[key], self.factors[layer.key], strict=True)
 
     def extra(
@@ -371,12 +381,12 @@ def _grouping(
     waits for a device."""
     count, lane_of = len(members), {resident: lane for lane, resident in enumerate(members)}
     rows_of_lane: list[list[tuple[int, float]]] = [[] for _ in members]
-    mine: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
+    lanes_of_row: list[list[tuple[int, int]]] = []  # for each row, (lane, index within the lane)
     for row, uses in enumerate(rows):
-        mine.append([])
+        lanes_of_row.append([])
         for resident, weight in uses:
             if (lane := lane_of.get(resident)) is not None:
-                mine[row].append((lane, len(rows_of_lane[lane])))
+                lanes_of_row[row].append((lane, len(rows_of_lane[lane])))
                 rows_of_lane[lane].append((row, weight))
     size = max(map(len, rows_of_lane))
     padded = [lane_rows + [(0, 0.0)] * (size - len(lane_rows)) for lane_rows in rows_of_lane]
@@ -384,7 +394,7 @@ def _grouping(
     def move_to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    def of_tokens(indices: Sequence[int]) -> Tensor | None:
+    def expand_to_tokens(indices: Sequence[int]) -> Tensor | None:
         """Indices of rows or lanes, expanded to indices of their tokens; None if these are 0, 1, 2,
         …"""
         wide = torch.tensor(indices, device="cpu")[:, None] * tokens + torch.arange(
@@ -398,24 +408,29 @@ def _grouping(
             else move_to_device(flat)
         )
 
-    order = of_tokens([row for lane_rows in padded for row, _ in lane_rows])
-    strength = torch.tensor(
+    order = expand_to_tokens([row for lane_rows in padded for row, _ in lane_rows])
+    lane_weights = torch.tensor(
         [[weight for _, weight in lane_rows] for lane_rows in padded], dtype=dtype, device="cpu"
     )
-    plain = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
-    weights = None if plain else move_to_device(strength.repeat_interleave(tokens, 1)[:, None])
-    back = []
-    for number in range(max(map(len, mine))):
-        has = [len(entries) > number for entries in mine]
-        entries = [entry[number] if some else (0, 0) for entry, some in zip(mine, has, strict=True)]
-        index = of_tokens([lane * size + within for lane, within in entries])
-        lacks = None
-        if not all(has):
-            lacks = move_to_device(
-                ~torch.tensor(has, device="cpu").repeat_interleave(tokens)[:, None]
+    unweighted = all(weight in (0.0, 1.0) for lane_rows in padded for _, weight in lane_rows)
+    weights = (
+        None if unweighted else move_to_device(lane_weights.repeat_interleave(tokens, 1)[:, None])
+    )
+    gathers = []
+    for number in range(max(map(len, lanes_of_row))):
+        is_present = [len(entries) > number for entries in lanes_of_row]
+        entries = [
+            entry[number] if present else (0, 0)
+            for entry, present in zip(lanes_of_row, is_present, strict=True)
+        ]
+        index = expand_to_tokens([lane * size + within for lane, within in entries])
+        absent = None
+        if not all(is_present):
+            absent = move_to_device(
+                ~torch.tensor(is_present, device="cpu").repeat_interleave(tokens)[:, None]
             )
-        back.append((index, lacks))
-    return Grouping(0, count, order, weights, tuple(back))
+        gathers.append((index, absent))
+    return Grouping(0, count, order, weights, tuple(gathers))
 
 
 class BatchState:
@@ -426,14 +441,14 @@ class BatchState:
         self.layers: dict[Any, Layer] = {}
         self.assignments: dict[Any, BatchAssignment] = {}
         self.assignment: Any = None  # a ``BatchAssignment`` while a call runs
-        self.nothing: dict[Any, Tensor] = {}
+        self.zero_buffers: dict[Any, Tensor] = {}
 
     def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``count`` zeros, shared and never written to."""
-        buffer = self.nothing.get((dtype, device))
+        buffer = self.zero_buffers.get((dtype, device))
         if buffer is None or len(buffer) < count:
             with torch.inference_mode(False):
-                buffer = self.nothing[dtype, device] = torch.zeros(
+                buffer = self.zero_buffers[dtype, device] = torch.zeros(
                     count, dtype=dtype, device=device
                 )
         return buffer[:count]
@@ -443,7 +458,7 @@ class BatchState:
         key = tuple(tuple((resident.uid, weight) for resident, weight in uses) for uses in rows)
         assignment = self.assignments.pop(key, None)
         if assignment is None:
-            while len(self.assignments) >= KEPT:
+            while len(self.assignments) >= CACHED:
                 del self.assignments[next(iter(self.assignments))]
             for resident in {resident for uses in rows for resident, _ in uses}:
                 for layer, part in resident.parts.items():

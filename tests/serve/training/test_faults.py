@@ -354,7 +354,7 @@ def test_samples_of_one_key_leave_room_for_another(monkeypatch):
 
 
 def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
-    monkeypatch.setattr(samples_, "PATIENCE", 0.01)
+    monkeypatch.setattr(samples_, "RETRY_SECONDS", 0.01)
     engine = Full()
 
     async def main():
@@ -367,7 +367,7 @@ def test_few_of_many_samples_try_for_a_place_at_a_time(monkeypatch):
         await asyncio.sleep(0.05)
 
     asyncio.run(main())
-    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.TRYING
+    assert 0 < len({request.id for request in engine.tries}) <= 8 * samples_.SAMPLES_A_ROW
 
 
 def test_a_call_that_is_cancelled_while_its_adapter_is_read_leaves_it_free(it, client):

@@ -27,7 +27,7 @@ def reads(store, session, run):
     """What the event loop asks while a client's request is written."""
     return [
         store.session(session)["id"], store.run(run)["id"], store.request(run, 0)["done"], store.next_seq(run),
-        store.runs_of(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
+        store.count_runs(""), store.tokens_of(""), store.bytes_of(""), store.failure_of(run),
     ]  # fmt: skip
 
 

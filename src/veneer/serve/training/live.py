@@ -191,7 +191,7 @@ class _Numbers:
     def collect(self) -> Iterator[Metric]:
         worker, store = self.training.worker, self.training.store
         for name, help_, value in (
-            ("veneer_training_runs", "Runs that take requests.", store.runs_of(None)),
+            ("veneer_training_runs", "Runs that take requests.", store.count_runs(None)),
             ("veneer_training_resident_runs", "Runs in memory.", len(worker.trainer.runs)),
         ):
             yield GaugeMetricFamily(name, help_, value)

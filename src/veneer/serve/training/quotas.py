@@ -25,7 +25,7 @@ def over_quota(
         return None
     match resource:
         case "runs":
-            used = store.runs_of(owner)
+            used = store.count_runs(owner)
         case "bytes":
             used = store.bytes_of(owner, but=replaced)
         case _:

@@ -37,7 +37,7 @@ log = logging.getLogger("veneer.serve.training")
 MOST_WAITING, MOST_KEPT, KEPT_SECONDS = 16384, 4096, 1800.0
 #: the most samples of a key that are in the engine or try to enter it, for each row of the engine;
 #: seconds between two tries
-TRYING, PATIENCE = 4, 0.05
+SAMPLES_A_ROW, RETRY_SECONDS = 4, 0.05
 
 
 @dataclass(eq=False)
@@ -196,7 +196,9 @@ class Samples:
         def deliver(piece: Piece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        async with self._gates.setdefault(owner, asyncio.Semaphore(TRYING * self._engine.rows)):
+        async with self._gates.setdefault(
+            owner, asyncio.Semaphore(SAMPLES_A_ROW * self._engine.rows)
+        ):
             tokens, piece = await self._collect_tokens(request, deliver, pieces, usage)
         if piece.finish not in ("stop", "length"):
             raise RequestError(
@@ -225,7 +227,7 @@ class Samples:
             except Busy:
                 if not self._engine.ready:
                     raise
-                await asyncio.sleep(PATIENCE)
+                await asyncio.sleep(RETRY_SECONDS)
         tokens: list[Any] = []
         try:
             while True:

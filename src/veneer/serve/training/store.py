@@ -405,8 +405,8 @@ class Store:
     def files_of(self, checkpoint: Checkpoint) -> Path:
         return self.folder_of(checkpoint.run) / checkpoint.kind / checkpoint.name
 
-    def runs_of(self, owner: str | None) -> int:
-        """The number of runs that take requests."""
+    def count_runs(self, owner: str | None) -> int:
+        """The number of runs that take requests, of one key or (None) of all."""
         query = (
             "SELECT COUNT(*) AS count FROM runs WHERE (?1 IS NULL OR owner = ?1) AND NOT unloaded"
         )

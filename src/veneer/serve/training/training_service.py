@@ -343,8 +343,8 @@ def open_training(
     tokenizer: str | None,
     resident: int = 50,
 ) -> Training:
-    """The training service beside what a service serves. ``ConfigError``: an encoder, a folder that
-    is not its own."""
+    """Create the training service of a running ``service``, with its runs in ``folder``.
+    ``ConfigError``: the model is an encoder, or the folder holds something else."""
     if service.engine is None:
         raise ConfigError(
             "an encoder to train",
