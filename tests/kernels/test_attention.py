@@ -159,7 +159,7 @@ def test_under_autocast_and_transforms_it_is_the_products():
             wanted.sum(), inputs
         )  # a backward under autocast is in the dtype of forward
     assert all(one.dtype == torch.float32 for one in known)
-    assert not cpu_attention.pays(*(one.double() for one in inputs[:2]), True)
+    assert not cpu_attention.is_faster(*(one.double() for one in inputs[:2]), True)
 
 
 def test_many_gradients_at_once_checkpointed_and_of_gradients_under_autocast():
@@ -187,7 +187,7 @@ def test_a_compiled_call_has_no_break(dtype):
     def run(query):
         return (
             cpu_attention.causal(query, query, query)
-            if cpu_attention.pays(query, query, True)
+            if cpu_attention.is_faster(query, query, True)
             else query * 2
         )
 
@@ -408,15 +408,15 @@ def test_only_where_it_pays(dtype, length, keys, causal, kept, chosen, monkeypat
     monkeypatch.setattr(cpu_attention, "has_tiles", lambda: True)
     query, key = torch.empty(1, 2, length, 4, dtype=dtype), torch.empty(1, 1, keys, 4, dtype=dtype)
     query = query.requires_grad_(kept) if kept else query
-    assert cpu_attention.pays(query, key, causal) is chosen
-    assert not cpu_attention.pays(query.to("meta"), key.to("meta"), causal)
+    assert cpu_attention.is_faster(query, key, causal) is chosen
+    assert not cpu_attention.is_faster(query.to("meta"), key.to("meta"), causal)
     longer = causal and dtype is torch.bfloat16 and length == keys == cpu_attention.LONGEST + 1
     with torch.no_grad():
-        assert cpu_attention.pays(query, key, causal) is (chosen or longer)
+        assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
     monkeypatch.setattr(cpu_attention, "has_tiles", lambda: False)
-    assert cpu_attention.pays(query, key, causal) is (chosen or longer)
+    assert cpu_attention.is_faster(query, key, causal) is (chosen or longer)
     monkeypatch.setattr(torch, "get_num_threads", lambda: cpu_attention.THREADS + 1)
-    assert cpu_attention.pays(query, key, causal) is (
+    assert cpu_attention.is_faster(query, key, causal) is (
         (chosen or longer) and dtype is torch.bfloat16
     )
 

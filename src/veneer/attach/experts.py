@@ -412,7 +412,7 @@ def _grouped_product(x: Any, weight: Any, ends: Any, product: Callable[..., Tens
     W, A, B = weight.oriented(True)
     with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
         if not x.is_cpu:
-            return grouped.elsewhere(x, W, A, B, stack.scale, ends, product)
+            return grouped.linear_on_device(x, W, A, B, stack.scale, ends, product)
         entry = stack.call.get(id(ends))
         if entry is None:
             entry = stack.call[id(ends)] = ends, grouped.segments(ends.tolist(), len(x))

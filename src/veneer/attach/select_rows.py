@@ -35,7 +35,7 @@ from veneer.attach.state import BASE, STATE, ActiveAdapter, ModelAdapters
 from veneer.errors import SelectionError
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import seed as new_seed
-from veneer.kernels.spans import Span, alike, linear, linears
+from veneer.kernels.spans import Span, can_batch, linear, linears
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
@@ -403,7 +403,7 @@ class _ByRows:
         if ready is not None and ready[1:] == (spans, self._reads(module)):
             return ready[0]
         layers: list[tuple[Any, _ByRows]] = [(module, self)]
-        if self.others and torch.is_grad_enabled() and x.grad_fn is not None and alike(spans):
+        if self.others and torch.is_grad_enabled() and x.grad_fn is not None and can_batch(spans):
             for other, own in self.others:
                 if own.known.fits(other, x) and own._of_tokens(other, x) == spans:
                     layers.append((other, own))

@@ -46,7 +46,7 @@ class Grouping:
         first, groups: the range of lanes that are used.
         order: [S · n], the row of each place; None if the rows are in order already.
         weights: [S, 1, n], the weight of each place, 0 for padding; None if all are 1.
-        back: for each row, the place of its result, [N] (None: in order), and a mask of rows
+        result_rows: for each row, the place of its result, [N] (None: in order), and a mask of rows
             without a result, [N, 1] of bool (None: no such row). If there are several entries, a
             row's result is their sum.
     """
@@ -55,7 +55,7 @@ class Grouping:
     groups: int
     order: Tensor | None
     weights: Tensor | None
-    back: tuple[tuple[Tensor | None, Tensor | None], ...]
+    result_rows: tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
 def gather_rows(x: Tensor, grouping: Grouping) -> Tensor:
@@ -70,16 +70,16 @@ def project_down(x: Tensor, A: Tensor, grouping: Grouping) -> Tensor:
     return h if grouping.weights is None else h.mul_(grouping.weights)
 
 
-def project_up(h: Tensor, B: Tensor, grouping: Grouping, onto: Tensor | None = None) -> Tensor:
-    """hᵀ B of each row, [N, out]; added ``onto`` the result of another grouping if given."""
+def project_up(h: Tensor, B: Tensor, grouping: Grouping, total: Tensor | None = None) -> Tensor:
+    """hᵀ B of each row, [N, out]; added to ``total``, the result of another grouping, if given."""
     changes = torch.bmm(h.mT, B).view(-1, B.shape[2])
-    for index, lacks in grouping.back:
+    for index, without_result in grouping.result_rows:
         change = changes if index is None else changes.index_select(0, index)
-        if lacks is not None:  # multiplying by 0 would keep a NaN of another row
-            change = change.masked_fill(lacks, 0.0)
-        onto = change if onto is None else onto.add_(change)
-    assert onto is not None
-    return onto
+        if without_result is not None:  # multiplying by 0 would keep a NaN of another row
+            change = change.masked_fill(without_result, 0.0)
+        total = change if total is None else total.add_(change)
+    assert total is not None
+    return total
 
 
 def by_rows(x: Tensor, A: Tensor, B: Tensor, weights: Tensor | None) -> Tensor:
@@ -116,9 +116,9 @@ def linear(
     joined = []
     for factors in (A, [factor.mT for factor in B]):
         width = factors[0].shape[1]
-        nothing = zeros[: most * width].view(most, width)
+        padding = zeros[: most * width].view(most, width)
         pieces = [
-            piece for factor in factors for piece in (factor, nothing[len(factor) :]) if len(piece)
+            piece for factor in factors for piece in (factor, padding[len(factor) :]) if len(piece)
         ]
         joined.append(torch.cat(pieces).view(len(factors), most, width))
     downs, ups = (

@@ -43,7 +43,7 @@ VECTOR = 32
 PIECE = 128
 
 
-def pays(query: Tensor, key: Tensor, causal: bool) -> bool:
+def is_faster(query: Tensor, key: Tensor, causal: bool) -> bool:
     """Whether the products are faster for a call. ``causal``: the mask is causal, with no other
     mask."""
     length, size = key.shape[2], query.element_size()
@@ -184,11 +184,18 @@ def _chunks(
     heads, key, value = _by_head(query, key), key.contiguous(), value.contiguous()
     b, kv, group, s, _ = heads.shape
     # the number of heads at a time
-    each = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)
-    tall, wide = (each // kv, kv) if each >= kv else (1, each)
+    heads_a_chunk = max(SCORES * torch.get_num_threads() // (group * _size(heads) * s), 1)
+    batch_size, head_count = (
+        (heads_a_chunk // kv, kv) if heads_a_chunk >= kv else (1, heads_a_chunk)
+    )
     buffers: list[tuple[Tensor, ...]] = []
-    for first_batch, first_head in itertools.product(range(0, b, tall), range(0, kv, wide)):
-        block = slice(first_batch, first_batch + tall), slice(first_head, first_head + wide)
+    for first_batch, first_head in itertools.product(
+        range(0, b, batch_size), range(0, kv, head_count)
+    ):
+        block = (
+            slice(first_batch, first_batch + batch_size),
+            slice(first_head, first_head + head_count),
+        )
         chunk = heads[block]
         if not buffers or buffers[0][0].shape[:2] != chunk.shape[:2]:
             buffers = _buffers(chunk, count)
@@ -211,15 +218,15 @@ def _turns(
     """
     lowest = torch.finfo(heads.dtype).min
     hidden = torch.ones(_size(heads), _size(heads), dtype=torch.bool, device=heads.device).triu_(1)
-    for query_rows, (scaled_rows, rows, corner, scores, chances, *rest) in zip(
+    for query_rows, (scaled_rows, rows, diagonal, scores, probabilities, *rest) in zip(
         heads.split(_size(heads), 3), buffers, strict=True
     ):
         torch.mul(query_rows, scale, out=scaled_rows)
         visible_keys = keys[:, : scores.shape[2]]
         torch.bmm(rows, visible_keys.mT, out=scores)
-        corner.masked_fill_(hidden[: query_rows.shape[3], : query_rows.shape[3]], lowest)
-        torch.softmax(scores, -1, out=chances)
-        yield rows, visible_keys, values[:, : scores.shape[2]], scores, chances, *rest
+        diagonal.masked_fill_(hidden[: query_rows.shape[3], : query_rows.shape[3]], lowest)
+        torch.softmax(scores, -1, out=probabilities)
+        yield rows, visible_keys, values[:, : scores.shape[2]], scores, probabilities, *rest
 
 
 def _buffers(heads_like: Tensor, count: int) -> list[tuple[Tensor, ...]]:
@@ -227,22 +234,23 @@ def _buffers(heads_like: Tensor, count: int) -> list[tuple[Tensor, ...]]:
     r, d]; the partly masked scores [n, g, r, r]; and ``count`` buffers of [n, g · r, k], of which
     the first contains these scores."""
     *heads, group, s, d = heads_like.shape
-    n, most = heads[0] * heads[1], min(_size(heads_like), s)
+    n, largest = heads[0] * heads[1], min(_size(heads_like), s)
     scaled, memory = (
-        heads_like.new_empty(n * group * most * d),
-        heads_like.new_empty(count, n * group * most * s),
+        heads_like.new_empty(n * group * largest * d),
+        heads_like.new_empty(count, n * group * largest * s),
     )
     buffers = []
-    for first in range(0, s, most):
-        after = min(first + most, s)
-        tall = group * (after - first)
-        rows = scaled[: n * tall * d].view(n, tall, d)
-        lying = rows.view(*heads, group, after - first, d)
+    for first in range(0, s, largest):
+        after = min(first + largest, s)
+        row_count = group * (after - first)
+        rows = scaled[: n * row_count * d].view(n, row_count, d)
+        grouped_rows = rows.view(*heads, group, after - first, d)
         scores = [
-            scores_memory[: n * tall * after].view(n, tall, after) for scores_memory in memory
+            scores_memory[: n * row_count * after].view(n, row_count, after)
+            for scores_memory in memory
         ]
-        corner = scores[0].view(n, group, after - first, after)[..., first:]
-        buffers.append((lying, rows, corner, *scores))
+        diagonal = scores[0].view(n, group, after - first, after)[..., first:]
+        buffers.append((grouped_rows, rows, diagonal, *scores))
     return buffers
 
 
@@ -283,9 +291,13 @@ def products(
         if bias is None:
             scores = rows @ keys
         else:
-            tall = bias.repeat(1, 1, group, 1)  # repeated for the heads of a group
-            tall = tall.expand(b, heads, -1, -1).flatten(0, 1) if len(bias) > 1 else tall[0]
-            scores = torch.baddbmm(tall, rows, keys)
+            group_bias = bias.repeat(1, 1, group, 1)  # repeated for the heads of a group
+            group_bias = (
+                group_bias.expand(b, heads, -1, -1).flatten(0, 1)
+                if len(bias) > 1
+                else group_bias[0]
+            )
+            scores = torch.baddbmm(group_bias, rows, keys)
         return _output(scores, values, dropout).view(b, h, s, -1)
     hidden = torch.full(
         (PIECE, PIECE), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device
@@ -302,10 +314,10 @@ def products(
 
 def _output(scores: Tensor, values: Tensor, dropout: float) -> Tensor:
     if scores.element_size() == 2 and scores.shape[-1] < VECTOR:
-        chances = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
     else:
-        chances = torch.softmax(scores, dim=-1)
-    return (F.dropout(chances, dropout) if dropout else chances) @ values
+        probabilities = torch.softmax(scores, dim=-1)
+    return (F.dropout(probabilities, dropout) if dropout else probabilities) @ values
 
 
 def bias_of(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
@@ -350,18 +362,18 @@ class Packed:
     """Several rows packed in one. Row i consists of tokens ``starts[i]`` to ``starts[i + 1]``, at
     most ``longest``.
 
-    [1, h, s, d] -> ``apart`` -> [n, h, longest, d], each row padded on the right with its last
-    token. [n, longest, h, d] -> ``together`` -> [1, s, h, d].
+    [1, h, s, d] -> ``unpack`` -> [n, h, longest, d], each row padded on the right with its last
+    token. [n, longest, h, d] -> ``pack`` -> [1, s, h, d].
     """
 
     def __init__(self, starts: Tensor, longest: int) -> None:
         first, lengths = starts[:-1, None].long(), starts.diff()[:, None]
         column = torch.arange(longest)
-        self.real = column < lengths  # [n, longest]
+        self.is_token = column < lengths  # [n, longest]
         self.positions = first + torch.minimum(column, lengths - 1)  # positions in the packed row
-        self.back = self.real.flatten().nonzero()[:, 0]
+        self.token_indices = self.is_token.flatten().nonzero()[:, 0]
 
-    def apart(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         return (
             x.transpose(1, 2)[0]
             .index_select(0, self.positions.flatten())
@@ -369,11 +381,12 @@ class Packed:
             .transpose(1, 2)
         )
 
-    def together(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.back)[None]
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.token_indices)[None]
 
     def row_masks(self, mask: Any) -> Tensor:
         """The blocks of a mask [1, 1, s, s] that belong to each row, [n, 1, longest, longest]."""
         return (
-            mask[0, 0, self.positions[:, :, None], self.positions[:, None, :]] & self.real[:, None]
+            mask[0, 0, self.positions[:, :, None], self.positions[:, None, :]]
+            & self.is_token[:, None]
         )[:, None]

@@ -240,7 +240,7 @@ def add_change(
     return torch.add(wide, bias, out=h.new_empty(wide.shape))
 
 
-def onto(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def add_frozen_product(change: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return change + x Wᵀ + bias in 16 bits, in place: ``add_change`` for a computed change."""
     if not _sums_wide(change.device, change.dtype):
         return change.addmm_(tokens, weight.mT).add_(bias)

@@ -173,7 +173,7 @@ def add_product(change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
         change += bias
         return change.addmm_(x, weight.mT)
     if not change.is_cpu:
-        return device.onto(change, x, weight, bias)
+        return device.add_frozen_product(change, x, weight, bias)
     if change.dtype is torch.bfloat16 and torch.backends.mkldnn.enabled:
         return torch.ops.mkldnn._linear_pointwise.binary(x, change, weight, bias, "add")
     return change.addmm_(x, weight.mT).add_(bias)  # rounded twice

@@ -45,8 +45,11 @@ class Geometry(NamedTuple):
 
     def positions(self, size: torch.Size, kernel: torch.Size) -> tuple[int, ...]:
         """The size of the output for an input of this one."""
-        each = zip(size, kernel, *self, strict=True)
-        return tuple((n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, step, pad, gap in each)
+        axes = zip(size, kernel, *self, strict=True)
+        return tuple(
+            (n + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+            for n, k, stride, pad, dilation in axes
+        )
 
 
 class Settings(NamedTuple):
@@ -156,16 +159,17 @@ class _Conv(torch.autograd.Function):
                 )
                 dA = None if dA is None else dA.to(A.dtype)
             if need_x:
-                through = (
+                merged_weight = (
                     _form_weight(weight, down, up, settings.scale) if settings.form else weight
                 )
-                onto, dx = (
+                low_rank_dx, dx = (
                     dx,
                     _laid(
-                        _backward(settings, dy, x, through, (True, False, False))[0], settings.last
+                        _backward(settings, dy, x, merged_weight, (True, False, False))[0],
+                        settings.last,
                     ),
                 )
-                dx = dx if onto is None else dx.add_(onto)
+                dx = dx if low_rank_dx is None else dx.add_(low_rank_dx)
             db = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
         return None, dx, None, db, dA, dB
 
@@ -180,10 +184,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).view(-1, x.shape[1])
 
 
-def _images(rows: Tensor, like: Tensor) -> Tensor:
+def _images(rows: Tensor, example: Tensor) -> Tensor:
     """View a matrix [T, c] as [n, c, *positions], with the positions of another tensor [n, *,
     *positions]."""
-    return rows.view(len(like), *like.shape[2:], rows.shape[1]).movedim(-1, 1)
+    return rows.view(len(example), *example.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def _draw_entries(settings: Settings, x: Tensor) -> Tensor | None:

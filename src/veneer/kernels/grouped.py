@@ -95,7 +95,7 @@ def linear(
     return _forward(scale, row_segments, x, weight, A, B)
 
 
-def elsewhere(
+def linear_on_device(
     x: Tensor,
     weight: Tensor,
     A: Tensor,
@@ -113,8 +113,8 @@ def elsewhere(
 def _aligned(factor: Tensor, axis: int) -> Tensor:
     """A factor whose rank is padded to the alignment of grouped products."""
     step = ALIGNED // factor.element_size()
-    lacks = -factor.shape[axis] % step
-    return F.pad(factor, (0, lacks) if axis == 2 else (0, 0, 0, lacks)) if lacks else factor
+    missing = -factor.shape[axis] % step
+    return F.pad(factor, (0, missing) if axis == 2 else (0, 0, 0, missing)) if missing else factor
 
 
 def definition(
@@ -211,27 +211,27 @@ class _Grouped(torch.autograd.Function):
 _apply = cast(Any, super(torch.autograd.Function, _Grouped)).apply
 
 
-def _source_rows(x: Tensor, source: Tensor | None, often: bool) -> Tensor | None:
+def _source_rows(x: Tensor, source: Tensor | None, always: bool) -> Tensor | None:
     """The row indices with which x was gathered from ``source``, if autograd's node shows that;
-    None unless ``source`` has fewer rows or ``often``."""
+    None unless ``source`` has fewer rows or ``always``."""
     node: Any = x.grad_fn
     if node is None or source is None or source.grad_fn is None or not on("saved_inputs"):
         return None
     if node.name() != "IndexBackward0" or node.next_functions[0][0] is not source.grad_fn:
         return None
     try:
-        picks = node._saved_indices
+        indices = node._saved_indices
     except RuntimeError:  # a backward has freed the saved tensors
         return None
-    fewer = (
-        len(picks) == 1
-        and picks[0] is not None
-        and picks[0].dim() == 1
-        and (often or len(source) < len(x))
+    is_gather = (
+        len(indices) == 1
+        and indices[0] is not None
+        and indices[0].dim() == 1
+        and (always or len(source) < len(x))
     )
     return (
-        picks[0]
-        if fewer and picks[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
+        indices[0]
+        if is_gather and indices[0].dtype == torch.int64 and source.shape[1:] == x.shape[1:]
         else None
     )
 

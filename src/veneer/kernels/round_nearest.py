@@ -113,7 +113,7 @@ def _differs(context: Any, first: Any, second: Any):
 
 
 @intrinsic
-def _either(context: Any, first: Any, second: Any):
+def _or(context: Any, first: Any, second: Any):
     """Bitwise or."""
     return first(first, first), lambda _, builder, __, args: builder.or_(*args)
 
@@ -197,7 +197,7 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
         A[k + 7, first:last],
     )
     doubt = np.uint32(0)
-    realised = moved = base = np.float32(0)
+    retained = step_energy = weight_energy = np.float32(0)
     for j in range(len(old)):
         W = _wide(old[j])
         delta = (  # begin with zero, not with the first product, which may be -0
@@ -212,22 +212,22 @@ def _round(old, change, B, A, row, first, bound, new, marks, sums):
             + b7 * a7[j]
         )
         v = W + delta
-        reach = np.float32(abs(v) * FARTHER + bound)
-        upper, lower = _raise_float(v + reach), _raise_float(v - reach)
+        error = np.float32(abs(v) * FARTHER + bound)
+        upper, lower = _raise_float(v + error), _raise_float(v - error)
         differs = _differs(upper, lower)
-        doubt = _either(doubt, differs)
+        doubt = _or(doubt, differs)
         new[j], marks[j] = _upper(upper), _upper(differs)
         step = _upper_as_float(upper) - W
-        realised, moved, base = (
-            _plus(realised, delta * step),
-            _plus(moved, step * step),
-            _plus(base, W * W),
+        retained, step_energy, weight_energy = (
+            _plus(retained, delta * step),
+            _plus(step_energy, step * step),
+            _plus(weight_energy, W * W),
         )
-    sums[0] += realised
-    sums[1] += moved
-    sums[2] += base
+    sums[0] += retained
+    sums[1] += step_energy
+    sums[2] += weight_energy
     # a NaN, for which the marks are meaningless
-    if realised != realised or moved != moved:
+    if retained != retained or step_energy != step_energy:
         marks[: len(old)] = NAN
         return True
     return _upper(doubt) != 0
@@ -240,17 +240,17 @@ def _nearest(value):
     of FMA and correctly rounded sums")."""
     if value != value:
         return NAN
-    near = np.float32(value)
-    bits = _as_bits(near)
-    if np.float64(near) != value:
-        if abs(np.float64(near)) > abs(value):
+    nearest = np.float32(value)
+    bits = _as_bits(nearest)
+    if np.float64(nearest) != value:
+        if abs(np.float64(nearest)) > abs(value):
             bits = np.uint32(bits - np.uint32(1))
         bits = np.uint32(bits | np.uint32(1))
     return _upper(_raise_float(_as_float(bits)))
 
 
 @numba.njit
-def _again(old, words, B, A, scale, row, first, new, sums):
+def _recompute_marked(old, words, B, A, scale, row, first, new, sums):
     """Compute the marked values in float64; return their number. Marks are rare, so four of them
     are tested as one of the ``words``, and ``LOOK`` words together."""
     count = 0
@@ -296,19 +296,19 @@ def _slab(
                 count = min(WIDE, columns - first)
                 _change(change, B[group], A[group], row, first, count)
                 start = group * old_group + row * old_row + first
-                into = group * new_group + row * new_row + first
+                new_start = group * new_group + row * new_row + first
                 old_block, new_block, error = (
                     old[start : start + count],
-                    new[into : into + count],
+                    new[new_start : new_start + count],
                     bound[group, row],
                 )
                 if _round(
                     old_block, change, B[group], A[group], row, first, error, new_block, marks, sums
                 ):
-                    looked = -(-count // LINE)
-                    marks[count : LINE * looked] = 0
-                    marked = words[: LOOK * looked]
-                    doubtful += _again(
+                    lines = -(-count // LINE)
+                    marks[count : LINE * lines] = 0
+                    marked = words[: LOOK * lines]
+                    doubtful += _recompute_marked(
                         old_block,
                         marked,
                         wide_B[group],
@@ -322,13 +322,13 @@ def _slab(
     return doubtful
 
 
-def able(old: Tensor, new: Tensor) -> bool:
+def supports(old: Tensor, new: Tensor) -> bool:
     """Whether the loop supports weights of these dtypes and memory layouts."""
     dense = all(weight.stride(2) == 1 or weight.shape[2] == 1 for weight in (old, new))
     return dense and new.dtype == torch.bfloat16 and old.dtype in (torch.bfloat16, torch.float32)
 
 
-def padded(factor: Tensor, axis: int) -> Tensor:
+def pad_rank(factor: Tensor, axis: int) -> Tensor:
     """A or B in float32, with the rank padded for the loop."""
     shape = list(factor.shape)
     shape[axis] = -shape[axis] % PRODUCTS

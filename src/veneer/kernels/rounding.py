@@ -137,7 +137,7 @@ def fold(
         weight: float64, float32, bfloat16 or float16, with any strides, on any device; not changed.
         gain: one factor per row, [g · out].
         rounding: "nearest"; "faithful" (16-bit targets; others are rounded to nearest); "auto":
-            faithful if nearest would change ΔW by more than 1 % (see ``wanting``).
+            faithful if nearest would change ΔW by more than 1 % (see ``is_inaccurate``).
         side: what faithful rounding protects: "inputs" (read by A) or "outputs" (written by B).
         inputs: Σ xᵀx of further inputs (of that side) to protect, in any scale.
         out: tensor for the result: of ``dtype``, with any strides, not sharing memory with
@@ -157,14 +157,14 @@ def fold(
     if out is None:
         out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     if not has_float64(weight.device):
-        home = place(weight.device)
-        low, gain = low.on(home), None if gain is None else gain.to(home)
+        wide_device = place(weight.device)
+        low, gain = low.on(wide_device), None if gain is None else gain.to(wide_device)
         options: Any = {
             "rounding": rounding,
             "side": side,
-            "inputs": None if inputs is None else inputs.to(home),
+            "inputs": None if inputs is None else inputs.to(wide_device),
         }
-        folded = fold(weight.to(home), low, gain, dtype, compiled=compiled, **options)
+        folded = fold(weight.to(wide_device), low, gain, dtype, compiled=compiled, **options)
         return replace(folded, weight=out.copy_(folded.weight))
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         old, new, exact = weight, out, low.to(torch.float64)
@@ -220,7 +220,9 @@ def fold_onto(
 
 def _needs_faithful(rounding: str, sums: Sums) -> bool:
     """Return whether the result of rounding to nearest requires faithful rounding."""
-    return sums.size > 0 and (rounding == "faithful" or (rounding == "auto" and wanting(sums)))
+    return sums.size > 0 and (
+        rounding == "faithful" or (rounding == "auto" and is_inaccurate(sums))
+    )
 
 
 def _change_and_retention(sums: Sums) -> tuple[float, float]:
@@ -238,7 +240,7 @@ def known_rounding(rounding: str) -> None:
         )
 
 
-def wanting(sums: Sums) -> bool:
+def is_inaccurate(sums: Sums) -> bool:
     """Return whether rounding to nearest is not good enough: it retains less than 99 % or more than
     101 % of ΔW, or its error is above 0.3 ‖ΔW‖.
 
@@ -274,19 +276,21 @@ def rounding_loop(old: Tensor, new: Tensor) -> Any:
     if not on("round_nearest"):
         return None
     module = importlib.import_module("veneer.kernels.round_nearest")
-    return module if module.able(old, new) else None
+    return module if module.supports(old, new) else None
 
 
-def _tile(like: Tensor) -> int:
+def _tile(weight: Tensor) -> int:
     """Return the largest number of values in a tile.
 
     On a CPU, a tile fits into the cache. On a device, each operation costs a launch, so a tile is a
     fixed share of the weight: the number of launches is the same for every weight, and the float64
     temporaries are a few times as large as a 16-bit weight. Less if memory is short."""
-    if like.device.type == "cpu":
+    if weight.device.type == "cpu":
         return TILE
-    tile = max(-(-like.numel() // SHARE), SMALLEST)
-    return min(tile, max(_free(like.device) // (FREE * WIDE), SMALLEST)) if like.is_cuda else tile
+    tile = max(-(-weight.numel() // SHARE), SMALLEST)
+    return (
+        min(tile, max(_free(weight.device) // (FREE * WIDE), SMALLEST)) if weight.is_cuda else tile
+    )
 
 
 def _free(device: torch.device) -> int:
@@ -385,7 +389,7 @@ def _bound(old: Tensor, low: LowRank, dtype: torch.dtype) -> Tensor | None:
 def _in_float32(old: Tensor, low: LowRank, bound: Tensor, new: Tensor, loop: Any) -> Sums:
     A, B, threads, more = low.A.float(), (low.B * low.scale).float(), threads_for(old, WORKERS), 0.0
     if loop is not None:
-        A, B, columns = loop.padded(A, 1), loop.padded(B, 2), low.A.mT.contiguous()
+        A, B, columns = loop.pad_rank(A, 1), loop.pad_rank(B, 2), low.A.mT.contiguous()
 
         def in_one_loop(piece: Piece, _: None) -> Tensor:
             groups, rows, _all = piece

@@ -75,7 +75,7 @@ def linear(
     """
     if not spans:
         return F.linear(x, weight, bias)
-    if alike(spans):
+    if can_batch(spans):
         return linears(x, [weight], [bias], spans, [A], [B])[0]
     downs, ups = torch.cat(tuple(A), 1)[0], torch.cat([up.mT for up in B], 1)[0]
     return _apply(tuple(spans), x, downs.to(x.dtype), ups.to(x.dtype), weight, bias)[0]
@@ -90,7 +90,7 @@ def linears(
     B: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
     """``linear`` for several layers that read one x. For each layer, the factors of all spans,
-    which must be ``alike``."""
+    which must be adjacent and of equal length (``can_batch``)."""
     largest_rank = max(span.rank for span in spans)
     if any(span.rank != largest_rank for span in spans):
         A = [
@@ -108,7 +108,7 @@ def linears(
     return _apply(tuple(spans), x, downs, *ups, *weights, *biases)
 
 
-def alike(spans: Sequence[Span]) -> bool:
+def can_batch(spans: Sequence[Span]) -> bool:
     """Whether spans can be computed as one batch: adjacent, of equal length, and of similar
     ranks."""
     start, length = spans[0].first, spans[0].after - spans[0].first
@@ -127,7 +127,7 @@ def alike(spans: Sequence[Span]) -> bool:
 
 class _Linears(Function):
     """``tensors``: for each layer, the factor B, the weight and the bias. Factors are [spans ·
-    layers, r, in] and [spans, out, r] for spans that are alike, or [R, in] and [R, out], joined
+    layers, r, in] and [spans, out, r] for spans that ``can_batch``, or [R, in] and [R, out], joined
     along the ranks, for one layer."""
 
     @staticmethod
@@ -207,8 +207,8 @@ class _Batched:
         A, scales = downs.view(count, -1, x.shape[2]), _Batched.scales(spans, x)
         dys = [_Batched.of(spans, dy) for dy in dys]
         rows = [torch.bmm(up.mT, dy.mT) for up, dy in zip(ups, dys, strict=True)]
-        carried = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        carried *= scales  # s (dy B)ᵀ, [N, layers · r, t]
+        up_gradients = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        up_gradients *= scales  # s (dy B)ᵀ, [N, layers · r, t]
         dB: list[Tensor | None] = [None] * len(ups)
         if any(need_ups):
             all_h = torch.bmm(A, x.mT) * scales if h[0] is None else h[0]
@@ -216,7 +216,7 @@ class _Batched:
                 zip(all_h.split(rank, 1), dys, need_ups, strict=True)
             ):
                 dB[i] = torch.bmm(layer_h, dy).mT.contiguous() if need else None
-        dA = torch.bmm(carried, x).view(downs.shape) if need_downs else None
+        dA = torch.bmm(up_gradients, x).view(downs.shape) if need_downs else None
         dx = None
         if need_x:
             dx = (
@@ -224,7 +224,7 @@ class _Batched:
                 if x.numel() < tokens.numel()
                 else tokens.new_empty(tokens.shape)
             )
-            torch.bmm(carried.mT, A, out=_Batched.of(spans, dx))
+            torch.bmm(up_gradients.mT, A, out=_Batched.of(spans, dx))
         return _Gradients(dx, dA, dB)
 
     @staticmethod
@@ -304,21 +304,25 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     first, second, third, downs, *rest = ctx.saved_tensors
     ups, weights, h = rest[:count], rest[count : 2 * count], rest[2 * count :]
     x = restore_input(SavedInput(first, second, third, ctx.gate), needs[0])
-    without = (None,) * (2 * count)
+    no_gradients = (None,) * (2 * count)
     if torch.is_grad_enabled():
 
         def plain(x: Tensor, downs: Tensor, *ups: Tensor) -> list[Tensor]:
             return _definition(spans, x, downs, ups, weights)
 
         drops = max(span.dropout for span in spans)
-        return None, *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops), *without
+        return (
+            None,
+            *reference.gradients_of(plain, (x, downs, *ups), needs, dys, drops),
+            *no_gradients,
+        )
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     dx, dA, dB = ctx.products.backward(spans, x.reshape(-1, x.shape[-1]), dys, downs, ups, h, needs)
     if dx is not None:
         for dy, weight in zip(dys, weights, strict=True):
             dx.addmm_(dy, weight)
         dx = dx.view(ctx.shape)
-    return None, dx, dA, *dB, *without
+    return None, dx, dA, *dB, *no_gradients
 
 
 def _definition(

@@ -52,8 +52,8 @@ def leading(matrix: Tensor, rank: int, *, exact: bool = False, seed: int = 0) ->
     out, in_ = matrix.shape
     long, short = max(out, in_), min(out, in_)
     directions = min(short, max(FEWEST, rank + 10 + rank // 4))
-    pays = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
-    leading = _project_randomly(matrix, rank, directions, seed) if pays and not exact else None
+    is_faster = 2 * 36 * long * short * directions < 2 * long * short**2 + 10 * short**3
+    leading = _project_randomly(matrix, rank, directions, seed) if is_faster and not exact else None
     if leading is not None:
         return leading, "randomised"
     _, vectors = spectrum(matrix)
@@ -74,29 +74,33 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def smallest_rank(spectra: Sequence[Tensor], share: float) -> int:
     """The smallest rank at which products of that rank, one for each matrix with these squared
     singular values (descending), keep ``share`` of their total."""
-    together = torch.stack(list(spectra)).sum(0).cumsum(0)
-    reached = together >= share * together[-1]
-    return int(reached.to(torch.uint8).argmax()) + 1
+    kept_energy = torch.stack(list(spectra)).sum(0).cumsum(0)
+    is_enough = kept_energy >= share * kept_energy[-1]
+    return int(is_enough.to(torch.uint8).argmax()) + 1
 
 
 def split(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] in float64 with the singular values split equally. The product
     equals ``matrix`` in these directions (``vectors``: [short, r], orthonormal) and is zero in all
     others."""
-    along = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
-    root = along.norm(dim=0).sqrt()
-    along = along / torch.where(root > 0, root, 1)
-    across = vectors * root
-    return (across.mT, along) if len(along) == len(matrix) else (along.mT, across)
+    long_factor = torch.cat([piece @ vectors for piece in _pieces(matrix)])  # [long, r]
+    root = long_factor.norm(dim=0).sqrt()
+    long_factor = long_factor / torch.where(root > 0, root, 1)
+    short_factor = vectors * root
+    return (
+        (short_factor.mT, long_factor)
+        if len(long_factor) == len(matrix)
+        else (long_factor.mT, short_factor)
+    )
 
 
 def distance(matrix: Tensor, A: Tensor, B: Tensor) -> float:
     """‖matrix − B A‖², summed in float64, with A and B in their own dtype."""
     A, B = A.to(matrix.device, torch.float64), B.to(matrix.device, torch.float64)
-    along, across = (B, A) if len(B) >= A.shape[1] else (A.mT, B.mT)
+    long_factor, short_factor = (B, A) if len(B) >= A.shape[1] else (A.mT, B.mT)
     total, start = 0.0, 0
     for piece in _pieces(matrix):
-        rest = torch.addmm(piece, along[start : start + len(piece)], across, alpha=-1)
+        rest = torch.addmm(piece, long_factor[start : start + len(piece)], short_factor, alpha=-1)
         total, start = total + rest.square().sum().item(), start + len(piece)
     return total
 

@@ -74,10 +74,10 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         )
         if has_shared_mask and cpu_attention.is_packed(query, key, attention_mask, starts, longest):
             rows = cpu_attention.Packed(starts, longest)
-            query, key, value = (rows.apart(tensor) for tensor in (query, key, value))
+            query, key, value = (rows.unpack(tensor) for tensor in (query, key, value))
             options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
             return (
-                rows.together(
+                rows.pack(
                     attend(module, query, key, value, rows.row_masks(attention_mask), **options)[0]
                 ),
                 None,
@@ -85,7 +85,7 @@ def _attention() -> Callable[..., tuple[Any, None]]:
         if query.shape[2] > 1 and has_shared_mask:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             pure_causal = causal and attention_mask is None
-            if cpu_attention.pays(query, key, pure_causal and not dropout):
+            if cpu_attention.is_faster(query, key, pure_causal and not dropout):
                 if pure_causal and not dropout:
                     return cpu_attention.causal(query, key, value, scaling).transpose(1, 2), None
                 bias = (

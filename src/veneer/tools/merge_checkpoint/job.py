@@ -25,7 +25,7 @@ from veneer.attach.merge_report import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once
-from veneer.kernels.rounding import HALF, Sums, known_rounding, wanting
+from veneer.kernels.rounding import HALF, Sums, is_inaccurate, known_rounding
 from veneer.models.safetensors_dir import NAMES, Checkpoint, in_order, open_checkpoint
 from veneer.tools.merge_checkpoint.aux_files import ConfigChanges
 from veneer.tools.merge_checkpoint.growth import grow_checkpoint
@@ -252,7 +252,7 @@ def _rounding(job: MergeJob, edit: TensorEdit, dtype: torch.dtype, compiled: boo
             )
             weight = job.checkpoint.read(name)[tensor_edit.param_slice.within]
             sums += merge_changes(tensor_edit, weight, dtype, "nearest", compiled).sums
-        job.decided[edit.path] = "faithful" if wanting(sums) else "nearest"
+        job.decided[edit.path] = "faithful" if is_inaccurate(sums) else "nearest"
     return job.decided[edit.path]
 
 
