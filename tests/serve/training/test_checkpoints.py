@@ -93,7 +93,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
         path = run.save("a", ttl_seconds=3600)
         training.store.change_checkpoint(parse_checkpoint_path(path), expires=1.0)
         whole, looked, go, threads = files(training, path), threading.Event(), threading.Event(), []
-        real = training.store.expired
+        real = training.store.expired_checkpoints
 
         def slow():
             rows = real()
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_expired_and_was_saved_anew_stays(base, tmp_path, monk
             go.wait(20)
             return rows
 
-        monkeypatch.setattr(training.store, "expired", slow)
+        monkeypatch.setattr(training.store, "expired_checkpoints", slow)
         with ThreadPoolExecutor(2) as pool:
             swept = pool.submit(training.sweep)
             assert looked.wait(20)

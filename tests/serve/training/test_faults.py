@@ -25,6 +25,7 @@ from veneer.serve.requests import Busy
 from veneer.serve.training import samples as samples_
 from veneer.serve.training import worker as worker_
 from veneer.serve.training.bodies import Sample
+from veneer.serve.training.run_memory import RunMemory
 from veneer.serve.training.run_trainer import Trainer
 from veneer.serve.training.samples import Samples
 from veneer.serve.training.training_service import training_of
@@ -167,7 +168,7 @@ def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_i
     with opened(base, tmp_path) as (url, _):
         run = trained_run(Client(url))
         expected = run.pass_(texts(0), backward=False).loss
-    real, ends = Worker.ensure, iter(range(6))
+    real, ends = RunMemory.ensure, iter(range(6))
 
     def ensure(self, line):
         if next(ends, None) is not None:
@@ -175,7 +176,7 @@ def test_a_process_that_is_ended_before_a_request_is_computed_tells_nothing_of_i
         real(self, line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "ensure", ensure)
+        patch.setattr(RunMemory, "ensure", ensure)
         deaths, answers = ends_again_and_again(base, tmp_path, patch, {run: texts(0)})
     assert deaths == 6
     assert loss_of(answers[0]) == pytest.approx(expected, rel=1e-6)

@@ -770,7 +770,7 @@ def test_a_session_that_cannot_be_left_is_said(base, tmp_path, monkeypatch, capl
         def full(line):
             raise OSError("no space left on the device")
 
-        monkeypatch.setattr(training.worker, "let_go", full)
+        monkeypatch.setattr(training.worker.memory, "let_go", full)
         training.leave(client.session)
         training.worker.do(lambda: None).result(30)  # which comes after
         assert "no space left on the device" in caplog.text
@@ -913,7 +913,7 @@ def test_a_folder_is_of_one_server_and_one_base(base, tmp_path, tmp_path_factory
 
     service = open_service(base, None, train=str(tmp_path))
     try:
-        with pytest.raises(ConfigError, match="another server has"):
+        with pytest.raises(ConfigError, match="which another server uses"):
             Store(tmp_path)
     finally:
         service.close()
