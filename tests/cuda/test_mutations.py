@@ -159,8 +159,8 @@ def another_mask_in_backward(patch):
 def experts_are_off(patch):
     """In the products of rows in the order of their experts, and in those of single experts."""
     is_off(patch)
-    original = grouped_.elsewhere
-    patch.setattr(grouped_, "elsewhere", lambda *given: original(*given) * 1.01)
+    original = grouped_.linear_on_device
+    patch.setattr(grouped_, "linear_on_device", lambda *given: original(*given) * 1.01)
 
 
 BREAKS = {

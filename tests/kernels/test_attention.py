@@ -266,7 +266,7 @@ def test_models_give_what_they_gave(name, mask, monkeypatch):
     monkeypatch.setattr(
         cpu_attention, "products", lambda *args, **how: used.append(args) or products(*args, **how)
     )
-    monkeypatch.setattr(cpu_attention, "pays", lambda query, key, causal: query.shape[2] > 1)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: query.shape[2] > 1)
     models.use_products(model)
     found = model(ids, attention_mask=rows).logits
     assert len(used) == 2
@@ -302,7 +302,7 @@ def test_a_model_whose_rows_are_long_enough(monkeypatch):
 def test_packed_rows_do_not_see_each_other(monkeypatch):
     torch.manual_seed(0)
     model = MODELS["llama"]().double().eval()
-    monkeypatch.setattr(cpu_attention, "pays", lambda query, key, causal: True)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: True)
     models.use_products(model)
     ids = torch.randint(40, (1, 7))
     packed = model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), use_cache=False).logits
@@ -338,7 +338,7 @@ def test_packed_rows_whose_lengths_are_known_are_taken_apart(name, pays, monkeyp
     monkeypatch.setattr(
         cpu_attention, "is_packed", lambda *args: calls.append(packed(*args)) or calls[-1]
     )
-    monkeypatch.setattr(cpu_attention, "pays", lambda query, key, causal: pays)
+    monkeypatch.setattr(cpu_attention, "is_faster", lambda query, key, causal: pays)
     models.use_products(model)
     found = values(
         lambda x: model(inputs_embeds=x, position_ids=positions, use_cache=False, **rows).logits

@@ -52,7 +52,7 @@ def in_memory(model, adapter, folder):
 
 def tensors(folder):
     checkpoint = open_checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.where}
+    return {name: checkpoint.read(name) for name in checkpoint.file_of}
 
 
 def equal(first, second):

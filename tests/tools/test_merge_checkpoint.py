@@ -63,7 +63,7 @@ def test_the_bits_are_those_of_a_merge_in_memory(variant, tmp_path):
     equal(tensors(tmp_path / "out"), in_memory(model, tmp_path / "adapter", tmp_path / "memory"))
     assert len(done.report.layers) == 14
     proven = prove(base, [tmp_path / "adapter"], tmp_path / "out", model=model)
-    assert proven == len(open_checkpoint(base).where)
+    assert proven == len(open_checkpoint(base).file_of)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -266,10 +266,10 @@ def test_proving_finds_one_flipped_bit_and_a_changed_file(tmp_path):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
-    assert prove(base, [adapter], tmp_path / "out", model=model) == len(open_checkpoint(base).where)
+    assert prove(base, [adapter], tmp_path / "out", model=model) == len(open_checkpoint(base).file_of)
     checkpoint = open_checkpoint(tmp_path / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
-        path, start = tmp_path / "out" / checkpoint.where[name], checkpoint.start(name)
+        path, start = tmp_path / "out" / checkpoint.file_of[name], checkpoint.start(name)
         whole = path.read_bytes()
         path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
         with pytest.raises(MergeError, match=name):
@@ -492,9 +492,9 @@ def test_memory_is_bounded_by_the_largest_tensor(vocabulary, blocks, compiled, t
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     checkpoint = open_checkpoint(base)
-    largest = max(map(checkpoint.bytes, checkpoint.where))
+    largest = max(map(checkpoint.bytes, checkpoint.file_of))
     used, peak = done.stdout.split()
-    assert compiled or sum(map(checkpoint.bytes, checkpoint.where)) > 12 * largest
+    assert compiled or sum(map(checkpoint.bytes, checkpoint.file_of)) > 12 * largest
     assert int(peak) * 1024 < 2 * largest + 300 * 2**20
     assert used == str(compiled and on("round_nearest"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

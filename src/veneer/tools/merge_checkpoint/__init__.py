@@ -149,11 +149,11 @@ def prove(
     merged = open_checkpoint(out)
     problems = [
         f"{name!r} is in one of them only"
-        for name in merged.where.keys() ^ job.checkpoint.where.keys()
+        for name in merged.file_of.keys() ^ job.checkpoint.file_of.keys()
     ]
-    total, done = sum(map(job.checkpoint.bytes, job.checkpoint.where)), 0
+    total, done = sum(map(job.checkpoint.bytes, job.checkpoint.file_of)), 0
     _, compiled = job.memory_limit()
-    for name in job.checkpoint.where.keys() & merged.where.keys():
+    for name in job.checkpoint.file_of.keys() & merged.file_of.keys():
         if merged.dtype(name) != job.output_dtype(name) or merged.shape(
             name
         ) != job.checkpoint.shape(name):
@@ -167,7 +167,7 @@ def prove(
             progress(done, total, name)
     problems += aux_files.list_differences(job.checkpoint, job.aux_changes, Path(out))
     raise_all(MergeError, f"{out} is not the base with these adapters", problems)
-    return len(merged.where)
+    return len(merged.file_of)
 
 
 def _aux_files(job: MergeJob, folder: Path) -> list[str]:
@@ -177,7 +177,7 @@ def _aux_files(job: MergeJob, folder: Path) -> list[str]:
         aux_files.write_aux_files(job.checkpoint, job.aux_changes, folder),
     )
     if checkpoint.index is not None:
-        total = sum(map(job.output_bytes, checkpoint.where))
+        total = sum(map(job.output_bytes, checkpoint.file_of))
         metadata = checkpoint.index.get("metadata") or {}
         source, target = (
             parent / str(checkpoint.index_name) for parent in (checkpoint.folder, folder)

@@ -85,19 +85,19 @@ def grow_checkpoint(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpo
     resized = _resize_tensors(checkpoint, larger)
     before = {name: checkpoint.shape(name)[0] for name in larger}
     return GrownCheckpoint(
-        resized.folder, resized.files, resized.index, resized.index_name, resized.where, before
+        resized.folder, resized.files, resized.index, resized.index_name, resized.file_of, before
     )
 
 
 def _resize_tensors(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Checkpoint:
     files = dict(checkpoint.files)
     for name, rows in sizes.items():
-        header, old = files[checkpoint.where[name]], checkpoint.entry(name)
+        header, old = files[checkpoint.file_of[name]], checkpoint.entry(name)
         shape = rows, *old.shape[1:]
         new = Entry(
             old.dtype, shape, old.start, old.start + prod(shape) * checkpoint.dtype(name).itemsize
         )
-        files[checkpoint.where[name]] = replace(header, tensors={**header.tensors, name: new})
+        files[checkpoint.file_of[name]] = replace(header, tensors={**header.tensors, name: new})
     return Checkpoint(
-        checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.where
+        checkpoint.folder, files, checkpoint.index, checkpoint.index_name, checkpoint.file_of
     )

@@ -83,9 +83,9 @@ class MergeJob:
     def memory_limit(self) -> tuple[int, bool]:
         """(bytes that tensors may take between reading and writing, whether numba is used). The
         limit is twice the largest tensor; numba is used if its memory fits in too."""
-        limit = max(map(self.buffer_bytes, self.checkpoint.where), default=0)
+        limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
         needed = max(
-            (self.buffer_bytes(name) for name in self.checkpoint.where if not self.is_copied(name)),
+            (self.buffer_bytes(name) for name in self.checkpoint.file_of if not self.is_copied(name)),
             default=0,
         )
         compiled = limit - NUMBA >= needed

@@ -134,7 +134,7 @@ def _plan(folder: Path, adapters: Sequence[Adapter], model: nn.Module | None) ->
         model_with_head(folder, saved_adapters) if model is None else (without_meta(model), None)
     )
     checkpoint = open_checkpoint(folder)
-    param_slices = models.map_checkpoint_names(target_model, checkpoint.where)
+    param_slices = models.map_checkpoint_names(target_model, checkpoint.file_of)
     is_own_copy, sizes = model is None or target_model is not model, {}
     if is_own_copy and (rows := grow_model(target_model, saved_adapters)) is not None:
         embedding_ids = {
