@@ -117,7 +117,7 @@ def test_the_body_s_files_are_found_in_a_model_with_a_head(tmp_path):
     """A checkpoint of LlamaModel has no "model." before its names."""
     tiny_model().model.save_pretrained(tmp_path)
     map_checkpoint_names = models.map_checkpoint_names(
-        models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).where
+        models.meta_model(tmp_path, "LlamaForCausalLM"), open_checkpoint(tmp_path).file_of
     )
     assert map_checkpoint_names["layers.0.mlp.up_proj.weight"] == (
         models.ParamSlice("model.layers.0.mlp.up_proj.weight"),

@@ -164,7 +164,9 @@ def test_names_that_no_model_has(weight, tmp_path):
     from types import SimpleNamespace
 
     (tmp_path / "config.json").write_text("{}")
-    checkpoint = SimpleNamespace(folder=tmp_path, where={weight: "file"}, shape=lambda name: (3, 4))
+    checkpoint = SimpleNamespace(
+        folder=tmp_path, file_of={weight: "file"}, shape=lambda name: (3, 4)
+    )
     record = {"base": {"weights": {weight: "0"}}, "changes": {weight: {"kind": "linear"}}}
     assert linear_stub_model(checkpoint, [SimpleNamespace(metadata=record, full={})]) is None
 
@@ -177,8 +179,8 @@ def test_a_layer_of_the_same_name_and_shape_may_be_the_same(other, drawn, tmp_pa
     from types import SimpleNamespace
 
     (tmp_path / "config.json").write_text("{}")
-    where = dict.fromkeys(["a.q.weight", other], "file")
-    checkpoint = SimpleNamespace(folder=tmp_path, where=where, shape=lambda name: (3, 4))
+    file_of = dict.fromkeys(["a.q.weight", other], "file")
+    checkpoint = SimpleNamespace(folder=tmp_path, file_of=file_of, shape=lambda name: (3, 4))
     record = {
         "base": {"weights": {"a.q.weight": "0"}},
         "changes": {"a.q.weight": {"kind": "linear"}},

@@ -117,7 +117,7 @@ def test_a_suggestion_is_a_tenth_of_the_rate_at_the_lowest_loss() -> None:
     assert 1e-3 <= valley.suggested_rate <= 4e-3  # the mean lags behind
     with pytest.raises(TrainingError, match="no rate from 1e-06 to 1e\\+00 brings down"):
         sweep_of(lambda rate: 3 + rate).suggested_rate  # noqa: B018
-    assert valley.smoothed[0] == pytest.approx(valley.losses[0])
+    assert valley.smoothed_losses[0] == pytest.approx(valley.losses[0])
 
 
 @pytest.mark.parametrize("name", ["classify images", "classify words", "dpo", "embed", "seq2seq"])
