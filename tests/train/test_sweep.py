@@ -535,7 +535,7 @@ def test_a_rung_judges_by_training_if_asked(make: Make, monkeypatch: pytest.Monk
         assert {*better} == {name for name, one in told.items() if len(one["losses"]) > step}
     assert [step for step, _ in told[found.facts["best"]]["evaluations"]] == [8]
     ended_candidate = next(one for one in told.values() if one["status"] == "ended")
-    assert ended_candidate["loss"] == wait_for_all["judged"][-1][1]
+    assert ended_candidate["loss"] == ended_candidate["judged"][-1][1]
     with pytest.raises(
         ConfigError, match=r"a rung at step 40 and an epoch of \d+, after which rows come again"
     ):

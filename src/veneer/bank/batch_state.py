@@ -187,8 +187,8 @@ class Layer:
         if gain is None:
             y = fused.add_product(delta, flat, weight, None)
         else:
-            plain, by_row = flat @ weight.mT, (assignment.count, -1, self.out)
-            y = delta.view(by_row).addcmul_(plain.view(by_row), gain[:, None])
+            base_output, shape_by_row = flat @ weight.mT, (assignment.count, -1, self.out)
+            y = delta.view(shape_by_row).addcmul_(base_output.view(shape_by_row), gain[:, None])
         if row_bias is not None:
             y = y.view(assignment.count, -1, self.out).add_(row_bias[:, None])
         elif bias is not None:

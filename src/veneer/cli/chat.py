@@ -326,7 +326,11 @@ class Conversation:
         self.turns.append((text, answers))
 
     def _write(
-        self, choice: Any, text: str, say: Callable[[str], None] | None, until: Callable[[], bool]
+        self,
+        choice: Any,
+        text: str,
+        say: Callable[[str], None] | None,
+        should_stop: Callable[[], bool],
     ) -> str:
         from contextlib import nullcontext
 
@@ -350,9 +354,9 @@ class Conversation:
             sampling["max_new_tokens"] = min(sampling["max_new_tokens"], context - tokens)
         sampling["seed"] = sample_seed(sampling["seed"], len(self.turns))
         with veneer.use(self.model, choice) if self.names else nullcontext():
-            return generate(self.model, self.tokenizer, [prompt], say=say, until=until, **sampling)[
-                0
-            ]
+            return generate(
+                self.model, self.tokenizer, [prompt], say=say, should_stop=should_stop, **sampling
+            )[0]
 
     def note(self, text: str) -> None:
         """Print a note for a person at a terminal; nothing if the input is a pipe."""

@@ -141,7 +141,7 @@ def _config_in(fields: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.for_model(
             kind, **{name: fields[name] for name in fields if name != "model_type"}
         )
-    except Exception as error:  # each config class checks its fields with other exceptions
+    except Exception as error:  # config classes raise many kinds of exceptions for invalid fields
         problem = f"a configuration that is none of a {kind} ({first_line(error)})"
         raise ConfigError(problem, "what a config.json of one holds", "correct it") from error
 

@@ -143,7 +143,8 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._closing or self._tasks or self.queue.active()):
-                    # busy lines that are not active wait until a failed answer is tried again
+                    # A line that is busy but not active has an answer that could not be written,
+                    # which is tried again after a pause.
                     self._wake.wait(PAUSE if self.queue.busy else None)
                 if self._closing:
                     break
