@@ -266,7 +266,9 @@ def test_proving_finds_one_flipped_bit_and_a_changed_file(tmp_path):
     model, base = tiny(tmp_path / "base")
     adapter = trained(model, tmp_path / "adapter", targets=["q_proj"])
     merge_checkpoint(base, [adapter], tmp_path / "out", model=model)
-    assert prove(base, [adapter], tmp_path / "out", model=model) == len(open_checkpoint(base).file_of)
+    assert prove(base, [adapter], tmp_path / "out", model=model) == len(
+        open_checkpoint(base).file_of
+    )
     checkpoint = open_checkpoint(tmp_path / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         path, start = tmp_path / "out" / checkpoint.file_of[name], checkpoint.start(name)

@@ -85,7 +85,11 @@ class MergeJob:
         limit is twice the largest tensor; numba is used if its memory fits in too."""
         limit = max(map(self.buffer_bytes, self.checkpoint.file_of), default=0)
         needed = max(
-            (self.buffer_bytes(name) for name in self.checkpoint.file_of if not self.is_copied(name)),
+            (
+                self.buffer_bytes(name)
+                for name in self.checkpoint.file_of
+                if not self.is_copied(name)
+            ),
             default=0,
         )
         compiled = limit - NUMBA >= needed
