@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from veneer.attach.check import check
     from veneer.attach.first_step import NotTrained
     from veneer.attach.fresh_weights import FreshWeights
-    from veneer.attach.install import detach
-    from veneer.attach.merge import merge, unmerge
+    from veneer.attach.merge import merge
     from veneer.attach.merge_report import MergeReport
     from veneer.attach.plan import SkippedLayers
     from veneer.attach.qconfig import NotQuantized
     from veneer.attach.select import set_default, use
     from veneer.attach.summary import summarise
+    from veneer.attach.uninstall import detach
+    from veneer.attach.unmerge import unmerge
     from veneer.bank import Bank
     from veneer.config import LoraConfig
     from veneer.errors import VeneerError
@@ -64,7 +65,7 @@ _LAZY = {
     "check": "veneer.attach.check",
     "compare": "veneer.tools.compare",
     "compose": "veneer.tools.compose",
-    "detach": "veneer.attach.install",
+    "detach": "veneer.attach.uninstall",
     "extract": "veneer.tools.extract",
     "load": "veneer.handle",
     "merge": "veneer.attach.merge",
@@ -72,7 +73,7 @@ _LAZY = {
     "set_default": "veneer.attach.select",
     "summarise": "veneer.attach.summary",
     "train_many": "veneer.train.many",
-    "unmerge": "veneer.attach.merge",
+    "unmerge": "veneer.attach.unmerge",
     "use": "veneer.attach.select",
 }
 #: submodules that are imported when first used as an attribute

@@ -16,7 +16,7 @@ from veneer.attach.change import Change
 from veneer.attach.data_init import Loss, collect_calibration_data
 from veneer.attach.fresh_weights import fresh_parameters, warn_fresh
 from veneer.attach.from_peft import METHODS
-from veneer.attach.install import detach, install
+from veneer.attach.install import install_adapter
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import (
     adapters,
@@ -26,12 +26,14 @@ from veneer.attach.lookup import (
     parameter_path,
     unwrap,
 )
-from veneer.attach.merge import merge, unmerge
+from veneer.attach.merge import merge
 from veneer.attach.merge_report import MergeReport
 from veneer.attach.plan import plan
 from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
 from veneer.attach.targets import Names
+from veneer.attach.uninstall import detach
+from veneer.attach.unmerge import unmerge
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, MethodError, RemoteError
 
@@ -87,7 +89,7 @@ def attach(
     calibration = collect_calibration_data(
         model, plans, batches=batches, loss=loss, original=original
     )
-    install(model, name, plans, calibration=calibration)
+    install_adapter(model, name, plans, calibration=calibration)
     _cover(model)
     names = Names(model)
     in_full = {

@@ -104,7 +104,7 @@ def fingerprints_of(
     """The fingerprint of each tensor, from the cache where the tensor has not changed.
 
     Args:
-        bits: the values of merged weights before the merge, by identity (``merge.kept_bits``).
+        bits: the values of merged weights before the merge, by identity (``stored_weights.bits_before_merge``).
         kind: XXH3, or SHA256 to compare with a record that has fingerprints of that kind.
         as_loaded: as in ``Content.dense``.
     """

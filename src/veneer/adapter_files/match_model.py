@@ -47,7 +47,7 @@ from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.token_rows import ROWS
 from veneer.attach.weight_readers import has_forward
-from veneer.attach.weight_tying import apart
+from veneer.attach.weight_tying import split_tie_refs
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle
@@ -344,10 +344,12 @@ class _Match:
         has none."""
         tokens = self.tokens.get(entry.ref)
         if self.saved.record is not None and token_rows.differs_from_record(
-            self.saved, entry.where, tokens
+            self.saved, entry.full_path, tokens
         ):
             self.add_problem(
-                f"other trained tokens of {entry.where!r} than its record says", "the same", COPY
+                f"other trained tokens of {entry.full_path!r} than its record says",
+                "the same",
+                COPY,
             )
         return {} if tokens is None else {ROWS: tokens.rows}
 
@@ -444,6 +446,11 @@ class _Match:
         )
         readers = full_readers(names, self.full_names)
         plans = Plans(
-            self.saved.config, self.low, self.full_names, with_buffers, readers, apart(names, full)
+            self.saved.config,
+            self.low,
+            self.full_names,
+            with_buffers,
+            readers,
+            split_tie_refs(names, full),
         )
         return LoadPlan(self.saved, plans, self.adapter_parameters, full)

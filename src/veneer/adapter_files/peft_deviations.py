@@ -31,7 +31,7 @@ def outside_reader(names: Names, ref: ParamRef, nested: str | None = None) -> st
     """
     reader_paths = [
         weight_reader.path
-        for weight_reader in weight_readers(names, *ref, now=True)
+        for weight_reader in weight_readers(names, *ref, reachable_only=True)
         if weight_reader.path != nested
     ]
     return (

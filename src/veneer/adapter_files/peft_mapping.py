@@ -30,7 +30,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters, parameter_path
 from veneer.attach.refusals import GENERAL_KIND, kind_for
 from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.attach.weight_readers import asked
+from veneer.attach.weight_readers import attributes_read_above
 from veneer.config import LoraConfig
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.layers import kind_of
@@ -309,7 +309,7 @@ def _peft_type(names: Names, peft_form: list[PeftEntry]) -> str:
             )
         if entry.change.variant.peft_keys and (entry.parameter or entry.transposed):
             reason = "PEFT rescales the outputs of modules alone"
-        for above, attribute in asked(names, entry.path) if reason is None else ():
+        for above, attribute in attributes_read_above(names, entry.path) if reason is None else ():
             if peft_behaviour.wrapper_lacks(attribute):  # then the forward fails
                 problem = f"{above or 'the model'!r} reads its {attribute!r}, which"
                 reason = f"{problem} the module that PEFT puts around it lacks"

@@ -21,10 +21,10 @@ from veneer.adapter_files.ties import untie_for
 from veneer.attach.adapted_module import base_class, walk, weight_of, with_values
 from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh_parameters, has_head, warn_fresh
-from veneer.attach.install import install
+from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.merge import kept_bits, unkept
 from veneer.attach.refusals import name_problems
+from veneer.attach.stored_weights import bits_before_merge, without_backup
 from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
 from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
@@ -269,7 +269,7 @@ def _proof(
     lost = {key: ref for key, ref in fresh_parameters(names).items() if key not in replaced | held}
     warn_fresh(lost.values(), "As the adapter is saved", stacklevel=5)
     # the output of a model without a head does not depend on its pooler, which may be random
-    gone = unkept(model, name) if fingerprints is None else frozenset()
+    gone = without_backup(model, name) if fingerprints is None else frozenset()
     left_out = replaced.union(gone, () if has_head(model) else lost)
 
     def of(tensors: Sequence[ModuleWeight]) -> Sequence[str | None]:
@@ -281,7 +281,7 @@ def _proof(
         sources = sources_of(model)
         return [
             sources.get(computed, computed)
-            for computed in fingerprints_of(tensors, kept_bits(model, name))
+            for computed in fingerprints_of(tensors, bits_before_merge(model, name))
         ]
 
     unknown = [weight_path for weight_path, (held, _) in weights.items() if id(held) in gone]
@@ -303,7 +303,7 @@ def _proof(
         if change.tokens is not None:
             ids = change.tokens.tolist()
             record["weights"][weight_path] = fingerprint_without_rows(
-                by_identity[id(held)], ids, kept_bits(model, name)
+                by_identity[id(held)], ids, bits_before_merge(model, name)
             )
     return {
         **record,
@@ -336,7 +336,7 @@ def install_from(
         try:
             problems = list(name_problems(model, name))
             load_plan = match(model, path, problems, verify_base=verify_base, of_weights=of_weights)
-            install(
+            install_adapter(
                 model,
                 name,
                 load_plan.plans,

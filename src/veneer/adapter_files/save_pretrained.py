@@ -38,9 +38,9 @@ from veneer.attach.lookup import (
     selected_name,
     unwrap,
 )
-from veneer.attach.merge import must_stand
 from veneer.attach.method_overrides import without_adapters
 from veneer.attach.state import STATE, ModelAdapters
+from veneer.attach.stored_weights import require_attached_base
 from veneer.attach.targets import Names, ParamRef
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
@@ -278,7 +278,7 @@ def refill(model: nn.Module, folder: str | Path) -> None:
     """
     model = unwrap(model)
     name = selected_name(model, SAVE)
-    must_stand(need_adapters(model), name, "a checkpoint for")
+    require_attached_base(need_adapters(model), name, "a checkpoint for")
     load_plan = match(model, folder, [])
     attached_changes = {(path, weight): change for path, _, weight, change in changes(model, name)}
     layer_adapters = {path: layer_adapter for path, _, layer_adapter in adapters(model, name)}

@@ -22,7 +22,7 @@ from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters_of, parameter_path
 from veneer.attach.refusals import holders
 from veneer.attach.targets import Names, ParamRef
-from veneer.attach.weight_tying import Untied, apart, untie
+from veneer.attach.weight_tying import Untied, split_tie_refs, untie
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
 
@@ -96,7 +96,7 @@ def refs_apart(names: Names, saved: AdapterFiles) -> list[ParamRef]:
         full.setdefault(module_path, {}).update(
             {name: value for name, value in tensors.items() if (module_path, name) not in low}
         )
-    more = [ref for ref in apart(names, full) if _fits(names, ref, full)]
+    more = [ref for ref in split_tie_refs(names, full) if _fits(names, ref, full)]
     more += _token_refs(names, saved)
     # full values replace a packed weight and need no copy of it
     plain = [

@@ -1,8 +1,7 @@
 """The adapted subclass of a layer's class. Its forward runs the adapter that the context selects.
 
-    nn.Linear --install--> a subclass of nn.Linear with the same name, the child ``veneer``
-    (LayerState) in the layer
-               <-uninstall-
+    nn.Linear   --adapt_module-->     a subclass of nn.Linear with the same name; the layer has the
+                <--restore_module--   child ``veneer`` (LayerState)
 
 The layer stays the same object with the same parameters. There is one subclass for each class of
 layer and each set of methods besides ``forward`` that read a changed weight (``entries``).
@@ -69,7 +68,7 @@ def adapted_class(base: type[nn.Module], entries: tuple[str, ...]) -> type[nn.Mo
         attached, selection = layer_state.attached, calling_context.selection
         uid = attached.uid
         chosen = selection[uid] if uid in selection else attached.default  # noqa: SIM401
-        layer_adapters = chosen.parts
+        layer_adapters = chosen.layer_adapters
         if layer_adapters is None or attached.merged != chosen.on:
             if layer_adapters is None or chosen.name != attached.merged:
                 raise layer_state.refusal(chosen)
@@ -105,13 +104,13 @@ def _adapt_method(base: type[nn.Module], name: str) -> Any:
         chosen = calling_context.selection.get(
             layer_state.attached.uid, layer_state.attached.default
         )
-        if chosen.parts is None or layer_state.attached.merged != chosen.on:
-            if chosen.parts is None or chosen.name != layer_state.attached.merged:
+        if chosen.layer_adapters is None or layer_state.attached.merged != chosen.on:
+            if chosen.layer_adapters is None or chosen.name != layer_state.attached.merged:
                 raise layer_state.refusal(chosen)
             return method(self, *args, **kwargs)
-        if (layer_state.key, name) not in chosen.parts:
+        if (layer_state.key, name) not in chosen.layer_adapters:
             return method(self, *args, **kwargs)
-        layer_adapter = chosen.parts[layer_state.key, name]
+        layer_adapter = chosen.layer_adapters[layer_state.key, name]
         if calling_context.reached is not None:
             calling_context.reached.update(layer_adapter.reached_ids(name))
         return layer_adapter.run(
@@ -174,7 +173,7 @@ def set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
     module.__dict__["_modules"] = children if child is None else {**children, name: child}
 
 
-def install(module: nn.Module, layer_state: LayerState) -> None:
+def adapt_module(module: nn.Module, layer_state: LayerState) -> None:
     """Give ``module`` its adapted class and its layer state. Nothing else of it changes."""
     wrapper = instance_forward(module)
     layer_state.own_forward = wrapper if wrapper is not type(module).forward else None
@@ -244,13 +243,13 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return plain_class(getattr(type(module), "veneer_base", type(module)))
 
 
-def uninstall(module: nn.Module) -> None:
+def restore_module(module: nn.Module) -> None:
     base, layer_state = getattr(type(module), "veneer_base", type(module)), state_of(module)
     wrapper = None if layer_state is None else layer_state.own_forward
     # first: a module of its base class that has a layer state is a view
     set_child(module, STATE, None)
     is_wrapped = wrapped_forward(module)
-    # the model may have been called for the first time after ``install``
+    # the model may have been called for the first time after ``adapt_module``
     if COMPRESSED_FORWARD in module.__dict__:
         module.__dict__[COMPRESSED_FORWARD] = base.forward if wrapper is None else wrapper
         wrapper = None

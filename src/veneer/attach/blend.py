@@ -28,7 +28,7 @@ from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.layer_call import Call, is_jagged, on_values, run_factored, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
-from veneer.attach.views import viewed
+from veneer.attach.views import run_on_view
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model, fused
 from veneer.lowrank import LowRank
@@ -208,7 +208,9 @@ class Blend:
             )
             call.refuse_other_dtype(next(iter(self.changes.values())))
             return self._run_factored(call)
-        return viewed(self, module, base, layer_state, args, kwargs, calling_context, method=method)
+        return run_on_view(
+            self, module, base, layer_state, args, kwargs, calling_context, method=method
+        )
 
     def _can_factor(self, layer_state: Any, args: tuple, kwargs: dict) -> bool:
         """Whether a call can be computed in factors: it is linear in the layer's one weight, and

@@ -32,8 +32,8 @@ from veneer.attach.blend import Blend
 from veneer.attach.change import Change
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.recompute import Reads, Recomputed
-from veneer.attach.select import selected
+from veneer.attach.recompute import ComputedParameters, Recomputed
+from veneer.attach.select import active_adapter
 from veneer.attach.state import STATE, ActiveAdapter
 from veneer.attach.views import view
 from veneer.bases import is_opaque
@@ -119,7 +119,7 @@ def check(
     """
     model = unwrap(model)
     attached = need_adapters(model)
-    chosen = selected(model, name if isinstance(name, Mapping) else only_name(model, name))
+    chosen = active_adapter(model, name if isinstance(name, Mapping) else only_name(model, name))
     if attached.merged != chosen.on:
         problem = (
             f"{attached.merged!r} merged into the weights, on which {chosen.name!r} does not run"
@@ -449,12 +449,12 @@ def _use_definition(
                 }
             if spread:  # FSDP2 stores gathered weights where those of the adapter would be
                 readers |= {name: lambda _, value=value: value for name, value in full.items()}
-            reads = Reads(module._parameters, readers, spread)
+            reads = ComputedParameters(module._parameters, readers, spread)
             replace(module.__dict__, "_parameters", reads)
             kind = kind_of(module)
             if kind is not None and (full or readers):
                 before = dict(module.__dict__)
-                kind.bind(module, reads.kept())
+                kind.bind(module, reads.computed_once())
                 undo.extend(
                     (module.__dict__, name, before[name])
                     for name in before

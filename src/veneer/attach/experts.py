@@ -124,7 +124,7 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
     if type(index) is int:
         return _select_matrix(weight, index)
     if isinstance(index, slice):
-        return stand_in(weight.stack.sliced(index), None, weight.flipped)
+        return stand_in(weight.stack.slice_matrices(index), None, weight.flipped)
     if (
         not isinstance(index, Tensor)
         or isinstance(index, Unformed)
@@ -133,14 +133,14 @@ def _getitem(_: Any, weight: Unformed, index: Any) -> Any:
         return NotImplemented
     if index.dim() > 1:
         return NotImplemented
-    return weight.at(index) if index.dim() else _select_matrix(weight, int(index))
+    return weight.take_matrices(index) if index.dim() else _select_matrix(weight, int(index))
 
 
 def _select_matrix(weight: Unformed, number: int) -> Unformed:
     count = weight.stack.W.shape[0]
     if not -count <= number < count:
         raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
-    return weight.at(number % count)
+    return weight.take_matrices(number % count)
 
 
 @_operation(torch.index_select, Tensor.index_select)
@@ -151,38 +151,46 @@ def _index_select(_: Any, weight: Any, dim: int, index: Tensor) -> Any:
         and dim in (0, -3)
         and index.dim() == 1
     )
-    return weight.at(index) if can_index else NotImplemented
+    return weight.take_matrices(index) if can_index else NotImplemented
 
 
 @_operation(torch.unbind, Tensor.unbind, Tensor.__iter__)
 def _unbind(func: Any, weight: Unformed, dim: int = 0) -> Any:
     if weight.index is not None or dim not in (0, -3):
         return NotImplemented
-    matrices = tuple(weight.at(number) for number in range(len(weight.stack.W)))
+    matrices = tuple(weight.take_matrices(number) for number in range(len(weight.stack.W)))
     return iter(matrices) if func is Tensor.__iter__ else matrices
 
 
 @_operation(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes)
 def _transpose(_: Any, weight: Unformed, dim0: int, dim1: int) -> Any:
     axes = {dim0 % weight.ndim, dim1 % weight.ndim}
-    return weight.transposed() if axes == {weight.ndim - 2, weight.ndim - 1} else NotImplemented
+    return (
+        weight.transpose_matrices()
+        if axes == {weight.ndim - 2, weight.ndim - 1}
+        else NotImplemented
+    )
 
 
 @_operation(torch.permute, Tensor.permute)
 def _permute(_: Any, weight: Unformed, *dims: Any) -> Any:
     dims = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
     order, usual = [dim % weight.ndim for dim in dims], list(range(weight.ndim))
-    return weight.transposed() if order == [*usual[:-2], usual[-1], usual[-2]] else NotImplemented
+    return (
+        weight.transpose_matrices()
+        if order == [*usual[:-2], usual[-1], usual[-2]]
+        else NotImplemented
+    )
 
 
 @_operation(Tensor.mT.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _mt(_: Any, weight: Unformed) -> Any:
-    return weight.transposed()
+    return weight.transpose_matrices()
 
 
 @_operation(Tensor.T.__get__, torch.t, Tensor.t)  # pyright: ignore[reportAttributeAccessIssue]
 def _t(_: Any, weight: Unformed) -> Any:
-    return weight.transposed() if weight.ndim == 2 else NotImplemented
+    return weight.transpose_matrices() if weight.ndim == 2 else NotImplemented
 
 
 @_operation(Tensor.contiguous)
@@ -238,7 +246,7 @@ def _split_matrices(weight: Unformed, sizes: Any, dim: int) -> Any:
     pieces, first = [], 0
     for size in sizes:
         pieces.append(
-            stand_in(weight.stack.narrowed(axis, first, size), weight.index, weight.flipped)
+            stand_in(weight.stack.narrow_matrices(axis, first, size), weight.index, weight.flipped)
         )
         first += size
     return tuple(pieces)
@@ -340,7 +348,7 @@ def _matrix_product(
     x: Tensor, weight: Unformed, transposed: bool, bias: Tensor | None = None
 ) -> Tensor:
     """x Mᵀ + bias of a matrix M [out, in], or x M + bias if ``transposed``."""
-    W, A, B = weight.oriented(transposed)
+    W, A, B = weight.factors(transposed)
     scale = weight.stack.scale
     if x.dtype == W.dtype and x.ndim > 1 and not _has_autocast(x):
         recorded = torch.is_grad_enabled() and (
@@ -361,11 +369,11 @@ def _batched_product(x: Tensor, weight: Unformed, transposed: bool) -> Tensor:
     stack = weight.stack
     if isinstance(weight.index, Tensor) and _can_group_rows(x, weight):
         order, inverse, segments = _group_rows(stack, weight.index)
-        W, A, B = stack.part(None, weight.flipped != transposed)
+        W, A, B = stack.factors(None, weight.flipped != transposed)
         rows = x[:, 0] if order is None else x[:, 0].index_select(0, order)
         y = grouped.linear(rows, W, A, B, stack.scale, segments)
         return (y if inverse is None else y.index_select(0, inverse))[:, None]
-    W, A, B = weight.oriented(transposed)
+    W, A, B = weight.factors(transposed)
     if not _has_autocast(x):
         A, B = A.to(x.dtype), B.to(x.dtype)
     h = torch.bmm(x, A.mT) * stack.scale
@@ -409,7 +417,7 @@ def _grouped_product(x: Any, weight: Any, ends: Any, product: Callable[..., Tens
     if x.dtype != weight.dtype or ends.shape != (weight.shape[0],):
         return NotImplemented
     stack = weight.stack
-    W, A, B = weight.oriented(True)
+    W, A, B = weight.factors(True)
     with no_autocast(x) if _has_autocast(x) else nullcontext():  # as in the product of the base
         if not x.is_cpu:
             return grouped.elsewhere(x, W, A, B, stack.scale, ends, product)

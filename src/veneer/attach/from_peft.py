@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from veneer.attach.adapted_module import base_class, walk
-from veneer.attach.method_overrides import put
+from veneer.attach.method_overrides import override_method
 from veneer.errors import MethodError, sentence
 
 _MERGE = (
@@ -76,7 +76,7 @@ def override_peft_methods(model: nn.Module) -> None:
         if name not in model.__dict__ and (
             method is None or getattr(method, "__module__", "").startswith(_MIXINS)
         ):
-            put(model, name, partial(_refuse, name))
+            override_method(model, name, partial(_refuse, name))
 
 
 def _refuse(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:

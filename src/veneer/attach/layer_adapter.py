@@ -40,7 +40,7 @@ from veneer.attach.fused_linear import (
 )
 from veneer.attach.layer_call import Call, is_jagged, on_values, run_factored, run_materialised
 from veneer.attach.state import LayerState, ModulePath
-from veneer.attach.views import viewed
+from veneer.attach.views import run_on_view
 from veneer.kernels import cost_model, device, fused
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
@@ -166,7 +166,7 @@ class LayerAdapter(nn.Module):
             seed: the dropout seed; None draws one.
         """
         if method != "forward":
-            return viewed(
+            return run_on_view(
                 self, module, base, layer_state, args, kwargs, calling_context, method=method
             )
         fused_change = self.direct
@@ -224,7 +224,7 @@ class LayerAdapter(nn.Module):
             not (layer_state.factors and self.changes and len(args) + len(kwargs) == 1)
             or self.read_below
         ):
-            return viewed(self, module, base, layer_state, args, kwargs, calling_context)
+            return run_on_view(self, module, base, layer_state, args, kwargs, calling_context)
         reader: Any = layer_state.layer
         if is_jagged(args, kwargs) and reader.by_position:
             run = partial(

@@ -18,7 +18,7 @@ from veneer import context
 from veneer.attach.adapted_module import layer_states
 from veneer.attach.change import Change, frozen_weight
 from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.state import ADAPTERS, STRAY, ModelAdapters, in_turn
+from veneer.attach.state import ADAPTERS, STRAY, ModelAdapters, one_thread_at_a_time
 from veneer.errors import SelectionError, TargetError, listing, nearest, sentence
 
 
@@ -88,7 +88,7 @@ def foreign_layers_problem(model: nn.Module) -> str | None:
         ]
 
     # checked again under the lock, because another thread may be attaching
-    if not foreign_paths() or not (paths := in_turn(foreign_paths)()):
+    if not foreign_paths() or not (paths := one_thread_at_a_time(foreign_paths)()):
         return None
     problem = f"adapters attached through another model object at {listing(paths, 3)}"
     do = (
@@ -161,7 +161,7 @@ def _holds_parameters(layer_adapter: LayerAdapter) -> bool:
 def _require_layers_present(attached: ModelAdapters, name: str, keys: set[int]) -> None:
     """Raise a SelectionError if a layer that the adapter changes is no longer in the model.
     ``keys`` are those of the layer states in the model."""
-    layer_adapters = attached.selections[name].parts or {}
+    layer_adapters = attached.selections[name].layer_adapters or {}
     lost = [
         key
         for key, layer_adapter in layer_adapters.items()

@@ -1,7 +1,7 @@
-"""From (model, config) to a plan: which weight gets which rank, who reads it, and what is trained
-in full.
+"""Plan an adapter: which weight gets which rank, which modules read it, and which parameters are
+trained in full.
 
-plan(model, config, name) -> Plans      nothing is changed; every problem is collected, then raised once
+plan(model, config, name) -> Plans      changes nothing; collects every problem, then raises once
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.lookup import parameter_path
 from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
-from veneer.attach.state import in_turn
-from veneer.attach.targets import WORDS, Names, ParamRef, listed
+from veneer.attach.state import one_thread_at_a_time
+from veneer.attach.targets import WORDS, Names, ParamRef, pattern_list
 from veneer.attach.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
@@ -31,16 +31,24 @@ from veneer.variants import VARIANTS
 
 
 class SkippedLayers(UserWarning):
-    """``targets="all"`` met layers that cannot carry an adapter; the text names each, and why."""
+    """``targets="all"`` left out layers that cannot carry an adapter. The text gives each
+    reason."""
 
 
 @dataclass(frozen=True)
 class LowRankPlan:
-    """One weight to change: its owner, every module that holds it (the owner first), and every
-    method that reads it past those. ``rows`` are the outputs to change, None for all of them;
-    ``tokens`` the rows of an embedding or head that are trained in full, beside a change of this
-    rank, or (rank 0) alone. ``module_only``: those who read the weight past its modules read it
-    unchanged, as in PEFT, so that there are no ``weight_readers``."""
+    """The low-rank change of one weight.
+
+    Fields:
+        path, weight: the module that owns the weight, and the name of the parameter.
+        holders: every module that holds the parameter, the owner first.
+        weight_readers: the methods of other modules that read it directly.
+        rows: the outputs to change; None for all of them.
+        tokens: the rows of an embedding or head that are trained in full, beside a change of this
+            rank, or alone (rank 0).
+        module_only: other modules read the weight unchanged, as in PEFT, so there are no
+            ``weight_readers``.
+    """
 
     path: str
     weight: str
@@ -60,33 +68,39 @@ class LowRankPlan:
         return self.path, self.weight
 
     @property
-    def where(self) -> str:
+    def full_path(self) -> str:
         return parameter_path(*self.ref)
 
     @property
     def start_dims(self) -> Dims:
-        """The size of what is trained: the whole weight's, or that of the chosen rows."""
+        """The dimensions of the trained factors: those of the weight, or of the chosen rows."""
         return self.dims if self.rows is None else self.dims._replace(out=len(self.rows))
 
 
 @dataclass(frozen=True)
 class Plans:
-    """What one adapter will be: low-rank changes, and parameters (``full``: path → names) that are
-    trained in full. ``full_readers`` read those past their modules; ``apart`` are tied ones with
-    values of their own in this adapter."""
+    """Everything that one adapter changes.
+
+    Fields:
+        low: the low-rank changes.
+        full: the parameters that are trained in full: {path of the module: names}.
+        full_modules: the modules of ``train_also``, whose buffers the adapter keeps too.
+        full_readers: the methods that read parameters of ``full`` directly, past their modules.
+        split_ties: tied parameters for which this adapter has a value of their own.
+    """
 
     config: LoraConfig
     low: tuple[LowRankPlan, ...]
     full: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    whole: frozenset[str] = frozenset()
+    full_modules: frozenset[str] = frozenset()
     full_readers: tuple[WeightReader, ...] = ()
-    apart: frozenset[ParamRef] = frozenset()
+    split_ties: frozenset[ParamRef] = frozenset()
 
 
-@in_turn
+@one_thread_at_a_time
 def plan(model: nn.Module, config: LoraConfig, name: str) -> Plans:
-    """What ``config`` means for ``model``. Nothing is changed. ``TargetError``: with every
-    problem."""
+    """The plan of ``config`` for ``model``, which is not changed. Raises a TargetError that lists
+    every problem."""
     if not isinstance(config, LoraConfig):
         raise _not_a_config(config)
     problems, unusable = list(refusals.name_problems(model, name)), targeting.bad_regex(config)
@@ -127,17 +141,17 @@ def _not_a_config(config: Any) -> ConfigError:
 
 
 class _Planner:
-    """What a config means, step by step; problems are added."""
+    """The steps of ``plan``; each adds its problems to ``problems``."""
 
     def __init__(self, model: nn.Module, config: LoraConfig, problems: list[str]) -> None:
         self.names, self.config, self.problems = Names(model), config, problems
         self.frozen = refusals.frozen_on_purpose(self.names)
-        self.words = [] if callable(config.targets) else listed(config.targets)
+        self.words = [] if callable(config.targets) else pattern_list(config.targets)
         self.also: list[str] = []
 
     def targets(self) -> tuple[list[ParamRef], list[ParamRef]]:
-        """The targets that are left for the adapter, and those of an untrained head, which is
-        trained in full."""
+        """(the targets of the config, the parameters of an untrained head, which are trained in
+        full)."""
         names, config = self.names, self.config
         targets, more = targeting.select(names, config)
         self.problems += more
@@ -156,26 +170,25 @@ class _Planner:
             ("alphas", config.alphas),
             ("slices", config.slices),
         ):
-            self.problems += targeting.unmatched(names, patterns, field_name, targets)
+            self.problems += targeting.unmatched_pattern_problems(
+                names, patterns, field_name, targets
+            )
         return targets, head
 
     def untrained_head(self) -> list[ParamRef]:
-        """With "all-linear", a task head that no checkpoint held, which is trained in full: ΔW of
-        random values would leave the head to whoever loads the adapter."""
+        """With "all-linear", the parameters of a task head that no checkpoint held. They are
+        trained in full: a ΔW of random values would be useless to anyone who loads the adapter."""
         if "all-linear" not in self.words:
             return []
-        found, left_out = (
-            fresh_parameters(self.names),
-            targeting.excluded(self.names, self.config, []),
-        )
-        head = targeting.fresh_head(
-            self.names, [ref for key, ref in found.items() if key not in self.frozen]
-        )
+        fresh = fresh_parameters(self.names)
+        left_out = targeting.excluded_refs(self.names, self.config, [])
+        trainable = [ref for key, ref in fresh.items() if key not in self.frozen]
+        head = targeting.fresh_head(self.names, trainable)
         return [ref for ref in head if ref not in left_out]
 
     def attachable(self, targets: list[ParamRef]) -> list[ParamRef]:
-        """The targets that can carry an adapter; a warning tells of the others: "all" means all
-        that can."""
+        """The targets that can carry an adapter. A warning names the others, as "all" means every
+        layer that can."""
         by_identity = holders(self.names)
         without = {
             path: module for path, module in self.names.modules.items() if kind_of(module) is None
@@ -210,8 +223,8 @@ class _Planner:
                 int(targeting.value_for(names, ref, config.ranks, config.rank)),
                 targeting.value_for(names, ref, config.alphas, alpha),
                 targeting.value_for(names, ref, config.slices, None),
-                # "all" means as much as each layer allows; a rank that was asked for a layer by
-                # name must fit
+                # "all" takes as much as each layer allows; a rank that the config sets for a layer
+                # by name must fit
                 clamp="all" in self.words
                 and targeting.value_for(names, ref, config.ranks, None) is None,
             )
@@ -220,42 +233,47 @@ class _Planner:
         }
 
     def with_tokens(self, specs: Mapping[ParamRef, TargetSpec]) -> dict[ParamRef, TargetSpec]:
-        """``specs`` with the tokens that are trained: of a target, or (rank 0) of a weight that is
-        none."""
+        """``specs`` with the trained tokens: of a target, or (rank 0) of a weight that is no
+        target."""
         tokens, by_identity = (
-            token_targets.wanted(self.names, self.config.trainable_tokens, self.problems),
+            token_targets.token_ids_by_weight(
+                self.names, self.config.trainable_tokens, self.problems
+            ),
             None,
         )
-        found = dict(specs)
+        with_tokens = dict(specs)
         for ref, spec in specs.items() if tokens else ():
             by_identity = by_identity or holders(self.names)
             owner = refusals.holders_of(self.names, ref, by_identity)[0]
-            found[ref] = replace(spec, tokens=tokens.pop(owner, None))
-            if found[ref].tokens and self.config.dropout:
-                what = (
+            with_tokens[ref] = replace(spec, tokens=tokens.pop(owner, None))
+            if with_tokens[ref].tokens and self.config.dropout:
+                problem = (
                     f"dropout={self.config.dropout} with trainable_tokens and a low-rank change of"
                     f" {owner[0]!r}"
                 )
                 do = "use dropout=0, or exclude it from the targets"
                 self.problems.append(
-                    sentence(what, "one of them: trained rows are never dropped", do)
+                    sentence(problem, "one of them: trained rows are never dropped", do)
                 )
-        return found | {owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in tokens.items()}
+        return with_tokens | {
+            owner: TargetSpec(0, 1.0, tokens=ids) for owner, ids in tokens.items()
+        }
 
     def full(self, vectors: Sequence[ParamRef], low: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """What is trained in full, by module: ``train_also``, targets without two axes, biases (of
-        the modules ``low`` or of all), and their ties."""
+        """The parameters that are trained in full, {path: names}: those of ``train_also``, targets
+        without two axes (``vectors``), biases (of the modules ``low`` or of all modules), and all
+        that are tied to them."""
         names, bias = self.names, self.config.bias
         full = {
-            path: [n for n, own in names.modules[path]._parameters.items() if own is not None]
+            path: [n for n, p in names.modules[path]._parameters.items() if p is not None]
             for path in self.also
         }
         left_out = {
             *((path, "bias") for path in self.also),
-            *targeting.excluded(names, self.config, []),
+            *targeting.excluded_refs(names, self.config, []),
         }
-        others = [path for path in names.modules if (path, "bias") not in left_out]
-        candidates = {"none": (), "targets": low, "all": others}[bias]
+        bias_paths = [path for path in names.modules if (path, "bias") not in left_out]
+        candidates = {"none": (), "targets": low, "all": bias_paths}[bias]
         biases = [
             (path, "bias")
             for path in candidates
@@ -270,25 +288,27 @@ class _Planner:
 
 
 def changed_refs(low: Sequence[LowRankPlan], full: Mapping[str, Sequence[str]]) -> list[ParamRef]:
-    """(path, name) of every parameter that an adapter changes or replaces, under each name of a
-    tied one."""
+    """(path, name) of every parameter that an adapter changes or replaces; a tied parameter under
+    each of its names."""
     in_full = [(path, name) for path, parameters in full.items() for name in parameters]
     return [*(ref for entry in low for ref in entry.holders), *in_full]
 
 
 def with_ties(names: Names, full: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """``full`` with every other module that holds the same parameters: a tie is trained as one."""
-    by_identity, whole = (
-        holders(names),
-        {path: dict.fromkeys(parameters) for path, parameters in full.items()},
-    )
+    """``full`` with every other module that holds the same parameters: tied parameters are trained
+    as one."""
+    by_identity = holders(names)
+    tied = {path: dict.fromkeys(parameters) for path, parameters in full.items()}
     for path, name in changed_refs((), full):
-        for other, other_name in by_identity.get(id(names.modules[path]._parameters.get(name)), ()):
-            whole.setdefault(other, {})[other_name] = None
-    return {path: tuple(parameters) for path, parameters in whole.items()}
+        for holder, holder_name in by_identity.get(
+            id(names.modules[path]._parameters.get(name)), ()
+        ):
+            tied.setdefault(holder, {})[holder_name] = None
+    return {path: tuple(parameters) for path, parameters in tied.items()}
 
 
 def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[WeightReader, ...]:
+    """The methods that read parameters of ``full`` directly, past the modules that hold them."""
     refs = changed_refs((), full)
     return tuple(
         dict.fromkeys(
@@ -298,8 +318,8 @@ def full_readers(names: Names, full: Mapping[str, Sequence[str]]) -> tuple[Weigh
 
 
 def is_matrix(names: Names, ref: ParamRef) -> bool:
-    """Whether a low-rank change fits a parameter: its module's kind says so, or it has two axes
-    that count."""
+    """Whether a parameter can take a low-rank change: its module's kind says so, or it has two axes
+    of more than one entry."""
     path, name = ref
     module = names.modules[path]
     kind = kind_of(module)
@@ -310,9 +330,14 @@ def is_matrix(names: Names, ref: ParamRef) -> bool:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What is asked for one weight. ``slices`` are (start, stop) ranges of its outputs, or a bool
-    for each equal part. ``clamp`` lowers the rank to what the shape allows; rank 0 is no change but
-    that of the ``tokens``. ``module_only``: as in ``LowRankPlan``."""
+    """The settings of the config for one weight.
+
+    Fields:
+        rank: 0 trains only ``tokens``.
+        slices: (start, stop) ranges of its outputs, or a bool for each of its equal slices.
+        clamp: lower the rank to what the shape allows, instead of an error.
+        tokens, module_only: as in ``LowRankPlan``.
+    """
 
     rank: int
     alpha: float
@@ -325,16 +350,16 @@ class TargetSpec:
 def plan_low(
     names: Names, specs: Mapping[ParamRef, TargetSpec], problems: list[str]
 ) -> list[LowRankPlan]:
-    """A plan for each weight in ``specs``, with every module that holds or reads it; problems are
-    added."""
+    """A plan for each weight in ``specs``, with every module that holds or reads it. Adds to
+    ``problems``."""
     by_identity = holders(names)
     plans: dict[ParamRef, LowRankPlan] = {}
     for ref, spec in specs.items():
-        found = list(refusals.refusals_of(names, ref, by_identity))
-        problems += found
+        reasons = list(refusals.refusals_of(names, ref, by_identity))
+        problems += reasons
         entry = (
             None
-            if found
+            if reasons
             else _low_plan(names, refusals.holders_of(names, ref, by_identity), spec, problems)
         )
         if entry is not None:
@@ -349,32 +374,34 @@ def _low_plan(
     module = names.modules[path]
     layer, weight = kind_for(module, name), weight_of(module, name)
     storage: Any = storage_of(weight)
-    where = f"{parameter_path(path, name)!r} ({base_class(module).__name__})"
+    description = f"{parameter_path(path, name)!r} ({base_class(module).__name__})"
     dims = layer.dims(module, storage.shape(weight))
     rows = None
     if spec.slices is not None:
         rows = _rows(spec.slices, dims)
         if rows is None:
-            problem = f"slices {list(spec.slices)!r} for {where}, which has {dims.out} outputs"
+            problem = (
+                f"slices {list(spec.slices)!r} for {description}, which has {dims.out} outputs"
+            )
             expected = "a bool for each of its equal parts, or (start, stop) ranges of its outputs"
             problems.append(
                 sentence(problem, expected, "correct them, for instance [True, False, True]")
             )
             return None
     if spec.tokens is not None:
-        wrong = list(token_targets.token_problems(names, refs[0], spec.tokens, refs))
-        problems += wrong
-        if wrong:
+        token_problems = list(token_targets.token_problems(names, refs[0], spec.tokens, refs))
+        problems += token_problems
+        if token_problems:
             return None
     largest = min(dims.max_rank, len(rows)) if rows else dims.max_rank
     rank = min(spec.rank, largest) if spec.clamp else spec.rank
     if rank > largest:
-        problem = f"rank {rank} for {where}, (groups, out, in) = {tuple(dims)}"
+        problem = f"rank {rank} for {description}, (groups, out, in) = {tuple(dims)}"
         do = f"lower the rank, set ranks={{{path!r}: {largest}}} or exclude it"
         problems.append(sentence(problem, f"at most {largest}, what its weight allows", do))
         return None
-    past = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
-    above = () if spec.module_only else tuple(dict.fromkeys(past))
+    readers = (weight_reader for ref in refs for weight_reader in weight_readers(names, *ref))
+    other_readers = () if spec.module_only else tuple(dict.fromkeys(readers))
     return LowRankPlan(
         path,
         name,
@@ -384,7 +411,7 @@ def _low_plan(
         rank,
         spec.alpha,
         tuple(refs),
-        above,
+        other_readers,
         rows,
         spec.tokens,
         spec.module_only,
@@ -392,13 +419,13 @@ def _low_plan(
 
 
 def _rows(slices: Sequence[Any], dims: Dims) -> tuple[int, ...] | None:
-    """The outputs that slices choose, or None if they do not fit."""
-    if all(isinstance(part, bool) for part in slices):
+    """The outputs that ``slices`` choose, ascending in each; None if they do not fit the weight."""
+    if all(isinstance(choice, bool) for choice in slices):
         size, rest = divmod(dims.out, len(slices))
         ranges = [(size * number, size * (number + 1)) for number, on in enumerate(slices) if on]
         fits = not rest
     else:
-        ranges = [tuple(part) for part in slices]
-        fits = all(len(part) == 2 and 0 <= part[0] < part[1] <= dims.out for part in ranges)
+        ranges = [tuple(bounds) for bounds in slices]
+        fits = all(len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= dims.out for bounds in ranges)
     rows = tuple(row for start, stop in ranges for row in range(start, stop)) if fits else ()
     return rows if rows and len(set(rows)) == len(rows) and dims.groups == 1 else None

@@ -1,10 +1,10 @@
-"""A word where torch's quantisation would pass an adapted layer by.
+"""A warning that torch's quantisation skips adapted layers.
 
-``torch.ao.quantization`` swaps layers by their exact class, which an adapted layer no longer has:
-it stays in floating point, merged or not, and nothing says so. Whatever of that package looks at a
-layer first gives it an attribute ``qconfig``; that is where an adapted layer speaks. Rejected: to
-answer to the exact class. A layer of int8 made from one would lose its adapters with everything
-else.
+``torch.ao.quantization`` replaces layers by their exact class. An adapted layer has another class,
+so it silently stays in floating point, merged or not. That package sets the attribute ``qconfig``
+on every layer before it looks at the layer, so a descriptor of that name can warn. Rejected: to
+pretend to have the exact class. The int8 layer that torch would make from it would lose its
+adapters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class NotQuantized(UserWarning):
 
 
 class Qconfig:
-    """The attribute ``qconfig`` of adapted layers: as any other is, but that setting it warns."""
+    """The attribute ``qconfig`` of adapted layers: an ordinary attribute that warns when it is
+    set."""
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
@@ -30,8 +31,8 @@ class Qconfig:
             raise AttributeError("qconfig") from None
 
     def __set__(self, module: Any, value: Any) -> None:
-        # what torch gives a class that it does not know; kept, it would hold for the plain layer
-        # too
+        # torch sets None for a class that it does not know. Stored, it would remain on the layer
+        # after detach.
         if value is None:
             module.__dict__.pop("qconfig", None)
         else:

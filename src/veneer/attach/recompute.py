@@ -1,12 +1,12 @@
-"""Weights W + ΔW that are made when somebody reads them and again in backward, and held in between
-by nobody.
+"""Weights W + ΔW that are computed when they are read, recomputed in backward, and not stored in
+between.
 
-Here a module's table of parameters makes the tensor at each read; what autograd saves of it is a
-note of how to make it again; and the gradient of the weight goes into that of the few adapter
-parameters before the next one comes.
+A module's table of parameters (``ComputedParameters``) computes the tensor at each read. Autograd
+saves a note of how to compute it again instead of the tensor. Backward turns the gradient of each
+weight into gradients of the small adapter parameters before it reaches the next weight.
 
-Rejected: writing W + ΔW into the weights for the time of a pass (whoever is interrupted loses the
-base), and a tensor subclass that is made by each operation (what a forward does with its type, or
+Rejected: writing W + ΔW into the weights for the time of a pass (an interrupt would lose the base),
+and a tensor subclass that each operation would recompute (a forward that looks at the type, or code
 below Python, would fail).
 """
 
@@ -24,20 +24,21 @@ from veneer.attach.change import Change
 from veneer.attach.dtypes import at_least_float32
 from veneer.lowrank import LowRank
 
+#: computes a tensor
 Make = Callable[[], Tensor]
 
 
-class _Note(NamedTuple):
-    """In place of a saved tensor: how to make it, and its size, strides and offset in what is
-    made."""
+class _SavedRecipe(NamedTuple):
+    """Stands for a saved tensor: a function that computes its storage, and the tensor's size,
+    strides and offset in it."""
 
     make: Make
-    place: tuple[torch.Size, tuple[int, ...], int]
+    geometry: tuple[torch.Size, tuple[int, ...], int]
 
 
 class Recomputed:
-    """Makes ``gain ⊙ (W + ΔW)`` of changes, and remembers of which change a tensor is as long as
-    that lives."""
+    """Computes ``gain ⊙ (W + ΔW)``, and remembers which change each living tensor was computed
+    from."""
 
     def __init__(self) -> None:
         self.living: dict[int, tuple[torch.dtype, Make]] = {}
@@ -47,58 +48,64 @@ class Recomputed:
         """The changed weight, in the dtype of ``weight`` and differentiable in the change's
         parameters."""
         if self.latest is not None and self.latest[0] == id(change):
-            return self.latest[1]  # a forward that asks for its dtype first
+            return self.latest[1]  # a forward may read the dtype first
         self.latest = None
-        made: Any = _Changed.apply(change, weight, *change.parameters())
-        if made.numel():
-            place = made.untyped_storage().data_ptr()
-            self.living[place] = made.dtype, lambda: values(change, weight)
-            weakref.finalize(made, self.living.pop, place, None).atexit = False
-        self.latest = id(change), made
-        return made
+        changed: Any = _Changed.apply(change, weight, *change.parameters())
+        if changed.numel():
+            address = changed.untyped_storage().data_ptr()
+            self.living[address] = changed.dtype, lambda: values(change, weight)
+            weakref.finalize(changed, self.living.pop, address, None).atexit = False
+        self.latest = id(change), changed
+        return changed
 
     def saving(self) -> saved_tensors_hooks:
-        """Within it, autograd saves no tensor of ``read``."""
+        """A block in which autograd saves no tensor that ``read`` returned."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Note:
+    def _pack(self, tensor: Tensor) -> Tensor | _SavedRecipe:
         if type(tensor) is not Tensor or not self.living:
             return tensor
         dtype, make = self.living.get(tensor.untyped_storage().data_ptr(), (None, None))
         if make is None or dtype != tensor.dtype:
             return tensor
-        return _Note(make, (tensor.shape, tensor.stride(), int(tensor.storage_offset())))
+        return _SavedRecipe(make, (tensor.shape, tensor.stride(), int(tensor.storage_offset())))
 
-    def _unpack(self, saved: Tensor | _Note) -> Tensor:
+    def _unpack(self, saved: Tensor | _SavedRecipe) -> Tensor:
         self.latest = None
-        return saved if isinstance(saved, Tensor) else saved.make().as_strided(*saved.place)
+        return saved if isinstance(saved, Tensor) else saved.make().as_strided(*saved.geometry)
 
 
-class Reads(dict[str, Any]):
-    """A module's table of parameters, in which some are made by each read, of what lies there then:
-    ``made`` takes it. Where weights are ``spread`` over processes, that is what FSDP2 has gathered
-    and put there. Otherwise what somebody writes is what he reads."""
+class ComputedParameters(dict[str, Any]):
+    """A module's table of parameters, some of which are computed at each read.
+
+    ``compute`` maps such a name to a function of the stored parameter. A parameter that is assigned
+    is no longer computed, unless the weights are ``spread`` over processes: then FSDP2 assigns the
+    gathered parameters, which are the input of ``compute``.
+    """
 
     def __init__(
-        self, own: dict[str, Any], made: dict[str, Callable[[Any], Tensor]], spread: bool = False
+        self,
+        parameters: dict[str, Any],
+        compute: dict[str, Callable[[Any], Tensor]],
+        spread: bool = False,
     ) -> None:
-        super().__init__(own)
-        self.made, self.spread = made, spread
+        super().__init__(parameters)
+        self.compute, self.spread = compute, spread
 
     def __getitem__(self, name: str) -> Any:
-        make, held = self.made.get(name), super().__getitem__(name)
-        return held if make is None else make(held)
+        make, stored = self.compute.get(name), super().__getitem__(name)
+        return stored if make is None else make(stored)
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not self.spread:
-            self.made.pop(name, None)
+            self.compute.pop(name, None)
         super().__setitem__(name, value)
 
-    def __iter__(self) -> Iterator[str]:  # without it, dict(self) would copy what lies below
+    def __iter__(self) -> Iterator[str]:  # without it, dict(self) would copy the stored parameters
         return super().__iter__()
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401 (that is this)
+        return self[name] if name in self else default  # noqa: SIM401 (this is dict.get)
 
     def values(self) -> Any:
         return (self[name] for name in self)
@@ -106,45 +113,48 @@ class Reads(dict[str, Any]):
     def items(self) -> Any:
         return ((name, self[name]) for name in self)
 
-    def kept(self) -> Kept:
-        return Kept(self)
+    def computed_once(self) -> ParametersComputedOnce:
+        return ParametersComputedOnce(self)
 
 
-class Kept:
-    """The same parameters for whoever keeps what it reads (a recurrence's list): later reads give
-    that same tensor."""
+class ParametersComputedOnce:
+    """The same parameters for a module that stores what it reads (the list of weights of a
+    recurrent layer): each is computed once, and later reads give the same tensor."""
 
-    def __init__(self, reads: Reads) -> None:
-        self.reads = reads
+    def __init__(self, parameters: ComputedParameters) -> None:
+        self.parameters = parameters
 
     def get(self, name: str, default: Any = None) -> Any:
-        if name not in self.reads:
+        if name not in self.parameters:
             return default
-        self.reads[name] = value = self.reads[name]
+        self.parameters[name] = value = self.parameters[name]
         return value
 
 
 @torch.no_grad()
 def values(change: Change, weight: Any) -> Tensor:
-    """``change.changed_weight`` in the dtype of the weight, computed in at least float32 and in the memory
-    of ΔW."""
+    """``change.changed_weight`` in the dtype of the weight, computed in at least float32 and in
+    the memory of ΔW."""
     low, gain = change.resolve(weight)
-    sum_ = _sum(change, weight, low)
+    changed = _add_delta(change, weight, low)
     if gain is not None:
-        sum_.mul_(change.layer.spread(gain.to(sum_.dtype), change.dims, sum_.shape))
-    return sum_.to(change.storage.dtype(weight))
+        changed.mul_(change.layer.spread(gain.to(changed.dtype), change.dims, changed.shape))
+    return changed.to(change.storage.dtype(weight))
 
 
 @torch.no_grad()
-def _sum(change: Change, weight: Any, low: LowRank) -> Tensor:
+def _add_delta(change: Change, weight: Any, low: LowRank) -> Tensor:
+    """W + ΔW in at least float32."""
     dense = change.storage.dense(weight)
     return change.layer.fold(low.delta(at_least_float32(dense.dtype)), dense.shape).add_(dense)
 
 
 class _Changed(torch.autograd.Function):
-    """``values``, of which nothing is saved: backward asks for the change anew. With s = gain,
-    spread over the weight, and G the gradient of s ⊙ (W + ΔW), those of its parts are ∂ΔW = s ⊙ G
-    and ∂s = G ⊙ (W + ΔW); how both depend on the parameters, autograd knows."""
+    """``values`` as an autograd function that saves no tensor: backward resolves the change again.
+
+    With s the gain, spread over the weight, and G the gradient of s ⊙ (W + ΔW): ∂ΔW = s ⊙ G and
+    ∂s = G ⊙ (W + ΔW). Autograd continues from there to the adapter parameters.
+    """
 
     @staticmethod
     def forward(ctx: Any, change: Change, weight: Any, *parameters: Tensor) -> Tensor:
@@ -160,22 +170,32 @@ class _Changed(torch.autograd.Function):
             delta = change.layer.fold(low.delta(wide), shape)
             scale = None if gain is None else change.layer.spread(gain.to(wide), change.dims, shape)
             edges = [
-                get_gradient_edge(one)
-                for one in (delta, scale)
-                if one is not None and one.requires_grad
+                get_gradient_edge(factor)
+                for factor in (delta, scale)
+                if factor is not None and factor.requires_grad
             ]
-            low, there = LowRank(low.A.detach(), low.B.detach(), low.scale), delta.requires_grad
-            del delta  # whose memory the gradient may have
-        given, parts = gradient.to(wide), []
+            low, trains_delta = (
+                LowRank(low.A.detach(), low.B.detach(), low.scale),
+                delta.requires_grad,
+            )
+            del delta  # so that the gradient can reuse its memory
+        wide_gradient, edge_gradients = gradient.to(wide), []
         if scale is not None and scale.requires_grad:
-            parts.append(_sum(change, weight, low).mul_(given).sum_to_size(scale.shape))
-        if there:
-            parts.insert(0, given if scale is None else given * scale.detach())
-        del given
+            changed = _add_delta(change, weight, low)
+            edge_gradients.append(changed.mul_(wide_gradient).sum_to_size(scale.shape))
+            del changed
+        if trains_delta:
+            edge_gradients.insert(
+                0, wide_gradient if scale is None else wide_gradient * scale.detach()
+            )
+        del wide_gradient
         trained = [value for value in change.parameters() if value.requires_grad]
-        found = iter(torch.autograd.grad(edges, trained, parts, allow_unused=True))
+        gradients = iter(torch.autograd.grad(edges, trained, edge_gradients, allow_unused=True))
         return (
             None,
             None,
-            *(next(found) if number.requires_grad else None for number in change.parameters()),
+            *(
+                next(gradients) if parameter.requires_grad else None
+                for parameter in change.parameters()
+            ),
         )

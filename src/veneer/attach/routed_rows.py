@@ -1,11 +1,10 @@
-"""How many tokens of each row of a batch a module of experts gets, whose inputs have rows and time
-as one axis.
+"""The rows of a batch in the inputs of a module of experts, where rows and time are one axis.
 
-    hidden [rows, time, n] --block--> [rows · time, n], with the experts of each token [rows · time,
-    k] beside it
+    hidden [rows, time, n] --block--> [rows · time, n]
+                                      [rows · time, k], the experts of each token
 
-A block of a mixture flattens its input before it routes, so the module of experts below it no
-longer sees rows.
+A mixture-of-experts block flattens its input before it routes, so the module of experts below it
+sees tokens instead of rows.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 
 def tokens_a_row(module: nn.Module, inputs: Any, count: int) -> int | None:
-    """Tokens of each of ``count`` rows, or None where that cannot be told.
+    """The number of tokens of each of ``count`` rows; None if the inputs do not show it.
 
-    It can if the module holds a stack of matrices and is given routed tokens: floats [tokens, n],
-    integers that choose a matrix of the stack for each token, and nothing of another length. If the
-    floats are a view of a tensor with more axes, that must have the rows first.
+    They do if the module holds a stack of matrices and its inputs are routed tokens: floats
+    [tokens, n], integers that choose a matrix of the stack for each token, and no tensor of another
+    length. If the floats are a view of a tensor with more axes, its first axis must be the rows.
     """
-    stacks = {len(own) for own in module._parameters.values() if own is not None and own.dim() == 3}
+    stacks = {len(p) for p in module._parameters.values() if p is not None and p.dim() == 3}
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     hidden = next((leaf for leaf in tensors if leaf.is_floating_point()), None)
     routed = any(leaf.dim() == 2 and leaf.dtype in (torch.int64, torch.int32) for leaf in tensors)
@@ -45,5 +44,5 @@ def tokens_a_row(module: nn.Module, inputs: Any, count: int) -> int | None:
 
 
 def spread(rows: Tensor, tokens: int) -> Tensor:
-    """Indices of rows as those of their tokens."""
+    """The indices of the tokens of rows, given the indices of the rows."""
     return rows if tokens == 1 else (rows[:, None] * tokens + torch.arange(tokens)).flatten()

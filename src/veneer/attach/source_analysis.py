@@ -1,25 +1,25 @@
-"""Questions that are answered by reading the source of a model's Python code; nothing else in
-Veneer parses source.
+"""Analyse the source of a model's Python code. All parsing of source in Veneer is done here and in
+``source_reader.py``.
 
     reads(cls, method)              which parameters below ``self`` a method reads and writes
-    mentions(cls, method)           a superset of the names in it, told without parsing
-    same_input(cls)                 which children forward calls on one value: ("q_proj", "k_proj", "v_proj")
-    submodule_calls(forward)        which modules below a forward calls, and whether inputs are used after that
-    compares_attention(model)       whether the code of a model asks if its attention is called "sdpa"
+    mentions(cls, method)           a superset of the names in it, found without parsing
+    same_input(cls)                 which children forward calls on one value, as ("q_proj", …)
+    submodule_calls(forward)        which modules below a forward calls, and what it does later
+    compares_attention(model)       whether code compares the name of the attention with "sdpa"
 
 ``reads`` gives paths of attributes below ``self``:
 
     self.lm_head.weight                       ("lm_head", "weight")
     for i, l in enumerate(self.ls): l.weight  ("ls", "*", "weight")           "*" is any index
-    project(h, self.emb)                      what project reads of that parameter: ("emb", "weight")
+    project(h, self.emb)                      what project reads of its argument: ("emb", "weight")
 
-It follows a method into what it calls of its own class, of the classes above and of plain Python
-functions that are given something of ``self``; through local names, loops, tuples, properties and
-what a call returns. Code in C, or made at run time, shows nothing, nor does a class without source;
-a name that is computed is no name; calls are followed to a depth of 16; a branch that never runs
-counts as read, unless who asks gives the attributes that rule it out. Hence no answer is a promise,
-and each is checked by who asks: ``veneer.check`` finds weights that are read unseen,
-``fused_linear.py`` compares the inputs, ``train/loss.py`` tries.
+The analysis follows calls of methods of the class and its base classes, and calls of plain Python
+functions with arguments from ``self``; through local names, loops, tuples, properties and return
+values. Limits: it sees nothing in C code, in code made at run time, and in classes without source;
+it ignores computed names; it follows calls to a depth of 16; and it counts a branch that never
+runs, unless the caller passes the attributes that rule it out. No result is a promise, so each
+caller checks it: ``veneer.check`` finds weights that are read in other ways, ``fused_linear.py``
+compares the inputs, ``train/loss.py`` tries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from typing import Any
 
 from torch import nn
 
-from veneer.attach.source_reader import Reader, Reads, attribute, of_torch, plain, tree_of
+from veneer.attach.source_reader import (
+    Reader,
+    Reads,
+    attribute,
+    is_of_torch,
+    python_function,
+    tree_of,
+)
 from veneer.attach.state import ModulePath
 
 
@@ -44,50 +51,61 @@ def reads(
     cls: type[nn.Module],
     method: str,
     within: frozenset[str] = frozenset(),
-    known: frozenset[tuple[str, Any]] = frozenset(),
+    attributes: frozenset[tuple[str, Any]] = frozenset(),
 ) -> Reads:
-    """What ``cls.method`` does with what is ``within`` the module: its children and parameters, by
-    their names. Where attributes of the module are ``known``, without the branches that they rule
-    out."""
-    reader = Reader(cls, within, method == "forward", dict(known))
-    reader.follow(plain(attribute(cls, method)), [{()}])
-    return reader.found
+    """The paths below ``self`` that ``cls.method`` reads and writes.
+
+    Args:
+        within: the names of the module's children and parameters; other attributes are ignored.
+        attributes: (name, value) of plain attributes of the module. Branches that they rule out are
+            left out.
+    """
+    reader = Reader(cls, within, method == "forward", dict(attributes))
+    reader.follow(python_function(attribute(cls, method)), [{()}])
+    return reader.reads
 
 
 @functools.cache
 def mentions(cls: type[nn.Module], method: str) -> frozenset[str]:
     """The names and texts in the compiled code of a method and of what it may call."""
-    own, done, found = _functions(cls), set(), set()
-    todo = [*own.get(method, ())]
+    methods, done, mentioned = _functions(cls), set(), set()
+    todo = [*methods.get(method, ())]
     while todo:
         if (function := todo.pop()) in done:
             continue
         done.add(function)
         words = _words(function.__code__)
-        found |= words
-        todo += [one for word in words & own.keys() for one in own[word]]
-        outside = [function.__globals__.get(word) for word in words]
+        mentioned |= words
+        todo += [called for word in words & methods.keys() for called in methods[word]]
+        global_values = [function.__globals__.get(word) for word in words]
         for module in [
-            one for one in outside if isinstance(one, ModuleType) and not of_torch(one.__name__)
+            value
+            for value in global_values
+            if isinstance(value, ModuleType) and not is_of_torch(value.__name__)
         ]:
-            outside += [vars(module).get(word) for word in words]
+            global_values += [vars(module).get(word) for word in words]
         todo += [
-            one for one in outside if isinstance(one, FunctionType) and not of_torch(one.__module__)
+            value
+            for value in global_values
+            if isinstance(value, FunctionType) and not is_of_torch(value.__module__)
         ]
-    return frozenset(found)
+    return frozenset(mentioned)
 
 
 @functools.cache
 def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
-    found: dict[str, list[FunctionType]] = {}
-    for above in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, value in vars(above).items():
-            found.setdefault(name, []).extend([one] if (one := plain(value)) else [])
-    return found
+    """The functions that a class and its base classes below ``nn.Module`` define, by name."""
+    functions: dict[str, list[FunctionType]] = {}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            function = python_function(value)
+            functions.setdefault(name, []).extend([function] if function else [])
+    return functions
 
 
 @functools.cache
 def _words(code: CodeType) -> frozenset[str]:
+    """The names in compiled code, and the texts in it, split at dots."""
     inner = [_words(value) for value in code.co_consts if isinstance(value, CodeType)]
     texts = [value.split(".") for value in code.co_consts if isinstance(value, str)]
     return frozenset(code.co_names).union(*texts, *inner)
@@ -95,9 +113,9 @@ def _words(code: CodeType) -> frozenset[str]:
 
 @functools.cache
 def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The children that a class's forward (and what it calls of itself) calls on the same local
-    value, one after the other. Calls on two branches of an ``if`` are not the same value, nor is a
-    name that has been assigned anew."""
+    """Groups of children that a class's forward (and the methods that it calls) calls on the same
+    local value. Calls on two branches of an ``if``, or with a name that was assigned in between,
+    are not in one group."""
     children: list[tuple[str, ...]] = []
     for method in reads(cls, "forward").code:
         finder = _SameInput()
@@ -106,7 +124,7 @@ def same_input(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     return tuple(children)
 
 
-#: expressions of which a part may not be evaluated, or more than once
+#: expressions whose operands may be evaluated several times or not at all
 _PARTLY = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -115,20 +133,20 @@ class _SameInput:
 
     def __init__(self) -> None:
         self.calls: dict[tuple[int, str, int], list[str]] = {}
-        self.blocks, self.here = 0, 0
+        self.blocks, self.current_block = 0, 0
         self.assigned: dict[str, int] = {}
 
     def block(self, statements: Sequence[ast.AST]) -> None:
-        """What runs one after the other, or not at all."""
-        outer, self.blocks = self.here, self.blocks + 1
-        self.here = self.blocks
+        """Visit statements that run one after the other, or not at all."""
+        outer, self.blocks = self.current_block, self.blocks + 1
+        self.current_block = self.blocks
         for statement in statements:
             self.node(statement)
-        self.here = outer
+        self.current_block = outer
 
     def node(self, node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            return  # runs at another time
+            return  # its body runs later
         if isinstance(node, ast.Name):
             if not isinstance(node.ctx, ast.Load):
                 self.assigned[node.id] = self.assigned.get(node.id, 0) + 1
@@ -142,14 +160,14 @@ class _SameInput:
             if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
                 self.block(value)
                 continue
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, ast.AST):
-                    self.block([item]) if isinstance(node, _PARTLY) else self.node(item)
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    self.block([child]) if isinstance(node, _PARTLY) else self.node(child)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             self.call(node.func, node)
 
     def call(self, called: ast.Attribute, node: ast.Call) -> None:
-        """``self.child(name)``, once its argument has been evaluated."""
+        """Record a call ``self.child(name)``; its argument has been visited."""
         of_self = isinstance(called.value, ast.Name) and called.value.id == "self"
         if (
             of_self
@@ -158,19 +176,23 @@ class _SameInput:
             and isinstance(node.args[0], ast.Name)
         ):
             value = node.args[0].id
-            names = self.calls.setdefault((self.here, value, self.assigned.get(value, 0)), [])
+            names = self.calls.setdefault(
+                (self.current_block, value, self.assigned.get(value, 0)), []
+            )
             if called.attr not in names:
                 names.append(called.attr)
 
 
 @functools.cache
 def submodule_calls(forward: Callable[..., Any]) -> tuple[tuple[ModulePath, bool], ...]:
-    """(path, late) of each call `self.path(…)` in the source of a forward. `late`: whether what
-    follows reads another input, such as `input_ids`, whose rows would no longer be those that the
-    call gave, or writes to the module, which would be the view. Left out are the parts of the code
-    that do not run here (with labels, for router logits) or do nothing (`logits_to_keep`)."""
-    own = plain(forward)
-    function = tree_of(own) if own else None
+    """(path, late) of each call `self.path(…)` in the source of a forward.
+
+    `late`: whether later code reads another input, such as `input_ids`, whose rows may differ from
+    the rows of the call's output, or writes to the module. Branches for labels and router logits
+    are left out, as they do not run here, and so is `logits_to_keep`, which has no effect.
+    """
+    plain_function = python_function(forward)
+    function = tree_of(plain_function) if plain_function else None
     if not isinstance(function, ast.FunctionDef):
         return ()  # made at run time, or written in C
     inputs = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
@@ -209,22 +231,22 @@ def _names_in(node: ast.AST) -> set[str]:
 
 
 def _path_below_self(node: ast.AST) -> ModulePath | None:
-    """("a", "b") of `self.a.b`."""
+    """("a", "b") for `self.a.b`; None for any other expression."""
     if isinstance(node, ast.Name):
         return () if node.id == "self" else None
     above = _path_below_self(node.value) if isinstance(node, ast.Attribute) else None
     return None if above is None else (*above, node.attr)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-#: code that asks whether a model's attention is transformers' "sdpa"
-_ASKS = re.compile(
+#: code that compares the name of a model's attention with transformers' "sdpa"
+_SDPA_COMPARISON = re.compile(
     r"""_attn_implementation\s*(?:[!=]=\s*["']sdpa|(?:not\s+)?in\s*[(\[{][^)\]}]*["']sdpa)"""
 )
 
 
 def compares_attention(model: nn.Module) -> bool:
-    """Whether code of one of the model's modules, of transformers or that came through it, compares
-    the name of its attention with "sdpa"."""
+    """Whether code of one of the model's modules, from transformers or loaded by it, compares the
+    name of the attention with "sdpa"."""
     return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
 
 
@@ -232,5 +254,5 @@ def compares_attention(model: nn.Module) -> bool:
 def _compares(module: str) -> bool:
     return (
         module.startswith("transformers")
-        and _ASKS.search(inspect.getsource(sys.modules[module])) is not None
+        and _SDPA_COMPARISON.search(inspect.getsource(sys.modules[module])) is not None
     )

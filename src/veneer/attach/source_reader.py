@@ -1,6 +1,7 @@
-"""Follows a method through its syntax tree: which paths of attributes below ``self`` it reads and
-writes. ``Reader`` is the engine of ``source_analysis.reads``, where its results and limits are
-described.
+"""Follow a method through its syntax tree: which attribute paths below ``self`` it reads and
+writes.
+
+``Reader`` implements ``source_analysis.reads``, which describes the results and the limits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from veneer.attach.state import ModulePath
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
-#: What may be asked of a weight without reading its values.
-_ABOUT = {
+#: attributes of a weight that do not depend on its values
+_METADATA = {
     "dtype",
     "device",
     "shape",
@@ -35,31 +36,39 @@ _ABOUT = {
     "is_meta",
     "itemsize",
 }
-_ABOUT_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
+_METADATA_CALLS = {"isinstance", "type", "hasattr", "id", "len"}
 
-#: Calls that give what they are given, one after the other; the tables and methods of a module
-#: that give what is in it.
+#: functions that return the elements of their argument
 _SAME = {"list", "tuple", "iter", "reversed", "sorted"}
+#: tables and methods of a module that return its children and parameters
 _TABLES = {"_modules", "_parameters", "_buffers"}
 _VALUES = {"values", "children"}
 _PAIRS = {"items", "named_children"}
 _BY_PATH = {"get_submodule", "get_parameter"}
 
-#: What a condition that is not followed is, and the comparisons that are followed.
+#: the value of a condition that cannot be evaluated
 UNKNOWN = object()
-_COMPARED: dict[type[ast.cmpop], Any] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-}  # fmt: skip
+#: the comparisons that are evaluated
+_COMPARISONS: dict[type[ast.cmpop], Any] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 
-#: So many calls deep code is followed.
+#: the depth to which calls are followed
 _DEPTH = 16
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The paths below ``self`` that a method and all it calls reads and writes, and the code of
-    what runs on it."""
+    """The paths below ``self`` that a method, and the functions that it calls, read and write.
+    ``code`` holds the syntax trees of the functions that run with ``self`` as their first argument.
+    """
 
     read: set[ModulePath] = field(default_factory=set)
     written: set[ModulePath] = field(default_factory=set)
@@ -67,13 +76,13 @@ class Reads:
 
 
 def attribute(cls: type, name: str) -> Any:
-    """What a class keeps under a name, as it is written there."""
-    return next((vars(above)[name] for above in cls.__mro__ if name in vars(above)), None)
+    """The attribute of a class, without binding it."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
-def plain(value: Any) -> FunctionType | None:
-    """The function in a class's attribute: of a method, whatever it is decorated with, or of a
-    property."""
+def python_function(value: Any) -> FunctionType | None:
+    """The Python function behind a class's attribute: a method, decorated or not, or the getter of
+    a property. None if there is none."""
     value = (
         getattr(value, "fget", None)
         or getattr(value, "func", None)
@@ -94,23 +103,20 @@ def tree_of(function: FunctionType) -> Function | None:
 
 
 class Reader(ast.NodeVisitor):
-    """Visits a function's code with the paths that each local name may stand for."""
+    """Visits a function's code and tracks the paths below ``self`` that each local name may stand
+    for."""
 
     def __init__(
         self,
         cls: type[nn.Module],
         within: frozenset[str],
         follow_forward: bool,
-        known: Mapping[str, Any],
+        attribute_values: Mapping[str, Any],
     ) -> None:
-        self.cls, self.within, self.follow_forward, self.known_values = (
-            cls,
-            within | {"*"},
-            follow_forward,
-            known,
-        )
-        self.found = Reads()
-        self.returned: dict[Any, set[ModulePath]] = {}  # by function and arguments
+        self.cls, self.within = cls, within | {"*"}
+        self.follow_forward, self.attribute_values = follow_forward, attribute_values
+        self.reads = Reads()
+        self.return_paths: dict[Any, set[ModulePath]] = {}  # by function and arguments
         self.stack: list[FunctionType] = []
         self.names: dict[str, set[ModulePath]] = {}
         self.returns: set[ModulePath] = set()
@@ -118,36 +124,37 @@ class Reader(ast.NodeVisitor):
     def follow(
         self,
         function: FunctionType | None,
-        given: Sequence[set[ModulePath]],
+        arguments: Sequence[set[ModulePath]],
         named: dict[str, set[ModulePath]] | None = None,
     ) -> set[ModulePath]:
-        """Visit a function that is called with these arguments; the paths that it returns."""
+        """Visit a function that is called with these arguments. Returns the paths that it
+        returns."""
         tree = None if function is None or len(self.stack) > _DEPTH else tree_of(function)
         if function is None or tree is None:
             return set()
-        parameters = [one.arg for one in (*tree.args.posonlyargs, *tree.args.args)]
-        names = {**dict(zip(parameters, given, strict=False)), **(named or {})}
+        parameters = [parameter.arg for parameter in (*tree.args.posonlyargs, *tree.args.args)]
+        names = {**dict(zip(parameters, arguments, strict=False)), **(named or {})}
         key = (
             function,
             frozenset((name, frozenset(paths)) for name, paths in names.items() if paths),
         )
-        if key not in self.returned:
-            outside = self.names, self.returns
-            self.names, self.returns = dict(names), self.returned.setdefault(key, set())
+        if key not in self.return_paths:
+            caller_state = self.names, self.returns
+            self.names, self.returns = dict(names), self.return_paths.setdefault(key, set())
             self.stack.append(function)
-            if given[:1] == [{()}] and tree not in self.found.code:
-                self.found.code.append(tree)
+            if arguments[:1] == [{()}] and tree not in self.reads.code:
+                self.reads.code.append(tree)
             if isinstance(tree, ast.Lambda):
                 self.returns |= self.paths(tree.body)
                 self.visit(tree.body)
             for statement in () if isinstance(tree, ast.Lambda) else tree.body:
                 self.visit(statement)
             self.stack.pop()
-            self.names, self.returns = outside
-        return self.returned[key]
+            self.names, self.returns = caller_state
+        return self.return_paths[key]
 
     def paths(self, node: ast.AST | None) -> set[ModulePath]:
-        """What an expression stands for."""
+        """The paths that an expression may stand for."""
         match node:
             case ast.Name():
                 return self.names.get(node.id, set())
@@ -167,18 +174,20 @@ class Reader(ast.NodeVisitor):
             case ast.BoolOp():
                 return set().union(*map(self.paths, node.values))
             case ast.Call():
-                return self.called(node)
+                return self.call_paths(node)
         return set()
 
     def attribute(self, above: set[ModulePath], name: str) -> set[ModulePath]:
+        """The paths of an attribute of objects at the paths ``above``."""
         if name in _TABLES:
             return above
-        own = attribute(self.cls, name) if () in above else None
-        computed = self.follow(plain(own), [{()}]) if isinstance(own, property) else set()
+        getter = attribute(self.cls, name) if () in above else None
+        is_property = isinstance(getter, property)
+        computed = self.follow(python_function(getter), [{()}]) if is_property else set()
         return {(*path, name) for path in above if path or name in self.within} | computed
 
-    def called(self, node: ast.Call) -> set[ModulePath]:
-        """What a call gives, and whatever it reads."""
+    def call_paths(self, node: ast.Call) -> set[ModulePath]:
+        """The paths that a call returns; records the paths that it reads."""
         called, first = node.func, self.paths(node.args[0]) if node.args else set()
         match called:
             case ast.Name(id="next"):
@@ -193,50 +202,52 @@ class Reader(ast.NodeVisitor):
                 called.attr in _BY_PATH and node.args and (dotted := _text(node.args[0]))
             ):
                 return {(*path, *dotted.split(".")) for path in self.paths(called.value)}
-        function, given = self.function(called)
-        given = [*given, *map(self.paths, node.args)]
-        named = {one.arg: self.paths(one.value) for one in node.keywords if one.arg}
-        return self.follow(function, given, named) if any((*given, *named.values())) else set()
+        function, arguments = self.function(called)
+        arguments = [*arguments, *map(self.paths, node.args)]
+        named = {keyword.arg: self.paths(keyword.value) for keyword in node.keywords if keyword.arg}
+        if not any((*arguments, *named.values())):
+            return set()
+        return self.follow(function, arguments, named)
 
     def function(self, node: ast.expr) -> tuple[FunctionType | None, list[set[ModulePath]]]:
-        """The function that an expression calls, and the arguments that go before those of the
-        call."""
+        """The function that an expression names, and the arguments that are already bound to it."""
         if () in self.paths(node) and self.follow_forward:
-            return plain(self.cls.forward), [{()}]
+            return python_function(self.cls.forward), [{()}]
         if isinstance(node, ast.Attribute):
             if _is_call(node.value, "super"):
                 classes = self.cls.__mro__
-                own = next(
+                index = next(
                     (
                         i
                         for i, c in enumerate(classes)
-                        if self.stack[-1] in map(plain, vars(c).values())
+                        if self.stack[-1] in map(python_function, vars(c).values())
                     ),
                     0,
                 )
-                found = next(
-                    (vars(c)[node.attr] for c in classes[own + 1 :] if node.attr in vars(c)), None
+                method = next(
+                    (vars(c)[node.attr] for c in classes[index + 1 :] if node.attr in vars(c)), None
                 )
-                return (None if _of_every_module(node.attr) else plain(found)), [{()}]
+                return (None if _of_every_module(node.attr) else python_function(method)), [{()}]
             if () in self.paths(node.value):
-                found = attribute(self.cls, node.attr)
-                left = _of_every_module(node.attr) or (
+                method = attribute(self.cls, node.attr)
+                skipped = _of_every_module(node.attr) or (
                     node.attr == "forward" and not self.follow_forward
                 )
-                return (None if left else plain(found)), (
-                    [] if isinstance(found, staticmethod) else [{()}]
+                return (None if skipped else python_function(method)), (
+                    [] if isinstance(method, staticmethod) else [{()}]
                 )
-        known = self.known(node)
-        function = plain(known) if isinstance(known, FunctionType | staticmethod) else None
-        return (None if function is None or of_torch(function.__module__) else function), []
+        value = self.global_value(node)
+        is_function = isinstance(value, FunctionType | staticmethod)
+        function = python_function(value) if is_function else None
+        return (None if function is None or is_of_torch(function.__module__) else function), []
 
-    def known(self, node: ast.expr) -> Any:
-        """What an expression names outside of the function: a function, a class, a module or
-        something of them."""
+    def global_value(self, node: ast.expr) -> Any:
+        """The global object that an expression names: a function, a class, a module, or an
+        attribute of one of these. None if it names no global."""
         if isinstance(node, ast.Name):
             return None if node.id in self.names else self.stack[-1].__globals__.get(node.id)
         if isinstance(node, ast.Attribute):
-            holder = self.known(node.value)
+            holder = self.global_value(node.value)
             if () in self.paths(node.value) and node.attr == "__class__":
                 return self.cls
             if isinstance(holder, type):
@@ -249,30 +260,34 @@ class Reader(ast.NodeVisitor):
         )
 
     def bind(self, target: ast.AST, paths: set[ModulePath]) -> None:
-        """``target`` stands for something of these."""
+        """Let the name or names of ``target`` stand for these paths."""
         if isinstance(target, ast.Name):
             self.names[target.id] = self.names.get(target.id, set()) | paths
-        for one in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
-            self.bind(one, _below(paths, "*"))
+        for element in target.elts if isinstance(target, ast.Tuple | ast.List) else ():
+            self.bind(element, _below(paths, "*"))
 
     def assign(self, target: ast.AST, value: ast.AST | None) -> None:
+        """``target = value``; tuples element by element."""
         pairs = [node.elts for node in (target, value) if isinstance(node, ast.Tuple | ast.List)]
         if len(pairs) == 2:
-            for one, other in zip(*pairs, strict=False):
-                self.assign(one, other)
+            for element, element_value in zip(*pairs, strict=False):
+                self.assign(element, element_value)
         else:
             self.bind(target, self.paths(value))
 
     def loop(self, target: ast.AST, values: ast.AST) -> None:
-        parts = target.elts if isinstance(target, ast.Tuple | ast.List) else []
+        """``for target in values``."""
+        elements = target.elts if isinstance(target, ast.Tuple | ast.List) else []
         call = values if isinstance(values, ast.Call) else None
-        if call and _is_call(call, "enumerate") and len(parts) == 2:
-            self.loop(parts[1], call.args[0])
-        elif call and _is_call(call, "zip") and parts:
-            for one, other in zip(parts, call.args, strict=False):
-                self.loop(one, other)
+        if call and _is_call(call, "enumerate") and len(elements) == 2:
+            self.loop(elements[1], call.args[0])
+        elif call and _is_call(call, "zip") and elements:
+            for element, values_of_element in zip(elements, call.args, strict=False):
+                self.loop(element, values_of_element)
         elif call and isinstance(call.func, ast.Attribute) and call.func.attr in _PAIRS:
-            self.bind(parts[-1] if parts else target, _below(self.paths(call.func.value), "*"))
+            self.bind(
+                elements[-1] if elements else target, _below(self.paths(call.func.value), "*")
+            )
         elif isinstance(values, ast.Tuple | ast.List):
             for value in values.elts:
                 self.assign(target, value)
@@ -280,7 +295,7 @@ class Reader(ast.NodeVisitor):
             self.bind(target, _below(self.paths(values), "*"))
 
     def visit_Name(self, node: ast.Name) -> None:
-        pass  # what it stands for was read where it got its name
+        pass  # its value was recorded where the name was bound
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         self.use(node.value if isinstance(node.ctx, ast.Load) else node)  # weight[0] reads weight
@@ -290,35 +305,35 @@ class Reader(ast.NodeVisitor):
         self.use(node)
 
     def use(self, node: ast.expr) -> None:
-        """An expression is read or written."""
+        """Record that an expression is read or written."""
         paths = self.paths(node)
         if not isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
             self.write(node)
         else:
-            self.found.read.update(path for path in paths if path and path[-1] not in _ABOUT)
+            self.reads.read.update(path for path in paths if path and path[-1] not in _METADATA)
         if not paths:
             self.generic_visit(node)
 
     def write(self, node: ast.AST | None) -> None:
-        """What an expression stands for is written: its paths, and the names in it, whatever those
-        are below."""
-        self.found.written.update(self.paths(node))
+        """Record that an expression is written: its paths, and ("", name) for each attribute in it,
+        which may be an attribute of any object."""
+        self.reads.written.update(self.paths(node))
         while isinstance(node, ast.Attribute | ast.Subscript):
-            self.found.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
+            self.reads.written.update({("", node.attr)} if isinstance(node, ast.Attribute) else ())
             node = node.value
 
     def visit_Call(self, node: ast.Call) -> None:
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if isinstance(node.func, ast.Name) and name in _ABOUT_CALLS:
+        if isinstance(node.func, ast.Name) and name in _METADATA_CALLS:
             return
         if name.endswith("_") and not name.endswith("__"):  # w.copy_(x), nn.init.zeros_(w)
             holder = node.func.value if isinstance(node.func, ast.Attribute) else None
-            outside = holder is None or isinstance(self.known(holder), ModuleType)
-            self.write(node.args[0] if outside and node.args else holder)
+            is_module_function = holder is None or isinstance(self.global_value(holder), ModuleType)
+            self.write(node.args[0] if is_module_function and node.args else holder)
         elif name == "setattr":
-            self.found.written.update(_below(self.paths(node.args[0]), _text(node.args[1]) or "*"))
-        self.found.read.update(path for path in self.called(node) if path)
-        if isinstance(node.func, ast.Attribute) and name not in _ABOUT:
+            self.reads.written.update(_below(self.paths(node.args[0]), _text(node.args[1]) or "*"))
+        self.reads.read.update(path for path in self.call_paths(node) if path)
+        if isinstance(node.func, ast.Attribute) and name not in _METADATA:
             self.use(node.func.value)  # weight.t() reads weight
         elif not isinstance(node.func, ast.Attribute):
             self.visit(node.func)
@@ -342,34 +357,37 @@ class Reader(ast.NodeVisitor):
             self.visit(statement)
 
     def value(self, node: ast.AST) -> Any:
-        """The value of a condition over attributes of the module that are known, or ``UNKNOWN``."""
+        """The value of a condition on attributes in ``attribute_values``; else ``UNKNOWN``."""
         match node:
             case ast.Constant():
                 return node.value
-            case ast.Attribute() if self.known_values and self.paths(node.value) == {()}:
-                return self.known_values.get(node.attr, UNKNOWN)
+            case ast.Attribute() if self.attribute_values and self.paths(node.value) == {()}:
+                return self.attribute_values.get(node.attr, UNKNOWN)
             case ast.UnaryOp(op=ast.Not()):
                 value = self.value(node.operand)
                 return UNKNOWN if value is UNKNOWN else not value
             case ast.BoolOp():
-                values, settles = [*map(self.value, node.values)], isinstance(node.op, ast.Or)
-                if any(value is not UNKNOWN and bool(value) == settles for value in values):
-                    return settles
-                return UNKNOWN if UNKNOWN in values else not settles
-            case ast.Compare(ops=[compared], comparators=[other]) if type(compared) in _COMPARED:
-                one, two = self.value(node.left), self.value(other)
-                alike = type(one) is type(two) or {type(one), type(two)} <= {int, float, bool}
-                ordered = isinstance(compared, ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+                values, decisive = [*map(self.value, node.values)], isinstance(node.op, ast.Or)
+                if any(value is not UNKNOWN and bool(value) == decisive for value in values):
+                    return decisive
+                return UNKNOWN if UNKNOWN in values else not decisive
+            case ast.Compare(ops=[comparison], comparators=[operand]) if (
+                type(comparison) in _COMPARISONS
+            ):
+                left_value, right_value = self.value(node.left), self.value(operand)
+                types = {type(left_value), type(right_value)}
+                comparable = len(types) == 1 or types <= {int, float, bool}
+                ordered = isinstance(comparison, ast.Lt | ast.LtE | ast.Gt | ast.GtE)
                 return (
                     UNKNOWN
-                    if UNKNOWN in (one, two) or (ordered and not alike)
-                    else _COMPARED[type(compared)](one, two)
+                    if UNKNOWN in (left_value, right_value) or (ordered and not comparable)
+                    else _COMPARISONS[type(comparison)](left_value, right_value)
                 )
         return UNKNOWN
 
     def visit_For(self, node: Any) -> None:
-        for one in getattr(node, "generators", [node]):
-            self.loop(one.target, one.iter)
+        for clause in getattr(node, "generators", [node]):
+            self.loop(clause.target, clause.iter)
         self.generic_visit(node)
 
     visit_AsyncFor = visit_For  # noqa: N815
@@ -398,5 +416,5 @@ def _of_every_module(name: str) -> bool:
     return hasattr(nn.Module, name) and name != "forward"
 
 
-def of_torch(module: str | None) -> bool:
+def is_of_torch(module: str | None) -> bool:
     return (module or "").partition(".")[0] == "torch"

@@ -1,11 +1,13 @@
-"""What an adapted model remembers.
+"""The state of an adapted model.
 
-    ModelAdapters       one a model, under the attribute ``_veneer``: names and configs of the adapters, which is merged
-    LayerState          one an adapted layer, its child ``veneer``: the adapters of the layer, how it reads its weights
-    ActiveAdapter       what one call uses: for the key of each layer, what the adapter does there
+    ModelAdapters   one per model, its attribute ``_veneer``: names and configs of the adapters, and
+                    which of them is merged
+    LayerState      one per adapted layer, its child ``veneer``: the adapters of the layer, and how
+                    the layer uses its weights
+    ActiveAdapter   the selection of one call: what the adapter does at each layer, by its key
 
-A call looks its ``ActiveAdapter`` up in the current context (``context.py``) by the model's
-``uid``; without an entry it is the model's default.
+A call looks up its ``ActiveAdapter`` in the current context (``context.py``) by the model's
+``uid``. Without an entry it uses the model's default.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 STATE = "veneer"
 ADAPTERS = "_veneer"
 
-#: from a module to one below it, by the names of children
+#: the names of the children that lead from a module to one below it
 ModulePath = tuple[str, ...]
 
 P = ParamSpec("P")
@@ -42,32 +44,42 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """What one call uses: the adapter's name, and its parts by the key of their layer's state, or
-    by (key, method). No name is the base alone; no parts, that it cannot be told, or that the
-    adapter has been detached. ``on`` is the adapter that was merged into the weights when this one
-    was attached: it changes these. ``stream``: a block in which random numbers are this adapter's
-    own (``veneer/engine``), where its rows share a batch; None: torch's."""
+    """The selection of one call.
+
+    Fields:
+        name: the adapter; None for the base alone.
+        layer_adapters: what the adapter does at each layer, by the key of the layer's state or by
+            (key, method). None if several adapters are possible and none was selected, or if the
+            adapter has been detached: then a call is an error.
+        on: the adapter that was merged into the weights when this one was attached, which is
+            therefore a change of those weights.
+        stream: a block in which random numbers come from this adapter's own stream
+            (``veneer/engine``), where its rows share a batch with others; None for torch's.
+    """
 
     name: str | None
-    parts: Mapping[Any, Any] | None
+    layer_adapters: Mapping[Any, Any] | None
     on: str | None = None
     stream: AbstractContextManager[Any] | None = None
 
     @property
     def table(self) -> Mapping[Any, Any]:
-        """Its parts, or the error of a call whose adapter is gone."""
-        if self.parts is None:
+        """``layer_adapters``; a SelectionError if there are none."""
+        if self.layer_adapters is None:
             raise self.refusal()
-        return self.parts
+        return self.layer_adapters
 
     def refusal(self) -> SelectionError:
-        """The error of a call that selects this although it has no parts."""
-        return detached(self.name)
+        """The error of a call with this selection, which has no ``layer_adapters``."""
+        return detached_error(self.name)
 
 
 class OutsideGenerator(ActiveAdapter):
-    """What a call uses between two steps of a generator that is suspended inside of a block: its
-    caller may or may not mean the block to hold for that call. ``block``: how the block reads."""
+    """The selection of a call between two steps of a generator that is suspended inside a block.
+
+    The caller may or may not expect the block to hold for that call, so the call is an error.
+    ``block`` is the source text of the block, for the error.
+    """
 
     def __init__(self, block: str) -> None:
         super().__init__(f"the selection of a suspended generator, {block}", None)
@@ -88,12 +100,12 @@ class OutsideGenerator(ActiveAdapter):
 BASE = ActiveAdapter(None, {})
 AMBIGUOUS = ActiveAdapter(None, None)
 
-#: Threads that attach and detach take turns. Threads that call the model never wait.
+#: Held by threads that attach, detach or merge. Threads that call the model never wait for it.
 CHANGING = threading.RLock()
 
 
-def in_turn(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of what changes a model's adapters: one thread at a time."""
+def one_thread_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of functions that change a model's adapters."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -103,29 +115,35 @@ def in_turn(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def detached(name: str | None) -> SelectionError:
-    """The error of a call whose adapter is gone."""
+def detached_error(name: str | None) -> SelectionError:
+    """The error of a call whose adapter has been detached."""
     problem = f"a call that selects {name!r}, which was detached"
     return SelectionError(
         problem, "an adapter that stays until the call has ended", "detach it later"
     )
 
 
-#: between the names of adapters that were merged one over the other, of which the upper one was
-#: attached without the
-#: lower; no adapter's name has it, so that no adapter is one of such weights
+#: joins the names of adapters in ``ModelAdapters.merged`` if one was merged over another that it
+#: was not attached to. No adapter name contains it, so no adapter can be attached to such weights.
 OVER = " + "
 
 
 class ModelAdapters:
-    """What the layers of one model share: the adapters' names, configs and parts, and which of them
-    is merged. ``uid`` identifies the model in ``context.Context.selection``. A copy of the model is
-    another model, so it gets another. ``merged`` names the weights as they are: by the adapter that
-    was merged last, where it was attached to those below it; else by all that lie there, joined by
-    ``OVER``. ``chain``: the merged adapters, the first one first. ``root`` is the model; unknown of
-    a copy until it is seen at one. ``merging``: a merge has not come to its end, so that only
-    weights of which a copy is kept may have been written. ``untied``: what is to be tied again with
-    the last adapter (``weight_tying.Untied``)."""
+    """The adapters of one model, shared by its layers.
+
+    Attributes:
+        uid: identifies the model in ``context.Context.selection``. A copy of a model is another
+            model and gets another ``uid``.
+        chain: the merged adapters, in the order of the merges.
+        merged: the name of the weights as they are; None for the base's. It is the name of the
+            last merged adapter if that was attached to the weights below it, else all names of the
+            chain joined by ``OVER``.
+        merging: a merge has begun and not ended. Only weights with a backup may have been written.
+        root: the model. Unknown for a copy until the copied model is used.
+        untied: the weights to tie again when the last adapter is detached
+            (``weight_tying.Untied``).
+        required_grad: ``requires_grad`` of the base's parameters, by path, before the first attach.
+    """
 
     #: the adapter of calls that select none (``veneer.set_default``); None: the only one, if there
     #: is one
@@ -143,24 +161,24 @@ class ModelAdapters:
         self.merged: str | None = None
         self.required_grad: dict[str, bool] = {}
         self.keys = 0
-        self.paths: dict[int, str] = {}  # of each layer's key: where it was as it was first adapted
-        self.banks = 0  # who need adapted layers although no adapter of the model's own is there
+        self.paths: dict[int, str] = {}  # layer key -> path of the layer when it was first adapted
+        self.banks = 0  # banks of this model, which need adapted layers even without an adapter
 
     def set_adapters(
         self, configs: dict[str, LoraConfig], selections: dict[str, ActiveAdapter]
     ) -> None:
-        """Replace the adapters, and with them the default selection: the one that was set, unless
-        it is gone, else the only adapter, if there is just one."""
+        """Replace the adapters and update the default selection: the default that was set, if it is
+        still there, else the only adapter."""
         self.configs, self.selections = configs, selections
         if self.default_name not in configs:
             self.default_name = None
         self.set_chain(self.chain)
 
     def set_chain(self, chain: tuple[str, ...]) -> None:
-        """These adapters are merged, the first one first. The default selection follows."""
+        """Set the merged adapters, in the order of the merges, and update the default selection."""
         self.chain, self.merged = chain, (None, *self._labels(chain))[-1]
         selections = self.selections
-        if self.stacked:  # nothing else runs on these weights
+        if self.has_unrelated_merges:  # nothing else runs on these weights
             self.default = ActiveAdapter(self.merged, {})
             return
         if self.default_name is not None:
@@ -171,30 +189,30 @@ class ModelAdapters:
             self.default = AMBIGUOUS if selections else BASE
 
     def _labels(self, chain: tuple[str, ...]) -> list[str]:
-        """What ``merged`` is after each of these merges."""
+        """The value of ``merged`` after each of these merges."""
         labels: list[str] = []
         for name in chain:
             below = labels[-1] if labels else None
-            own = below is None or self.selections[name].on == below
-            labels.append(name if own else f"{below}{OVER}{name}")
+            attached_here = below is None or self.selections[name].on == below
+            labels.append(name if attached_here else f"{below}{OVER}{name}")
         return labels
 
     @property
-    def stacked(self) -> bool:
+    def has_unrelated_merges(self) -> bool:
         """Whether an adapter is merged over others that it was not attached to."""
         return self.merged is not None and OVER in self.merged
 
-    def can_lie_over(self, name: str) -> bool:
-        """Whether an adapter was attached to weights that lie below the merges, or to those as they
-        are."""
+    def can_merge(self, name: str) -> bool:
+        """Whether an adapter was attached to the base, or to the weights after one of the
+        merges."""
         return self.selections[name].on in (None, *self._labels(self.chain))
 
     def merges(self) -> list[str]:
-        """The merged adapters, the last one first."""
+        """The merged adapters, the last merge first."""
         return [*reversed(self.chain)]
 
     def claim(self, root: nn.Module) -> None:
-        """These are the adapters of ``root``."""
+        """Note that these are the adapters of the model ``root``."""
         if self.root is None:
             self.root = weakref.ref(root)
             STRAY.discard(self)
@@ -212,33 +230,38 @@ class ModelAdapters:
         STRAY.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapters:
-        made = memo[id(self)] = object.__new__(ModelAdapters)
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # the whole model is copied
+        copied = memo[id(self)] = object.__new__(ModelAdapters)
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # the root is in the memo if the full model is being copied
         if self.root is not None and (root := memo.get(id(self.root()))) is not None:
-            made.claim(root)
-        return made
+            copied.claim(root)
+        return copied
 
 
-#: Those of copies that have not been seen at the root of a model: of layers that were copied out
-#: of one, which may by
-#: now be in another, or in the same.
+#: copies without a known root: layers that were copied out of a model, and that may now be part of
+#: another model, or of the same one
 STRAY: weakref.WeakSet[ModelAdapters] = weakref.WeakSet()
 
 
 class LayerState(nn.Module):
-    """The adapters of one layer, by name, and how this layer reads its weights.
+    """The adapters of one layer, by name, and how this layer uses its weights.
 
-    ``layer`` is its kind (None for a module without parameters of its own, which only reads those
-    of others), ``factors`` says that the factored form is right for it, ``product`` that it is a
-    matrix product with a plain weight, which the fused kernel computes, ``stock`` that its class is
-    one that the kind names, as found when it was attached (a compiled call that asked again would
-    be compiled anew after each import), ``transposed`` that it holds the adapted weight transposed
-    (a linear head tied to an embedding), ``attributes`` are those that a view of it gets in place
-    of its own: a switch that turns a fused fast path off, and ``bound`` those that hold methods
-    bound to the module. ``own_forward`` stood in the place of forward on the module, and runs where
-    that would; ``opaque`` is the storage of a module that is its own weight, by which that forward
-    passes gradients on.
+    Attributes:
+        key: identifies the layer in ``ActiveAdapter.layer_adapters``.
+        layer: its kind; None for a module without parameters that only reads those of others.
+        factors: whether the factored form is right for it.
+        product: whether it is a matrix product with a plain weight, which the fused kernel
+            computes.
+        stock: whether its class is one that the kind names. Determined once, when the layer is
+            adapted: a compiled call that asked again would be recompiled after each import.
+        transposed: whether it holds the adapted weight transposed (a linear head tied to an
+            embedding).
+        attributes: attributes that a view of the module gets in place of the module's own, such as
+            a switch that turns a fused fast path off.
+        bound: the names of attributes that hold methods bound to the module.
+        own_forward: a forward that was set on the module instance, which runs in place of the
+            class's forward.
+        opaque: the storage of a module that is its own weight; its forward passes gradients on.
     """
 
     def __init__(
@@ -260,11 +283,12 @@ class LayerState(nn.Module):
         self.opaque: Any = None
 
     def refusal(self, chosen: ActiveAdapter) -> SelectionError:
-        """Of a call whose selection names no parts, or another adapter than the merged one."""
+        """The error of a call that selects nothing usable, or another adapter than the merged
+        one."""
         merged = self.attached.merged
-        if chosen.parts is None and chosen.name is not None:
+        if chosen.layer_adapters is None and chosen.name is not None:
             return chosen.refusal()
-        if chosen.parts is None:
+        if chosen.layer_adapters is None:
             problem = (
                 f"{len(self.attached.configs)} adapters ({', '.join(self.attached.configs)}) and"
                 " none selected"
@@ -284,10 +308,10 @@ class LayerState(nn.Module):
             )
         problem = f"a call that selects {chosen.name!r} while {merged!r} is merged into the weights"
         expected = f"the merged adapter {merged!r}, or one that was attached while it was merged"
-        if self.attached.stacked:
+        if self.attached.has_unrelated_merges:
             expected = "a call without a selection, which has all that is merged"
         return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 
     def get(self, name: str) -> LayerAdapter | None:
-        """The part of this adapter here."""
+        """The ``LayerAdapter`` of the adapter ``name`` here; None if it changes nothing here."""
         return cast("LayerAdapter | None", self._modules.get(name))

@@ -1,8 +1,9 @@
-"""Which weights a config means: patterns over paths, the words, the blocks.
+"""Resolve the targets of a config to weights: patterns over paths, words such as "all-linear", and
+indices of blocks.
 
-A pattern means modules; where it matches none, it means parameters by their own paths
-("experts.gate_up_proj"). A module that is reachable under several names counts once, under its
-first name, and matches under each of them.
+A pattern selects modules. If it matches no module, it selects parameters by their own paths
+("experts.gate_up_proj"). A module with several names counts once, under its first name, and matches
+under each of them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class Names:
-    """The modules of a model by path, without what an earlier attach put there."""
+    """The modules of a model by path, without the modules that an earlier attach added.
+
+    ``aliases`` maps the first name of each module to all its names, ``canonical`` each name to the
+    first one.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,29 +61,29 @@ class Names:
 
     @cached_property
     def on_meta_device(self) -> bool:
-        """Whether all of the model is on the meta device: its values come later. Of one with
-        accelerate's hooks they are elsewhere already, offloaded."""
+        """Whether all parameters are on the meta device, to be loaded later. False for a model with
+        accelerate's hooks: its parameters are offloaded."""
         hooked = any("_hf_hook" in module.__dict__ for module in self.modules.values())
         return not hooked and all(parameter.is_meta for _, parameter in self.parameters())
 
     def parameters(self) -> Iterator[tuple[ParamRef, nn.Parameter]]:
         """((path, name), parameter) of each plain parameter, a tied one under each of its names."""
         for path, module in self.modules.items():
-            own = {
+            plain = {
                 name: p
                 for name, p in module._parameters.items()
                 if p is not None and not hidden(module, name)
             }
-            yield from (((path, name), parameter) for name, parameter in own.items())
+            yield from (((path, name), parameter) for name, parameter in plain.items())
 
     def matching(self, pattern: str) -> list[str]:
-        """The first names of the modules with a name that ``pattern`` matches, in the model's
+        """The first names of the modules that ``pattern`` matches under any name, in the model's
         order."""
         test = path_test(pattern)
         return [name for name, aliases in self.aliases.items() if any(map(test, aliases))]
 
     def parameters_matching(self, pattern: str) -> list[ParamRef]:
-        """The parameters with a path that ``pattern`` matches, in the model's order."""
+        """The parameters whose path ``pattern`` matches, in the model's order."""
         test = path_test(pattern)
         return [
             (path, name)
@@ -88,15 +93,15 @@ class Names:
         ]
 
     def refs(self, path: str) -> list[ParamRef]:
-        """What there is to change of a module: its weights and vectors, and those of children that
-        are a part of it."""
+        """The parameters of a module that an adapter may change: its weights and vectors, and those
+        of children that its kind treats as part of it."""
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
             return []
-        own = [(path, name) for name in (*kind.weights(module), *kind.vectors(module))]
+        refs = [(path, name) for name in (*kind.weights(module), *kind.vectors(module))]
         below = [self.canonical[f"{path}.{child}".lstrip(".")] for child in kind.below(module)]
-        return [*own, *(ref for child in below for ref in self.refs(child))]
+        return [*refs, *(ref for child in below for ref in self.refs(child))]
 
     def children(self, path: str) -> Iterator[str]:
         """``path`` and the first names of everything below it."""
@@ -107,9 +112,9 @@ class Names:
                 yield name
 
     def suggest(self, pattern: str, among: Iterable[str] | None = None) -> str:
-        """`` (nearest: …)`` among full paths and last parts, of what can be attached to or of the
-        paths ``among``; of a regular expression that would match some of these, what it is to begin
-        with."""
+        """A hint for a pattern that matches nothing: `` (nearest: …)`` among the paths ``among``
+        (None: all that can be attached to) and their last names; or, if the pattern would match as
+        a regular expression, that it must begin with ``re:``."""
         attachable = (
             [name for name, module in self.modules.items() if kind_of(module)]
             if among is None
@@ -120,7 +125,7 @@ class Names:
         return nearest(pattern, [*(name.rpartition(".")[2] for name in attachable), *attachable])
 
     def leaves(self) -> str:
-        """The distinct last parts of what can be attached to, for messages."""
+        """The distinct last names of the modules that can be attached to, for messages."""
         names = (
             name.rpartition(".")[2] or "(the model itself)"
             for name, m in self.modules.items()
@@ -130,17 +135,17 @@ class Names:
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrised ones included, and the weight of one
-    that tells nobody what it holds."""
+    """The names of a module's own parameters, parametrised ones included, and "weight" for a module
+    whose storage is opaque."""
     lists = getattr(module, "parametrizations", {}) if is_parametrized(module) else {}
-    own = [
+    plain = [
         name for name, p in module._parameters.items() if p is not None and not hidden(module, name)
     ]
-    return [*own, *lists, *(["weight"] if "weight" not in own and is_opaque(module) else ())]
+    return [*plain, *lists, *(["weight"] if "weight" not in plain and is_opaque(module) else ())]
 
 
 def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
-    """How many paths a pattern would match as the regular expression that it was not marked as."""
+    """How many paths a pattern without ``re:`` would match as a regular expression."""
     try:
         expression = re.compile(pattern)
     except re.error:
@@ -149,6 +154,8 @@ def _count_of_regex(pattern: str, paths: Iterable[str]) -> int:
 
 
 def path_test(pattern: str) -> Callable[[str], bool]:
+    """A test whether ``pattern`` matches a path: as a regular expression (``re:``), a glob, or a
+    path or its end."""
     if pattern.startswith("re:"):
         expression = re.compile(pattern[3:])
         return lambda path: expression.fullmatch(path) is not None
@@ -158,10 +165,10 @@ def path_test(pattern: str) -> Callable[[str], bool]:
 
 
 def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]:
-    """(what to change in the model's order, problems)."""
+    """(the parameters that a config targets, in the model's order; problems)."""
     problems: list[str] = []
-    chosen = _chosen(names, config.targets, problems)
-    left_out = excluded(names, config, problems)
+    chosen = _match_targets(names, config.targets, problems)
+    left_out = excluded_refs(names, config, problems)
     chosen = [ref for ref in chosen if ref not in left_out]
     if config.layers is not None:
         count = (
@@ -174,16 +181,17 @@ def select(names: Names, config: LoraConfig) -> tuple[list[ParamRef], list[str]]
             expected = f"block indices in [{-count}, {count})"
             problems.append(sentence(f"layers={bad!r}", expected, f"there are {count} blocks"))
         else:
-            kept = {index % count for index in config.layers}
-            chosen = [ref for ref in chosen if _block(ref[0]) in kept]
-    if not chosen and not problems and config.targets != ():  # of trained tokens alone
+            block_indices = {index % count for index in config.layers}
+            chosen = [ref for ref in chosen if _block(ref[0]) in block_indices]
+    if not chosen and not problems and config.targets != ():  # (): only tokens are trained
         problem = f"no module left after exclude={list(config.exclude)!r}, layers={config.layers!r}"
         problems.append(sentence(problem, "at least one target", "exclude less"))
     return chosen, problems
 
 
-def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
-    """What ``exclude`` matches: modules with everything below them, or parameters."""
+def excluded_refs(names: Names, config: LoraConfig, problems: list[str]) -> set[ParamRef]:
+    """The parameters that ``exclude`` matches: those of modules and all modules below, or by
+    path."""
     left_out: set[ParamRef] = set()
     for pattern in config.exclude:
         parameters = (
@@ -201,8 +209,8 @@ def excluded(names: Names, config: LoraConfig, problems: list[str]) -> set[Param
 
 
 def bad_regex(config: LoraConfig) -> list[str]:
-    """Problems of the ``re:`` patterns of a config, before any of them is used."""
-    targets = () if callable(config.targets) else listed(config.targets)
+    """A problem for each ``re:`` pattern of a config that is no regular expression."""
+    targets = () if callable(config.targets) else pattern_list(config.targets)
     patterns = [*targets, *config.exclude, *config.train_also, *config.ranks, *config.alphas]
     problems = []
     for pattern in patterns:
@@ -220,20 +228,23 @@ def bad_regex(config: LoraConfig) -> list[str]:
 
 
 def value_for(names: Names, ref: ParamRef, values: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first pattern that matches any name of the module or of the parameter."""
-    return next((value for pattern, value in values.items() if means(names, pattern, ref)), default)
+    """The value of the first pattern in ``values`` that matches a name of the module or of the
+    parameter."""
+    return next(
+        (value for pattern, value in values.items() if matches_ref(names, pattern, ref)), default
+    )
 
 
-def means(names: Names, pattern: str, ref: ParamRef) -> bool:
-    """Whether a pattern that is no word means a module or its parameter."""
+def matches_ref(names: Names, pattern: str, ref: ParamRef) -> bool:
+    """Whether a pattern (no word) matches a module or its parameter."""
     test, (path, name) = path_test(pattern), ref
     return any(test(alias) or test(f"{alias}.{name}".lstrip(".")) for alias in names.aliases[path])
 
 
-def unmatched(
+def unmatched_pattern_problems(
     names: Names, patterns: Iterable[str], field: str, among: list[ParamRef]
 ) -> list[str]:
-    """Problems for the patterns that match none of the parameters in ``among``."""
+    """A problem for each pattern that matches none of the parameters in ``among``."""
     paths = dict.fromkeys(path for path, _ in among)
     return [
         sentence(
@@ -242,43 +253,44 @@ def unmatched(
             f"name one of {listing(paths)}",
         )
         for pattern in patterns
-        if not any(means(names, pattern, ref) for ref in among)
+        if not any(matches_ref(names, pattern, ref) for ref in among)
     ]
 
 
 def expand(names: Names, patterns: Iterable[str], field: str, problems: list[str]) -> list[str]:
-    """The paths that patterns of ``train_also`` match, with everything below them that holds
-    parameters of its own."""
-    bearing: dict[str, None] = {}
+    """The modules that patterns of ``train_also`` match, and all modules below them, if they hold
+    parameters of their own."""
+    with_parameters: dict[str, None] = {}
     for pattern in patterns:
-        found = _modules(names, pattern, field, problems)
+        matches = _modules(names, pattern, field, problems)
         below = [
             path
-            for above in found
+            for above in matches
             for path in names.children(above)
             if names.modules[path]._parameters
         ]
-        if found and not below:
-            what = f"{field} pattern {pattern!r} matches modules without parameters"
-            problems.append(sentence(what, "something to train", "remove it"))
-        bearing.update(dict.fromkeys(below))
-    return list(bearing)
+        if matches and not below:
+            problem = f"{field} pattern {pattern!r} matches modules without parameters"
+            problems.append(sentence(problem, "something to train", "remove it"))
+        with_parameters.update(dict.fromkeys(below))
+    return list(with_parameters)
 
 
 def _modules(names: Names, pattern: str, field: str, problems: list[str]) -> list[str]:
-    found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
-    if not found:
-        known = listing(
+    """The modules that a word or a pattern matches; adds a problem if there are none."""
+    matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
+    if not matches:
+        examples = listing(
             dict.fromkeys(name.rpartition(".")[2] for name in names.modules if name), limit=12
         )
-        what = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
+        problem = f"{field} pattern {pattern!r} matches no module{names.suggest(pattern)}"
         problems.append(
-            sentence(what, f"a name of this model, such as {known}", "correct or remove it")
+            sentence(problem, f"a name of this model, such as {examples}", "correct or remove it")
         )
-    return found
+    return matches
 
 
-def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
+def _match_targets(names: Names, targets: Targets, problems: list[str]) -> list[ParamRef]:
     if callable(targets):
         paths = [
             name
@@ -290,33 +302,33 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
             problems.append(sentence("targets callable chose no module", "at least one", do))
         return [ref for path in paths for ref in names.refs(path)]
     chosen: set[ParamRef] = set()
-    for pattern in listed(targets):
-        found = _word(names, pattern) if pattern in WORDS else names.matching(pattern)
-        refs = [ref for path in found for ref in names.refs(path)]
-        if not found and pattern not in WORDS:
+    for pattern in pattern_list(targets):
+        matches = _word_modules(names, pattern) if pattern in WORDS else names.matching(pattern)
+        refs = [ref for path in matches for ref in names.refs(path)]
+        if not matches and pattern not in WORDS:
             refs = names.parameters_matching(pattern)
-        if not refs and found:
-            others = listing({type(names.modules[path]).__name__ for path in found})
-            what = f"targets pattern {pattern!r} matches {others}, without parameters of their own"
-            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
-            said = [said for path in found if (said := unreadable(names.modules[path]))]
-            what, do = (
-                (f"{what}, {said[0][0]}", f"{said[0][1]}, or leave them out")
-                if said
-                else (what, do)
+        if not refs and matches:
+            types = listing({type(names.modules[path]).__name__ for path in matches})
+            problem = (
+                f"targets pattern {pattern!r} matches {types}, without parameters of their own"
             )
-            problems.append(sentence(what, "modules or parameters", do))
+            do = f"name layers such as {names.leaves()}, or use {pattern + '.*'!r}"
+            reasons = [reason for path in matches if (reason := unreadable(names.modules[path]))]
+            if reasons:
+                reason, fix = reasons[0]
+                problem, do = f"{problem}, {reason}", f"{fix}, or leave them out"
+            problems.append(sentence(problem, "modules or parameters", do))
         elif not refs and pattern in WORDS:
-            what = (
+            problem = (
                 f"targets {pattern!r} means {_MEANING[pattern]}, of which this model has none, but"
-                f" {_types(names)}"
+                f" {_count_types(names)}"
             )
             do = f'use targets="all", or name layers such as {names.leaves()}'
-            problems.append(sentence(what, "at least one such layer", do))
+            problems.append(sentence(problem, "at least one such layer", do))
         elif not refs:
-            what = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
+            problem = f"targets pattern {pattern!r} matches nothing{names.suggest(pattern)}"
             expected = f"a word ({', '.join(WORDS)}) or names such as {names.leaves()}"
-            problems.append(sentence(what, expected, "correct it"))
+            problems.append(sentence(problem, expected, "correct it"))
         chosen.update(refs)
     order = {path: number for number, path in enumerate(names.modules)}
     rank = {
@@ -328,25 +340,29 @@ def _chosen(names: Names, targets: Targets, problems: list[str]) -> list[ParamRe
     return sorted(chosen, key=lambda ref: (order[ref[0]], rank.get(ref, len(rank)), ref[1]))
 
 
-def _types(names: Names) -> str:
+def _count_types(names: Names) -> str:
     """The layers that can be attached to, by type: "2 Conv2d, 1 BatchNorm2d"."""
     counts = Counter(
-        base_class(names.modules[path]).__name__ for path in _word(names, "all") if names.refs(path)
+        base_class(names.modules[path]).__name__
+        for path in _word_modules(names, "all")
+        if names.refs(path)
     )
     return listing(f"{count} {name}" for name, count in counts.most_common())
 
 
-def left_out_of_word(names: Names, config: LoraConfig) -> str:
-    """The layers that hold matrices and that "all-linear" does not mean, by type, where nothing
-    else names or excludes them: stacks of experts, convolutions, recurrent layers. An embedding or
-    a table of positions is none of these."""
-    if callable(config.targets) or [*listed(config.targets)] != ["all-linear"]:
+def layers_left_out(names: Names, config: LoraConfig) -> str:
+    """The layers with matrices that "all-linear" leaves out and the config does not mention, by
+    type: stacks of experts, convolutions, recurrent layers. Embeddings do not count."""
+    if callable(config.targets) or [*pattern_list(config.targets)] != ["all-linear"]:
         return ""
-    linear, excluded_refs = {*_word(names, "all-linear")}, excluded(names, config, [])
+    linear, excluded_weights = (
+        {*_word_modules(names, "all-linear")},
+        excluded_refs(names, config, []),
+    )
     head = _output_head(names)
     also = {path for pattern in config.train_also for path in names.matching(pattern)}
     blocks = {_block(path) for path in names.modules} - {None}
-    kept = (
+    block_indices = (
         blocks
         if config.layers is None
         else {index % len(blocks) for index in config.layers if blocks}
@@ -356,24 +372,25 @@ def left_out_of_word(names: Names, config: LoraConfig) -> str:
         kind: Any = kind_of(module)
         if kind is None or kind.linear or path in linear or path in also or module is head:
             continue
-        if config.layers is not None and _block(path) not in kept:
+        if config.layers is not None and _block(path) not in block_indices:
             continue
-        matrices = [name for name in kind.weights(module) if (path, name) not in excluded_refs]
+        matrices = [name for name in kind.weights(module) if (path, name) not in excluded_weights]
         counts[base_class(module).__name__] += any(
-            _is_operator(kind, module, name) for name in matrices
+            _multiplies_inputs(kind, module, name) for name in matrices
         )
     return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)
 
 
-def _is_operator(kind: Any, module: nn.Module, name: str) -> bool:
-    """Whether inputs are multiplied by a weight: of a module without a kind of its own, by a stack
-    of matrices."""
+def _multiplies_inputs(kind: Any, module: nn.Module, name: str) -> bool:
+    """Whether a module multiplies its inputs by a weight. For the general kind: whether the weight
+    is a stack of matrices."""
     if kind.name != GENERAL:
         return kind.drops_input
     return len(without_unit_axes(module._parameters[name].shape)) == 3  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _word(names: Names, word: str) -> list[str]:
+def _word_modules(names: Names, word: str) -> list[str]:
+    """The modules that a word of ``WORDS`` selects."""
     attachable = {name: kind for name, module in names.modules.items() if (kind := kind_of(module))}
     if word == "all":
         return list(attachable)
@@ -388,8 +405,8 @@ def _word(names: Names, word: str) -> list[str]:
 
 
 def _body(names: Names) -> set[str]:
-    """Every path but those of the output head: transformers' output embedding, and what is outside
-    ``base_model``."""
+    """All paths but those of the output head: transformers' output embedding, and the modules
+    outside ``base_model``."""
     prefix = getattr(names.model, "base_model_prefix", "")
     inner = prefix and isinstance(getattr(names.model, prefix, None), nn.Module)
     head = _output_head(names)
@@ -406,8 +423,8 @@ def _output_head(names: Names) -> Any:
 
 
 def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
-    """Of the parameters that no checkpoint held, those of a head or pooler: outside of blocks, and
-    no embedding."""
+    """The parameters in ``fresh`` (held by no checkpoint) of a head or pooler: outside the repeated
+    blocks, and no embedding."""
     output, body = _output_head(names), _body(names)
     return [
         (path, name)
@@ -419,9 +436,9 @@ def fresh_head(names: Names, fresh: Iterable[ParamRef]) -> list[ParamRef]:
 
 
 def _block(path: str) -> int | None:
-    """The index of the repeated block that a path lies in: its first number."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    """The index of the repeated block of a path: the first number in it."""
+    return next((int(name) for name in path.split(".") if name.isdigit()), None)
 
 
-def listed(patterns: str | Iterable[str]) -> list[str]:
+def pattern_list(patterns: str | Iterable[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)

@@ -1,15 +1,15 @@
 """Rows of an embedding, or of a head, that are trained in full: the tokens of
 ``LoraConfig(trainable_tokens=…)``.
 
-    W'[id] = R[id]              for each trained token, whatever else the adapter changes
-    ΔW     = (R − W[ids]) at these rows: a product with the one-hot rows of the tokens, so of rank n
+    W'[id] = R[id]              for each of n trained tokens, whatever else the adapter changes
+    ΔW     = (R − W[ids]) at these rows: a product with the one-hot rows of the tokens, of rank n
 
-R starts as W[ids]. It is kept, not the difference: a vocabulary that is grown again gets other
-random rows, and a token must mean the same on these. As ΔW is a product, each path of a layer, a
-merge, a blend and a tied head have it without a mechanism of their own, and no gradient of the size
-of the embedding exists where a low-rank one has none. It costs n · V numbers for a call. Rejected:
-a copy of W with other rows in every call (PEFT's index_copy), of which autograd keeps the whole and
-for which it forms a dense gradient.
+R starts as W[ids]. The adapter stores R and not the difference: if the vocabulary is grown again,
+the new rows of W are random, and a token must mean the same with them. As ΔW is a low-rank product,
+every path of a layer, a merge, a blend and a tied head handle it without code of their own, and no
+gradient of the embedding's size is formed. It costs n · V numbers per call. Rejected: a copy of W
+with replaced rows in every call (PEFT's index_copy), which autograd saves in full and for which it
+forms a dense gradient.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ROWS = "token_rows"
 
 
 def start(dense: Tensor, ids: Tensor) -> Tensor:
-    """R as it begins: the base's own rows [n, d] of a weight [V, d]."""
+    """The initial R: the base's rows [n, d] of a weight [V, d]."""
     return dense.detach().index_select(0, ids.to(dense.device))
 
 
 def with_rows(
     low: LowRank | None, gain: Tensor | None, rows: Tensor, ids: Tensor, dense: Tensor, layer: Layer
 ) -> tuple[LowRank, Tensor | None]:
-    """(ΔW, gain) of a weight ``dense`` [V, d] that has ``rows`` [n, d] at ``ids`` and elsewhere
-    what ``low`` and ``gain`` make of it."""
+    """(ΔW, gain) of a weight ``dense`` [V, d] whose rows ``ids`` become ``rows`` [n, d]; ``low``
+    and ``gain`` change all other rows."""
     dtype = at_least_float32(rows.dtype)
     rows, count = rows.to(dtype), len(dense)
     if gain is not None and layer.out_axis == 1:

@@ -1,25 +1,27 @@
-"""W + ΔW of a stack of matrices, as a tensor that is not formed: what the view of a module of
-experts computes with.
+"""W + ΔW of a stack of matrices as a tensor whose values are not computed. The view of a module of
+experts computes with it.
 
-    W [E, m, n]     ΔW[e] = scale · B[e] A[e]     W[i], W[ids], W.mT, W.chunk(2, 1)     a part of it, not formed either
-    x @ (W + ΔW)[i]   =   x W[i] + scale · (x B[i]) A[i]                                linear, bmm, grouped_mm, …
+    W [E, m, n]     ΔW[e] = scale · B[e] A[e]
+    W[i], W[ids], W.mT, W.chunk(2, 1)                   slices, whose values are not computed either
+    x @ (W + ΔW)[i] = x W[i] + scale · (x B[i]) A[i]    linear, bmm, grouped_mm, …
 
-A call of a mixture uses a few matrices of each stack, or all of them with a few rows each; to form
-W + ΔW of them all costs more than the call. ``Unformed`` is a tensor for whoever asks (class,
-shape, dtype, device, gradient), without memory. The products that a forward reads stacks with
-(``experts.py``) are the base's own on W and the low-rank part of the rows that there are. **Every
-other operation gets W + ΔW, formed**, so that a forward that nobody has foreseen is right, and as
-slow as it would be without this:
+A call of a mixture of experts uses a few matrices of each stack, or all of them with a few rows
+each. Forming W + ΔW for all of them costs more than the call. ``Unformed`` has the class, shape,
+dtype, device and gradient of a tensor, but no memory. The products with which a forward reads
+stacks (``experts.py``) are computed as the base's product with W plus the low-rank update of the
+rows.
+**Every other operation gets W + ΔW, formed.** So every forward is right, and one with unexpected
+operations is as slow as it would be without ``Unformed``:
 
-- below Python (``__torch_dispatch__``) and in autograd functions too: an ``Unformed`` is the output
-  of a node whose backward carries the gradient of W + ΔW on to A and B;
-- but in 16 bits, where the view of a module is widened to float32 so that a small ΔW survives:
-  there the operation raises ``CannotStandError``, and the call runs again on a widened view. So
-  does a write in place.
+- The same holds below Python (``__torch_dispatch__``) and in autograd functions: an ``Unformed`` is
+  the output of a node whose backward passes the gradient of W + ΔW on to A and B.
+- In 16 bits W + ΔW is not formed, as a small ΔW would be lost. The operation raises
+  ``CannotStandError``, and the call runs again on a view that is widened to float32. A write in
+  place raises it too.
 
-Rejected: W's own memory behind it. Who takes its address would compute with W and lose the adapter
-without a word; without memory that is an error, but on a processor, where the address is asked for
-its alignment.
+Rejected: an ``Unformed`` with W's memory. Code that takes its address would silently compute with
+W. Without memory that is an error, except on a CPU, where code asks for the address to check its
+alignment.
 """
 
 from __future__ import annotations
@@ -36,17 +38,16 @@ from torch.utils import _pytree as pytree
 from veneer.attach.dtypes import at_least_float32
 from veneer.lowrank import LowRank
 
-#: what a part of a stack is: all of it, one matrix, or these matrices [S]
+#: a selection of a stack's matrices: None for all, the index of one, or the indices of several [S]
 Index = int | Tensor | None
 
-#: torch's function, or the qualified name of a library's -> what does the same with an
-#: ``Unformed``: (the function,
-#: its arguments) -> a result, or ``NotImplemented``
+#: a function of torch, or the qualified name of an operator -> its implementation for an
+#: ``Unformed``, which takes the function and its arguments, and may return ``NotImplemented``
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 class CannotStandError(Exception):
-    """An operation that needs W + ΔW, which may not be formed here."""
+    """An operation needs W + ΔW, which may not be formed here."""
 
 
 @dataclass(eq=False)
@@ -56,9 +57,9 @@ class Stack:
     Fields:
         W, A, B: [E, m, n], [E, r, n] and [E, m, r].
         formable: whether W + ΔW may be formed in the dtype of W.
-        call: what the stacks of one call share: where the rows of each expert are.
-        source: the input of the call, of whose rows the stacks' inputs may consist.
-        pieces: (W, A, B) of each matrix, once one is asked for while gradients are recorded.
+        call: state that the stacks of one call share: the positions of each expert's rows.
+        source: the input of the call; the inputs of the stacks may consist of its rows.
+        pieces: (W, A, B) of each matrix; empty until one is selected while gradients are recorded.
     """
 
     W: Tensor
@@ -70,31 +71,33 @@ class Stack:
     source: Tensor | None = None
     pieces: Sequence[tuple[Tensor, Tensor, Tensor]] = ()
 
-    def part(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, index: Index, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(W, A, B) of these matrices; transposed, W.mT with Bᵀ for A and Aᵀ for B, if
         ``flipped``."""
         W, A, B = self.W, self.A, self.B
         if isinstance(index, int):
-            if self.trains:  # the gradients of all matrices are one tensor; of a subscript each would be a whole one
+            # The gradient of ``unbind`` is one tensor; that of each subscript would be as large.
+            if self.trains:
                 if not self.pieces:
                     self.pieces = [*zip(W.unbind(), A.unbind(), B.unbind(), strict=True)]
                 W, A, B = self.pieces[index]
             else:
                 W, A, B = W[index], A[index], B[index]
         elif index is not None:
-            W, A, B = (one.index_select(0, index) for one in (W, A, B))
+            W, A, B = (stacked.index_select(0, index) for stacked in (W, A, B))
         return (W.mT, B.mT, A.mT) if flipped else (W, A, B)
 
     @property
     def trains(self) -> bool:
-        """Whether what is computed with it now has a gradient for A or B."""
+        """Whether results that are computed now have a gradient for A or B."""
         return torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
 
-    def sliced(self, part: slice) -> Stack:
-        return self._with(self.W[part], self.A[part], self.B[part])
+    def slice_matrices(self, bounds: slice) -> Stack:
+        """The stack of a slice of the matrices."""
+        return self._with(self.W[bounds], self.A[bounds], self.B[bounds])
 
-    def narrowed(self, axis: int, first: int, size: int) -> Stack:
-        """Outputs (axis 1) or inputs (axis 2) of all matrices."""
+    def narrow_matrices(self, axis: int, first: int, size: int) -> Stack:
+        """The stack with only some outputs (axis 1) or inputs (axis 2) of all matrices."""
         A, B = (
             (self.A, self.B.narrow(1, first, size))
             if axis == 1
@@ -105,11 +108,11 @@ class Stack:
     def _with(self, W: Tensor, A: Tensor, B: Tensor) -> Stack:
         return Stack(W, A, B, self.scale, self.formable, self.call, self.source)
 
-    def formed(self, index: Index, flipped: bool) -> Tensor:
+    def form(self, index: Index, flipped: bool) -> Tensor:
         """W + ΔW of these matrices, differentiable in A and B."""
         if not self.formable:
             raise CannotStandError
-        W, A, B = self.part(index, False)
+        W, A, B = self.factors(index, False)
         wide = at_least_float32(W.dtype)
         low = LowRank(A, B, self.scale) if W.dim() == 3 else LowRank(A[None], B[None], self.scale)
         dense = (W.to(wide) + low.delta(wide).view(W.shape)).to(W.dtype)
@@ -117,28 +120,29 @@ class Stack:
 
 
 class Unformed(Tensor):
-    """W + ΔW of a ``Stack`` or of a part of it. Made by ``stand_in``."""
+    """W + ΔW of a ``Stack``, or of some of its matrices. Created by ``stand_in``."""
 
     stack: Stack
     index: Index
     flipped: bool
-    # the class's own attributes would each pass through ``__torch_function__``
+    # as attributes of ``Tensor``, each would pass through ``__torch_function__``
     shape: Any
     dtype: Any
     device: Any
     ndim: Any
 
-    def formed(self) -> Tensor:
-        return self.stack.formed(self.index, self.flipped)
+    def form(self) -> Tensor:
+        """The values W + ΔW."""
+        return self.stack.form(self.index, self.flipped)
 
-    def oriented(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(W, A, B) of what it stands for, or of that transposed."""
-        return self.stack.part(self.index, self.flipped != transposed)
+    def factors(self, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(W, A, B) of its matrices, or of their transposes."""
+        return self.stack.factors(self.index, self.flipped != transposed)
 
-    def at(self, index: Index) -> Unformed:
+    def take_matrices(self, index: Index) -> Unformed:
         return stand_in(self.stack, index, self.flipped)
 
-    def transposed(self) -> Unformed:
+    def transpose_matrices(self) -> Unformed:
         return stand_in(self.stack, self.index, not self.flipped)
 
     @classmethod
@@ -147,48 +151,50 @@ class Unformed(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        known = OPERATIONS.get(func) or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
-        found = NotImplemented if known is None else known(func, *args, **kwargs)
-        if found is not NotImplemented:
-            return found
+        operation = OPERATIONS.get(func)
+        operation = operation or OPERATIONS.get(getattr(func, "_qualified_op_name", None))
+        result = NotImplemented if operation is None else operation(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if _writes(func, kwargs):
             raise CannotStandError
-        return func(*_formed(args), **_formed(kwargs))
+        return func(*_form_all(args), **_form_all(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch.no_grad():
-            args, kwargs = _formed(args), _formed(kwargs or {})
+            args, kwargs = _form_all(args), _form_all(kwargs or {})
         return func(*args, **kwargs)
 
 
-def _formed(tree: Any) -> Any:
-    return pytree.tree_map_only(Unformed, Unformed.formed, tree)
+def _form_all(tree: Any) -> Any:
+    """Replace each ``Unformed`` in a tree of arguments by its values."""
+    return pytree.tree_map_only(Unformed, Unformed.form, tree)
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
-    """Whether a function writes into one of its arguments, by its name."""
+    """Whether a function writes into one of its arguments, judged by its name."""
     name = getattr(func, "__name__", "")
     private = name.startswith("__")
     return (name.endswith("_") and not private) or name in WRITING or kwargs.get("out") is not None
 
 
-WRITING = {
-    "__set__", "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
-}  # fmt: skip
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+#: methods that write into a tensor, besides those with a trailing underscore
+WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
 
 
 def stand_in(stack: Stack, index: Index = None, flipped: bool = False) -> Unformed:
-    """A tensor that stands for W + ΔW of these matrices, transposed if ``flipped``."""
+    """A tensor that stands for W + ΔW of the selected matrices, transposed if ``flipped``."""
     return (
         _apply(stack, index, flipped, stack.A, stack.B)
         if stack.trains
-        else _bare(stack, index, flipped)
+        else _create(stack, index, flipped)
     )
 
 
-def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
+def _create(stack: Stack, index: Index, flipped: bool) -> Unformed:
+    """An ``Unformed`` without a gradient."""
     W = stack.W
     shape, strides = W.shape, W.stride()
     if isinstance(index, int):
@@ -201,27 +207,27 @@ def _bare(stack: Stack, index: Index, flipped: bool) -> Unformed:
             (*strides[:-2], strides[-1], strides[-2]),
         )
     dtype, device = W.dtype, W.device
-    made: Any = Tensor._make_wrapper_subclass(
+    unformed: Any = Tensor._make_wrapper_subclass(
         Unformed, shape, strides=strides, dtype=dtype, device=device
     )
-    own = made.__dict__
-    own["stack"], own["index"], own["flipped"] = stack, index, flipped
-    own["_shape"], own["_dtype"], own["_device"], own["_ndim"] = (
+    attributes = unformed.__dict__
+    attributes["stack"], attributes["index"], attributes["flipped"] = stack, index, flipped
+    attributes["_shape"], attributes["_dtype"], attributes["_device"], attributes["_ndim"] = (
         torch.Size(shape),
         dtype,
         device,
         len(shape),
     )
-    return made
+    return unformed
 
 
 for _name in ("shape", "dtype", "device", "ndim"):
     setattr(Unformed, _name, property(attrgetter(f"_{_name}")))
 
 
-class _Carried(torch.autograd.Function):
-    """The node whose output an ``Unformed`` is. The products that are known do not pass through
-    it."""
+class _UnformedNode(torch.autograd.Function):
+    """The autograd node that outputs an ``Unformed``. The products of ``OPERATIONS`` have nodes of
+    their own."""
 
     @staticmethod
     def forward(
@@ -229,7 +235,7 @@ class _Carried(torch.autograd.Function):
     ) -> Unformed:
         ctx.scale, ctx.index, ctx.flipped = stack.scale, index, flipped
         ctx.save_for_backward(A, B)
-        return _bare(stack, index, flipped)
+        return _create(stack, index, flipped)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -246,30 +252,62 @@ class _Carried(torch.autograd.Function):
             )
         if isinstance(index, int):
             G, index = G[None], torch.tensor([index], device=G.device)
-        own = A.index_select(0, index).to(G.dtype), B.index_select(0, index).to(G.dtype)
-        dA, dB = own[1].mT @ G, G @ own[0].mT
-        found = (
-            torch.zeros_like(one).index_add(0, index, by.to(one.dtype))
-            for one, by in ((A, dA), (B, dB))
+        selected_A = A.index_select(0, index).to(G.dtype)
+        selected_B = B.index_select(0, index).to(G.dtype)
+        dA, dB = selected_B.mT @ G, G @ selected_A.mT
+        gradients = (
+            torch.zeros_like(factor).index_add(0, index, update.to(factor.dtype))
+            for factor, update in ((A, dA), (B, dB))
         )
-        return None, None, None, *found
+        return None, None, None, *gradients
 
 
-# without the Python calls for ``torch.func``, whose transforms never come here (``eager``)
-_apply = cast(Any, super(torch.autograd.Function, _Carried)).apply
+# Skips the Python calls of ``apply`` for ``torch.func``: its transforms never get here (``eager``).
+_apply = cast(Any, super(torch.autograd.Function, _UnformedNode)).apply
 
 
 def _getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-#: what an ``Unformed`` knows of itself
+#: functions and attributes that an ``Unformed`` answers without forming W + ΔW
 METADATA: frozenset[Any] = frozenset(
     {
-        *_getters("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "is_cuda",
-                  "is_cpu", "is_sparse", "is_quantized", "is_meta", "is_nested", "itemsize", "nbytes"),
-        Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.__len__,
-        Tensor.is_contiguous, Tensor.element_size, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
-        Tensor.storage_offset, Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor,
+        *_getters(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "is_leaf",
+            "grad_fn",
+            "is_cuda",
+            "is_cpu",
+            "is_sparse",
+            "is_quantized",
+            "is_meta",
+            "is_nested",
+            "itemsize",
+            "nbytes",
+        ),
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.stride,
+        Tensor.__len__,
+        Tensor.is_contiguous,
+        Tensor.element_size,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.get_device,
+        Tensor.storage_offset,
+        Tensor.__hash__,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_tensor,
     }
-)  # fmt: skip
+)

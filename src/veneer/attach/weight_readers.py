@@ -1,13 +1,13 @@
-"""Who reads a weight: not always the module that holds it, nor always in ``forward``.
+"""Find the modules and methods that read a weight. They need not be the forward of its own module:
 
-    F.linear(x, self.lm_head.weight)          a module reads a weight of another below it, past that one's forward
+    F.linear(x, self.lm_head.weight)          a module reads the weight of a module below it
     nn.TransformerEncoderLayer in eval mode   a fused kernel reads every weight below it
     self.tables[i]                            a ParameterList has no forward at all
-    model.encode(x)                           another method reads a weight, and is called from outside
+    model.encode(x)                           a caller uses another method, which reads a weight
 
-``weight_readers`` finds the methods whose code reads a weight like this. They run on a view in
-which the weight is changed. For torch's fused fast paths ``SWITCHES`` says how to take the plain
-path, on which every adapter is seen.
+``weight_readers`` finds the methods whose code reads a weight in one of these ways. They run on a
+view in which the weight is changed. For torch's fused fast paths ``SWITCHES`` holds the attributes
+that select the plain path, on which every adapter takes effect.
 """
 
 from __future__ import annotations
@@ -26,40 +26,44 @@ from veneer.attach.source_reader import Reads, attribute
 from veneer.attach.state import ModulePath
 from veneer.attach.targets import Names, own_parameters
 
-#: Attributes that turn a fused fast path off, by module class.
+#: attributes that turn a fused fast path off, by module class
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
     nn.TransformerEncoder: {"use_nested_tensor": False},
 }
-#: Modules that run or give whatever is in them, which a layer's state would be too.
+#: containers that run or return all their children, to which the state of a layer would be added
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class WeightReader(NamedTuple):
-    """A method of the module at ``path`` that reads a weight; ``below`` leads from there to the
-    weight's holder."""
+    """A method of the module at ``path`` that reads a weight. ``below`` is the path from that
+    module to the module that holds the weight."""
 
     path: str
     below: ModulePath
     method: str = "forward"
 
 
-def switches(module: nn.Module) -> dict[str, Any]:
-    """The attributes that a view of ``module`` needs so that it takes no fused fast path."""
-    return next((own for cls, own in SWITCHES.items() if isinstance(module, cls)), {})
+def fast_path_switches(module: nn.Module) -> dict[str, Any]:
+    """The attributes with which a view of ``module`` takes no fused fast path."""
+    return next((attributes for cls, attributes in SWITCHES.items() if isinstance(module, cls)), {})
 
 
-def switched(names: Names, path: str) -> Iterator[str]:
-    """The modules above ``path``, and it itself, that have a fused fast path to be turned off."""
-    yield from (above for above, _ in _above(names, path) if switches(names.modules[above]))
+def modules_with_fast_path(names: Names, path: str) -> Iterator[str]:
+    """The module at ``path`` and the modules above it that have a fused fast path to turn off."""
+    yield from (
+        above for above, _ in _above(names, path) if fast_path_switches(names.modules[above])
+    )
 
 
 def weight_readers(
-    names: Names, path: str, weight: str, *, now: bool = False
+    names: Names, path: str, weight: str, *, reachable_only: bool = False
 ) -> Iterator[WeightReader]:
-    """Who reads ``weight`` of the module at ``path`` other than through that one's forward. ``now``
-    leaves out forwards that read it in branches alone which the modules' attributes rule out as
-    they are."""
+    """The methods that read ``weight`` of the module at ``path``, other than that module's forward.
+
+    ``reachable_only`` leaves out forwards that read it only in branches that the present attributes
+    of their modules rule out.
+    """
     if not has_forward(names.modules[path]):
         for above, below in _above(names, path):
             if below and has_forward(names.modules[above]):
@@ -68,11 +72,14 @@ def weight_readers(
     for above, below in _above(names, path):
         module, target = names.modules[above], (*below, weight)
         cls = base_class(module)
-        forward = ("forward", *bound(module).values()) if below and not switches(module) else ()
-        found = [method for method in forward if _reads(module, method, target)]
-        if found and not (
-            now and not any(_reads(module, method, target, _constants(module)) for method in found)
-        ):
+        forward = (
+            ("forward", *bound(module).values()) if below and not fast_path_switches(module) else ()
+        )
+        readers = [method for method in forward if _reads(module, method, target)]
+        reachable = not reachable_only or any(
+            _reads(module, method, target, _constants(module)) for method in readers
+        )
+        if readers and reachable:
             yield WeightReader(above, below)
         for method in _methods(cls):
             words = mentions(cls, method)
@@ -85,50 +92,55 @@ _Constants = frozenset[tuple[str, Any]]
 
 
 def _constants(module: nn.Module) -> _Constants:
-    """The attributes of a module that are plain values, and that no mode of it changes."""
-    own = {
+    """The attributes of a module that are plain values and do not depend on its mode."""
+    values = {
         name: value
         for name, value in module.__dict__.items()
         if type(value) in (bool, int, float, str, type(None))
     }
     return frozenset(
-        (name, own[name]) for name in own if name not in ("training", "gradient_checkpointing")
+        (name, value)
+        for name, value in values.items()
+        if name not in ("training", "gradient_checkpointing")
     )
 
 
-def _analysed(module: nn.Module, method: str, known: _Constants = frozenset()) -> Reads:
+def _analyse(module: nn.Module, method: str, constants: _Constants = frozenset()) -> Reads:
     return reads(
-        base_class(module), method, frozenset((*module._modules, *own_parameters(module))), known
+        base_class(module),
+        method,
+        frozenset((*module._modules, *own_parameters(module))),
+        constants,
     )
 
 
 def _reads(
-    module: nn.Module, method: str, below: ModulePath, known: _Constants = frozenset()
+    module: nn.Module, method: str, below: ModulePath, constants: _Constants = frozenset()
 ) -> bool:
-    """Whether a method reads what is at ``below``. One that writes it, or its namesake, means the
-    base's own values."""
-    found = _analysed(module, method, known)
+    """Whether a method reads the parameter at the path ``below``. A method other than forward that
+    also writes it, or one of the same name, does not count: it means the base's own values."""
+    accesses = _analyse(module, method, constants)
     written = method != "forward" and any(
-        _fits(c, below[: len(c)]) or below[-1] in c for c in found.written
+        _fits(c, below[: len(c)]) or below[-1] in c for c in accesses.written
     )
-    return not written and any(_fits(read, below) for read in found.read)
+    return not written and any(_fits(read, below) for read in accesses.read)
 
 
-def asked(names: Names, path: str) -> Iterator[tuple[str, str]]:
-    """(path of a module above, an attribute) of what forwards above ask of the module at ``path``:
-    its stride, say."""
+def attributes_read_above(names: Names, path: str) -> Iterator[tuple[str, str]]:
+    """(path of a module above, name of an attribute) for each attribute of the module at ``path``,
+    its stride for instance, that the forward of a module above reads."""
     for above, below in _above(names, path):
         module = names.modules[above]
         if below and has_forward(module):
-            longer = [read for read in _analysed(module, "forward").read if len(read) > len(below)]
-            asked_names = {read[len(below)] for read in longer if _fits(read, below)}
-            yield from ((above, name) for name in sorted(asked_names) if name != "*")
+            longer = [read for read in _analyse(module, "forward").read if len(read) > len(below)]
+            attributes = {read[len(below)] for read in longer if _fits(read, below)}
+            yield from ((above, name) for name in sorted(attributes) if name != "*")
 
 
-#: What of a class may read a weight when it is used.
+#: attributes of a class whose use may read a weight
 _READERS = (FunctionType, property, functools.cached_property)
-#: Methods of transformers' models that write files or make weights, and compute nothing with them;
-#: long to read.
+#: methods of transformers' models that write files or create weights. They compute nothing with
+#: weights, and their analysis would take long.
 _NO_READERS = {
     "save_pretrained",
     "push_to_hub",
@@ -141,26 +153,25 @@ _NO_READERS = {
 
 @functools.cache
 def _methods(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The public methods and properties that a class has besides forward and what every module
-    has."""
+    """The public methods and properties of a class besides forward and those of ``nn.Module``."""
     names = [
         name
         for name in dir(cls)
         if not (name.startswith("_") or hasattr(nn.Module, name) or name in _NO_READERS)
     ]
-    own = {name: attribute(cls, name) for name in names}
-    return tuple(name for name, value in own.items() if isinstance(value, _READERS))
+    attributes = {name: attribute(cls, name) for name in names}
+    return tuple(name for name, value in attributes.items() if isinstance(value, _READERS))
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether a module does something itself, and is no mere container of parameters."""
+    """Whether a module has a forward, and is not only a container of parameters."""
     forward = getattr(base_class(module), "forward", None)
     return forward is not None and forward is not nn.Module.forward
 
 
 def bound(module: nn.Module) -> dict[str, str]:
-    """The attributes that hold a method bound to the module itself (``self.impl = self._impl``),
-    and its name."""
+    """{attribute: method name} of the attributes that hold a method bound to the module itself
+    (``self.impl = self._impl``)."""
     return {
         name: value.__func__.__name__
         for name, value in module.__dict__.items()
@@ -171,7 +182,7 @@ def bound(module: nn.Module) -> dict[str, str]:
 
 
 def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
-    """Why an adapter at ``path`` would have no effect there in a method, or None."""
+    """Why an adapter at ``path`` would have no effect in a method of the module; or None."""
     module = names.modules[path]
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript, whose forward cannot be changed"
@@ -191,19 +202,20 @@ def unreachable(names: Names, path: str, method: str = "forward") -> str | None:
 
 
 def _above(names: Names, path: str) -> Iterator[tuple[str, ModulePath]]:
-    """(path, path down) of the module itself and of those above it, the nearest first, under each
-    of its names."""
-    seen: set[tuple[str, ModulePath]] = set()
+    """(path of a module, path from there down) for the module itself and those above it, the
+    nearest first, under each of its names."""
+    visited: set[tuple[str, ModulePath]] = set()
     for alias in names.aliases[path]:
-        parts = alias.split(".") if alias else []
-        for depth in range(len(parts), -1, -1):
-            entry = names.canonical[".".join(parts[:depth])], tuple(parts[depth:])
-            if entry not in seen:
-                seen.add(entry)
+        components = alias.split(".") if alias else []
+        for depth in range(len(components), -1, -1):
+            entry = names.canonical[".".join(components[:depth])], tuple(components[depth:])
+            if entry not in visited:
+                visited.add(entry)
                 yield entry
 
 
 def _fits(read: ModulePath, below: ModulePath) -> bool:
+    """Whether a path that was read begins with ``below``; "*" in it matches any name."""
     return len(read) >= len(below) and all(
-        said in ("*", actual) for said, actual in zip(read, below, strict=False)
+        name in ("*", actual) for name, actual in zip(read, below, strict=False)
     )

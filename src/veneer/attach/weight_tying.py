@@ -1,12 +1,12 @@
-"""Tied weights of which an adapter changes the names apart.
+"""Tied weights whose names an adapter changes differently.
 
-A tie is one parameter under several names. Veneer trains it as one. PEFT adapts modules one by one,
-and gives each module in ``modules_to_save`` a copy, tied or not: its file may hold two values for
-one weight, or one value for half of it, a low-rank change or some rows of one name alone. Adapters
-that add tokens list both embeddings, so these files are common. That is no change of the one
-weight, so that name gets a weight of its own until the last adapter is detached
-(``adapter_files/ties.py``). Where nobody may untie (``untie=False``, a bank), values in full stand
-in for the weight of each place and cannot be merged, and the rest is refused.
+A tied weight is one parameter with several names. Veneer trains it as one parameter. PEFT adapts
+each module separately and gives each module in ``modules_to_save`` a copy, tied or not. So a PEFT
+file may hold two values for one weight, or a value, a low-rank change or some rows for only one of
+its names. Such files are common, as adapters that add tokens list both embeddings. One weight
+cannot have both values, so the changed name gets a weight of its own until the last adapter is
+detached (``adapter_files/ties.py``). Where untying is not allowed (``untie=False``, a bank), full
+values replace the weight at each name and cannot be merged, and other changes are refused.
 """
 
 from __future__ import annotations
@@ -32,65 +32,72 @@ UNTIE = (
 )
 
 
-def apart(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
-    """The (path, name) of tied parameters to which ``full`` gives values of their own. Equal ones
-    are the tie's."""
-    found: set[ParamRef] = set()
+def split_tie_refs(names: Names, full: Mapping[str, Mapping[str, Tensor]]) -> frozenset[ParamRef]:
+    """The (path, name) of tied parameters to which ``full`` gives different values, or a value for
+    some of the names only."""
+    split_refs: set[ParamRef] = set()
     for refs in holders(names).values():
         values = [full[path][name] for path, name in refs if name in full.get(path, ())]
         if values and (
-            len(values) < len(refs) or not all(same(value, values[0]) for value in values)
+            len(values) < len(refs) or not all(equal_values(value, values[0]) for value in values)
         ):
-            found |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
-    return frozenset(found)
+            split_refs |= {ref for ref in refs if ref[1] in full.get(ref[0], ())}
+    return frozenset(split_refs)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers, in whichever dtypes."""
-    common = torch.promote_types(one.dtype, other.dtype)
-    return one is other or torch.equal(one.to(common), other.to(common))
+def equal_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; their dtypes may differ."""
+    common = torch.promote_types(a.dtype, b.dtype)
+    return a is b or torch.equal(a.to(common), b.to(common))
 
 
-def torn(model: nn.Module, name: str) -> Iterator[str]:
-    """Why the adapter ``name`` cannot be merged: of each tie to which it gives values of their own,
-    in words."""
+def split_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """A problem for each tied weight to whose names the adapter ``name`` gives different values,
+    which one weight cannot hold after a merge."""
     trained = {
-        path: part.full._parameters
-        for path, _, part in adapters(model, name)
-        if part.full._parameters
+        path: layer_adapter.full._parameters
+        for path, _, layer_adapter in adapters(model, name)
+        if layer_adapter.full._parameters
     }
     for refs in holders(Names(model)).values() if trained else ():
-        own = [trained.get(path, {}).get(weight) for path, weight in refs]
-        if all(value is own[0] for value in own):
+        values = [trained.get(path, {}).get(weight) for path, weight in refs]
+        if all(value is values[0] for value in values):
             continue
-        there = [
-            parameter_path(*ref) for ref, value in zip(refs, own, strict=True) if value is not None
+        changed_paths = [
+            parameter_path(*ref)
+            for ref, value in zip(refs, values, strict=True)
+            if value is not None
         ]
-        rest = [parameter_path(*ref) for ref, value in zip(refs, own, strict=True) if value is None]
-        other = f"one weight with {listing(rest)}" if rest else "one weight"
+        unchanged_paths = [
+            parameter_path(*ref) for ref, value in zip(refs, values, strict=True) if value is None
+        ]
+        tie = f"one weight with {listing(unchanged_paths)}" if unchanged_paths else "one weight"
         yield sentence(
-            f"values of their own for {listing(there)}, {other} in this model", "one value", UNTIE
+            f"values of their own for {listing(changed_paths)}, {tie} in this model",
+            "one value",
+            UNTIE,
         )
 
 
-def untied_since(model: nn.Module, name: str) -> Iterator[str]:
-    """Weights that were one when the adapter was attached and are no longer: a merge, which writes
-    once, misses one."""
+def broken_tie_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """A problem for each weight that was tied when the adapter was attached and is no longer tied:
+    a merge writes it once, and would miss the other one."""
     first: dict[int, tuple[str, Any]] = {}
     for path, module, layer_state in layer_states(model):
-        part = layer_state.get(name)
-        if part is None:
+        layer_adapter = layer_state.get(name)
+        if layer_adapter is None:
             continue
-        for own, value in (*part.changes.items(), *part.full._parameters.items()):
-            where, weight = parameter_path(path, own), weight_of(module, own)
-            other, target = first.setdefault(id(value), (where, weight))
+        trained = (*layer_adapter.changes.items(), *layer_adapter.full._parameters.items())
+        for weight_name, value in trained:
+            full_path, weight = parameter_path(path, weight_name), weight_of(module, weight_name)
+            first_path, target = first.setdefault(id(value), (full_path, weight))
             tensors = isinstance(weight, Tensor) and isinstance(target, Tensor)
             if weight is not target and not (
                 tensors and weight.data_ptr() == target.data_ptr() != 0
             ):
                 do = "tie them again (`to_empty`, and loading with `assign=True`, untie)"
                 yield sentence(
-                    f"{where!r} and {other!r}, one weight when attached, untied since",
+                    f"{full_path!r} and {first_path!r}, one weight when attached, untied since",
                     "one weight",
                     do,
                 )
@@ -98,44 +105,49 @@ def untied_since(model: nn.Module, name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Untied:
-    """Names of tied weights that have weights of their own now: (name, a name that has kept the
-    weight) of each. ``config``: the model's config said that it ties its embeddings, and says now
-    that it does not."""
+    """The names of tied weights that ``untie`` gave weights of their own.
+
+    Fields:
+        names: (untied name, a name that still has the original weight) for each of them.
+        config: whether ``untie`` set ``tie_word_embeddings`` of the model's config to False.
+    """
 
     names: tuple[tuple[ParamRef, ParamRef], ...]
     config: bool
 
 
 def untie(names: Names, refs: Iterable[ParamRef]) -> Untied:
-    """Give each of these names of tied weights a parameter of its own with the same values; of a
-    weight all of whose names are among them, the first keeps it. ``AdapterError``: a weight that is
-    stored packed."""
-    chosen, made = set(refs), []
+    """Give each of these names of tied weights a parameter of its own with the same values. If
+    ``refs`` holds all names of a weight, the first one keeps it. Raises an AdapterError if a weight
+    is stored packed."""
+    chosen, untied = set(refs), []
     for tied in holders(names).values():
-        keeps = next((ref for ref in tied if ref not in chosen), tied[0])
-        made += [(ref, keeps) for ref in tied if ref in chosen and ref != keeps]
-    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in made]
+        keeper = next((ref for ref in tied if ref not in chosen), tied[0])
+        untied += [(ref, keeper) for ref in tied if ref in chosen and ref != keeper]
+    weights: list[Any] = [names.modules[path]._parameters[name] for (path, name), _ in untied]
     if packed := [
-        ref for (ref, _), own in zip(made, weights, strict=True) if type(own) is not nn.Parameter
+        ref
+        for (ref, _), weight in zip(untied, weights, strict=True)
+        if type(weight) is not nn.Parameter
     ]:
         problem = f"{parameter_path(*packed[0])!r}, a tied weight that is stored packed"
         raise AdapterError(
             problem, "a plain weight to untie", "untie the base before it is quantised"
         )
-    for ((path, name), _), own in zip(made, weights, strict=True):
-        copy = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+    for ((path, name), _), weight in zip(untied, weights, strict=True):
+        copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         names.modules[path]._parameters[name] = copy
     config = getattr(names.model, "config", None)
-    ties = bool(made) and getattr(config, "tie_word_embeddings", False) is True
-    if ties:  # or transformers ties them again, and saves one of them
+    ties = bool(untied) and getattr(config, "tie_word_embeddings", False) is True
+    if ties:  # else transformers ties them again, and saves only one of them
         config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]
-    return Untied(tuple(made), ties)
+    return Untied(tuple(untied), ties)
 
 
 def tie_again(model: nn.Module, untied: Untied) -> None:
     """Undo ``untie``."""
-    for (path, name), (other, its_name) in untied.names:
-        kept = model.get_submodule(other)._parameters[its_name]
-        model.get_submodule(path)._parameters[name] = kept
+    for (path, name), (keeper_path, keeper_name) in untied.names:
+        weight = model.get_submodule(keeper_path)._parameters[keeper_name]
+        model.get_submodule(path)._parameters[name] = weight
     if untied.config:
         model.config.tie_word_embeddings = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -25,11 +25,12 @@ from veneer.adapter_files.folder import folder_problems
 from veneer.adapter_files.match_model import MatchCache
 from veneer.attach.adapted_module import layer_states, walk
 from veneer.attach.blend import require_finite_weights
-from veneer.attach.install import ensure_adapters, release_layers
+from veneer.attach.install import ensure_adapters
 from veneer.attach.lookup import adapters_of, foreign_layers_problem, unwrap
 from veneer.attach.select_rows import time_first
 from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
 from veneer.attach.targets import Names
+from veneer.attach.uninstall import release_layers
 from veneer.bank.batch_state import BatchState, Frame, Uses
 from veneer.bank.lease import Entry, Lease, Status, live_lease, row_weights_of, sequences_per_row
 from veneer.bank.resident import (
@@ -97,8 +98,7 @@ class Bank:
         self._loader: ThreadPoolExecutor | None = None
         self._batch_states: list[BatchState] = []  # that no call uses
         self._calls, self._ended = 0, -QUIET
-        self._clock = 0
-        self._bytes = 0
+        self._clock = self._bytes = 0
         self._alive: set[int] = set()  # who takes these bytes, by ``ResidentAdapter.uid``
         self._crowded = 0
         self._closed = False
@@ -121,9 +121,8 @@ class Bank:
             old = self._entries.get(name)
             if old is not None and not replace:
                 problem = f"adapter name {name!r}, which is taken"
-                raise SelectionError(
-                    problem, "a new name", "choose another, or remove that one first"
-                )
+                do = "choose another, or remove that one first"
+                raise SelectionError(problem, "a new name", do)
             self._entries[name] = Entry(name, path)
             if old is not None and not old.users:
                 self._drop(old)
@@ -355,9 +354,8 @@ class Bank:
         entry = self._entries.get(name)
         if entry is None:
             problem = f"no adapter named {name!r}{nearest(str(name), self._entries)}"
-            raise SelectionError(
-                problem, "a name that is registered", "register it, or check the spelling"
-            )
+            do = "register it, or check the spelling"
+            raise SelectionError(problem, "a name that is registered", do)
         return entry
 
     def _take_entries(self, adapter_weights: Mapping[str, float]) -> list[Entry]:
@@ -417,9 +415,8 @@ class Bank:
         self._notify("load", entry.name, time.monotonic() - start)
 
     def _keep(self, entry: Entry, resident: ResidentAdapter) -> None:
-        if any(
-            key not in self._frame.modules for key in resident.parts
-        ):  # modules that no adapter changed before
+        # modules that no adapter changed before
+        if any(key not in self._frame.modules for key in resident.parts):
             self._frame.modules = {
                 layer_state.key: module for _, module, layer_state in layer_states(self.model)
             }
@@ -430,11 +427,8 @@ class Bank:
     def _evict(self, count: int) -> bool:
         """Evict what is not used until ``count`` bytes fit; whether they do."""
         while self.capacity is not None and self._bytes + count > self.capacity:
-            idle = [
-                e
-                for e in self._entries.values()
-                if e.resident is not None and not e.users and not e.pinned
-            ]
+            loaded = [entry for entry in self._entries.values() if entry.resident is not None]
+            idle = [entry for entry in loaded if not entry.users and not entry.pinned]
             if not idle:
                 return False
             oldest = min(idle, key=lambda entry: entry.used)
@@ -492,9 +486,8 @@ class Bank:
         """A block of calls whose rows use these."""
         with self._changed:
             self._open()
-            batch_state = (
-                self._batch_states.pop() if self._batch_states else BatchState(self._frame)
-            )
+            states = self._batch_states
+            batch_state = states.pop() if states else BatchState(self._frame)
             self._calls += 1
         selected = None
         try:
@@ -505,10 +498,9 @@ class Bank:
             with context.override({self._attached.uid: chosen}, outside=outside):
                 yield
         finally:
-            if (
-                selected is not None
-            ):  # who took this context along must not meet the next call's rows
-                selected.name, selected.parts = "the rows of a bank's block that has ended", None
+            if selected is not None:  # a context that outlives the block must not use later rows
+                selected.name = "the rows of a bank's block that has ended"
+                selected.layer_adapters = None
             batch_state.assignment = None
             with self._changed:
                 batch_state.keep(self._alive)

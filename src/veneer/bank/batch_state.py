@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach.blend import blend_adapters
 from veneer.attach.dtypes import at_least_float32
-from veneer.attach.select_rows import Parts
+from veneer.attach.select_rows import RowAdapters
 from veneer.attach.state import BASE, ActiveAdapter
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
@@ -231,7 +231,7 @@ class BatchAssignment:
         indices = [
             torch.tensor(row_indices, device="cpu") for row_indices in self.distinct.values()
         ]
-        self.apart = Parts(
+        self.apart = RowAdapters(
             batch_state.frame.uid, selections, indices, self.count, batch_state.frame.time_first
         )
         general = {key for resident in self.members for key in resident.general}

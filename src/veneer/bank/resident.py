@@ -34,7 +34,7 @@ from veneer.attach.lookup import adapters, adapters_of, need_adapters
 from veneer.attach.plan import LowRankPlan
 from veneer.attach.state import CHANGING, ModulePath
 from veneer.attach.targets import Names, ParamRef
-from veneer.attach.views import viewed
+from veneer.attach.views import run_on_view
 from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError
@@ -75,7 +75,7 @@ class ResolvedLowRank:
     read_below = {}
     entries = {}
     storage = BASES["plain"]
-    run = viewed  # for calls that the batched products are not for (autocast, gradients): on W + ΔW, formed
+    run = run_on_view  # for calls that the batched products are not for (autocast, gradients): on W + ΔW, formed
 
     @property
     def changes(self) -> dict[str, ResolvedLowRank]:

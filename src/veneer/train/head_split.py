@@ -96,7 +96,7 @@ class Head:
         # and the first chunk would get them without a gradient.
         with (
             nullcontext()
-            if attached is None or attached.stacked
+            if attached is None or attached.has_unrelated_merges
             else use(self.model, attached.merged)
         ):
             logits = self.call_within_forward(rows).logits
@@ -199,7 +199,11 @@ def find_body(model: nn.Module) -> ModulePath | None:
     if attached is not None:
         active = context.current.selection.get(attached.uid, attached.default)
         # with one adapter per row of the batch, the head would no longer know which row is which
-        if active.name is None and active.parts and _changes_outside(model, path, active.parts):
+        if (
+            active.name is None
+            and active.layer_adapters
+            and _changes_outside(model, path, active.layer_adapters)
+        ):
             return None
     return path
 
@@ -240,8 +244,8 @@ def changes_head(model: nn.Module, path: ModulePath) -> bool:
     active = context.current.selection.get(attached.uid, attached.default)
     return (
         active is not None
-        and bool(active.parts)
-        and _changes_outside(model, path, active.parts or {})
+        and bool(active.layer_adapters)
+        and _changes_outside(model, path, active.layer_adapters or {})
     )
 
 

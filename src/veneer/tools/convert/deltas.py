@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.install import install
+from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, changes, parameter_path
-from veneer.attach.merge import no_weights_change
+from veneer.attach.merge import output_change_problems
 from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
 from veneer.attach.refusals import check_full
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.targets import Names, ParamRef, own_parameters
-from veneer.attach.weight_tying import apart
+from veneer.attach.weight_tying import split_tie_refs
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence
@@ -44,7 +44,9 @@ def deltas_of_model(model: nn.Module, name: str) -> dict[str, Tensor]:
     Raises:
         AdapterError: the adapter changes outputs of modules, which no ΔW describes.
     """
-    raise_all(AdapterError, f"There is no ΔW of {name!r}", list(no_weights_change(model, name)))
+    raise_all(
+        AdapterError, f"There is no ΔW of {name!r}", list(output_change_problems(model, name))
+    )
     deltas: dict[str, Tensor] = {}
     for path, module, weight, change in changes(model, name):
         target = weight_of(module, weight)
@@ -168,10 +170,9 @@ def install_deltas(
         train_also=tuple(full),
         dtype="float32",
     )
-    plans = Plans(
-        config, tuple(low), full_keys, buffers, full_readers(names, full_keys), apart(names, full)
-    )
-    install(model, NAME, plans, trainable=False, parameters=factors)
+    readers, split_ties = full_readers(names, full_keys), split_tie_refs(names, full)
+    plans = Plans(config, tuple(low), full_keys, buffers, readers, split_ties)
+    install_adapter(model, NAME, plans, trainable=False, parameters=factors)
     with torch.no_grad():
         for module_path, _, module_parameters in adapters(model, NAME):
             for key, value in full.get(module_path, {}).items():

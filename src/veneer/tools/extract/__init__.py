@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
 from veneer.attach.adapted_module import base_class
-from veneer.attach.install import detach, install
+from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, adapters_of, parameter_path
 from veneer.attach.targets import Names, ParamRef
+from veneer.attach.uninstall import detach
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
@@ -306,7 +307,7 @@ def _write(
     product_weights = {id(both.old.by_name.get(product.pair.path)) for product in products}
     fingerprints = {product.pair.path: product.fingerprint for product in products}
     try:
-        install(both.model, name, plans, trainable=False, parameters=factors)
+        install_adapter(both.model, name, plans, trainable=False, parameters=factors)
         for path, _, module_parameters in adapters(both.model, name):
             for key, value in (
                 *module_parameters.full._parameters.items(),

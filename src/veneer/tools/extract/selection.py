@@ -22,7 +22,7 @@ from veneer.attach.plan import (
 )
 from veneer.attach.refusals import check_full, name_problems
 from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, bad_regex, excluded, own_parameters, select
+from veneer.attach.targets import Names, ParamRef, bad_regex, excluded_refs, own_parameters, select
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.tools.extract.weight_pairs import WeightPair
@@ -65,7 +65,7 @@ def select_weights(
     selected_refs, target_problems = select(names, config)
     problems += target_problems
     selected = set(selected_refs)
-    left_out = excluded(names, config, []) | _matching_refs(
+    left_out = excluded_refs(names, config, []) | _matching_refs(
         names, [p for p in config.exclude if names.matching(p)], []
     )
     by_name = _matching_refs(names, patterns, problems)

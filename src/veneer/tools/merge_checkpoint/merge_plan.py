@@ -29,11 +29,11 @@ from veneer import models
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.save_load import install_from
 from veneer.attach.change import Change
-from veneer.attach.install import detach
 from veneer.attach.lookup import adapters as adapters_of
 from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.merge import no_weights_change
-from veneer.attach.weight_tying import torn
+from veneer.attach.merge import output_change_problems
+from veneer.attach.uninstall import detach
+from veneer.attach.weight_tying import split_tie_problems
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.layers import Layer
 from veneer.models.base_weights import slice_shape
@@ -289,7 +289,10 @@ def _collect_edits(
 ) -> dict[str, TensorEdit]:
     """The edit of each parameter and running statistic that an adapter changes, by its path."""
     edits: dict[str, TensorEdit] = {}
-    problems = {name: (*torn(model, name), *no_weights_change(model, name)) for name in attached}
+    problems = {
+        name: (*split_tie_problems(model, name), *output_change_problems(model, name))
+        for name in attached
+    }
     all_problems = [
         f"{attached[name][0]}: {problem}"
         for name, tie_problems in problems.items()
