@@ -28,10 +28,10 @@ from veneer.attach.lookup import (
 )
 from veneer.attach.merge import merge
 from veneer.attach.merge_report import MergeReport
+from veneer.attach.names import Names
 from veneer.attach.plan import plan
 from veneer.attach.select import use
 from veneer.attach.summary import CallPlan, Summary, call_plan, summarise
-from veneer.attach.targets import Names
 from veneer.attach.uninstall import detach
 from veneer.attach.unmerge import unmerge
 from veneer.config import LoraConfig

@@ -20,7 +20,7 @@ import veneer
 from veneer.adapter_files import base_proof
 from veneer.adapter_files.verify import verify
 from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import Names
+from veneer.attach.names import Names
 from veneer.bases import BASES
 from veneer.errors import AdapterError, BaseMismatchError
 from veneer.fileio import hashing

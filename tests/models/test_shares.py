@@ -16,7 +16,7 @@ from tests.support.real_models import REAL, transformers_models
 from tests.support.tiny import write_tiny
 
 from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.targets import Names
+from veneer.attach.names import Names
 from veneer.errors import ConfigError
 from veneer.models import load_head
 from veneer.models.safetensors_dir import Checkpoint

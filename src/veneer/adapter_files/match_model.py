@@ -38,13 +38,12 @@ from veneer.adapter_files.peft_mapping import (
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import parameter_path
+from veneer.attach.names import Names, ParamRef, own_parameters
 from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
 from veneer.attach.refusals import check_full, kind_for
 from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.token_rows import ROWS
 from veneer.attach.weight_readers import has_forward
 from veneer.attach.weight_tying import split_tie_refs
@@ -54,6 +53,7 @@ from veneer.fileio.throttle import throttle
 from veneer.formats import peft, peft_behaviour, peft_fields, peft_paths, peft_tokens
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from veneer.adapter_files.peft_mapping import means_parameter
 from veneer.adapter_files.record import PARAMETERS
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.plan import LowRankPlan
 from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.targets import Names, ParamRef
 from veneer.errors import listing, sentence
 from veneer.formats import peft
 from veneer.lowrank import LowRank

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import base_class, weight_of
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import kind_for
-from veneer.attach.targets import Names, ParamRef
 from veneer.attach.views import view
 from veneer.attach.weight_readers import weight_readers
 from veneer.bases import storage_of

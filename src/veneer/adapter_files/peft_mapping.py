@@ -26,15 +26,15 @@ from veneer.adapter_files.peft_deviations import (
 )
 from veneer.attach.adapted_module import base_class, layer_states, weight_of
 from veneer.attach.change import Change
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.lookup import adapters, parameter_path
+from veneer.attach.names import Names, ParamRef, own_parameters
 from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.weight_readers import attributes_read_above
 from veneer.config import LoraConfig
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.layers import kind_of
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import weight_of
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach.names import Names, ParamRef
 from veneer.bases import storage_of
 from veneer.formats import peft
 from veneer.lowrank import LowRank

@@ -23,9 +23,9 @@ from veneer.attach.change import Change
 from veneer.attach.fresh_weights import fresh_parameters, has_head, warn_fresh
 from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
+from veneer.attach.names import Names
 from veneer.attach.refusals import name_problems
 from veneer.attach.stored_weights import bits_before_merge, without_backup
-from veneer.attach.targets import Names
 from veneer.attach.weight_tying import tie_again
 from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
 from veneer.errors import AdapterError, listing, warn_caller

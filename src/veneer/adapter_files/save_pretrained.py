@@ -39,9 +39,9 @@ from veneer.attach.lookup import (
     unwrap,
 )
 from veneer.attach.method_overrides import without_adapters
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.state import STATE, ModelAdapters
 from veneer.attach.stored_weights import require_attached_base
-from veneer.attach.targets import Names, ParamRef
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft

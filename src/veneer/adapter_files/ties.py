@@ -20,8 +20,8 @@ from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters_of, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders
-from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_tying import Untied, split_tie_refs, untie
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft

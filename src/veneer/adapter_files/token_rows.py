@@ -22,8 +22,8 @@ from veneer.adapter_files.tuner_folder import weights_of
 from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.change import Change
 from veneer.attach.lookup import adapters_of, changes, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders, holders_of, kind_for
-from veneer.attach.targets import Names, ParamRef
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, nearest, raise_all, sentence
 from veneer.formats import peft, peft_tokens

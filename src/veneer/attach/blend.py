@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.attach.adapted_module import base_class
 from veneer.attach.change import frozen_weight
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.layer_call import Call, is_jagged, on_values, run_factored, with_update
 from veneer.attach.state import ActiveAdapter, ModulePath
@@ -32,6 +31,7 @@ from veneer.attach.views import run_on_view
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model, fused
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 _PLAIN = VARIANTS["lora"]

@@ -15,10 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def is_float(value: Any) -> bool:
     tensor = value.data if isinstance(value, PackedSequence) else value
     return isinstance(tensor, Tensor) and tensor.is_floating_point()

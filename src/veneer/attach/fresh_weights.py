@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach.names import Names, ParamRef
 from veneer.distributed import is_sharded
 from veneer.errors import listing
 

@@ -24,11 +24,11 @@ from veneer.attach.adapted_module import (
     weight_of,
 )
 from veneer.attach.change import Change
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.first_step import watch_first_step
 from veneer.attach.fused_linear import SharedInputLayers
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters_of, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.plan import LowRankPlan, Plans
 from veneer.attach.refusals import kind_for, name_problems
 from veneer.attach.source_analysis import same_input
@@ -39,7 +39,6 @@ from veneer.attach.state import (
     ModelAdapters,
     one_thread_at_a_time,
 )
-from veneer.attach.targets import Names, ParamRef
 from veneer.attach.token_rows import ROWS, start
 from veneer.attach.weight_readers import bound, fast_path_switches, modules_with_fast_path
 from veneer.bases import BASES, storage_of, without_gradient
@@ -48,6 +47,7 @@ from veneer.distributed import full_tensor
 from veneer.errors import TargetError, raise_all
 from veneer.layers import kind_of
 from veneer.layers._base import factors
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS, InitContext
 
 #: for one planned weight, functions that read the data from which its variant starts, by name

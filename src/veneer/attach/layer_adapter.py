@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.change import Change, changed_storage_error, frozen_weight
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.experts import drop_inputs, is_stack
 from veneer.attach.fused_linear import (
     FusedChange,
@@ -44,6 +43,7 @@ from veneer.attach.views import run_on_view
 from veneer.kernels import cost_model, device, fused
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 

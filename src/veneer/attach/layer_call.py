@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.attach.adapted_module import base_forward, weight_of
 from veneer.attach.change import PIECES, Change, frozen_weight
-from veneer.attach.dtypes import at_least_float32, no_autocast, output_dtype, widen
+from veneer.attach.dtypes import no_autocast, output_dtype, widen
 from veneer.attach.state import LayerState
 from veneer.attach.views import view
 from veneer.kernels import device, fused
@@ -29,6 +29,7 @@ from veneer.kernels.dropout import dropout as drop
 from veneer.kernels.dropout import seed as new_seed
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 
 def is_jagged(args: tuple, kwargs: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from veneer.errors import SelectionError
 from veneer.layers import LAYERS, Layer
 from veneer.layers._base import GENERAL
 
-if TYPE_CHECKING:
-    from veneer.attach.select_rows import RowAdapters
-
 #: arguments that hold no rows, and tensors, whose rows can be taken out
 _DIVISIBLE = (Tensor, bool, int, float, complex, str, Enum, torch.Size, torch.dtype, torch.device)
 
@@ -32,7 +29,7 @@ class LayerRows:
     ``layer_adapters``: for each selection of ``rows`` what it does at this layer; None for nothing.
     """
 
-    def __init__(self, rows: RowAdapters, layer_adapters: Sequence[Any]) -> None:
+    def __init__(self, rows: Any, layer_adapters: Sequence[Any]) -> None:
         self.rows, self.layer_adapters = rows, layer_adapters
         self.linear = LinearRows(rows, layer_adapters)
 

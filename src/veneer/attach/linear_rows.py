@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from veneer.attach.state import STATE
 from veneer.kernels import batched, device, fused
 from veneer.kernels.dropout import seed as new_seed
 from veneer.kernels.spans import Span, alike, linear, linears
-
-if TYPE_CHECKING:
-    from veneer.attach.select_rows import RowAdapters
 
 #: outputs of layers that were computed before their own calls
 _READY = PendingOutputs()
@@ -44,7 +41,7 @@ class LinearRows:
             every adapter here.
     """
 
-    def __init__(self, rows: RowAdapters, layer_adapters: Sequence[Any]) -> None:
+    def __init__(self, rows: Any, layer_adapters: Sequence[Any]) -> None:
         self.rows, self.layer_adapters = rows, layer_adapters
         active = [layer_adapter for layer_adapter in layer_adapters if layer_adapter is not None]
         all_plain = bool(active and rows.row_ranges) and all(

@@ -18,10 +18,11 @@ from veneer.attach import targets as targeting
 from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.fresh_weights import fresh_parameters
 from veneer.attach.lookup import parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders, kind_for
 from veneer.attach.shared_memory import overlaps
 from veneer.attach.state import one_thread_at_a_time
-from veneer.attach.targets import WORDS, Names, ParamRef, pattern_list
+from veneer.attach.targets import WORDS, pattern_list
 from veneer.attach.weight_readers import WeightReader, weight_readers
 from veneer.bases import Storage, storage_of
 from veneer.config import LoraConfig
@@ -153,7 +154,7 @@ class _Planner:
         """(the targets of the config, the parameters of an untrained head, which are trained in
         full)."""
         names, config = self.names, self.config
-        targets, more = targeting.select(names, config)
+        targets, more = targeting.target_refs(names, config)
         self.problems += more
         self.also = targeting.expand(names, config.train_also, "train_also", self.problems)
         explicit = callable(config.targets) or any(word not in WORDS for word in self.words)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from veneer.attach.change import Change
-from veneer.attach.dtypes import at_least_float32
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 #: computes a tensor
 Make = Callable[[], Tensor]

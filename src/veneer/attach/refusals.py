@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from veneer.attach.adapted_module import base_class, walk, weight_of
 from veneer.attach.from_peft import peft_problem
 from veneer.attach.lookup import adapters_of, foreign_layers_problem, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.state import STATE, LayerState
-from veneer.attach.targets import Names, ParamRef
 from veneer.attach.weight_readers import modules_with_fast_path, unreachable, weight_readers
 from veneer.bases import storage_of, unreadable
 from veneer.distributed import spread_problem, within_run_on_all

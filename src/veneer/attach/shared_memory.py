@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach.adapted_module import weight_of
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach.names import Names, ParamRef
 from veneer.errors import sentence
 
 #: (device, first address, address after the last byte, number of the parameter in the model's

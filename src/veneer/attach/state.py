@@ -21,16 +21,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError
 from veneer.layers import Layer
-
-if TYPE_CHECKING:
-    from veneer.attach.layer_adapter import LayerAdapter
 
 STATE = "veneer"
 ADAPTERS = "_veneer"
@@ -312,6 +309,6 @@ class LayerState(nn.Module):
             expected = "a call without a selection, which has all that is merged"
         return SelectionError(problem, expected, "call veneer.unmerge(model) first")
 
-    def get(self, name: str) -> LayerAdapter | None:
+    def get(self, name: str) -> Any:
         """The ``LayerAdapter`` of the adapter ``name`` here; None if it changes nothing here."""
-        return cast("LayerAdapter | None", self._modules.get(name))
+        return self._modules.get(name)

@@ -10,7 +10,8 @@ from torch import nn
 
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import adapters, changes, need_adapters, only_name, unwrap
-from veneer.attach.targets import Names, layers_left_out
+from veneer.attach.names import Names
+from veneer.attach.targets import layers_left_out
 from veneer.bases import storage_of
 from veneer.kernels import cost_model
 
@@ -53,11 +54,11 @@ class Summary:
         width = max(len(row.kind) for row in self.rows) if self.rows else 0
         lines = [
             f"  {row.kind:<{width}}  {row.layers:>5} layers  {row.parameters:>13,} numbers "
-            f" {size(row.bytes):>10}"
+            f" {format_bytes(row.bytes):>10}"
             for row in self.rows
         ]
         share = f"{self.percent:.3f} % of the base's {self.total:,}"
-        total = f"  trains {self.trainable:,} numbers ({size(self.bytes)}), {share}"
+        total = f"  trains {self.trainable:,} numbers ({format_bytes(self.bytes)}), {share}"
         default = ", the model's default" if self.is_default else ""
         lines = [f"adapter {self.adapter!r}{default}", *lines, total]
         if self.left_out:
@@ -117,7 +118,7 @@ def _element_count(weight: nn.Parameter) -> int:
     return weight.numel() if storage is None else storage.shape(weight).numel()
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes as text, in powers of 1024."""
     power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
     return f"{count / 1024**power:,.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.attach.dtypes import at_least_float32
 from veneer.layers import Layer
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 #: the name of R among the parameters of a ``Change``
 ROWS = "token_rows"

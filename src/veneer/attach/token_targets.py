@@ -10,8 +10,8 @@ from torch import nn
 
 from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.lookup import parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders, holders_of, kind_for
-from veneer.attach.targets import Names, ParamRef
 from veneer.bases import storage_of
 from veneer.errors import listing, sentence
 from veneer.layers import kind_of

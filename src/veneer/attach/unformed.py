@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from veneer.attach.dtypes import at_least_float32
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 
 #: a selection of a stack's matrices: None for all, the index of one, or the indices of several [S]
 Index = int | Tensor | None

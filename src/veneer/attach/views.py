@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from veneer.attach.adapted_module import (
 )
 from veneer.attach.change import frozen_weight
 from veneer.attach.dtypes import (
-    at_least_float32,
     cast_floats,
     is_float,
     no_autocast,
@@ -40,9 +39,7 @@ from veneer.attach.experts import always_form_weights, stand_ins
 from veneer.attach.state import STATE, LayerState, ModulePath, detached_error
 from veneer.attach.unformed import CannotStandError
 from veneer.bases import BASES
-
-if TYPE_CHECKING:
-    from veneer.attach.layer_adapter import LayerAdapter
+from veneer.precision import at_least_float32
 
 
 def run_on_view(
@@ -151,10 +148,10 @@ def _run_unformed(
 
 
 def _children_read_below(
-    module: nn.Module, layer_adapters: Mapping[ModulePath, LayerAdapter], views: list[_View]
+    module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> dict[str, nn.Module]:
     """Views of the children below which weights are read directly, by the names of the children."""
-    below: dict[str, dict[ModulePath, LayerAdapter]] = {}
+    below: dict[str, dict[ModulePath, Any]] = {}
     for path, layer_adapter in layer_adapters.items():
         if path:
             below.setdefault(path[0], {})[path[1:]] = layer_adapter
@@ -165,7 +162,7 @@ def _children_read_below(
 
 
 def _view_read_below(
-    module: nn.Module, layer_adapters: Mapping[ModulePath, LayerAdapter], views: list[_View]
+    module: nn.Module, layer_adapters: Mapping[ModulePath, Any], views: list[_View]
 ) -> nn.Module:
     """A view of a module below, whose own weights or those below it are read directly.
 

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from veneer.attach.adapted_module import base_class, instance_forward, wrapped_forward
+from veneer.attach.names import Names, own_parameters
 from veneer.attach.source_analysis import mentions, reads
 from veneer.attach.source_reader import Reads, attribute
 from veneer.attach.state import ModulePath
-from veneer.attach.targets import Names, own_parameters
 
 #: attributes that turn a fused fast path off, by module class
 SWITCHES: dict[type[nn.Module], dict[str, Any]] = {

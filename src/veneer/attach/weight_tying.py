@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import layer_states, weight_of
 from veneer.attach.lookup import adapters, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders
-from veneer.attach.targets import Names, ParamRef
 from veneer.errors import AdapterError, listing, sentence
 
 UNTIE = (

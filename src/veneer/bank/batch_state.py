@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from veneer.attach.blend import blend_adapters
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.select_rows import RowAdapters
 from veneer.attach.state import BASE, ActiveAdapter
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping
+from veneer.precision import at_least_float32
 
 #: ranks are rounded up to powers of two from this on: adapters that come to the same share a bucket
 SMALLEST = 8

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
 from veneer.attach.adapted_module import state_of, weight_of
-from veneer.attach.dtypes import at_least_float32
 from veneer.attach.install import (
     adapt_modules,
     build_layer_adapters,
@@ -31,9 +30,9 @@ from veneer.attach.install import (
 )
 from veneer.attach.layer_adapter import LayerAdapter
 from veneer.attach.lookup import adapters, adapters_of, need_adapters
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.plan import LowRankPlan
 from veneer.attach.state import CHANGING, ModulePath
-from veneer.attach.targets import Names, ParamRef
 from veneer.attach.views import run_on_view
 from veneer.bases import BASES
 from veneer.config import LoraConfig
@@ -42,6 +41,7 @@ from veneer.fileio.throttle import throttle
 from veneer.formats import peft
 from veneer.layers import Dims
 from veneer.lowrank import LowRank
+from veneer.precision import at_least_float32
 from veneer.variants import VARIANTS
 
 # : how much larger than the adapter parameters the factors that they resolve to may be: a variant

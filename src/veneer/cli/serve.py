@@ -333,7 +333,7 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach.summary import size
+    from veneer.attach.summary import format_bytes
     from veneer.cli.console import err
     from veneer.errors import listing
 
@@ -350,7 +350,7 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
             service.sampling.describe(("temperature", "top_k", "top_p")) or "temperature 1",
         ),
         ("adapters", f"{len(names)}: {listing(names)}" if names else "none"),
-        ("memory for adapters", "no limit" if budget is None else size(budget)),
+        ("memory for adapters", "no limit" if budget is None else format_bytes(budget)),
     ):
         table.add_row(Text(label, style="bold"), Text(value))
     err.print(table)

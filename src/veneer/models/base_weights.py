@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import unwrap
-from veneer.attach.targets import Names, ParamRef, own_parameters
+from veneer.attach.names import Names, ParamRef, own_parameters
 from veneer.bases import Storage, storage_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of

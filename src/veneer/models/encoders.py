@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from veneer.attach.dtypes import at_least_float32
 from veneer.errors import ConfigError
 from veneer.fileio.untrusted import parse
 from veneer.models.load import Precision, load_head, tokenizer_at
 from veneer.models.locate import config_of, find_base
+from veneer.precision import at_least_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.targets import Names, fresh_head, pattern_list
+from veneer.attach.names import Names
+from veneer.attach.targets import fresh_head, pattern_list
 from veneer.config import LoraConfig
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary

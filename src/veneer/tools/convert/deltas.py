@@ -18,10 +18,10 @@ from veneer.attach.adapted_module import base_class, weight_of
 from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, changes, parameter_path
 from veneer.attach.merge import output_change_problems
+from veneer.attach.names import Names, ParamRef, own_parameters
 from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
 from veneer.attach.refusals import check_full
 from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, own_parameters
 from veneer.attach.weight_tying import split_tie_refs
 from veneer.bases import storage_of
 from veneer.config import LoraConfig

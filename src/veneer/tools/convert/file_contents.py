@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.attach.lookup import parameter_path
-from veneer.attach.targets import Names
+from veneer.attach.names import Names
 from veneer.errors import AdapterError
 from veneer.formats import Adapter, BaseFacts, LowRankChange, peft
 from veneer.formats._base import kind_of_change

@@ -27,8 +27,8 @@ from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.token_rows import vocabulary_size
 from veneer.attach.adapted_module import weight_of
 from veneer.attach.lookup import changes, parameter_path
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.refusals import holders, holders_of, kind_for
-from veneer.attach.targets import Names, ParamRef
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind

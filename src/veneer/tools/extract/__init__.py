@@ -34,7 +34,7 @@ from veneer.adapter_files.save_load import save
 from veneer.attach.adapted_module import base_class
 from veneer.attach.install import install_adapter
 from veneer.attach.lookup import adapters, adapters_of, parameter_path
-from veneer.attach.targets import Names, ParamRef
+from veneer.attach.names import Names, ParamRef
 from veneer.attach.uninstall import detach
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from veneer.attach.lookup import adapters_of
+from veneer.attach.names import Names, ParamRef, own_parameters
 from veneer.attach.plan import (
     Plans,
     TargetSpec,
@@ -22,7 +23,7 @@ from veneer.attach.plan import (
 )
 from veneer.attach.refusals import check_full, name_problems
 from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import Names, ParamRef, bad_regex, excluded_refs, own_parameters, select
+from veneer.attach.targets import bad_regex, excluded_refs, target_refs
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.tools.extract.weight_pairs import WeightPair
@@ -62,7 +63,7 @@ def select_weights(
     if (attached := adapters_of(names.model)) is not None and attached.merged is not None:
         problem = f"{attached.merged!r} merged into the weights of the base"
         problems.append(sentence(problem, "an unmerged base", "call veneer.unmerge(model) first"))
-    selected_refs, target_problems = select(names, config)
+    selected_refs, target_problems = target_refs(names, config)
     problems += target_problems
     selected = set(selected_refs)
     left_out = excluded_refs(names, config, []) | _matching_refs(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from veneer.attach.summary import size
+from veneer.attach.summary import format_bytes
 from veneer.train.callbacks import say
 from veneer.train.plan import memory
 from veneer.train.prepare import Prepared
@@ -133,7 +133,7 @@ def print_overview(
     rungs = ", ".join(map(str, search.rungs))
     ends = f"; the weaker end after steps {rungs}" if rungs else ""
     lines = [
-        f"Base     {config.base} ({dtype}, {size(base_bytes)})",
+        f"Base     {config.base} ({dtype}, {format_bytes(base_bytes)})",
         f"Data     {config.data}: {task.amount(prepared.train)}",
         f"         {len(prepared.evaluation):,} examples to evaluate on",
         f"Steps    {prepared.steps:,} of {config.batch_size * config.grad_accum} examples",
