@@ -30,8 +30,7 @@ from veneer.adapter_files.file_names import FILES
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import refill, write_adapter
 from veneer.adapter_files.trainers import cover, disable_dropout, patch_trainers
-from veneer.attach.lookup import adapters_of, selected_name, unwrap
-from veneer.attach.reference import Reference, reference_of
+from veneer.attach import Reference, adapters_of, reference_of, selected_name, unwrap
 from veneer.config import LoraConfig
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, ConfigError

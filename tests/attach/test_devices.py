@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
 from veneer import precision
-from veneer.attach import fold_weights
+from veneer.attach.merging import fold_weights
 from veneer.errors import MergeError
 from veneer.kernels import rounding
 from veneer.kernels.rounding import fold

@@ -11,7 +11,6 @@ import torch
 from tests.support.broken import (
     first_row_decides,
     first_row_decides_for_a_bank,
-    merging,
     unmerge_loses_a_bit,
 )
 
@@ -22,9 +21,11 @@ with warnings.catch_warnings():  # of the libraries that the matrix loads
     from scripts.matrix.page import Page
 
 from veneer.adapter_files import match_parameters, save_load
-from veneer.attach import fold_weights, select_rows, stored_weights
-from veneer.attach.change import Change
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.merging import fold_weights, stored_weights
+from veneer.attach.merging import merge as merging
+from veneer.attach.rows import select_rows
 from veneer.bases import BASES
 from veneer.formats import peft
 from veneer.kernels import fused

@@ -20,8 +20,8 @@ from tests.support.emulated_device import G0, G1, without_float64
 from tests.support.toys import example
 
 from gpu_place import Place
-from veneer.attach.change import Change
-from veneer.attach.layer_adapter import LayerAdapter
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.layer_adapter import LayerAdapter
 from veneer.kernels import device, dropout
 from veneer.kernels import grouped as grouped_
 from veneer.layers import LAYERS

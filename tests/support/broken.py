@@ -3,14 +3,12 @@ common."""
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
-from veneer.attach import select, select_rows, stored_weights
+from veneer.attach import select
+from veneer.attach.merging import stored_weights
+from veneer.attach.rows import select_rows
 from veneer.bank.batch_state import BatchState
-
-merging = importlib.import_module("veneer.attach.merge")  # the package has a function of this name
 
 
 def unmerge_loses_a_bit(patch):

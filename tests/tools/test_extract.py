@@ -23,7 +23,7 @@ from torch import nn
 
 import veneer
 from veneer import models
-from veneer.attach.adapted_module import weight_of
+from veneer.attach.layer.adapted_module import weight_of
 from veneer.bases import BASES
 from veneer.errors import CheckpointError, ConfigError, ExtractError, OutputExistsError, TargetError
 from veneer.fileio.hashing import fingerprint, fingerprint_of
@@ -391,7 +391,7 @@ def _delta(change):
 
 
 def _changes(model):
-    from veneer.attach.lookup import changes
+    from veneer.attach.layer.lookup import changes
 
     return {f"{path}.{weight}": change for path, _, weight, change in changes(model, "a")}
 

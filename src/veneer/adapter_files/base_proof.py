@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
-from veneer.attach.adapted_module import state_of
+from veneer.attach import state_of
 from veneer.bases import Storage
 from veneer.fileio import hashing
 from veneer.fileio.hashing import XXH3, fingerprint, memory_of

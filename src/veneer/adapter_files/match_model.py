@@ -37,16 +37,27 @@ from veneer.adapter_files.peft_mapping import (
 )
 from veneer.adapter_files.peft_starts import without_start
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import parameter_path
-from veneer.attach.names import Names, ParamRef, own_parameters
-from veneer.attach.plan import LowRankPlan, Plans, TargetSpec, changed_refs, full_readers, plan_low
-from veneer.attach.refusals import check_full, kind_for
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.token_rows import ROWS
-from veneer.attach.weight_readers import has_forward
-from veneer.attach.weight_tying import split_tie_refs
+from veneer.attach import (
+    ROWS,
+    LayerAdapter,
+    LowRankPlan,
+    Names,
+    ParamRef,
+    Plans,
+    TargetSpec,
+    base_class,
+    changed_refs,
+    check_full,
+    full_readers,
+    has_forward,
+    kind_for,
+    overlaps,
+    own_parameters,
+    parameter_path,
+    plan_low,
+    split_tie_refs,
+    weight_of,
+)
 from veneer.errors import AdapterError, BaseMismatchError, listing, nearest, raise_all, sentence
 from veneer.fileio.hashing import fingerprint_without_rows
 from veneer.fileio.throttle import throttle

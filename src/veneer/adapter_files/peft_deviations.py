@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.refusals import kind_for
-from veneer.attach.views import view
-from veneer.attach.weight_readers import weight_readers
+from veneer.attach import Names, ParamRef, base_class, kind_for, view, weight_of, weight_readers
 from veneer.bases import storage_of
 from veneer.distributed import full_tensor, is_sharded
 from veneer.formats import peft, peft_behaviour, peft_tuners

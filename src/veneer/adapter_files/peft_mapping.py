@@ -24,12 +24,20 @@ from veneer.adapter_files.peft_deviations import (
     is_zero,
     outside_reader,
 )
-from veneer.attach.adapted_module import base_class, layer_states, weight_of
-from veneer.attach.change import Change
-from veneer.attach.lookup import adapters, parameter_path
-from veneer.attach.names import Names, ParamRef, own_parameters
-from veneer.attach.refusals import GENERAL_KIND, kind_for
-from veneer.attach.weight_readers import attributes_read_above
+from veneer.attach import (
+    GENERAL_KIND,
+    Change,
+    Names,
+    ParamRef,
+    adapters,
+    attributes_read_above,
+    base_class,
+    kind_for,
+    layer_states,
+    own_parameters,
+    parameter_path,
+    weight_of,
+)
 from veneer.config import LoraConfig
 from veneer.formats import peft, peft_behaviour, peft_paths
 from veneer.layers import kind_of

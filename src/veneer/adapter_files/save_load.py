@@ -18,15 +18,28 @@ from veneer.adapter_files.match_model import match
 from veneer.adapter_files.peft_mapping import file_tensor, peft_config, peft_entries, tensors_of
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.ties import untie_for
-from veneer.attach.adapted_module import base_class, walk, weight_of, with_values
-from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh_parameters, has_head, warn_fresh
-from veneer.attach.install import install_adapter
-from veneer.attach.lookup import adapters, changes, need_adapters, only_name, parameter_path, unwrap
-from veneer.attach.names import Names
-from veneer.attach.refusals import name_problems
-from veneer.attach.stored_weights import bits_before_merge, without_backup
-from veneer.attach.weight_tying import tie_again
+from veneer.attach import (
+    Change,
+    Names,
+    adapters,
+    base_class,
+    bits_before_merge,
+    changes,
+    fresh_parameters,
+    has_head,
+    install_adapter,
+    name_problems,
+    need_adapters,
+    only_name,
+    parameter_path,
+    tie_again,
+    unwrap,
+    walk,
+    warn_fresh,
+    weight_of,
+    with_values,
+    without_backup,
+)
 from veneer.distributed import full_tensors, has_fsdp1, meet_ranks, reshard
 from veneer.errors import AdapterError, listing, warn_caller
 from veneer.fileio.hashing import digest, hash_json

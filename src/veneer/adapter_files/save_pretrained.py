@@ -25,23 +25,27 @@ from veneer import context
 from veneer.adapter_files.folder import write
 from veneer.adapter_files.match_model import LoadPlan, match
 from veneer.adapter_files.save_load import LoadedElsewhere, base_name_of, labels_of, save_by
-from veneer.attach.adapted_module import base_class, layer_states, with_values
-from veneer.attach.change import Change
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import (
+from veneer.attach import (
+    STATE,
+    Change,
+    LayerAdapter,
+    ModelAdapters,
+    Names,
+    ParamRef,
     adapters,
     adapters_of,
+    base_class,
     changes,
+    fresh_parameters,
+    layer_states,
     need_adapters,
     parameter_path,
+    require_attached_base,
     selected_name,
     unwrap,
+    with_values,
+    without_adapters,
 )
-from veneer.attach.method_overrides import without_adapters
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.state import STATE, ModelAdapters
-from veneer.attach.stored_weights import require_attached_base
 from veneer.distributed import is_spread
 from veneer.errors import AdapterError, SelectionError, listing, raise_all, sentence
 from veneer.formats import peft

@@ -1,5 +1,5 @@
 """Tied weights whose names a folder changes differently: these names need separate weights
-(``attach/weight_tying.py``).
+(``attach/planning/weight_tying.py``).
 
 PEFT adapts modules one by one. Its adapter may change one name of a tied weight at a low rank, in
 full or in some rows, and leave the other name unchanged. That is no change of one shared weight.
@@ -18,11 +18,17 @@ from veneer.adapter_files import token_rows
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.peft_mapping import module_at, ref_at
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import adapters_of, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.refusals import holders
-from veneer.attach.weight_tying import Untied, split_tie_refs, untie
+from veneer.attach import (
+    Names,
+    ParamRef,
+    Untied,
+    adapters_of,
+    holders,
+    parameter_path,
+    split_tie_refs,
+    untie,
+    weight_of,
+)
 from veneer.errors import AdapterError, listing
 from veneer.formats import peft
 

@@ -19,11 +19,19 @@ from veneer.adapter_files import peft_deviations, peft_mapping
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.record import ranges_of
 from veneer.adapter_files.tuner_folder import weights_of
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.change import Change
-from veneer.attach.lookup import adapters_of, changes, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.refusals import holders, holders_of, kind_for
+from veneer.attach import (
+    Change,
+    Names,
+    ParamRef,
+    adapters_of,
+    base_class,
+    changes,
+    holders,
+    holders_of,
+    kind_for,
+    parameter_path,
+    weight_of,
+)
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, nearest, raise_all, sentence
 from veneer.formats import peft, peft_tokens

@@ -33,13 +33,20 @@ from veneer.adapter_files import model_card
 from veneer.adapter_files.file_names import copy_files
 from veneer.adapter_files.save_load import install_from
 from veneer.adapter_files.save_pretrained import SAVE, refill, save_pretrained
-from veneer.attach.adapted_module import state_of, walk
-from veneer.attach.change import Change
-from veneer.attach.from_peft import override_peft_methods
-from veneer.attach.lookup import adapters_of, selected_name, unwrap
-from veneer.attach.method_overrides import is_overridden, override_method
-from veneer.attach.reference import Reference, reference_of
-from veneer.attach.uninstall import detach
+from veneer.attach import (
+    Change,
+    Reference,
+    adapters_of,
+    detach,
+    is_overridden,
+    override_method,
+    override_peft_methods,
+    reference_of,
+    selected_name,
+    state_of,
+    unwrap,
+    walk,
+)
 from veneer.errors import ConfigError, TargetError, VeneerError
 from veneer.formats import peft
 

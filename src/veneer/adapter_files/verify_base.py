@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.adapter_files.findings import FindingLog
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.weight_tying import UNTIE, equal_values
+from veneer.attach import UNTIE, equal_values
 from veneer.errors import listing, sentence
 from veneer.fileio.hashing import fingerprint, fingerprint_without_rows
 from veneer.formats import peft_paths

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.adapted_module import weight_of
 from veneer.attach.install import Calibration
-from veneer.attach.lookup import adapters_of, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.plan import LowRankPlan, Plans
-from veneer.attach.state import BASE
+from veneer.attach.layer.adapted_module import weight_of
+from veneer.attach.layer.lookup import adapters_of, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.state import BASE
+from veneer.attach.planning.plan import LowRankPlan, Plans
 from veneer.errors import ConfigError, raise_all, sentence
 from veneer.layers import LAYERS, Layer, kind_of
 from veneer.precision import double

@@ -1,8 +1,8 @@
 """Install planned adapters in a model. ``uninstall.py`` detaches them.
 
 install_adapter         creates all adapter parameters, then adds them to the layers of a model
-build_layer_adapters    the first step of ``install_adapter``; a bank stores the layer adapters itself
-adapt_modules           the second step: gives modules their adapted class
+build_layer_adapters    its first step; a bank stores the layer adapters itself
+adapt_modules           its second step: gives modules their adapted class
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import (
+from veneer.attach.first_step import watch_first_step
+from veneer.attach.layer.adapted_module import (
     adapt_methods,
     adapt_module,
     base_class,
@@ -23,24 +24,23 @@ from veneer.attach.adapted_module import (
     state_of,
     weight_of,
 )
-from veneer.attach.change import Change
-from veneer.attach.first_step import watch_first_step
-from veneer.attach.fused_linear import SharedInputLayers
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters_of, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.plan import LowRankPlan, Plans
-from veneer.attach.refusals import kind_for, name_problems
-from veneer.attach.source_analysis import same_input
-from veneer.attach.state import (
+from veneer.attach.layer.change import Change
+from veneer.attach.layer.fused_linear import SharedInputLayers
+from veneer.attach.layer.layer_adapter import LayerAdapter
+from veneer.attach.layer.lookup import adapters_of, parameter_path
+from veneer.attach.layer.names import Names, ParamRef
+from veneer.attach.layer.state import (
     ADAPTERS,
     ActiveAdapter,
     LayerState,
     ModelAdapters,
     one_thread_at_a_time,
 )
-from veneer.attach.token_rows import ROWS, start
-from veneer.attach.weight_readers import bound, fast_path_switches, modules_with_fast_path
+from veneer.attach.layer.token_rows import ROWS, start
+from veneer.attach.planning.plan import LowRankPlan, Plans
+from veneer.attach.planning.refusals import kind_for, name_problems
+from veneer.attach.source.source_analysis import same_input
+from veneer.attach.source.weight_readers import bound, fast_path_switches, modules_with_fast_path
 from veneer.bases import BASES, storage_of, without_gradient
 from veneer.config import LoraConfig, torch_dtype
 from veneer.distributed import full_tensor

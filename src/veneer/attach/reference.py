@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of, with_values
-from veneer.attach.lookup import adapters, changes, need_adapters, selected_name, unwrap
-from veneer.attach.method_overrides import without_adapters
+from veneer.attach.layer.adapted_module import weight_of, with_values
+from veneer.attach.layer.lookup import adapters, changes, need_adapters, selected_name, unwrap
 from veneer.attach.select import use
+from veneer.attach.source.method_overrides import without_adapters
 from veneer.errors import MergeError
 
 
@@ -69,7 +69,7 @@ class Reference(nn.Module):
             raise MergeError(problem, "an unmerged model", "call veneer.unmerge first")
 
     @contextmanager
-    def selecting(self) -> Iterator[None]:
+    def selected(self) -> Iterator[None]:
         """A block in which the model computes as this reference."""
         self._check()
         training = [module for module in self._root.modules() if module.training]
@@ -87,7 +87,7 @@ class Reference(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # not in ``forward``: trainers replace that method by one that calls submodules directly
-        with self.selecting():
+        with self.selected():
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ class Reference(nn.Module):
         """The tensors of the model, which share its memory; for None without the adapters'."""
         if self._adapter is None:
             return without_adapters(self._submodule).state_dict(*args, **kwargs)
-        with self.selecting():
+        with self.selected():
             return self._submodule.state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +120,7 @@ class Reference(nn.Module):
 
         @functools.wraps(value.__func__)
         def method(*args: Any, **kwargs: Any) -> Any:
-            with self.selecting():
+            with self.selected():
                 return self._under_selection(value(*args, **kwargs))
 
         return method

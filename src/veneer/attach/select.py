@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from veneer import context
-from veneer.attach.blend import blend_adapters, require_finite_weights
-from veneer.attach.lookup import need_adapters, unwrap
-from veneer.attach.select_rows import by_rows
-from veneer.attach.state import BASE, ActiveAdapter, OutsideGenerator, one_thread_at_a_time
+from veneer.attach.layer.lookup import need_adapters, unwrap
+from veneer.attach.layer.state import BASE, ActiveAdapter, OutsideGenerator, one_thread_at_a_time
+from veneer.attach.rows.blend import blend_adapters, require_finite_weights
+from veneer.attach.rows.select_rows import by_rows
 from veneer.errors import SelectionError
 from veneer.kernels import cost_model
 

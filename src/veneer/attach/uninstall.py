@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from veneer.attach.adapted_module import layer_states, restore_module, set_child, walk, weight_of
-from veneer.attach.lookup import need_adapters, unwrap
-from veneer.attach.method_overrides import remove_overrides
-from veneer.attach.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
-from veneer.attach.weight_tying import tie_again
+from veneer.attach.layer.adapted_module import (
+    layer_states,
+    restore_module,
+    set_child,
+    walk,
+    weight_of,
+)
+from veneer.attach.layer.lookup import need_adapters, unwrap
+from veneer.attach.layer.state import ADAPTERS, ModelAdapters, one_thread_at_a_time
+from veneer.attach.planning.weight_tying import tie_again
+from veneer.attach.source.method_overrides import remove_overrides
 from veneer.bases import storage_of
 from veneer.errors import MergeError
 

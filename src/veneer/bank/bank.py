@@ -23,14 +23,22 @@ from torch import Tensor, nn
 from veneer import context
 from veneer.adapter_files.folder import folder_problems
 from veneer.adapter_files.match_model import MatchCache
-from veneer.attach.adapted_module import layer_states, walk
-from veneer.attach.blend import require_finite_weights
-from veneer.attach.install import ensure_adapters
-from veneer.attach.lookup import adapters_of, foreign_layers_problem, unwrap
-from veneer.attach.names import Names
-from veneer.attach.select_rows import time_first
-from veneer.attach.state import BASE, CHANGING, ActiveAdapter, OutsideGenerator
-from veneer.attach.uninstall import release_layers
+from veneer.attach import (
+    BASE,
+    CHANGING,
+    ActiveAdapter,
+    Names,
+    OutsideGenerator,
+    adapters_of,
+    ensure_adapters,
+    foreign_layers_problem,
+    layer_states,
+    release_layers,
+    require_finite_weights,
+    time_first,
+    unwrap,
+    walk,
+)
 from veneer.bank.batch_state import BatchState, Frame, Uses
 from veneer.bank.lease import Entry, Lease, Status, live_lease, row_weights_of, sequences_per_row
 from veneer.bank.resident import (

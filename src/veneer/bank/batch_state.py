@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.attach.blend import blend_adapters
-from veneer.attach.select_rows import RowAdapters
-from veneer.attach.state import BASE, ActiveAdapter
+from veneer.attach import BASE, ActiveAdapter, RowAdapters, blend_adapters
 from veneer.bank.resident import ResidentAdapter, ResolvedLowRank
 from veneer.kernels import batched, device, fused
 from veneer.kernels.batched import Grouping

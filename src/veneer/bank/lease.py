@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.attach.blend import require_finite_weights
+from veneer.attach import require_finite_weights
 from veneer.bank.batch_state import Uses
 from veneer.bank.resident import ResidentAdapter
 from veneer.errors import SelectionError

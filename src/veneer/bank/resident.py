@@ -21,19 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.match_model import MatchCache, match
-from veneer.attach.adapted_module import state_of, weight_of
-from veneer.attach.install import (
+from veneer.attach import (
+    CHANGING,
+    LayerAdapter,
+    LowRankPlan,
+    ModulePath,
+    Names,
+    ParamRef,
     adapt_modules,
+    adapters,
+    adapters_of,
     build_layer_adapters,
     ensure_adapters,
+    need_adapters,
+    run_on_view,
+    state_of,
     trained_dtype,
+    weight_of,
 )
-from veneer.attach.layer_adapter import LayerAdapter
-from veneer.attach.lookup import adapters, adapters_of, need_adapters
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.plan import LowRankPlan
-from veneer.attach.state import CHANGING, ModulePath
-from veneer.attach.views import run_on_view
 from veneer.bases import BASES
 from veneer.config import LoraConfig
 from veneer.errors import SelectionError

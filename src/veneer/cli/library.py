@@ -27,7 +27,7 @@ def list_command(
     """
     from rich.text import Text
 
-    from veneer.attach.summary import format_bytes
+    from veneer.attach import format_bytes
     from veneer.cli.console import echo_json, err, open_library, out, table_of
 
     store = open_library(library)
@@ -138,7 +138,7 @@ def gc_command(
       veneer gc
       veneer gc --grace 0
     """
-    from veneer.attach.summary import format_bytes
+    from veneer.attach import format_bytes
     from veneer.cli.console import open_library, out
     from veneer.errors import listing
 

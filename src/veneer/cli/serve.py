@@ -333,7 +333,7 @@ def _announce(service: Any, host: str, port: int, budget: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from veneer.attach.summary import format_bytes
+    from veneer.attach import format_bytes
     from veneer.cli.console import err
     from veneer.errors import listing
 

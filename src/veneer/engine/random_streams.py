@@ -18,8 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from veneer import context
-from veneer.attach.adapted_module import walk
-from veneer.attach.select_rows import RowAdapters
+from veneer.attach import RowAdapters, walk
 from veneer.errors import SelectionError
 
 _DROPOUT_FUNCTIONS: Any = {

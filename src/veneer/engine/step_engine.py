@@ -28,10 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import context
-from veneer.attach.blend import common_base_adapter
-from veneer.attach.lookup import need_adapters
-from veneer.attach.select_rows import RowAdapters, time_first
-from veneer.attach.state import ActiveAdapter
+from veneer.attach import ActiveAdapter, RowAdapters, common_base_adapter, need_adapters, time_first
 from veneer.engine.batches import (
     AdapterBatch,
     check_independent_rows,

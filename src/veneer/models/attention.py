@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from veneer.attach.source_analysis import compares_attention
+from veneer.attach import compares_attention
 from veneer.errors import sentence
 
 if TYPE_CHECKING:

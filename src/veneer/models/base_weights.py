@@ -31,9 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import unwrap
-from veneer.attach.names import Names, ParamRef, own_parameters
+from veneer.attach import Names, ParamRef, own_parameters, unwrap, weight_of
 from veneer.bases import Storage, storage_of
 from veneer.errors import CheckpointError, ConfigError, listing, raise_all, sentence
 from veneer.fileio.hashing import XXH3, fingerprint_of, kind_of

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from veneer.attach.method_overrides import without_adapters
-from veneer.attach.source_analysis import compares_attention
+from veneer.attach import compares_attention, without_adapters
 from veneer.config import torch_dtype
 from veneer.errors import ConfigError, listing, nearest
 from veneer.fileio.atomic import new_folder

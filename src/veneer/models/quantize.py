@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from veneer.attach.names import Names
+from veneer.attach import Names
 from veneer.errors import CheckpointError, ConfigError, listing
 from veneer.fileio.hashing import fingerprint
 

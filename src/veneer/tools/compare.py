@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach.lookup import parameter_path
+from veneer.attach import parameter_path
 from veneer.errors import AdapterError, listing, raise_all, sentence
 from veneer.fileio.hashing import kind_of, recorded_fingerprints
 from veneer.formats import peft_paths

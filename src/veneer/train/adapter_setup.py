@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.names import Names
-from veneer.attach.targets import fresh_head, pattern_list
+from veneer.attach import Names, fresh_head, fresh_parameters, pattern_list
 from veneer.config import LoraConfig
 from veneer.handle import attach, load
 from veneer.train import checkpoint, vocabulary

@@ -25,12 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from veneer import context
-from veneer.attach.adapted_module import base_class
-from veneer.attach.lookup import adapters_of
-from veneer.attach.select import use
-from veneer.attach.source_analysis import submodule_calls
-from veneer.attach.state import LayerState
-from veneer.attach.views import view
+from veneer.attach import LayerState, adapters_of, base_class, submodule_calls, use, view
 from veneer.kernels import fused
 
 #: whether the head of a model treats each row on its own, once tested

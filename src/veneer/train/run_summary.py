@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from veneer.attach.summary import format_bytes
+from veneer.attach import format_bytes
 from veneer.distributed import is_spread
 from veneer.train.callbacks import say
 from veneer.train.hidden_state_cache import HiddenStateCache

@@ -17,7 +17,7 @@ from tests.support.api_server import listening, until
 from tests.support.service import open_service
 from tests.support.training_client import Client
 
-from veneer.attach import state as state_
+from veneer.attach.layer import state as state_
 from veneer.serve import training
 from veneer.serve.requests import Request, Sampling
 from veneer.serve.training.training import training_of

@@ -18,7 +18,7 @@ it:
     3  Turn._next         the turn at the model: a step of the engine, a batch of the trainer (``Turn``)
     4  Turn._now
     5  Queue.wake         lines and promises; the training thread sleeps here
-    6  CHANGING           the model's layers are changed (``attach/state.py``)
+    6  CHANGING           the model's layers are changed (``attach/layer/state.py``)
     7  Bank._changed      the bank's tables; a load sleeps here while leases hold its memory
     8  Engine._wake       the engine's queue; the engine sleeps here
     9  Store._lock        the index is written

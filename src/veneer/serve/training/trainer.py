@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.adapter_files.number_checks import MAX_MAGNITUDE
-from veneer.attach.lookup import changes, need_adapters
+from veneer.attach import changes, need_adapters
 from veneer.config import LoraConfig
 from veneer.engine import PassResult, TrainedAdapter, isolate_failures
 from veneer.engine.gradients import (

@@ -26,8 +26,7 @@ from torch import nn
 
 from veneer.adapter_files.derived_folder import merged_base, write_derived
 from veneer.adapter_files.folder import AdapterFiles, read
-from veneer.attach.lookup import parameter_path
-from veneer.attach.names import path_test
+from veneer.attach import parameter_path, path_test
 from veneer.errors import AdapterError, ConfigError, listing, nearest, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist
 from veneer.formats import peft, peft_paths

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.lookup import parameter_path
+from veneer.attach import parameter_path
 from veneer.errors import AdapterError, BaseMismatchError, listing, raise_all, sentence
 from veneer.fileio.hashing import digest
 from veneer.formats import peft_paths

@@ -29,8 +29,7 @@ from torch import nn
 from veneer.adapter_files import UnverifiedAdapter, folder, install_from, save
 from veneer.adapter_files.derived_folder import write_derived
 from veneer.adapter_files.folder import AdapterFiles
-from veneer.attach.lookup import parameter_path
-from veneer.attach.uninstall import detach
+from veneer.attach import detach, parameter_path
 from veneer.errors import AdapterError, listing
 from veneer.fileio.atomic import must_not_exist, new_file
 from veneer.formats import FORMATS, BaseFacts, LowRankChange, MisreadElsewhere, Options, peft

@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import base_class, weight_of
-from veneer.attach.install import install_adapter
-from veneer.attach.lookup import adapters, changes, parameter_path
-from veneer.attach.merge import output_change_problems
-from veneer.attach.names import Names, ParamRef, own_parameters
-from veneer.attach.plan import Plans, TargetSpec, full_readers, plan_low
-from veneer.attach.refusals import check_full
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.weight_tying import split_tie_refs
+from veneer.attach import (
+    Names,
+    ParamRef,
+    Plans,
+    TargetSpec,
+    adapters,
+    base_class,
+    changes,
+    check_full,
+    full_readers,
+    install_adapter,
+    output_change_problems,
+    overlaps,
+    own_parameters,
+    parameter_path,
+    plan_low,
+    split_tie_refs,
+    weight_of,
+)
 from veneer.bases import storage_of
 from veneer.config import LoraConfig
 from veneer.errors import AdapterError, listing, nearest, raise_all, sentence

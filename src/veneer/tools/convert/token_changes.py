@@ -25,10 +25,16 @@ from torch import nn
 from veneer.adapter_files.base_proof import fingerprints_of
 from veneer.adapter_files.folder import AdapterFiles
 from veneer.adapter_files.token_rows import vocabulary_size
-from veneer.attach.adapted_module import weight_of
-from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.refusals import holders, holders_of, kind_for
+from veneer.attach import (
+    Names,
+    ParamRef,
+    changes,
+    holders,
+    holders_of,
+    kind_for,
+    parameter_path,
+    weight_of,
+)
 from veneer.bases import storage_of
 from veneer.errors import AdapterError, listing
 from veneer.fileio.hashing import recorded_hash_kind

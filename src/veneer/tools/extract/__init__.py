@@ -31,11 +31,16 @@ from torch import Tensor, nn
 
 from veneer.adapter_files.peft_mapping import kind_for
 from veneer.adapter_files.save_load import save
-from veneer.attach.adapted_module import base_class
-from veneer.attach.install import install_adapter
-from veneer.attach.lookup import adapters, adapters_of, parameter_path
-from veneer.attach.names import Names, ParamRef
-from veneer.attach.uninstall import detach
+from veneer.attach import (
+    Names,
+    ParamRef,
+    adapters,
+    adapters_of,
+    base_class,
+    detach,
+    install_adapter,
+    parameter_path,
+)
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, ExtractError, TargetError, listing, raise_all, sentence
 from veneer.fileio.atomic import must_not_exist

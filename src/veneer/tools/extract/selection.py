@@ -10,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from veneer.attach.lookup import adapters_of
-from veneer.attach.names import Names, ParamRef, own_parameters
-from veneer.attach.plan import (
+from veneer.attach import (
+    Names,
+    ParamRef,
     Plans,
     TargetSpec,
+    adapters_of,
+    bad_regex,
     changed_refs,
+    check_full,
+    excluded_refs,
     full_readers,
     is_matrix,
+    name_problems,
+    overlaps,
+    own_parameters,
     plan_low,
+    target_refs,
     with_ties,
 )
-from veneer.attach.refusals import check_full, name_problems
-from veneer.attach.shared_memory import overlaps
-from veneer.attach.targets import bad_regex, excluded_refs, target_refs
 from veneer.config import LoraConfig, Targets
 from veneer.errors import ConfigError, TargetError, raise_all, sentence
 from veneer.tools.extract.weight_pairs import WeightPair

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from veneer import models
 from veneer.adapter_files.peft_mapping import kind_for
-from veneer.attach.adapted_module import base_class
-from veneer.attach.lookup import adapters_of, unwrap
-from veneer.attach.names import Names
+from veneer.attach import Names, adapters_of, base_class, unwrap
 from veneer.errors import ExtractError, listing, raise_all, sentence
 from veneer.layers import Dims, Layer
 from veneer.layers._base import GENERAL

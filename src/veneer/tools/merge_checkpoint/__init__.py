@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from veneer.adapter_files.file_names import content_hash
-from veneer.attach.merge_report import MergeReport
+from veneer.attach import MergeReport
 from veneer.errors import BaseMismatchError, MergeError, listing, raise_all
 from veneer.fileio.atomic import must_not_exist, new_folder
 from veneer.fileio.locks import hold_lock

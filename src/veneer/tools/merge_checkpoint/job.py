@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veneer.adapter_files.file_names import common_tokenizer
 from veneer.adapter_files.folder import read
-from veneer.attach.merge_report import LayerMerge
+from veneer.attach import LayerMerge
 from veneer.errors import BaseMismatchError, MergeError, listing, sentence
 from veneer.fileio.hashing import fingerprint_of, fingerprint_without_rows, kind_of
 from veneer.kernels.reference import round_once

@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from veneer import models
 from veneer.adapter_files.folder import AdapterFiles, read
 from veneer.adapter_files.save_load import install_from
-from veneer.attach.change import Change
-from veneer.attach.lookup import adapters as adapters_of
-from veneer.attach.lookup import changes, parameter_path
-from veneer.attach.merge import output_change_problems
-from veneer.attach.uninstall import detach
-from veneer.attach.weight_tying import split_tie_problems
+from veneer.attach import (
+    Change,
+    changes,
+    detach,
+    output_change_problems,
+    parameter_path,
+    split_tie_problems,
+)
+from veneer.attach import adapters as adapters_of
 from veneer.errors import CheckpointError, MergeError, VeneerError, listing, raise_all, sentence
 from veneer.layers import Layer
 from veneer.models.base_weights import slice_shape

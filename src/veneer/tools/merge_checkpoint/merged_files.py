@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from veneer.attach.merge_report import LayerMerge
+from veneer.attach import LayerMerge
 from veneer.errors import CheckpointError
 from veneer.tools.merge_checkpoint.job import MergeJob, merge_tensor
 

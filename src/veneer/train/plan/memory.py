@@ -32,10 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.attach.adapted_module import base_class, state_of
-from veneer.attach.lookup import only_name
-from veneer.attach.select import use
-from veneer.attach.summary import format_bytes
+from veneer.attach import base_class, format_bytes, only_name, state_of, use
 from veneer.bases import storage_of
 from veneer.distributed import is_spread
 from veneer.errors import ConfigError

@@ -22,9 +22,7 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from veneer.attach.fresh_weights import fresh_parameters
-from veneer.attach.names import Names
-from veneer.attach.plan import plan
+from veneer.attach import Names, fresh_parameters, plan
 from veneer.errors import ConfigError, TargetError, TrainingError, VeneerError, raise_all
 from veneer.fileio.atomic import write_whole
 from veneer.models.remote_code import with_trust_of_config

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from veneer import models
-from veneer.attach.lookup import adapters_of, unwrap
-from veneer.attach.select import use
+from veneer.attach import adapters_of, unwrap, use
 from veneer.errors import ConfigError, DataError
 from veneer.models.load import Base
 from veneer.registry import Registry

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.attach.lookup import unwrap
+from veneer.attach import unwrap
 from veneer.errors import ConfigError, DataError
 from veneer.train import data, row_shape
 from veneer.train.generate import continuations, encode
