@@ -291,6 +291,14 @@ def test_vllm_that_is_not_installed(veneer, tmp_path, monkeypatch):
     (tmp_path / "keys.toml").write_text(veneer("keygen", "a").out)
     run = veneer("serve", "base", "--engine", "vllm", "--keys", tmp_path / "keys.toml")
     assert "--keys with --engine vllm" in run.err
+    run = veneer("serve", "base", "--engine", "vllm", "--tool-call-parser", "hermes")
+    assert "--tool-call-parser with --engine vllm" in run.err
+
+
+def test_a_parser_that_is_not_known_is_refused_before_the_base_is_loaded(veneer):
+    run = veneer("serve", "nothing", "--port", 0, "--tool-call-parser", "herms")
+    assert run.code == 2
+    assert "--tool-call-parser 'herms' (nearest: 'hermes'" in " ".join(run.err.split())
 
 
 def test_vllm_takes_the_place_of_this_process(veneer, tmp_path, monkeypatch):

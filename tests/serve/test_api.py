@@ -376,7 +376,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
         ({"adapters": {"a": "x"}}, "Found: a text of 1 character in adapters.a. Expected: a valid number."),
         ({"messages": []}, "Found: a list of 0 items in messages. Expected: at least 1 item."),
         ({"messages": [{"role": "user"}]}, "Found: no field 'messages.0.content'."),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role. Expected: 'system', 'developer', 'user'"),
+        ({"messages": [{"role": "data", "content": "a"}]}, "messages.0.role. Expected: 'system', 'developer', 'user'"),
         ({"messages": [{"role": "user", "content": PICTURE}]}, "messages.0.content.0.type. Expected: 'text'."),
         ({"messages": [{"role": "user", "content": []}]}, "in messages.0.content. Expected: at least 1 item."),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},

@@ -31,6 +31,15 @@ Length = Annotated[
         help="Longest prompt and answer together, in tokens; at most what the base takes.", min=2
     ),
 ]
+ToolCallParser = Annotated[
+    str | None,
+    Option(
+        help=(
+            "How the base writes calls of tools, by vLLM's name: hermes, llama3_json, mistral, …"
+            " Default: as its chat template shows."
+        )
+    ),
+]
 AllowOpen = Annotated[
     bool,
     Option(
@@ -91,6 +100,7 @@ def serve_command(
     device: Device = None,
     device_map: DeviceMap = None,
     attention: Attention = "auto",
+    tool_call_parser: ToolCallParser = None,
     trust_remote_code: TrustRemoteCode = False,
     engine: Annotated[Literal["veneer", "vllm"], Option(help="Who computes.")] = "veneer",
     replicas: Annotated[
@@ -132,21 +142,15 @@ def serve_command(
         raise ConfigError(
             "--train with --replicas", "one server that trains", "leave out --replicas"
         )
-    own = {"quantize": quantize, "device": device, "device_map": device_map, "attention": attention}
+    own: dict[str, Any] = {"quantize": quantize, "device": device, "device_map": device_map}
+    own |= {"attention": attention, "tool_call_parser": tool_call_parser}
     settings = settings_of(
         base, name=name, adapters=adapters, memory=memory, pin=pin, rows=rows, length=length, queue=queue,
-        timeout=timeout, precision=precision, **own,
-        trust_remote_code=trust_remote_code,
+        timeout=timeout, precision=precision, trust_remote_code=trust_remote_code, **own,
     )  # fmt: skip
     if engine == "vllm":
-        _not_for_vllm(
-            {
-                **own,
-                "replicas": replicas,
-                "train": train,
-                "trust_remote_code": trust_remote_code or None,
-            }
-        )
+        trust = trust_remote_code or None
+        _not_for_vllm({**own, "replicas": replicas, "train": train, "trust_remote_code": trust})
         _become_vllm(settings, name, host, port, keys)
     ring = _ring(keys, train)
     hosts = (*LOOPBACK, host.lower()) if ring.open and local else None

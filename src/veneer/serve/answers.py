@@ -13,7 +13,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from itertools import accumulate
@@ -23,6 +23,8 @@ from veneer.errors import sentence
 from veneer.serve.refusal import RETRY, Refusal
 from veneer.serve.requests import Cause, Piece, Request, Token
 from veneer.serve.schemas import Asked, ChatRequest
+from veneer.serve.tools.choose import CallReading
+from veneer.serve.tools.deltas import Call, Delta, TextDelta, join_deltas
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 
@@ -80,11 +82,12 @@ class Answers:
 class Form:
     """How one call wants its answers. ``heads`` is the text that goes before each of them
     (``echo``), or empty; ``candid`` is whether the client may read the words of an error inside the
-    server."""
+    server; ``reading`` is how calls of tools are read out of the answers, if they are."""
 
     def __init__(
-        self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool
-    ) -> None:
+        self, body: Asked, prompts: Sequence[Sequence[int]], heads: Sequence[str], candid: bool,
+        reading: CallReading | None = None,
+    ) -> None:  # fmt: skip
         self.chat, self.model, self.created = (
             isinstance(body, ChatRequest),
             body.model,
@@ -95,6 +98,26 @@ class Form:
         self.heads, self.candid = heads or [""] * self.count, candid
         self.logprobs = body.alternatives() is not None
         self.usage = body.stream_options is not None and body.stream_options.include_usage
+        self.markers = {} if reading is None else reading.markers
+        self.parsers = [] if reading is None else [reading.new_parser() for _ in range(self.count)]
+
+    async def complete(self, answers: Answers) -> dict[str, Any]:
+        return await whole(answers, self)
+
+    def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[bytes]:
+        return events(self, first, pieces)
+
+    def deltas(self, index: int, piece: Piece) -> list[Delta]:
+        """The text and the calls that become certain with a piece of answer number ``index``."""
+        if not self.parsers:
+            return [TextDelta(piece.text)] if piece.text else []
+        parser = self.parsers[index]
+        deltas = parser.feed(piece.text)
+        return deltas + parser.end() if piece.finish else deltas
+
+    def finish(self, index: int, piece: Piece) -> str | None:
+        """Why that answer ended with its last piece, in OpenAI's words."""
+        return self.parsers[index].finish(piece.finish) if self.parsers else piece.finish
 
     def counts(self, generated: int) -> dict[str, int]:
         total = self.prompt_tokens + generated
@@ -155,14 +178,21 @@ def of_cause(why: str, cause: Cause | None, candid: bool) -> Refusal:
     )
 
 
-async def whole(answers: Answers, form: Form) -> dict[str, Any]:
-    """All answers, when the last has ended. ``Refusal``: one of them did not come to its end."""
+async def collect(answers: Answers, form: Form) -> list[list[Piece]]:
+    """The pieces of each answer, when the last has ended. ``Refusal``: one of them did not come to
+    its end."""
     pieces_by_answer: list[list[Piece]] = [[] for _ in range(form.count)]
     async with aclosing(answers.pieces()) as pieces:
         async for index, piece in pieces:
             if refusal := failure(piece, form.candid):
                 raise refusal
             pieces_by_answer[index].append(piece)
+    return pieces_by_answer
+
+
+async def whole(answers: Answers, form: Form) -> dict[str, Any]:
+    """All answers, when the last has ended. ``Refusal``: one of them did not come to its end."""
+    pieces_by_answer = await collect(answers, form)
     generated = sum(len(piece.tokens) for some in pieces_by_answer for piece in some)
 
     def choices() -> list[dict[str, Any]]:
@@ -176,9 +206,50 @@ async def whole(answers: Answers, form: Form) -> dict[str, Any]:
 def _choice(form: Form, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
     head, text = form.heads[index], "".join(piece.text for piece in pieces)
     shown = _logprobs(form, [token for piece in pieces for token in piece.tokens], len(head))
-    message = {"role": "assistant", "content": text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if form.parsers:
+        message |= _message_fields(
+            join_deltas(delta for piece in pieces for delta in form.deltas(index, piece))
+        )
+    finish = form.finish(index, pieces[-1])
     content = {"message": message} if form.chat else {"text": head + text}
-    return {"index": index, **content, "logprobs": shown, "finish_reason": pieces[-1].finish}
+    return {"index": index, **content, "logprobs": shown, "finish_reason": finish}
+
+
+def _message_fields(answer: Sequence[str | Call]) -> dict[str, Any]:
+    """An answer's text and calls as a message has them."""
+    text = "".join(block for block in answer if isinstance(block, str))
+    calls = [
+        {
+            "id": block.id,
+            "type": "function",
+            "function": {"name": block.name, "arguments": block.arguments},
+        }
+        for block in answer
+        if isinstance(block, Call)
+    ]
+    return {"content": text or None, "tool_calls": calls} if calls else {"content": text}
+
+
+def _chat_delta(delta: Delta) -> dict[str, Any]:
+    if isinstance(delta, TextDelta):
+        return {"content": delta.text}
+    call: dict[str, Any] = {"index": delta.index, "function": {"arguments": delta.arguments}}
+    if delta.name is not None:
+        function = {"name": delta.name, "arguments": delta.arguments}
+        call = {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+    return {"tool_calls": [call]}
+
+
+def _tool_events(form: Form, index: int, piece: Piece, shown: Any) -> Iterator[bytes]:
+    """The events of one piece of an answer in which calls are looked for."""
+    for delta in form.deltas(index, piece):
+        yield _event(form, index, {"delta": _chat_delta(delta)}, shown)
+        shown = None
+    if shown is not None:
+        yield _event(form, index, {"delta": {}}, shown)
+    if piece.finish:
+        yield _event(form, index, {"delta": {}}, finish=form.finish(index, piece))
 
 
 def _logprobs(form: Form, tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
@@ -211,7 +282,10 @@ async def events(form: Form, first: tuple[int, Piece], pieces: Pieces) -> AsyncI
             generated += len(piece.tokens)
             shown = _logprobs(form, piece.tokens, offsets[index])
             offsets[index] += sum(len(token.text) for token in piece.tokens)
-            if form.chat:
+            if form.parsers:
+                for event in _tool_events(form, index, piece, shown):
+                    yield event
+            elif form.chat:
                 if piece.text or piece.tokens:
                     yield _event(form, index, {"delta": {"content": piece.text}}, shown)
                 if piece.finish:

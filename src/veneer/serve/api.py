@@ -10,8 +10,9 @@ POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from starlette.exceptions import HTTPException
 from veneer.errors import AdapterError, SelectionError, VeneerError, sentence
 from veneer.serve import limits, prompts, refusal
 from veneer.serve.access import Key
-from veneer.serve.answers import Answers, Form, events, failure, of_cause, whole
+from veneer.serve.answers import Answers, Form, failure, of_cause
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
@@ -47,6 +48,7 @@ from veneer.serve.service import (
     requested_adapters,
     unless_gone,
 )
+from veneer.serve.tools.choose import CallReading, call_reading
 
 Tokens = list[tuple[int, ...]]
 
@@ -72,7 +74,7 @@ def create(service: Service, *routers: Any) -> FastAPI:
 
 def _invalid(request: Request, error: Any) -> Response:
     """Which field is wrong, and why; never what was sent."""
-    return refusal.of_body(error.errors(), error.body).response()
+    return refusal.of_body(error.errors(), error.body).response(request.url.path)
 
 
 def _http(request: Request, error: Any) -> Response:
@@ -80,7 +82,8 @@ def _http(request: Request, error: Any) -> Response:
     if error.status_code != 400:
         problem = f"{request.method} {request.url.path[:200]}"
         message = sentence(problem, "a route of this server", "see /openapi.json")
-    return Refusal(error.status_code, message, headers=error.headers).response()
+    refused = Refusal(error.status_code, message, headers=error.headers)
+    return refused.response(request.url.path)
 
 
 def _veneer(request: Request, error: Any) -> Response:
@@ -89,14 +92,14 @@ def _veneer(request: Request, error: Any) -> Response:
         isinstance(error, Busy) and not service.ready
     ):  # it ended while a prompt was read, or its engine died
         error = service.unready()
-    return refusal.of(error).response()
+    return refusal.of(error).response(request.url.path)
 
 
 def _bug(request: Request, error: Exception) -> Response:
     """starlette raises it again when this is sent, so that it is in the log."""
     return Refusal(
         500, "a bug in the server", "an answer", "tell whoever runs it", code="bug"
-    ).response()
+    ).response(request.url.path)
 
 
 @router.get("/health")
@@ -176,16 +179,51 @@ async def unload_lora_adapter(body: UnloadRequest, service: Serving, key: Admin)
 async def chat_completions(
     body: ChatRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
-    blend = await _may_generate(service, key, body)
-    size = sum(len(message.text) for message in body.messages)
-    prompt = await in_text_thread(
-        service, size, lambda: prompts.chat(service.tokenizer, body.messages, service.length)
-    )
-    token_limit = (
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    )
-    most = prompts.room([prompt], token_limit, service.length, short=False)
-    return await _answer(request, body, blend, [prompt], most)
+    return await _answer_chat(request, body)
+
+
+async def _answer_chat(
+    request: Request, body: ChatRequest, view: Callable[[Form], Any] = lambda form: form,
+    prefix: str = "call", names: Mapping[str, str] | None = None,
+) -> Response:  # fmt: skip
+    """The answers to a chat, in the form that ``view`` makes of OpenAI's. The ids of calls begin
+    with ``prefix``; ``names`` are those of the client's fields, by the chat's."""
+    service: Service = request.app.state.service
+    key: Key = request.state.key
+    if body.forced_tool is not None:  # whose schema is that of the answer
+        names = {**(names or {}), "response_format": "tools"}
+    try:
+        blend = await _may_generate(service, key, body)
+        prompt, reading = await _read_chat(service, body, prefix)
+        token_limit = (
+            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        )
+        most = prompts.room([prompt], token_limit, service.length, short=False)
+        form = Form(body, [prompt], (), key.admin, reading)
+        return await _answer(request, body, blend, [prompt], most, form, view(form))
+    except Refusal as refused:
+        refused.param = (names or {}).get(refused.param or "", refused.param)
+        raise
+
+
+async def _read_chat(
+    service: Service, body: ChatRequest, prefix: str = "call"
+) -> tuple[tuple[int, ...], CallReading | None]:
+    """The tokens of a chat, and how calls are read out of its answers, if tools may be called."""
+    callable_tools = body.callable_tools()
+    tools = [tool.plain() for tool in callable_tools]
+
+    def read() -> tuple[tuple[int, ...], CallReading | None]:
+        prompt = prompts.chat(service.tokenizer, body.messages, service.length, tools)
+        if not tools:
+            return prompt, None
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in callable_tools}
+        reading = call_reading(
+            schemas, body.forced_tool, service.tokenizer, service.tool_call_parser, prefix
+        )
+        return prompt, reading
+
+    return await in_text_thread(service, prompts.chat_size(body.messages, tools), read)
 
 
 @router.post("/v1/completions")
@@ -211,9 +249,8 @@ async def completions(
         return [text if isinstance(text, str) else service.tokenizer.decode(text) for text in sent]
 
     texts = await in_text_thread(service, sum(map(len, tokens)), echo_texts) if body.echo else []
-    return await _answer(
-        request, body, blend, tokens, most, [text for text in texts for _ in range(body.n)]
-    )
+    form = Form(body, tokens, [text for text in texts for _ in range(body.n)], key.admin)
+    return await _answer(request, body, blend, tokens, most, form, form)
 
 
 async def _read(service: Service, sent: Sequence[Any], param: str) -> Tokens:
@@ -251,18 +288,18 @@ async def _answer(
     blend: dict[str, float],
     tokens: Tokens,
     most: int,
-    heads: Sequence[str] = (),
+    form: Form,
+    view: Any,
 ) -> Response:
-    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each; ``heads`` go
-    before them."""
+    """The answers to ``body.n`` times each prompt, of at most ``most`` tokens each, as ``view``
+    writes them."""
     service: Service = request.app.state.service
     key: Key = request.state.key
-    form = Form(body, tokens, heads, key.admin)
     jobs = [
         Job(
             prompt,
             blend,
-            body.sampling(most, number, service.sampling),
+            replace(body.sampling(most, number, service.sampling), markers=form.markers),
             service.timeout,
             f"{form.id}-{number}",
             key.owner,
@@ -272,7 +309,7 @@ async def _answer(
     answers = await _submit(service, key, jobs)
     if not body.stream:
         try:
-            content = await unless_gone(request, whole(answers, form))
+            content = await unless_gone(request, view.complete(answers))
         finally:
             answers.cancel()  # also where it was never begun
         return (
@@ -289,7 +326,7 @@ async def _answer(
         if refused := failure(first[1], form.candid):
             raise refused
         otherwise.pop_all()
-    return _Stream(answers, events(form, first, pieces))
+    return _Stream(answers, view.events(first, pieces))
 
 
 async def _submit(service: Service, key: Key, jobs: list[Job]) -> Answers:

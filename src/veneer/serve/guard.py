@@ -95,7 +95,7 @@ class Guard:
                 body = await _body(headers, receive, most, hold)
             except Refusal as refusal:
                 refusal.headers["connection"] = "close"  # what else it sends is not read
-                await refusal.response()(scope, receive, send)
+                await refusal.response(scope["path"])(scope, receive, send)
                 return
             if body is None:
                 return

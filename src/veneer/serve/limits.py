@@ -30,6 +30,8 @@ READING, READING_SCHEMA = 4 * 2**20, 64 * 2**10
 NAME = 256
 #: messages of a chat, and parts of the content of one
 MESSAGES, PARTS = 1024, 256
+#: tools of a request or calls of a message, and characters of a tool's name
+TOOLS, TOOL_NAME = 128, 128
 #: prompts of one call, answers to each, and answers to all of them
 PROMPTS, CHOICES, ANSWERS = 64, 16, 64
 #: texts of one call for embeddings

@@ -18,12 +18,11 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError
-
 from veneer.errors import sentence
 from veneer.serve import limits
 from veneer.serve.refusal import Refusal
 from veneer.serve.schemas import Message
+from veneer.serve.tools.template import ERRORS, FRAMED, TOOL, check_template
 
 #: tokens of an answer where the client names no bound, as OpenAI's /v1/completions has it
 SHORT = 16
@@ -38,24 +37,39 @@ PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user")
 #: where the character is looked for that nobody uses: private use, plane 15
 PRIVATE = range(0xF0000, 0xFFFFE)
 
-Chat = Sequence[Mapping[str, str]]
+#: keys of messages and tools that are not the client's own
+KEYS = frozenset(
+    ("arguments", "content", "description", "function", "id", "name", "parameters", "tool_call_id",
+     "tool_calls", "type")
+)  # fmt: skip
+
+Chat = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
-def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int, ...]:
+def chat(
+    tokenizer: Any, messages: Sequence[Message], length: int, tools: Tools = ()
+) -> tuple[int, ...]:
     """The tokens of a chat in the base's own template; of special tokens, the template's alone.
-    ``Refusal``: the base has no template, its template takes no such chat, it cannot fit into the
-    context, which is ``length`` tokens, or a special token in a content cannot be read as ordinary
-    text."""
+    ``Refusal``: the base has no template, its template takes no such chat or leaves out its tools,
+    it cannot fit into the context, which is ``length`` tokens, or a special token in a content
+    cannot be read as ordinary text."""
     if not getattr(tokenizer, "chat_template", None):
         message = sentence(
             "a base without a chat template", "one that was made for chats", "use /v1/completions"
         )
         raise Refusal(400, message, param="messages", code="no_chat_template")
 
-    def render(chat: Any) -> str:
+    check_template(
+        tokenizer, tools=bool(tools), calls=any(message.tool_calls for message in messages)
+    )
+
+    def render(chat: Any, tools: Tools) -> str:
         try:
-            return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            return tokenizer.apply_chat_template(
+                chat, tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
+        except ERRORS as error:
             message = sentence(
                 f"messages that the template refuses ({error})",
                 "a chat that it takes",
@@ -64,22 +78,63 @@ def chat(tokenizer: Any, messages: Sequence[Message], length: int) -> tuple[int,
             raise Refusal(400, message, param="messages", code="template") from error
 
     plain = [message.plain() for message in messages]
-    text = render(plain)
+    text = render(plain, tools)
     _check_fits(tokenizer, text, length, "messages")
     special, normalized = _special_tokens(tokenizer, render)
-    sent = [value for message in plain for name, value in message.items() if name != "role"]
-    if normalized or any(token in value for token in special.values() for value in sent):
-        ids = _apart(tokenizer, plain, sent, render, special)
+    values = [value for message in plain for name, value in message.items() if name != "role"]
+    sent = list(_texts([values, tools]))
+    joined = "\0".join(sent)
+    if normalized or any(token in joined for token in special.values()):
+        ids = _apart(tokenizer, plain, tools, sent, render, special)
     else:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _some(ids, tokenizer, "messages")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, the client's own keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (key for key in value if key not in KEYS)
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _texts(child)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with other texts."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            key if key in KEYS else change(key): _with_texts(child, change)
+            for key, child in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_with_texts(child, change) for child in value]
+    return value
+
+
+def chat_size(messages: Sequence[Message], tools: Tools) -> int:
+    """The number of characters that a chat has the tokenizer read, about."""
+    calls = (call for message in messages for call in message.tool_calls)
+    texts = (len(message.text) for message in messages)
+    return (
+        sum(texts)
+        + sum(len(call.function.arguments) for call in calls)
+        + sum(map(len, _texts(tools)))
+    )
 
 
 #: by tokenizer, its template and the answer of ``_special_tokens``
 _KNOWN: WeakKeyDictionary[Any, tuple[str, tuple[dict[int, str], bool]]] = WeakKeyDictionary()
 
 
-def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict[int, str], bool]:
+def _special_tokens(
+    tokenizer: Any, render: Callable[[Chat, Tools], str]
+) -> tuple[dict[int, str], bool]:
     """Texts that may come from the template alone, by id: of tokens that the tokenizer calls
     special and of those that its template puts around turns; and whether some are also found in
     texts that only look like theirs (in another case, say)."""
@@ -87,9 +142,10 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
     special_tokens = _KNOWN.get(tokenizer)
     if special_tokens is None or special_tokens[0] != template:
         framing: set[int] = set()
-        for roles in PROBES:
+        chats = [([{"role": role, "content": "a"} for role in roles], ()) for roles in PROBES]
+        for probe, tools in (*chats, *((probe, [TOOL]) for probe in FRAMED)):
             with suppress(Refusal):  # this template has no such turns
-                text = render([{"role": role, "content": "a"} for role in roles])
+                text = render(probe, tools)
                 framing.update(tokenizer(text, add_special_tokens=False)["input_ids"])
         added = tokenizer.added_tokens_decoder.items()
         some = {
@@ -108,8 +164,9 @@ def _special_tokens(tokenizer: Any, render: Callable[[Chat], str]) -> tuple[dict
 def _apart(
     tokenizer: Any,
     chat: Chat,
+    tools: Tools,
     sent: Sequence[str],
-    render: Callable[[Chat], str],
+    render: Callable[[Chat, Tools], str],
     special: Mapping[int, str],
 ) -> list[int]:
     """The ids of a chat in which a client ``sent`` the texts of special tokens, as ordinary
@@ -124,15 +181,18 @@ def _apart(
     starts = re.compile(
         rf"(?=(?:{texts}))(.)", re.DOTALL
     )  # each one, also where two of them overlap
-    text = render(
-        [
-            {
-                name: token if name == "role" else starts.sub(rf"\1{mark}", token)
-                for name, token in it.items()
-            }
-            for it in chat
-        ]
-    )
+
+    def split(text: str) -> str:
+        return starts.sub(rf"\1{mark}", text)
+
+    marked = [
+        {
+            name: value if name == "role" else _with_texts(value, split)
+            for name, value in message.items()
+        }
+        for message in chat
+    ]
+    text = render(marked, _with_texts(tools, split))
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = []
     for id, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):

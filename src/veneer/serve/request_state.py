@@ -37,7 +37,8 @@ class RequestState:
             counted_as(request.blend),
             request.owner,
         )
-        self.text = Text(detokenizer, request.prompt, request.sampling.stop)
+        sampling = request.sampling
+        self.text = Text(detokenizer, request.prompt, sampling.stop, sampling.markers)
         self.submitted = time.monotonic()
         self.deadline = self.submitted + request.timeout
         self.cancelled = self.taken = self.done = False  # done: its finishing piece is delivered
@@ -93,7 +94,8 @@ class RequestState:
         tokens, self._pending = tuple(self._pending), []
         self.done = self.done or finish is not None
         try:
-            self._deliver(Piece(text, tokens, finish, error, cause))
+            stop = self.text.stopped_by if finish == "stop" else None
+            self._deliver(Piece(text, tokens, finish, error, cause, stop=stop))
         except Exception:
             log.exception(
                 "request %s: its client could not be given a piece; it is cancelled",

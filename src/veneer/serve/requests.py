@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from veneer.errors import AdapterError, BankFullError, SelectionError, VeneerError
@@ -37,6 +37,8 @@ class Sampling:
     schema: Mapping[str, Any] | None = None  # a JSON schema that the answer follows
     ignore_eos: bool = False  # go on after the end-of-text token
     stop_tokens: frozenset[int] = frozenset()  # tokens that end the answer, and are the last of it
+    #: special tokens, by id, whose text is a part of the answer's text; of others it is left out
+    markers: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class Piece:
     """The part of an answer that became certain since the piece before: its text and its tokens.
     Texts joined are the answer's text, without a stop string; tokens joined are all that were
     generated. The last piece alone has ``finish``, and one that says "error" has words and, if it
-    is known, a cause."""
+    is known, a cause; ``stop`` is the stop string that ended the answer."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     error: str | None = None
     cause: Cause | None = None
+    stop: str | None = None
 
 
 class RequestError(VeneerError, ValueError):

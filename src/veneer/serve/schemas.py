@@ -13,7 +13,7 @@ for each would take seconds of the loop.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,18 +24,24 @@ from veneer.models.sampling_defaults import SamplingDefaults
 from veneer.serve import limits
 from veneer.serve.refusal import kind, wrong
 from veneer.serve.requests import Sampling
+from veneer.serve.tools.forced import MOST_CALLS, arguments_schema, calls_schema
+from veneer.serve.tools.template import template_arguments
 
 T = TypeVar("T")
 
 HARMLESS = {
     "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prompt_cache_options", "parallel_tool_calls", "include_obfuscation", "lora_int_id",
+    "cache_control",
 }  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
     "best_of": (1,), "suffix": ("",), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"), "modalities": (["text"],), "service_tier": ("auto", "default"),
-    "tool_calls": ([],), "annotations": ([],), "refusal": ("",), "is_3d_lora_weight": (False,),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "refusal": ("",),
+    "annotations": ([],), "service_tier": ("auto", "default", "standard_only"),
+    "is_3d_lora_weight": (False,), "background": (False,), "truncation": ("disabled",),
+    "include": ([], ["reasoning.encrypted_content"]), "reasoning": ({},), "top_logprobs": (0,),
+    "thinking": ({"type": "disabled"},), "mcp_servers": ([],),
 }  # fmt: skip
 
 #: unknown fields of one object that are looked at
@@ -97,6 +103,7 @@ def _stops(value: Any) -> Any:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=limits.NAME)]
+ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{limits.TOOL_NAME}}}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
 Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=limits.STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -164,15 +171,88 @@ class TextPart(Strict):
     text: str
 
 
+class FunctionCall(Strict):
+    name: Name
+    arguments: str = ""
+
+
+class ToolCall(Strict):
+    """A call of an earlier turn, as an answer had it; a stream's has an ``index`` too."""
+
+    id: Name
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        arguments = template_arguments(self.function.arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Function(Strict):
+    name: ToolName
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A function that the model may call. ``strict`` has no effect of its own: a call that is
+    forced always follows its schema."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        function = self.function
+        parameters = function.parameters or {"type": "object", "properties": {}}
+        described = {"name": function.name, "description": function.description}
+        return {"type": self.type, "function": {**described, "parameters": parameters}}
+
+
+class FunctionName(Strict):
+    name: Name
+
+
+class NamedChoice(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolList = Annotated[list[Tool], Field(fail_fast=True, max_length=limits.TOOLS)]
+
+
 class Message(Strict):
     """One message of a chat. "developer" is what OpenAI calls "system" now."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         str
         | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=limits.PARTS)]
     )
     name: Annotated[str, Field(max_length=limits.NAME)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=limits.TOOLS)] = []
+    tool_call_id: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _give_calls_a_content(cls, data: Any) -> Any:
+        """A message that only calls has no content, or null."""
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise wrong(f"tool_calls in a message of {self.role}", "an assistant's", "leave it out")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            found = "no tool_call_id" if self.role == "tool" else "a tool_call_id"
+            raise wrong(
+                f"{found} in a message of {self.role}", "one in a message of tool", "change it"
+            )
+        return self
 
     @property
     def text(self) -> str:
@@ -182,13 +262,49 @@ class Message(Strict):
             else "".join(text_part.text for text_part in self.content)
         )
 
-    def plain(self) -> dict[str, str]:
-        named = {"name": self.name} if self.name else {}
+    def plain(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"name": self.name} if self.name else {}
+        if self.tool_calls:
+            more["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            more["tool_call_id"] = self.tool_call_id
         return {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.text,
-            **named,
+            **more,
         }
+
+
+def check_history(messages: Sequence[Message], param: str) -> None:
+    """Each result of a tool names the call that it answers; a template may want the tool's name,
+    which is filled in."""
+    names: dict[str, str] = {}
+    for message in messages:
+        names |= {call.id: call.function.name for call in message.tool_calls}
+        if message.tool_call_id is not None:
+            if message.tool_call_id not in names:
+                problem = f"a tool's result for the call {message.tool_call_id[:80]!r}"
+                raise wrong(problem, "a call of an earlier message", "send that message too", param)
+            message.name = message.name or names[message.tool_call_id]
+
+
+def check_tools(
+    tools: Sequence[Tool], choice: str | NamedChoice | None, formatted: bool, param: str
+) -> None:
+    """What tools and the choice among them may not be together. ``formatted``: the answer shall
+    follow a schema, as the field ``param`` says."""
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise wrong(f"two tools named {twice!r}", "names that differ", "rename one", "tools")
+    if isinstance(choice, NamedChoice) and choice.function.name not in names:
+        problem = f"tool_choice {choice.function.name[:80]!r}, which is no tool of the request"
+        raise wrong(problem, "a name in tools", "check the spelling", "tool_choice")
+    if choice == "required" and not names:
+        raise wrong("tool_choice 'required' without tools", "both", "add tools", "tool_choice")
+    if formatted and names and choice != "none":
+        problem = f"{param} beside tools that may be called"
+        raise wrong(problem, "one of them", 'leave one out, or send tool_choice "none"', param)
 
 
 class StreamOptions(Strict):
@@ -277,6 +393,34 @@ class ChatRequest(Asked):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.ALTERNATIVES)] = 0
+    tools: ToolList = []
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _check_calls(self) -> Self:
+        check_history(self.messages, "messages")
+        formatted = not isinstance(self.response_format, TextFormat | None)
+        check_tools(self.tools, self.tool_choice, formatted, "response_format")
+        return self
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The tool that must be called; "" for any of them, None where none must."""
+        if isinstance(self.tool_choice, NamedChoice):
+            return self.tool_choice.function.name
+        return "" if self.tool_choice == "required" else None
+
+    def callable_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
+
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        if self.forced_tool is None:
+            return super().schema_of_answer()
+        pairs = [(tool.function.name, tool.function.parameters) for tool in self.tools]
+        if self.forced_tool:
+            return arguments_schema(dict(pairs)[self.forced_tool])
+        return calls_schema(pairs, MOST_CALLS if self.parallel_tool_calls else 1)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

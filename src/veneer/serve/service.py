@@ -57,6 +57,7 @@ class Service:
     sampling: SamplingDefaults = field(
         default_factory=SamplingDefaults
     )  # of requests that say nothing of it
+    tool_call_parser: str | None = None  # by name; None: the one that the chat template means
     timeout: float = 600.0  # seconds that an answer may take
     dtype: str = "float32"  # of the base's weights, in torch's word
     hosts: tuple[str, ...] | None = None  # that are answered; None: all

@@ -43,6 +43,7 @@ class Settings:
     device: str | None = None
     device_map: str | None = None
     attention: str = "auto"
+    tool_call_parser: str | None = None  # a name of serve/tools; None: by the chat template
     trust_remote_code: bool = False  # code beside the base may run
 
 

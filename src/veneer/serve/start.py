@@ -21,6 +21,7 @@ from veneer.serve.extension import Plugin
 from veneer.serve.metrics import Metrics
 from veneer.serve.service import Service
 from veneer.serve.settings import Settings, given
+from veneer.serve.tools.choose import check_parser
 from veneer.store.remote import is_remote
 
 log = logging.getLogger("veneer.serve")
@@ -39,6 +40,7 @@ def prepare_process() -> None:
 @with_trust_of_config
 def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Service:
     """Load the base and start the engine, extended by ``plugin``. ``Service.close`` ends it."""
+    check_parser(settings.tool_call_parser)
     _must_be_there(settings)
     causal = models.is_causal(settings.base)
     loaded: Any = (_causal if causal else _encoder)(settings)
@@ -87,6 +89,7 @@ def start(settings: Settings, keys: Keyring, plugin: Plugin | None = None) -> Se
         base=settings.name, source=settings.base, tokenizer=tokenizer, bank=bank, catalogue=catalogue, keys=keys,
         metrics=metrics, length=length, vocabulary=int(model.config.get_text_config().vocab_size), engine=engine,
         embedder=embedder, sampling=sampling, timeout=settings.timeout, dtype=str(model.dtype).removeprefix("torch."),
+        tool_call_parser=settings.tool_call_parser,
     )  # fmt: skip
     if plugin is not None:
         try:
@@ -120,7 +123,8 @@ def _causal(settings: Settings) -> Any:
 
 
 def _encoder(settings: Settings) -> Any:
-    options = {name: getattr(settings, name) for name in ("quantize", "device_map", "attention")}
+    names = ("quantize", "device_map", "attention", "tool_call_parser")
+    options = {name: getattr(settings, name) for name in names}
     if flags := given(options):
         problem = f"{listing(flags)} for {settings.base}, an encoder"
         raise ConfigError(problem, "a causal language model", "leave them out")

@@ -8,7 +8,7 @@ stop string waits for the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -41,12 +41,20 @@ class Detokenizer:
 
 
 class Text:
-    """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end."""
+    """The text of one answer to the token ids ``prompt``, which the strings ``stop`` end.
+    ``markers``: special tokens, by id, whose text is a part of it. ``stopped_by`` is the stop
+    string that ended it."""
 
     def __init__(
-        self, detokenizer: Detokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
+        self,
+        detokenizer: Detokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        markers: Mapping[int, str] | None = None,
     ) -> None:
         self._detokenizer, self._stop = detokenizer, tuple(word for word in stop if word)
+        self._markers = markers or {}
+        self.stopped_by: str | None = None
         self._ids = list(
             prompt[-BEFORE:]
         )  # what is decoded with each new token: a few tokens of context, then news
@@ -60,6 +68,10 @@ class Text:
 
     def add(self, token: int) -> tuple[str, bool]:
         """Text that is certain now, and whether a stop string ends it."""
+        if token in self._markers:
+            text = self._decode_certain(final=True) + self._markers[token]
+            self._ids, self._context, self._shown = [], 0, ""
+            return self._give(text, final=False)
         self._ids.append(token)
         return self._give(self._decode_certain(final=False), final=False)
 
@@ -99,6 +111,8 @@ class Text:
             (position for position in map(text.find, self._stop) if position >= 0), default=-1
         )
         if stop_position >= 0:
+            ends = (word for word in self._stop if text.startswith(word, stop_position))
+            self.stopped_by = next(ends)
             return text[:stop_position], True
         # letters at the end of the text with which a stop string begins
         sizes = (

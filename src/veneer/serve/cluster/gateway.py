@@ -85,7 +85,7 @@ class Gateway:
                 )
             await relay(lambda: self._ask(adapter, message, body), send, self._lost)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
 
     async def _metrics(self, message: Message, body: bytes, send: Any) -> None:
         """The numbers of all replicas, each with its label; or what the first of them says that
