@@ -3,7 +3,7 @@ only.
 
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
-POST /v1/completions  /v1/chat/completions  /v1/embeddings
+POST /v1/completions  /v1/chat/completions  /v1/embeddings  /v1/responses
 POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 """
 
@@ -30,6 +30,8 @@ from veneer.serve.guard import Guard
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, cause_of
 from veneer.serve.requests import Request as Job
+from veneer.serve.responses.answer import ResponsesView
+from veneer.serve.responses.request import ResponsesRequest
 from veneer.serve.schemas import (
     Asked,
     ChatRequest,
@@ -180,6 +182,16 @@ async def chat_completions(
     body: ChatRequest, request: Request, service: Serving, key: Asker
 ) -> Response:
     return await _answer_chat(request, body)
+
+
+@router.post("/v1/responses")
+async def responses(
+    body: ResponsesRequest, request: Request, service: Serving, key: Asker
+) -> Response:
+    names = {"messages": "input", "response_format": "text"}
+    return await _answer_chat(
+        request, body.chat(), lambda form: ResponsesView(form, body), names=names
+    )
 
 
 async def _answer_chat(
