@@ -4,6 +4,7 @@ only.
 GET  /health /ready /metrics
 GET  /v1/models  /v1/models/{id}  /v1/adapters
 POST /v1/completions  /v1/chat/completions  /v1/embeddings  /v1/responses
+     /v1/messages  /v1/messages/count_tokens (Anthropic's)
 POST /v1/load_lora_adapter  /v1/unload_lora_adapter
 """
 
@@ -27,6 +28,8 @@ from veneer.serve.access import Key
 from veneer.serve.answers import Answers, Form, failure, of_cause
 from veneer.serve.embed import as_base64
 from veneer.serve.guard import Guard
+from veneer.serve.messages.answer import MessagesView
+from veneer.serve.messages.request import CountRequest, MessagesRequest
 from veneer.serve.refusal import Refusal
 from veneer.serve.requests import Busy, cause_of
 from veneer.serve.requests import Request as Job
@@ -192,6 +195,22 @@ async def responses(
     return await _answer_chat(
         request, body.chat(), lambda form: ResponsesView(form, body), names=names
     )
+
+
+@router.post("/v1/messages")
+async def messages(
+    body: MessagesRequest, request: Request, service: Serving, key: Asker
+) -> Response:
+    return await _answer_chat(
+        request, body.chat(), lambda form: MessagesView(form, body), prefix="toolu"
+    )
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountRequest, service: Serving, key: Asker) -> dict[str, int]:
+    await requested_adapters(service, key, body.model, body.adapters)
+    prompt, _ = await _read_chat(service, body.chat())
+    return {"input_tokens": len(prompt)}
 
 
 async def _answer_chat(
