@@ -19,6 +19,7 @@ help:
 	@echo "make test-core  what needs torch, pytest and hypothesis alone, in an environment of its own"
 	@echo "make test-plain the same, with every compiled loop off (VENEER_COMPILED=0)"
 	@echo "make test-tinker  the tinker SDK and its cookbook against veneer serve --train, TINKER=/path/to/a/python/that/has/it (15 minutes)"
+	@echo "make test-clients  seven libraries that talk to OpenAI and Anthropic against our server, CLIENTS=folder for them (minutes)"
 	@echo "make test-vllm  vLLM's own server with our plug-in, VLLM=/path/to/its/python (minutes)"
 	@echo "make check      ruff, pyright, house, docs freshness, the site, every cell of the matrix again"
 	@echo "make gpu        on a machine with a GPU: right against float64, waits, steps, memory, decoding (10 minutes)"
@@ -105,6 +106,15 @@ test-slow: setup $(VENV)/.llamacpp
 test-tinker: setup
 	@test -n "$(TINKER)" || { echo "Found: no TINKER. Expected: a Python with tinker and torch. Do: make test-tinker TINKER=/path/to/python"; exit 2; }
 	TINKER=$(TINKER) $(PASSIVE) $(BIN)/python -m pytest tests/serve/training/test_tinker.py tests/serve/training/test_cookbook.py
+
+# Clients of other people, each in an environment of its own below CLIENTS
+.PHONY: test-clients
+test-clients: setup
+	@test -n "$(CLIENTS)" || { echo "Found: no CLIENTS. Expected: a folder for environments. Do: make test-clients CLIENTS=/path/to/folder"; exit 2; }
+	@for client in anthropic instructor langchain=langchain-openai litellm llm openai 'pydantic-ai=pydantic-ai-slim[openai]'; do \
+	  folder=$(CLIENTS)/$${client%%=*}; test -d $$folder && continue; \
+	  $(PYTHON) -m venv $$folder && $$folder/bin/pip install --quiet "$${client#*=}" || exit; done
+	CLIENTS=$(CLIENTS) $(PASSIVE) $(BIN)/python -m pytest tests/serve/clients
 
 .PHONY: test-vllm
 test-vllm: setup
