@@ -274,7 +274,9 @@ def test_a_notation_that_is_not_known_is_refused(it, client, monkeypatch):
 
 
 def chat_ids(tokenizer, *sent, tools=()):
-    return prompts.chat(tokenizer, [Message.model_validate(one) for one in sent], 100_000, tools)
+    return prompts.chat(
+        tokenizer, [Message.model_validate(one) for one in sent], 100_000, tools=tools
+    )
 
 
 def test_no_text_of_a_tool_or_a_call_becomes_a_special_token():
